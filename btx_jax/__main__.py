@@ -1,0 +1,91 @@
+"""The short commands: python -m btx_jax {digest,generate,tokenizer} --help."""
+
+import argparse
+import logging
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from pathlib import Path
+
+from btx_jax.errors import UserError
+
+
+def _digest(args: argparse.Namespace) -> None:
+    from btx_jax.checkpoints.training_state import digest, find_checkpoint, load_params
+
+    print(digest(load_params(find_checkpoint(args.checkpoint))))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from btx_jax.stages.generate import text
+
+    print(args.prompt + text(args.checkpoint, args.prompt, args.max_tokens, args.temperature, args.top_p, args.seed))
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from btx_jax.data.sources import Problems, expand_files, parse_sources, read_documents
+    from btx_jax.data.tokenizers import train_sentencepiece
+
+    problems = Problems()
+    files = [(file, source.field) for source in parse_sources(args.files, "FILES") for file in expand_files(source)]
+    train_sentencepiece((text for file, field in files for text in read_documents(file, field, problems)), args.vocab_size, Path(args.out))
+    for line in problems.lines():
+        logging.warning(line)
+    print(f"wrote {args.out}")
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError("must lie in (0, 1]")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m btx_jax", description="Short commands; to train, see python -m btx_jax.launch --help.")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("digest", help="sha256 over all parameters of a checkpoint")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or one of its checkpoints/STEP")
+    command.set_defaults(run=_digest)
+
+    command = commands.add_parser("generate", help="sample text from a checkpoint")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or one of its checkpoints/STEP")
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--max_tokens", type=int, default=64, help="new tokens at most (64)")
+    command.add_argument("--temperature", type=_not_negative, default=0.0, help="0 (the default) is greedy")
+    command.add_argument("--top_p", type=_fraction, default=1.0, help="nucleus: keep the likeliest tokens up to this probability (1)")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("tokenizer", help="train a sentencepiece model that gives back any text exactly")
+    command.add_argument(
+        "files", metavar="FILES", help="comma-separated files or globs: text, .jsonl, .parquet, .gz, .zst; FILE#FIELD names a field"
+    )
+    command.add_argument("--vocab_size", type=int, default=32_000)
+    command.add_argument("--out", required=True, metavar="FILE.model")
+    command.set_defaults(run=_tokenizer)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"btx_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,470 @@
+"""The schema of every config: frozen dataclasses, checked before anything is compiled.
+
+A config file returns an `ml_collections.ConfigDict` made by `to_config_dict`; the command line overrides leaves of it; and
+`from_config_dict` turns it back into a `Config`. An unknown key, a wrong type and an impossible value each raise `ConfigError`
+with one line: the key, what is wrong, and what to do.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import ml_collections
+
+from btx_jax.errors import UserError
+
+ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
+DISPATCHES = ("einsum", "ragged")
+REMAT_POLICIES = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16")
+STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
+
+
+class ConfigError(UserError):
+    """A config that cannot run. The message starts with the key."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}={value!r}: {_suggest(value, allowed)}")
+
+
+def _suggest(word: str, known: typing.Iterable[str]) -> str:
+    known = tuple(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Longer contexts by slower rotations. `linear` divides every frequency by factor; `llama3` only the low ones."""
+
+    kind: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self):
+        _one_of("kind", self.kind, ("none", "linear", "llama3"))
+        _require(self.factor >= 1, f"factor={self.factor}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Which layers are mixtures, and how their tokens are routed.
+
+    experts: one count per layer, 0 for a layer that stays dense.
+    k: experts per token (top_k only; switch and sample_top1 use 1, soft uses all).
+    first_routing: another routing for the first MoE layer; "" for the same (BTX pairs sample_top1 with soft there).
+    """
+
+    experts: tuple[int, ...]
+    k: int = 2
+    routing: str = "top_k"
+    first_routing: str = ""
+
+    def __post_init__(self):
+        _one_of("routing", self.routing, ROUTINGS)
+        if self.first_routing:
+            _one_of("first_routing", self.first_routing, ROUTINGS)
+        _require(any(self.experts), "experts: no layer has any; leave config.model.moe out for a dense model")
+        _require(self.k >= 1, f"k={self.k}: must be at least 1")
+        for layer, experts in enumerate(self.experts):
+            _require(experts >= 0, f"experts: {experts} in layer {layer}; must be 0 (dense) or more")
+            if experts and "top_k" in (self.routing, self.first_routing):
+                _require(self.k <= experts, f"k={self.k}: more than the {experts} experts of layer {layer}; lower k or add experts")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer is: experts == 0 is a dense layer. Equal neighbours share one scan."""
+
+    experts: int = 0
+    k: int = 0
+    routing: str = ""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's architecture: everything that gives its parameters their meaning. Travels inside every checkpoint."""
+
+    vocab_size: int
+    layers: int
+    d_model: int
+    d_ff: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    norm_eps: float = 1e-5
+    tied_head: bool = False
+    context: int = 4096
+    moe: MoEConfig | None = None
+
+    def __post_init__(self):
+        for key in ("vocab_size", "layers", "d_model", "d_ff", "heads", "kv_heads", "head_dim", "context"):
+            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"heads={self.heads}: not divisible by kv_heads={self.kv_heads}; each key head serves heads / kv_heads query heads",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim}: must be even, RoPE rotates pairs")
+        if self.moe is not None:
+            _require(
+                len(self.moe.experts) == self.layers,
+                f"moe.experts: {len(self.moe.experts)} counts for layers={self.layers}; give one count per layer (0 for a dense layer)",
+            )
+
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """One LayerSpec per layer, first to last."""
+        if self.moe is None:
+            return (LayerSpec(),) * self.layers
+        specs: list[LayerSpec] = []
+        first = True
+        for experts in self.moe.experts:
+            if not experts:
+                specs.append(LayerSpec())
+                continue
+            routing = self.moe.first_routing if first and self.moe.first_routing else self.moe.routing
+            k = {"top_k": self.moe.k, "soft": experts}.get(routing, 1)
+            specs.append(LayerSpec(experts, k, routing))
+            first = False
+        return tuple(specs)
+
+    def runs(self) -> tuple[tuple[str, int, LayerSpec], ...]:
+        """The stack as runs of equal layers: (parameter name, length, spec). One run, `layers_0`, in most models."""
+        runs: list[tuple[int, LayerSpec]] = []
+        for spec in self.layer_specs():
+            if runs and runs[-1][1] == spec:
+                runs[-1] = (runs[-1][0] + 1, spec)
+            else:
+                runs.append((1, spec))
+        return tuple((f"layers_{i}", length, spec) for i, (length, spec) in enumerate(runs))
+
+    def dense(self) -> "ModelConfig":
+        """The same model without experts: what each branch is."""
+        return dataclasses.replace(self, moe=None)
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How a model is run. Changes speed and memory; the results only through rounding and, for einsum dispatch, dropped tokens.
+
+    dtype: of activations and matmuls; parameters, norms, softmaxes, router and losses are float32 always.
+    remat: what the backward pass finds in memory: none = everything, dots = matmul outputs, full = only each layer's input.
+    unroll: layers unrolled per step of the scan; 1 compiles fastest, all layers runs up to a quarter faster on a CPU.
+    dispatch: einsum (capacity, groups) or ragged (dropless).
+    capacity_factor: slots per expert = factor x k x group_size / experts.
+    group_size: tokens routed together; dispatch costs 2 x group_size / (3 x d_ff) of the experts' FLOPs.
+    loss_chunk: tokens whose logits exist at one time in the loss.
+    """
+
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    unroll: int = 1
+    dispatch: str = "einsum"
+    capacity_factor: float = 1.25
+    group_size: int = 512
+    loss_chunk: int = 1024
+
+    def __post_init__(self):
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("remat", self.remat, REMAT_POLICIES)
+        _one_of("dispatch", self.dispatch, DISPATCHES)
+        _require(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor}: must be positive")
+        for key in ("unroll", "group_size", "loss_chunk"):
+            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation. Defaults are BTX's; what the paper leaves out (betas, clip) is Llama 2's.
+
+    batch_size: sequences per step over all devices. accumulate: micro-batches it is split into, one after another.
+    balance_weight: alpha of the load-balance loss. z_loss_weight: of the router z-loss (ST-MoE), 0 to leave it out.
+    eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
+    """
+
+    steps: int
+    batch_size: int
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    final_lr_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    balance_weight: float = 0.01
+    z_loss_weight: float = 0.0
+    eval_every: int = 0
+    eval_rows: int = 64
+
+    def __post_init__(self):
+        for key in ("steps", "batch_size", "accumulate", "eval_rows"):
+            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        for key in ("warmup_steps", "eval_every", "weight_decay", "balance_weight", "z_loss_weight"):
+            _require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
+        for key in ("learning_rate", "clip_norm", "eps"):
+            _require(getattr(self, key) > 0, f"{key}={getattr(self, key)}: must be positive")
+        _require(self.batch_size % self.accumulate == 0, f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}")
+        _require(self.warmup_steps <= self.steps, f"warmup_steps={self.warmup_steps}: more than steps={self.steps}; lower it")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text and its tokenizer.
+
+    train, heldout: comma-separated `WHAT[#FIELD][:WEIGHT]`, WHAT a name from domains, a file, a glob, `tfds:NAME` or `demo:NAME`.
+    heldout: domains whose held-out documents are measured; "" for those of train.
+    domains: name -> sources in the same notation.
+    tokenizer: a sentencepiece .model, an HF tokenizer.json, a directory with one, or `demo:`; "" for the init checkpoint's.
+    heldout_fraction: share of documents, chosen by a hash of their text, that no training run ever sees.
+    cache: where tokenised data sets are kept, for any run that asks for the same text and tokenizer.
+    """
+
+    train: str
+    heldout: str = ""
+    domains: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: str = ""
+    sequence_length: int = 4096
+    heldout_fraction: float = 0.01
+    cache: str = "runs/data"
+
+    def __post_init__(self):
+        _require(self.sequence_length >= 2, f"sequence_length={self.sequence_length}: must be at least 2")
+        _require(0 <= self.heldout_fraction < 1, f"heldout_fraction={self.heldout_fraction}: must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 on at most one axis means all that remain. The batch is split over data, fsdp and expert."""
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            _require(size >= 1 or size == -1, f"{axis}={size}: must be at least 1, or -1 for all remaining devices")
+        _require(list(sizes.values()).count(-1) <= 1, f"more than one axis is -1 in {sizes}: name the size of all but one")
+
+    def shape(self, devices: int) -> tuple[int, int, int, int]:
+        """(data, fsdp, expert, tensor) on this many devices. Raises ConfigError when they do not fit."""
+        sizes = [self.data, self.fsdp, self.expert, self.tensor]
+        fixed = 1
+        for size in sizes:
+            fixed *= size if size > 0 else 1
+        if -1 in sizes and devices % fixed == 0:
+            sizes[sizes.index(-1)] = devices // fixed
+        data, fsdp, expert, tensor = sizes
+        if data * fsdp * expert * tensor != devices:
+            raise ConfigError(
+                f"config.mesh: data={self.data} fsdp={self.fsdp} expert={self.expert} tensor={self.tensor} does not fit "
+                f"{devices} device{'s' if devices > 1 else ''}; the product must be {devices} (-1 takes what remains)"
+            )
+        return data, fsdp, expert, tensor
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between checkpoints. keep: how many of the newest stay; the last step is always saved."""
+
+    every: int = 1000
+    keep: int = 2
+
+    def __post_init__(self):
+        for key in ("every", "keep"):
+            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """What becomes one MoE: the checkpoints, in expert order. One checkpoint with copies > 1 is sparse upcycling.
+
+    k, routing, first_routing: of every layer of the mixture, as in MoEConfig. router_std: of the normal router initialisation.
+    """
+
+    experts: tuple[str, ...]
+    copies: int = 1
+    k: int = 2
+    routing: str = "top_k"
+    first_routing: str = ""
+    router_std: float = 0.02
+
+    def __post_init__(self):
+        total = len(self.experts) * self.copies
+        _require(self.copies >= 1, f"copies={self.copies}: must be at least 1")
+        _require(total >= 1, "experts: none named; list the checkpoints to mix")
+        _require(self.router_std > 0, f"router_std={self.router_std}: must be positive, a zero router always picks experts 0..k-1")
+        MoEConfig((total,), self.k, self.routing, self.first_routing)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """models: name -> checkpoint, each measured on every domain of data.heldout. rows: at most this many a domain, 0 for all."""
+
+    models: Mapping[str, str]
+    rows: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self):
+        _require(bool(self.models), "models: none named; map a name to a checkpoint")
+        _require(self.rows >= 0, f"rows={self.rows}: must not be negative")
+        _require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """evaluate: directory of the evaluate stage. runs: name -> directory of every stage whose curves and times are shown."""
+
+    evaluate: str
+    runs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PipelineStage:
+    """One stage of a pipeline. In its config, `@NAME` stands for the working directory of stage NAME, which must be in needs."""
+
+    config: "Config"
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Sections that the stage does not use are left out."""
+
+    stage: str
+    init: str = ""
+    rng_seed: int = 0
+    model: ModelConfig | None = None
+    compute: ComputeConfig | None = None
+    train: TrainConfig | None = None
+    data: DataConfig | None = None
+    mesh: MeshConfig | None = None
+    checkpoint: CheckpointConfig | None = None
+    mix: MixConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    report: ReportConfig | None = None
+    pipeline: Mapping[str, PipelineStage] | None = None
+
+    def __post_init__(self):
+        _one_of("stage", self.stage, STAGES)
+        _require(self.rng_seed >= 0, f"rng_seed={self.rng_seed}: must not be negative")
+        for section in _SECTIONS[self.stage]:
+            _require(getattr(self, section) is not None, f"{section}: missing, and stage {self.stage!r} needs it")
+        if self.stage == "pipeline":
+            assert self.pipeline is not None
+            for name, stage in self.pipeline.items():
+                for need in stage.needs:
+                    _require(need in self.pipeline, f"pipeline.{name}.needs: no stage {need!r}; {_suggest(need, self.pipeline)}")
+
+
+_SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "prepare": ("data",),
+    "train": ("train", "data", "compute", "mesh", "checkpoint"),
+    "mix": ("mix", "mesh"),
+    "evaluate": ("evaluate", "data", "compute", "mesh"),
+    "report": ("report",),
+    "pipeline": ("pipeline",),
+}
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> Any:
+    """A config dataclass as plain dicts, lists and scalars; sections that are None are left out."""
+    if dataclasses.is_dataclass(config):
+        values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+        return {name: to_dict(value) for name, value in values if value is not None}
+    if isinstance(config, Mapping):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """What a config file returns: every key is there, so that the command line can override it and no other."""
+
+    def tuples(value: Any) -> Any:  # config_flags parses an override of a tuple, not of a list
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+    return ml_collections.ConfigDict(tuples(to_dict(config)))
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    return from_dict(Config, config.to_dict())
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], key: str = "config") -> T:
+    """Dict -> dataclass, strictly. Raises ConfigError naming the key of the first unknown, missing, mistyped or impossible value."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{key}={values!r}: must be a section with keys")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{key}.{name}: unknown key; {_suggest(name, fields)}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and values.get(name) is None:
+            raise ConfigError(f"{key}.{name}: missing")
+    parsed = {name: _convert(hints[name], value, f"{key}.{name}") for name, value in values.items() if value is not None}
+    try:
+        return cls(**parsed)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error}" if not str(error).startswith("config.") else str(error)) from None
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):  # only ever `Section | None`
+        return _convert(next(a for a in args if a is not type(None)), value, key)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, key)  # type: ignore[arg-type]
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise ConfigError(f"{key}={value!r}: must be a list")
+        return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value!r}: must map names to values")
+        return {name: _convert(args[1], item, f"{key}.{name}") for name, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{key}={value!r}: must be {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def flatten(values: Any, key: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}; lists are leaves."""
+    if not isinstance(values, Mapping):
+        return {key: values}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{key}.{name}" if key else name)
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for every leaf in which two `to_dict` results differ."""
+    old, new = flatten(old), flatten(new)
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

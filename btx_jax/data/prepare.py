@@ -1,0 +1,251 @@
+"""Tokenise and pack once, so that training never tokenises: text -> an ArrayRecord TFDS data set with a manifest.
+
+A prepared set holds rows of sequence_length + 1 tokens, in the splits `train` and `heldout`, which share no document. Consecutive
+rows overlap by one token, so that every token but a document's first is the target of exactly one row.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from btx_jax.config import DataConfig
+from btx_jax.data import demo
+from btx_jax.data.sources import Domain, Problems, Source, expand_files, parse_domains, read_documents, read_tfds
+from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
+from btx_jax.errors import UserError
+
+FORMAT = 1  # changes whenever the rows that the same text gives change
+SPLITS = ("train", "heldout")
+MANIFEST = "manifest.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+    """A tokenised source on disk. manifest: tokenizer and source hashes, counts by split, problems."""
+
+    directory: Path
+    weight: float
+    manifest: dict[str, Any]
+
+    def rows(self, split: str) -> int:
+        return self.manifest["splits"][split]["rows"]
+
+    def open(self, split: str) -> Any:
+        """Random access to {tokens, segments: [sequence + 1] int32, bytes: []}, for grain."""
+        return tfds.builder_from_directory(str(self.directory)).as_data_source(split=split)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedDomain:
+    name: str
+    weight: float
+    sources: tuple[PreparedSource, ...]
+
+
+def is_heldout(text: str, fraction: float) -> bool:
+    """By a hash of the text: the same document is held out in every run, wherever it comes from and however often."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") < fraction * 2**64
+
+
+def pack(documents: Iterator[tuple[list[int], int]], tokenizer: Tokenizer, sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
+    """(token ids, UTF-8 bytes) of documents -> rows {tokens, segments, bytes}.
+
+    Each document is framed by BOS and EOS where the tokenizer has them and gets the next segment number of its row, from 1; the
+    last row is padded with segment 0. bytes: of the text whose tokens are targets in the row (a document's bytes are spread
+    evenly over its tokens), so that the bytes of all rows add up to those of the text.
+    """
+    width = sequence_length + 1
+    columns = [np.zeros(0, np.int64) for _ in range(3)]  # token, document number, bytes
+    before, after = [[t] if t is not None else [] for t in (tokenizer.bos, tokenizer.eos)]
+
+    def row(columns: list[np.ndarray]) -> dict[str, np.ndarray]:
+        tokens, document, size = columns
+        continues = np.concatenate([[False], document[1:] == document[:-1]])
+        padding = (0, width - len(tokens))
+        return {
+            "tokens": np.pad(tokens, padding).astype(np.int32),
+            "segments": np.pad(document - document[0] + 1, padding).astype(np.int32),
+            "bytes": np.array(size[continues].sum(), np.int32),
+        }
+
+    for number, (ids, text_bytes) in enumerate(documents):
+        ends = np.arange(len(ids) + 1) * text_bytes // max(len(ids), 1)
+        sizes = np.concatenate([np.zeros(len(before), np.int64), np.diff(ends), np.zeros(len(after), np.int64)])
+        tokens = np.array(before + ids + after, np.int64)
+        columns = [np.concatenate(pair) for pair in zip(columns, (tokens, np.full(len(tokens), number), sizes), strict=True)]
+        start = 0
+        while len(columns[0]) - start >= width:
+            yield row([c[start : start + width] for c in columns])
+            start += sequence_length
+        columns = [c[start:] for c in columns]
+    if len(columns[0]) > 1:
+        yield row(columns)
+
+
+class PackedText(tfds.core.GeneratorBasedBuilder):
+    """The TFDS builder behind `prepare_source`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = None
+
+    def __init__(self, rows: Any, sequence_length: int, **kwargs: Any):
+        self._rows, self._width = rows, sequence_length + 1
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self):
+        row = tfds.features.Tensor(shape=(self._width,), dtype=np.int32)
+        features = tfds.features.FeaturesDict({"tokens": row, "segments": row, "bytes": np.int32})
+        return tfds.core.DatasetInfo(builder=self, features=features, description="Tokenised, packed text.")
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split):
+        yield from enumerate(self._rows(split))
+
+
+def _documents(source: Source, files: list[Path], problems: Problems) -> Iterator[str]:
+    if source.where.startswith("tfds:"):
+        yield from read_tfds(source.where.removeprefix("tfds:"), source.field, problems)
+    for file in files:
+        yield from read_documents(file, source.field, problems)
+
+
+def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> PreparedSource:
+    """Tokenise one source into the cache, or find it there. Raises UserError when it holds no document.
+
+    The cache key covers text (path, size and modification time of each file), tokenizer, sequence length and held-out share.
+    """
+    cache = Path(config.cache)
+    if source.where.startswith("demo:"):
+        source = dataclasses.replace(source, where=str(demo.corpus(source.where.removeprefix("demo:"), cache)))
+    files = [] if source.where.startswith("tfds:") else expand_files(source)
+    identity = {
+        "format": FORMAT,
+        "source": source.where if not files else [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "field": source.field,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "sequence_length": config.sequence_length,
+        "heldout_fraction": config.heldout_fraction,
+    }
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    target = cache / "packed" / name
+    if not (target / MANIFEST).exists():
+        _write(source, files, tokenizer, config, target)
+    manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    for line in manifest["problems"]:
+        log.warning("%s: %s", source.where, line)
+    return PreparedSource(target / "rows", source.weight, manifest)
+
+
+def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: DataConfig, target: Path) -> None:
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0} for split in SPLITS}
+    problems = Problems()
+    total = sum(f.stat().st_size for f in files) or None
+    frame = (tokenizer.bos is not None) + (tokenizer.eos is not None)
+
+    def encoded(split: str, progress: tqdm) -> Iterator[tuple[list[int], int]]:
+        # The source is read once per split; its problems are the same both times and count once.
+        seen = problems if split == "train" else Problems()
+        for number, text in enumerate(_documents(source, files, seen)):
+            if is_heldout(text, config.heldout_fraction) != (split == "heldout"):
+                continue
+            try:
+                size = len(text.encode("utf-8"))
+            except UnicodeEncodeError:  # a lone surrogate, which JSON can carry and UTF-8 cannot
+                problems.add("document skipped: not valid Unicode", f"{source.where}, document {number + 1}")
+                continue
+            ids = tokenizer.encode(text)
+            if len(ids) + frame > config.sequence_length + 1:
+                problems.add(
+                    f"document longer than {config.sequence_length} tokens: cut into several rows, none lost", f"document {number + 1}"
+                )
+            for key, value in (("documents", 1), ("tokens", len(ids)), ("bytes", size)):
+                counts[split][key] += value
+            progress.update(size)
+            yield ids, size
+
+    def rows(split: str) -> Iterator[dict[str, np.ndarray]]:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenise {split}: {Path(source.where).name}", leave=False) as progress:
+            progress.total = None if any(f.suffix in (".gz", ".zst", ".parquet") for f in files) else total
+            for row in pack(encoded(split, progress), tokenizer, config.sequence_length):
+                counts[split]["rows"] += 1
+                yield row
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        builder = PackedText(rows, config.sequence_length, data_dir=str(temporary / "build"))
+        _quietly(builder.download_and_prepare)
+        if not counts["train"]["rows"]:
+            found = "; ".join(problems.lines()) or "every document fell to the held-out split, lower config.data.heldout_fraction"
+            raise UserError(f"config.data: {source.where} gives no document to train on: {found}")
+        manifest = {
+            "format": FORMAT,
+            "source": source.where,
+            "field": source.field,
+            "files": [{"path": str(f), "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files],
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "sequence_length": config.sequence_length,
+            "heldout_fraction": config.heldout_fraction,
+            "splits": counts,
+            "problems": problems.lines(),
+        }
+        shutil.move(builder.data_path, temporary / "rows")
+        shutil.rmtree(temporary / "build")
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not (target / MANIFEST).exists():  # otherwise another process has just prepared the same text
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _quietly(prepare: Any) -> None:
+    """TFDS without its own progress bars and advice: this module's bar and log speak for it."""
+    tfds.disable_progress_bar()
+    absl = logging.getLogger("absl")
+    previous = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare()
+    finally:
+        absl.setLevel(previous)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> Tokenizer:
+    """The config's tokenizer, else that of the checkpoint the run starts from. Raises UserError when there is neither."""
+    if config.tokenizer == "demo:":
+        return load_tokenizer(demo.tokenizer(Path(config.cache)))
+    if config.tokenizer:
+        return load_tokenizer(os.path.expandvars(os.path.expanduser(config.tokenizer)))
+    if checkpoint_tokenizer is None:
+        raise UserError("config.data.tokenizer: not set, and no init checkpoint to take it from; name a .model or tokenizer.json")
+    return load_tokenizer(checkpoint_tokenizer)
+
+
+def prepare(notation: str, config: DataConfig, tokenizer: Tokenizer, key: str) -> tuple[PreparedDomain, ...]:
+    """Every source of every domain of `notation`, tokenised. The slow step of a first run; later runs find all in the cache."""
+    domains: list[Domain] = list(parse_domains(notation, config.domains, key))
+    return tuple(PreparedDomain(d.name, d.weight, tuple(prepare_source(s, tokenizer, config) for s in d.sources)) for d in domains)

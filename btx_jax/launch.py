@@ -1,0 +1,73 @@
+"""Run one config: python -m btx_jax.launch --config=configs/demo.py[:ARG] [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
+
+Every key of the config can be overridden on the command line. A directory that holds an unfinished run of the same config is
+resumed; a finished one is left as it is. Exit status: 0 finished, 2 wrong input (one line says what and how to mend it),
+143 ended by SIGTERM with its step saved.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about the CPU it compiles for
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from btx_jax import stages
+from btx_jax.config import from_config_dict
+from btx_jax.errors import UserError
+from btx_jax.parallel import hosts
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py or configs/math_expert.py:tiny.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes. Default: runs/NAME-OF-CONFIG.")
+
+
+def default_workdir(config_file: str) -> Path:
+    """configs/math_expert.py:tiny -> runs/math_expert_tiny."""
+    path, _, argument = config_file.partition(":")
+    return Path("runs") / "_".join(filter(None, (Path(path).stem, argument)))
+
+
+def fail(message: object) -> None:
+    """One line to stderr, exit status 2."""
+    print(f"btx_jax: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's flags, with wrong ones told in one line."""
+    try:
+        return FLAGS(argv, known_only=False)
+    except (flags.Error, UserError) as error:
+        fail(str(error).replace("flag --config=", "--config=", 1))
+    except FileNotFoundError as error:
+        fail(f"--config: no file {error.filename}")
+    except (KeyError, AttributeError, TypeError, ValueError) as error:  # how ml_collections reports a wrong override
+        fail(f"--config: {error.args[0] if error.args else error}")
+    return argv
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        fail(f"unknown argument {argv[1]!r}; overrides look like --config.train.steps=100")
+    if _CONFIG.value is None:
+        fail("--config is missing; for example --config=configs/demo.py (--help lists all flags)")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("absl", "jax", "orbax", "grain", "etils"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        config = from_config_dict(_CONFIG.value)
+        hosts.start()
+        stages.run(
+            config,
+            (Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(config_flags.get_config_filename(FLAGS["config"]))).resolve(),
+        )
+    except UserError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

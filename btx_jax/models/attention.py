@@ -1,0 +1,86 @@
+"""Grouped-query attention with rotary positions, causal and blind across documents. Shape legend: layers.py."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from btx_jax.config import ModelConfig, RopeScaling
+from btx_jax.models.layers import normal_param
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Radians per position, [head_dim / 2], float32. `llama3` as in Llama 3.1: wavelengths above original_context /
+    low_freq_factor are slowed by factor, those below original_context / high_freq_factor kept, those between interpolated."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling.kind == "llama3":
+        turns = scaling.original_context * frequencies / (2 * math.pi)  # full rotations within the original context
+        smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        smooth = np.clip(smooth, 0, 1)
+        frequencies = frequencies * (smooth + (1 - smooth) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rotate(x_BNTK: jax.Array, angles_TK: jax.Array) -> jax.Array:
+    """RoPE in Hugging Face's layout: the first half of the head rotates against the second (`rotate_half`). angles: [T, K/2]."""
+    cos, sin = jnp.cos(angles_TK), jnp.sin(angles_TK)
+    a, b = jnp.split(x_BNTK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNTK.dtype)
+
+
+def query_block(length: int) -> int:
+    """Rows of queries computed together: at most 8 blocks a sequence, none under 64 rows."""
+    return max(64, math.ceil(length / 8))
+
+
+def attend(q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Softmax attention of G query heads per key head; token t sees s <= t of its own segment. Returns [B, N, G, T, K].
+
+    Queries go in blocks that meet only the keys up to their end: the upper triangle, 3/8 to 7/16 of the work, is not computed.
+    Scores and softmax are float32. Dividing by the sum after the second matmul touches K columns instead of T.
+    """
+    length = q_BNGTK.shape[-2]
+    q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
+    block = query_block(length)
+    outputs = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        scores = jnp.einsum("bngtk,bnsk->bngts", q[..., start:end, :], k_BNSK[..., :end, :], preferred_element_type=jnp.float32)
+        causal = np.arange(start, end)[:, None] >= np.arange(end)[None, :]
+        allowed = causal & (segments_BT[:, start:end, None] == segments_BT[:, None, :end])
+        scores = scores + jnp.where(allowed, 0.0, -1e30)[:, None, None]
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        summed = jnp.einsum("bngts,bnsk->bngtk", weights.astype(v_BNSK.dtype), v_BNSK[..., :end, :], preferred_element_type=jnp.float32)
+        outputs.append((summed / weights.sum(axis=-1, keepdims=True)).astype(v_BNSK.dtype))
+    return jnp.concatenate(outputs, axis=-2)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        c = self.config
+        batch, length, d_model = x_BTD.shape
+        query_DHK = normal_param(self, "query", (d_model, c.heads, c.head_dim), ("embed", "heads", "head_dim"))
+        key_DNK = normal_param(self, "key", (d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
+        value_DNK = normal_param(self, "value", (d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
+        out_HKD = normal_param(self, "out", (c.heads, c.head_dim, d_model), ("heads", "head_dim", "embed"))
+
+        x_MD = x_BTD.reshape(-1, d_model)
+
+        def project(kernel):  # [D, N, K] -> [B, N, T, K]
+            flat = x_MD @ kernel.astype(x_MD.dtype).reshape(d_model, -1)
+            return flat.reshape(batch, length, *kernel.shape[1:]).transpose(0, 2, 1, 3)
+
+        angles_TK = np.arange(length, dtype=np.float32)[:, None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        q_BHTK = rotate(project(query_DHK), angles_TK)
+        k_BNTK = rotate(project(key_DNK), angles_TK)
+        q_BNGTK = q_BHTK.reshape(batch, c.kv_heads, c.heads // c.kv_heads, length, c.head_dim)
+        y_BNGTK = attend(q_BNGTK, k_BNTK, project(value_DNK), segments_BT)
+        y_MD = y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, c.heads * c.head_dim)
+        return (y_MD @ out_HKD.astype(x_MD.dtype).reshape(-1, d_model)).reshape(x_BTD.shape)

@@ -1,0 +1,97 @@
+"""The small parts of a Llama: RMSNorm, embedding, SwiGLU.
+
+Shape legend for this folder (capital letters name axes, as in x_BTD):
+  B batch  T sequence  D model  F hidden  V vocabulary  L layers  H query heads  N key/value heads  K head dim or choices per token
+  G routing groups  S tokens per group  E experts  C capacity (slots per expert and group)  M rows
+"""
+
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+INIT_STD = 0.02
+
+
+def normal_param(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float = INIT_STD) -> jax.Array:
+    """A float32 parameter with logical axis names."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, computed in float32 and returned in x's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale_D = cast(jax.Array, self.param("scale", ones, (x.shape[-1],), jnp.float32))
+        x32 = x.astype(jnp.float32)
+        return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps) * scale_D).astype(x.dtype)
+
+
+class Embed(nn.Module):
+    vocab_size: int
+    d_model: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return normal_param(self, "embedding", (self.vocab_size, self.d_model), ("vocab", "embed"))[tokens]
+
+
+class Head(nn.Module):
+    """Only owns the kernel [D, V]: the loss multiplies by it in chunks, so that [tokens, V] never exists at once."""
+
+    vocab_size: int
+    d_model: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return normal_param(self, "kernel", (self.d_model, self.vocab_size), ("embed", "vocab"))
+
+
+@jax.custom_vjp
+def swiglu(x_MD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """(silu(x gate) * (x up)) down. Leading axes batch: [E, M, D] with [E, D, F] runs E experts.
+
+    The derivative is written out to keep two [M, F] residuals where autodiff keeps four.
+    """
+    return (jax.nn.silu(x_MD @ gate_DF) * (x_MD @ up_DF)) @ down_FD
+
+
+def _swiglu_forward(x, gate, up, down):
+    a, b = x @ gate, x @ up
+    return (jax.nn.silu(a) * b) @ down, (x, a, b, gate, up, down)
+
+
+def _swiglu_backward(residuals, dy):
+    x, a, b, gate, up, down = residuals
+    transposed = lambda w: jnp.swapaxes(w, -1, -2)  # noqa: E731
+    s = jax.nn.sigmoid(a)
+    silu = a * s
+    dh = dy @ transposed(down)
+    da, db = dh * b * (s * (1 + a * (1 - s))), dh * silu
+    dx = da @ transposed(gate) + db @ transposed(up)
+    return dx, transposed(x) @ da, transposed(x) @ db, transposed(silu * b) @ dy
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+class FeedForward(nn.Module):
+    """The dense SwiGLU block."""
+
+    d_ff: int
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        d_model = x_BTD.shape[-1]
+        gate_DF = normal_param(self, "gate", (d_model, self.d_ff), ("embed", "hidden"))
+        up_DF = normal_param(self, "up", (d_model, self.d_ff), ("embed", "hidden"))
+        down_FD = normal_param(self, "down", (self.d_ff, d_model), ("hidden", "embed"))
+        # Two-dimensional operands: XLA's CPU matmul is a third slower on [B, T, D].
+        weights = (w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD))
+        return swiglu(x_BTD.reshape(-1, d_model), *weights).reshape(x_BTD.shape)

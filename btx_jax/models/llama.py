@@ -1,0 +1,121 @@
+"""The one model here: a Llama (or Mistral, or Mixtral) whose layers are dense or mixtures of experts. Shape legend: layers.py.
+
+Parameters are plain nested dicts: embed/embedding [V, D]; layers_R/{attention_norm, attention, ffn_norm, ffn}/... with a leading
+layer axis, one layers_R per run of equal layers; final_norm/scale [D]; head/kernel [D, V] unless tied. A dense and an MoE tree
+differ only under ffn: [L, D, F] against [L, E, D, F] and a router [L, D, E].
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from btx_jax.config import ComputeConfig, LayerSpec, ModelConfig
+from btx_jax.models.attention import Attention
+from btx_jax.models.layers import Embed, FeedForward, Head, RMSNorm
+from btx_jax.models.moe import MoEFeedForward
+from btx_jax.models.routing import RoutingStats
+from btx_jax.parallel.sharding import shard
+
+Params = Mapping[str, Any]
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward. The carry and output of the scan over layers."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+    spec: LayerSpec
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
+        c = self.config
+        x_BTD = shard(x_BTD, "batch", None, None)
+        x_BTD += Attention(c, name="attention")(RMSNorm(c.norm_eps, name="attention_norm")(x_BTD), segments_BT)
+        h_BTD = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
+        if self.spec.experts:
+            y_BTD, stats = MoEFeedForward(c.d_ff, self.spec, self.compute, name="ffn")(h_BTD, segments_BT > 0, step)
+        else:
+            y_BTD, stats = FeedForward(c.d_ff, name="ffn")(h_BTD), None
+        return shard(x_BTD + y_BTD, "batch", None, None), stats
+
+
+class Llama(nn.Module):
+    """tokens [B, T], segments [B, T] (0 = padding, equal = same document) -> (final hidden states [B, T, D], {run: RoutingStats}).
+
+    Each run's stats have a leading layer axis; dense runs have no entry. Multiply by `head_kernel(params)` for logits.
+    The "routing" rng makes sample_top1 sample; without it routing is deterministic. step: the training step, for its temperature.
+    """
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, segments: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, dict[str, RoutingStats]]:
+        c = self.config
+        step = jnp.asarray(step)
+        x_BTD = Embed(c.vocab_size, c.d_model, name="embed")(tokens).astype(self.compute.dtype)
+        if not c.tied_head:
+            Head(c.vocab_size, c.d_model, name="head")()
+        stats: dict[str, RoutingStats] = {}
+        for name, length, spec in c.runs():
+            block = Block
+            if self.compute.remat != "none":
+                block = nn.remat(Block, policy=REMAT[self.compute.remat], prevent_cse=False)
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "routing": True},
+                in_axes=(nn.broadcast, nn.broadcast),
+                length=length,
+                unroll=min(self.compute.unroll, length),
+                metadata_params={nn.PARTITION_NAME: "layer"},
+            )
+            x_BTD, run_stats = stack(c, self.compute, spec, name=name)(x_BTD, segments, step)
+            if run_stats is not None:
+                stats[name] = run_stats
+        return RMSNorm(c.norm_eps, name="final_norm")(x_BTD), stats
+
+
+def head_kernel(params: Params) -> jax.Array:
+    """[D, V]: the output projection, or the embedding transposed when the head is tied."""
+    return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
+
+
+def logits(params: Params, hidden_BTD: jax.Array) -> jax.Array:
+    """[B, T, V] in float32. For a few positions; the training loss works in chunks instead."""
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_kernel(params).astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Shapes of the parameters with their logical axis names (boxed), without computing anything."""
+    model = Llama(config, ComputeConfig(dtype="float32"))
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random parameters, float32, every kernel normal(0.02). A function of (config, key) alone, whatever the mesh."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    return nn.unbox(Llama(config, ComputeConfig(dtype="float32")).init(key, tokens, tokens)["params"])
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """(all, active for one token): active counts k of the E experts, and the whole router."""
+    shapes = nn.unbox(abstract_params(config))
+    specs = {name: spec for name, _, spec in config.runs()}
+    total = active = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        names = [str(key.key) for key in path]
+        total += leaf.size
+        spec = specs.get(names[0], LayerSpec())
+        is_expert = spec.experts and names[1] == "ffn" and names[-1] != "router"
+        active += leaf.size * spec.k // spec.experts if is_expert else leaf.size
+    return total, active

@@ -1,0 +1,57 @@
+"""The Mixture-of-Experts feed-forward block: one router for the whole SwiGLU (BTX section 3.2). Shape legend: layers.py."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from btx_jax.config import ComputeConfig, LayerSpec
+from btx_jax.models.layers import normal_param, swiglu
+from btx_jax.models.ragged import ragged_experts
+from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics
+from btx_jax.parallel.sharding import shard
+
+
+def einsum_experts(x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate_EDF, up_EDF, down_EFD) -> tuple[jax.Array, jax.Array]:
+    """GShard dispatch with a capacity: (y_GSD, share of claims dropped). Two all-to-alls when experts are spread over the mesh."""
+    _, tokens, d_model = x_GSD.shape
+    experts = gate_EDF.shape[0]
+    dispatch_GSEC, combine_GSEC, dropped = place(choice, experts, capacity(tokens, experts, k, factor))
+    x_GSD = shard(x_GSD, "group", None, None)
+    x_EGCD = jnp.einsum("gsd,gsec->egcd", x_GSD, dispatch_GSEC.astype(x_GSD.dtype))
+    x_EGCD = shard(x_EGCD, "expert", "expert_group", None, None)
+    y_EMD = swiglu(x_EGCD.reshape(experts, -1, d_model), gate_EDF, up_EDF, down_EFD)
+    y_EGCD = shard(y_EMD.reshape(x_EGCD.shape), "expert", "expert_group", None, None)
+    y_GSD = jnp.einsum("egcd,gsec->gsd", y_EGCD, combine_GSEC.astype(x_GSD.dtype))
+    return shard(y_GSD, "group", None, None), dropped
+
+
+class MoEFeedForward(nn.Module):
+    """x [B, T, D] -> (y [B, T, D], RoutingStats). valid [B, T]: False where padding is, which is neither routed nor counted."""
+
+    d_ff: int
+    spec: LayerSpec
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, step: jax.Array) -> tuple[jax.Array, RoutingStats]:
+        _, length, d_model = x_BTD.shape
+        experts, d_ff = self.spec.experts, self.d_ff
+        router_DE = normal_param(self, "router", (d_model, experts), ("embed", "router"))
+        gate_EDF = normal_param(self, "gate", (experts, d_model, d_ff), ("expert", "embed", "hidden"))
+        up_EDF = normal_param(self, "up", (experts, d_model, d_ff), ("expert", "embed", "hidden"))
+        down_EFD = normal_param(self, "down", (experts, d_ff, d_model), ("expert", "hidden", "embed"))
+        weights = [w.astype(x_BTD.dtype) for w in (gate_EDF, up_EDF, down_EFD)]
+
+        tokens = min(self.compute.group_size, length)
+        x_GSD = x_BTD.reshape(-1, tokens, d_model)
+        valid_GS = valid_BT.reshape(-1, tokens)
+        logits_GSE = jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
+        sample_key = self.make_rng("routing") if self.has_rng("routing") else None
+        choice = route(logits_GSE, valid_GS, self.spec, sample_key, step)
+        if self.compute.dispatch == "einsum":
+            y_GSD, dropped = einsum_experts(x_GSD, choice, self.spec.k, self.compute.capacity_factor, *weights)
+        else:
+            flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+            y_GSD = ragged_experts(flat(x_GSD), flat(choice.gate_GSK), flat(choice.index_GSK), *weights)
+            dropped = jnp.zeros(())
+        return y_GSD.reshape(x_BTD.shape), statistics(logits_GSE, choice, valid_GS, dropped)

@@ -1,0 +1,48 @@
+"""The files that every stage keeps in its directory: config.json while it runs, done.json when it has finished."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from btx_jax.config import Config, differences, to_dict
+from btx_jax.errors import UserError
+
+CONFIG, DONE = "config.json", "done.json"
+
+# A resumed run may change where and how often, not what it computes.
+RESUMABLE = ("mesh.", "checkpoint.")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(path)
+
+
+def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """Write the resolved config on the first run; on a later one check that it is the same. Returns done.json if finished.
+
+    Raises UserError, with the differences, when the directory belongs to a run with another config.
+    """
+    new = to_dict(config)
+    path = workdir / CONFIG
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            changed = [d for d in differences(json.loads(path.read_text(encoding="utf-8")), new) if not d.startswith(RESUMABLE)]
+            if changed:
+                raise UserError(
+                    f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose another --workdir or undo the change"
+                )
+        write_json(path, new)
+    except OSError as error:
+        raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
+    done = workdir / DONE
+    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+
+
+def finish(workdir: Path, **results: Any) -> None:
+    """Mark the stage as finished, with what later stages want to know about it."""
+    write_json(workdir / DONE, results)

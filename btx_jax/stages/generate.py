@@ -1,0 +1,22 @@
+"""Generate: sample text from a checkpoint."""
+
+from btx_jax.checkpoints.training_state import find_checkpoint, load_params
+from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.errors import UserError
+from btx_jax.evaluation.sampling import generate
+
+
+def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
+    """The prompt's continuation. Raises UserError when prompt and continuation do not fit the model's context."""
+    found = find_checkpoint(checkpoint)
+    tokenizer = load_tokenizer(found.tokenizer)
+    ids = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(prompt)
+    if not ids:
+        raise UserError("--prompt: empty, and the tokenizer has no BOS to start from")
+    context = found.about.model.context
+    if len(ids) + max_tokens > context:
+        raise UserError(f"--max_tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {context}; lower it")
+    new = generate(
+        found.about.model, load_params(found), ids, max_tokens, temperature=temperature, top_p=top_p, seed=seed, eos=tokenizer.eos
+    )
+    return tokenizer.decode(new)

@@ -1,0 +1,66 @@
+"""Mix: N dense checkpoints -> one MoE checkpoint (step 0), by Branch-Train-MiX; one checkpoint copied N times is sparse upcycling."""
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+import jax
+from flax import linen as nn
+
+from btx_jax.checkpoints.training_state import About, Checkpoints, find_checkpoint, load_params
+from btx_jax.config import CheckpointConfig, Config, ConfigError, MoEConfig, differences, to_dict
+from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
+from btx_jax.mixing.mix import mix_params, restack
+from btx_jax.mixing.router import normal_routers
+from btx_jax.models.llama import abstract_params
+from btx_jax.parallel.sharding import make_mesh, param_shardings
+from btx_jax.reporting.workdir import claim, finish
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, workdir: Path) -> None:
+    assert config.mix and config.mesh
+    start = time.monotonic()
+    if claim(workdir, config) is not None:
+        log.info("%s: already finished", workdir)
+        return
+    mix = config.mix
+    sources = [find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)]
+    first = sources[0]
+    tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
+    for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
+        if changed := differences(to_dict(first.about.model), to_dict(source.about.model)):
+            raise ConfigError(f"config.mix.experts[{i}]: another model than experts[0]: {'; '.join(changed)}")
+        if tokenizer_sha256(tokenizer) != tokenizer_sha256(tokenizers[0]):
+            raise ConfigError(f"config.mix.experts[{i}]: {tokenizer.path} is another tokenizer than {tokenizers[0].path}")
+    if first.about.model.moe:
+        raise ConfigError(f"config.mix.experts[0]: {first.path} is a mixture already; mix dense checkpoints")
+
+    experts = len(sources) * mix.copies
+    moe = MoEConfig((experts,) * first.about.model.layers, mix.k, mix.routing, mix.first_routing)
+    model = dataclasses.replace(first.about.model, moe=moe)
+    mesh = make_mesh(config.mesh.shape(jax.device_count()))
+    dense = abstract_params(first.about.model)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(dense), param_shardings(dense, mesh))
+
+    def mixed(models, key):
+        runs = model.runs()
+        models = [restack(params, [length for _, length, _ in runs]) for params in models]
+        routers = normal_routers(key, [(name, length, spec.experts) for name, length, spec in runs], model.d_model, mix.router_std)
+        return mix_params([params for params in models for _ in range(mix.copies)], routers)
+
+    log.info("mixing %d experts from %d checkpoints", experts, len(sources))
+    with jax.set_mesh(mesh):
+        mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
+        params = mix_jit([load_params(source, abstract) for source in sources], jax.random.key(config.rng_seed))
+    history = {run: counts for source in sources for run, counts in source.about.history.items()}
+    copy_tokenizer(tokenizers[0], workdir / "tokenizer")
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    try:
+        if checkpoints.latest_step() is None:
+            checkpoints.save(About(model, 0, history), params)
+    finally:
+        checkpoints.close()
+    finish(workdir, seconds=time.monotonic() - start, experts=[str(source.path) for source in sources for _ in range(mix.copies)])

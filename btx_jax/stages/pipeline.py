@@ -1,0 +1,78 @@
+"""Pipeline: stages in order of their needs. Finished ones are skipped, interrupted ones resume, and a failed branch stops only what
+needs it. Each stage runs in WORKDIR/NAME; what a report stage writes is copied to WORKDIR."""
+
+import dataclasses
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from btx_jax import stages
+from btx_jax.config import Config, ConfigError, PipelineStage, from_dict, to_dict
+from btx_jax.errors import UserError
+from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, workdir: Path) -> None:
+    assert config.pipeline
+    start = time.monotonic()
+    order = in_order(config.pipeline)
+    resolved = {name: resolve(name, config.pipeline[name], config, workdir) for name in order}
+    claim(workdir, config)
+    failed: dict[str, str] = {}
+    for number, name in enumerate(order, start=1):
+        if blocked := [need for need in config.pipeline[name].needs if need in failed]:
+            failed[name] = f"needs {blocked[0]}"
+            continue
+        finished = (workdir / name / DONE).exists()
+        log.info("[%d/%d] %s%s", number, len(order), name, ": already finished" if finished else "")
+        if finished:
+            continue
+        try:
+            stages.run(resolved[name], workdir / name)
+        except Exception as error:  # a branch that fails must not take the others with it; the error is told below
+            if not isinstance(error, UserError):
+                log.exception("stage %s failed", name)
+            failed[name] = str(error) or type(error).__name__
+            log.error("%s failed: %s", name, failed[name])
+    if failed:
+        told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        raise UserError(f"{len(failed)} of {len(order)} stages did not finish ({told}); run the same command again to go on")
+    for name in (name for name in order if resolved[name].stage == "report"):
+        for file in (workdir / name).glob("*.*"):
+            if file.name not in (CONFIG, DONE):
+                shutil.copyfile(file, workdir / file.name)
+                log.info("wrote %s", workdir / file.name)
+    finish(workdir, seconds=time.monotonic() - start)
+
+
+def in_order(pipeline: Any) -> list[str]:
+    """Stage names, each after its needs, otherwise as listed. Raises ConfigError on a circle."""
+    order: list[str] = []
+    while len(order) < len(pipeline):
+        ready = [name for name, stage in pipeline.items() if name not in order and all(need in order for need in stage.needs)]
+        if not ready:
+            raise ConfigError(f"config.pipeline: {', '.join(sorted(set(pipeline) - set(order)))} need each other in a circle")
+        order.append(ready[0])
+    return order
+
+
+def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> Config:
+    """The stage's config with `@NAME` replaced by directories and the pipeline's rng_seed. Raises ConfigError for an @NAME not in needs."""
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replace(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [replace(item) for item in value]
+        if isinstance(value, str) and value.startswith("@"):
+            if value[1:] not in stage.needs:
+                raise ConfigError(f"config.pipeline.{name}: uses {value}, which is not among its needs: {', '.join(stage.needs) or 'none'}")
+            return str(workdir / value[1:])
+        return value
+
+    parsed = from_dict(Config, replace(to_dict(stage.config)), f"config.pipeline.{name}.config")
+    return dataclasses.replace(parsed, rng_seed=config.rng_seed)

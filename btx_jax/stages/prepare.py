@@ -1,0 +1,32 @@
+"""Prepare: build demo corpora and tokenizer where asked for, tokenise and pack all text of the config, print the counts."""
+
+import logging
+import time
+from pathlib import Path
+
+from btx_jax.checkpoints.training_state import find_checkpoint
+from btx_jax.config import Config
+from btx_jax.data.prepare import prepare, resolve_tokenizer
+from btx_jax.reporting.workdir import claim, finish
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, workdir: Path) -> None:
+    assert config.data
+    start = time.monotonic()
+    if claim(workdir, config) is not None:
+        log.info("%s: already finished", workdir)
+        return
+    init = find_checkpoint(config.init, "config.init") if config.init else None
+    tokenizer = resolve_tokenizer(config.data, init.tokenizer if init else None)
+    manifests = {}
+    for domain in prepare(config.data.train, config.data, tokenizer, "config.data.train"):
+        manifests[domain.name] = [source.manifest for source in domain.sources]
+        for source in domain.sources:
+            train, heldout = (source.manifest["splits"][split] for split in ("train", "heldout"))
+            log.info(
+                "%s: %s: %d documents, %d tokens to train on; %d documents, %d tokens held out",
+                domain.name, source.manifest["source"], train["documents"], train["tokens"], heldout["documents"], heldout["tokens"],
+            )  # fmt: skip
+    finish(workdir, seconds=time.monotonic() - start, domains=manifests)

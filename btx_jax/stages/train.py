@@ -1,0 +1,239 @@
+"""Train: one loop for seed, experts, dense continuation and MoE finetune. Writes checkpoints, metrics and done.json.
+
+The order of a run: 1. claim the directory, 2. model and where it starts, 3. mesh and checks, 4. data, 5. compile, 6. state (resumed,
+from a checkpoint, or random), 7. the loop, 8. done.json.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from btx_jax.checkpoints.training_state import About, Checkpoint, Checkpoints, find_checkpoint, load_params
+from btx_jax.config import ComputeConfig, Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig, differences, to_dict
+from btx_jax.data.mixture import heldout_batches, training_batches
+from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer
+from btx_jax.errors import UserError
+from btx_jax.evaluation.heldout import heldout_loss, make_heldout_step
+from btx_jax.parallel.hosts import is_first
+from btx_jax.parallel.sharding import batch_sharding, make_mesh
+from btx_jax.reporting.metrics import MetricsWriter
+from btx_jax.reporting.workdir import claim, finish
+from btx_jax.training.flops import peak_flops_per_device, train_flops
+from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
+
+SCRATCH = "scratch"
+
+log = logging.getLogger(__name__)
+
+
+class Preempted(SystemExit):
+    """SIGTERM was received and the step it fell into is saved. Exit status 143, as for any program ended by it."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+def run(config: Config, workdir: Path) -> None:
+    assert config.train and config.data and config.compute and config.mesh and config.checkpoint
+    start = time.monotonic()
+    if claim(workdir, config) is not None:
+        log.info("%s: already finished", workdir)
+        return
+
+    init, model = starting_point(config)
+    mesh = checked_mesh(config.mesh, config.train, config.data, config.compute, model)
+
+    tokenizer = resolve_tokenizer(config.data, init.tokenizer if init else None)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(f"config.model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} pieces")
+    domains = prepare(config.data.train, config.data, tokenizer, "config.data.train")
+    heldout = prepare(config.data.heldout, config.data, tokenizer, "config.data.heldout") if config.data.heldout else domains
+    if is_first():
+        copy_tokenizer(tokenizer, workdir / "tokenizer")
+    batches = training_batches(domains, config.train.batch_size, config.rng_seed, jax.process_index(), jax.process_count())
+
+    log.info("compiling the step of %s", workdir.name)
+    train_step = make_train_step(model, config.compute, config.train, mesh, config.data.sequence_length)
+
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    try:
+        state = start_state(config, model, mesh, init, checkpoints, batches)
+        evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
+        loop = Loop(config, workdir, model, mesh, checkpoints, init.about.history if init else {})
+        state = loop.run(state, batches, train_step, evaluate)
+    finally:
+        checkpoints.close()
+    finish(workdir, seconds=time.monotonic() - start, steps=int(state.step))
+
+
+def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
+    """(checkpoint or None, model). Raises ConfigError when the config's model is not the checkpoint's, or neither is there."""
+    if not config.init:
+        raise ConfigError(f"config.init: not set; name the checkpoint to start from, or {SCRATCH!r} for random parameters")
+    if config.init == SCRATCH:
+        if config.model is None:
+            raise ConfigError("config.model: missing, and config.init='scratch' needs it")
+        return None, config.model
+    init = find_checkpoint(config.init, "config.init")
+    if config.model is not None and (changed := differences(to_dict(init.about.model), to_dict(config.model))):
+        raise ConfigError(f"config.model: is not the model of {config.init}: {'; '.join(changed)}; choose the config for that model")
+    return init, init.about.model
+
+
+def checked_mesh(mesh: MeshConfig, train: TrainConfig, data: DataConfig, compute: ComputeConfig, model: ModelConfig) -> Mesh:
+    """The mesh, once everything that must divide does. Raises ConfigError naming the key."""
+    shape = mesh.shape(jax.device_count())
+    shards = math.prod(shape[:3])
+    if (train.batch_size // train.accumulate) % shards:
+        raise ConfigError(
+            f"config.train.batch_size={train.batch_size}: its micro-batches of {train.batch_size // train.accumulate} do not divide "
+            f"over the {shards} devices of data x fsdp x expert; use a multiple of {shards * train.accumulate}"
+        )
+    if data.sequence_length > model.context:
+        raise ConfigError(f"config.data.sequence_length={data.sequence_length}: longer than config.model.context={model.context}")
+    if model.moe and compute.group_size < data.sequence_length and data.sequence_length % compute.group_size:
+        raise ConfigError(
+            f"config.compute.group_size={compute.group_size}: does not divide config.data.sequence_length={data.sequence_length}"
+        )
+    made = make_mesh(shape)
+    state_shardings(model, train, made)  # raises for a dimension that does not divide
+    return made
+
+
+def start_state(
+    config: Config, model: ModelConfig, mesh: Mesh, init: Checkpoint | None, checkpoints: Checkpoints, batches: Any
+) -> TrainState:
+    """The run's own latest checkpoint (and its place in the data), else the init checkpoint's parameters, else random ones."""
+    assert config.train
+    abstract, _ = state_shardings(model, config.train, mesh)
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        params, opt_state, data = checkpoints.restore(latest, abstract.params, abstract.opt_state)
+        batches.set_state(data)
+        log.info("resuming at step %d", latest)
+        return TrainState(jax.device_put(np.int32(latest), abstract.step.sharding), params, opt_state)
+    if init is not None:
+        return init_state(model, config.train, mesh, params=load_params(init, abstract.params))
+    return init_state(model, config.train, mesh, key=jax.random.key(config.rng_seed))
+
+
+def make_evaluation(
+    model: ModelConfig, config: Config, mesh: Mesh, domains: tuple[PreparedDomain, ...], tokenizer: Tokenizer
+) -> Callable[[Any], dict[str, Any]] | None:
+    """params -> {domain: {nats_per_token, bits_per_byte}}, or None when the config asks for none."""
+    assert config.train and config.data and config.compute
+    train, data = config.train, config.data
+    if not train.eval_every:
+        return None
+    for domain in domains:
+        if not any(source.rows("heldout") for source in domain.sources):
+            log.warning("domain %r has no held-out document: its held-out loss is left out", domain.name)
+    step = make_heldout_step(model, config.compute, mesh, train.batch_size, data.sequence_length, tokenizer.eos)
+
+    def evaluate(params: Any) -> dict[str, Any]:
+        losses = {d.name: heldout_loss(step, params, heldout_batches(d, train.batch_size, train.eval_rows), mesh) for d in domains}
+        return {name: {"nats_per_token": x.nats_per_token, "bits_per_byte": x.bits_per_byte} for name, x in losses.items() if x}
+
+    return evaluate
+
+
+class Loop:
+    """Steps, metrics one step late, checkpoints, and a clean end on SIGTERM or a non-finite loss."""
+
+    def __init__(self, config: Config, workdir: Path, model: ModelConfig, mesh: Mesh, checkpoints: Checkpoints, history: dict[str, Any]):
+        assert config.train and config.checkpoint and config.data
+        self.train, self.every, self.mesh, self.model = config.train, config.checkpoint.every, mesh, model
+        self.workdir, self.checkpoints, self.history = workdir, checkpoints, history
+        self.key = jax.random.key(config.rng_seed)
+        self.last_saved = checkpoints.latest_step() or 0
+        identity = json.dumps([to_dict(config), sorted(history)], sort_keys=True)
+        self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        self.tokens_per_step = config.train.batch_size * config.data.sequence_length
+
+    def run(self, state: TrainState, batches: Iterator[Any], train_step: Any, evaluate: Any) -> TrainState:
+        train, first = self.train, int(state.step)
+        self.writer = MetricsWriter(self.workdir, first, enabled=is_first())
+        progress = tqdm(total=train.steps, initial=first, desc=self.workdir.name, unit="step", disable=not is_first())
+        sharding = batch_sharding(self.mesh)
+        pending: tuple[int, Metrics] | None = None
+        self.clock = time.perf_counter()
+        with sigterm_flag() as stop, progress:
+            for step in range(first + 1, train.steps + 1):
+                local = next(batches)
+                batch = {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}
+                state, metrics = train_step(state, batch, self.key)
+                if pending:  # read while the device works on this step
+                    self.log(*pending, progress)
+                pending = (step, metrics)
+                evaluating = evaluate and (step % train.eval_every == 0 or step == train.steps)
+                saving = step % self.every == 0 or step == train.steps or stop()
+                if evaluating or saving:
+                    self.log(*pending, progress)
+                    pending = None
+                if saving:
+                    self.save(step, state, batches)
+                if evaluating:
+                    self.writer.write(step, {"heldout": evaluate(state.params)})
+                    self.clock = time.perf_counter()
+                if stop() and step < train.steps:
+                    self.checkpoints.wait()
+                    self.writer.close()
+                    log.warning("SIGTERM: saved step %d; run the same command to go on", step)
+                    raise Preempted
+        self.checkpoints.wait()
+        self.writer.close()
+        return state
+
+    def save(self, step: int, state: TrainState, batches: Any) -> None:
+        tokens = step * self.tokens_per_step
+        history = {**self.history, self.run_id: {"tokens": tokens, "flops": train_flops(self.model, tokens)}}
+        self.checkpoints.save(About(self.model, step, history), state.params, state.opt_state, batches.get_state())
+        self.last_saved = step
+
+    def log(self, step: int, metrics: Metrics, progress: tqdm) -> None:
+        """Write one step's metrics. Raises UserError when its loss or gradient is not finite: nothing later is saved."""
+        values = jax.device_get(metrics)
+        now = time.perf_counter()
+        rate = self.tokens_per_step / (now - self.clock)
+        self.clock = now
+        line: dict[str, Any] = {name: float(getattr(values, name)) for name in Metrics._fields if name != "routing"}
+        peak = peak_flops_per_device() * jax.device_count()
+        line |= {"tokens_per_second": rate, "mfu": train_flops(self.model, 1) * rate / peak}
+        if values.routing:
+            layers = [stats for _, stats in sorted(values.routing.items(), key=lambda item: int(item[0].rpartition("_")[2]))]
+            line["routing"] = {
+                name.removesuffix("_E"): [layer for run in layers for layer in getattr(run, name).tolist()] for name in layers[0]._fields
+            }
+        self.writer.write(step, line)
+        if not all(math.isfinite(line[name]) for name in ("loss", "grad_norm")):
+            saved = f"the checkpoint of step {self.last_saved} is good" if self.last_saved else "no checkpoint was saved yet"
+            raise UserError(
+                f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite; {saved}; "
+                "lower config.train.learning_rate or look at the data of this step"
+            )
+        progress.update(1)
+        progress.set_postfix(loss=f"{line['lm_loss']:.3f}", tok_s=f"{rate:.0f}", refresh=False)
+
+
+@contextmanager
+def sigterm_flag() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM ends nothing; the yielded function tells whether one came."""
+    came = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

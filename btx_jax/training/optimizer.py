@@ -1,0 +1,34 @@
+"""AdamW with the schedule of the paper."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from btx_jax.config import TrainConfig
+
+
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up to learning_rate over warmup_steps, then cosine to final_lr_fraction of it at the last step (BTX section 4)."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / max(config.warmup_steps, 1),
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(config.steps, config.warmup_steps + 1),
+        end_value=config.learning_rate * config.final_lr_fraction,
+    )
+
+
+def decayed(params: Any) -> Any:
+    """Tree of bools: every kernel and the embedding are decayed, norm scales are not."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config), config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed, mu_dtype=jnp.float32
+        ),
+    )

@@ -1,0 +1,142 @@
+"""One optimizer step, compiled under a mesh. Shape legend: models/layers.py."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from btx_jax.config import ComputeConfig, ModelConfig, TrainConfig
+from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel, init_params
+from btx_jax.models.routing import RoutingStats
+from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
+from btx_jax.training.losses import cross_entropy, next_token_targets
+from btx_jax.training.optimizer import make_optimizer, schedule
+
+Batch = Mapping[str, jax.Array]  # tokens, segments: [batch, sequence + 1] int32; segment 0 is padding
+
+
+class TrainState(NamedTuple):
+    step: Any  # [], int32: optimizer steps done; Any, since shardings and shapes travel in the same structure
+    params: Params
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """Of one step, over the global batch. Losses in nats; balance and z are unweighted sums over layers.
+
+    routing: run name -> RoutingStats with a leading layer axis, averaged over micro-batches.
+    """
+
+    loss: jax.Array
+    lm_loss: jax.Array
+    balance_loss: jax.Array
+    z_loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    tokens: jax.Array
+    routing: dict[str, RoutingStats]
+
+
+def loss_function(
+    params: Params, batch: Batch, model: Llama, train: TrainConfig, targets: jax.Array, step: jax.Array, key: jax.Array | None
+):
+    """LM loss of one micro-batch as its share of `targets` (all targets of the step), plus the auxiliary losses."""
+    inputs, segments, labels, mask = next_token_targets(batch["tokens"], batch["segments"])
+    rngs = {} if key is None else {"routing": key}
+    hidden, routing = model.apply({"params": params}, inputs, segments, step, rngs=rngs)
+    nll = cross_entropy(hidden, head_kernel(params), labels, mask, model.compute.loss_chunk)
+    lm_loss = nll / targets
+    balance = sum((stats.balance_loss.sum() for stats in routing.values()), jnp.zeros(()))
+    z = sum((stats.z_loss.sum() for stats in routing.values()), jnp.zeros(()))
+    loss = lm_loss + (train.balance_weight * balance + train.z_loss_weight * z) / train.accumulate
+    return loss, (lm_loss, balance, z, routing)
+
+
+def gradients(params: Params, batch: Batch, model: Llama, train: TrainConfig, step: jax.Array, key: jax.Array):
+    """(grads, loss, lm_loss, balance, z, routing) over `accumulate` micro-batches, equal to one big batch for the LM loss.
+
+    The auxiliary losses are means over micro-batches: a balance loss is not linear in its batch.
+    """
+    targets = jnp.maximum(next_token_targets(batch["tokens"], batch["segments"])[3].sum(), 1)
+    grad = jax.value_and_grad(loss_function, has_aux=True)
+    n = train.accumulate
+
+    def one(micro_batch, index):
+        (loss, aux), grads = grad(params, micro_batch, model, train, targets, step, jax.random.fold_in(key, index))
+        return grads, loss, *aux
+
+    if n == 1:
+        return (*one(batch, 0), targets)
+    # [n, B / n, T]: micro-batch i takes every n-th row, so that each is spread over all devices
+    micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+    first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), 0))
+
+    def body(total, xs):
+        return jax.tree.map(jnp.add, total, one(*xs)), None
+
+    (grads, loss, lm_loss, *means), _ = jax.lax.scan(body, first, (micro, jnp.arange(n)))
+    balance, z, routing = jax.tree.map(lambda x: x / n, means)
+    return grads, loss, lm_loss, balance, z, routing, targets
+
+
+def state_shardings(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """(abstract TrainState, its shardings): moments lie where their parameters lie."""
+    boxed = abstract_params(model)
+    shapes, params = nn.unbox(boxed), param_shardings(boxed, mesh)
+    optimizer = make_optimizer(train)
+    abstract_opt = jax.eval_shape(optimizer.init, shapes)
+    opt = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, sharding: sharding, abstract_opt, params, transform_non_params=lambda _: replicated(mesh)
+    )
+    abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, abstract_opt)
+    shardings = TrainState(replicated(mesh), params, opt)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings), shardings
+
+
+def init_state(
+    model: ModelConfig, train: TrainConfig, mesh: Mesh, key: jax.Array | None = None, params: Params | None = None
+) -> TrainState:
+    """Step 0: random parameters from `key`, or the given ones; zero moments. Laid out on the mesh from the start."""
+    _, shardings = state_shardings(model, train, mesh)
+    optimizer = make_optimizer(train)
+    with jax.set_mesh(mesh):
+        if params is None:
+            assert key is not None
+            params = jax.jit(functools.partial(init_params, model), out_shardings=shardings.params)(key)
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)), params, opt_state)
+
+
+@functools.lru_cache(maxsize=8)
+def make_train_step(
+    model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """(state, batch, key) -> (state, Metrics), compiled. The state is donated.
+
+    Compiled here, under the mesh: a jitted function called outside it would silently lose every activation constraint.
+    Equal arguments return the same program, so that branches of a pipeline compile once.
+    """
+    return lower_train_step(model, compute, train, mesh, sequence_length).compile()
+
+
+def lower_train_step(model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int):
+    llama, optimizer, rate = Llama(model, compute), make_optimizer(train), schedule(train)
+
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        grads, loss, lm_loss, balance, z, routing, targets = gradients(state.params, batch, llama, train, state.step, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = Metrics(loss, lm_loss, balance, z, optax.global_norm(grads), rate(state.step), targets, routing)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    abstract, shardings = state_shardings(model, train, mesh)
+    rows = jax.ShapeDtypeStruct((train.batch_size, sequence_length + 1), jnp.int32, sharding=batch_sharding(mesh))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        return step.lower(abstract, {"tokens": rows, "segments": rows}, key)

@@ -1,0 +1,14 @@
+"""Evaluate: held-out loss of every model on every domain.
+
+    python -m btx_jax.launch --config=configs/evaluate.py:tiny
+    python -m btx_jax.launch --config=configs/evaluate.py:tiny --config.evaluate.models.seed=CHECKPOINT
+
+Cost: forward passes over the held-out text; under a minute at `:tiny`.
+Expected: runs/evaluate_tiny/results.json.
+"""
+
+from btx_jax import recipes
+
+
+def get_config(size: str = "llama2_7b"):
+    return recipes.evaluate(size)

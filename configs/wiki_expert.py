@@ -1,0 +1,14 @@
+"""Knowledge expert: the seed continued on Wikipedia (BTX section 4.1); tiny, on the World Factbook.
+
+    python -m btx_jax.launch --config=configs/wiki_expert.py --config.init=CHECKPOINT
+    python -m btx_jax.launch --config=configs/wiki_expert.py:tiny --config.init=runs/seed_tiny
+
+Cost: unadorned 42B tokens, 1.7e21 FLOPs; `:tiny` a minute on 2 cores.
+Expected: held-out text of the domain well below the seed's.
+"""
+
+from btx_jax import recipes
+
+
+def get_config(size: str = "llama2_7b"):
+    return recipes.expert("wiki", size)
