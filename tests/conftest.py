@@ -1,0 +1,46 @@
+"""Eight simulated devices for the whole test process; whatever wants one device takes the first."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+from pathlib import Path
+
+import pytest
+
+from btx_jax.data.tokenizers import load_tokenizer, train_sentencepiece
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the a of to in is was and river mountain x y z def return 1 2 3 4 5 6 7 8 9 0 + - = print code paper city".split()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Small documents of random words, different for every seed."""
+    import random
+
+    rng = random.Random(seed)
+    return [f"Document {seed}-{i}. " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) + ".\n" for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_sentencepiece(sentences(300), 320, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file: Path):
+    return load_tokenizer(tokenizer_file)
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    from btx_jax.parallel.sharding import make_mesh
+
+    return make_mesh((1, 1, 1, 1), jax.devices()[:1])

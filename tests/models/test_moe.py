@@ -1,0 +1,82 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from btx_jax.config import ComputeConfig, LayerSpec
+from btx_jax.models import ragged
+from btx_jax.models.moe import MoEFeedForward, einsum_experts
+from btx_jax.models.ragged import ragged_experts
+from btx_jax.models.routing import route
+from tests import reference
+
+D, F, E = 16, 24, 4
+
+
+def expert_weights(seed=1, experts=E):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return [jax.random.normal(k, s) / 4 for k, s in zip(keys, [(experts, D, F), (experts, D, F), (experts, F, D)], strict=True)]
+
+
+@pytest.mark.parametrize("spec", [LayerSpec(E, 1, "top_k"), LayerSpec(E, 2, "top_k"), LayerSpec(E, 1, "switch"), LayerSpec(E, E, "soft")])
+@pytest.mark.parametrize("block", [8, 128])
+def test_einsum_equals_ragged_equals_a_loop_over_experts(spec, block, monkeypatch):
+    monkeypatch.setattr(ragged, "BLOCK", block)
+    x = jax.random.normal(jax.random.key(0), (3, 32, D))
+    router = jax.random.normal(jax.random.key(2), (D, E))
+    valid = jnp.arange(32)[None] < jnp.array([32, 20, 1])[:, None]
+    probe = jax.random.normal(jax.random.key(3), (3, 32, D))
+
+    def run(method):
+        def value(x, router, *weights):
+            choice = route(x @ router, valid, spec, None, jnp.int32(0))
+            flat = [a.reshape(-1, a.shape[-1]) for a in (x, choice.gate_GSK, choice.index_GSK)]
+            if method == "einsum":
+                y, dropped = einsum_experts(x, choice, spec.k, E / spec.k, *weights)
+                dropped_too = dropped * 0 + y
+            elif method == "ragged":
+                dropped_too = ragged_experts(*flat, *weights).reshape(x.shape)
+            else:
+                dropped_too = reference.loop_over_experts(*flat, *weights).reshape(x.shape)
+            return (dropped_too * probe).sum(), dropped_too
+
+        grads, y = jax.jit(jax.grad(value, argnums=range(5), has_aux=True))(x, router, *expert_weights())
+        return [y, *grads]
+
+    want = run("loop")
+    for method in ("einsum", "ragged"):
+        for name, got, expected in zip(("y", "x", "router", "gate", "up", "down"), run(method), want, strict=True):
+            np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-4, err_msg=f"{method}: {name}")
+
+
+def test_the_accelerator_path_of_ragged_equals_the_cpu_path(monkeypatch):
+    """`platform_dependent` picks ragged_dot elsewhere; here its branch is run on purpose."""
+    x = jax.random.normal(jax.random.key(0), (40, D))
+    index = jax.random.randint(jax.random.key(1), (40, 2), 0, E + 1)  # some padding (index E)
+    gate = jnp.where(index < E, 0.5, 0)
+
+    def run(branch):
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: {"cpu": cpu, "default": default}[branch](*args))
+        f = lambda x, *w: (ragged_experts(x, gate, index, *w) ** 2).sum()  # noqa: E731
+        return jax.value_and_grad(f, argnums=range(4))(x, *expert_weights())
+
+    for a, b in zip(jax.tree.leaves(run("cpu")), jax.tree.leaves(run("default")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_one_router_serves_the_whole_feed_forward_block():
+    module = MoEFeedForward(F, LayerSpec(E, 2, "top_k"), ComputeConfig(dtype="float32"))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, D)), jnp.ones((1, 8), bool), jnp.int32(0))["params"]
+    assert {k: v.value.shape for k, v in shapes.items()} == {"router": (D, E), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+
+
+def test_a_crowded_expert_drops_tokens_under_einsum_and_none_under_ragged():
+    compute = ComputeConfig(dtype="float32", capacity_factor=1.0, group_size=16)
+    x = jnp.ones((2, 32, D))  # equal tokens all choose the same experts
+    for dispatch, dropped in (("einsum", 0.5), ("ragged", 0.0)):
+        module = MoEFeedForward(F, LayerSpec(E, 2, "top_k"), dataclasses.replace(compute, dispatch=dispatch))
+        variables = module.init(jax.random.key(0), x, jnp.ones((2, 32), bool), jnp.int32(0))
+        _, stats = module.apply(variables, x, jnp.ones((2, 32), bool), jnp.int32(0))
+        assert float(stats.dropped) == pytest.approx(dropped)

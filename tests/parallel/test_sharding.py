@@ -1,0 +1,102 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from btx_jax.config import ComputeConfig, MoEConfig, TrainConfig
+from btx_jax.errors import UserError
+from btx_jax.models.llama import abstract_params
+from btx_jax.parallel.sharding import MESH_AXES, make_mesh, param_shardings, resolve, shard
+from btx_jax.training.step import init_state, lower_train_step, make_train_step
+from tests.models.test_llama import TINY
+
+MODEL = dataclasses.replace(TINY, moe=MoEConfig((4, 4, 4)))
+COMPUTE = ComputeConfig(dtype="float32", remat="full", capacity_factor=2.0, group_size=16, loss_chunk=32)
+TRAIN = TrainConfig(steps=10, batch_size=8, warmup_steps=0, learning_rate=1e-2)
+
+
+def batch_of(seed=0, length=32):
+    tokens = jax.random.randint(jax.random.key(seed), (8, length + 1), 0, 64, jnp.int32)
+    segments = jnp.ones_like(tokens).at[3, 20:].set(2).at[5, 10:].set(0)
+    return {"tokens": tokens, "segments": segments}
+
+
+def test_names_resolve_by_one_table():
+    assert resolve(("layer", "expert", "embed", "hidden")) == jax.sharding.PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert resolve(("batch", None)) == jax.sharding.PartitionSpec(("data", "fsdp", "expert"), None)
+
+
+def test_a_mistyped_axis_raises_instead_of_replicating():
+    with pytest.raises(KeyError, match="no sharding rule for logical axis 'gruop'"):
+        resolve(("gruop", None))
+    with pytest.raises(ValueError, match="two dimensions on mesh axis 'fsdp'"):
+        resolve(("batch", "embed"))
+    with pytest.raises(ValueError, match="the mesh has"):
+        resolve(("embed",), ("data", "model"))
+    with jax.set_mesh(make_mesh((1, 8, 1, 1))), pytest.raises(KeyError, match="bacth"):
+        jax.jit(lambda x: shard(x, "bacth"))(jnp.ones(8))
+    mesh = make_mesh((1, 8, 1, 1))
+    box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((32,), jnp.float32), names=("embde",))
+    with pytest.raises(KeyError, match="embde"):
+        param_shardings({"x": box}, mesh)
+    with pytest.raises(ValueError, match="parameter x has no logical axis names"):
+        param_shardings({"x": jax.ShapeDtypeStruct((32,), jnp.float32)}, mesh)
+
+
+def test_a_dimension_that_does_not_divide_is_named():
+    with pytest.raises(
+        UserError, match=r"layers_0/ffn/router has 32|embed/embedding has 64|layers_0.* not divisible by the 8 devices of tensor"
+    ):
+        param_shardings(abstract_params(MODEL), make_mesh((1, 1, 1, 8)))
+
+
+def test_shard_outside_any_mesh_is_the_identity():
+    x = jnp.ones(4)
+    assert shard(x, "batch") is x
+
+
+@pytest.mark.parametrize("dispatch", ["einsum", "ragged"])
+def test_eight_devices_give_the_loss_and_gradients_of_one(dispatch):
+    compute = dataclasses.replace(COMPUTE, dispatch=dispatch)
+    results = []
+    for mesh in (make_mesh((1, 1, 1, 1), jax.devices()[:1]), make_mesh((1, 2, 4, 1)), make_mesh((2, 1, 2, 2))):
+        step = make_train_step(MODEL, compute, TRAIN, mesh, 32)
+        state = init_state(MODEL, TRAIN, mesh, jax.random.key(0))
+        losses = []
+        for i in range(2):
+            batch = {k: jax.device_put(v, jax.NamedSharding(mesh, resolve(("batch", None)))) for k, v in batch_of(i).items()}
+            state, metrics = step(state, batch, jax.random.key(1))
+            losses.append((metrics.loss, metrics.lm_loss, metrics.balance_loss, metrics.grad_norm))
+        # Adam's first moment after one more step is a sum of gradients: every leaf's gradient is compared.
+        results.append(jax.device_get((losses, metrics.routing, state.opt_state)))
+    for other in results[1:]:
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(results[0]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
+
+
+def test_compiled_moe_step_moves_tokens_and_not_experts():
+    mesh = make_mesh((1, 2, 4, 1))
+    text = lower_train_step(MODEL, COMPUTE, TRAIN, mesh, 32).compile().as_text()
+    all_to_alls = len(re.findall(r"= .* all-to-all(?:-start)?\(", text))
+    assert all_to_alls >= 4, (
+        f"{all_to_alls} all-to-alls in the compiled step, at least 4 expected (dispatch and combine, forward and backward). A sharding "
+        "constraint is lost and every device gathers all experts or all tokens: results stay right and a pod becomes many times "
+        "slower. Look for shard() called outside jax.set_mesh, or a renamed axis."
+    )
+    experts = [line for line in text.splitlines() if re.search(r"= f32\[(?:\d+,)?4,(32,48|48,32)\]\S* all-gather", line)]
+    assert not experts, f"whole expert weights are gathered over the expert axis: {experts[0][:200]}"
+
+
+def test_state_lies_where_the_table_says():
+    mesh = make_mesh((1, 2, 4, 1))
+    state = init_state(MODEL, TRAIN, mesh, jax.random.key(0))
+    gate = state.params["layers_0"]["ffn"]["gate"]
+    assert gate.sharding.shard_shape(gate.shape) == (3, 1, 16, 48)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == gate.shape]
+    assert len(moments) >= 2
+    assert all(m.sharding.shard_shape(m.shape) == (3, 1, 16, 48) for m in moments), "moments lie elsewhere than their parameters"
+    assert mesh.axis_names == MESH_AXES

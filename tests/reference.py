@@ -1,0 +1,35 @@
+"""The slow, obvious twin of every fast path. Nothing here is used by the package."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def swiglu(x, gate, up, down):
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def loop_over_experts(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD):
+    """Every expert on every token, weighted by its gate (zero where not chosen)."""
+    y_MD = jnp.zeros_like(x_MD)
+    for e in range(gate_EDF.shape[0]):
+        weight_M = (gate_MK * (index_MK == e)).sum(-1)
+        y_MD += weight_M[:, None] * swiglu(x_MD, gate_EDF[e], up_EDF[e], down_EFD[e])
+    return y_MD
+
+
+def attention(q_BHTK, k_BNTK, v_BNTK, segments_BT):
+    """Softmax over every allowed key, one query head at a time. q heads i share key head i // (H / N)."""
+    heads, length = q_BHTK.shape[1], q_BHTK.shape[2]
+    share = heads // k_BNTK.shape[1]
+    allowed = jnp.tril(jnp.ones((length, length), bool)) & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    out = []
+    for h in range(heads):
+        scores = jnp.einsum("btk,bsk->bts", q_BHTK[:, h], k_BNTK[:, h // share]) / np.sqrt(q_BHTK.shape[-1])
+        out.append(jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1) @ v_BNTK[:, h // share])
+    return jnp.stack(out, axis=1)
+
+
+def cross_entropy(hidden, head, targets, weights):
+    log_p = jax.nn.log_softmax(hidden @ head, axis=-1)
+    return -(jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0] * weights).sum()

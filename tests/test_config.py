@@ -1,0 +1,136 @@
+import dataclasses
+import importlib.util
+
+import pytest
+
+from btx_jax import recipes
+from btx_jax.config import Config, ConfigError, MeshConfig, differences, from_config_dict, from_dict, to_config_dict, to_dict
+from btx_jax.parallel.sharding import make_mesh
+from btx_jax.stages.pipeline import in_order, resolve
+from btx_jax.stages.train import checked_mesh
+from tests.conftest import ROOT
+
+CONFIGS = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
+
+
+def get_config(name, *args):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, module.get_config(*args)
+
+
+def seed_dict(**changes):
+    values = to_dict(from_config_dict(recipes.seed("tiny")))
+    for key, value in changes.items():
+        *sections, leaf = key.split("__")
+        target = values
+        for section in sections:
+            target = target[section]
+        target[leaf] = value
+    return values
+
+
+def test_every_config_the_users_rely_on_is_there():
+    names = "demo seed math_expert code_expert wiki_expert mix moe_finetune dense sparse_upcycling evaluate".split()
+    assert set(names) <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_parse_unadorned_and_tiny_and_say_command_cost_and_result(name):
+    module, config = get_config(name)
+    from_config_dict(config)
+    if name != "demo":
+        tiny = from_config_dict(module.get_config("tiny"))
+        assert tiny.stage == from_config_dict(config).stage
+    for word in ("python -m btx_jax.launch --config=configs/" + name, "Cost:", "Expected"):
+        assert word in module.__doc__, f"configs/{name}.py does not say {word!r}"
+
+
+def test_the_paper_run_has_the_papers_numbers():
+    config = from_config_dict(recipes.moe_finetune("llama2_7b"))
+    train = config.train
+    assert (train.batch_size, config.data.sequence_length) == (1024, 4096)
+    assert (train.learning_rate, train.warmup_steps, train.final_lr_fraction, train.weight_decay) == (1e-4, 100, 0.1, 0.1)
+    assert train.balance_weight == 0.01
+    assert train.steps * 1024 * 4096 == pytest.approx(80e9, rel=1e-4)
+    assert config.data.train == "math:30.16,code:40.31,wiki:10.30,general:19.23"
+    for domain, tokens in (("math", 201e9), ("code", 210e9), ("wiki", 42e9)):
+        assert from_config_dict(recipes.expert(domain, "llama2_7b")).train.steps * 1024 * 4096 == pytest.approx(tokens, rel=1e-3)
+
+
+def test_round_trip_and_differences():
+    config = from_config_dict(recipes.demo())
+    assert from_dict(Config, to_dict(config)) == config
+    assert from_config_dict(to_config_dict(config)) == config
+    changed = dataclasses.replace(config, rng_seed=3)
+    assert differences(to_dict(config), to_dict(changed)) == ["rng_seed: 0 -> 3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train__stepz": 5}, r"config\.train\.stepz: unknown key; did you mean 'steps'\?"),
+        ({"modle": {}}, r"config\.modle: unknown key; did you mean 'model'\?"),
+        ({"train__steps": "many"}, r"config\.train\.steps='many': must be int, not str"),
+        ({"train__steps": True}, r"config\.train\.steps=True: must be int, not bool"),
+        ({"train__steps": 0}, r"config\.train\.steps=0: must be at least 1"),
+        ({"train__accumulate": 3}, r"config\.train\.accumulate=3: does not divide batch_size=8"),
+        ({"train__warmup_steps": 10_000}, r"config\.train\.warmup_steps=10000: more than steps"),
+        ({"model__heads": 6}, r"config\.model\.heads=6: not divisible by kv_heads=4"),
+        ({"model__head_dim": 7}, r"config\.model\.head_dim=7: must be even"),
+        ({"model__moe": {"experts": [2] * 4, "k": 3}}, r"config\.model\.moe\.k=3: more than the 2 experts of layer 0"),
+        ({"model__moe": {"experts": [4] * 3}}, r"config\.model\.moe\.experts: 3 counts for layers=4"),
+        ({"model__moe": {"experts": [4] * 4, "routing": "topk"}}, r"config\.model\.moe\.routing='topk': did you mean 'top_k'\?"),
+        ({"mesh__fsdp": 0}, r"config\.mesh\.fsdp=0: must be at least 1, or -1"),
+        ({"mesh__data": -1}, "more than one axis is -1"),
+        ({"compute__dispatch": "dense"}, r"config\.compute\.dispatch='dense': known: einsum, ragged"),
+        ({"data__heldout_fraction": 1.0}, r"config\.data\.heldout_fraction=1\.0: must lie in \[0, 1\)"),
+        ({"stage": "trian"}, r"config\.stage='trian': did you mean 'train'\?"),
+        ({"train": None}, r"config\.train: missing, and stage 'train' needs it"),
+    ],
+)
+def test_a_wrong_config_is_one_line_that_names_key_and_cure(change, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        from_dict(Config, seed_dict(**change))
+    assert "\n" not in str(error.value)
+
+
+def test_impossible_shapes_fail_before_any_compile():
+    config = from_config_dict(recipes.seed("tiny"))
+    check = lambda mesh, **train: checked_mesh(  # noqa: E731
+        mesh, dataclasses.replace(config.train, **train), config.data, config.compute, config.model
+    )
+    assert check(MeshConfig()).devices.shape == (1, 8, 1, 1)
+    with pytest.raises(ConfigError, match=r"batch_size=12: its micro-batches of 12 do not divide over the 8 devices.*multiple of 8"):
+        check(MeshConfig(), batch_size=12)
+    with pytest.raises(ConfigError, match=r"config\.mesh: data=1 fsdp=3 .* does not fit 8 devices"):
+        check(MeshConfig(fsdp=3))
+    with pytest.raises(Exception, match=r"config\.mesh: .*kv_heads.* not divisible by the 8 devices of tensor"):
+        check(MeshConfig(fsdp=1, tensor=8))
+    long = dataclasses.replace(config.data, sequence_length=512)
+    with pytest.raises(ConfigError, match=r"sequence_length=512: longer than config\.model\.context=256"):
+        checked_mesh(MeshConfig(), config.train, long, config.compute, config.model)
+
+
+def test_mesh_shape_takes_what_remains():
+    assert MeshConfig().shape(8) == (1, 8, 1, 1)
+    assert MeshConfig(expert=4).shape(8) == (1, 2, 4, 1)
+    assert MeshConfig(fsdp=2, expert=4).shape(8) == (1, 2, 4, 1)
+    assert make_mesh((1, 2, 4, 1)).shape == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
+
+
+def test_pipeline_order_references_and_circles(tmp_path):
+    config = from_config_dict(recipes.demo())
+    order = in_order(config.pipeline)
+    for name, stage in config.pipeline.items():
+        assert all(order.index(need) < order.index(name) for need in stage.needs)
+    resolved = resolve("expert_math", config.pipeline["expert_math"], dataclasses.replace(config, rng_seed=7), tmp_path)
+    assert resolved.init == str(tmp_path / "seed")
+    assert resolved.rng_seed == 7
+    lonely = dataclasses.replace(config.pipeline["mix"], needs=("seed",))
+    with pytest.raises(ConfigError, match=r"config\.pipeline\.mix: uses @expert_math, which is not among its needs: seed"):
+        resolve("mix", lonely, config, tmp_path)
+    circle = {"a": dataclasses.replace(lonely, needs=("b",)), "b": dataclasses.replace(lonely, needs=("a",))}
+    with pytest.raises(ConfigError, match="a, b need each other in a circle"):
+        in_order(circle)

@@ -1,0 +1,93 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from btx_jax.config import ComputeConfig, TrainConfig
+from btx_jax.models.llama import init_params
+from btx_jax.training.flops import peak_flops_per_device, train_flops
+from btx_jax.training.optimizer import decayed, schedule
+from btx_jax.training.step import init_state, make_train_step
+from tests.models.test_llama import MOE, TINY
+
+COMPUTE = ComputeConfig(dtype="float32", remat="none", group_size=8, loss_chunk=64)
+TRAIN = TrainConfig(steps=10, batch_size=4, warmup_steps=2, learning_rate=1e-2)
+
+
+def batch_of(seed=0):
+    tokens = jax.random.randint(jax.random.key(seed), (4, 17), 0, 64, jnp.int32)
+    return {"tokens": tokens, "segments": jnp.ones_like(tokens).at[1, 5:].set(0)}
+
+
+def steps(model, train, mesh, n=3, compute=COMPUTE):
+    step = make_train_step(model, compute, train, mesh, 16)
+    state = init_state(model, train, mesh, jax.random.key(0))
+    lines = []
+    for i in range(n):
+        state, metrics = step(state, batch_of(i), jax.random.key(7))
+        lines.append(jax.device_get(metrics))
+    return state, lines
+
+
+def test_schedule_is_the_papers():
+    config = TrainConfig(steps=1000, batch_size=1, learning_rate=1e-4, warmup_steps=100)
+    rate = schedule(config)
+    assert float(rate(0)) == pytest.approx(1e-6)
+    assert float(rate(100)) == pytest.approx(1e-4)
+    assert float(rate(550)) == pytest.approx(0.55e-4, rel=1e-3)
+    assert float(rate(1000)) == pytest.approx(1e-5)
+
+
+def test_norms_are_not_decayed_and_everything_else_is():
+    mask = decayed(init_params(MOE, jax.random.key(0)))
+    flat = {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in jax.tree_util.tree_leaves_with_path(mask)}
+    assert {name for name, value in flat.items() if not value} == {
+        "final_norm/scale", "layers_0/attention_norm/scale", "layers_0/ffn_norm/scale",
+    }  # fmt: skip
+
+
+def test_loss_falls_on_a_repeated_batch_and_starts_at_log_v(one_device):
+    step = make_train_step(MOE, COMPUTE, TRAIN, one_device, 16)
+    state = init_state(MOE, TRAIN, one_device, jax.random.key(0))
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, batch_of(), jax.random.key(7))
+        losses.append(float(metrics.lm_loss))
+    assert losses[0] == pytest.approx(np.log(64), abs=0.1)
+    assert losses[-1] < losses[0] - 0.5
+    assert int(state.step) == 8
+
+
+def test_metrics_of_every_layer_are_returned(one_device):
+    _, lines = steps(MOE, TRAIN, one_device, 1)
+    routing = lines[0].routing["layers_0"]
+    assert routing.load_E.shape == (3, 4)
+    np.testing.assert_allclose(routing.load_E.sum(-1), 1, rtol=1e-6)
+    assert lines[0].tokens == 3 * 16 + 4
+    assert lines[0].balance_loss == pytest.approx(routing.balance_loss.sum(), rel=1e-6)
+    assert lines[0].loss == pytest.approx(lines[0].lm_loss + 0.01 * lines[0].balance_loss, rel=1e-5)
+
+
+def test_micro_batches_add_up_to_the_big_batch(one_device):
+    """Exactly for the LM loss of a dense model, whatever the share of padding in each micro-batch."""
+    whole, a = steps(TINY, TRAIN, one_device)
+    parts, b = steps(TINY, dataclasses.replace(TRAIN, accumulate=2), one_device)
+    for x, y in zip(a, b, strict=True):
+        assert x.loss == pytest.approx(y.loss, rel=1e-5)
+        assert x.grad_norm == pytest.approx(y.grad_norm, rel=1e-4)
+    for x, y in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_balance_weight_moves_the_router_and_zero_does_not(one_device):
+    _, with_balance = steps(MOE, dataclasses.replace(TRAIN, balance_weight=1.0), one_device, 1)
+    _, without = steps(MOE, dataclasses.replace(TRAIN, balance_weight=0.0), one_device, 1)
+    assert without[0].loss == pytest.approx(without[0].lm_loss, rel=1e-6)
+    assert with_balance[0].grad_norm != without[0].grad_norm
+
+
+def test_flops_are_6_n_d():
+    assert train_flops(TINY, 10) == 60 * sum(x.size for x in jax.tree.leaves(init_params(TINY, jax.random.key(0))))
+    assert peak_flops_per_device() > 1e8
