@@ -32,7 +32,7 @@ def seed_dict(**changes):
 
 
 def test_every_config_the_users_rely_on_is_there():
-    names = "demo seed math_expert code_expert wiki_expert mix moe_finetune dense sparse_upcycling evaluate".split()
+    names = ("demo", "seed", "math_expert", "code_expert", "wiki_expert", "mix", "moe_finetune", "dense", "sparse_upcycling", "evaluate")
     assert set(names) <= set(CONFIGS)
 
 

@@ -5,6 +5,7 @@ layer axis, one layers_R per run of equal layers; final_norm/scale [D]; head/ker
 differ only under ffn: [L, D, F] against [L, E, D, F] and a router [L, D, E].
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +102,7 @@ def abstract_params(config: ModelConfig) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Random parameters, float32, every kernel normal(0.02). A function of (config, key) alone, whatever the mesh."""
     tokens = jnp.zeros((1, 8), jnp.int32)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from btx_jax.config import LayerSpec
-from btx_jax.models.routing import Choice, capacity, gumbel_temperature, place, route, statistics
+from btx_jax.models import routing
+from btx_jax.models.routing import Choice, capacity, gumbel_temperature, route, statistics
 
-STEP = jnp.int32(0)
+STEP = np.int32(0)
+place = jax.jit(routing.place, static_argnums=(1, 2))
 
 
 def logits_of(shape=(2, 16, 4), seed=0):
@@ -15,8 +17,13 @@ def logits_of(shape=(2, 16, 4), seed=0):
 
 def routed(spec, logits, valid=None, key=None):
     valid = jnp.ones(logits.shape[:2], bool) if valid is None else valid
-    choice = route(logits, valid, spec, key, STEP)
-    return choice, statistics(logits, choice, valid, jnp.zeros(()))
+
+    @jax.jit
+    def run(logits, valid, key):
+        choice = route(logits, valid, spec, key, STEP)
+        return choice, statistics(logits, choice, valid, jnp.zeros(()))
+
+    return run(logits, valid, key)
 
 
 def test_top_k_is_softmax_of_the_kept_logits_and_equals_renormalised_probabilities():
@@ -43,7 +50,7 @@ def test_soft_uses_all_experts_with_the_full_softmax():
 
 
 def test_sample_top1_samples_in_training_and_is_argmax_with_weight_one_at_inference():
-    logits = jnp.log(jnp.tile(jnp.array([0.6, 0.3, 0.1, 1e-9]), (1, 20_000, 1)))
+    logits = jnp.array(np.log(np.tile(np.array([0.6, 0.3, 0.1, 1e-9], np.float32), (1, 20_000, 1))))
     spec = LayerSpec(4, 1, "sample_top1")
     sampled, _ = routed(spec, logits, key=jax.random.key(1))
     shares = np.bincount(np.array(sampled.index_GSK).ravel(), minlength=4) / 20_000
