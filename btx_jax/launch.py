@@ -7,6 +7,7 @@ resumed; a finished one is left as it is. Exit status: 0 finished, 2 wrong input
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,24 +47,32 @@ def parse(argv: list[str]) -> list[str]:
     except FileNotFoundError as error:
         fail(f"--config: no file {error.filename}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:  # how ml_collections reports a wrong override
-        fail(f"--config: {error.args[0] if error.args else error}")
+        told = str(error.args[0] if error.args else error)
+        words = re.findall(r"[A-Za-z_]+", told)
+        keys = [argument.partition("=")[0].removeprefix("--") for argument in argv if argument.startswith("--config.")]
+        wrong = next((key for word in words for key in keys if word in key.split(".")), "--config")
+        hint = re.search(r"Did you mean .*\?", told)
+        fail(f"{wrong}: unknown key; {hint[0] if hint else 'this config has no such section or key'}")
     return argv
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unknown argument {argv[1]!r}; overrides look like --config.train.steps=100")
-    if _CONFIG.value is None:
+    file = str(config_flags.get_config_filename(FLAGS["config"]) or "")
+    if not file:
         fail("--config is missing; for example --config=configs/demo.py (--help lists all flags)")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "jax", "orbax", "grain", "etils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not Path(file.partition(":")[0]).is_file():
+        fail(f"--config: no file {file.partition(':')[0]}")
     try:
         config = from_config_dict(_CONFIG.value)
         hosts.start()
         stages.run(
             config,
-            (Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(config_flags.get_config_filename(FLAGS["config"]))).resolve(),
+            (Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(file)).resolve(),
         )
     except UserError as error:
         fail(error)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -102,7 +103,7 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = None
 
-    def __init__(self, rows: Any, sequence_length: int, **kwargs: Any):
+    def __init__(self, rows: dict[str, Iterator[dict[str, np.ndarray]]], sequence_length: int, **kwargs: Any):
         self._rows, self._width = rows, sequence_length + 1
         super().__init__(file_format="array_record", **kwargs)
 
@@ -112,10 +113,10 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features, description="Tokenised, packed text.")
 
     def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split) for split in SPLITS}
+        return {split: self._generate_examples(split) for split in self._rows}
 
     def _generate_examples(self, split):
-        yield from enumerate(self._rows(split))
+        yield from enumerate(self._rows[split])
 
 
 def _documents(source: Source, files: list[Path], problems: Problems) -> Iterator[str]:
@@ -154,7 +155,7 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
 
 def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: DataConfig, target: Path) -> None:
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0} for split in SPLITS}
-    problems = Problems()
+    problems, failed = Problems(), list[UserError]()
     total = sum(f.stat().st_size for f in files) or None
     frame = (tokenizer.bos is not None) + (tokenizer.eos is not None)
 
@@ -182,17 +183,31 @@ def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: Data
     def rows(split: str) -> Iterator[dict[str, np.ndarray]]:
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenise {split}: {Path(source.where).name}", leave=False) as progress:
             progress.total = None if any(f.suffix in (".gz", ".zst", ".parquet") for f in files) else total
-            for row in pack(encoded(split, progress), tokenizer, config.sequence_length):
-                counts[split]["rows"] += 1
-                yield row
+            try:
+                for row in pack(encoded(split, progress), tokenizer, config.sequence_length):
+                    counts[split]["rows"] += 1
+                    yield row
+            except UserError as error:
+                failed.append(error)
+                raise
 
+    started: dict[str, Iterator[dict[str, np.ndarray]]] = {}  # TFDS refuses a split without rows
+    for split in SPLITS:
+        iterator = rows(split)
+        if (first := next(iterator, None)) is not None:
+            started[split] = itertools.chain([first], iterator)
+    if "train" not in started:
+        found = "; ".join(problems.lines()) or "every document fell to the held-out split, lower config.data.heldout_fraction"
+        raise UserError(f"config.data: {source.where} gives no document to train on: {found}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        builder = PackedText(rows, config.sequence_length, data_dir=str(temporary / "build"))
-        _quietly(builder.download_and_prepare)
-        if not counts["train"]["rows"]:
-            found = "; ".join(problems.lines()) or "every document fell to the held-out split, lower config.data.heldout_fraction"
-            raise UserError(f"config.data: {source.where} gives no document to train on: {found}")
+        builder = PackedText(started, config.sequence_length, data_dir=str(temporary / "build"))
+        try:
+            _quietly(builder.download_and_prepare)
+        except Exception:
+            if failed:  # TFDS wraps what its generator raises in pages of its own
+                raise failed[0] from None
+            raise
         manifest = {
             "format": FORMAT,
             "source": source.where,

@@ -1,0 +1,95 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from btx_jax.checkpoints.training_state import About, Checkpoints, digest, find_checkpoint, load_params
+from btx_jax.config import CheckpointConfig, TrainConfig
+from btx_jax.errors import UserError
+from btx_jax.models.llama import init_params
+from btx_jax.parallel.sharding import make_mesh
+from btx_jax.training.step import init_state, state_shardings
+from tests.models.test_llama import MOE, TINY
+
+TRAIN = TrainConfig(steps=10, batch_size=8, warmup_steps=1)
+
+
+def save(workdir, params, model=TINY, step=3):
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    checkpoints.save(About(model, step, {"a": {"tokens": 5, "flops": 30.0}}), params)
+    checkpoints.close()
+
+
+def test_state_comes_back_onto_another_mesh(tmp_path):
+    saved = init_state(MOE, TRAIN, make_mesh((1, 2, 4, 1)), jax.random.key(0))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    for step in (2, 4):
+        checkpoints.save(About(MOE, step, {}), saved.params, saved.opt_state, {"next_index": step})
+    checkpoints.close()
+    for shape, devices in (((1, 1, 1, 1), 1), ((1, 2, 1, 1), 2), ((2, 2, 2, 1), 8)):
+        abstract, _ = state_shardings(MOE, TRAIN, make_mesh(shape, jax.devices()[:devices]))
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+        assert checkpoints.latest_step() == 4
+        params, opt_state, data = checkpoints.restore(4, abstract.params, abstract.opt_state)
+        checkpoints.close()
+        assert data == {"next_index": 4}
+        for a, b in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves((saved.params, saved.opt_state)), strict=True):
+            np.testing.assert_array_equal(a, b)
+        gate = params["layers_0"]["ffn"]["gate"]
+        assert len(gate.sharding.device_set) == devices
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["4"], "keep=1"
+
+
+def test_a_checkpoint_describes_itself(tmp_path):
+    params = init_params(MOE, jax.random.key(0))
+    save(tmp_path, params, MOE)
+    found = find_checkpoint(tmp_path)
+    assert found.about.model == MOE
+    assert found.about.step == 3
+    assert found.about.total("tokens") == 5
+    assert digest(load_params(found)) == digest(params)
+    assert find_checkpoint(tmp_path / "checkpoints" / "3").about == found.about
+
+
+def test_digest_sees_every_bit_name_dtype_and_shape():
+    params = {"a": jnp.arange(4.0), "b": jnp.ones((2, 2))}
+    want = digest(params)
+    assert digest({"b": params["b"], "a": params["a"]}) == want, "the order of insertion does not matter"
+    for other in (
+        {**params, "a": params["a"].at[0].set(np.nextafter(np.float32(0), np.float32(1)))},
+        {**params, "b": params["b"].reshape(4)},
+        {**params, "b": params["b"].astype(jnp.bfloat16)},
+        {"a": params["a"], "c": params["b"]},
+    ):
+        assert digest(other) != want
+
+
+def test_a_mistyped_leaf_raises_and_all_problems_are_told_at_once(tmp_path):
+    params = dict(init_params(TINY, jax.random.key(0)))
+    params["final_nrom"] = params.pop("final_norm")
+    params["embed"] = {"embedding": params["embed"]["embedding"][:-1]}
+    save(tmp_path, params)
+    with pytest.raises(UserError) as error:
+        load_params(find_checkpoint(tmp_path))
+    for problem in ("missing final_norm/scale", "unknown final_nrom/scale", "embed/embedding is (63, 32), not (64, 32)"):
+        assert problem in str(error.value)
+
+
+def test_what_is_no_checkpoint_is_said_so(tmp_path):
+    with pytest.raises(UserError, match=r"config\.init: .* does not exist"):
+        find_checkpoint(tmp_path / "nothing", "config.init")
+    with pytest.raises(UserError, match="is no checkpoint; name a run's --workdir"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no finished checkpoint yet"):
+        find_checkpoint(tmp_path)
+    save(tmp_path, init_params(TINY, jax.random.key(0)))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        about = checkpointer.restore(tmp_path / "checkpoints" / "3" / "about")
+    about["format"] = 99
+    (tmp_path / "checkpoints" / "3" / "about" / "metadata").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="checkpoint format 99; this version reads 1"):
+        find_checkpoint(tmp_path)

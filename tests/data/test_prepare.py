@@ -1,0 +1,199 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from btx_jax.config import DataConfig
+from btx_jax.data.mixture import heldout_batches, training_batches
+from btx_jax.data.prepare import is_heldout, pack, prepare
+from btx_jax.data.sources import Problems, Source, parse_domains, parse_sources, read_documents
+from btx_jax.data.tokenizers import HuggingFaceTokenizer, copy_tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
+from btx_jax.errors import UserError
+from tests.conftest import sentences
+
+
+def config(tmp_path, train, **kwargs):
+    values = {"sequence_length": 32, "heldout_fraction": 0.2, "cache": str(tmp_path / "cache")}
+    return DataConfig(train=str(train), **{**values, **kwargs})
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+class Letters:
+    """One token per character; BOS 1, EOS 2."""
+
+    bos, eos, vocab_size = 1, 2, 300
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+
+@given(st.lists(st.text(alphabet="abcdefgh", min_size=0, max_size=40), min_size=1, max_size=12), st.integers(2, 17))
+@settings(max_examples=60, deadline=None)
+def test_every_token_is_a_target_exactly_once_and_bytes_add_up(texts, length):
+    tokenizer = Letters()
+    documents = [(tokenizer.encode(t), len(t)) for t in texts]
+    rows = list(pack(iter(documents), tokenizer, length))
+    targets = []
+    for row in rows:
+        assert row["tokens"].shape == row["segments"].shape == (length + 1,)
+        mask = (row["segments"][1:] == row["segments"][:-1]) & (row["segments"][1:] > 0)
+        targets += row["tokens"][1:][mask].tolist()
+    assert targets == [t for ids, _ in documents for t in [*ids, 2]], "a document's tokens and its EOS, in order, once"
+    assert sum(int(row["bytes"]) for row in rows) == sum(size for _, size in documents)
+
+
+def test_heldout_is_disjoint_by_text_even_for_duplicates(tmp_path, tokenizer):
+    texts = sentences(120, seed=3)
+    file = write(tmp_path / "a.jsonl", texts + texts[:60])
+    (domain,) = prepare(str(file), config(tmp_path, file), tokenizer, "config.data.train")
+    manifest = domain.sources[0].manifest
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 180
+    train = " ".join(tokenizer.decode(row["tokens"].tolist()) for row in domain.sources[0].open("train"))
+    heldout = [t for t in texts if is_heldout(t, 0.2)]
+    assert 10 < len(heldout) < 40
+    for text in heldout:
+        assert text.split(". ")[0] + "." not in train, "a held-out document is trained on"
+    assert manifest["tokenizer_sha256"] == tokenizer_sha256(tokenizer)
+    assert len(manifest["files"][0]["sha256"]) == 64
+    rows = list(heldout_batches(domain, 4))
+    assert sum(int(b["bytes"].sum()) for b in rows) == manifest["splits"]["heldout"]["bytes"]
+    assert sum(int(b["bytes"].sum()) for b in rows) == sum(len(t) for t in texts + texts[:60] if is_heldout(t, 0.2))
+
+
+def test_a_prepared_set_is_found_again_and_changes_with_text_and_tokenizer_settings(tmp_path, tokenizer):
+    file = write(tmp_path / "a.jsonl", sentences(40))
+    first = prepare(str(file), config(tmp_path, file), tokenizer, "k")[0].sources[0]
+    assert prepare(str(file), config(tmp_path, file), tokenizer, "k")[0].sources[0].directory == first.directory
+    assert prepare(str(file), config(tmp_path, file, sequence_length=16), tokenizer, "k")[0].sources[0].directory != first.directory
+    write(file, sentences(41))
+    assert prepare(str(file), config(tmp_path, file), tokenizer, "k")[0].sources[0].directory != first.directory
+    assert not [p for p in (tmp_path / "cache" / "packed").iterdir() if p.name.startswith(".")], "temporary folders left behind"
+
+
+def test_weights_mix_domains_and_resume_is_exact(tmp_path, tokenizer):
+    a, b = write(tmp_path / "a.jsonl", ["aaa 111 " * 9] * 40), write(tmp_path / "b.jsonl", ["bbb 222 " * 9] * 40)
+    c = config(tmp_path, "A:3,B:1", domains={"A": str(a), "B": str(b)}, heldout_fraction=0.0)
+    domains = prepare(c.train, c, tokenizer, "k")
+    assert [d.name for d in domains] == ["A", "B"]
+    batches = training_batches(domains, 8, seed=0)
+    seen = [next(batches)["tokens"] for _ in range(40)]
+    share = np.mean(["a" in tokenizer.decode(row.tolist()) for batch in seen for row in batch])
+    assert share == pytest.approx(0.75, abs=0.03)
+
+    again = training_batches(domains, 8, seed=0)
+    for _ in range(11):
+        next(again)
+    state = json.loads(json.dumps(again.get_state()))
+    resumed = training_batches(domains, 8, seed=0)
+    resumed.set_state(state)
+    for i in range(11, 15):
+        np.testing.assert_array_equal(next(resumed)["tokens"], seen[i])
+    other = training_batches(domains, 8, seed=1)
+    assert not np.array_equal(next(other)["tokens"], seen[0])
+
+
+def test_hosts_share_each_global_batch(tmp_path, tokenizer):
+    file = write(tmp_path / "a.jsonl", sentences(80))
+    c = config(tmp_path, file)
+    domains = prepare(c.train, c, tokenizer, "k")
+    whole = training_batches(domains, 8, seed=0)
+    parts = [training_batches(domains, 8, 0, process, 2) for process in range(2)]
+    for _ in range(5):
+        want = sorted(map(tuple, next(whole)["tokens"].tolist()))
+        got = sorted(tuple(row) for part in parts for row in next(part)["tokens"].tolist())
+        assert got == want
+    with pytest.raises(UserError, match="batch_size=9: not divisible by the 2 processes"):
+        training_batches(domains, 9, 0, 0, 2)
+
+
+def test_notation():
+    assert parse_sources("a.txt,b*.jsonl.gz#body:2.5,tfds:c4/en:3.0.1", "k") == (
+        Source("a.txt"), Source("b*.jsonl.gz", "body", 2.5), Source("tfds:c4/en:3.0.1"),
+    )  # fmt: skip
+    domains = parse_domains("math:30.16,x.txt,y.txt:2", {"math": "m.txt:1,n.txt:3"}, "k")
+    assert [(d.name, d.weight, len(d.sources)) for d in domains] == [("math", 30.16, 2), ("text", 2.0, 2)]
+    for wrong, message in (("", "names no text"), ("a.txt,,b.txt", "names no text"), ("a.txt:0", "the weight of a.txt is 0")):
+        with pytest.raises(UserError, match=message):
+            parse_sources(wrong, "config.data.train")
+
+
+def read(file, field="text"):
+    problems = Problems()
+    return list(read_documents(file, field, problems)), problems
+
+
+def test_unreadable_documents_are_counted_with_their_place(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n[1]\n{"text": 5}\n{"text": "  "}\n\n{"other": 1}\nnot json\n')
+    texts, problems = read(file)
+    assert texts == ["good"]
+    assert sum(problems.counts.values()) == 6
+    assert any("invalid UTF-8 (first: " in line and "line 2" in line for line in problems.lines())
+    assert any("no field 'text'" in line for line in problems.lines())
+
+
+def test_truncated_and_misnamed_files_are_errors(tmp_path):
+    whole = gzip.compress(b'{"text": "hello"}\n' * 500)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
+    (tmp_path / "not.jsonl.gz").write_bytes(b"plain text")
+    (tmp_path / "not.parquet").write_bytes(b"plain text, long enough")
+    (tmp_path / "not.jsonl.zst").write_bytes(b"plain text, long enough")
+    for name in ("cut.jsonl.gz", "not.jsonl.gz", "not.parquet", "not.jsonl.zst"):
+        with pytest.raises(UserError, match=name):
+            read(tmp_path / name)
+
+
+def test_a_file_that_breaks_midway_leaves_nothing_behind(tmp_path, tokenizer):
+    whole = gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in sentences(4000)).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz: cannot be read to its end"):
+        prepare(str(tmp_path / "cut.jsonl.gz"), config(tmp_path, "x"), tokenizer, "k")
+    left = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert not left, left
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=80))
+@settings(max_examples=80, deadline=None)
+def test_our_sentencepiece_gives_back_any_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizer_files(tmp_path, tokenizer, tokenizer_file):
+    copy_tokenizer(tokenizer, tmp_path / "t")
+    assert tokenizer_sha256(load_tokenizer(tmp_path / "t")) == tokenizer_sha256(tokenizer)
+    with pytest.raises(UserError, match="exists; delete it"):
+        train_sentencepiece(["x"], 300, tokenizer_file)
+    with pytest.raises(UserError, match="no tokenizer in"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "junk.model").write_bytes(b"junk")
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        load_tokenizer(tmp_path / "junk.model")
+
+
+def test_hugging_face_tokenizers_speak_the_same_interface(tmp_path):
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<begin>", "<end>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(sentences(50), trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).bos is None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<begin>", "eos_token": {"content": "<end>"}}))
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, HuggingFaceTokenizer)
+    assert (loaded.bos, loaded.eos) == (0, 1)
+    assert loaded.decode(loaded.encode("the river 42 é")) == "the river 42 é"

@@ -1,0 +1,208 @@
+"""The real command line in subprocesses: kill, resume, stop, own text, wrong input."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tests.conftest import ROOT, sentences
+
+pytestmark = pytest.mark.cli
+
+SMALL = (
+    "--config.model.vocab_size=320",
+    "--config.model.layers=2",
+    "--config.model.d_model=32",
+    "--config.model.d_ff=64",
+    "--config.model.heads=2",
+    "--config.model.kv_heads=2",
+    "--config.model.head_dim=16",
+    "--config.data.sequence_length=64",
+    "--config.train.warmup_steps=2",
+    "--config.train.eval_every=0",
+)
+
+
+class CLI:
+    def __init__(self, tmp_path, tokenizer_file):
+        self.home = tmp_path
+        self.text = tmp_path / "text.jsonl"
+        self.text.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(200, seed=1)))
+        self.tokenizer = tokenizer_file
+        self.environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+
+    def start(self, *arguments, module="btx_jax.launch"):
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *arguments, module="btx_jax.launch", status=0):
+        process = self.start(*arguments, module=module)
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == status, error[-3000:]
+        return out, error
+
+    def seed(self, workdir, *more, steps=60, every=7):
+        return (
+            "--config=configs/seed.py:tiny", f"--workdir={self.home / workdir}", f"--config.data.train={self.text}",
+            f"--config.data.tokenizer={self.tokenizer}", f"--config.data.cache={self.home / 'cache'}", f"--config.train.steps={steps}",
+            f"--config.checkpoint.every={every}", *SMALL, *more,
+        )  # fmt: skip
+
+    def digest(self, workdir):
+        return self.run("digest", self.home / workdir, module="btx_jax")[0].strip()
+
+    def fails(self, *arguments, module="btx_jax.launch"):
+        """The one line of an expected error."""
+        _, error = self.run(*arguments, module=module, status=2)
+        lines = [line for line in error.splitlines() if line.startswith("btx_jax: error:")]
+        assert len(lines) == 1, error[-2000:]
+        assert "Traceback" not in error
+        return lines[0]
+
+    def steps_logged(self, workdir):
+        file = self.home / workdir / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+    def wait_for_step(self, workdir, step, process):
+        for _ in range(3000):
+            if process.poll() is not None or (self.steps_logged(workdir) or [0])[-1] >= step:
+                return
+            time.sleep(0.02)
+        raise AssertionError("no progress in a minute")
+
+
+@pytest.fixture
+def cli(tmp_path, tokenizer_file):
+    return CLI(tmp_path, tokenizer_file)
+
+
+def test_three_sigkills_change_nothing(cli):
+    cli.run(*cli.seed("whole"))
+    want = cli.digest("whole")
+    assert len(want) == 64
+    moments = random.Random(time.time_ns())
+    kills = 0
+    for lowest in (3, 18, 36):  # each kill falls at a random moment of the run's next third
+        process = cli.start(*cli.seed("killed"))
+        cli.wait_for_step("killed", lowest + moments.randrange(14), process)
+        time.sleep(moments.random() * 0.1)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert kills == 3, "the run ended before it could be killed three times"
+    cli.run(*cli.seed("killed"))
+    assert cli.digest("killed") == want
+    assert cli.steps_logged("killed") == list(range(1, 61)), "metrics have a gap or a step twice"
+    losses = [[json.loads(x)["loss"] for x in (cli.home / w / "metrics.jsonl").read_text().splitlines()] for w in ("whole", "killed")]
+    assert losses[0] == losses[1]
+    assert (cli.home / "killed" / "done.json").exists()
+    _, told = cli.run(*cli.seed("killed"))
+    assert "already finished" in told
+
+
+def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
+    process = cli.start(*cli.seed("run", steps=2000, every=1900))
+    cli.wait_for_step("run", 5, process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 143, error[-2000:]
+    saved = [int(p.name) for p in (cli.home / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert saved == [cli.steps_logged("run")[-1]], "the checkpoint is not that of the last step"
+    assert f"saved step {saved[0]}" in error
+    line = cli.fails(*cli.seed("run", "--config.train.learning_rate=0.5", steps=2000, every=1900))
+    assert "another config: train.learning_rate: 0.003 -> 0.5" in line
+    assert "choose another --workdir" in line
+
+
+def test_own_text_from_a_checkpoint(cli):
+    cli.run(*cli.seed("seed", steps=4, every=4))
+    folder = cli.home / "own"
+    folder.mkdir()
+    texts = sentences(90, seed=5)
+    (folder / "a.txt").write_text("".join(texts[:30]))
+    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts[30:60]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[60:], "n": list(range(30))}), folder / "c.parquet")
+    (folder / "empty.txt").write_text("")
+    (folder / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (folder / "fields.jsonl").write_text('{"text": "good text here"}\n{"body": "no text"}\nnot json\n')
+    names = ("a.txt", "b.jsonl.gz", "c.parquet", "empty.txt", "latin.txt", "fields.jsonl")
+
+    def expert(workdir, files, *more):
+        return (
+            "--config=configs/math_expert.py:tiny", f"--config.data.train={files}", f"--config.init={cli.home / 'seed'}",
+            f"--workdir={cli.home / workdir}", f"--config.data.cache={cli.home / 'cache'}", "--config.train.steps=3",
+            "--config.train.warmup_steps=1", "--config.data.sequence_length=64", *more,
+        )  # fmt: skip
+
+    good = ",".join(str(folder / name) for name in names[:3])
+    _, told = cli.run(*expert("W", good))
+    assert "document longer than 64 tokens: cut into several rows, none lost" in told
+    assert cli.digest("W") != cli.digest("seed")
+    assert "bits_per_byte" in (cli.home / "W" / "metrics.jsonl").read_text(), "held-out loss on own text"
+    text, _ = cli.run("generate", cli.home / "W", "--prompt", "the river", "--max_tokens", "5", module="btx_jax")
+    assert text.startswith("the river")
+
+    assert "gives no document to train on: 1 x file without documents" in cli.fails(*expert("E1", folder / "empty.txt"))
+    assert "invalid UTF-8 (first: " in cli.fails(*expert("E2", folder / "latin.txt"))
+    line = cli.fails(*expert("E3", f"{folder / 'fields.jsonl'}#story"))
+    assert "no field 'story'" in line
+    assert "which has: text; name the field as FILE#FIELD" in line
+    _, told = cli.run(*expert("E4", folder / "fields.jsonl"))
+    for problem in ("1 x document skipped: no field 'text'", "1 x document skipped: line is not JSON"):
+        assert problem in told
+    assert "c.parquet has no field 'story'; it has: text, n" in cli.fails(*expert("E5", f"{folder / 'c.parquet'}#story"))
+    assert "no file matches" in cli.fails(*expert("E6", folder / "nothing-*.txt"))
+
+
+def test_wrong_commands_are_one_line(cli):
+    line = cli.fails("--config=configs/seed.py:tiny", "--config.train.stepz=5")
+    assert 'config.train.stepz: unknown key; Did you mean "steps"' in line
+    assert "config.mix.k: unknown key" in cli.fails("--config=configs/seed.py:tiny", "--config.mix.k=5")
+    assert "config.train.steps" in cli.fails("--config=configs/seed.py:tiny", "--config.train.steps=many")
+    assert "no such size; known: llama2_7b" in cli.fails("--config=configs/seed.py:huge")
+    assert "configs/nothing.py" in cli.fails("--config=configs/nothing.py")
+    assert "--config is missing" in cli.fails()
+    line = cli.fails("--config=configs/math_expert.py:tiny", f"--workdir={cli.home / 'x'}")
+    assert "config.init: not set; name the checkpoint to start from" in line
+    line = cli.fails("--config=configs/math_expert.py:tiny", f"--workdir={cli.home / 'y'}", "--config.init=/nowhere")
+    assert "config.init: /nowhere does not exist" in line
+    assert "does not exist" in cli.fails("digest", "/nowhere", module="btx_jax")
+    out, _ = cli.run("--help", module="btx_jax")
+    assert "digest" in out
+
+
+def test_a_failing_branch_leaves_the_others_results(cli):
+    small = cli.home / "pipeline.py"
+    small.write_text(
+        "import dataclasses\n"
+        "from btx_jax import recipes\n"
+        "from btx_jax.config import *\n"
+        "def get_config():\n"
+        f"    data = dataclasses.replace(recipes._data('tiny', {str(cli.text)!r}), tokenizer={str(cli.tokenizer)!r}, sequence_length=64,\n"
+        f"        cache={str(cli.home / 'cache')!r}, domains={{}}, heldout='')\n"
+        "    model = ModelConfig(320, 2, 32, 64, 2, 2, 16, context=64)\n"
+        "    train = TrainConfig(3, 8, warmup_steps=1)\n"
+        "    seed = dataclasses.replace(recipes._seed('tiny'), model=model, train=train, data=data)\n"
+        "    branch = dataclasses.replace(seed, init='@seed', model=None)\n"
+        "    bad = dataclasses.replace(branch, data=dataclasses.replace(data, train='/nowhere/*.txt'))\n"
+        "    stages = {'seed': PipelineStage(seed), 'bad': PipelineStage(bad, ('seed',)), 'good': PipelineStage(branch, ('seed',)),\n"
+        "              'mix': PipelineStage(recipes._mix(('@bad', '@good', '@seed')), ('seed', 'bad', 'good'))}\n"
+        "    return to_config_dict(Config('pipeline', pipeline=stages))\n"
+    )
+    arguments = (f"--config={small}", f"--workdir={cli.home / 'P'}")
+    line = cli.fails(*arguments)
+    assert "2 of 4 stages did not finish (bad: config.data: no file matches '/nowhere/*.txt'" in line
+    assert "mix: needs bad" in line
+    assert (cli.home / "P" / "good" / "done.json").exists()
+    before = (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns
+    cli.fails(*arguments)
+    assert (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns == before, "a finished stage ran again"
