@@ -59,9 +59,9 @@ def parse(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unknown argument {argv[1]!r}; overrides look like --config.train.steps=100")
-    file = str(config_flags.get_config_filename(FLAGS["config"]) or "")
-    if not file:
+    if not FLAGS["config"].present:
         fail("--config is missing; for example --config=configs/demo.py (--help lists all flags)")
+    file = str(config_flags.get_config_filename(FLAGS["config"]))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "jax", "orbax", "grain", "etils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -62,12 +62,12 @@ def swiglu(x_MD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.A
     return (jax.nn.silu(x_MD @ gate_DF) * (x_MD @ up_DF)) @ down_FD
 
 
-def _swiglu_forward(x, gate, up, down):
+def swiglu_forward(x, gate, up, down):
     a, b = x @ gate, x @ up
     return (jax.nn.silu(a) * b) @ down, (x, a, b, gate, up, down)
 
 
-def _swiglu_backward(residuals, dy):
+def swiglu_backward(residuals, dy):
     x, a, b, gate, up, down = residuals
     transposed = lambda w: jnp.swapaxes(w, -1, -2)  # noqa: E731
     s = jax.nn.sigmoid(a)
@@ -78,7 +78,7 @@ def _swiglu_backward(residuals, dy):
     return dx, transposed(x) @ da, transposed(x) @ db, transposed(silu * b) @ dy
 
 
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+swiglu.defvjp(swiglu_forward, swiglu_backward)
 
 
 class FeedForward(nn.Module):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from btx_jax.models.layers import swiglu
+from btx_jax.models.layers import swiglu, swiglu_backward, swiglu_forward
 
 BLOCK = 128  # rows per block on the CPU path: large enough for full matmul speed, small enough to waste little on padding
 
@@ -57,20 +57,24 @@ def _block_swiglu(x, expert, gate, up, down):
 
 
 def _block_swiglu_forward(x, expert, gate, up, down):
-    return _block_swiglu(x, expert, gate, up, down), (x, expert, gate, up, down)
+    def one(xe):
+        y, (_, a, b, *_) = swiglu_forward(xe[0], gate[xe[1]], up[xe[1]], down[xe[1]])
+        return y, a, b
+
+    y, a, b = jax.lax.map(one, (x, expert))
+    return y, (x, a, b, expert, gate, up, down)
 
 
 def _block_swiglu_backward(residuals, dy):
-    x, expert, *weights = residuals
+    x, a, b, expert, *weights = residuals
 
     def body(grads, block):
-        x, e, dy = block
-        _, pullback = jax.vjp(swiglu, x, *(w[e] for w in weights))
-        dx, *dw = pullback(dy)
+        x, a, b, e, dy = block
+        dx, *dw = swiglu_backward((x, a, b, *(w[e] for w in weights)), dy)
         # Adds to one expert's slice in place; differentiating w[e] would add a whole [E, D, F] for every block.
         return [g.at[e].add(d) for g, d in zip(grads, dw, strict=True)], dx
 
-    grads, dx = jax.lax.scan(body, [jnp.zeros_like(w) for w in weights], (x, expert, dy))
+    grads, dx = jax.lax.scan(body, [jnp.zeros_like(w) for w in weights], (x, a, b, expert, dy))
     return dx, None, *grads
 
 

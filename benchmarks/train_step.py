@@ -1,0 +1,142 @@
+"""Tokens per second of one training step against transformers (PyTorch), float32, same shapes, same machine, in one run.
+
+    pip install -e '.[bench]' && python benchmarks/train_step.py [--rounds=5]
+
+Five programs: a dense Llama here and in transformers; a Mixtral (4 experts, top-2) in transformers and here with einsum and with
+ragged dispatch; and a dense model here whose feed-forward is twice as wide, which has the mixture's active parameters. A step is
+forward, backward, gradient clipping and AdamW. Every program runs in a process of its own; rounds go A B C D E, A B C D E, ..., so
+that a change in the machine's speed meets all of them; medians over rounds are compared.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+SHAPE = {"vocab_size": 4096, "layers": 8, "d_model": 256, "d_ff": 688, "heads": 8, "kv_heads": 8, "head_dim": 32}
+BATCH, LENGTH = 8, 256
+EXPERTS, TOP_K = 4, 2
+STEPS = 6  # timed per round, after two that are not
+PROGRAMS = ("torch_dense", "jax_dense", "torch_moe", "jax_einsum", "jax_ragged", "jax_dense_active")
+
+
+def jax_step(program: str):
+    """(step function that blocks, parameters)."""
+    import dataclasses
+
+    import jax
+
+    from btx_jax.config import ComputeConfig, ModelConfig, MoEConfig, TrainConfig
+    from btx_jax.models.llama import parameter_counts
+    from btx_jax.parallel.sharding import make_mesh
+    from btx_jax.training.step import init_state, make_train_step
+
+    model = ModelConfig(**SHAPE, context=LENGTH)
+    if program == "jax_dense_active":
+        model = dataclasses.replace(model, d_ff=TOP_K * SHAPE["d_ff"])
+    elif program != "jax_dense":
+        model = dataclasses.replace(model, moe=MoEConfig((EXPERTS,) * SHAPE["layers"], k=TOP_K))
+    dispatch = "ragged" if program == "jax_ragged" else "einsum"
+    compute = ComputeConfig(dtype="float32", remat="none", unroll=SHAPE["layers"], dispatch=dispatch, group_size=64, loss_chunk=512)
+    train = TrainConfig(steps=1000, batch_size=BATCH, warmup_steps=10, balance_weight=0.01)
+    mesh = make_mesh((1, 1, 1, 1))
+    compiled = make_train_step(model, compute, train, mesh, LENGTH)
+    state = init_state(model, train, mesh, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (BATCH, LENGTH + 1), 0, SHAPE["vocab_size"], "int32")
+    batch = {"tokens": tokens, "segments": tokens * 0 + 1}
+
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, batch, jax.random.key(2))
+        jax.block_until_ready((state, metrics))
+
+    return step, parameter_counts(model)
+
+
+def torch_step(program: str):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": SHAPE["vocab_size"], "hidden_size": SHAPE["d_model"], "intermediate_size": SHAPE["d_ff"],
+        "num_hidden_layers": SHAPE["layers"], "num_attention_heads": SHAPE["heads"], "num_key_value_heads": SHAPE["kv_heads"],
+        "max_position_embeddings": LENGTH,
+    }  # fmt: skip
+    if program == "torch_dense":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    else:
+        config = transformers.MixtralConfig(
+            **shape, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K, sliding_window=None, output_router_logits=True
+        )
+        model = transformers.MixtralForCausalLM(config)
+    model = model.float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH))
+
+    def step():
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    total = sum(p.numel() for p in model.parameters())
+    return step, (total, total)
+
+
+def serve(program: str) -> None:
+    """Set the program up, then run one round for every line on standard input and answer with seconds per step."""
+    step, counts = (torch_step if program.startswith("torch") else jax_step)(program)
+    for _ in range(2):
+        step()
+    print(json.dumps(counts), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        print((time.perf_counter() - start) / STEPS, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--serve", choices=PROGRAMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve)
+        return
+    workers, seconds = {}, {name: [] for name in PROGRAMS}
+    for name in PROGRAMS:  # one after another: set-up compiles
+        command = [sys.executable, __file__, "--serve", name]
+        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        counts = json.loads(workers[name].stdout.readline())
+        print(f"{name}: {counts[0] / 1e6:.2f}M parameters", flush=True)
+    for _ in range(args.rounds):
+        for name, worker in workers.items():
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            seconds[name].append(float(worker.stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    print(f"\n{'program':18} {'tokens/s':>9}  seconds per step: median (min to max)")
+    for name, times in seconds.items():
+        print(
+            f"{name:18} {BATCH * LENGTH / statistics.median(times):9.0f}  {statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f})"
+        )
+    print("\nratio of tokens/s, median over rounds (min to max)")
+    for ours, theirs in (
+        ("jax_dense", "torch_dense"),
+        ("jax_einsum", "torch_moe"),
+        ("jax_ragged", "torch_moe"),
+        ("jax_einsum", "jax_dense_active"),
+        ("jax_ragged", "jax_dense_active"),
+    ):
+        ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+        print(f"{ours:11} / {theirs:17} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
