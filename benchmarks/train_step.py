@@ -10,6 +10,7 @@ that a change in the machine's speed meets all of them; medians over rounds are 
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,10 @@ import time
 SHAPE = {"vocab_size": 4096, "layers": 8, "d_model": 256, "d_ff": 688, "heads": 8, "kv_heads": 8, "head_dim": 32}
 BATCH, LENGTH = 8, 256
 EXPERTS, TOP_K = 4, 2
-STEPS = 6  # timed per round, after two that are not
+WARM_UP = 4  # untimed steps of each program
+STEPS = 4  # timed steps of each program per round
+# Huge pages: without them every step of either framework asks the kernel for hundreds of megabytes, 4 KiB at a time.
+ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 PROGRAMS = ("torch_dense", "jax_dense", "torch_moe", "jax_einsum", "jax_ragged", "jax_dense_active")
 
 
@@ -89,7 +93,7 @@ def torch_step(program: str):
 def serve(program: str) -> None:
     """Set the program up, then run one round for every line on standard input and answer with seconds per step."""
     step, counts = (torch_step if program.startswith("torch") else jax_step)(program)
-    for _ in range(2):
+    for _ in range(WARM_UP):
         step()
     print(json.dumps(counts), flush=True)
     for _ in sys.stdin:
@@ -99,18 +103,50 @@ def serve(program: str) -> None:
         print((time.perf_counter() - start) / STEPS, flush=True)
 
 
+def profile(program: str) -> None:
+    """Milliseconds per step of each kind of operation in a JAX program, from its profiler trace (threads added up)."""
+    import collections
+    import glob
+    import gzip
+    import re
+    import tempfile
+
+    import jax
+
+    step, _ = jax_step(program)
+    for _ in range(WARM_UP):
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            step()
+        trace = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)[0]
+        with gzip.open(trace) as file:
+            events = json.load(file)["traceEvents"]
+    spent: collections.Counter[str] = collections.Counter()
+    for event in events:
+        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
+            spent[re.sub(r"[.0-9]+$", "", event["name"])] += event["dur"] / 1e3
+    for name, milliseconds in spent.most_common(15):
+        print(f"{name:45} {milliseconds:8.1f} ms")
+    print(f"{'all':45} {sum(spent.values()):8.1f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", choices=PROGRAMS, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", choices=[name for name in PROGRAMS if name.startswith("jax")], help="where one program's time goes")
     args = parser.parse_args()
+    if args.profile:
+        profile(args.profile)
+        return
     if args.serve:
         serve(args.serve)
         return
     workers, seconds = {}, {name: [] for name in PROGRAMS}
     for name in PROGRAMS:  # one after another: set-up compiles
         command = [sys.executable, __file__, "--serve", name]
-        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=ENVIRONMENT)
         counts = json.loads(workers[name].stdout.readline())
         print(f"{name}: {counts[0] / 1e6:.2f}M parameters", flush=True)
     for _ in range(args.rounds):
@@ -123,9 +159,8 @@ def main() -> None:
         worker.wait()
     print(f"\n{'program':18} {'tokens/s':>9}  seconds per step: median (min to max)")
     for name, times in seconds.items():
-        print(
-            f"{name:18} {BATCH * LENGTH / statistics.median(times):9.0f}  {statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f})"
-        )
+        median = statistics.median(times)
+        print(f"{name:18} {BATCH * LENGTH / median:9.0f}  {median:.3f} ({min(times):.3f} to {max(times):.3f})")
     print("\nratio of tokens/s, median over rounds (min to max)")
     for ours, theirs in (
         ("jax_dense", "torch_dense"),
