@@ -406,7 +406,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
             return {key: tuples(item) for key, item in value.items()}
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
-    return ml_collections.ConfigDict(tuples(to_dict(config)))
+    return ml_collections.ConfigDict(tuples(to_dict(config)), sort_keys=False)
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:

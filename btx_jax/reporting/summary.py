@@ -19,17 +19,18 @@ def mean(values: Any) -> float:
 def summarise(results: Mapping[str, Any], curves: Mapping[str, list[dict[str, Any]]], seconds: Mapping[str, float]) -> dict[str, Any]:
     """results: of the evaluate stage. curves: run -> its metrics lines. seconds: stage -> wall time.
 
-    routing.load is that of the last mixture among the models, measured dropless on held-out text; dropped_fraction is the mean of
+    routing.load is that of the mixture that trained longest, measured dropless on held-out text; dropped_fraction is the mean of
     the last steps of the last run that trained a mixture.
     """
-    mixtures = [model["load"] for model in results["models"].values() if model["load"]]
+    mixtures = [model for model in results["models"].values() if model["load"]]
+    load = max(mixtures, key=lambda model: model["train_tokens"])["load"] if mixtures else {}
     routed = [[line for line in lines if "routing" in line] for lines in curves.values()]
     dropped = next((mean(mean(line["routing"]["dropped"]) for line in lines[-LAST_STEPS:]) for lines in reversed(routed) if lines), 0.0)
     shown = ("nats_per_token", "bits_per_byte", "train_tokens", "train_flops", "params_total", "params_active")
     return {
         "domains": results["domains"],
         "models": {name: {key: model[key] for key in shown} for name, model in results["models"].items()},
-        "routing": {"load": mixtures[-1] if mixtures else {}, "dropped_fraction": dropped},
+        "routing": {"load": load, "dropped_fraction": dropped},
         "wall_seconds": dict(seconds),
     }
 
@@ -44,14 +45,14 @@ def table(summary: Mapping[str, Any]) -> Table:
     """Held-out nats per token, model by domain; the best of each column is bold."""
     domains = summary["domains"]
     made = Table(title="held-out loss, nats per token (lower is better)")
-    for column in ("model", *domains, "mean", "tokens", "parameters", "active"):
-        made.add_column(column, justify="left" if column == "model" else "right")
+    for column in ("model", *domains, "mean", "tokens", "active"):
+        made.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     rows = {name: [m["nats_per_token"][d] for d in domains] for name, m in summary["models"].items()}
     rows = {name: [*row, mean(row)] for name, row in rows.items()}
     best = [min(column) for column in zip(*rows.values(), strict=True)]
     for name, row in rows.items():
         model = summary["models"][name]
         cells = [f"[bold]{x:.3f}[/bold]" if x == b else f"{x:.3f}" for x, b in zip(row, best, strict=True)]
-        counts = (f"{model['train_tokens'] / 1e6:.2f}M", f"{model['params_total'] / 1e6:.2f}M", f"{model['params_active'] / 1e6:.2f}M")
+        counts = (f"{model['train_tokens'] / 1e6:.2f}M", f"{model['params_active'] / 1e6:.2f}M")
         made.add_row(name, *cells, *counts)
     return made
