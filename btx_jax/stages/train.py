@@ -178,8 +178,9 @@ class Loop:
                 if pending:  # read while the device works on this step
                     self.log(*pending, progress)
                 pending = (step, metrics)
+                stopping = stop()  # asked once a step: a signal that comes later falls into the next step
                 evaluating = evaluate and (step % train.eval_every == 0 or step == train.steps)
-                saving = step % self.every == 0 or step == train.steps or stop()
+                saving = step % self.every == 0 or step == train.steps or stopping
                 if evaluating or saving:
                     self.log(*pending, progress)
                     pending = None
@@ -188,7 +189,7 @@ class Loop:
                 if evaluating:
                     self.writer.write(step, {"heldout": evaluate(state.params)})
                     self.clock = time.perf_counter()
-                if stop() and step < train.steps:
+                if stopping and step < train.steps:
                     self.checkpoints.wait()
                     self.writer.close()
                     log.warning("SIGTERM: saved step %d; run the same command to go on", step)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,16 @@ def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
     line = cli.fails(*cli.seed("run", "--config.train.learning_rate=0.5", steps=2000, every=1900))
     assert "another config: train.learning_rate: 0.003 -> 0.5" in line
     assert "choose another --workdir" in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(cli):
+    line = cli.fails(*cli.seed("nan", "--config.train.learning_rate=1e30", every=1))
+    step = int(re.search(r"step (\d+): loss", line)[1])
+    assert f"not finite; the checkpoint of step {step - 1} is good; lower config.train.learning_rate" in line
+    assert cli.steps_logged("nan") == list(range(1, step + 1)), "the step that failed is in the metrics"
+    saved = [int(p.name) for p in (cli.home / "nan" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(saved) == step - 1
+    assert not (cli.home / "nan" / "done.json").exists()
 
 
 def test_own_text_from_a_checkpoint(cli):
