@@ -36,12 +36,15 @@ def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], window: int =
     return _svg(figure)
 
 
-def _heat_map(axes: Any, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], form: str, **limits: float) -> None:
-    image = axes.imshow(values, aspect="auto", cmap="viridis_r" if form == "{:.2f}" else "Blues", **limits)
+def _heat_map(
+    axes: Any, values: np.ndarray, shades: np.ndarray, rows: Sequence[str], columns: Sequence[str], form: str, top: float
+) -> None:
+    """values written into cells coloured by `shades`, from 0 (white) to top (dark blue)."""
+    image = axes.imshow(shades, aspect="auto", cmap="Blues", vmin=0, vmax=top)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     for (i, j), value in np.ndenumerate(values):
-        red, green, blue, _ = image.cmap(image.norm(value))
+        red, green, blue, _ = image.cmap(image.norm(shades[i, j]))
         dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
         axes.text(j, i, form.format(value), ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
@@ -51,7 +54,8 @@ def loss_matrix(summary: Mapping[str, Any]) -> str:
     models, domains = list(summary["models"]), summary["domains"]
     values = np.array([[summary["models"][m]["nats_per_token"][d] for d in domains] for m in models])
     figure, axes = plt.subplots(figsize=(1.3 * len(domains) + 1.6, 0.42 * len(models) + 0.8))
-    _heat_map(axes, values, models, domains, "{:.2f}")
+    above = values - values.min(axis=0)
+    _heat_map(axes, values, above, models, domains, "{:.2f}", max(above.max(), 1e-9))
     return _svg(figure)
 
 
@@ -61,7 +65,7 @@ def routing_maps(load: Mapping[str, Sequence[Sequence[float]]], experts: Sequenc
     for axes, (domain, layers) in zip(all_axes[0], load.items(), strict=True):
         width = max(len(layer) for layer in layers)
         values = np.array([[*layer, *([np.nan] * (width - len(layer)))] for layer in layers])
-        _heat_map(axes, values, [f"layer {i}" for i in range(len(layers))], experts[:width], "{:.0%}", vmin=0, vmax=1)
+        _heat_map(axes, values, values, [f"layer {i}" for i in range(len(layers))], experts[:width], "{:.0%}", top=1)
         axes.set_title(domain)
         axes.tick_params(axis="x", rotation=30)
     figure.tight_layout()
