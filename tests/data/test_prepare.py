@@ -1,8 +1,10 @@
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,6 +139,40 @@ def test_unreadable_documents_are_counted_with_their_place(tmp_path):
     assert sum(problems.counts.values()) == 6
     assert any("invalid UTF-8 (first: " in line and "line 2" in line for line in problems.lines())
     assert any("no field 'text'" in line for line in problems.lines())
+
+
+class SmallPoems(tfds.core.GeneratorBasedBuilder):
+    """A data set as tensorflow_datasets keeps it."""
+
+    VERSION = tfds.core.Version("1.2.3")
+    pkg_dir_path = None
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"verse": tfds.features.Text(), "n": np.int32}))
+
+    def _split_generators(self, dl_manager):
+        return {"train": ((i, {"verse": text, "n": i}) for i, text in enumerate(sentences(30, seed=8)))}
+
+    def _generate_examples(self):
+        raise AssertionError("the split generators hold the examples")
+
+
+def test_tensorflow_datasets_are_read_by_name_without_tensorflow(tmp_path, tokenizer, monkeypatch):
+    SmallPoems(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    real = tfds.data_source
+    monkeypatch.setattr(tfds, "data_source", lambda name, **kwargs: real(name, data_dir=str(tmp_path), **kwargs))
+    c = config(tmp_path, "tfds:small_poems:1.2.3#verse:2")
+    (domain,) = prepare(c.train, c, tokenizer, "config.data.train")
+    splits = domain.sources[0].manifest["splits"]
+    assert splits["train"]["documents"] + splits["heldout"]["documents"] == 30
+    assert domain.sources[0].weight == 2
+    assert "tensorflow" not in sys.modules
+    for wrong, message in (
+        ("tfds:small_poems", "no field 'text'; it has: .*verse"),
+        ("tfds:nothing_here", "tfds:nothing_here cannot be opened"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(wrong, c, tokenizer, "config.data.train")
 
 
 def test_truncated_and_misnamed_files_are_errors(tmp_path):

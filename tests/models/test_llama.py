@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,7 +182,7 @@ def test_runs_of_equal_layers():
 def test_restacked_runs_are_the_same_model():
     params = init_params(TINY, jax.random.key(0))
     again = restack(restack(params, [1, 2]), [3])
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, again))
+    chex.assert_trees_all_equal(params, again)
     with pytest.raises(ValueError, match="model of 3"):
         restack(params, [1, 1])
 
