@@ -26,10 +26,11 @@ def summarise(results: Mapping[str, Any], curves: Mapping[str, list[dict[str, An
     load = max(mixtures, key=lambda model: model["train_tokens"])["load"] if mixtures else {}
     routed = [[line for line in lines if "routing" in line] for lines in curves.values()]
     dropped = next((mean(mean(line["routing"]["dropped"]) for line in lines[-LAST_STEPS:]) for lines in reversed(routed) if lines), 0.0)
+    by_training = sorted(results["models"].items(), key=lambda item: item[1]["train_tokens"])  # the seed first, the mixture last
     shown = ("nats_per_token", "bits_per_byte", "train_tokens", "train_flops", "params_total", "params_active")
     return {
         "domains": results["domains"],
-        "models": {name: {key: model[key] for key in shown} for name, model in results["models"].items()},
+        "models": {name: {key: model[key] for key in shown} for name, model in by_training},
         "routing": {"load": load, "dropped_fraction": dropped},
         "wall_seconds": dict(seconds),
     }
