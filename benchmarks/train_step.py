@@ -5,11 +5,13 @@
 Five programs: a dense Llama here and in transformers; a Mixtral (4 experts, top-2) in transformers and here with einsum and with
 ragged dispatch; and a dense model here whose feed-forward is twice as wide, which has the mixture's active parameters. A step is
 forward, backward, gradient clipping and AdamW. Every program runs in a process of its own; rounds go A B C D E, A B C D E, ..., so
-that a change in the machine's speed meets all of them; medians over rounds are compared.
+that a change in the machine's speed meets all of them; medians over rounds are compared. `--profile=PROGRAM` shows where one of our steps
+spends its time, `--matmuls` how fast each framework multiplies the matrices of these models.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,7 +24,8 @@ EXPERTS, TOP_K = 4, 2
 WARM_UP = 4  # untimed steps of each program
 STEPS = 4  # timed steps of each program per round
 # Huge pages: without them every step of either framework asks the kernel for hundreds of megabytes, 4 KiB at a time.
-ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# No YNN: XLA then multiplies through Eigen, which is the faster of the two for an expert's matrices and equal for the rest.
+ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type="}
 PROGRAMS = ("torch_dense", "jax_dense", "torch_moe", "jax_einsum", "jax_ragged", "jax_dense_active")
 
 
@@ -131,22 +134,98 @@ def profile(program: str) -> None:
     print(f"{'all':45} {sum(spent.values()):8.1f} ms")
 
 
+def matmuls() -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
+    """(what, einsum, left shape, right shape) of the products that make up a step."""
+    rows, d, f, heads, head_dim = BATCH * LENGTH, SHAPE["d_model"], SHAPE["d_ff"], BATCH * SHAPE["heads"], SHAPE["head_dim"]
+    claims = rows * TOP_K  # rows of all experts together when each token goes to two
+    return [
+        ("FFN in, forward", "md,df->mf", (claims, d), (d, f)),
+        ("FFN in, gradient of x", "mf,df->md", (claims, f), (d, f)),
+        ("FFN in, gradient of w", "md,mf->df", (claims, d), (claims, f)),
+        ("FFN out, forward", "mf,fd->md", (claims, f), (f, d)),
+        ("attention projection", "md,de->me", (rows, d), (d, d)),
+        ("attention scores", "btk,bsk->bts", (heads, LENGTH, head_dim), (heads, LENGTH, head_dim)),
+        ("head", "md,dv->mv", (rows, d), (d, SHAPE["vocab_size"])),
+    ]
+
+
+def serve_matmuls(framework: str) -> None:
+    """For every line on standard input, one line of JSON: gigaflops per second of each product."""
+    programs = []
+    for _, equation, left, right in matmuls():
+        if framework == "torch":
+            import torch
+
+            arrays = torch.randn(left), torch.randn(right)
+            call = lambda arrays=arrays, equation=equation: torch.einsum(equation, *arrays)  # noqa: E731
+        else:
+            import jax
+
+            arrays = jax.random.normal(jax.random.key(0), left), jax.random.normal(jax.random.key(1), right)
+            product = jax.jit(lambda a, b, equation=equation: jax.numpy.einsum(equation, a, b))
+            call = lambda arrays=arrays, product=product: jax.block_until_ready(product(*arrays))  # noqa: E731
+        letters = dict(zip(equation.split("->")[0].replace(",", ""), left + right, strict=True))
+        programs.append((2 * math.prod(letters.values()), call))
+        call()
+    for _ in sys.stdin:
+        speeds = []
+        for flops, call in programs:
+            times = []
+            for _ in range(15):
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+            speeds.append(flops / statistics.median(times) / 1e9)
+        print(json.dumps(speeds), flush=True)
+
+
+def compare_matmuls(rounds: int) -> None:
+    speeds: dict[str, list[list[float]]] = {"xla": [], "torch": []}
+    workers = {name: start_worker("--serve-matmuls", name) for name in speeds}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            speeds[name].append(json.loads(worker.stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    print(f"{'GFLOP/s, median of rounds':26} {'XLA':>5} {'PyTorch':>8} {'ratio':>6}")
+    for i, (what, *_) in enumerate(matmuls()):
+        ours, theirs = (statistics.median(row[i] for row in speeds[name]) for name in ("xla", "torch"))
+        print(f"{what:26} {ours:5.0f} {theirs:8.0f} {ours / theirs:6.2f}")
+
+
+def start_worker(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=ENVIRONMENT)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", choices=PROGRAMS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve-matmuls", choices=("xla", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--matmuls", action="store_true", help="GFLOP/s of XLA and PyTorch for the products of these models")
     parser.add_argument("--profile", choices=[name for name in PROGRAMS if name.startswith("jax")], help="where one program's time goes")
     args = parser.parse_args()
     if args.profile:
+        if dict(os.environ) != ENVIRONMENT:  # both are read when a process starts
+            os.execve(sys.executable, [sys.executable, *sys.argv], ENVIRONMENT)
         profile(args.profile)
+        return
+    if args.matmuls:
+        compare_matmuls(args.rounds)
+        return
+    if args.serve_matmuls:
+        serve_matmuls(args.serve_matmuls)
         return
     if args.serve:
         serve(args.serve)
         return
     workers, seconds = {}, {name: [] for name in PROGRAMS}
     for name in PROGRAMS:  # one after another: set-up compiles
-        command = [sys.executable, __file__, "--serve", name]
-        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=ENVIRONMENT)
+        workers[name] = start_worker("--serve", name)
         counts = json.loads(workers[name].stdout.readline())
         print(f"{name}: {counts[0] / 1e6:.2f}M parameters", flush=True)
     for _ in range(args.rounds):

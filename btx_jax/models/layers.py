@@ -68,7 +68,8 @@ def swiglu_forward(x, gate, up, down):
 
 
 def swiglu_backward(residuals, dy):
-    x, a, b, gate, up, down = residuals
+    # Otherwise XLA shares sigmoid(a) with the forward pass, which then writes it to memory and stays unfused.
+    x, a, b, gate, up, down = jax.lax.optimization_barrier(residuals)
     transposed = lambda w: jnp.swapaxes(w, -1, -2)  # noqa: E731
     s = jax.nn.sigmoid(a)
     silu = a * s

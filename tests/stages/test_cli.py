@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from btx_jax.data.tokenizers import load_tokenizer
 from tests.conftest import ROOT, sentences
 
 pytestmark = pytest.mark.cli
@@ -217,3 +218,16 @@ def test_a_failing_branch_leaves_the_others_results(cli):
     before = (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns
     cli.fails(*arguments)
     assert (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns == before, "a finished stage ran again"
+
+
+def test_a_tokenizer_trained_from_the_command_line_gives_back_any_text_and_replaces_nothing(cli):
+    target = cli.home / "own.model"
+    cli.run("tokenizer", cli.text, "--vocab_size=300", f"--out={target}", module="btx_jax")
+    tokenizer = load_tokenizer(target)
+    text = "  def f(x):\n\treturn x ** 2  # naïve 東京 1234\n\n"
+    assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode(text)) == text
+    trained = target.read_bytes()
+    _, error = cli.run("tokenizer", cli.text, "--vocab_size=310", f"--out={target}", module="btx_jax", status=2)
+    assert "exists; delete it or choose another name" in error and target.read_bytes() == trained
+    _, error = cli.run("tokenizer", cli.text, "--vocab_size=100000", f"--out={cli.home / 'b.model'}", module="btx_jax", status=2)
+    assert error.startswith("btx_jax: error: cannot train a tokenizer of 100000 pieces") and not list(cli.home.glob("*b.model*"))

@@ -1,14 +1,16 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from btx_jax.config import ComputeConfig, TrainConfig
 from btx_jax.models.llama import init_params
 from btx_jax.training.flops import peak_flops_per_device, train_flops
-from btx_jax.training.optimizer import decayed, schedule
+from btx_jax.training.optimizer import clip_by_global_norm, decayed, schedule
 from btx_jax.training.step import init_state, make_train_step
 from tests.models.test_llama import MOE, TINY
 
@@ -91,3 +93,12 @@ def test_balance_weight_moves_the_router_and_zero_does_not(one_device):
 def test_flops_are_6_n_d():
     assert train_flops(TINY, 10) == 60 * sum(x.size for x in jax.tree.leaves(init_params(TINY, jax.random.key(0))))
     assert peak_flops_per_device() > 1e8
+
+
+def test_clipping_is_optaxs_up_to_rounding():
+    updates = {"a": jnp.array([3.0, -4.0]), "b": jnp.ones((2, 2)) * 6}
+    for norm in (1.0, 13.0, 1000.0):
+        expected, _ = optax.clip_by_global_norm(norm).update(updates, optax.EmptyState())
+        chex.assert_trees_all_close(clip_by_global_norm(norm).update(updates, optax.EmptyState())[0], expected, rtol=1e-6)
+    zeros = jax.tree.map(jnp.zeros_like, updates)
+    chex.assert_trees_all_equal(clip_by_global_norm(1.0).update(zeros, optax.EmptyState())[0], zeros)
