@@ -1,4 +1,4 @@
-"""The short commands: python -m btx_jax {digest,generate,tokenizer} --help."""
+"""The short commands: python -m btx_jax {digest,generate,convert,tokenizer} --help."""
 
 import argparse
 import logging
@@ -11,9 +11,12 @@ from pathlib import Path
 
 from btx_jax.errors import UserError
 
+DTYPES = ("float32", "bfloat16", "float16")
+CHECKPOINT = "a run's directory, one of its checkpoints/STEP, or a Hugging Face directory"
+
 
 def _digest(args: argparse.Namespace) -> None:
-    from btx_jax.checkpoints.training_state import digest, find_checkpoint, load_params
+    from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
 
     print(digest(load_params(find_checkpoint(args.checkpoint))))
 
@@ -22,6 +25,12 @@ def _generate(args: argparse.Namespace) -> None:
     from btx_jax.stages.generate import text
 
     print(args.prompt + text(args.checkpoint, args.prompt, args.max_tokens, args.temperature, args.top_p, args.seed))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from btx_jax.stages.convert import run
+
+    print(run(args.source, args.target, args.dtype))
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
@@ -55,17 +64,23 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("digest", help="sha256 over all parameters of a checkpoint")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or one of its checkpoints/STEP")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     command.set_defaults(run=_digest)
 
     command = commands.add_parser("generate", help="sample text from a checkpoint")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or one of its checkpoints/STEP")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     command.add_argument("--prompt", required=True)
     command.add_argument("--max_tokens", type=int, default=64, help="new tokens at most (64)")
     command.add_argument("--temperature", type=_not_negative, default=0.0, help="0 (the default) is greedy")
     command.add_argument("--top_p", type=_fraction, default=1.0, help="nucleus: keep the likeliest tokens up to this probability (1)")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=_generate)
+
+    command = commands.add_parser("convert", help="Hugging Face directory -> checkpoint of ours, or back")
+    command.add_argument("source", metavar="SRC", help=CHECKPOINT)
+    command.add_argument("target", metavar="DST", help="a new directory")
+    command.add_argument("--dtype", choices=DTYPES, default="", help="of the result; by default each tensor keeps its own")
+    command.set_defaults(run=_convert)
 
     command = commands.add_parser("tokenizer", help="train a sentencepiece model that gives back any text exactly")
     command.add_argument(

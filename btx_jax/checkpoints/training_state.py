@@ -5,16 +5,18 @@ only. `about` makes params self-describing: the model, what it was trained on so
 """
 
 import dataclasses
-import functools
-import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import linen as nn
 
+from btx_jax.checkpoints.huggingface import Slot, is_finite, raise_problems, slots
 from btx_jax.config import CheckpointConfig, ModelConfig, from_dict, to_dict
 from btx_jax.errors import UserError
 from btx_jax.models.llama import Params, abstract_params
@@ -35,18 +37,6 @@ class About:
         return sum(run[what] for run in self.history.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """One step's directory, found and described but not read."""
-
-    path: Path
-    about: About
-
-    @functools.cached_property
-    def tokenizer(self) -> Path:
-        return self.path.parent.parent / "tokenizer"
-
-
 def _about_to_json(about: About) -> dict[str, Any]:
     return {"format": FORMAT, "model": to_dict(about.model), "step": about.step, "history": about.history}
 
@@ -57,7 +47,7 @@ def _about_from_json(values: dict[str, Any], path: Path) -> About:
     return About(from_dict(ModelConfig, values["model"], f"{path}: model"), values["step"], values["history"])
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Orbax reports every save at INFO through absl; a run's own log says what users need."""
     import absl.logging
 
@@ -68,7 +58,7 @@ class Checkpoints:
     """The checkpoints of one run. Saves in the background; a save that was interrupted does not exist."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
-        _quiet()
+        quiet()
         self._manager = ocp.CheckpointManager(
             (workdir / DIRECTORY).resolve(),
             options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True, create=True),
@@ -100,46 +90,29 @@ class Checkpoints:
         self._manager.close()
 
 
-def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
-    """A run's working directory (its last step), or one step's directory. Raises UserError when it is neither."""
-    _quiet()
-    path = Path(path).resolve()
-    if not path.exists():
-        raise UserError(f"{key}: {path} does not exist")
-    if (path / DIRECTORY).is_dir():
-        steps = [int(p.name) for p in (path / DIRECTORY).iterdir() if p.name.isdigit()]
-        if not steps:
-            raise UserError(f"{key}: {path} holds no finished checkpoint yet")
-        path = path / DIRECTORY / str(max(steps))
-    if not (path / "params").is_dir() or not (path / "about").is_dir():
-        raise UserError(f"{key}: {path} is no checkpoint; name a run's --workdir or WORKDIR/{DIRECTORY}/STEP")
+def read_about(path: Path) -> About:
+    """Of a step's directory."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        values = checkpointer.restore(path / "about")
-    return Checkpoint(path, _about_from_json(values, path))
+        return _about_from_json(checkpointer.restore(path / "about"), path)
 
 
-def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
-    """The parameters, onto the shardings of `abstract`, or all on the first local device.
+def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
+    """A step's parameters onto the shardings and into the dtypes of `abstract`.
 
-    Raises UserError listing every leaf that is unknown, missing or misshapen against the checkpoint's own model.
+    Raises UserError listing every leaf that is unknown, missing or misshapen against the model.
     """
-    expected = nn.unbox(abstract_params(checkpoint.about.model))
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(checkpoint.path / "params").item_metadata
-        _check_leaves(expected, stored, checkpoint.path)
-        if abstract is None:
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), expected)
-        return checkpointer.restore(checkpoint.path / "params", abstract)
+        _check_leaves(nn.unbox(abstract_params(model)), checkpointer.metadata(path / "params").item_metadata, path)
+        return checkpointer.restore(path / "params", abstract)
 
 
-def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """layers_0/ffn/gate -> leaf."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _check_leaves(expected: Any, stored: Any, path: Path) -> None:
-    want, have = _named_shapes(expected), _named_shapes(stored)
+    want, have = ({name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()} for tree in (expected, stored))
     problems = [f"missing {name}" for name in want if name not in have]
     problems += [f"unknown {name}" for name in have if name not in want]
     problems += [f"{name} is {have[name]}, not {want[name]}" for name in want if name in have and have[name] != want[name]]
@@ -147,12 +120,86 @@ def _check_leaves(expected: Any, stored: Any, path: Path) -> None:
         raise UserError(f"{path} does not hold its model: " + "; ".join(problems))
 
 
-def digest(params: Params) -> str:
-    """sha256 over all parameters in the order of their paths: path, dtype, shape and bytes (little-endian, C order) of each."""
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    total = hashlib.sha256()
-    for name in sorted(leaves):
-        array = np.ascontiguousarray(np.asarray(leaves[name]))
-        total.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-        total.update(array.tobytes())
-    return total.hexdigest()
+def _store_spec(params: Path, leaf: tuple[str, ...]) -> dict[str, Any]:
+    """Orbax keeps every leaf as a zarr array in one OCDBT key-value store."""
+    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{params.resolve()}/", "path": ".".join(leaf) + "/"}}
+
+
+class StepReader:
+    """Reads a step's parameters one tensor at a time, under their Hugging Face names and in Hugging Face's layout."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.model = read_about(path).model
+        with ocp.StandardCheckpointer() as checkpointer:
+            _check_leaves(nn.unbox(abstract_params(self.model)), checkpointer.metadata(path / "params").item_metadata, path)
+        self.slots = slots(self.model)
+        leaves = {slot.path for slot in self.slots.values()}
+        self._stores = {leaf: tensorstore.open(_store_spec(path / "params", leaf), read=True).result() for leaf in leaves}
+        self.dtypes = {name: self._stores[slot.path].dtype.numpy_dtype for name, slot in self.slots.items()}
+        self._bad_values: list[str] = []
+
+    def read(self, name: str) -> np.ndarray:
+        slot = self.slots[name]
+        array = slot.to_theirs(np.asarray(self._stores[slot.path][slot.indices].read().result()))
+        if not is_finite(array):
+            self._bad_values.append(name)
+        return array
+
+    def check(self) -> None:
+        """Raises UserError when a tensor that was read held NaN or infinity."""
+        raise_problems(self._path, [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)])
+
+
+class StepWriter:
+    """Writes WORKDIR/checkpoints/0 one tensor at a time, as Orbax would: one zarr chunk per layer and expert.
+
+    dtypes: name -> numpy dtype. Raises UserError when tensors of one leaf differ in dtype.
+    """
+
+    def __init__(self, workdir: Path, model: ModelConfig, dtypes: Mapping[str, np.dtype]):
+        self.model = model
+        self._path = workdir / DIRECTORY / "0"
+        self._slots = slots(model)
+        self._stores: dict[tuple[str, ...], Any] = {}
+        self._shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+        for name, leaf in named_leaves(nn.unbox(abstract_params(model))).items():
+            self._shapes[tuple(name.split("/"))] = leaf.shape
+        by_leaf: dict[tuple[str, ...], dict[str, str]] = {}
+        for name, slot in self._slots.items():
+            by_leaf.setdefault(slot.path, {}).setdefault(dtypes[name].name, name)
+        for kinds in by_leaf.values():
+            if len(kinds) > 1:
+                raise UserError(f"{' but '.join(f'{name} is {dtype}' for dtype, name in kinds.items())}; choose one dtype for all")
+        self._dtypes = {slot.path: dtypes[name] for name, slot in self._slots.items()}
+
+    def _store(self, slot: Slot) -> Any:
+        if slot.path not in self._stores:
+            spec = _store_spec(self._path / "params", slot.path)
+            shape = self._shapes[slot.path]
+            spec["metadata"] = {"chunks": [1] * len(slot.indices) + list(slot.part), "compressor": {"id": "zstd", "level": 1}}
+            dtype = self._dtypes[slot.path].name
+            self._stores[slot.path] = tensorstore.open(spec, create=True, read=True, write=True, dtype=dtype, shape=shape).result()
+        return self._stores[slot.path]
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        slot = self._slots[name]
+        self._store(slot)[slot.indices].write(slot.to_ours(tensor)).result()
+
+    def finish(self, about: About) -> None:
+        """Orbax's own metadata of the tree, and what the checkpoint says about itself."""
+        tree = {}
+        for leaf, shape in self._shapes.items():
+            keys = [{"key": key, "key_type": 2} for key in leaf]
+            values = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)}
+            tree[str(leaf)] = {"key_metadata": keys, "value_metadata": values}
+        metadata = {
+            "tree_metadata": tree,
+            "use_ocdbt": True,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        (self._path / "params" / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            checkpointer.save(self._path / "about", _about_to_json(about))

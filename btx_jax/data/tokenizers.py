@@ -13,8 +13,8 @@ import tokenizers
 
 from btx_jax.errors import UserError
 
-NAMES = ("tokenizer.model", "tokenizer.json")
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
+NAMES = ("tokenizer.json", "tokenizer.model")  # the first knows tokens that were added later
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 
 
 class Tokenizer(Protocol):
@@ -102,10 +102,11 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 
 
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Put the tokenizer file, under its usual name, and its companions into a directory."""
+    """Put the tokenizer file, under its usual name, and its companions (special tokens, chat template) into a directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    name = NAMES[1] if tokenizer.path.suffix == ".json" else NAMES[0]
-    for source, target in [(tokenizer.path, name), *((tokenizer.path.parent / c, c) for c in COMPANIONS)]:
+    name = NAMES[0] if tokenizer.path.suffix == ".json" else NAMES[1]
+    others = COMPANIONS + (NAMES if tokenizer.path.name in NAMES else ())
+    for source, target in [(tokenizer.path, name), *((tokenizer.path.parent / c, c) for c in others)]:
         if source.is_file() and source.resolve() != (directory / target).resolve():
             shutil.copyfile(source, directory / target)
 

@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 from tqdm import tqdm
 
-from btx_jax.checkpoints.training_state import find_checkpoint, load_params
+from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
 from btx_jax.config import Config, ConfigError
 from btx_jax.data.mixture import heldout_batches
 from btx_jax.data.prepare import prepare, resolve_tokenizer

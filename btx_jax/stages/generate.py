@@ -1,6 +1,6 @@
 """Generate: sample text from a checkpoint."""
 
-from btx_jax.checkpoints.training_state import find_checkpoint, load_params
+from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.evaluation.sampling import generate

@@ -4,7 +4,7 @@ import logging
 import time
 from pathlib import Path
 
-from btx_jax.checkpoints.training_state import find_checkpoint
+from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config import Config
 from btx_jax.data.prepare import prepare, resolve_tokenizer
 from btx_jax.reporting.workdir import claim, finish

@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from btx_jax.checkpoints.training_state import About, Checkpoint, Checkpoints, find_checkpoint, load_params
+from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_params
+from btx_jax.checkpoints.training_state import About, Checkpoints
 from btx_jax.config import ComputeConfig, Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig, differences, to_dict
 from btx_jax.data.mixture import heldout_batches, training_batches
 from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer

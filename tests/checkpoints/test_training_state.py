@@ -6,7 +6,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from btx_jax.checkpoints.training_state import About, Checkpoints, digest, find_checkpoint, load_params
+from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
+from btx_jax.checkpoints.training_state import About, Checkpoints
 from btx_jax.config import CheckpointConfig, TrainConfig
 from btx_jax.errors import UserError
 from btx_jax.models.llama import init_params

@@ -1,0 +1,187 @@
+"""A model on disk, whatever its format: a run's own checkpoint (Orbax) or a Hugging Face directory."""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from tqdm import tqdm
+
+from btx_jax.checkpoints import safetensors_files
+from btx_jax.checkpoints.huggingface import HuggingFaceReader, HuggingFaceWriter, Slot, is_finite, is_huggingface, read_config, slots
+from btx_jax.checkpoints.output import new_directory
+from btx_jax.checkpoints.training_state import (
+    DIRECTORY,
+    About,
+    StepReader,
+    StepWriter,
+    named_leaves,
+    quiet,
+    read_about,
+    restore_params,
+)
+from btx_jax.config import ModelConfig
+from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
+from btx_jax.errors import UserError
+from btx_jax.models.llama import Params, abstract_params
+
+log = logging.getLogger(__name__)
+
+DTYPES = {dtype.name: dtype for dtype in safetensors_files.DTYPES.values()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One model's directory, found and described but not read."""
+
+    path: Path
+    about: About
+    is_huggingface: bool = False
+
+    @functools.cached_property
+    def tokenizer(self) -> Path:
+        """The directory that holds it."""
+        return self.path if self.is_huggingface else self.path.parent.parent / "tokenizer"
+
+
+class Reader(Protocol):
+    """Tensors one at a time, under their Hugging Face names and in that layout (a Linear is [out, in])."""
+
+    model: ModelConfig
+    slots: dict[str, Slot]
+    dtypes: dict[str, np.dtype]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+    def check(self) -> None:
+        """Raises UserError when a tensor that was read held NaN or infinity."""
+        ...
+
+
+def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
+    """A run's working directory (its last step), one step's directory, or a Hugging Face directory. Raises UserError if none of these."""
+    quiet()
+    path = Path(path).resolve()
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist")
+    if is_huggingface(path):
+        return Checkpoint(path, About(read_config(path), 0, {}), is_huggingface=True)
+    if (path / DIRECTORY).is_dir():
+        steps = [int(p.name) for p in (path / DIRECTORY).iterdir() if p.name.isdigit()]
+        if not steps:
+            raise UserError(f"{key}: {path} holds no finished checkpoint yet")
+        path = path / DIRECTORY / str(max(steps))
+    if not (path / "params").is_dir() or not (path / "about").is_dir():
+        raise UserError(
+            f"{key}: {path} is no checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, or a Hugging Face directory (config.json)"
+        )
+    return Checkpoint(path, read_about(path))
+
+
+def open_reader(checkpoint: Checkpoint) -> Reader:
+    """Raises UserError listing everything that is wrong with the checkpoint, short of its values."""
+    return HuggingFaceReader(checkpoint.path) if checkpoint.is_huggingface else StepReader(checkpoint.path)
+
+
+def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
+    """The parameters, onto the shardings of `abstract`, or all on the first local device. float32 unless `abstract` says otherwise.
+
+    Raises UserError listing everything that does not fit the checkpoint's own model.
+    """
+    if abstract is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        expected = nn.unbox(abstract_params(checkpoint.about.model))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), expected)
+    if not checkpoint.is_huggingface:
+        return restore_params(checkpoint.path, checkpoint.about.model, abstract)
+    reader = HuggingFaceReader(checkpoint.path)
+    params = assemble(reader, abstract)
+    reader.check()
+    return params
+
+
+def assemble(reader: Reader, abstract: Any) -> Params:
+    """Our tree from a reader's tensors, one whole leaf in host memory at a time."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, slot in reader.slots.items():
+        names.setdefault(slot.path, []).append(name)
+
+    def leaf(path, target):
+        host = np.empty(target.shape, target.dtype)
+        for name in names[tuple(str(key.key) for key in path)]:
+            slot = reader.slots[name]
+            host[slot.indices] = slot.to_ours(reader.read(name))
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: jnp.asarray(host[index]))
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer beside a checkpoint, or None with a warning: weights alone can be converted and mixed."""
+    try:
+        return load_tokenizer(checkpoint.tokenizer)
+    except UserError:
+        log.warning("%s: no tokenizer found; only the weights are taken along", checkpoint.path)
+        return None
+
+
+def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """To another storage dtype, rounding to nearest even. Raises UserError when a value does not fit."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if is_finite(array) and not is_finite(result):
+        raise UserError(f"{name} holds values beyond {dtype.name}'s range; choose bfloat16 or float32")
+    return result
+
+
+def write_checkpoint(
+    target: Path,
+    as_huggingface: bool,
+    model: ModelConfig,
+    dtypes: Mapping[str, np.dtype],
+    tensor: Callable[[str], np.ndarray],
+    tokenizer: Tokenizer | None,
+    *,
+    history: dict[str, dict[str, float]],
+    card: str,
+    check: Callable[[], None],
+    verb: str,
+) -> None:
+    """A new directory, whole or not at all: `tensor(name)` for every tensor of the model, one at a time, cast to dtypes[name].
+
+    check runs when all tensors have been read; when it raises, nothing is left. Raises UserError when the target exists, cannot be
+    written, or its format has no such model.
+    """
+    with new_directory(target) as partial:
+        writer = (HuggingFaceWriter if as_huggingface else StepWriter)(partial, model, dtypes)
+        for name in tqdm(slots(model), desc=verb, unit="tensor", disable=None):
+            writer.write(name, cast(name, tensor(name), dtypes[name]))
+        check()
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, partial if as_huggingface else partial / "tokenizer")
+        if isinstance(writer, HuggingFaceWriter):
+            bos, eos = (tokenizer.bos, tokenizer.eos) if tokenizer else (None, None)
+            writer.finish(bos, eos, card)
+        else:
+            writer.finish(About(model, 0, history))
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def digest(params: Params) -> str:
+    """sha256 over all parameters in the order of their paths: path, dtype, shape and bytes (little-endian, C order) of each."""
+    leaves = named_leaves(params)
+    total = hashlib.sha256()
+    for name in sorted(leaves):
+        array = np.ascontiguousarray(np.asarray(leaves[name]))
+        total.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()

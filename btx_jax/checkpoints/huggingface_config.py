@@ -1,0 +1,174 @@
+"""config.json of Hugging Face's Llama, Mistral and Mixtral <-> ModelConfig, in the spelling of every transformers version."""
+
+import dataclasses
+import logging
+from typing import Any
+
+from btx_jax.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
+from btx_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
+
+
+def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
+    """Raises UserError, prefixed with `where`, listing everything that this model cannot represent."""
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        named = ", ".join(config.get("architectures") or ()) or kind
+        raise UserError(f"{where}: architecture {named}; readable are {', '.join(ARCHITECTURES.values())}")
+    architectures = config.get("architectures") or [ARCHITECTURES[kind]]
+    problems = []
+    if architectures != [ARCHITECTURES[kind]]:
+        problems.append(f"architectures={architectures} is not the language model {ARCHITECTURES[kind]}")
+    for key, plain in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("quantization_config", None),
+        ("partial_rotary_factor", 1.0),
+    ):
+        if config.get(key, plain) != plain:
+            problems.append(f"{key}={config[key]!r} is not supported, only {plain!r}")
+    needed = ["vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"]
+    needed += ["num_local_experts", "num_experts_per_tok"] if kind == "mixtral" else []
+    problems += [f"{key} is missing" for key in needed if not isinstance(config.get(key), int)]
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}")
+
+    heads, width, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
+    context = config.get("max_position_embeddings", 4096)
+    window = config.get("sliding_window")
+    if kind != "llama" and window is not None and config.get("use_sliding_window", True) and window < context:
+        log.warning("%s: sliding_window=%d: attention here is full, so the context is cut to it, where both are equal", where, window)
+        context = window
+    try:
+        theta, scaling = _rope(config, kind)
+        moe = MoEConfig((config["num_local_experts"],) * layers, config["num_experts_per_tok"]) if kind == "mixtral" else None
+        return ModelConfig(
+            vocab_size=config["vocab_size"],
+            layers=layers,
+            d_model=width,
+            d_ff=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or width // heads,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=float(config.get("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6)),
+            tied_head=bool(config.get("tie_word_embeddings", False)),
+            context=context,
+            moe=moe,
+        )
+    except ConfigError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _rope(config: dict[str, Any], kind: str) -> tuple[float, RopeScaling]:
+    """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling. When both are there, they must agree."""
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    scaling = new or old or {}
+    thetas = {float(value) for value in (scaling.get("rope_theta"), config.get("rope_theta")) if value is not None}
+    if len(thetas) > 1:
+        raise ConfigError(f"rope_theta={config['rope_theta']} but rope_parameters.rope_theta={scaling['rope_theta']}; which is right?")
+    theta = thetas.pop() if thetas else {"mixtral": 1e6}.get(kind, 10_000.0)
+    name = scaling.get("rope_type") or scaling.get("type") or "default"
+    if new and old and (old.get("rope_type") or old.get("type")) not in (None, name):
+        raise ConfigError(f"rope_parameters say {name}, rope_scaling says {old.get('rope_type') or old.get('type')}; which is right?")
+    if name == "default":
+        return theta, RopeScaling()
+    if name == "linear":
+        return theta, RopeScaling("linear", float(scaling["factor"]))
+    if name == "llama3":
+        try:
+            return theta, RopeScaling(
+                "llama3",
+                float(scaling["factor"]),
+                float(scaling["low_freq_factor"]),
+                float(scaling["high_freq_factor"]),
+                int(scaling["original_max_position_embeddings"]),
+            )
+        except KeyError as error:
+            raise ConfigError(f"rope scaling llama3 without {error.args[0]}") from error
+    raise ConfigError(f"rope scaling {name!r} is not supported; known: default, linear, llama3")
+
+
+def experts_per_token(model: ModelConfig) -> int:
+    """num_experts_per_tok of a Mixtral that computes the same. Raises UserError when no Mixtral does.
+
+    Mixtral is SoftMax(TopK). Soft routing is that with k = E; sample_top1 at inference (argmax, weight 1) is that with k = 1. Switch is
+    not: it weights its one expert by the full softmax. Every layer must be a mixture of the same size.
+    """
+    specs = set(model.layer_specs())
+    routings = {spec.routing for spec in specs}
+    if len({(spec.experts, spec.k) for spec in specs}) > 1 or 0 in {spec.experts for spec in specs} or "switch" in routings:
+        described = ", ".join(sorted(f"{spec.experts or 'no'} experts {spec.routing} k={spec.k}" for spec in specs))
+        raise UserError(f"Hugging Face's Mixtral has the same top-k mixture in every layer, this model has {described}; keep it as it is")
+    return specs.pop().k
+
+
+def config_from_model(model: ModelConfig, dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:
+    """config.json, with old and new spellings: transformers 4.42 reads rope_theta and torch_dtype, 5 rope_parameters and dtype."""
+    kind = "mixtral" if model.moe else "llama"
+    scaling = model.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling.kind == "linear":
+        rope = {"rope_type": "linear", "type": "linear", "factor": scaling.factor}
+    elif scaling.kind == "llama3":
+        rope = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": model.context,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None if scaling.kind == "none" else rope,
+        "rope_parameters": {**rope, "rope_theta": model.rope_theta},
+        "tie_word_embeddings": model.tied_head,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+    }
+    if kind == "llama":
+        return config | {"mlp_bias": False, "pretraining_tp": 1}
+    experts = model.layer_specs()[0].experts
+    return config | {
+        "num_local_experts": experts,
+        "num_experts_per_tok": experts_per_token(model),
+        "sliding_window": None,
+        "router_aux_loss_coef": 0.01,
+        "output_router_logits": False,
+    }
+
+
+def same_function(a: ModelConfig, b: ModelConfig) -> list[str]:
+    """Lines `key: a's value, b's value` for every setting in which two models' parameters would mean something else."""
+    lines = []
+    for field in dataclasses.fields(ModelConfig):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if x != y:
+            lines.append(f"{field.name}: {_short(x)} against {_short(y)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    return str(dataclasses.asdict(value)) if dataclasses.is_dataclass(value) and not isinstance(value, type) else repr(value)

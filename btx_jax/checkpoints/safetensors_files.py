@@ -1,0 +1,165 @@
+"""safetensors files, read and written tensor by tensor, so that no more than one is in memory.
+
+Format (https://github.com/huggingface/safetensors): 8 bytes, little-endian length of the header; the header, JSON
+{name: {dtype, shape, data_offsets}}; the tensors, C order, little-endian, without gaps. Files are read with pread instead of mapped:
+mapped pages would count as this process's memory until it ends.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from btx_jax.errors import UserError
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
+_MAX_HEADER = 100_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies. dtype: the format's name, such as BF16; start: byte offset in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class SafetensorsFile:
+    """The header of one file, checked; tensors are read on demand. Raises UserError for a file that is damaged in any way."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
+        self.tensors = self._read_header()
+
+    def __del__(self):
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def _read_header(self) -> dict[str, Tensor]:
+        size = os.fstat(self._fd).st_size
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise UserError(f"{self.path}: truncated or no safetensors file ({size} bytes, header of {length})")
+        try:
+            header = json.loads(os.pread(self._fd, length, 8), object_pairs_hook=_unique)
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            tensors, end = {}, 0
+            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                begin, stop = entry["data_offsets"]
+                shape = tuple(entry["shape"])
+                itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else _BYTES[entry["dtype"]]
+                if begin != end or stop - begin != math.prod(shape) * itemsize:
+                    raise UserError(f"{self.path}: damaged header: {name} does not lie where its shape {shape} says")
+                tensors[name], end = Tensor(entry["dtype"], shape, 8 + length + begin, stop - begin), stop
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path}: damaged header: {error}") from error
+        if size != 8 + length + end:
+            raise UserError(f"{self.path}: truncated: {size} bytes, its header describes {8 + length + end}; download it again")
+        return tensors
+
+    def read(self, name: str, index: int | None = None, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """A tensor, or its [index], or the rows [start, stop) of that: contiguous bytes in every case."""
+        tensor = self.tensors[name]
+        dtype, shape, start = DTYPES[tensor.dtype], tensor.shape, tensor.start
+        if index is not None:
+            shape = shape[1:]
+            start += index * math.prod(shape) * dtype.itemsize
+        if rows is not None:
+            start += rows[0] * math.prod(shape[1:]) * dtype.itemsize
+            shape = (rows[1] - rows[0], *shape[1:])
+        array = np.empty(shape, dtype)
+        view, done = array.reshape(-1).view(np.uint8).data, 0
+        while done < len(view):
+            count = os.preadv(self._fd, [view[done:]], start + done)
+            if not count:
+                raise UserError(f"{self.path}: shorter than when it was opened")
+            done += count
+        return array
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"{key} twice")
+        result[key] = value
+    return result
+
+
+class ShardWriter:
+    """Writes tensors, in the order they were announced, into shards of at most `shard_bytes` (or one tensor).
+
+    tensors: name -> (shape, dtype). Every shard's header is known beforehand, so that data goes to disk as it comes.
+    """
+
+    def __init__(self, directory: Path, tensors: Mapping[str, tuple[Sequence[int], np.dtype]], shard_bytes: int = 5_000_000_000):
+        self._directory = directory
+        self._shards: list[dict[str, tuple[Sequence[int], np.dtype]]] = [{}]
+        self.total_bytes, filled = 0, 0
+        for name, (shape, dtype) in tensors.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            if filled and filled + nbytes > shard_bytes:
+                self._shards.append({})
+                filled = 0
+            self._shards[-1][name] = (shape, dtype)
+            filled += nbytes
+            self.total_bytes += nbytes
+        self._pending = [(number, name) for number, shard in enumerate(self._shards) for name in shard]
+        self._file: Any = None
+
+    def _name(self, number: int) -> str:
+        return SINGLE if len(self._shards) == 1 else f"model-{number + 1:05}-of-{len(self._shards):05}.safetensors"
+
+    def _open(self, number: int) -> None:
+        self._close()
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (shape, dtype) in self._shards[number].items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start aligned
+        self._file = (self._directory / self._name(number)).open("wb", buffering=0)
+        self._write(len(text).to_bytes(8, "little") + text)
+
+    def _write(self, data) -> None:
+        view = memoryview(data)
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        number, expected = self._pending.pop(0)
+        shape, dtype = self._shards[number][expected]
+        assert (name, array.shape, array.dtype) == (expected, tuple(shape), dtype), (name, array.shape, array.dtype, expected, shape)
+        if self._file is None or name == next(iter(self._shards[number])):
+            self._open(number)
+        self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def finish(self) -> None:
+        """The last shard and, when there are several, the index."""
+        assert not self._pending, f"{len(self._pending)} tensors were announced and not written"
+        self._close()
+        if len(self._shards) > 1:
+            weight_map = {name: self._name(number) for number, shard in enumerate(self._shards) for name in shard}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,200 @@
+"""Hugging Face in and out, against checkpoints and logits that transformers made (golden/, see transformers_peer.py)."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params, open_reader
+from btx_jax.checkpoints.huggingface import slots
+from btx_jax.checkpoints.huggingface_config import config_from_model, experts_per_token, model_from_config
+from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
+from btx_jax.config import ComputeConfig, ModelConfig, MoEConfig, RopeScaling
+from btx_jax.errors import UserError
+from btx_jax.models.llama import Llama, init_params, logits
+from btx_jax.stages import convert
+from tests.conftest import ROOT
+
+GOLDEN = ROOT / "tests" / "checkpoints" / "golden"
+NAMES = ("llama", "llama_gqa_llama3", "llama_linear_tied", "mistral", "mixtral", "mixtral_fused")
+
+
+def tensors(directory):
+    """All tensors of a directory, read by the safetensors library."""
+    return {name: array for file in sorted(directory.glob("*.safetensors")) for name, array in load_file(file).items()}
+
+
+def our_logits(directory):
+    golden = np.load(GOLDEN / directory.name / "golden.npz") if (GOLDEN / directory.name).exists() else None
+    tokens = golden["tokens"].astype(np.int32)
+    found = find_checkpoint(directory)
+    model = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged"))
+    params = load_params(found)
+    hidden, _ = model.apply({"params": params}, tokens, np.ones_like(tokens))
+    return np.asarray(logits(params, hidden))[0, ::37], golden["logits"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_logits_are_those_of_transformers_at_512_positions(name):
+    ours, theirs = our_logits(GOLDEN / name)
+    assert np.abs(theirs).max() > 1, "golden logits are too flat to notice a wrong layout"
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0, err_msg="RoPE layout, head order or norm epsilon differ from transformers")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hugging_face_to_ours_and_back_gives_every_tensor_byte_for_byte(name, tmp_path):
+    source = GOLDEN / name
+    convert.run(str(source), str(tmp_path / "ours"))
+    convert.run(str(tmp_path / "ours"), str(tmp_path / name))
+    before, after = tensors(GOLDEN / name.removesuffix("_fused")), tensors(tmp_path / name)
+    assert set(before) == set(after)
+    for key in before:
+        assert before[key].dtype == after[key].dtype and before[key].tobytes() == after[key].tobytes(), key
+    assert digest(load_params(find_checkpoint(tmp_path / "ours"))) == digest(load_params(find_checkpoint(source)))
+    written = json.loads((tmp_path / name / "config.json").read_text())
+    assert model_from_config(written, "written") == find_checkpoint(source).about.model
+    assert written["torch_dtype"] == written["dtype"] == "float32"
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+    assert {"generation_config.json", "README.md"} <= {path.name for path in (tmp_path / name).iterdir()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_checkpoints_keep_their_dtype_and_bytes(tmp_path, dtype):
+    halves = tmp_path / "half"
+    shutil.copytree(GOLDEN / "mistral", halves)
+    stored = {name: array.astype(np.dtype(dtype)) for name, array in tensors(halves).items()}
+    save_file(stored, halves / "model.safetensors")
+    convert.run(str(halves), str(tmp_path / "ours"))
+    convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))
+    back = tensors(tmp_path / "back")
+    assert all(back[name].dtype == stored[name].dtype and back[name].tobytes() == stored[name].tobytes() for name in stored)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == dtype
+    loaded = jax.tree.leaves(load_params(find_checkpoint(tmp_path / "ours")))
+    assert {str(leaf.dtype) for leaf in loaded} == {"float32"}, "training keeps float32 master weights whatever the file holds"
+
+
+def test_a_dtype_asked_for_rounds_to_nearest_even_and_refuses_overflow(tmp_path):
+    convert.run(str(GOLDEN / "llama"), str(tmp_path / "bf16"), "bfloat16")
+    convert.run(str(tmp_path / "bf16"), str(tmp_path / "hf"))
+    for name, array in tensors(GOLDEN / "llama").items():
+        assert tensors(tmp_path / "hf")[name].tobytes() == array.astype(ml_dtypes.bfloat16).tobytes()
+    large = tmp_path / "large"
+    shutil.copytree(GOLDEN / "llama", large)
+    save_file({name: array * 1e6 for name, array in tensors(large).items()}, large / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight holds values beyond float16's range"):
+        convert.run(str(large), str(tmp_path / "no"), "float16")
+    assert not (tmp_path / "no").exists()
+
+
+def test_mixtures_that_hugging_face_cannot_hold_are_refused_and_those_it_can_are_not(tmp_path):
+    model = ModelConfig(61, 2, 32, 48, 4, 2, 8)
+
+    def moe(experts, **kwargs):
+        return ModelConfig(61, 2, 32, 48, 4, 2, 8, moe=MoEConfig(experts, **kwargs))
+
+    assert experts_per_token(moe((4, 4), routing="soft")) == 4
+    assert experts_per_token(moe((4, 4), routing="sample_top1")) == 1
+    for refused in (moe((4, 0)), moe((4, 2)), moe((4, 4), routing="switch"), moe((4, 4), routing="sample_top1", first_routing="soft")):
+        with pytest.raises(UserError, match="same top-k mixture in every layer"):
+            experts_per_token(refused)
+    assert "num_local_experts" not in config_from_model(model, "float32", 1, 2)
+
+
+def test_config_json_of_either_age_is_read_and_contradictions_are_not_guessed():
+    base = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    base.pop("rope_parameters")
+    old = base | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"}
+    new = base | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
+    assert model_from_config(old, "old") == model_from_config(new, "new")
+    assert model_from_config(new, "new").rope_scaling == RopeScaling("linear", 2.0)
+    for bad, message in (
+        (base | {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "which is right"),
+        (base | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn' is not supported"),
+        (base | {"attention_bias": True}, "attention_bias=True is not supported"),
+        (base | {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+        (base | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel; readable are"),
+        (base | {"architectures": ["LlamaForSequenceClassification"]}, "is not the language model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model_from_config(bad, "config.json")
+    windowed = json.loads((GOLDEN / "mistral" / "config.json").read_text()) | {"sliding_window": 256}
+    assert model_from_config(windowed, "x").context == 256
+
+
+def test_every_leaf_has_a_name_and_every_layout_survives_the_round_trip():
+    model = ModelConfig(61, 3, 32, 48, 4, 2, 8, moe=MoEConfig((0, 2, 2), first_routing="soft"))
+    params = init_params(model, jax.random.key(0))
+    seen = {}
+    for name, slot in slots(model).items():
+        leaf = params
+        for key in slot.path:
+            leaf = leaf[key]
+        theirs = slot.to_theirs(np.asarray(leaf[slot.indices]))
+        assert theirs.shape == slot.shape and np.array_equal(slot.to_ours(theirs), leaf[slot.indices]), name
+        seen[slot.path] = seen.get(slot.path, 0) + theirs.size
+    assert sum(seen.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_the_writers_shards_are_what_the_safetensors_library_reads(tmp_path):
+    arrays = {f"t{i}": np.arange(i * 10, dtype=np.float32).reshape(i, 10) for i in range(1, 6)}
+    arrays["half"] = np.ones((3,), ml_dtypes.bfloat16)
+    writer = ShardWriter(tmp_path, {name: (array.shape, array.dtype) for name, array in arrays.items()}, shard_bytes=250)
+    for name, array in arrays.items():
+        writer.write(name, array)
+    writer.finish()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    for name, file in index["weight_map"].items():
+        assert np.array_equal(load_file(tmp_path / file)[name], arrays[name])
+        assert np.array_equal(SafetensorsFile(tmp_path / file).read(name), arrays[name])
+
+
+def test_the_tokenizer_and_its_chat_template_travel_both_ways(tmp_path, tokenizer_file):
+    source = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "llama", source)
+    shutil.copyfile(tokenizer_file, source / "tokenizer.model")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    convert.run(str(source), str(tmp_path / "ours"))
+    convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))
+    for file in ("tokenizer.model", "chat_template.jinja", "tokenizer_config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_values_are_checked_and_a_failed_conversion_leaves_nothing(tmp_path):
+    source = tmp_path / "nan"
+    shutil.copytree(GOLDEN / "llama", source)
+    stored = tensors(source)
+    stored["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    stored["model.norm.weight"][0] = np.inf
+    save_file(stored, source / "model.safetensors")
+    with pytest.raises(UserError, match=r"2 problems: NaN or infinity in model.layers.1.mlp.up_proj.weight; .* in model.norm.weight"):
+        convert.run(str(source), str(tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan"]
+    with pytest.raises(UserError, match="NaN or infinity"):
+        load_params(find_checkpoint(source))
+
+
+def test_all_problems_of_a_checkpoint_are_told_at_once(tmp_path):
+    source = tmp_path / "bad"
+    shutil.copytree(GOLDEN / "llama", source)
+    stored = tensors(source)
+    stored["model.layers.0.mlp.gate.weight"] = stored.pop("model.layers.0.mlp.gate_proj.weight")
+    stored["model.norm.weight"] = stored["model.norm.weight"][:-1].copy()
+    stored["model.layers.1.mlp.up_proj.weight"] = stored["model.layers.1.mlp.up_proj.weight"].astype(np.int8)
+    save_file(stored, source / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        open_reader(find_checkpoint(source))
+    message = str(caught.value)
+    assert "4 problems" in message and "\n" not in message
+    for part in (
+        "unknown model.layers.0.mlp.gate.weight",
+        "missing model.layers.0.mlp.gate_proj.weight",
+        "model.norm.weight is (31,), not (32,)",
+        "up_proj.weight is I8",
+    ):
+        assert part in message

@@ -1,0 +1,87 @@
+"""What transformers itself says: makes the golden checkpoints of test_huggingface.py, and reads our exports.
+
+    python tests/checkpoints/transformers_peer.py make tests/checkpoints/golden     # transformers 5
+    python tests/checkpoints/transformers_peer.py check EXPORT LOGITS.npy            # transformers 5 or 4.42, each in its own environment
+
+Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch 'transformers==4.42.4' 'numpy<2'`). `check` fails
+on any missing or unexpected key, and when the logits differ by more than 1e-4.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+LENGTH = 512
+SHAPE = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128,
+    "rope_theta": 5e5,
+}  # fmt: skip
+
+
+def models():
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    yield "llama", LlamaForCausalLM(LlamaConfig(**SHAPE))
+    yield "llama_gqa_llama3", LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters=LLAMA3))
+    yield (
+        "llama_linear_tied",
+        LlamaForCausalLM(
+            LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})
+        ),
+    )
+    yield "mistral", MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=None))
+    yield (
+        "mixtral",
+        MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, sliding_window=None)),
+    )
+
+
+def make(folder: Path) -> None:
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    for name, model in models():
+        model = model.float().eval()
+        for parameter in model.parameters():  # larger than at initialisation, so that a wrong layout shows
+            parameter.data.normal_(0, 0.12) if parameter.dim() > 1 else parameter.data.normal_(1, 0.1)
+        tokens = torch.randint(0, SHAPE["vocab_size"], (1, LENGTH))
+        shutil.rmtree(folder / name, ignore_errors=True)
+        model.save_pretrained(folder / name, max_shard_size="60KB" if name == "llama_gqa_llama3" else "5GB")
+        with torch.no_grad():
+            logits = model(tokens).logits
+        np.savez(folder / name / "golden.npz", tokens=tokens.numpy(), logits=logits[0, ::37].numpy())
+        if name == "mixtral":  # the layout in memory, which save_pretrained undoes and other tools write
+            fused = folder / "mixtral_fused"
+            shutil.rmtree(fused, ignore_errors=True)
+            fused.mkdir()
+            from safetensors.torch import save_file
+
+            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, fused / "model.safetensors", {"format": "pt"})
+            for file in ("config.json", "golden.npz"):
+                shutil.copyfile(folder / name / file, fused / file)
+
+
+def check(export: Path, golden: Path) -> None:
+    """Load an export strictly and compare logits at every 37th position."""
+    kind = json.loads((export / "config.json").read_text())["architectures"][0]
+    model, info = getattr(transformers, kind).from_pretrained(export, torch_dtype=torch.float32, output_loading_info=True)
+    wrong = {key: list(value) for key, value in info.items() if value}
+    assert not wrong, f"transformers {transformers.__version__}: {wrong}"
+    saved = np.load(golden)
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(saved["tokens"])).logits[0, ::37].numpy()
+    difference = float(np.abs(logits - saved["logits"]).max())
+    print(f"transformers {transformers.__version__}: {kind} loads with no missing or unexpected keys, logits within {difference:.1e}")
+    assert difference < 1e-4
+
+
+if __name__ == "__main__":
+    {"make": lambda: make(Path(sys.argv[2])), "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3]))}[sys.argv[1]]()
