@@ -114,7 +114,7 @@ def config_from_model(model: ModelConfig, dtype: str, bos: int | None, eos: int 
     scaling = model.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling.kind == "linear":
-        rope = {"rope_type": "linear", "type": "linear", "factor": scaling.factor}
+        rope = {"rope_type": "linear", "factor": scaling.factor}
     elif scaling.kind == "llama3":
         rope = {
             "rope_type": "llama3",
@@ -139,7 +139,7 @@ def config_from_model(model: ModelConfig, dtype: str, bos: int | None, eos: int 
         "max_position_embeddings": model.context,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
-        "rope_scaling": None if scaling.kind == "none" else rope,
+        "rope_scaling": {"none": None, "linear": {"type": "linear", "factor": scaling.factor}}.get(scaling.kind, rope),
         "rope_parameters": {**rope, "rope_theta": model.rope_theta},
         "tie_word_embeddings": model.tied_head,
         "use_cache": True,

@@ -4,7 +4,8 @@
     python tests/checkpoints/transformers_peer.py check EXPORT LOGITS.npy            # transformers 5 or 4.42, each in its own environment
 
 Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch 'transformers==4.42.4' 'numpy<2'`). `check` fails
-on any missing or unexpected key, and when the logits differ by more than 1e-4.
+on any missing or unexpected key, and when the logits differ by more than 1e-4. 4.42 knows neither llama3 RoPE scaling nor a head_dim
+other than hidden_size / heads, and refuses such a model by itself.
 """
 
 import json
@@ -31,14 +32,14 @@ def models():
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
     yield "llama", LlamaForCausalLM(LlamaConfig(**SHAPE))
-    yield "llama_gqa_llama3", LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters=LLAMA3))
+    yield "llama_gqa_llama3", LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3))
     yield (
         "llama_linear_tied",
         LlamaForCausalLM(
             LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})
         ),
     )
-    yield "mistral", MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=None))
+    yield "mistral", MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=None))
     yield (
         "mixtral",
         MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, sliding_window=None)),
