@@ -1,4 +1,4 @@
-"""The short commands: python -m btx_jax {digest,generate,convert,tokenizer} --help."""
+"""The short commands: python -m btx_jax {digest,generate,convert,mix,expert,tokenizer} --help."""
 
 import argparse
 import logging
@@ -31,6 +31,24 @@ def _convert(args: argparse.Namespace) -> None:
     from btx_jax.stages.convert import run
 
     print(run(args.source, args.target, args.dtype))
+
+
+def _mix(args: argparse.Namespace) -> None:
+    from btx_jax.stages.mix_recipe import run
+
+    run(args.recipe, args.target, dry_run=args.dry_run, verify=args.verify, output_format=args.format)
+
+
+def _expert_add(args: argparse.Namespace) -> None:
+    from btx_jax.stages.experts import add
+
+    print(add(args.mixture, args.source, args.target, router_std=args.router_std, seed=args.seed))
+
+
+def _expert_drop(args: argparse.Namespace) -> None:
+    from btx_jax.stages.experts import drop
+
+    print(drop(args.mixture, args.index, args.target))
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
@@ -81,6 +99,29 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="DST", help="a new directory")
     command.add_argument("--dtype", choices=DTYPES, default="", help="of the result; by default each tensor keeps its own")
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser("mix", help="dense models -> one Mixture-of-Experts, from a recipe (a mergekit-moe YAML is one)")
+    command.add_argument("recipe", metavar="RECIPE.yml")
+    command.add_argument("target", metavar="OUT", help="a new directory")
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    command.add_argument("--verify", action="store_true", help="read the output again and compare every tensor with its sources")
+    command.add_argument("--format", choices=("huggingface", "btx_jax"), default="", help="of OUT; by default that of base_model")
+    command.set_defaults(run=_mix)
+
+    expert = commands.add_parser("expert", help="add an expert to a finished mixture, or drop one; all other weights keep their bits")
+    actions = expert.add_subparsers(dest="action", required=True, metavar="ACTION")
+    command = actions.add_parser("add", help="a dense model's feed-forwards become the last expert of every MoE layer")
+    command.add_argument("mixture", metavar="MIXTURE", help=CHECKPOINT)
+    command.add_argument("source", metavar="SOURCE", help="the dense model: " + CHECKPOINT)
+    command.add_argument("target", metavar="OUT", help="a new directory")
+    command.add_argument("--router_std", type=_not_negative, default=0.02, help="of the new router rows (0.02)")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=_expert_add)
+    command = actions.add_parser("drop", help="remove an expert and its router rows from every MoE layer")
+    command.add_argument("mixture", metavar="MIXTURE", help=CHECKPOINT)
+    command.add_argument("index", metavar="INDEX", type=int, help="which expert, from 0")
+    command.add_argument("target", metavar="OUT", help="a new directory")
+    command.set_defaults(run=_expert_drop)
 
     command = commands.add_parser("tokenizer", help="train a sentencepiece model that gives back any text exactly")
     command.add_argument(

@@ -127,6 +127,42 @@ def _leaf_shapes(model: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     return shapes
 
 
+class ExpertTensor(NamedTuple):
+    """part: gate, down or up."""
+
+    layer: int
+    expert: int
+    part: str
+
+
+_PARTS = {"1": "gate", "2": "down", "3": "up"}
+
+
+def expert_tensor(name: str) -> ExpertTensor | None:
+    """What an expert's tensor name says, or None for any other tensor."""
+    match = _EXPERT_NAME.fullmatch(name)
+    return ExpertTensor(int(match[1]), int(match[2]), _PARTS[match[3]]) if match else None
+
+
+def expert_name(layer: int, expert: int, part: str) -> str:
+    return next(row.theirs.format(l=layer, e=expert) for row in _EXPERT if row.ours == f"ffn/{part}")
+
+
+def dense_name(layer: int, part: str) -> str:
+    """Of a dense layer's feed-forward tensor; part as in ExpertTensor."""
+    return next(row.theirs.format(l=layer) for row in _DENSE if row.ours == f"ffn/{part}")
+
+
+def router_name(layer: int) -> str:
+    return _ROUTER.theirs.format(l=layer)
+
+
+def router_layer(name: str) -> int | None:
+    """The layer whose router this is, or None for any other tensor."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.block_sparse_moe\.gate\.weight", name)
+    return int(match[1]) if match else None
+
+
 def is_finite(array: np.ndarray) -> bool:
     """Whether no element is NaN or infinite, from the exponent bits: one pass over the bytes, whatever the dtype."""
     mask = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[array.dtype.name]
@@ -182,7 +218,7 @@ class HuggingFaceReader:
                 if name in self._stored and self._stored[name].tensors[name].shape != shape:
                     problems.append(f"{name} is {self._stored[name].tensors[name].shape}, not {shape}")
             if router in self._stored:
-                found[_ROUTER.theirs.format(l=layer)] = (router, None, None)
+                found[router_name(layer)] = (router, None, None)
             for expert in range(spec.experts):
                 gate_name, down_name, up_name = (row.theirs.format(l=layer, e=expert) for row in _EXPERT)
                 if gate_up in self._stored:

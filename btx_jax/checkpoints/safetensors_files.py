@@ -40,14 +40,11 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
+        self._fd = self._file.fileno()
         self.tensors = self._read_header()
-
-    def __del__(self):
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
 
     def _read_header(self) -> dict[str, Tensor]:
         size = os.fstat(self._fd).st_size

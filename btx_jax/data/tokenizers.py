@@ -101,6 +101,23 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
 
 
+def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether both give the same ids: equal files, or two tokenizer.json that differ only outside vocabulary, merges and added tokens."""
+    if tokenizer_sha256(a) == tokenizer_sha256(b):
+        return True
+    if a.path.suffix != ".json" or b.path.suffix != ".json":
+        return False
+
+    def vocabulary(path: Path) -> tuple:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        added = sorted((token["id"], token["content"]) for token in values.get("added_tokens") or ())
+        model = values["model"]
+        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges") or ()]
+        return model.get("vocab"), merges, added, values.get("normalizer"), values.get("pre_tokenizer")
+
+    return vocabulary(a.path) == vocabulary(b.path)
+
+
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Put the tokenizer file, under its usual name, and its companions (special tokens, chat template) into a directory."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,110 @@
+"""Time and memory of mixing three models on disk, against copying the same bytes and against mergekit-moe, in one run.
+
+    python benchmarks/mix.py [--mergekit=PATH/TO/mergekit-moe] [--rounds=3] [--folder=DIR]
+
+Writes three random Llamas of TinyLlama's shape (1.1B parameters, bfloat16, 2.2 GB each) under --folder, then in every round: copies the
+mixture's bytes (`cp -r` of the previous result, then fsync), mixes a frankenMoE with `python -m btx_jax mix`, and, when named, does the
+same with mergekit-moe on the same recipe (gate_mode random). Peak resident memory is the process's own high-water mark; that of the
+interpreter with the same imports is measured beside it. Needs 25 GB of disk.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from btx_jax.checkpoints.huggingface import HuggingFaceWriter, slots
+from btx_jax.config import ModelConfig
+
+TINYLLAMA = ModelConfig(vocab_size=32000, layers=22, d_model=2048, d_ff=5632, heads=32, kv_heads=4, head_dim=64, context=2048)
+SOURCES = ("a", "b", "c")
+# Runs a command line of ours and tells its own peak resident memory, which /usr/bin/time would need another package for.
+MEASURE = (
+    "import resource, sys; from btx_jax.__main__ import main; main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+)
+IMPORTS = "import resource, btx_jax.stages.mix_recipe; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def write_models(folder: Path) -> None:
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    for seed, name in enumerate(SOURCES):
+        directory = folder / name
+        if (directory / "config.json").exists():
+            continue
+        directory.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(seed)
+        names = slots(TINYLLAMA)
+        writer = HuggingFaceWriter(directory, TINYLLAMA, dict.fromkeys(names, bfloat16))
+        for tensor, slot in names.items():
+            writer.write(tensor, (rng.standard_normal(slot.shape, np.float32) * 0.02).astype(bfloat16))
+        writer.finish(1, 2, "# random weights\n")
+        print(f"wrote {directory}", flush=True)
+
+
+def timed(command: list[str], **kwargs) -> tuple[float, str]:
+    start = time.perf_counter()
+    result = subprocess.run(command, check=True, capture_output=True, text=True, **kwargs)
+    return time.perf_counter() - start, result.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mergekit", help="the mergekit-moe executable, in an environment of its own")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "btx_jax_mix_benchmark")
+    args = parser.parse_args()
+    folder: Path = args.folder
+    write_models(folder)
+    experts = [{"source_model": str(folder / name), "positive_prompts": [name]} for name in SOURCES]
+    recipe = {"base_model": str(folder / SOURCES[0]), "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
+    for name, extra in (("copy", {}), ("average", {"base": "average"})):
+        (folder / f"{name}.yml").write_text(json.dumps(recipe | extra))  # JSON is YAML
+    tokenizer = folder / SOURCES[0] / "tokenizer.json"
+    if not tokenizer.exists():  # mergekit wants one in the base model
+        from tokenizers import Tokenizer, models
+
+        for name in SOURCES:
+            Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(folder / name / tokenizer.name))
+            (folder / name / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}')
+
+    out, copied = folder / "mixed", folder / "copied"
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {"imports alone": int(timed([sys.executable, "-c", IMPORTS])[1])}
+    for _ in range(args.rounds):
+        for name in ("copy", "average"):
+            shutil.rmtree(out, ignore_errors=True)
+            took, printed = timed([sys.executable, "-c", MEASURE, "mix", str(folder / f"{name}.yml"), str(out)])
+            seconds.setdefault(f"btx_jax, base: {name}", []).append(took)
+            peaks[f"base: {name}"] = int(printed.splitlines()[-1])
+        shutil.rmtree(copied, ignore_errors=True)
+        took, _ = timed(["sh", "-c", f"cp -r {out} {copied} && sync {copied}/*"])
+        seconds.setdefault("cp -r and sync", []).append(took)
+        if args.mergekit:
+            shutil.rmtree(copied, ignore_errors=True)
+            took, _ = timed(
+                [args.mergekit, str(folder / "copy.yml"), str(copied), "--device", "cpu"], env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            )
+            seconds.setdefault("mergekit-moe", []).append(took)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"\n{size / 1e9:.2f} GB written; seconds, median of {args.rounds} rounds (min to max)")
+    for name, times in seconds.items():
+        print(f"{name:24} {statistics.median(times):6.1f} ({min(times):.1f} to {max(times):.1f})")
+    for name in ("copy", "average"):
+        for peer in ("cp -r and sync", "mergekit-moe"):
+            if peer in seconds:
+                ratios = [b / a for a, b in zip(seconds[peer], seconds[f"btx_jax, base: {name}"], strict=True)]
+                print(f"base: {name} / {peer:16} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print("peak resident memory, MiB: " + ", ".join(f"{name} {peak / 1024:.0f}" for name, peak in peaks.items()))
+
+
+if __name__ == "__main__":
+    main()

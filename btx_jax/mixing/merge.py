@@ -1,0 +1,63 @@
+"""One tensor out of the same tensor of N models, in numpy, for mixing that streams. Pure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_STEP = 1 << 18  # elements at a time: the accumulator stays in a core's cache, and memory does not grow with the tensor
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    """float32 exactly; bfloat16 by its bits, which is several times faster than a cast."""
+    if array.dtype.name == "bfloat16":
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def mean(tensors: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """Unweighted mean. Sums in float32, and in float64 where the tensors are float32, then rounds once to dtype."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    result = np.empty(flat[0].shape, dtype)
+    accumulator = np.float64 if any(tensor.dtype == np.float32 for tensor in tensors) else np.float32
+    for start in range(0, result.size, _STEP):
+        part = slice(start, start + _STEP)
+        total = wide(flat[0][part]).astype(accumulator)
+        for tensor in flat[1:]:
+            np.add(total, wide(tensor[part]), out=total)
+        result[part] = np.divide(total, len(flat), dtype=accumulator).astype(dtype)
+    return result.reshape(tensors[0].shape)
+
+
+def ties(base: np.ndarray, tensors: Sequence[np.ndarray], density: float, dtype: np.dtype) -> np.ndarray:
+    """TIES-Merging (arXiv 2306.01708, algorithm 1, lambda = 1): trim each change from base to its `density` largest by magnitude, elect
+    per element the sign with the larger total, and add the mean of the changes that have it."""
+    base32 = wide(base)
+    keep = max(1, round(density * base.size))
+    total = np.zeros_like(base32)
+    changes = []
+    for tensor in tensors:
+        change = wide(tensor) - base32
+        if keep < change.size:
+            threshold = np.partition(np.abs(change).reshape(-1), change.size - keep)[change.size - keep]
+            change[np.abs(change) < threshold] = 0
+        changes.append(change)
+        total += change
+    sign = np.sign(total)
+    total[:] = 0
+    count = np.zeros_like(base32)
+    for change in changes:
+        agrees = (np.sign(change) == sign) & (change != 0)
+        total += np.where(agrees, change, 0)
+        count += agrees
+    return (base32 + total / np.maximum(count, 1)).astype(dtype)
+
+
+def dare(base: np.ndarray, tensors: Sequence[np.ndarray], density: float, dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
+    """DARE (arXiv 2311.03099): each change from base is dropped with probability 1 - density, what remains is divided by density; the
+    mean over models is added to base."""
+    base32 = wide(base)
+    total = np.zeros_like(base32)
+    for tensor in tensors:
+        kept = rng.random(base.shape, np.float32) < density
+        total += np.where(kept, (wide(tensor) - base32) / density, 0)
+    return (base32 + total / len(tensors)).astype(dtype)

@@ -1,0 +1,132 @@
+"""Add an expert to a finished mixture, or drop one: all other tensors keep their bits."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from btx_jax import __version__
+from btx_jax.checkpoints.checkpoint import Reader, find_checkpoint, find_own_tokenizer, open_reader, write_checkpoint
+from btx_jax.checkpoints.huggingface import dense_name, expert_name, expert_tensor, router_layer, slots
+from btx_jax.checkpoints.huggingface_config import same_function
+from btx_jax.config import ConfigError, ModelConfig, MoEConfig
+from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
+from btx_jax.errors import UserError
+from btx_jax.mixing.gates import random_gates
+
+
+def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, seed: int = 0) -> str:
+    """A dense model's feed-forwards become the last expert of every MoE layer; its router rows are normal(router_std).
+
+    Only the feed-forwards are taken: attention, norms and embeddings stay the mixture's. Raises UserError when the models do not fit.
+    """
+    found, extra = find_checkpoint(mixture, "MIXTURE"), find_checkpoint(source, "SOURCE")
+    model = _moe(found.about.model, mixture)
+    if extra.about.model.moe:
+        raise UserError(f"SOURCE: {source} is a mixture itself; name a dense model")
+    other = dataclasses.replace(extra.about.model, context=model.context)
+    differing = same_function(model.dense(), other)
+    tokenizers = find_own_tokenizer(found), find_own_tokenizer(extra)
+    if tokenizers[0] and tokenizers[1] and not same_vocabulary(tokenizers[0], tokenizers[1]):
+        differing.append(f"tokenizer: {tokenizers[0].path} against {tokenizers[1].path}")
+    if differing:
+        raise UserError(f"SOURCE: {source} is another kind of model than {mixture}: {'; '.join(differing)}")
+    reader, dense = open_reader(found), open_reader(extra)
+    larger = _with_experts(model, +1)
+    rows = random_gates("normal", model.layers, 1, model.d_model, seed) * np.float32(router_std / 0.02)
+
+    def tensor(name: str) -> np.ndarray:
+        layer = router_layer(name)
+        if layer is not None:
+            old = reader.read(name)
+            return np.concatenate([old, rows[layer].astype(old.dtype)])
+        wanted = expert_tensor(name)
+        if wanted and wanted.expert == model.layer_specs()[wanted.layer].experts:
+            return dense.read(dense_name(wanted.layer, wanted.part))
+        return reader.read(name)
+
+    def like(name: str) -> np.dtype:
+        wanted = expert_tensor(name)
+        return reader.dtypes[expert_name(wanted.layer, 0, wanted.part) if wanted else name]
+
+    history = found.about.history | extra.about.history
+    card = f"Expert {max(larger.moe.experts) - 1 if larger.moe else 0} is {source}, added to {mixture}; its router rows are not trained."
+    _write(target, found.is_huggingface, larger, like, tensor, tokenizers[0], history, card, [reader, dense])
+    return f"wrote {target}: {_count(larger)} experts; the new one's router rows are normal({router_std:g}) and want training"
+
+
+def drop(mixture: str, expert: int, target: str) -> str:
+    """Remove an expert and its router rows from every MoE layer; experts after it move down by one. Raises UserError."""
+    found = find_checkpoint(mixture, "MIXTURE")
+    model = _moe(found.about.model, mixture)
+    for layer, spec in enumerate(model.layer_specs()):
+        if spec.experts and not 0 <= expert < spec.experts:
+            raise UserError(f"INDEX: there is no expert {expert} in layer {layer}, which has experts 0 to {spec.experts - 1}")
+    reader = open_reader(found)
+    smaller = _with_experts(model, -1)
+
+    def old_name(name: str) -> str:
+        wanted = expert_tensor(name)
+        return expert_name(wanted.layer, wanted.expert + (wanted.expert >= expert), wanted.part) if wanted else name
+
+    def tensor(name: str) -> np.ndarray:
+        if router_layer(name) is not None:
+            return np.delete(reader.read(name), expert, axis=0)
+        return reader.read(old_name(name))
+
+    def like(name: str) -> np.dtype:
+        return reader.dtypes[old_name(name)]
+
+    card = f"{mixture} without its expert {expert}."
+    _write(target, found.is_huggingface, smaller, like, tensor, find_own_tokenizer(found), found.about.history, card, [reader])
+    return f"wrote {target}: {_count(smaller)} experts"
+
+
+def _moe(model: ModelConfig, path: str) -> ModelConfig:
+    if model.moe is None:
+        raise UserError(f"MIXTURE: {path} is a dense model; make a mixture with `python -m btx_jax mix`")
+    return model
+
+
+def _with_experts(model: ModelConfig, change: int) -> ModelConfig:
+    assert model.moe
+    experts = tuple(count + change if count else 0 for count in model.moe.experts)
+    try:
+        return dataclasses.replace(model, moe=MoEConfig(experts, model.moe.k, model.moe.routing, model.moe.first_routing))
+    except ConfigError as error:
+        raise UserError(f"cannot drop an expert: {error}") from error
+
+
+def _count(model: ModelConfig) -> int:
+    assert model.moe
+    return max(model.moe.experts)
+
+
+def _write(
+    target: str,
+    as_huggingface: bool,
+    model: ModelConfig,
+    like: Callable[[str], np.dtype],
+    tensor: Callable[[str], np.ndarray],
+    tokenizer: Tokenizer | None,
+    history: dict[str, dict[str, float]],
+    card: str,
+    readers: list[Reader],
+) -> None:
+    def check() -> None:
+        for reader in readers:
+            reader.check()
+
+    write_checkpoint(
+        Path(target),
+        as_huggingface,
+        model,
+        {name: like(name) for name in slots(model)},
+        tensor,
+        tokenizer,
+        history=history,
+        card=f"# {Path(target).name}\n\n{card} Made by btx_jax {__version__}.\n",
+        check=check,
+        verb="writing",
+    )

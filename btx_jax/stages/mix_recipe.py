@@ -1,0 +1,340 @@
+"""Mix from a recipe: dense models -> one MoE, streaming: one tensor of the sources in memory at a time."""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from btx_jax import __version__
+from btx_jax.checkpoints.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Reader,
+    cast,
+    find_checkpoint,
+    find_own_tokenizer,
+    open_reader,
+    write_checkpoint,
+)
+from btx_jax.checkpoints.huggingface import dense_name, expert_tensor, router_layer, slots
+from btx_jax.checkpoints.huggingface_config import experts_per_token, same_function
+from btx_jax.checkpoints.output import check_free
+from btx_jax.config import ModelConfig, MoEConfig
+from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
+from btx_jax.errors import UserError
+from btx_jax.evaluation.activations import layer_states, token_embeddings
+from btx_jax.mixing.gates import condition_number, gate_row, pool, random_gates
+from btx_jax.mixing.merge import dare, mean, ties, wide
+from btx_jax.mixing.recipe import PROMPT_MODES, ExpertSource, Recipe, describe, read_recipe
+from btx_jax.models.llama import parameter_counts
+
+CONDITION_LIMIT = 5.0
+BANDS = 4  # of layers, in the routing table
+
+
+class Sources(NamedTuple):
+    """base, and the distinct experts' models; source_of[i] is the index in readers of recipe.experts[i]. The base is readers[0]."""
+
+    checkpoints: list[Checkpoint]
+    readers: list[Reader]
+    source_of: list[int]
+    tokenizer: Tokenizer | None
+
+
+def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = False, output_format: str = "") -> None:
+    """output_format: "huggingface", "btx_jax", or "" for that of base_model. Prints what it does.
+
+    Raises UserError for anything wrong, before anything is written or with nothing left of it.
+    """
+    recipe = read_recipe(Path(recipe_path))
+    if not dry_run:
+        check_free(Path(target))
+    sources = _open(recipe)
+    model = _model(recipe, sources.readers[0].model)
+    as_huggingface = sources.checkpoints[0].is_huggingface if not output_format else output_format == "huggingface"
+    if as_huggingface:
+        experts_per_token(model)
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else sources.readers[0].dtypes["model.embed_tokens.weight"]
+    dtypes = dict.fromkeys(slots(model), dtype)
+    _check_shapes(recipe, sources, model)
+    console = Console()
+    console.print(_plan(recipe, model, dtype, as_huggingface))
+    prompts = _prompts(recipe, sources.tokenizer)
+    if dry_run:
+        return
+    gates, tables = _gates(recipe, sources, model, prompts)
+    for table in tables:
+        console.print(table)
+    _warn_of_similar_rows(gates, console)
+
+    def tensor(name: str) -> np.ndarray:
+        return make_tensor(recipe, sources, gates, name, dtype)
+
+    def check() -> None:
+        for reader in sources.readers:
+            reader.check()
+
+    history = {run: counts for checkpoint in sources.checkpoints for run, counts in checkpoint.about.history.items()}
+    card = _card(recipe, model)
+    write_checkpoint(
+        Path(target), as_huggingface, model, dtypes, tensor, sources.tokenizer, history=history, card=card, check=check, verb="mixing"
+    )
+    console.print(f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(dtypes)} tensors)")
+    if verify:
+        console.print(_verify(recipe, sources, gates, target, dtype))
+
+
+def _open(recipe: Recipe) -> Sources:
+    """Raises UserError when sources cannot be read, or differ in what gives weights their meaning."""
+    paths = list(dict.fromkeys([recipe.base_model, *(expert.source_model for expert in recipe.experts)]))
+    keys = {expert.source_model: f"experts[{i}].source_model" for i, expert in reversed(list(enumerate(recipe.experts)))}
+    checkpoints = [find_checkpoint(path, keys.get(path, "base_model")) for path in paths]
+    base = checkpoints[0]
+    tokenizers = [find_own_tokenizer(checkpoint) for checkpoint in checkpoints]
+    for path, checkpoint, tokenizer in zip(paths, checkpoints, tokenizers, strict=True):
+        if checkpoint.about.model.moe:
+            raise UserError(f"{path} is a mixture already; mix dense models, or see `python -m btx_jax expert --help`")
+        context = base.about.model.context  # how long it may be used, not what its weights mean
+        other = dataclasses.replace(checkpoint.about.model, context=context)
+        differing = [line for line in same_function(base.about.model, other) if line.split(":")[0] not in recipe.allow]
+        if tokenizer and tokenizers[0] and "tokenizer" not in recipe.allow and not same_vocabulary(tokenizers[0], tokenizer):
+            differing.append(f"tokenizer: {tokenizers[0].path} against {tokenizer.path}")
+        if differing:
+            raise UserError(
+                f"{path} is another kind of model than {recipe.base_model}: {'; '.join(differing)} "
+                "(list under `allow` what should not matter)"
+            )
+    readers = [open_reader(checkpoint) for checkpoint in checkpoints]
+    return Sources(checkpoints, readers, [paths.index(expert.source_model) for expert in recipe.experts], tokenizers[0])
+
+
+def _model(recipe: Recipe, dense: ModelConfig) -> ModelConfig:
+    pieces = {"stack": 1, "split": recipe.chunks, "blend": len(recipe.experts)}[recipe.method]
+    if dense.d_ff % pieces:
+        raise UserError(f"method {recipe.method}: d_ff={dense.d_ff} is not divisible into {pieces} chunks")
+    for layer in recipe.layers:
+        if not 0 <= layer < dense.layers:
+            raise UserError(f"layers: there is no layer {layer}; the models have layers 0 to {dense.layers - 1}")
+    chosen = set(recipe.layers) or set(range(dense.layers))
+    experts = tuple(recipe.expert_count if layer in chosen else 0 for layer in range(dense.layers))
+    d_ff = dense.d_ff // recipe.chunks if recipe.method == "split" else dense.d_ff
+    return dataclasses.replace(dense, d_ff=d_ff, moe=MoEConfig(experts, recipe.experts_per_token))
+
+
+def _shared_sources(recipe: Recipe, sources: Sources) -> list[int]:
+    """Which readers the non-expert tensors come from: the base, or every distinct expert's model once."""
+    return [0] if recipe.base == "copy" else list(dict.fromkeys(sources.source_of))
+
+
+def _check_shapes(recipe: Recipe, sources: Sources, model: ModelConfig) -> None:
+    """What `allow` lets through must still have the shapes that are read."""
+    base = sources.readers[0].slots
+    shared = [name for name in slots(model) if expert_tensor(name) is None and router_layer(name) is None]
+    for number in _shared_sources(recipe, sources):
+        other = sources.readers[number].slots
+        for name in shared:
+            if name not in other or other[name].shape != base[name].shape:
+                where = sources.checkpoints[number].path
+                raise UserError(f"{where}: {name} has another shape than in {recipe.base_model}; it cannot be averaged")
+
+
+def _rng(recipe: Recipe, name: str) -> np.random.Generator:
+    """Of one tensor: the same whatever the order in which tensors are made."""
+    return np.random.default_rng([recipe.seed, zlib.crc32(name.encode())])
+
+
+def make_tensor(recipe: Recipe, sources: Sources, gates: np.ndarray, name: str, dtype: np.dtype) -> np.ndarray:
+    """The tensor `name` of the mixture, in dtype, from the sources' tensors."""
+    layer = router_layer(name)
+    if layer is not None:
+        return gates[layer].astype(dtype)
+    wanted = expert_tensor(name)
+    if wanted is None:
+        shared = [sources.readers[number].read(name) for number in _shared_sources(recipe, sources)]
+        if len(shared) == 1:
+            return cast(name, shared[0], dtype)
+        if recipe.merge == "mean":
+            return mean(shared, dtype)
+        base = sources.readers[0].read(name)
+        if recipe.merge == "ties":
+            return ties(base, shared, recipe.density, dtype)
+        return dare(base, shared, recipe.density, dtype, _rng(recipe, name))
+
+    dense, axis = dense_name(wanted.layer, wanted.part), 1 if wanted.part == "down" else 0  # the axis of d_ff
+    if recipe.method == "stack":
+        parts = [(wanted.expert, 0, 1)]
+    elif recipe.method == "split":
+        parts = [(wanted.expert // recipe.chunks, wanted.expert % recipe.chunks, recipe.chunks)]
+    else:
+        parts = [(source, wanted.expert, len(recipe.experts)) for source in range(len(recipe.experts))]
+    pieces = []
+    for source, chunk, chunks in parts:
+        tensor = sources.readers[sources.source_of[source]].read(dense)
+        width = tensor.shape[axis] // chunks
+        piece = tensor if chunks == 1 else tensor.take(range(chunk * width, (chunk + 1) * width), axis)
+        pieces.append(_changed(piece, recipe.experts[source], wanted.part, _rng(recipe, name)))
+    return cast(name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis), dtype)
+
+
+def _changed(tensor: np.ndarray, expert: ExpertSource, part: str, rng: np.random.Generator) -> np.ndarray:
+    """noise_scale on every feed-forward weight, then residual_scale on the down projection. Untouched bits without either."""
+    if expert.noise_scale:
+        tensor = wide(tensor) + rng.standard_normal(tensor.shape, np.float32) * np.float32(expert.noise_scale)
+    if part == "down" and expert.residual_scale != 1:
+        tensor = wide(tensor) * np.float32(expert.residual_scale)
+    return tensor
+
+
+class Prompt(NamedTuple):
+    expert: int
+    is_positive: bool
+    text: str
+    ids: list[int]
+
+
+def _prompts(recipe: Recipe, tokenizer: Tokenizer | None) -> list[Prompt]:
+    """Every prompt of every expert, BOS + text."""
+    prompts = []
+    for number, expert in enumerate(recipe.experts):
+        for is_positive, texts in ((True, expert.positive_prompts), (False, expert.negative_prompts)):
+            for text in texts:
+                if tokenizer is None:
+                    raise UserError(f"{recipe.base_model}: no tokenizer, and experts[{number}] has prompts to be read")
+                ids = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(text)
+                if not ids:
+                    raise UserError(f"experts[{number}]: prompt {text!r} has no tokens")
+                prompts.append(Prompt(number, is_positive, text, ids))
+    return prompts
+
+
+def _gates(recipe: Recipe, sources: Sources, model: ModelConfig, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[Table]]:
+    """([layers, E, D] float32, the routing table when there are prompts)."""
+    base = sources.readers[0]
+    shape = (model.layers, recipe.expert_count, model.d_model)
+    mode = recipe.gate_mode
+    gates = np.zeros(shape, np.float32) if mode in PROMPT_MODES else random_gates(mode, *shape, recipe.seed)
+
+    def rows(states: Sequence[np.ndarray]) -> np.ndarray:
+        def pooled(number: int, is_positive: bool) -> np.ndarray | None:
+            chosen = [s for s, p in zip(states, prompts, strict=True) if (p.expert, p.is_positive) == (number, is_positive)]
+            return pool(chosen, mode, recipe.gate_pooling) if chosen else None
+
+        return np.stack([gate_row(pooled(number, True), pooled(number, False)) for number in range(len(recipe.experts))])  # type: ignore[arg-type]
+
+    if not prompts:
+        return gates, []
+    if mode == "cheap_embed":
+        gates[:] = rows(token_embeddings(base, [prompt.ids for prompt in prompts]))
+    shares = np.zeros((len(prompts), *shape[:2]), np.float32)
+    states = layer_states(base, [prompt.ids for prompt in prompts])
+    for layer, (inputs, router_inputs) in enumerate(tqdm(states, total=model.layers, desc="prompts", unit="layer", disable=None)):
+        if mode in PROMPT_MODES and mode != "cheap_embed":
+            gates[layer] = rows(router_inputs if mode == "router_input" else inputs)
+        if mode == "router_input":
+            gates[layer] *= recipe.gate_scale
+        for number, state in enumerate(router_inputs):
+            chosen = (state @ gates[layer].T).argmax(-1)
+            shares[number, layer] = np.bincount(chosen, minlength=shape[1]) / len(chosen)
+    return gates, [_routing_table(recipe, model, prompts, shares)] if recipe.method == "stack" else []
+
+
+def _routing_table(recipe: Recipe, model: ModelConfig, prompts: Sequence[Prompt], shares: np.ndarray) -> Table:
+    layers = [layer for layer, spec in enumerate(model.layer_specs()) if spec.experts]
+    bands = [band for band in np.array_split(np.array(layers), min(BANDS, len(layers))) if len(band)]
+    table = Table(title="first choice of the prompts' tokens, share per expert, by layers")
+    table.add_column("prompt of")
+    table.add_column("text", max_width=36, no_wrap=True)
+    for band in bands:
+        table.add_column(f"{band[0]}-{band[-1]}" if len(band) > 1 else str(band[0]), justify="right")
+    for prompt, share in zip(prompts, shares, strict=True):
+        cells = []
+        for band in bands:
+            by_expert = share[band].mean(0)
+            best = int(by_expert.argmax())
+            mark = "[green]" if (best == prompt.expert) == prompt.is_positive else "[red]"
+            cells.append(f"{mark}{best}: {by_expert[best]:.0%}[/]")
+        table.add_row(f"{'+' if prompt.is_positive else '-'}{prompt.expert}", prompt.text.replace("[", "\\["), *cells)
+    return table
+
+
+def _warn_of_similar_rows(gates: np.ndarray, console: Console) -> None:
+    numbers = [condition_number(gate) for gate in gates]
+    poor = [layer for layer, number in enumerate(numbers) if number > CONDITION_LIMIT]
+    if poor:
+        where = "all layers" if len(poor) == len(gates) else f"layers {', '.join(map(str, poor))}"
+        console.print(
+            f"[yellow]warning:[/] the gate's rows are nearly equal in {where} (condition number up to {max(numbers):.3g}, over "
+            f"{CONDITION_LIMIT:g}): some experts will hardly be used; choose prompts that differ more"
+        )
+
+
+def _plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, as_huggingface: bool) -> Table:
+    total, active = parameter_counts(model)
+    table = Table(title="plan", show_header=False)
+    shared = "copied from base_model" if recipe.base == "copy" else f"{recipe.merge} over the experts' models"
+    cut = {"stack": "", "split": f", each source cut into {recipe.chunks}", "blend": ", each of chunks of all sources"}[recipe.method]
+    layers = sum(bool(spec.experts) for spec in model.layer_specs())
+    for key, value in (
+        ("experts", f"{recipe.expert_count} in {layers} of {model.layers} layers, top-{recipe.experts_per_token}{cut}"),
+        *((f"  {i}", expert.source_model) for i, expert in enumerate(recipe.experts)),
+        ("other tensors", shared),
+        ("routers", recipe.gate_mode),
+        ("parameters", f"{total:,} in all, {active:,} active for a token"),
+        ("output", f"{'Hugging Face' if as_huggingface else 'btx_jax'}, {dtype.name}, {total * dtype.itemsize / 2**30:.2f} GiB"),
+    ):
+        table.add_row(key, value)
+    return table
+
+
+def ulp(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Distance between neighbours of dtype at a float64 value."""
+    bits, least = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}[dtype.name]
+    exponent = np.maximum(np.frexp(np.abs(value))[1] - 1, least)
+    return np.ldexp(1.0, exponent - bits)
+
+
+def _verify(recipe: Recipe, sources: Sources, gates: np.ndarray, target: str, dtype: np.dtype) -> str:
+    """Re-read the output and compare every tensor with its sources: bits, or one ulp where a mean was rounded. Raises UserError."""
+    written = open_reader(find_checkpoint(target))
+    wrong, means = [], 0
+    shared = _shared_sources(recipe, sources)
+    is_mean = recipe.merge == "mean" and len(shared) > 1
+    for name in tqdm(written.slots, desc="verifying", unit="tensor", disable=None):
+        found = written.read(name)
+        if is_mean and expert_tensor(name) is None and router_layer(name) is None:
+            means += 1
+            tensors = [wide(sources.readers[number].read(name)).astype(np.float64) for number in shared]
+            exact = np.mean(tensors, axis=0)
+            # float32 sums, used for 16-bit tensors, round by themselves where large values cancel
+            slack = 0.0 if any(sources.readers[n].dtypes[name] == np.float32 for n in shared) else len(shared) * 2.0**-24
+            bound = ulp(exact, dtype) + slack * np.max(np.abs(tensors), axis=0)
+            right = bool((np.abs(wide(found).astype(np.float64) - exact) <= bound).all())
+        else:
+            expected = make_tensor(recipe, sources, gates, name, dtype)
+            right = found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
+        if not right:
+            wrong.append(name)
+    if wrong:
+        raise UserError(f"{target}: {len(wrong)} tensors are not what the recipe says: {', '.join(wrong[:5])}")
+    count = len(written.slots)
+    return f"verified {count} tensors: {count - means} equal their sources bit for bit, {means} means within one ulp of {dtype.name}"
+
+
+def _card(recipe: Recipe, model: ModelConfig) -> str:
+    total, active = parameter_counts(model)
+    kind = "Branch-Train-MiX" if recipe.base == "average" else "frankenMoE"
+    lines = [f"- {expert.source_model}" for expert in recipe.experts]
+    trained = "Its routers have not been trained." if recipe.gate_mode not in PROMPT_MODES else "Its routers come from prompts, untrained."
+    return (
+        f"# {kind} of {len(recipe.experts)} models\n\n"
+        f"Mixed by btx_jax {__version__}: {total:,} parameters, {active:,} active for a token. {trained}\n\n"
+        + "\n".join(lines)
+        + f"\n\nRecipe:\n\n```json\n{json.dumps(describe(recipe), indent=2)}\n```\n"
+    )
