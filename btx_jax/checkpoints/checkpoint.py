@@ -1,10 +1,12 @@
 """A model on disk, whatever its format: a run's own checkpoint (Orbax) or a Hugging Face directory."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +35,8 @@ from btx_jax.errors import UserError
 from btx_jax.models.llama import Params, abstract_params
 
 log = logging.getLogger(__name__)
+
+AHEAD = 2  # tensors being made while one is written
 
 DTYPES = {dtype.name: dtype for dtype in safetensors_files.DTYPES.values()}
 
@@ -158,13 +162,22 @@ def write_checkpoint(
 ) -> None:
     """A new directory, whole or not at all: `tensor(name)` for every tensor of the model, one at a time, cast to dtypes[name].
 
-    check runs when all tensors have been read; when it raises, nothing is left. Raises UserError when the target exists, cannot be
-    written, or its format has no such model.
+    The next tensors are made while one is written. check runs when all have been; when it raises, nothing is left. Raises UserError
+    when the target exists, cannot be written, or its format has no such model.
     """
     with new_directory(target) as partial:
         writer = (HuggingFaceWriter if as_huggingface else StepWriter)(partial, model, dtypes)
-        for name in tqdm(slots(model), desc=verb, unit="tensor", disable=None):
-            writer.write(name, cast(name, tensor(name), dtypes[name]))
+        names = list(slots(model))
+        with ThreadPoolExecutor(AHEAD) as workers:
+            made = collections.deque(workers.submit(tensor, name) for name in names[:AHEAD])
+            try:
+                for number, name in enumerate(tqdm(names, desc=verb, unit="tensor", disable=None)):
+                    array = made.popleft().result()
+                    if number + AHEAD < len(names):
+                        made.append(workers.submit(tensor, names[number + AHEAD]))
+                    writer.write(name, cast(name, array, dtypes[name]))
+            finally:
+                workers.shutdown(cancel_futures=True)
         check()
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial if as_huggingface else partial / "tokenizer")

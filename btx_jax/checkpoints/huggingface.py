@@ -4,6 +4,7 @@ Everything that streams speaks of tensors by their Hugging Face names and layout
 layout of one tensor per expert, which all versions of transformers read. `slots` says where each of them lies in our parameters.
 """
 
+import functools
 import json
 import re
 from collections import Counter
@@ -82,6 +83,7 @@ class Slot(NamedTuple):
         return np.ascontiguousarray(part.reshape(self.shape[::-1]).T) if self.transposed else part.reshape(self.shape)
 
 
+@functools.lru_cache(maxsize=8)
 def slots(model: ModelConfig) -> dict[str, Slot]:
     """Every tensor of the model under its Hugging Face name, in the order in which layers are computed."""
     leaves = _leaf_shapes(model)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,8 @@ class ShardWriter:
             self.total_bytes += nbytes
         self._pending = [(number, name) for number, shard in enumerate(self._shards) for name in shard]
         self._file: Any = None
+        self._flusher = ThreadPoolExecutor(1)
+        self._flush: Future | None = None
 
     def _name(self, number: int) -> str:
         return SINGLE if len(self._shards) == 1 else f"model-{number + 1:05}-of-{len(self._shards):05}.safetensors"
@@ -138,7 +141,15 @@ class ShardWriter:
         while len(view):
             view = view[self._file.write(view) :]
 
+    def _flush_behind(self) -> None:
+        """Let the disk work while tensors are made: otherwise gigabytes wait for the final fsync."""
+        if self._flush is None or self._flush.done():
+            self._flush = self._flusher.submit(os.fdatasync, self._file.fileno())
+
     def _close(self) -> None:
+        if self._flush is not None:
+            self._flush.result()
+            self._flush = None
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -151,6 +162,7 @@ class ShardWriter:
         if self._file is None or name == next(iter(self._shards[number])):
             self._open(number)
         self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._flush_behind()
 
     def finish(self) -> None:
         """The last shard and, when there are several, the index."""

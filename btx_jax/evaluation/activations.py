@@ -40,7 +40,7 @@ def layer_states(reader: Reader, prompts: Sequence[Sequence[int]]) -> Iterator[t
     """For each layer, of each prompt: (input of the layer [tokens, D], input of its feed-forward block [tokens, D]), float32."""
     model = reader.model
     length = max(map(len, prompts))
-    rows = max(1, TOKENS_PER_BATCH // length)
+    rows = min(len(prompts), max(1, TOKENS_PER_BATCH // length))
     embedded = token_embeddings(reader, prompts)
     batches = []
     for start in range(0, len(prompts), rows):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_STEP = 1 << 18  # elements at a time: the accumulator stays in a core's cache, and memory does not grow with the tensor
+_STEP = 1 << 16  # elements at a time: the accumulator stays in a core's cache, and memory does not grow with the tensor
 
 
 def wide(array: np.ndarray) -> np.ndarray:

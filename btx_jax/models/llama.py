@@ -95,6 +95,7 @@ def logits(params: Params, hidden_BTD: jax.Array) -> jax.Array:
     return jnp.einsum("btd,dv->btv", hidden_BTD, head_kernel(params).astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_params(config: ModelConfig) -> Any:
     """Shapes of the parameters with their logical axis names (boxed), without computing anything."""
     model = Llama(config, ComputeConfig(dtype="float32"))

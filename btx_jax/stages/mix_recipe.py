@@ -66,7 +66,7 @@ def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = 
     _check_shapes(recipe, sources, model)
     console = Console()
     console.print(_plan(recipe, model, dtype, as_huggingface))
-    prompts = _prompts(recipe, sources.tokenizer)
+    prompts = _prompts(recipe, sources.tokenizer) if recipe.gate_mode in PROMPT_MODES else []
     if dry_run:
         return
     gates, tables = _gates(recipe, sources, model, prompts)
@@ -215,11 +215,13 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer | None) -> list[Prompt]:
 
 
 def _gates(recipe: Recipe, sources: Sources, model: ModelConfig, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[Table]]:
-    """([layers, E, D] float32, the routing table when there are prompts)."""
+    """([layers, E, D] float32, the routing table of a mode that reads prompts: rows of random numbers are to be trained)."""
     base = sources.readers[0]
     shape = (model.layers, recipe.expert_count, model.d_model)
     mode = recipe.gate_mode
-    gates = np.zeros(shape, np.float32) if mode in PROMPT_MODES else random_gates(mode, *shape, recipe.seed)
+    if mode not in PROMPT_MODES:
+        return random_gates(mode, *shape, recipe.seed), []
+    gates = np.zeros(shape, np.float32)
 
     def rows(states: Sequence[np.ndarray]) -> np.ndarray:
         def pooled(number: int, is_positive: bool) -> np.ndarray | None:
@@ -228,24 +230,22 @@ def _gates(recipe: Recipe, sources: Sources, model: ModelConfig, prompts: Sequen
 
         return np.stack([gate_row(pooled(number, True), pooled(number, False)) for number in range(len(recipe.experts))])  # type: ignore[arg-type]
 
-    if not prompts:
-        return gates, []
     if mode == "cheap_embed":
         gates[:] = rows(token_embeddings(base, [prompt.ids for prompt in prompts]))
     shares = np.zeros((len(prompts), *shape[:2]), np.float32)
     states = layer_states(base, [prompt.ids for prompt in prompts])
     for layer, (inputs, router_inputs) in enumerate(tqdm(states, total=model.layers, desc="prompts", unit="layer", disable=None)):
-        if mode in PROMPT_MODES and mode != "cheap_embed":
+        if mode != "cheap_embed":
             gates[layer] = rows(router_inputs if mode == "router_input" else inputs)
         if mode == "router_input":
             gates[layer] *= recipe.gate_scale
         for number, state in enumerate(router_inputs):
             chosen = (state @ gates[layer].T).argmax(-1)
             shares[number, layer] = np.bincount(chosen, minlength=shape[1]) / len(chosen)
-    return gates, [_routing_table(recipe, model, prompts, shares)] if recipe.method == "stack" else []
+    return gates, [_routing_table(model, prompts, shares)]
 
 
-def _routing_table(recipe: Recipe, model: ModelConfig, prompts: Sequence[Prompt], shares: np.ndarray) -> Table:
+def _routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.ndarray) -> Table:
     layers = [layer for layer, spec in enumerate(model.layer_specs()) if spec.experts]
     bands = [band for band in np.array_split(np.array(layers), min(BANDS, len(layers))) if len(band)]
     table = Table(title="first choice of the prompts' tokens, share per expert, by layers")
