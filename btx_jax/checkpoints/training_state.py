@@ -6,6 +6,7 @@ only. `about` makes params self-describing: the model, what it was trained on so
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,10 @@ class StepReader:
 
     def read(self, name: str) -> np.ndarray:
         slot = self.slots[name]
-        array = slot.to_theirs(np.asarray(self._stores[slot.path][slot.indices].read().result()))
+        try:
+            array = slot.to_theirs(np.asarray(self._stores[slot.path][slot.indices].read().result()))
+        except ValueError as error:  # tensorstore's for everything
+            raise UserError(f"{self._path}: {'/'.join(slot.path)} cannot be read: {error}") from error
         if not is_finite(array):
             self._bad_values.append(name)
         return array
@@ -184,7 +188,11 @@ class StepWriter:
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         slot = self._slots[name]
-        self._store(slot)[slot.indices].write(slot.to_ours(tensor)).result()
+        try:
+            self._store(slot)[slot.indices].write(slot.to_ours(tensor)).result()
+        except ValueError as error:  # tensorstore's for everything, the disk included
+            reason = re.search(r"OS error (\d+): ([^\[\]]*\w)", str(error))
+            raise OSError(int(reason[1]) if reason else 0, reason[2] if reason else str(error)) from error
 
     def finish(self, about: About) -> None:
         """Orbax's own metadata of the tree, and what the checkpoint says about itself."""

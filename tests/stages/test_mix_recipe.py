@@ -1,0 +1,252 @@
+"""Mixing from a recipe, end to end, against mergekit-moe's output and against mixing by hand."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, open_reader
+from btx_jax.checkpoints.huggingface import expert_tensor, router_layer
+from btx_jax.config import ComputeConfig, MoEConfig
+from btx_jax.errors import UserError
+from btx_jax.evaluation.activations import layer_states
+from btx_jax.mixing.mix import mix_params
+from btx_jax.models.llama import Llama, logits
+from btx_jax.stages import convert, experts, mix_recipe
+from tests.conftest import ROOT
+
+GOLDEN = ROOT / "tests" / "mixing" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _in_golden(monkeypatch):
+    monkeypatch.chdir(GOLDEN)
+
+
+def mix(tmp_path, name="out", *, output_format="", **changes):
+    recipe = json.loads((GOLDEN / "recipe.yml").read_text()) | changes
+    path = tmp_path / f"{name}.yml"
+    path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+    mix_recipe.run(str(path), str(tmp_path / name), verify=True, output_format=output_format)
+    return open_reader(find_checkpoint(tmp_path / name))
+
+
+def sources():
+    return {name: open_reader(find_checkpoint(GOLDEN / name)) for name in ("base", "a", "b", "c")}
+
+
+def gates(reader):
+    return np.stack([reader.read(name) for name in reader.slots if router_layer(name) is not None])
+
+
+@pytest.mark.parametrize("mode", ["cheap_embed", "hidden", "hidden_avg"])
+def test_gates_are_those_of_mergekit(tmp_path, mode):
+    ours, theirs = gates(mix(tmp_path, gate_mode=mode)), np.load(GOLDEN / "gates.npz")[mode]
+    if mode == "cheap_embed":
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    cosine = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    assert cosine.min() >= 0.999, "mergekit runs its forward pass in bfloat16; anything below is another place or another pooling"
+
+
+def test_a_frankenmoe_holds_the_bases_and_the_experts_bits(tmp_path):
+    mixed, dense = mix(tmp_path), sources()
+    for name in mixed.slots:
+        wanted = expert_tensor(name)
+        if wanted:
+            part = f"model.layers.{wanted.layer}.mlp.{wanted.part}_proj.weight"
+            assert mixed.read(name).tobytes() == dense["abc"[wanted.expert]].read(part).tobytes(), name
+        elif router_layer(name) is None:
+            assert mixed.read(name).tobytes() == dense["base"].read(name).tobytes(), name
+
+
+def test_branch_train_mix_equals_mix_params_and_a_float64_mean(tmp_path):
+    mixed = mix(tmp_path, base="average", gate_mode="normal")
+    models = [load_params(find_checkpoint(GOLDEN / name)) for name in "abc"]
+    streamed = load_params(find_checkpoint(tmp_path / "out"))
+    expected = mix_params(models, {"layers_0": streamed["layers_0"]["ffn"]["router"]})
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(streamed), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-7, rtol=0, err_msg=str(path))
+    for name in mixed.slots:
+        if expert_tensor(name) is None and router_layer(name) is None:
+            exact = np.mean([sources()[source].read(name).astype(np.float64) for source in "abc"], axis=0)
+            np.testing.assert_allclose(mixed.read(name), exact, atol=2e-7, rtol=0)
+    router = streamed["layers_0"]["ffn"]["router"]
+    assert 0.015 < float(np.std(router)) < 0.025
+
+
+def test_a_repeated_source_counts_once_in_the_mean(tmp_path):
+    experts = [{"source_model": name} for name in ("a", "a", "b")]
+    mixed = mix(tmp_path, experts=experts, base="average", gate_mode="normal")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    expected = (sources()["a"].read(name).astype(np.float64) + sources()["b"].read(name)) / 2
+    np.testing.assert_allclose(mixed.read(name), expected, atol=2e-7, rtol=0)
+
+
+def run_logits(path):
+    found = find_checkpoint(path)
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 250)
+    params = load_params(found)
+    hidden, _ = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")).apply(
+        {"params": params}, tokens, tokens * 0 + 1
+    )
+    return np.asarray(logits(params, hidden))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_four_copies_compute_what_the_dense_model_computes(tmp_path, k):
+    copies = [{"source_model": "a"}] * 4
+    mix(tmp_path, base_model="a", experts=copies, gate_mode="random", experts_per_token=k)
+    np.testing.assert_allclose(run_logits(tmp_path / "out"), run_logits(GOLDEN / "a"), atol=1e-4)
+
+
+def test_all_chunks_of_a_split_add_up_to_the_feed_forward(tmp_path):
+    mixed = mix(tmp_path, method="split", chunks=2, gate_mode="normal", experts=[{"source_model": "a"}, {"source_model": "b"}])
+    assert mixed.model.d_ff == 12 and mixed.model.moe == MoEConfig((4, 4, 4))
+    for part, axis in (("gate", 0), ("up", 0), ("down", 1)):
+        whole = sources()["b"].read(f"model.layers.1.mlp.{part}_proj.weight")
+        names = {e: n for n in mixed.slots if (w := expert_tensor(n)) and (w.layer, w.part) == (1, part) for e in [w.expert]}
+        np.testing.assert_array_equal(np.concatenate([mixed.read(names[2]), mixed.read(names[3])], axis), whole)
+
+
+def test_a_blend_gives_every_expert_a_chunk_of_every_source(tmp_path):
+    mixed = mix(tmp_path, method="blend", gate_mode="normal")
+    name = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
+    expected = [sources()[s].read("model.layers.2.mlp.down_proj.weight")[:, 8:16] for s in "abc"]
+    np.testing.assert_array_equal(mixed.read(name), np.concatenate(expected, axis=1))
+
+
+def test_mixtures_in_some_layers_need_our_format(tmp_path):
+    with pytest.raises(UserError, match="same top-k mixture in every layer"):
+        mix(tmp_path, layers=[0, 2])
+    assert not (tmp_path / "out").exists()
+    mixed = mix(tmp_path, layers=[0, 2], output_format="btx_jax")
+    assert mixed.model.moe == MoEConfig((3, 0, 3))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert mixed.read(name).tobytes() == sources()["base"].read(name).tobytes()
+
+
+def test_noise_and_residual_scale(tmp_path):
+    noisy = {"source_model": "a", "positive_prompts": ["x"], "noise_scale": 0.5}
+    scaled = {"source_model": "b", "positive_prompts": ["y"], "residual_scale": 0.25}
+    mixed = mix(tmp_path, experts=[noisy, scaled])
+    prefix = "model.layers.0.block_sparse_moe.experts"
+    noise = mixed.read(f"{prefix}.0.w1.weight") - sources()["a"].read("model.layers.0.mlp.gate_proj.weight")
+    assert abs(noise.std() - 0.5) < 0.1
+    np.testing.assert_array_equal(mixed.read(f"{prefix}.1.w2.weight"), sources()["b"].read("model.layers.0.mlp.down_proj.weight") * 0.25)
+    np.testing.assert_array_equal(mixed.read(f"{prefix}.1.w1.weight"), sources()["b"].read("model.layers.0.mlp.gate_proj.weight"))
+
+
+@pytest.mark.parametrize("merge", ["ties", "dare"])
+def test_other_merges_pass_verification_and_keep_what_did_not_change(tmp_path, merge):
+    mixed = mix(tmp_path, base="average", merge=merge, gate_mode="normal", experts=[{"source_model": "base"}, {"source_model": "a"}])
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert not np.array_equal(mixed.read(name), sources()["base"].read(name))
+    same = mix(tmp_path, "same", base="average", merge=merge, gate_mode="normal", experts=[{"source_model": "base"}] * 2, seed=1)
+    np.testing.assert_array_equal(same.read(name), sources()["base"].read(name))
+
+
+def test_states_are_what_the_model_computes_layer_by_layer():
+    """The last layer's input, finished by a one-layer model, gives the whole model's output; and so does its router's input, with the
+    last feed-forward silenced and its norm in the place of the final norm."""
+    reader, found = sources()["a"], find_checkpoint(GOLDEN / "a")
+    params, model = load_params(found), found.about.model
+    compute = ComputeConfig(dtype="float32", remat="none")
+    last = jax.tree.map(lambda leaf: leaf[-1:], params["layers_0"])
+    silent = last | {"ffn": last["ffn"] | {"down": last["ffn"]["down"] * 0}}
+    prompts = [[0, 5, 9, 200, 31], [0, 7]]
+    *_, (inputs, router_inputs) = layer_states(reader, prompts)
+    for prompt, x, h in zip(prompts, inputs, router_inputs, strict=True):
+        table = np.zeros((model.vocab_size, model.d_model), np.float32)
+        table[: len(prompt)] = x  # token i embeds to state i
+        top = params | {"layers_0": last, "embed": {"embedding": table}}
+        router = top | {"layers_0": silent, "final_norm": {"scale": last["ffn_norm"]["scale"][0]}}
+        tokens, ones = np.arange(len(prompt))[None], np.ones((1, len(prompt)), np.int32)
+        one_layer = Llama(dataclasses.replace(model, layers=1), compute)
+        whole = Llama(model, compute).apply({"params": params}, np.array([prompt]), ones)[0]
+        np.testing.assert_allclose(one_layer.apply({"params": top}, tokens, ones)[0], whole, atol=1e-5)
+        np.testing.assert_allclose(one_layer.apply({"params": router}, tokens, ones)[0][0], h, atol=1e-5)
+
+
+def test_router_input_rows_have_the_asked_length_and_choose_their_own_prompts(tmp_path, capsys):
+    mixed = mix(tmp_path, gate_mode="router_input", gate_scale=3.0)
+    np.testing.assert_allclose(np.linalg.norm(gates(mixed), axis=-1), 3.0, rtol=1e-5)
+    assert "first choice of the prompts' tokens" in capsys.readouterr().out
+
+
+def test_similar_prompts_are_warned_of(tmp_path, capsys):
+    experts = [{"source_model": s, "positive_prompts": [p]} for s, p in (("a", "hello there A"), ("b", "hello there B"))]
+    mix(tmp_path, experts=experts, gate_mode="cheap_embed")
+    assert "rows are nearly equal in all layers" in " ".join(capsys.readouterr().out.split())
+
+
+def test_our_checkpoints_mix_like_hugging_face_directories(tmp_path):
+    for name in ("base", "a", "b", "c"):
+        convert.run(name, str(tmp_path / name))
+    recipe = json.loads((GOLDEN / "recipe.yml").read_text())
+    recipe["base_model"] = str(tmp_path / "base")
+    recipe["experts"] = [expert | {"source_model": str(tmp_path / expert["source_model"])} for expert in recipe["experts"]]
+    ours, theirs = mix(tmp_path, "ours", **recipe), mix(tmp_path, "theirs")
+    assert find_checkpoint(tmp_path / "ours").is_huggingface is False
+    for name in theirs.slots:
+        assert ours.read(name).tobytes() == theirs.read(name).tobytes(), name
+
+
+def test_verify_notices_a_single_changed_bit(tmp_path, monkeypatch):
+    real = mix_recipe.write_checkpoint
+
+    def damaged(target, *args, **kwargs):
+        real(target, *args, **kwargs)
+        file = target / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+
+    monkeypatch.setattr(mix_recipe, "write_checkpoint", damaged)
+    with pytest.raises(UserError, match=r"1 tensors are not what the recipe says: lm_head.weight"):
+        mix(tmp_path)
+
+
+def test_an_expert_added_and_dropped_again_leaves_every_other_bit(tmp_path):
+    before = mix(tmp_path)
+    message = experts.add(str(tmp_path / "out"), "base", str(tmp_path / "more"))
+    assert "4 experts" in message
+    more = open_reader(find_checkpoint(tmp_path / "more"))
+    assert more.model.moe == MoEConfig((4, 4, 4))
+    for name in before.slots:
+        if router_layer(name) is None:
+            assert more.read(name).tobytes() == before.read(name).tobytes(), name
+        else:
+            np.testing.assert_array_equal(more.read(name)[:3], before.read(name))
+    added = more.read("model.layers.1.block_sparse_moe.experts.3.w3.weight")
+    np.testing.assert_array_equal(added, sources()["base"].read("model.layers.1.mlp.up_proj.weight"))
+    experts.drop(str(tmp_path / "more"), 3, str(tmp_path / "again"))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    experts.drop(str(tmp_path / "more"), 0, str(tmp_path / "less"))
+    less = open_reader(find_checkpoint(tmp_path / "less"))
+    name = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+    assert less.read(name.format(0)).tobytes() == more.read(name.format(1)).tobytes()
+    np.testing.assert_array_equal(gates(less), gates(more)[:, 1:])
+
+
+def test_dropping_below_k_or_adding_a_stranger_is_refused(tmp_path):
+    mix(tmp_path, experts_per_token=3)
+    with pytest.raises(UserError, match="k=3: more than the 2 experts"):
+        experts.drop(str(tmp_path / "out"), 0, str(tmp_path / "x"))
+    with pytest.raises(UserError, match="no expert 7 in layer 0, which has experts 0 to 2"):
+        experts.drop(str(tmp_path / "out"), 7, str(tmp_path / "x"))
+    with pytest.raises(UserError, match="is a dense model"):
+        experts.add("base", "a", str(tmp_path / "x"))
+    other = str(ROOT / "tests" / "checkpoints" / "golden" / "llama")
+    with pytest.raises(UserError, match="vocab_size: 259 against 61"):
+        experts.add(str(tmp_path / "out"), other, str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    mix_recipe.run(str(GOLDEN / "recipe.yml"), str(tmp_path / "out"), dry_run=True)
+    printed = capsys.readouterr().out
+    assert "3 in 3 of 3 layers, top-2" in printed and "copied from base_model" in printed
+    assert list(tmp_path.iterdir()) == []
