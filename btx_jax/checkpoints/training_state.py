@@ -191,8 +191,8 @@ class StepWriter:
         try:
             self._store(slot)[slot.indices].write(slot.to_ours(tensor)).result()
         except ValueError as error:  # tensorstore's for everything, the disk included
-            reason = re.search(r"OS error (\d+): ([^\[\]]*\w)", str(error))
-            raise OSError(int(reason[1]) if reason else 0, reason[2] if reason else str(error)) from error
+            reason = re.search(r": ([^:]+) \[os_error_code='(\d+)'", str(error))
+            raise OSError(int(reason[2]) if reason else 0, reason[1] if reason else str(error)) from error
 
     def finish(self, about: About) -> None:
         """Orbax's own metadata of the tree, and what the checkpoint says about itself."""

@@ -2,6 +2,7 @@
 
     python tests/checkpoints/transformers_peer.py make tests/checkpoints/golden     # transformers 5
     python tests/checkpoints/transformers_peer.py check EXPORT LOGITS.npy            # transformers 5 or 4.42, each in its own environment
+    python tests/checkpoints/transformers_peer.py parity DIR README.md               # any checkpoint: our logits against transformers'
 
 Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch 'transformers==4.42.4' 'numpy<2'`). `check` fails
 on any missing or unexpected key, and when the logits differ by more than 1e-4. 4.42 knows neither llama3 RoPE scaling nor a head_dim
@@ -84,5 +85,29 @@ def check(export: Path, golden: Path) -> None:
     assert difference < 1e-4
 
 
+def parity(directory: Path, text: Path) -> None:
+    """The largest difference of fp32 logits over the first 512 tokens of a text."""
+    from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
+    from btx_jax.config import ComputeConfig
+    from btx_jax.data.tokenizers import load_tokenizer
+    from btx_jax.models.llama import Llama, logits
+
+    found = find_checkpoint(directory)
+    ids = np.array([load_tokenizer(found.tokenizer).encode(text.read_text())[:LENGTH]], np.int32)
+    params = load_params(found)
+    hidden, _ = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")).apply(
+        {"params": params}, ids, np.ones_like(ids)
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
+    difference = np.abs(np.asarray(logits(params, hidden)) - theirs).max()
+    print(f"{ids.shape[1]} tokens: logits up to {np.abs(theirs).max():.1f}, largest difference {difference:.1e}")
+
+
 if __name__ == "__main__":
-    {"make": lambda: make(Path(sys.argv[2])), "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3]))}[sys.argv[1]]()
+    {
+        "parity": lambda: parity(Path(sys.argv[2]), Path(sys.argv[3])),
+        "make": lambda: make(Path(sys.argv[2])),
+        "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3])),
+    }[sys.argv[1]]()
