@@ -250,7 +250,7 @@ def _routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.nda
     bands = [band for band in np.array_split(np.array(layers), min(BANDS, len(layers))) if len(band)]
     table = Table(title="first choice of the prompts' tokens, share per expert, by layers")
     table.add_column("prompt of")
-    table.add_column("text", max_width=36, no_wrap=True)
+    table.add_column("text", max_width=24, no_wrap=True)
     for band in bands:
         table.add_column(f"{band[0]}-{band[-1]}" if len(band) > 1 else str(band[0]), justify="right")
     for prompt, share in zip(prompts, shares, strict=True):
@@ -260,7 +260,7 @@ def _routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.nda
             best = int(by_expert.argmax())
             mark = "[green]" if (best == prompt.expert) == prompt.is_positive else "[red]"
             cells.append(f"{mark}{best}: {by_expert[best]:.0%}[/]")
-        table.add_row(f"{'+' if prompt.is_positive else '-'}{prompt.expert}", prompt.text.replace("[", "\\["), *cells)
+        table.add_row(f"{'+' if prompt.is_positive else '-'}{prompt.expert}", prompt.text.replace("\n", " ").replace("[", "\\["), *cells)
     return table
 
 

@@ -231,3 +231,22 @@ def test_a_tokenizer_trained_from_the_command_line_gives_back_any_text_and_repla
     assert "exists; delete it or choose another name" in error and target.read_bytes() == trained
     _, error = cli.run("tokenizer", cli.text, "--vocab_size=100000", f"--out={cli.home / 'b.model'}", module="btx_jax", status=2)
     assert error.startswith("btx_jax: error: cannot train a tokenizer of 100000 pieces") and not list(cli.home.glob("*b.model*"))
+
+
+def test_a_hugging_face_directory_stands_wherever_a_checkpoint_does(cli):
+    """seed -> Hugging Face -> branch from that -> mix both kinds -> generate from the mixture."""
+    cli.run(*cli.seed("S", steps=2))
+    cli.run("convert", cli.home / "S", cli.home / "hf", module="btx_jax")
+    assert cli.run("digest", cli.home / "hf", module="btx_jax") == cli.run("digest", cli.home / "S", module="btx_jax")
+    cli.run(
+        "--config=configs/math_expert.py:tiny", f"--config.init={cli.home / 'hf'}", f"--workdir={cli.home / 'E'}",
+        f"--config.data.train={cli.text}", f"--config.data.cache={cli.home / 'cache'}", "--config.data.sequence_length=64",
+        "--config.train.steps=2", "--config.train.warmup_steps=1", "--config.train.eval_every=0",
+    )  # fmt: skip
+    recipe = cli.home / "r.yml"
+    experts = [{"source_model": str(cli.home / name)} for name in ("E", "hf")]
+    recipe.write_text(json.dumps({"base_model": str(cli.home / "hf"), "base": "average", "experts": experts}))
+    out, _ = cli.run("mix", recipe, cli.home / "M", "--verify", module="btx_jax")
+    assert "means within one ulp of float32" in " ".join(out.split())
+    out, _ = cli.run("generate", cli.home / "M", "--prompt", "the river", "--max_tokens", "3", module="btx_jax")
+    assert out.startswith("the river")
