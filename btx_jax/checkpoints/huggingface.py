@@ -186,6 +186,10 @@ def read_config(directory: Path) -> ModelConfig:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object")
+    if "stage" in config and "model_type" not in config:
+        raise UserError(f"{directory} is a run that has saved no checkpoint yet")
     return model_from_config(config, str(path))
 
 
@@ -347,5 +351,6 @@ class HuggingFaceWriter:
         config = config_from_model(self.model, usual, bos, eos)
         generation = {"_from_model_config": True, "bos_token_id": bos, "eos_token_id": eos}
         for name, values in (("config.json", config), ("generation_config.json", generation)):
-            (self._directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            if not (self._directory / name).exists():  # one that came with the tokenizer says more
+                (self._directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         (self._directory / "README.md").write_text(card, encoding="utf-8")

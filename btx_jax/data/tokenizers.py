@@ -14,7 +14,8 @@ import tokenizers
 from btx_jax.errors import UserError
 
 NAMES = ("tokenizer.json", "tokenizer.model")  # the first knows tokens that were added later
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # name the special tokens
+COMPANIONS = (*SPECIAL, "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
 class Tokenizer(Protocol):
@@ -64,7 +65,7 @@ class HuggingFaceTokenizer:
         self.eos = self._special("eos_token", ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>"))
 
     def _special(self, role: str, usual: tuple[str, ...]) -> int | None:
-        for companion in (self.path.parent / name for name in COMPANIONS):
+        for companion in (self.path.parent / name for name in SPECIAL):
             if companion.is_file():
                 config = json.loads(companion.read_text(encoding="utf-8"))
                 if role in config:
@@ -119,7 +120,7 @@ def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Put the tokenizer file, under its usual name, and its companions (special tokens, chat template) into a directory."""
+    """Put the tokenizer file, under its usual name, and its companions (special tokens, chat template, when to stop) into a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     name = NAMES[0] if tokenizer.path.suffix == ".json" else NAMES[1]
     others = COMPANIONS + (NAMES if tokenizer.path.name in NAMES else ())

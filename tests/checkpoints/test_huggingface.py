@@ -159,9 +159,10 @@ def test_the_tokenizer_and_its_chat_template_travel_both_ways(tmp_path, tokenize
     shutil.copyfile(tokenizer_file, source / "tokenizer.model")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.6}')
     convert.run(str(source), str(tmp_path / "ours"))
     convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))
-    for file in ("tokenizer.model", "chat_template.jinja", "tokenizer_config.json"):
+    for file in ("tokenizer.model", "chat_template.jinja", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
 
 
