@@ -30,7 +30,7 @@ from btx_jax.checkpoints.training_state import (
     restore_params,
 )
 from btx_jax.config import ModelConfig
-from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.models.llama import Params, abstract_params
 
@@ -128,12 +128,16 @@ def assemble(reader: Reader, abstract: Any) -> Params:
 
 
 def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer beside a checkpoint, or None with a warning: weights alone can be converted and mixed."""
+    """The tokenizer beside a checkpoint, or None with a warning: weights alone can be converted and mixed.
+
+    Raises UserError when there is one and it is damaged.
+    """
     try:
-        return load_tokenizer(checkpoint.tokenizer)
+        file = find_tokenizer(checkpoint.tokenizer)
     except UserError:
         log.warning("%s: no tokenizer found; only the weights are taken along", checkpoint.path)
         return None
+    return load_tokenizer(file)
 
 
 def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -142,9 +146,15 @@ def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return array
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
-    if is_finite(array) and not is_finite(result):
-        raise UserError(f"{name} holds values beyond {dtype.name}'s range; choose bfloat16 or float32")
+    if is_finite(array):
+        check_range(name, result)
     return result
+
+
+def check_range(name: str, array: np.ndarray) -> None:
+    """Of a tensor rounded from finite values. Raises UserError when one became infinite."""
+    if not is_finite(array):
+        raise UserError(f"{name} holds values beyond {array.dtype.name}'s range; choose bfloat16 or float32")
 
 
 def write_checkpoint(

@@ -18,12 +18,13 @@ from btx_jax.checkpoints.checkpoint import (
     Checkpoint,
     Reader,
     cast,
+    check_range,
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
     write_checkpoint,
 )
-from btx_jax.checkpoints.huggingface import dense_name, expert_tensor, router_layer, slots
+from btx_jax.checkpoints.huggingface import dense_name, expert_tensor, is_finite, router_layer, slots
 from btx_jax.checkpoints.huggingface_config import experts_per_token, same_function
 from btx_jax.checkpoints.output import check_free
 from btx_jax.config import ModelConfig, MoEConfig
@@ -160,12 +161,11 @@ def make_tensor(recipe: Recipe, sources: Sources, gates: np.ndarray, name: str, 
         shared = [sources.readers[number].read(name) for number in _shared_sources(recipe, sources)]
         if len(shared) == 1:
             return cast(name, shared[0], dtype)
-        if recipe.merge == "mean":
-            return mean(shared, dtype)
-        base = sources.readers[0].read(name)
-        if recipe.merge == "ties":
-            return ties(base, shared, recipe.density, dtype)
-        return dare(base, shared, recipe.density, dtype, _rng(recipe, name))
+        with np.errstate(over="ignore", invalid="ignore"):
+            merged = _merged(recipe, sources, shared, name, dtype)
+        if all(map(is_finite, shared)):
+            check_range(name, merged)
+        return merged
 
     dense, axis = dense_name(wanted.layer, wanted.part), 1 if wanted.part == "down" else 0  # the axis of d_ff
     if recipe.method == "stack":
@@ -181,6 +181,15 @@ def make_tensor(recipe: Recipe, sources: Sources, gates: np.ndarray, name: str, 
         piece = tensor if chunks == 1 else tensor.take(range(chunk * width, (chunk + 1) * width), axis)
         pieces.append(_changed(piece, recipe.experts[source], wanted.part, _rng(recipe, name)))
     return cast(name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis), dtype)
+
+
+def _merged(recipe: Recipe, sources: Sources, shared: Sequence[np.ndarray], name: str, dtype: np.dtype) -> np.ndarray:
+    if recipe.merge == "mean":
+        return mean(shared, dtype)
+    base = sources.readers[0].read(name)
+    if recipe.merge == "ties":
+        return ties(base, shared, recipe.density, dtype)
+    return dare(base, shared, recipe.density, dtype, _rng(recipe, name))
 
 
 def _changed(tensor: np.ndarray, expert: ExpertSource, part: str, rng: np.random.Generator) -> np.ndarray:

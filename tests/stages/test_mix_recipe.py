@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, open_reader
 from btx_jax.checkpoints.huggingface import expert_tensor, router_layer
@@ -146,6 +148,18 @@ def test_other_merges_pass_verification_and_keep_what_did_not_change(tmp_path, m
     assert not np.array_equal(mixed.read(name), sources()["base"].read(name))
     same = mix(tmp_path, "same", base="average", merge=merge, gate_mode="normal", experts=[{"source_model": "base"}] * 2, seed=1)
     np.testing.assert_array_equal(same.read(name), sources()["base"].read(name))
+
+
+def test_a_mean_that_does_not_fit_float16_is_refused(tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(GOLDEN / name, tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["model.norm.weight"][0] = 1e6
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    experts = [{"source_model": str(tmp_path / name)} for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds values beyond float16's range"):
+        mix(tmp_path, base_model=str(tmp_path / "a"), base="average", gate_mode="normal", dtype="float16", experts=experts)
+    assert not (tmp_path / "out").exists()
 
 
 def test_states_are_what_the_model_computes_layer_by_layer():
