@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 
@@ -72,8 +73,15 @@ def _fraction(text: str) -> float:
 
 def _not_negative(text: str) -> float:
     value = float(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError("must be finite and not negative")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError("must lie in [0, 2**32)")
     return value
 
 
@@ -91,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max_tokens", type=int, default=64, help="new tokens at most (64)")
     command.add_argument("--temperature", type=_not_negative, default=0.0, help="0 (the default) is greedy")
     command.add_argument("--top_p", type=_fraction, default=1.0, help="nucleus: keep the likeliest tokens up to this probability (1)")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_seed, default=0)
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("convert", help="Hugging Face directory -> checkpoint of ours, or back")
@@ -115,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="SOURCE", help="the dense model: " + CHECKPOINT)
     command.add_argument("target", metavar="OUT", help="a new directory")
     command.add_argument("--router_std", type=_not_negative, default=0.02, help="of the new router rows (0.02)")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_seed, default=0)
     command.set_defaults(run=_expert_add)
     command = actions.add_parser("drop", help="remove an expert and its router rows from every MoE layer")
     command.add_argument("mixture", metavar="MIXTURE", help=CHECKPOINT)

@@ -40,7 +40,7 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _suggest(word: str, known: typing.Iterable[str]) -> str:
     known = tuple(known)
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(str(word), known, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known)
 
 
@@ -57,6 +57,10 @@ class RopeScaling:
     def __post_init__(self):
         _one_of("kind", self.kind, ("none", "linear", "llama3"))
         _require(self.factor >= 1, f"factor={self.factor}: must be at least 1")
+        _require(
+            0 < self.low_freq_factor < self.high_freq_factor,
+            f"low_freq_factor={self.low_freq_factor}: must lie between 0 and high_freq_factor={self.high_freq_factor}",
+        )
 
 
 @dataclass(frozen=True)

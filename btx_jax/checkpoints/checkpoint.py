@@ -72,9 +72,12 @@ class Reader(Protocol):
 def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     """A run's working directory (its last step), one step's directory, or a Hugging Face directory. Raises UserError if none of these."""
     quiet()
-    path = Path(path).resolve()
-    if not path.exists():
-        raise UserError(f"{key}: {path} does not exist")
+    try:
+        path = Path(path).resolve()
+        if not path.exists():
+            raise UserError(f"{key}: {path} does not exist")
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a loop of links
+        raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
     if is_huggingface(path):
         return Checkpoint(path, About(read_config(path), 0, {}), is_huggingface=True)
     if (path / DIRECTORY).is_dir():
@@ -169,26 +172,37 @@ def write_checkpoint(
     card: str,
     check: Callable[[], None],
     verb: str,
+    inspect: Callable[[Path], None] = lambda written: None,
 ) -> None:
     """A new directory, whole or not at all: `tensor(name)` for every tensor of the model, one at a time, cast to dtypes[name].
 
-    The next tensors are made while one is written. check runs when all have been; when it raises, nothing is left. Raises UserError
-    when the target exists, cannot be written, or its format has no such model.
+    The next tensors are made while one is written. check runs when all have been, inspect on the finished directory before it gets its
+    name; when either raises, nothing is left. Raises UserError when the target exists, cannot be written, a tensor is not finite, or
+    its format has no such model.
     """
+
+    def make(name: str) -> tuple[np.ndarray, bool]:
+        array = cast(name, tensor(name), dtypes[name])
+        return array, is_finite(array)
+
     with new_directory(target) as partial:
         writer = (HuggingFaceWriter if as_huggingface else StepWriter)(partial, model, dtypes)
-        names = list(slots(model))
+        names, bad_values = list(slots(model)), []
         with ThreadPoolExecutor(AHEAD) as workers:
-            made = collections.deque(workers.submit(tensor, name) for name in names[:AHEAD])
+            made = collections.deque(workers.submit(make, name) for name in names[:AHEAD])
             try:
                 for number, name in enumerate(tqdm(names, desc=verb, unit="tensor", disable=None)):
-                    array = made.popleft().result()
+                    array, finite = made.popleft().result()
+                    if not finite:
+                        bad_values.append(name)
                     if number + AHEAD < len(names):
-                        made.append(workers.submit(tensor, names[number + AHEAD]))
-                    writer.write(name, cast(name, array, dtypes[name]))
+                        made.append(workers.submit(make, names[number + AHEAD]))
+                    writer.write(name, array)
             finally:
                 workers.shutdown(cancel_futures=True)
         check()
+        if bad_values:
+            raise UserError(f"NaN or infinity would be written to {', '.join(bad_values[:5])}, though the sources hold none")
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial if as_huggingface else partial / "tokenizer")
         if isinstance(writer, HuggingFaceWriter):
@@ -197,6 +211,7 @@ def write_checkpoint(
         else:
             writer.finish(About(model, 0, history))
             (partial / "README.md").write_text(card, encoding="utf-8")
+        inspect(partial)
 
 
 def digest(params: Params) -> str:

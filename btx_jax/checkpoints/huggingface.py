@@ -174,7 +174,11 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def is_huggingface(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not (path / "checkpoints").is_dir()
+    """By config.json: a run of ours keeps one too, which names no model_type."""
+    if (path / "adapter_config.json").is_file():
+        return True
+    config = path / "config.json"
+    return config.is_file() and (not (path / "checkpoints").is_dir() or '"model_type"' in config.read_text("utf-8", "replace"))
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -184,13 +188,16 @@ def read_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object")
     if "stage" in config and "model_type" not in config:
         raise UserError(f"{directory} is a run that has saved no checkpoint yet")
-    return model_from_config(config, str(path))
+    try:
+        return model_from_config(config, str(path))
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path}: a value of the wrong kind: {type(error).__name__}: {error}") from error
 
 
 class HuggingFaceReader:
@@ -306,10 +313,14 @@ def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         items = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError("weight_map must map tensors to file names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index_path}: damaged: {error}") from error
+    if (directory / SINGLE).exists() and SINGLE not in weight_map.values():
+        raise UserError(f"{directory} holds both {SINGLE} and {INDEX}, which does not name it; delete the one that is out of date")
     files: dict[str, SafetensorsFile] = {}
-    for name in sorted({str(name) for name in weight_map.values()}):
+    for name in sorted(set(weight_map.values())):
         path = PurePosixPath(name)
         if path.is_absolute() or len(path.parts) != 1 or name in ("", ".", "..") or "\\" in name:
             raise UserError(f"{index_path}: {name!r} is no file of this directory; refusing to read it")

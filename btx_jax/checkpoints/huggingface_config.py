@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from btx_jax.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
@@ -33,12 +35,24 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
             problems.append(f"{key}={config[key]!r} is not supported, only {plain!r}")
     needed = ["vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"]
     needed += ["num_local_experts", "num_experts_per_tok"] if kind == "mixtral" else []
-    problems += [f"{key} is missing" for key in needed if not isinstance(config.get(key), int)]
+    problems += [f"{key} is missing" for key in needed if config.get(key) is None]
+    whole = [*needed, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"]
+    for key in whole:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            problems.append(f"{key}={value!r}: must be a whole number of at least 1")
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = config.get(key)
+        if value is not None and not _is_positive(value):
+            problems.append(f"{key}={value!r}: must be a positive number")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), Mapping | None):
+            problems.append(f"{key}={config[key]!r}: must be an object")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
 
     heads, width, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
-    context = config.get("max_position_embeddings", 4096)
+    context = config.get("max_position_embeddings") or 4096
     window = config.get("sliding_window")
     if kind != "llama" and window is not None and config.get("use_sliding_window", True) and window < context:
         log.warning("%s: sliding_window=%d: attention here is full, so the context is cut to it, where both are equal", where, window)
@@ -56,7 +70,7 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
             head_dim=config.get("head_dim") or width // heads,
             rope_theta=theta,
             rope_scaling=scaling,
-            norm_eps=float(config.get("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6)),
+            norm_eps=float(config.get("rms_norm_eps") or (1e-5 if kind == "mixtral" else 1e-6)),
             tied_head=bool(config.get("tie_word_embeddings", False)),
             context=context,
             moe=moe,
@@ -76,9 +90,17 @@ def _rope(config: dict[str, Any], kind: str) -> tuple[float, RopeScaling]:
     name = scaling.get("rope_type") or scaling.get("type") or "default"
     if new and old and (old.get("rope_type") or old.get("type")) not in (None, name):
         raise ConfigError(f"rope_parameters say {name}, rope_scaling says {old.get('rope_type') or old.get('type')}; which is right?")
+    for key in {*(new or {}), *(old or {})} & {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}:
+        values = {float(source[key]) for source in (new, old) if source and source.get(key) is not None}
+        if len(values) > 1 or not all(map(_is_positive, values)):
+            raise ConfigError(f"rope {key}: {', '.join(map(str, sorted(values)))}; which is right?")
+    if not _is_positive(theta):
+        raise ConfigError(f"rope_theta={theta}: must be a positive number")
     if name == "default":
         return theta, RopeScaling()
     if name == "linear":
+        if "factor" not in scaling:
+            raise ConfigError("rope scaling linear without factor")
         return theta, RopeScaling("linear", float(scaling["factor"]))
     if name == "llama3":
         try:
@@ -92,6 +114,10 @@ def _rope(config: dict[str, Any], kind: str) -> tuple[float, RopeScaling]:
         except KeyError as error:
             raise ConfigError(f"rope scaling llama3 without {error.args[0]}") from error
     raise ConfigError(f"rope scaling {name!r} is not supported; known: default, linear, llama3")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def experts_per_token(model: ModelConfig) -> int:

@@ -1,8 +1,11 @@
 """A directory that appears finished or not at all."""
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,11 @@ from btx_jax.errors import UserError
 
 def check_free(target: Path) -> None:
     """Raises UserError when something is already there: nothing is overwritten."""
-    if target.exists():
+    try:
+        exists = target.exists()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {str(target)[:200]!r}: {error}") from error
+    if exists:
         raise UserError(f"{target} exists; delete it or choose another name")
 
 
@@ -19,27 +26,47 @@ def check_free(target: Path) -> None:
 def new_directory(target: Path) -> Iterator[Path]:
     """A hidden directory beside the target, renamed to it at the end of the block, or deleted when the block fails.
 
-    A killed process leaves `.NAME.partial`, which the next attempt removes. Raises UserError when the target exists or the disk
-    cannot take it.
+    A killed process leaves `.NAME.partial-*`, which the next attempt removes; those of living processes are locked and left alone.
+    Raises UserError when the target exists or the disk cannot take it.
     """
     check_free(target)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            for folder, _, files in os.walk(partial):
-                for path in (folder, *(os.path.join(folder, file) for file in files)):
-                    _fsync(path)
-            check_free(target)
-            partial.rename(target)
-            _fsync(target.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+            with contextlib.suppress(OSError), _locked(left_over):
+                shutil.rmtree(left_over)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        partial.chmod(0o777 & ~_umask())
+        with _locked(partial):
+            try:
+                yield partial
+                for folder, _, files in os.walk(partial):
+                    for path in (folder, *(os.path.join(folder, file) for file in files)):
+                        _fsync(path)
+                check_free(target)
+                partial.rename(target)
+                _fsync(target.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Raises BlockingIOError, an OSError, when another process holds it. The lock ends with the process."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def _fsync(path: str | Path) -> None:

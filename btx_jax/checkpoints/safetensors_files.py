@@ -59,11 +59,13 @@ class SafetensorsFile:
             for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
                 begin, stop = entry["data_offsets"]
                 shape = tuple(entry["shape"])
+                if not all(type(number) is int and number >= 0 for number in (begin, stop, *shape)):
+                    raise UserError(f"{self.path}: damaged header: shape or offsets of {name} are no whole numbers")
                 itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else _BYTES[entry["dtype"]]
                 if begin != end or stop - begin != math.prod(shape) * itemsize:
                     raise UserError(f"{self.path}: damaged header: {name} does not lie where its shape {shape} says")
                 tensors[name], end = Tensor(entry["dtype"], shape, 8 + length + begin, stop - begin), stop
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.path}: damaged header: {error}") from error
         if size != 8 + length + end:
             raise UserError(f"{self.path}: truncated: {size} bytes, its header describes {8 + length + end}; download it again")
@@ -144,6 +146,8 @@ class ShardWriter:
     def _flush_behind(self) -> None:
         """Let the disk work while tensors are made: otherwise gigabytes wait for the final fsync."""
         if self._flush is None or self._flush.done():
+            if self._flush is not None:
+                self._flush.result()  # the kernel reports a failed write once
             self._flush = self._flusher.submit(os.fdatasync, self._file.fileno())
 
     def _close(self) -> None:

@@ -45,7 +45,8 @@ def _about_to_json(about: About) -> dict[str, Any]:
 def _about_from_json(values: dict[str, Any], path: Path) -> About:
     if values.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {values.get('format')!r}; this version reads {FORMAT}")
-    return About(from_dict(ModelConfig, values["model"], f"{path}: model"), values["step"], values["history"])
+    history = {run: {"tokens": counts["tokens"], "flops": counts["flops"]} for run, counts in values["history"].items()}
+    return About(from_dict(ModelConfig, values["model"], f"{path}: model"), values["step"], history)
 
 
 def quiet() -> None:
@@ -93,8 +94,11 @@ class Checkpoints:
 
 def read_about(path: Path) -> About:
     """Of a step's directory."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return _about_from_json(checkpointer.restore(path / "about"), path)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return _about_from_json(checkpointer.restore(path / "about"), path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: about/ is damaged: {type(error).__name__}: {error}") from error
 
 
 def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
@@ -102,14 +106,30 @@ def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
 
     Raises UserError listing every leaf that is unknown, missing or misshapen against the model.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        _check_leaves(nn.unbox(abstract_params(model)), checkpointer.metadata(path / "params").item_metadata, path)
-        return checkpointer.restore(path / "params", abstract)
+    _check_stored(path, model)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path / "params", abstract)
+    except Exception as error:  # Orbax passes on whatever its storage raises
+        raise UserError(f"{path}: params/ is damaged: {error}") from error
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """layers_0/ffn/gate -> leaf."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_stored(path: Path, model: ModelConfig) -> None:
+    """Opens the store itself first: Orbax would report a damaged one as empty."""
+    params = path / "params"
+    try:
+        json.loads((params / "_METADATA").read_text(encoding="utf-8"))
+        tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{params.resolve()}/"}).result().list().result()
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(params).item_metadata
+        _check_leaves(nn.unbox(abstract_params(model)), stored, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: params/ is damaged: {type(error).__name__}: {error}") from error
 
 
 def _check_leaves(expected: Any, stored: Any, path: Path) -> None:
@@ -132,8 +152,7 @@ class StepReader:
     def __init__(self, path: Path):
         self._path = path
         self.model = read_about(path).model
-        with ocp.StandardCheckpointer() as checkpointer:
-            _check_leaves(nn.unbox(abstract_params(self.model)), checkpointer.metadata(path / "params").item_metadata, path)
+        _check_stored(path, self.model)
         self.slots = slots(self.model)
         leaves = {slot.path for slot in self.slots.values()}
         self._stores = {leaf: tensorstore.open(_store_spec(path / "params", leaf), read=True).result() for leaf in leaves}

@@ -67,10 +67,13 @@ class HuggingFaceTokenizer:
     def _special(self, role: str, usual: tuple[str, ...]) -> int | None:
         for companion in (self.path.parent / name for name in SPECIAL):
             if companion.is_file():
-                config = json.loads(companion.read_text(encoding="utf-8"))
-                if role in config:
-                    token = config[role]["content"] if isinstance(config[role], dict) else config[role]
-                    return self._tokenizer.token_to_id(token) if token else None
+                try:
+                    config = json.loads(companion.read_text(encoding="utf-8"))
+                    if role in config:
+                        token = config[role]["content"] if isinstance(config[role], dict) else config[role]
+                        return self._tokenizer.token_to_id(token) if token else None
+                except (ValueError, TypeError, KeyError) as error:
+                    raise UserError(f"{companion}: damaged: {type(error).__name__}: {error}") from error
         return next((i for i in map(self._tokenizer.token_to_id, usual) if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
@@ -111,10 +114,9 @@ def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
 
     def vocabulary(path: Path) -> tuple:
         values = json.loads(path.read_text(encoding="utf-8"))
-        added = sorted((token["id"], token["content"]) for token in values.get("added_tokens") or ())
-        model = values["model"]
-        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges") or ()]
-        return model.get("vocab"), merges, added, values.get("normalizer"), values.get("pre_tokenizer")
+        model = dict(values["model"])
+        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.pop("merges", None) or ()]
+        return model, merges, values.get("added_tokens"), values.get("normalizer"), values.get("pre_tokenizer")
 
     return vocabulary(a.path) == vocabulary(b.path)
 

@@ -1,6 +1,7 @@
 """Recipes: which models become which mixture. A mergekit-moe YAML is one; the keys that follow its own are ours."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ class ExpertSource:
     residual_scale: float = 1.0
 
     def __post_init__(self):
-        if self.noise_scale < 0:
-            raise ConfigError(f"noise_scale={self.noise_scale}: must not be negative")
+        if not 0 <= self.noise_scale < 1e3:
+            raise ConfigError(f"noise_scale={self.noise_scale}: must lie in [0, 1000)")
+        if not math.isfinite(self.residual_scale):
+            raise ConfigError(f"residual_scale={self.residual_scale}: must be finite")
         for kind in ("positive_prompts", "negative_prompts"):
             if file := getattr(self, f"{kind}_file"):
                 try:
                     lines = Path(file).read_text(encoding="utf-8").splitlines()
-                except (OSError, UnicodeDecodeError) as error:
+                except (OSError, ValueError) as error:
                     raise ConfigError(f"{kind}_file={file!r}: {error}") from error
                 object.__setattr__(self, kind, (*getattr(self, kind), *(line for line in lines if line.strip())))
 
@@ -95,6 +98,10 @@ class Recipe:
             raise ConfigError("experts: none named")
         if self.method == "split" and self.chunks < 2:
             raise ConfigError(f"chunks={self.chunks}: must be at least 2")
+        if not 0 < self.gate_scale < math.inf:
+            raise ConfigError(f"gate_scale={self.gate_scale}: must be positive and finite")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must not be negative")
         if not 0 < self.density <= 1:
             raise ConfigError(f"density={self.density}: must lie in (0, 1]")
         if self.merge != "mean" and self.base != "average":
@@ -120,7 +127,8 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that appears twice, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        keys = [self.construct_object(key, deep=True) for key, _ in pairs if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
@@ -130,11 +138,11 @@ class _Loader(yaml.SafeLoader):
 def read_recipe(path: Path) -> Recipe:
     """Raises UserError with one line that names key and cure."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = _without_none(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     try:
-        return from_dict(Recipe, _without_none(values), "recipe")
+        return from_dict(Recipe, values, "recipe")
     except ConfigError as error:
         line = str(error).replace("recipe.k=", "recipe.experts_per_token=")
         raise UserError(f"{path}: {line}") from None

@@ -63,6 +63,8 @@ def drop(mixture: str, expert: int, target: str) -> str:
     for layer, spec in enumerate(model.layer_specs()):
         if spec.experts and not 0 <= expert < spec.experts:
             raise UserError(f"INDEX: there is no expert {expert} in layer {layer}, which has experts 0 to {spec.experts - 1}")
+        if spec.experts == 1:
+            raise UserError(f"cannot drop the only expert of layer {layer}: nothing would be left of its feed-forward")
     reader = open_reader(found)
     smaller = _with_experts(model, -1)
 

@@ -13,6 +13,10 @@ def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_
     ids = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(prompt)
     if not ids:
         raise UserError("--prompt: empty, and the tokenizer has no BOS to start from")
+    if max(ids) >= found.about.model.vocab_size:
+        raise UserError(f"--prompt: has token {max(ids)}, the model only {found.about.model.vocab_size} embeddings")
+    if max_tokens < 1:
+        raise UserError(f"--max_tokens={max_tokens}: must be at least 1")
     context = found.about.model.context
     if len(ids) + max_tokens > context:
         raise UserError(f"--max_tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {context}; lower it")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -55,22 +56,30 @@ def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = 
     Raises UserError for anything wrong, before anything is written or with nothing left of it.
     """
     recipe = read_recipe(Path(recipe_path))
-    if not dry_run:
-        check_free(Path(target))
+    check_free(Path(target))
     sources = _open(recipe)
     model = _model(recipe, sources.readers[0].model)
     as_huggingface = sources.checkpoints[0].is_huggingface if not output_format else output_format == "huggingface"
     if as_huggingface:
         experts_per_token(model)
-    dtype = DTYPES[recipe.dtype] if recipe.dtype else sources.readers[0].dtypes["model.embed_tokens.weight"]
+    stored = set(sources.readers[0].dtypes.values())
+    if not recipe.dtype and len(stored) > 1:
+        names = ", ".join(sorted(dtype.name for dtype in stored))
+        raise UserError(f"{recipe.base_model} holds {names}; say with `dtype` which of them the mixture shall have")
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else stored.pop()
     dtypes = dict.fromkeys(slots(model), dtype)
     _check_shapes(recipe, sources, model)
     console = Console()
     console.print(_plan(recipe, model, dtype, as_huggingface))
-    prompts = _prompts(recipe, sources.tokenizer) if recipe.gate_mode in PROMPT_MODES else []
+    prompts = _prompts(recipe, sources.tokenizer, model.vocab_size) if recipe.gate_mode in PROMPT_MODES else []
     if dry_run:
         return
-    gates, tables = _gates(recipe, sources, model, prompts)
+    with np.errstate(all="ignore"):
+        gates, tables = _gates(recipe, sources, model, prompts)
+    for reader in sources.readers:
+        reader.check()
+    if not np.isfinite(gates.astype(dtype)).all():
+        raise UserError(f"gate_mode {recipe.gate_mode!r} gives rows that are not finite in {dtype.name}; lower gate_scale")
     for table in tables:
         console.print(table)
     _warn_of_similar_rows(gates, console)
@@ -84,12 +93,28 @@ def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = 
 
     history = {run: counts for checkpoint in sources.checkpoints for run, counts in checkpoint.about.history.items()}
     card = _card(recipe, model)
+    verdict: list[str] = []
+
+    def inspect(written: Path) -> None:
+        if verify:
+            verdict.append(_verify(recipe, sources, gates, written, dtype))
+
     write_checkpoint(
-        Path(target), as_huggingface, model, dtypes, tensor, sources.tokenizer, history=history, card=card, check=check, verb="mixing"
+        Path(target),
+        as_huggingface,
+        model,
+        dtypes,
+        tensor,
+        sources.tokenizer,
+        history=history,
+        card=card,
+        check=check,
+        verb="mixing",
+        inspect=inspect,
     )
-    console.print(f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(dtypes)} tensors)")
-    if verify:
-        console.print(_verify(recipe, sources, gates, target, dtype))
+    console.print(escape(f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(dtypes)} tensors)"))
+    for line in verdict:
+        console.print(line)
 
 
 def _open(recipe: Recipe) -> Sources:
@@ -113,7 +138,8 @@ def _open(recipe: Recipe) -> Sources:
                 "(list under `allow` what should not matter)"
             )
     readers = [open_reader(checkpoint) for checkpoint in checkpoints]
-    return Sources(checkpoints, readers, [paths.index(expert.source_model) for expert in recipe.experts], tokenizers[0])
+    number = {path: [c.path for c in checkpoints].index(checkpoint.path) for path, checkpoint in zip(paths, checkpoints, strict=True)}
+    return Sources(checkpoints, readers, [number[expert.source_model] for expert in recipe.experts], tokenizers[0])
 
 
 def _model(recipe: Recipe, dense: ModelConfig) -> ModelConfig:
@@ -174,12 +200,12 @@ def make_tensor(recipe: Recipe, sources: Sources, gates: np.ndarray, name: str, 
         parts = [(wanted.expert // recipe.chunks, wanted.expert % recipe.chunks, recipe.chunks)]
     else:
         parts = [(source, wanted.expert, len(recipe.experts)) for source in range(len(recipe.experts))]
-    pieces = []
+    pieces, rng = [], _rng(recipe, name)
     for source, chunk, chunks in parts:
         tensor = sources.readers[sources.source_of[source]].read(dense)
         width = tensor.shape[axis] // chunks
         piece = tensor if chunks == 1 else tensor.take(range(chunk * width, (chunk + 1) * width), axis)
-        pieces.append(_changed(piece, recipe.experts[source], wanted.part, _rng(recipe, name)))
+        pieces.append(_changed(piece, recipe.experts[source], wanted.part, rng))
     return cast(name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis), dtype)
 
 
@@ -208,7 +234,7 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def _prompts(recipe: Recipe, tokenizer: Tokenizer | None) -> list[Prompt]:
+def _prompts(recipe: Recipe, tokenizer: Tokenizer | None, vocab_size: int) -> list[Prompt]:
     """Every prompt of every expert, BOS + text."""
     prompts = []
     for number, expert in enumerate(recipe.experts):
@@ -219,6 +245,8 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer | None) -> list[Prompt]:
                 ids = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(text)
                 if not ids:
                     raise UserError(f"experts[{number}]: prompt {text!r} has no tokens")
+                if max(ids) >= vocab_size:
+                    raise UserError(f"experts[{number}]: prompt {text!r} has token {max(ids)}, the model only {vocab_size} embeddings")
                 prompts.append(Prompt(number, is_positive, text, ids))
     return prompts
 
@@ -269,7 +297,7 @@ def _routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.nda
             best = int(by_expert.argmax())
             mark = "[green]" if (best == prompt.expert) == prompt.is_positive else "[red]"
             cells.append(f"{mark}{best}: {by_expert[best]:.0%}[/]")
-        table.add_row(f"{'+' if prompt.is_positive else '-'}{prompt.expert}", prompt.text.replace("\n", " ").replace("[", "\\["), *cells)
+        table.add_row(f"{'+' if prompt.is_positive else '-'}{prompt.expert}", escape(prompt.text.replace("\n", " ")), *cells)
     return table
 
 
@@ -298,18 +326,18 @@ def _plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, as_huggingface: b
         ("parameters", f"{total:,} in all, {active:,} active for a token"),
         ("output", f"{'Hugging Face' if as_huggingface else 'btx_jax'}, {dtype.name}, {total * dtype.itemsize / 2**30:.2f} GiB"),
     ):
-        table.add_row(key, value)
+        table.add_row(key, escape(value))
     return table
 
 
 def ulp(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Distance between neighbours of dtype at a float64 value."""
     bits, least = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}[dtype.name]
-    exponent = np.maximum(np.frexp(np.abs(value))[1] - 1, least)
+    exponent = np.where(value == 0, least, np.maximum(np.frexp(np.abs(value))[1] - 1, least))
     return np.ldexp(1.0, exponent - bits)
 
 
-def _verify(recipe: Recipe, sources: Sources, gates: np.ndarray, target: str, dtype: np.dtype) -> str:
+def _verify(recipe: Recipe, sources: Sources, gates: np.ndarray, target: Path, dtype: np.dtype) -> str:
     """Re-read the output and compare every tensor with its sources: bits, or one ulp where a mean was rounded. Raises UserError."""
     written = open_reader(find_checkpoint(target))
     wrong, means = [], 0
@@ -331,9 +359,10 @@ def _verify(recipe: Recipe, sources: Sources, gates: np.ndarray, target: str, dt
         if not right:
             wrong.append(name)
     if wrong:
-        raise UserError(f"{target}: {len(wrong)} tensors are not what the recipe says: {', '.join(wrong[:5])}")
+        raise UserError(f"the output was not kept: {len(wrong)} tensors are not what the recipe says: {', '.join(wrong[:5])}")
     count = len(written.slots)
-    return f"verified {count} tensors: {count - means} equal their sources bit for bit, {means} means within one ulp of {dtype.name}"
+    rest = f"{count - means} equal what the recipe makes of their sources, bit for bit"
+    return f"verified {count} tensors: {rest}, {means} means within one ulp of {dtype.name}"
 
 
 def _card(recipe: Recipe, model: ModelConfig) -> str:

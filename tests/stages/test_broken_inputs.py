@@ -38,7 +38,7 @@ def edit_config(model, **values):
 
 
 def edit_recipe(home, change):
-    recipe = json.loads((home / "recipe.yml").read_text())
+    recipe = yaml.safe_load((home / "recipe.yml").read_text())
     change(recipe)
     (home / "recipe.yml").write_text(yaml.safe_dump(recipe))
 
@@ -199,15 +199,15 @@ def start(*arguments, **kwargs):
 def test_killed_midway_leaves_nothing_that_looks_finished_and_the_next_try_succeeds(home):
     big(home)
     process = start("convert", "big", "out")
-    while process.poll() is None and not list(home.glob(".out.partial/checkpoints/0/params/*")):
+    while process.poll() is None and not list(home.glob(".out.partial-*/checkpoints/0/params/*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "finished before it could be killed: make the model larger"
-    assert not (home / "out").exists() and (home / ".out.partial").exists()
+    assert not (home / "out").exists() and list(home.glob(".out.partial-*"))
     again = start("convert", "big", "out")
     assert again.wait(120) == 0
-    assert (home / "out").exists() and not (home / ".out.partial").exists()
+    assert (home / "out").exists() and not list(home.glob(".out.partial-*"))
 
 
 @pytest.mark.cli
@@ -224,3 +224,57 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(home, to):
     assert limited.returncode == 2 and len(lines) == 1, error[-2000:]
     assert "File too large" in lines[0] and "Traceback" not in error
     assert not (home / "out").exists() and not list(home.glob(".out*"))
+
+
+CONFIGS = [
+    ({"num_attention_heads": 0}, "num_attention_heads=0: must be a whole number"),
+    ({"num_key_value_heads": "2"}, "num_key_value_heads='2': must be a whole number"),
+    ({"max_position_embeddings": 128.0}, "max_position_embeddings=128.0: must be a whole number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be a positive number"),
+    ({"rope_parameters": "linear"}, "rope_parameters='linear': must be an object"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "rope scaling linear without factor"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "config.json: "),
+    ({"model_type": ["llama"]}, "config.json: "),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), CONFIGS)
+def test_impossible_values_in_config_json(home, capsys, values, message):
+    edit_config(home / "b", **values)
+    assert message in fails(capsys, "convert", "b", "out")
+    assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["about", "params/_METADATA", "params/manifest.ocdbt"])
+def test_a_damaged_checkpoint_of_ours(home, capsys, damage):
+    main(["convert", "b", "ours"])
+    path = home / "ours" / "checkpoints" / "0" / damage
+    for file in path.iterdir() if path.is_dir() else [path]:
+        file.write_bytes(b"{")
+    assert "is damaged" in fails(capsys, "convert", "ours", "out")
+    assert "is damaged" in fails(capsys, "digest", "ours")
+    assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize("line", ["1: 2", "seed: -1", "gate_scale: .inf", "on: true", "noise: .nan", "&a [*a]"])
+def test_odd_yaml(home, capsys, line):
+    (home / "recipe.yml").write_text(yaml.safe_dump(json.loads((home / "recipe.yml").read_text())) + line + "\n")
+    fails(capsys, "mix", "recipe.yml", "out")
+
+
+def test_weights_that_would_not_be_finite_are_not_written(home, capsys):
+    edit_recipe(home, lambda r: r["experts"][0].update(noise_scale=float("nan")))
+    assert "noise_scale=nan" in fails(capsys, "mix", "recipe.yml", "out")
+    edit_recipe(home, lambda r: r["experts"][0].update(noise_scale=0.0, residual_scale=1e38) or r.update(dtype="float16"))
+    assert "float16" in fails(capsys, "mix", "recipe.yml", "out")
+    edit(home / "base", lambda t: t["model.embed_tokens.weight"].fill(np.nan))
+    edit_recipe(home, lambda r: r.update(gate_mode="hidden"))
+    assert "NaN or infinity in model.embed_tokens.weight" in fails(capsys, "mix", "recipe.yml", "out")
+    assert not list(home.glob("*out*"))
+
+
+def test_an_index_beside_a_single_file_that_it_does_not_name(home, capsys):
+    shutil.copyfile(home / "b" / "model.safetensors", home / "kept")
+    shards(home)
+    shutil.move(home / "kept", home / "b" / "model.safetensors")
+    assert "delete the one that is out of date" in fails(capsys, "convert", "b", "out")

@@ -209,18 +209,19 @@ def test_our_checkpoints_mix_like_hugging_face_directories(tmp_path):
 
 
 def test_verify_notices_a_single_changed_bit(tmp_path, monkeypatch):
-    real = mix_recipe.write_checkpoint
+    real = mix_recipe._verify
 
-    def damaged(target, *args, **kwargs):
-        real(target, *args, **kwargs)
-        file = target / "model.safetensors"
+    def damaged(recipe, sources, gates, written, dtype):
+        file = written / "model.safetensors"
         data = bytearray(file.read_bytes())
         data[-3] ^= 1
         file.write_bytes(data)
+        return real(recipe, sources, gates, written, dtype)
 
-    monkeypatch.setattr(mix_recipe, "write_checkpoint", damaged)
+    monkeypatch.setattr(mix_recipe, "_verify", damaged)
     with pytest.raises(UserError, match=r"1 tensors are not what the recipe says: lm_head.weight"):
         mix(tmp_path)
+    assert not (tmp_path / "out").exists(), "a mixture that failed verification must not look like a result"
 
 
 def test_an_expert_added_and_dropped_again_leaves_every_other_bit(tmp_path):
@@ -264,3 +265,35 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 in 3 of 3 layers, top-2" in printed and "copied from base_model" in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_spelt_in_two_ways_counts_once(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(GOLDEN / "a")
+    experts = [{"source_model": source} for source in ("a", "./a", str(link), "b")]
+    mixed = mix(tmp_path, experts=experts, base="average", gate_mode="normal")
+    name = "model.norm.weight"
+    np.testing.assert_allclose(mixed.read(name), (sources()["a"].read(name) + sources()["b"].read(name)) / 2, atol=2e-7)
+
+
+def test_blended_pieces_get_their_own_noise(tmp_path):
+    experts = [{"source_model": source, "noise_scale": 0.5} for source in "ab"]
+    mixed = mix(tmp_path, experts=experts, method="blend", gate_mode="normal")
+    gate = mixed.read("model.layers.0.block_sparse_moe.experts.0.w1.weight")
+    clean = [sources()[s].read("model.layers.0.mlp.gate_proj.weight")[:12] for s in "ab"]
+    noise = [(gate[12 * i : 12 * i + 12] - clean[i]).ravel() for i in range(2)]
+    assert abs(np.corrcoef(noise)[0, 1]) < 0.3
+
+
+def test_one_ulp_at_zero_is_the_smallest_one():
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert mix_recipe.ulp(np.zeros(1), np.dtype(dtype))[0] < 1e-7
+
+
+def test_a_base_of_two_dtypes_must_say_which(tmp_path):
+    shutil.copytree(GOLDEN / "a", tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype("bfloat16")
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    with pytest.raises(UserError, match="holds bfloat16, float32; say with `dtype`"):
+        mix(tmp_path, base_model=str(tmp_path / "a"), dtype=None)
