@@ -4,14 +4,26 @@ import os
 
 import jax
 
+from btx_jax.errors import UserError
+
 
 def start() -> None:
-    """Join the other processes when the environment names a coordinator (JAX_COORDINATOR_ADDRESS and friends).
+    """Join the other processes when JAX_COORDINATOR_ADDRESS names a coordinator. Must run before anything touches a device.
 
-    Must run before anything touches a device. JAX reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    JAX reads that variable alone; JAX_NUM_PROCESSES and JAX_PROCESS_ID are read here, and left to JAX's own detection (TPU pods, SLURM)
+    when neither is set. Raises UserError when one is missing or no number.
     """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+    if not os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        return
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    values = [os.environ.get(name, "") for name in names]
+    if not any(values):
         jax.distributed.initialize()
+        return
+    for name, value in zip(names, values, strict=True):
+        if not value.isdigit():
+            raise UserError(f"{name}={value!r}: must be a number when JAX_COORDINATOR_ADDRESS is set; set both {' and '.join(names)}")
+    jax.distributed.initialize(num_processes=int(values[0]), process_id=int(values[1]))
 
 
 def is_first() -> bool:

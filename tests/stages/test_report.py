@@ -1,0 +1,30 @@
+import json
+
+import pytest
+
+from btx_jax.config import Config, ReportConfig
+from btx_jax.errors import UserError
+from btx_jax.stages import report
+from tests.reporting.test_reporting import RESULTS
+
+
+def test_a_report_is_made_from_what_stages_left_behind(tmp_path, capsys):
+    for name in ("evaluate", "seed", "mix"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "evaluate" / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "seed" / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "lm_loss": 5.0}) + "\n" for s in range(1, 9)))
+    (tmp_path / "seed" / "done.json").write_text('{"seconds": 12.5}')
+    sources = [f"{tmp_path}/{name}/checkpoints/9" for name in ("expert_math", "seed")]
+    (tmp_path / "mix" / "done.json").write_text(json.dumps({"seconds": 1.0, "experts": sources}))
+    runs = {name: str(tmp_path / name) for name in ("seed", "mix")}
+    report.run(Config("report", report=ReportConfig(str(tmp_path / "evaluate"), runs)), tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["wall_seconds"] == {"seed": 12.5, "mix": 1.0}
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+    assert "expert_math" in capsys.readouterr().out
+    assert (tmp_path / "out" / "done.json").exists()
+
+
+def test_without_an_evaluation_there_is_nothing_to_report(tmp_path):
+    with pytest.raises(UserError, match="run the evaluate stage first"):
+        report.run(Config("report", report=ReportConfig(str(tmp_path / "none"), {})), tmp_path / "out")
