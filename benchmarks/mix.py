@@ -27,11 +27,10 @@ from btx_jax.config import ModelConfig
 
 TINYLLAMA = ModelConfig(vocab_size=32000, layers=22, d_model=2048, d_ff=5632, heads=32, kv_heads=4, head_dim=64, context=2048)
 SOURCES = ("a", "b", "c")
-# Runs a command line of ours and tells its own peak resident memory, which /usr/bin/time would need another package for.
-MEASURE = (
-    "import resource, sys; from btx_jax.__main__ import main; main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-)
-IMPORTS = "import resource, btx_jax.stages.mix_recipe; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# Run in a process of its own: prints its peak resident memory in KiB. (ru_maxrss would start from that of the process that forked it.)
+PEAK = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+MEASURE = f"import sys; from btx_jax.__main__ import main; main(sys.argv[1:]); {PEAK}"
+IMPORTS = f"import btx_jax.stages.mix_recipe; {PEAK}"
 
 
 def write_models(folder: Path) -> None:

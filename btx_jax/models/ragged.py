@@ -9,7 +9,10 @@ BLOCK = 128  # rows per block on the CPU path: large enough for full matmul spee
 
 
 def ragged_experts(x_MD: jax.Array, gate_MK: jax.Array, index_MK: jax.Array, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-    """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m; index E (padding) contributes nothing. Returns [M, D]."""
+    """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m. Returns [M, D].
+
+    Index E (padding) contributes nothing. Where K > 1, the gates of a token are a softmax over its K choices: they sum to one.
+    """
     experts = gate_EDF.shape[0]
     tokens, k = index_MK.shape
     expert_R = index_MK.reshape(-1)  # R = M K claims, each of one token on one expert
@@ -28,13 +31,18 @@ def ragged_experts(x_MD: jax.Array, gate_MK: jax.Array, index_MK: jax.Array, gat
     # ragged_dot on the CPU multiplies every row by every expert.
     y_RD = jax.lax.platform_dependent(x_MD, order_R, sizes_E, gate_EDF, up_EDF, down_EFD, cpu=blocks, default=sorted_rows)
     y_MKD = jnp.where((index_MK < experts)[..., None], y_RD.reshape(tokens, k, -1), 0)
-    return jnp.einsum("mkd,mk->md", y_MKD, gate_MK.astype(y_RD.dtype))
+    gate_MK = gate_MK.astype(y_RD.dtype)
+    if k == 1:
+        return y_MKD[:, 0] * gate_MK
+    # As the gates sum to one, this is their weighted sum, and experts that agree give their common answer without rounding.
+    first_MD = y_MKD[:, 0]
+    return first_MD + jnp.einsum("mkd,mk->md", y_MKD[:, 1:] - first_MD[:, None], gate_MK[:, 1:])
 
 
 def _blocked(x_MD, expert_R, order_R, sizes_E, k, gate_EDF, up_EDF, down_EFD):
     """Every expert's rows padded to whole blocks, so that each block meets one expert. Returns [R, D] in claim order."""
-    experts, claims = gate_EDF.shape[0], expert_R.shape[0]
-    block = min(BLOCK, claims)
+    experts, tokens, claims = gate_EDF.shape[0], x_MD.shape[0], expert_R.shape[0]
+    block = min(BLOCK, tokens)  # of few tokens, as many rows as the dense layer would see: the same kernel, the same rounding
     padded_E = -(-sizes_E // block) * block
     first_padded_E = jnp.cumsum(padded_E) - padded_E
     first_sorted_E = jnp.cumsum(sizes_E) - sizes_E
