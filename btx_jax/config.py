@@ -19,7 +19,8 @@ from btx_jax.errors import UserError
 
 ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
 DISPATCHES = ("einsum", "ragged")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "full", "attention", "ffn")
+KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
 STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
 
@@ -166,7 +167,10 @@ class ComputeConfig:
     """How a model is run. Changes speed and memory; the results only through rounding and, for einsum dispatch, dropped tokens.
 
     dtype: of activations and matmuls; parameters, norms, softmaxes, router and losses are float32 always.
-    remat: what the backward pass finds in memory: none = everything, dots = matmul outputs, full = only each layer's input.
+    remat: what the backward pass finds in memory and need not compute again. full: each layer's input. attention: also queries, keys,
+        values, the attention's output and the sum behind it. ffn: also the gate and up products. none: everything.
+    kernels: auto = pallas on a TPU, else xla. pallas = splash attention (where the sequence is a multiple of 128) and megablox for ragged
+        dispatch; pallas_interpret runs those on any device, slowly.
     unroll: layers unrolled per step of the scan; 1 compiles fastest, all layers runs up to a quarter faster on a CPU.
     dispatch: einsum (capacity, groups) or ragged (dropless).
     capacity_factor: slots per expert = factor x k x group_size / experts.
@@ -176,6 +180,7 @@ class ComputeConfig:
 
     dtype: str = "bfloat16"
     remat: str = "full"
+    kernels: str = "auto"
     unroll: int = 1
     dispatch: str = "einsum"
     capacity_factor: float = 1.25
@@ -185,6 +190,7 @@ class ComputeConfig:
     def __post_init__(self):
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("remat", self.remat, REMAT_POLICIES)
+        _one_of("kernels", self.kernels, KERNELS)
         _one_of("dispatch", self.dispatch, DISPATCHES)
         _require(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor}: must be positive")
         for key in ("unroll", "group_size", "loss_chunk"):

@@ -1,8 +1,8 @@
 """Run one config: python -m btx_jax.launch --config=configs/demo.py[:ARG] [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
 
 Every key of the config can be overridden on the command line. A directory that holds an unfinished run of the same config is
-resumed; a finished one is left as it is. Exit status: 0 finished, 2 wrong input (one line says what and how to mend it),
-143 ended by SIGTERM with its step saved.
+resumed; a finished one is left as it is. Exit status: 0 finished, 1 --compile_topology does not
+fit, 2 wrong input (one line says what and how to mend it), 143 ended by SIGTERM with its step saved.
 """
 
 import logging
@@ -24,6 +24,11 @@ from btx_jax.parallel import hosts
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py or configs/math_expert.py:tiny.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes. Default: runs/NAME-OF-CONFIG.")
+_TOPOLOGY = flags.DEFINE_string("compile_topology", None, "Compile the step for TPUs such as v5p:2x2x4, tell what it takes, and stop.")
+_SLICES = flags.DEFINE_integer("num_slices", 1, "With --compile_topology: this many slices of it.", lower_bound=1)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0. Default: JAX_COORDINATOR_ADDRESS, else what JAX detects.")
+_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes. Default: JAX_NUM_PROCESSES.")
+_PROCESS = flags.DEFINE_integer("process_id", -1, "With --coordinator: which one this is, from 0. Default: JAX_PROCESS_ID.")
 
 
 def default_workdir(config_file: str) -> Path:
@@ -69,11 +74,15 @@ def main(argv: list[str]) -> None:
         fail(f"--config: no file {file.partition(':')[0]}")
     try:
         config = from_config_dict(_CONFIG.value)
-        hosts.start()
-        stages.run(
-            config,
-            (Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(file)).resolve(),
-        )
+        workdir = (Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(file)).resolve()
+        if _TOPOLOGY.value:
+            from btx_jax.stages import compile_check
+
+            sys.exit(0 if compile_check.run(config, workdir, _TOPOLOGY.value, _SLICES.value) else 1)
+        hosts.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        if not hosts.is_first():
+            logging.disable(logging.WARNING)  # one process tells; errors are every process's own
+        stages.run(config, workdir)
     except UserError as error:
         fail(error)
 

@@ -45,3 +45,10 @@ def one_device():
     from btx_jax.parallel.sharding import make_mesh
 
     return make_mesh((1, 1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture
+def cli(tmp_path, tokenizer_file):
+    from tests.stages.command_line import CLI
+
+    return CLI(tmp_path, tokenizer_file)

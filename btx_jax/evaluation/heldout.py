@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from btx_jax.config import ComputeConfig, ModelConfig
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel
+from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from btx_jax.training.losses import next_token_targets, token_nll
 
@@ -69,7 +70,7 @@ def heldout_loss(step: Any, params: Params, batches: Iterable[Mapping[str, np.nd
     totals: dict[str, float] = {"nll": 0.0, "tokens": 0, "text_nll": 0.0, "routed": 0, "bytes": 0}
     load: list[np.ndarray] = []
     for batch in batches:
-        rows = [jax.device_put(batch[name], batch_sharding(mesh)) for name in ("tokens", "segments")]
+        rows = [put(batch[name], batch_sharding(mesh)) for name in ("tokens", "segments")]
         sums = jax.device_get(step(params, *rows))
         for name in ("nll", "tokens", "text_nll", "routed"):
             totals[name] += float(sums[name])

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.config import ModelConfig, RopeScaling
-from btx_jax.models.layers import normal_param
+from btx_jax.models.layers import normal_param, platform_kernels
+from btx_jax.models.splash import block_size, splash_attend
+from btx_jax.parallel.sharding import gather, per_device, scatter_sum
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -60,27 +63,43 @@ def attend(q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT
 
 
 class Attention(nn.Module):
+    """x [B, T, D], segments [B, T] -> [B, T, D]. kernels: as in ComputeConfig."""
+
     config: ModelConfig
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         c = self.config
-        batch, length, d_model = x_BTD.shape
+        d_model = x_BTD.shape[-1]
         query_DHK = normal_param(self, "query", (d_model, c.heads, c.head_dim), ("embed", "heads", "head_dim"))
         key_DNK = normal_param(self, "key", (d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
         value_DNK = normal_param(self, "value", (d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
         out_HKD = normal_param(self, "out", (c.heads, c.head_dim, d_model), ("heads", "head_dim", "embed"))
 
-        x_MD = x_BTD.reshape(-1, d_model)
+        kernels = platform_kernels(self.kernels)
 
-        def project(kernel):  # [D, N, K] -> [B, N, T, K]
-            flat = x_MD @ kernel.astype(x_MD.dtype).reshape(d_model, -1)
-            return flat.reshape(batch, length, *kernel.shape[1:]).transpose(0, 2, 1, 3)
+        def local(x_BTD, segments_BT, query_DHK, key_DNK, value_DNK, out_HKD):
+            batch, length, _ = x_BTD.shape
+            x_MD = x_BTD.reshape(-1, d_model)
 
-        angles_TK = np.arange(length, dtype=np.float32)[:, None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        q_BHTK = rotate(project(query_DHK), angles_TK)
-        k_BNTK = rotate(project(key_DNK), angles_TK)
-        q_BNGTK = q_BHTK.reshape(batch, c.kv_heads, c.heads // c.kv_heads, length, c.head_dim)
-        y_BNGTK = attend(q_BNGTK, k_BNTK, project(value_DNK), segments_BT)
-        y_MD = y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, c.heads * c.head_dim)
-        return (y_MD @ out_HKD.astype(x_MD.dtype).reshape(-1, d_model)).reshape(x_BTD.shape)
+            def project(kernel):  # [D, N, K] -> [B, N, T, K]
+                kernel = gather(kernel, "embed", axis=0)
+                flat = x_MD @ kernel.reshape(d_model, -1)
+                return flat.reshape(batch, length, *kernel.shape[1:]).transpose(0, 2, 1, 3)
+
+            angles_TK = np.arange(length, dtype=np.float32)[:, None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+            q_BHTK, k_BNTK, v_BNTK = rotate(project(query_DHK), angles_TK), rotate(project(key_DNK), angles_TK), project(value_DNK)
+            q_BNGTK = q_BHTK.reshape(batch, k_BNTK.shape[1], -1, length, c.head_dim)
+            q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in (q_BNGTK, k_BNTK, v_BNTK))
+            if kernels == "xla" or not block_size(length):
+                y_BNGTK = checkpoint_name(attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT), "attention")
+            else:
+                y_BNGTK = splash_attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, interpret=kernels == "pallas_interpret")
+            y_MD = y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, -1)
+            out_HKD = gather(out_HKD, "embed", axis=2)
+            return scatter_sum((y_MD @ out_HKD.reshape(-1, d_model)).reshape(x_BTD.shape), "heads", axis=None)
+
+        names = (("batch",), ("batch",), ("embed", "heads"), ("embed", "kv_heads"), ("embed", "kv_heads"), ("heads", "head_dim", "embed"))
+        weights = (w.astype(x_BTD.dtype) for w in (query_DHK, key_DNK, value_DNK, out_HKD))
+        return per_device(local, names, ("batch",))(x_BTD, segments_BT, *weights)

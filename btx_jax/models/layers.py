@@ -10,8 +10,18 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from btx_jax.parallel.sharding import gather, per_device, scatter_sum
 
 INIT_STD = 0.02
+
+
+def platform_kernels(kernels: str, platform: str | None = None) -> str:
+    """ComputeConfig.kernels with `auto` decided: for `platform`, or for the devices of this process."""
+    if kernels != "auto":
+        return kernels
+    return "pallas" if (platform or jax.default_backend()) == "tpu" else "xla"
 
 
 def normal_param(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float = INIT_STD) -> jax.Array:
@@ -63,7 +73,7 @@ def swiglu(x_MD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.A
 
 
 def swiglu_forward(x, gate, up, down):
-    a, b = x @ gate, x @ up
+    a, b = (checkpoint_name(x @ w, "ffn") for w in (gate, up))
     return (jax.nn.silu(a) * b) @ down, (x, a, b, gate, up, down)
 
 
@@ -93,6 +103,12 @@ class FeedForward(nn.Module):
         gate_DF = normal_param(self, "gate", (d_model, self.d_ff), ("embed", "hidden"))
         up_DF = normal_param(self, "up", (d_model, self.d_ff), ("embed", "hidden"))
         down_FD = normal_param(self, "down", (self.d_ff, d_model), ("hidden", "embed"))
-        # Two-dimensional operands: XLA's CPU matmul is a third slower on [B, T, D].
-        weights = (w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD))
-        return swiglu(x_BTD.reshape(-1, d_model), *weights).reshape(x_BTD.shape)
+
+        def local(x_BTD, gate_DF, up_DF, down_FD):
+            gate_DF, up_DF, down_FD = (gather(gate_DF, "embed", 0), gather(up_DF, "embed", 0), gather(down_FD, "embed", 1))
+            # Two-dimensional operands: XLA's CPU matmul is a third slower on [B, T, D].
+            y_MD = swiglu(x_BTD.reshape(-1, d_model), gate_DF, up_DF, down_FD)
+            return scatter_sum(y_MD.reshape(x_BTD.shape), "hidden", axis=None)
+
+        names = (("batch",), ("embed", "hidden"), ("embed", "hidden"), ("hidden", "embed"))
+        return per_device(local, names, ("batch",))(x_BTD, *(w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD)))

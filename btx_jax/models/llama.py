@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.config import ComputeConfig, LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention
@@ -22,10 +23,7 @@ from btx_jax.parallel.sharding import shard
 
 Params = Mapping[str, Any]
 
-REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+SAVED = {"full": (), "attention": ("attention",), "ffn": ("attention", "ffn")}  # remat policy -> names that the backward pass finds
 
 
 class Block(nn.Module):
@@ -39,7 +37,8 @@ class Block(nn.Module):
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
         c = self.config
         x_BTD = shard(x_BTD, "batch", None, None)
-        x_BTD += Attention(c, name="attention")(RMSNorm(c.norm_eps, name="attention_norm")(x_BTD), segments_BT)
+        x_BTD += Attention(c, self.compute.kernels, name="attention")(RMSNorm(c.norm_eps, name="attention_norm")(x_BTD), segments_BT)
+        x_BTD = checkpoint_name(x_BTD, "attention")
         h_BTD = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
         if self.spec.experts:
             y_BTD, stats = MoEFeedForward(c.d_ff, self.spec, self.compute, name="ffn")(h_BTD, segments_BT > 0, step)
@@ -69,7 +68,8 @@ class Llama(nn.Module):
         for name, length, spec in c.runs():
             block = Block
             if self.compute.remat != "none":
-                block = nn.remat(Block, policy=REMAT[self.compute.remat], prevent_cse=False)
+                policy = jax.checkpoint_policies.save_only_these_names(*SAVED[self.compute.remat])
+                block = nn.remat(Block, policy=policy, prevent_cse=False)
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0},

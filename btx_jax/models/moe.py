@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from btx_jax.config import ComputeConfig, LayerSpec
-from btx_jax.models.layers import normal_param, swiglu
+from btx_jax.models.layers import normal_param, platform_kernels, swiglu
 from btx_jax.models.ragged import ragged_experts
 from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics
-from btx_jax.parallel.sharding import shard
+from btx_jax.parallel.sharding import gather, per_device, scatter_sum, shard
 
 
 def einsum_experts(x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate_EDF, up_EDF, down_EFD) -> tuple[jax.Array, jax.Array]:
@@ -19,8 +19,16 @@ def einsum_experts(x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate
     x_GSD = shard(x_GSD, "group", None, None)
     x_EGCD = jnp.einsum("gsd,gsec->egcd", x_GSD, dispatch_GSEC.astype(x_GSD.dtype))
     x_EGCD = shard(x_EGCD, "expert", "expert_group", None, None)
-    y_EMD = swiglu(x_EGCD.reshape(experts, -1, d_model), gate_EDF, up_EDF, down_EFD)
-    y_EGCD = shard(y_EMD.reshape(x_EGCD.shape), "expert", "expert_group", None, None)
+
+    def local(x_EGCD, gate_EDF, up_EDF, down_EFD):
+        gate_EDF, up_EDF = (gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
+        down_EFD = gather(down_EFD, "expert_embed", axis=2)
+        y_EMD = swiglu(x_EGCD.reshape(x_EGCD.shape[0], -1, d_model), gate_EDF, up_EDF, down_EFD)
+        return scatter_sum(y_EMD.reshape(x_EGCD.shape), "hidden", axis=None)
+
+    into, out, rows = ("expert", "expert_embed", "hidden"), ("expert", "hidden", "expert_embed"), ("expert", "expert_group")
+    y_EGCD = per_device(local, (rows, into, into, out), rows)(x_EGCD, gate_EDF, up_EDF, down_EFD)
+    y_EGCD = shard(y_EGCD, "expert", "expert_group", None, None)
     y_GSD = jnp.einsum("egcd,gsec->gsd", y_EGCD, combine_GSEC.astype(x_GSD.dtype))
     return shard(y_GSD, "group", None, None), dropped
 
@@ -37,10 +45,10 @@ class MoEFeedForward(nn.Module):
         _, length, d_model = x_BTD.shape
         experts, d_ff = self.spec.experts, self.d_ff
         router_DE = normal_param(self, "router", (d_model, experts), ("embed", "router"))
-        gate_EDF = normal_param(self, "gate", (experts, d_model, d_ff), ("expert", "embed", "hidden"))
-        up_EDF = normal_param(self, "up", (experts, d_model, d_ff), ("expert", "embed", "hidden"))
-        down_EFD = normal_param(self, "down", (experts, d_ff, d_model), ("expert", "hidden", "embed"))
-        weights = [w.astype(x_BTD.dtype) for w in (gate_EDF, up_EDF, down_EFD)]
+        gate_EDF = normal_param(self, "gate", (experts, d_model, d_ff), ("expert", "expert_embed", "hidden"))
+        up_EDF = normal_param(self, "up", (experts, d_model, d_ff), ("expert", "expert_embed", "hidden"))
+        down_EFD = normal_param(self, "down", (experts, d_ff, d_model), ("expert", "hidden", "expert_embed"))
+        gate_EDF, up_EDF, down_EFD = (w.astype(x_BTD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
 
         tokens = min(self.compute.group_size, length)
         x_GSD = x_BTD.reshape(-1, tokens, d_model)
@@ -49,9 +57,10 @@ class MoEFeedForward(nn.Module):
         sample_key = self.make_rng("routing") if self.has_rng("routing") else None
         choice = route(logits_GSE, valid_GS, self.spec, sample_key, step)
         if self.compute.dispatch == "einsum":
-            y_GSD, dropped = einsum_experts(x_GSD, choice, self.spec.k, self.compute.capacity_factor, *weights)
+            y_GSD, dropped = einsum_experts(x_GSD, choice, self.spec.k, self.compute.capacity_factor, gate_EDF, up_EDF, down_EFD)
         else:
             flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-            y_GSD = ragged_experts(flat(x_GSD), flat(choice.gate_GSK), flat(choice.index_GSK), *weights)
+            claims = flat(x_GSD), flat(choice.gate_GSK), flat(choice.index_GSK)
+            y_GSD = ragged_experts(*claims, gate_EDF, up_EDF, down_EFD, platform_kernels(self.compute.kernels))
             dropped = jnp.zeros(())
         return y_GSD.reshape(x_BTD.shape), statistics(logits_GSE, choice, valid_GS, dropped)

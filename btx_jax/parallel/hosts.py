@@ -1,31 +1,95 @@
-"""Start of a run that spans several processes."""
+"""Runs that span several processes: how they find each other, and what they must agree on."""
 
 import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+from numpy.typing import ArrayLike
 
 from btx_jax.errors import UserError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def start() -> None:
-    """Join the other processes when JAX_COORDINATOR_ADDRESS names a coordinator. Must run before anything touches a device.
 
-    JAX reads that variable alone; JAX_NUM_PROCESSES and JAX_PROCESS_ID are read here, and left to JAX's own detection (TPU pods, SLURM)
-    when neither is set. Raises UserError when one is missing or no number.
+def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Join the other processes of this run, if there are any. Must run before anything touches a device.
+
+    Told by the arguments or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; otherwise JAX's own detection is asked
+    where several hosts are to be expected: SLURM steps of several tasks, GKE and TPU VM slices. Raises UserError when only a part is told.
     """
-    if not os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        return
-    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    values = [os.environ.get(name, "") for name in names]
-    if not any(values):
-        jax.distributed.initialize()
-        return
-    for name, value in zip(names, values, strict=True):
-        if not value.isdigit():
-            raise UserError(f"{name}={value!r}: must be a number when JAX_COORDINATOR_ADDRESS is set; set both {' and '.join(names)}")
-    jax.distributed.initialize(num_processes=int(values[0]), process_id=int(values[1]))
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    told = {
+        "JAX_NUM_PROCESSES": str(num_processes or os.environ.get("JAX_NUM_PROCESSES", "")),
+        "JAX_PROCESS_ID": str(process_id if process_id >= 0 else os.environ.get("JAX_PROCESS_ID", "")),
+    }
+    if coordinator and any(told.values()):
+        for name, value in told.items():
+            if not value.isdigit():
+                raise UserError(f"{name}={value!r}: must be a number when a coordinator is named; set both {' and '.join(told)}")
+        jax.distributed.initialize(coordinator, int(told["JAX_NUM_PROCESSES"]), int(told["JAX_PROCESS_ID"]))
+    elif coordinator or _expects_others():
+        jax.distributed.initialize(coordinator or None)
+
+
+def _expects_others() -> bool:
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return tasks != "1" or slices != "1" or len(workers) > 1
 
 
 def is_first() -> bool:
     """Whether this process writes the logs and the small files."""
     return jax.process_index() == 0
+
+
+def first_then_others(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """function(...) by the first process, then by the others, which find what it wrote. An error of the first one ends all."""
+    if jax.process_count() == 1:
+        return function(*args, **kwargs)
+    if not is_first():
+        if not _agreed(False):
+            raise UserError(f"process {jax.process_index()} stops because the first process failed; its log says why")
+        return function(*args, **kwargs)
+    try:
+        result = function(*args, **kwargs)
+    except BaseException:
+        _agreed(False)
+        raise
+    _agreed(True)
+    return result
+
+
+def _agreed(value: bool) -> bool:
+    """The first process's value."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def require_shared(directory: Path, key: str) -> None:
+    """Raises UserError, in every process, when they do not see the same files in `directory`, which exists."""
+    if jax.process_count() == 1:
+        return
+    nonce = multihost_utils.broadcast_one_to_all(np.asarray(secrets.randbits(31)))
+    mark = directory / f".shared-{int(nonce)}"
+    if is_first():
+        mark.touch()
+    multihost_utils.sync_global_devices(f"marked {key}")
+    sees = multihost_utils.process_allgather(np.asarray(mark.exists())).reshape(-1)
+    if is_first():
+        mark.unlink(missing_ok=True)
+    if not sees.all():
+        blind = ", ".join(str(i) for i in np.flatnonzero(~sees))
+        raise UserError(f"{key}: {directory} is not shared: process {blind} does not see what process 0 writes; name a path all share")
+
+
+def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
+    """A host array that every process has whole -> its parts on this process's devices."""
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

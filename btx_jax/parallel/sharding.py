@@ -3,11 +3,14 @@
 A sharding mistake changes no number, only speed and memory, so nothing downstream would notice it: everything here raises.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,9 +24,11 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "group": ("data", "fsdp", "expert"),  # routing groups are cut from the batch
     "expert_group": ("data", "fsdp"),  # the same tokens once the expert axis holds experts: the flip is the all-to-all
     # parameters
+    "replica": "data",  # devices that hold the same parameters
     "layer": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),  # what is not an expert is also cut over the expert axis, which would hold copies of it
+    "expert_embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -32,6 +37,9 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "hidden": "tensor",
     "router": None,
 }
+
+
+Names = Sequence[str | None]  # logical axes of an array, None where it is not cut
 
 
 def resolve(names: Sequence[str | None], mesh_axes: Sequence[str] = MESH_AXES) -> P:
@@ -62,9 +70,93 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, resolve(names, mesh.axis_names))
 
 
+def per_device(function: Callable, in_names: Sequence[Names], out_names: Names | tuple[Names, ...]) -> Callable:
+    """`function` run by each device on its own part of every argument (jax.shard_map), under the mesh that the caller has set; on one
+    device, or outside any mesh, function itself. Names of trailing axes that are not cut may be left out.
+
+    Layers that hold weights run in it and say what they gather and sum. Left alone, the compiler gathers a weight again for each of
+    its uses and all-reduces gradients of which every device needs a part; kernels it cannot cut at all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    specs = tuple(resolve(names, mesh.axis_names) for names in in_names)
+    several = not isinstance(out_names[0], str)
+    out = tuple(resolve(names, mesh.axis_names) for names in out_names) if several else resolve(out_names, mesh.axis_names)  # type: ignore[arg-type]
+    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)
+
+
+def _axes(name: str) -> tuple[str, ...]:
+    """Mesh axes of a logical axis that cut anything."""
+    rule = RULES[name]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return ()
+    return tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule or ()) if mesh.shape[axis] > 1)
+
+
+def gather(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Inside `per_device`: all parts of an array axis that is cut over logical axis `name`. Its gradient is reduce-scattered."""
+    axes = _axes(name)
+    return _gather(x, axes, axis) if axes else x
+
+
+def scatter_sum(x: jax.Array, name: str, axis: int | None) -> jax.Array:
+    """Inside `per_device`: the sum over the devices of logical axis `name`; cut along `axis` again, or whole where that is None."""
+    axes = _axes(name)
+    if not axes:
+        return x
+    return jax.lax.psum(x, axes) if axis is None else _scatter(x, axes, axis)
+
+
+def largest(x: jax.Array, name: str) -> jax.Array:
+    """Inside `per_device`: the elementwise maximum over the devices of logical axis `name`."""
+    return jax.lax.pmax(x, axes) if (axes := _axes(name)) else x
+
+
+def position(name: str) -> jax.Array | int:
+    """Inside `per_device`: this device's place along logical axis `name`."""
+    return jax.lax.axis_index(axes) if (axes := _axes(name)) else 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
+    return jax.lax.all_gather(x, axes, axis=axis, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scatter(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
+    """A reduce-scatter in stages. In one stage over all chips of a slice, the TPU compiler makes it an all-reduce: twice the traffic."""
+    mesh = jax.sharding.get_abstract_mesh()
+    for name in axes:
+        size = mesh.shape[name]
+        inner = next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1) if size == mesh.size else 1
+        # Device number outer * inner + i holds part `outer` after the first stage and piece i of it after the second.
+        apart = [[i + inner * o for o in range(size // inner)] for i in range(inner)]
+        together = [[i + inner * o for i in range(inner)] for o in range(size // inner)]
+        for groups in (apart, together) if inner > 1 else (None,):
+            x = jax.lax.psum_scatter(x, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True)
+    return x
+
+
+_gather.defvjp(lambda x, axes, axis: (_gather(x, axes, axis), None), lambda axes, axis, _, dy: (_scatter(dy, axes, axis),))
+_scatter.defvjp(lambda x, axes, axis: (_scatter(x, axes, axis), None), lambda axes, axis, _, dy: (_gather(dy, axes, axis),))
+
+
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """(data, fsdp, expert, tensor) -> Mesh with Auto axes; Linen's constraints fail under jax's default, Explicit."""
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    """(data, fsdp, expert, tensor) -> Mesh with Auto axes; Linen's constraints fail under jax's default, Explicit.
+
+    Over several slices the data axis is what crosses from one to another, so that only gradients do. Raises UserError when it cannot.
+    """
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in (jax.devices() if devices is None else devices)})
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=auto, devices=devices)
+    data, *rest = shape
+    if data % slices:
+        raise UserError(f"config.mesh.data={data}: must be a multiple of the {slices} slices, between which only gradients should travel")
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, *rest), (slices, 1, 1, 1), devices=devices)
+    return Mesh(grid, MESH_AXES, axis_types=auto)
 
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:

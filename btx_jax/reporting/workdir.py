@@ -7,6 +7,7 @@ from typing import Any
 
 from btx_jax.config import Config, differences, to_dict
 from btx_jax.errors import UserError
+from btx_jax.parallel.hosts import first_then_others, is_first, require_shared
 
 CONFIG, DONE = "config.json", "done.json"
 
@@ -22,6 +23,13 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """`_claim` by all processes. Raises UserError also when they do not share the directory."""
+    done = first_then_others(_claim, workdir, config)
+    require_shared(workdir, "--workdir")
+    return done
+
+
+def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
     """Write the resolved config on the first run; on a later one check that it is the same. Returns done.json if finished.
 
     Raises UserError, with the differences, when the directory belongs to a run with another config.
@@ -36,7 +44,8 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
                 raise UserError(
                     f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose another --workdir or undo the change"
                 )
-        write_json(path, new)
+        if is_first():
+            write_json(path, new)
     except OSError as error:
         raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
     done = workdir / DONE
@@ -45,4 +54,5 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 def finish(workdir: Path, **results: Any) -> None:
     """Mark the stage as finished, with what later stages want to know about it."""
-    write_json(workdir / DONE, results)
+    if is_first():
+        write_json(workdir / DONE, results)

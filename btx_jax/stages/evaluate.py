@@ -16,6 +16,7 @@ from btx_jax.data.prepare import prepare, resolve_tokenizer
 from btx_jax.data.tokenizers import load_tokenizer, tokenizer_sha256
 from btx_jax.evaluation.heldout import heldout_loss, make_heldout_step
 from btx_jax.models.llama import abstract_params, parameter_counts
+from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.reporting.workdir import claim, finish, write_json
 
@@ -31,17 +32,17 @@ def run(config: Config, workdir: Path) -> None:
         log.info("%s: already finished", workdir)
         return
     found = {name: find_checkpoint(path, f"config.evaluate.models.{name}") for name, path in config.evaluate.models.items()}
-    tokenizer = resolve_tokenizer(config.data, next(iter(found.values())).tokenizer)
+    tokenizer = first_then_others(resolve_tokenizer, config.data, next(iter(found.values())).tokenizer)
     for name, checkpoint in found.items():
         if tokenizer_sha256(load_tokenizer(checkpoint.tokenizer)) != tokenizer_sha256(tokenizer):
             raise ConfigError(f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}; evaluate it in a run of its own")
     key = "heldout" if config.data.heldout else "train"
-    domains = prepare(getattr(config.data, key), config.data, tokenizer, f"config.data.{key}")
+    domains = first_then_others(prepare, getattr(config.data, key), config.data, tokenizer, f"config.data.{key}")
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
     size, length = config.evaluate.batch_size, config.data.sequence_length
 
     models: dict[str, Any] = {}
-    progress = tqdm(total=len(found) * len(domains), desc="evaluate", unit="domain")
+    progress = tqdm(total=len(found) * len(domains), desc="evaluate", unit="domain", disable=not is_first())
     for name, checkpoint in found.items():
         model = checkpoint.about.model
         boxed = abstract_params(model)
@@ -69,5 +70,6 @@ def run(config: Config, workdir: Path) -> None:
             "load": {d: loss.load for d, loss in losses.items()} if model.moe else {},
         }
     progress.close()
-    write_json(workdir / RESULTS, {"domains": [d.name for d in domains], "models": models})
+    if is_first():
+        write_json(workdir / RESULTS, {"domains": [d.name for d in domains], "models": models})
     finish(workdir, seconds=time.monotonic() - start)

@@ -17,25 +17,26 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_params
+from btx_jax.checkpoints.checkpoint import Checkpoint, load_params
 from btx_jax.checkpoints.training_state import About, Checkpoints
-from btx_jax.config import ComputeConfig, Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig, differences, to_dict
+from btx_jax.config import Config, ConfigError, ModelConfig, to_dict
+from btx_jax.costs.chips import peak_flops_per_device
+from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_batches, training_batches
 from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.evaluation.heldout import heldout_loss, make_heldout_step
-from btx_jax.parallel.hosts import is_first
-from btx_jax.parallel.sharding import batch_sharding, make_mesh
+from btx_jax.parallel.hosts import first_then_others, is_first, put
+from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import MetricsWriter
 from btx_jax.reporting.workdir import claim, finish
-from btx_jax.training.flops import peak_flops_per_device, train_flops
+from btx_jax.training.start import checked_mesh, starting_point
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
-
-SCRATCH = "scratch"
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +56,15 @@ def run(config: Config, workdir: Path) -> None:
         return
 
     init, model = starting_point(config)
-    mesh = checked_mesh(config.mesh, config.train, config.data, config.compute, model)
+    mesh = checked_mesh(config, model)
 
-    tokenizer = resolve_tokenizer(config.data, init.tokenizer if init else None)
+    tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(f"config.model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} pieces")
-    domains = prepare(config.data.train, config.data, tokenizer, "config.data.train")
-    heldout = prepare(config.data.heldout, config.data, tokenizer, "config.data.heldout") if config.data.heldout else domains
+    domains = first_then_others(prepare, config.data.train, config.data, tokenizer, "config.data.train")
+    heldout = domains
+    if config.data.heldout:
+        heldout = first_then_others(prepare, config.data.heldout, config.data, tokenizer, "config.data.heldout")
     if is_first():
         copy_tokenizer(tokenizer, workdir / "tokenizer")
     batches = training_batches(domains, config.train.batch_size, config.rng_seed, jax.process_index(), jax.process_count())
@@ -80,40 +83,6 @@ def run(config: Config, workdir: Path) -> None:
     finish(workdir, seconds=time.monotonic() - start, steps=int(state.step))
 
 
-def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
-    """(checkpoint or None, model). Raises ConfigError when the config's model is not the checkpoint's, or neither is there."""
-    if not config.init:
-        raise ConfigError(f"config.init: not set; name the checkpoint to start from, or {SCRATCH!r} for random parameters")
-    if config.init == SCRATCH:
-        if config.model is None:
-            raise ConfigError("config.model: missing, and config.init='scratch' needs it")
-        return None, config.model
-    init = find_checkpoint(config.init, "config.init")
-    if config.model is not None and (changed := differences(to_dict(init.about.model), to_dict(config.model))):
-        raise ConfigError(f"config.model: is not the model of {config.init}: {'; '.join(changed)}; choose the config for that model")
-    return init, init.about.model
-
-
-def checked_mesh(mesh: MeshConfig, train: TrainConfig, data: DataConfig, compute: ComputeConfig, model: ModelConfig) -> Mesh:
-    """The mesh, once everything that must divide does. Raises ConfigError naming the key."""
-    shape = mesh.shape(jax.device_count())
-    shards = math.prod(shape[:3])
-    if (train.batch_size // train.accumulate) % shards:
-        raise ConfigError(
-            f"config.train.batch_size={train.batch_size}: its micro-batches of {train.batch_size // train.accumulate} do not divide "
-            f"over the {shards} devices of data x fsdp x expert; use a multiple of {shards * train.accumulate}"
-        )
-    if data.sequence_length > model.context:
-        raise ConfigError(f"config.data.sequence_length={data.sequence_length}: longer than config.model.context={model.context}")
-    if model.moe and compute.group_size < data.sequence_length and data.sequence_length % compute.group_size:
-        raise ConfigError(
-            f"config.compute.group_size={compute.group_size}: does not divide config.data.sequence_length={data.sequence_length}"
-        )
-    made = make_mesh(shape)
-    state_shardings(model, train, made)  # raises for a dimension that does not divide
-    return made
-
-
 def start_state(
     config: Config, model: ModelConfig, mesh: Mesh, init: Checkpoint | None, checkpoints: Checkpoints, batches: Any
 ) -> TrainState:
@@ -125,7 +94,7 @@ def start_state(
         params, opt_state, data = checkpoints.restore(latest, abstract.params, abstract.opt_state)
         batches.set_state(data)
         log.info("resuming at step %d", latest)
-        return TrainState(jax.device_put(np.int32(latest), abstract.step.sharding), params, opt_state)
+        return TrainState(put(np.int32(latest), abstract.step.sharding), params, opt_state)
     if init is not None:
         return init_state(model, config.train, mesh, params=load_params(init, abstract.params))
     return init_state(model, config.train, mesh, key=jax.random.key(config.rng_seed))
@@ -158,7 +127,7 @@ class Loop:
         assert config.train and config.checkpoint and config.data
         self.train, self.every, self.mesh, self.model = config.train, config.checkpoint.every, mesh, model
         self.workdir, self.checkpoints, self.history = workdir, checkpoints, history
-        self.key = jax.random.key(config.rng_seed)
+        self.key = jax.jit(lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh))()
         self.last_saved = checkpoints.latest_step() or 0
         identity = json.dumps([to_dict(config), sorted(history)], sort_keys=True)
         self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -179,7 +148,7 @@ class Loop:
                 if pending:  # read while the device works on this step
                     self.log(*pending, progress)
                 pending = (step, metrics)
-                stopping = stop()  # asked once a step: a signal that comes later falls into the next step
+                stopping = stop(step)  # asked once a step: a signal that comes later falls into the next step
                 evaluating = evaluate and (step % train.eval_every == 0 or step == train.steps)
                 saving = step % self.every == 0 or step == train.steps or stopping
                 if evaluating or saving:
@@ -231,11 +200,14 @@ class Loop:
 
 
 @contextmanager
-def sigterm_flag() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM ends nothing; the yielded function tells whether one came."""
+def sigterm_flag() -> Iterator[Callable[[int], bool]]:
+    """Within it SIGTERM ends nothing; the yielded function tells, of a step, whether to stop after it. All processes hear the same."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     came = []
     previous = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
     try:
-        yield lambda: bool(came)
+        yield lambda _: bool(came)
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from btx_jax.parallel.sharding import RULES, shard
+from btx_jax.parallel.sharding import gather, largest, per_device, position, scatter_sum
 
 
 def next_token_targets(tokens: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -18,77 +18,86 @@ def next_token_targets(tokens: jax.Array, segments: jax.Array) -> tuple[jax.Arra
 
 
 def _positions_per_chunk(targets_BT: jax.Array, chunk: int) -> int:
-    """The largest divisor of length such that a device's share of [batch, positions] holds about `chunk` tokens at most."""
-    mesh = jax.sharding.get_abstract_mesh()
+    """The largest divisor of T such that [B, positions] holds about `chunk` tokens at most."""
     batch, length = targets_BT.shape
-    shards = 1
-    for axis in RULES["batch"] or ():
-        shards *= 1 if mesh.empty else mesh.shape[axis]
-    wanted = max(1, min(length, chunk * shards // batch))
+    wanted = max(1, min(length, chunk // batch))
     return next(n for n in range(wanted, 0, -1) if length % n == 0)
 
 
 def _chunks(x: jax.Array, positions: int) -> jax.Array:
-    """[B, T, ...] -> [T / positions, B, positions, ...]: cut along the sequence, so that every chunk is on all devices."""
+    """[B, T, ...] -> [T / positions, B, positions, ...]: cut along the sequence."""
     return x.reshape(x.shape[0], -1, positions, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _logits(h_BCD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    flat = jnp.matmul(h_BCD.reshape(-1, h_BCD.shape[-1]), head_DV, preferred_element_type=jnp.float32)
-    return shard(flat.reshape(*h_BCD.shape[:2], -1), "batch", None, "vocab")
+def _log_softmax_parts(h_BCD: jax.Array, head_DV: jax.Array, y_BC: jax.Array):
+    """(nll [B, C], exp(logits - peak) [B, C, V], its sum over the whole vocabulary [B, C, 1], one-hot targets [B, C, V]) on one device,
+    which may hold a part of the vocabulary only."""
+    logits = jnp.matmul(h_BCD.reshape(-1, h_BCD.shape[-1]), head_DV, preferred_element_type=jnp.float32)
+    logits = logits.reshape(*h_BCD.shape[:2], -1)
+    peak = largest(logits.max(axis=-1, keepdims=True), "vocab")
+    exp = jnp.exp(logits - peak)
+    total = scatter_sum(exp.sum(axis=-1, keepdims=True), "vocab", axis=None)
+    first = position("vocab") * logits.shape[-1]
+    one_hot = y_BC[..., None] == first + jnp.arange(logits.shape[-1])
+    target_BC = scatter_sum(jnp.where(one_hot, logits, 0).sum(axis=-1), "vocab", axis=None)
+    return (jnp.log(total) + peak)[..., 0] - target_BC, exp, total, one_hot
+
+
+HEAD = ("embed", "vocab")
 
 
 def token_nll(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
     """-log p(target) in nats, [B, T], float32. `chunk`: tokens per device whose logits exist at one time."""
-    positions = _positions_per_chunk(targets_BT, chunk)
-    head_DV = head_DV.astype(hidden_BTD.dtype)
 
-    def body(_, xs):
-        h_BCD, y_BC = xs
-        logits = _logits(h_BCD, head_DV)
-        return None, jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, y_BC[..., None], axis=-1)[..., 0]
+    def local(hidden_BTD, head_DV, targets_BT):
+        head = gather(head_DV, "embed", axis=0)
+        positions = _positions_per_chunk(targets_BT, chunk)
+        body = lambda _, xs: (None, _log_softmax_parts(xs[0], head, xs[1])[0])  # noqa: E731
+        _, nll = jax.lax.scan(body, None, (_chunks(hidden_BTD, positions), _chunks(targets_BT, positions)))
+        return nll.swapaxes(0, 1).reshape(targets_BT.shape)
 
-    _, nll = jax.lax.scan(body, None, (_chunks(hidden_BTD, positions), _chunks(targets_BT, positions)))
-    return nll.swapaxes(0, 1).reshape(targets_BT.shape)
+    names = (("batch",), HEAD, ("batch",))
+    return per_device(local, names, ("batch",))(hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, chunk: int) -> jax.Array:
     """Sum of weights * -log p(target), nats. Differentiable in hidden and head.
 
-    The forward pass computes the gradient of each chunk while its logits exist: three matmuls with the head in all, none twice.
+    The forward pass computes the gradient of each chunk while its logits exist: three matmuls with the head in all, none twice. Each
+    device sums its share of the head's gradient in float32 over all chunks; it is exchanged once, in the dtype of the matmuls.
     """
     return (token_nll(hidden_BTD, head_DV, targets_BT, chunk) * weights_BT).sum()
 
 
 def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk):
-    positions = _positions_per_chunk(targets_BT, chunk)
-    dtype, d_model = hidden_BTD.dtype, hidden_BTD.shape[-1]
-    head = head_DV.astype(dtype)
+    def local(hidden_BTD, head_DV, targets_BT, weights_BT):
+        dtype, d_model = hidden_BTD.dtype, hidden_BTD.shape[-1]
+        head, gather_transposed = jax.vjp(lambda w: gather(w, "embed", axis=0), head_DV)
+        positions = _positions_per_chunk(targets_BT, chunk)
 
-    def body(carry, xs):
-        loss, dhead_DV = carry
-        h_BCD, y_BC, w_BC = xs
-        logits = _logits(h_BCD, head)
-        peak = logits.max(axis=-1, keepdims=True)
-        exp = jnp.exp(logits - peak)
-        total = exp.sum(axis=-1, keepdims=True)
-        nll_BC = (jnp.log(total) + peak)[..., 0] - jnp.take_along_axis(logits, y_BC[..., None], axis=-1)[..., 0]
-        one_hot = y_BC[..., None] == jnp.arange(logits.shape[-1])
-        dlogits = ((exp / total - one_hot) * w_BC[..., None]).astype(dtype).reshape(-1, logits.shape[-1])
-        dh_BCD = (dlogits @ head.T).reshape(h_BCD.shape)
-        dhead_DV += jnp.matmul(h_BCD.reshape(-1, d_model).T, dlogits, preferred_element_type=jnp.float32)
-        return (loss + (nll_BC * w_BC).sum(), dhead_DV), dh_BCD
+        def body(dhead_DV, xs):
+            h_BCD, y_BC, w_BC = xs
+            nll_BC, exp, total, one_hot = _log_softmax_parts(h_BCD, head, y_BC)
+            dlogits = ((exp / total - one_hot) * w_BC[..., None]).astype(dtype).reshape(-1, head.shape[-1])
+            dh_BCD = scatter_sum((dlogits @ head.T).reshape(h_BCD.shape), "vocab", axis=None)
+            dhead_DV += jnp.matmul(h_BCD.reshape(-1, d_model).T, dlogits, preferred_element_type=jnp.float32)
+            return dhead_DV, ((nll_BC * w_BC).sum(axis=1), dh_BCD)
 
-    xs = tuple(_chunks(x, positions) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
-    zero = (jnp.zeros((), jnp.float32), jnp.zeros(head_DV.shape, jnp.float32))
-    (loss, dhead_DV), dh = jax.lax.scan(body, zero, xs)
-    return loss, (dh.swapaxes(0, 1).reshape(hidden_BTD.shape), dhead_DV.astype(head_DV.dtype))
+        xs = tuple(_chunks(x, positions) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
+        dhead_DV, (loss_NB, dh) = jax.lax.scan(body, jnp.zeros(head.shape, jnp.float32), xs)
+        (dhead_DV,) = gather_transposed(dhead_DV.astype(dtype))
+        return loss_NB.sum(axis=0), dh.swapaxes(0, 1).reshape(hidden_BTD.shape), scatter_sum(dhead_DV, "replica", axis=None)
+
+    names = (("batch",), HEAD, ("batch",), ("batch",))
+    compute = per_device(local, names, (("batch",), ("batch",), HEAD))
+    loss_B, dh, dhead_DV = compute(hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT, weights_BT)
+    return loss_B.sum(), (dh, dhead_DV.astype(head_DV.dtype))
 
 
 def _backward(chunk, residuals, g):
     dh, dhead = residuals
-    return dh * g.astype(dh.dtype), dhead * g, None, None
+    return dh * g.astype(dh.dtype), dhead * g.astype(dhead.dtype), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -1,18 +1,22 @@
 """One optimizer step, compiled under a mesh. Shape legend: models/layers.py."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from btx_jax.config import ComputeConfig, ModelConfig, TrainConfig
+from btx_jax.models.layers import platform_kernels
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel, init_params
 from btx_jax.models.routing import RoutingStats
+from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from btx_jax.training.losses import cross_entropy, next_token_targets
 from btx_jax.training.optimizer import make_optimizer, schedule
@@ -57,11 +61,20 @@ def loss_function(
     return loss, (lm_loss, balance, z, routing)
 
 
+def matmul_copies(params: Params, dtype: str) -> Params:
+    """The parameters as matmuls see them. A gradient with respect to these has the same bits as one with respect to the float32
+    parameters, which is theirs cast up, and half its size. Norms, routers and the embedding compute in float32 and stay."""
+    in_float32 = ("scale", "router", "embedding")
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if path[-1].key in in_float32 else x.astype(dtype), params)
+
+
 def gradients(params: Params, batch: Batch, model: Llama, train: TrainConfig, step: jax.Array, key: jax.Array):
-    """(grads, loss, lm_loss, balance, z, routing) over `accumulate` micro-batches, equal to one big batch for the LM loss.
+    """(float32 grads, loss, lm_loss, balance, z, routing) over `accumulate` micro-batches, equal to one big batch for the LM loss.
 
     The auxiliary losses are means over micro-batches: a balance loss is not linear in its batch.
     """
+    params = matmul_copies(params, model.compute.dtype)
+    float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
     targets = jnp.maximum(next_token_targets(batch["tokens"], batch["segments"])[3].sum(), 1)
     grad = jax.value_and_grad(loss_function, has_aux=True)
     n = train.accumulate
@@ -71,13 +84,14 @@ def gradients(params: Params, batch: Batch, model: Llama, train: TrainConfig, st
         return grads, loss, *aux
 
     if n == 1:
-        return (*one(batch, 0), targets)
+        grads, *rest = one(batch, 0)
+        return (float32(grads), *rest, targets)
     # [n, B / n, T]: micro-batch i takes every n-th row, so that each is spread over all devices
     micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-    first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), 0))
+    first = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), 0))
 
     def body(total, xs):
-        return jax.tree.map(jnp.add, total, one(*xs)), None
+        return jax.tree.map(jnp.add, total, float32(one(*xs))), None
 
     (grads, loss, lm_loss, *means), _ = jax.lax.scan(body, first, (micro, jnp.arange(n)))
     balance, z, routing = jax.tree.map(lambda x: x / n, means)
@@ -104,12 +118,12 @@ def init_state(
     """Step 0: random parameters from `key`, or the given ones; zero moments. Laid out on the mesh from the start."""
     _, shardings = state_shardings(model, train, mesh)
     optimizer = make_optimizer(train)
+    if params is None:
+        assert key is not None
+        params = jax.jit(functools.partial(init_params, model), out_shardings=shardings.params)(key)
     with jax.set_mesh(mesh):
-        if params is None:
-            assert key is not None
-            params = jax.jit(functools.partial(init_params, model), out_shardings=shardings.params)(key)
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)), params, opt_state)
+        return TrainState(put(np.int32(0), replicated(mesh)), params, opt_state)
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,6 +139,7 @@ def make_train_step(
 
 
 def lower_train_step(model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int):
+    compute = dataclasses.replace(compute, kernels=platform_kernels(compute.kernels, mesh.devices.flat[0].platform))
     llama, optimizer, rate = Llama(model, compute), make_optimizer(train), schedule(train)
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:

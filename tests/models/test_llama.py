@@ -11,6 +11,7 @@ from btx_jax.mixing.mix import mix_params, restack, upcycle_params
 from btx_jax.mixing.router import normal_routers
 from btx_jax.models.attention import attend, rope_frequencies, rotate
 from btx_jax.models.llama import Llama, init_params, logits, parameter_counts
+from btx_jax.models.splash import splash_attend
 from btx_jax.recipes import LLAMA2_7B
 from tests import reference
 
@@ -56,6 +57,35 @@ def test_attention_in_query_blocks_equals_one_head_at_a_time():
         grads = [jax.jit(jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2)))(q, k, v) for f in (fast, slow)]
         for a, b in zip(*grads, strict=True):
             np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_splash_attention_equals_attend(kv_heads):
+    keys = jax.random.split(jax.random.key(0), 5)
+    q = jax.random.normal(keys[0], (2, kv_heads, 4 // kv_heads, 384, 32))
+    k, v = (jax.random.normal(key, (2, kv_heads, 384, 32)) for key in keys[1:3])
+    probe = jax.random.normal(keys[4], q.shape)
+    segments = jnp.cumsum(jax.random.bernoulli(keys[3], 0.02, (2, 384)), axis=1)  # 0, padding, at first
+    results = []
+    for f in (lambda *a: splash_attend(*a, segments, interpret=True), lambda *a: attend(*a, segments)):
+        results.append(jax.jit(jax.value_and_grad(lambda *a, f=f: (f(*a) * probe).sum(), argnums=(0, 1, 2)))(q, k, v))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_remat_policies_name_what_the_backward_pass_finds():
+    """A name that no longer exists saves nothing, and nothing would fail but speed."""
+    params = init_params(TINY, jax.random.key(0))
+
+    def products(remat):
+        compute = dataclasses.replace(FP32, remat=remat)
+        text = str(jax.make_jaxpr(jax.grad(lambda p: forward(TINY, p, tokens_of(), compute=compute)[0].sum()))(params))
+        return text.count("dot_general")
+
+    full, attention, ffn, none = (products(remat) for remat in ("full", "attention", "ffn", "none"))
+    assert full - attention >= 4, "queries, keys, values and the output projection are computed again under `attention`"
+    assert attention - ffn == 2, "gate and up products are computed again under `ffn`"
+    assert ffn >= none
 
 
 def test_rope_rotates_halves_and_depends_on_distance_only():
@@ -187,7 +217,7 @@ def test_restacked_runs_are_the_same_model():
         restack(params, [1, 1])
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "ffn"])
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_remat_and_unroll_change_no_gradient(remat, unroll):
     params = init_params(MOE, jax.random.key(0))

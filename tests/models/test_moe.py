@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from btx_jax.config import ComputeConfig, LayerSpec
-from btx_jax.models import ragged
-from btx_jax.models.moe import MoEFeedForward, einsum_experts
+from btx_jax.models import grouped
 from btx_jax.models.layers import swiglu
+from btx_jax.models.moe import MoEFeedForward, einsum_experts
 from btx_jax.models.ragged import ragged_experts
 from btx_jax.models.routing import route
 from tests import reference
@@ -24,7 +24,7 @@ def expert_weights(seed=1, experts=E):
 @pytest.mark.parametrize("spec", [LayerSpec(E, 1, "top_k"), LayerSpec(E, 2, "top_k"), LayerSpec(E, 1, "switch"), LayerSpec(E, E, "soft")])
 @pytest.mark.parametrize("block", [8, 128])
 def test_einsum_equals_ragged_equals_a_loop_over_experts(spec, block, monkeypatch):
-    monkeypatch.setattr(ragged, "BLOCK", block)
+    monkeypatch.setattr(grouped, "BLOCK", block)
     x = jax.random.normal(jax.random.key(0), (3, 32, D))
     router = jax.random.normal(jax.random.key(2), (D, E))
     valid = jnp.arange(32)[None] < jnp.array([32, 20, 1])[:, None]
@@ -52,19 +52,22 @@ def test_einsum_equals_ragged_equals_a_loop_over_experts(spec, block, monkeypatc
             np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-4, err_msg=f"{method}: {name}")
 
 
-def test_the_accelerator_path_of_ragged_equals_the_cpu_path(monkeypatch):
-    """`platform_dependent` picks ragged_dot elsewhere; here its branch is run on purpose."""
-    x = jax.random.normal(jax.random.key(0), (40, D))
-    index = jax.random.randint(jax.random.key(1), (40, 2), 0, E).at[30:].set(E)  # the last ten are padding
+@pytest.mark.parametrize("tokens", [40, 300])
+def test_every_platform_s_ragged_path_is_the_same_function(monkeypatch, tokens):
+    """`platform_dependent` picks ragged_dot on a GPU; here its branch is run on purpose, and megablox as a TPU runs it, interpreted."""
+    x = jax.random.normal(jax.random.key(0), (tokens, D))
+    index = jax.random.randint(jax.random.key(1), (tokens, 2), 0, E).at[tokens - 10 :].set(E)  # padding
     gate = jnp.where(index < E, 0.5, 0)
 
-    def run(branch):
+    def run(branch, kernels="xla"):
         monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: {"cpu": cpu, "default": default}[branch](*args))
-        f = lambda x, *w: (ragged_experts(x, gate, index, *w) ** 2).sum()  # noqa: E731
+        f = lambda x, *w: (ragged_experts(x, gate, index, *w, kernels) ** 2).sum()  # noqa: E731
         return jax.value_and_grad(f, argnums=range(4))(x, *expert_weights())
 
-    for a, b in zip(jax.tree.leaves(run("cpu")), jax.tree.leaves(run("default")), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+    want = jax.tree.leaves(run("cpu"))
+    for got in (run("default"), run("cpu", "pallas_interpret")):
+        for a, b in zip(jax.tree.leaves(got), want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])

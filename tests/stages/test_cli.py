@@ -2,12 +2,9 @@
 
 import gzip
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pyarrow
@@ -15,75 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from btx_jax.data.tokenizers import load_tokenizer
-from tests.conftest import ROOT, sentences
+from tests.conftest import sentences
 
 pytestmark = pytest.mark.cli
-
-SMALL = (
-    "--config.model.vocab_size=320",
-    "--config.model.layers=2",
-    "--config.model.d_model=32",
-    "--config.model.d_ff=64",
-    "--config.model.heads=2",
-    "--config.model.kv_heads=2",
-    "--config.model.head_dim=16",
-    "--config.data.sequence_length=64",
-    "--config.train.warmup_steps=2",
-    "--config.train.eval_every=0",
-)
-
-
-class CLI:
-    def __init__(self, tmp_path, tokenizer_file):
-        self.home = tmp_path
-        self.text = tmp_path / "text.jsonl"
-        self.text.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(200, seed=1)))
-        self.tokenizer = tokenizer_file
-        self.environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
-
-    def start(self, *arguments, module="btx_jax.launch"):
-        command = [sys.executable, "-m", module, *map(str, arguments)]
-        return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def run(self, *arguments, module="btx_jax.launch", status=0):
-        process = self.start(*arguments, module=module)
-        out, error = process.communicate(timeout=300)
-        assert process.returncode == status, error[-3000:]
-        return out, error
-
-    def seed(self, workdir, *more, steps=60, every=7):
-        return (
-            "--config=configs/seed.py:tiny", f"--workdir={self.home / workdir}", f"--config.data.train={self.text}",
-            f"--config.data.tokenizer={self.tokenizer}", f"--config.data.cache={self.home / 'cache'}", f"--config.train.steps={steps}",
-            f"--config.checkpoint.every={every}", *SMALL, *more,
-        )  # fmt: skip
-
-    def digest(self, workdir):
-        return self.run("digest", self.home / workdir, module="btx_jax")[0].strip()
-
-    def fails(self, *arguments, module="btx_jax.launch"):
-        """The one line of an expected error."""
-        _, error = self.run(*arguments, module=module, status=2)
-        lines = [line for line in error.splitlines() if line.startswith("btx_jax: error:")]
-        assert len(lines) == 1, error[-2000:]
-        assert "Traceback" not in error
-        return lines[0]
-
-    def steps_logged(self, workdir):
-        file = self.home / workdir / "metrics.jsonl"
-        return [json.loads(line)["step"] for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-
-    def wait_for_step(self, workdir, step, process):
-        for _ in range(3000):
-            if process.poll() is not None or (self.steps_logged(workdir) or [0])[-1] >= step:
-                return
-            time.sleep(0.02)
-        raise AssertionError("no progress in a minute")
-
-
-@pytest.fixture
-def cli(tmp_path, tokenizer_file):
-    return CLI(tmp_path, tokenizer_file)
 
 
 def test_three_sigkills_change_nothing(cli):

@@ -8,8 +8,9 @@ import optax
 import pytest
 
 from btx_jax.config import ComputeConfig, TrainConfig
+from btx_jax.costs.chips import peak_flops_per_device
+from btx_jax.costs.model import train_flops
 from btx_jax.models.llama import init_params
-from btx_jax.training.flops import peak_flops_per_device, train_flops
 from btx_jax.training.optimizer import clip_by_global_norm, decayed, schedule
 from btx_jax.training.step import init_state, make_train_step
 from tests.models.test_llama import MOE, TINY

@@ -1,0 +1,28 @@
+"""FLOPs of the TPU kernels, which the compiler cannot see into, from their operands' shapes."""
+
+from btx_jax.costs.hlo import Kernel
+from btx_jax.models.splash import block_size
+
+# Matmuls of [T, T] by head width in each splash kernel: scores and sum; scores, probabilities' gradient and dq; both and dk, dv.
+SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
+def kernel_flops(kernel: Kernel) -> float:
+    """Executed by all runs of the kernel. Splash: the tiles at or below the diagonal. gmm and tgmm: all rows of the buffer, the most
+    there can be. Raises ValueError for a kernel without a formula."""
+    for name, matmuls in SPLASH.items():
+        if kernel.name.startswith(name):
+            q = max(kernel.operands, key=lambda shape: shape.bytes).dims  # [..., H, T, K]
+            tiles = q[-2] // block_size(q[-2])
+            below = (tiles + 1) / (2 * tiles)
+            elements = 1
+            for size in q:
+                elements *= size
+            return 2.0 * matmuls * elements * q[-2] * below * kernel.trips
+    if kernel.name == "gmm":
+        rows, weights = kernel.operands[-2].dims, kernel.operands[-1].dims
+        return 2.0 * rows[0] * weights[1] * weights[2] * kernel.trips
+    if kernel.name == "tgmm":
+        left, right = kernel.operands[-2].dims, kernel.operands[-1].dims
+        return 2.0 * left[0] * left[1] * right[1] * kernel.trips
+    raise ValueError(f"kernel {kernel.name!r}: no formula for its FLOPs; add one to costs/kernels.py")

@@ -1,0 +1,14 @@
+"""What a model's training costs by its formulas, without compiling anything."""
+
+from btx_jax.config import ModelConfig
+from btx_jax.models.llama import parameter_counts
+
+
+def train_flops(config: ModelConfig, tokens: int) -> float:
+    """6 x active parameters x tokens: forward and backward, without attention scores and without rematerialisation."""
+    return 6.0 * parameter_counts(config)[1] * tokens
+
+
+def attention_flops(config: ModelConfig, tokens: int, length: int) -> float:
+    """Scores and weighted sums of causal attention over whole sequences of this length, forward and backward."""
+    return 6.0 * config.layers * config.heads * config.head_dim * length * tokens

@@ -1,0 +1,99 @@
+"""SwiGLU of rows sorted by expert, each row with its own expert's weights: three implementations. Shape legend: layers.py.
+
+R rows, of which the first sum(sizes) belong to experts 0, 1, ... in turn. What comes out for the rows behind them is not defined, and
+no gradient flows from them into the weights.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
+
+from btx_jax.models.layers import swiglu, swiglu_backward, swiglu_forward
+
+BLOCK = 128  # rows per block on a CPU: large enough for full matmul speed, small enough to waste little on padding
+# Rows, contracted and output columns per tile on a TPU: each byte of a tile feeds 512 or more multiplications, in 10 MiB of vector memory.
+TILES = (512, 1024, 1024)
+
+
+def grouped_swiglu(x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kernels: str) -> jax.Array:
+    """[R, D] -> [R, D]. weights: gate [E, D, F], up [E, D, F], down [E, F, D]. most: rows that one expert can have. kernels: as in
+    ComputeConfig, `auto` decided."""
+    if kernels != "xla":
+        rows = x_RD.shape[0]
+        tile = min(TILES[0], math.ceil(rows / 8) * 8)
+        padded_RD = jnp.pad(x_RD, ((0, -rows % tile), (0, 0)))
+        matmul = _megablox(sizes_E, tile, interpret=kernels == "pallas_interpret")
+        return _swiglu(matmul, padded_RD, *weights)[:rows]
+    # ragged_dot on the CPU multiplies every row by every expert.
+    blocked = functools.partial(_blocked, block=min(BLOCK, most))
+    return jax.lax.platform_dependent(x_RD, sizes_E, *weights, cpu=blocked, default=_ragged_dot)
+
+
+def _swiglu(matmul, x_RD, gate, up, down):
+    a_RF, b_RF = (checkpoint_name(matmul(x_RD, kernel), "ffn") for kernel in (gate, up))
+    return matmul(jax.nn.silu(a_RF) * b_RF, down)
+
+
+def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
+    def matmul(rows, kernel):
+        tiles = (tile, min(TILES[1], kernel.shape[1]), min(TILES[2], kernel.shape[2]))
+        return megablox.gmm(rows, kernel, sizes_E, rows.dtype, tiles, interpret=interpret)
+
+    return matmul
+
+
+def _ragged_dot(x_RD, sizes_E, *weights):
+    return _swiglu(lambda rows, kernel: jax.lax.ragged_dot(rows, kernel, sizes_E), x_RD, *weights)
+
+
+def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block):
+    """Every expert's rows padded to whole blocks, so that each block meets one expert."""
+    experts, rows = sizes_E.shape[0], x_RD.shape[0]
+    padded_E = -(-sizes_E // block) * block
+    last_padded_E, last_E = jnp.cumsum(padded_E), jnp.cumsum(sizes_E)
+    blocks = rows // block + experts  # the most there can be
+    row_R = jnp.arange(rows)
+    expert_R = jnp.searchsorted(last_E, row_R, side="right")
+    safe_R = jnp.minimum(expert_R, experts - 1)
+    place_R = (last_padded_E - padded_E)[safe_R] + row_R - (last_E - sizes_E)[safe_R]
+    place_R = jnp.where(expert_R < experts, place_R, blocks * block)  # rows of no expert: nowhere
+    source = jnp.full(blocks * block, rows).at[place_R].set(row_R, mode="drop")
+    x_padded = jnp.concatenate([x_RD, jnp.zeros_like(x_RD[:1])])[source].reshape(blocks, block, -1)
+    expert_of_block = jnp.searchsorted(last_padded_E, jnp.arange(blocks) * block, side="right")
+    y_padded = _block_swiglu(x_padded, jnp.minimum(expert_of_block, experts - 1), gate_EDF, up_EDF, down_EFD)
+    return y_padded.reshape(blocks * block, -1).at[place_R].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _block_swiglu(x, expert, gate, up, down):
+    """SwiGLU of block i, x[i] [block, D], with expert[i]'s weights; one block after another."""
+    return jax.lax.map(lambda xe: swiglu(xe[0], gate[xe[1]], up[xe[1]], down[xe[1]]), (x, expert))
+
+
+def _block_swiglu_forward(x, expert, gate, up, down):
+    def one(xe):
+        y, (_, a, b, *_) = swiglu_forward(xe[0], gate[xe[1]], up[xe[1]], down[xe[1]])
+        return y, a, b
+
+    y, a, b = jax.lax.map(one, (x, expert))
+    return y, (x, a, b, expert, gate, up, down)
+
+
+def _block_swiglu_backward(residuals, dy):
+    x, a, b, expert, *weights = residuals
+
+    def body(grads, block):
+        x, a, b, e, dy = block
+        dx, *dw = swiglu_backward((x, a, b, *(w[e] for w in weights)), dy)
+        # Adds to one expert's slice in place; differentiating w[e] would add a whole [E, D, F] for every block.
+        return [g.at[e].add(d) for g, d in zip(grads, dw, strict=True)], dx
+
+    grads, dx = jax.lax.scan(body, [jnp.zeros_like(w) for w in weights], (x, a, b, expert, dy))
+    return dx, None, *grads
+
+
+_block_swiglu.defvjp(_block_swiglu_forward, _block_swiglu_backward)

@@ -1,0 +1,37 @@
+"""Causal attention on a TPU without a [T, T] array: jax's splash attention kernel. Shape legend: layers.py."""
+
+import jax
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+LANES = 128  # the kernel's tiles of keys are whole vector registers
+BLOCK = 1024  # queries by keys per tile, when that divides the sequence
+SAVED_NAME = "attention"  # what remat policies call the kernel's output and log-sum-exp
+
+
+def block_size(length: int) -> int:
+    """The largest multiple of 128 up to BLOCK that divides the sequence, 0 if there is none."""
+    return next((size for size in range(BLOCK, 0, -LANES) if length % size == 0), 0)
+
+
+def _kernel(heads: int, length: int, interpret: bool):
+    size = block_size(length)
+    sizes = splash.BlockSizes(
+        block_q=size, block_kv=size, block_kv_compute=min(size, 512) if size % 512 == 0 else size,
+        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=min(size, 512) if size % 512 == 0 else size,
+        block_q_dq=size, block_kv_dq=size,
+    )  # fmt: skip
+    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    return splash.make_splash_mha(
+        causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED_NAME, interpret=interpret
+    )
+
+
+def splash_attend(q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT: jax.Array, interpret: bool) -> jax.Array:
+    """`attention.attend` by the kernel, for the rows and heads of one device. T must be a multiple of 128."""
+    batch, kv_heads, groups, length, head_dim = q_BNGTK.shape
+    q_BHTK = (q_BNGTK * np.asarray(head_dim**-0.5, q_BNGTK.dtype)).reshape(batch, kv_heads * groups, length, head_dim)
+    kernel = _kernel(kv_heads * groups, length, interpret)
+    y_BHTK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(q_BHTK, k_BNSK, v_BNSK, segments_BT)
+    return y_BHTK.reshape(q_BNGTK.shape)

@@ -1,0 +1,270 @@
+"""Compile check: the step that a training config would run, compiled for a named TPU topology on a machine without one.
+
+Needs libtpu (`pip install btx_jax[tpu]`), no TPU and no weights. Prints a table and writes compile.json. What it tells is what the
+compiler decided (memory, FLOPs, collectives) and what the chips' data sheets allow (a bound on the step time); nothing is timed.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from btx_jax.config import Config, ConfigError, ModelConfig
+from btx_jax.costs import hlo
+from btx_jax.costs.chips import GIB, Chip, chip
+from btx_jax.costs.kernels import kernel_flops
+from btx_jax.costs.model import attention_flops, train_flops
+from btx_jax.errors import UserError
+from btx_jax.models.llama import parameter_counts
+from btx_jax.training.start import checked_mesh, starting_point
+from btx_jax.training.step import lower_train_step
+
+FILE = "compile.json"
+# libtpu asks its environment which machine it is on; any answer will do for compiling.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move tokens
+
+
+@dataclasses.dataclass
+class Check:
+    """Of one step and one device: bytes, FLOPs, seconds. FLOPs of kernels are the most that can be."""
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    device_kind: str
+    fits: bool
+    memory: dict[str, float]
+    flops: dict[str, float]
+    collectives: list[dict[str, Any]]
+    roofline: dict[str, float]
+    compile_seconds: float
+    host_memory: float
+
+
+def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
+    """Whether the step fits. Raises ConfigError for a config that trains nothing, UserError for an unknown topology."""
+    if config.stage != "train":
+        raise ConfigError(
+            f"config.stage={config.stage!r}: --compile_topology compiles the step of a training config, such as math_expert.py"
+        )
+    devices = topology_devices(topology, num_slices)
+    model = config.model if config.model is not None else starting_point(config)[1]
+    console = Console(stderr=False, highlight=False)
+    workdir.mkdir(parents=True, exist_ok=True)
+    console.print(f"compiling the step of {workdir.name} for {len(devices)} chips of {topology}; a model of 7B takes some minutes ...")
+    result = check(config, model, devices, topology)
+    print_check(result, console)
+    changes: list[dict[str, Any]] = []
+    if not result.fits:
+        changes = list(cures(config, model, devices, topology, console))
+    write(workdir / FILE, result, changes)
+    console.print(f"wrote {workdir / FILE}")
+    return result.fits
+
+
+def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
+    """Abstract devices of `v5p:2x2x4` and the like. Raises UserError when libtpu is missing or does not know it."""
+    from jax.experimental import topologies
+
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        description = topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=num_slices)
+    except Exception as error:  # jaxlib raises several kinds; all mean that there is no such topology to be had
+        if "libtpu" in str(error) or isinstance(error, ModuleNotFoundError):
+            raise UserError("--compile_topology needs libtpu: pip install 'btx_jax[tpu]'") from None
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"--compile_topology={topology}: libtpu knows no such topology ({first}); for example v5p:2x2x4 or v5e:4x4"
+        ) from None
+    return description.devices
+
+
+def check(config: Config, model: ModelConfig, devices: Sequence[jax.Device], topology: str) -> Check:
+    assert config.train and config.data and config.compute
+    mesh = checked_mesh(config, model, devices)
+    kind = devices[0].device_kind
+    limits = chip(kind)
+    if limits is None:
+        raise UserError(f"--compile_topology={topology}: no data sheet for {kind!r} in costs/chips.py")
+    result = Check(topology, len(devices), dict(mesh.shape), kind, False, {"limit": limits.memory}, {}, [], {}, 0.0, 0.0)
+    start = time.monotonic()
+    lowered = lower_train_step(model, config.compute, config.train, mesh, config.data.sequence_length)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "hbm" not in str(error):
+            raise
+        result.memory |= _refused(str(error))
+        return result
+    finally:
+        result.compile_seconds = time.monotonic() - start
+        result.host_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    stats = compiled.memory_analysis()
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs
+    result.memory |= {
+        "arguments": stats.argument_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "outputs": outputs,
+        "total": total,
+    }
+    result.fits = total <= limits.memory
+    program = hlo.read(compiled.as_text())
+    result.flops = count_flops(program, config, model, len(devices))
+    slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
+    result.collectives = count_collectives(program, slice_of)
+    result.roofline = roofline(result, program, limits)
+    return result
+
+
+def _refused(message: str) -> dict[str, float]:
+    """Bytes that the compiler says it would have needed."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
+    return {"total": float(used[1]) * units[used[2]]} if used else {}
+
+
+def count_flops(program: hlo.Program, config: Config, model: ModelConfig, devices: int) -> dict[str, float]:
+    assert config.train and config.data
+    tokens = config.train.batch_size * config.data.sequence_length
+    kernels: dict[str, float] = {"gmm": 0.0, "attention": 0.0}
+    for kernel in program.kernels:
+        kernels["gmm" if "gmm" in kernel.name else "attention"] += kernel_flops(kernel)
+    needed = train_flops(model, tokens) / devices
+    attention = attention_flops(model, tokens, config.data.sequence_length) / devices
+    moved = sum(flops for place, flops in program.by_place.items() if any(name in place for name in DISPATCH))
+    compiled = program.dot_flops + kernels["gmm"] + kernels["attention"]
+    return {
+        "dots": program.dot_flops, "gmm": kernels["gmm"], "attention_kernels": kernels["attention"], "compiled": compiled,
+        "model": needed, "model_attention": attention, "ratio": compiled / (needed + attention), "dispatch_share": moved / compiled,
+    }  # fmt: skip
+
+
+def count_collectives(program: hlo.Program, slice_of: Sequence[int]) -> list[dict[str, Any]]:
+    """Per kind, inside a slice and across: executed count, bytes of the larger of operand and result, bytes on the wire."""
+    rows: dict[tuple[str, bool], dict[str, Any]] = {}
+    for one in program.collectives:
+        groups = one.groups or (tuple(range(len(slice_of))),)
+        across = any(len({slice_of[device] for device in group}) > 1 for group in groups)
+        row = rows.setdefault((one.kind, across), {"kind": one.kind, "across_slices": across, "count": 0, "bytes": 0.0, "wire_bytes": 0.0})
+        row["count"] += one.trips
+        row["bytes"] += one.bytes * one.trips
+        row["wire_bytes"] += one.wire_bytes
+    return [rows[key] for key in sorted(rows)]
+
+
+def roofline(result: Check, program: hlo.Program, limits: Chip) -> dict[str, float]:
+    """Seconds that each resource needs alone. The step takes at least the longest of them, and their sum if nothing overlaps."""
+    inside = sum(row["wire_bytes"] for row in result.collectives if not row["across_slices"])
+    across = sum(row["wire_bytes"] for row in result.collectives if row["across_slices"])
+    seconds = {
+        "compute": result.flops["compiled"] / limits.flops,
+        "memory": program.memory_bytes / limits.bandwidth,
+        "interconnect": inside / limits.interconnect,
+        "network": across / limits.network,
+    }
+    needed = result.flops["model"] + result.flops["model_attention"]
+    longest, together = max(seconds.values()), sum(seconds.values())
+    return seconds | {
+        "step_at_least": longest,
+        "mfu_at_most": needed / limits.flops / longest,
+        "mfu_no_overlap": needed / limits.flops / together,
+    }
+
+
+def cures(config: Config, model: ModelConfig, devices: Sequence[jax.Device], topology: str, console: Console) -> Iterator[dict[str, Any]]:
+    """The cheapest change that makes it fit, found by compiling: first what costs only time, then what needs more chips."""
+    assert config.train and config.compute and config.mesh
+    state = 12 * parameter_counts(model)[0] / len(devices)  # float32 parameters and two moments
+    limits = chip(devices[0].device_kind)
+    assert limits
+    if state > 0.95 * limits.memory:
+        chips = 2 * len(devices)
+        while 12 * parameter_counts(model)[0] / chips > 0.8 * limits.memory:
+            chips *= 2
+        console.print(f"parameters and moments alone take {state / GIB:.1f} GiB a chip: use {chips} chips or more of this kind")
+        yield {"change": f"{chips} chips", "compiled": False}
+        return
+    for change, changed in _candidates(config):
+        try:
+            found = check(changed, model, devices, topology)
+        except UserError:
+            continue
+        told = f"{found.memory.get('total', float('nan')) / GIB:.1f} of {limits.memory / GIB:.2f} GiB"
+        console.print(f"with {change}: {'fits' if found.fits else 'does not fit'}, {told}")
+        yield {"change": change, "compiled": True, "fits": found.fits, "memory": found.memory}
+        if found.fits:
+            return
+    console.print(f"none of these is enough on {len(devices)} chips: use {2 * len(devices)}")
+    yield {"change": f"{2 * len(devices)} chips", "compiled": False}
+
+
+def _candidates(config: Config) -> Iterator[tuple[str, Config]]:
+    assert config.train and config.compute
+    told = ""
+    for remat in {"none": ("ffn", "attention", "full"), "ffn": ("attention", "full"), "attention": ("full",)}.get(config.compute.remat, ()):
+        told = f"--config.compute.remat={remat}"
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
+        yield told, config
+    assert config.train
+    accumulate = config.train.accumulate * 2
+    while config.train.batch_size % accumulate == 0:
+        train = dataclasses.replace(config.train, accumulate=accumulate)
+        yield f"{told} --config.train.accumulate={accumulate}".strip(), dataclasses.replace(config, train=train)
+        accumulate *= 2
+
+
+def print_check(result: Check, console: Console) -> None:
+    gib = lambda value: f"{value / GIB:.2f} GiB"  # noqa: E731
+    table = Table("per device and step", "", title=f"{result.topology}, {result.devices} chips, mesh {result.mesh}", title_justify="left")
+    memory, flops, limit = result.memory, result.flops, result.memory["limit"]
+    if not flops:
+        table.add_row("memory", f"does not fit: {gib(memory['total']) if 'total' in memory else 'more'} of {gib(limit)}")
+        console.print(table)
+        return
+    table.add_row("memory", f"{gib(memory['total'])} of {gib(limit)}: {'fits' if result.fits else 'does not fit'}")
+    table.add_row("  arguments, temporaries, outputs", ", ".join(gib(memory[name]) for name in ("arguments", "temporaries", "outputs")))
+    table.add_row(
+        "FLOPs compiled",
+        f"{flops['compiled']:.3e}: dots {flops['dots']:.3e}, attention {flops['attention_kernels']:.3e}, gmm {flops['gmm']:.3e}",
+    )
+    table.add_row(
+        "FLOPs of the model",
+        f"{flops['model']:.3e} (6 N D), attention {flops['model_attention']:.3e}: compiled / model {flops['ratio']:.2f}",
+    )
+    table.add_row("einsum dispatch", f"{flops['dispatch_share']:.1%} of the FLOPs")
+    for row in result.collectives:
+        where = "across slices" if row["across_slices"] else "inside a slice"
+        table.add_row(f"{row['kind']}, {where}", f"{row['count']} times, {gib(row['bytes'])}, {gib(row['wire_bytes'])} sent")
+    line = result.roofline
+    bound = max(("compute", "memory", "interconnect", "network"), key=lambda name: line[name])
+    table.add_row("bounds, seconds", ", ".join(f"{name} {line[name]:.3f}" for name in ("compute", "memory", "interconnect", "network")))
+    table.add_row(
+        "step",
+        f"at least {line['step_at_least']:.3f} s, bound by {bound}; "
+        f"MFU at most {line['mfu_at_most']:.0%}, {line['mfu_no_overlap']:.0%} without overlap",
+    )
+    table.add_row("compiled in", f"{result.compile_seconds:.0f} s, {gib(result.host_memory)} on this machine")
+    console.print(table)
+
+
+def write(path: Path, result: Check, changes: list[dict[str, Any]]) -> None:
+    part = path.with_suffix(".partial")
+    part.write_text(json.dumps(dataclasses.asdict(result) | {"changes": changes}, indent=1) + "\n")
+    part.replace(path)

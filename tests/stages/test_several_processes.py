@@ -1,0 +1,94 @@
+"""Two processes with four simulated devices each, through the real command line: what a slice of two hosts does."""
+
+import json
+
+import jax
+import pytest
+
+from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
+from btx_jax.models.llama import abstract_params
+from btx_jax.parallel.sharding import make_mesh, param_shardings
+
+pytestmark = pytest.mark.cli
+
+MESH = ("--config.mesh.fsdp=2", "--config.mesh.expert=4")
+
+
+@pytest.fixture
+def mixture(cli):
+    """Four copies of a seed of three steps, as one MoE."""
+    cli.run(*cli.seed("seed", steps=3))
+    source = f"--config.mix.experts=('{cli.home / 'seed'}',)"
+    cli.run("--config=configs/sparse_upcycling.py:tiny", f"--workdir={cli.home / 'mix'}", source)
+    return cli.home / "mix"
+
+
+def finetune(cli, mixture, workdir, *more, steps=24):
+    return (
+        "--config=configs/moe_finetune.py:tiny", f"--config.init={mixture}", f"--workdir={cli.home / workdir}",
+        f"--config.data.train={cli.text}", f"--config.data.cache={cli.home / 'cache'}", "--config.data.sequence_length=64",
+        f"--config.train.steps={steps}", "--config.train.warmup_steps=2", "--config.train.eval_every=12", "--config.train.eval_rows=8",
+        "--config.checkpoint.every=5", *more,
+    )  # fmt: skip
+
+
+def losses(cli, workdir):
+    lines = [json.loads(line) for line in (cli.home / workdir / "metrics.jsonl").read_text().splitlines()]
+    heldout = [line["heldout"]["text"]["nats_per_token"] for line in lines if "heldout" in line]
+    return [line["loss"] for line in lines if "loss" in line], heldout
+
+
+def finish(processes, statuses=(0, 0)):
+    told = [process.communicate(timeout=300)[1] for process in processes]
+    assert tuple(process.returncode for process in processes) == statuses, "\n".join(text[-3000:] for text in told)
+    return told
+
+
+def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture):
+    one = cli.start_several(1, 8, *finetune(cli, mixture, "one", *MESH))
+    finish(one, (0,))
+    told = finish(cli.start_several(2, 4, *finetune(cli, mixture, "two", *MESH)))
+    want, got = losses(cli, "one"), losses(cli, "two")
+    assert len(want[0]) == 24
+    assert len(want[1]) == 2
+    for a, b in zip(want, got, strict=True):
+        assert b == pytest.approx(a, abs=1e-5), "two processes see other rows, or sum other gradients, than one"
+    assert "compiling" in told[0]
+    assert "compiling" not in told[1], "one process tells, not two"
+
+    killed = cli.start_several(2, 4, *finetune(cli, mixture, "killed", *MESH))
+    cli.wait_for_step("killed", 8, killed[0])
+    killed[1].kill()
+    for process in killed:  # the survivor may wait for the dead one for minutes: a slice's machines are restarted together
+        process.kill()
+        process.communicate()
+    finish(cli.start_several(2, 4, *finetune(cli, mixture, "killed", *MESH)))
+    assert losses(cli, "killed") == got
+    assert cli.digest("killed") == cli.digest("two")
+
+    found = find_checkpoint(cli.home / "two")
+    whole = load_params(found)
+    boxed = abstract_params(found.about.model)
+    for shape in ((1, 1, 1, 1), (1, 2, 1, 1), (1, 2, 4, 1)):
+        devices = jax.devices()[: shape[1] * shape[2]]
+        shardings = param_shardings(boxed, make_mesh(shape, devices))
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), whole, shardings)
+        for a, b in zip(jax.tree.leaves(load_params(found, abstract)), jax.tree.leaves(whole), strict=True):
+            assert a.sharding.num_devices == len(devices)
+            assert (jax.device_get(a) == jax.device_get(b)).all()
+
+
+def test_a_directory_that_is_not_shared_is_refused(cli, mixture):
+    own = [(f"--workdir={cli.home / name}",) for name in ("own0", "own1")]
+    both = cli.start_several(2, 4, *finetune(cli, mixture, "shared"), each=own)
+    for text in finish(both, (2, 2)):
+        assert "is not shared: process 1 does not see what process 0 writes" in text
+
+
+def test_sigterm_to_one_process_saves_and_ends_both(cli, mixture):
+    both = cli.start_several(2, 4, *finetune(cli, mixture, "stopped", *MESH, steps=4000))
+    cli.wait_for_step("stopped", 3, both[0])
+    both[1].terminate()
+    finish(both, (143, 143))
+    last = cli.steps_logged("stopped")[-1]
+    assert (cli.home / "stopped" / "checkpoints" / str(last)).is_dir()
