@@ -26,6 +26,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. con
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes. Default: runs/NAME-OF-CONFIG.")
 _TOPOLOGY = flags.DEFINE_string("compile_topology", None, "Compile the step for TPUs such as v5p:2x2x4, tell what it takes, and stop.")
 _SLICES = flags.DEFINE_integer("num_slices", 1, "With --compile_topology: this many slices of it.", lower_bound=1)
+_ONLY = flags.DEFINE_string("only", "", "Of a pipeline: run this stage alone, in WORKDIR/ONLY. What it needs must have finished.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0. Default: JAX_COORDINATOR_ADDRESS, else what JAX detects.")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes. Default: JAX_NUM_PROCESSES.")
 _PROCESS = flags.DEFINE_integer("process_id", -1, "With --coordinator: which one this is, from 0. Default: JAX_PROCESS_ID.")
@@ -82,7 +83,9 @@ def main(argv: list[str]) -> None:
         hosts.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         if not hosts.is_first():
             logging.disable(logging.WARNING)  # one process tells; errors are every process's own
-        stages.run(config, workdir)
+        if _ONLY.value and config.stage != "pipeline":
+            raise UserError(f"--only={_ONLY.value}: {file} is no pipeline")
+        stages.run(config, workdir, **({"only": _ONLY.value} if _ONLY.value else {}))
     except UserError as error:
         fail(error)
 

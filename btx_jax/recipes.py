@@ -188,6 +188,24 @@ def evaluate(size: str) -> ml_collections.ConfigDict:
     return to_config_dict(_evaluate(size, {name: f"runs/{name}{suffix}" for name in names}))
 
 
+def btx(size: str) -> ml_collections.ConfigDict:
+    """The paper's method from a released seed: three branches, mix with the seed as generalist, finetune, evaluate, report."""
+    if size == TINY:
+        return demo()
+    seed = "$BTX_DATA_DIR/seed"
+    experts = {f"expert_{domain}": domain for domain in EXPERTS}
+    models = {"seed": seed, **{name: f"@{name}" for name in experts}, "btx_untuned": "@mix", "btx": "@finetune"}
+    stages = {
+        **{name: PipelineStage(_with_init(_expert(domain, size), seed)) for name, domain in experts.items()},
+        "mix": PipelineStage(_mix((*(f"@{name}" for name in experts), seed)), needs=tuple(experts)),
+        "finetune": PipelineStage(_with_init(_finetune(size), "@mix"), needs=("mix",)),
+        "evaluate": PipelineStage(_evaluate(size, models), needs=(*experts, "mix", "finetune")),
+    }
+    runs = {name: f"@{name}" for name in stages}
+    stages["report"] = PipelineStage(Config("report", report=ReportConfig("@evaluate", runs)), needs=tuple(runs))
+    return to_config_dict(Config("pipeline", pipeline=stages))
+
+
 def demo() -> ml_collections.ConfigDict:
     """Branch-Train-MiX from nothing, tiny: seed, three experts, mix with the seed as generalist, finetune, evaluate, report."""
     experts = {"expert_math": "math", "expert_code": "code", "expert_world": "wiki"}

@@ -7,7 +7,7 @@ from btx_jax import recipes
 from btx_jax.config import Config, ConfigError, MeshConfig, differences, from_config_dict, from_dict, to_config_dict, to_dict
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.stages.pipeline import in_order, resolve
-from btx_jax.stages.train import checked_mesh
+from btx_jax.training.start import checked_mesh
 from tests.conftest import ROOT
 
 CONFIGS = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
@@ -40,7 +40,7 @@ def test_every_config_the_users_rely_on_is_there():
 def test_configs_parse_unadorned_and_tiny_and_say_command_cost_and_result(name):
     module, config = get_config(name)
     from_config_dict(config)
-    if name != "demo":
+    if name != "demo":  # which is tiny already
         tiny = from_config_dict(module.get_config("tiny"))
         assert tiny.stage == from_config_dict(config).stage
     for word in ("python -m btx_jax.launch --config=configs/" + name, "Cost:", "Expected"):
@@ -99,7 +99,7 @@ def test_a_wrong_config_is_one_line_that_names_key_and_cure(change, message):
 def test_impossible_shapes_fail_before_any_compile():
     config = from_config_dict(recipes.seed("tiny"))
     check = lambda mesh, **train: checked_mesh(  # noqa: E731
-        mesh, dataclasses.replace(config.train, **train), config.data, config.compute, config.model
+        dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **train)), config.model
     )
     assert check(MeshConfig()).devices.shape == (1, 8, 1, 1)
     with pytest.raises(ConfigError, match=r"batch_size=12: its micro-batches of 12 do not divide over the 8 devices.*multiple of 8"):
@@ -110,7 +110,7 @@ def test_impossible_shapes_fail_before_any_compile():
         check(MeshConfig(fsdp=1, tensor=8))
     long = dataclasses.replace(config.data, sequence_length=512)
     with pytest.raises(ConfigError, match=r"sequence_length=512: longer than config\.model\.context=256"):
-        checked_mesh(MeshConfig(), config.train, long, config.compute, config.model)
+        checked_mesh(dataclasses.replace(config, data=long), config.model)
 
 
 def test_mesh_shape_takes_what_remains():

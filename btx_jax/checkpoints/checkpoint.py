@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,7 +74,7 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     """A run's working directory (its last step), one step's directory, or a Hugging Face directory. Raises UserError if none of these."""
     quiet()
     try:
-        path = Path(path).resolve()
+        path = Path(os.path.expandvars(path)).expanduser().resolve()
         if not path.exists():
             raise UserError(f"{key}: {path} does not exist")
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a loop of links

@@ -22,7 +22,8 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
     """Join the other processes of this run, if there are any. Must run before anything touches a device.
 
     Told by the arguments or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; otherwise JAX's own detection is asked
-    where several hosts are to be expected: SLURM steps of several tasks, GKE and TPU VM slices. Raises UserError when only a part is told.
+    where several hosts are to be expected: SLURM steps of several tasks, GKE, and any machine with a TPU but Colab's. Raises UserError
+    when only a part is told.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     told = {
@@ -42,7 +43,8 @@ def _expects_others() -> bool:
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
     workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return tasks != "1" or slices != "1" or len(workers) > 1
+    has_tpu = any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")) and "COLAB_RELEASE_TAG" not in os.environ
+    return tasks != "1" or slices != "1" or len(workers) > 1 or has_tpu
 
 
 def is_first() -> bool:

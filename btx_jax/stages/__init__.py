@@ -6,6 +6,6 @@ from pathlib import Path
 from btx_jax.config import Config
 
 
-def run(config: Config, workdir: Path) -> None:
-    """Run config.stage in workdir. A stage that has finished there returns at once."""
-    importlib.import_module(f"btx_jax.stages.{config.stage}").run(config, workdir)
+def run(config: Config, workdir: Path, **options: str) -> None:
+    """Run config.stage in workdir. A stage that has finished there returns at once. options: of the pipeline stage alone."""
+    importlib.import_module(f"btx_jax.stages.{config.stage}").run(config, workdir, **options)

@@ -16,11 +16,19 @@ from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, workdir: Path) -> None:
+def run(config: Config, workdir: Path, only: str = "") -> None:
+    """only: run this stage alone, in WORKDIR/ONLY. Raises ConfigError when there is none, UserError when what it needs has not finished."""
     assert config.pipeline
     start = time.monotonic()
     order = in_order(config.pipeline)
     resolved = {name: resolve(name, config.pipeline[name], config, workdir) for name in order}
+    if only:
+        if only not in resolved:
+            raise ConfigError(f"--only={only}: no such stage; known: {', '.join(order)}")
+        if missing := [need for need in config.pipeline[only].needs if not (workdir / need / DONE).exists()]:
+            raise UserError(f"--only={only}: needs {', '.join(missing)}, not finished in {workdir}")
+        stages.run(resolved[only], workdir / only)
+        return
     claim(workdir, config)
     failed: dict[str, str] = {}
     for number, name in enumerate(order, start=1):

@@ -1,0 +1,145 @@
+"""Every compile check of docs/tpu.md, and the tables in it.
+
+    python benchmarks/compile_checks.py [--folder=runs/compile] [--only=NAME]
+
+Each check is one `--compile_topology` command in a process of its own, two to six minutes on one core; a finished one is not run again.
+Needs libtpu (`pip install -e '.[tpu]'`), no TPU. Writes the tables between the marks of docs/tpu.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "tpu.md"
+GIB = 2**30
+
+EXPERT, MOE = "--config=configs/math_expert.py", "--config=configs/moe_finetune.py"
+ONE_STEP = ("--config.train.batch_size=16", "--config.train.accumulate=1")
+FULL, RAGGED = "--config.compute.remat=full", "--config.compute.dispatch=ragged"
+V5P_16 = "--compile_topology=v5p:2x2x4"
+
+# name -> (arguments, what it is); the peer's figures for the same program, GiB and FLOPs: memory, dots, grouped matmuls, traffic by kind
+PEERS = {
+    "d8": ((EXPERT, *ONE_STEP, "--compile_topology=v5p:2x2x2"), "Llama-2-7B, fsdp=8", (22.27, 4.072e14, 0, "9.6 / 0.0 / 30.4", 40.0)),
+    "e16": (
+        (MOE, *ONE_STEP, FULL, "--config.mesh.expert=1", V5P_16), "MoE einsum, fsdp=16", (27.87, 4.942e14, 0, "40.6 / 0.0 / 77.3", 117.9),
+    ),
+    "r16": (
+        (MOE, *ONE_STEP, FULL, RAGGED, "--config.mesh.expert=1", V5P_16), "MoE ragged, fsdp=16",
+        (27.59, 0.736e14, 2.837e14, "72.8 / 32.3 / 8.8", 113.9),
+    ),
+    "e44": ((MOE, *ONE_STEP, FULL, V5P_16), "MoE einsum, expert=4 x fsdp=4", (28.08, 4.942e14, 0, "89.0 / 40.5 / 8.9", 138.4)),
+    "r44": (
+        (MOE, *ONE_STEP, FULL, RAGGED, V5P_16), "MoE ragged, expert=4 x fsdp=4",
+        (27.75, 0.736e14, 5.674e14, "24.4 / 8.1 / 8.8, ragged all-to-all 18.0", 59.3),
+    ),
+}  # fmt: skip
+CHECKS = {
+    "expert_v5p": ((EXPERT, "--compile_topology=v5p:2x2x2"), "Llama-2-7B expert"),
+    "expert_v5e": ((EXPERT, "--compile_topology=v5e:4x4"), "Llama-2-7B expert"),
+    "expert_2slices": (
+        (EXPERT, "--config.mesh.data=2", "--config.train.accumulate=32", "--compile_topology=v5e:4x4", "--num_slices=2"),
+        "Llama-2-7B expert, two slices",
+    ),
+    "expert_v4": ((EXPERT, "--compile_topology=v4:2x2x4"), "Llama-2-7B expert"),
+    "expert_v6e": ((EXPERT, "--compile_topology=v6e:4x4"), "Llama-2-7B expert"),
+    "llama3_v5p": (("--config=configs/seed.py:llama3_8b", "--compile_topology=v5p:2x2x2"), "Llama-3-8B seed"),
+    "moe_einsum_default": ((MOE, V5P_16), "BTX 4x7B Top-2, einsum"),
+    "moe_ragged_default": ((MOE, RAGGED, FULL, V5P_16), "BTX 4x7B Top-2, ragged"),
+    "moe_2slices": (
+        (MOE, "--config.mesh.data=2", "--config.train.accumulate=32", V5P_16, "--num_slices=2"), "BTX 4x7B Top-2, einsum, two slices",
+    ),
+    "moe_einsum_v5e": ((MOE, "--config.train.accumulate=16", FULL, "--compile_topology=v5e:8x8"), "BTX 4x7B Top-2, einsum"),
+    "moe_ragged_v5e": ((MOE, RAGGED, "--config.train.accumulate=16", FULL, "--compile_topology=v5e:8x8"), "BTX 4x7B Top-2, ragged"),
+}  # fmt: skip
+
+
+def run(name: str, arguments: tuple[str, ...], folder: Path) -> dict | None:
+    file = folder / name / "compile.json"
+    if not file.exists():
+        print(f"{name}: {' '.join(arguments)}", flush=True)
+        command = [sys.executable, "-m", "btx_jax.launch", *arguments, f"--workdir={folder / name}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if not file.exists():
+            print(f"{name}: exit status {done.returncode}: {done.stderr[-500:]}")
+            return None
+    return json.loads(file.read_text())
+
+
+def sent(check: dict, across: bool | None = None) -> float:
+    return sum(row["wire_bytes"] for row in check["collectives"] if across in (None, row["across_slices"])) / GIB
+
+
+def peer_table(results: dict[str, dict]) -> str:
+    lines = [
+        "| program | memory, GiB | dot FLOPs | grouped matmuls, at most | traffic: sum of executed bytes, GiB | sent, GiB | compiled in |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, check in results.items():
+        memory, dots, grouped, kinds, total = PEERS[name][2]
+        flops = check["flops"]
+        by_kind = " / ".join(f"{row['bytes'] / GIB:.1f} {row['kind']}" for row in check["collectives"] if row["bytes"] > 0.05 * GIB)
+        traffic = sum(row["bytes"] for row in check["collectives"]) / GIB
+        lines.append(
+            f"| {PEERS[name][1]} | {check['memory']['total'] / GIB:.2f} | {flops['dots']:.3e} | {flops['gmm']:.3e} "
+            f"| **{traffic:.1f}**: {by_kind} | {sent(check):.1f} | {check['compile_seconds']:.0f} s, {check['host_memory'] / GIB:.1f} GiB |"
+        )
+        lines.append(f"| MaxText, the same | {memory:.2f} | {dots:.3e} | {grouped:.3e} | **{total:.1f}**: {kinds} | | |")
+    return "\n".join(lines)
+
+
+def check_table(results: dict[str, dict]) -> str:
+    lines = [
+        "| run | slice, mesh | memory, GiB | compiled / model FLOPs | dispatch | sent inside / across slices, GiB "
+        "| bound, MFU at most / without overlap | compiled in |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, check in results.items():
+        mesh = " ".join(f"{axis}={size}" for axis, size in check["mesh"].items() if size > 1)
+        memory, limit = check["memory"].get("total", float("nan")) / GIB, check["memory"]["limit"] / GIB
+        where = f"{check['topology']}{' x 2' if '2slices' in name else ''}, {mesh}"
+        took = f"{check['compile_seconds']:.0f} s, {check['host_memory'] / GIB:.1f} GiB"
+        if not check["fits"]:
+            changes = "; ".join(change["change"] for change in check["changes"][-1:])
+            lines.append(
+                f"| {CHECKS[name][1]} | {where} | {memory:.1f} of {limit:.1f}: **does not fit** | cure: {changes} | | | | {took} |"
+            )
+            continue
+        flops, line = check["flops"], check["roofline"]
+        bound = max(("compute", "memory", "interconnect", "network"), key=lambda resource: line[resource])
+        lines.append(
+            f"| {CHECKS[name][1]} | {where} | {memory:.1f} of {limit:.1f}: fits | {flops['ratio']:.2f} | {flops['dispatch_share']:.1%} "
+            f"| {sent(check, False):.0f} / {sent(check, True):.0f} "
+            f"| {bound} {line['step_at_least']:.1f} s, {line['mfu_at_most']:.0%} / {line['mfu_no_overlap']:.0%} | {took} |"
+        )
+    return "\n".join(lines)
+
+
+def command_list() -> str:
+    lines = [f"    python -m btx_jax.launch {' '.join(arguments)}" for arguments, *_ in (*PEERS.values(), *CHECKS.values())]
+    return "\n".join(line for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default="runs/compile", type=Path)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    chosen = lambda checks: {name: value for name, value in checks.items() if args.only in ("", name)}  # noqa: E731
+    peers, checks = ({n: r for n, value in chosen(group).items() if (r := run(n, value[0], args.folder))} for group in (PEERS, CHECKS))
+    if args.only:
+        return
+    text = DOCUMENT.read_text()
+    for mark, table in (("peers", peer_table(peers)), ("checks", check_table(checks)), ("commands", command_list())):
+        before, rest = text.split(f"<!-- {mark} -->\n", 1)
+        after = rest.split("<!-- end -->", 1)[1]
+        text = f"{before}<!-- {mark} -->\n{table}\n<!-- end -->{after}"
+    DOCUMENT.write_text(text)
+    print(f"wrote {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What the cloud backends share: where files lie on a job's machines, and asking an engine."""
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from btx_jax.errors import UserError
+
+MOUNT = "/mnt/btx"  # the bucket, on every machine of every job
+
+
+@dataclass(frozen=True)
+class Place:
+    """bucket: gs://NAME, mounted with Cloud Storage FUSE at MOUNT; text and checkpoints are read from it, runs are written to it.
+    source: the git URL that machines install btx_jax from. run: a name for this pipeline's jobs. spot: machines that may be taken away.
+    """
+
+    bucket: str
+    run: str
+    source: str = ""
+    zone: str = ""
+    project: str = ""
+    image: str = ""
+    queue: str = ""
+    spot: bool = False
+
+    def __post_init__(self):
+        if not self.bucket.startswith("gs://"):
+            raise UserError(f"--bucket={self.bucket!r}: must be gs://NAME, where checkpoints and finished-markers live")
+
+    @property
+    def bucket_name(self) -> str:
+        return self.bucket.removeprefix("gs://").rstrip("/")
+
+    def job_name(self, stage: str) -> str:
+        """Lower case and dashes: what every engine takes as a name."""
+        return f"{self.run}-{stage}".lower().replace("_", "-")
+
+
+def shell(command: Sequence[str]) -> str:
+    """The command with its environment, as one line of shell."""
+    return f"BTX_DATA_DIR={MOUNT}/data {shlex.join(command)}"
+
+
+def ask(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess:
+    """Run an engine's tool. Raises UserError when it is not installed."""
+    try:
+        return subprocess.run(command, input=text, text=True, capture_output=True)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]}: not installed; launch/README.md says how to get it, --dry-run needs nothing") from None
+
+
+def require(result: subprocess.CompletedProcess) -> None:
+    """Raises UserError with the tool's own words when it failed."""
+    if result.returncode:
+        words = " ".join((result.stderr or result.stdout).split())[-500:]
+        raise UserError(f"{result.args[0]} failed with exit status {result.returncode}: {words}")

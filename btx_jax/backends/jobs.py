@@ -1,0 +1,124 @@
+"""A pipeline as jobs: one command per stage, each on its own machines, each finished when its done.json is there.
+
+Nothing here remembers anything: what has finished is read from the working directory, which lies on a disk or in a bucket that all jobs
+share. A submitter that dies is started again and goes on from there.
+"""
+
+import graphlib
+import importlib.util
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from btx_jax.config import Config, ConfigError, from_config_dict
+from btx_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """name: of the stage. needs: stages that must have finished. command: what its machines run. topology: of its slice, such as
+    v5p:2x2x4, "" for machines without TPUs."""
+
+    name: str
+    needs: tuple[str, ...]
+    command: tuple[str, ...]
+    topology: str = ""
+
+
+class Backend(Protocol):
+    """Where jobs run. An engine that exists does the work; a backend only writes down what it is told."""
+
+    def files(self, job: Job) -> dict[str, str]:
+        """File name -> contents: all that would be handed to the engine."""
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Hand the job to the engine. Doing so twice starts it once. Raises UserError, with the engine's words, when it refuses."""
+        ...
+
+
+def load_pipeline(file: str) -> Config:
+    """configs/btx.py[:ARG] -> its pipeline config. Raises ConfigError when it is none."""
+    path, _, argument = file.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--pipeline: no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = from_config_dict(module.get_config(argument) if argument else module.get_config())
+    if config.pipeline is None:
+        raise ConfigError(f"--pipeline={file}: its stage is {config.stage!r}, not a pipeline; run it with btx_jax.launch")
+    return config
+
+
+def jobs_of(
+    file: str, workdir: str, overrides: Sequence[str] = (), topologies: Mapping[str, str] | None = None, python: str = "python"
+) -> list[Job]:
+    """One job per stage, each after its needs. topologies: stage, or "" for all others -> topology. Raises ConfigError for others."""
+    pipeline = load_pipeline(file).pipeline
+    assert pipeline
+    topologies = topologies or {}
+    if unknown := sorted(set(topologies) - {"", *pipeline}):
+        raise ConfigError(f"--slice={unknown[0]}=...: no such stage; known: {', '.join(pipeline)}")
+    launch = (python, "-m", "btx_jax.launch", f"--config={file}", f"--workdir={workdir}")
+    try:
+        order = list(graphlib.TopologicalSorter({name: stage.needs for name, stage in pipeline.items()}).static_order())
+    except graphlib.CycleError as error:
+        raise ConfigError(f"--pipeline={file}: stages need each other in a circle: {', '.join(error.args[1])}") from None
+    return [
+        Job(name, pipeline[name].needs, (*launch, *overrides, f"--only={name}"), topologies.get(name, topologies.get("", "")))
+        for name in order
+    ]
+
+
+def in_waves(jobs: Iterable[Job], finished: set[str]) -> list[Job]:
+    """The unfinished jobs all of whose needs have finished."""
+    return [job for job in jobs if job.name not in finished and set(job.needs) <= finished]
+
+
+def drive(jobs: Sequence[Job], backend: Backend, is_finished: Callable[[Job], bool], poll_seconds: float = 60.0) -> None:
+    """Submit every job once its needs have finished, until all have. A job that fails stops only what needs it; its engine retries it."""
+    submitted: set[str] = set()
+    while True:
+        finished = {job.name for job in jobs if is_finished(job)}
+        for job in in_waves(jobs, finished):
+            if job.name not in submitted:
+                backend.submit(job)
+                submitted.add(job.name)
+                log.info("submitted %s (%d of %d finished)", job.name, len(finished), len(jobs))
+        if len(finished) == len(jobs):
+            return
+        time.sleep(poll_seconds)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """v5p:2x2x4 -> kind v5p, grid 2x2x4, 16 chips on 4 hosts."""
+
+    kind: str
+    grid: str
+    chips: int
+    hosts: int
+
+
+KINDS = ("v4", "v5e", "v5p", "v6e")
+CHIPS_PER_HOST = 4
+
+
+def parse_topology(topology: str) -> Slice:
+    """Raises UserError for what is no topology."""
+    match = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+x\d+(?:x\d+)?)", topology)
+    if not match:
+        raise UserError(f"--slice: {topology!r} is no TPU topology; for example v5p:2x2x4 or v5e:4x4 (kinds: {', '.join(KINDS)})")
+    kind, grid = match.groups()
+    chips = 1
+    for size in grid.split("x"):
+        chips *= int(size)
+    return Slice(kind, grid, chips, -(-chips // CHIPS_PER_HOST))

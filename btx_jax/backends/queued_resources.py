@@ -1,0 +1,83 @@
+"""One queued resource per stage (gcloud compute tpus queued-resources): a TPU VM slice that comes when there is room for it.
+
+Every host of the slice runs a start-up script: mount the bucket, install btx_jax, run the stage, and when it has finished delete the
+slice. The script runs again after every restart of a machine, and the run resumes.
+"""
+
+import shlex
+import tempfile
+from pathlib import Path
+
+from btx_jax.backends.cloud import MOUNT, Place, ask, require, shell
+from btx_jax.backends.jobs import Job, parse_topology
+from btx_jax.errors import UserError
+
+RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+
+STARTUP = """#!/bin/bash
+set -euo pipefail
+export DEBIAN_FRONTEND=noninteractive
+if ! command -v gcsfuse > /dev/null; then
+  echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -c -s) main" \\
+    > /etc/apt/sources.list.d/gcsfuse.list
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg > /usr/share/keyrings/cloud.google.asc
+  apt-get update -q && apt-get install -q -y gcsfuse python3-venv git
+fi
+mkdir -p {mount}
+mountpoint -q {mount} || gcsfuse --implicit-dirs --rename-dir-limit 100000 {bucket} {mount}
+[ -d /opt/btx_jax ] || git clone {source} /opt/btx_jax
+cd /opt/btx_jax
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install -q -e '.[tpu]'
+{command}
+gcloud compute tpus queued-resources delete {name} --zone={zone}{project} --force --quiet --async || true
+"""
+
+
+class QueuedResources:
+    def __init__(self, place: Place):
+        if not (place.zone and place.source):
+            raise UserError("--backend=queued-resources needs --zone and --source (the git URL that machines install from)")
+        self.place = place
+
+    def files(self, job: Job) -> dict[str, str]:
+        return {
+            f"{job.name}.startup.sh": self._startup(job),
+            f"{job.name}.sh": shlex.join(self._create(job, f"{job.name}.startup.sh")) + "\n",
+        }
+
+    def submit(self, job: Job) -> None:
+        """Creates it unless there is one of that name."""
+        found = ask(["gcloud", "compute", "tpus", "queued-resources", "describe", self.place.job_name(job.name), *self._where()])
+        if found.returncode == 0:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "startup.sh"
+            script.write_text(self._startup(job), encoding="utf-8")
+            require(ask(self._create(job, str(script))))
+
+    def _where(self) -> list[str]:
+        return [f"--zone={self.place.zone}", *([f"--project={self.place.project}"] if self.place.project else [])]
+
+    def _create(self, job: Job, script: str) -> list[str]:
+        if not job.topology:
+            raise UserError(f"--backend=queued-resources: stage {job.name} has no TPU topology; name one with --slice or --topology")
+        topology, name = parse_topology(job.topology), self.place.job_name(job.name)
+        return [
+            "gcloud", "compute", "tpus", "queued-resources", "create", name, *self._where(), f"--node-id={name}",
+            f"--type={topology.kind.replace('v5e', 'v5litepod')}", f"--topology={topology.grid}",
+            f"--runtime-version={RUNTIMES[topology.kind]}", f"--metadata-from-file=startup-script={script}",
+            *(["--spot"] if self.place.spot else []),
+        ]  # fmt: skip
+
+    def _startup(self, job: Job) -> str:
+        place = self.place
+        return STARTUP.format(
+            mount=MOUNT,
+            bucket=shlex.quote(place.bucket_name),
+            source=shlex.quote(place.source),
+            command=shell((".venv/bin/python", *job.command[1:])),
+            name=place.job_name(job.name),
+            zone=place.zone,
+            project=f" --project={place.project}" if place.project else "",
+        )

@@ -1,0 +1,61 @@
+"""One SkyPilot managed job per stage: `sky jobs launch`, which starts a spot slice again somewhere when it is taken away."""
+
+import shlex
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from btx_jax.backends.cloud import MOUNT, Place, ask, require, shell
+from btx_jax.backends.jobs import Job, parse_topology
+from btx_jax.errors import UserError
+
+# SkyPilot names a slice by TensorCores on v4 and v5p (two a chip), by chips on v5e and v6e.
+NAMES = {"v4": ("tpu-v4", 2), "v5e": ("tpu-v5litepod", 1), "v5p": ("tpu-v5p", 2), "v6e": ("tpu-v6e", 1)}
+RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+
+SETUP = """[ -d btx_jax ] || git clone {source} btx_jax
+cd btx_jax
+python3 -m venv .venv
+.venv/bin/pip install -q -e '.[tpu]'
+"""
+
+
+class SkyPilot:
+    def __init__(self, place: Place):
+        if not place.source:
+            raise UserError("--backend=skypilot needs --source (the git URL that machines install from)")
+        self.place = place
+
+    def files(self, job: Job) -> dict[str, str]:
+        return {f"{job.name}.yaml": yaml.safe_dump(self._task(job), sort_keys=False)}
+
+    def submit(self, job: Job) -> None:
+        """Launches it unless the queue has a job of that name that has not ended."""
+        name = self.place.job_name(job.name)
+        queue = ask(["sky", "jobs", "queue", "--skip-finished"])
+        require(queue)
+        if name in queue.stdout.split():
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for file, text in self.files(job).items():
+                (Path(folder) / file).write_text(text, encoding="utf-8")
+                require(ask(["sky", "jobs", "launch", "--name", name, "--yes", "--detach-run", str(Path(folder) / file)]))
+
+    def _task(self, job: Job) -> dict:
+        place = self.place
+        resources: dict = {"infra": f"gcp/*/{place.zone}" if place.zone else "gcp", "use_spot": place.spot}
+        if job.topology:
+            topology = parse_topology(job.topology)
+            name, per_chip = NAMES[topology.kind]
+            resources["accelerators"] = f"{name}-{topology.chips * per_chip}"
+            resources["accelerator_args"] = {"tpu_vm": True, "runtime_version": RUNTIMES[topology.kind]}
+        else:
+            resources["cpus"] = "8+"
+        return {
+            "name": place.job_name(job.name),
+            "resources": resources,
+            "file_mounts": {MOUNT: {"source": place.bucket, "mode": "MOUNT"}},
+            "setup": SETUP.format(source=shlex.quote(place.source)),
+            "run": f"cd btx_jax\n{shell(('.venv/bin/python', *job.command[1:]))}\n",
+        }

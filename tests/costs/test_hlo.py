@@ -1,0 +1,103 @@
+"""FLOPs and collectives read from compiled programs, against what the programs are known to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from btx_jax.costs import hlo
+from btx_jax.parallel.sharding import gather, make_mesh, per_device, resolve, scatter_sum
+
+N = jax.sharding.NamedSharding
+
+
+def program(function, *shapes):
+    return hlo.read(jax.jit(function).lower(*shapes).compile().as_text())
+
+
+def test_dots_count_with_the_trips_of_every_loop_around_them():
+    w = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32)
+    x = jax.ShapeDtypeStruct((7, 16, 32), jnp.float32)
+
+    def f(x, w):
+        inner = lambda h: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, w)[0]  # noqa: E731
+        return jax.lax.map(inner, x)
+
+    assert program(f, x, w).dot_flops == 7 * 5 * 2 * 16 * 32 * 32
+
+
+def test_collectives_count_with_trips_and_groups():
+    mesh = make_mesh((1, 2, 4, 1))
+    w = jax.ShapeDtypeStruct((3, 64, 16), jnp.float32, sharding=N(mesh, resolve((None, "embed"))))
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=N(mesh, resolve(("batch",))))
+
+    def f(x, w):
+        def one(x, w):
+            local = lambda x, w: jnp.sin(x @ gather(w, "embed", 0)) @ gather(w, "embed", 0).T  # noqa: E731
+            return per_device(local, (("batch",), ("embed",)), ("batch",))(x, w), None
+
+        return jax.lax.scan(one, x, w)[0].sum()
+
+    with jax.set_mesh(mesh):
+        counted = program(jax.grad(f, argnums=1), x, w)
+    size = 64 * 16 * 4
+    gathers = [c for c in counted.collectives if c.kind == "all-gather"]
+    scatters = [c for c in counted.collectives if c.kind == "reduce-scatter"]
+    assert {c.group_size for c in gathers} == {8}
+    assert {(c.bytes, c.trips % 3) for c in gathers} == {(size, 0)}
+    assert sum(c.wire_bytes for c in gathers) == pytest.approx(sum(c.trips for c in gathers) * size * 7 / 8)
+    assert scatters, "the gradient of a gathered weight is reduce-scattered, not all-reduced"
+    assert not [c for c in counted.collectives if c.kind == "all-reduce" and c.bytes >= size]
+
+
+def test_a_gather_in_one_axis_and_its_gradient_in_stages_are_right():
+    mesh = make_mesh((1, 8, 1, 1))
+    w = jax.random.normal(jax.random.key(0), (16, 4))
+    x = jax.random.normal(jax.random.key(1), (8, 16))
+    local = lambda x, w: jnp.sin(x @ gather(w, "embed", 0))  # noqa: E731
+
+    def loss(w):
+        return (per_device(local, (("batch",), ("embed",)), ("batch",))(x, w) ** 2).sum()
+
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.grad(loss))(w)
+    np.testing.assert_allclose(got, jax.grad(lambda w: (jnp.sin(x @ w) ** 2).sum())(w), atol=1e-5)
+    with jax.set_mesh(mesh):
+        summed = jax.jit(per_device(lambda x: scatter_sum(x, "embed", 0), ((None,),), ("embed",)))(w)
+    np.testing.assert_allclose(summed, 8 * w, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[4], x", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}, x", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}, x", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x", ((0, 2), (1, 3))),
+        ("source_target_pairs={{0,1},{1,0}}, x", ((0, 1), (1, 0))),
+    ],
+)
+def test_groups_in_every_notation(text, groups):
+    assert hlo._groups(hlo.Instruction("x", "all-reduce", [], [], ", " + text, "")) == groups
+    with pytest.raises(ValueError, match="cannot be read"):
+        hlo._groups(hlo.Instruction("x", "all-reduce", [], [], ", replica_groups=new", ""))
+
+
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "stride", "padding"), [((2, 5, 5, 3), (3, 3, 3, 4), 1, "SAME"), ((2, 8, 8, 3), (2, 2, 3, 4), 2, "VALID")]
+)
+def test_convolutions_count_only_taps_on_elements(lhs, rhs, stride, padding):
+    dims = ("NHWC", "HWIO", "NHWC")
+    f = lambda x, k: jax.lax.conv_general_dilated(x, k, (stride, stride), padding, dimension_numbers=dims)  # noqa: E731
+    x, k = jnp.ones(lhs), jnp.ones(rhs)
+    # Of ones, each output is the number of taps on elements times the input features.
+    assert program(f, x, k).dot_flops == 2 * float(f(x, k).sum())
+
+
+def test_a_loop_without_a_readable_count_is_an_error():
+    f = lambda x: jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ x, x)  # noqa: E731
+    with pytest.raises(ValueError, match="trip count cannot be read"):
+        program(f, jnp.ones((4, 4)))

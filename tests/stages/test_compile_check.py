@@ -1,0 +1,75 @@
+"""The step of a small MoE compiled for TPU topologies by libtpu, on a machine without one, through the real command line."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.cli
+
+MODEL = (
+    "--config.model.vocab_size=4096", "--config.model.layers=4", "--config.model.d_model=512", "--config.model.d_ff=1024",
+    "--config.model.heads=4", "--config.model.kv_heads=4", "--config.model.head_dim=128", "--config.data.sequence_length=1024",
+    "--config.train.accumulate=1",
+)  # fmt: skip
+MOE = ("--config=configs/moe_finetune.py", *MODEL, "--config.model.moe.experts=(4, 4, 4, 4)", "--config.train.batch_size=16")
+LAYERS, TOKENS, D, F, VOCAB = 4, 16 * 1024, 512, 1024, 4096
+
+
+def check(cli, name, *arguments, status=0):
+    out, _ = cli.run(*arguments, f"--workdir={cli.home / name}", status=status)
+    return json.loads((cli.home / name / "compile.json").read_text()), out
+
+
+def moved(result, kind, across=False):
+    return sum(row["wire_bytes"] for row in result["collectives"] if row["kind"] == kind and row["across_slices"] == across)
+
+
+def test_a_moe_on_one_slice_and_on_two(cli):
+    einsum, told = check(cli, "einsum", *MOE, "--compile_topology=v5p:2x2x4")
+    assert einsum["fits"]
+    assert einsum["mesh"] == {"data": 1, "fsdp": 4, "expert": 4, "tensor": 1}
+    assert "MFU at most" in told
+    flops = einsum["flops"]
+    attention, experts, head = 4 * D * D, 3 * D * F, D * VOCAB
+    least = 6 * TOKENS / 16 * (LAYERS * (attention + 2 * 1.25 * experts) + head)
+    assert least < flops["dots"] < 1.35 * least, "every matmul forward and twice backward, the down product and dispatch once more"
+    assert moved(einsum, "all-to-all") > 0
+    weights = 2 * LAYERS * 4 * experts  # all experts, bfloat16
+    gathered = moved(einsum, "all-gather")
+    assert gathered < 0.75 * 2 * (weights / 4 + 2 * LAYERS * attention + 2 * head) * 1.6, "experts travel over fsdp alone, not over expert"
+    assert moved(einsum, "all-reduce") < 0.02 * moved(einsum, "reduce-scatter"), "gradients are reduce-scattered"
+
+    ragged, _ = check(cli, "ragged", *MOE, "--config.compute.dispatch=ragged", "--compile_topology=v5e:4x4")
+    assert ragged["flops"]["gmm"] > 0
+    assert moved(ragged, "all-to-all") < 0.1 * moved(einsum, "all-to-all"), "tokens are gathered; what is left is the embedding's"
+
+    two, _ = check(cli, "two", *MOE, "--config.mesh.data=2", "--compile_topology=v5e:4x4", "--num_slices=2")
+    assert two["devices"] == 32
+    assert moved(two, "all-to-all") > 0
+    across = {row["kind"] for row in two["collectives"] if row["across_slices"] and row["wire_bytes"] > 1e5}
+    assert across <= {"all-reduce"}, "only gradients are summed across slices"
+    assert across, "two slices that exchange no gradient would train two models"
+
+
+def test_what_does_not_fit_says_what_would(cli):
+    big = ("--config=configs/math_expert.py", *MODEL[:-1], "--config.train.batch_size=64", "--config.train.accumulate=1")
+    wide = ("--config.model.layers=24", "--config.compute.remat=none", "--config.data.sequence_length=4096")
+    result, told = check(cli, "big", *big, *wide, "--compile_topology=v5e:2x2", status=1)
+    assert not result["fits"]
+    assert "does not fit" in told
+    assert result["changes"][-1]["fits"]
+    assert result["changes"][0]["change"] == "--config.compute.remat=ffn", "what costs least is tried first"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((*MOE, "--compile_topology=v5p:2x2x3"), "--compile_topology=v5p:2x2x3"),
+        ((*MOE, "--compile_topology=h100:8"), "libtpu knows no such topology"),
+        ((*MOE, "--compile_topology=v5e:4x4", "--num_slices=2"), "config.mesh.data=1: must be a multiple of the 2 slices"),
+        (("--config=configs/mix.py", "--compile_topology=v5e:4x4"), "compiles the step of a training config"),
+        ((*MOE, "--config.train.batch_size=12", "--compile_topology=v5p:2x2x4"), "config.train.batch_size=12"),
+    ],
+)
+def test_wrong_topologies_are_one_line(cli, arguments, told):
+    assert told in cli.fails(*arguments)
