@@ -169,7 +169,9 @@ def _walk(computations: Mapping[str, Computation], name: str, trips: int, progra
             size = max(sum(s.bytes for s in operands), max((s.bytes for s in instruction.shapes), default=0))
             if opcode == "all-reduce" and name.startswith("all-reduce-scatter"):
                 opcode = "reduce-scatter"  # the TPU's own form of it: an all-reduce and a slice, fused into one ring
-            program.collectives.append(Collective(opcode, size, trips, _groups(instruction), place))
+            groups = _groups(instruction)
+            if not groups or max(map(len, groups)) > 1:  # one device alone exchanges nothing
+                program.collectives.append(Collective(opcode, size, trips, groups, place))
         elif opcode == "custom-call":
             if (target := instruction.attribute(r'custom_call_target="([^"]*)"')) == "tpu_custom_call":
                 kernel = re.sub(r"[.\d]+$", "", instruction.name)

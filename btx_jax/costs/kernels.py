@@ -1,5 +1,6 @@
 """FLOPs of the TPU kernels, which the compiler cannot see into, from their operands' shapes."""
 
+from btx_jax.config import ModelConfig
 from btx_jax.costs.hlo import Kernel
 from btx_jax.models.splash import block_size
 
@@ -26,3 +27,11 @@ def kernel_flops(kernel: Kernel) -> float:
         left, right = kernel.operands[-2].dims, kernel.operands[-1].dims
         return 2.0 * left[0] * left[1] * right[1] * kernel.trips
     raise ValueError(f"kernel {kernel.name!r}: no formula for its FLOPs; add one to costs/kernels.py")
+
+
+def rows_in_use(kernel: Kernel, model: ModelConfig, expert_axis: int) -> float:
+    """Share of a grouped matmul's buffer that holds claims when the router balances: the buffer has room for the most that own experts
+    can get."""
+    own = (kernel.operands[-1] if kernel.name == "gmm" else kernel.results[0]).dims[0]
+    k = next(spec.k for spec in model.layer_specs() if spec.experts == own * expert_axis)
+    return k / expert_axis / min(k, own)

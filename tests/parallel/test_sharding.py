@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from btx_jax.config import ComputeConfig, MoEConfig, TrainConfig
+from btx_jax.costs import hlo
 from btx_jax.errors import UserError
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.sharding import MESH_AXES, make_mesh, param_shardings, resolve, shard
@@ -89,6 +91,34 @@ def test_compiled_moe_step_moves_tokens_and_not_experts():
     )
     experts = [line for line in text.splitlines() if re.search(r"= f32\[(?:\d+,)?4,(32,48|48,32)\]\S* all-gather", line)]
     assert not experts, f"whole expert weights are gathered over the expert axis: {experts[0][:200]}"
+
+
+def test_compiled_ragged_step_gathers_tokens_over_experts_and_weights_over_fsdp():
+    mesh = make_mesh((1, 2, 4, 1))
+    compute = dataclasses.replace(COMPUTE, dispatch="ragged")
+    program = hlo.read(lower_train_step(MODEL, compute, TRAIN, mesh, 32).compile().as_text())
+    expert = 32 * 48 * 4  # one matrix of one expert, float32
+    in_ffn = [c for c in program.collectives if "ffn" in c.where]
+    weights = [c for c in in_ffn if c.kind == "all-gather" and c.bytes % expert == 0 and c.bytes >= expert]
+    assert weights
+    assert {c.group_size for c in weights} == {2}, "expert weights travel over fsdp alone: the expert axis holds whole experts"
+    tokens = [c for c in in_ffn if c.kind == "all-gather" and c.group_size == 4 and c.bytes == 4 * 32 * 32 * 4]
+    assert tokens, "the tokens of four devices are gathered over the expert axis"
+    assert [c for c in in_ffn if c.kind == "reduce-scatter" and c.group_size == 4], "answers are summed and scattered over it"
+    assert not [c for c in in_ffn if c.kind == "all-to-all"]
+    assert not [c for c in in_ffn if c.kind == "all-reduce" and c.bytes >= expert], "a whole expert's gradient is all-reduced"
+
+
+def test_the_training_step_never_holds_all_logits():
+    compute = dataclasses.replace(COMPUTE, loss_chunk=48)
+    mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    model = dataclasses.replace(MODEL, vocab_size=112)  # a size that nothing else has
+    text = lower_train_step(model, compute, TRAIN, mesh, 24).compile().as_text()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
+    with_vocabulary = {dims for dims in shapes if dims[-1] == 112}
+    assert any(math.prod(dims) == 48 * 112 for dims in with_vocabulary), "logits of one chunk of 48 tokens"
+    whole = [dims for dims in with_vocabulary if math.prod(dims) >= 8 * 24 * 112]
+    assert not whole, f"logits of the whole batch exist at once: {whole}"
 
 
 def test_state_lies_where_the_table_says():
