@@ -64,10 +64,11 @@ class Collective:
     trips: int
     groups: tuple[tuple[int, ...], ...]
     where: str  # op_name: the place in our program
+    slices: int = 1  # more than one: the part of a collective that crosses slices, through the hosts
 
     @property
     def group_size(self) -> int:
-        return max(map(len, self.groups), default=1)
+        return self.slices if self.slices > 1 else max(map(len, self.groups), default=1)
 
     @property
     def wire_bytes(self) -> float:
@@ -172,6 +173,10 @@ def _walk(computations: Mapping[str, Computation], name: str, trips: int, progra
             groups = _groups(instruction)
             if not groups or max(map(len, groups)) > 1:  # one device alone exchanges nothing
                 program.collectives.append(Collective(opcode, size, trips, groups, place))
+        elif opcode == "send" and "_xla_megascale_transfer_type" in instruction.text:
+            kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+            slices = instruction.attribute(r'_xla_megascale_target="\{([\d,]+)\}')
+            program.collectives.append(Collective(kind, operands[0].bytes, trips, (), place, slices.count(",") + 1))
         elif opcode == "custom-call":
             if (target := instruction.attribute(r'custom_call_target="([^"]*)"')) == "tpu_custom_call":
                 kernel = re.sub(r"[.\d]+$", "", instruction.name)

@@ -129,8 +129,7 @@ def check(config: Config, model: ModelConfig, devices: Sequence[jax.Device], top
     result.fits = total <= limits.memory
     program = hlo.read(compiled.as_text())
     result.flops = count_flops(program, config, model, len(devices), mesh.shape["expert"])
-    slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
-    result.collectives = count_collectives(program, slice_of)
+    result.collectives = count_collectives(program)
     result.roofline = roofline(result, program, limits)
     return result
 
@@ -163,12 +162,11 @@ def count_flops(program: hlo.Program, config: Config, model: ModelConfig, device
     }  # fmt: skip
 
 
-def count_collectives(program: hlo.Program, slice_of: Sequence[int]) -> list[dict[str, Any]]:
+def count_collectives(program: hlo.Program) -> list[dict[str, Any]]:
     """Per kind, inside a slice and across: executed count, bytes of the larger of operand and result, bytes on the wire."""
     rows: dict[tuple[str, bool], dict[str, Any]] = {}
     for one in program.collectives:
-        groups = one.groups or (tuple(range(len(slice_of))),)
-        across = any(len({slice_of[device] for device in group}) > 1 for group in groups)
+        across = one.slices > 1
         row = rows.setdefault((one.kind, across), {"kind": one.kind, "across_slices": across, "count": 0, "bytes": 0.0, "wire_bytes": 0.0})
         row["count"] += one.trips
         row["bytes"] += one.bytes * one.trips
