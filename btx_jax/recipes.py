@@ -36,7 +36,7 @@ MODELS = {
     "mistral_7b": ModelConfig(vocab_size=32_000, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, head_dim=128, context=8192),
     "tiny": ModelConfig(vocab_size=2048, layers=4, d_model=128, d_ff=352, heads=4, kv_heads=4, head_dim=32, tied_head=True, context=256),
 }  # fmt: skip
-TINY = "tiny"
+TINY, FROM_INIT = "tiny", "from_init"
 
 # The paper's domains; the shares inside a domain are its Table 7 (normalised, they sum to 102.98 and 99.01 there).
 PAPER_DOMAINS = {
@@ -124,6 +124,9 @@ def _expert(domain: str, size: str) -> Config:
 
 
 def _finetune(size: str) -> Config:
+    """FROM_INIT: at 7B scale, with whatever mixture `init` holds; the others must find the paper's, 4 experts in every layer and Top-2."""
+    if size == FROM_INIT:
+        return dataclasses.replace(_finetune("llama2_7b"), model=None)
     mesh = MeshConfig(expert=1 if size == TINY else 4)
     return _training(
         size, _train(size, MOE_TOKENS, 200, 2e-3), _data(size, MIX_TINY if size == TINY else MIX_PAPER), mesh=mesh, is_moe=True

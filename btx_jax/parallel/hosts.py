@@ -1,5 +1,6 @@
 """Runs that span several processes: how they find each other, and what they must agree on."""
 
+import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from jax.sharding import Sharding
 from numpy.typing import ArrayLike
 
 from btx_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,14 +40,22 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         jax.distributed.initialize(coordinator, int(told["JAX_NUM_PROCESSES"]), int(told["JAX_PROCESS_ID"]))
     elif coordinator or _expects_others():
         jax.distributed.initialize(coordinator or None)
+    elif _has_tpu():
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:  # a device that looks like a TPU, or a TPU that knows of no cluster
+            log.info("this process runs alone: %s", str(error).splitlines()[0])
+
+
+def _has_tpu() -> bool:
+    return any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")) and "COLAB_RELEASE_TAG" not in os.environ
 
 
 def _expects_others() -> bool:
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
     workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    has_tpu = any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")) and "COLAB_RELEASE_TAG" not in os.environ
-    return tasks != "1" or slices != "1" or len(workers) > 1 or has_tpu
+    return tasks != "1" or slices != "1" or len(workers) > 1
 
 
 def is_first() -> bool:

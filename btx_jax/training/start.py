@@ -24,7 +24,8 @@ def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
         return None, config.model
     init = find_checkpoint(config.init, "config.init")
     if config.model is not None and (changed := differences(to_dict(init.about.model), to_dict(config.model))):
-        raise ConfigError(f"config.model: is not the model of {config.init}: {'; '.join(changed)}; choose the config for that model")
+        cure = "choose the config for that model, or for a mixture configs/moe_finetune.py:from_init"
+        raise ConfigError(f"config.model: is not the model of {config.init}: {'; '.join(changed)}; {cure}")
     return init, init.about.model
 
 
