@@ -196,17 +196,19 @@ def roofline(result: Check, program: hlo.Program, limits: Chip) -> dict[str, flo
 def cures(config: Config, model: ModelConfig, devices: Sequence[jax.Device], topology: str, console: Console) -> Iterator[dict[str, Any]]:
     """The cheapest change that makes it fit, found by compiling: first what costs only time, then what needs more chips."""
     assert config.train and config.compute and config.mesh
-    state = 12 * parameter_counts(model)[0] / len(devices)  # float32 parameters and two moments
+    bytes_of_state = 12 * parameter_counts(model)[0]  # float32 parameters and two moments
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    state = bytes_of_state * slices / len(devices)
     limits = chip(devices[0].device_kind)
     assert limits
     if state > 0.95 * limits.memory:
         chips = 2 * len(devices)
-        while 12 * parameter_counts(model)[0] / chips > 0.8 * limits.memory:
+        while bytes_of_state * slices / chips > 0.8 * limits.memory:
             chips *= 2
         console.print(f"parameters and moments alone take {state / GIB:.1f} GiB a chip: use {chips} chips or more of this kind")
         yield {"change": f"{chips} chips", "compiled": False}
         return
-    for change, changed in _candidates(config):
+    for change, changed in _candidates(config, slices):
         try:
             found = check(changed, model, devices, topology)
         except UserError:
@@ -220,18 +222,26 @@ def cures(config: Config, model: ModelConfig, devices: Sequence[jax.Device], top
     yield {"change": f"{2 * len(devices)} chips", "compiled": False}
 
 
-def _candidates(config: Config) -> Iterator[tuple[str, Config]]:
-    assert config.train and config.compute
+def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
+    """(flags, config), each with all of those before it."""
+    assert config.mesh and config.compute and config.train
+    mesh, compute, train = config.mesh, config.compute, config.train
+    flags: list[str] = []
+    if mesh.data not in (slices, -1):  # copies of the state that nothing needs
+        flags.append(f"--config.mesh.data={slices} --config.mesh.fsdp=-1")
+        config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=slices, fsdp=-1))
+        yield flags[0], config
+    less = {"none": ("ffn", "attention", "full"), "ffn": ("attention", "full"), "attention": ("full",)}
     told = ""
-    for remat in {"none": ("ffn", "attention", "full"), "ffn": ("attention", "full"), "attention": ("full",)}.get(config.compute.remat, ()):
+    for remat in less.get(compute.remat, ()):
         told = f"--config.compute.remat={remat}"
-        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
-        yield told, config
-    assert config.train
-    accumulate = config.train.accumulate * 2
-    while config.train.batch_size % accumulate == 0:
-        train = dataclasses.replace(config.train, accumulate=accumulate)
-        yield f"{told} --config.train.accumulate={accumulate}".strip(), dataclasses.replace(config, train=train)
+        config = dataclasses.replace(config, compute=dataclasses.replace(compute, remat=remat))
+        yield " ".join([*flags, told]), config
+    flags += [told] if told else []
+    accumulate = train.accumulate * 2
+    while train.batch_size % accumulate == 0:
+        changed = dataclasses.replace(config, train=dataclasses.replace(train, accumulate=accumulate))
+        yield " ".join([*flags, f"--config.train.accumulate={accumulate}"]), changed
         accumulate *= 2
 
 
