@@ -86,7 +86,8 @@ def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     jax.config.update("jax_platforms", "cpu")
     try:
-        description = topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=num_slices)
+        cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # one device per chip, as everywhere else
+        description = topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=num_slices, **cores)
     except Exception as error:  # jaxlib raises several kinds; all mean that there is no such topology to be had
         if "libtpu" in str(error) or isinstance(error, ModuleNotFoundError):
             raise UserError("--compile_topology needs libtpu: pip install 'btx_jax[tpu]'") from None
