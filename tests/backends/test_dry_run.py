@@ -20,7 +20,7 @@ COMMON = (
     "--slice=report=v5e:2x2", "--config.rng_seed=1",
 )  # fmt: skip
 BACKENDS = {
-    "local": ("--backend=local", "--pipeline=configs/btx.py", "--workdir=/work/runs/paper", "--config.rng_seed=1"),
+    "local": ("--backend=local", "--pipeline=configs/btx.py", "--workdir=/data/runs/paper", "--config.rng_seed=1"),
     "queued-resources": ("--backend=queued-resources", *COMMON, "--zone=us-east5-a", "--source=https://example.org/btx_jax.git", "--spot"),
     "gke": ("--backend=gke", *COMMON, "--image=europe-docker.pkg.dev/p/r/btx:1", "--queue=tpu-queue", "--spot"),
     "skypilot": ("--backend=skypilot", *COMMON, "--source=https://example.org/btx_jax.git", "--spot"),
