@@ -73,7 +73,7 @@ def main() -> None:
                 show(jobs, local, args.out)
                 return
             local.run(jobs, lambda job: (workdir / job.name / "done.json").exists())
-            whole = Job("pipeline", (), tuple(word for word in jobs[0].command if not word.startswith("--only=")))
+            whole = Job("pipeline", (), tuple(word for word in jobs[0].command if not word.startswith("--only=")), str(workdir))
             local.run([whole], lambda job: False)  # all is there: writes the pipeline's own files
             return
         place = Place(args.bucket, args.run, args.source, args.zone, args.project, args.image, args.queue, args.spot)

@@ -22,12 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """name: of the stage. needs: stages that must have finished. command: what its machines run. topology: of its slice, such as
-    v5p:2x2x4, "" for machines without TPUs."""
+    """name: of the stage, which runs in WORKDIR/NAME. needs: stages that must have finished. command: what its machines run. topology:
+    of its slice, such as v5p:2x2x4, "" for machines without TPUs."""
 
     name: str
     needs: tuple[str, ...]
     command: tuple[str, ...]
+    workdir: str
     topology: str = ""
 
 
@@ -40,6 +41,10 @@ class Backend(Protocol):
 
     def submit(self, job: Job) -> None:
         """Hand the job to the engine. Doing so twice starts it once. Raises UserError, with the engine's words, when it refuses."""
+        ...
+
+    def keep(self, job: Job) -> None:
+        """Called now and then while a submitted job has not finished: bring back machines that were taken away, if its engine does not."""
         ...
 
 
@@ -73,7 +78,7 @@ def jobs_of(
     except graphlib.CycleError as error:
         raise ConfigError(f"--pipeline={file}: stages need each other in a circle: {', '.join(error.args[1])}") from None
     return [
-        Job(name, pipeline[name].needs, (*launch, *overrides, f"--only={name}"), topologies.get(name, topologies.get("", "")))
+        Job(name, pipeline[name].needs, (*launch, *overrides, f"--only={name}"), workdir, topologies.get(name, topologies.get("", "")))
         for name in order
     ]
 
@@ -93,6 +98,8 @@ def drive(jobs: Sequence[Job], backend: Backend, is_finished: Callable[[Job], bo
                 backend.submit(job)
                 submitted.add(job.name)
                 log.info("submitted %s (%d of %d finished)", job.name, len(finished), len(jobs))
+            else:
+                backend.keep(job)
         if len(finished) == len(jobs):
             return
         time.sleep(poll_seconds)

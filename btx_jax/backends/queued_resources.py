@@ -1,9 +1,11 @@
 """One queued resource per stage (gcloud compute tpus queued-resources): a TPU VM slice that comes when there is room for it.
 
-Every host of the slice runs a start-up script: mount the bucket, install btx_jax, run the stage, and when it has finished delete the
-slice. The script runs again after every restart of a machine, and the run resumes.
+Every host of the slice runs a start-up script: mount the bucket, install btx_jax, run the stage, and, once done.json is there, delete the
+slice. The script runs again when a machine restarts, and the run resumes. A slice that is taken away leaves its request SUSPENDED; the
+submitter, while it runs, makes the request anew. A stage that fails leaves its slice up, to be looked at: the bill runs on.
 """
 
+import logging
 import shlex
 import tempfile
 from pathlib import Path
@@ -12,6 +14,9 @@ from btx_jax.backends.cloud import MOUNT, Place, ask, require, shell
 from btx_jax.backends.jobs import Job, parse_topology
 from btx_jax.errors import UserError
 
+log = logging.getLogger(__name__)
+
+LOST = ("SUSPENDED", "FAILED")
 RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 
 STARTUP = """#!/bin/bash
@@ -30,7 +35,9 @@ cd /opt/btx_jax
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install -q -e '.[tpu]'
 {command}
-gcloud compute tpus queued-resources delete {name} --zone={zone}{project} --force --quiet --async || true
+# Process 0 writes the mark; the slice must not go before it has.
+until [ -f {done} ]; do sleep 10; done
+gcloud compute tpus queued-resources delete {name} --zone={zone}{project} --force --quiet --async
 """
 
 
@@ -48,13 +55,31 @@ class QueuedResources:
 
     def submit(self, job: Job) -> None:
         """Creates it unless there is one of that name."""
-        found = ask(["gcloud", "compute", "tpus", "queued-resources", "describe", self.place.job_name(job.name), *self._where()])
-        if found.returncode == 0:
+        if self._state(job):
+            self.keep(job)
             return
         with tempfile.TemporaryDirectory() as folder:
             script = Path(folder) / "startup.sh"
             script.write_text(self._startup(job), encoding="utf-8")
             require(ask(self._create(job, str(script))))
+
+    def keep(self, job: Job) -> None:
+        """Of a request whose machines were taken away: delete it, so that the next call makes it anew."""
+        state = self._state(job)
+        if not state:
+            self.submit(job)
+        elif state in LOST:
+            log.info("%s: %s, asking again", job.name, state)
+            delete = ["gcloud", "compute", "tpus", "queued-resources", "delete", self.place.job_name(job.name), *self._where()]
+            require(ask([*delete, "--force", "--quiet"]))
+
+    def _state(self, job: Job) -> str:
+        """ "" when there is no such request."""
+        describe = ["gcloud", "compute", "tpus", "queued-resources", "describe", self.place.job_name(job.name), *self._where()]
+        found = ask([*describe, "--format=value(state.state)"])
+        if found.returncode and "NOT_FOUND" not in found.stderr:
+            require(found)
+        return "" if found.returncode else found.stdout.strip()
 
     def _where(self) -> list[str]:
         return [f"--zone={self.place.zone}", *([f"--project={self.place.project}"] if self.place.project else [])]
@@ -77,6 +102,7 @@ class QueuedResources:
             bucket=shlex.quote(place.bucket_name),
             source=shlex.quote(place.source),
             command=shell((".venv/bin/python", *job.command[1:])),
+            done=shlex.quote(f"{job.workdir}/{job.name}/done.json"),
             name=place.job_name(job.name),
             zone=place.zone,
             project=f" --project={place.project}" if place.project else "",

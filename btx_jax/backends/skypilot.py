@@ -42,6 +42,9 @@ class SkyPilot:
                 (Path(folder) / file).write_text(text, encoding="utf-8")
                 require(ask(["sky", "jobs", "launch", "--name", name, "--yes", "--detach-run", str(Path(folder) / file)]))
 
+    def keep(self, job: Job) -> None:
+        """Managed jobs recover by themselves."""
+
     def _task(self, job: Job) -> dict:
         place = self.place
         resources: dict = {"infra": f"gcp/*/{place.zone}" if place.zone else "gcp", "use_spot": place.spot}

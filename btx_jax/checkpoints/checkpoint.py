@@ -63,7 +63,9 @@ class Reader(Protocol):
     slots: dict[str, Slot]
     dtypes: dict[str, np.dtype]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> np.ndarray:
+        """Read-only: its values have been looked at, and nobody can change them."""
+        ...
 
     def check(self) -> None:
         """Raises UserError when a tensor that was read held NaN or infinity."""
@@ -184,7 +186,7 @@ def write_checkpoint(
 
     def make(name: str) -> tuple[np.ndarray, bool]:
         array = cast(name, tensor(name), dtypes[name])
-        return array, is_finite(array)
+        return array, not array.flags.writeable or is_finite(array)  # a reader has seen a read-only one
 
     with new_directory(target) as partial:
         writer = (HuggingFaceWriter if as_huggingface else StepWriter)(partial, model, dtypes)

@@ -282,6 +282,7 @@ class HuggingFaceReader:
         array = self._stored[stored].read(stored, index, rows)
         if not is_finite(array):
             self._bad_values.append(name)
+        array.flags.writeable = False
         return array
 
     def check(self) -> None:

@@ -167,6 +167,7 @@ class StepReader:
             raise UserError(f"{self._path}: {'/'.join(slot.path)} cannot be read: {error}") from error
         if not is_finite(array):
             self._bad_values.append(name)
+        array.flags.writeable = False
         return array
 
     def check(self) -> None:

@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 
 from btx_jax.models.layers import swiglu, swiglu_backward, swiglu_forward
 
@@ -39,6 +38,8 @@ def _swiglu(matmul, x_RD, gate, up, down):
 
 
 def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
+    from jax.experimental.pallas.ops.tpu.megablox import ops as megablox  # as for splash: only who needs it pays for the import
+
     def matmul(rows, kernel):
         tiles = (tile, min(TILES[1], kernel.shape[1]), min(TILES[2], kernel.shape[2]))
         return megablox.gmm(rows, kernel, sizes_E, rows.dtype, tiles, interpret=interpret)

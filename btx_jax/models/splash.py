@@ -2,8 +2,6 @@
 
 import jax
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 LANES = 128  # the kernel's tiles of keys are whole vector registers
 BLOCK = 1024  # queries by keys per tile, when that divides the sequence
@@ -15,7 +13,7 @@ def block_size(length: int) -> int:
     return next((size for size in range(BLOCK, 0, -LANES) if length % size == 0), 0)
 
 
-def _kernel(heads: int, length: int, interpret: bool):
+def _kernel(splash, masks, heads: int, length: int, interpret: bool):
     size = block_size(length)
     sizes = splash.BlockSizes(
         block_q=size, block_kv=size, block_kv_compute=min(size, 512) if size % 512 == 0 else size,
@@ -30,8 +28,12 @@ def _kernel(heads: int, length: int, interpret: bool):
 
 def splash_attend(q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT: jax.Array, interpret: bool) -> jax.Array:
     """`attention.attend` by the kernel, for the rows and heads of one device. T must be a multiple of 128."""
+    # Here, since every command would pay for the import and few need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     batch, kv_heads, groups, length, head_dim = q_BNGTK.shape
     q_BHTK = (q_BNGTK * np.asarray(head_dim**-0.5, q_BNGTK.dtype)).reshape(batch, kv_heads * groups, length, head_dim)
-    kernel = _kernel(kv_heads * groups, length, interpret)
+    kernel = _kernel(splash, masks, kv_heads * groups, length, interpret)
     y_BHTK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(q_BHTK, k_BNSK, v_BNSK, segments_BT)
     return y_BHTK.reshape(q_BNGTK.shape)

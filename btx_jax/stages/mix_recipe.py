@@ -189,7 +189,9 @@ def make_tensor(recipe: Recipe, sources: Sources, gates: np.ndarray, name: str, 
             return cast(name, shared[0], dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             merged = _merged(recipe, sources, shared, name, dtype)
-        if all(map(is_finite, shared)):
+        if is_finite(merged):
+            merged.flags.writeable = False  # as from a reader: looked at once is enough
+        elif all(map(is_finite, shared)):
             check_range(name, merged)
         return merged
 
