@@ -78,18 +78,45 @@ def swiglu_forward(x, gate, up, down):
 
 
 def swiglu_backward(residuals, dy):
+    dx, _, *dw = _scaled_backward((residuals, jnp.ones((), dy.dtype)), dy)
+    return dx, *dw
+
+
+swiglu.defvjp(swiglu_forward, swiglu_backward)
+
+
+@jax.custom_vjp
+def scaled_swiglu(x_MD: jax.Array, scale_M: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """scale * swiglu(x), row by row.
+
+    Autodiff takes a scale's gradient from the output: <dy, h down>. Here it is <dy down^T, h>, from what the backward pass computes
+    anyway, so that the output is neither kept nor, under rematerialisation, computed again.
+    """
+    return swiglu(x_MD, gate_DF, up_DF, down_FD) * scale_M[..., None].astype(x_MD.dtype)
+
+
+def _scaled_forward(x, scale, *weights):
+    y, residuals = swiglu_forward(x, *weights)
+    return y * scale[..., None].astype(y.dtype), (residuals, scale)
+
+
+def _scaled_backward(saved, dy):
+    residuals, scale_M = saved
     # Otherwise XLA shares sigmoid(a) with the forward pass, which then writes it to memory and stays unfused.
     x, a, b, gate, up, down = jax.lax.optimization_barrier(residuals)
     transposed = lambda w: jnp.swapaxes(w, -1, -2)  # noqa: E731
     s = jax.nn.sigmoid(a)
     silu = a * s
-    dh = dy @ transposed(down)
+    h, scale = silu * b, scale_M[..., None].astype(dy.dtype)
+    dh_unscaled = dy @ transposed(down)
+    dscale = jnp.sum(dh_unscaled.astype(jnp.float32) * h.astype(jnp.float32), axis=-1).astype(scale_M.dtype)
+    dh = dh_unscaled * scale
     da, db = dh * b * (s * (1 + a * (1 - s))), dh * silu
     dx = da @ transposed(gate) + db @ transposed(up)
-    return dx, transposed(x) @ da, transposed(x) @ db, transposed(silu * b) @ dy
+    return dx, dscale, transposed(x) @ da, transposed(x) @ db, transposed(h) @ (dy * scale)
 
 
-swiglu.defvjp(swiglu_forward, swiglu_backward)
+scaled_swiglu.defvjp(_scaled_forward, _scaled_backward)
 
 
 class FeedForward(nn.Module):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from btx_jax.config import ComputeConfig, LayerSpec
-from btx_jax.models.layers import normal_param, platform_kernels, swiglu
+from btx_jax.models.layers import normal_param, platform_kernels, scaled_swiglu
 from btx_jax.models.ragged import ragged_experts
 from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum, shard
@@ -15,22 +15,23 @@ def einsum_experts(x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate
     """GShard dispatch with a capacity: (y_GSD, share of claims dropped). Two all-to-alls when experts are spread over the mesh."""
     _, tokens, d_model = x_GSD.shape
     experts = gate_EDF.shape[0]
-    dispatch_GSEC, combine_GSEC, dropped = place(choice, experts, capacity(tokens, experts, k, factor))
-    x_GSD = shard(x_GSD, "group", None, None)
-    x_EGCD = jnp.einsum("gsd,gsec->egcd", x_GSD, dispatch_GSEC.astype(x_GSD.dtype))
+    dispatch_GSEC, gate_GEC, dropped = place(choice, experts, capacity(tokens, experts, k, factor))
+    dispatch_GSEC = dispatch_GSEC.astype(x_GSD.dtype)
+    x_EGCD = jnp.einsum("gsd,gsec->egcd", shard(x_GSD, "group", None, None), dispatch_GSEC)
     x_EGCD = shard(x_EGCD, "expert", "expert_group", None, None)
+    gate_EGC = shard(gate_GEC.swapaxes(0, 1), "expert", "expert_group", None)
 
-    def local(x_EGCD, gate_EDF, up_EDF, down_EFD):
+    def local(x_EGCD, gate_EGC, gate_EDF, up_EDF, down_EFD):
         gate_EDF, up_EDF = (gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
         down_EFD = gather(down_EFD, "expert_embed", axis=2)
-        y_EMD = swiglu(x_EGCD.reshape(x_EGCD.shape[0], -1, d_model), gate_EDF, up_EDF, down_EFD)
+        own = x_EGCD.shape[0]
+        y_EMD = scaled_swiglu(x_EGCD.reshape(own, -1, d_model), gate_EGC.reshape(own, -1), gate_EDF, up_EDF, down_EFD)
         return scatter_sum(y_EMD.reshape(x_EGCD.shape), "hidden", axis=None)
 
     into, out, rows = ("expert", "expert_embed", "hidden"), ("expert", "hidden", "expert_embed"), ("expert", "expert_group")
-    y_EGCD = per_device(local, (rows, into, into, out), rows)(x_EGCD, gate_EDF, up_EDF, down_EFD)
+    y_EGCD = per_device(local, (rows, rows, into, into, out), rows)(x_EGCD, gate_EGC, gate_EDF, up_EDF, down_EFD)
     y_EGCD = shard(y_EGCD, "expert", "expert_group", None, None)
-    y_GSD = jnp.einsum("egcd,gsec->gsd", y_EGCD, combine_GSEC.astype(x_GSD.dtype))
-    return shard(y_GSD, "group", None, None), dropped
+    return shard(jnp.einsum("egcd,gsec->gsd", y_EGCD, dispatch_GSEC), "group", None, None), dropped
 
 
 class MoEFeedForward(nn.Module):

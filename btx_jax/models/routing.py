@@ -90,7 +90,7 @@ def capacity(tokens_per_group: int, experts: int, k: int, factor: float) -> int:
 
 
 def place(choice: Choice, experts: int, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Choice -> (dispatch_GSEC 0/1, combine_GSEC with gates, share of (token, choice) pairs dropped).
+    """Choice -> (dispatch_GSEC 0/1, gate_GEC of each slot's token, share of (token, choice) pairs dropped).
 
     All first choices of a group are placed before any second choice, so that a crowded expert drops its weakest claims. With two
     tokens, one slot and choices [0, 1] and [1, 3]: token 0 takes expert 0, token 1 takes expert 1, token 0 then finds
@@ -102,13 +102,13 @@ def place(choice: Choice, experts: int, slots: int) -> tuple[jax.Array, jax.Arra
     slot_GNE = flat_GNE.cumsum(axis=1) * flat_GNE - 1  # -1 where not chosen: one_hot gives a row of zeros for it
     slot_GKSE = slot_GNE.reshape(groups, k, tokens, experts)
     dispatch_GSEC = jnp.zeros((groups, tokens, experts, slots), jnp.float32)
-    combine_GSEC = dispatch_GSEC
+    gate_GEC = jnp.zeros((groups, experts, slots), jnp.float32)
     for choice_number in range(k):  # one [G, S, E, C] at a time instead of [G, S, K, E, C]
         place_GSEC = jax.nn.one_hot(slot_GKSE[:, choice_number], slots, dtype=jnp.float32)
         dispatch_GSEC += place_GSEC
-        combine_GSEC += place_GSEC * choice.gate_GSK[:, :, choice_number, None, None]
-    # Without these two the compiler splits the masks by expert and gathers every token.
+        gate_GEC += jnp.einsum("gsec,gs->gec", place_GSEC, choice.gate_GSK[:, :, choice_number], precision="highest")
+    # Without these two the compiler splits the mask by expert and gathers every token.
     dispatch_GSEC = shard(dispatch_GSEC, "group", None, None, None)
-    combine_GSEC = shard(combine_GSEC, "group", None, None, None)
+    gate_GEC = shard(gate_GEC, "group", None, None)
     kept = jnp.minimum(chosen_GSKE.sum((1, 2)), slots).sum()
-    return dispatch_GSEC, combine_GSEC, 1 - kept / jnp.maximum(chosen_GSKE.sum(), 1)
+    return dispatch_GSEC, gate_GEC, 1 - kept / jnp.maximum(chosen_GSKE.sum(), 1)

@@ -106,30 +106,30 @@ def test_padding_is_neither_routed_nor_counted():
     _, alone = routed(LayerSpec(4, 2, "top_k"), logits[:, :5])
     for name in stats._fields:
         np.testing.assert_allclose(getattr(stats, name), getattr(alone, name), rtol=1e-5, err_msg=name)
-    dispatch, combine, _ = place(choice, 4, 8)
+    dispatch, gates, _ = place(choice, 4, 8)
     assert dispatch[0, 5:].sum() == 0
-    assert combine[0, 5:].sum() == 0
+    assert (gates[0] > 0).sum() == dispatch[0, :5].sum() == 10, "a slot has a gate where it has a token"
 
 
 def test_first_choices_are_placed_before_second_choices_and_overflow_is_dropped():
     # Two tokens, one slot. Token 0 wants experts 0 then 1, token 1 wants 1 then 3.
     logits = jnp.array([[[9.0, 8, 0, 0], [0, 9, 0, 8]]])
     choice, _ = routed(LayerSpec(4, 2, "top_k"), logits)
-    dispatch, combine, dropped = place(choice, 4, 1)
+    dispatch, gates, dropped = place(choice, 4, 1)
     assert dispatch[0, :, :, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 1]], "token 0's second choice lost to token 1's first"
     best, second = jax.nn.softmax(jnp.array([9.0, 8.0])).tolist()
-    np.testing.assert_allclose(combine[0, :, :, 0], [[best, 0, 0, 0], [0, best, 0, second]], rtol=1e-6)
+    np.testing.assert_allclose((dispatch * gates[:, None])[0, :, :, 0], [[best, 0, 0, 0], [0, best, 0, second]], rtol=1e-6)
     assert float(dropped) == pytest.approx(1 / 4)
 
 
 def test_hand_written_masks_with_drops_and_padding():
     # Five tokens, top-1, two experts, two slots; token 2 is padding. Expert 0 is wanted by tokens 0, 1, 3 (dropped), 1 by token 4.
     choice = Choice(jnp.array([[[0.9], [0.8], [0.0], [0.7], [0.6]]]), jnp.array([[[0], [0], [2], [0], [1]]]), jnp.zeros((1, 5, 2)))
-    dispatch, combine, dropped = place(choice, 2, 2)
+    dispatch, gates, dropped = place(choice, 2, 2)
     want = np.zeros((5, 2, 2))
     want[0, 0, 0] = want[1, 0, 1] = want[4, 1, 0] = 1
     np.testing.assert_array_equal(dispatch[0], want)
-    np.testing.assert_allclose(combine[0], want * np.array([0.9, 0.8, 0, 0.7, 0.6])[:, None, None], rtol=1e-6)
+    np.testing.assert_allclose((dispatch * gates[:, None])[0], want * np.array([0.9, 0.8, 0, 0.7, 0.6])[:, None, None], rtol=1e-6)
     assert float(dropped) == pytest.approx(1 / 4)
 
 
