@@ -52,6 +52,10 @@ CHECKS = {
         (MOE, "--config.mesh.data=2", "--config.train.accumulate=32", V5P_16, "--num_slices=2"), "BTX 4x7B Top-2, einsum, two slices",
     ),
     "moe_einsum_v5e": ((MOE, "--config.train.accumulate=16", FULL, "--compile_topology=v5e:8x8"), "BTX 4x7B Top-2, einsum"),
+    "moe_einsum_v5e_capacity_1": (
+        (MOE, "--config.train.accumulate=16", FULL, "--config.compute.capacity_factor=1.0", "--compile_topology=v5e:8x8"),
+        "BTX 4x7B Top-2, einsum, capacity 1.0",
+    ),
     "moe_ragged_v5e": ((MOE, RAGGED, "--config.train.accumulate=16", FULL, "--compile_topology=v5e:8x8"), "BTX 4x7B Top-2, ragged"),
 }  # fmt: skip
 

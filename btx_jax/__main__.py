@@ -1,4 +1,4 @@
-"""The short commands: python -m btx_jax {digest,generate,convert,mix,expert,tokenizer} --help."""
+"""The short commands: python -m btx_jax {digest,generate,convert,mix,expert,tokenizer,lm_eval} --help."""
 
 import argparse
 import logging
@@ -62,6 +62,18 @@ def _tokenizer(args: argparse.Namespace) -> None:
     for line in problems.lines():
         logging.warning(line)
     print(f"wrote {args.out}")
+
+
+def _lm_eval(arguments: list[str]) -> None:
+    """Hands over to lm-evaluation-harness, which reads its own arguments from sys.argv."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import btx_jax.evaluation.lm_eval_model  # noqa: F401  registers the model
+    except ImportError as error:
+        raise UserError(f"lm_eval cannot be imported ({error}); pip install 'btx_jax[lm_eval]'") from error
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
 
 
 def _fraction(text: str) -> float:
@@ -138,13 +150,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--vocab_size", type=int, default=32_000)
     command.add_argument("--out", required=True, metavar="FILE.model")
     command.set_defaults(run=_tokenizer)
+    told = "lm-evaluation-harness: lm_eval --model btx_jax --model_args checkpoint=DIR --tasks ..."
+    commands.add_parser("lm_eval", help=told, add_help=False)
     return made
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        if argv[:1] == ["lm_eval"]:  # its arguments are its own
+            _lm_eval(argv[1:])
+            return
+        args = parser().parse_args(argv)
         args.run(args)
     except UserError as error:
         print(f"btx_jax: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -22,6 +22,10 @@ DISPATCHES = ("einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
+FROZEN = ("", "experts", "all_but_routers")
+MIX_METHODS = ("btx", "average", "split", "blend")
+ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
+TASKS = ("multiple_choice", "exact_match", "code")
 STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
 
 
@@ -204,6 +208,7 @@ class TrainConfig:
     batch_size: sequences per step over all devices. accumulate: micro-batches it is split into, one after another.
     balance_weight: alpha of the load-balance loss. z_loss_weight: of the router z-loss (ST-MoE), 0 to leave it out.
     eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
+    frozen: what is not trained and has no optimizer state: nothing (""), the experts' feed-forwards, or all but the routers.
     """
 
     steps: int
@@ -221,8 +226,10 @@ class TrainConfig:
     z_loss_weight: float = 0.0
     eval_every: int = 0
     eval_rows: int = 64
+    frozen: str = ""
 
     def __post_init__(self):
+        _one_of("frozen", self.frozen, FROZEN)
         for key in ("steps", "batch_size", "accumulate", "eval_rows"):
             _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
         for key in ("warmup_steps", "eval_every", "weight_decay", "balance_weight", "z_loss_weight"):
@@ -304,38 +311,119 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MixConfig:
-    """What becomes one MoE: the checkpoints, in expert order. One checkpoint with copies > 1 is sparse upcycling.
+    """What becomes one model: the checkpoints, in expert order. One checkpoint with copies > 1 is sparse upcycling.
 
+    method: btx = each feed-forward becomes an expert. split = each is cut into `chunks` along d_ff, and each chunk becomes an expert.
+    blend = each is cut into as many chunks as there are checkpoints, and expert n is the n-th chunk of every one. average = no experts:
+    the mean of all parameters, a dense model. What is no feed-forward is averaged always.
     k, routing, first_routing: of every layer of the mixture, as in MoEConfig. router_std: of the normal router initialisation.
     """
 
     experts: tuple[str, ...]
     copies: int = 1
+    method: str = "btx"
+    chunks: int = 1
     k: int = 2
     routing: str = "top_k"
     first_routing: str = ""
     router_std: float = 0.02
 
     def __post_init__(self):
-        total = len(self.experts) * self.copies
+        total = len(self.experts) * self.copies * self.chunks
+        _one_of("method", self.method, MIX_METHODS)
         _require(self.copies >= 1, f"copies={self.copies}: must be at least 1")
+        _require(
+            self.chunks > 1 if self.method == "split" else self.chunks == 1,
+            f"chunks={self.chunks}: with method='split' at least 2, with the others 1",
+        )
         _require(total >= 1, "experts: none named; list the checkpoints to mix")
         _require(self.router_std > 0, f"router_std={self.router_std}: must be positive, a zero router always picks experts 0..k-1")
         MoEConfig((total,), self.k, self.routing, self.first_routing)
 
 
 @dataclass(frozen=True)
+class EnsembleConfig:
+    """Branch-Train-Merge: dense models that answer together.
+
+    experts: name among evaluate.models -> the domain of data.domains (or of data.heldout) whose training text is its profile.
+    weights: tf_idf (the `top` experts by cosine with the document so far), bayes_uniform or bayes_updating (posterior given the document
+    so far; `top` is not used).
+    """
+
+    experts: Mapping[str, str]
+    weights: str = "tf_idf"
+    top: int = 2
+
+    def __post_init__(self):
+        _one_of("weights", self.weights, ENSEMBLE_WEIGHTS)
+        _require(len(self.experts) >= 2, "experts: an ensemble needs two or more")
+        _require(1 <= self.top <= len(self.experts), f"top={self.top}: there are {len(self.experts)} experts")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A test set: `file` of JSON lines, `$BTX_DATA_DIR` and the like expanded. limit: its first items only, 0 for all.
+
+    kind: multiple_choice (fields choices, gold: the likeliest choice behind the prompt), exact_match (field answer: the last number of
+    what is generated, or its text) or code (HumanEval's fields: what is generated passes the item's tests).
+    prompt: a format string over an item's fields. shots: solved examples in front, from the beginning of shots_file.
+    max_tokens, temperature, top_p, stop: of generation. samples: programs per item; pass_at: the k of pass@k; seconds: CPU time of each.
+    """
+
+    kind: str
+    file: str
+    prompt: str
+    limit: int = 0
+    shots: int = 0
+    shots_file: str = ""
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    samples: int = 1
+    pass_at: tuple[int, ...] = (1,)
+    seconds: int = 10
+
+    def __post_init__(self):
+        _one_of("kind", self.kind, TASKS)
+        for key in ("limit", "shots"):
+            _require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
+        for key in ("max_tokens", "samples", "seconds"):
+            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        _require(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p}: must lie in (0, 1]")
+        _require(bool(self.shots_file) or not self.shots, "shots_file: missing, and shots are asked for")
+        _require(all(1 <= k <= self.samples for k in self.pass_at), f"pass_at={self.pass_at}: each must lie in 1 .. samples={self.samples}")
+        several = self.kind == "code" and self.samples > 1
+        _require(not several or self.temperature > 0, "temperature: 0 gives the same program every time; raise it or set samples to 1")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
-    """models: name -> checkpoint, each measured on every domain of data.heldout. rows: at most this many a domain, 0 for all."""
+    """models: name -> checkpoint, each measured on every domain of data.heldout. rows: at most this many a domain, 0 for all.
+
+    tasks: name -> test set, each tried with every model. ensembles: name -> models that answer together, by their losses alone.
+    shown_tokens: of each domain's held-out text, kept with the experts that every mixture chose for them; texts: name -> further text
+    to keep so.
+    """
 
     models: Mapping[str, str]
+    tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+    ensembles: Mapping[str, EnsembleConfig] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    shown_tokens: int = 160
     rows: int = 0
     batch_size: int = 8
 
     def __post_init__(self):
         _require(bool(self.models), "models: none named; map a name to a checkpoint")
         _require(self.rows >= 0, f"rows={self.rows}: must not be negative")
+        _require(self.shown_tokens >= 0, f"shown_tokens={self.shown_tokens}: must not be negative")
         _require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
+        for name, ensemble in self.ensembles.items():
+            _require(name not in self.models, f"ensembles.{name}: a model has that name already")
+            for expert in ensemble.experts:
+                _require(expert in self.models, f"ensembles.{name}.experts: no model {expert!r}; {_suggest(expert, self.models)}")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from btx_jax.config import (
     TrainConfig,
     to_config_dict,
 )
+from btx_jax.costs.model import train_flops
+from btx_jax.experiments import GROUPS, Setting
+from btx_jax.experiments import comparison as arms
 
 LLAMA2_7B = ModelConfig(vocab_size=32_000, layers=32, d_model=4096, d_ff=11_008, heads=32, kv_heads=32, head_dim=128, context=4096)
 MODELS = {
@@ -207,6 +210,38 @@ def btx(size: str) -> ml_collections.ConfigDict:
     runs = {name: f"@{name}" for name in stages}
     stages["report"] = PipelineStage(Config("report", report=ReportConfig("@evaluate", runs)), needs=tuple(runs))
     return to_config_dict(Config("pipeline", pipeline=stages))
+
+
+def comparison(size: str, group: str) -> ml_collections.ConfigDict:
+    """The paper's method beside its baselines and ablations. At 7B, from a released seed in $BTX_DATA_DIR/seed; `tiny`, from nothing."""
+    if group not in GROUPS:
+        raise ConfigError(f"--config=...:{group}: no such group of arms; known: {', '.join(GROUPS)}")
+    tiny = size == TINY
+    dense = _model(size)
+    mixture = dataclasses.replace(dense, moe=MoEConfig((4,) * dense.layers))
+    expert, finetune, before = _expert("math", size), _finetune(size), {}
+    if tiny:
+        expert, finetune = (_with_steps(config, steps) for config, steps in ((expert, 80), (finetune, 100)))
+        prepared = dataclasses.replace(_data(TINY, "math,code,world,prose"), tokenizer="demo:")
+        before = {"prepare": PipelineStage(Config("prepare", data=prepared)), "seed": PipelineStage(_seed(TINY), needs=("prepare",))}
+    setting = Setting(
+        seed="@seed" if tiny else "$BTX_DATA_DIR/seed",
+        texts={domain: text if tiny else domain for domain, (text, _) in EXPERTS.items()},
+        domains={"math": "math", "code": "code", "wiki": "world" if tiny else "wiki"},
+        general="prose" if tiny else "general",
+        mixed=MIX_TINY if tiny else MIX_PAPER,
+        expert=expert,
+        finetune=finetune,
+        moe_cost=train_flops(mixture, 1) / train_flops(dense, 1),
+        rows=64 if tiny else 1024,
+        before=before,
+    )
+    return to_config_dict(arms(setting, group))
+
+
+def _with_steps(config: Config, steps: int) -> Config:
+    assert config.train
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, eval_every=0))
 
 
 def demo() -> ml_collections.ConfigDict:

@@ -23,6 +23,7 @@ from btx_jax.checkpoints.output import new_directory
 from btx_jax.checkpoints.training_state import (
     DIRECTORY,
     About,
+    History,
     StepReader,
     StepWriter,
     named_leaves,
@@ -171,7 +172,7 @@ def write_checkpoint(
     tensor: Callable[[str], np.ndarray],
     tokenizer: Tokenizer | None,
     *,
-    history: dict[str, dict[str, float]],
+    history: History,
     card: str,
     check: Callable[[], None],
     verb: str,

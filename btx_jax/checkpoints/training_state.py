@@ -5,6 +5,7 @@ only. `about` makes params self-describing: the model, what it was trained on so
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -23,29 +24,59 @@ from btx_jax.errors import UserError
 from btx_jax.models.llama import Params, abstract_params
 
 DIRECTORY = "checkpoints"
-FORMAT = 1
+FORMAT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """What one training run took. seconds: in its steps, over all its starts; compiling, saving and evaluating left out. peak_bytes: of
+    one step, per chip, as compiled. after: ids of all runs behind the parameters it started from."""
+
+    tokens: int
+    flops: float
+    seconds: float
+    chips: int
+    peak_bytes: int
+    after: tuple[str, ...] = ()
+
+
+History = Mapping[str, TrainingRun]
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """history: run id -> {tokens, flops}, every training run behind these parameters, each once. step: of the last of them."""
+    """history: run id -> every training run behind these parameters, each once. step: of the last of them."""
 
     model: ModelConfig
     step: int
-    history: dict[str, dict[str, float]]
+    history: History
 
-    def total(self, what: str) -> float:
-        return sum(run[what] for run in self.history.values())
+    def costs(self, without: History | None = None) -> dict[str, float]:
+        """Of all runs but `without`. critical_seconds: of the longest chain of runs that had to wait for each other, so with branches
+        side by side; chip_seconds: of all together."""
+        runs = {name: run for name, run in self.history.items() if name not in (without or {})}
+
+        @functools.cache
+        def until(name: str) -> float:
+            return runs[name].seconds + max((until(before) for before in runs[name].after if before in runs), default=0.0)
+
+        return {
+            "tokens": sum(run.tokens for run in runs.values()),
+            "flops": sum(run.flops for run in runs.values()),
+            "chip_seconds": sum(run.seconds * run.chips for run in runs.values()),
+            "critical_seconds": max((until(name) for name in runs), default=0.0),
+            "peak_bytes": max((run.peak_bytes for run in runs.values()), default=0),
+        }
 
 
 def _about_to_json(about: About) -> dict[str, Any]:
-    return {"format": FORMAT, "model": to_dict(about.model), "step": about.step, "history": about.history}
+    return {"format": FORMAT, "model": to_dict(about.model), "step": about.step, "history": to_dict(about.history)}
 
 
 def _about_from_json(values: dict[str, Any], path: Path) -> About:
     if values.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {values.get('format')!r}; this version reads {FORMAT}")
-    history = {run: {"tokens": counts["tokens"], "flops": counts["flops"]} for run, counts in values["history"].items()}
+    history = {name: from_dict(TrainingRun, run, f"{path}: history") for name, run in values["history"].items()}
     return About(from_dict(ModelConfig, values["model"], f"{path}: model"), values["step"], history)
 
 
@@ -61,14 +92,18 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
         quiet()
+        self._directory = (workdir / DIRECTORY).resolve()
         self._manager = ocp.CheckpointManager(
-            (workdir / DIRECTORY).resolve(),
+            self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True, create=True),
             item_names=("params", "opt_state", "data", "about"),
         )
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        return self._directory / str(step)
 
     def save(self, about: About, params: Params, opt_state: Any = None, data: dict[str, Any] | None = None) -> None:
         """Start saving about.step. Arrays may be donated afterwards: they are copied to the host first."""

@@ -1,6 +1,6 @@
 """Prepared domains -> batches, with Grain: weighted mixing, shuffling, sharding by host, prefetch and exact resume."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -39,24 +39,23 @@ def training_batches(
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)))
 
 
-def heldout_batches(domain: PreparedDomain, batch_size: int, limit: int = 0) -> Iterator[Row]:
-    """The held-out rows of a domain in order, at most `limit` (0: all), the last batch padded with empty rows. Has `bytes` [batch]."""
-    batch: list[Row] = []
-    seen = 0
+def heldout_rows(domain: PreparedDomain, limit: int = 0) -> Row:
+    """The held-out rows of a domain in order, at most `limit` (0: all): tokens, segments [rows, sequence + 1], bytes [rows]."""
+    return _stacked(domain, "heldout", limit)
+
+
+def first_rows(domain: PreparedDomain, limit: int) -> Row:
+    """The first training rows of each of a domain's sources, `limit` in all."""
+    return _stacked(domain, "train", limit, each=-(-limit // len(domain.sources)))
+
+
+def _stacked(domain: PreparedDomain, split: str, limit: int, each: int = 0) -> Row:
+    rows: list[Row] = []
     for source in domain.sources:
-        rows: Any = source.open("heldout") if source.rows("heldout") else ()
-        for i in range(len(rows)):
-            if limit and seen == limit:
-                break
-            batch.append(rows[i])
-            seen += 1
-            if len(batch) == batch_size:
-                yield _stack(batch)
-                batch = []
-    if batch:
-        empty = {name: np.zeros_like(value) for name, value in batch[0].items()}
-        yield _stack(batch + [empty] * (batch_size - len(batch)))
-
-
-def _stack(rows: list[Row]) -> Row:
+        opened: Any = source.open(split) if source.rows(split) else ()
+        wanted = min(len(opened), each or len(opened))
+        rows += [opened[i] for i in range(min(wanted, limit - len(rows)) if limit else wanted)]
+    if not rows:
+        empty = np.zeros((0, 2), np.int32)
+        return {"tokens": empty, "segments": empty, "bytes": np.zeros(0, np.int32)}
     return {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}

@@ -124,6 +124,28 @@ def read_documents(file: Path, field: str, problems: Problems) -> Iterator[str]:
         problems.add("file without documents", str(file))
 
 
+def read_json_lines(path: str, key: str, limit: int = 0) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file (also .gz, .zst), at most `limit`, 0 for all. Raises UserError, naming the key and the line."""
+    file = Path(os.path.expandvars(os.path.expanduser(path)))
+    if not file.is_file():
+        raise UserError(f"{key}: no file {file}" + ("; set that variable" if "$" in str(file) else ""))
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, line in enumerate(_open(file), start=1):
+            if limit and len(rows) == limit:
+                break
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{key}: {file}, line {number}: {type(row).__name__}, not an object")
+                rows.append(row)
+    except ValueError as error:
+        raise UserError(f"{key}: {file}, line {number}: {error}") from error
+    except (EOFError, OSError, zstandard.ZstdError) as error:
+        raise UserError(f"{key}: {file} cannot be read to its end ({error}); is it truncated?") from error
+    return rows
+
+
 def _text(value: Any, place: str, field: str, problems: Problems) -> str | None:
     if isinstance(value, bytes):
         try:

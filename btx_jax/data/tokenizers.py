@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
         """Ids of the text alone, without special tokens."""
         ...
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to be continued: with what the tokenizer itself puts in front, BOS for a Llama, and nothing behind."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
@@ -46,6 +50,9 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return ([self.bos] if self.bos is not None else []) + self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
@@ -78,6 +85,12 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=True).ids
+        while ids and ids[-1] == self.eos:
+            ids.pop()
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -1,14 +1,19 @@
-"""Branch-Train-Merge's ensemble weights: which experts speak for a context, and how loud (BTX section 4.2).
+"""Branch-Train-Merge: dense experts that answer together, weighted by how well they know the context (BTX section 4.2).
 
-The tf-idf vector of a context is compared by cosine with the mean tf-idf vector of each expert's training text; the top-k experts'
-cosines, normalised, weigh their output probabilities.
+Two estimates of the weights: tf-idf cosine between a context and each expert's training text, the paper's; and the Bayes posterior
+over the experts given the tokens so far (DEMix, arXiv 2108.05036; BTM, arXiv 2208.03306). An ensemble's loss is that of its mixed
+*probabilities*. All of it in numpy on per-token losses: the experts themselves are evaluated one by one.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics.pairwise import cosine_similarity
+
+BLOCK = 32  # tokens that share tf-idf weights, taken from the document's tokens before them
+DECAY = 0.3  # of the updating prior, DEMix's
 
 
 class DomainProfiles:
@@ -22,13 +27,70 @@ class DomainProfiles:
 
     def weights(self, contexts: Sequence[Sequence[int]], top: int) -> np.ndarray:
         """[contexts, experts]: non-negative, summing to 1, at most `top` of them positive. A context that no expert knows weighs all
-        of the first `top` alike. Raises ValueError when top is not between 1 and the number of experts."""
+        experts alike. Raises ValueError when top is not between 1 and the number of experts."""
         if not 1 <= top <= len(self.experts):
             raise ValueError(f"top={top}: there are {len(self.experts)} experts")
         cosine = np.clip(cosine_similarity(self._vectorizer.transform(contexts), self._means), 0, None)
         kept = np.zeros_like(cosine)
         best = np.argsort(-cosine, axis=1, kind="stable")[:, :top]
         np.put_along_axis(kept, best, np.take_along_axis(cosine, best, axis=1), axis=1)
-        unknown = kept.sum(axis=1) == 0
-        kept[unknown, :top] = 1
+        kept[kept.sum(axis=1) == 0] = 1
         return kept / kept.sum(axis=1, keepdims=True)
+
+
+def tf_idf_weights(profiles: DomainProfiles, tokens: np.ndarray, segments: np.ndarray, top: int) -> np.ndarray:
+    """Packed rows [R, T + 1] -> weights [experts, R, T] of each next token. Blocks of BLOCK targets see the tokens of their own document
+    in front of them; a document's first block sees none and weighs all experts alike."""
+    rows, width = tokens.shape
+    places, contexts = [], []
+    for row in range(rows):
+        for start, end in documents(segments[row]):
+            for block in range(start, end - 1, BLOCK):  # targets block + 1 .. block + BLOCK
+                places.append((row, slice(block, min(block + BLOCK, end - 1))))
+                contexts.append(tokens[row, start : block + 1].tolist() if block > start else [])
+    weights = np.full((len(profiles.experts), rows, width - 1), 1 / len(profiles.experts))
+    if contexts:
+        for (row, targets), weight in zip(places, profiles.weights(contexts, top), strict=True):
+            weights[:, row, targets] = weight[:, None]
+    return weights
+
+
+def bayes_weights(nll: np.ndarray, segments: np.ndarray, updating: bool) -> np.ndarray:
+    """Losses [experts, R, T] of each next token -> the posterior p(expert | document so far) [experts, R, T] for each of them.
+
+    The prior of a document is uniform; or, updating, the decayed mean of the posteriors at the ends of the documents before it.
+    """
+    experts = nll.shape[0]
+    weights = np.full(nll.shape, 1 / experts)
+    prior = np.full(experts, 1 / experts)
+    for row in range(nll.shape[1]):
+        for start, end in documents(segments[row]):
+            losses = nll[:, row, start : end - 1].astype(np.float64)
+            if not losses.shape[1]:
+                continue
+            seen = np.cumsum(losses, axis=1)
+            before = np.concatenate([np.zeros((experts, 1)), seen[:, :-1]], axis=1)
+            weights[:, row, start : end - 1] = _posterior(prior, before)
+            if updating:
+                prior = DECAY * prior + (1 - DECAY) * _posterior(prior, seen[:, -1:])[:, 0]
+                prior = np.maximum(prior, 1e-6) / np.maximum(prior, 1e-6).sum()
+    return weights
+
+
+def _posterior(prior: np.ndarray, nll: np.ndarray) -> np.ndarray:
+    logits = np.log(prior)[:, None] - nll
+    return np.exp(logits - np.logaddexp.reduce(logits, axis=0, keepdims=True))
+
+
+def ensemble_nll(nll: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """-log sum_e w_e p_e of each next token. nll, weights: [experts, R, T] -> [R, T]."""
+    with np.errstate(divide="ignore"):  # log 0 is -inf: an expert without weight
+        return -np.logaddexp.reduce(np.log(weights) - nll.astype(np.float64), axis=0)
+
+
+def documents(segments: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(first, one behind the last) of each document in a packed row [T + 1]; padding (segment 0) is none."""
+    borders = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
+    for start, end in itertools.pairwise(borders):
+        if segments[start] > 0:
+            yield start, end

@@ -1,83 +1,82 @@
-"""Held-out loss per domain: nats per token and bits per byte, dropless, with the experts' loads."""
+"""Held-out loss: nats per token and bits per byte, dropless, with what the routers did. Shape legend: models/layers.py."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from btx_jax.config import ComputeConfig, ModelConfig
+from btx_jax.evaluation.routing import RoutingSums, routing_sums
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from btx_jax.training.losses import next_token_targets, token_nll
 
+Rows = Mapping[str, np.ndarray]  # tokens, segments: [rows, T + 1] int32; bytes: [rows]
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutLoss:
-    """nats_per_token: over every target, ends of documents included. bits_per_byte: over the text alone, per UTF-8 byte.
-
-    load: [[share of routed claims per expert] per MoE layer], empty for a dense model.
-    """
+    """nats_per_token: over every target, ends of documents included. bits_per_byte: over the text alone, per UTF-8 byte."""
 
     nats_per_token: float
     bits_per_byte: float
     tokens: int
     bytes: int
-    load: list[list[float]]
 
 
 @functools.lru_cache(maxsize=16)
-def make_heldout_step(
-    model: ModelConfig, compute: ComputeConfig, mesh: Mesh, batch_size: int, sequence_length: int, eos: int | None
-) -> Any:
-    """(params, {tokens, segments}) -> sums over the batch, compiled under the mesh. Routing drops nothing, whatever training did."""
-    llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"))
+def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh, batch_size: int, sequence_length: int) -> Any:
+    """(params, tokens, segments) -> (nll [B, T], [RoutingSums per MoE run]), compiled under the mesh. Routing drops nothing, whatever
+    training did."""
+    llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"), keep_choices=True)
 
     def heldout_step(params: Params, tokens: jax.Array, segments: jax.Array):
-        inputs, input_segments, targets, mask = next_token_targets(tokens, segments)
+        inputs, input_segments, targets, _ = next_token_targets(tokens, segments)
         hidden, routing = llama.apply({"params": params}, inputs, input_segments)
         nll = token_nll(hidden, head_kernel(params), targets, compute.loss_chunk)
-        text = mask & (targets != (-1 if eos is None else eos))
-        routed = (input_segments > 0).sum()
-        return {
-            "nll": (nll * mask).sum(),
-            "tokens": mask.sum(),
-            "text_nll": (nll * text).sum(),
-            "routed": routed,
-            "load": [stats.load_E * routed for stats in routing.values()],
-        }
+        return nll, [routing_sums(stats, (input_segments > 0).sum()) for stats in routing.values()]
 
     boxed = abstract_params(model)
-    shardings = param_shardings(boxed, mesh)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.tree.map(lambda b: b.value, boxed, is_leaf=lambda x: hasattr(x, "names")),
-        shardings,
-    )
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    shapes = jax.tree.map(place, nn.unbox(boxed), param_shardings(boxed, mesh))
     rows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         return jax.jit(heldout_step, out_shardings=replicated(mesh)).lower(shapes, rows, rows).compile()
 
 
-def heldout_loss(step: Any, params: Params, batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> HeldoutLoss | None:
-    """Over all batches {tokens, segments, bytes}; None when there is no target among them."""
-    totals: dict[str, float] = {"nll": 0.0, "tokens": 0, "text_nll": 0.0, "routed": 0, "bytes": 0}
-    load: list[np.ndarray] = []
-    for batch in batches:
-        rows = [put(batch[name], batch_sharding(mesh)) for name in ("tokens", "segments")]
-        sums = jax.device_get(step(params, *rows))
-        for name in ("nll", "tokens", "text_nll", "routed"):
-            totals[name] += float(sums[name])
-        totals["bytes"] += int(batch["bytes"].sum())
-        load = [a + b for a, b in zip(load, sums["load"], strict=True)] if load else sums["load"]
-    if not totals["tokens"]:
+def token_losses(step: Any, params: Params, rows: Rows, batch_size: int, mesh: Mesh) -> tuple[np.ndarray, RoutingSums | None]:
+    """(-log p of every next token [rows, T], nats; what the routers did with all of them, layer by layer, or None without experts).
+
+    Where a target does not count (`next_token_targets`) the value means nothing.
+    """
+    count = len(rows["tokens"])
+    losses, total = [], None
+    for start in range(0, count, batch_size):
+        batch = [rows[name][start : start + batch_size] for name in ("tokens", "segments")]
+        batch = [np.pad(x, ((0, batch_size - len(x)), (0, 0))) for x in batch]
+        nll, runs = jax.device_get(step(params, *(put(x, batch_sharding(mesh)) for x in batch)))
+        losses.append(nll)
+        if runs:
+            sums = RoutingSums.joined(runs)
+            total = sums if total is None else total + sums
+    length = rows["tokens"].shape[1] - 1
+    return np.concatenate([np.zeros((0, length), np.float32), *losses])[:count], total
+
+
+def mean_loss(nll: np.ndarray, rows: Rows, eos: int | None) -> HeldoutLoss | None:
+    """Of token_losses; None when there is no target among the rows."""
+    _, _, targets, mask = next_token_targets(rows["tokens"], rows["segments"])
+    if not mask.any():
         return None
-    shares = [(layer / totals["routed"]).tolist() for run in load for layer in run]
-    bits = totals["text_nll"] / math.log(2) / totals["bytes"]
-    return HeldoutLoss(totals["nll"] / totals["tokens"], bits, int(totals["tokens"]), int(totals["bytes"]), shares)
+    text = mask & (targets != (-1 if eos is None else eos))
+    nll, size = nll.astype(np.float64), int(rows["bytes"].sum())
+    bits = float(nll[text].sum()) / math.log(2) / size
+    return HeldoutLoss(float(nll[mask].mean()), bits, int(mask.sum()), size)

@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions, causal and blind across documents. Shape legend: layers.py."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.nd
 
 
 def rotate(x_BNTK: jax.Array, angles_TK: jax.Array) -> jax.Array:
-    """RoPE in Hugging Face's layout: the first half of the head rotates against the second (`rotate_half`). angles: [T, K/2]."""
+    """RoPE in Hugging Face's layout: the first half of the head rotates against the second (`rotate_half`). angles: [T, K/2], or
+    [B, 1, T, K/2] where rows differ."""
     cos, sin = jnp.cos(angles_TK), jnp.sin(angles_TK)
     a, b = jnp.split(x_BNTK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNTK.dtype)
@@ -62,44 +64,80 @@ def attend(q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT
     return jnp.concatenate(outputs, axis=-2)
 
 
+Past = tuple[jax.Array, jax.Array, jax.Array]  # keys and values so far [B, N, S, K], and how many slots of each row are filled [B]
+WEIGHTS = (("embed", "heads"), ("embed", "kv_heads"), ("embed", "kv_heads"), ("heads", "head_dim", "embed"))
+
+
 class Attention(nn.Module):
     """x [B, T, D], segments [B, T] -> [B, T, D]. kernels: as in ComputeConfig."""
 
     config: ModelConfig
     kernels: str = "auto"
 
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def setup(self):
         c = self.config
-        d_model = x_BTD.shape[-1]
-        query_DHK = normal_param(self, "query", (d_model, c.heads, c.head_dim), ("embed", "heads", "head_dim"))
-        key_DNK = normal_param(self, "key", (d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
-        value_DNK = normal_param(self, "value", (d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
-        out_HKD = normal_param(self, "out", (c.heads, c.head_dim, d_model), ("heads", "head_dim", "embed"))
+        self.query = normal_param(self, "query", (c.d_model, c.heads, c.head_dim), ("embed", "heads", "head_dim"))
+        self.key = normal_param(self, "key", (c.d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
+        self.value = normal_param(self, "value", (c.d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
+        self.out = normal_param(self, "out", (c.heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed"))
 
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         kernels = platform_kernels(self.kernels)
 
         def local(x_BTD, segments_BT, query_DHK, key_DNK, value_DNK, out_HKD):
-            batch, length, _ = x_BTD.shape
-            x_MD = x_BTD.reshape(-1, d_model)
-
-            def project(kernel):  # [D, N, K] -> [B, N, T, K]
-                kernel = gather(kernel, "embed", axis=0)
-                flat = x_MD @ kernel.reshape(d_model, -1)
-                return flat.reshape(batch, length, *kernel.shape[1:]).transpose(0, 2, 1, 3)
-
-            angles_TK = np.arange(length, dtype=np.float32)[:, None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-            q_BHTK, k_BNTK, v_BNTK = rotate(project(query_DHK), angles_TK), rotate(project(key_DNK), angles_TK), project(value_DNK)
-            q_BNGTK = q_BHTK.reshape(batch, k_BNTK.shape[1], -1, length, c.head_dim)
+            position_T = np.arange(x_BTD.shape[1], dtype=np.float32)
+            q_BNGTK, k_BNTK, v_BNTK = self._project(x_BTD, position_T, query_DHK, key_DNK, value_DNK)
             q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in (q_BNGTK, k_BNTK, v_BNTK))
-            if kernels == "xla" or not block_size(length):
+            if kernels == "xla" or not block_size(x_BTD.shape[1]):
                 y_BNGTK = checkpoint_name(attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT), "attention")
             else:
                 y_BNGTK = splash_attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, interpret=kernels == "pallas_interpret")
-            y_MD = y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, -1)
-            out_HKD = gather(out_HKD, "embed", axis=2)
-            return scatter_sum((y_MD @ out_HKD.reshape(-1, d_model)).reshape(x_BTD.shape), "heads", axis=None)
+            return self._merge(y_BNGTK, out_HKD)
 
-        names = (("batch",), ("batch",), ("embed", "heads"), ("embed", "kv_heads"), ("embed", "kv_heads"), ("heads", "head_dim", "embed"))
-        weights = (w.astype(x_BTD.dtype) for w in (query_DHK, key_DNK, value_DNK, out_HKD))
-        return per_device(local, names, ("batch",))(x_BTD, segments_BT, *weights)
+        return per_device(local, (("batch",), ("batch",), *WEIGHTS), ("batch",))(x_BTD, segments_BT, *self._weights(x_BTD.dtype))
+
+    def continued(self, x_BTD: jax.Array, past: Past) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x behind its past -> (y [B, T, D], (keys, values) [B, N, S, K] of both). A row of x begins at slot length_B."""
+
+        def local(x_BTD, past_keys_BNSK, past_values_BNSK, length_B, query_DHK, key_DNK, value_DNK, out_HKD):
+            position_BT = length_B[:, None] + np.arange(x_BTD.shape[1])
+            q_BNGTK, k_BNTK, v_BNTK = self._project(x_BTD, position_BT.astype(jnp.float32), query_DHK, key_DNK, value_DNK)
+            write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=1))
+            keys_BNSK, values_BNSK = write(past_keys_BNSK, k_BNTK, length_B), write(past_values_BNSK, v_BNTK, length_B)
+            q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
+            scores = jnp.einsum("bngtk,bnsk->bngts", q, keys_BNSK, preferred_element_type=jnp.float32)
+            seen_BTS = jnp.arange(keys_BNSK.shape[2]) <= position_BT[..., None]
+            weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, -1e30), axis=-1)
+            y_BNGTK = jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK)
+            return self._merge(y_BNGTK, out_HKD), keys_BNSK, values_BNSK
+
+        cached = ("batch", "kv_heads")
+        inputs, outputs = (("batch",), cached, cached, ("batch",), *WEIGHTS), (("batch",), cached, cached)
+        y_BTD, keys, values = per_device(local, inputs, outputs)(x_BTD, *past, *self._weights(x_BTD.dtype))
+        return y_BTD, (keys, values)
+
+    def _weights(self, dtype: Any) -> tuple[jax.Array, ...]:
+        return tuple(w.astype(dtype) for w in (self.query, self.key, self.value, self.out))
+
+    def _project(self, x_BTD: jax.Array, position: Any, query_DHK: jax.Array, key_DNK: jax.Array, value_DNK: jax.Array):
+        """(q [B, N, G, T, K], k, v [B, N, T, K]) of one device, rotated. position: [T] or [B, T]."""
+        c = self.config
+        batch, length, d_model = x_BTD.shape
+        x_MD = x_BTD.reshape(-1, d_model)
+
+        def project(kernel):  # [D, N, K] -> [B, N, T, K]
+            kernel = gather(kernel, "embed", axis=0)
+            flat = x_MD @ kernel.reshape(d_model, -1)
+            return flat.reshape(batch, length, *kernel.shape[1:]).transpose(0, 2, 1, 3)
+
+        angles = position[..., None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        angles = angles if angles.ndim == 2 else angles[:, None]  # the same for all heads
+        q_BHTK, k_BNTK, v_BNTK = rotate(project(query_DHK), angles), rotate(project(key_DNK), angles), project(value_DNK)
+        return q_BHTK.reshape(batch, k_BNTK.shape[1], -1, length, c.head_dim), k_BNTK, v_BNTK
+
+    def _merge(self, y_BNGTK: jax.Array, out_HKD: jax.Array) -> jax.Array:
+        """Heads -> [B, T, D], summed over the devices that share them."""
+        batch, length = y_BNGTK.shape[0], y_BNGTK.shape[3]
+        y_MD = y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, -1)
+        out_HKD = gather(out_HKD, "embed", axis=2)
+        return scatter_sum((y_MD @ out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads", axis=None)

@@ -32,6 +32,7 @@ class Block(nn.Module):
     config: ModelConfig
     compute: ComputeConfig
     spec: LayerSpec
+    keep_choices: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
@@ -41,7 +42,7 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(x_BTD, "attention")
         h_BTD = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
         if self.spec.experts:
-            y_BTD, stats = MoEFeedForward(c.d_ff, self.spec, self.compute, name="ffn")(h_BTD, segments_BT > 0, step)
+            y_BTD, stats = MoEFeedForward(c.d_ff, self.spec, self.compute, self.keep_choices, name="ffn")(h_BTD, segments_BT > 0, step)
         else:
             y_BTD, stats = FeedForward(c.d_ff, name="ffn")(h_BTD), None
         return shard(x_BTD + y_BTD, "batch", None, None), stats
@@ -50,12 +51,14 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """tokens [B, T], segments [B, T] (0 = padding, equal = same document) -> (final hidden states [B, T, D], {run: RoutingStats}).
 
-    Each run's stats have a leading layer axis; dense runs have no entry. Multiply by `head_kernel(params)` for logits.
-    The "routing" rng makes sample_top1 sample; without it routing is deterministic. step: the training step, for its temperature.
+    Each run's stats have a leading layer axis; dense runs have no entry. Multiply by `head_kernel(params)` for logits. keep_choices: the
+    stats hold every token's experts. The "routing" rng makes sample_top1 sample; without it routing is deterministic. step: the training
+    step, for its temperature.
     """
 
     config: ModelConfig
     compute: ComputeConfig
+    keep_choices: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, dict[str, RoutingStats]]:
@@ -79,7 +82,7 @@ class Llama(nn.Module):
                 unroll=min(self.compute.unroll, length),
                 metadata_params={nn.PARTITION_NAME: "layer"},
             )
-            x_BTD, run_stats = stack(c, self.compute, spec, name=name)(x_BTD, segments, step)
+            x_BTD, run_stats = stack(c, self.compute, spec, self.keep_choices, name=name)(x_BTD, segments, step)
             if run_stats is not None:
                 stats[name] = run_stats
         return RMSNorm(c.norm_eps, name="final_norm")(x_BTD), stats

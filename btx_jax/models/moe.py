@@ -1,11 +1,14 @@
 """The Mixture-of-Experts feed-forward block: one router for the whole SwiGLU (BTX section 3.2). Shape legend: layers.py."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from btx_jax.config import ComputeConfig, LayerSpec
-from btx_jax.models.layers import normal_param, platform_kernels, scaled_swiglu
+from btx_jax.models.layers import normal_param, platform_kernels, scaled_swiglu, swiglu
 from btx_jax.models.ragged import ragged_experts
 from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum, shard
@@ -34,12 +37,33 @@ def einsum_experts(x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate
     return shard(jnp.einsum("egcd,gsec->gsd", y_EGCD, dispatch_GSEC), "group", None, None), dropped
 
 
+def router_logits(x_GSD: jax.Array, router_DE: jax.Array) -> jax.Array:
+    return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
+
+
+def few_experts(x_BD: jax.Array, params: Mapping[str, Any], spec: LayerSpec) -> jax.Array:
+    """The block for one token of each of B sequences, without capacity. params: router [D, E]; gate, up, down: of each expert an array of
+    its own. Reading weights takes longer here than multiplying by them: what no token needs is not read, and nothing is copied."""
+    choice = route(router_logits(x_BD[:, None], params["router"]), jnp.ones((len(x_BD), 1), bool), spec, None, jnp.int32(0))
+    gate_BK, index_BK = choice.gate_GSK[:, 0].astype(x_BD.dtype), choice.index_GSK[:, 0]
+    experts = tuple(zip(params["gate"], params["up"], params["down"], strict=True))
+    if index_BK.size <= len(experts):
+        branches = [lambda x, experts, e=e: swiglu(x, *experts[e]) for e in range(len(experts))]
+        claims = [jax.lax.switch(e, branches, x_BD[b : b + 1], experts) for b, row in enumerate(index_BK) for e in row]
+        y_BKD = jnp.concatenate(claims).reshape(*index_BK.shape, -1)
+    else:
+        y_BED = jnp.stack([swiglu(x_BD, *expert) for expert in experts], axis=1)
+        y_BKD = jnp.take_along_axis(y_BED, index_BK[..., None], axis=1)
+    return jnp.einsum("bkd,bk->bd", y_BKD, gate_BK)
+
+
 class MoEFeedForward(nn.Module):
     """x [B, T, D] -> (y [B, T, D], RoutingStats). valid [B, T]: False where padding is, which is neither routed nor counted."""
 
     d_ff: int
     spec: LayerSpec
     compute: ComputeConfig
+    keep_choices: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, step: jax.Array) -> tuple[jax.Array, RoutingStats]:
@@ -51,10 +75,10 @@ class MoEFeedForward(nn.Module):
         down_EFD = normal_param(self, "down", (experts, d_ff, d_model), ("expert", "hidden", "expert_embed"))
         gate_EDF, up_EDF, down_EFD = (w.astype(x_BTD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
 
-        tokens = min(self.compute.group_size, length)
+        tokens = min(self.compute.group_size, length) if self.compute.dispatch == "einsum" else length  # ragged knows no groups
         x_GSD = x_BTD.reshape(-1, tokens, d_model)
         valid_GS = valid_BT.reshape(-1, tokens)
-        logits_GSE = jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
+        logits_GSE = router_logits(x_GSD, router_DE)
         sample_key = self.make_rng("routing") if self.has_rng("routing") else None
         choice = route(logits_GSE, valid_GS, self.spec, sample_key, step)
         if self.compute.dispatch == "einsum":
@@ -64,4 +88,5 @@ class MoEFeedForward(nn.Module):
             claims = flat(x_GSD), flat(choice.gate_GSK), flat(choice.index_GSK)
             y_GSD = ragged_experts(*claims, gate_EDF, up_EDF, down_EFD, platform_kernels(self.compute.kernels))
             dropped = jnp.zeros(())
-        return y_GSD.reshape(x_BTD.shape), statistics(logits_GSE, choice, valid_GS, dropped)
+        stats = statistics(logits_GSE, choice, valid_GS, dropped)
+        return y_GSD.reshape(x_BTD.shape), stats._replace(choice=choice) if self.keep_choices else stats

@@ -22,14 +22,17 @@ class RoutingStats(NamedTuple):
     """What one MoE layer did with the valid tokens of the whole (global) batch.
 
     load_E: share of (token, choice) pairs per expert, sums to 1. balance_loss: E sum_i u_i p_i, 1.0 at uniform, E at collapse (BTX
-    section 3.2 without alpha). entropy: of the full softmax, nats, mean over tokens. dropped: share of pairs without a slot.
+    section 3.2 without alpha). gate_load_E: u, the mean gate of each expert. entropy: of the full softmax, nats, mean over tokens.
+    dropped: share of pairs without a slot. choice: of every token, when the model was asked to keep it.
     """
 
     load_E: jax.Array
+    gate_load_E: jax.Array
     entropy: jax.Array
     dropped: jax.Array
     balance_loss: jax.Array
     z_loss: jax.Array
+    choice: Choice | None = None
 
 
 def gumbel_temperature(step: jax.Array) -> jax.Array:
@@ -77,6 +80,7 @@ def statistics(logits_GSE: jax.Array, choice: Choice, valid_GS: jax.Array, dropp
     entropy_GS = log_z_GS - (choice.probs_GSE * logits_GSE).sum(-1)
     return RoutingStats(
         load_E=load_E,
+        gate_load_E=u_E,
         entropy=jnp.where(valid_GS, entropy_GS, 0).sum() / tokens,
         dropped=dropped,
         balance_loss=experts * (u_E * p_E).sum(),

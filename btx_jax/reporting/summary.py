@@ -22,12 +22,13 @@ def summarise(results: Mapping[str, Any], curves: Mapping[str, list[dict[str, An
     routing.load is that of the mixture that trained longest, measured dropless on held-out text; dropped_fraction is the mean of
     the last steps of the last run that trained a mixture.
     """
-    mixtures = [model for model in results["models"].values() if model["load"]]
-    load = max(mixtures, key=lambda model: model["train_tokens"])["load"] if mixtures else {}
+    mixtures = [model for model in results["models"].values() if "routing" in model]
+    best = max(mixtures, key=lambda model: model["tokens"])["routing"]["domains"] if mixtures else {}
+    load = {domain: values["load"] for domain, values in best.items()}
     routed = [[line for line in lines if "routing" in line] for lines in curves.values()]
     dropped = next((mean(mean(line["routing"]["dropped"]) for line in lines[-LAST_STEPS:]) for lines in reversed(routed) if lines), 0.0)
-    by_training = sorted(results["models"].items(), key=lambda item: item[1]["train_tokens"])  # the seed first, the mixture last
-    shown = ("nats_per_token", "bits_per_byte", "train_tokens", "train_flops", "params_total", "params_active")
+    by_training = sorted(results["models"].items(), key=lambda item: item[1]["tokens"])  # the seed first, the mixture last
+    shown = ("nats_per_token", "bits_per_byte", "tokens", "flops", "params_total", "params_active")
     return {
         "domains": results["domains"],
         "models": {name: {key: model[key] for key in shown} for name, model in by_training},
@@ -54,6 +55,6 @@ def table(summary: Mapping[str, Any]) -> Table:
     for name, row in rows.items():
         model = summary["models"][name]
         cells = [f"[bold]{x:.3f}[/bold]" if x == b else f"{x:.3f}" for x, b in zip(row, best, strict=True)]
-        counts = (f"{model['train_tokens'] / 1e6:.2f}M", f"{model['params_active'] / 1e6:.2f}M")
+        counts = (f"{model['tokens'] / 1e6:.2f}M", f"{model['params_active'] / 1e6:.2f}M")
         made.add_row(name, *cells, *counts)
     return made

@@ -22,6 +22,10 @@ def write_json(path: Path, values: Any) -> None:
     temporary.rename(path)
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
     """`_claim` by all processes. Raises UserError also when they do not share the directory."""
     done = first_then_others(_claim, workdir, config)
@@ -39,7 +43,7 @@ def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            changed = [d for d in differences(json.loads(path.read_text(encoding="utf-8")), new) if not d.startswith(RESUMABLE)]
+            changed = [d for d in differences(read_json(path), new) if not d.startswith(RESUMABLE)]
             if changed:
                 raise UserError(
                     f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose another --workdir or undo the change"
@@ -49,7 +53,7 @@ def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
     done = workdir / DONE
-    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+    return read_json(done) if done.exists() else None
 
 
 def finish(workdir: Path, **results: Any) -> None:

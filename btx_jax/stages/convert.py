@@ -23,7 +23,7 @@ def run(source: str, target: str, dtype: str = "") -> str:
         reader.read,
         find_own_tokenizer(found),
         history=found.about.history,
-        card=_card(found.path.name if found.is_huggingface else found.path.parent.parent.name, found.about.total("tokens")),
+        card=_card(found.path.name if found.is_huggingface else found.path.parent.parent.name, found.about.costs()["tokens"]),
         check=reader.check,
         verb="converting",
     )

@@ -1,28 +1,43 @@
-"""Evaluate: held-out loss of every model on every domain, and where an MoE sends each domain's tokens. Writes results.json."""
+"""Evaluate: held-out loss of every model and ensemble on every domain, test sets, what the routers of mixtures do. Writes results.json.
 
+What is measured is kept under WORKDIR/parts as it comes, so that an interrupted evaluation goes on where it was.
+"""
+
+import functools
 import logging
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
-from btx_jax.config import Config, ConfigError
-from btx_jax.data.mixture import heldout_batches
-from btx_jax.data.prepare import prepare, resolve_tokenizer
-from btx_jax.data.tokenizers import load_tokenizer, tokenizer_sha256
-from btx_jax.evaluation.heldout import heldout_loss, make_heldout_step
+from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_params
+from btx_jax.checkpoints.training_state import About
+from btx_jax.config import Config, ConfigError, EnsembleConfig, ModelConfig, TaskConfig
+from btx_jax.data.mixture import first_rows, heldout_rows
+from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
+from btx_jax.data.sources import read_json_lines
+from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
+from btx_jax.evaluation import btm, routing
+from btx_jax.evaluation.explain import explain
+from btx_jax.evaluation.generation import Generator
+from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
+from btx_jax.evaluation.likelihood import Scorer
+from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice
 from btx_jax.models.llama import abstract_params, parameter_counts
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
-from btx_jax.reporting.workdir import claim, finish, write_json
+from btx_jax.reporting.workdir import claim, finish, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-RESULTS = "results.json"
+RESULTS, PARTS = "results.json", "parts"
+PROFILE_ROWS = 128  # training rows behind an expert's tf-idf profile
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -38,38 +53,176 @@ def run(config: Config, workdir: Path) -> None:
             raise ConfigError(f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}; evaluate it in a run of its own")
     key = "heldout" if config.data.heldout else "train"
     domains = first_then_others(prepare, getattr(config.data, key), config.data, tokenizer, f"config.data.{key}")
+    rows = {domain.name: heldout_rows(domain, config.evaluate.rows) for domain in domains}
+    for name, values in rows.items():
+        if not len(values["tokens"]):
+            raise ConfigError(f"config.data: domain {name!r} has no held-out document; raise config.data.heldout_fraction")
+    profiles = first_then_others(read_profiles, config, tokenizer)
+    items = {name: read_items(name, task) for name, task in config.evaluate.tasks.items()}
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
-    size, length = config.evaluate.batch_size, config.data.sequence_length
 
     models: dict[str, Any] = {}
     progress = tqdm(total=len(found) * len(domains), desc="evaluate", unit="domain", disable=not is_first())
     for name, checkpoint in found.items():
-        model = checkpoint.about.model
-        boxed = abstract_params(model)
-        shapes = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), param_shardings(boxed, mesh)
-        )
-        params = load_params(checkpoint, shapes)
-        step = make_heldout_step(model, config.compute, mesh, size, length, tokenizer.eos)
-        losses = {}
-        for domain in domains:
-            loss = heldout_loss(step, params, heldout_batches(domain, size, config.evaluate.rows), mesh)
-            if loss is None:
-                raise ConfigError(f"config.data: domain {domain.name!r} has no held-out document; raise config.data.heldout_fraction")
-            losses[domain.name] = loss
-            progress.update(1)
-        total, active = parameter_counts(model)
-        models[name] = {
-            "nats_per_token": {d: loss.nats_per_token for d, loss in losses.items()},
-            "bits_per_byte": {d: loss.bits_per_byte for d, loss in losses.items()},
-            "heldout_tokens": {d: loss.tokens for d, loss in losses.items()},
-            "train_tokens": int(checkpoint.about.total("tokens")),
-            "train_flops": checkpoint.about.total("flops"),
-            "params_total": total,
-            "params_active": active,
-            "load": {d: loss.load for d, loss in losses.items()} if model.moe else {},
-        }
+        folder = workdir / PARTS / name
+        models[name] = part(folder / "result.json", evaluate_model, checkpoint, config, tokenizer, rows, mesh, folder, progress)
+        if items:
+            models[name] |= {"tasks": run_tasks(name, checkpoint, config, tokenizer, items, mesh, folder)}
+    for name, ensemble in config.evaluate.ensembles.items():
+        models[name] = ensemble_result(ensemble, rows, workdir / PARTS, profiles.get(name), found, tokenizer.eos)
     progress.close()
     if is_first():
-        write_json(workdir / RESULTS, {"domains": [d.name for d in domains], "models": models})
+        write_json(workdir / RESULTS, {"domains": list(rows), "models": models})
     finish(workdir, seconds=time.monotonic() - start)
+
+
+def part(file: Path, make: Callable[..., Any], *args: Any) -> Any:
+    """What make(*args) returned, from the file once it is there."""
+    if not file.exists():
+        value = make(*args)
+        if is_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, value)
+        return value
+    return read_json(file)
+
+
+def evaluate_model(
+    checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, all_rows: Mapping[str, Rows], mesh: Mesh, folder: Path, progress: tqdm
+) -> dict[str, Any]:
+    """One model's entry in results.json; the losses of every held-out token go to FOLDER/DOMAIN.npy."""
+    assert config.evaluate and config.data and config.compute
+    model, batch_size, length = checkpoint.about.model, config.evaluate.batch_size, config.data.sequence_length
+    params = load_params(checkpoint, sharded_shapes(model, mesh))
+    step = make_heldout_step(model, config.compute, mesh, batch_size, length)
+    losses: dict[str, HeldoutLoss] = {}
+    routed: dict[str, Any] = {}
+    for domain, rows in all_rows.items():
+        nll, sums = token_losses(step, params, rows, batch_size, mesh)
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(folder / f"{domain}.npy", nll)
+        loss = mean_loss(nll, rows, tokenizer.eos)
+        assert loss is not None
+        losses[domain] = loss
+        if sums is not None:
+            routed[domain] = routing.summarise(sums)
+        progress.update(1)
+    total, active = parameter_counts(model)
+    result = loss_entries(losses) | checkpoint.about.costs() | {"params_total": total, "params_active": active}
+    if routed:
+        load = {domain: values["load"] for domain, values in routed.items()}
+        result["routing"] = {
+            "domains": routed,
+            "mutual_information": routing.mutual_information(load),
+            "redundancy": routing.redundancy(params),
+            "texts": explain(model, config.compute, params, tokenizer, shown_texts(config, tokenizer, all_rows), mesh),
+        }
+    return result
+
+
+def read_items(name: str, task: TaskConfig) -> tuple[list[Any], list[Any]]:
+    """(the test set's items, its solved examples)."""
+    key = f"config.evaluate.tasks.{name}"
+    items = read_json_lines(task.file, f"{key}.file", task.limit)
+    examples = read_json_lines(task.shots_file, f"{key}.shots_file", task.shots) if task.shots else []
+    check_items(items, task, key)
+    return items, examples
+
+
+def run_tasks(
+    name: str, checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, items: Mapping[str, Any], mesh: Mesh, folder: Path
+) -> dict[str, Any]:
+    """Metrics of every task; what the model said to each item goes to FOLDER/TASK.json."""
+    assert config.evaluate and config.compute
+    model, size, compute = checkpoint.about.model, config.evaluate.batch_size, config.compute
+    params = functools.cache(lambda: load_params(checkpoint, sharded_shapes(model, mesh)))
+    generator = functools.cache(lambda: Generator(model, params(), compute, mesh, tokenizer.eos))
+
+    def run_task(task_name: str, task: TaskConfig) -> dict[str, Any]:
+        asked, examples = items[task_name]
+        if task.kind == "multiple_choice":
+            score = Scorer(model, params(), compute, mesh, size)
+            return multiple_choice(asked, examples, task, tokenizer, score, f"{name}: {task_name}")
+        if task.kind == "exact_match":
+            return exact_match(asked, examples, task, tokenizer, generator(), size)
+        return code(asked, task, tokenizer, generator(), size)
+
+    results = {key: part(folder / f"{key}.json", run_task, key, task) for key, task in config.evaluate.tasks.items()}
+    return {key: {metric: value for metric, value in result.items() if metric != "items"} for key, result in results.items()}
+
+
+def sharded_shapes(model: ModelConfig, mesh: Mesh) -> Any:
+    boxed = abstract_params(model)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(place, nn.unbox(boxed), param_shardings(boxed, mesh))
+
+
+def loss_entries(losses: Mapping[str, HeldoutLoss]) -> dict[str, Any]:
+    return {
+        "nats_per_token": {domain: loss.nats_per_token for domain, loss in losses.items()},
+        "bits_per_byte": {domain: loss.bits_per_byte for domain, loss in losses.items()},
+        "heldout_tokens": {domain: loss.tokens for domain, loss in losses.items()},
+    }
+
+
+def shown_texts(config: Config, tokenizer: Tokenizer, all_rows: Mapping[str, Rows]) -> dict[str, list[int]]:
+    """Token ids of the texts whose experts are kept: the beginning of each domain's first held-out document, and config.evaluate.texts."""
+    assert config.evaluate
+    shown = {}
+    for domain, rows in all_rows.items() if config.evaluate.shown_tokens else ():
+        start, end = next(btm.documents(rows["segments"][0]))
+        shown[domain] = rows["tokens"][0, start : min(end, start + config.evaluate.shown_tokens)].tolist()
+    before = [tokenizer.bos] if tokenizer.bos is not None else []
+    return shown | {name: before + tokenizer.encode(text) for name, text in config.evaluate.texts.items()}
+
+
+def read_profiles(config: Config, tokenizer: Tokenizer) -> dict[str, btm.DomainProfiles]:
+    """For every tf-idf ensemble."""
+    assert config.evaluate and config.data
+    profiles = {}
+    for name, ensemble in config.evaluate.ensembles.items():
+        if ensemble.weights != "tf_idf":
+            continue
+        documents = {}
+        for expert, domain in ensemble.experts.items():
+            (prepared,) = prepare(domain, config.data, tokenizer, f"config.evaluate.ensembles.{name}.experts.{expert}")
+            documents[expert] = row_documents(prepared)
+        profiles[name] = btm.DomainProfiles(documents)
+    return profiles
+
+
+def row_documents(domain: PreparedDomain) -> list[list[int]]:
+    rows = first_rows(domain, PROFILE_ROWS)
+    return [
+        row[start:end].tolist()
+        for row, segments in zip(rows["tokens"], rows["segments"], strict=True)
+        for start, end in btm.documents(segments)
+    ]
+
+
+def ensemble_result(
+    ensemble: EnsembleConfig,
+    all_rows: Mapping[str, Rows],
+    parts: Path,
+    profiles: btm.DomainProfiles | None,
+    found: Mapping[str, Checkpoint],
+    eos: int | None,
+) -> dict[str, Any]:
+    """From the token losses of its experts. Its costs are those of all of them."""
+    losses = {}
+    for domain, rows in all_rows.items():
+        nll = np.stack([np.load(parts / expert / f"{domain}.npy") for expert in ensemble.experts])
+        if profiles is not None:
+            weights = btm.tf_idf_weights(profiles, rows["tokens"], rows["segments"], ensemble.top)
+        else:
+            weights = btm.bayes_weights(nll, rows["segments"], updating=ensemble.weights == "bayes_updating")
+        loss = mean_loss(btm.ensemble_nll(nll, weights), rows, eos)
+        assert loss is not None
+        losses[domain] = loss
+    experts = [found[expert].about for expert in ensemble.experts]
+    together = About(experts[0].model, 0, {run: costs for about in experts for run, costs in about.history.items()})
+    counts = [parameter_counts(about.model) for about in experts]
+    answering = ensemble.top if ensemble.weights == "tf_idf" else len(experts)
+    total, active = sum(total for total, _ in counts), sum(sorted(active for _, active in counts)[-answering:])
+    return loss_entries(losses) | together.costs() | {"params_total": total, "params_active": active}

@@ -10,6 +10,7 @@ from btx_jax import __version__
 from btx_jax.checkpoints.checkpoint import Reader, find_checkpoint, find_own_tokenizer, open_reader, write_checkpoint
 from btx_jax.checkpoints.huggingface import dense_name, expert_name, expert_tensor, router_layer, slots
 from btx_jax.checkpoints.huggingface_config import same_function
+from btx_jax.checkpoints.training_state import History
 from btx_jax.config import ConfigError, ModelConfig, MoEConfig
 from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
 from btx_jax.errors import UserError
@@ -50,7 +51,7 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
         wanted = expert_tensor(name)
         return reader.dtypes[expert_name(wanted.layer, 0, wanted.part) if wanted else name]
 
-    history = found.about.history | extra.about.history
+    history = {**found.about.history, **extra.about.history}
     card = f"Expert {max(larger.moe.experts) - 1 if larger.moe else 0} is {source}, added to {mixture}; its router rows are not trained."
     _write(target, found.is_huggingface, larger, like, tensor, tokenizers[0], history, card, [reader, dense])
     return f"wrote {target}: {_count(larger)} experts; the new one's router rows are normal({router_std:g}) and want training"
@@ -112,7 +113,7 @@ def _write(
     like: Callable[[str], np.dtype],
     tensor: Callable[[str], np.ndarray],
     tokenizer: Tokenizer | None,
-    history: dict[str, dict[str, float]],
+    history: History,
     card: str,
     readers: list[Reader],
 ) -> None:

@@ -1,16 +1,20 @@
 """Generate: sample text from a checkpoint."""
 
+import jax
+
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
+from btx_jax.config import ComputeConfig
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
-from btx_jax.evaluation.sampling import generate
+from btx_jax.evaluation.generation import Generator, Sampling
+from btx_jax.parallel.sharding import make_mesh
 
 
 def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
     """The prompt's continuation. Raises UserError when prompt and continuation do not fit the model's context."""
     found = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(found.tokenizer)
-    ids = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(prompt)
+    ids = tokenizer.encode_prompt(prompt)
     if not ids:
         raise UserError("--prompt: empty, and the tokenizer has no BOS to start from")
     if max(ids) >= found.about.model.vocab_size:
@@ -20,7 +24,7 @@ def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_
     context = found.about.model.context
     if len(ids) + max_tokens > context:
         raise UserError(f"--max_tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {context}; lower it")
-    new = generate(
-        found.about.model, load_params(found), ids, max_tokens, temperature=temperature, top_p=top_p, seed=seed, eos=tokenizer.eos
-    )
+    mesh = make_mesh((1, 1, 1, 1), jax.local_devices()[:1])
+    generator = Generator(found.about.model, load_params(found), ComputeConfig(dtype="float32"), mesh, tokenizer.eos)
+    (new,) = generator.generate([ids], max_tokens, Sampling(temperature, top_p), seed)
     return tokenizer.decode(new)

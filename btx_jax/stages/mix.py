@@ -1,4 +1,5 @@
-"""Mix: N dense checkpoints -> one MoE checkpoint (step 0), by Branch-Train-MiX; one checkpoint copied N times is sparse upcycling."""
+"""Mix: N dense checkpoints -> one checkpoint (step 0), by Branch-Train-MiX or one of its ablations; one checkpoint copied N times is
+sparse upcycling."""
 
 import dataclasses
 import logging
@@ -10,10 +11,11 @@ from flax import linen as nn
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
 from btx_jax.checkpoints.training_state import About, Checkpoints
-from btx_jax.config import CheckpointConfig, Config, ConfigError, MoEConfig, differences, to_dict
+from btx_jax.config import CheckpointConfig, Config, ConfigError, MixConfig, ModelConfig, MoEConfig, differences, to_dict
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
 from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers
+from btx_jax.mixing.split import blend_models, split_models
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.reporting.workdir import claim, finish
@@ -39,20 +41,23 @@ def run(config: Config, workdir: Path) -> None:
     if first.about.model.moe:
         raise ConfigError(f"config.mix.experts[0]: {first.path} is a mixture already; mix dense checkpoints")
 
-    experts = len(sources) * mix.copies
-    moe = MoEConfig((experts,) * first.about.model.layers, mix.k, mix.routing, mix.first_routing)
-    model = dataclasses.replace(first.about.model, moe=moe)
+    model = mixed_model(first.about.model, mix)
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
     dense = abstract_params(first.about.model)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(dense), param_shardings(dense, mesh))
 
     def mixed(models, key):
+        models = [params for params in models for _ in range(mix.copies)]
+        if mix.method == "split":
+            models = split_models(models, mix.chunks)
+        elif mix.method == "blend":
+            models = blend_models(models)
         runs = model.runs()
-        models = [restack(params, [length for _, length, _ in runs]) for params in models]
-        routers = normal_routers(key, [(name, length, spec.experts) for name, length, spec in runs], model.d_model, mix.router_std)
-        return mix_params([params for params in models for _ in range(mix.copies)], routers)
+        moe_runs = [(name, length, spec.experts) for name, length, spec in runs if spec.experts]
+        routers = normal_routers(key, moe_runs, model.d_model, mix.router_std)
+        return mix_params([restack(params, [length for _, length, _ in runs]) for params in models], routers)
 
-    log.info("mixing %d experts from %d checkpoints", experts, len(sources))
+    log.info("mixing %d checkpoints into %s", len(sources), f"{model.moe.experts[0]} experts" if model.moe else "their mean")
     with jax.set_mesh(mesh):
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources], jax.random.key(config.rng_seed))
@@ -65,3 +70,15 @@ def run(config: Config, workdir: Path) -> None:
     finally:
         checkpoints.close()
     finish(workdir, seconds=time.monotonic() - start, experts=[str(source.path) for source in sources for _ in range(mix.copies)])
+
+
+def mixed_model(dense: ModelConfig, mix: MixConfig) -> ModelConfig:
+    """What the mixture is. Raises ConfigError when d_ff cannot be cut as asked."""
+    experts = len(mix.experts) * mix.copies * mix.chunks
+    if mix.method == "average":
+        return dense
+    cuts = {"split": mix.chunks, "blend": experts}.get(mix.method, 1)
+    if dense.d_ff % cuts:
+        raise ConfigError(f"config.mix.method={mix.method!r}: d_ff={dense.d_ff} is not divisible into {cuts} chunks")
+    moe = MoEConfig((experts,) * dense.layers, mix.k, mix.routing, mix.first_routing)
+    return dataclasses.replace(dense, d_ff=dense.d_ff // mix.chunks, moe=moe)

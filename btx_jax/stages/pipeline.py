@@ -69,7 +69,9 @@ def in_order(pipeline: Any) -> list[str]:
 
 
 def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> Config:
-    """The stage's config with `@NAME` replaced by directories and the pipeline's rng_seed. Raises ConfigError for an @NAME not in needs."""
+    """The stage's config with `@NAME` replaced by directories, and the pipeline's rng_seed added to its own.
+
+    Raises ConfigError for an @NAME not in needs."""
 
     def replace(value: Any) -> Any:
         if isinstance(value, dict):
@@ -83,4 +85,4 @@ def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> C
         return value
 
     parsed = from_dict(Config, replace(to_dict(stage.config)), f"config.pipeline.{name}.config")
-    return dataclasses.replace(parsed, rng_seed=config.rng_seed)
+    return dataclasses.replace(parsed, rng_seed=config.rng_seed + parsed.rng_seed)

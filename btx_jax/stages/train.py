@@ -22,15 +22,15 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_params
-from btx_jax.checkpoints.training_state import About, Checkpoints
+from btx_jax.checkpoints.training_state import About, Checkpoints, History, TrainingRun, read_about
 from btx_jax.config import Config, ConfigError, ModelConfig, to_dict
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
-from btx_jax.data.mixture import heldout_batches, training_batches
+from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer
 from btx_jax.errors import UserError
-from btx_jax.evaluation.heldout import heldout_loss, make_heldout_step
+from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import MetricsWriter
@@ -108,13 +108,17 @@ def make_evaluation(
     train, data = config.train, config.data
     if not train.eval_every:
         return None
-    for domain in domains:
-        if not any(source.rows("heldout") for source in domain.sources):
-            log.warning("domain %r has no held-out document: its held-out loss is left out", domain.name)
-    step = make_heldout_step(model, config.compute, mesh, train.batch_size, data.sequence_length, tokenizer.eos)
+    rows = {domain.name: heldout_rows(domain, train.eval_rows) for domain in domains}
+    for name in [name for name, values in rows.items() if not len(values["tokens"])]:
+        log.warning("domain %r has no held-out document: its held-out loss is left out", name)
+        del rows[name]
+    step = make_heldout_step(model, config.compute, mesh, train.batch_size, data.sequence_length)
 
     def evaluate(params: Any) -> dict[str, Any]:
-        losses = {d.name: heldout_loss(step, params, heldout_batches(d, train.batch_size, train.eval_rows), mesh) for d in domains}
+        losses = {
+            name: mean_loss(token_losses(step, params, values, train.batch_size, mesh)[0], values, tokenizer.eos)
+            for name, values in rows.items()
+        }
         return {name: {"nats_per_token": x.nats_per_token, "bits_per_byte": x.bits_per_byte} for name, x in losses.items() if x}
 
     return evaluate
@@ -123,7 +127,7 @@ def make_evaluation(
 class Loop:
     """Steps, metrics one step late, checkpoints, and a clean end on SIGTERM or a non-finite loss."""
 
-    def __init__(self, config: Config, workdir: Path, model: ModelConfig, mesh: Mesh, checkpoints: Checkpoints, history: dict[str, Any]):
+    def __init__(self, config: Config, workdir: Path, model: ModelConfig, mesh: Mesh, checkpoints: Checkpoints, history: History):
         assert config.train and config.checkpoint and config.data
         self.train, self.every, self.mesh, self.model = config.train, config.checkpoint.every, mesh, model
         self.workdir, self.checkpoints, self.history = workdir, checkpoints, history
@@ -132,9 +136,14 @@ class Loop:
         identity = json.dumps([to_dict(config), sorted(history)], sort_keys=True)
         self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.tokens_per_step = config.train.batch_size * config.data.sequence_length
+        resumed = read_about(checkpoints.path(self.last_saved)).history if self.last_saved else {}
+        self.seconds = resumed[self.run_id].seconds if resumed else 0.0
 
     def run(self, state: TrainState, batches: Iterator[Any], train_step: Any, evaluate: Any) -> TrainState:
         train, first = self.train, int(state.step)
+        memory = train_step.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        self.peak_bytes = int(held - memory.alias_size_in_bytes)
         self.writer = MetricsWriter(self.workdir, first, enabled=is_first())
         progress = tqdm(total=train.steps, initial=first, desc=self.workdir.name, unit="step", disable=not is_first())
         sharding = batch_sharding(self.mesh)
@@ -156,6 +165,7 @@ class Loop:
                     pending = None
                 if saving:
                     self.save(step, state, batches)
+                    self.clock = time.perf_counter()
                 if evaluating:
                     self.writer.write(step, {"heldout": evaluate(state.params)})
                     self.clock = time.perf_counter()
@@ -170,7 +180,8 @@ class Loop:
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         tokens = step * self.tokens_per_step
-        history = {**self.history, self.run_id: {"tokens": tokens, "flops": train_flops(self.model, tokens)}}
+        this = TrainingRun(tokens, train_flops(self.model, tokens), self.seconds, jax.device_count(), self.peak_bytes, tuple(self.history))
+        history = {**self.history, self.run_id: this}
         self.checkpoints.save(About(self.model, step, history), state.params, state.opt_state, batches.get_state())
         self.last_saved = step
 
@@ -179,6 +190,7 @@ class Loop:
         values = jax.device_get(metrics)
         now = time.perf_counter()
         rate = self.tokens_per_step / (now - self.clock)
+        self.seconds += now - self.clock
         self.clock = now
         line: dict[str, Any] = {name: float(getattr(values, name)) for name in Metrics._fields if name != "routing"}
         peak = peak_flops_per_device() * jax.device_count()
@@ -186,7 +198,9 @@ class Loop:
         if values.routing:
             layers = [stats for _, stats in sorted(values.routing.items(), key=lambda item: int(item[0].rpartition("_")[2]))]
             line["routing"] = {
-                name.removesuffix("_E"): [layer for run in layers for layer in getattr(run, name).tolist()] for name in layers[0]._fields
+                name.removesuffix("_E"): [layer for run in layers for layer in getattr(run, name).tolist()]
+                for name in layers[0]._fields
+                if name != "choice"
             }
         self.writer.write(step, line)
         if not all(math.isfinite(line[name]) for name in ("loss", "grad_norm")):

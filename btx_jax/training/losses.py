@@ -1,14 +1,18 @@
 """Next-token cross-entropy without a [tokens, vocabulary] array. Shape legend: models/layers.py."""
 
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from btx_jax.parallel.sharding import gather, largest, per_device, position, scatter_sum
 
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
-def next_token_targets(tokens: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+
+def next_token_targets(tokens: Array, segments: Array) -> tuple[Array, Array, Array, Array]:
     """Packed rows [B, T + 1] -> (inputs, input segments, targets, target mask), each [B, T].
 
     A target counts when it continues its own document: not across a document border, not in padding (segment 0).
@@ -48,16 +52,25 @@ HEAD = ("embed", "vocab")
 
 def token_nll(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
     """-log p(target) in nats, [B, T], float32. `chunk`: tokens per device whose logits exist at one time."""
+    return token_scores(hidden_BTD, head_DV, targets_BT, chunk)[0]
+
+
+def token_scores(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """(-log p(target) in nats [B, T], whether no token is likelier than the target [B, T])."""
 
     def local(hidden_BTD, head_DV, targets_BT):
         head = gather(head_DV, "embed", axis=0)
         positions = _positions_per_chunk(targets_BT, chunk)
-        body = lambda _, xs: (None, _log_softmax_parts(xs[0], head, xs[1])[0])  # noqa: E731
-        _, nll = jax.lax.scan(body, None, (_chunks(hidden_BTD, positions), _chunks(targets_BT, positions)))
-        return nll.swapaxes(0, 1).reshape(targets_BT.shape)
+
+        def body(_, xs):
+            nll_BC, exp, _, one_hot = _log_softmax_parts(xs[0], head, xs[1])
+            return None, (nll_BC, scatter_sum(jnp.where(one_hot, exp, 0).sum(axis=-1), "vocab", axis=None) == 1)
+
+        _, scores = jax.lax.scan(body, None, (_chunks(hidden_BTD, positions), _chunks(targets_BT, positions)))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(targets_BT.shape), scores)
 
     names = (("batch",), HEAD, ("batch",))
-    return per_device(local, names, ("batch",))(hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT)
+    return per_device(local, names, (("batch",), ("batch",)))(hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -35,10 +35,27 @@ def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def trainable(params: Any, frozen: str) -> Any:
+    """Tree of bools: what a run with TrainConfig.frozen trains."""
+
+    def trains(path: Any, _: Any) -> bool:
+        names = [str(key.key) for key in path]
+        if frozen == "all_but_routers":
+            return names[-1] == "router"
+        return not (frozen == "experts" and "ffn" in names and names[-1] != "router")
+
+    return jax.tree_util.tree_map_with_path(trains, params)
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    return optax.chain(
+    """Clipping and AdamW. What is frozen has no moments, no update and no part in the norm."""
+    optimizer = optax.chain(
         clip_by_global_norm(config.clip_norm),
         optax.adamw(
             schedule(config), config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed, mu_dtype=jnp.float32
         ),
     )
+    if not config.frozen:
+        return optimizer
+    labels = lambda params: jax.tree.map(lambda t: "trained" if t else "frozen", trainable(params, config.frozen))  # noqa: E731
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)

@@ -46,6 +46,8 @@ def checked_mesh(config: Config, model: ModelConfig, devices: Sequence[jax.Devic
         raise ConfigError(
             f"config.compute.group_size={compute.group_size}: does not divide config.data.sequence_length={data.sequence_length}"
         )
+    if train.frozen and not model.moe:
+        raise ConfigError(f"config.train.frozen={train.frozen!r}: the model has no experts")
     made = make_mesh(shape, devices)
     state_shardings(model, train, made)  # raises for a dimension that does not divide
     return made

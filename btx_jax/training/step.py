@@ -19,7 +19,7 @@ from btx_jax.models.routing import RoutingStats
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from btx_jax.training.losses import cross_entropy, next_token_targets
-from btx_jax.training.optimizer import make_optimizer, schedule
+from btx_jax.training.optimizer import make_optimizer, schedule, trainable
 
 Batch = Mapping[str, jax.Array]  # tokens, segments: [batch, sequence + 1] int32; segment 0 is padding
 
@@ -50,6 +50,7 @@ def loss_function(
     params: Params, batch: Batch, model: Llama, train: TrainConfig, targets: jax.Array, step: jax.Array, key: jax.Array | None
 ):
     """LM loss of one micro-batch as its share of `targets` (all targets of the step), plus the auxiliary losses."""
+    params = jax.tree.map(lambda x, trains: x if trains else jax.lax.stop_gradient(x), params, trainable(params, train.frozen))
     inputs, segments, labels, mask = next_token_targets(batch["tokens"], batch["segments"])
     rngs = {} if key is None else {"routing": key}
     hidden, routing = model.apply({"params": params}, inputs, segments, step, rngs=rngs)
@@ -62,8 +63,9 @@ def loss_function(
 
 
 def matmul_copies(params: Params, dtype: str) -> Params:
-    """The parameters as matmuls see them. A gradient with respect to these has the same bits as one with respect to the float32
-    parameters, which is theirs cast up, and half its size. Norms, routers and the embedding compute in float32 and stay."""
+    """The parameters as matmuls see them. A gradient with respect to these is half the size of one with respect to the float32 parameters
+    and what the cast's own derivative would make of it; the head's, summed in float32, is rounded once. Norms, routers and the
+    embedding compute in float32 and stay."""
     in_float32 = ("scale", "router", "embedding")
     return jax.tree_util.tree_map_with_path(lambda path, x: x if path[-1].key in in_float32 else x.astype(dtype), params)
 
@@ -104,9 +106,11 @@ def state_shardings(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple
     shapes, params = nn.unbox(boxed), param_shardings(boxed, mesh)
     optimizer = make_optimizer(train)
     abstract_opt = jax.eval_shape(optimizer.init, shapes)
+    is_frozen = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
     opt = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, abstract_opt, params, transform_non_params=lambda _: replicated(mesh)
-    )
+        optimizer, lambda moment, sharding: moment if is_frozen(moment) else sharding, abstract_opt, params,
+        transform_non_params=lambda _: replicated(mesh), is_leaf=is_frozen,
+    )  # fmt: skip
     abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, abstract_opt)
     shardings = TrainState(replicated(mesh), params, opt)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings), shardings

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btx_jax.config import DataConfig
-from btx_jax.data.mixture import heldout_batches, training_batches
+from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import is_heldout, pack, prepare
 from btx_jax.data.sources import Problems, Source, parse_domains, parse_sources, read_documents
 from btx_jax.data.tokenizers import HuggingFaceTokenizer, copy_tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
@@ -64,9 +64,10 @@ def test_heldout_is_disjoint_by_text_even_for_duplicates(tmp_path, tokenizer):
         assert text.split(". ")[0] + "." not in train, "a held-out document is trained on"
     assert manifest["tokenizer_sha256"] == tokenizer_sha256(tokenizer)
     assert len(manifest["files"][0]["sha256"]) == 64
-    rows = list(heldout_batches(domain, 4))
-    assert sum(int(b["bytes"].sum()) for b in rows) == manifest["splits"]["heldout"]["bytes"]
-    assert sum(int(b["bytes"].sum()) for b in rows) == sum(len(t) for t in texts + texts[:60] if is_heldout(t, 0.2))
+    rows = heldout_rows(domain)
+    assert rows["bytes"].sum() == manifest["splits"]["heldout"]["bytes"]
+    assert len(heldout_rows(domain, 3)["tokens"]) == 3
+    assert rows["bytes"].sum() == sum(len(t) for t in texts + texts[:60] if is_heldout(t, 0.2))
 
 
 def test_a_prepared_set_is_found_again_and_changes_with_text_and_tokenizer_settings(tmp_path, tokenizer):

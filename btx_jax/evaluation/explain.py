@@ -1,0 +1,61 @@
+"""Every token of a text with the experts that each layer chose for it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from btx_jax.config import ComputeConfig, ModelConfig
+from btx_jax.data.tokenizers import Tokenizer
+from btx_jax.models.llama import Llama, Params
+from btx_jax.parallel.hosts import put
+from btx_jax.parallel.sharding import batch_sharding, replicated
+
+
+def explain(
+    model: ModelConfig, compute: ComputeConfig, params: Params, tokenizer: Tokenizer, texts: Mapping[str, Sequence[int]], mesh: Mesh
+) -> dict[str, dict[str, Any]]:
+    """texts: name -> token ids. Returns name -> {pieces [T]: text of each token; experts, gates [layers][T][K]: of the MoE layers, best
+    first; layers: their numbers}. A text longer than the model's context is cut to it."""
+    if not texts:
+        return {}
+    llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"), keep_choices=True)
+    cut = {name: list(ids)[: model.context] for name, ids in texts.items()}
+    width = -(-max(map(len, cut.values())) // 64) * 64
+    sharding = batch_sharding(mesh)
+    rows = -(-len(cut) // sharding.num_devices) * sharding.num_devices
+    tokens, segments = np.zeros((2, rows, width), np.int32)
+    for row, ids in enumerate(cut.values()):
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+
+    def choices(params, tokens, segments):
+        stats = llama.apply({"params": params}, tokens, segments)[1].values()
+        split = lambda x: x.reshape(x.shape[0], rows, width, x.shape[-1])  # noqa: E731  [L, G, S, K] -> [L, B, T, K]
+        return [(split(run.choice.index_GSK), split(run.choice.gate_GSK)) for run in stats]
+
+    with jax.set_mesh(mesh):
+        chosen = jax.jit(choices, out_shardings=replicated(mesh))(params, put(tokens, sharding), put(segments, sharding))
+    runs = jax.device_get(chosen)
+    numbers = [layer for layer, spec in enumerate(model.layer_specs()) if spec.experts]
+    return {
+        name: {
+            "pieces": pieces(tokenizer, ids),
+            "layers": numbers,
+            "experts": [layer.tolist() for index, _ in runs for layer in index[:, row, : len(ids)]],
+            "gates": [np.round(layer.astype(np.float64), 4).tolist() for _, gate in runs for layer in gate[:, row, : len(ids)]],
+        }
+        for row, (name, ids) in enumerate(cut.items())
+    }
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each token; joined, they are the decoded text, with a character that spans tokens shown at its last one."""
+    shown, done = [], ""
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[: i + 1]).rstrip("\ufffd")
+        shown.append(text[len(done) :])
+        done = text if text.startswith(done) else done
+    return shown

@@ -1,0 +1,129 @@
+"""Generating text: greedy, temperature, top-p; a batch of unequal prompts with a key/value cache. Shape legend: models/decoding.py."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from btx_jax.config import ComputeConfig, ModelConfig
+from btx_jax.models.decoding import Cache, empty_cache, forward, unstack
+from btx_jax.models.llama import Params, logits
+from btx_jax.parallel.hosts import put
+from btx_jax.parallel.sharding import batch_sharding, replicated
+
+BUCKET = 64  # prompts and caches are padded to a multiple, so that few shapes are compiled
+CHUNK = 32  # tokens generated between two looks at them
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach it (nucleus sampling)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+def sample_token(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_V).astype(jnp.int32)
+    scaled = logits_V / sampling.temperature
+    if sampling.top_p == 1:
+        return jax.random.categorical(key, scaled).astype(jnp.int32)
+    order = jnp.argsort(-scaled)
+    before = jnp.cumsum(jax.nn.softmax(scaled[order])) - jax.nn.softmax(scaled[order])
+    kept = jnp.where(before < sampling.top_p, scaled[order], -jnp.inf)
+    return order[jax.random.categorical(key, kept)].astype(jnp.int32)
+
+
+class Generator:
+    """Continues prompts. Keeps a second copy of the parameters, layer by layer, and its programs for the shapes it has met.
+
+    mesh: where batches are spread; their size must divide over its data, fsdp and expert axes.
+    """
+
+    def __init__(self, model: ModelConfig, params: Params, compute: ComputeConfig, mesh: Mesh, eos: int | None = None):
+        self._model, self._mesh, self._eos = model, mesh, eos
+        self._compute = dataclasses.replace(compute, dispatch="ragged", remat="none")
+        with jax.set_mesh(mesh):
+            self._weights = jax.jit(functools.partial(unstack, model=model, dtype=compute.dtype, split_experts=mesh.size == 1))(params)
+        self._programs: dict[tuple[int, int, int, Sampling], tuple[Any, Any]] = {}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        is_finished: Callable[[int, list[int]], bool] = lambda row, ids: False,
+    ) -> list[list[int]]:
+        """The continuation of each prompt, at most new_tokens ids, ending before EOS, or once is_finished(row, its continuation so far)
+        holds, which is asked every CHUNK tokens. What is drawn for a row does not depend on the others."""
+        batch, longest = len(prompts), max(map(len, prompts))
+        width = -(-longest // BUCKET) * BUCKET
+        slots = -(-(longest + new_tokens) // BUCKET) * BUCKET
+        start, proceed = self._compiled(batch, width, max(slots, width), sampling)
+        tokens = np.zeros((batch, width), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        rows = batch_sharding(self._mesh)
+        with jax.set_mesh(self._mesh):
+            key = jax.random.key(seed)
+            lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+            token_B, cache = start(self._weights, put(tokens, rows), put(lengths, rows), key)
+            results: list[list[int]] = [[] for _ in prompts]
+            done = np.zeros(batch, bool)
+            for first in range(0, new_tokens, CHUNK):
+                new_BC, token_B, cache = proceed(self._weights, token_B, put(done, replicated(self._mesh)), cache, key)
+                for row, ids in enumerate(np.asarray(new_BC)[:, : new_tokens - first].tolist()):
+                    if done[row]:
+                        continue
+                    kept = ids[: ids.index(self._eos)] if self._eos in ids else ids
+                    results[row] += kept
+                    done[row] = len(kept) < len(ids) or is_finished(row, results[row])
+                if done.all():
+                    break
+        return results
+
+    def _compiled(self, batch: int, width: int, slots: int, sampling: Sampling) -> tuple[Any, Any]:
+        shape = (batch, width, slots, sampling)
+        if shape not in self._programs:
+            model, compute, eos = self._model, self._compute, self._eos
+            row_B = jnp.arange(batch)
+
+            def draw(outer, hidden_BD, key, position_B):
+                logits_BV = logits(outer, hidden_BD[:, None])[:, 0]
+                key_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(row_B, position_B)
+                return jax.vmap(lambda values, key: sample_token(values, key, sampling))(logits_BV, key_B)
+
+            @jax.jit
+            def start(weights, tokens_BT, length_B, key):
+                cache = empty_cache(model, compute.dtype, batch, slots)
+                hidden_BD, cache = forward(model, compute, weights, tokens_BT, length_B, cache)
+                return draw(weights[0], hidden_BD, key, cache.length_B), cache
+
+            @functools.partial(jax.jit, donate_argnums=3)
+            def proceed(weights, token_B, done_B, cache: Cache, key):
+                """CHUNK more tokens, the first of which is known; fewer when every row has met EOS."""
+
+                def wanted(state):
+                    i, _, _, done_B, _ = state
+                    return (i < CHUNK) & ~done_B.all()
+
+                def body(state):
+                    i, new_BC, token_B, done_B, cache = state
+                    new_BC = new_BC.at[:, i].set(token_B)
+                    done_B = done_B | (token_B == (-1 if eos is None else eos))
+                    hidden_BD, cache = forward(model, compute, weights, token_B[:, None], 1 - done_B.astype(jnp.int32), cache)
+                    return i + 1, new_BC, draw(weights[0], hidden_BD, key, cache.length_B), done_B, cache
+
+                empty_BC = jnp.full((batch, CHUNK), -1 if eos is None else eos, jnp.int32)
+                _, new_BC, token_B, _, cache = jax.lax.while_loop(wanted, body, (jnp.int32(0), empty_BC, token_B, done_B, cache))
+                return new_BC, token_B, cache
+
+            self._programs[shape] = start, proceed
+        return self._programs[shape]

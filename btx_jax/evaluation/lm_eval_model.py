@@ -1,0 +1,91 @@
+"""A model class for lm-evaluation-harness (`pip install lm_eval`): any of its tasks on any checkpoint, without torch.
+
+lm_eval finds models by what has been imported, so `python -m btx_jax lm_eval ...` imports this module and hands over to its command line.
+"""
+
+from typing import Any
+
+import jax
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
+from btx_jax.config import ComputeConfig
+from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.errors import UserError
+from btx_jax.evaluation.generation import Generator, Sampling
+from btx_jax.evaluation.likelihood import Scorer, encode_pair
+from btx_jax.evaluation.tasks import cut
+from btx_jax.parallel.sharding import make_mesh
+
+
+@register_model("btx_jax")
+class BtxJaxLM(LM):
+    """--model_args checkpoint=DIR[,dtype=bfloat16][,max_gen_toks=256]; --batch_size N.
+
+    checkpoint: a run's directory, one of its checkpoints, or a Hugging Face directory. One device holds the whole model.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        dtype: str = "float32",
+        batch_size: int | str = 8,
+        max_gen_toks: int = 256,
+        device: Any = None,  # lm_eval passes it always
+        **unknown: Any,
+    ):
+        super().__init__()
+        unknown.pop("max_batch_size", None)
+        if unknown:
+            raise UserError(f"--model_args: unknown {', '.join(sorted(unknown))}; known: checkpoint, dtype, max_gen_toks")
+        found = find_checkpoint(checkpoint, "--model_args checkpoint")
+        self._model, self._name = found.about.model, str(found.path)
+        self._max_new, self._batch_size = int(max_gen_toks), int(batch_size) if str(batch_size).isdigit() else 8
+        self._tokenizer = load_tokenizer(found.tokenizer)
+        self._mesh = make_mesh((1, 1, 1, 1), jax.local_devices()[:1])
+        self._compute, self._params = ComputeConfig(dtype=dtype), load_params(found)
+        self._score = Scorer(self._model, self._params, self._compute, self._mesh, self._batch_size)
+        self._generator: Generator | None = None
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._name.replace("/", "__")
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = [encode_pair(self._tokenizer, *request.args) for request in requests]
+        return [(found.log_p, found.is_greedy) for found in self._score(pairs, "loglikelihood")]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, each token seen once, in windows of the model's context. The first token follows BOS, or else EOS."""
+        pairs, owners = [], []
+        start = self._tokenizer.bos if self._tokenizer.bos is not None else self._tokenizer.eos
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(self._tokenizer.encode(request.args[0]), start, self._model.context, context_len=1)
+            for window in map(make_disjoint_window, windows):
+                pairs.append(window)
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, found in zip(owners, self._score(pairs, "loglikelihood_rolling"), strict=True):
+            totals[owner] += found.log_p
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        if self._generator is None:
+            self._generator = Generator(self._model, self._params, self._compute, self._mesh, self._tokenizer.eos)
+        texts = []
+        for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
+            prompt, options = request.args
+            until = options.get("until", [])
+            stops = [until] if isinstance(until, str) else list(until)
+            new_tokens = int(options.get("max_gen_toks", self._max_new))
+            ids = self._tokenizer.encode_prompt(prompt)[-max(self._model.context - new_tokens, 1) :]
+            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
+            is_finished = lambda _, new, stops=stops: any(stop in self._tokenizer.decode(new) for stop in stops)  # noqa: E731
+            sampling = Sampling(temperature, float(options.get("top_p", 1.0)))
+            (new,) = self._generator.generate([ids], new_tokens, sampling, is_finished=is_finished)
+            texts.append(cut(self._tokenizer.decode(new), [stop for stop in stops if stop]))
+        return texts

@@ -1,0 +1,90 @@
+"""Decoding with a key/value cache: prompts of unequal length side by side, static shapes. Shape legend: layers.py, and
+
+  S cache slots per sequence
+
+A prompt stands at the left of its row; its padding is written to the cache too, and overwritten token by token before it is ever seen.
+Layers are applied one by one on their own parameters: a scan would copy each layer's weights out of the stack for every token.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from btx_jax.config import ComputeConfig, LayerSpec, ModelConfig
+from btx_jax.models.attention import Attention
+from btx_jax.models.layers import Embed, FeedForward, RMSNorm
+from btx_jax.models.llama import Params
+from btx_jax.models.moe import MoEFeedForward, few_experts
+
+Weights = tuple[Params, tuple[Params, ...]]  # of unstack
+
+
+class Cache(NamedTuple):
+    """keys, values: of each layer, [B, N, S, K]. length_B: tokens that each row holds."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+
+def unstack(params: Params, model: ModelConfig, dtype: str, split_experts: bool) -> Weights:
+    """(parameters outside the layers, one tree a layer), matmuls' kernels in `dtype`; on one device also an array per expert.
+
+    Jit it, so that casts and slices fuse.
+    """
+
+    def cast_kernel(path: Any, x: jax.Array) -> jax.Array:
+        return x if path[-1].key in ("scale", "router") else x.astype(dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast_kernel, params)
+    layers = []
+    for name, length, spec in model.runs():
+        for i in range(length):
+            layer = jax.tree.map(lambda x, i=i: x[i], params[name])
+            if spec.experts and split_experts:
+                layer["ffn"] = {name: x if name == "router" else tuple(x) for name, x in layer["ffn"].items()}
+            layers.append(layer)
+    return {name: value for name, value in params.items() if not name.startswith("layers_")}, tuple(layers)
+
+
+def empty_cache(model: ModelConfig, dtype: str, batch: int, slots: int) -> Cache:
+    zeros = tuple(jnp.zeros((batch, model.kv_heads, slots, model.head_dim), dtype) for _ in range(model.layers))
+    return Cache(zeros, zeros, jnp.zeros(batch, jnp.int32))
+
+
+def forward(
+    model: ModelConfig, compute: ComputeConfig, weights: Weights, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """The next tokens of every row, the first count_B of tokens_BT: (final hidden state of the last of them [B, D], the longer cache).
+
+    A prompt is a forward of many tokens onto an empty cache, decoding one of a single token. Rows with count 0 stay as they are.
+    """
+    outer, layers = weights
+    x_BTD = cast(jax.Array, Embed(model.vocab_size, model.d_model).apply({"params": outer["embed"]}, tokens_BT)).astype(compute.dtype)
+    valid_BT = jnp.arange(tokens_BT.shape[1])[None] < count_B[:, None]
+    keys, values = [], []
+    norm, attention = RMSNorm(model.norm_eps), Attention(model, compute.kernels)
+    for number, (spec, params) in enumerate(zip(model.layer_specs(), layers, strict=True)):
+        h_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD)
+        past = (cache.keys[number], cache.values[number], cache.length_B)
+        y_BTD, (key, value) = cast(Any, attention.apply({"params": params["attention"]}, h_BTD, past, method="continued"))
+        x_BTD += y_BTD
+        x_BTD += _feed_forward(model, compute, spec, params["ffn"], norm.apply({"params": params["ffn_norm"]}, x_BTD), valid_BT)
+        keys.append(key)
+        values.append(value)
+    last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    hidden_BD = cast(jax.Array, norm.apply({"params": outer["final_norm"]}, last_BD))
+    return hidden_BD, Cache(tuple(keys), tuple(values), cache.length_B + count_B)
+
+
+def _feed_forward(
+    model: ModelConfig, compute: ComputeConfig, spec: LayerSpec, params: Params, x_BTD: Any, valid_BT: jax.Array
+) -> jax.Array:
+    if not spec.experts:
+        return cast(jax.Array, FeedForward(model.d_ff).apply({"params": params}, x_BTD))
+    if isinstance(params["gate"], tuple):
+        if x_BTD.shape[1] == 1:
+            return few_experts(x_BTD[:, 0], params, spec)[:, None]
+        params = {name: x if name == "router" else jnp.stack(x) for name, x in params.items()}
+    return cast(Any, MoEFeedForward(model.d_ff, spec, compute).apply({"params": params}, x_BTD, valid_BT, jnp.int32(0)))[0]

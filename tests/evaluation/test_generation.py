@@ -1,0 +1,79 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from btx_jax.config import ComputeConfig, MoEConfig
+from btx_jax.evaluation.generation import Generator, Sampling, sample_token
+from btx_jax.models.llama import Llama, init_params, logits
+from btx_jax.parallel.sharding import make_mesh
+from tests.models.test_llama import MOE, TINY
+
+COMPUTE = ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [20, 21]]
+MIXED = dataclasses.replace(TINY, moe=MoEConfig((0, 4, 2)))
+SOFT = dataclasses.replace(TINY, moe=MoEConfig((4, 4, 4), routing="soft"))
+TOP1 = dataclasses.replace(TINY, moe=MoEConfig((6, 6, 6), k=1, routing="switch"))
+
+
+def scaled(model):
+    """Random parameters large enough for greedy decoding not to repeat one token."""
+    return jax.tree.map(lambda x: x * 6 if x.ndim > 2 else x, init_params(model, jax.random.key(1)))
+
+
+def without_cache(model, params, prompt, new_tokens):
+    """Greedy: a forward pass over everything so far for every token."""
+    llama, ids = Llama(model, COMPUTE), list(prompt)
+    forward = jax.jit(lambda tokens, segments: logits(params, llama.apply({"params": params}, tokens, segments)[0]))
+    for _ in range(new_tokens):
+        tokens = np.zeros((1, 64), np.int32)
+        tokens[0, : len(ids)] = ids
+        ids.append(int(forward(tokens, (np.arange(64) < len(ids)).astype(np.int32)[None])[0, len(ids) - 1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("model", [TINY, MOE, MIXED, SOFT, TOP1], ids=["dense", "moe", "mixed", "soft", "switch"])
+def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device):
+    params = scaled(model)
+    want = [without_cache(model, params, prompt, 40) for prompt in PROMPTS]
+    assert len({tuple(ids) for ids in want}) == len(PROMPTS), "a test that tells nothing: all prompts continue alike"
+    generator = Generator(model, params, COMPUTE, one_device)
+    assert generator.generate(PROMPTS, 40) == want
+    assert [generator.generate([prompt], 40)[0] for prompt in PROMPTS] == want
+
+
+def test_a_mesh_gives_the_same_tokens(one_device):
+    params = scaled(MOE)
+    mesh = make_mesh((1, 2, 2, 2), jax.devices())
+    assert Generator(MOE, params, COMPUTE, mesh).generate(PROMPTS, 12) == Generator(MOE, params, COMPUTE, one_device).generate(PROMPTS, 12)
+
+
+def test_a_row_ends_before_eos_or_when_it_is_finished(one_device):
+    params = scaled(MOE)
+    free = Generator(MOE, params, COMPUTE, one_device).generate(PROMPTS, 40)
+    eos = free[0][5]
+    got = Generator(MOE, params, COMPUTE, one_device, eos=eos).generate(PROMPTS, 40)
+    assert got == [ids[: ids.index(eos)] if eos in ids else ids for ids in free]
+    stopped = Generator(MOE, params, COMPUTE, one_device).generate(PROMPTS, 40, is_finished=lambda row, ids: row == 2)
+    assert stopped[2] == free[2][:32], "asked every 32 tokens"
+    assert [stopped[i] for i in (0, 1, 3)] == [free[i] for i in (0, 1, 3)]
+
+
+def test_sampling_repeats_with_its_seed(one_device):
+    generator = Generator(MOE, init_params(MOE, jax.random.key(0)), COMPUTE, one_device)
+    warm = Sampling(temperature=1.0)
+    a = generator.generate(PROMPTS, 8, warm, seed=3)
+    assert a == generator.generate(PROMPTS, 8, warm, seed=3)
+    assert a != generator.generate(PROMPTS, 8, warm, seed=4)
+    assert a[:1] == generator.generate(PROMPTS[:1], 8, warm, seed=3), "a row's draw depends on the other rows"
+
+
+def test_greedy_at_zero_and_the_nucleus():
+    values = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    draw = lambda top_p: np.array(jax.jit(jax.vmap(lambda key: sample_token(values, key, Sampling(1.0, top_p))))(keys))  # noqa: E731
+    assert int(sample_token(values, keys[0], Sampling())) == 0
+    assert set(draw(0.7).tolist()) == {0, 1}, "0.5 alone is short of 0.7, 0.5 + 0.3 reaches it"
+    np.testing.assert_allclose(np.bincount(draw(1.0), minlength=4) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
