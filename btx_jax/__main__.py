@@ -1,4 +1,4 @@
-"""The short commands: python -m btx_jax {digest,generate,convert,mix,expert,tokenizer,lm_eval} --help."""
+"""The short commands: python -m btx_jax {digest,generate,convert,evaluate,mix,expert,tokenizer,lm_eval} --help."""
 
 import argparse
 import logging
@@ -64,6 +64,22 @@ def _tokenizer(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from btx_jax import recipes
+    from btx_jax.reporting.summary import task_table
+    from btx_jax.reporting.workdir import read_json
+    from btx_jax.stages import evaluate
+
+    models = dict(pair.partition("=")[::2] if "=" in pair else (Path(pair).name, pair) for pair in args.models)
+    if len(models) < len(args.models):
+        raise UserError("two checkpoints have the same name; name them: NAME=CHECKPOINT")
+    config = recipes.tasks(models, tuple(args.tasks.split(",")), args.limit, args.dtype, args.batch_size)
+    evaluate.run(config, Path(args.out))
+    Console().print(task_table(read_json(Path(args.out) / evaluate.RESULTS)["models"]))
+
+
 def _lm_eval(arguments: list[str]) -> None:
     """Hands over to lm-evaluation-harness, which reads its own arguments from sys.argv."""
     try:
@@ -119,6 +135,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="DST", help="a new directory")
     command.add_argument("--dtype", choices=DTYPES, default="", help="of the result; by default each tensor keeps its own")
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser(
+        "evaluate", help="test sets on checkpoints: arc_easy, piqa, openbook_qa, commonsense_qa, gsm8k, humaneval"
+    )
+    command.add_argument("models", metavar="[NAME=]CHECKPOINT", nargs="+", help=CHECKPOINT)
+    command.add_argument("--tasks", default="arc_easy,piqa", help="comma-separated (arc_easy,piqa); read from $BTX_DATA_DIR/evals")
+    command.add_argument("--limit", type=int, default=0, help="only the first items of each; 0 (the default) for all")
+    command.add_argument("--dtype", choices=DTYPES[:2], default="float32")
+    command.add_argument("--batch_size", type=int, default=8)
+    command.add_argument("--out", required=True, metavar="DIR", help="results.json and every answer; run again to go on")
+    command.set_defaults(run=_evaluate)
 
     command = commands.add_parser("mix", help="dense models -> one Mixture-of-Experts, from a recipe (a mergekit-moe YAML is one)")
     command.add_argument("recipe", metavar="RECIPE.yml")

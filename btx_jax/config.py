@@ -400,7 +400,8 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """models: name -> checkpoint, each measured on every domain of data.heldout. rows: at most this many a domain, 0 for all.
+    """models: name -> checkpoint, each measured on every domain of data.heldout, where there is a data section. rows: at most this many
+    a domain, 0 for all.
 
     tasks: name -> test set, each tried with every model. ensembles: name -> models that answer together, by their losses alone.
     shown_tokens: of each domain's held-out text, kept with the experts that every mixture chose for them; texts: name -> further text
@@ -428,10 +429,12 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """evaluate: directory of the evaluate stage. runs: name -> directory of every stage whose curves and times are shown."""
+    """evaluate: directory of the evaluate stage. runs: name -> directory of every stage whose curves and times are shown. others:
+    directories of the evaluate stages of the same arms with other seeds; with them, arms are compared in pairs."""
 
     evaluate: str
-    runs: Mapping[str, str]
+    runs: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -465,6 +468,9 @@ class Config:
         _require(self.rng_seed >= 0, f"rng_seed={self.rng_seed}: must not be negative")
         for section in _SECTIONS[self.stage]:
             _require(getattr(self, section) is not None, f"{section}: missing, and stage {self.stage!r} needs it")
+        if self.evaluate is not None and self.data is None:
+            _require(not self.evaluate.ensembles, "data: missing, and evaluate.ensembles need held-out text")
+            _require(bool(self.evaluate.tasks), "data: missing, and evaluate.tasks is empty: nothing to evaluate on")
         if self.stage == "pipeline":
             assert self.pipeline is not None
             for name, stage in self.pipeline.items():
@@ -476,7 +482,7 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
     "prepare": ("data",),
     "train": ("train", "data", "compute", "mesh", "checkpoint"),
     "mix": ("mix", "mesh"),
-    "evaluate": ("evaluate", "data", "compute", "mesh"),
+    "evaluate": ("evaluate", "compute", "mesh"),
     "report": ("report",),
     "pipeline": ("pipeline",),
 }

@@ -226,3 +226,32 @@ def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
     runs = {name: f"@{name}" for name in (*needs, "evaluate")}
     stages["report"] = PipelineStage(Config("report", report=ReportConfig("@evaluate", runs)), tuple(runs))
     return Config("pipeline", rng_seed=rng_seed, pipeline=stages)
+
+
+# What the paper's tables say, as (in words, sign, left arm, right arm, domain or "" for the mean): with `<` the left has the lower loss,
+# with `=` their scores lie within 0.2 points.
+CLAIMS = (
+    ("BTX beats its seed", "<", "btx", "seed", ""),
+    ("BTX beats the maths expert", "<", "btx", "expert_math", ""),
+    ("BTX beats the code expert", "<", "btx", "expert_code", ""),
+    ("BTX beats the world expert", "<", "btx", "expert_wiki", ""),
+    ("BTX beats dense training on the same data", "<", "btx", "dense", ""),
+    ("BTX beats BTM top-1", "<", "btx", "btm_top1", ""),
+    ("BTX beats BTM top-2", "<", "btx", "btm_top2", ""),
+    ("BTX beats sparse upcycling on the same data", "<", "btx", "upcycling_tokens", ""),
+    ("BTX beats sparse upcycling of the same FLOPs", "<", "btx", "upcycling_flops", ""),
+    ("BTX beats sparse upcycling in the same time", "<", "btx", "upcycling_time", ""),
+    ("finetuning the mixture helps", "<", "btx", "btx_untuned", ""),
+    ("sparse upcycling beats dense training", "<", "upcycling_tokens", "dense", ""),
+    ("BTX forgets less than the maths expert", "<", "btx", "expert_math", "prose"),
+    ("BTX forgets less than the code expert", "<", "btx", "expert_code", "prose"),
+    ("BTX forgets less than the world expert", "<", "btx", "expert_wiki", "prose"),
+    ("balancing makes no difference to the score", "=", "btx", "no_balance", ""),
+    ("freezing the experts makes no difference", "=", "btx", "frozen_experts", ""),
+    ("blending the experts is worse", "<", "btx", "blend", ""),
+    ("splitting with top-2 is worse", "<", "btx", "split_top2", ""),
+    ("splitting with top-4 makes no difference", "=", "btx", "split_top4", ""),
+    ("Top-2 beats Sample Top-1", "<", "no_balance", "sample_top1", ""),
+    ("Sample Top-1 beats Switch", "<", "sample_top1", "switch", ""),
+    ("Soft beats Top-2", "<", "soft", "no_balance", ""),
+)

@@ -19,6 +19,7 @@ from btx_jax.config import (
     PipelineStage,
     ReportConfig,
     RopeScaling,
+    TaskConfig,
     TrainConfig,
     to_config_dict,
 )
@@ -61,6 +62,19 @@ EXPERTS = {
 MIX_PAPER = "math:30.16,code:40.31,wiki:10.30,general:19.23"
 MIX_TINY = "math:30.16,code:40.31,world:10.30,prose:19.23"
 SEED_TINY = "prose:70,math:10,code:10,world:10"
+
+EVALS = "$BTX_DATA_DIR/evals"
+# Test sets with the prompts that lm-evaluation-harness gives them.
+TASKS = {
+    "arc_easy": TaskConfig("multiple_choice", f"{EVALS}/arc_easy.jsonl.gz", "{query}\nAnswer:"),
+    "piqa": TaskConfig("multiple_choice", f"{EVALS}/piqa.jsonl.gz", "{query}Answer:"),
+    "openbook_qa": TaskConfig("multiple_choice", f"{EVALS}/openbook_qa.jsonl.gz", "{query}"),
+    "commonsense_qa": TaskConfig("multiple_choice", f"{EVALS}/commonsense_qa.jsonl.gz", "{query}"),
+    "gsm8k": TaskConfig("exact_match", f"{EVALS}/gsm8k.jsonl.gz", "Question: {context}\nAnswer:", stop=("\n\n", "\nQuestion:")),
+    "humaneval": TaskConfig(
+        "code", f"{EVALS}/humaneval.jsonl.gz", "{prompt}", max_tokens=384, stop=("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
+    ),
+}
 
 MOE_TOKENS = 80e9
 TOKENS_PER_STEP = 1024 * 4096
@@ -192,6 +206,16 @@ def evaluate(size: str) -> ml_collections.ConfigDict:
     suffix = "" if size == "llama2_7b" else f"_{size}"
     names = ("seed", "math_expert", "code_expert", "wiki_expert", "mix", "moe_finetune")
     return to_config_dict(_evaluate(size, {name: f"runs/{name}{suffix}" for name in names}))
+
+
+def tasks(models: dict[str, str], names: tuple[str, ...], limit: int, dtype: str, batch_size: int) -> Config:
+    """Test sets alone, on any checkpoints; `names` among TASKS."""
+    for name in names:
+        if name not in TASKS:
+            raise ConfigError(f"--tasks: no test set {name!r}; known: {', '.join(TASKS)}")
+    chosen = {name: dataclasses.replace(TASKS[name], limit=limit) for name in names}
+    evaluate = EvaluateConfig(models, tasks=chosen, batch_size=batch_size)
+    return Config("evaluate", evaluate=evaluate, compute=ComputeConfig(dtype=dtype, remat="none"), mesh=MeshConfig())
 
 
 def btx(size: str) -> ml_collections.ConfigDict:

@@ -49,7 +49,7 @@ class Scorer:
         def scores(params: Params, tokens: jax.Array, segments: jax.Array, targets: jax.Array, counted: jax.Array):
             hidden, _ = llama.apply({"params": params}, tokens, segments)
             nll, is_best = token_scores(hidden, head_kernel(params), targets, compute.loss_chunk)
-            return -jnp.where(counted, nll, 0).sum(1), (is_best | ~counted).all(1)
+            return jnp.where(counted, nll, 0), (is_best | ~counted).all(1)
 
         self._scores: Any = jax.jit(scores, out_shardings=replicated(mesh))
 
@@ -85,4 +85,5 @@ class Scorer:
         sharding = batch_sharding(self._mesh)
         with jax.set_mesh(self._mesh):
             inputs = (put(x, sharding) for x in (tokens, segments, targets, counted.astype(bool)))
-            return jax.device_get(self._scores(self._params, *inputs))
+            nll, is_greedy = jax.device_get(self._scores(self._params, *inputs))
+        return -nll.sum(axis=1, dtype=np.float64), is_greedy

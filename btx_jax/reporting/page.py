@@ -1,7 +1,9 @@
 """The report page: one HTML file that needs no network. All text is escaped; only the figures, made here, are markup."""
 
 import importlib.metadata
+import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from btx_jax.reporting import plots
 from btx_jax.reporting.summary import mean
 
 PACKAGES = ("btx_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+MOST_MAPS = 8  # redundancy maps beside each other; of deeper models every n-th layer is drawn, all are in the table
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
@@ -20,7 +23,16 @@ def verdict(summary: Mapping[str, Any]) -> str:
     others = sorted((value, name) for name, value in means.items() if name != best)
     if not others:
         return f"{best}: mean held-out loss {means[best]:.3f} nats per token."
-    return f"{best} has the lowest mean held-out loss, {means[best]:.3f} nats per token; next is {others[0][1]} with {others[0][0]:.3f}."
+    told = f"{best} has the lowest mean held-out loss, {means[best]:.3f} nats per token; next is {others[0][1]} with {others[0][0]:.3f}."
+    gained = summary["gains"].get("models", {}).get("btx")
+    if gained:
+        experts = [values["forgetting"] for name, values in summary["gains"]["models"].items() if name.startswith("expert_")]
+        general = summary["gains"]["general"]
+        told += (
+            f" BTX gains {mean(gained['over_seed'].values()):.3f} over its seed; on {general} it lies {gained['forgetting']:.3f} above the "
+            f"seed, its experts {mean(experts):.3f} in the mean."
+        )
+    return told
 
 
 def render(
@@ -28,10 +40,10 @@ def render(
     summary: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     experts: Sequence[str],
-    configs: Mapping[str, str],
+    provenance: Mapping[str, Mapping[str, str]],
 ) -> str:
-    """experts: names for the columns of the routing maps. configs: stage -> its config as text."""
-    domains, load = summary["domains"], summary["routing"]["load"]
+    """experts: names of the shown mixture's experts, where they are known. provenance: stage -> {config: text, sha256}."""
+    domains = summary["domains"]
     values = {name: [model["nats_per_token"][d] for d in domains] for name, model in summary["models"].items()}
     values = {name: [*row, mean(row)] for name, row in values.items()}
     best = [min(column) for column in zip(*values.values(), strict=True)]
@@ -39,19 +51,42 @@ def render(
         {"name": name, "model": summary["models"][name], "cells": [{"value": v, "best": v == b} for v, b in zip(row, best, strict=True)]}
         for name, row in values.items()
     ]
+    routing = summary["routing"].get(summary["shown"])
     figures = {
         "matrix": plots.loss_matrix(summary),
+        "compute": plots.loss_against_compute(summary["models"]),
         "curves": plots.loss_curves(curves),
-        "routing": plots.routing_maps(load, experts) if load else "",
     }
+    texts: dict[str, Any] = {}
+    if routing:
+        load = {domain: found["load"] for domain, found in routing["domains"].items()}
+        width = len(next(iter(load.values()))[0])
+        experts = experts if len(experts) == width else [f"expert {i}" for i in range(width)]
+        figures["routing"] = plots.routing_maps(load, experts)
+        every = -(-len(routing["redundancy"]) // MOST_MAPS)
+        figures["redundancy"] = plots.redundancy_maps(routing["redundancy"][::every], experts)
+        texts = routing["texts"]
+    if summary["comparison"]:
+        figures["arms"] = plots.arms(summary["comparison"])
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("btx_jax.reporting", "."), autoescape=True)
+    return environment.get_template("page.html.j2").render(
+        title=title, verdict=verdict(summary), summary=summary, rows=rows, figures=figures, experts=experts, provenance=provenance,
+        versions=_versions(), platform=platform.platform(), command=" ".join(sys.argv), routing=routing, texts=texts,
+        colours=plots.EXPERT_COLOURS, choices={name: {key: text[key] for key in ("experts", "gates")} for name, text in texts.items()},
+        as_script=_as_script,
+    )  # fmt: skip
+
+
+def _as_script(values: Any) -> str:
+    """JSON that can stand inside a <script>: no character that could end it."""
+    return json.dumps(values).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue  # run from a checkout that is not installed
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("btx_jax.reporting", "."), autoescape=True)
-    return environment.get_template("page.html.j2").render(
-        title=title, verdict=verdict(summary), summary=summary, rows=rows, figures=figures, experts=experts, configs=configs,
-        versions=versions, platform=platform.platform(),
-    )  # fmt: skip
+    return versions

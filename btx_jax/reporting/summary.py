@@ -1,14 +1,18 @@
 """The summary of a pipeline: one dictionary, one table, made from what its stages left on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from btx_jax.reporting.compare import compare
 from btx_jax.reporting.metrics import FILE, read_metrics
 
 LAST_STEPS = 20  # whose mean dropped fraction is reported
+SEED = "seed"  # the model that all others start from, where one has this name
+COSTS = ("tokens", "flops", "chip_seconds", "critical_seconds", "peak_bytes")
+SHOWN = ("nats_per_token", "bits_per_byte", *COSTS, "params_total", "params_active")
 
 
 def mean(values: Any) -> float:
@@ -16,25 +20,64 @@ def mean(values: Any) -> float:
     return sum(values) / len(values)
 
 
-def summarise(results: Mapping[str, Any], curves: Mapping[str, list[dict[str, Any]]], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """results: of the evaluate stage. curves: run -> its metrics lines. seconds: stage -> wall time.
+def summarise(
+    results: Mapping[str, Any],
+    curves: Mapping[str, list[dict[str, Any]]],
+    seconds: Mapping[str, float],
+    others: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """results: of the evaluate stage; others: the same arms' with other seeds. curves: run -> its metrics lines. seconds: stage -> wall
+    time.
 
-    routing.load is that of the mixture that trained longest, measured dropless on held-out text; dropped_fraction is the mean of
-    the last steps of the last run that trained a mixture.
+    models: least trained first; where one is called `seed`, its costs are taken off all others'. gains: against the seed and the experts.
+    routing: of every mixture; shown: the one that the page looks into, `btx` or else the longest trained. dropped_fraction: mean of the
+    last steps of the last run that trained a mixture.
     """
-    mixtures = [model for model in results["models"].values() if "routing" in model]
-    best = max(mixtures, key=lambda model: model["tokens"])["routing"]["domains"] if mixtures else {}
-    load = {domain: values["load"] for domain, values in best.items()}
+    by_training = sorted(results["models"].items(), key=lambda item: item[1]["tokens"])
+    models = {name: {key: model[key] for key in (*SHOWN, *(("tasks",) if "tasks" in model else ()))} for name, model in by_training}
+    base = results["models"].get(SEED, {})
+    for name, model in models.items():
+        if name != SEED and base:
+            model |= {cost: model[cost] - base[cost] for cost in COSTS if cost != "peak_bytes"}
+    routing = {name: model["routing"] for name, model in by_training if "routing" in model}
     routed = [[line for line in lines if "routing" in line] for lines in curves.values()]
     dropped = next((mean(mean(line["routing"]["dropped"]) for line in lines[-LAST_STEPS:]) for lines in reversed(routed) if lines), 0.0)
-    by_training = sorted(results["models"].items(), key=lambda item: item[1]["tokens"])  # the seed first, the mixture last
-    shown = ("nats_per_token", "bits_per_byte", "tokens", "flops", "params_total", "params_active")
     return {
         "domains": results["domains"],
-        "models": {name: {key: model[key] for key in shown} for name, model in by_training},
-        "routing": {"load": load, "dropped_fraction": dropped},
+        "models": models,
+        "gains": gains(models, results["domains"]),
+        "routing": routing,
+        "shown": "btx" if "btx" in routing else next(reversed(routing), ""),
+        "dropped_fraction": dropped,
         "wall_seconds": dict(seconds),
+        "comparison": compare([results["models"], *(other["models"] for other in others)]) if others else None,
     }
+
+
+def gains(models: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
+    """Of every model but the seed, domain by domain, nats per token. over_seed: L[seed] - L[model]. specialist_gap: L[model] - the best
+    expert's. recovered: over_seed as a share of the best expert's own, where that is at least 0.01. forgetting: how much worse than the
+    seed, 0 if better, on the domain on which the experts have gained least.
+    """
+    experts = [name for name in models if name.startswith("expert_")]
+    if SEED not in models or not experts:
+        return {}
+    loss = {name: model["nats_per_token"] for name, model in models.items()}
+    best = {d: min(loss[name][d] for name in experts) for d in domains}
+    general = min(domains, key=lambda d: loss[SEED][d] - mean(loss[name][d] for name in experts))
+    table: dict[str, Any] = {"general": general, "models": {}}
+    for name in models:
+        if name == SEED:
+            continue
+        over = {d: loss[SEED][d] - loss[name][d] for d in domains}
+        reach = {d: loss[SEED][d] - best[d] for d in domains}
+        table["models"][name] = {
+            "over_seed": over,
+            "specialist_gap": {d: loss[name][d] - best[d] for d in domains},
+            "recovered": {d: over[d] / reach[d] if reach[d] >= 0.01 else None for d in domains},
+            "forgetting": max(-over[general], 0.0),
+        }
+    return table
 
 
 def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
@@ -43,18 +86,38 @@ def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     return {name: read_metrics(file) for name, file in files.items() if file.exists()}
 
 
-def table(summary: Mapping[str, Any]) -> Table:
-    """Held-out nats per token, model by domain; the best of each column is bold."""
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Held-out nats per token, model by domain, the best of each column bold; and what each model took."""
     domains = summary["domains"]
-    made = Table(title="held-out loss, nats per token (lower is better)")
-    for column in ("model", *domains, "mean", "tokens", "active"):
-        made.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    losses, costs = (
+        Table(title="held-out loss, nats per token (lower is better)"),
+        Table(title="what it took, the seed's own training left out"),
+    )
+    for column in ("model", *domains, "mean"):
+        losses.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for column in ("model", "tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active"):
+        costs.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     rows = {name: [m["nats_per_token"][d] for d in domains] for name, m in summary["models"].items()}
     rows = {name: [*row, mean(row)] for name, row in rows.items()}
     best = [min(column) for column in zip(*rows.values(), strict=True)]
     for name, row in rows.items():
         model = summary["models"][name]
-        cells = [f"[bold]{x:.3f}[/bold]" if x == b else f"{x:.3f}" for x, b in zip(row, best, strict=True)]
-        counts = (f"{model['tokens'] / 1e6:.2f}M", f"{model['params_active'] / 1e6:.2f}M")
-        made.add_row(name, *cells, *counts)
+        losses.add_row(name, *(f"[bold]{x:.3f}[/bold]" if x == b else f"{x:.3f}" for x, b in zip(row, best, strict=True)))
+        seconds = (f"{model['chip_seconds']:.0f}", f"{model['critical_seconds']:.0f}")
+        memory = (f"{model['peak_bytes'] / 2**20:.0f}", f"{model['params_active'] / 1e6:.2f}M")
+        costs.add_row(name, f"{model['tokens'] / 1e6:.2f}M", f"{model['flops']:.1e}", *seconds, *memory)
+    return [losses, costs]
+
+
+def task_table(models: Mapping[str, Any]) -> Table:
+    """Every metric of every test set, model by model, with standard errors."""
+    made = Table(title="test sets")
+    for column in ("model", "test set", "metric", "value"):
+        made.add_column(column, justify="right" if column == "value" else "left")
+    for name, model in models.items():
+        for task, metrics in model.get("tasks", {}).items():
+            for metric, value in metrics.items():
+                error = f" ± {metrics[f'{metric}_stderr']:.3f}" if f"{metric}_stderr" in metrics else ""
+                if not metric.endswith("_stderr"):
+                    made.add_row(name, task, metric, f"{value:.3f}{error}")
     return made

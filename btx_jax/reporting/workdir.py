@@ -17,8 +17,13 @@ RESUMABLE = ("mesh.", "checkpoint.")
 
 def write_json(path: Path, values: Any) -> None:
     """Whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
 
 

@@ -41,39 +41,48 @@ PROFILE_ROWS = 128  # training rows behind an expert's tf-idf profile
 
 
 def run(config: Config, workdir: Path) -> None:
-    assert config.evaluate and config.data and config.compute and config.mesh
+    assert config.evaluate and config.compute and config.mesh
     start = time.monotonic()
     if claim(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
     found = {name: find_checkpoint(path, f"config.evaluate.models.{name}") for name, path in config.evaluate.models.items()}
-    tokenizer = first_then_others(resolve_tokenizer, config.data, next(iter(found.values())).tokenizer)
-    for name, checkpoint in found.items():
-        if tokenizer_sha256(load_tokenizer(checkpoint.tokenizer)) != tokenizer_sha256(tokenizer):
-            raise ConfigError(f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}; evaluate it in a run of its own")
-    key = "heldout" if config.data.heldout else "train"
-    domains = first_then_others(prepare, getattr(config.data, key), config.data, tokenizer, f"config.data.{key}")
-    rows = {domain.name: heldout_rows(domain, config.evaluate.rows) for domain in domains}
-    for name, values in rows.items():
-        if not len(values["tokens"]):
-            raise ConfigError(f"config.data: domain {name!r} has no held-out document; raise config.data.heldout_fraction")
-    profiles = first_then_others(read_profiles, config, tokenizer)
     items = {name: read_items(name, task) for name, task in config.evaluate.tasks.items()}
+    tokenizers = {name: load_tokenizer(checkpoint.tokenizer) for name, checkpoint in found.items()}
+    rows, profiles = read_heldout(config, tokenizers) if config.data else ({}, {})
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
 
     models: dict[str, Any] = {}
-    progress = tqdm(total=len(found) * len(domains), desc="evaluate", unit="domain", disable=not is_first())
+    progress = tqdm(total=len(found) * len(rows), desc="evaluate", unit="domain", disable=not is_first() or not rows)
     for name, checkpoint in found.items():
         folder = workdir / PARTS / name
-        models[name] = part(folder / "result.json", evaluate_model, checkpoint, config, tokenizer, rows, mesh, folder, progress)
+        models[name] = part(folder / "result.json", evaluate_model, checkpoint, config, tokenizers[name], rows, mesh, folder, progress)
         if items:
-            models[name] |= {"tasks": run_tasks(name, checkpoint, config, tokenizer, items, mesh, folder)}
-    for name, ensemble in config.evaluate.ensembles.items():
-        models[name] = ensemble_result(ensemble, rows, workdir / PARTS, profiles.get(name), found, tokenizer.eos)
+            models[name] |= {"tasks": run_tasks(name, checkpoint, config, tokenizers[name], items, mesh, folder)}
+    for name, ensemble in config.evaluate.ensembles.items() if is_first() else ():  # who wrote the token losses
+        eos = next(iter(tokenizers.values())).eos
+        models[name] = ensemble_result(ensemble, rows, workdir / PARTS, profiles.get(name), found, eos)
     progress.close()
     if is_first():
         write_json(workdir / RESULTS, {"domains": list(rows), "models": models})
     finish(workdir, seconds=time.monotonic() - start)
+
+
+def read_heldout(config: Config, tokenizers: Mapping[str, Tokenizer]) -> tuple[dict[str, Rows], dict[str, btm.DomainProfiles]]:
+    """(domain -> held-out rows, tf-idf ensemble -> profiles). Raises ConfigError when the models' tokenizers differ: their losses per token
+    could not be compared."""
+    assert config.evaluate and config.data
+    tokenizer = first_then_others(resolve_tokenizer, config.data, next(iter(tokenizers.values())).path.parent)
+    for name, own in tokenizers.items():
+        if tokenizer_sha256(own) != tokenizer_sha256(tokenizer):
+            raise ConfigError(f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}; evaluate it in a run of its own")
+    key = "heldout" if config.data.heldout else "train"
+    domains = first_then_others(prepare, getattr(config.data, key), config.data, tokenizer, f"config.data.{key}")
+    rows: dict[str, Rows] = {domain.name: heldout_rows(domain, config.evaluate.rows) for domain in domains}
+    for name, values in rows.items():
+        if not len(values["tokens"]):
+            raise ConfigError(f"config.data: domain {name!r} has no held-out document; raise config.data.heldout_fraction")
+    return rows, first_then_others(read_profiles, config, tokenizer)
 
 
 def part(file: Path, make: Callable[..., Any], *args: Any) -> Any:
@@ -91,10 +100,14 @@ def evaluate_model(
     checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, all_rows: Mapping[str, Rows], mesh: Mesh, folder: Path, progress: tqdm
 ) -> dict[str, Any]:
     """One model's entry in results.json; the losses of every held-out token go to FOLDER/DOMAIN.npy."""
-    assert config.evaluate and config.data and config.compute
-    model, batch_size, length = checkpoint.about.model, config.evaluate.batch_size, config.data.sequence_length
+    assert config.evaluate and config.compute
+    model, batch_size = checkpoint.about.model, config.evaluate.batch_size
+    total, active = parameter_counts(model)
+    counts = checkpoint.about.costs() | {"params_total": total, "params_active": active}
+    if not config.data:
+        return loss_entries({}) | counts
     params = load_params(checkpoint, sharded_shapes(model, mesh))
-    step = make_heldout_step(model, config.compute, mesh, batch_size, length)
+    step = make_heldout_step(model, config.compute, mesh, batch_size, config.data.sequence_length)
     losses: dict[str, HeldoutLoss] = {}
     routed: dict[str, Any] = {}
     for domain, rows in all_rows.items():
@@ -108,8 +121,7 @@ def evaluate_model(
         if sums is not None:
             routed[domain] = routing.summarise(sums)
         progress.update(1)
-    total, active = parameter_counts(model)
-    result = loss_entries(losses) | checkpoint.about.costs() | {"params_total": total, "params_active": active}
+    result = loss_entries(losses) | counts
     if routed:
         load = {domain: values["load"] for domain, values in routed.items()}
         result["routing"] = {

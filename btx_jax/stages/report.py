@@ -1,37 +1,66 @@
-"""Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk."""
+"""Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk; with other seeds, comparison.md."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from btx_jax.config import Config
 from btx_jax.errors import UserError
+from btx_jax.reporting.compare import markdown
 from btx_jax.reporting.page import render
-from btx_jax.reporting.summary import read_curves, summarise, table
-from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish, write_json
+from btx_jax.reporting.summary import read_curves, summarise, tables
+from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish, read_json, write_json, write_text
 
 
 def run(config: Config, workdir: Path) -> None:
     assert config.report
     start = time.monotonic()
     claim(workdir, config)
-    path = Path(config.report.evaluate) / "results.json"
-    if not path.exists():
-        raise UserError(f"config.report.evaluate: {path} does not exist; run the evaluate stage first")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_results(config.report.evaluate, "config.report.evaluate")
+    others = [read_results(path, f"config.report.others[{i}]") for i, path in enumerate(config.report.others)]
     runs = {name: Path(directory) for name, directory in config.report.runs.items()}
-    done = {name: json.loads((d / DONE).read_text(encoding="utf-8")) for name, d in runs.items() if (d / DONE).exists()}
+    done = {name: read_json(d / DONE) for name, d in runs.items() if (d / DONE).exists()}
     curves = read_curves(config.report.runs)
-    summary = summarise(results, curves, {name: values["seconds"] for name, values in done.items()})
-    sources: list[str] = next((values["experts"] for values in done.values() if "experts" in values), [])
-    experts = [Path(source).parent.parent.name.removeprefix("expert_") for source in sources]
+    summary = summarise(results, curves, {name: values["seconds"] for name, values in done.items()}, others)
     configs = {name: (d / CONFIG).read_text(encoding="utf-8") for name, d in runs.items() if (d / CONFIG).exists()}
-    page = render(f"Branch-Train-MiX: {workdir.parent.name}", summary, curves, experts, configs)
-    temporary = workdir / ".report.html"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.rename(workdir / "report.html")
+    provenance = {name: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()} for name, text in configs.items()}
+    title = f"Branch-Train-MiX: {workdir.parent.name}"
+    write_text(
+        workdir / "report.html", render(title, summary, curves, expert_names(Path(config.report.evaluate), summary["shown"]), provenance)
+    )
     write_json(workdir / "summary.json", summary)
-    Console().print(table(summary))
+    console = Console()
+    for table in tables(summary):
+        console.print(table)
+    if summary["comparison"]:
+        write_text(workdir / "comparison.md", markdown(summary["comparison"], summary["models"]))
+        console.print((workdir / "comparison.md").read_text(encoding="utf-8"), markup=False)
     finish(workdir, seconds=time.monotonic() - start)
+
+
+def read_results(directory: str, key: str) -> Any:
+    path = Path(directory) / "results.json"
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist; run the evaluate stage first")
+    try:
+        return read_json(path)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{key}: {path} is damaged: {error}") from error
+
+
+def expert_names(evaluate: Path, shown: str) -> list[str]:
+    """Of the mixture that is shown: the runs it was mixed from, found by going back from its checkpoint to the mix. Empty when unknown."""
+    config = evaluate / CONFIG
+    path = Path(read_json(config)["evaluate"]["models"].get(shown, "")) if config.exists() else Path()
+    for _ in range(len(path.parts)):  # no chain of runs is longer
+        workdir = next((d for d in (path, *path.parents) if (d / CONFIG).exists() and (d / DONE).exists()), None)
+        if workdir is None:
+            break
+        if sources := read_json(workdir / DONE).get("experts"):
+            return [Path(source).parent.parent.name.removeprefix("expert_") for source in sources]
+        path = Path(read_json(workdir / CONFIG).get("init", ""))
+    return []

@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
-from btx_jax.checkpoints.training_state import About, Checkpoints
+from btx_jax.checkpoints.training_state import About, Checkpoints, TrainingRun
 from btx_jax.config import CheckpointConfig, TrainConfig
 from btx_jax.errors import UserError
 from btx_jax.models.llama import init_params
@@ -18,9 +18,12 @@ from tests.models.test_llama import MOE, TINY
 TRAIN = TrainConfig(steps=10, batch_size=8, warmup_steps=1)
 
 
+RUN = TrainingRun(5, 30.0, seconds=2.0, chips=1, peak_bytes=7)
+
+
 def save(workdir, params, model=TINY, step=3):
     checkpoints = Checkpoints(workdir, CheckpointConfig())
-    checkpoints.save(About(model, step, {"a": {"tokens": 5, "flops": 30.0}}), params)
+    checkpoints.save(About(model, step, {"a": RUN}), params)
     checkpoints.close()
 
 
@@ -50,7 +53,7 @@ def test_a_checkpoint_describes_itself(tmp_path):
     found = find_checkpoint(tmp_path)
     assert found.about.model == MOE
     assert found.about.step == 3
-    assert found.about.total("tokens") == 5
+    assert found.about.costs()["tokens"] == 5
     assert digest(load_params(found)) == digest(params)
     assert find_checkpoint(tmp_path / "checkpoints" / "3").about == found.about
 
@@ -92,5 +95,15 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
         about = checkpointer.restore(tmp_path / "checkpoints" / "3" / "about")
     about["format"] = 99
     (tmp_path / "checkpoints" / "3" / "about" / "metadata").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="checkpoint format 99; this version reads 1"):
+    with pytest.raises(UserError, match="checkpoint format 99; this version reads 2"):
         find_checkpoint(tmp_path)
+
+
+def test_costs_add_up_and_branches_wait_for_their_seed_only():
+    run = lambda tokens, seconds, *after, chips=1: TrainingRun(tokens, 10.0 * tokens, seconds, chips, tokens, after)  # noqa: E731
+    seed = {"s": run(100, 10.0)}
+    branches = {"a": run(10, 3.0, "s", chips=4), "b": run(20, 5.0, "s")}
+    about = About(TINY, 7, {**seed, **branches, "f": run(30, 2.0, "s", "a", "b")})
+    assert about.costs() == {"tokens": 160, "flops": 1600.0, "chip_seconds": 29.0, "critical_seconds": 17.0, "peak_bytes": 100}
+    assert about.costs(without=seed) == {"tokens": 60, "flops": 600.0, "chip_seconds": 19.0, "critical_seconds": 7.0, "peak_bytes": 30}
+    assert About(TINY, 0, {}).costs()["critical_seconds"] == 0

@@ -1,27 +1,56 @@
 import json
+import math
 import re
 
+import numpy as np
+import pytest
+
+from btx_jax.reporting.compare import compare, interval, markdown, verdict
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
 from btx_jax.reporting.page import render
-from btx_jax.reporting.summary import summarise, table
+from btx_jax.reporting.summary import gains, summarise, tables
 
 NAMES = ("seed", "expert_math", "btx_untuned", "btx")
-RESULTS = {
-    "domains": ["math", "<script>alert(1)</script>"],
-    "models": {
-        name: {
-            "nats_per_token": {"math": 3.0 - i / 2, "<script>alert(1)</script>": 2.0 + i / 10},
-            "bits_per_byte": {"math": 2.0, "<script>alert(1)</script>": 1.0},
-            "heldout_tokens": {},
-            "train_tokens": 1000 * (i + 1),
-            "train_flops": 1e9,
-            "params_total": 10,
-            "params_active": 5,
-            "load": {"math": [[0.1 * i, 1 - 0.1 * i]], "<script>alert(1)</script>": [[0.5, 0.5]]} if name.startswith("btx") else {},
-        }
-        for i, name in enumerate(NAMES)
-    },
-}
+DOMAINS = ["math", "<script>alert(1)</script>"]
+
+
+def routing(share):
+    found = {
+        "load": [[share, 1 - share]],
+        "gate_load": [[share, 1 - share]],
+        "pairs": [[[0.0, share], [1 - share, 0.0]]],
+        "entropy": [0.5],
+        "dead": [[]],
+    }
+    text = {"pieces": ["a", "</span><script>alert(2)</script>"], "layers": [0]}
+    text |= {"experts": [[[1, 0], [0, 1]]], "gates": [[[0.75, 0.25], [0.6, 0.4]]]}
+    overlap = {"cosine": [[1, 0.9], [0.9, 1]], "deviation_cosine": [[1, -1], [-1, 1]], "norm_ratio": [1.0, 1.0]}
+    return {"domains": dict.fromkeys(DOMAINS, found), "mutual_information": [0.1], "redundancy": [overlap], "texts": {"own": text}}
+
+
+def results(shift=0.0):
+    return {
+        "domains": DOMAINS,
+        "models": {
+            name: {
+                "nats_per_token": {"math": 3.0 - i / 2 + shift, DOMAINS[1]: 2.0 + i / 10},
+                "bits_per_byte": {"math": 2.0, DOMAINS[1]: 1.0},
+                "heldout_tokens": {},
+                "tokens": 1000 * (i + 1),
+                "flops": 1e9 * (i + 1),
+                "chip_seconds": 2.0 * (i + 1),
+                "critical_seconds": 1.0 * (i + 1),
+                "peak_bytes": 1 << 20,
+                "params_total": 10,
+                "params_active": 5,
+                **({"routing": routing(0.1 * i)} if name.startswith("btx") else {}),
+            }
+            for i, name in enumerate(NAMES)
+        },
+    }
+
+
+RESULTS = results()
 CURVES = {
     "seed": [{"step": s, "lm_loss": 5 - s / 50} for s in range(1, 40)],
     "finetune": [{"step": s, "lm_loss": 4.0, "routing": {"dropped": [0.1, 0.3]}} for s in range(1, 30)] + [{"step": 29, "heldout": {}}],
@@ -40,22 +69,78 @@ def test_metrics_of_lost_steps_are_removed_on_resume_and_a_torn_line_is_ignored(
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_summary_has_the_promised_keys_and_the_longest_trained_mixtures_routing():
+def test_summary_leaves_the_seeds_own_costs_out_and_shows_btx():
     summary = summarise(RESULTS, CURVES, {"seed": 1.5})
-    assert set(summary) == {"domains", "models", "routing", "wall_seconds"}
-    assert set(summary["models"]["btx"]) == {
-        "nats_per_token", "bits_per_byte", "train_tokens", "train_flops", "params_total", "params_active",
-    }  # fmt: skip
-    assert summary["routing"]["load"] == RESULTS["models"]["btx"]["load"]
-    assert abs(summary["routing"]["dropped_fraction"] - 0.2) < 1e-12
+    assert summary["shown"] == "btx"
+    assert list(summary["models"]) == list(NAMES)
+    assert summary["models"]["seed"]["tokens"] == 1000
+    assert summary["models"]["btx"]["tokens"] == 3000
+    assert summary["models"]["btx"]["critical_seconds"] == 3.0
+    assert summary["routing"]["btx"] == RESULTS["models"]["btx"]["routing"]
+    assert abs(summary["dropped_fraction"] - 0.2) < 1e-12
+    assert summary["comparison"] is None
     json.dumps(summary)
-    assert table(summary).row_count == 4
+    assert [table.row_count for table in tables(summary)] == [4, 4]
 
 
-def test_page_is_self_contained_and_escapes_text():
-    summary = summarise(RESULTS, CURVES, {"seed": 1.5})
-    page = render("a <b> title", summary, CURVES, ["math", "seed"], {"seed": '{"x": "</pre><script>"}'})
-    assert "<script" not in page
-    assert page.count("<svg") == 3
+def test_gains_by_hand():
+    models = {
+        "seed": {"nats_per_token": {"a": 4.0, "b": 3.0}},
+        "expert_a": {"nats_per_token": {"a": 3.0, "b": 3.5}},
+        "btx": {"nats_per_token": {"a": 3.25, "b": 3.1}},
+    }
+    found = gains(models, ["a", "b"])
+    assert found["general"] == "b"
+    btx = found["models"]["btx"]
+    assert btx["over_seed"] == pytest.approx({"a": 0.75, "b": -0.1})
+    assert btx["specialist_gap"] == pytest.approx({"a": 0.25, "b": -0.4})
+    assert btx["recovered"] == {"a": pytest.approx(0.75), "b": None}
+    assert btx["forgetting"] == pytest.approx(0.1)
+    assert found["models"]["expert_a"]["forgetting"] == pytest.approx(0.5)
+    assert gains({"one": models["seed"]}, ["a"]) == {}
+
+
+def test_intervals_are_students_and_verdicts_need_them_to_exclude_the_other_sign():
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.302653 / math.sqrt(3), rel=1e-6))
+    assert interval([1.0]) == (1.0, math.inf)
+    assert [verdict("<", -0.2, half) for half in (0.1, 0.3)] == ["held", "undecided"]
+    assert verdict("<", 0.2, 0.1) == "not held"
+    assert [verdict("=", 0.0, half) for half in (0.01, 0.1)] == ["held", "undecided"]
+    assert verdict("=", 0.1, 0.05) == "not held"
+
+
+def test_arms_are_compared_in_pairs_over_seeds():
+    seeds = [results(shift)["models"] for shift in (0.0, 0.5, 1.0)]
+    found = compare(seeds)
+    assert found["seeds"] == 3
+    assert found["arms"]["btx"]["losses"] == pytest.approx([np.mean([1.5 + s, 2.3]) for s in (0.0, 0.5, 1.0)])
+    (claim,) = [c for c in found["claims"] if (c["left"], c["right"]) == ("btx", "seed")]
+    assert claim["mean"] == pytest.approx(-0.6), "what all seeds share cancels"
+    assert claim["half_width"] == pytest.approx(0, abs=1e-9)
+    assert claim["verdict"] == "held"
+    one = compare(seeds[:1])
+    assert {c["verdict"] for c in one["claims"]} == {"undecided"}
+    text = markdown(one, summarise(RESULTS, {}, {})["models"])
+    assert "| btx | 1.900 one seed | 1 | 3k |" in text
+
+
+@pytest.mark.parametrize("others", [(), (results(0.1), results(0.2))])
+def test_page_is_self_contained_and_escapes_text(others):
+    summary = summarise(RESULTS, CURVES, {"seed": 1.5}, others)
+    page = render("a <b> title", summary, CURVES, ["math", "seed"], {"seed": {"config": '{"x": "</pre><script>"}', "sha256": "0" * 64}})
+    assert page.count("<script") == 2, "its own data and its own code"
+    assert "alert(2)" in page
+    assert page.count("<svg") == (6 if others else 5)
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*', page), "the page asks for something"
     assert "btx has the lowest mean held-out loss" in page
+    data = json.loads(re.search(r'<script id="choices"[^>]*>(.*?)</script>', page, re.S)[1])
+    assert data["texts"]["own"]["experts"] == [[[1, 0], [0, 1]]]
+    assert re.search(r'<span data-experts="1 0" title="seed 0.75, math 0.25"[^>]*>a</span>', page)
+
+
+def test_a_page_without_mixtures_has_no_routing():
+    dense = {"domains": DOMAINS, "models": {"seed": RESULTS["models"]["seed"]}}
+    page = render("t", summarise(dense, {}, {}), {}, [], {})
+    assert page.count("<svg") == 3
+    assert "<script" not in page

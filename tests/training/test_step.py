@@ -7,11 +7,12 @@ import numpy as np
 import optax
 import pytest
 
+from btx_jax.checkpoints.training_state import named_leaves
 from btx_jax.config import ComputeConfig, TrainConfig
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.models.llama import init_params
-from btx_jax.training.optimizer import clip_by_global_norm, decayed, schedule
+from btx_jax.training.optimizer import clip_by_global_norm, decayed, schedule, trainable
 from btx_jax.training.step import init_state, make_train_step
 from tests.models.test_llama import MOE, TINY
 
@@ -103,3 +104,20 @@ def test_clipping_is_optaxs_up_to_rounding():
         chex.assert_trees_all_close(clip_by_global_norm(norm).update(updates, optax.EmptyState())[0], expected, rtol=1e-6)
     zeros = jax.tree.map(jnp.zeros_like, updates)
     chex.assert_trees_all_equal(clip_by_global_norm(1.0).update(zeros, optax.EmptyState())[0], zeros)
+
+
+@pytest.mark.parametrize("frozen", ["experts", "all_but_routers"])
+def test_what_is_frozen_keeps_its_bits_and_has_no_moments(frozen, one_device):
+    train = dataclasses.replace(TRAIN, frozen=frozen)
+    before = jax.device_get(init_state(MOE, train, one_device, jax.random.key(0)).params)
+    state, lines = steps(MOE, train, one_device)
+    after, trained = named_leaves(jax.device_get(state.params)), trainable(before, frozen)
+    for name, was in named_leaves(before).items():
+        is_trained = named_leaves(trained)[name]
+        assert is_trained == (("router" in name) or (frozen == "experts" and "/ffn/" not in name))
+        assert np.array_equal(after[name], was) != is_trained, name
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert moments == 2 * sum(x.size for name, x in named_leaves(before).items() if named_leaves(trained)[name])
+    _, free = steps(MOE, TRAIN, one_device, 1)
+    assert lines[0].lm_loss == free[0].lm_loss, "the forward pass is the same"
+    assert lines[0].grad_norm < free[0].grad_norm

@@ -1,0 +1,143 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from btx_jax.config import ComputeConfig, TaskConfig
+from btx_jax.data.sources import read_json_lines
+from btx_jax.errors import UserError
+from btx_jax.evaluation import tasks
+from btx_jax.evaluation.likelihood import Scorer, encode_pair
+from btx_jax.models.llama import Llama, init_params, logits
+from tests.models.test_llama import MOE, TINY
+
+COMPUTE = ComputeConfig(dtype="float32", remat="none", loss_chunk=32)
+CHOICE = TaskConfig("multiple_choice", "f", "{q}")
+
+
+def log_p(model, params, front, behind):
+    """One pair alone, without padding."""
+    ids = [*front, *behind]
+    hidden, _ = Llama(model, dataclasses.replace(COMPUTE, dispatch="ragged")).apply(
+        {"params": params}, np.array([ids[:-1]]), np.ones((1, len(ids) - 1), np.int32)
+    )
+    table = jax.nn.log_softmax(logits(params, hidden)[0])
+    places = range(len(front) - 1, len(ids) - 1)
+    return sum(float(table[i, ids[i + 1]]) for i in places), all(int(table[i].argmax()) == ids[i + 1] for i in places)
+
+
+@pytest.mark.parametrize("model", [TINY, MOE], ids=["dense", "moe"])
+def test_likelihoods_do_not_depend_on_batch_or_padding(model, one_device):
+    params = jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, init_params(model, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(0, 64, rng.integers(1, 30)).tolist(), rng.integers(0, 64, rng.integers(1, 6)).tolist()) for _ in range(7)]
+    greedy = int(np.argmax(logits(params, Llama(model, dataclasses.replace(COMPUTE, dispatch="ragged")).apply(
+        {"params": params}, np.array([pairs[0][0]]), np.ones((1, len(pairs[0][0])), np.int32))[0])[0, -1]))  # fmt: skip
+    pairs.append((pairs[0][0], [greedy]))
+    got = Scorer(model, params, COMPUTE, one_device, 3)(pairs)
+    for pair, found in zip(pairs, got, strict=True):
+        want, is_greedy = log_p(model, params, *pair)
+        assert found.log_p == pytest.approx(want, abs=2e-5)
+        assert found.is_greedy == is_greedy
+    assert got[-1].is_greedy
+
+
+def test_a_long_context_loses_its_front_and_an_empty_one_is_refused(one_device):
+    params = init_params(TINY, jax.random.key(0))
+    score = Scorer(TINY, params, COMPUTE, one_device, 2)
+    long = np.random.default_rng(0).integers(0, 64, TINY.context + 40).tolist()
+    (found,) = score([(long, [3, 4])])
+    assert found.log_p == pytest.approx(log_p(TINY, params, long[-(TINY.context - 1) :], [3, 4])[0], abs=2e-5)
+    with pytest.raises(ValueError, match="needs a token in front"):
+        score([([], [3])])
+
+
+def test_pairs_are_cut_where_the_context_ends_and_spaces_go_to_the_continuation(tokenizer):
+    front, behind = encode_pair(tokenizer, "the river ", "mountain")
+    assert front == tokenizer.encode_prompt("the river")
+    assert front + behind == tokenizer.encode_prompt("the river mountain")
+    front, behind = encode_pair(tokenizer, "", "mountain")
+    assert front == [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
+    assert tokenizer.decode(behind) == "mountain"
+
+
+def test_choices_are_judged_by_sum_and_per_character(tokenizer):
+    items = [{"q": "a", "choices": ["xx", "yyyyyyyy"], "gold": 1}, {"q": "b", "choices": ["xx", "yyyyyyyy"], "gold": 0}]
+    said = iter([-4.0, -8.0, -4.0, -30.0])  # per character: -2 and -1; -2 and -3.75
+
+    def score(pairs, name):
+        from btx_jax.evaluation.likelihood import Likelihood
+
+        return [Likelihood(next(said), False) for _ in pairs]
+
+    found = tasks.multiple_choice(items, [], CHOICE, tokenizer, score, "t")
+    assert (found["accuracy"], found["accuracy_normalised"]) == (0.5, 1.0)
+    assert found["accuracy_stderr"] == pytest.approx(0.5)
+    assert found["items"][0]["log_p"] == [-4.0, -8.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [("so 3 + 4 = 7.", "7"), ("#### 1,234", "1234"), ("-2.50 dollars", "-2.5"), ("Paris \n", "Paris"), ("1 then 2.0", "2"), ("", "")],
+)
+def test_the_last_number_is_the_answer(text, want):
+    assert tasks.answer(text) == want
+
+
+def test_text_is_cut_at_the_first_stop():
+    assert tasks.cut("one\nQ: two\n\nthree", ["\n\n", "\nQ:"]) == "one"
+    assert tasks.cut("one", ["\n"]) == "one"
+
+
+class Parrot:
+    """A generator that answers what it was given to say."""
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts, self.prompts = tokenizer, texts, []
+
+    def generate(self, rows, new_tokens, sampling, seed, is_finished):
+        prompts = [self.tokenizer.decode(row) for row in rows]
+        self.prompts += prompts
+        return [self.tokenizer.encode(next(t for q, t in self.texts.items() if p.endswith(q))) for p in prompts]
+
+
+def test_exact_match_with_solved_examples_in_front(tokenizer):
+    task = TaskConfig("exact_match", "f", "Q: {q} A:", shots=1, shots_file="g", stop=("\n",))
+    parrot = Parrot(tokenizer, {"1+1 A:": "x 2\nQ: 9", "2+2 A:": "5"})
+    items = [{"q": "1+1", "answer": "2"}, {"q": "2+2", "answer": "4"}]
+    found = tasks.exact_match(items, [{"q": "0+0", "chain_of_thought": "it is 0", "answer": "0"}], task, tokenizer, parrot, 3)
+    assert found["exact_match"] == 0.5
+    assert found["items"][0]["text"] == "x 2"
+    assert parrot.prompts[0].startswith("Q: 0+0 A: it is 0\n\nQ: ")
+
+
+def test_code_runs_against_its_tests(tokenizer):
+    task = TaskConfig("code", "f", "{prompt}", samples=2, pass_at=(1, 2), temperature=0.5, seconds=5)
+    item = {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(2) == 3", "entry_point": "f"}
+    found = tasks.code(
+        [item, item | {"prompt": "def f(y):\n"}], task, tokenizer, Parrot(tokenizer, {"(x):\n": " return x+1", "(y):\n": " return 0"}), 4
+    )
+    assert found["pass@1"] == found["pass@2"] == 0.5
+    assert found["items"][0]["passed"] == 2
+    assert "AssertionError" in found["items"][1]["samples"][0]["why"]
+
+
+def test_test_sets_with_faults_are_refused(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"q": "x", "choices": ["a"], "gold": 1}) + "\n")
+    items = read_json_lines(str(file), "k.file")
+    with pytest.raises(UserError, match=r"k.file: item 0 .*gold=1 of 1 choices"):
+        tasks.check_items(items, CHOICE, "k")
+    with pytest.raises(UserError, match=r"k.prompt='\{query\}': k.file: item 0 .* has no 'query'"):
+        tasks.check_items([items[0] | {"gold": 0}], dataclasses.replace(CHOICE, prompt="{query}"), "k")
+    with pytest.raises(UserError, match="has no field 'gold'; it has choices, q"):
+        tasks.check_items([{"q": "x", "choices": []}], CHOICE, "k")
+    with pytest.raises(UserError, match="holds no item"):
+        tasks.check_items([], CHOICE, "k")
+    file.write_text('{"q": 1}\n{"q":')
+    with pytest.raises(UserError, match=r"k.file: .*line 2"):
+        read_json_lines(str(file), "k.file")
+    with pytest.raises(UserError, match=r"k\.file: no file"):
+        read_json_lines(str(tmp_path / "no"), "k.file")
