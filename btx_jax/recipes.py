@@ -21,6 +21,7 @@ from btx_jax.config import (
     RopeScaling,
     TaskConfig,
     TrainConfig,
+    from_config_dict,
     to_config_dict,
 )
 from btx_jax.costs.model import train_flops
@@ -261,6 +262,15 @@ def comparison(size: str, group: str) -> ml_collections.ConfigDict:
         before=before,
     )
     return to_config_dict(arms(setting, group))
+
+
+def small_report() -> ml_collections.ConfigDict:
+    """What configs/experiments/paper_small.py left in runs/paper_small_0 (whose curves and routing are shown), _1 and _2."""
+    stages = from_config_dict(comparison(TINY, "all")).pipeline
+    assert stages
+    runs = {name: f"runs/paper_small_0/{name}" for name in stages if name != "report"}
+    evaluates = tuple(f"runs/paper_small_{seed}/evaluate" for seed in range(3))
+    return to_config_dict(Config("report", report=ReportConfig(evaluates[0], runs, evaluates[1:])))
 
 
 def _with_steps(config: Config, steps: int) -> Config:

@@ -9,12 +9,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from btx_jax.config import TaskConfig
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import UserError
 from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
 from btx_jax.evaluation.sandbox import Limits, pass_at_k, run_programs
+from btx_jax.parallel.hosts import is_first
 
 Item = dict[str, Any]
 FIELDS = {"multiple_choice": ("choices", "gold"), "exact_match": ("answer",), "code": ("prompt", "test", "entry_point")}
@@ -97,7 +100,7 @@ def continuations(tokenizer: Tokenizer, generator: Generator, prompts: Sequence[
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     texts = [""] * len(ids)
-    for start in range(0, len(order), batch_size):
+    for start in tqdm(range(0, len(order), batch_size), desc="generate", unit="batch", disable=not is_first()):
         chosen = order[start : start + batch_size]
         rows = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (batch_size - len(chosen))
         stops = lambda _, new: any(stop in tokenizer.decode(new) for stop in task.stop)  # noqa: E731
