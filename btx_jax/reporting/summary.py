@@ -9,6 +9,7 @@ from rich.table import Table
 from btx_jax.reporting.compare import compare
 from btx_jax.reporting.metrics import FILE, read_metrics
 
+WINDOW, SHOWN_POINTS = 10, 6  # of loss curves given as numbers
 LAST_STEPS = 20  # whose mean dropped fraction is reported
 SEED = "seed"  # the model that all others start from, where one has this name
 COSTS = ("tokens", "flops", "chip_seconds", "critical_seconds", "peak_bytes")
@@ -49,6 +50,7 @@ def summarise(
         "routing": routing,
         "shown": "btx" if "btx" in routing else next(reversed(routing), ""),
         "dropped_fraction": dropped,
+        "curves": {name: points for name, lines in curves.items() if (points := curve_points(lines))},
         "wall_seconds": dict(seconds),
         "comparison": compare([results["models"], *(other["models"] for other in others)]) if others else None,
     }
@@ -78,6 +80,14 @@ def gains(models: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
             "forgetting": max(-over[general], 0.0),
         }
     return table
+
+
+def curve_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, training loss as the mean of the WINDOW steps up to it) at SHOWN_POINTS places spread evenly over a run, the last one its end."""
+    steps = [(line["step"], line["lm_loss"]) for line in lines if "lm_loss" in line]
+    count = min(SHOWN_POINTS, len(steps))
+    ends = [round((i + 1) * len(steps) / count) for i in range(count)]
+    return [(steps[end - 1][0], mean(loss for _, loss in steps[max(end - WINDOW, 0) : end])) for end in ends]
 
 
 def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:

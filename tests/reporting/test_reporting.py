@@ -79,6 +79,8 @@ def test_summary_leaves_the_seeds_own_costs_out_and_shows_btx():
     assert summary["routing"]["btx"] == RESULTS["models"]["btx"]["routing"]
     assert abs(summary["dropped_fraction"] - 0.2) < 1e-12
     assert summary["comparison"] is None
+    assert summary["curves"]["seed"][-1] == (39, pytest.approx(5 - 34.5 / 50))
+    assert len(summary["curves"]["finetune"]) == 6
     json.dumps(summary)
     assert [table.row_count for table in tables(summary)] == [4, 4]
 
