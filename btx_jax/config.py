@@ -1,19 +1,14 @@
 """The schema of every config: frozen dataclasses, checked before anything is compiled.
 
-A config file returns an `ml_collections.ConfigDict` made by `to_config_dict`; the command line overrides leaves of it; and
-`from_config_dict` turns it back into a `Config`. An unknown key, a wrong type and an impossible value each raise `ConfigError`
-with one line: the key, what is wrong, and what to do.
+An impossible value raises `ConfigError` with one line: the key, what is wrong, and what to do. config_dict.py turns configs into plain
+dictionaries and back.
 """
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-import ml_collections
 
 from btx_jax.errors import UserError
 
@@ -40,10 +35,10 @@ def _require(condition: bool, message: str) -> None:
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{key}={value!r}: {_suggest(value, allowed)}")
+        raise ConfigError(f"{key}={value!r}: {suggest(value, allowed)}")
 
 
-def _suggest(word: str, known: typing.Iterable[str]) -> str:
+def suggest(word: str, known: typing.Iterable[str]) -> str:
     known = tuple(known)
     close = difflib.get_close_matches(str(word), known, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known)
@@ -424,7 +419,7 @@ class EvaluateConfig:
         for name, ensemble in self.ensembles.items():
             _require(name not in self.models, f"ensembles.{name}: a model has that name already")
             for expert in ensemble.experts:
-                _require(expert in self.models, f"ensembles.{name}.experts: no model {expert!r}; {_suggest(expert, self.models)}")
+                _require(expert in self.models, f"ensembles.{name}.experts: no model {expert!r}; {suggest(expert, self.models)}")
 
 
 @dataclass(frozen=True)
@@ -475,7 +470,7 @@ class Config:
             assert self.pipeline is not None
             for name, stage in self.pipeline.items():
                 for need in stage.needs:
-                    _require(need in self.pipeline, f"pipeline.{name}.needs: no stage {need!r}; {_suggest(need, self.pipeline)}")
+                    _require(need in self.pipeline, f"pipeline.{name}.needs: no stage {need!r}; {suggest(need, self.pipeline)}")
 
 
 _SECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -486,89 +481,3 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
     "report": ("report",),
     "pipeline": ("pipeline",),
 }
-
-T = TypeVar("T")
-
-
-def to_dict(config: Any) -> Any:
-    """A config dataclass as plain dicts, lists and scalars; sections that are None are left out."""
-    if dataclasses.is_dataclass(config):
-        values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-        return {name: to_dict(value) for name, value in values if value is not None}
-    if isinstance(config, Mapping):
-        return {key: to_dict(value) for key, value in config.items()}
-    if isinstance(config, tuple | list):
-        return [to_dict(value) for value in config]
-    return config
-
-
-def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """What a config file returns: every key is there, so that the command line can override it and no other."""
-
-    def tuples(value: Any) -> Any:  # config_flags parses an override of a tuple, not of a list
-        if isinstance(value, dict):
-            return {key: tuples(item) for key, item in value.items()}
-        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
-
-    return ml_collections.ConfigDict(tuples(to_dict(config)), sort_keys=False)
-
-
-def from_config_dict(config: ml_collections.ConfigDict) -> Config:
-    return from_dict(Config, config.to_dict())
-
-
-def from_dict(cls: type[T], values: Mapping[str, Any], key: str = "config") -> T:
-    """Dict -> dataclass, strictly. Raises ConfigError naming the key of the first unknown, missing, mistyped or impossible value."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{key}={values!r}: must be a section with keys")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in fields:
-            raise ConfigError(f"{key}.{name}: unknown key; {_suggest(name, fields)}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and values.get(name) is None:
-            raise ConfigError(f"{key}.{name}: missing")
-    parsed = {name: _convert(hints[name], value, f"{key}.{name}") for name, value in values.items() if value is not None}
-    try:
-        return cls(**parsed)
-    except ConfigError as error:
-        raise ConfigError(f"{key}.{error}" if not str(error).startswith("config.") else str(error)) from None
-
-
-def _convert(kind: Any, value: Any, key: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # only ever `Section | None`
-        return _convert(next(a for a in args if a is not type(None)), value, key)
-    if dataclasses.is_dataclass(kind):
-        return from_dict(kind, value, key)  # type: ignore[arg-type]
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            raise ConfigError(f"{key}={value!r}: must be a list")
-        return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value))
-    if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}={value!r}: must map names to values")
-        return {name: _convert(args[1], item, f"{key}.{name}") for name, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{key}={value!r}: must be {kind.__name__}, not {type(value).__name__}")
-    return value
-
-
-def flatten(values: Any, key: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}; lists are leaves."""
-    if not isinstance(values, Mapping):
-        return {key: values}
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{key}.{name}" if key else name)
-    return flat
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for every leaf in which two `to_dict` results differ."""
-    old, new = flatten(old), flatten(new)
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

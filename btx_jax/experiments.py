@@ -8,15 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from btx_jax.config import (
-    Config,
-    EnsembleConfig,
-    EvaluateConfig,
-    MeshConfig,
-    MixConfig,
-    PipelineStage,
-    ReportConfig,
-)
+from btx_jax.config import Config, EnsembleConfig, EvaluateConfig, MeshConfig, MixConfig, PipelineStage, ReportConfig
 
 
 @dataclass(frozen=True)

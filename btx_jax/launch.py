@@ -17,7 +17,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from btx_jax import stages
-from btx_jax.config import from_config_dict
+from btx_jax.config_dict import from_config_dict
 from btx_jax.errors import UserError
 from btx_jax.parallel import hosts
 

@@ -21,9 +21,8 @@ from btx_jax.config import (
     RopeScaling,
     TaskConfig,
     TrainConfig,
-    from_config_dict,
-    to_config_dict,
 )
+from btx_jax.config_dict import from_config_dict, to_config_dict
 from btx_jax.costs.model import train_flops
 from btx_jax.experiments import GROUPS, Setting
 from btx_jax.experiments import comparison as arms

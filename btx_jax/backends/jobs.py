@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from btx_jax.config import Config, ConfigError, from_config_dict
+from btx_jax.config import Config, ConfigError
+from btx_jax.config_dict import from_config_dict
 from btx_jax.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from btx_jax.config import ConfigError, MoEConfig, from_dict
+from btx_jax.config import ConfigError, MoEConfig
+from btx_jax.config_dict import from_dict
 from btx_jax.errors import UserError
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")

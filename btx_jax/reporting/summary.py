@@ -83,7 +83,7 @@ def gains(models: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
 
 
 def curve_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, training loss as the mean of the WINDOW steps up to it) at SHOWN_POINTS places spread evenly over a run, the last one its end."""
+    """(step, mean training loss of the WINDOW steps up to it) at SHOWN_POINTS places spread evenly over a run, the last one its end."""
     steps = [(line["step"], line["lm_loss"]) for line in lines if "lm_loss" in line]
     count = min(SHOWN_POINTS, len(steps))
     ends = [round((i + 1) * len(steps) / count) for i in range(count)]

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from btx_jax.config import Config, differences, to_dict
+from btx_jax.config import Config
+from btx_jax.config_dict import differences, to_dict
 from btx_jax.errors import UserError
 from btx_jax.parallel.hosts import first_then_others, is_first, require_shared
 

@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
 from btx_jax.checkpoints.training_state import About, Checkpoints
-from btx_jax.config import CheckpointConfig, Config, ConfigError, MixConfig, ModelConfig, MoEConfig, differences, to_dict
+from btx_jax.config import CheckpointConfig, Config, ConfigError, MixConfig, ModelConfig, MoEConfig
+from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
 from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_params
 from btx_jax.checkpoints.training_state import About, Checkpoints, History, TrainingRun, read_about
-from btx_jax.config import Config, ConfigError, ModelConfig, to_dict
+from btx_jax.config import Config, ConfigError, ModelConfig
+from btx_jax.config_dict import to_dict
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_rows, training_batches

@@ -7,7 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint
-from btx_jax.config import Config, ConfigError, ModelConfig, differences, to_dict
+from btx_jax.config import Config, ConfigError, ModelConfig
+from btx_jax.config_dict import differences, to_dict
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.training.step import state_shardings
 

@@ -132,6 +132,7 @@ def test_jobs_of_a_pipeline(monkeypatch, tmp_path):
     circle = tmp_path / "circle.py"
     circle.write_text(
         "from btx_jax.config import *\n"
+        "from btx_jax.config_dict import to_config_dict\n"
         "def get_config():\n"
         "    stage = lambda *needs: PipelineStage(Config('report', report=ReportConfig('x', {'a': 'b'})), needs)\n"
         "    return to_config_dict(Config('pipeline', pipeline={'a': stage('b'), 'b': stage('a')}))\n"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from btx_jax.config import from_dict
+from btx_jax.config_dict import from_dict
 from btx_jax.errors import UserError
 from btx_jax.mixing.gates import condition_number, gate_row, pool, random_gates
 from btx_jax.mixing.merge import dare, mean, ties, wide

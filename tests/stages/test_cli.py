@@ -129,6 +129,7 @@ def test_a_failing_branch_leaves_the_others_results(cli):
         "import dataclasses\n"
         "from btx_jax import recipes\n"
         "from btx_jax.config import *\n"
+        "from btx_jax.config_dict import to_config_dict\n"
         "def get_config():\n"
         f"    data = dataclasses.replace(recipes._data('tiny', {str(cli.text)!r}), tokenizer={str(cli.tokenizer)!r}, sequence_length=64,\n"
         f"        cache={str(cli.home / 'cache')!r}, domains={{}}, heldout='')\n"
