@@ -14,7 +14,7 @@ from btx_jax.config import ComputeConfig, ModelConfig
 from btx_jax.models.decoding import Cache, empty_cache, forward, unstack
 from btx_jax.models.llama import Params, logits
 from btx_jax.parallel.hosts import put
-from btx_jax.parallel.sharding import batch_sharding, replicated
+from btx_jax.parallel.sharding import batch_sharding, replicated, shard
 
 BUCKET = 64  # prompts and caches are padded to a multiple, so that few shapes are compiled
 CHUNK = 32  # tokens generated between two looks at them
@@ -72,13 +72,13 @@ class Generator:
             tokens[row, : len(prompt)] = prompt
         rows = batch_sharding(self._mesh)
         with jax.set_mesh(self._mesh):
-            key = jax.random.key(seed)
+            seed_word = np.uint32(seed)
             lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-            token_B, cache = start(self._weights, put(tokens, rows), put(lengths, rows), key)
+            token_B, cache = start(self._weights, put(tokens, rows), put(lengths, rows), seed_word)
             results: list[list[int]] = [[] for _ in prompts]
             done = np.zeros(batch, bool)
             for first in range(0, new_tokens, CHUNK):
-                new_BC, token_B, cache = proceed(self._weights, token_B, put(done, replicated(self._mesh)), cache, key)
+                new_BC, token_B, cache = proceed(self._weights, token_B, put(done, replicated(self._mesh)), cache, seed_word)
                 for row, ids in enumerate(np.asarray(new_BC)[:, : new_tokens - first].tolist()):
                     if done[row]:
                         continue
@@ -95,19 +95,20 @@ class Generator:
             model, compute, eos = self._model, self._compute, self._eos
             row_B = jnp.arange(batch)
 
-            def draw(outer, hidden_BD, key, position_B):
+            def draw(outer, hidden_BD, seed, position_B):
+                key = jax.random.key(seed)
                 logits_BV = logits(outer, hidden_BD[:, None])[:, 0]
                 key_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(row_B, position_B)
                 return jax.vmap(lambda values, key: sample_token(values, key, sampling))(logits_BV, key_B)
 
             @jax.jit
-            def start(weights, tokens_BT, length_B, key):
+            def start(weights, tokens_BT, length_B, seed):
                 cache = empty_cache(model, compute.dtype, batch, slots)
                 hidden_BD, cache = forward(model, compute, weights, tokens_BT, length_B, cache)
-                return draw(weights[0], hidden_BD, key, cache.length_B), cache
+                return draw(weights[0], hidden_BD, seed, cache.length_B), cache
 
             @functools.partial(jax.jit, donate_argnums=3)
-            def proceed(weights, token_B, done_B, cache: Cache, key):
+            def proceed(weights, token_B, done_B, cache: Cache, seed):
                 """CHUNK more tokens, the first of which is known; fewer when every row has met EOS."""
 
                 def wanted(state):
@@ -119,11 +120,11 @@ class Generator:
                     new_BC = new_BC.at[:, i].set(token_B)
                     done_B = done_B | (token_B == (-1 if eos is None else eos))
                     hidden_BD, cache = forward(model, compute, weights, token_B[:, None], 1 - done_B.astype(jnp.int32), cache)
-                    return i + 1, new_BC, draw(weights[0], hidden_BD, key, cache.length_B), done_B, cache
+                    return i + 1, new_BC, draw(weights[0], hidden_BD, seed, cache.length_B), done_B, cache
 
                 empty_BC = jnp.full((batch, CHUNK), -1 if eos is None else eos, jnp.int32)
                 _, new_BC, token_B, _, cache = jax.lax.while_loop(wanted, body, (jnp.int32(0), empty_BC, token_B, done_B, cache))
-                return new_BC, token_B, cache
+                return shard(new_BC, None, None), token_B, cache  # every process reads all rows
 
             self._programs[shape] = start, proceed
         return self._programs[shape]

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from btx_jax.models.routing import RoutingStats
+from btx_jax.parallel.sharding import replicated
 
 DEAD = 0.01  # an expert with less than this share of a layer's claims is called dead
 
@@ -79,7 +81,7 @@ def mutual_information(load: Mapping[str, Sequence[Sequence[float]]]) -> list[fl
     return terms.sum(-1).mean(0).tolist()
 
 
-def redundancy(params: Mapping[str, Any]) -> list[dict[str, Any]]:
+def redundancy(params: Mapping[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
     """Of each MoE layer: {cosine, deviation_cosine [E][E], norm_ratio [E]} between its experts' weights, gate, up and down as one vector.
 
     Experts of one seed are nearly parallel; `deviation_cosine` compares what sets them apart from their mean. norm_ratio: to the mean norm.
@@ -90,7 +92,8 @@ def redundancy(params: Mapping[str, Any]) -> list[dict[str, Any]]:
         ffn = params[run]["ffn"]
         if "router" not in ffn:
             continue
-        grams = [_grams(ffn[name]) for name in ("gate", "up", "down")]
+        with jax.set_mesh(mesh):
+            grams = [jax.jit(_grams, out_shardings=replicated(mesh))(ffn[name]) for name in ("gate", "up", "down")]
         whole, apart = (np.sum([np.asarray(gram, np.float64) for gram in parts], axis=0) for parts in zip(*grams, strict=True))
         for gram, deviation in zip(whole, apart, strict=True):
             norms = np.sqrt(np.diagonal(gram))
@@ -98,7 +101,6 @@ def redundancy(params: Mapping[str, Any]) -> list[dict[str, Any]]:
     return layers
 
 
-@jax.jit
 def _grams(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[L, E, ...] -> inner products [L, E, E] of the experts and of their deviations from the mean."""
     flat_LEX = w.reshape(*w.shape[:2], -1).astype(jnp.float32)

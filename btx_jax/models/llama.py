@@ -100,10 +100,11 @@ def logits(params: Params, hidden_BTD: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: ModelConfig) -> Any:
-    """Shapes of the parameters with their logical axis names (boxed), without computing anything."""
+    """Shapes of the parameters with their logical axis names (boxed), without computing anything, under whatever mesh it is called."""
     model = Llama(config, ComputeConfig(dtype="float32", remat="none", kernels="xla"))  # the least to trace, and no device is touched
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, tokens), tokens)["params"]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # one row could not be cut
+        return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, tokens), tokens)["params"]
 
 
 @functools.partial(jax.jit, static_argnums=0)

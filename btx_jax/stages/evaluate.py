@@ -127,7 +127,7 @@ def evaluate_model(
         result["routing"] = {
             "domains": routed,
             "mutual_information": routing.mutual_information(load),
-            "redundancy": routing.redundancy(params),
+            "redundancy": routing.redundancy(params, mesh),
             "texts": explain(model, config.compute, params, tokenizer, shown_texts(config, tokenizer, all_rows), mesh),
         }
     return result

@@ -47,7 +47,8 @@ def run(config: Config, workdir: Path) -> None:
     dense = abstract_params(first.about.model)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(dense), param_shardings(dense, mesh))
 
-    def mixed(models, key):
+    def mixed(models):
+        key = jax.random.key(config.rng_seed)
         models = [params for params in models for _ in range(mix.copies)]
         if mix.method == "split":
             models = split_models(models, mix.chunks)
@@ -61,7 +62,7 @@ def run(config: Config, workdir: Path) -> None:
     log.info("mixing %d checkpoints into %s", len(sources), f"{model.moe.experts[0]} experts" if model.moe else "their mean")
     with jax.set_mesh(mesh):
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
-        params = mix_jit([load_params(source, abstract) for source in sources], jax.random.key(config.rng_seed))
+        params = mix_jit([load_params(source, abstract) for source in sources])
     history = {run: counts for source in sources for run, counts in source.about.history.items()}
     copy_tokenizer(tokenizers[0], workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())

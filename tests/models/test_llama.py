@@ -10,7 +10,7 @@ from btx_jax.config import ComputeConfig, ModelConfig, MoEConfig, RopeScaling
 from btx_jax.mixing.mix import mix_params, restack, upcycle_params
 from btx_jax.mixing.router import normal_routers
 from btx_jax.models.attention import attend, rope_frequencies, rotate
-from btx_jax.models.llama import Llama, init_params, logits, parameter_counts
+from btx_jax.models.llama import Llama, abstract_params, init_params, logits, parameter_counts
 from btx_jax.models.splash import splash_attend
 from btx_jax.recipes import LLAMA2_7B
 from tests import reference
@@ -240,3 +240,11 @@ def test_bfloat16_compute_stays_near_float32():
     assert got.dtype == jnp.float32
     assert stats["layers_0"].entropy.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=0.03)
+
+
+def test_shapes_are_found_under_any_mesh():
+    from btx_jax.parallel.sharding import make_mesh
+
+    model = dataclasses.replace(TINY, d_model=40)  # that nobody has asked for yet
+    with jax.set_mesh(make_mesh((2, 2, 2, 1))):
+        assert abstract_params(model)["embed"]["embedding"].value.shape == (TINY.vocab_size, 40)

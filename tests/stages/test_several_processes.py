@@ -92,3 +92,45 @@ def test_sigterm_to_one_process_saves_and_ends_both(cli, mixture):
     finish(both, (143, 143))
     last = cli.steps_logged("stopped")[-1]
     assert (cli.home / "stopped" / "checkpoints" / str(last)).is_dir()
+
+
+EVALUATE = """
+from btx_jax.config import *
+from btx_jax.config_dict import to_config_dict
+def get_config():
+    models = {{'seed': '{home}/seed', 'again': '{home}/seed', 'mix': '{home}/mix'}}
+    tasks = {{'choice': TaskConfig('multiple_choice', '{home}/choice.jsonl', '{{q}}'),
+             'number': TaskConfig('exact_match', '{home}/choice.jsonl', '{{q}}', max_tokens=8)}}
+    evaluate = EvaluateConfig(models, tasks=tasks, ensembles={{'btm': EnsembleConfig({{'seed': 'all', 'again': 'all'}})}}, rows=12)
+    data = DataConfig('all', domains={{'all': '{text}'}}, sequence_length=64, heldout_fraction=0.1, cache='{home}/cache')
+    compute = ComputeConfig('float32', remat='none')
+    return to_config_dict(Config('evaluate', evaluate=evaluate, data=data, compute=compute, mesh=MeshConfig(fsdp=2, expert=4)))
+"""
+
+
+def test_two_processes_mix_and_evaluate_as_one(cli, mixture):
+    """Losses, routing, test sets and generated answers; what one process writes, the other does not."""
+    source = f"--config.mix.experts=('{cli.home / 'seed'}',)"
+    finish(
+        cli.start_several(
+            2, 4, "--config=configs/sparse_upcycling.py:tiny", f"--workdir={cli.home / 'mix2'}", source, "--config.mesh.fsdp=8"
+        )
+    )
+    assert cli.digest("mix2") == cli.digest("mix")
+
+    rows = [{"q": "the river", "choices": ["city", "paper"], "gold": 0, "answer": "1"}] * 3
+    (cli.home / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = cli.home / "evaluate.py"
+    file.write_text(EVALUATE.format(home=cli.home, text=cli.text))
+    for name, count in (("one", 1), ("two", 2)):
+        finish(cli.start_several(count, 8 // count, f"--config={file}", f"--workdir={cli.home / name}"), (0,) * count)
+    want, got = (json.loads((cli.home / name / "results.json").read_text())["models"] for name in ("one", "two"))
+    assert set(got) == {"seed", "again", "mix", "btm"}
+    for name, model in got.items():
+        assert model["nats_per_token"] == pytest.approx(want[name]["nats_per_token"], abs=1e-5)
+        assert model.get("tasks") == want[name].get("tasks")
+    assert got["btm"]["nats_per_token"] == pytest.approx(got["seed"]["nats_per_token"], abs=1e-6), "two equal experts are one"
+    assert got["mix"]["routing"]["texts"] == want["mix"]["routing"]["texts"]
+    for task in ("choice", "number"):
+        one, two = (json.loads((cli.home / name / "parts" / "mix" / f"{task}.json").read_text()) for name in ("one", "two"))
+        assert one["items"] == two["items"] or task == "choice"
