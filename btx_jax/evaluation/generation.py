@@ -47,6 +47,7 @@ class Generator:
     """
 
     def __init__(self, model: ModelConfig, params: Params, compute: ComputeConfig, mesh: Mesh, eos: int | None = None):
+        self.context = model.context
         self._model, self._mesh, self._eos = model, mesh, eos
         self._compute = dataclasses.replace(compute, dispatch="ragged", remat="none")
         with jax.set_mesh(mesh):

@@ -96,8 +96,12 @@ def code(items: Sequence[Item], task: TaskConfig, tokenizer: Tokenizer, generato
 
 
 def continuations(tokenizer: Tokenizer, generator: Generator, prompts: Sequence[str], task: TaskConfig, batch_size: int) -> list[str]:
-    """Generated text behind each prompt, cut before the first of task.stop. Prompts of similar length share a batch."""
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    """Generated text behind each prompt, cut before the first of task.stop. Prompts of similar length share a batch; of one that leaves no
+    room for task.max_tokens the front is cut off. Raises UserError when the context has no room for a prompt at all."""
+    room = generator.context - task.max_tokens
+    if room < 1:
+        raise UserError(f"max_tokens={task.max_tokens}: the model's context is {generator.context}; lower it")
+    ids = [tokenizer.encode_prompt(prompt)[-room:] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     texts = [""] * len(ids)
     for start in tqdm(range(0, len(order), batch_size), desc="generate", unit="batch", disable=not is_first()):

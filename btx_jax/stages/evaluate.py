@@ -5,6 +5,7 @@ What is measured is kept under WORKDIR/parts as it comes, so that an interrupted
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,22 +50,33 @@ def run(config: Config, workdir: Path) -> None:
     found = {name: find_checkpoint(path, f"config.evaluate.models.{name}") for name, path in config.evaluate.models.items()}
     items = {name: read_items(name, task) for name, task in config.evaluate.tasks.items()}
     tokenizers = {name: load_tokenizer(checkpoint.tokenizer) for name, checkpoint in found.items()}
-    rows, profiles = read_heldout(config, tokenizers) if config.data else ({}, {})
-    mesh = make_mesh(config.mesh.shape(jax.device_count()))
+    for name, tokenizer in tokenizers.items():
+        if tokenizer.vocab_size > (rows := found[name].about.model.vocab_size):
+            raise ConfigError(
+                f"config.evaluate.models.{name}: {tokenizer.path} has {tokenizer.vocab_size} tokens, the model {rows} embeddings"
+            )
+    shape = config.mesh.shape(jax.device_count())
+    if config.evaluate.batch_size % (shards := math.prod(shape[:3])):
+        raise ConfigError(
+            f"config.evaluate.batch_size={config.evaluate.batch_size}: does not divide over the {shards} devices of data x fsdp x expert; "
+            f"use a multiple of {shards}"
+        )
+    heldout, profiles = read_heldout(config, tokenizers) if config.data else ({}, {})
+    mesh = make_mesh(shape)
 
     models: dict[str, Any] = {}
-    progress = tqdm(total=len(found) * len(rows), desc="evaluate", unit="domain", disable=not is_first() or not rows)
+    progress = tqdm(total=len(found) * len(heldout), desc="evaluate", unit="domain", disable=not is_first() or not heldout)
     for name, checkpoint in found.items():
         folder = workdir / PARTS / name
-        models[name] = part(folder / "result.json", evaluate_model, checkpoint, config, tokenizers[name], rows, mesh, folder, progress)
+        models[name] = part(folder / "result.json", evaluate_model, checkpoint, config, tokenizers[name], heldout, mesh, folder, progress)
         if items:
             models[name] |= {"tasks": run_tasks(name, checkpoint, config, tokenizers[name], items, mesh, folder)}
     for name, ensemble in config.evaluate.ensembles.items() if is_first() else ():  # who wrote the token losses
         eos = next(iter(tokenizers.values())).eos
-        models[name] = ensemble_result(ensemble, rows, workdir / PARTS, profiles.get(name), found, eos)
+        models[name] = ensemble_result(ensemble, heldout, workdir / PARTS, profiles.get(name), found, eos)
     progress.close()
     if is_first():
-        write_json(workdir / RESULTS, {"domains": list(rows), "models": models})
+        write_json(workdir / RESULTS, {"domains": list(heldout), "models": models})
     finish(workdir, seconds=time.monotonic() - start)
 
 

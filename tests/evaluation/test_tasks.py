@@ -94,6 +94,8 @@ def test_text_is_cut_at_the_first_stop():
 class Parrot:
     """A generator that answers what it was given to say."""
 
+    context = 500
+
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts, self.prompts = tokenizer, texts, []
 
@@ -111,6 +113,15 @@ def test_exact_match_with_solved_examples_in_front(tokenizer):
     assert found["exact_match"] == 0.5
     assert found["items"][0]["text"] == "x 2"
     assert parrot.prompts[0].startswith("Q: 0+0 A: it is 0\n\nQ: ")
+
+
+def test_a_long_prompt_loses_its_front_and_a_full_context_is_refused(tokenizer):
+    task = TaskConfig("exact_match", "f", "{q}", max_tokens=490)
+    parrot = Parrot(tokenizer, {"city": "1"})
+    tasks.exact_match([{"q": "river " * 40 + "city", "answer": "1"}], [], task, tokenizer, parrot, 1)
+    assert len(tokenizer.encode(parrot.prompts[0])) <= 10
+    with pytest.raises(UserError, match="max_tokens=500: the model's context is 500"):
+        tasks.exact_match([{"q": "city", "answer": "1"}], [], dataclasses.replace(task, max_tokens=500), tokenizer, parrot, 1)
 
 
 def test_code_runs_against_its_tests(tokenizer):

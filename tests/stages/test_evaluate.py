@@ -19,7 +19,7 @@ from btx_jax.config import (
     MoEConfig,
     TaskConfig,
 )
-from btx_jax.data.tokenizers import copy_tokenizer
+from btx_jax.data.tokenizers import copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.models.llama import init_params
 from btx_jax.stages import evaluate
@@ -136,3 +136,10 @@ def test_wrong_settings_are_refused_before_any_model_is_read(config, tmp_path):
     task = TaskConfig("multiple_choice", str(tmp_path / "nothing.jsonl"), "{q}")
     with pytest.raises(UserError, match=r"config\.evaluate\.tasks\.t\.file: no file"):
         evaluate.run(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, tasks={"t": task})), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"batch_size=4: does not divide over the 8 devices .* use a multiple of 8"):
+        evaluate.run(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch_size=4)), tmp_path / "y")
+    small = checkpoint(
+        tmp_path / "small", dataclasses.replace(DENSE, vocab_size=300), 4, load_tokenizer(find_tokenizer(tmp_path / "seed" / "tokenizer"))
+    )
+    with pytest.raises(ConfigError, match=r"models\.s: .* has 320 tokens, the model 300 embeddings"):
+        evaluate.run(dataclasses.replace(config, evaluate=EvaluateConfig({"s": small})), tmp_path / "z")
