@@ -59,14 +59,14 @@ def summarise(
 def gains(models: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
     """Of every model but the seed, domain by domain, nats per token. over_seed: L[seed] - L[model]. specialist_gap: L[model] - the best
     expert's. recovered: over_seed as a share of the best expert's own, where that is at least 0.01. forgetting: how much worse than the
-    seed, 0 if better, on the domain on which the experts have gained least.
+    seed, 0 if better, on the domain on which the best expert gains least.
     """
     experts = [name for name in models if name.startswith("expert_")]
     if SEED not in models or not experts:
         return {}
     loss = {name: model["nats_per_token"] for name, model in models.items()}
     best = {d: min(loss[name][d] for name in experts) for d in domains}
-    general = min(domains, key=lambda d: loss[SEED][d] - mean(loss[name][d] for name in experts))
+    general = min(domains, key=lambda d: loss[SEED][d] - best[d])
     table: dict[str, Any] = {"general": general, "models": {}}
     for name in models:
         if name == SEED:
