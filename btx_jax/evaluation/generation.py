@@ -16,7 +16,7 @@ from btx_jax.models.llama import Params, logits
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, replicated, shard
 
-BUCKET = 64  # prompts and caches are padded to a multiple, so that few shapes are compiled
+BUCKET = 16  # prompts and caches are padded to a multiple, so that few shapes are compiled
 CHUNK = 32  # tokens generated between two looks at them
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from btx_jax.config import ComputeConfig, LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import Embed, FeedForward, RMSNorm
-from btx_jax.models.llama import Params
+from btx_jax.models.llama import Params, head_kernel
 from btx_jax.models.moe import MoEFeedForward, few_experts
 
 Weights = tuple[Params, tuple[Params, ...]]  # of unstack
@@ -45,7 +45,8 @@ def unstack(params: Params, model: ModelConfig, dtype: str, split_experts: bool)
             if spec.experts and split_experts:
                 layer["ffn"] = {name: x if name == "router" else tuple(x) for name, x in layer["ffn"].items()}
             layers.append(layer)
-    return {name: value for name, value in params.items() if not name.startswith("layers_")}, tuple(layers)
+    outer = {name: value for name, value in params.items() if not name.startswith("layers_")}
+    return {**outer, "head": {"kernel": head_kernel(params)}}, tuple(layers)  # a tied head would be transposed for every token
 
 
 def empty_cache(model: ModelConfig, dtype: str, batch: int, slots: int) -> Cache:
