@@ -3,6 +3,7 @@
 lm_eval finds models by what has been imported, so `python -m btx_jax lm_eval ...` imports this module and hands over to its command line.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,15 +11,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
-from btx_jax.config import ComputeConfig
+from btx_jax.config import ComputeConfig, TaskConfig
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
-from btx_jax.evaluation.generation import Generator, Sampling
+from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
-from btx_jax.evaluation.tasks import cut
+from btx_jax.evaluation.tasks import continuations
 from btx_jax.parallel.sharding import make_mesh
 
 
@@ -76,16 +76,27 @@ class BtxJaxLM(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         if self._generator is None:
             self._generator = Generator(self._model, self._params, self._compute, self._mesh, self._tokenizer.eos)
-        texts = []
-        for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
-            prompt, options = request.args
-            until = options.get("until", [])
-            stops = [until] if isinstance(until, str) else list(until)
-            new_tokens = int(options.get("max_gen_toks", self._max_new))
-            ids = self._tokenizer.encode_prompt(prompt)[-max(self._model.context - new_tokens, 1) :]
-            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
-            is_finished = lambda _, new, stops=stops: any(stop in self._tokenizer.decode(new) for stop in stops)  # noqa: E731
-            sampling = Sampling(temperature, float(options.get("top_p", 1.0)))
-            (new,) = self._generator.generate([ids], new_tokens, sampling, is_finished=is_finished)
-            texts.append(cut(self._tokenizer.decode(new), [stop for stop in stops if stop]))
+        alike: dict[TaskConfig, list[int]] = {}  # requests with the same settings share batches
+        for number, request in enumerate(requests):
+            alike.setdefault(self._settings(request.args[1]), []).append(number)
+        texts = [""] * len(requests)
+        for settings, numbers in alike.items():
+            prompts = [requests[number].args[0] for number in numbers]
+            for number, text in zip(
+                numbers, continuations(self._tokenizer, self._generator, prompts, settings, self._batch_size), strict=True
+            ):
+                texts[number] = text
         return texts
+
+    def _settings(self, options: Mapping[str, Any]) -> TaskConfig:
+        """lm_eval's generation_kwargs; greedy unless do_sample is asked for."""
+        until = options.get("until", [])
+        return TaskConfig(
+            "exact_match",
+            file="",
+            prompt="",
+            max_tokens=int(options.get("max_gen_toks", self._max_new)),
+            temperature=float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0,
+            top_p=float(options.get("top_p", 1.0)),
+            stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+        )

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from btx_jax.errors import UserError
+from btx_jax.evaluation.sandboxed import CONTAINED, NONCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         here = f"{platform.system()} {platform.machine()}"
         raise UserError(f"code tasks need Linux on x86-64 or AArch64 to contain what they run; this is {here}")
-    nonce = secrets.token_hex(16)
+    nonce = secrets.token_hex(NONCE // 2)
     with tempfile.TemporaryDirectory(prefix="btx_jax-sandbox-") as home, tempfile.TemporaryFile() as told:
         reader, writer = os.pipe()
         command = [
@@ -53,7 +54,6 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
             str(Path(__file__).with_name("sandboxed.py")),
             home,
             str(writer),
-            nonce,
             *map(str, dataclasses.astuple(limits)),
         ]
         process = subprocess.Popen(
@@ -63,22 +63,21 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
         os.close(writer)
         with os.fdopen(reader, "rb") as answer:
             try:
-                process.communicate(program.encode("utf-8", "surrogatepass"), timeout=1.5 * limits.seconds)
+                process.communicate(f"{nonce}{program}".encode("utf-8", "surrogatepass"), timeout=1.5 * limits.seconds)
                 said = answer.read(100).decode(errors="replace")
             except subprocess.TimeoutExpired:
-                said = ""
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 return Outcome(False, "timeout")
-        if said == nonce and process.returncode == 0:
+        told.seek(0)
+        lines = told.read(1 << 16).decode(errors="replace").strip().splitlines()
+        if not said.startswith(CONTAINED):
+            raise UserError(f"code tasks cannot be contained here: {lines[-1] if lines else f'exit status {process.returncode}'}")
+        if said == CONTAINED + nonce and process.returncode == 0:
             return Outcome(True)
         if process.returncode < 0:
             cause = signal.Signals(-process.returncode).name
             return Outcome(False, "timeout" if cause == "SIGXCPU" else f"killed by {cause}")
-        told.seek(0)
-        lines = told.read(1 << 16).decode(errors="replace").strip().splitlines()
-        if lines and lines[-1].startswith("sandbox: "):
-            raise UserError(f"code tasks cannot be contained here: {lines[-1].removeprefix('sandbox: ')}")
         return Outcome(False, lines[-1] if lines else "ended before its tests did")
 
 

@@ -1,8 +1,8 @@
 """The child of sandbox.py: limits itself, in ways that cannot be taken back, then runs the program on its standard input.
 
 Resource limits (CPU time, memory, size of files), Landlock (it can write below its own directory only) and a seccomp filter (no sockets,
-no processes, no signals to others, no tracing). Runs as a script, without this package: python -I sandboxed.py HOME FD NONCE SECONDS MEMORY
-FILE. The nonce goes to FD when the program has run to its end.
+no processes, no signals to others, no tracing). Runs as a script, without this package: python -I sandboxed.py HOME FD SECONDS MEMORY FILE.
+To FD go CONTAINED when all limits hold, and, when the program has run to its end, the nonce that stood in front of it.
 """
 
 import ctypes
@@ -13,6 +13,8 @@ import struct
 import sys
 from typing import Any
 
+CONTAINED = "contained:"
+NONCE = 32  # characters
 # What the filter refuses, by system call number.
 _REFUSED: dict[str, Any] = {
     "x86_64": {
@@ -47,7 +49,7 @@ _WRITES = {1: 0x1FF2, 2: 0x3FF2, 3: 0x7FF2}
 
 def _check(result: int, what: str) -> int:
     if result < 0:
-        sys.exit(f"sandbox: {what}: {os.strerror(ctypes.get_errno())}")
+        sys.exit(f"{what}: {os.strerror(ctypes.get_errno())}")
     return result
 
 
@@ -96,9 +98,11 @@ def _filter(libc: ctypes.CDLL) -> None:
     _check(libc.prctl(_SECCOMP, 2, ctypes.byref(program), 0, 0), "seccomp")
 
 
-def _child(home: str, writer: str, nonce: str, *limits: str) -> None:
-    program = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
+def _child(home: str, writer: str, *limits: str) -> None:
+    given = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
+    nonce, program = given[:NONCE], given[NONCE:]
     _contain(home, *map(int, limits))
+    os.write(int(writer), CONTAINED.encode())
     names = {"__name__": "__main__"}
     exec(compile(program, "program.py", "exec"), names)
     os.write(int(writer), nonce.encode())

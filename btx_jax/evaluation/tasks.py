@@ -1,6 +1,6 @@
 """Test sets: multiple choice by log-likelihood, generation with exact match, code with pass@k.
 
-A test set is a file of JSON lines (.gz, .zst and .parquet as for training text). What a task asks of a model is the same for dense
+A test set is a file of JSON lines (.gz and .zst are unpacked). What a task asks of a model is the same for dense
 models, mixtures and checkpoints of any format; each returns its metrics and what it got for every item.
 """
 
@@ -32,11 +32,11 @@ def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
         for name in FIELDS[task.kind]:
             if name not in item:
                 raise UserError(f"{where} has no field {name!r}; it has {', '.join(sorted(item))}")
-        if task.kind == "multiple_choice" and not 0 <= int(item["gold"]) < len(item["choices"]):
-            raise UserError(f"{where}: gold={item['gold']} of {len(item['choices'])} choices")
+        if task.kind == "multiple_choice" and item["gold"] not in range(len(item["choices"])):
+            raise UserError(f"{where}: gold={item['gold']!r} of {len(item['choices'])} choices; must be a number from 0")
         try:
             task.prompt.format_map(item)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise UserError(f"{key}.prompt={task.prompt!r}: {where} has no {error}") from error
 
 

@@ -150,7 +150,8 @@ def read_items(name: str, task: TaskConfig) -> tuple[list[Any], list[Any]]:
     key = f"config.evaluate.tasks.{name}"
     items = read_json_lines(task.file, f"{key}.file", task.limit)
     examples = read_json_lines(task.shots_file, f"{key}.shots_file", task.shots) if task.shots else []
-    check_items(items, task, key)
+    for each in (items, examples) if task.shots else (items,):
+        check_items(each, task, key)
     return items, examples
 
 

@@ -35,7 +35,7 @@ from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losse
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import MetricsWriter
-from btx_jax.reporting.workdir import claim, finish
+from btx_jax.reporting.workdir import RESUMABLE, claim, finish
 from btx_jax.training.start import checked_mesh, starting_point
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
 
@@ -134,7 +134,9 @@ class Loop:
         self.workdir, self.checkpoints, self.history = workdir, checkpoints, history
         self.key = jax.jit(lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh))()
         self.last_saved = checkpoints.latest_step() or 0
-        identity = json.dumps([to_dict(config), sorted(history)], sort_keys=True)
+        # Without what a resumed run may change: it is the same run.
+        fixed = {key: value for key, value in to_dict(config).items() if not f"{key}.".startswith(RESUMABLE)}
+        identity = json.dumps([fixed, sorted(history)], sort_keys=True)
         self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.tokens_per_step = config.train.batch_size * config.data.sequence_length
         resumed = read_about(checkpoints.path(self.last_saved)).history if self.last_saved else {}

@@ -28,6 +28,8 @@ ESCAPES = {
     "raises": "assert 1 == 2, 'wrong answer'",
     "leaves early": "import os\nos._exit(0)",
     "exits with success": "raise SystemExit(0)",
+    "says that it could not be contained": "import sys\nsys.exit('sandbox: seccomp: no')",
+    "claims to have passed": "import os, sys\nos.write(int(sys.argv[2]), sys.argv[-1].encode())\nos._exit(0)",
     "not Python": "def f(:",
 }
 

@@ -139,10 +139,12 @@ def test_test_sets_with_faults_are_refused(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"q": "x", "choices": ["a"], "gold": 1}) + "\n")
     items = read_json_lines(str(file), "k.file")
-    with pytest.raises(UserError, match=r"k.file: item 0 .*gold=1 of 1 choices"):
+    with pytest.raises(UserError, match=r"k.file: item 0 .*gold=1 of 1 choices; must be a number from 0"):
         tasks.check_items(items, CHOICE, "k")
     with pytest.raises(UserError, match=r"k.prompt='\{query\}': k.file: item 0 .* has no 'query'"):
         tasks.check_items([items[0] | {"gold": 0}], dataclasses.replace(CHOICE, prompt="{query}"), "k")
+    with pytest.raises(UserError, match="gold='A' of 1 choices"):
+        tasks.check_items([items[0] | {"gold": "A"}], CHOICE, "k")
     with pytest.raises(UserError, match="has no field 'gold'; it has choices, q"):
         tasks.check_items([{"q": "x", "choices": []}], CHOICE, "k")
     with pytest.raises(UserError, match="holds no item"):

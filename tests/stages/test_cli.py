@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from btx_jax.checkpoints.training_state import read_about
 from btx_jax.data.tokenizers import load_tokenizer
 from tests.conftest import sentences
 
@@ -53,6 +54,21 @@ def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
     line = cli.fails(*cli.seed("run", "--config.train.learning_rate=0.5", steps=2000, every=1900))
     assert "another config: train.learning_rate: 0.003 -> 0.5" in line
     assert "choose another --workdir" in line
+
+
+def test_a_run_that_goes_on_elsewhere_is_the_same_run(cli):
+    process = cli.start(*cli.seed("moved", steps=400, every=5))
+    cli.wait_for_step("moved", 12, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    first = read_about(next((cli.home / "moved" / "checkpoints").glob("[0-9]*")))
+    (moved,) = cli.start_several(1, 2, *cli.seed("moved", "--config.mesh.data=2", steps=400, every=300))
+    assert moved.wait(timeout=300) == 0
+    ((run, costs),) = read_about(cli.home / "moved" / "checkpoints" / "400").history.items()
+    assert run in first.history
+    assert costs.tokens == 400 * 8 * 64
+    assert costs.seconds > first.history[run].seconds > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(cli):
