@@ -1,29 +1,70 @@
 """Tokens per second of greedy decoding with a cache, against `transformers` generate on the same checkpoint, in alternating rounds.
 
-    pip install -e .[bench]
+    pip install -e '.[bench]'
     python benchmarks/decode.py --checkpoint=HF_DIRECTORY [--upcycled=HF_MIXTRAL_DIRECTORY] [--rounds=5]
 
-Both sides: float32, the same prompts of 24 to 40 tokens, a key/value cache, exactly --tokens new tokens a row, all cores. Prefill is
-part of a round; compiling is not. The first lines check that both generate the same tokens.
+Both sides: float32, the same prompts of 24 to 40 tokens, a key/value cache, exactly --tokens new tokens a row, all cores, a process of
+their own (threads of one that wait for work would slow the other). Prefill is part of a round; compiling is not. Rounds alternate, so
+that a change in the machine's speed meets both; the share of equal tokens tells whether both did the same.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 
-import numpy as np
-import torch
-import transformers
-
-from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
-from btx_jax.config import ComputeConfig
-from btx_jax.evaluation.generation import Generator
-from btx_jax.parallel.sharding import make_mesh
+BATCHES = (1, 8)
+ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # huge pages, for both
 
 
-def prompts_of(vocabulary: int, batch: int) -> list[list[int]]:
+def prompts_of(batch: int) -> list[list[int]]:
+    import numpy as np
+
     rng = np.random.default_rng(0)
-    return [rng.integers(100, min(vocabulary, 20_000), 24 + 16 * row // max(batch - 1, 1)).tolist() for row in range(batch)]
+    return [rng.integers(100, 20_000, 24 + 16 * row // max(batch - 1, 1)).tolist() for row in range(batch)]
+
+
+def ours(path: str, new_tokens: int):
+    from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
+    from btx_jax.config import ComputeConfig
+    from btx_jax.evaluation.generation import Generator
+    from btx_jax.parallel.sharding import make_mesh
+
+    found = find_checkpoint(path)
+    generator = Generator(found.about.model, load_params(found), ComputeConfig(dtype="float32"), make_mesh((1, 1, 1, 1)))
+    return lambda prompts: generator.generate(prompts, new_tokens)
+
+
+def theirs(path: str, new_tokens: int):
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    def generate(prompts):
+        longest = max(map(len, prompts))
+        padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with torch.inference_mode():
+            ids = model.generate(
+                padded, attention_mask=mask, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+            )
+        return ids[:, longest:].tolist()
+
+    return generate
+
+
+def serve(side: str, path: str, new_tokens: int) -> None:
+    """For every batch size on standard input: generate, answer with seconds and tokens."""
+    generate = {"ours": ours, "theirs": theirs}[side](path, new_tokens)
+    for line in sys.stdin:
+        prompts = prompts_of(int(line))
+        start = time.perf_counter()
+        ids = generate(prompts)
+        print(json.dumps([time.perf_counter() - start, ids]), flush=True)
 
 
 def main() -> None:
@@ -32,32 +73,29 @@ def main() -> None:
     parser.add_argument("--upcycled", default="")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.checkpoint, args.tokens)
+        return
     for path in filter(None, (args.checkpoint, args.upcycled)):
-        found = find_checkpoint(path)
-        ours = Generator(found.about.model, load_params(found), ComputeConfig(dtype="float32"), make_mesh((1, 1, 1, 1)))
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        for batch in (1, 8):
-            prompts = prompts_of(found.about.model.vocab_size, batch)
-            longest = max(map(len, prompts))
-            padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-            exact = {"min_new_tokens": args.tokens, "max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": 0}
+        command = [sys.executable, __file__, f"--checkpoint={path}", f"--tokens={args.tokens}"]
+        sides = {
+            side: subprocess.Popen([*command, f"--serve={side}"], env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for side in ("ours", "theirs")
+        }
 
-            def ours_once(prompts=prompts, ours=ours):
-                return ours.generate(prompts, args.tokens)
+        def ask(side: str, batch: int, sides=sides):
+            print(batch, file=sides[side].stdin, flush=True)
+            return json.loads(sides[side].stdout.readline())
 
-            def theirs_once(padded=padded, mask=mask, longest=longest, exact=exact, theirs=theirs):
-                with torch.inference_mode():
-                    return theirs.generate(padded, attention_mask=mask, **exact)[:, longest:].tolist()
-
-            same = np.mean(np.array(ours_once()) == np.array(theirs_once()))
-            rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+        for batch in BATCHES:
+            ids = [[token for row in ask(side, batch)[1] for token in row] for side in sides]  # compiles and warms up
+            same = statistics.mean(a == b for a, b in zip(*ids, strict=True))
+            rates: dict[str, list[float]] = {side: [] for side in sides}
             for _ in range(args.rounds):
-                for name, once in (("ours", ours_once), ("theirs", theirs_once)):
-                    start = time.perf_counter()
-                    once()
-                    rates[name].append(batch * args.tokens / (time.perf_counter() - start))
+                for side in sides:
+                    rates[side].append(batch * args.tokens / ask(side, batch)[0])
             ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
             ours_rate, theirs_rate, ratio = (statistics.median(values) for values in (*rates.values(), ratios))
             print(
@@ -65,6 +103,9 @@ def main() -> None:
                 f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); {100 * same:.1f} % of tokens equal",
                 flush=True,
             )
+        for process in sides.values():
+            process.stdin.close()
+            process.wait()
 
 
 if __name__ == "__main__":
