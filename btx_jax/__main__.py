@@ -1,4 +1,4 @@
-"""The short commands: python -m btx_jax {digest,generate,convert,evaluate,mix,expert,tokenizer,lm_eval} --help."""
+"""The short commands: python -m btx_jax {digest,generate,convert,evaluate,mix,expert,adapter,tokenizer,lm_eval} --help."""
 
 import argparse
 import logging
@@ -13,7 +13,7 @@ from pathlib import Path
 from btx_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
-CHECKPOINT = "a run's directory, one of its checkpoints/STEP, or a Hugging Face directory"
+CHECKPOINT = "a run's directory, one of its checkpoints/STEP, a Hugging Face directory, or an adapter's"
 
 
 def _digest(args: argparse.Namespace) -> None:
@@ -50,6 +50,24 @@ def _expert_drop(args: argparse.Namespace) -> None:
     from btx_jax.stages.experts import drop
 
     print(drop(args.mixture, args.index, args.target))
+
+
+def _adapter_export(args: argparse.Namespace) -> None:
+    from btx_jax.stages.adapter import export
+
+    print(export(args.source, args.target, args.format))
+
+
+def _adapter_import(args: argparse.Namespace) -> None:
+    from btx_jax.stages.adapter import import_peft
+
+    print(import_peft(args.source, args.base, args.target))
+
+
+def _adapter_merge(args: argparse.Namespace) -> None:
+    from btx_jax.stages.adapter import merge
+
+    print(merge(args.source, args.target, args.base, args.expert, args.gates))
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
@@ -169,6 +187,26 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("index", metavar="INDEX", type=int, help="which expert, from 0")
     command.add_argument("target", metavar="OUT", help="a new directory")
     command.set_defaults(run=_expert_drop)
+
+    adapters = commands.add_parser("adapter", help="LoRA experts to and from files, and into the weights they stand beside")
+    actions = adapters.add_subparsers(dest="action", required=True, metavar="ACTION")
+    command = actions.add_parser("export", help="a run's LoRA experts -> adapter.safetensors and adapter.json, or what peft reads")
+    command.add_argument("source", metavar="SRC", help="a run that trained LoRA experts")
+    command.add_argument("target", metavar="DST", help="a new directory")
+    command.add_argument("--format", choices=("btx_jax", "peft"), default="btx_jax", help="peft: one expert a layer only")
+    command.set_defaults(run=_adapter_export)
+    command = actions.add_parser("import", help="a LoRA that peft saved -> an adapter directory")
+    command.add_argument("source", metavar="PEFT_DIR", help="with adapter_config.json")
+    command.add_argument("base", metavar="BASE", help="the model it was trained on: " + CHECKPOINT)
+    command.add_argument("target", metavar="DST", help="a new directory")
+    command.set_defaults(run=_adapter_import)
+    command = actions.add_parser("merge", help="LoRA experts into the weights of their base -> a Hugging Face directory")
+    command.add_argument("source", metavar="ADAPTER", help="a run that trained LoRA experts, or an adapter directory")
+    command.add_argument("target", metavar="DST", help="a new directory")
+    command.add_argument("--base", default="", help="where the base lies now, if not where it was in training")
+    command.add_argument("--expert", type=int, default=None, help="of several: this one alone, in every layer")
+    command.add_argument("--gates", default="", help="of several: `mean`, or one weight per expert, comma-separated")
+    command.set_defaults(run=_adapter_merge)
 
     command = commands.add_parser("tokenizer", help="train a sentencepiece model that gives back any text exactly")
     command.add_argument(

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from btx_jax.allocation import experts_per_layer
 from btx_jax.errors import UserError
 
 ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
@@ -17,7 +18,9 @@ DISPATCHES = ("einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
-FROZEN = ("", "experts", "all_but_routers")
+FROZEN = ("", "experts", "all_but_routers", "base")
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+GATINGS = ("top_k", "sigmoid", "cosine")
 MIX_METHODS = ("btx", "average", "split", "blend")
 ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
@@ -90,12 +93,86 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank experts beside frozen linear maps (MoLA, arXiv 2402.08562): h = W x + sum of g_i (alpha / rank) B_i A_i dropout(x) over the
+    k experts that a router of this layer and map chooses. A layer with one expert has no router: plain LoRA.
+
+    allocation: experts per layer, as digits over the depth (`2468`), a shape with its total (`triangle:160`; also inverted, hourglass,
+    diamond, rectangle) or one number a layer (`2,2,4,4`).
+    rank, k: one number for all layers, or one per layer.
+    targets: which maps, of q, k, v, o, gate, up, down.
+    gating: top_k = softmax, k largest, renormalised (MoLA). sigmoid = sigmoid of the router's logit, one expert a layer: how PHATGOOSE
+        (arXiv 2402.05859) trains a gate behind a finished expert. cosine = softmax over the k routers' rows most parallel to x, both
+        standardised: how it uses such gates.
+    """
+
+    allocation: str = "2468"
+    rank: tuple[int, ...] = (8,)
+    k: tuple[int, ...] = (2,)
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = LORA_TARGETS
+    gating: str = "top_k"
+
+    def __post_init__(self):
+        _one_of("gating", self.gating, GATINGS)
+        _require(bool(self.targets), "targets: none named; known: " + ", ".join(LORA_TARGETS))
+        for i, target in enumerate(self.targets):
+            _one_of(f"targets[{i}]", target, LORA_TARGETS)
+            _require(target not in self.targets[:i], f"targets[{i}]={target!r}: named twice")
+        _require(0 <= self.dropout < 1, f"dropout={self.dropout}: must lie in [0, 1)")
+        _require(self.alpha > 0, f"alpha={self.alpha}: must be positive")
+        for key in ("rank", "k"):
+            for value in getattr(self, key):
+                _require(value >= 1, f"{key}={value}: must be at least 1")
+
+    def specs(self, layers: int) -> tuple["LoRASpec | None", ...]:
+        """What each layer gets. Raises ConfigError when allocation, rank or k do not fit the depth or each other."""
+        try:
+            counts = experts_per_layer(self.allocation, layers)
+        except UserError as error:
+            raise ConfigError(str(error)) from None
+        rank, k = (self._per_layer(key, layers) for key in ("rank", "k"))
+        for layer, experts in enumerate(counts):
+            many = f"the {experts} expert{'s' if experts > 1 else ''} of layer {layer}"
+            _require(k[layer] <= experts or not experts, f"k={k[layer]}: more than {many}; lower k or give one k per layer")
+            _require(self.gating != "sigmoid" or experts <= 1, f"gating='sigmoid': a gate behind one expert, not behind {many}")
+        return tuple(
+            LoRASpec(experts, rank[i], k[i], self.alpha / rank[i], self.dropout, self.targets, self.gating) if experts else None
+            for i, experts in enumerate(counts)
+        )
+
+    def _per_layer(self, key: str, layers: int) -> tuple[int, ...]:
+        values: tuple[int, ...] = getattr(self, key)
+        _require(len(values) in (1, layers), f"{key}: {len(values)} numbers for {layers} layers; give one for all or one per layer")
+        return values * layers if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """The LoRA experts of one layer. scale: alpha / rank."""
+
+    experts: int
+    rank: int
+    k: int
+    scale: float
+    dropout: float
+    targets: tuple[str, ...]
+    gating: str
+
+    @property
+    def has_router(self) -> bool:
+        return self.experts > 1 or self.gating == "sigmoid"
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What one layer is: experts == 0 is a dense layer. Equal neighbours share one scan."""
 
     experts: int = 0
     k: int = 0
     routing: str = ""
+    lora: LoRASpec | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +192,7 @@ class ModelConfig:
     tied_head: bool = False
     context: int = 4096
     moe: MoEConfig | None = None
+    lora: LoRAConfig | None = None
 
     def __post_init__(self):
         for key in ("vocab_size", "layers", "d_model", "d_ff", "heads", "kv_heads", "head_dim", "context"):
@@ -129,9 +207,20 @@ class ModelConfig:
                 len(self.moe.experts) == self.layers,
                 f"moe.experts: {len(self.moe.experts)} counts for layers={self.layers}; give one count per layer (0 for a dense layer)",
             )
+        if self.lora is not None:
+            self.lora.specs(self.layers)
+            inside = [target for target in self.lora.targets if target in ("gate", "up", "down")]
+            _require(
+                not self.moe or not inside,
+                f"lora.targets: {', '.join(inside)} of a mixture's experts cannot be adapted, its attention can (q, k, v, o)",
+            )
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """One LayerSpec per layer, first to last."""
+        adapted = self.lora.specs(self.layers) if self.lora else (None,) * self.layers
+        return tuple(dataclasses.replace(spec, lora=lora) for spec, lora in zip(self._moe_specs(), adapted, strict=True))
+
+    def _moe_specs(self) -> tuple[LayerSpec, ...]:
         if self.moe is None:
             return (LayerSpec(),) * self.layers
         specs: list[LayerSpec] = []
@@ -159,6 +248,10 @@ class ModelConfig:
     def dense(self) -> "ModelConfig":
         """The same model without experts: what each branch is."""
         return dataclasses.replace(self, moe=None)
+
+    def base(self) -> "ModelConfig":
+        """The same model without LoRA experts."""
+        return dataclasses.replace(self, lora=None)
 
 
 @dataclass(frozen=True)
@@ -203,7 +296,8 @@ class TrainConfig:
     batch_size: sequences per step over all devices. accumulate: micro-batches it is split into, one after another.
     balance_weight: alpha of the load-balance loss. z_loss_weight: of the router z-loss (ST-MoE), 0 to leave it out.
     eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
-    frozen: what is not trained and has no optimizer state: nothing (""), the experts' feed-forwards, or all but the routers.
+    frozen: what is not trained and has no optimizer state: nothing (""), the experts' feed-forwards, all but the routers, or the base
+        under LoRA experts. frozen_dtype: what is frozen is kept in it.
     """
 
     steps: int
@@ -222,9 +316,11 @@ class TrainConfig:
     eval_every: int = 0
     eval_rows: int = 64
     frozen: str = ""
+    frozen_dtype: str = "float32"
 
     def __post_init__(self):
         _one_of("frozen", self.frozen, FROZEN)
+        _one_of("frozen_dtype", self.frozen_dtype, DTYPES)
         for key in ("steps", "batch_size", "accumulate", "eval_rows"):
             _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
         for key in ("warmup_steps", "eval_every", "weight_decay", "balance_weight", "z_loss_weight"):
@@ -236,10 +332,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class FormatConfig:
+    """How an item of JSON lines becomes a document of which the answers alone are learnt.
+
+    prompt, answer: format strings over the item's fields; `{choice}` is choices[gold], where an item has both.
+    messages: instead, the field of a chat, [{role, content}, ...], which goes through the tokenizer's chat template; what assistants say is
+        learnt. cutoff: tokens of a document at most, what is behind is cut off; 0 for data.sequence_length.
+    """
+
+    prompt: str = ""
+    answer: str = ""
+    messages: str = ""
+    cutoff: int = 0
+
+    def __post_init__(self):
+        _require(bool(self.messages) != bool(self.answer), "answer: give prompt and answer, or messages, and not both")
+        _require(self.cutoff >= 0, f"cutoff={self.cutoff}: must not be negative")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Text and its tokenizer.
 
     train, heldout: comma-separated `WHAT[#FIELD][:WEIGHT]`, WHAT a name from domains, a file, a glob, `tfds:NAME` or `demo:NAME`.
+        `FILE#@NAME` names one of formats.
     heldout: domains whose held-out documents are measured; "" for those of train.
     domains: name -> sources in the same notation.
     tokenizer: a sentencepiece .model, an HF tokenizer.json, a directory with one, or `demo:`; "" for the init checkpoint's.
@@ -251,6 +367,7 @@ class DataConfig:
     heldout: str = ""
     domains: Mapping[str, str] = field(default_factory=dict)
     tokenizer: str = ""
+    formats: Mapping[str, FormatConfig] = field(default_factory=dict)
     sequence_length: int = 4096
     heldout_fraction: float = 0.01
     cache: str = "runs/data"
@@ -448,6 +565,7 @@ class Config:
     init: str = ""
     rng_seed: int = 0
     model: ModelConfig | None = None
+    lora: LoRAConfig | None = None
     compute: ComputeConfig | None = None
     train: TrainConfig | None = None
     data: DataConfig | None = None

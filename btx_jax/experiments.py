@@ -8,7 +8,18 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from btx_jax.config import Config, EnsembleConfig, EvaluateConfig, MeshConfig, MixConfig, PipelineStage, ReportConfig
+from btx_jax.allocation import SHAPES
+from btx_jax.config import (
+    LORA_TARGETS,
+    Config,
+    EnsembleConfig,
+    EvaluateConfig,
+    LoRAConfig,
+    MeshConfig,
+    MixConfig,
+    PipelineStage,
+    ReportConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Setting:
     moe_cost: float
     rows: int
     before: dict[str, PipelineStage] = field(default_factory=dict)
+    lora: tuple[int, int, tuple[str, ...]] = (160, 42, LORA_TARGETS)
 
     @property
     def domain_steps(self) -> int:
@@ -180,6 +192,16 @@ def ablations(arms: Arms, experts: list[str]) -> None:
     arms.train("dense_throughout", s.expert, s.seed, s.everything, s.domain_steps + s.finetune_steps)
 
 
+def lora_shapes(arms: Arms, total: int, plain_rank: int, targets: tuple[str, ...]) -> None:
+    """MoLA's five allocations of `total` experts and plain LoRA with about as many parameters, each on all domains."""
+    s = arms.setting
+    arms.models["seed"] = s.seed
+    variants = {shape: LoRAConfig(f"{shape}:{total}", targets=targets) for shape in SHAPES}
+    variants["plain"] = LoRAConfig("1", rank=(plain_rank,), k=(1,), alpha=2.0 * plain_rank, targets=targets)
+    for name, lora in variants.items():
+        arms.train(f"lora_{name}", dataclasses.replace(s.finetune, lora=lora), s.seed, s.mixed, s.finetune_steps)
+
+
 SHARES = (25, 50, 75, 100)  # of the compute that goes into experts; 0 is upcycling_flops
 
 
@@ -195,13 +217,17 @@ def compute_split(arms: Arms) -> None:
             arms.finetune(f"share_{share}", mixture, round(s.flops * (1 - share / 100) / s.moe_cost))
 
 
-GROUPS = ("main", "ablations", "all")
+GROUPS = ("main", "ablations", "all", "lora")
 
 
 def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
-    """A pipeline of the arms of `group` (main; ablations: main and those; all: the split of compute as well), evaluated and reported."""
+    """A pipeline of the arms of `group` (main; ablations: main and those; all: the split of compute as well; lora: MoLA's shapes alone),
+    evaluated and reported."""
     arms = Arms(setting)
-    experts = main(arms)
+    if group == "lora":
+        lora_shapes(arms, *setting.lora)
+    else:
+        experts = main(arms)
     if group in ("ablations", "all"):
         ablations(arms, experts)
     if group == "all":
@@ -246,4 +272,9 @@ CLAIMS = (
     ("Top-2 beats Sample Top-1", "<", "no_balance", "sample_top1", ""),
     ("Sample Top-1 beats Switch", "<", "sample_top1", "switch", ""),
     ("Soft beats Top-2", "<", "soft", "no_balance", ""),
+    ("MoLA: more experts above beat the same number everywhere", "<", "lora_inverted", "lora_rectangle", ""),
+    ("MoLA: more experts above beat more experts below", "<", "lora_inverted", "lora_triangle", ""),
+    ("MoLA: more experts above beat more at both ends", "<", "lora_inverted", "lora_hourglass", ""),
+    ("MoLA: more experts in the middle beat the same number everywhere", "<", "lora_diamond", "lora_rectangle", ""),
+    ("MoLA: LoRA experts beat plain LoRA of as many parameters", "<", "lora_inverted", "lora_plain", ""),
 )

@@ -6,12 +6,15 @@ import dataclasses
 import ml_collections
 
 from btx_jax.config import (
+    LORA_TARGETS,
     CheckpointConfig,
     ComputeConfig,
     Config,
     ConfigError,
     DataConfig,
     EvaluateConfig,
+    FormatConfig,
+    LoRAConfig,
     MeshConfig,
     MixConfig,
     ModelConfig,
@@ -73,6 +76,18 @@ TASKS = {
     "gsm8k": TaskConfig("exact_match", f"{EVALS}/gsm8k.jsonl.gz", "Question: {context}\nAnswer:", stop=("\n\n", "\nQuestion:")),
     "humaneval": TaskConfig(
         "code", f"{EVALS}/humaneval.jsonl.gz", "{prompt}", max_tokens=384, stop=("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
+    ),
+}
+
+# task -> its items and how they become text; only answers are learnt
+LORA_TASKS = {
+    "arc_easy": (f"{EVALS}/arc_easy.jsonl.gz#@answers", FormatConfig("{query}\nAnswer:", " {choice}", cutoff=256)),
+    "piqa": (f"{EVALS}/piqa.jsonl.gz#@answers", FormatConfig("{query}Answer:", " {choice}", cutoff=256)),
+    "openbook_qa": (f"{EVALS}/openbook_qa.jsonl.gz#@answers", FormatConfig("{query}", " {choice}", cutoff=256)),
+    "commonsense_qa": (f"{EVALS}/commonsense_qa.jsonl.gz#@answers", FormatConfig("{query}", " {choice}", cutoff=256)),
+    "gsm8k": (
+        f"{EVALS}/gsm8k.jsonl.gz#@answers",
+        FormatConfig("Question: {context}\nAnswer:", " {chain_of_thought}\n#### {answer}", cutoff=256),
     ),
 }
 
@@ -189,6 +204,25 @@ def mix(size: str) -> ml_collections.ConfigDict:
     return to_config_dict(_mix(tuple(f"runs/{name}{suffix}" for name in ("math_expert", "code_expert", "wiki_expert", "seed"))))
 
 
+def mola(task: str) -> ml_collections.ConfigDict:
+    """MoLA (section 4.1's settings but for the batch): LoRA experts on a Hugging Face Llama, learning a test set's answers."""
+    if task not in LORA_TASKS:
+        raise ConfigError(f"--config=...:{task}: no such task; known: {', '.join(LORA_TASKS)}")
+    source, answers = LORA_TASKS[task]
+    data = DataConfig(source, formats={"answers": answers}, sequence_length=256, heldout_fraction=0.1)
+    train = TrainConfig(
+        300, batch_size=8, learning_rate=3e-4, warmup_steps=20, weight_decay=0.0, balance_weight=0.0, eval_every=50, frozen="base"
+    )
+    compute = ComputeConfig(dtype="float32", remat="attention", loss_chunk=512)
+    lora = LoRAConfig("2468")
+    return to_config_dict(
+        Config(
+            "train", init="$BTX_DATA_DIR/seed", lora=lora, compute=compute, train=train, data=data, mesh=MeshConfig(),
+            checkpoint=CheckpointConfig(100),
+        )
+    )  # fmt: skip
+
+
 def sparse_upcycling(size: str) -> ml_collections.ConfigDict:
     suffix = "" if size == "llama2_7b" else f"_{size}"
     return to_config_dict(_mix((f"runs/seed{suffix}",), copies=4))
@@ -241,6 +275,7 @@ def comparison(size: str, group: str) -> ml_collections.ConfigDict:
     if group not in GROUPS:
         raise ConfigError(f"--config=...:{group}: no such group of arms; known: {', '.join(GROUPS)}")
     tiny = size == TINY
+    is_lora = group == "lora"
     dense = _model(size)
     mixture = dataclasses.replace(dense, moe=MoEConfig((4,) * dense.layers))
     expert, finetune, before = _expert("math", size), _finetune(size), {}
@@ -259,16 +294,23 @@ def comparison(size: str, group: str) -> ml_collections.ConfigDict:
         moe_cost=train_flops(mixture, 1) / train_flops(dense, 1),
         rows=64 if tiny else 1024,
         before=before,
+        # Plain LoRA's rank is the nearest with as many parameters, a router of 8 logits counting as its share of a rank.
+        lora=(20, 42, LORA_TARGETS) if tiny else (160, 42, LORA_TARGETS),
     )
+    if is_lora:
+        assert finetune.train
+        lora_train = dataclasses.replace(finetune.train, frozen="base", balance_weight=0.0, learning_rate=5e-3 if tiny else 3e-4)
+        setting = dataclasses.replace(setting, finetune=dataclasses.replace(finetune, train=lora_train, mesh=MeshConfig()))
     return to_config_dict(arms(setting, group))
 
 
-def small_report() -> ml_collections.ConfigDict:
-    """What configs/experiments/paper_small.py left in runs/paper_small_0 (whose curves and routing are shown), _1 and _2."""
-    stages = from_config_dict(comparison(TINY, "all")).pipeline
+def small_report(group: str) -> ml_collections.ConfigDict:
+    """What configs/experiments/paper_small.py, or mola_small.py, left in runs/NAME_0 (whose curves and routing are shown), _1 and _2."""
+    stages = from_config_dict(comparison(TINY, group)).pipeline
     assert stages
-    runs = {name: f"runs/paper_small_0/{name}" for name in stages if name != "report"}
-    evaluates = tuple(f"runs/paper_small_{seed}/evaluate" for seed in range(3))
+    name = "mola_small" if group == "lora" else "paper_small"
+    runs = {stage: f"runs/{name}_0/{stage}" for stage in stages if stage != "report"}
+    evaluates = tuple(f"runs/{name}_{seed}/evaluate" for seed in range(3))
     return to_config_dict(Config("report", report=ReportConfig(evaluates[0], runs, evaluates[1:])))
 
 

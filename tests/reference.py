@@ -33,3 +33,18 @@ def attention(q_BHTK, k_BNTK, v_BNTK, segments_BT):
 def cross_entropy(hidden, head, targets, weights):
     log_p = jax.nn.log_softmax(hidden @ head, axis=-1)
     return -(jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0] * weights).sum()
+
+
+def lora_experts(x_MI, a_IER, b_ERO, router_IE, k, scale):
+    """MoLA's equation, one expert after another: what the experts add to a linear map's output."""
+    probs = jax.nn.softmax(x_MI @ router_IE) if router_IE is not None else jnp.ones((len(x_MI), 1), x_MI.dtype)
+    kept = jnp.zeros_like(probs)
+    for m in range(len(x_MI)):
+        best = sorted(range(probs.shape[1]), key=lambda e: -float(jax.lax.stop_gradient(probs)[m, e]))[:k]
+        total = sum(probs[m, e] for e in best)
+        for e in best:
+            kept = kept.at[m, e].set(probs[m, e] / total)
+    y = jnp.zeros((len(x_MI), b_ERO.shape[-1]), x_MI.dtype)
+    for e in range(a_IER.shape[1]):
+        y += kept[:, e : e + 1] * scale * (x_MI @ a_IER[:, e]) @ b_ERO[e]
+    return y

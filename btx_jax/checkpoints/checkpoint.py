@@ -17,12 +17,13 @@ import numpy as np
 from flax import linen as nn
 from tqdm import tqdm
 
-from btx_jax.checkpoints import safetensors_files
+from btx_jax.checkpoints import adapter, safetensors_files
 from btx_jax.checkpoints.huggingface import HuggingFaceReader, HuggingFaceWriter, Slot, is_finite, is_huggingface, read_config, slots
 from btx_jax.checkpoints.output import new_directory
 from btx_jax.checkpoints.training_state import (
     DIRECTORY,
     About,
+    Base,
     History,
     StepReader,
     StepWriter,
@@ -30,11 +31,14 @@ from btx_jax.checkpoints.training_state import (
     quiet,
     read_about,
     restore_params,
+    stored,
 )
 from btx_jax.config import ModelConfig
+from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.models.llama import Params, abstract_params
+from btx_jax.models.lora import is_adapter, join, partition
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +54,12 @@ class Checkpoint:
     path: Path
     about: About
     is_huggingface: bool = False
+    is_adapter_directory: bool = False
 
     @functools.cached_property
     def tokenizer(self) -> Path:
         """The directory that holds it."""
-        return self.path if self.is_huggingface else self.path.parent.parent / "tokenizer"
+        return self.path if self.is_huggingface or self.is_adapter_directory else self.path.parent.parent / "tokenizer"
 
 
 class Reader(Protocol):
@@ -74,7 +79,8 @@ class Reader(Protocol):
 
 
 def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
-    """A run's working directory (its last step), one step's directory, or a Hugging Face directory. Raises UserError if none of these."""
+    """A run's working directory (its last step), one step's directory, a Hugging Face directory or an adapter directory. Raises UserError
+    if none of these."""
     quiet()
     try:
         path = Path(os.path.expandvars(path)).expanduser().resolve()
@@ -84,6 +90,8 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
     if is_huggingface(path):
         return Checkpoint(path, About(read_config(path), 0, {}), is_huggingface=True)
+    if adapter.is_adapter_directory(path):
+        return Checkpoint(path, adapter.read_about(path), is_adapter_directory=True)
     if (path / DIRECTORY).is_dir():
         steps = [int(p.name) for p in (path / DIRECTORY).iterdir() if p.name.isdigit()]
         if not steps:
@@ -91,13 +99,17 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
         path = path / DIRECTORY / str(max(steps))
     if not (path / "params").is_dir() or not (path / "about").is_dir():
         raise UserError(
-            f"{key}: {path} is no checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, or a Hugging Face directory (config.json)"
+            f"{key}: {path} is no checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, a Hugging Face directory (config.json) or "
+            f"an adapter ({adapter.ABOUT})"
         )
     return Checkpoint(path, read_about(path))
 
 
 def open_reader(checkpoint: Checkpoint) -> Reader:
-    """Raises UserError listing everything that is wrong with the checkpoint, short of its values."""
+    """Raises UserError listing everything that is wrong with the checkpoint, short of its values; and for LoRA experts, which have no
+    tensors of a whole model."""
+    if checkpoint.about.base:
+        raise UserError(f"{checkpoint.path} holds LoRA experts, no whole model; merge them first: python -m btx_jax adapter merge")
     return HuggingFaceReader(checkpoint.path) if checkpoint.is_huggingface else StepReader(checkpoint.path)
 
 
@@ -110,25 +122,85 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         expected = nn.unbox(abstract_params(checkpoint.about.model))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), expected)
+    if checkpoint.about.base:
+        base, _ = load_base(checkpoint.about.base, checkpoint.about.model, partition(abstract, is_adapter)[1], checkpoint.path)
+        return join(load_adapter(checkpoint, abstract), base)
     if not checkpoint.is_huggingface:
         return restore_params(checkpoint.path, checkpoint.about.model, abstract)
     reader = HuggingFaceReader(checkpoint.path)
-    params = assemble(reader, abstract)
+    params = assemble(reader, abstract, reader.slots)
     reader.check()
     return params
 
 
-def assemble(reader: Reader, abstract: Any) -> Params:
-    """Our tree from a reader's tensors, one whole leaf in host memory at a time."""
+def load_adapter(checkpoint: Checkpoint, abstract: Any) -> Params:
+    """The LoRA experts of a checkpoint alone, onto the shardings of `abstract`."""
+    model = checkpoint.about.model
+    if not checkpoint.is_adapter_directory:
+        return restore_params(checkpoint.path, model, abstract)
+    tree = adapter.read_directory(checkpoint.path, model)
+    return jax.tree.map(lambda x, a: jax.make_array_from_callback(a.shape, a.sharding, lambda i: x[i]), tree, stored(abstract, model))
+
+
+def adapter_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The LoRA experts of a checkpoint, named and laid out as in an adapter directory."""
+    model = checkpoint.about.model
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = nn.unbox(abstract_params(model))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    return adapter.to_tensors(model, load_adapter(checkpoint, abstract))
+
+
+def load_base(base: Base, model: ModelConfig, abstract: Any, whose: Path | str) -> tuple[Params, Base]:
+    """The model under LoRA experts onto the shardings and into the dtypes of `abstract`, in the runs of `model`; and base with its digest.
+
+    digest: sha256 over the lines `NAME SHA256`, sorted, of every tensor's name and values in Hugging Face's layout, as little-endian
+    float32: the same for a Hugging Face directory and for its conversion.
+
+    Raises UserError when there is no such checkpoint, it is another model, or base.digest is set and not that of its values.
+    """
+    found = find_checkpoint(base.path, f"{whose}: its base")
+    reader = open_reader(found)
+    if changed := differences(to_dict(model.base()), to_dict(found.about.model)):
+        raise UserError(f"{whose}: its base {base.path} is another model: {'; '.join(changed)}")
+    hashes: dict[str, str] = {}
+    params = assemble(reader, abstract, slots(model), hashes)
+    reader.check()
+    digest = base_digest(hashes)
+    if base.digest and base.digest != digest:
+        raise UserError(
+            f"{whose}: was trained on a base with digest {base.digest[:16]}..., but {base.path} has {digest[:16]}...: other weights; "
+            "put the right base there"
+        )
+    return params, Base(str(found.path), digest)
+
+
+def base_digest(hashes: Mapping[str, str]) -> str:
+    """That of `load_base`. hashes: tensor name -> sha256 of its values."""
+    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def base_of(checkpoint: Checkpoint) -> Base:
+    """A whole model as the base of LoRA experts, one tensor in memory at a time."""
+    reader = open_reader(checkpoint)
+    hashes = {name: hashlib.sha256(np.ascontiguousarray(reader.read(name), "<f4").data).hexdigest() for name in reader.slots}
+    reader.check()
+    return Base(str(checkpoint.path), base_digest(hashes))
+
+
+def assemble(reader: Reader, abstract: Any, slots: Mapping[str, Slot], hashes: dict[str, str] | None = None) -> Params:
+    """Our tree from a reader's tensors, one whole leaf in host memory at a time. hashes: gets sha256 of each tensor's float32 values."""
     names: dict[tuple[str, ...], list[str]] = {}
-    for name, slot in reader.slots.items():
+    for name, slot in slots.items():
         names.setdefault(slot.path, []).append(name)
 
     def leaf(path, target):
         host = np.empty(target.shape, target.dtype)
         for name in names[tuple(str(key.key) for key in path)]:
-            slot = reader.slots[name]
-            host[slot.indices] = slot.to_ours(reader.read(name))
+            slot, tensor = slots[name], reader.read(name)
+            host[slot.indices] = slot.to_ours(tensor)
+            if hashes is not None:
+                hashes[name] = hashlib.sha256(np.ascontiguousarray(tensor, "<f4").data).hexdigest()
         return jax.make_array_from_callback(target.shape, target.sharding, lambda index: jnp.asarray(host[index]))
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)

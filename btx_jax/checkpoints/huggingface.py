@@ -20,6 +20,7 @@ from btx_jax.checkpoints.safetensors_files import DTYPES, INDEX, SINGLE, Safeten
 from btx_jax.config import ModelConfig
 from btx_jax.errors import UserError
 from btx_jax.models.llama import abstract_params
+from btx_jax.models.lora import is_adapter
 
 SHOWN = 12  # problems listed in full before "and n more"
 
@@ -85,7 +86,7 @@ class Slot(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def slots(model: ModelConfig) -> dict[str, Slot]:
-    """Every tensor of the model under its Hugging Face name, in the order in which layers are computed."""
+    """Every tensor of the model under its Hugging Face name, in the order in which layers are computed. LoRA experts have none."""
     leaves = _leaf_shapes(model)
     result: dict[str, Slot] = {}
 
@@ -110,7 +111,7 @@ def slots(model: ModelConfig) -> dict[str, Slot]:
             layer += 1
     add(norm, norm.theirs, (), ())
     add(head, head.theirs, (), ())
-    unmapped = set(leaves) - {slot.path for slot in result.values()}
+    unmapped = {path for path in leaves if not is_adapter(path)} - {slot.path for slot in result.values()}
     assert not unmapped, f"leaves without a Hugging Face name: {unmapped}"
     return result
 

@@ -23,6 +23,7 @@ from btx_jax.config import CheckpointConfig, ModelConfig
 from btx_jax.config_dict import from_dict, to_dict
 from btx_jax.errors import UserError
 from btx_jax.models.llama import Params, abstract_params
+from btx_jax.models.lora import is_adapter, partition
 
 DIRECTORY = "checkpoints"
 FORMAT = 2
@@ -45,12 +46,22 @@ History = Mapping[str, TrainingRun]
 
 
 @dataclasses.dataclass(frozen=True)
+class Base:
+    """The model under LoRA experts: where it was found, and sha256 over its values (`checkpoint.load_base`)."""
+
+    path: str
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
 class About:
-    """history: run id -> every training run behind these parameters, each once. step: of the last of them."""
+    """history: run id -> every training run behind these parameters, each once. step: of the last of them. base: of LoRA experts; then the
+    checkpoint holds these alone."""
 
     model: ModelConfig
     step: int
     history: History
+    base: Base | None = None
 
     def costs(self, without: History | None = None) -> dict[str, float]:
         """Of all runs but `without`. critical_seconds: of the longest chain of runs that had to wait for each other, so with branches
@@ -70,15 +81,22 @@ class About:
         }
 
 
-def _about_to_json(about: About) -> dict[str, Any]:
-    return {"format": FORMAT, "model": to_dict(about.model), "step": about.step, "history": to_dict(about.history)}
+def about_to_json(about: About) -> dict[str, Any]:
+    base = {"base": to_dict(about.base)} if about.base else {}
+    return {"format": FORMAT, "model": to_dict(about.model), "step": about.step, "history": to_dict(about.history)} | base
 
 
-def _about_from_json(values: dict[str, Any], path: Path) -> About:
+def about_from_json(values: dict[str, Any], path: Path) -> About:
     if values.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {values.get('format')!r}; this version reads {FORMAT}")
     history = {name: from_dict(TrainingRun, run, f"{path}: history") for name, run in values["history"].items()}
-    return About(from_dict(ModelConfig, values["model"], f"{path}: model"), values["step"], history)
+    base = from_dict(Base, values["base"], f"{path}: base") if "base" in values else None
+    return About(from_dict(ModelConfig, values["model"], f"{path}: model"), values["step"], history, base)
+
+
+def stored(params: Any, model: ModelConfig) -> Any:
+    """What a checkpoint holds of these parameters: all, or the LoRA experts alone."""
+    return partition(params, is_adapter)[0] if model.lora else params
 
 
 def quiet() -> None:
@@ -108,13 +126,21 @@ class Checkpoints:
 
     def save(self, about: About, params: Params, opt_state: Any = None, data: dict[str, Any] | None = None) -> None:
         """Start saving about.step. Arrays may be donated afterwards: they are copied to the host first."""
-        items = {"params": ocp.args.StandardSave(params), "about": ocp.args.JsonSave(_about_to_json(about))}
+        items = {"params": ocp.args.StandardSave(stored(params, about.model)), "about": ocp.args.JsonSave(about_to_json(about))}
         if opt_state is not None:
             items |= {"opt_state": ocp.args.StandardSave(opt_state), "data": ocp.args.JsonSave(data)}
         self._manager.save(about.step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
-        """(params, opt_state, data) of a step, onto the shardings of the abstract arguments: any mesh will do."""
+        """(params, opt_state, data) of a step, onto the shardings of the abstract arguments: any mesh will do. params: what is `stored`.
+
+        Raises UserError when it holds moments of other leaves than opt_state."""
+        names = lambda tree: set(named_leaves(tree))  # noqa: E731
+        with ocp.StandardCheckpointer() as checkpointer:
+            held = checkpointer.metadata(self.path(step) / "opt_state").item_metadata
+        if wrong := sorted(names(held) ^ names(opt_state)):
+            whose = "the stored optimizer holds, and this run does not train," if wrong[0] in names(held) else "this run trains, unstored,"
+            raise UserError(f"{self.path(step)}: {whose} {', '.join(wrong[:4])}; start in another --workdir")
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state), data=ocp.args.JsonRestore()
         )
@@ -132,20 +158,20 @@ def read_about(path: Path) -> About:
     """Of a step's directory."""
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return _about_from_json(checkpointer.restore(path / "about"), path)
+            return about_from_json(checkpointer.restore(path / "about"), path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: about/ is damaged: {type(error).__name__}: {error}") from error
 
 
 def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
-    """A step's parameters onto the shardings and into the dtypes of `abstract`.
+    """What a step holds of the parameters (`stored`), onto the shardings and into the dtypes of `abstract`.
 
     Raises UserError listing every leaf that is unknown, missing or misshapen against the model.
     """
     _check_stored(path, model)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path / "params", abstract)
+            return checkpointer.restore(path / "params", stored(abstract, model))
     except Exception as error:  # Orbax passes on whatever its storage raises
         raise UserError(f"{path}: params/ is damaged: {error}") from error
 
@@ -162,8 +188,8 @@ def _check_stored(path: Path, model: ModelConfig) -> None:
         json.loads((params / "_METADATA").read_text(encoding="utf-8"))
         tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{params.resolve()}/"}).result().list().result()
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(params).item_metadata
-        _check_leaves(nn.unbox(abstract_params(model)), stored, path)
+            held = checkpointer.metadata(params).item_metadata
+        _check_leaves(stored(nn.unbox(abstract_params(model)), model), held, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: params/ is damaged: {type(error).__name__}: {error}") from error
 
@@ -266,4 +292,4 @@ class StepWriter:
         }
         (self._path / "params" / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            checkpointer.save(self._path / "about", _about_to_json(about))
+            checkpointer.save(self._path / "about", about_to_json(about))

@@ -5,8 +5,10 @@ from btx_jax.models.llama import parameter_counts
 
 
 def train_flops(config: ModelConfig, tokens: int) -> float:
-    """6 x active parameters x tokens: forward and backward, without attention scores and without rematerialisation."""
-    return 6.0 * parameter_counts(config)[1] * tokens
+    """6 x active parameters x tokens: forward and backward, without attention scores and without rematerialisation. A frozen base under
+    LoRA experts needs no gradient of its own: 4 x."""
+    base = parameter_counts(config.base())[1]
+    return (4.0 if config.lora else 6.0) * base * tokens + 6.0 * (parameter_counts(config)[1] - base) * tokens
 
 
 def attention_flops(config: ModelConfig, tokens: int, length: int) -> float:

@@ -15,14 +15,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from btx_jax.config import DataConfig
+from btx_jax.config import DataConfig, suggest
 from btx_jax.data import demo
+from btx_jax.data.instructions import Formatter, Piece, encode_pieces
 from btx_jax.data.sources import Domain, Problems, Source, expand_files, parse_domains, read_documents, read_tfds
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
 from btx_jax.errors import UserError
@@ -62,32 +63,45 @@ def is_heldout(text: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") < fraction * 2**64
 
 
-def pack(documents: Iterator[tuple[list[int], int]], tokenizer: Tokenizer, sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
-    """(token ids, UTF-8 bytes) of documents -> rows {tokens, segments, bytes}.
+class Document(NamedTuple):
+    """ids: of its tokens. bytes: of its text in UTF-8. learnt: of each token, whether it is a target; None for all."""
+
+    ids: list[int]
+    bytes: int
+    learnt: list[bool] | None = None
+
+
+def pack(documents: Iterator[Document], tokenizer: Tokenizer, sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
+    """Documents -> rows {tokens, segments, bytes}.
 
     Each document is framed by BOS and EOS where the tokenizer has them and gets the next segment number of its row, from 1; the
-    last row is padded with segment 0. bytes: of the text whose tokens are targets in the row (a document's bytes are spread
+    last row is padded with segment 0. A token that is read but not learnt, as a prompt's, has its segment's number negated. bytes: of the
+    text whose tokens are targets in the row (a document's bytes are spread
     evenly over its tokens), so that the bytes of all rows add up to those of the text.
     """
     width = sequence_length + 1
-    columns = [np.zeros(0, np.int64) for _ in range(3)]  # token, document number, bytes
+    columns = [np.zeros(0, np.int64) for _ in range(4)]  # token, document number, bytes, 1 if learnt else -1
     before, after = [[t] if t is not None else [] for t in (tokenizer.bos, tokenizer.eos)]
 
     def row(columns: list[np.ndarray]) -> dict[str, np.ndarray]:
-        tokens, document, size = columns
+        tokens, document, size, sign = columns
         continues = np.concatenate([[False], document[1:] == document[:-1]])
         padding = (0, width - len(tokens))
         return {
             "tokens": np.pad(tokens, padding).astype(np.int32),
-            "segments": np.pad(document - document[0] + 1, padding).astype(np.int32),
-            "bytes": np.array(size[continues].sum(), np.int32),
+            "segments": np.pad((document - document[0] + 1) * sign, padding).astype(np.int32),
+            "bytes": np.array(size[continues & (sign > 0)].sum(), np.int32),
         }
 
-    for number, (ids, text_bytes) in enumerate(documents):
+    for number, (ids, text_bytes, learnt) in enumerate(documents):
         ends = np.arange(len(ids) + 1) * text_bytes // max(len(ids), 1)
         sizes = np.concatenate([np.zeros(len(before), np.int64), np.diff(ends), np.zeros(len(after), np.int64)])
         tokens = np.array(before + ids + after, np.int64)
-        columns = [np.concatenate(pair) for pair in zip(columns, (tokens, np.full(len(tokens), number), sizes), strict=True)]
+        signs = np.ones(len(tokens), np.int64)
+        if learnt is not None:
+            signs[len(before) : len(before) + len(ids)] = np.where(learnt, 1, -1)
+        more = (tokens, np.full(len(tokens), number), sizes, signs)
+        columns = [np.concatenate(pair) for pair in zip(columns, more, strict=True)]
         start = 0
         while len(columns[0]) - start >= width:
             yield row([c[start : start + width] for c in columns])
@@ -95,6 +109,21 @@ def pack(documents: Iterator[tuple[list[int], int]], tokenizer: Tokenizer, seque
         columns = [c[start:] for c in columns]
     if len(columns[0]) > 1:
         yield row(columns)
+
+
+def text_document(text: str, tokenizer: Tokenizer) -> Document:
+    """Raises UnicodeEncodeError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
+    return Document(tokenizer.encode(text), len(text.encode("utf-8")))
+
+
+def formatted_document(pieces: list[Piece], tokenizer: Tokenizer, cutoff: int) -> Document | None:
+    """Cut to `cutoff` tokens; None when no answer is left. Raises UnicodeEncodeError as text_document does."""
+    size = len("".join(piece.text for piece in pieces).encode("utf-8"))
+    ids, learnt = encode_pieces(pieces, tokenizer)
+    if len(ids) > cutoff:
+        size = size * cutoff // len(ids)
+        ids, learnt = ids[:cutoff], learnt[:cutoff]
+    return Document(ids, size, learnt) if any(learnt) else None
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
@@ -120,6 +149,7 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
 
 
 def _documents(source: Source, files: list[Path], problems: Problems) -> Iterator[str]:
+    """Texts."""
     if source.where.startswith("tfds:"):
         yield from read_tfds(source.where.removeprefix("tfds:"), source.field, problems)
     for file in files:
@@ -129,9 +159,10 @@ def _documents(source: Source, files: list[Path], problems: Problems) -> Iterato
 def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> PreparedSource:
     """Tokenise one source into the cache, or find it there. Raises UserError when it holds no document.
 
-    The cache key covers text (path, size and modification time of each file), tokenizer, sequence length and held-out share.
+    The cache key covers text (path, size and modification time of each file), format, tokenizer, sequence length and held-out share.
     """
     cache = Path(config.cache)
+    template = find_format(source, tokenizer, config)
     if source.where.startswith("demo:"):
         source = dataclasses.replace(source, where=str(demo.corpus(source.where.removeprefix("demo:"), cache)))
     files = [] if source.where.startswith("tfds:") else expand_files(source)
@@ -142,35 +173,50 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "sequence_length": config.sequence_length,
         "heldout_fraction": config.heldout_fraction,
-    }
+    } | ({"how": template.identity()} if template else {})
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     target = cache / "packed" / name
     if not (target / MANIFEST).exists():
-        _write(source, files, tokenizer, config, target)
+        _write(source, files, tokenizer, config, target, template)
     manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
     for line in manifest["problems"]:
         log.warning("%s: %s", source.where, line)
     return PreparedSource(target / "rows", source.weight, manifest)
 
 
-def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: DataConfig, target: Path) -> None:
+def find_format(source: Source, tokenizer: Tokenizer, config: DataConfig) -> Formatter | None:
+    """That of `FILE#@NAME`. Raises UserError for an unknown name."""
+    if not source.field.startswith("@"):
+        return None
+    name = source.field[1:]
+    if name not in config.formats:
+        raise UserError(f"config.data.formats: no format {name!r} for {source.where}; {suggest(name, config.formats)}")
+    return Formatter(config.formats[name], tokenizer, config.sequence_length)
+
+
+def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: DataConfig, target: Path, template: Formatter | None) -> None:
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0} for split in SPLITS}
     problems, failed = Problems(), list[UserError]()
     total = sum(f.stat().st_size for f in files) or None
     frame = (tokenizer.bos is not None) + (tokenizer.eos is not None)
 
-    def encoded(split: str, progress: tqdm) -> Iterator[tuple[list[int], int]]:
+    def encoded(split: str, progress: tqdm) -> Iterator[Document]:
         # The source is read once per split; its problems are the same both times and count once.
         seen = problems if split == "train" else Problems()
-        for number, text in enumerate(_documents(source, files, seen)):
+        items = template.items(files, seen) if template else ([Piece(text, True)] for text in _documents(source, files, seen))
+        for number, pieces in enumerate(items):
+            text = "".join(piece.text for piece in pieces)
             if is_heldout(text, config.heldout_fraction) != (split == "heldout"):
                 continue
             try:
-                size = len(text.encode("utf-8"))
-            except UnicodeEncodeError:  # a lone surrogate, which JSON can carry and UTF-8 cannot
+                document = formatted_document(pieces, tokenizer, template.cutoff - frame) if template else text_document(text, tokenizer)
+            except UnicodeEncodeError:
                 problems.add("document skipped: not valid Unicode", f"{source.where}, document {number + 1}")
                 continue
-            ids = tokenizer.encode(text)
+            if document is None:
+                problems.add(f"item skipped: its prompt fills the cutoff of {template.cutoff} tokens", f"item {number + 1}")  # type: ignore[union-attr]
+                continue
+            ids, size, _ = document
             if len(ids) + frame > config.sequence_length + 1:
                 problems.add(
                     f"document longer than {config.sequence_length} tokens: cut into several rows, none lost", f"document {number + 1}"
@@ -178,7 +224,7 @@ def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: Data
             for key, value in (("documents", 1), ("tokens", len(ids)), ("bytes", size)):
                 counts[split][key] += value
             progress.update(size)
-            yield ids, size
+            yield document
 
     def rows(split: str) -> Iterator[dict[str, np.ndarray]]:
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenise {split}: {Path(source.where).name}", leave=False) as progress:

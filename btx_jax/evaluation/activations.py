@@ -22,7 +22,8 @@ def _block(model: ModelConfig, params, x_BTD: jax.Array, segments_BT: jax.Array)
     """One dense layer in float32: (its output, what its feed-forward block or router gets)."""
 
     def apply(module: nn.Module, name: str, *inputs: jax.Array) -> jax.Array:
-        return cast(jax.Array, module.apply({"params": params[name]}, *inputs))
+        y = module.apply({"params": params[name]}, *inputs)
+        return cast(jax.Array, y[0] if isinstance(y, tuple) else y)
 
     norm = RMSNorm(model.norm_eps)
     x_BTD += apply(Attention(model), "attention", apply(norm, "attention_norm", x_BTD), segments_BT)

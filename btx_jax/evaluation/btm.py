@@ -90,6 +90,7 @@ def ensemble_nll(nll: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def documents(segments: np.ndarray) -> Iterator[tuple[int, int]]:
     """(first, one behind the last) of each document in a packed row [T + 1]; padding (segment 0) is none."""
+    segments = abs(segments)
     borders = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
     for start, end in itertools.pairwise(borders):
         if segments[start] > 0:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from btx_jax.config import ComputeConfig, ModelConfig
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.models.llama import Llama, Params
+from btx_jax.models.routing import feed_forward_routing
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 
@@ -32,9 +33,9 @@ def explain(
         tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
 
     def choices(params, tokens, segments):
-        stats = llama.apply({"params": params}, tokens, segments)[1].values()
+        stats: Any = feed_forward_routing(llama.apply({"params": params}, tokens, segments)[1])
         split = lambda x: x.reshape(x.shape[0], rows, width, x.shape[-1])  # noqa: E731  [L, G, S, K] -> [L, B, T, K]
-        return [(split(run.choice.index_GSK), split(run.choice.gate_GSK)) for run in stats]
+        return [(split(run.choice.index_GSK), split(run.choice.gate_GSK)) for run in stats.values()]
 
     with jax.set_mesh(mesh):
         chosen = jax.jit(choices, out_shardings=replicated(mesh))(params, put(tokens, sharding), put(segments, sharding))

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from btx_jax.config import ComputeConfig, ModelConfig
+from btx_jax.evaluation.lora import GateSums
 from btx_jax.evaluation.routing import RoutingSums, routing_sums
-from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel
+from btx_jax.models.llama import Llama, Params, head_kernel
+from btx_jax.models.routing import feed_forward_routing, lora_routing
 from btx_jax.parallel.hosts import put
-from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
+from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.training.losses import next_token_targets, token_nll
 
 Rows = Mapping[str, np.ndarray]  # tokens, segments: [rows, T + 1] int32; bytes: [rows]
@@ -33,42 +33,50 @@ class HeldoutLoss:
 
 
 @functools.lru_cache(maxsize=16)
-def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh, batch_size: int, sequence_length: int) -> Any:
-    """(params, tokens, segments) -> (nll [B, T], [RoutingSums per MoE run]), compiled under the mesh. Routing drops nothing, whatever
-    training did."""
+def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
+    """(params, tokens, segments) -> (nll [B, T], [RoutingSums per MoE run], {LoRA router: GateSums}), jitted under the mesh. Routing
+    drops nothing, whatever training did."""
     llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"), keep_choices=True)
 
     def heldout_step(params: Params, tokens: jax.Array, segments: jax.Array):
         inputs, input_segments, targets, _ = next_token_targets(tokens, segments)
         hidden, routing = llama.apply({"params": params}, inputs, input_segments)
         nll = token_nll(hidden, head_kernel(params), targets, compute.loss_chunk)
-        return nll, [routing_sums(stats, (input_segments > 0).sum()) for stats in routing.values()]
+        count = (input_segments > 0).sum()
+        chosen = {name: GateSums.of(stats, count) for name, stats in lora_routing(routing).items()}
+        return nll, [routing_sums(stats, count) for stats in feed_forward_routing(routing).values()], chosen
 
-    boxed = abstract_params(model)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    shapes = jax.tree.map(place, nn.unbox(boxed), param_shardings(boxed, mesh))
-    rows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), jnp.int32, sharding=batch_sharding(mesh))
-    with jax.set_mesh(mesh):
-        return jax.jit(heldout_step, out_shardings=replicated(mesh)).lower(shapes, rows, rows).compile()
+    jitted = jax.jit(heldout_step, out_shardings=replicated(mesh))
+
+    def under_mesh(params: Params, tokens: jax.Array, segments: jax.Array) -> Any:
+        with jax.set_mesh(mesh):
+            return jitted(params, tokens, segments)
+
+    return under_mesh
 
 
-def token_losses(step: Any, params: Params, rows: Rows, batch_size: int, mesh: Mesh) -> tuple[np.ndarray, RoutingSums | None]:
-    """(-log p of every next token [rows, T], nats; what the routers did with all of them, layer by layer, or None without experts).
+def token_losses(
+    step: Any, params: Params, rows: Rows, batch_size: int, mesh: Mesh
+) -> tuple[np.ndarray, RoutingSums | None, dict[str, GateSums]]:
+    """(-log p of every next token [rows, T], nats; what the routers did with all of them, layer by layer, or None without experts; the
+    same of each router of LoRA experts).
 
     Where a target does not count (`next_token_targets`) the value means nothing.
     """
     count = len(rows["tokens"])
     losses, total = [], None
+    gates: dict[str, GateSums] = {}
     for start in range(0, count, batch_size):
         batch = [rows[name][start : start + batch_size] for name in ("tokens", "segments")]
         batch = [np.pad(x, ((0, batch_size - len(x)), (0, 0))) for x in batch]
-        nll, runs = jax.device_get(step(params, *(put(x, batch_sharding(mesh)) for x in batch)))
+        nll, runs, chosen = jax.device_get(step(params, *(put(x, batch_sharding(mesh)) for x in batch)))
         losses.append(nll)
         if runs:
             sums = RoutingSums.joined(runs)
             total = sums if total is None else total + sums
+        gates = {name: gates[name] + sums if name in gates else sums for name, sums in chosen.items()}
     length = rows["tokens"].shape[1] - 1
-    return np.concatenate([np.zeros((0, length), np.float32), *losses])[:count], total
+    return np.concatenate([np.zeros((0, length), np.float32), *losses])[:count], total, gates
 
 
 def mean_loss(nll: np.ndarray, rows: Rows, eos: int | None) -> HeldoutLoss | None:

@@ -9,8 +9,9 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.config import ModelConfig, RopeScaling
+from btx_jax.config import LoRASpec, ModelConfig, RopeScaling
 from btx_jax.models.layers import normal_param, platform_kernels
+from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.models.splash import block_size, splash_attend
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum
 
@@ -69,10 +70,11 @@ WEIGHTS = (("embed", "heads"), ("embed", "kv_heads"), ("embed", "kv_heads"), ("h
 
 
 class Attention(nn.Module):
-    """x [B, T, D], segments [B, T] -> [B, T, D]. kernels: as in ComputeConfig."""
+    """x [B, T, D], segments [B, T] -> ([B, T, D], router logits [B, T, E] of each adapted map). kernels: as in ComputeConfig."""
 
     config: ModelConfig
     kernels: str = "auto"
+    lora: LoRASpec | None = None
 
     def setup(self):
         c = self.config
@@ -80,28 +82,38 @@ class Attention(nn.Module):
         self.key = normal_param(self, "key", (c.d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
         self.value = normal_param(self, "value", (c.d_model, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
         self.out = normal_param(self, "out", (c.heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed"))
+        heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        widths = {"q": (c.d_model, heads), "k": (c.d_model, kv_heads), "v": (c.d_model, kv_heads), "o": (heads, c.d_model)}
+        self.adapters = adapter_params(self, self.lora, widths)
 
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         kernels = platform_kernels(self.kernels)
+        adapters = cut(self, self.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
 
-        def local(x_BTD, segments_BT, query_DHK, key_DNK, value_DNK, out_HKD):
+        def local(x_BTD, segments_BT, query_DHK, key_DNK, value_DNK, out_HKD, *adapter_arrays):
+            lora = Adapted(self.lora, adapters.restore(adapter_arrays))
             position_T = np.arange(x_BTD.shape[1], dtype=np.float32)
-            q_BNGTK, k_BNTK, v_BNTK = self._project(x_BTD, position_T, query_DHK, key_DNK, value_DNK)
+            q_BNGTK, k_BNTK, v_BNTK = self._project(x_BTD, position_T, query_DHK, key_DNK, value_DNK, lora)
             q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in (q_BNGTK, k_BNTK, v_BNTK))
             if kernels == "xla" or not block_size(x_BTD.shape[1]):
                 y_BNGTK = checkpoint_name(attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT), "attention")
             else:
                 y_BNGTK = splash_attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, interpret=kernels == "pallas_interpret")
-            return self._merge(y_BNGTK, out_HKD)
+            y_BTD = self._merge(y_BNGTK, out_HKD, lora)
+            return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
-        return per_device(local, (("batch",), ("batch",), *WEIGHTS), ("batch",))(x_BTD, segments_BT, *self._weights(x_BTD.dtype))
+        names, outputs = (("batch",), ("batch",), *WEIGHTS, *adapters.names), (("batch",),) * (1 + len(adapters.routed))
+        y_BTD, *logits = per_device(local, names, outputs)(x_BTD, segments_BT, *self._weights(x_BTD.dtype), *adapters.arrays)
+        return y_BTD, dict(zip(adapters.routed, logits, strict=True))
 
     def continued(self, x_BTD: jax.Array, past: Past) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """x behind its past -> (y [B, T, D], (keys, values) [B, N, S, K] of both). A row of x begins at slot length_B."""
+        adapters = cut(self, self.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
 
-        def local(x_BTD, past_keys_BNSK, past_values_BNSK, length_B, query_DHK, key_DNK, value_DNK, out_HKD):
+        def local(x_BTD, past_keys_BNSK, past_values_BNSK, length_B, query_DHK, key_DNK, value_DNK, out_HKD, *adapter_arrays):
+            lora = Adapted(self.lora, adapters.restore(adapter_arrays))
             position_BT = length_B[:, None] + np.arange(x_BTD.shape[1])
-            q_BNGTK, k_BNTK, v_BNTK = self._project(x_BTD, position_BT.astype(jnp.float32), query_DHK, key_DNK, value_DNK)
+            q_BNGTK, k_BNTK, v_BNTK = self._project(x_BTD, position_BT.astype(jnp.float32), query_DHK, key_DNK, value_DNK, lora)
             write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=1))
             keys_BNSK, values_BNSK = write(past_keys_BNSK, k_BNTK, length_B), write(past_values_BNSK, v_BNTK, length_B)
             q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
@@ -109,35 +121,38 @@ class Attention(nn.Module):
             seen_BTS = jnp.arange(keys_BNSK.shape[2]) <= position_BT[..., None]
             weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, -1e30), axis=-1)
             y_BNGTK = jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK)
-            return self._merge(y_BNGTK, out_HKD), keys_BNSK, values_BNSK
+            return self._merge(y_BNGTK, out_HKD, lora), keys_BNSK, values_BNSK
 
         cached = ("batch", "kv_heads")
-        inputs, outputs = (("batch",), cached, cached, ("batch",), *WEIGHTS), (("batch",), cached, cached)
-        y_BTD, keys, values = per_device(local, inputs, outputs)(x_BTD, *past, *self._weights(x_BTD.dtype))
+        inputs, outputs = (("batch",), cached, cached, ("batch",), *WEIGHTS, *adapters.names), (("batch",), cached, cached)
+        y_BTD, keys, values = per_device(local, inputs, outputs)(x_BTD, *past, *self._weights(x_BTD.dtype), *adapters.arrays)
         return y_BTD, (keys, values)
 
     def _weights(self, dtype: Any) -> tuple[jax.Array, ...]:
         return tuple(w.astype(dtype) for w in (self.query, self.key, self.value, self.out))
 
-    def _project(self, x_BTD: jax.Array, position: Any, query_DHK: jax.Array, key_DNK: jax.Array, value_DNK: jax.Array):
+    def _project(
+        self, x_BTD: jax.Array, position: Any, query_DHK: jax.Array, key_DNK: jax.Array, value_DNK: jax.Array, lora: Adapted
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(q [B, N, G, T, K], k, v [B, N, T, K]) of one device, rotated. position: [T] or [B, T]."""
         c = self.config
         batch, length, d_model = x_BTD.shape
         x_MD = x_BTD.reshape(-1, d_model)
 
-        def project(kernel):  # [D, N, K] -> [B, N, T, K]
+        def project(kernel, target):  # [D, N, K] -> [B, N, T, K]
             kernel = gather(kernel, "embed", axis=0)
-            flat = x_MD @ kernel.reshape(d_model, -1)
+            flat = lora.plus(target, x_BTD, (x_MD @ kernel.reshape(d_model, -1)).reshape(batch, length, -1))
             return flat.reshape(batch, length, *kernel.shape[1:]).transpose(0, 2, 1, 3)
 
         angles = position[..., None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         angles = angles if angles.ndim == 2 else angles[:, None]  # the same for all heads
-        q_BHTK, k_BNTK, v_BNTK = rotate(project(query_DHK), angles), rotate(project(key_DNK), angles), project(value_DNK)
+        q_BHTK, k_BNTK, v_BNTK = rotate(project(query_DHK, "q"), angles), rotate(project(key_DNK, "k"), angles), project(value_DNK, "v")
         return q_BHTK.reshape(batch, k_BNTK.shape[1], -1, length, c.head_dim), k_BNTK, v_BNTK
 
-    def _merge(self, y_BNGTK: jax.Array, out_HKD: jax.Array) -> jax.Array:
+    def _merge(self, y_BNGTK: jax.Array, out_HKD: jax.Array, lora: Adapted) -> jax.Array:
         """Heads -> [B, T, D], summed over the devices that share them."""
         batch, length = y_BNGTK.shape[0], y_BNGTK.shape[3]
         y_MD = y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, -1)
         out_HKD = gather(out_HKD, "embed", axis=2)
-        return scatter_sum((y_MD @ out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads", axis=None)
+        y_BTD = scatter_sum((y_MD @ out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads", axis=None)
+        return lora.plus("o", y_MD.reshape(batch, length, -1), y_BTD)

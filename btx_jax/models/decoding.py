@@ -65,10 +65,11 @@ def forward(
     x_BTD = cast(jax.Array, Embed(model.vocab_size, model.d_model).apply({"params": outer["embed"]}, tokens_BT)).astype(compute.dtype)
     valid_BT = jnp.arange(tokens_BT.shape[1])[None] < count_B[:, None]
     keys, values = [], []
-    norm, attention = RMSNorm(model.norm_eps), Attention(model, compute.kernels)
+    norm = RMSNorm(model.norm_eps)
     for number, (spec, params) in enumerate(zip(model.layer_specs(), layers, strict=True)):
         h_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD)
         past = (cache.keys[number], cache.values[number], cache.length_B)
+        attention = Attention(model, compute.kernels, spec.lora)
         y_BTD, (key, value) = cast(Any, attention.apply({"params": params["attention"]}, h_BTD, past, method="continued"))
         x_BTD += y_BTD
         x_BTD += _feed_forward(model, compute, spec, params["ffn"], norm.apply({"params": params["ffn_norm"]}, x_BTD), valid_BT)
@@ -83,7 +84,7 @@ def _feed_forward(
     model: ModelConfig, compute: ComputeConfig, spec: LayerSpec, params: Params, x_BTD: Any, valid_BT: jax.Array
 ) -> jax.Array:
     if not spec.experts:
-        return cast(jax.Array, FeedForward(model.d_ff).apply({"params": params}, x_BTD))
+        return cast(Any, FeedForward(model.d_ff, spec.lora).apply({"params": params}, x_BTD))[0]
     if isinstance(params["gate"], tuple):
         if x_BTD.shape[1] == 1:
             return few_experts(x_BTD[:, 0], params, spec)[:, None]

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from btx_jax.config import LoRASpec
+from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum
 
 INIT_STD = 0.02
@@ -120,22 +122,35 @@ scaled_swiglu.defvjp(_scaled_forward, _scaled_backward)
 
 
 class FeedForward(nn.Module):
-    """The dense SwiGLU block."""
+    """The dense SwiGLU block: x [B, T, D] -> ([B, T, D], router logits [B, T, E] of each adapted map)."""
 
     d_ff: int
+    lora: LoRASpec | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         d_model = x_BTD.shape[-1]
         gate_DF = normal_param(self, "gate", (d_model, self.d_ff), ("embed", "hidden"))
         up_DF = normal_param(self, "up", (d_model, self.d_ff), ("embed", "hidden"))
         down_FD = normal_param(self, "down", (self.d_ff, d_model), ("hidden", "embed"))
+        widths = {"gate": (d_model, self.d_ff), "up": (d_model, self.d_ff), "down": (self.d_ff, d_model)}
+        adapters = cut(self, self.lora, adapter_params(self, self.lora, widths), x_BTD.shape[:2], x_BTD.dtype)
 
-        def local(x_BTD, gate_DF, up_DF, down_FD):
+        def local(x_BTD, gate_DF, up_DF, down_FD, *adapter_arrays):
             gate_DF, up_DF, down_FD = (gather(gate_DF, "embed", 0), gather(up_DF, "embed", 0), gather(down_FD, "embed", 1))
             # Two-dimensional operands: XLA's CPU matmul is a third slower on [B, T, D].
-            y_MD = swiglu(x_BTD.reshape(-1, d_model), gate_DF, up_DF, down_FD)
-            return scatter_sum(y_MD.reshape(x_BTD.shape), "hidden", axis=None)
+            x_MD = x_BTD.reshape(-1, d_model)
+            if not adapter_arrays:
+                return (scatter_sum(swiglu(x_MD, gate_DF, up_DF, down_FD).reshape(x_BTD.shape), "hidden", axis=None),)
+            lora = Adapted(self.lora, adapters.restore(adapter_arrays))
+            into = lambda name, w: lora.plus(name, x_BTD, (x_MD @ w).reshape(*x_BTD.shape[:2], -1))  # noqa: E731
+            h_BTF = jax.nn.silu(checkpoint_name(into("gate", gate_DF), "ffn")) * checkpoint_name(into("up", up_DF), "ffn")
+            y_MD = h_BTF.reshape(-1, h_BTF.shape[-1]) @ down_FD
+            y_BTD = lora.plus("down", h_BTF, scatter_sum(y_MD.reshape(x_BTD.shape), "hidden", axis=None))
+            return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
-        names = (("batch",), ("embed", "hidden"), ("embed", "hidden"), ("hidden", "embed"))
-        return per_device(local, names, ("batch",))(x_BTD, *(w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD)))
+        names = (("batch",), ("embed", "hidden"), ("embed", "hidden"), ("hidden", "embed"), *adapters.names)
+        outputs = (("batch",),) * (1 + len(adapters.routed))
+        weights = (w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD))
+        y_BTD, *logits = per_device(local, names, outputs)(x_BTD, *weights, *adapters.arrays)
+        return y_BTD, dict(zip(adapters.routed, logits, strict=True))

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from btx_jax.config import ComputeConfig, LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import Embed, FeedForward, Head, RMSNorm
+from btx_jax.models.lora import is_adapter, router_statistics
 from btx_jax.models.moe import MoEFeedForward
 from btx_jax.models.routing import RoutingStats
 from btx_jax.parallel.sharding import shard
@@ -35,25 +36,32 @@ class Block(nn.Module):
     keep_choices: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
-        c = self.config
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, RoutingStats]]:
+        c, lora = self.config, self.spec.lora
         x_BTD = shard(x_BTD, "batch", None, None)
-        x_BTD += Attention(c, self.compute.kernels, name="attention")(RMSNorm(c.norm_eps, name="attention_norm")(x_BTD), segments_BT)
-        x_BTD = checkpoint_name(x_BTD, "attention")
+        h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
+        y_BTD, logits = Attention(c, self.compute.kernels, lora, name="attention")(h_BTD, segments_BT)
+        x_BTD = checkpoint_name(x_BTD + y_BTD, "attention")
         h_BTD = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
         if self.spec.experts:
-            y_BTD, stats = MoEFeedForward(c.d_ff, self.spec, self.compute, self.keep_choices, name="ffn")(h_BTD, segments_BT > 0, step)
+            y_BTD, routing = MoEFeedForward(c.d_ff, self.spec, self.compute, self.keep_choices, name="ffn")(h_BTD, segments_BT > 0, step)
+            stats = {"": routing}
         else:
-            y_BTD, stats = FeedForward(c.d_ff, name="ffn")(h_BTD), None
+            y_BTD, inner_logits = FeedForward(c.d_ff, lora, name="ffn")(h_BTD)
+            stats, logits = {}, logits | inner_logits
+        for target, logits_BTE in logits.items():
+            assert lora
+            stats[f"/{target}"] = router_statistics(logits_BTE, segments_BT > 0, lora)
         return shard(x_BTD + y_BTD, "batch", None, None), stats
 
 
 class Llama(nn.Module):
-    """tokens [B, T], segments [B, T] (0 = padding, equal = same document) -> (final hidden states [B, T, D], {run: RoutingStats}).
+    """tokens [B, T], segments [B, T] (0 = padding, equal = same document) -> (final hidden states [B, T, D], {router: RoutingStats}).
 
-    Each run's stats have a leading layer axis; dense runs have no entry. Multiply by `head_kernel(params)` for logits. keep_choices: the
-    stats hold every token's experts. The "routing" rng makes sample_top1 sample; without it routing is deterministic. step: the training
-    step, for its temperature.
+    A router is called by its run, `layers_0`, where it chooses feed-forwards, and by run and map, `layers_0/q`, where it chooses LoRA
+    experts; its stats have a leading layer axis. Multiply by `head_kernel(params)` for logits. keep_choices: the stats of feed-forwards
+    hold every token's experts. The "routing" rng makes sample_top1 sample, the "dropout" rng drops inputs of LoRA experts; without them
+    the model is deterministic. step: the training step, for sample_top1's temperature.
     """
 
     config: ModelConfig
@@ -76,15 +84,14 @@ class Llama(nn.Module):
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0},
-                split_rngs={"params": True, "routing": True},
+                split_rngs={"params": True, "routing": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast),
                 length=length,
                 unroll=min(self.compute.unroll, length),
                 metadata_params={nn.PARTITION_NAME: "layer"},
             )
             x_BTD, run_stats = stack(c, self.compute, spec, self.keep_choices, name=name)(x_BTD, segments, step)
-            if run_stats is not None:
-                stats[name] = run_stats
+            stats |= {name + router: values for router, values in run_stats.items()}
         return RMSNorm(c.norm_eps, name="final_norm")(x_BTD), stats
 
 
@@ -123,6 +130,10 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
         names = [str(key.key) for key in path]
         total += leaf.size
         spec = specs.get(names[0], LayerSpec())
+        if is_adapter(names) and names[-1] != "router":
+            assert spec.lora
+            active += leaf.size * spec.lora.k // spec.lora.experts
+            continue
         is_expert = spec.experts and names[1] == "ffn" and names[-1] != "router"
         active += leaf.size * spec.k // spec.experts if is_expert else leaf.size
     return total, active

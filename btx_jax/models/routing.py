@@ -1,7 +1,7 @@
 """Which experts a token goes to, and with what weight: BTX section 3.2 and its variants. Shape legend: layers.py."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,16 @@ class RoutingStats(NamedTuple):
     balance_loss: jax.Array
     z_loss: jax.Array
     choice: Choice | None = None
+
+
+def feed_forward_routing(stats: Any) -> dict[str, RoutingStats]:
+    """Of the model's routers (`Llama`), those that choose feed-forwards: run -> RoutingStats."""
+    return {name: values for name, values in stats.items() if "/" not in name}
+
+
+def lora_routing(stats: Any) -> dict[str, RoutingStats]:
+    """Those that choose LoRA experts: run/map -> RoutingStats."""
+    return {name: values for name, values in stats.items() if "/" in name}
 
 
 def gumbel_temperature(step: jax.Array) -> jax.Array:

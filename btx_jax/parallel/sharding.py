@@ -36,6 +36,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "expert": "expert",
     "hidden": "tensor",
     "router": None,
+    "lora_expert": None,
+    "rank": None,
 }
 
 

@@ -24,7 +24,7 @@ from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
 from btx_jax.data.sources import read_json_lines
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
-from btx_jax.evaluation import btm, routing
+from btx_jax.evaluation import btm, lora, routing
 from btx_jax.evaluation.explain import explain
 from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
@@ -119,11 +119,12 @@ def evaluate_model(
     if not config.data:
         return loss_entries({}) | counts
     params = load_params(checkpoint, sharded_shapes(model, mesh))
-    step = make_heldout_step(model, config.compute, mesh, batch_size, config.data.sequence_length)
+    step = make_heldout_step(model, config.compute, mesh)
     losses: dict[str, HeldoutLoss] = {}
     routed: dict[str, Any] = {}
+    gated: dict[str, Any] = {}
     for domain, rows in all_rows.items():
-        nll, sums = token_losses(step, params, rows, batch_size, mesh)
+        nll, sums, gates = token_losses(step, params, rows, batch_size, mesh)
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
             np.save(folder / f"{domain}.npy", nll)
@@ -132,6 +133,7 @@ def evaluate_model(
         losses[domain] = loss
         if sums is not None:
             routed[domain] = routing.summarise(sums)
+        gated[domain] = lora.by_target(model, gates)
         progress.update(1)
     result = loss_entries(losses) | counts
     if routed:
@@ -142,6 +144,10 @@ def evaluate_model(
             "redundancy": routing.redundancy(params, mesh),
             "texts": explain(model, config.compute, params, tokenizer, shown_texts(config, tokenizer, all_rows), mesh),
         }
+    if model.lora:
+        specs = model.lora.specs(model.layers)
+        experts = [spec.experts if spec else 0 for spec in specs]
+        result["lora"] = {"experts": experts, "domains": gated, "redundancy": lora.redundancy(model, params)}
     return result
 
 

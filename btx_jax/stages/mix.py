@@ -1,5 +1,5 @@
 """Mix: N dense checkpoints -> one checkpoint (step 0), by Branch-Train-MiX or one of its ablations; one checkpoint copied N times is
-sparse upcycling."""
+sparse upcycling. N adapters of one base -> one mixture of their LoRA experts."""
 
 import dataclasses
 import logging
@@ -7,13 +7,16 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import linen as nn
 
-from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
+from btx_jax.checkpoints.adapter import from_tensors
+from btx_jax.checkpoints.checkpoint import Checkpoint, adapter_tensors, find_checkpoint, find_own_tokenizer, load_params
 from btx_jax.checkpoints.training_state import About, Checkpoints
 from btx_jax.config import CheckpointConfig, Config, ConfigError, MixConfig, ModelConfig, MoEConfig
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
+from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers
 from btx_jax.mixing.split import blend_models, split_models
@@ -33,6 +36,10 @@ def run(config: Config, workdir: Path) -> None:
     mix = config.mix
     sources = [find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)]
     first = sources[0]
+    if any(source.about.base for source in sources):
+        mix_adapters(config, sources, workdir)
+        finish(workdir, seconds=time.monotonic() - start, experts=[str(source.path) for source in sources])
+        return
     tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
     for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
         if changed := differences(to_dict(first.about.model), to_dict(source.about.model)):
@@ -72,6 +79,52 @@ def run(config: Config, workdir: Path) -> None:
     finally:
         checkpoints.close()
     finish(workdir, seconds=time.monotonic() - start, experts=[str(source.path) for source in sources for _ in range(mix.copies)])
+
+
+def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> None:
+    """LoRA experts of one base. Gates trained behind finished experts (lora.gating sigmoid) become the router's rows, chosen by cosine.
+
+    Raises ConfigError when they differ in base, rank, alpha or targets, or the config asks for what adapters do not have.
+    """
+    mix, first = config.mix, sources[0].about
+    assert mix
+    if (mix.method, mix.copies, mix.routing, mix.first_routing) != ("btx", 1, "top_k", ""):
+        raise ConfigError("config.mix: LoRA experts are mixed with method='btx', routing='top_k' and copies=1 only")
+    counts = np.zeros(first.model.layers, int)
+    gatings = set()
+    for i, source in enumerate(sources):
+        about = source.about
+        if about.base is None or about.model.lora is None or first.base is None or first.model.lora is None:
+            raise ConfigError(f"config.mix.experts[{i}]: adapters and whole models cannot be mixed; merge the adapters first")
+        if about.base.digest != first.base.digest:
+            raise ConfigError(f"config.mix.experts[{i}]: {source.path} was trained on another base than experts[0]")
+        differ = {key: getattr(about.model.lora, key) for key in ("rank", "alpha", "targets")}
+        if changed := differences({key: getattr(first.model.lora, key) for key in differ}, differ):
+            raise ConfigError(f"config.mix.experts[{i}]: other LoRA experts than those of experts[0]: {'; '.join(changed)}")
+        counts += [spec.experts if spec else 0 for spec in about.model.lora.specs(about.model.layers)]
+        gatings.add(about.model.lora.gating)
+    assert first.base and first.model.lora
+    lora = dataclasses.replace(
+        first.model.lora,
+        allocation=",".join(map(str, counts)) if len(counts) > 1 else str(counts[0]),
+        k=(mix.k,),
+        gating="cosine" if gatings == {"sigmoid"} else "top_k",
+    )
+    try:
+        model = dataclasses.replace(first.model, lora=lora)
+        tensors = mix_lora([adapter_tensors(source) for source in sources], mix.router_std, np.random.default_rng(config.rng_seed))
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"config.mix: {error}") from error
+    log.info("mixing %d adapters into %d LoRA experts a layer at most, %s", len(sources), max(counts), lora.gating)
+    history = {run: counts for source in sources for run, counts in source.about.history.items()}
+    if (tokenizer := find_own_tokenizer(sources[0])) is not None:
+        copy_tokenizer(tokenizer, workdir / "tokenizer")
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    try:
+        if checkpoints.latest_step() is None:
+            checkpoints.save(About(model, 0, history, first.base), from_tensors(model, tensors, workdir))
+    finally:
+        checkpoints.close()
 
 
 def mixed_model(dense: ModelConfig, mix: MixConfig) -> ModelConfig:

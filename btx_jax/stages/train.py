@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from btx_jax.checkpoints.checkpoint import Checkpoint, load_params
-from btx_jax.checkpoints.training_state import About, Checkpoints, History, TrainingRun, read_about
+from btx_jax.checkpoints.checkpoint import Checkpoint, load_base, load_params
+from btx_jax.checkpoints.training_state import About, Base, Checkpoints, History, TrainingRun, read_about, stored
 from btx_jax.config import Config, ConfigError, ModelConfig
 from btx_jax.config_dict import to_dict
 from btx_jax.costs.chips import peak_flops_per_device
@@ -32,11 +32,12 @@ from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
+from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import MetricsWriter
 from btx_jax.reporting.workdir import RESUMABLE, claim, finish
-from btx_jax.training.start import checked_mesh, starting_point
+from btx_jax.training.start import checked_mesh, start_adapted, starting_point
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,9 @@ def run(config: Config, workdir: Path) -> None:
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
     try:
-        state = start_state(config, model, mesh, init, checkpoints, batches)
+        state, base = start_state(config, model, mesh, init, checkpoints, batches)
         evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
-        loop = Loop(config, workdir, model, mesh, checkpoints, init.about.history if init else {})
+        loop = Loop(config, workdir, model, mesh, checkpoints, init.about.history if init else {}, base)
         state = loop.run(state, batches, train_step, evaluate)
     finally:
         checkpoints.close()
@@ -86,19 +87,27 @@ def run(config: Config, workdir: Path) -> None:
 
 def start_state(
     config: Config, model: ModelConfig, mesh: Mesh, init: Checkpoint | None, checkpoints: Checkpoints, batches: Any
-) -> TrainState:
-    """The run's own latest checkpoint (and its place in the data), else the init checkpoint's parameters, else random ones."""
+) -> tuple[TrainState, Base | None]:
+    """The run's own latest checkpoint (and its place in the data), else the init checkpoint's parameters, else random ones; and the base
+    under LoRA experts."""
     assert config.train
     abstract, _ = state_shardings(model, config.train, mesh)
-    latest = checkpoints.latest_step()
+    latest, key = checkpoints.latest_step(), jax.random.key(config.rng_seed)
     if latest is not None:
-        params, opt_state, data = checkpoints.restore(latest, abstract.params, abstract.opt_state)
+        params, opt_state, data = checkpoints.restore(latest, stored(abstract.params, model), abstract.opt_state)
+        base = read_about(checkpoints.path(latest)).base
+        if base:
+            under, _ = load_base(base, model, partition(abstract.params, is_adapter)[1], checkpoints.path(latest))
+            params = join(params, under)
         batches.set_state(data)
         log.info("resuming at step %d", latest)
-        return TrainState(put(np.int32(latest), abstract.step.sharding), params, opt_state)
+        return TrainState(put(np.int32(latest), abstract.step.sharding), params, opt_state), base
+    if init is not None and model.lora:
+        params, base = start_adapted(init, model, abstract.params, key)
+        return init_state(model, config.train, mesh, params=params), base
     if init is not None:
-        return init_state(model, config.train, mesh, params=load_params(init, abstract.params))
-    return init_state(model, config.train, mesh, key=jax.random.key(config.rng_seed))
+        return init_state(model, config.train, mesh, params=load_params(init, abstract.params)), None
+    return init_state(model, config.train, mesh, key=key), None
 
 
 def make_evaluation(
@@ -106,14 +115,14 @@ def make_evaluation(
 ) -> Callable[[Any], dict[str, Any]] | None:
     """params -> {domain: {nats_per_token, bits_per_byte}}, or None when the config asks for none."""
     assert config.train and config.data and config.compute
-    train, data = config.train, config.data
+    train = config.train
     if not train.eval_every:
         return None
     rows = {domain.name: heldout_rows(domain, train.eval_rows) for domain in domains}
     for name in [name for name, values in rows.items() if not len(values["tokens"])]:
         log.warning("domain %r has no held-out document: its held-out loss is left out", name)
         del rows[name]
-    step = make_heldout_step(model, config.compute, mesh, train.batch_size, data.sequence_length)
+    step = make_heldout_step(model, config.compute, mesh)
 
     def evaluate(params: Any) -> dict[str, Any]:
         losses = {
@@ -128,10 +137,19 @@ def make_evaluation(
 class Loop:
     """Steps, metrics one step late, checkpoints, and a clean end on SIGTERM or a non-finite loss."""
 
-    def __init__(self, config: Config, workdir: Path, model: ModelConfig, mesh: Mesh, checkpoints: Checkpoints, history: History):
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        model: ModelConfig,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        history: History,
+        base: Base | None = None,
+    ):
         assert config.train and config.checkpoint and config.data
         self.train, self.every, self.mesh, self.model = config.train, config.checkpoint.every, mesh, model
-        self.workdir, self.checkpoints, self.history = workdir, checkpoints, history
+        self.workdir, self.checkpoints, self.history, self.base = workdir, checkpoints, history, base
         self.key = jax.jit(lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh))()
         self.last_saved = checkpoints.latest_step() or 0
         # Without what a resumed run may change: it is the same run.
@@ -185,7 +203,7 @@ class Loop:
         tokens = step * self.tokens_per_step
         this = TrainingRun(tokens, train_flops(self.model, tokens), self.seconds, jax.device_count(), self.peak_bytes, tuple(self.history))
         history = {**self.history, self.run_id: this}
-        self.checkpoints.save(About(self.model, step, history), state.params, state.opt_state, batches.get_state())
+        self.checkpoints.save(About(self.model, step, history, self.base), state.params, state.opt_state, batches.get_state())
         self.last_saved = step
 
     def log(self, step: int, metrics: Metrics, progress: tqdm) -> None:

@@ -15,10 +15,12 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 def next_token_targets(tokens: Array, segments: Array) -> tuple[Array, Array, Array, Array]:
     """Packed rows [B, T + 1] -> (inputs, input segments, targets, target mask), each [B, T].
 
-    A target counts when it continues its own document: not across a document border, not in padding (segment 0).
+    A target counts when it continues its own document: not across a document border, not in padding (segment 0), and not where the segment
+    is negative, which marks what is read but not learnt. The inputs' segments come without sign.
     """
-    mask = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    return tokens[:, :-1], segments[:, :-1], tokens[:, 1:], mask
+    document = abs(segments)
+    mask = (document[:, 1:] == document[:, :-1]) & (segments[:, 1:] > 0)
+    return tokens[:, :-1], document[:, :-1], tokens[:, 1:], mask
 
 
 def _positions_per_chunk(targets_BT: jax.Array, chunk: int) -> int:

@@ -1,5 +1,6 @@
 """AdamW with the schedule of the paper."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from btx_jax.config import TrainConfig
+from btx_jax.models.lora import is_adapter, partition
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -35,27 +37,25 @@ def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def trainable(params: Any, frozen: str) -> Any:
-    """Tree of bools: what a run with TrainConfig.frozen trains."""
+def is_trained(path: tuple[str, ...], frozen: str) -> bool:
+    """Whether a run with TrainConfig.frozen trains the parameter of this path."""
+    if frozen == "base":
+        return is_adapter(path)
+    if frozen == "all_but_routers":
+        return path[-1] == "router"
+    return not (frozen == "experts" and "ffn" in path and path[-1] != "router")
 
-    def trains(path: Any, _: Any) -> bool:
-        names = [str(key.key) for key in path]
-        if frozen == "all_but_routers":
-            return names[-1] == "router"
-        return not (frozen == "experts" and "ffn" in names and names[-1] != "router")
 
-    return jax.tree_util.tree_map_with_path(trains, params)
+def split(params: Mapping[str, Any], frozen: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is trained, what is frozen). `lora.join` is the way back."""
+    return partition(params, lambda path: is_trained(path, frozen))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping and AdamW. What is frozen has no moments, no update and no part in the norm."""
-    optimizer = optax.chain(
+    """Clipping and AdamW, for the trained part of `split`."""
+    return optax.chain(
         clip_by_global_norm(config.clip_norm),
         optax.adamw(
             schedule(config), config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed, mu_dtype=jnp.float32
         ),
     )
-    if not config.frozen:
-        return optimizer
-    labels = lambda params: jax.tree.map(lambda t: "trained" if t else "frozen", trainable(params, config.frozen))  # noqa: E731
-    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)

@@ -1,14 +1,20 @@
 """Where a training run starts: its model and its mesh, checked before anything compiles."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint
-from btx_jax.config import Config, ConfigError, ModelConfig
+from btx_jax.checkpoints.adapter import from_tensors, to_tensors
+from btx_jax.checkpoints.checkpoint import Checkpoint, adapter_tensors, find_checkpoint, load_base
+from btx_jax.checkpoints.training_state import Base
+from btx_jax.config import Config, ConfigError, LoRAConfig, ModelConfig
 from btx_jax.config_dict import differences, to_dict
+from btx_jax.models.llama import Params, init_params
+from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.training.step import state_shardings
 
@@ -16,18 +22,50 @@ SCRATCH = "scratch"
 
 
 def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
-    """(checkpoint or None, model). Raises ConfigError when the config's model is not the checkpoint's, or neither is there."""
+    """(checkpoint or None, model). Raises ConfigError when the config's model is not the checkpoint's, or neither is there, or its LoRA
+    experts are others than the checkpoint's."""
     if not config.init:
         raise ConfigError(f"config.init: not set; name the checkpoint to start from, or {SCRATCH!r} for random parameters")
     if config.init == SCRATCH:
         if config.model is None:
             raise ConfigError("config.model: missing, and config.init='scratch' needs it")
+        if config.lora or config.model.lora:
+            raise ConfigError("config.init='scratch': LoRA experts need a base; name its checkpoint")
         return None, config.model
     init = find_checkpoint(config.init, "config.init")
     if config.model is not None and (changed := differences(to_dict(init.about.model), to_dict(config.model))):
         cure = "choose the config for that model, or for a mixture configs/moe_finetune.py:from_init"
         raise ConfigError(f"config.model: is not the model of {config.init}: {'; '.join(changed)}; {cure}")
-    return init, init.about.model
+    return init, adapted_model(init.about.model, config.lora)
+
+
+def adapted_model(model: ModelConfig, lora: LoRAConfig | None) -> ModelConfig:
+    """The checkpoint's model with the config's LoRA experts. Where it has some already, only how they are used may change: k, dropout, and
+    gating, for which a router may be new."""
+    if lora is None:
+        return model
+    if model.lora:
+        used = ("k", "dropout", "gating")
+        shape = {key: value for key, value in to_dict(lora).items() if key not in used}
+        held = {key: value for key, value in to_dict(model.lora).items() if key not in used}
+        if changed := differences(held, shape):
+            raise ConfigError(f"config.lora: are other LoRA experts than the checkpoint's: {'; '.join(changed)}; leave the section out")
+    try:
+        return dataclasses.replace(model, lora=lora)
+    except ConfigError as error:
+        raise ConfigError(f"config.lora: {error}") from None
+
+
+def start_adapted(init: Checkpoint, model: ModelConfig, abstract: Any, key: jax.Array) -> tuple[Params, Base]:
+    """Step 0 of LoRA experts: (all parameters, the base under them). What the checkpoint does not hold of the experts is new."""
+    abstract_experts, abstract_base = partition(abstract, is_adapter)
+    tensors = to_tensors(model, jax.jit(lambda key: partition(init_params(model, key), is_adapter)[0])(key))
+    if init.about.base:
+        tensors |= adapter_tensors(init)
+    experts = from_tensors(model, tensors, init.path)
+    placed = jax.tree.map(lambda x, a: jax.make_array_from_callback(a.shape, a.sharding, lambda i: x[i]), experts, abstract_experts)
+    params, base = load_base(init.about.base or Base(str(init.path), ""), model, abstract_base, init.path)
+    return join(placed, params), base
 
 
 def checked_mesh(config: Config, model: ModelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -47,7 +85,14 @@ def checked_mesh(config: Config, model: ModelConfig, devices: Sequence[jax.Devic
         raise ConfigError(
             f"config.compute.group_size={compute.group_size}: does not divide config.data.sequence_length={data.sequence_length}"
         )
-    if train.frozen and not model.moe:
+    if model.lora and train.frozen not in ("base", "all_but_routers"):
+        told = f"config.train.frozen={train.frozen!r}: the optimizer would hold leaves of the base, which LoRA experts leave as it is"
+        raise ConfigError(f"{told}; set it to 'base' (or to 'all_but_routers')")
+    if train.frozen == "base" and not model.lora:
+        raise ConfigError("config.train.frozen='base': there are no LoRA experts to train; add a lora section to the config")
+    if train.frozen == "all_but_routers" and model.lora and not any(spec.lora and spec.lora.has_router for spec in model.layer_specs()):
+        raise ConfigError("config.train.frozen='all_but_routers': plain LoRA has no router")
+    if train.frozen in ("experts", "all_but_routers") and not (model.moe or model.lora):
         raise ConfigError(f"config.train.frozen={train.frozen!r}: the model has no experts")
     made = make_mesh(shape, devices)
     state_shardings(model, train, made)  # raises for a dimension that does not divide

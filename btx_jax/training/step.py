@@ -15,16 +15,19 @@ from jax.sharding import Mesh
 from btx_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from btx_jax.models.layers import platform_kernels
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel, init_params
-from btx_jax.models.routing import RoutingStats
+from btx_jax.models.lora import join
+from btx_jax.models.routing import RoutingStats, feed_forward_routing
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from btx_jax.training.losses import cross_entropy, next_token_targets
-from btx_jax.training.optimizer import make_optimizer, schedule, trainable
+from btx_jax.training.optimizer import make_optimizer, schedule, split
 
 Batch = Mapping[str, jax.Array]  # tokens, segments: [batch, sequence + 1] int32; segment 0 is padding
 
 
 class TrainState(NamedTuple):
+    """opt_state: of what is trained alone (`optimizer.split`)."""
+
     step: Any  # [], int32: optimizer steps done; Any, since shardings and shapes travel in the same structure
     params: Params
     opt_state: Any
@@ -47,19 +50,26 @@ class Metrics(NamedTuple):
 
 
 def loss_function(
-    params: Params, batch: Batch, model: Llama, train: TrainConfig, targets: jax.Array, step: jax.Array, key: jax.Array | None
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+    model: Llama,
+    train: TrainConfig,
+    targets: jax.Array,
+    step: jax.Array,
+    key: jax.Array | None,
 ):
     """LM loss of one micro-batch as its share of `targets` (all targets of the step), plus the auxiliary losses."""
-    params = jax.tree.map(lambda x, trains: x if trains else jax.lax.stop_gradient(x), params, trainable(params, train.frozen))
+    params = join(trained, frozen)
     inputs, segments, labels, mask = next_token_targets(batch["tokens"], batch["segments"])
-    rngs = {} if key is None else {"routing": key}
+    rngs = {} if key is None else {"routing": key, "dropout": jax.random.fold_in(key, 1)}
     hidden, routing = model.apply({"params": params}, inputs, segments, step, rngs=rngs)
     nll = cross_entropy(hidden, head_kernel(params), labels, mask, model.compute.loss_chunk)
     lm_loss = nll / targets
     balance = sum((stats.balance_loss.sum() for stats in routing.values()), jnp.zeros(()))
     z = sum((stats.z_loss.sum() for stats in routing.values()), jnp.zeros(()))
     loss = lm_loss + (train.balance_weight * balance + train.z_loss_weight * z) / train.accumulate
-    return loss, (lm_loss, balance, z, routing)
+    return loss, (lm_loss, balance, z, feed_forward_routing(routing))
 
 
 def matmul_copies(params: Params, dtype: str) -> Params:
@@ -71,18 +81,19 @@ def matmul_copies(params: Params, dtype: str) -> Params:
 
 
 def gradients(params: Params, batch: Batch, model: Llama, train: TrainConfig, step: jax.Array, key: jax.Array):
-    """(float32 grads, loss, lm_loss, balance, z, routing) over `accumulate` micro-batches, equal to one big batch for the LM loss.
+    """(float32 grads of what is trained, loss, lm_loss, balance, z, routing) over `accumulate` micro-batches, equal to one big batch for
+    the LM loss.
 
     The auxiliary losses are means over micro-batches: a balance loss is not linear in its batch.
     """
-    params = matmul_copies(params, model.compute.dtype)
+    trained, frozen = split(matmul_copies(params, model.compute.dtype), train.frozen)
     float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
     targets = jnp.maximum(next_token_targets(batch["tokens"], batch["segments"])[3].sum(), 1)
     grad = jax.value_and_grad(loss_function, has_aux=True)
     n = train.accumulate
 
     def one(micro_batch, index):
-        (loss, aux), grads = grad(params, micro_batch, model, train, targets, step, jax.random.fold_in(key, index))
+        (loss, aux), grads = grad(trained, frozen, micro_batch, model, train, targets, step, jax.random.fold_in(key, index))
         return grads, loss, *aux
 
     if n == 1:
@@ -101,19 +112,26 @@ def gradients(params: Params, batch: Batch, model: Llama, train: TrainConfig, st
 
 
 def state_shardings(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """(abstract TrainState, its shardings): moments lie where their parameters lie."""
+    """(abstract TrainState, its shardings): moments lie where their parameters lie, what is frozen has its own dtype and no moments."""
     boxed = abstract_params(model)
     shapes, params = nn.unbox(boxed), param_shardings(boxed, mesh)
+    trained, frozen = split(shapes, train.frozen)
+    shapes = join(trained, jax.eval_shape(lambda tree: in_frozen_dtype(tree, train), frozen))
     optimizer = make_optimizer(train)
-    abstract_opt = jax.eval_shape(optimizer.init, shapes)
-    is_frozen = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    abstract_opt = jax.eval_shape(optimizer.init, trained)
     opt = optax.tree_utils.tree_map_params(
-        optimizer, lambda moment, sharding: moment if is_frozen(moment) else sharding, abstract_opt, params,
-        transform_non_params=lambda _: replicated(mesh), is_leaf=is_frozen,
+        optimizer, lambda _, sharding: sharding, abstract_opt, split(params, train.frozen)[0],
+        transform_non_params=lambda _: replicated(mesh),
     )  # fmt: skip
     abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, abstract_opt)
     shardings = TrainState(replicated(mesh), params, opt)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings), shardings
+
+
+def in_frozen_dtype(frozen: Params, train: TrainConfig) -> Params:
+    """What is frozen as it is kept. Norms and routers, which compute in float32, stay."""
+    keep = ("scale", "router")
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if path[-1].key in keep else x.astype(train.frozen_dtype), frozen)
 
 
 def init_state(
@@ -126,7 +144,7 @@ def init_state(
         assert key is not None
         params = jax.jit(functools.partial(init_params, model), out_shardings=shardings.params)(key)
     with jax.set_mesh(mesh):
-        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(split(params, train.frozen)[0])
         return TrainState(put(np.int32(0), replicated(mesh)), params, opt_state)
 
 
@@ -149,9 +167,10 @@ def lower_train_step(model: ModelConfig, compute: ComputeConfig, train: TrainCon
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         grads, loss, lm_loss, balance, z, routing, targets = gradients(state.params, batch, llama, train, state.step, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        trained, frozen = split(state.params, train.frozen)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         metrics = Metrics(loss, lm_loss, balance, z, optax.global_norm(grads), rate(state.step), targets, routing)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, join(optax.apply_updates(trained, updates), frozen), opt_state), metrics
 
     abstract, shardings = state_shardings(model, train, mesh)
     rows = jax.ShapeDtypeStruct((train.batch_size, sequence_length + 1), jnp.int32, sharding=batch_sharding(mesh))

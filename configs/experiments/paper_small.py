@@ -13,4 +13,4 @@ from btx_jax import recipes
 
 
 def get_config(group: str = "main"):
-    return recipes.small_report() if group == "report" else recipes.comparison("tiny", group)
+    return recipes.small_report("all") if group == "report" else recipes.comparison("tiny", group)

@@ -28,8 +28,8 @@ def rows_of(rows=5, length=16):
 def test_heldout_loss_is_the_mean_over_targets_and_padding_counts_nothing(model, one_device):
     params = init_params(model, jax.random.key(0))
     rows = rows_of()
-    step = make_heldout_step(model, COMPUTE, one_device, 2, 16)
-    losses, sums = token_losses(step, params, rows, 2, one_device)
+    step = make_heldout_step(model, COMPUTE, one_device)
+    losses, sums, _ = token_losses(step, params, rows, 2, one_device)
     got = mean_loss(losses, rows, 2)
     nll, text, count = 0.0, 0.0, 0
     dropless = dataclasses.replace(COMPUTE, dispatch="ragged")
@@ -67,7 +67,7 @@ def test_heldout_loss_is_the_mean_over_targets_and_padding_counts_nothing(model,
 
 def test_no_target_gives_no_loss(one_device):
     rows = {name: values[:0] for name, values in rows_of().items()}
-    step = make_heldout_step(TINY, COMPUTE, one_device, 2, 16)
-    losses, _ = token_losses(step, init_params(TINY, jax.random.key(0)), rows, 2, one_device)
+    step = make_heldout_step(TINY, COMPUTE, one_device)
+    losses, *_ = token_losses(step, init_params(TINY, jax.random.key(0)), rows, 2, one_device)
     assert losses.shape == (0, 16)
     assert mean_loss(losses, rows, 2) is None

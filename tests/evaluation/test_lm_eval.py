@@ -100,7 +100,7 @@ def test_the_heldout_loss_of_that_model_is_eight_bits_too(uniform, one_device):
     rows = {name: jax.device_get(jnp.stack([row[name] for row in packed])) for name in packed[0]}
     compute = ComputeConfig(dtype="float32", remat="none")
     params = load_params(found)
-    losses, _ = token_losses(make_heldout_step(BYTES, compute, one_device, 2, 32), params, rows, 2, one_device)
+    losses, *_ = token_losses(make_heldout_step(BYTES, compute, one_device), params, rows, 2, one_device)
     loss = mean_loss(losses, rows, tokenizer.eos)
     assert loss.nats_per_token == pytest.approx(math.log(256), abs=1e-6)
     assert loss.bytes == sum(len(text.encode()) for text in TEXTS) - 2, "a document's first byte is no target"

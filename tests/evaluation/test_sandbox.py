@@ -83,7 +83,7 @@ def test_pass_at_k_is_the_chance_of_a_draw():
         pass_at_k(2, 1, 3)
 
 
-@pytest.mark.skipif("BTX_DATA_DIR" not in os.environ, reason="HumanEval lies in BTX_DATA_DIR/evals")
+@pytest.mark.skipif(not os.environ.get("BTX_DATA_DIR"), reason="HumanEval lies in BTX_DATA_DIR/evals")
 def test_humaneval_s_reference_solutions_pass():
     with gzip.open(Path(os.environ["BTX_DATA_DIR"]) / "evals" / "humaneval.jsonl.gz", "rt", encoding="utf-8") as file:
         problems = [json.loads(line) for line in file]

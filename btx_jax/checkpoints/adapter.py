@@ -1,0 +1,235 @@
+"""LoRA experts as files: our adapter directory, and peft's for the one-expert case. No base model is read here.
+
+A directory holds adapter.safetensors, with `layers.LAYER.TARGET.a` [experts, rank, inputs], `.b` [experts, outputs, rank] and `.router`
+[experts, inputs] (layouts as in Hugging Face, float32), and adapter.json: the format's number, the model with its lora section
+(allocation, rank, k, alpha, targets), the experts of each layer, path and digest of the base, and what it was trained on.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from btx_jax.checkpoints.huggingface import is_finite, raise_problems
+from btx_jax.checkpoints.training_state import About, about_from_json, about_to_json, stored
+from btx_jax.config import LORA_TARGETS, ConfigError, LoRAConfig, ModelConfig
+from btx_jax.errors import UserError
+from btx_jax.models.llama import abstract_params
+
+TENSORS, ABOUT = "adapter.safetensors", "adapter.json"
+PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+_MODULES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_TARGET_OF = {module: target for target, module in _MODULES.items()}
+_PEFT_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight")
+
+
+def block_of(target: str) -> str:
+    return "attention" if target in ("q", "k", "v", "o") else "ffn"
+
+
+def places(model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """(name in our files, leaf path, layer in its run) of every tensor of the model's adapters."""
+    layer = 0
+    for run, length, spec in model.runs():
+        for offset in range(length):
+            for target in spec.lora.targets if spec.lora else ():
+                assert spec.lora
+                for part in ("a", "b", "router") if spec.lora.has_router else ("a", "b"):
+                    yield f"layers.{layer}.{target}.{part}", (run, block_of(target), "lora", target, part), offset
+            layer += 1
+
+
+def leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def to_tensors(model: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """An adapter's tree -> tensors as they lie in files."""
+    host: dict[tuple[str, ...], np.ndarray] = {}
+    result = {}
+    for name, path, offset in places(model):
+        if path not in host:
+            host[path] = np.asarray(leaf(adapter, path))
+        result[name] = np.ascontiguousarray(_turned(host[path][offset], path[-1]).astype(np.float32))
+    return result
+
+
+def _turned(x: np.ndarray, part: str) -> np.ndarray:
+    """Our layout -> that of files, and back: a [I, E, R] <-> [E, R, I] is not its own inverse."""
+    return {"a": lambda: x.transpose(1, 2, 0), "b": lambda: x.swapaxes(1, 2), "router": lambda: x.T}[part]()
+
+
+def _ours(x: np.ndarray, part: str) -> np.ndarray:
+    return {"a": lambda: x.transpose(2, 0, 1), "b": lambda: x.swapaxes(1, 2), "router": lambda: x.T}[part]()
+
+
+def from_tensors(model: ModelConfig, tensors: Mapping[str, np.ndarray], where: Path) -> dict[str, Any]:
+    """The adapter's tree, numpy float32. Raises UserError listing every tensor that is missing, unknown, misshapen or not finite."""
+    shapes = stored(nn.unbox(abstract_params(model)), model)
+    tree: dict[str, Any] = {}
+    problems, known = [], set()
+    for name, path, offset in places(model):
+        known.add(name)
+        want = leaf(shapes, path).shape
+        if name not in tensors:
+            problems.append(f"missing {name}")
+            continue
+        array = _ours(tensors[name], path[-1]) if tensors[name].ndim == len(want) - 1 else tensors[name]
+        if array.shape != want[1:]:
+            problems.append(f"{name} is {tensors[name].shape}, not {_turned(np.zeros(want[1:], bool), path[-1]).shape}")
+        elif not is_finite(array):
+            problems.append(f"NaN or infinity in {name}")
+        else:
+            at = tree
+            for key in path[:-1]:
+                at = at.setdefault(key, {})
+            at.setdefault(path[-1], np.zeros(want, np.float32))[offset] = array
+    problems += [f"unknown {name}" for name in tensors if name not in known]
+    raise_problems(where, problems)
+    return tree
+
+
+def is_adapter_directory(path: Path) -> bool:
+    return (path / ABOUT).is_file()
+
+
+def read_about(directory: Path) -> About:
+    file = directory / ABOUT
+    try:
+        about = about_from_json(json.loads(file.read_text(encoding="utf-8")), file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged: {type(error).__name__}: {error}") from error
+    if about.base is None or about.model.lora is None:
+        raise UserError(f"{file}: names no base or no LoRA experts")
+    return about
+
+
+def read_directory(directory: Path, model: ModelConfig) -> dict[str, Any]:
+    """The tree of an adapter directory, numpy float32."""
+    return from_tensors(model, _load(directory / TENSORS), directory)
+
+
+def _load(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+
+
+def write_directory(directory: Path, about: About, tensors: Mapping[str, np.ndarray]) -> None:
+    """Into a directory that exists."""
+    save_file(dict(tensors), directory / TENSORS, metadata={"format": "btx_jax"})
+    assert about.model.lora
+    experts = [spec.experts if spec else 0 for spec in about.model.lora.specs(about.model.layers)]
+    (directory / ABOUT).write_text(json.dumps(about_to_json(about) | {"experts": experts}, indent=2) + "\n", encoding="utf-8")
+
+
+def write_peft(directory: Path, model: ModelConfig, ours: Mapping[str, np.ndarray], base: str) -> None:
+    """As `peft` saves a LoRA. Raises UserError where there are several experts, or ranks that differ."""
+    assert model.lora
+    specs = model.lora.specs(model.layers)
+    if any(spec and spec.has_router for spec in specs):
+        raise UserError("peft knows LoRA of one expert without a gate; merge this adapter, or export it in our own format")
+    if len(ranks := {spec.rank for spec in specs if spec}) > 1:
+        raise UserError(f"ranks {sorted(ranks)} differ between layers; such an adapter is exported in our own format only")
+    tensors = {}
+    for name, array in ours.items():
+        _, layer, target, part = name.split(".")
+        tensors[f"base_model.model.model.layers.{layer}.{_MODULES[target]}.lora_{part.upper()}.weight"] = np.ascontiguousarray(array[0])
+    save_file(tensors, directory / PEFT_TENSORS, metadata={"format": "pt"})
+    some = [layer for layer, spec in enumerate(specs) if spec]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": ranks.pop(),
+        "lora_alpha": model.lora.alpha,
+        "lora_dropout": model.lora.dropout,
+        "target_modules": [_MODULES[target].rpartition(".")[2] for target in model.lora.targets],
+        "layers_to_transform": some if len(some) < model.layers else None,
+        "layers_pattern": "layers" if len(some) < model.layers else None,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_peft(directory: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """A LoRA saved by `peft` for a model like `base` -> (that model with it, its tensors).
+
+    Raises UserError for what LoRA here does not have (DoRA, biases, ranks by pattern, other modules) and for tensors that do not fit.
+    """
+    file = directory / PEFT_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: no config of a peft LoRA: {type(error).__name__}: {error}") from error
+    if kind != "LORA":
+        raise UserError(f"{file}: peft_type {kind!r}; only LORA can be imported")
+    ours = {"bias": "none"}
+    for key in ("use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication"):
+        if config.get(key) not in (None, False, {}, [], ours.get(key)):
+            raise UserError(f"{file}: {key}={config[key]!r}: LoRA here has nothing like it")
+    layers: dict[int, set[str]] = {}
+    tensors, problems = {}, []
+    for name, array in _load(directory / PEFT_TENSORS).items():
+        match = _PEFT_NAME.fullmatch(name)
+        if not match or match[2] not in _TARGET_OF or int(match[1]) >= base.layers:
+            problems.append(f"unknown {name}")
+            continue
+        target = _TARGET_OF[match[2]]
+        layers.setdefault(int(match[1]), set()).add(target)
+        tensors[f"layers.{match[1]}.{target}.{match[3].lower()}"] = np.asarray(array)[None].astype(np.float32)
+    raise_problems(directory, problems)
+    if not layers:
+        raise UserError(f"{directory}: holds no LoRA tensor")
+    targets = tuple(target for target in LORA_TARGETS if target in set().union(*layers.values()))
+    lora = LoRAConfig(
+        allocation=",".join(str(int(layer in layers)) for layer in range(base.layers)) if base.layers > 1 else "1",
+        rank=(rank,),
+        k=(1,),
+        alpha=alpha * rank**0.5 if config.get("use_rslora") else alpha,
+        dropout=float(config.get("lora_dropout") or 0.0),
+        targets=targets,
+    )
+    try:
+        model = ModelConfig(**{**vars(base), "lora": lora})
+    except ConfigError as error:
+        raise UserError(f"{directory}: {error}") from error
+    from_tensors(model, tensors, directory)  # raises for what does not fit
+    return model, tensors
+
+
+def merged_delta(model: ModelConfig, tensors: Mapping[str, np.ndarray], gates: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
+    """{Hugging Face name: what is added to that weight [out, in], float32}: (alpha / rank) sum g_i B_i A_i.
+
+    gates: experts of a layer -> their fixed weights.
+    """
+    specs = [spec.lora for spec in model.layer_specs()]
+    deltas = {}
+    for name in (name for name in tensors if name.endswith(".a")):
+        _, layer, target, _ = name.split(".")
+        spec = specs[int(layer)]
+        assert spec
+        a_ERI, b_EOR = tensors[name], tensors[f"layers.{layer}.{target}.b"]
+        weight_E = gates(spec.experts).astype(np.float32) * np.float32(spec.scale)
+        deltas[f"model.layers.{layer}.{_MODULES[target]}.weight"] = np.einsum("e,eor,eri->oi", weight_E, b_EOR, a_ERI, optimize=True)
+    return deltas

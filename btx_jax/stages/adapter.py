@@ -1,0 +1,136 @@
+"""Adapter: LoRA experts to and from files, and into the weights they stand beside."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from btx_jax import __version__
+from btx_jax.checkpoints import adapter
+from btx_jax.checkpoints.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    adapter_tensors,
+    base_digest,
+    base_of,
+    find_checkpoint,
+    find_own_tokenizer,
+    open_reader,
+    write_checkpoint,
+)
+from btx_jax.checkpoints.output import check_free, new_directory
+from btx_jax.checkpoints.training_state import About
+from btx_jax.config import ModelConfig
+from btx_jax.data.tokenizers import copy_tokenizer
+from btx_jax.errors import UserError
+
+FORMATS = ("btx_jax", "peft")
+
+
+def find_adapter(path: str, key: str) -> Checkpoint:
+    """Raises UserError when what is there holds no LoRA experts."""
+    found = find_checkpoint(path, key)
+    if not found.about.base:
+        raise UserError(f"{key}: {found.path} holds a whole model and no LoRA experts")
+    return found
+
+
+def export(source: str, target: str, output_format: str = "btx_jax") -> str:
+    """A run's LoRA experts -> an adapter directory of ours, or one that peft reads. Returns a line that says what was done."""
+    found = find_adapter(source, "SRC")
+    about, tensors = found.about, adapter_tensors(found)
+    assert about.base
+    with new_directory(Path(target)) as partial:
+        if output_format == "peft":
+            adapter.write_peft(partial, about.model, tensors, about.base.path)
+        else:
+            adapter.write_directory(partial, about, tensors)
+        if (tokenizer := find_own_tokenizer(found)) is not None and output_format != "peft":
+            copy_tokenizer(tokenizer, partial)
+    return f"wrote {target} ({output_format}, {len(tensors)} tensors)"
+
+
+def import_peft(source: str, base: str, target: str) -> str:
+    """A LoRA saved by peft, for the model at `base` -> an adapter directory of ours."""
+    check_free(Path(target))
+    under = find_checkpoint(base, "BASE")
+    if under.about.base:
+        raise UserError(f"BASE: {under.path} holds LoRA experts; name the model under them")
+    directory = Path(source).expanduser()
+    model, tensors = adapter.read_peft(directory, under.about.model)
+    with new_directory(Path(target)) as partial:
+        adapter.write_directory(partial, About(model, 0, under.about.history, base_of(under)), tensors)
+        if (tokenizer := find_own_tokenizer(under)) is not None:
+            copy_tokenizer(tokenizer, partial)
+    return f"wrote {target} ({len(tensors)} tensors, rank {model.lora.rank[0] if model.lora else 0})"
+
+
+def merge(source: str, target: str, base: str = "", expert: int | None = None, gates: str = "") -> str:
+    """LoRA experts into the weights of their base -> a Hugging Face directory.
+
+    base: where it lies, if no longer where it was; its digest must be that of training either way. expert: take this one alone. gates:
+    `mean`, or one weight per expert, comma-separated. Needed where a layer has several experts: what a router chooses cannot be merged.
+
+    Raises UserError when they are missing or do not fit, and when the base has other weights; then there is no target.
+    """
+    found = find_adapter(source, "ADAPTER")
+    about = found.about
+    assert about.base and about.model.lora
+    fixed = fixed_gates(about.model, expert, gates)
+    under = find_checkpoint(base or about.base.path, "BASE")
+    reader = open_reader(under)
+    if reader.model != about.model.base():
+        raise UserError(f"BASE: {under.path} is another model than the one that {found.path} was trained on")
+    deltas = adapter.merged_delta(about.model, adapter_tensors(found), lambda experts: fixed[experts])
+    hashes: dict[str, str] = {}
+
+    def tensor(name: str) -> np.ndarray:
+        array = reader.read(name)
+        hashes[name] = hashlib.sha256(np.ascontiguousarray(array, "<f4").data).hexdigest()
+        return (array.astype(np.float32) + deltas[name]).astype(array.dtype) if name in deltas else array
+
+    def check() -> None:
+        reader.check()
+        if base_digest(hashes) != about.base.digest:  # type: ignore[union-attr]
+            raise UserError(f"BASE: {under.path} has other weights than the model that {found.path} was trained on")
+
+    write_checkpoint(
+        Path(target),
+        True,
+        about.model.base(),
+        {name: DTYPES[own.name] for name, own in reader.dtypes.items()},
+        tensor,
+        find_own_tokenizer(found) or find_own_tokenizer(under),
+        history=about.history,
+        card=f"# {Path(target).name}\n\n{found.path.name} merged into {under.path.name} by btx_jax {__version__}.\n",
+        check=check,
+        verb="merging",
+    )
+    return f"wrote {target} (Hugging Face, {len(deltas)} of {len(reader.slots)} tensors changed)"
+
+
+def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int, np.ndarray]:
+    """{number of experts in a layer: their weights}. Raises UserError for what does not fit some layer."""
+    counts = sorted({spec.lora.experts for spec in model.layer_specs() if spec.lora})
+    if expert is not None and gates:
+        raise UserError("--expert and --gates: give one of the two")
+    result = {}
+    for experts in counts:
+        if expert is not None:
+            if not 0 <= expert < experts:
+                raise UserError(f"--expert={expert}: some layers have {experts} expert{'s' if experts > 1 else ''}, numbered from 0")
+            result[experts] = np.eye(experts)[expert]
+        elif gates == "mean":
+            result[experts] = np.full(experts, 1 / experts)
+        elif gates:
+            try:
+                result[experts] = np.array([float(gate) for gate in gates.split(",")])
+            except ValueError as error:
+                raise UserError(f"--gates={gates}: must be `mean` or numbers, comma-separated") from error
+            if len(result[experts]) != experts:
+                raise UserError(f"--gates={gates}: {len(result[experts])} numbers, but some layers have {experts} experts")
+        elif experts > 1 or (model.lora and model.lora.gating == "sigmoid"):
+            raise UserError("a router's choices cannot be merged into weights: fix them with --expert=NUMBER or --gates=mean")
+        else:
+            result[experts] = np.ones(1)
+    return result
