@@ -35,6 +35,12 @@ _MODULES = {
     "down": "mlp.down_proj",
 }
 _TARGET_OF = {module: target for target, module in _MODULES.items()}
+# Options of peft's LoraConfig that change what a LoRA computes.
+_UNKNOWN_HERE = (
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
+    "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora",
+)  # fmt: skip
 _PEFT_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight")
 
 
@@ -184,10 +190,12 @@ def read_peft(directory: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str
         raise UserError(f"{file}: no config of a peft LoRA: {type(error).__name__}: {error}") from error
     if kind != "LORA":
         raise UserError(f"{file}: peft_type {kind!r}; only LORA can be imported")
-    ours = {"bias": "none"}
-    for key in ("use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication"):
-        if config.get(key) not in (None, False, {}, [], ours.get(key)):
+    for key in _UNKNOWN_HERE:
+        if config.get(key) not in (None, False, {}, [], "none"):
             raise UserError(f"{file}: {key}={config[key]!r}: LoRA here has nothing like it")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        how = config["init_lora_weights"]
+        raise UserError(f"{file}: init_lora_weights={how!r} changed the base itself; save it with path_initial_model_for_weight_conversion")
     layers: dict[int, set[str]] = {}
     tensors, problems = {}, []
     for name, array in _load(directory / PEFT_TENSORS).items():

@@ -1,0 +1,107 @@
+"""What peft itself says: a LoRA trained by it gives the same logits here, ours there, and merged.
+
+    python tests/checkpoints/peft_peer.py [HF_DIRECTORY]        # default: the golden Llamas beside this file
+    python tests/checkpoints/peft_peer.py make                  # the golden LoRA of test_adapter.py
+
+Needs torch, transformers and peft (`pip install -e '.[bench]' peft`). Fails when logits differ by more than 1e-4.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from btx_jax.checkpoints.checkpoint import adapter_tensors, find_checkpoint, load_params
+from btx_jax.config import ComputeConfig
+from btx_jax.models.llama import Llama, logits
+from btx_jax.stages import adapter
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def ours(path, tokens: np.ndarray) -> np.ndarray:
+    found = find_checkpoint(path)
+    params = load_params(found)
+    model = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged"))
+    return np.asarray(jax.jit(lambda p: logits(p, model.apply({"params": p}, tokens, np.ones_like(tokens))[0]))(params))
+
+
+def theirs(model, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.tensor(tokens)).logits.float().numpy()
+
+
+def same(name: str, a: np.ndarray, b: np.ndarray) -> None:
+    apart = float(np.abs(a - b).max())
+    print(f"{name}: at most {apart:.1e} apart (logits up to {np.abs(b).max():.1f})")
+    assert apart <= 1e-4, name
+
+
+def load(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def trained_lora(base: Path, modules: list[str], **options):
+    """(a LoRA that peft has trained for a few steps, tokens, its logits of them)."""
+    torch.manual_seed(0)
+    vocabulary = load(base).config.vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (2, 48)).astype(np.int32)
+    trained = get_peft_model(load(base), LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", **options))
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        trained(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss.backward()
+        optimizer.step()
+    expected = theirs(trained, tokens)
+    assert np.abs(expected - theirs(load(base), tokens)).max() > 1e-2, "the training did nothing"
+    return trained, tokens, expected
+
+
+def make(folder: Path) -> None:
+    trained, tokens, expected = trained_lora(folder / "llama", ["q_proj", "o_proj", "down_proj"])
+    trained.save_pretrained(folder / "peft")
+    (folder / "peft" / "README.md").unlink(missing_ok=True)
+    config = folder / "peft" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "llama"}, indent=2) + "\n")
+    np.savez(folder / "peft" / "expected.npz", tokens=tokens, logits=expected)
+
+
+def check(base: Path, modules: list[str], **options) -> None:
+    trained, tokens, expected = trained_lora(base, modules, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        trained.save_pretrained(home / "peft")
+        print(adapter.import_peft(str(home / "peft"), str(base), str(home / "imported")))
+        same("peft's LoRA here", ours(home / "imported", tokens), expected)
+        adapter.export(str(home / "imported"), str(home / "back"), "peft")
+        same("ours in peft", theirs(PeftModel.from_pretrained(load(base), home / "back"), tokens), expected)
+        a, b = (adapter_tensors(find_checkpoint(home / "imported")), {})
+        adapter.import_peft(str(home / "back"), str(base), str(home / "again"))
+        b = adapter_tensors(find_checkpoint(home / "again"))
+        assert all(np.array_equal(a[name], b[name]) for name in a | b), "a round trip changed bits"
+        adapter.merge(str(home / "imported"), str(home / "merged"))
+        same("merged, in transformers", theirs(load(home / "merged"), tokens), expected)
+        same("merged, here", ours(home / "merged", tokens), expected)
+
+
+def main() -> None:
+    golden = Path(__file__).parent / "golden"
+    if sys.argv[1:] == ["make"]:
+        make(golden)
+        return
+    bases = [Path(path) for path in sys.argv[1:]] or [golden / "llama", golden / "llama_gqa_llama3"]
+    for base in bases:
+        check(base, MODULES)
+        check(base, ["q_proj", "v_proj"], use_rslora=True)
+        check(base, ["o_proj", "down_proj"], layers_to_transform=[1])
+    print("all equal")
+
+
+if __name__ == "__main__":
+    main()
