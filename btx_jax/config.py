@@ -478,6 +478,8 @@ class TaskConfig:
 
     kind: multiple_choice (fields choices, gold: the likeliest choice behind the prompt), exact_match (field answer: the last number of
     what is generated, or its text) or code (HumanEval's fields: what is generated passes the item's tests).
+    heldout_fraction: above 0, of multiple_choice, only the items whose prompt and right choice no training run with that
+        data.heldout_fraction has seen.
     prompt: a format string over an item's fields. shots: solved examples in front, from the beginning of shots_file.
     max_tokens, temperature, top_p, stop: of generation. samples: programs per item; pass_at: the k of pass@k; seconds: CPU time of each.
     """
@@ -486,6 +488,7 @@ class TaskConfig:
     file: str
     prompt: str
     limit: int = 0
+    heldout_fraction: float = 0.0
     shots: int = 0
     shots_file: str = ""
     max_tokens: int = 256
@@ -504,6 +507,11 @@ class TaskConfig:
             _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
         _require(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p}: must lie in (0, 1]")
+        _require(0 <= self.heldout_fraction < 1, f"heldout_fraction={self.heldout_fraction}: must lie in [0, 1)")
+        _require(
+            not self.heldout_fraction or self.kind == "multiple_choice",
+            f"heldout_fraction={self.heldout_fraction}: for kind='multiple_choice' only",
+        )
         _require(bool(self.shots_file) or not self.shots, "shots_file: missing, and shots are asked for")
         _require(all(1 <= k <= self.samples for k in self.pass_at), f"pass_at={self.pass_at}: each must lie in 1 .. samples={self.samples}")
         several = self.kind == "code" and self.samples > 1
@@ -542,11 +550,18 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class ReportConfig:
     """evaluate: directory of the evaluate stage. runs: name -> directory of every stage whose curves and times are shown. others:
-    directories of the evaluate stages of the same arms with other seeds; with them, arms are compared in pairs."""
+    directories of the evaluate stages of the same arms with other seeds; with them, arms are compared in pairs. continual: `MODEL:TASK`
+    in the order of training, each model having just learnt its task; the scores on all of them give OP, PD and BWT."""
 
     evaluate: str
     runs: Mapping[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    continual: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for i, pair in enumerate(self.continual):
+            _require(all(pair.partition(":")), f"continual[{i}]={pair!r}: must be MODEL:TASK")
+        _require(len(self.continual) != 1, "continual: one task alone; name two or more, in the order of training")
 
 
 @dataclass(frozen=True)

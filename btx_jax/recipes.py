@@ -13,8 +13,6 @@ from btx_jax.config import (
     ConfigError,
     DataConfig,
     EvaluateConfig,
-    FormatConfig,
-    LoRAConfig,
     MeshConfig,
     MixConfig,
     ModelConfig,
@@ -76,18 +74,6 @@ TASKS = {
     "gsm8k": TaskConfig("exact_match", f"{EVALS}/gsm8k.jsonl.gz", "Question: {context}\nAnswer:", stop=("\n\n", "\nQuestion:")),
     "humaneval": TaskConfig(
         "code", f"{EVALS}/humaneval.jsonl.gz", "{prompt}", max_tokens=384, stop=("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
-    ),
-}
-
-# task -> its items and how they become text; only answers are learnt
-LORA_TASKS = {
-    "arc_easy": (f"{EVALS}/arc_easy.jsonl.gz#@answers", FormatConfig("{query}\nAnswer:", " {choice}", cutoff=256)),
-    "piqa": (f"{EVALS}/piqa.jsonl.gz#@answers", FormatConfig("{query}Answer:", " {choice}", cutoff=256)),
-    "openbook_qa": (f"{EVALS}/openbook_qa.jsonl.gz#@answers", FormatConfig("{query}", " {choice}", cutoff=256)),
-    "commonsense_qa": (f"{EVALS}/commonsense_qa.jsonl.gz#@answers", FormatConfig("{query}", " {choice}", cutoff=256)),
-    "gsm8k": (
-        f"{EVALS}/gsm8k.jsonl.gz#@answers",
-        FormatConfig("Question: {context}\nAnswer:", " {chain_of_thought}\n#### {answer}", cutoff=256),
     ),
 }
 
@@ -202,25 +188,6 @@ def mix(size: str) -> ml_collections.ConfigDict:
     """The default sources are where the seed and expert configs leave their runs; the seed itself is the last expert."""
     suffix = "" if size == "llama2_7b" else f"_{size}"
     return to_config_dict(_mix(tuple(f"runs/{name}{suffix}" for name in ("math_expert", "code_expert", "wiki_expert", "seed"))))
-
-
-def mola(task: str) -> ml_collections.ConfigDict:
-    """MoLA (section 4.1's settings but for the batch): LoRA experts on a Hugging Face Llama, learning a test set's answers."""
-    if task not in LORA_TASKS:
-        raise ConfigError(f"--config=...:{task}: no such task; known: {', '.join(LORA_TASKS)}")
-    source, answers = LORA_TASKS[task]
-    data = DataConfig(source, formats={"answers": answers}, sequence_length=256, heldout_fraction=0.1)
-    train = TrainConfig(
-        300, batch_size=8, learning_rate=3e-4, warmup_steps=20, weight_decay=0.0, balance_weight=0.0, eval_every=50, frozen="base"
-    )
-    compute = ComputeConfig(dtype="float32", remat="attention", loss_chunk=512)
-    lora = LoRAConfig("2468")
-    return to_config_dict(
-        Config(
-            "train", init="$BTX_DATA_DIR/seed", lora=lora, compute=compute, train=train, data=data, mesh=MeshConfig(),
-            checkpoint=CheckpointConfig(100),
-        )
-    )  # fmt: skip
 
 
 def sparse_upcycling(size: str) -> ml_collections.ConfigDict:

@@ -9,8 +9,8 @@ Cost: SmolLM2-135M, 300 steps of 8 x 256 tokens: about an hour on 2 CPU cores.
 Expected: held-out loss of the answers falls; the base stays as it is, a checkpoint holds the experts alone.
 """
 
-from btx_jax import recipes
+from btx_jax import lora_recipes
 
 
 def get_config(task: str = "arc_easy"):
-    return recipes.mola(task)
+    return lora_recipes.mola(task)

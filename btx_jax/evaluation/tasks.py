@@ -40,13 +40,15 @@ def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
             raise UserError(f"{key}.prompt={task.prompt!r}: {where} has no {error}") from error
 
 
+def solved(item: Item, task: TaskConfig) -> str:
+    """An item's prompt with its right answer behind it."""
+    answer = item["choices"][int(item["gold"])] if "choices" in item else str(item.get("chain_of_thought") or item["answer"])
+    return f"{task.prompt.format_map(item)} {answer}"
+
+
 def few_shot(examples: Sequence[Item], task: TaskConfig) -> str:
     """The solved examples in front of every question."""
-
-    def solution(item: Item) -> str:
-        return item["choices"][int(item["gold"])] if "choices" in item else str(item.get("chain_of_thought") or item["answer"])
-
-    return "".join(f"{task.prompt.format_map(item)} {solution(item)}\n\n" for item in examples)
+    return "".join(f"{solved(item, task)}\n\n" for item in examples)
 
 
 def multiple_choice(

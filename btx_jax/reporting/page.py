@@ -52,7 +52,7 @@ def render(
         for name, row in values.items()
     ]
     routing = summary["routing"].get(summary["shown"])
-    figures = {
+    figures: dict[str, Any] = {
         "matrix": plots.loss_matrix(summary),
         "compute": plots.loss_against_compute(summary["models"]),
         "curves": plots.loss_curves(curves),
@@ -66,6 +66,7 @@ def render(
         every = -(-len(routing["redundancy"]) // MOST_MAPS)
         figures["redundancy"] = plots.redundancy_maps(routing["redundancy"][::every], experts)
         texts = routing["texts"]
+    figures["lora"] = {name: plots.lora_maps(found) for name, found in summary["lora"].items() if any_pair(found)}
     if summary["comparison"]:
         figures["arms"] = plots.arms(summary["comparison"])
     environment = jinja2.Environment(loader=jinja2.PackageLoader("btx_jax.reporting", "."), autoescape=True)
@@ -75,6 +76,11 @@ def render(
         colours=plots.EXPERT_COLOURS, choices={name: {key: text[key] for key in ("experts", "gates")} for name, text in texts.items()},
         as_script=_as_script,
     )  # fmt: skip
+
+
+def any_pair(found: Mapping[str, Any]) -> bool:
+    """Whether some layer has two LoRA experts."""
+    return any(layer for layers in found["redundancy"].values() for layer in layers)
 
 
 def _as_script(values: Any) -> str:

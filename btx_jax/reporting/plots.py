@@ -106,6 +106,17 @@ def routing_maps(load: Mapping[str, Sequence[Sequence[float]]], experts: Sequenc
     return _svg(figure)
 
 
+def lora_maps(found: Mapping[str, Any]) -> str:
+    """Of LoRA experts: mean cosine between those of a layer, map by layer, and how many it has."""
+    targets, counts = list(found["redundancy"]), found["experts"]
+    values = np.array([[np.nan if x is None else x["cosine"] for x in found["redundancy"][target]] for target in targets], float)
+    figure, axes = plt.subplots(figsize=(max(4.0, 0.42 * len(counts) + 1.2), 0.32 * len(targets) + 1.1))
+    columns = [f"{layer}\n({count})" for layer, count in enumerate(counts)]
+    _heat_map(axes, values, np.abs(np.nan_to_num(values)), targets, columns, "{:.2f}", top=1)
+    axes.set_xlabel("layer (experts)")
+    return _svg(figure)
+
+
 def redundancy_maps(layers: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> str:
     """One map a layer: cosine between the experts' deviations from their mean."""
     figure, all_axes = plt.subplots(1, len(layers), figsize=(2.3 * len(layers), 2.4), squeeze=False)

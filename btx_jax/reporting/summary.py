@@ -6,6 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
+from btx_jax.config import suggest
+from btx_jax.errors import UserError
+from btx_jax.evaluation.continual import measures
 from btx_jax.reporting.compare import compare
 from btx_jax.reporting.metrics import FILE, read_metrics
 
@@ -26,13 +29,15 @@ def summarise(
     curves: Mapping[str, list[dict[str, Any]]],
     seconds: Mapping[str, float],
     others: Sequence[Mapping[str, Any]] = (),
+    continual: Sequence[str] = (),
 ) -> dict[str, Any]:
     """results: of the evaluate stage; others: the same arms' with other seeds. curves: run -> its metrics lines. seconds: stage -> wall
     time.
 
     models: least trained first; where one is called `seed`, its costs are taken off all others'. gains: against the seed and the experts.
     routing: of every mixture; shown: the one that the page looks into, `btx` or else the longest trained. dropped_fraction: mean of the
-    last steps of the last run that trained a mixture.
+    last steps of the last run that trained a mixture. lora: what LoRA experts became, of every model that has some. continual: scores and
+    measures of tasks learnt in turn (ReportConfig.continual).
     """
     by_training = sorted(results["models"].items(), key=lambda item: item[1]["tokens"])
     models = {name: {key: model[key] for key in (*SHOWN, *(("tasks",) if "tasks" in model else ()))} for name, model in by_training}
@@ -52,8 +57,24 @@ def summarise(
         "dropped_fraction": dropped,
         "curves": {name: points for name, lines in curves.items() if (points := curve_points(lines))},
         "wall_seconds": dict(seconds),
+        "lora": {name: results["models"][name]["lora"] for name, _ in by_training if "lora" in results["models"][name]},
+        "continual": learnt_in_turn(results["models"], continual) if continual else None,
         "comparison": compare([results["models"], *(other["models"] for other in others)]) if others else None,
     }
+
+
+def learnt_in_turn(models: Mapping[str, Any], continual: Sequence[str]) -> dict[str, Any]:
+    """{models, tasks, scores [t][t] in percent, continual.measures of them}. Raises UserError for a model or task that was not tried."""
+    names, tasks = zip(*(pair.split(":", 1) for pair in continual), strict=True)
+    scores = []
+    for name in names:
+        if name not in models:
+            raise UserError(f"config.report.continual: no model {name!r}; {suggest(name, models)}")
+        found = models[name].get("tasks", {})
+        if missing := [task for task in tasks if task not in found]:
+            raise UserError(f"config.report.continual: {name} was not tried on {missing[0]!r}; {suggest(missing[0], found)}")
+        scores.append([100 * next(iter(found[task].values())) for task in tasks])
+    return {"models": names, "tasks": tasks, "scores": scores, **measures(scores)}
 
 
 def gains(models: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_par
 from btx_jax.checkpoints.training_state import About
 from btx_jax.config import Config, ConfigError, EnsembleConfig, ModelConfig, TaskConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
-from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
+from btx_jax.data.prepare import PreparedDomain, is_heldout, prepare, resolve_tokenizer
 from btx_jax.data.sources import read_json_lines
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
 from btx_jax.evaluation import btm, lora, routing
@@ -29,7 +29,7 @@ from btx_jax.evaluation.explain import explain
 from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
 from btx_jax.evaluation.likelihood import Scorer
-from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice
+from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice, solved
 from btx_jax.models.llama import abstract_params, parameter_counts
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
@@ -154,7 +154,13 @@ def evaluate_model(
 def read_items(name: str, task: TaskConfig) -> tuple[list[Any], list[Any]]:
     """(the test set's items, its solved examples)."""
     key = f"config.evaluate.tasks.{name}"
-    items = read_json_lines(task.file, f"{key}.file", task.limit)
+    items = read_json_lines(task.file, f"{key}.file", 0 if task.heldout_fraction else task.limit)
+    if task.heldout_fraction:
+        check_items(items, task, key)
+        kept = [item for item in items if is_heldout(solved(item, task), task.heldout_fraction)]
+        if not kept:
+            raise ConfigError(f"{key}.heldout_fraction={task.heldout_fraction}: holds out none of the {len(items)} items of {task.file}")
+        items = kept[: task.limit or None]
     examples = read_json_lines(task.shots_file, f"{key}.shots_file", task.shots) if task.shots else []
     for each in (items, examples) if task.shots else (items,):
         check_items(each, task, key)

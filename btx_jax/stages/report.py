@@ -25,7 +25,7 @@ def run(config: Config, workdir: Path) -> None:
     runs = {name: Path(directory) for name, directory in config.report.runs.items()}
     done = {name: read_json(d / DONE) for name, d in runs.items() if (d / DONE).exists()}
     curves = read_curves(config.report.runs)
-    summary = summarise(results, curves, {name: values["seconds"] for name, values in done.items()}, others)
+    summary = summarise(results, curves, {name: values["seconds"] for name, values in done.items()}, others, config.report.continual)
     configs = {name: (d / CONFIG).read_text(encoding="utf-8") for name, d in runs.items() if (d / CONFIG).exists()}
     provenance = {name: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()} for name, text in configs.items()}
     title = f"Branch-Train-MiX: {workdir.parent.name}"

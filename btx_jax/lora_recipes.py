@@ -1,0 +1,90 @@
+"""MoLA's runs as functions that config files call: LoRA experts on a frozen Hugging Face Llama, learning the answers of test sets."""
+
+import dataclasses
+
+import ml_collections
+
+from btx_jax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    FormatConfig,
+    LoRAConfig,
+    MeshConfig,
+    PipelineStage,
+    ReportConfig,
+    TrainConfig,
+    suggest,
+)
+from btx_jax.config_dict import to_config_dict
+from btx_jax.recipes import EVALS, TASKS
+
+HELDOUT = 0.1
+# How the items of a test set become text; only answers are learnt.
+FORMATS = {
+    "arc_easy": FormatConfig("{query}\nAnswer:", " {choice}"),
+    "piqa": FormatConfig("{query}Answer:", " {choice}"),
+    "openbook_qa": FormatConfig("{query}", " {choice}"),
+    "commonsense_qa": FormatConfig("{query}", " {choice}"),
+    "gsm8k": FormatConfig("Question: {context}\nAnswer:", " {chain_of_thought}\n#### {answer}"),
+}
+
+
+def _data(task: str) -> DataConfig:
+    domains = {name: f"{EVALS}/{name}.jsonl.gz#@{name}" for name in FORMATS}
+    return DataConfig(task, domains=domains, formats=FORMATS, sequence_length=256, heldout_fraction=HELDOUT)
+
+
+def _mola(task: str, init: str) -> Config:
+    """MoLA's settings (section 4.1) but for the batch, which is a sixteenth of theirs."""
+    return Config(
+        "train",
+        init=init,
+        lora=LoRAConfig("2468"),
+        compute=ComputeConfig(dtype="float32", remat="attention", loss_chunk=512),
+        train=TrainConfig(
+            steps=300,
+            batch_size=8,
+            learning_rate=3e-4,
+            warmup_steps=20,
+            weight_decay=0.0,
+            balance_weight=0.0,
+            eval_every=50,
+            frozen="base",
+        ),
+        data=_data(task),
+        mesh=MeshConfig(),
+        checkpoint=CheckpointConfig(every=100),
+    )
+
+
+def mola(task: str) -> ml_collections.ConfigDict:
+    if task not in FORMATS:
+        raise ConfigError(f"--config=...:{task}: no such task; {suggest(task, FORMATS)}")
+    return to_config_dict(_mola(task, "$BTX_DATA_DIR/seed"))
+
+
+def continual(names: str) -> ml_collections.ConfigDict:
+    """One task after another on the same LoRA experts, tried on all of them after each (MoLA, section 4.4). names: comma-separated."""
+    order = names.split(",")
+    choices = [name for name in FORMATS if TASKS[name].kind == "multiple_choice"]
+    for task in order:
+        if task not in choices:
+            raise ConfigError(f"--config=...:{names}: no such task as {task!r}; {suggest(task, choices)}")
+    stages: dict[str, PipelineStage] = {}
+    before = "$BTX_DATA_DIR/seed"
+    for task in order:
+        stages[task] = PipelineStage(_mola(task, before), needs=(before[1:],) if before.startswith("@") else ())
+        before = f"@{task}"
+    tried = {task: dataclasses.replace(TASKS[task], heldout_fraction=HELDOUT) for task in order}
+    evaluate = EvaluateConfig({task: f"@{task}" for task in order}, tasks=tried, shown_tokens=0)
+    config = dataclasses.replace(_mola(order[0], ""), stage="evaluate", lora=None, train=None, checkpoint=None, evaluate=evaluate)
+    config = dataclasses.replace(config, data=dataclasses.replace(_data(order[0]), heldout=",".join(order)))
+    stages["evaluate"] = PipelineStage(config, needs=tuple(order))
+    runs = {name: f"@{name}" for name in stages}
+    report = ReportConfig("@evaluate", runs, continual=tuple(f"{task}:{task}" for task in order))
+    stages["report"] = PipelineStage(Config("report", report=report), needs=tuple(runs))
+    return to_config_dict(Config("pipeline", pipeline=stages))
