@@ -11,7 +11,7 @@ demo: install
 	$(BIN)/python -m btx_jax.launch --config=configs/demo.py
 
 test: install-dev
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 lint: install-dev
 	$(BIN)/ruff check .

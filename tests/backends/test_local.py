@@ -39,6 +39,7 @@ def steps(workdir):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+@pytest.mark.slow
 def test_branches_run_together_and_one_that_is_killed_touches_no_other(cli):
     config = cli.home / "pipeline.py"
     config.write_text(PIPELINE.format(text=str(cli.text), tokenizer=str(cli.tokenizer), cache=str(cli.home / "cache")))

@@ -76,8 +76,7 @@ def test_at_initialisation_it_is_the_base_bit_for_bit(model):
     assert not np.array_equal(logits_of(model, busy(model), tokens_of()), without)
 
 
-@pytest.mark.parametrize("experts", [1, 2, 4, 6, 8])
-@pytest.mark.parametrize("target", ["q", "down"])
+@pytest.mark.parametrize(("target", "experts"), [("q", 1), ("q", 2), ("q", 4), ("q", 6), ("q", 8), ("down", 3)])
 def test_outputs_and_gradients_equal_a_loop_in_float64(experts, target):
     spec = LoRASpec(experts, 4, min(2, experts), 1.5, 0.0, (target,), "top_k")
     rng = np.random.default_rng(experts)

@@ -24,6 +24,7 @@ def moved(result, kind, across=False):
     return sum(row["wire_bytes"] for row in result["collectives"] if row["kind"] == kind and row["across_slices"] == across)
 
 
+@pytest.mark.slow
 def test_a_moe_on_one_slice_and_on_two(cli):
     einsum, told = check(cli, "einsum", *MOE, "--compile_topology=v5p:2x2x4")
     assert einsum["fits"]
@@ -53,6 +54,7 @@ def test_a_moe_on_one_slice_and_on_two(cli):
     assert across, "two slices that exchange no gradient would train two models"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would(cli):
     big = ("--config=configs/math_expert.py", *MODEL[:-1], "--config.train.batch_size=64", "--config.train.accumulate=1")
     wide = ("--config.model.layers=24", "--config.compute.remat=none", "--config.data.sequence_length=4096")

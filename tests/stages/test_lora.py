@@ -84,23 +84,23 @@ def test_a_killed_run_goes_on_exactly_and_the_base_keeps_every_bit(cli):
     def run(name, *more):
         return (
             "--config=configs/mola.py", f"--config.init={cli.home / 'base'}", f"--workdir={cli.home / name}",
-            f"--config.data.train={file}#@arc_easy", f"--config.data.cache={cli.home / 'cache'}", "--config.train.steps=40",
+            f"--config.data.train={file}#@arc_easy", f"--config.data.cache={cli.home / 'cache'}", "--config.train.steps=24",
             "--config.checkpoint.every=5", *MORE, *more,
         )  # fmt: skip
 
     cli.run(*run("whole"))
     process = cli.start(*run("killed"))
-    cli.wait_for_step("killed", 12, process)
+    cli.wait_for_step("killed", 8, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 0 < cli.steps_logged("killed")[-1] < 40, "killed too late to show anything"
+    assert 0 < cli.steps_logged("killed")[-1] < 24, "killed too late to show anything"
     cli.run(*run("killed"))
-    assert cli.steps_logged("killed") == list(range(1, 41))
+    assert cli.steps_logged("killed") == list(range(1, 25))
     one, other = (adapter_tensors(find_checkpoint(cli.home / name)) for name in ("whole", "killed"))
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)
     assert digest(load_params(find_checkpoint(cli.home / "base"))) == base
-    held = {path.name for path in (cli.home / "whole" / "checkpoints" / "40").iterdir()}
+    held = {path.name for path in (cli.home / "whole" / "checkpoints" / "24").iterdir()}
     assert {"params", "opt_state", "data", "about"} <= held
 
     adapter.export(str(cli.home / "whole"), str(cli.home / "exported"))
