@@ -64,7 +64,7 @@ def is_heldout(text: str, fraction: float) -> bool:
 
 
 class Document(NamedTuple):
-    """ids: of its tokens. bytes: of its text in UTF-8. learnt: of each token, whether it is a target; None for all."""
+    """ids: of its tokens. bytes: in UTF-8, of the text that is learnt. learnt: of each token, whether it is a target; None for all."""
 
     ids: list[int]
     bytes: int
@@ -94,12 +94,14 @@ def pack(documents: Iterator[Document], tokenizer: Tokenizer, sequence_length: i
         }
 
     for number, (ids, text_bytes, learnt) in enumerate(documents):
-        ends = np.arange(len(ids) + 1) * text_bytes // max(len(ids), 1)
-        sizes = np.concatenate([np.zeros(len(before), np.int64), np.diff(ends), np.zeros(len(after), np.int64)])
+        is_learnt = np.ones(len(ids), bool) if learnt is None else np.array(learnt, bool)
+        count = int(is_learnt.sum())
+        spread = np.zeros(len(ids), np.int64)
+        spread[is_learnt] = np.diff(np.arange(count + 1) * text_bytes // max(count, 1))
+        sizes = np.concatenate([np.zeros(len(before), np.int64), spread, np.zeros(len(after), np.int64)])
         tokens = np.array(before + ids + after, np.int64)
         signs = np.ones(len(tokens), np.int64)
-        if learnt is not None:
-            signs[len(before) : len(before) + len(ids)] = np.where(learnt, 1, -1)
+        signs[len(before) : len(before) + len(ids)] = np.where(is_learnt, 1, -1)
         more = (tokens, np.full(len(tokens), number), sizes, signs)
         columns = [np.concatenate(pair) for pair in zip(columns, more, strict=True)]
         start = 0
@@ -118,10 +120,10 @@ def text_document(text: str, tokenizer: Tokenizer) -> Document:
 
 def formatted_document(pieces: list[Piece], tokenizer: Tokenizer, cutoff: int) -> Document | None:
     """Cut to `cutoff` tokens; None when no answer is left. Raises UnicodeEncodeError as text_document does."""
-    size = len("".join(piece.text for piece in pieces).encode("utf-8"))
+    size = len("".join(piece.text for piece in pieces if piece.learnt).encode("utf-8"))
     ids, learnt = encode_pieces(pieces, tokenizer)
     if len(ids) > cutoff:
-        size = size * cutoff // len(ids)
+        size = size * sum(learnt[:cutoff]) // max(sum(learnt), 1)
         ids, learnt = ids[:cutoff], learnt[:cutoff]
     return Document(ids, size, learnt) if any(learnt) else None
 
@@ -223,7 +225,7 @@ def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: Data
                 )
             for key, value in (("documents", 1), ("tokens", len(ids)), ("bytes", size)):
                 counts[split][key] += value
-            progress.update(size)
+            progress.update(len(text))
             yield document
 
     def rows(split: str) -> Iterator[dict[str, np.ndarray]]:

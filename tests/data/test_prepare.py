@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from btx_jax.config import DataConfig
 from btx_jax.data.mixture import heldout_rows, training_batches
-from btx_jax.data.prepare import is_heldout, pack, prepare
+from btx_jax.data.prepare import Document, is_heldout, pack, prepare
 from btx_jax.data.sources import Problems, Source, parse_domains, parse_sources, read_documents
 from btx_jax.data.tokenizers import HuggingFaceTokenizer, copy_tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
 from btx_jax.errors import UserError
@@ -41,7 +41,7 @@ class Letters:
 def test_every_token_is_a_target_exactly_once_and_bytes_add_up(texts, length):
     tokenizer = Letters()
     documents = [(tokenizer.encode(t), len(t)) for t in texts]
-    rows = list(pack(iter(documents), tokenizer, length))
+    rows = list(pack((Document(*document) for document in documents), tokenizer, length))
     targets = []
     for row in rows:
         assert row["tokens"].shape == row["segments"].shape == (length + 1,)

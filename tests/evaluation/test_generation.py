@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.config import ComputeConfig, MoEConfig
+from btx_jax.config import ComputeConfig, LoRAConfig, MoEConfig
 from btx_jax.evaluation.generation import Generator, Sampling, sample_token
 from btx_jax.models.llama import Llama, init_params, logits
 from btx_jax.parallel.sharding import make_mesh
@@ -15,12 +15,14 @@ COMPUTE = ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [20, 21]]
 MIXED = dataclasses.replace(TINY, moe=MoEConfig((0, 4, 2)))
 SOFT = dataclasses.replace(TINY, moe=MoEConfig((4, 4, 4), routing="soft"))
+LORA = dataclasses.replace(TINY, lora=LoRAConfig("1,3,3", k=(1, 2, 2), rank=(2,), targets=("q", "o", "up", "down")))
 TOP1 = dataclasses.replace(TINY, moe=MoEConfig((6, 6, 6), k=1, routing="switch"))
 
 
 def scaled(model):
     """Random parameters large enough for greedy decoding not to repeat one token."""
-    return jax.tree.map(lambda x: x * 6 if x.ndim > 2 else x, init_params(model, jax.random.key(1)))
+    larger = lambda path, x: 0.5 * jax.random.normal(jax.random.key(2), x.shape) if path[-1].key == "b" else x * 6 if x.ndim > 2 else x  # noqa: E731
+    return jax.tree_util.tree_map_with_path(larger, init_params(model, jax.random.key(1)))
 
 
 def without_cache(model, params, prompt, new_tokens):
@@ -34,7 +36,7 @@ def without_cache(model, params, prompt, new_tokens):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("model", [TINY, MOE, MIXED, SOFT, TOP1], ids=["dense", "moe", "mixed", "soft", "switch"])
+@pytest.mark.parametrize("model", [TINY, MOE, MIXED, SOFT, TOP1, LORA], ids=["dense", "moe", "mixed", "soft", "switch", "lora"])
 def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device):
     params = scaled(model)
     want = [without_cache(model, params, prompt, 40) for prompt in PROMPTS]
