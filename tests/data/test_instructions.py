@@ -103,7 +103,7 @@ def test_rows_carry_what_is_learnt_and_its_bytes(tokenizer, tmp_path):
     answers = sum(len(row["a"]) for row in rows[:60] if is_heldout(row["q"] + row["a"], 0.3))
     assert held["bytes"].sum() == answers, "of the answers, to the last byte"
 
-    with pytest.raises(UserError, match=r"no format 'qb'.*did you mean 'qa'"):
+    with pytest.raises(UserError, match="no format 'qb' for"):
         prepare(f"{tmp_path / 'items.jsonl'}#@qb", config, tokenizer, "config.data.train")
     with pytest.raises(ConfigError, match="not both"):
         FormatConfig("{q}", "{a}", messages="m")
