@@ -159,6 +159,11 @@ def load_base(base: Base, model: ModelConfig, abstract: Any, whose: Path | str) 
 
     Raises UserError when there is no such checkpoint, it is another model, or base.digest is set and not that of its values.
     """
+    if not Path(base.path).exists():
+        raise UserError(
+            f"{whose}: its base {base.path} is gone; put it there again, or export the adapter and write the new place into base.path of "
+            f"its {adapter.ABOUT} (the digest is checked)"
+        )
     found = find_checkpoint(base.path, f"{whose}: its base")
     reader = open_reader(found)
     if changed := differences(to_dict(model.base()), to_dict(found.about.model)):

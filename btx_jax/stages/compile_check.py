@@ -263,7 +263,8 @@ def print_check(result: Check, console: Console) -> None:
     )
     table.add_row(
         "FLOPs of the model",
-        f"{flops['model']:.3e} (6 N D), attention {flops['model_attention']:.3e}: compiled / model {flops['ratio']:.2f}",
+        f"{flops['model']:.3e} (6 N D; 4 N D of a frozen base), attention {flops['model_attention']:.3e}: "
+        f"compiled / model {flops['ratio']:.2f}",
     )
     table.add_row("einsum dispatch", f"{flops['dispatch_share']:.1%} of the FLOPs")
     for row in result.collectives:

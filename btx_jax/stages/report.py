@@ -28,7 +28,7 @@ def run(config: Config, workdir: Path) -> None:
     summary = summarise(results, curves, {name: values["seconds"] for name, values in done.items()}, others, config.report.continual)
     configs = {name: (d / CONFIG).read_text(encoding="utf-8") for name, d in runs.items() if (d / CONFIG).exists()}
     provenance = {name: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()} for name, text in configs.items()}
-    title = f"Branch-Train-MiX: {workdir.parent.name}"
+    title = f"{workdir.parent.name}: what was gained"
     write_text(
         workdir / "report.html", render(title, summary, curves, expert_names(Path(config.report.evaluate), summary["shown"]), provenance)
     )

@@ -134,3 +134,38 @@ def test_two_processes_mix_and_evaluate_as_one(cli, mixture):
     for task in ("choice", "number"):
         one, two = (json.loads((cli.home / name / "parts" / "mix" / f"{task}.json").read_text()) for name in ("one", "two"))
         assert one["items"] == two["items"] or task == "choice"
+
+
+@pytest.mark.slow
+def test_two_processes_train_lora_experts_as_one_and_resume(cli):
+    cli.run(*cli.seed("seed", steps=3))
+    items = cli.home / "items.jsonl"
+    rows = [{"query": f"Item {i}: the river?", "choices": ["paper", "river"], "gold": 1} for i in range(300)]
+    items.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def lora(workdir, *more):
+        return (
+            "--config=configs/mola.py", f"--config.init={cli.home / 'seed'}", f"--workdir={cli.home / workdir}",
+            f"--config.data.train={items}#@arc_easy", f"--config.data.cache={cli.home / 'cache'}", "--config.data.sequence_length=64",
+            "--config.lora.allocation=2,3", "--config.train.steps=12", "--config.train.warmup_steps=2", "--config.train.eval_every=12",
+            "--config.train.eval_rows=8", "--config.checkpoint.every=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", *more,
+        )  # fmt: skip
+
+    def told(workdir):
+        lines = [json.loads(line) for line in (cli.home / workdir / "metrics.jsonl").read_text().splitlines()]
+        heldout = [value["nats_per_token"] for line in lines if "heldout" in line for value in line["heldout"].values()]
+        return [line["loss"] for line in lines if "loss" in line], heldout
+
+    finish(cli.start_several(1, 4, *lora("one")), (0,))
+    finish(cli.start_several(2, 2, *lora("two")))
+    (want, want_heldout), (got, got_heldout) = told("one"), told("two")
+    assert got[0] == pytest.approx(want[0], abs=1e-6), "other rows, or other masks"
+    # Where B is still nearly zero, A's gradients are rounding and little else, and Adam makes full steps of them.
+    assert got + got_heldout == pytest.approx(want + want_heldout, abs=2e-3)
+    killed = cli.start_several(2, 2, *lora("killed"))
+    cli.wait_for_step("killed", 6, killed[0])
+    for process in killed:
+        process.kill()
+        process.communicate()
+    finish(cli.start_several(2, 2, *lora("killed")))
+    assert cli.digest("killed") == cli.digest("two")
