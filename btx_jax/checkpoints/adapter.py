@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from btx_jax.checkpoints.huggingface import is_finite, raise_problems
 from btx_jax.checkpoints.training_state import About, about_from_json, about_to_json, stored
@@ -141,7 +141,7 @@ def _load(file: Path) -> dict[str, np.ndarray]:
 
 def write_directory(directory: Path, about: About, tensors: Mapping[str, np.ndarray]) -> None:
     """Into a directory that exists."""
-    save_file(dict(tensors), directory / TENSORS, metadata={"format": "btx_jax"})
+    (directory / TENSORS).write_bytes(save(dict(tensors), metadata={"format": "btx_jax"}))
     assert about.model.lora
     experts = [spec.experts if spec else 0 for spec in about.model.lora.specs(about.model.layers)]
     (directory / ABOUT).write_text(json.dumps(about_to_json(about) | {"experts": experts}, indent=2) + "\n", encoding="utf-8")
@@ -159,7 +159,7 @@ def write_peft(directory: Path, model: ModelConfig, ours: Mapping[str, np.ndarra
     for name, array in ours.items():
         _, layer, target, part = name.split(".")
         tensors[f"base_model.model.model.layers.{layer}.{_MODULES[target]}.lora_{part.upper()}.weight"] = np.ascontiguousarray(array[0])
-    save_file(tensors, directory / PEFT_TENSORS, metadata={"format": "pt"})
+    (directory / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     some = [layer for layer, spec in enumerate(specs) if spec]
     config = {
         "peft_type": "LORA",
