@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from btx_jax.checkpoints.huggingface import HuggingFaceWriter, slots
-from btx_jax.config import ModelConfig
+from btx_jax.model_config import ModelConfig
 
 TINYLLAMA = ModelConfig(vocab_size=32000, layers=22, d_model=2048, d_ff=5632, heads=32, kv_heads=4, head_dim=64, context=2048)
 SOURCES = ("a", "b", "c")

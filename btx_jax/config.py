@@ -5,253 +5,21 @@ dictionaries and back.
 """
 
 import dataclasses
-import difflib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from btx_jax.allocation import experts_per_layer
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, one_of, require, suggest
+from btx_jax.model_config import LoRAConfig, ModelConfig, MoEConfig
 
-ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
 DISPATCHES = ("einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
 FROZEN = ("", "experts", "all_but_routers", "base")
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-GATINGS = ("top_k", "sigmoid", "cosine")
 MIX_METHODS = ("btx", "average", "split", "blend")
 ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
 STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
-
-
-class ConfigError(UserError):
-    """A config that cannot run. The message starts with the key."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}={value!r}: {suggest(value, allowed)}")
-
-
-def suggest(word: str, known: typing.Iterable[str]) -> str:
-    known = tuple(known)
-    close = difflib.get_close_matches(str(word), known, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known)
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Longer contexts by slower rotations. `linear` divides every frequency by factor; `llama3` only the low ones."""
-
-    kind: str = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-
-    def __post_init__(self):
-        _one_of("kind", self.kind, ("none", "linear", "llama3"))
-        _require(self.factor >= 1, f"factor={self.factor}: must be at least 1")
-        _require(
-            0 < self.low_freq_factor < self.high_freq_factor,
-            f"low_freq_factor={self.low_freq_factor}: must lie between 0 and high_freq_factor={self.high_freq_factor}",
-        )
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Which layers are mixtures, and how their tokens are routed.
-
-    experts: one count per layer, 0 for a layer that stays dense.
-    k: experts per token (top_k only; switch and sample_top1 use 1, soft uses all).
-    first_routing: another routing for the first MoE layer; "" for the same (BTX pairs sample_top1 with soft there).
-    """
-
-    experts: tuple[int, ...]
-    k: int = 2
-    routing: str = "top_k"
-    first_routing: str = ""
-
-    def __post_init__(self):
-        _one_of("routing", self.routing, ROUTINGS)
-        if self.first_routing:
-            _one_of("first_routing", self.first_routing, ROUTINGS)
-        _require(any(self.experts), "experts: no layer has any; leave config.model.moe out for a dense model")
-        _require(self.k >= 1, f"k={self.k}: must be at least 1")
-        for layer, experts in enumerate(self.experts):
-            _require(experts >= 0, f"experts: {experts} in layer {layer}; must be 0 (dense) or more")
-            if experts and "top_k" in (self.routing, self.first_routing):
-                _require(self.k <= experts, f"k={self.k}: more than the {experts} experts of layer {layer}; lower k or add experts")
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank experts beside frozen linear maps (MoLA, arXiv 2402.08562): h = W x + sum of g_i (alpha / rank) B_i A_i dropout(x) over the
-    k experts that a router of this layer and map chooses. A layer with one expert has no router: plain LoRA.
-
-    allocation: experts per layer, as digits over the depth (`2468`), a shape with its total (`triangle:160`; also inverted, hourglass,
-    diamond, rectangle) or one number a layer (`2,2,4,4`).
-    rank, k: one number for all layers, or one per layer.
-    targets: which maps, of q, k, v, o, gate, up, down.
-    gating: top_k = softmax, k largest, renormalised (MoLA). sigmoid = sigmoid of the router's logit, one expert a layer: how PHATGOOSE
-        (arXiv 2402.05859) trains a gate behind a finished expert. cosine = softmax over the k routers' rows most parallel to x, both
-        standardised: how it uses such gates.
-    """
-
-    allocation: str = "2468"
-    rank: tuple[int, ...] = (8,)
-    k: tuple[int, ...] = (2,)
-    alpha: float = 16.0
-    dropout: float = 0.05
-    targets: tuple[str, ...] = LORA_TARGETS
-    gating: str = "top_k"
-
-    def __post_init__(self):
-        _one_of("gating", self.gating, GATINGS)
-        _require(bool(self.targets), "targets: none named; known: " + ", ".join(LORA_TARGETS))
-        for i, target in enumerate(self.targets):
-            _one_of(f"targets[{i}]", target, LORA_TARGETS)
-            _require(target not in self.targets[:i], f"targets[{i}]={target!r}: named twice")
-        _require(0 <= self.dropout < 1, f"dropout={self.dropout}: must lie in [0, 1)")
-        _require(self.alpha > 0, f"alpha={self.alpha}: must be positive")
-        for key in ("rank", "k"):
-            for value in getattr(self, key):
-                _require(value >= 1, f"{key}={value}: must be at least 1")
-
-    def specs(self, layers: int) -> tuple["LoRASpec | None", ...]:
-        """What each layer gets. Raises ConfigError when allocation, rank or k do not fit the depth or each other."""
-        try:
-            counts = experts_per_layer(self.allocation, layers)
-        except UserError as error:
-            raise ConfigError(str(error)) from None
-        rank, k = (self._per_layer(key, layers) for key in ("rank", "k"))
-        for layer, experts in enumerate(counts):
-            many = f"the {experts} expert{'s' if experts > 1 else ''} of layer {layer}"
-            _require(k[layer] <= experts or not experts, f"k={k[layer]}: more than {many}; lower k or give one k per layer")
-            _require(self.gating != "sigmoid" or experts <= 1, f"gating='sigmoid': a gate behind one expert, not behind {many}")
-        return tuple(
-            LoRASpec(experts, rank[i], k[i], self.alpha / rank[i], self.dropout, self.targets, self.gating) if experts else None
-            for i, experts in enumerate(counts)
-        )
-
-    def _per_layer(self, key: str, layers: int) -> tuple[int, ...]:
-        values: tuple[int, ...] = getattr(self, key)
-        _require(len(values) in (1, layers), f"{key}: {len(values)} numbers for {layers} layers; give one for all or one per layer")
-        return values * layers if len(values) == 1 else values
-
-
-@dataclass(frozen=True)
-class LoRASpec:
-    """The LoRA experts of one layer. scale: alpha / rank."""
-
-    experts: int
-    rank: int
-    k: int
-    scale: float
-    dropout: float
-    targets: tuple[str, ...]
-    gating: str
-
-    @property
-    def has_router(self) -> bool:
-        return self.experts > 1 or self.gating == "sigmoid"
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What one layer is: experts == 0 is a dense layer. Equal neighbours share one scan."""
-
-    experts: int = 0
-    k: int = 0
-    routing: str = ""
-    lora: LoRASpec | None = None
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A model's architecture: everything that gives its parameters their meaning. Travels inside every checkpoint."""
-
-    vocab_size: int
-    layers: int
-    d_model: int
-    d_ff: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling = RopeScaling()
-    norm_eps: float = 1e-5
-    tied_head: bool = False
-    context: int = 4096
-    moe: MoEConfig | None = None
-    lora: LoRAConfig | None = None
-
-    def __post_init__(self):
-        for key in ("vocab_size", "layers", "d_model", "d_ff", "heads", "kv_heads", "head_dim", "context"):
-            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
-        _require(
-            self.heads % self.kv_heads == 0,
-            f"heads={self.heads}: not divisible by kv_heads={self.kv_heads}; each key head serves heads / kv_heads query heads",
-        )
-        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim}: must be even, RoPE rotates pairs")
-        if self.moe is not None:
-            _require(
-                len(self.moe.experts) == self.layers,
-                f"moe.experts: {len(self.moe.experts)} counts for layers={self.layers}; give one count per layer (0 for a dense layer)",
-            )
-        if self.lora is not None:
-            self.lora.specs(self.layers)
-            inside = [target for target in self.lora.targets if target in ("gate", "up", "down")]
-            _require(
-                not self.moe or not inside,
-                f"lora.targets: {', '.join(inside)} of a mixture's experts cannot be adapted, its attention can (q, k, v, o)",
-            )
-
-    def layer_specs(self) -> tuple[LayerSpec, ...]:
-        """One LayerSpec per layer, first to last."""
-        adapted = self.lora.specs(self.layers) if self.lora else (None,) * self.layers
-        return tuple(dataclasses.replace(spec, lora=lora) for spec, lora in zip(self._moe_specs(), adapted, strict=True))
-
-    def _moe_specs(self) -> tuple[LayerSpec, ...]:
-        if self.moe is None:
-            return (LayerSpec(),) * self.layers
-        specs: list[LayerSpec] = []
-        first = True
-        for experts in self.moe.experts:
-            if not experts:
-                specs.append(LayerSpec())
-                continue
-            routing = self.moe.first_routing if first and self.moe.first_routing else self.moe.routing
-            k = {"top_k": self.moe.k, "soft": experts}.get(routing, 1)
-            specs.append(LayerSpec(experts, k, routing))
-            first = False
-        return tuple(specs)
-
-    def runs(self) -> tuple[tuple[str, int, LayerSpec], ...]:
-        """The stack as runs of equal layers: (parameter name, length, spec). One run, `layers_0`, in most models."""
-        runs: list[tuple[int, LayerSpec]] = []
-        for spec in self.layer_specs():
-            if runs and runs[-1][1] == spec:
-                runs[-1] = (runs[-1][0] + 1, spec)
-            else:
-                runs.append((1, spec))
-        return tuple((f"layers_{i}", length, spec) for i, (length, spec) in enumerate(runs))
-
-    def dense(self) -> "ModelConfig":
-        """The same model without experts: what each branch is."""
-        return dataclasses.replace(self, moe=None)
-
-    def base(self) -> "ModelConfig":
-        """The same model without LoRA experts."""
-        return dataclasses.replace(self, lora=None)
 
 
 @dataclass(frozen=True)
@@ -280,13 +48,13 @@ class ComputeConfig:
     loss_chunk: int = 1024
 
     def __post_init__(self):
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("remat", self.remat, REMAT_POLICIES)
-        _one_of("kernels", self.kernels, KERNELS)
-        _one_of("dispatch", self.dispatch, DISPATCHES)
-        _require(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor}: must be positive")
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("remat", self.remat, REMAT_POLICIES)
+        one_of("kernels", self.kernels, KERNELS)
+        one_of("dispatch", self.dispatch, DISPATCHES)
+        require(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor}: must be positive")
         for key in ("unroll", "group_size", "loss_chunk"):
-            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -319,16 +87,16 @@ class TrainConfig:
     frozen_dtype: str = "float32"
 
     def __post_init__(self):
-        _one_of("frozen", self.frozen, FROZEN)
-        _one_of("frozen_dtype", self.frozen_dtype, DTYPES)
+        one_of("frozen", self.frozen, FROZEN)
+        one_of("frozen_dtype", self.frozen_dtype, DTYPES)
         for key in ("steps", "batch_size", "accumulate", "eval_rows"):
-            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
         for key in ("warmup_steps", "eval_every", "weight_decay", "balance_weight", "z_loss_weight"):
-            _require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
         for key in ("learning_rate", "clip_norm", "eps"):
-            _require(getattr(self, key) > 0, f"{key}={getattr(self, key)}: must be positive")
-        _require(self.batch_size % self.accumulate == 0, f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}")
-        _require(self.warmup_steps <= self.steps, f"warmup_steps={self.warmup_steps}: more than steps={self.steps}; lower it")
+            require(getattr(self, key) > 0, f"{key}={getattr(self, key)}: must be positive")
+        require(self.batch_size % self.accumulate == 0, f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}")
+        require(self.warmup_steps <= self.steps, f"warmup_steps={self.warmup_steps}: more than steps={self.steps}; lower it")
 
 
 @dataclass(frozen=True)
@@ -346,8 +114,8 @@ class FormatConfig:
     cutoff: int = 0
 
     def __post_init__(self):
-        _require(bool(self.messages) != bool(self.answer), "answer: give prompt and answer, or messages, and not both")
-        _require(self.cutoff >= 0, f"cutoff={self.cutoff}: must not be negative")
+        require(bool(self.messages) != bool(self.answer), "answer: give prompt and answer, or messages, and not both")
+        require(self.cutoff >= 0, f"cutoff={self.cutoff}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -373,8 +141,8 @@ class DataConfig:
     cache: str = "runs/data"
 
     def __post_init__(self):
-        _require(self.sequence_length >= 2, f"sequence_length={self.sequence_length}: must be at least 2")
-        _require(0 <= self.heldout_fraction < 1, f"heldout_fraction={self.heldout_fraction}: must lie in [0, 1)")
+        require(self.sequence_length >= 2, f"sequence_length={self.sequence_length}: must be at least 2")
+        require(0 <= self.heldout_fraction < 1, f"heldout_fraction={self.heldout_fraction}: must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -389,8 +157,8 @@ class MeshConfig:
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
-            _require(size >= 1 or size == -1, f"{axis}={size}: must be at least 1, or -1 for all remaining devices")
-        _require(list(sizes.values()).count(-1) <= 1, f"more than one axis is -1 in {sizes}: name the size of all but one")
+            require(size >= 1 or size == -1, f"{axis}={size}: must be at least 1, or -1 for all remaining devices")
+        require(list(sizes.values()).count(-1) <= 1, f"more than one axis is -1 in {sizes}: name the size of all but one")
 
     def shape(self, devices: int) -> tuple[int, int, int, int]:
         """(data, fsdp, expert, tensor) on this many devices. Raises ConfigError when they do not fit."""
@@ -418,7 +186,7 @@ class CheckpointConfig:
 
     def __post_init__(self):
         for key in ("every", "keep"):
-            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -442,14 +210,14 @@ class MixConfig:
 
     def __post_init__(self):
         total = len(self.experts) * self.copies * self.chunks
-        _one_of("method", self.method, MIX_METHODS)
-        _require(self.copies >= 1, f"copies={self.copies}: must be at least 1")
-        _require(
+        one_of("method", self.method, MIX_METHODS)
+        require(self.copies >= 1, f"copies={self.copies}: must be at least 1")
+        require(
             self.chunks > 1 if self.method == "split" else self.chunks == 1,
             f"chunks={self.chunks}: with method='split' at least 2, with the others 1",
         )
-        _require(total >= 1, "experts: none named; list the checkpoints to mix")
-        _require(self.router_std > 0, f"router_std={self.router_std}: must be positive, a zero router always picks experts 0..k-1")
+        require(total >= 1, "experts: none named; list the checkpoints to mix")
+        require(self.router_std > 0, f"router_std={self.router_std}: must be positive, a zero router always picks experts 0..k-1")
         MoEConfig((total,), self.k, self.routing, self.first_routing)
 
 
@@ -467,9 +235,9 @@ class EnsembleConfig:
     top: int = 2
 
     def __post_init__(self):
-        _one_of("weights", self.weights, ENSEMBLE_WEIGHTS)
-        _require(len(self.experts) >= 2, "experts: an ensemble needs two or more")
-        _require(1 <= self.top <= len(self.experts), f"top={self.top}: there are {len(self.experts)} experts")
+        one_of("weights", self.weights, ENSEMBLE_WEIGHTS)
+        require(len(self.experts) >= 2, "experts: an ensemble needs two or more")
+        require(1 <= self.top <= len(self.experts), f"top={self.top}: there are {len(self.experts)} experts")
 
 
 @dataclass(frozen=True)
@@ -500,22 +268,22 @@ class TaskConfig:
     seconds: int = 10
 
     def __post_init__(self):
-        _one_of("kind", self.kind, TASKS)
+        one_of("kind", self.kind, TASKS)
         for key in ("limit", "shots"):
-            _require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
         for key in ("max_tokens", "samples", "seconds"):
-            _require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
-        _require(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
-        _require(0 < self.top_p <= 1, f"top_p={self.top_p}: must lie in (0, 1]")
-        _require(0 <= self.heldout_fraction < 1, f"heldout_fraction={self.heldout_fraction}: must lie in [0, 1)")
-        _require(
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        require(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p}: must lie in (0, 1]")
+        require(0 <= self.heldout_fraction < 1, f"heldout_fraction={self.heldout_fraction}: must lie in [0, 1)")
+        require(
             not self.heldout_fraction or self.kind == "multiple_choice",
             f"heldout_fraction={self.heldout_fraction}: for kind='multiple_choice' only",
         )
-        _require(bool(self.shots_file) or not self.shots, "shots_file: missing, and shots are asked for")
-        _require(all(1 <= k <= self.samples for k in self.pass_at), f"pass_at={self.pass_at}: each must lie in 1 .. samples={self.samples}")
+        require(bool(self.shots_file) or not self.shots, "shots_file: missing, and shots are asked for")
+        require(all(1 <= k <= self.samples for k in self.pass_at), f"pass_at={self.pass_at}: each must lie in 1 .. samples={self.samples}")
         several = self.kind == "code" and self.samples > 1
-        _require(not several or self.temperature > 0, "temperature: 0 gives the same program every time; raise it or set samples to 1")
+        require(not several or self.temperature > 0, "temperature: 0 gives the same program every time; raise it or set samples to 1")
 
 
 @dataclass(frozen=True)
@@ -537,14 +305,14 @@ class EvaluateConfig:
     batch_size: int = 8
 
     def __post_init__(self):
-        _require(bool(self.models), "models: none named; map a name to a checkpoint")
-        _require(self.rows >= 0, f"rows={self.rows}: must not be negative")
-        _require(self.shown_tokens >= 0, f"shown_tokens={self.shown_tokens}: must not be negative")
-        _require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
+        require(bool(self.models), "models: none named; map a name to a checkpoint")
+        require(self.rows >= 0, f"rows={self.rows}: must not be negative")
+        require(self.shown_tokens >= 0, f"shown_tokens={self.shown_tokens}: must not be negative")
+        require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
         for name, ensemble in self.ensembles.items():
-            _require(name not in self.models, f"ensembles.{name}: a model has that name already")
+            require(name not in self.models, f"ensembles.{name}: a model has that name already")
             for expert in ensemble.experts:
-                _require(expert in self.models, f"ensembles.{name}.experts: no model {expert!r}; {suggest(expert, self.models)}")
+                require(expert in self.models, f"ensembles.{name}.experts: no model {expert!r}; {suggest(expert, self.models)}")
 
 
 @dataclass(frozen=True)
@@ -560,8 +328,8 @@ class ReportConfig:
 
     def __post_init__(self):
         for i, pair in enumerate(self.continual):
-            _require(all(pair.partition(":")), f"continual[{i}]={pair!r}: must be MODEL:TASK")
-        _require(len(self.continual) != 1, "continual: one task alone; name two or more, in the order of training")
+            require(all(pair.partition(":")), f"continual[{i}]={pair!r}: must be MODEL:TASK")
+        require(len(self.continual) != 1, "continual: one task alone; name two or more, in the order of training")
 
 
 @dataclass(frozen=True)
@@ -592,18 +360,18 @@ class Config:
     pipeline: Mapping[str, PipelineStage] | None = None
 
     def __post_init__(self):
-        _one_of("stage", self.stage, STAGES)
-        _require(self.rng_seed >= 0, f"rng_seed={self.rng_seed}: must not be negative")
+        one_of("stage", self.stage, STAGES)
+        require(self.rng_seed >= 0, f"rng_seed={self.rng_seed}: must not be negative")
         for section in _SECTIONS[self.stage]:
-            _require(getattr(self, section) is not None, f"{section}: missing, and stage {self.stage!r} needs it")
+            require(getattr(self, section) is not None, f"{section}: missing, and stage {self.stage!r} needs it")
         if self.evaluate is not None and self.data is None:
-            _require(not self.evaluate.ensembles, "data: missing, and evaluate.ensembles need held-out text")
-            _require(bool(self.evaluate.tasks), "data: missing, and evaluate.tasks is empty: nothing to evaluate on")
+            require(not self.evaluate.ensembles, "data: missing, and evaluate.ensembles need held-out text")
+            require(bool(self.evaluate.tasks), "data: missing, and evaluate.tasks is empty: nothing to evaluate on")
         if self.stage == "pipeline":
             assert self.pipeline is not None
             for name, stage in self.pipeline.items():
                 for need in stage.needs:
-                    _require(need in self.pipeline, f"pipeline.{name}.needs: no stage {need!r}; {suggest(need, self.pipeline)}")
+                    require(need in self.pipeline, f"pipeline.{name}.needs: no stage {need!r}; {suggest(need, self.pipeline)}")
 
 
 _SECTIONS: Mapping[str, tuple[str, ...]] = {

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import ml_collections
 
-from btx_jax.config import Config, ConfigError, suggest
+from btx_jax.config import Config
+from btx_jax.errors import ConfigError, suggest
 
 T = TypeVar("T")
 

@@ -9,17 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from btx_jax.allocation import SHAPES
-from btx_jax.config import (
-    LORA_TARGETS,
-    Config,
-    EnsembleConfig,
-    EvaluateConfig,
-    LoRAConfig,
-    MeshConfig,
-    MixConfig,
-    PipelineStage,
-    ReportConfig,
-)
+from btx_jax.config import Config, EnsembleConfig, EvaluateConfig, MeshConfig, MixConfig, PipelineStage, ReportConfig
+from btx_jax.model_config import LORA_TARGETS, LoRAConfig
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,17 @@ from btx_jax.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
-    ConfigError,
     DataConfig,
     EvaluateConfig,
     FormatConfig,
-    LoRAConfig,
     MeshConfig,
     PipelineStage,
     ReportConfig,
     TrainConfig,
-    suggest,
 )
 from btx_jax.config_dict import to_config_dict
+from btx_jax.errors import ConfigError, suggest
+from btx_jax.model_config import LoRAConfig
 from btx_jax.recipes import EVALS, TASKS
 
 HELDOUT = 0.1

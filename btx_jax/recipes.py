@@ -6,27 +6,24 @@ import dataclasses
 import ml_collections
 
 from btx_jax.config import (
-    LORA_TARGETS,
     CheckpointConfig,
     ComputeConfig,
     Config,
-    ConfigError,
     DataConfig,
     EvaluateConfig,
     MeshConfig,
     MixConfig,
-    ModelConfig,
-    MoEConfig,
     PipelineStage,
     ReportConfig,
-    RopeScaling,
     TaskConfig,
     TrainConfig,
 )
 from btx_jax.config_dict import from_config_dict, to_config_dict
 from btx_jax.costs.model import train_flops
+from btx_jax.errors import ConfigError
 from btx_jax.experiments import GROUPS, Setting
 from btx_jax.experiments import comparison as arms
+from btx_jax.model_config import LORA_TARGETS, ModelConfig, MoEConfig, RopeScaling
 
 LLAMA2_7B = ModelConfig(vocab_size=32_000, layers=32, d_model=4096, d_ff=11_008, heads=32, kv_heads=32, head_dim=128, context=4096)
 MODELS = {

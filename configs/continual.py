@@ -7,7 +7,7 @@ backward transfer (MoLA, section 4.4).
 The first task starts from the model named there ($BTX_DATA_DIR/seed by default), every other from the one before. Items come from
 $BTX_DATA_DIR/evals; a tenth of each, chosen by a hash, is held out of training and tried.
 
-Cost: SmolLM2-135M, three tasks of 300 steps: about three hours on 2 CPU cores.
+Cost: SmolLM2-135M, three tasks of 300 steps: about six hours on 2 CPU cores.
 Expected: the page's table of scores, with OP, PD and BWT in summary.json.
 """
 

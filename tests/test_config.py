@@ -4,8 +4,9 @@ import importlib.util
 import pytest
 
 from btx_jax import recipes
-from btx_jax.config import Config, ConfigError, MeshConfig
+from btx_jax.config import Config, MeshConfig
 from btx_jax.config_dict import differences, from_config_dict, from_dict, to_config_dict, to_dict
+from btx_jax.errors import ConfigError
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.stages.pipeline import in_order, resolve
 from btx_jax.training.start import checked_mesh

@@ -1,8 +1,8 @@
 import pytest
 
 from btx_jax import recipes
-from btx_jax.config import ConfigError
 from btx_jax.config_dict import from_config_dict
+from btx_jax.errors import ConfigError
 from btx_jax.experiments import CLAIMS, GROUPS, mixed_text
 from btx_jax.stages.pipeline import in_order, resolve
 

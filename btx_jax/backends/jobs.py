@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from btx_jax.config import Config, ConfigError
+from btx_jax.config import Config
 from btx_jax.config_dict import from_config_dict
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save
 
 from btx_jax.checkpoints.huggingface import is_finite, raise_problems
 from btx_jax.checkpoints.training_state import About, about_from_json, about_to_json, stored
-from btx_jax.config import LORA_TARGETS, ConfigError, LoRAConfig, ModelConfig
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
+from btx_jax.model_config import LORA_TARGETS, LoRAConfig, ModelConfig
 from btx_jax.models.llama import abstract_params
 
 TENSORS, ABOUT = "adapter.safetensors", "adapter.json"

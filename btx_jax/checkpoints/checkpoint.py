@@ -33,10 +33,10 @@ from btx_jax.checkpoints.training_state import (
     restore_params,
     stored,
 )
-from btx_jax.config import ModelConfig
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
 

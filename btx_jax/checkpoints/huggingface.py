@@ -17,8 +17,8 @@ from flax import linen as nn
 
 from btx_jax.checkpoints.huggingface_config import config_from_model, experts_per_token, model_from_config
 from btx_jax.checkpoints.safetensors_files import DTYPES, INDEX, SINGLE, SafetensorsFile, ShardWriter
-from btx_jax.config import ModelConfig
 from btx_jax.errors import UserError
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.models.lora import is_adapter
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from btx_jax.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
+from btx_jax.model_config import ModelConfig, MoEConfig, RopeScaling
 
 log = logging.getLogger(__name__)
 

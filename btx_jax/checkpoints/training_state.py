@@ -19,9 +19,10 @@ import tensorstore
 from flax import linen as nn
 
 from btx_jax.checkpoints.huggingface import Slot, is_finite, raise_problems, slots
-from btx_jax.config import CheckpointConfig, ModelConfig
+from btx_jax.config import CheckpointConfig
 from btx_jax.config_dict import from_dict, to_dict
 from btx_jax.errors import UserError
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, partition
 

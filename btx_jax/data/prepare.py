@@ -21,12 +21,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from btx_jax.config import DataConfig, suggest
+from btx_jax.config import DataConfig
 from btx_jax.data import demo
 from btx_jax.data.instructions import Formatter, Piece, encode_pieces
 from btx_jax.data.sources import Domain, Problems, Source, expand_files, parse_domains, read_documents, read_tfds
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
-from btx_jax.errors import UserError
+from btx_jax.errors import UserError, suggest
 
 FORMAT = 1  # changes whenever the rows that the same text gives change
 SPLITS = ("train", "heldout")

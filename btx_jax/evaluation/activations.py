@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from btx_jax.checkpoints.checkpoint import Reader
-from btx_jax.config import ModelConfig
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import FeedForward, RMSNorm
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from btx_jax.config import ComputeConfig, ModelConfig
+from btx_jax.config import ComputeConfig
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.decoding import Cache, empty_cache, forward, unstack
 from btx_jax.models.llama import Params, logits
 from btx_jax.parallel.hosts import put

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from btx_jax.config import ComputeConfig, ModelConfig
+from btx_jax.config import ComputeConfig
 from btx_jax.evaluation.lora import GateSums
 from btx_jax.evaluation.routing import RoutingSums, routing_sums
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.models.routing import feed_forward_routing, lora_routing
 from btx_jax.parallel.hosts import put

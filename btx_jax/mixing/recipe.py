@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from btx_jax.config import ConfigError, MoEConfig
 from btx_jax.config_dict import from_dict
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
+from btx_jax.model_config import MoEConfig
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
 GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES)

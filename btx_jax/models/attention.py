@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.config import LoRASpec, ModelConfig, RopeScaling
+from btx_jax.model_config import LoRASpec, ModelConfig, RopeScaling
 from btx_jax.models.layers import normal_param, platform_kernels
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.models.splash import block_size, splash_attend

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from btx_jax.config import ComputeConfig, LayerSpec, ModelConfig
+from btx_jax.config import ComputeConfig
+from btx_jax.model_config import LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import Embed, FeedForward, RMSNorm
 from btx_jax.models.llama import Params, head_kernel

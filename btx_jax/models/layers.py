@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.config import LoRASpec
+from btx_jax.model_config import LoRASpec
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from btx_jax.config import LoRASpec
+from btx_jax.model_config import LoRASpec
 from btx_jax.models.routing import RoutingStats
 from btx_jax.parallel.sharding import gather, scatter_sum
 

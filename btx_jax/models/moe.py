@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from btx_jax.config import ComputeConfig, LayerSpec
+from btx_jax.config import ComputeConfig
+from btx_jax.model_config import LayerSpec
 from btx_jax.models.layers import normal_param, platform_kernels, scaled_swiglu, swiglu
 from btx_jax.models.ragged import ragged_experts
 from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics

@@ -6,8 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from btx_jax.config import suggest
-from btx_jax.errors import UserError
+from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.continual import measures
 from btx_jax.reporting.compare import compare
 from btx_jax.reporting.metrics import FILE, read_metrics

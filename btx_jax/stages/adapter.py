@@ -20,9 +20,9 @@ from btx_jax.checkpoints.checkpoint import (
 )
 from btx_jax.checkpoints.output import check_free, new_directory
 from btx_jax.checkpoints.training_state import About
-from btx_jax.config import ModelConfig
 from btx_jax.data.tokenizers import copy_tokenizer
 from btx_jax.errors import UserError
+from btx_jax.model_config import ModelConfig
 
 FORMATS = ("btx_jax", "peft")
 

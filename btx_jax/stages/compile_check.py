@@ -19,12 +19,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from btx_jax.config import Config, ConfigError, ModelConfig
+from btx_jax.config import Config
 from btx_jax.costs import hlo
 from btx_jax.costs.chips import GIB, Chip, chip
 from btx_jax.costs.kernels import kernel_flops, rows_in_use
 from btx_jax.costs.model import attention_flops, train_flops
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.training.start import checked_mesh, starting_point
 from btx_jax.training.step import lower_train_step

@@ -19,17 +19,19 @@ from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_params
 from btx_jax.checkpoints.training_state import About
-from btx_jax.config import Config, ConfigError, EnsembleConfig, ModelConfig, TaskConfig
+from btx_jax.config import Config, EnsembleConfig, TaskConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepare import PreparedDomain, is_heldout, prepare, resolve_tokenizer
 from btx_jax.data.sources import read_json_lines
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
+from btx_jax.errors import ConfigError
 from btx_jax.evaluation import btm, lora, routing
 from btx_jax.evaluation.explain import explain
 from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
 from btx_jax.evaluation.likelihood import Scorer
 from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice, solved
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import abstract_params, parameter_counts
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings

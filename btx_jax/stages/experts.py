@@ -11,10 +11,10 @@ from btx_jax.checkpoints.checkpoint import Reader, find_checkpoint, find_own_tok
 from btx_jax.checkpoints.huggingface import dense_name, expert_name, expert_tensor, router_layer, slots
 from btx_jax.checkpoints.huggingface_config import same_function
 from btx_jax.checkpoints.training_state import History
-from btx_jax.config import ConfigError, ModelConfig, MoEConfig
 from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
 from btx_jax.mixing.gates import random_gates
+from btx_jax.model_config import ModelConfig, MoEConfig
 
 
 def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, seed: int = 0) -> str:

@@ -13,13 +13,15 @@ from flax import linen as nn
 from btx_jax.checkpoints.adapter import from_tensors
 from btx_jax.checkpoints.checkpoint import Checkpoint, adapter_tensors, find_checkpoint, find_own_tokenizer, load_params
 from btx_jax.checkpoints.training_state import About, Checkpoints
-from btx_jax.config import CheckpointConfig, Config, ConfigError, MixConfig, ModelConfig, MoEConfig
+from btx_jax.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
+from btx_jax.errors import ConfigError
 from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers
 from btx_jax.mixing.split import blend_models, split_models
+from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.reporting.workdir import claim, finish

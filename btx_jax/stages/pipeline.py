@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from btx_jax import stages
-from btx_jax.config import Config, ConfigError, PipelineStage
+from btx_jax.config import Config, PipelineStage
 from btx_jax.config_dict import from_dict, to_dict
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
 from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish
 
 log = logging.getLogger(__name__)

@@ -23,15 +23,16 @@ from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_base, load_params
 from btx_jax.checkpoints.training_state import About, Base, Checkpoints, History, TrainingRun, read_about, stored
-from btx_jax.config import Config, ConfigError, ModelConfig
+from btx_jax.config import Config
 from btx_jax.config_dict import to_dict
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from btx_jax.checkpoints.adapter import from_tensors, to_tensors
 from btx_jax.checkpoints.checkpoint import Checkpoint, adapter_tensors, find_checkpoint, load_base
 from btx_jax.checkpoints.training_state import Base
-from btx_jax.config import Config, ConfigError, LoRAConfig, ModelConfig
+from btx_jax.config import Config
 from btx_jax.config_dict import differences, to_dict
+from btx_jax.errors import ConfigError
+from btx_jax.model_config import LoRAConfig, ModelConfig
 from btx_jax.models.llama import Params, init_params
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.sharding import make_mesh

@@ -9,8 +9,7 @@ import pytest
 from btx_jax.backends.cloud import Place
 from btx_jax.backends.jobs import Job, drive, jobs_of, parse_topology
 from btx_jax.backends.queued_resources import QueuedResources
-from btx_jax.config import ConfigError
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
 from tests.conftest import ROOT
 
 GCLOUD = """#!{python}

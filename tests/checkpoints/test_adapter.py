@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 from btx_jax.checkpoints.adapter import ABOUT, PEFT_CONFIG, PEFT_TENSORS, TENSORS, from_tensors, to_tensors, write_directory
 from btx_jax.checkpoints.checkpoint import adapter_tensors, base_of, digest, find_checkpoint, load_params
 from btx_jax.checkpoints.training_state import About
-from btx_jax.config import ComputeConfig, LoRAConfig
+from btx_jax.config import ComputeConfig
 from btx_jax.errors import UserError
 from btx_jax.mixing.lora import mix_lora
+from btx_jax.model_config import LoRAConfig
 from btx_jax.models.llama import Llama, init_params, logits
 from btx_jax.stages import adapter, convert
 

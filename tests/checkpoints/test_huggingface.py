@@ -13,8 +13,9 @@ from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params,
 from btx_jax.checkpoints.huggingface import slots
 from btx_jax.checkpoints.huggingface_config import config_from_model, experts_per_token, model_from_config
 from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
-from btx_jax.config import ComputeConfig, ModelConfig, MoEConfig, RopeScaling
+from btx_jax.config import ComputeConfig
 from btx_jax.errors import UserError
+from btx_jax.model_config import ModelConfig, MoEConfig, RopeScaling
 from btx_jax.models.llama import Llama, init_params, logits
 from btx_jax.stages import convert
 from tests.conftest import ROOT

@@ -12,7 +12,8 @@ import pytest
 import tokenizers
 
 from btx_jax.checkpoints.training_state import About, Checkpoints
-from btx_jax.config import CheckpointConfig, ModelConfig
+from btx_jax.config import CheckpointConfig
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import init_params
 
 # One token a byte and nothing else; byte 0 ends documents.

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from btx_jax.checkpoints.training_state import named_leaves
-from btx_jax.config import ConfigError, LoRAConfig, LoRASpec, MoEConfig, TrainConfig
+from btx_jax.config import TrainConfig
 from btx_jax.costs.model import train_flops
+from btx_jax.errors import ConfigError
 from btx_jax.mixing.mix import restack
+from btx_jax.model_config import LoRAConfig, LoRASpec, MoEConfig
 from btx_jax.models.llama import Llama, init_params, logits, parameter_counts
 from btx_jax.models.lora import PLACES, adapt, gates, is_adapter, partition, router_statistics
 from btx_jax.parallel.sharding import batch_sharding, make_mesh

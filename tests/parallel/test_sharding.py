@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from btx_jax.config import ComputeConfig, MoEConfig, TrainConfig
+from btx_jax.config import ComputeConfig, TrainConfig
 from btx_jax.costs import hlo
 from btx_jax.errors import UserError
+from btx_jax.model_config import MoEConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.sharding import MESH_AXES, make_mesh, param_shardings, resolve, shard
 from btx_jax.training.step import init_state, lower_train_step, make_train_step

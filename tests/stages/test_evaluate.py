@@ -6,21 +6,10 @@ import numpy as np
 import pytest
 
 from btx_jax.checkpoints.training_state import About, Checkpoints, TrainingRun
-from btx_jax.config import (
-    CheckpointConfig,
-    ComputeConfig,
-    Config,
-    ConfigError,
-    DataConfig,
-    EnsembleConfig,
-    EvaluateConfig,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    TaskConfig,
-)
+from btx_jax.config import CheckpointConfig, ComputeConfig, Config, DataConfig, EnsembleConfig, EvaluateConfig, MeshConfig, TaskConfig
 from btx_jax.data.tokenizers import copy_tokenizer, find_tokenizer, load_tokenizer
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
+from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import init_params
 from btx_jax.stages import evaluate
 from tests.conftest import sentences

@@ -16,11 +16,9 @@ from btx_jax.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
-    ConfigError,
     DataConfig,
     EvaluateConfig,
     FormatConfig,
-    LoRAConfig,
     MeshConfig,
     MixConfig,
     ReportConfig,
@@ -28,7 +26,8 @@ from btx_jax.config import (
     TrainConfig,
 )
 from btx_jax.data.tokenizers import load_tokenizer
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
+from btx_jax.model_config import LoRAConfig
 from btx_jax.models.llama import init_params
 from btx_jax.parallel import sharding
 from btx_jax.stages import adapter

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, open_reader
 from btx_jax.checkpoints.huggingface import expert_tensor, router_layer
-from btx_jax.config import ComputeConfig, MoEConfig
+from btx_jax.config import ComputeConfig
 from btx_jax.errors import UserError
 from btx_jax.evaluation.activations import layer_states
 from btx_jax.mixing.mix import mix_params
+from btx_jax.model_config import MoEConfig
 from btx_jax.models.llama import Llama, logits
 from btx_jax.stages import convert, experts, mix_recipe
 from tests.conftest import ROOT
