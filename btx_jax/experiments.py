@@ -20,7 +20,7 @@ class Setting:
     seed: checkpoint that every arm starts from; `@seed` with a stage of that name in `before`. texts: expert -> its training text.
     domains: expert -> the domain it is for; general: the seed's own, which the generalist expert stands for. mixed: the finetune's text.
     expert, finetune: how one branch and the mixture are trained. moe_cost: FLOPs of a mixture's step over those of a dense one. rows:
-    held-out rows a domain.
+    held-out rows a domain. lora: of MoLA's arms, experts in all, the rank of plain LoRA, which maps.
     """
 
     seed: str
@@ -263,6 +263,9 @@ CLAIMS = (
     ("Top-2 beats Sample Top-1", "<", "no_balance", "sample_top1", ""),
     ("Sample Top-1 beats Switch", "<", "sample_top1", "switch", ""),
     ("Soft beats Top-2", "<", "soft", "no_balance", ""),
+)
+# The same of MoLA's tables.
+LORA_CLAIMS = (
     ("MoLA: more experts above beat the same number everywhere", "<", "lora_inverted", "lora_rectangle", ""),
     ("MoLA: more experts above beat more experts below", "<", "lora_inverted", "lora_triangle", ""),
     ("MoLA: more experts above beat more at both ends", "<", "lora_inverted", "lora_hourglass", ""),

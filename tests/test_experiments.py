@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 
 from btx_jax import recipes
 from btx_jax.config_dict import from_config_dict
 from btx_jax.errors import ConfigError
-from btx_jax.experiments import CLAIMS, GROUPS, mixed_text
+from btx_jax.experiments import CLAIMS, GROUPS, LORA_CLAIMS, mixed_text
+from btx_jax.models.llama import parameter_counts
 from btx_jax.stages.pipeline import in_order, resolve
 
 
@@ -24,7 +27,7 @@ def test_every_arm_resolves_and_is_evaluated(group, size, tmp_path):
         resolve(name, config.pipeline[name], config, tmp_path)
     evaluate = config.pipeline["evaluate"].config.evaluate
     known = {*evaluate.models, *evaluate.ensembles}
-    for _, _, left, right, _ in CLAIMS if group != "main" else ():
+    for _, _, left, right, _ in {"main": (), "lora": LORA_CLAIMS}.get(group, CLAIMS):
         assert {left, right} <= known
     trained = {name for name, stage in config.pipeline.items() if stage.config.train}
     helpers = {name for name in trained if (name.startswith(("random_", "share_")) and name.count("_") > 1) or name[:-1] == "random_"}
@@ -44,6 +47,20 @@ def test_budgets_are_matched():
         experts = sum(steps[f"share_{share}_{name}"] for name in ("math", "code", "wiki"))
         assert experts == pytest.approx(budget * share / 100, abs=2)
         assert experts + steps.get(f"share_{share}", 0) * cost == pytest.approx(budget, abs=2)
+
+
+@pytest.mark.parametrize("size", ["tiny", "llama2_7b"])
+def test_lora_arms_train_as_many_parameters_on_the_same_text(size):
+    stages = comparison("lora", size).pipeline
+    base = recipes.MODELS[size]
+    arms = {name: stage.config for name, stage in stages.items() if name.startswith("lora_")}
+    counts = {
+        name: parameter_counts(dataclasses.replace(base, lora=config.lora))[0] - parameter_counts(base)[0] for name, config in arms.items()
+    }
+    assert len({count for name, count in counts.items() if name != "lora_plain"}) == 1
+    assert counts["lora_plain"] == pytest.approx(counts["lora_rectangle"], rel=0.01)
+    assert len({config.data.train for config in arms.values()}) == 1
+    assert {config.train.frozen for config in arms.values()} == {"base"}
 
 
 def test_random_branches_differ_in_nothing_but_their_seed():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from btx_jax.experiments import CLAIMS
+from btx_jax.experiments import CLAIMS, LORA_CLAIMS
 
 CONFIDENCE = 0.95
 SAME = 0.02  # nats per token: an interval inside +-SAME means that two arms do equally well
@@ -30,7 +30,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def compare(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """seeds: the models of one results.json per seed. Returns {seeds, arms, claims}, JSON throughout.
 
-    arms: name -> {mean, half_width, losses: one per seed} for every arm that some seed has. claims: those of experiments.CLAIMS whose arms
+    arms: name -> {mean, half_width, losses: one per seed} for every arm that some seed has. claims: those of experiments whose arms
     are there, with the paired difference (left minus right, nats per token; negative favours the left) and a verdict.
     """
     names = list(dict.fromkeys(name for models in seeds for name in models))
@@ -39,7 +39,7 @@ def compare(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         losses = [mean_loss(models[name]) for models in seeds if name in models]
         arms[name] = _entry(losses) | {"losses": losses}
     claims = []
-    for said, sign, left, right, domain in CLAIMS:
+    for said, sign, left, right, domain in CLAIMS + LORA_CLAIMS:
         losses = [
             models[left]["nats_per_token"][domain] - models[right]["nats_per_token"][domain]
             if domain
