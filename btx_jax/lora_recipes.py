@@ -16,10 +16,10 @@ from btx_jax.config import (
     ReportConfig,
     TrainConfig,
 )
-from btx_jax.config_dict import to_config_dict
+from btx_jax.config_dict import from_config_dict, to_config_dict
 from btx_jax.errors import ConfigError, suggest
 from btx_jax.model_config import LoRAConfig
-from btx_jax.recipes import EVALS, TASKS
+from btx_jax.recipes import EVALS, TASKS, TINY, expert
 
 HELDOUT = 0.1
 # How the items of a test set become text; only answers are learnt.
@@ -61,6 +61,12 @@ def _mola(task: str, init: str) -> Config:
 
 
 def mola(task: str) -> ml_collections.ConfigDict:
+    """On a test set's answers; or `tiny`: on the demo's mathematics, from the tiny seed."""
+    if task == TINY:
+        config = from_config_dict(expert("math", TINY))
+        assert config.train
+        train = dataclasses.replace(config.train, learning_rate=5e-3, balance_weight=0.0, frozen="base")
+        return to_config_dict(dataclasses.replace(config, init="runs/seed_tiny", lora=LoRAConfig("2468"), train=train))
     if task not in FORMATS:
         raise ConfigError(f"--config=...:{task}: no such task; {suggest(task, FORMATS)}")
     return to_config_dict(_mola(task, "$BTX_DATA_DIR/seed"))
