@@ -91,13 +91,13 @@ def test_a_uniform_byte_model_has_eight_bits_per_byte(uniform, tmp_path):
 def test_the_heldout_loss_of_that_model_is_eight_bits_too(uniform, one_device):
     from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
     from btx_jax.config import ComputeConfig
-    from btx_jax.data.prepare import pack
+    from btx_jax.data.prepare import pack, text_document
     from btx_jax.data.tokenizers import load_tokenizer
     from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 
     found = find_checkpoint(uniform)
     tokenizer = load_tokenizer(found.tokenizer)
-    packed = list(pack(iter([(tokenizer.encode(text), len(text.encode())) for text in TEXTS]), tokenizer, 32))
+    packed = list(pack((text_document(text, tokenizer) for text in TEXTS), tokenizer, 32))
     rows = {name: jax.device_get(jnp.stack([row[name] for row in packed])) for name in packed[0]}
     compute = ComputeConfig(dtype="float32", remat="none")
     params = load_params(found)

@@ -108,6 +108,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_mix_and_evaluate_as_one(cli, mixture):
     """Losses, routing, test sets and generated answers; what one process writes, the other does not."""
     source = f"--config.mix.experts=('{cli.home / 'seed'}',)"
