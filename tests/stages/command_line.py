@@ -64,11 +64,11 @@ class CLI:
         return [json.loads(line)["step"] for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
     def wait_for_step(self, workdir, step, process):
-        for _ in range(3000):
+        for _ in range(9000):
             if process.poll() is not None or (self.steps_logged(workdir) or [0])[-1] >= step:
                 return
             time.sleep(0.02)
-        raise AssertionError("no progress in a minute")
+        raise AssertionError("no progress in three minutes")
 
     def start_several(self, count, devices, *arguments, each=None):
         """`count` processes of one run on this machine, with `devices` simulated devices each. each: further arguments of every one."""
