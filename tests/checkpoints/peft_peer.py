@@ -4,7 +4,7 @@
     python tests/checkpoints/peft_peer.py make                  # the golden LoRA of test_adapter.py
 
 Needs torch, transformers and peft (`pip install -e '.[bench]' peft`). Fails when logits differ by more
-than 1e-4 and lie further from float64 than peft's own.
+than 1e-4; also says how far both lie from float64, since a large model's own float32 may be further off than that.
 """
 
 import json
@@ -43,7 +43,7 @@ def same(name: str, a: np.ndarray, b: np.ndarray, exact: np.ndarray) -> None:
     distance = lambda x, y: float(np.abs(x - y).max())  # noqa: E731
     apart, ours, theirs = distance(a, b), distance(a, exact), distance(b, exact)
     print(f"{name}: at most {apart:.1e} apart (logits up to {np.abs(b).max():.1f}); from float64 {ours:.1e}, peft itself {theirs:.1e}")
-    assert apart <= 1e-4 or ours <= theirs, name
+    assert apart <= 1e-4, name
 
 
 def load(path):

@@ -149,7 +149,8 @@ def test_two_processes_train_lora_experts_as_one_and_resume(cli):
             "--config=configs/mola.py", f"--config.init={cli.home / 'seed'}", f"--workdir={cli.home / workdir}",
             f"--config.data.train={items}#@arc_easy", f"--config.data.cache={cli.home / 'cache'}", "--config.data.sequence_length=64",
             "--config.lora.allocation=2,3", "--config.train.steps=12", "--config.train.warmup_steps=2", "--config.train.eval_every=12",
-            "--config.train.eval_rows=8", "--config.checkpoint.every=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", *more,
+            "--config.train.eval_rows=8", "--config.checkpoint.every=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+            "--config.lora.dropout=0.0", *more,  # masks belong to places in the batch, and processes interleave its rows
         )  # fmt: skip
 
     def told(workdir):
@@ -159,10 +160,8 @@ def test_two_processes_train_lora_experts_as_one_and_resume(cli):
 
     finish(cli.start_several(1, 4, *lora("one")), (0,))
     finish(cli.start_several(2, 2, *lora("two")))
-    (want, want_heldout), (got, got_heldout) = told("one"), told("two")
-    assert got[0] == pytest.approx(want[0], abs=1e-6), "other rows, or other masks"
-    # Where B is still nearly zero, A's gradients are rounding and little else, and Adam makes full steps of them.
-    assert got + got_heldout == pytest.approx(want + want_heldout, abs=2e-3)
+    for a, b in zip(told("one"), told("two"), strict=True):
+        assert b == pytest.approx(a, abs=1e-5), "other rows, other masks, or other gradients"
     killed = cli.start_several(2, 2, *lora("killed"))
     cli.wait_for_step("killed", 6, killed[0])
     for process in killed:
