@@ -11,6 +11,7 @@ from btx_jax.errors import UserError
 
 Row = dict[str, np.ndarray]
 PREFETCH = 4  # batches of rows read ahead
+ENDLESS = 2**62  # rows; grain counts in floating point, and batches of one row of a longer set in more than an index can hold
 
 
 def training_batches(
@@ -34,7 +35,7 @@ def training_batches(
         grain.MapDataset.source(source.open("train")).seed(seed + 7919 * i).shuffle().repeat() for i, (source, _) in enumerate(weighted)
     ]
     rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [weight for _, weight in weighted])
-    rows = rows[process_index::process_count].map(lambda row: {name: row[name] for name in ("tokens", "segments")})
+    rows = rows[process_index:ENDLESS:process_count].map(lambda row: {name: row[name] for name in ("tokens", "segments")})
     batches = rows.batch(batch_size // process_count)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)))
 

@@ -112,6 +112,9 @@ def test_hosts_share_each_global_batch(tmp_path, tokenizer):
         want = sorted(map(tuple, next(whole)["tokens"].tolist()))
         got = sorted(tuple(row) for part in parts for row in next(part)["tokens"].tolist())
         assert got == want
+    single = [training_batches(domains, 2, 0, process, 2) for process in range(2)]  # one row each
+    pairs = [[tuple(next(part)["tokens"][0].tolist()) for part in single] for _ in range(4)]
+    assert sorted(row for pair in pairs for row in pair) == sorted(map(tuple, next(training_batches(domains, 8, 0))["tokens"].tolist()))
     with pytest.raises(UserError, match="batch_size=9: not divisible by the 2 processes"):
         training_batches(domains, 9, 0, 0, 2)
 
