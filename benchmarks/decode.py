@@ -1,14 +1,16 @@
 """Tokens per second of greedy decoding with a cache, against `transformers` generate on the same checkpoint, in alternating rounds.
 
     pip install -e '.[bench]'
-    python benchmarks/decode.py --checkpoint=HF_DIRECTORY [--upcycled=HF_MIXTRAL_DIRECTORY] [--rounds=5]
+    python benchmarks/decode.py --checkpoint=HF_DIRECTORY [--upcycled=HF_MIXTRAL_DIRECTORY] [--dtypes=bfloat16,float32] [--rounds=5]
 
-Both sides: float32, the same prompts of 24 to 40 tokens, a key/value cache, exactly --tokens new tokens a row, all cores, a process of
-their own (threads of one that wait for work would slow the other). Prefill is part of a round; compiling is not. Rounds alternate, so
-that a change in the machine's speed meets both; the share of equal tokens tells whether both did the same.
+Both sides: the same dtype for weights and activations, the same prompts of 24 to 40 tokens, a key/value cache, exactly --tokens new tokens
+a row, all cores, a process of their own (threads of one that wait for work would slow the other). Prefill is part of a round; compiling is
+not. Rounds alternate, so that a change in the machine's speed meets both; the share of equal tokens tells whether both did the same. In
+bfloat16 they part sooner or later, since sums are rounded in another order.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -17,8 +19,7 @@ import sys
 import time
 
 BATCHES = (1, 8)
-# Huge pages, for both; and XLA's Eigen matmuls, which read weights faster than YNN's where there are few rows.
-ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type="}
+ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # huge pages, for both
 
 
 def prompts_of(batch: int) -> list[list[int]]:
@@ -28,22 +29,22 @@ def prompts_of(batch: int) -> list[list[int]]:
     return [rng.integers(100, 20_000, 24 + 16 * row // max(batch - 1, 1)).tolist() for row in range(batch)]
 
 
-def ours(path: str, new_tokens: int):
+def ours(path: str, dtype: str, new_tokens: int):
     from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
     from btx_jax.config import ComputeConfig
     from btx_jax.evaluation.generation import Generator
     from btx_jax.parallel.sharding import make_mesh
 
     found = find_checkpoint(path)
-    generator = Generator(found.about.model, load_params(found), ComputeConfig(dtype="float32"), make_mesh((1, 1, 1, 1)))
+    generator = Generator(found.about.model, load_params(found), ComputeConfig(dtype=dtype), make_mesh((1, 1, 1, 1)))
     return lambda prompts: generator.generate(prompts, new_tokens)
 
 
-def theirs(path: str, new_tokens: int):
+def theirs(path: str, dtype: str, new_tokens: int):
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
 
     def generate(prompts):
         longest = max(map(len, prompts))
@@ -58,9 +59,9 @@ def theirs(path: str, new_tokens: int):
     return generate
 
 
-def serve(side: str, path: str, new_tokens: int) -> None:
+def serve(side: str, path: str, dtype: str, new_tokens: int) -> None:
     """For every batch size on standard input: generate, answer with seconds and tokens."""
-    generate = {"ours": ours, "theirs": theirs}[side](path, new_tokens)
+    generate = {"ours": ours, "theirs": theirs}[side](path, dtype, new_tokens)
     for line in sys.stdin:
         prompts = prompts_of(int(line))
         start = time.perf_counter()
@@ -72,15 +73,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--upcycled", default="")
+    parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve, args.checkpoint, args.tokens)
+        serve(args.serve, args.checkpoint, args.dtypes, args.tokens)
         return
-    for path in filter(None, (args.checkpoint, args.upcycled)):
-        command = [sys.executable, __file__, f"--checkpoint={path}", f"--tokens={args.tokens}"]
+    for path, dtype in itertools.product(filter(None, (args.checkpoint, args.upcycled)), args.dtypes.split(",")):
+        command = [sys.executable, __file__, f"--checkpoint={path}", f"--dtypes={dtype}", f"--tokens={args.tokens}"]
         sides = {
             side: subprocess.Popen([*command, f"--serve={side}"], env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             for side in ("ours", "theirs")
@@ -99,8 +101,9 @@ def main() -> None:
                     rates[side].append(batch * args.tokens / ask(side, batch)[0])
             ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
             ours_rate, theirs_rate, ratio = (statistics.median(values) for values in (*rates.values(), ratios))
+            name = path.rstrip("/").rpartition("/")[2]
             print(
-                f"{path.rstrip('/').rpartition('/')[2]}, batch {batch}: {ours_rate:.1f} tokens/s, transformers {theirs_rate:.1f}; ratio "
+                f"{name}, {dtype}, batch {batch}: {ours_rate:.1f} tokens/s, transformers {theirs_rate:.1f}; ratio "
                 f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); {100 * same:.1f} % of tokens equal",
                 flush=True,
             )

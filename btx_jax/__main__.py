@@ -25,7 +25,7 @@ def _digest(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from btx_jax.stages.generate import text
 
-    print(args.prompt + text(args.checkpoint, args.prompt, args.max_tokens, args.temperature, args.top_p, args.seed))
+    print(args.prompt + text(args.checkpoint, args.prompt, args.max_tokens, args.temperature, args.top_p, args.seed, args.dtype))
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -146,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=_not_negative, default=0.0, help="0 (the default) is greedy")
     command.add_argument("--top_p", type=_fraction, default=1.0, help="nucleus: keep the likeliest tokens up to this probability (1)")
     command.add_argument("--seed", type=_seed, default=0)
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations (float32)")
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("convert", help="Hugging Face directory -> checkpoint of ours, or back")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from btx_jax.config import ComputeConfig
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.decoding import Cache, empty_cache, forward, unstack
+from btx_jax.models.layers import usual
 from btx_jax.models.llama import Params, logits
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, replicated, shard
@@ -52,7 +53,7 @@ class Generator:
         self._model, self._mesh, self._eos = model, mesh, eos
         self._compute = dataclasses.replace(compute, dispatch="ragged", remat="none")
         with jax.set_mesh(mesh):
-            self._weights = jax.jit(functools.partial(unstack, model=model, dtype=compute.dtype, split_experts=mesh.size == 1))(params)
+            self._weights = jax.jit(functools.partial(unstack, model=model, dtype=compute.dtype, one_device=mesh.size == 1))(params)
         self._programs: dict[tuple[int, int, int, Sampling], tuple[Any, Any]] = {}
 
     def generate(
@@ -99,7 +100,7 @@ class Generator:
 
             def draw(outer, hidden_BD, seed, position_B):
                 key = jax.random.key(seed)
-                logits_BV = logits(outer, hidden_BD[:, None])[:, 0]
+                logits_BV = logits(usual(outer), hidden_BD[:, None])[:, 0]
                 key_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(row_B, position_B)
                 return jax.vmap(lambda values, key: sample_token(values, key, sampling))(logits_BV, key_B)
 

@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions, causal and blind across documents. Shape legend: layers.py."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.model_config import LoRASpec, ModelConfig, RopeScaling
-from btx_jax.models.layers import normal_param, platform_kernels
+from btx_jax.models.layers import matmul, normal_param, platform_kernels
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.models.splash import block_size, splash_attend
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum
@@ -65,6 +66,7 @@ def attend(q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT
     return jnp.concatenate(outputs, axis=-2)
 
 
+Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 Past = tuple[jax.Array, jax.Array, jax.Array]  # keys and values so far [B, N, S, K], and how many slots of each row are filled [B]
 WEIGHTS = (("embed", "heads"), ("embed", "kv_heads"), ("embed", "kv_heads"), ("heads", "head_dim", "embed"))
 
@@ -113,15 +115,17 @@ class Attention(nn.Module):
         def local(x_BTD, past_keys_BNSK, past_values_BNSK, length_B, query_DHK, key_DNK, value_DNK, out_HKD, *adapter_arrays):
             lora = Adapted(self.lora, adapters.restore(adapter_arrays))
             position_BT = length_B[:, None] + np.arange(x_BTD.shape[1])
-            q_BNGTK, k_BNTK, v_BNTK = self._project(x_BTD, position_BT.astype(jnp.float32), query_DHK, key_DNK, value_DNK, lora)
+            kernels = query_DHK, key_DNK, value_DNK
+            q_BNGTK, k_BNTK, v_BNTK = self._project(x_BTD, position_BT.astype(jnp.float32), *kernels, lora, matmul)
             write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=1))
+            q_BNGTK, k_BNTK, v_BNTK = (x.astype(past_keys_BNSK.dtype) for x in (q_BNGTK, k_BNTK, v_BNTK))
             keys_BNSK, values_BNSK = write(past_keys_BNSK, k_BNTK, length_B), write(past_values_BNSK, v_BNTK, length_B)
             q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
             scores = jnp.einsum("bngtk,bnsk->bngts", q, keys_BNSK, preferred_element_type=jnp.float32)
             seen_BTS = jnp.arange(keys_BNSK.shape[2]) <= position_BT[..., None]
             weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, -1e30), axis=-1)
-            y_BNGTK = jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK)
-            return self._merge(y_BNGTK, out_HKD, lora), keys_BNSK, values_BNSK
+            y_BNGTK = jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK).astype(x_BTD.dtype)
+            return self._merge(y_BNGTK, out_HKD, lora, matmul), keys_BNSK, values_BNSK
 
         cached = ("batch", "kv_heads")
         inputs, outputs = (("batch",), cached, cached, ("batch",), *WEIGHTS, *adapters.names), (("batch",), cached, cached)
@@ -132,7 +136,14 @@ class Attention(nn.Module):
         return tuple(w.astype(dtype) for w in (self.query, self.key, self.value, self.out))
 
     def _project(
-        self, x_BTD: jax.Array, position: Any, query_DHK: jax.Array, key_DNK: jax.Array, value_DNK: jax.Array, lora: Adapted
+        self,
+        x_BTD: jax.Array,
+        position: Any,
+        query_DHK: jax.Array,
+        key_DNK: jax.Array,
+        value_DNK: jax.Array,
+        lora: Adapted,
+        matmul: Matmul = jnp.matmul,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(q [B, N, G, T, K], k, v [B, N, T, K]) of one device, rotated. position: [T] or [B, T]."""
         c = self.config
@@ -141,7 +152,7 @@ class Attention(nn.Module):
 
         def project(kernel, target):  # [D, N, K] -> [B, N, T, K]
             kernel = gather(kernel, "embed", axis=0)
-            flat = lora.plus(target, x_BTD, (x_MD @ kernel.reshape(d_model, -1)).reshape(batch, length, -1))
+            flat = lora.plus(target, x_BTD, matmul(x_MD, kernel.reshape(d_model, -1)).reshape(batch, length, -1))
             return flat.reshape(batch, length, *kernel.shape[1:]).transpose(0, 2, 1, 3)
 
         angles = position[..., None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
@@ -149,10 +160,10 @@ class Attention(nn.Module):
         q_BHTK, k_BNTK, v_BNTK = rotate(project(query_DHK, "q"), angles), rotate(project(key_DNK, "k"), angles), project(value_DNK, "v")
         return q_BHTK.reshape(batch, k_BNTK.shape[1], -1, length, c.head_dim), k_BNTK, v_BNTK
 
-    def _merge(self, y_BNGTK: jax.Array, out_HKD: jax.Array, lora: Adapted) -> jax.Array:
+    def _merge(self, y_BNGTK: jax.Array, out_HKD: jax.Array, lora: Adapted, matmul: Matmul = jnp.matmul) -> jax.Array:
         """Heads -> [B, T, D], summed over the devices that share them."""
         batch, length = y_BNGTK.shape[0], y_BNGTK.shape[3]
         y_MD = y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, -1)
         out_HKD = gather(out_HKD, "embed", axis=2)
-        y_BTD = scatter_sum((y_MD @ out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads", axis=None)
+        y_BTD = scatter_sum(matmul(y_MD, out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads", axis=None)
         return lora.plus("o", y_MD.reshape(batch, length, -1), y_BTD)

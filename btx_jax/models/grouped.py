@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.models.layers import swiglu, swiglu_backward, swiglu_forward
+from btx_jax.models.layers import swiglu, swiglu_backward, swiglu_forward, usual
 
 BLOCK = 128  # rows per block on a CPU: large enough for full matmul speed, small enough to waste little on padding
+PROMPT_BLOCK = 64  # where experts are separate arrays: prompts have few rows
 # Rows, contracted and output columns per tile on a TPU: each byte of a tile feeds 512 or more multiplications, in 10 MiB of vector memory.
 TILES = (512, 1024, 1024)
 
 
 def grouped_swiglu(x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kernels: str) -> jax.Array:
-    """[R, D] -> [R, D]. weights: gate [E, D, F], up [E, D, F], down [E, F, D]. most: rows that one expert can have. kernels: as in
-    ComputeConfig, `auto` decided."""
+    """[R, D] -> [R, D]. weights: gate [E, D, F], up [E, D, F], down [E, F, D], or E arrays each. most: rows that one expert can have.
+    kernels: as in ComputeConfig, `auto` decided."""
     if kernels != "xla":
         rows = x_RD.shape[0]
         tile = min(TILES[0], math.ceil(rows / 8) * 8)
@@ -28,11 +29,12 @@ def grouped_swiglu(x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kern
         matmul = _megablox(sizes_E, tile, interpret=kernels == "pallas_interpret")
         return _swiglu(matmul, padded_RD, *weights)[:rows]
     # ragged_dot on the CPU multiplies every row by every expert.
-    blocked = functools.partial(_blocked, block=min(BLOCK, most))
+    blocked = functools.partial(_blocked, block=min(PROMPT_BLOCK if isinstance(weights[0], tuple) else BLOCK, most))
     return jax.lax.platform_dependent(x_RD, sizes_E, *weights, cpu=blocked, default=_ragged_dot)
 
 
-def _swiglu(matmul, x_RD, gate, up, down):
+def _swiglu(matmul, x_RD, *weights):
+    gate, up, down = (jnp.stack(usual(w)) if isinstance(w, tuple) else w for w in weights)
     a_RF, b_RF = (checkpoint_name(matmul(x_RD, kernel), "ffn") for kernel in (gate, up))
     return matmul(jax.nn.silu(a_RF) * b_RF, down)
 
@@ -53,7 +55,7 @@ def _ragged_dot(x_RD, sizes_E, *weights):
 
 def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block):
     """Every expert's rows padded to whole blocks, so that each block meets one expert."""
-    experts, rows = sizes_E.shape[0], x_RD.shape[0]
+    experts, rows = len(sizes_E), len(x_RD)
     padded_E = -(-sizes_E // block) * block
     last_padded_E, last_E = jnp.cumsum(padded_E), jnp.cumsum(sizes_E)
     blocks = rows // block + experts  # the most there can be
@@ -65,8 +67,17 @@ def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block):
     source = jnp.full(blocks * block, rows).at[place_R].set(row_R, mode="drop")
     x_padded = jnp.concatenate([x_RD, jnp.zeros_like(x_RD[:1])])[source].reshape(blocks, block, -1)
     expert_of_block = jnp.searchsorted(last_padded_E, jnp.arange(blocks) * block, side="right")
-    y_padded = _block_swiglu(x_padded, jnp.minimum(expert_of_block, experts - 1), gate_EDF, up_EDF, down_EFD)
+    if isinstance(gate_EDF, tuple):
+        y_padded = _separate_block_swiglu(x_padded, expert_of_block, gate_EDF, up_EDF, down_EFD)
+    else:
+        y_padded = _block_swiglu(x_padded, jnp.minimum(expert_of_block, experts - 1), gate_EDF, up_EDF, down_EFD)
     return y_padded.reshape(blocks * block, -1).at[place_R].get(mode="fill", fill_value=0)
+
+
+def _separate_block_swiglu(x, expert, *weights):
+    """SwiGLU of block i with expert[i]'s own arrays, none of which is copied. Blocks that no expert has are skipped."""
+    branches = [lambda x, own=own: swiglu(x, *usual(own)) for own in zip(*weights, strict=True)]
+    return jax.lax.map(lambda xe: jax.lax.switch(xe[1], [*branches, jnp.zeros_like], xe[0]), (x, expert))
 
 
 @jax.custom_vjp

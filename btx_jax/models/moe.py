@@ -1,6 +1,6 @@
 """The Mixture-of-Experts feed-forward block: one router for the whole SwiGLU (BTX section 3.2). Shape legend: layers.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from btx_jax.config import ComputeConfig
 from btx_jax.model_config import LayerSpec
-from btx_jax.models.layers import normal_param, platform_kernels, scaled_swiglu, swiglu
+from btx_jax.models.layers import normal_param, platform_kernels, scaled_swiglu, swiglu, usual
 from btx_jax.models.ragged import ragged_experts
 from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum, shard
@@ -42,18 +42,29 @@ def router_logits(x_GSD: jax.Array, router_DE: jax.Array) -> jax.Array:
     return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
 
 
-def few_experts(x_BD: jax.Array, params: Mapping[str, Any], spec: LayerSpec) -> jax.Array:
-    """The block for one token of each of B sequences, without capacity. params: router [D, E]; gate, up, down: of each expert an array of
-    its own. Reading weights takes longer here than multiplying by them: what no token needs is not read, and nothing is copied."""
-    choice = route(router_logits(x_BD[:, None], params["router"]), jnp.ones((len(x_BD), 1), bool), spec, None, jnp.int32(0))
-    gate_BK, index_BK = choice.gate_GSK[:, 0].astype(x_BD.dtype), choice.index_GSK[:, 0]
-    experts = tuple(zip(params["gate"], params["up"], params["down"], strict=True))
+def separate_experts(
+    x_BTD: jax.Array, valid_BT: jax.Array, params: Mapping[str, Any], spec: LayerSpec, compute: ComputeConfig
+) -> jax.Array:
+    """The block without capacity, on one device. params: router [D, E]; gate, up, down: of each expert an array of its own."""
+    one_token = x_BTD.shape[1] == 1
+    choice = route(router_logits(x_BTD, params["router"]), valid_BT | one_token, spec, None, jnp.int32(0))
+    weights = params["gate"], params["up"], params["down"]
+    gate_MK, index_MK = (x.reshape(-1, x.shape[-1]) for x in (choice.gate_GSK, choice.index_GSK))
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    if one_token:
+        return _few_tokens(x_MD, gate_MK.astype(x_MD.dtype), index_MK, weights)[:, None]
+    return ragged_experts(x_MD, gate_MK, index_MK, *weights, platform_kernels(compute.kernels)).reshape(x_BTD.shape)
+
+
+def _few_tokens(x_BD: jax.Array, gate_BK: jax.Array, index_BK: jax.Array, weights: Sequence[Sequence[jax.Array]]) -> jax.Array:
+    """Reading weights takes longer here than multiplying by them: what no token needs is not read, and nothing is copied."""
+    experts = tuple(zip(*weights, strict=True))
     if index_BK.size <= len(experts):
-        branches = [lambda x, experts, e=e: swiglu(x, *experts[e]) for e in range(len(experts))]
+        branches = [lambda x, experts, e=e: swiglu(x, *usual(experts[e])) for e in range(len(experts))]
         claims = [jax.lax.switch(e, branches, x_BD[b : b + 1], experts) for b, row in enumerate(index_BK) for e in row]
         y_BKD = jnp.concatenate(claims).reshape(*index_BK.shape, -1)
     else:
-        y_BED = jnp.stack([swiglu(x_BD, *expert) for expert in experts], axis=1)
+        y_BED = jnp.stack([swiglu(x_BD, *usual(expert)) for expert in experts], axis=1)
         y_BKD = jnp.take_along_axis(y_BED, index_BK[..., None], axis=1)
     return jnp.einsum("bkd,bk->bd", y_BKD, gate_BK)
 

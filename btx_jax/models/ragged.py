@@ -16,15 +16,16 @@ from btx_jax.parallel.sharding import gather, per_device, position, scatter_sum
 def ragged_experts(x_MD: jax.Array, gate_MK: jax.Array, index_MK: jax.Array, gate_EDF, up_EDF, down_EFD, kernels: str = "xla") -> jax.Array:
     """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m. Returns [M, D].
 
-    Index E (padding) contributes nothing. Where K > 1, the gates of a token are a softmax over its K choices: they sum to one.
+    Index E (padding) contributes nothing. Where K > 1, the gates of a token are a softmax over its K choices: they sum to one. On one
+    device gate, up and down may also be E arrays each.
     """
-    experts = gate_EDF.shape[0]
+    experts = len(gate_EDF)
 
     def local(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD):
         # Gathered here and not by the compiler: the transpose is then a reduce-scatter, where shard_map would all-reduce whole gradients.
         gate_EDF, up_EDF = (gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
         down_EFD = gather(down_EFD, "expert_embed", axis=2)
-        own = gate_EDF.shape[0]
+        own = len(gate_EDF)
         if own < experts:
             x_MD, gate_MK, index_MK = (gather(x, "expert", axis=0) for x in (x_MD, gate_MK, index_MK))
             index_MK = index_MK - position("expert") * own
@@ -48,7 +49,7 @@ def ragged_experts(x_MD: jax.Array, gate_MK: jax.Array, index_MK: jax.Array, gat
 
 def _answers(x_MD: jax.Array, index_MK: jax.Array, weights, kernels: str) -> jax.Array:
     """FF_index[m, k](x[m]), [M, K, D]; zero where the index is E, which sorts behind all experts."""
-    experts, (tokens, k) = weights[0].shape[0], index_MK.shape
+    experts, (tokens, k) = len(weights[0]), index_MK.shape
     expert_N = index_MK.reshape(-1)
     order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)  # claims by expert
     rank_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True)

@@ -10,7 +10,7 @@ from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.parallel.sharding import make_mesh
 
 
-def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
+def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int, dtype: str) -> str:
     """The prompt's continuation. Raises UserError when prompt and continuation do not fit the model's context."""
     found = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(found.tokenizer)
@@ -25,6 +25,6 @@ def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_
     if len(ids) + max_tokens > context:
         raise UserError(f"--max_tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {context}; lower it")
     mesh = make_mesh((1, 1, 1, 1), jax.local_devices()[:1])
-    generator = Generator(found.about.model, load_params(found), ComputeConfig(dtype="float32"), mesh, tokenizer.eos)
+    generator = Generator(found.about.model, load_params(found), ComputeConfig(dtype=dtype), mesh, tokenizer.eos)
     (new,) = generator.generate([ids], max_tokens, Sampling(temperature, top_p), seed)
     return tokenizer.decode(new)

@@ -8,6 +8,8 @@ import pytest
 from btx_jax.config import ComputeConfig
 from btx_jax.evaluation.generation import Generator, Sampling, sample_token
 from btx_jax.model_config import LoRAConfig, MoEConfig
+from btx_jax.models.decoding import empty_cache, forward, unstack
+from btx_jax.models.layers import usual
 from btx_jax.models.llama import Llama, init_params, logits
 from btx_jax.parallel.sharding import make_mesh
 from tests.models.test_llama import MOE, TINY
@@ -17,6 +19,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [20, 21]]
 MIXED = dataclasses.replace(TINY, moe=MoEConfig((0, 4, 2)))
 SOFT = dataclasses.replace(TINY, moe=MoEConfig((4, 4, 4), routing="soft"))
 LORA = dataclasses.replace(TINY, lora=LoRAConfig("1,3,3", k=(1, 2, 2), rank=(2,), targets=("q", "o", "up", "down")))
+TIED = dataclasses.replace(TINY, tied_head=True)
 TOP1 = dataclasses.replace(TINY, moe=MoEConfig((6, 6, 6), k=1, routing="switch"))
 
 
@@ -45,6 +48,25 @@ def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device)
     generator = Generator(model, params, COMPUTE, one_device)
     assert generator.generate(PROMPTS, 40) == want
     assert [generator.generate([prompt], 40)[0] for prompt in PROMPTS] == want
+
+
+@pytest.mark.parametrize("model", [TINY, MOE, TOP1, LORA, TIED], ids=["dense", "moe", "switch", "lora", "tied"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
+    """Next-token distributions after a prompt and after one more token, against the model in float32."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), init_params(model, jax.random.key(1)))
+    ids = np.random.default_rng(0).integers(1, model.vocab_size, (rows, 9)).astype(np.int32)
+    hidden = Llama(model, COMPUTE).apply({"params": params}, ids, np.ones_like(ids))[0]
+    want = jax.nn.log_softmax(logits(params, hidden))
+    compute = dataclasses.replace(COMPUTE, dtype="bfloat16")
+    with jax.set_mesh(one_device):
+        weights = jax.jit(lambda params: unstack(params, model, "bfloat16", one_device=True))(params)
+        step = jax.jit(lambda weights, *args: forward(model, compute, weights, *args))
+        read = jax.jit(lambda outer, hidden: jax.nn.log_softmax(logits(usual(outer), hidden[:, None])[:, 0]))
+        cache = empty_cache(model, "bfloat16", rows, 16)
+        for tokens, last in ((ids[:, :8], 7), (ids[:, 8:], 8)):
+            hidden, cache = step(weights, tokens, np.full(rows, tokens.shape[1], np.int32), cache)
+            np.testing.assert_allclose(read(weights[0], hidden), want[:, last], atol=0.03)
 
 
 def test_a_mesh_gives_the_same_tokens(one_device):
