@@ -92,7 +92,7 @@ def forward(
 
 
 def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    if table_VD.dtype != jnp.bfloat16:
+    if table_VD.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
         return table_VD[tokens_BT]
     # As integers: XLA's CPU backend would convert the whole table to float32 first.
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens_BT], jnp.bfloat16)

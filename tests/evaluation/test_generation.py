@@ -54,7 +54,7 @@ def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
     """Next-token distributions after a prompt and after one more token, against the model in float32."""
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), init_params(model, jax.random.key(1)))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), scaled(model))
     ids = np.random.default_rng(0).integers(1, model.vocab_size, (rows, 9)).astype(np.int32)
     hidden = Llama(model, COMPUTE).apply({"params": params}, ids, np.ones_like(ids))[0]
     want = jax.nn.log_softmax(logits(params, hidden))
@@ -66,7 +66,10 @@ def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
         cache = empty_cache(model, "bfloat16", rows, 16)
         for tokens, last in ((ids[:, :8], 7), (ids[:, 8:], 8)):
             hidden, cache = step(weights, tokens, np.full(rows, tokens.shape[1], np.int32), cache)
-            np.testing.assert_allclose(read(weights[0], hidden), want[:, last], atol=0.03)
+            got = read(weights[0], hidden)
+            signal = want[:, last] - want[:, last].mean(-1, keepdims=True)
+            off = np.linalg.norm(got - want[:, last]) / np.linalg.norm(signal)
+            assert off < 0.06, "more than rounding: that gives 0.01, and 0.05 where it sends a token to another expert"
 
 
 def test_a_mesh_gives_the_same_tokens(one_device):

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from btx_jax.models.grouped import grouped_swiglu
 from btx_jax.models.layers import Transposed, matmul, swiglu, usual
 
 ROUNDING = 2.0**-8  # of bfloat16
@@ -40,3 +41,17 @@ def test_swiglu_in_bfloat16(rows):
     a = exact[0] @ exact[1]
     want = (a / (1 + np.exp(-a)) * (exact[0] @ exact[2])) @ exact[3]
     np.testing.assert_allclose(np.float64(swiglu(x, gate, up, down)), want, atol=4 * ROUNDING * np.abs(want).max())
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("sizes", [[40, 0, 100, 7], [0, 0, 147, 0], [1, 1, 1, 1]])
+def test_separate_experts_answer_as_stacked_ones(sizes, kernels):
+    """Rows that are one block and rows that are several; experts without any."""
+    rows = sum(sizes)
+    x, *weights = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(rows, 128), *[(4, 128, 128)] * 3]))
+    expert = np.repeat(np.arange(4), sizes)
+    want = np.stack([swiglu(x[r : r + 1], *(w[expert[r]] for w in weights))[0] for r in range(rows)])
+    held = tuple(tuple(Transposed.of(one, input_axes=1) for one in w) for w in weights)
+    for given in (tuple(weights), tuple(map(tuple, weights)), held):
+        got = jax.jit(lambda x, given: grouped_swiglu(x, jnp.array(sizes), given, rows, kernels))(x, given)
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4 * np.abs(want).max())
