@@ -12,9 +12,8 @@ from jax.sharding import Mesh
 
 from btx_jax.config import ComputeConfig
 from btx_jax.model_config import ModelConfig
-from btx_jax.models.decoding import Cache, empty_cache, forward, unstack
-from btx_jax.models.layers import usual
-from btx_jax.models.llama import Params, logits
+from btx_jax.models.decoding import Cache, empty_cache, forward, next_logits, unstack
+from btx_jax.models.llama import Params
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, replicated, shard
 
@@ -81,8 +80,10 @@ class Generator:
             results: list[list[int]] = [[] for _ in prompts]
             done = np.zeros(batch, bool)
             for first in range(0, new_tokens, CHUNK):
-                new_BC, token_B, cache = proceed(self._weights, token_B, put(done, replicated(self._mesh)), cache, seed_word)
-                for row, ids in enumerate(np.asarray(new_BC)[:, : new_tokens - first].tolist()):
+                left = new_tokens - first
+                steps = np.int32(left - 1 if left <= CHUNK else CHUNK)  # the last token needs none
+                new_BC, token_B, cache = proceed(self._weights, token_B, put(done, replicated(self._mesh)), cache, seed_word, steps)
+                for row, ids in enumerate(np.asarray(new_BC)[:, :left].tolist()):
                     if done[row]:
                         continue
                     kept = ids[: ids.index(self._eos)] if self._eos in ids else ids
@@ -98,9 +99,8 @@ class Generator:
             model, compute, eos = self._model, self._compute, self._eos
             row_B = jnp.arange(batch)
 
-            def draw(outer, hidden_BD, seed, position_B):
-                key = jax.random.key(seed)
-                logits_BV = logits(usual(outer), hidden_BD[:, None])[:, 0]
+            def draw(weights, hidden_BD, seed, position_B):
+                key, logits_BV = jax.random.key(seed), next_logits(weights, hidden_BD)
                 key_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(row_B, position_B)
                 return jax.vmap(lambda values, key: sample_token(values, key, sampling))(logits_BV, key_B)
 
@@ -108,25 +108,26 @@ class Generator:
             def start(weights, tokens_BT, length_B, seed):
                 cache = empty_cache(model, compute.dtype, batch, slots)
                 hidden_BD, cache = forward(model, compute, weights, tokens_BT, length_B, cache)
-                return draw(weights[0], hidden_BD, seed, cache.length_B), cache
+                return draw(weights, hidden_BD, seed, cache.length_B), cache
 
             @functools.partial(jax.jit, donate_argnums=3)
-            def proceed(weights, token_B, done_B, cache: Cache, seed):
-                """CHUNK more tokens, the first of which is known; fewer when every row has met EOS."""
+            def proceed(weights, token_B, done_B, cache: Cache, seed, steps):
+                """A known token and one for each step, of which CHUNK fit; fewer when every row has met EOS. Also the last of them."""
 
                 def wanted(state):
                     i, _, _, done_B, _ = state
-                    return (i < CHUNK) & ~done_B.all()
+                    return (i < steps) & ~done_B.all()
 
                 def body(state):
                     i, new_BC, token_B, done_B, cache = state
                     new_BC = new_BC.at[:, i].set(token_B)
                     done_B = done_B | (token_B == (-1 if eos is None else eos))
                     hidden_BD, cache = forward(model, compute, weights, token_B[:, None], 1 - done_B.astype(jnp.int32), cache)
-                    return i + 1, new_BC, draw(weights[0], hidden_BD, seed, cache.length_B), done_B, cache
+                    return i + 1, new_BC, draw(weights, hidden_BD, seed, cache.length_B), done_B, cache
 
                 empty_BC = jnp.full((batch, CHUNK), -1 if eos is None else eos, jnp.int32)
-                _, new_BC, token_B, _, cache = jax.lax.while_loop(wanted, body, (jnp.int32(0), empty_BC, token_B, done_B, cache))
+                i, new_BC, token_B, _, cache = jax.lax.while_loop(wanted, body, (jnp.int32(0), empty_BC, token_B, done_B, cache))
+                new_BC = new_BC.at[:, i].set(token_B, mode="drop")
                 return shard(new_BC, None, None), token_B, cache  # every process reads all rows
 
             self._programs[shape] = start, proceed

@@ -1,7 +1,6 @@
 """Grouped-query attention with rotary positions, causal and blind across documents. Shape legend: layers.py."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.model_config import LoRASpec, ModelConfig, RopeScaling
-from btx_jax.models.layers import matmul, normal_param, platform_kernels
+from btx_jax.models.layers import Kernel, matmul, normal_param, platform_kernels
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.models.splash import block_size, splash_attend
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum
@@ -66,7 +65,6 @@ def attend(q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT
     return jnp.concatenate(outputs, axis=-2)
 
 
-Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 Past = tuple[jax.Array, jax.Array, jax.Array]  # keys and values so far [B, N, S, K], and how many slots of each row are filled [B]
 WEIGHTS = (("embed", "heads"), ("embed", "kv_heads"), ("embed", "kv_heads"), ("heads", "head_dim", "embed"))
 
@@ -115,17 +113,9 @@ class Attention(nn.Module):
         def local(x_BTD, past_keys_BNSK, past_values_BNSK, length_B, query_DHK, key_DNK, value_DNK, out_HKD, *adapter_arrays):
             lora = Adapted(self.lora, adapters.restore(adapter_arrays))
             position_BT = length_B[:, None] + np.arange(x_BTD.shape[1])
-            kernels = query_DHK, key_DNK, value_DNK
-            q_BNGTK, k_BNTK, v_BNTK = self._project(x_BTD, position_BT.astype(jnp.float32), *kernels, lora, matmul)
-            write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=1))
-            q_BNGTK, k_BNTK, v_BNTK = (x.astype(past_keys_BNSK.dtype) for x in (q_BNGTK, k_BNTK, v_BNTK))
-            keys_BNSK, values_BNSK = write(past_keys_BNSK, k_BNTK, length_B), write(past_values_BNSK, v_BNTK, length_B)
-            q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
-            scores = jnp.einsum("bngtk,bnsk->bngts", q, keys_BNSK, preferred_element_type=jnp.float32)
-            seen_BTS = jnp.arange(keys_BNSK.shape[2]) <= position_BT[..., None]
-            weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, -1e30), axis=-1)
-            y_BNGTK = jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK).astype(x_BTD.dtype)
-            return self._merge(y_BNGTK, out_HKD, lora, matmul), keys_BNSK, values_BNSK
+            heads = self._project(x_BTD, position_BT, query_DHK, key_DNK, value_DNK, lora)
+            y_BNGTK, keys_BNSK, values_BNSK = _attend_past(*heads, past_keys_BNSK, past_values_BNSK, position_BT)
+            return self._merge(y_BNGTK.astype(x_BTD.dtype), out_HKD, lora), keys_BNSK, values_BNSK
 
         cached = ("batch", "kv_heads")
         inputs, outputs = (("batch",), cached, cached, ("batch",), *WEIGHTS, *adapters.names), (("batch",), cached, cached)
@@ -136,34 +126,69 @@ class Attention(nn.Module):
         return tuple(w.astype(dtype) for w in (self.query, self.key, self.value, self.out))
 
     def _project(
-        self,
-        x_BTD: jax.Array,
-        position: Any,
-        query_DHK: jax.Array,
-        key_DNK: jax.Array,
-        value_DNK: jax.Array,
-        lora: Adapted,
-        matmul: Matmul = jnp.matmul,
+        self, x_BTD: jax.Array, position: Any, query_DHK: jax.Array, key_DNK: jax.Array, value_DNK: jax.Array, lora: Adapted
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(q [B, N, G, T, K], k, v [B, N, T, K]) of one device, rotated. position: [T] or [B, T]."""
-        c = self.config
-        batch, length, d_model = x_BTD.shape
-        x_MD = x_BTD.reshape(-1, d_model)
+        """The heads of one device, as _rotated_heads gives them."""
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
 
-        def project(kernel, target):  # [D, N, K] -> [B, N, T, K]
+        def project(kernel, target):  # [D, N, K] -> [B, T, N K]
             kernel = gather(kernel, "embed", axis=0)
-            flat = lora.plus(target, x_BTD, matmul(x_MD, kernel.reshape(d_model, -1)).reshape(batch, length, -1))
-            return flat.reshape(batch, length, *kernel.shape[1:]).transpose(0, 2, 1, 3)
+            return lora.plus(target, x_BTD, (x_MD @ kernel.reshape(len(kernel), -1)).reshape(*x_BTD.shape[:2], -1))
 
-        angles = position[..., None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        angles = angles if angles.ndim == 2 else angles[:, None]  # the same for all heads
-        q_BHTK, k_BNTK, v_BNTK = rotate(project(query_DHK, "q"), angles), rotate(project(key_DNK, "k"), angles), project(value_DNK, "v")
-        return q_BHTK.reshape(batch, k_BNTK.shape[1], -1, length, c.head_dim), k_BNTK, v_BNTK
+        return _rotated_heads(self.config, project(query_DHK, "q"), project(key_DNK, "k"), project(value_DNK, "v"), position)
 
-    def _merge(self, y_BNGTK: jax.Array, out_HKD: jax.Array, lora: Adapted, matmul: Matmul = jnp.matmul) -> jax.Array:
+    def _merge(self, y_BNGTK: jax.Array, out_HKD: jax.Array, lora: Adapted) -> jax.Array:
         """Heads -> [B, T, D], summed over the devices that share them."""
         batch, length = y_BNGTK.shape[0], y_BNGTK.shape[3]
-        y_MD = y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, -1)
+        y_MD = _side_by_side(y_BNGTK)
         out_HKD = gather(out_HKD, "embed", axis=2)
-        y_BTD = scatter_sum(matmul(y_MD, out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads", axis=None)
+        y_BTD = scatter_sum((y_MD @ out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads", axis=None)
         return lora.plus("o", y_MD.reshape(batch, length, -1), y_BTD)
+
+
+Heads = tuple[jax.Array, jax.Array, jax.Array]  # q [B, N, G, T, K], k and v [B, N, T, K]
+
+
+def _rotated_heads(c: ModelConfig, q_BTX: jax.Array, k_BTX: jax.Array, v_BTX: jax.Array, position: Any) -> Heads:
+    """Heads from projections that hold them side by side, rotated. position: [T] or [B, T]."""
+    batch, length, _ = q_BTX.shape
+    angles = position[..., None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    angles = angles if angles.ndim == 2 else angles[:, None]  # the same for all heads
+    q_BHTK, k_BNTK, v_BNTK = (x.reshape(batch, length, -1, c.head_dim).transpose(0, 2, 1, 3) for x in (q_BTX, k_BTX, v_BTX))
+    q_BHTK, k_BNTK = rotate(q_BHTK, angles), rotate(k_BNTK, angles)
+    return q_BHTK.reshape(batch, k_BNTK.shape[1], -1, length, c.head_dim), k_BNTK, v_BNTK
+
+
+def _side_by_side(y_BNGTK: jax.Array) -> jax.Array:
+    """[B T, N G K]"""
+    batch, _, _, length, _ = y_BNGTK.shape
+    return y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, -1)
+
+
+def _attend_past(
+    q_BNGTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, keys_BNSK: jax.Array, values_BNSK: jax.Array, position_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(answers [B, N, G, T, K], keys, values), where new keys and values stand at slots position_BT, in the dtype of the old."""
+    write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=1))
+    q_BNGTK, k_BNTK, v_BNTK = (x.astype(keys_BNSK.dtype) for x in (q_BNGTK, k_BNTK, v_BNTK))
+    keys_BNSK, values_BNSK = write(keys_BNSK, k_BNTK, position_BT[:, 0]), write(values_BNSK, v_BNTK, position_BT[:, 0])
+    q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
+    scores = jnp.einsum("bngtk,bnsk->bngts", q, keys_BNSK, preferred_element_type=jnp.float32)
+    seen_BTS = jnp.arange(keys_BNSK.shape[2]) <= position_BT[..., None]
+    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, -1e30), axis=-1)
+    return jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK), keys_BNSK, values_BNSK
+
+
+def joint_attention(
+    config: ModelConfig, x_BTD: jax.Array, past: Past, query_key_value: Kernel, out: Kernel
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Attention.continued on one device and without LoRA, its first three matmuls as one: columns of queries, then keys, then values."""
+    past_keys_BNSK, past_values_BNSK, length_B = past
+    batch, length, d_model = x_BTD.shape
+    ends = np.array([config.heads, config.heads + config.kv_heads]) * config.head_dim
+    projected = matmul(x_BTD.reshape(-1, d_model), query_key_value, jnp.float32).reshape(batch, length, -1)
+    position_BT = length_B[:, None] + np.arange(length)
+    q_BTX, k_BTX, v_BTX = jnp.split(projected, ends, axis=-1)
+    heads = _rotated_heads(config, q_BTX, k_BTX, v_BTX, position_BT)
+    y_BNGTK, keys_BNSK, values_BNSK = _attend_past(*heads, past_keys_BNSK, past_values_BNSK, position_BT)
+    return matmul(_side_by_side(y_BNGTK).astype(x_BTD.dtype), out).reshape(x_BTD.shape), (keys_BNSK, values_BNSK)

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 
 from btx_jax.config import ComputeConfig
 from btx_jax.model_config import LayerSpec, ModelConfig
-from btx_jax.models.attention import Attention
-from btx_jax.models.layers import FeedForward, RMSNorm, Transposed, usual
+from btx_jax.models.attention import Attention, joint_attention
+from btx_jax.models.layers import FeedForward, Kernel, RMSNorm, Transposed, joint_swiglu, matmul
 from btx_jax.models.llama import Params, head_kernel
 from btx_jax.models.moe import MoEFeedForward, separate_experts
-
-INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "kernel": 1}  # of each kernel, its first ones
 
 Weights = tuple[Params, tuple[Params, ...]]  # of unstack
 
@@ -32,30 +30,48 @@ class Cache(NamedTuple):
 
 
 def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) -> Weights:
-    """(parameters outside the layers, one tree a layer), matmuls' kernels in `dtype`; on one device those of experts one by one.
+    """(parameters outside the layers, one tree a layer), matmuls' kernels in `dtype`.
+
+    On one device matmuls that read the same rows become one, unless LoRA adds to their answers, and experts are separate: of each layer
+    query_key_value [D, (H + 2 N) K] and out [H K, D], gate_up [D, 2 F] and down [F, D], of each expert where it has some.
 
     Jit it, so that casts and slices fuse.
     """
-    # CPUs read transposed bfloat16 three times as fast. In float32 a lone row would meet no fast kernel of XLA's, nor would maps with LoRA.
-    transpose = one_device and dtype == "bfloat16" and jax.default_backend() == "cpu" and model.lora is None
+    # In float32 a lone row would meet no fast kernel of XLA's.
+    transpose = one_device and dtype == "bfloat16" and jax.default_backend() == "cpu"
 
-    def held(path: Any, x: jax.Array) -> Any:
-        name = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1]
-        if name in ("scale", "router"):
-            return x
-        return Transposed.of(x.astype(dtype), INPUT_AXES[name]) if transpose and name in INPUT_AXES else x.astype(dtype)
+    def kernel(*parts: jax.Array) -> Kernel:
+        joint = jnp.concatenate(parts, axis=-1).astype(dtype)
+        return Transposed.of(joint) if transpose else joint
+
+    def cast_kernels(tree: Any) -> Any:
+        names = lambda path: {getattr(key, "key", None) for key in path}  # noqa: E731
+        return jax.tree_util.tree_map_with_path(lambda path, x: x if names(path) & {"scale", "router"} else x.astype(dtype), tree)
 
     layers = []
     for name, length, spec in model.runs():
         for i in range(length):
             layer = jax.tree.map(lambda x, i=i: x[i], params[name])
-            if spec.experts and one_device:
-                layer["ffn"] = {name: x if name == "router" else tuple(x) for name, x in layer["ffn"].items()}
-            layers.append(layer)
-    outer = {name: value for name, value in params.items() if not name.startswith("layers_")}
-    if not transpose:  # a tied head would be transposed for every token
-        outer["head"] = {"kernel": head_kernel(params)}
-    return jax.tree_util.tree_map_with_path(held, (outer, tuple(layers)))
+            attention, ffn = layer["attention"], layer["ffn"]
+            if one_device and spec.lora is None:
+                inner = [attention[name].reshape(model.d_model, -1) for name in ("query", "key", "value")]
+                attention = {"query_key_value": kernel(*inner), "out": kernel(attention["out"].reshape(-1, model.d_model))}
+            if one_device and spec.experts:
+                experts = [[ffn[name][e] for name in ("gate", "up", "down")] for e in range(spec.experts)]
+                ffn = {"router": ffn["router"], "experts": tuple((kernel(gate, up), kernel(down)) for gate, up, down in experts)}
+            elif one_device and spec.lora is None:
+                ffn = {"gate_up": kernel(ffn["gate"], ffn["up"]), "down": kernel(ffn["down"])}
+            layers.append({**layer, "attention": attention, "ffn": ffn})
+    outer = {"embed": params["embed"], "final_norm": params["final_norm"]}
+    if "head" in params or not transpose:  # a tied head is the embedding, which but for this would be transposed for every token
+        outer["head"] = kernel(head_kernel(params))
+    return cast_kernels(outer), tuple(cast_kernels(layer) for layer in layers)
+
+
+def next_logits(weights: Weights, hidden_BD: jax.Array) -> jax.Array:
+    """[B, V], in float32."""
+    outer, _ = weights
+    return matmul(hidden_BD, outer["head"] if "head" in outer else Transposed(outer["embed"]["embedding"]), jnp.float32)
 
 
 def empty_cache(model: ModelConfig, dtype: str, batch: int, slots: int) -> Cache:
@@ -76,19 +92,21 @@ def forward(
     x_BTD = _rows(outer["embed"]["embedding"], tokens_BT).astype(compute.dtype)
     valid_BT = jnp.arange(tokens_BT.shape[1])[None] < count_B[:, None]
     keys, values = [], []
-    norm = RMSNorm(model.norm_eps)
+    norm: Any = RMSNorm(model.norm_eps)
     for number, (spec, params) in enumerate(zip(model.layer_specs(), layers, strict=True)):
         h_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD)
         past = (cache.keys[number], cache.values[number], cache.length_B)
-        attention = Attention(model, compute.kernels, spec.lora)
-        y_BTD, (key, value) = cast(Any, attention.apply({"params": usual(params["attention"])}, h_BTD, past, method="continued"))
+        if "query_key_value" in params["attention"]:
+            y_BTD, (key, value) = joint_attention(model, h_BTD, past, **params["attention"])
+        else:
+            attention = Attention(model, compute.kernels, spec.lora)
+            y_BTD, (key, value) = cast(Any, attention.apply({"params": params["attention"]}, h_BTD, past, method="continued"))
         x_BTD += y_BTD
         x_BTD += _feed_forward(model, compute, spec, params["ffn"], norm.apply({"params": params["ffn_norm"]}, x_BTD), valid_BT)
         keys.append(key)
         values.append(value)
     last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    hidden_BD = cast(jax.Array, norm.apply({"params": outer["final_norm"]}, last_BD))
-    return hidden_BD, Cache(tuple(keys), tuple(values), cache.length_B + count_B)
+    return norm.apply({"params": outer["final_norm"]}, last_BD), Cache(tuple(keys), tuple(values), cache.length_B + count_B)
 
 
 def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -101,8 +119,10 @@ def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 def _feed_forward(
     model: ModelConfig, compute: ComputeConfig, spec: LayerSpec, params: Params, x_BTD: Any, valid_BT: jax.Array
 ) -> jax.Array:
-    if not spec.experts:
-        return cast(Any, FeedForward(model.d_ff, spec.lora).apply({"params": usual(params)}, x_BTD))[0]
-    if isinstance(params["gate"], tuple):
-        return separate_experts(x_BTD, valid_BT, params, spec, compute)
-    return cast(Any, MoEFeedForward(model.d_ff, spec, compute).apply({"params": params}, x_BTD, valid_BT, jnp.int32(0)))[0]
+    if "experts" in params:
+        return separate_experts(x_BTD, valid_BT, params["router"], params["experts"], spec, compute)
+    if spec.experts:
+        return cast(Any, MoEFeedForward(model.d_ff, spec, compute).apply({"params": params}, x_BTD, valid_BT, jnp.int32(0)))[0]
+    if "gate_up" in params:
+        return joint_swiglu(x_BTD.reshape(-1, model.d_model), params["gate_up"], params["down"]).reshape(x_BTD.shape)
+    return cast(Any, FeedForward(model.d_ff, spec.lora).apply({"params": params}, x_BTD))[0]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.models.layers import swiglu, swiglu_backward, swiglu_forward, usual
+from btx_jax.models.layers import Transposed, joint_swiglu, swiglu, swiglu_backward, swiglu_forward
 
 BLOCK = 128  # rows per block on a CPU: large enough for full matmul speed, small enough to waste little on padding
 PROMPT_BLOCK = 64  # where experts are separate arrays: prompts have few rows
@@ -20,8 +20,8 @@ TILES = (512, 1024, 1024)
 
 
 def grouped_swiglu(x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kernels: str) -> jax.Array:
-    """[R, D] -> [R, D]. weights: gate [E, D, F], up [E, D, F], down [E, F, D], or E arrays each. most: rows that one expert can have.
-    kernels: as in ComputeConfig, `auto` decided."""
+    """[R, D] -> [R, D]. weights: gate [E, D, F], up [E, D, F], down [E, F, D], or for inference of each expert gate_up [D, 2 F] and down
+    [F, D]. most: rows that one expert can have. kernels: as in ComputeConfig, `auto` decided."""
     if kernels != "xla":
         rows = x_RD.shape[0]
         tile = min(TILES[0], math.ceil(rows / 8) * 8)
@@ -34,8 +34,12 @@ def grouped_swiglu(x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kern
 
 
 def _swiglu(matmul, x_RD, *weights):
-    gate, up, down = (jnp.stack(usual(w)) if isinstance(w, tuple) else w for w in weights)
-    a_RF, b_RF = (checkpoint_name(matmul(x_RD, kernel), "ffn") for kernel in (gate, up))
+    if isinstance(weights[0], tuple):
+        gate_up, down = (jnp.stack([w.array.T if isinstance(w, Transposed) else w for w in each]) for each in zip(*weights, strict=True))
+        a_RF, b_RF = jnp.split(matmul(x_RD, gate_up), 2, axis=-1)
+    else:
+        gate, up, down = weights
+        a_RF, b_RF = (checkpoint_name(matmul(x_RD, kernel), "ffn") for kernel in (gate, up))
     return matmul(jax.nn.silu(a_RF) * b_RF, down)
 
 
@@ -53,7 +57,7 @@ def _ragged_dot(x_RD, sizes_E, *weights):
     return _swiglu(lambda rows, kernel: jax.lax.ragged_dot(rows, kernel, sizes_E), x_RD, *weights)
 
 
-def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block):
+def _blocked(x_RD, sizes_E, *weights, block):
     """Every expert's rows padded to whole blocks, so that each block meets one expert."""
     experts, rows = len(sizes_E), len(x_RD)
     padded_E = -(-sizes_E // block) * block
@@ -67,16 +71,16 @@ def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block):
     source = jnp.full(blocks * block, rows).at[place_R].set(row_R, mode="drop")
     x_padded = jnp.concatenate([x_RD, jnp.zeros_like(x_RD[:1])])[source].reshape(blocks, block, -1)
     expert_of_block = jnp.searchsorted(last_padded_E, jnp.arange(blocks) * block, side="right")
-    if isinstance(gate_EDF, tuple):
-        y_padded = _separate_block_swiglu(x_padded, expert_of_block, gate_EDF, up_EDF, down_EFD)
+    if isinstance(weights[0], tuple):
+        y_padded = _separate_block_swiglu(x_padded, expert_of_block, weights)
     else:
-        y_padded = _block_swiglu(x_padded, jnp.minimum(expert_of_block, experts - 1), gate_EDF, up_EDF, down_EFD)
+        y_padded = _block_swiglu(x_padded, jnp.minimum(expert_of_block, experts - 1), *weights)
     return y_padded.reshape(blocks * block, -1).at[place_R].get(mode="fill", fill_value=0)
 
 
-def _separate_block_swiglu(x, expert, *weights):
+def _separate_block_swiglu(x, expert, experts):
     """SwiGLU of block i with expert[i]'s own arrays, none of which is copied. Blocks that no expert has are skipped."""
-    branches = [lambda x, own=own: swiglu(x, *usual(own)) for own in zip(*weights, strict=True)]
+    branches = [lambda x, own=own: joint_swiglu(x, *own) for own in experts]
     return jax.lax.map(lambda xe: jax.lax.switch(xe[1], [*branches, jnp.zeros_like], xe[0]), (x, expert))
 
 

@@ -6,7 +6,6 @@ Shape legend for this folder (capital letters name axes, as in x_BTD):
 """
 
 import dataclasses
-import math
 from typing import Any, cast
 
 import jax
@@ -71,37 +70,32 @@ class Head(nn.Module):
 @dataclasses.dataclass(frozen=True)
 class Transposed:
     """A kernel held as [outputs, inputs], so that what is multiplied and summed lies side by side: where few rows meet every weight,
-    reading weights takes most of the time. Call `usual` next to the matmul, into which XLA folds the transposition."""
+    reading weights takes most of the time."""
 
     array: jax.Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, kernel: jax.Array, input_axes: int) -> "Transposed":
-        return cls(kernel.reshape(math.prod(kernel.shape[:input_axes]), -1).T, kernel.shape)
-
-    def usual(self) -> jax.Array:
-        return self.array.T.reshape(self.shape)
+    def of(cls, kernel_DF: jax.Array) -> "Transposed":
+        return cls(kernel_DF.T)
 
 
-def usual(tree: Any) -> Any:
-    """Kernels as modules know them: [inputs, outputs]."""
-    is_held = lambda x: isinstance(x, Transposed)  # noqa: E731
-    return jax.tree.map(lambda x: x.usual() if is_held(x) else x, tree, is_leaf=is_held)
+Kernel = jax.Array | Transposed
 
 
-def _bfloat16_on_cpu(x: jax.Array) -> bool:
-    return x.ndim == 2 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-
-
-def matmul(x_MD: jax.Array, w_DF: jax.Array, out_dtype: Any = None) -> jax.Array:
-    """x w, for inference. XLA's CPU backend multiplies bfloat16 fast where the answer is float32, there is more than one row, and nothing
-    stands between the matmul and a `Transposed` kernel: its transposition cancels the one here."""
-    if not _bfloat16_on_cpu(x_MD):
-        return jnp.matmul(x_MD, w_DF, preferred_element_type=out_dtype)
+def matmul(x_MD: jax.Array, kernel_DF: Kernel, out_dtype: Any = None) -> jax.Array:
+    """x times a kernel, for inference. A transposed one must be bfloat16: XLA's CPU backend multiplies it fast where the answer is
+    float32 and there is more than one row."""
+    if not isinstance(kernel_DF, Transposed):
+        return jnp.matmul(x_MD, kernel_DF, preferred_element_type=out_dtype)
     rows = jnp.pad(x_MD, ((0, 1), (0, 0))) if len(x_MD) == 1 else x_MD
-    y_MF = jax.lax.dot_general(rows, w_DF.T, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    y_MF = jax.lax.dot_general(rows, kernel_DF.array, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return y_MF[: len(x_MD)].astype(out_dtype or x_MD.dtype)
+
+
+def joint_swiglu(x_MD: jax.Array, gate_up_DF: Kernel, down_FD: Kernel) -> jax.Array:
+    """swiglu for inference, its first two matmuls as one: gate's columns, then up's."""
+    a_MF, b_MF = jnp.split(matmul(x_MD, gate_up_DF, jnp.float32), 2, axis=-1)
+    return matmul((jax.nn.silu(a_MF) * b_MF).astype(x_MD.dtype), down_FD)
 
 
 @jax.custom_vjp
@@ -110,9 +104,7 @@ def swiglu(x_MD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.A
 
     The derivative is written out to keep two [M, F] residuals where autodiff keeps four.
     """
-    between = jnp.float32 if _bfloat16_on_cpu(x_MD) else x_MD.dtype  # rounding takes longer there than the arithmetic
-    a_MF, b_MF = (matmul(x_MD, w_DF, between) for w_DF in (gate_DF, up_DF))
-    return matmul((jax.nn.silu(a_MF) * b_MF).astype(x_MD.dtype), down_FD)
+    return (jax.nn.silu(x_MD @ gate_DF) * (x_MD @ up_DF)) @ down_FD
 
 
 def swiglu_forward(x, gate, up, down):

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from btx_jax.config import ComputeConfig
 from btx_jax.model_config import LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention
-from btx_jax.models.layers import Embed, FeedForward, Head, RMSNorm, matmul
+from btx_jax.models.layers import Embed, FeedForward, Head, RMSNorm
 from btx_jax.models.lora import is_adapter, router_statistics
 from btx_jax.models.moe import MoEFeedForward
 from btx_jax.models.routing import RoutingStats
@@ -103,8 +103,7 @@ def head_kernel(params: Params) -> jax.Array:
 
 def logits(params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, V] in float32. For a few positions; the training loss works in chunks instead."""
-    kernel_DV = head_kernel(params).astype(hidden_BTD.dtype)
-    return matmul(hidden_BTD.reshape(-1, len(kernel_DV)), kernel_DV, jnp.float32).reshape(*hidden_BTD.shape[:2], -1)
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_kernel(params).astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,7 +1,6 @@
 """The Mixture-of-Experts feed-forward block: one router for the whole SwiGLU (BTX section 3.2). Shape legend: layers.py."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ from flax import linen as nn
 
 from btx_jax.config import ComputeConfig
 from btx_jax.model_config import LayerSpec
-from btx_jax.models.layers import normal_param, platform_kernels, scaled_swiglu, swiglu, usual
-from btx_jax.models.ragged import ragged_experts
+from btx_jax.models.layers import Kernel, joint_swiglu, normal_param, platform_kernels, scaled_swiglu
+from btx_jax.models.ragged import expert_answers, ragged_experts, weighted_sum
 from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum, shard
 
@@ -42,31 +41,32 @@ def router_logits(x_GSD: jax.Array, router_DE: jax.Array) -> jax.Array:
     return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
 
 
+Expert = tuple[Kernel, Kernel]  # gate_up [D, 2 F] and down [F, D], of joint_swiglu
+
+
 def separate_experts(
-    x_BTD: jax.Array, valid_BT: jax.Array, params: Mapping[str, Any], spec: LayerSpec, compute: ComputeConfig
+    x_BTD: jax.Array, valid_BT: jax.Array, router_DE: jax.Array, experts: Sequence[Expert], spec: LayerSpec, compute: ComputeConfig
 ) -> jax.Array:
-    """The block without capacity, on one device. params: router [D, E]; gate, up, down: of each expert an array of its own."""
+    """The block without capacity, on one device, for inference; every expert's kernels are arrays of their own."""
     one_token = x_BTD.shape[1] == 1
-    choice = route(router_logits(x_BTD, params["router"]), valid_BT | one_token, spec, None, jnp.int32(0))
-    weights = params["gate"], params["up"], params["down"]
+    choice = route(router_logits(x_BTD, router_DE), valid_BT | one_token, spec, None, jnp.int32(0))
     gate_MK, index_MK = (x.reshape(-1, x.shape[-1]) for x in (choice.gate_GSK, choice.index_GSK))
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     if one_token:
-        return _few_tokens(x_MD, gate_MK.astype(x_MD.dtype), index_MK, weights)[:, None]
-    return ragged_experts(x_MD, gate_MK, index_MK, *weights, platform_kernels(compute.kernels)).reshape(x_BTD.shape)
+        return _few_tokens(x_MD, gate_MK, index_MK, experts)[:, None]
+    y_MKD = expert_answers(x_MD, index_MK, len(experts), tuple(experts), platform_kernels(compute.kernels))
+    return weighted_sum(y_MKD, gate_MK).reshape(x_BTD.shape)
 
 
-def _few_tokens(x_BD: jax.Array, gate_BK: jax.Array, index_BK: jax.Array, weights: Sequence[Sequence[jax.Array]]) -> jax.Array:
+def _few_tokens(x_BD: jax.Array, gate_BK: jax.Array, index_BK: jax.Array, experts: Sequence[Expert]) -> jax.Array:
     """Reading weights takes longer here than multiplying by them: what no token needs is not read, and nothing is copied."""
-    experts = tuple(zip(*weights, strict=True))
     if index_BK.size <= len(experts):
-        branches = [lambda x, experts, e=e: swiglu(x, *usual(experts[e])) for e in range(len(experts))]
+        branches = [lambda x, experts, e=e: joint_swiglu(x, *experts[e]) for e in range(len(experts))]
         claims = [jax.lax.switch(e, branches, x_BD[b : b + 1], experts) for b, row in enumerate(index_BK) for e in row]
-        y_BKD = jnp.concatenate(claims).reshape(*index_BK.shape, -1)
-    else:
-        y_BED = jnp.stack([swiglu(x_BD, *usual(expert)) for expert in experts], axis=1)
-        y_BKD = jnp.take_along_axis(y_BED, index_BK[..., None], axis=1)
-    return jnp.einsum("bkd,bk->bd", y_BKD, gate_BK)
+        return jnp.einsum("bkd,bk->bd", jnp.concatenate(claims).reshape(*index_BK.shape, -1), gate_BK.astype(x_BD.dtype))
+    gate_BE = jnp.einsum("bk,bke->be", gate_BK, jax.nn.one_hot(index_BK, len(experts)), precision="highest")
+    y_BED = jnp.stack([joint_swiglu(x_BD, *expert) for expert in experts], axis=1)
+    return jnp.einsum("bed,be->bd", y_BED, gate_BE.astype(x_BD.dtype))
 
 
 class MoEFeedForward(nn.Module):

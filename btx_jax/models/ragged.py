@@ -16,8 +16,7 @@ from btx_jax.parallel.sharding import gather, per_device, position, scatter_sum
 def ragged_experts(x_MD: jax.Array, gate_MK: jax.Array, index_MK: jax.Array, gate_EDF, up_EDF, down_EFD, kernels: str = "xla") -> jax.Array:
     """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m. Returns [M, D].
 
-    Index E (padding) contributes nothing. Where K > 1, the gates of a token are a softmax over its K choices: they sum to one. On one
-    device gate, up and down may also be E arrays each.
+    Index E (padding) contributes nothing.
     """
     experts = len(gate_EDF)
 
@@ -30,16 +29,11 @@ def ragged_experts(x_MD: jax.Array, gate_MK: jax.Array, index_MK: jax.Array, gat
             x_MD, gate_MK, index_MK = (gather(x, "expert", axis=0) for x in (x_MD, gate_MK, index_MK))
             index_MK = index_MK - position("expert") * own
         is_own_MK = (index_MK >= 0) & (index_MK < own)
-        y_MKD = _answers(x_MD, jnp.where(is_own_MK, index_MK, own), (gate_EDF, up_EDF, down_EFD), kernels)
-        gate_MK = gate_MK.astype(y_MKD.dtype)
+        y_MKD = expert_answers(x_MD, jnp.where(is_own_MK, index_MK, own), own, (gate_EDF, up_EDF, down_EFD), kernels)
         if own < experts:
-            y_MD = scatter_sum(jnp.einsum("mkd,mk->md", y_MKD, gate_MK), "expert", axis=0)
-        elif gate_MK.shape[1] == 1:
-            y_MD = y_MKD[:, 0] * gate_MK
+            y_MD = scatter_sum(jnp.einsum("mkd,mk->md", y_MKD, gate_MK.astype(y_MKD.dtype)), "expert", axis=0)
         else:
-            # As the gates sum to one, this is their weighted sum, and experts that agree give their common answer without rounding.
-            first_MD = y_MKD[:, 0]
-            y_MD = first_MD + jnp.einsum("mkd,mk->md", y_MKD[:, 1:] - first_MD[:, None], gate_MK[:, 1:])
+            y_MD = weighted_sum(y_MKD, gate_MK)
         return scatter_sum(y_MD, "hidden", axis=None)
 
     rows = ("batch",)
@@ -47,9 +41,19 @@ def ragged_experts(x_MD: jax.Array, gate_MK: jax.Array, index_MK: jax.Array, gat
     return per_device(local, (rows, rows, rows, into, into, out), rows)(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD)
 
 
-def _answers(x_MD: jax.Array, index_MK: jax.Array, weights, kernels: str) -> jax.Array:
-    """FF_index[m, k](x[m]), [M, K, D]; zero where the index is E, which sorts behind all experts."""
-    experts, (tokens, k) = len(weights[0]), index_MK.shape
+def weighted_sum(y_MKD: jax.Array, gate_MK: jax.Array) -> jax.Array:
+    """sum_k gate[m, k] y[m, k]. Where K > 1, the gates of a token are a softmax over its K choices: they sum to one."""
+    gate_MK = gate_MK.astype(y_MKD.dtype)
+    if gate_MK.shape[1] == 1:
+        return y_MKD[:, 0] * gate_MK
+    # As the gates sum to one, this is their weighted sum, and experts that agree give their common answer without rounding.
+    first_MD = y_MKD[:, 0]
+    return first_MD + jnp.einsum("mkd,mk->md", y_MKD[:, 1:] - first_MD[:, None], gate_MK[:, 1:])
+
+
+def expert_answers(x_MD: jax.Array, index_MK: jax.Array, experts: int, weights, kernels: str) -> jax.Array:
+    """FF_index[m, k](x[m]), [M, K, D]; zero where the index is `experts`, which sorts behind them all. weights: of grouped_swiglu."""
+    tokens, k = index_MK.shape
     expert_N = index_MK.reshape(-1)
     order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)  # claims by expert
     rank_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True)

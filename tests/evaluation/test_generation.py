@@ -8,8 +8,7 @@ import pytest
 from btx_jax.config import ComputeConfig
 from btx_jax.evaluation.generation import Generator, Sampling, sample_token
 from btx_jax.model_config import LoRAConfig, MoEConfig
-from btx_jax.models.decoding import empty_cache, forward, unstack
-from btx_jax.models.layers import usual
+from btx_jax.models.decoding import empty_cache, forward, next_logits, unstack
 from btx_jax.models.llama import Llama, init_params, logits
 from btx_jax.parallel.sharding import make_mesh
 from tests.models.test_llama import MOE, TINY
@@ -47,6 +46,7 @@ def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device)
     assert len({tuple(ids) for ids in want}) == len(PROMPTS), "a test that tells nothing: all prompts continue alike"
     generator = Generator(model, params, COMPUTE, one_device)
     assert generator.generate(PROMPTS, 40) == want
+    assert generator.generate(PROMPTS, 33) == [ids[:33] for ids in want], "a second look for one token"
     assert [generator.generate([prompt], 40)[0] for prompt in PROMPTS] == want
 
 
@@ -62,11 +62,11 @@ def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
     with jax.set_mesh(one_device):
         weights = jax.jit(lambda params: unstack(params, model, "bfloat16", one_device=True))(params)
         step = jax.jit(lambda weights, *args: forward(model, compute, weights, *args))
-        read = jax.jit(lambda outer, hidden: jax.nn.log_softmax(logits(usual(outer), hidden[:, None])[:, 0]))
+        read = jax.jit(lambda weights, hidden: jax.nn.log_softmax(next_logits(weights, hidden)))
         cache = empty_cache(model, "bfloat16", rows, 16)
         for tokens, last in ((ids[:, :8], 7), (ids[:, 8:], 8)):
             hidden, cache = step(weights, tokens, np.full(rows, tokens.shape[1], np.int32), cache)
-            got = read(weights[0], hidden)
+            got = read(weights, hidden)
             signal = want[:, last] - want[:, last].mean(-1, keepdims=True)
             off = np.linalg.norm(got - want[:, last]) / np.linalg.norm(signal)
             assert off < 0.06, "more than rounding: that gives 0.01, and 0.05 where it sends a token to another expert"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from btx_jax.models.grouped import grouped_swiglu
-from btx_jax.models.layers import Transposed, matmul, swiglu, usual
+from btx_jax.models.layers import Transposed, joint_swiglu, matmul, swiglu
 
 ROUNDING = 2.0**-8  # of bfloat16
 
@@ -13,34 +13,28 @@ ROUNDING = 2.0**-8  # of bfloat16
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_transposed_kernel_gives_the_same_product(rows, dtype):
     keys = jax.random.split(jax.random.key(rows))
-    x, w = jax.random.normal(keys[0], (rows, 24)).astype(dtype), jax.random.normal(keys[1], (24, 2, 5)).astype(dtype)
-    want = np.float64(x) @ np.float64(w).reshape(24, 10)
-    for kernel in (w, usual(Transposed.of(w, input_axes=1))):
-        assert kernel.shape == w.shape
-        got = jax.jit(lambda x, kernel: matmul(x, kernel.reshape(24, 10)))(x, kernel)
+    x, w = jax.random.normal(keys[0], (rows, 24)).astype(dtype), jax.random.normal(keys[1], (24, 10)).astype(dtype)
+    want = np.float64(x) @ np.float64(w)
+    for kernel in (w, Transposed.of(w)):
+        got = jax.jit(matmul)(x, kernel)
         assert got.dtype == dtype
         np.testing.assert_allclose(np.float64(got), want, rtol=ROUNDING if dtype == "bfloat16" else 1e-5, atol=1e-5)
-        wide = jax.jit(lambda x, kernel: matmul(x, kernel.reshape(24, 10), jnp.float32))(x, kernel)
+        wide = jax.jit(lambda x, kernel: matmul(x, kernel, jnp.float32))(x, kernel)
         assert wide.dtype == jnp.float32
         np.testing.assert_allclose(wide, want, rtol=1e-5, atol=1e-5)
 
 
-def test_two_input_axes():
-    w = jax.random.normal(jax.random.key(0), (3, 4, 5))
-    held = Transposed.of(w, input_axes=2)
-    assert held.array.shape == (5, 12)
-    np.testing.assert_array_equal(usual({"out": held, "scale": w})["out"], w)
-
-
 @pytest.mark.parametrize("rows", [1, 4])
-def test_swiglu_in_bfloat16(rows):
+@pytest.mark.parametrize("held", [lambda kernel: kernel, Transposed.of], ids=["usual", "transposed"])
+def test_joint_swiglu_in_bfloat16(rows, held):
     x, gate, up, down = (
         jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i, shape in enumerate([(rows, 8), (8, 16), (8, 16), (16, 8)])
     )
     exact = [np.float64(a) for a in (x, gate, up, down)]
     a = exact[0] @ exact[1]
     want = (a / (1 + np.exp(-a)) * (exact[0] @ exact[2])) @ exact[3]
-    np.testing.assert_allclose(np.float64(swiglu(x, gate, up, down)), want, atol=4 * ROUNDING * np.abs(want).max())
+    got = joint_swiglu(x, held(jnp.concatenate([gate, up], axis=1)), held(down))
+    np.testing.assert_allclose(np.float64(got), want, atol=2 * ROUNDING * np.abs(want).max())
 
 
 @pytest.mark.parametrize("kernels", ["xla", "pallas_interpret"])
@@ -51,7 +45,8 @@ def test_separate_experts_answer_as_stacked_ones(sizes, kernels):
     x, *weights = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(rows, 128), *[(4, 128, 128)] * 3]))
     expert = np.repeat(np.arange(4), sizes)
     want = np.stack([swiglu(x[r : r + 1], *(w[expert[r]] for w in weights))[0] for r in range(rows)])
-    held = tuple(tuple(Transposed.of(one, input_axes=1) for one in w) for w in weights)
-    for given in (tuple(weights), tuple(map(tuple, weights)), held):
+    joint = tuple((jnp.concatenate([gate, up], axis=1), down) for gate, up, down in zip(*weights, strict=True))
+    held = tuple((Transposed.of(gate_up), Transposed.of(down)) for gate_up, down in joint)
+    for given in (tuple(weights), joint, held):
         got = jax.jit(lambda x, given: grouped_swiglu(x, jnp.array(sizes), given, rows, kernels))(x, given)
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4 * np.abs(want).max())
