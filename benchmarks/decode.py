@@ -12,14 +12,12 @@ bfloat16 they part sooner or later, since sums are rounded in another order.
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 
 BATCHES = (1, 8)
-ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # huge pages, for both
 
 
 def prompts_of(batch: int) -> list[list[int]]:
@@ -84,7 +82,7 @@ def main() -> None:
     for path, dtype in itertools.product(filter(None, (args.checkpoint, args.upcycled)), args.dtypes.split(",")):
         command = [sys.executable, __file__, f"--checkpoint={path}", f"--dtypes={dtype}", f"--tokens={args.tokens}"]
         sides = {
-            side: subprocess.Popen([*command, f"--serve={side}"], env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            side: subprocess.Popen([*command, f"--serve={side}"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             for side in ("ours", "theirs")
         }
 

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 from btx_jax.models.layers import Transposed, joint_swiglu, swiglu, swiglu_backward, swiglu_forward
 
 BLOCK = 128  # rows per block on a CPU: large enough for full matmul speed, small enough to waste little on padding
-PROMPT_BLOCK = 64  # where experts are separate arrays: prompts have few rows
 # Rows, contracted and output columns per tile on a TPU: each byte of a tile feeds 512 or more multiplications, in 10 MiB of vector memory.
 TILES = (512, 1024, 1024)
 
@@ -29,7 +28,7 @@ def grouped_swiglu(x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kern
         matmul = _megablox(sizes_E, tile, interpret=kernels == "pallas_interpret")
         return _swiglu(matmul, padded_RD, *weights)[:rows]
     # ragged_dot on the CPU multiplies every row by every expert.
-    blocked = functools.partial(_blocked, block=min(PROMPT_BLOCK if isinstance(weights[0], tuple) else BLOCK, most))
+    blocked = functools.partial(_in_turn if isinstance(weights[0], tuple) else _blocked, block=min(BLOCK, most))
     return jax.lax.platform_dependent(x_RD, sizes_E, *weights, cpu=blocked, default=_ragged_dot)
 
 
@@ -57,7 +56,22 @@ def _ragged_dot(x_RD, sizes_E, *weights):
     return _swiglu(lambda rows, kernel: jax.lax.ragged_dot(rows, kernel, sizes_E), x_RD, *weights)
 
 
-def _blocked(x_RD, sizes_E, *weights, block):
+def _in_turn(x_RD, sizes_E, *experts, block):
+    """Separate experts one after another, each block by block. Rows that a last block writes too many, the next expert overwrites."""
+    x_padded = jnp.pad(x_RD, ((0, block), (0, 0)))
+    y_padded = jnp.zeros_like(x_padded)
+    for start, size, expert in zip(jnp.cumsum(sizes_E) - sizes_E, sizes_E, experts, strict=True):
+
+        def body(i, y_padded, start=start, expert=expert):
+            at = start + i * block
+            y = joint_swiglu(jax.lax.dynamic_slice_in_dim(x_padded, at, block), *expert)
+            return jax.lax.dynamic_update_slice_in_dim(y_padded, y, at, axis=0)
+
+        y_padded = jax.lax.fori_loop(0, -(-size // block), body, y_padded)
+    return y_padded[: len(x_RD)]
+
+
+def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block):
     """Every expert's rows padded to whole blocks, so that each block meets one expert."""
     experts, rows = len(sizes_E), len(x_RD)
     padded_E = -(-sizes_E // block) * block
@@ -71,17 +85,8 @@ def _blocked(x_RD, sizes_E, *weights, block):
     source = jnp.full(blocks * block, rows).at[place_R].set(row_R, mode="drop")
     x_padded = jnp.concatenate([x_RD, jnp.zeros_like(x_RD[:1])])[source].reshape(blocks, block, -1)
     expert_of_block = jnp.searchsorted(last_padded_E, jnp.arange(blocks) * block, side="right")
-    if isinstance(weights[0], tuple):
-        y_padded = _separate_block_swiglu(x_padded, expert_of_block, weights)
-    else:
-        y_padded = _block_swiglu(x_padded, jnp.minimum(expert_of_block, experts - 1), *weights)
+    y_padded = _block_swiglu(x_padded, jnp.minimum(expert_of_block, experts - 1), gate_EDF, up_EDF, down_EFD)
     return y_padded.reshape(blocks * block, -1).at[place_R].get(mode="fill", fill_value=0)
-
-
-def _separate_block_swiglu(x, expert, experts):
-    """SwiGLU of block i with expert[i]'s own arrays, none of which is copied. Blocks that no expert has are skipped."""
-    branches = [lambda x, own=own: joint_swiglu(x, *own) for own in experts]
-    return jax.lax.map(lambda xe: jax.lax.switch(xe[1], [*branches, jnp.zeros_like], xe[0]), (x, expert))
 
 
 @jax.custom_vjp
