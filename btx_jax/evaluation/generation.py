@@ -29,9 +29,16 @@ class Sampling:
     top_p: float = 1.0
 
 
+def _argmax(values_V: jax.Array) -> jax.Array:
+    """The first of the largest, block by block: XLA's CPU backend finds a maximum fast and its place in a loop over numbers."""
+    blocks = jnp.pad(values_V, (0, -len(values_V) % 128), constant_values=-jnp.inf).reshape(-1, 128)
+    block = jnp.argmax(blocks.max(axis=1))
+    return (block * 128 + jnp.argmax(blocks[block])).astype(jnp.int32)
+
+
 def sample_token(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.temperature == 0:
-        return jnp.argmax(logits_V).astype(jnp.int32)
+        return _argmax(logits_V)
     scaled = logits_V / sampling.temperature
     if sampling.top_p == 1:
         return jax.random.categorical(key, scaled).astype(jnp.int32)

@@ -65,7 +65,8 @@ def attend(q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT
     return jnp.concatenate(outputs, axis=-2)
 
 
-Past = tuple[jax.Array, jax.Array, jax.Array]  # keys and values so far [B, N, S, K], and how many slots of each row are filled [B]
+# Keys so far [B, N, K, S], so that CPUs sum side by side as with the values; these [B, N, S, K]; how many slots of each row are filled [B].
+Past = tuple[jax.Array, jax.Array, jax.Array]
 WEIGHTS = (("embed", "heads"), ("embed", "kv_heads"), ("embed", "kv_heads"), ("heads", "head_dim", "embed"))
 
 
@@ -107,15 +108,15 @@ class Attention(nn.Module):
         return y_BTD, dict(zip(adapters.routed, logits, strict=True))
 
     def continued(self, x_BTD: jax.Array, past: Past) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """x behind its past -> (y [B, T, D], (keys, values) [B, N, S, K] of both). A row of x begins at slot length_B."""
+        """x behind its past -> (y [B, T, D], (keys, values) of both). A row of x begins at slot length_B."""
         adapters = cut(self, self.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
 
-        def local(x_BTD, past_keys_BNSK, past_values_BNSK, length_B, query_DHK, key_DNK, value_DNK, out_HKD, *adapter_arrays):
+        def local(x_BTD, past_keys_BNKS, past_values_BNSK, length_B, query_DHK, key_DNK, value_DNK, out_HKD, *adapter_arrays):
             lora = Adapted(self.lora, adapters.restore(adapter_arrays))
             position_BT = length_B[:, None] + np.arange(x_BTD.shape[1])
             heads = self._project(x_BTD, position_BT, query_DHK, key_DNK, value_DNK, lora)
-            y_BNGTK, keys_BNSK, values_BNSK = _attend_past(*heads, past_keys_BNSK, past_values_BNSK, position_BT)
-            return self._merge(y_BNGTK.astype(x_BTD.dtype), out_HKD, lora), keys_BNSK, values_BNSK
+            y_BNGTK, keys_BNKS, values_BNSK = _attend_past(*heads, past_keys_BNKS, past_values_BNSK, position_BT)
+            return self._merge(y_BNGTK.astype(x_BTD.dtype), out_HKD, lora), keys_BNKS, values_BNSK
 
         cached = ("batch", "kv_heads")
         inputs, outputs = (("batch",), cached, cached, ("batch",), *WEIGHTS, *adapters.names), (("batch",), cached, cached)
@@ -166,29 +167,30 @@ def _side_by_side(y_BNGTK: jax.Array) -> jax.Array:
 
 
 def _attend_past(
-    q_BNGTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, keys_BNSK: jax.Array, values_BNSK: jax.Array, position_BT: jax.Array
+    q_BNGTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, keys_BNKS: jax.Array, values_BNSK: jax.Array, position_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(answers [B, N, G, T, K], keys, values), where new keys and values stand at slots position_BT, in the dtype of the old."""
-    write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=1))
-    q_BNGTK, k_BNTK, v_BNTK = (x.astype(keys_BNSK.dtype) for x in (q_BNGTK, k_BNTK, v_BNTK))
-    keys_BNSK, values_BNSK = write(keys_BNSK, k_BNTK, position_BT[:, 0]), write(values_BNSK, v_BNTK, position_BT[:, 0])
+    write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
+    q_BNGTK, k_BNTK, v_BNTK = (x.astype(keys_BNKS.dtype) for x in (q_BNGTK, k_BNTK, v_BNTK))
+    keys_BNKS = write(keys_BNKS, k_BNTK.swapaxes(2, 3), position_BT[:, 0], 2)
+    values_BNSK = write(values_BNSK, v_BNTK, position_BT[:, 0], 1)
     q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
-    scores = jnp.einsum("bngtk,bnsk->bngts", q, keys_BNSK, preferred_element_type=jnp.float32)
-    seen_BTS = jnp.arange(keys_BNSK.shape[2]) <= position_BT[..., None]
+    scores = jnp.einsum("bngtk,bnks->bngts", q, keys_BNKS, preferred_element_type=jnp.float32)
+    seen_BTS = jnp.arange(keys_BNKS.shape[3]) <= position_BT[..., None]
     weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, -1e30), axis=-1)
-    return jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK), keys_BNSK, values_BNSK
+    return jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK), keys_BNKS, values_BNSK
 
 
 def joint_attention(
     config: ModelConfig, x_BTD: jax.Array, past: Past, query_key_value: Kernel, out: Kernel
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention.continued on one device and without LoRA, its first three matmuls as one: columns of queries, then keys, then values."""
-    past_keys_BNSK, past_values_BNSK, length_B = past
+    past_keys_BNKS, past_values_BNSK, length_B = past
     batch, length, d_model = x_BTD.shape
     ends = np.array([config.heads, config.heads + config.kv_heads]) * config.head_dim
     projected = matmul(x_BTD.reshape(-1, d_model), query_key_value, jnp.float32).reshape(batch, length, -1)
     position_BT = length_B[:, None] + np.arange(length)
     q_BTX, k_BTX, v_BTX = jnp.split(projected, ends, axis=-1)
     heads = _rotated_heads(config, q_BTX, k_BTX, v_BTX, position_BT)
-    y_BNGTK, keys_BNSK, values_BNSK = _attend_past(*heads, past_keys_BNSK, past_values_BNSK, position_BT)
-    return matmul(_side_by_side(y_BNGTK).astype(x_BTD.dtype), out).reshape(x_BTD.shape), (keys_BNSK, values_BNSK)
+    y_BNGTK, keys_BNKS, values_BNSK = _attend_past(*heads, past_keys_BNKS, past_values_BNSK, position_BT)
+    return matmul(_side_by_side(y_BNGTK).astype(x_BTD.dtype), out).reshape(x_BTD.shape), (keys_BNKS, values_BNSK)

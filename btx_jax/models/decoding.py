@@ -22,7 +22,7 @@ Weights = tuple[Params, tuple[Params, ...]]  # of unstack
 
 
 class Cache(NamedTuple):
-    """keys, values: of each layer, [B, N, S, K]. length_B: tokens that each row holds."""
+    """keys [B, N, K, S], values [B, N, S, K]: of each layer. length_B: tokens that each row holds."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -62,23 +62,23 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
             elif one_device and spec.lora is None:
                 ffn = {"gate_up": kernel(ffn["gate"], ffn["up"]), "down": kernel(ffn["down"])}
             layers.append({**layer, "attention": attention, "ffn": ffn})
-    outer = {"embed": params["embed"], "final_norm": params["final_norm"]}
-    if "head" in params or not transpose:  # a tied head is the embedding, which but for this would be transposed for every token
-        outer["head"] = kernel(head_kernel(params))
-    return cast_kernels(outer), tuple(cast_kernels(layer) for layer in layers)
+    embedding = params["embed"]["embedding"].astype(dtype)
+    if transpose:  # XLA would convert the whole table to float32 before it takes rows; of integers it takes them as they are
+        embedding = jax.lax.bitcast_convert_type(embedding, jnp.uint16)
+    outer = {"embedding": embedding, "final_norm": params["final_norm"], "head": kernel(head_kernel(params))}
+    return outer, tuple(cast_kernels(layer) for layer in layers)
 
 
 def next_logits(weights: Weights, hidden_BD: jax.Array) -> jax.Array:
     """[B, V], in float32."""
-    outer, _ = weights
-    return matmul(hidden_BD, outer["head"] if "head" in outer else Transposed(outer["embed"]["embedding"]), jnp.float32)
+    return matmul(hidden_BD, weights[0]["head"], jnp.float32)
 
 
 def empty_cache(model: ModelConfig, dtype: str, batch: int, slots: int) -> Cache:
     """In float32 on CPUs, where XLA would convert a whole bfloat16 cache for every token, to write it and to attend to it."""
     dtype = "float32" if jax.default_backend() == "cpu" else dtype
-    zeros = tuple(jnp.zeros((batch, model.kv_heads, slots, model.head_dim), dtype) for _ in range(model.layers))
-    return Cache(zeros, zeros, jnp.zeros(batch, jnp.int32))
+    zeros = lambda *shape: tuple(jnp.zeros((batch, model.kv_heads, *shape), dtype) for _ in range(model.layers))  # noqa: E731
+    return Cache(zeros(model.head_dim, slots), zeros(slots, model.head_dim), jnp.zeros(batch, jnp.int32))
 
 
 def forward(
@@ -89,7 +89,8 @@ def forward(
     A prompt is a forward of many tokens onto an empty cache, decoding one of a single token. Rows with count 0 stay as they are.
     """
     outer, layers = weights
-    x_BTD = _rows(outer["embed"]["embedding"], tokens_BT).astype(compute.dtype)
+    x_BTD = outer["embedding"][tokens_BT]
+    x_BTD = jax.lax.bitcast_convert_type(x_BTD, jnp.bfloat16) if x_BTD.dtype == jnp.uint16 else x_BTD
     valid_BT = jnp.arange(tokens_BT.shape[1])[None] < count_B[:, None]
     keys, values = [], []
     norm: Any = RMSNorm(model.norm_eps)
@@ -107,13 +108,6 @@ def forward(
         values.append(value)
     last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
     return norm.apply({"params": outer["final_norm"]}, last_BD), Cache(tuple(keys), tuple(values), cache.length_B + count_B)
-
-
-def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    if table_VD.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
-        return table_VD[tokens_BT]
-    # As integers: XLA's CPU backend would convert the whole table to float32 first.
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens_BT], jnp.bfloat16)
 
 
 def _feed_forward(

@@ -50,8 +50,11 @@ def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device)
     assert [generator.generate([prompt], 40)[0] for prompt in PROMPTS] == want
 
 
-@pytest.mark.parametrize("model", [TINY, MOE, TOP1, LORA, TIED], ids=["dense", "moe", "switch", "lora", "tied"])
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("model", "rows"),
+    [(TINY, 1), (TINY, 4), (MOE, 1), (MOE, 4), (TOP1, 4), (LORA, 4), (TIED, 1)],
+    ids=["dense-1", "dense-4", "moe-1", "moe-4", "switch-4", "lora-4", "tied-1"],
+)
 def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
     """Next-token distributions after a prompt and after one more token, against the model in float32."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), scaled(model))
@@ -96,6 +99,13 @@ def test_sampling_repeats_with_its_seed(one_device):
     assert a == generator.generate(PROMPTS, 8, warm, seed=3)
     assert a != generator.generate(PROMPTS, 8, warm, seed=4)
     assert a[:1] == generator.generate(PROMPTS[:1], 8, warm, seed=3), "a row's draw depends on the other rows"
+
+
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_greedy_takes_the_first_of_the_largest(size):
+    for seed in range(20):
+        values = np.random.default_rng(seed).integers(-9, 3, size).astype(np.float32)
+        assert int(sample_token(jnp.array(values), jax.random.key(0), Sampling())) == values.argmax()
 
 
 def test_greedy_at_zero_and_the_nucleus():
