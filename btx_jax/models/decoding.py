@@ -41,13 +41,11 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
     transpose = one_device and dtype == "bfloat16" and jax.default_backend() == "cpu"
 
     def kernel(*parts: jax.Array) -> Kernel:
-        joint = jnp.concatenate(parts, axis=-1).astype(dtype)
+        joint = jnp.concatenate(parts, axis=-1)
         return Transposed.of(joint) if transpose else joint
 
-    def cast_kernels(tree: Any) -> Any:
-        names = lambda path: {getattr(key, "key", None) for key in path}  # noqa: E731
-        return jax.tree_util.tree_map_with_path(lambda path, x: x if names(path) & {"scale", "router"} else x.astype(dtype), tree)
-
+    in_float32 = ("scale", "router")
+    params = jax.tree_util.tree_map_with_path(lambda path, x: x if path[-1].key in in_float32 else x.astype(dtype), params)
     layers = []
     for name, length, spec in model.runs():
         for i in range(length):
@@ -62,11 +60,11 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
             elif one_device and spec.lora is None:
                 ffn = {"gate_up": kernel(ffn["gate"], ffn["up"]), "down": kernel(ffn["down"])}
             layers.append({**layer, "attention": attention, "ffn": ffn})
-    embedding = params["embed"]["embedding"].astype(dtype)
+    embedding = params["embed"]["embedding"]
     if transpose:  # XLA would convert the whole table to float32 before it takes rows; of integers it takes them as they are
         embedding = jax.lax.bitcast_convert_type(embedding, jnp.uint16)
     outer = {"embedding": embedding, "final_norm": params["final_norm"], "head": kernel(head_kernel(params))}
-    return outer, tuple(cast_kernels(layer) for layer in layers)
+    return outer, tuple(layers)
 
 
 def next_logits(weights: Weights, hidden_BD: jax.Array) -> jax.Array:

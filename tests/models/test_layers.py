@@ -38,9 +38,9 @@ def test_joint_swiglu_in_bfloat16(rows, held):
 
 
 @pytest.mark.parametrize("kernels", ["xla", "pallas_interpret"])
-@pytest.mark.parametrize("sizes", [[40, 0, 100, 7], [0, 0, 147, 0], [1, 1, 1, 1]])
+@pytest.mark.parametrize("sizes", [[40, 0, 100, 7], [5, 256, 0, 140], [1, 1, 1, 1]])
 def test_separate_experts_answer_as_stacked_ones(sizes, kernels):
-    """Rows that are one block and rows that are several; experts without any."""
+    """Rows that are one block, whole blocks and parts of one; experts without any."""
     rows = sum(sizes)
     x, *weights = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(rows, 128), *[(4, 128, 128)] * 3]))
     expert = np.repeat(np.arange(4), sizes)
