@@ -47,8 +47,15 @@ def one_device():
     return make_mesh((1, 1, 1, 1), jax.devices()[:1])
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes that tests start keep what they compile: most run programs that another has compiled before."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+
+
 @pytest.fixture
-def cli(tmp_path, tokenizer_file):
+def cli(tmp_path, tokenizer_file, compiled):
     from tests.stages.command_line import CLI
 
-    return CLI(tmp_path, tokenizer_file)
+    return CLI(tmp_path, tokenizer_file, compiled)

@@ -35,7 +35,7 @@ def our_logits(directory):
     found = find_checkpoint(directory)
     model = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged"))
     params = load_params(found)
-    hidden, _ = model.apply({"params": params}, tokens, np.ones_like(tokens))
+    hidden, _ = jax.jit(model.apply)({"params": params}, tokens, np.ones_like(tokens))
     return np.asarray(logits(params, hidden))[0, ::37], golden["logits"]
 
 

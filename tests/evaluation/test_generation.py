@@ -59,7 +59,7 @@ def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
     """Next-token distributions after a prompt and after one more token, against the model in float32."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), scaled(model))
     ids = np.random.default_rng(0).integers(1, model.vocab_size, (rows, 9)).astype(np.int32)
-    hidden = Llama(model, COMPUTE).apply({"params": params}, ids, np.ones_like(ids))[0]
+    hidden = jax.jit(Llama(model, COMPUTE).apply)({"params": params}, ids, np.ones_like(ids))[0]
     want = jax.nn.log_softmax(logits(params, hidden))
     compute = dataclasses.replace(COMPUTE, dtype="bfloat16")
     with jax.set_mesh(one_device):

@@ -1,7 +1,9 @@
 import dataclasses
+import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,13 +19,16 @@ COMPUTE = ComputeConfig(dtype="float32", remat="none", loss_chunk=32)
 CHOICE = TaskConfig("multiple_choice", "f", "{q}")
 
 
+@functools.cache
+def whole(model):
+    llama = Llama(model, dataclasses.replace(COMPUTE, dispatch="ragged"))
+    return jax.jit(lambda params, ids_BT: logits(params, llama.apply({"params": params}, ids_BT, jnp.ones_like(ids_BT))[0]))
+
+
 def log_p(model, params, front, behind):
     """One pair alone, without padding."""
     ids = [*front, *behind]
-    hidden, _ = Llama(model, dataclasses.replace(COMPUTE, dispatch="ragged")).apply(
-        {"params": params}, np.array([ids[:-1]]), np.ones((1, len(ids) - 1), np.int32)
-    )
-    table = jax.nn.log_softmax(logits(params, hidden)[0])
+    table = jax.nn.log_softmax(whole(model)(params, np.array([ids[:-1]]))[0])
     places = range(len(front) - 1, len(ids) - 1)
     return sum(float(table[i, ids[i + 1]]) for i in places), all(int(table[i].argmax()) == ids[i + 1] for i in places)
 
@@ -33,8 +38,7 @@ def test_likelihoods_do_not_depend_on_batch_or_padding(model, one_device):
     params = jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, init_params(model, jax.random.key(0)))
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(0, 64, rng.integers(1, 30)).tolist(), rng.integers(0, 64, rng.integers(1, 6)).tolist()) for _ in range(7)]
-    greedy = int(np.argmax(logits(params, Llama(model, dataclasses.replace(COMPUTE, dispatch="ragged")).apply(
-        {"params": params}, np.array([pairs[0][0]]), np.ones((1, len(pairs[0][0])), np.int32))[0])[0, -1]))  # fmt: skip
+    greedy = int(np.argmax(whole(model)(params, np.array([pairs[0][0]]))[0, -1]))
     pairs.append((pairs[0][0], [greedy]))
     got = Scorer(model, params, COMPUTE, one_device, 3)(pairs)
     for pair, found in zip(pairs, got, strict=True):

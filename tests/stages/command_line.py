@@ -24,12 +24,15 @@ SMALL = (
 
 
 class CLI:
-    def __init__(self, tmp_path, tokenizer_file):
+    def __init__(self, tmp_path, tokenizer_file, compiled):
         self.home = tmp_path
         self.text = tmp_path / "text.jsonl"
         self.text.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(200, seed=1)))
         self.tokenizer = tokenizer_file
-        self.environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+        self.environment = {
+            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }  # fmt: skip
 
     def start(self, *arguments, module="btx_jax.launch"):
         command = [sys.executable, "-m", module, *map(str, arguments)]

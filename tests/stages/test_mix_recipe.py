@@ -92,9 +92,8 @@ def run_logits(path):
     found = find_checkpoint(path)
     tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 250)
     params = load_params(found)
-    hidden, _ = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")).apply(
-        {"params": params}, tokens, tokens * 0 + 1
-    )
+    llama = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged"))
+    hidden, _ = jax.jit(llama.apply)({"params": params}, tokens, tokens * 0 + 1)
     return np.asarray(logits(params, hidden))
 
 
