@@ -57,17 +57,17 @@ def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
 
 
 def test_a_run_that_goes_on_elsewhere_is_the_same_run(cli):
-    process = cli.start(*cli.seed("moved", steps=400, every=5))
+    process = cli.start(*cli.seed("moved", steps=200, every=5))
     cli.wait_for_step("moved", 12, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 143
     first = read_about(next((cli.home / "moved" / "checkpoints").glob("[0-9]*")))
-    (moved,) = cli.start_several(1, 2, *cli.seed("moved", "--config.mesh.data=2", steps=400, every=300))
+    (moved,) = cli.start_several(1, 2, *cli.seed("moved", "--config.mesh.data=2", steps=200, every=300))
     assert moved.wait(timeout=300) == 0
-    ((run, costs),) = read_about(cli.home / "moved" / "checkpoints" / "400").history.items()
+    ((run, costs),) = read_about(cli.home / "moved" / "checkpoints" / "200").history.items()
     assert run in first.history
-    assert costs.tokens == 400 * 8 * 64
+    assert costs.tokens == 200 * 8 * 64
     assert costs.seconds > first.history[run].seconds > 0
 
 
