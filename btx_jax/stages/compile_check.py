@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,14 @@ def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     """Abstract devices of `v5p:2x2x4` and the like. Raises UserError when libtpu is missing or does not know it."""
     from jax.experimental import topologies
 
+    if find_spec("libtpu") is None:
+        raise UserError("--compile_topology needs libtpu: pip install 'btx_jax[tpu]'")
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     jax.config.update("jax_platforms", "cpu")
     try:
         cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # one device per chip, as everywhere else
         description = topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=num_slices, **cores)
     except Exception as error:  # jaxlib raises several kinds; all mean that there is no such topology to be had
-        if "libtpu" in str(error) or isinstance(error, ModuleNotFoundError):
-            raise UserError("--compile_topology needs libtpu: pip install 'btx_jax[tpu]'") from None
         first = str(error).splitlines()[0]
         raise UserError(
             f"--compile_topology={topology}: libtpu knows no such topology ({first}); for example v5p:2x2x4 or v5e:4x4"

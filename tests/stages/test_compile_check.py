@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from btx_jax.errors import UserError
+from btx_jax.stages import compile_check
+
 pytestmark = pytest.mark.cli
 
 MODEL = (
@@ -80,3 +83,9 @@ def test_what_does_not_fit_says_what_would(cli):
 )
 def test_wrong_topologies_are_one_line(cli, arguments, told):
     assert told in cli.fails(*arguments)
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(compile_check, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs libtpu: pip install 'btx_jax\[tpu\]'"):
+        compile_check.topology_devices("v5p:2x2x4", 1)
