@@ -64,6 +64,8 @@ def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
     compute = dataclasses.replace(COMPUTE, dtype="bfloat16")
     with jax.set_mesh(one_device):
         weights = jax.jit(lambda params: unstack(params, model, "bfloat16", one_device=True))(params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+            assert (leaf.dtype == jnp.float32) == (getattr(path[-1], "key", "") in ("scale", "router")), jax.tree_util.keystr(path)
         step = jax.jit(lambda weights, *args: forward(model, compute, weights, *args))
         read = jax.jit(lambda weights, hidden: jax.nn.log_softmax(next_logits(weights, hidden)))
         cache = empty_cache(model, "bfloat16", rows, 16)
