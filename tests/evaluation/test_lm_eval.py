@@ -22,6 +22,9 @@ TEXTS = ["Plain words.", "Ünïcödé: 𝄞 and a longer line, to need more than
 
 COMMAND = """
 import atexit, sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec  # torch, where it is installed, is hidden: lm_eval takes it when it can
+PathFinder.find_spec = lambda name, *where: None if name == "torch" else find(name, *where)
 from btx_jax.__main__ import main
 atexit.register(lambda: print("torch was imported:", "torch" in sys.modules))
 main()
