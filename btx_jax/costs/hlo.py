@@ -166,6 +166,8 @@ def _walk(computations: Mapping[str, Computation], name: str, trips: int, progra
             program.dot_flops += flops
             program.by_place[place] += flops
         elif opcode in COLLECTIVES:
+            if _goes_on(instruction):
+                continue
             # The -start form's result is a tuple that repeats the operand; scalars in it are bookkeeping.
             size = max(sum(s.bytes for s in operands), max((s.bytes for s in instruction.shapes), default=0))
             if opcode == "all-reduce" and name.startswith("all-reduce-scatter"):
@@ -188,6 +190,11 @@ def _walk(computations: Mapping[str, Computation], name: str, trips: int, progra
                 _walk(computations, called, trips, program, in_fusion or instruction.opcode == "fusion")
 
 
+def _goes_on(collective: Instruction) -> bool:
+    """A TPU hides a collective behind several fusions in turn: each holds the whole instruction, only the first of them has no flag."""
+    return bool(re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', collective.text))
+
+
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id")
 
 
@@ -203,20 +210,28 @@ def _traffic(computations: Mapping[str, Computation], computation: Computation, 
         return 2 * size(instruction)
     if instruction.opcode != "fusion":
         return sum(map(size, operands)) + size(instruction)
-    inside = computations[instruction.attribute(r"calls=%?([\w.\-]+)")].instructions
+    called = computations[instruction.attribute(r"calls=%?([\w.\-]+)")]
+    inside, root = called.instructions, called.root
     users = collections.defaultdict(list)
     for user in inside.values():
         for operand in user.operands:
             users[operand].append(user)
+    # What a collective that goes on hands through from fusion to fusion is written once, where it starts.
+    going = {i.name for i in inside.values() if i.opcode in COLLECTIVES and _goes_on(i)}
     total = 0.0
     for parameter in (i for i in inside.values() if i.opcode == "parameter"):
         outer = operands[int(parameter.arguments)] if int(parameter.arguments) < len(operands) else parameter
         whole, used = size(outer), users[parameter.name]
+        if going and all(u.name in going or u.name == root for u in used):
+            continue
         if used and all(u.opcode in ("dynamic-slice", "gather") for u in used):
             whole = min(whole, sum(size(u) for u in used))
         elif used and all(u.opcode == "dynamic-update-slice" and u.operands[0] == parameter.name for u in used):
             whole = 0.0  # written in place: the update is counted below
         total += whole
+    if going:
+        own = [inside[o] for o in inside[root].operands] if inside[root].opcode == "tuple" else []
+        return total + sum(size(i) for i in own if i.name not in going and i.opcode != "parameter")
     updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice"]
     result = sum(size(inside[u.operands[1]]) for u in updates if u.operands[1] in inside) if updates else size(instruction)
     return total + result

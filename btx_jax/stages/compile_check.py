@@ -27,9 +27,8 @@ from btx_jax.costs.kernels import kernel_flops, rows_in_use
 from btx_jax.costs.model import attention_flops, train_flops
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.model_config import ModelConfig
-from btx_jax.models.llama import parameter_counts
-from btx_jax.training.start import checked_mesh, starting_point
-from btx_jax.training.step import lower_train_step
+from btx_jax.training.start import adapted_model, checked_mesh, starting_point
+from btx_jax.training.step import lower_train_step, state_shardings
 
 FILE = "compile.json"
 # libtpu asks its environment which machine it is on; any answer will do for compiling.
@@ -67,7 +66,7 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
             f"config.stage={config.stage!r}: --compile_topology compiles the step of a training config, such as math_expert.py"
         )
     devices = topology_devices(topology, num_slices)
-    model = config.model if config.model is not None else starting_point(config)[1]
+    model = starting_point(config)[1] if config.model is None else adapted_model(config.model, config.lora)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     workdir.mkdir(parents=True, exist_ok=True)
     console.print(f"compiling the step of {workdir.name} for {len(devices)} chips of {topology}; a model of 7B takes some minutes ...")
@@ -199,7 +198,8 @@ def roofline(result: Check, program: hlo.Program, limits: Chip) -> dict[str, flo
 def cures(config: Config, model: ModelConfig, devices: Sequence[jax.Device], topology: str, console: Console) -> Iterator[dict[str, Any]]:
     """The cheapest change that makes it fit, found by compiling: first what costs only time, then what needs more chips."""
     assert config.train and config.compute and config.mesh
-    bytes_of_state = 12 * parameter_counts(model)[0]  # float32 parameters and two moments
+    state_of_model = state_shardings(model, config.train, checked_mesh(config, model, devices))[0]
+    bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_of_model))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     state = bytes_of_state * slices / len(devices)
     limits = chip(devices[0].device_kind)

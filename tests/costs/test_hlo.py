@@ -1,5 +1,7 @@
 """FLOPs and collectives read from compiled programs, against what the programs are known to do."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,3 +103,54 @@ def test_a_loop_without_a_readable_count_is_an_error():
     f = lambda x: jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ x, x)  # noqa: E731
     with pytest.raises(ValueError, match="trip count cannot be read"):
         program(f, jnp.ones((4, 4)))
+
+
+IN_PIECES = """
+HloModule step
+
+%start (p: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {
+  %p = bf16[2,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[8,8]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}, FLAG(-1)
+  ROOT %c = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%piece (p: bf16[2,8], q: bf16[8,8], x: f32[4,16], w: f32[16,4]) -> (f32[4,4], bf16[2,8], bf16[8,8], bf16[8,8]) {
+  %p = bf16[2,8]{1,0} parameter(0)
+  %q = bf16[8,8]{1,0} parameter(1)
+  %x = f32[4,16]{1,0} parameter(2)
+  %w = f32[16,4]{1,0} parameter(3)
+  %dot.1 = f32[4,4]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %all-gather.2 = bf16[8,8]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}, FLAG(2)
+  ROOT %t = (f32[4,4]{1,0}, bf16[2,8]{1,0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}) tuple(%dot.1, %p, %q, %all-gather.2)
+}
+
+%done (p: bf16[2,8], q: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[2,8]{1,0} parameter(0)
+  %q = bf16[8,8]{1,0} parameter(1)
+  %all-gather.3 = bf16[8,8]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}, FLAG(2)
+  ROOT %d = bf16[8,8]{1,0} custom-call(%p, %q, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[2,8], x: f32[4,16], w: f32[16,4]) -> bf16[8,8] {
+  %a = bf16[2,8]{1,0} parameter(0)
+  %x = f32[4,16]{1,0} parameter(1)
+  %w = f32[16,4]{1,0} parameter(2)
+  %s = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %s0 = bf16[2,8]{1,0} get-tuple-element(%s), index=0
+  %s1 = bf16[8,8]{1,0} get-tuple-element(%s), index=1
+  %f = (f32[4,4]{1,0}, bf16[2,8]{1,0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}) fusion(%s0, %s1, %x, %w), kind=kCustom, calls=%piece
+  %f1 = bf16[2,8]{1,0} get-tuple-element(%f), index=1
+  %f2 = bf16[8,8]{1,0} get-tuple-element(%f), index=2
+  ROOT %r = bf16[8,8]{1,0} fusion(%f1, %f2), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_gather_hidden_behind_several_fusions_happens_once():
+    """As libtpu writes it, cut to what is read: each fusion holds the whole gather."""
+    flag = r'backend_config={"async_collective_fusion_config":{"flag_start":"\1","flag_end":"8"}}'
+    counted = hlo.read(re.sub(r"FLAG\((-?\d)\)", flag, IN_PIECES))
+    assert [(c.bytes, c.trips, c.group_size) for c in counted.collectives] == [(2 * 64, 1, 4)]
+    assert counted.dot_flops == 2 * 4 * 4 * 16
+    gathered, multiplied = 2 * 16 + (2 * 16 + 2 * 64), 4 * (64 + 64 + 16)
+    assert counted.memory_bytes == gathered + multiplied
