@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +38,7 @@ from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
+from btx_jax.paths import expand
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     if none of these."""
     quiet()
     try:
-        path = Path(os.path.expandvars(path)).expanduser().resolve()
+        path = Path(expand(str(path), key)).resolve()
         if not path.exists():
             raise UserError(f"{key}: {path} does not exist")
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a loop of links

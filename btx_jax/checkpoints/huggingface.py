@@ -194,6 +194,8 @@ def read_config(directory: Path) -> ModelConfig:
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object")
     if "stage" in config and "model_type" not in config:
+        if config["stage"] == "pipeline":
+            raise UserError(f"{directory} is a pipeline's directory; name one of its runs: {', '.join(config.get('pipeline') or ())}")
         raise UserError(f"{directory} is a run that has saved no checkpoint yet")
     try:
         return model_from_config(config, str(path))

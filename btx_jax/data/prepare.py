@@ -27,6 +27,7 @@ from btx_jax.data.instructions import Formatter, Piece, encode_pieces
 from btx_jax.data.sources import Domain, Problems, Source, expand_files, parse_domains, read_documents, read_tfds
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
 from btx_jax.errors import UserError, suggest
+from btx_jax.paths import expand
 
 FORMAT = 1  # changes whenever the rows that the same text gives change
 SPLITS = ("train", "heldout")
@@ -302,7 +303,7 @@ def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> 
     if config.tokenizer == "demo:":
         return load_tokenizer(demo.tokenizer(Path(config.cache)))
     if config.tokenizer:
-        return load_tokenizer(os.path.expandvars(os.path.expanduser(config.tokenizer)))
+        return load_tokenizer(expand(config.tokenizer, "config.data.tokenizer"))
     if checkpoint_tokenizer is None:
         raise UserError("config.data.tokenizer: not set, and no init checkpoint to take it from; name a .model or tokenizer.json")
     return load_tokenizer(checkpoint_tokenizer)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from btx_jax.errors import UserError
+from btx_jax.paths import expand
 
 MAX_SHOWN_FIELDS = 8
 
@@ -44,7 +45,7 @@ def parse_sources(notation: str, key: str) -> tuple[Source, ...]:
     for entry in notation.split(","):
         where, weight = _split_weight(entry.strip(), key)
         where, _, field = where.partition("#")
-        sources.append(Source(os.path.expandvars(os.path.expanduser(where)), field or "text", weight))
+        sources.append(Source(expand(where, key), field or "text", weight))
     return tuple(sources)
 
 
@@ -91,8 +92,7 @@ def expand_files(source: Source) -> list[Path]:
     """The files of a path or glob, sorted. Raises UserError when there are none."""
     files = sorted(Path(p) for p in glob.glob(source.where, recursive=True) if os.path.isfile(p))
     if not files:
-        cure = "set that variable" if "$" in source.where else "check the path (globs are allowed, quote them in a shell)"
-        raise UserError(f"config.data: no file matches {source.where!r}; {cure}")
+        raise UserError(f"config.data: no file matches {source.where!r}; check the path (globs are allowed, quote them in a shell)")
     return files
 
 
@@ -126,9 +126,9 @@ def read_documents(file: Path, field: str, problems: Problems) -> Iterator[str]:
 
 def read_json_lines(path: str, key: str, limit: int = 0) -> list[dict[str, Any]]:
     """The objects of a .jsonl file (also .gz, .zst), at most `limit`, 0 for all. Raises UserError, naming the key and the line."""
-    file = Path(os.path.expandvars(os.path.expanduser(path)))
+    file = Path(expand(path, key))
     if not file.is_file():
-        raise UserError(f"{key}: no file {file}" + ("; set that variable" if "$" in str(file) else ""))
+        raise UserError(f"{key}: no file {file}")
     rows: list[dict[str, Any]] = []
     try:
         for number, line in enumerate(_open(file), start=1):

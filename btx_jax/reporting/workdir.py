@@ -40,7 +40,8 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """Write the resolved config on the first run; on a later one check that it is the same. Returns done.json if finished.
+    """Write the resolved config on the first run; on a later one check that it is the same, unless the run before, wrong from the start,
+    left nothing. Returns done.json if finished.
 
     Raises UserError, with the differences, when the directory belongs to a run with another config.
     """
@@ -50,7 +51,7 @@ def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
             changed = [d for d in differences(read_json(path), new) if not d.startswith(RESUMABLE)]
-            if changed:
+            if changed and _holds_results(workdir):
                 raise UserError(
                     f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose another --workdir or undo the change"
                 )
@@ -60,6 +61,11 @@ def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
         raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
     done = workdir / DONE
     return read_json(done) if done.exists() else None
+
+
+def _holds_results(workdir: Path) -> bool:
+    """Whether a run, or a pipeline's runs, got further than its config and tokenizer."""
+    return any(p.is_file() and p.name != CONFIG and p.parent.name != "tokenizer" for p in workdir.rglob("*"))
 
 
 def finish(workdir: Path, **results: Any) -> None:

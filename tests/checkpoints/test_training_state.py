@@ -90,6 +90,12 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no finished checkpoint yet"):
         find_checkpoint(tmp_path)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "config.json").write_text('{"stage": "pipeline", "pipeline": {"seed": {}, "math": {}}}')
+    with pytest.raises(UserError, match=r"is a pipeline's directory; name one of its runs: seed, math"):
+        find_checkpoint(tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"config\.init='\$NOT_SET/seed': the environment variable NOT_SET is not set"):
+        find_checkpoint("$NOT_SET/seed", "config.init")
     save(tmp_path, init_params(TINY, jax.random.key(0)))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         about = checkpointer.restore(tmp_path / "checkpoints" / "3" / "about")
