@@ -293,7 +293,7 @@ class EvaluateConfig:
 
     tasks: name -> test set, each tried with every model. ensembles: name -> models that answer together, by their losses alone.
     shown_tokens: of each domain's held-out text, kept with the experts that every mixture chose for them; texts: name -> further text
-    to keep so.
+    to keep so. batch_size: sequences at a time over all devices, at least; what is measured does not depend on it.
     """
 
     models: Mapping[str, str]

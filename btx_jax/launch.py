@@ -20,6 +20,7 @@ from btx_jax import stages
 from btx_jax.config_dict import from_config_dict
 from btx_jax.errors import UserError
 from btx_jax.parallel import hosts
+from btx_jax.paths import expand
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py or configs/math_expert.py:tiny.")
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
         fail(f"--config: no file {file.partition(':')[0]}")
     try:
         config = from_config_dict(_CONFIG.value)
-        workdir = (Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(file)).resolve()
+        workdir = (Path(expand(_WORKDIR.value, "--workdir")) if _WORKDIR.value else default_workdir(file)).resolve()
         if _TOPOLOGY.value:
             from btx_jax.stages import compile_check
 

@@ -35,7 +35,8 @@ MODELS = {
         vocab_size=128_256, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, head_dim=128, rope_theta=500_000.0,
         rope_scaling=RopeScaling("llama3", factor=8.0), context=131_072,
     ),
-    "mistral_7b": ModelConfig(vocab_size=32_000, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, head_dim=128, context=8192),
+    # v0.1: its window of 4096 is the context, see `convert`.
+    "mistral_7b": ModelConfig(vocab_size=32_000, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, head_dim=128, context=4096),
     "tiny": ModelConfig(vocab_size=2048, layers=4, d_model=128, d_ff=352, heads=4, kv_heads=4, head_dim=32, tied_head=True, context=256),
 }  # fmt: skip
 TINY, FROM_INIT = "tiny", "from_init"
@@ -45,7 +46,7 @@ PAPER_DOMAINS = {
     "math": "$BTX_DATA_DIR/proof-pile-2/algebraic-stack/*.jsonl.zst:13.57,$BTX_DATA_DIR/proof-pile-2/open-web-math/*.jsonl.zst:54.27,"
     "$BTX_DATA_DIR/proof-pile-2/arxiv/*.jsonl.zst:27.14,$BTX_DATA_DIR/github/*.jsonl.zst:2.99,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:5.01",
     "code": "$BTX_DATA_DIR/code/*.jsonl.zst:82.18,$BTX_DATA_DIR/code-text/*.jsonl.zst:9.90,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:6.93",
-    "wiki": "tfds:wikipedia/20230601.en:90.91,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:9.09",
+    "wiki": "$BTX_DATA_DIR/wikipedia/*.parquet:90.91,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:9.09",
     "general": "$BTX_DATA_DIR/common-crawl/*.jsonl.zst",
 }
 # The corpora stand in for the paper's: world for Wikipedia, prose for CommonCrawl and for the seed's own text.

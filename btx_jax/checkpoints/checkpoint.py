@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from btx_jax.checkpoints import adapter, safetensors_files
 from btx_jax.checkpoints.huggingface import HuggingFaceReader, HuggingFaceWriter, Slot, is_finite, is_huggingface, read_config, slots
-from btx_jax.checkpoints.output import new_directory
 from btx_jax.checkpoints.training_state import (
     DIRECTORY,
     About,
@@ -38,6 +37,7 @@ from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
+from btx_jax.output import new_directory
 from btx_jax.paths import expand
 
 log = logging.getLogger(__name__)

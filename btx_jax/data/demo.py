@@ -11,7 +11,6 @@ import hashlib
 import html
 import importlib.util
 import json
-import os
 import random
 import re
 import sysconfig
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from btx_jax.data.tokenizers import train_sentencepiece
 from btx_jax.errors import UserError
+from btx_jax.output import new_file
 
 CORPUS_BYTES = 1_500_000  # of each corpus
 VOCAB_SIZE = 2048
@@ -156,15 +156,13 @@ def corpus(name: str, cache: Path) -> Path:
     target = cache / "demo" / f"{name}.jsonl.gz"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{name}.{os.getpid()}")
-        with gzip.GzipFile(temporary, "wb", mtime=0) as file:
+        with new_file(target) as partial, partial.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
             size = 0
             for text in CORPORA[name]():
                 if size >= CORPUS_BYTES:
                     break
                 size += len(text.encode())
                 file.write(json.dumps({"text": text}).encode() + b"\n")
-        temporary.rename(target)
     return target
 
 

@@ -41,21 +41,26 @@ def training_batches(
 
 
 def heldout_rows(domain: PreparedDomain, limit: int = 0) -> Row:
-    """The held-out rows of a domain in order, at most `limit` (0: all): tokens, segments [rows, sequence + 1], bytes [rows]."""
-    return _stacked(domain, "heldout", limit)
+    """Held-out rows of a domain: tokens, segments [rows, sequence + 1], bytes [rows]. At most `limit`, 0 for all: the first ones of each of
+    its sources, in proportion to their weights."""
+    return _first_rows(domain, "heldout", limit)
 
 
 def first_rows(domain: PreparedDomain, limit: int) -> Row:
-    """The first training rows of each of a domain's sources, `limit` in all."""
-    return _stacked(domain, "train", limit, each=-(-limit // len(domain.sources)))
+    """The same of training rows."""
+    return _first_rows(domain, "train", limit)
 
 
-def _stacked(domain: PreparedDomain, split: str, limit: int, each: int = 0) -> Row:
+def _first_rows(domain: PreparedDomain, split: str, limit: int) -> Row:
+    there = [source.rows(split) for source in domain.sources]
+    taken = [0] * len(there) if limit else there
+    for _ in range(min(limit, sum(there))):  # one after another to the source that has the least for its weight
+        left = [i for i, count in enumerate(there) if taken[i] < count]
+        taken[min(left, key=lambda i: (taken[i] + 1) / domain.sources[i].weight)] += 1
     rows: list[Row] = []
-    for source in domain.sources:
-        opened: Any = source.open(split) if source.rows(split) else ()
-        wanted = min(len(opened), each or len(opened))
-        rows += [opened[i] for i in range(min(wanted, limit - len(rows)) if limit else wanted)]
+    for source, count in zip(domain.sources, taken, strict=True):
+        opened: Any = source.open(split) if count else ()
+        rows += [opened[i] for i in range(count)]
     if not rows:
         empty = np.zeros((0, 2), np.int32)
         return {"tokens": empty, "segments": empty, "bytes": np.zeros(0, np.int32)}

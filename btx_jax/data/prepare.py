@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from btx_jax.data.instructions import Formatter, Piece, encode_pieces
 from btx_jax.data.sources import Domain, Problems, Source, expand_files, parse_domains, read_documents, read_tfds
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
 from btx_jax.errors import UserError, suggest
+from btx_jax.output import new_directory
 from btx_jax.paths import expand
 
 FORMAT = 1  # changes whenever the rows that the same text gives change
@@ -164,7 +164,7 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
 
     The cache key covers text (path, size and modification time of each file), format, tokenizer, sequence length and held-out share.
     """
-    cache = Path(config.cache)
+    cache = cache_of(config)
     template = find_format(source, tokenizer, config)
     if source.where.startswith("demo:"):
         source = dataclasses.replace(source, where=str(demo.corpus(source.where.removeprefix("demo:"), cache)))
@@ -179,8 +179,12 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
     } | ({"how": template.identity()} if template else {})
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     target = cache / "packed" / name
-    if not (target / MANIFEST).exists():
-        _write(source, files, tokenizer, config, target, template)
+    try:
+        if not target.exists():
+            _write(source, files, tokenizer, config, target, template)
+    except UserError:
+        if not target.exists():  # otherwise another process has just prepared the same text
+            raise
     manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
     for line in manifest["problems"]:
         log.warning("%s: %s", source.where, line)
@@ -248,8 +252,7 @@ def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: Data
     if "train" not in started:
         found = "; ".join(problems.lines()) or "every document fell to the held-out split, lower config.data.heldout_fraction"
         raise UserError(f"config.data: {source.where} gives no document to train on: {found}")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with new_directory(target) as temporary:
         builder = PackedText(started, config.sequence_length, data_dir=str(temporary / "build"))
         try:
             _quietly(builder.download_and_prepare)
@@ -271,13 +274,6 @@ def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: Data
         shutil.move(builder.data_path, temporary / "rows")
         shutil.rmtree(temporary / "build")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not (target / MANIFEST).exists():  # otherwise another process has just prepared the same text
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _quietly(prepare: Any) -> None:
@@ -298,10 +294,14 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def cache_of(config: DataConfig) -> Path:
+    return Path(expand(config.cache, "config.data.cache"))
+
+
 def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> Tokenizer:
     """The config's tokenizer, else that of the checkpoint the run starts from. Raises UserError when there is neither."""
     if config.tokenizer == "demo:":
-        return load_tokenizer(demo.tokenizer(Path(config.cache)))
+        return load_tokenizer(demo.tokenizer(cache_of(config)))
     if config.tokenizer:
         return load_tokenizer(expand(config.tokenizer, "config.data.tokenizer"))
     if checkpoint_tokenizer is None:

@@ -7,6 +7,7 @@ or `demo:NAME`; environment variables are expanded. FIELD is the text's field in
 import dataclasses
 import glob
 import gzip
+import importlib
 import io
 import json
 import os
@@ -214,6 +215,9 @@ def read_tfds(name: str, field: str, problems: Problems) -> Iterator[str]:
     """Documents of the train split of a tensorflow_datasets data set, through `tfds.data_source`: TensorFlow is not needed."""
     import tensorflow_datasets as tfds
 
+    # Its own registration goes through all kinds in turn and ends at the first that lacks a library: images, before any text.
+    for kind in ("text", "question_answering", "summarization", "translate"):
+        importlib.import_module(f"tensorflow_datasets.{kind}")
     try:
         rows = tfds.data_source(name, split="train")
     except Exception as error:  # tfds raises many kinds; all mean that the data set cannot be had

@@ -12,6 +12,7 @@ import sentencepiece
 import tokenizers
 
 from btx_jax.errors import UserError
+from btx_jax.output import new_file
 
 NAMES = ("tokenizer.json", "tokenizer.model")  # the first knows tokens that were added later
 SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # name the special tokens
@@ -149,9 +150,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> 
     if target.exists():
         raise UserError(f"{target} exists; delete it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as writer:
+        with new_file(target) as partial, partial.open("wb") as writer:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_pieces(texts),
                 model_writer=writer,
@@ -167,11 +167,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> 
                 max_sentence_length=2**20,
                 minloglevel=2,
             )
-        temporary.rename(target)
     except RuntimeError as error:
         raise UserError(f"cannot train a tokenizer of {vocab_size} pieces on this text: {str(error).splitlines()[-1]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _pieces(texts: Iterable[str], size: int = 4000) -> Iterator[str]:

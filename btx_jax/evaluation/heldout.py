@@ -14,6 +14,7 @@ from btx_jax.config import ComputeConfig
 from btx_jax.evaluation.lora import GateSums
 from btx_jax.evaluation.routing import RoutingSums, routing_sums
 from btx_jax.model_config import ModelConfig
+from btx_jax.models.layers import platform_kernels
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.models.routing import feed_forward_routing, lora_routing
 from btx_jax.parallel.hosts import put
@@ -37,7 +38,25 @@ class HeldoutLoss:
 def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
     """(params, tokens, segments) -> (nll [B, T], [RoutingSums per MoE run], {LoRA router: GateSums}), jitted under the mesh. Routing
     drops nothing, whatever training did."""
-    llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"), keep_choices=True)
+    jitted = _heldout_step(model, compute, mesh)
+
+    def under_mesh(params: Params, tokens: jax.Array, segments: jax.Array) -> Any:
+        with jax.set_mesh(mesh):
+            return jitted(params, tokens, segments)
+
+    return under_mesh
+
+
+def lower_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh, params: Params, batch_size: int, sequence_length: int):
+    """The same for abstract parameters, on the mesh's devices, which need not be there."""
+    rows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), np.int32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        return _heldout_step(model, compute, mesh).lower(params, rows, rows)
+
+
+def _heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
+    kernels = platform_kernels(compute.kernels, mesh.devices.flat[0].platform)
+    llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none", kernels=kernels), keep_choices=True)
 
     def heldout_step(params: Params, tokens: jax.Array, segments: jax.Array):
         inputs, input_segments, targets, _ = next_token_targets(tokens, segments)
@@ -47,13 +66,7 @@ def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) ->
         chosen = {name: GateSums.of(stats, count) for name, stats in lora_routing(routing).items()}
         return nll, [routing_sums(stats, count) for stats in feed_forward_routing(routing).values()], chosen
 
-    jitted = jax.jit(heldout_step, out_shardings=replicated(mesh))
-
-    def under_mesh(params: Params, tokens: jax.Array, segments: jax.Array) -> Any:
-        with jax.set_mesh(mesh):
-            return jitted(params, tokens, segments)
-
-    return under_mesh
+    return jax.jit(heldout_step, out_shardings=replicated(mesh))
 
 
 def token_losses(

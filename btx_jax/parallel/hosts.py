@@ -86,9 +86,13 @@ def _agreed(value: bool) -> bool:
 
 
 def require_shared(directory: Path, key: str) -> None:
-    """Raises UserError, in every process, when they do not see the same files in `directory`, which exists."""
+    """Raises UserError, in every process, when they do not see the same files in `directory`, which is made."""
     if jax.process_count() == 1:
         return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: cannot write to {directory}: {error.strerror}") from error
     nonce = multihost_utils.broadcast_one_to_all(np.asarray(secrets.randbits(31)))
     mark = directory / f".shared-{int(nonce)}"
     if is_first():

@@ -8,6 +8,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from btx_jax.output import new_file
+
 FILE = "metrics.jsonl"
 
 
@@ -25,9 +27,8 @@ class MetricsWriter:
         path = workdir / FILE
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-            temporary = path.with_name(f".{FILE}.{os.getpid()}")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            temporary.rename(path)
+            with new_file(path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
@@ -37,6 +38,12 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in _scalars(values):
             self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Nothing written so far is lost to a kill, in a mounted bucket either, which takes a file when it is synced or closed."""
+        if self._enabled:
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
         if self._enabled:

@@ -1,19 +1,27 @@
 """The files that every stage keeps in its directory: config.json while it runs, done.json when it has finished."""
 
 import json
-import os
+import re
 from pathlib import Path
 from typing import Any
 
 from btx_jax.config import Config
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.errors import UserError
+from btx_jax.output import new_file
 from btx_jax.parallel.hosts import first_then_others, is_first, require_shared
+from btx_jax.paths import expand
 
 CONFIG, DONE = "config.json", "done.json"
 
-# A resumed run may change where and how often, not what it computes.
-RESUMABLE = ("mesh.", "checkpoint.")
+# A resumed run may change where, in how much memory and how often it looks, not what it computes.
+COMPUTE = ("compute.remat", "compute.kernels", "compute.unroll", "compute.loss_chunk")
+RESUMABLE = ("mesh.", "checkpoint.", *COMPUTE, "data.cache", "train.eval_every", "train.eval_rows")
+
+
+def is_resumable(key: str) -> bool:
+    """Whether a run, on its own or in a pipeline, may go on with another value of this key."""
+    return re.sub(r"^pipeline\.[^.]+\.config\.", "", key).startswith(RESUMABLE)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -23,9 +31,8 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -33,9 +40,11 @@ def read_json(path: Path) -> Any:
 
 
 def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`_claim` by all processes. Raises UserError also when they do not share the directory."""
+    """`_claim` by all processes. Raises UserError also when they do not share the directory, or the cache of their text."""
     done = first_then_others(_claim, workdir, config)
     require_shared(workdir, "--workdir")
+    if config.data:
+        require_shared(Path(expand(config.data.cache, "config.data.cache")), "config.data.cache")
     return done
 
 
@@ -50,7 +59,7 @@ def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            changed = [d for d in differences(read_json(path), new) if not d.startswith(RESUMABLE)]
+            changed = [d for d in differences(read_json(path), new) if not is_resumable(d)]
             if changed and _holds_results(workdir):
                 raise UserError(
                     f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose another --workdir or undo the change"

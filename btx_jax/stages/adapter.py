@@ -18,11 +18,11 @@ from btx_jax.checkpoints.checkpoint import (
     open_reader,
     write_checkpoint,
 )
-from btx_jax.checkpoints.output import check_free, new_directory
 from btx_jax.checkpoints.training_state import About
 from btx_jax.data.tokenizers import copy_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
+from btx_jax.output import check_free, new_directory
 
 FORMATS = ("btx_jax", "peft")
 

@@ -6,6 +6,7 @@ compiler decided (memory, FLOPs, collectives) and what the chips' data sheets al
 
 import dataclasses
 import json
+import math
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +28,9 @@ from btx_jax.costs.chips import GIB, Chip, chip
 from btx_jax.costs.kernels import kernel_flops, rows_in_use
 from btx_jax.costs.model import attention_flops, train_flops
 from btx_jax.errors import ConfigError, UserError
+from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.model_config import ModelConfig
+from btx_jax.output import new_file
 from btx_jax.training.start import adapted_model, checked_mesh, starting_point
 from btx_jax.training.step import lower_train_step, state_shardings
 
@@ -112,28 +116,51 @@ def check(config: Config, model: ModelConfig, devices: Sequence[jax.Device], top
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "hbm" not in str(error):
+        if not _is_refused(error):
             raise
         result.memory |= _refused(str(error))
         return result
     finally:
         result.compile_seconds = time.monotonic() - start
         result.host_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    stats = compiled.memory_analysis()
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs
-    result.memory |= {
-        "arguments": stats.argument_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "outputs": outputs,
-        "total": total,
-    }
-    result.fits = total <= limits.memory
+    result.memory |= _memory(compiled)
+    result.memory |= {"heldout": _heldout_memory(config, model, mesh)} if config.train.eval_every else {}
+    result.fits = max(result.memory["total"], result.memory.get("heldout", 0.0)) <= limits.memory
     program = hlo.read(compiled.as_text())
     result.flops = count_flops(program, config, model, len(devices), mesh.shape["expert"])
     result.collectives = count_collectives(program)
     result.roofline = roofline(result, program, limits)
     return result
+
+
+def _memory(compiled: Any) -> dict[str, float]:
+    stats = compiled.memory_analysis()
+    parts = {
+        "arguments": stats.argument_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
+    """Bytes while a held-out loss is measured between two steps, the optimizer's moments included; infinite when the compiler refuses."""
+    assert config.train and config.data and config.compute
+    state = state_shardings(model, config.train, mesh)[0]
+    micro_batch = config.train.batch_size // config.train.accumulate
+    lowered = lower_heldout_step(model, config.compute, mesh, state.params, micro_batch, config.data.sequence_length)
+    try:
+        used = _memory(lowered.compile())["total"]
+    except jax.errors.JaxRuntimeError as error:
+        if not _is_refused(error):
+            raise
+        return _refused(str(error)).get("total", math.inf)
+    shards = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state)]
+    return used + sum(shards)
+
+
+def _is_refused(error: jax.errors.JaxRuntimeError) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error)
 
 
 def _refused(message: str) -> dict[str, float]:
@@ -258,6 +285,8 @@ def print_check(result: Check, console: Console) -> None:
         return
     table.add_row("memory", f"{gib(memory['total'])} of {gib(limit)}: {'fits' if result.fits else 'does not fit'}")
     table.add_row("  arguments, temporaries, outputs", ", ".join(gib(memory[name]) for name in ("arguments", "temporaries", "outputs")))
+    if "heldout" in memory:
+        table.add_row("memory, held-out loss", f"{gib(memory['heldout'])}, the optimizer's moments included")
     table.add_row(
         "FLOPs compiled",
         f"{flops['compiled']:.3e}: dots {flops['dots']:.3e}, attention {flops['attention_kernels']:.3e}, "
@@ -285,6 +314,5 @@ def print_check(result: Check, console: Console) -> None:
 
 
 def write(path: Path, result: Check, changes: list[dict[str, Any]]) -> None:
-    part = path.with_suffix(".partial")
-    part.write_text(json.dumps(dataclasses.asdict(result) | {"changes": changes}, indent=1) + "\n")
-    part.replace(path)
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(result) | {"changes": changes}, indent=1) + "\n")

@@ -3,6 +3,7 @@
 What is measured is kept under WORKDIR/parts as it comes, so that an interrupted evaluation goes on where it was.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -58,11 +59,9 @@ def run(config: Config, workdir: Path) -> None:
                 f"config.evaluate.models.{name}: {tokenizer.path} has {tokenizer.vocab_size} tokens, the model {rows} embeddings"
             )
     shape = config.mesh.shape(jax.device_count())
-    if config.evaluate.batch_size % (shards := math.prod(shape[:3])):
-        raise ConfigError(
-            f"config.evaluate.batch_size={config.evaluate.batch_size}: does not divide over the {shards} devices of data x fsdp x expert; "
-            f"use a multiple of {shards}"
-        )
+    shards = math.prod(shape[:3])
+    spread = dataclasses.replace(config.evaluate, batch_size=-(-config.evaluate.batch_size // shards) * shards)
+    config = dataclasses.replace(config, evaluate=spread)
     heldout, profiles = read_heldout(config, tokenizers) if config.data else ({}, {})
     mesh = make_mesh(shape)
 
@@ -73,7 +72,7 @@ def run(config: Config, workdir: Path) -> None:
         models[name] = part(folder / "result.json", evaluate_model, checkpoint, config, tokenizers[name], heldout, mesh, folder, progress)
         if items:
             models[name] |= {"tasks": run_tasks(name, checkpoint, config, tokenizers[name], items, mesh, folder)}
-    for name, ensemble in config.evaluate.ensembles.items() if is_first() else ():  # who wrote the token losses
+    for name, ensemble in spread.ensembles.items() if is_first() else ():  # who wrote the token losses
         eos = next(iter(tokenizers.values())).eos
         models[name] = ensemble_result(ensemble, heldout, workdir / PARTS, profiles.get(name), found, eos)
     progress.close()

@@ -27,7 +27,6 @@ from btx_jax.checkpoints.checkpoint import (
 )
 from btx_jax.checkpoints.huggingface import dense_name, expert_tensor, is_finite, router_layer, slots
 from btx_jax.checkpoints.huggingface_config import experts_per_token, same_function
-from btx_jax.checkpoints.output import check_free
 from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
 from btx_jax.errors import UserError
 from btx_jax.evaluation.activations import layer_states, token_embeddings
@@ -36,6 +35,7 @@ from btx_jax.mixing.merge import dare, mean, ties, wide
 from btx_jax.mixing.recipe import PROMPT_MODES, ExpertSource, Recipe, describe, read_recipe
 from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import parameter_counts
+from btx_jax.output import check_free
 
 CONDITION_LIMIT = 5.0
 BANDS = 4  # of layers, in the routing table

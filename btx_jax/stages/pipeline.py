@@ -12,6 +12,7 @@ from btx_jax import stages
 from btx_jax.config import Config, PipelineStage
 from btx_jax.config_dict import from_dict, to_dict
 from btx_jax.errors import ConfigError, UserError
+from btx_jax.parallel.hosts import is_first
 from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
     if failed:
         told = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise UserError(f"{len(failed)} of {len(order)} stages did not finish ({told}); run the same command again to go on")
-    for name in (name for name in order if resolved[name].stage == "report"):
+    for name in (name for name in order if resolved[name].stage == "report" and is_first()):
         for file in (workdir / name).glob("*.*"):
             if file.name not in (CONFIG, DONE):
                 shutil.copyfile(file, workdir / file.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config import Config
 from btx_jax.data.prepare import prepare, resolve_tokenizer
+from btx_jax.parallel.hosts import first_then_others
 from btx_jax.reporting.workdir import claim, finish
 
 log = logging.getLogger(__name__)
@@ -19,9 +20,9 @@ def run(config: Config, workdir: Path) -> None:
         log.info("%s: already finished", workdir)
         return
     init = find_checkpoint(config.init, "config.init") if config.init else None
-    tokenizer = resolve_tokenizer(config.data, init.tokenizer if init else None)
+    tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     manifests = {}
-    for domain in prepare(config.data.train, config.data, tokenizer, "config.data.train"):
+    for domain in first_then_others(prepare, config.data.train, config.data, tokenizer, "config.data.train"):
         manifests[domain.name] = [source.manifest for source in domain.sources]
         for source in domain.sources:
             train, heldout = (source.manifest["splits"][split] for split in ("train", "heldout"))

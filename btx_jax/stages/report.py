@@ -10,6 +10,7 @@ from rich.console import Console
 
 from btx_jax.config import Config
 from btx_jax.errors import UserError
+from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.reporting.compare import markdown
 from btx_jax.reporting.page import render
 from btx_jax.reporting.summary import read_curves, summarise, tables
@@ -17,9 +18,14 @@ from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish, read_json, wr
 
 
 def run(config: Config, workdir: Path) -> None:
-    assert config.report
     start = time.monotonic()
     claim(workdir, config)
+    first_then_others(lambda: write(config, workdir) if is_first() else None)
+    finish(workdir, seconds=time.monotonic() - start)
+
+
+def write(config: Config, workdir: Path) -> None:
+    assert config.report
     results = read_results(config.report.evaluate, "config.report.evaluate")
     others = [read_results(path, f"config.report.others[{i}]") for i, path in enumerate(config.report.others)]
     runs = {name: Path(directory) for name, directory in config.report.runs.items()}
@@ -39,7 +45,6 @@ def run(config: Config, workdir: Path) -> None:
     if summary["comparison"]:
         write_text(workdir / "comparison.md", markdown(summary["comparison"], summary["models"]))
         console.print((workdir / "comparison.md").read_text(encoding="utf-8"), markup=False)
-    finish(workdir, seconds=time.monotonic() - start)
 
 
 def read_results(directory: str, key: str) -> Any:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_base, load_params
 from btx_jax.checkpoints.training_state import About, Base, Checkpoints, History, TrainingRun, read_about, stored
 from btx_jax.config import Config
-from btx_jax.config_dict import to_dict
+from btx_jax.config_dict import flatten, to_dict
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_rows, training_batches
@@ -37,7 +37,7 @@ from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import MetricsWriter
-from btx_jax.reporting.workdir import RESUMABLE, claim, finish
+from btx_jax.reporting.workdir import claim, finish, is_resumable
 from btx_jax.training.start import checked_mesh, start_adapted, starting_point
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
 
@@ -123,11 +123,11 @@ def make_evaluation(
     for name in [name for name, values in rows.items() if not len(values["tokens"])]:
         log.warning("domain %r has no held-out document: its held-out loss is left out", name)
         del rows[name]
-    step = make_heldout_step(model, config.compute, mesh)
+    step, micro_batch = make_heldout_step(model, config.compute, mesh), train.batch_size // train.accumulate
 
     def evaluate(params: Any) -> dict[str, Any]:
         losses = {
-            name: mean_loss(token_losses(step, params, values, train.batch_size, mesh)[0], values, tokenizer.eos)
+            name: mean_loss(token_losses(step, params, values, micro_batch, mesh)[0], values, tokenizer.eos)
             for name, values in rows.items()
         }
         return {name: {"nats_per_token": x.nats_per_token, "bits_per_byte": x.bits_per_byte} for name, x in losses.items() if x}
@@ -154,11 +154,14 @@ class Loop:
         self.key = jax.jit(lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh))()
         self.last_saved = checkpoints.latest_step() or 0
         # Without what a resumed run may change: it is the same run.
-        fixed = {key: value for key, value in to_dict(config).items() if not f"{key}.".startswith(RESUMABLE)}
+        fixed = {key: value for key, value in flatten(to_dict(config)).items() if not is_resumable(key)}
         identity = json.dumps([fixed, sorted(history)], sort_keys=True)
         self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.tokens_per_step = config.train.batch_size * config.data.sequence_length
         resumed = read_about(checkpoints.path(self.last_saved)).history if self.last_saved else {}
+        if resumed and self.run_id not in resumed:
+            told = f"config.init={config.init!r} is another checkpoint than when this run began"
+            raise UserError(f"{workdir}: {told}; choose another --workdir")
         self.seconds = resumed[self.run_id].seconds if resumed else 0.0
 
     def run(self, state: TrainState, batches: Iterator[Any], train_step: Any, evaluate: Any) -> TrainState:
@@ -186,12 +189,13 @@ class Loop:
                     self.log(*pending, progress)
                     pending = None
                 if saving:
+                    self.writer.sync()
                     self.save(step, state, batches)
                     self.clock = time.perf_counter()
                 if evaluating:
                     self.writer.write(step, {"heldout": evaluate(state.params)})
                     self.clock = time.perf_counter()
-                if stopping and step < train.steps:
+                if stopping:
                     self.checkpoints.wait()
                     self.writer.close()
                     log.warning("SIGTERM: saved step %d; run the same command to go on", step)

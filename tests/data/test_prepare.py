@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from btx_jax.config import DataConfig
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import Document, is_heldout, pack, prepare
-from btx_jax.data.sources import Problems, Source, parse_domains, parse_sources, read_documents
+from btx_jax.data.sources import Problems, Source, parse_domains, parse_sources, read_documents, read_tfds
 from btx_jax.data.tokenizers import HuggingFaceTokenizer, copy_tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
 from btx_jax.errors import UserError
 from tests.conftest import sentences
@@ -177,6 +177,12 @@ def test_tensorflow_datasets_are_read_by_name_without_tensorflow(tmp_path, token
     ):
         with pytest.raises(UserError, match=message):
             prepare(wrong, c, tokenizer, "config.data.train")
+
+
+def test_text_data_sets_of_tensorflow_datasets_are_known(monkeypatch):
+    monkeypatch.setattr(tfds, "data_source", lambda name, split: tfds.builder_cls(name) and [{"question": b"1 + 1?"}])
+    for name in ("gsm8k", "wikipedia", "cnn_dailymail", "wmt14_translate"):
+        assert list(read_tfds(name, "question", Problems())) == ["1 + 1?"]
 
 
 def test_truncated_and_misnamed_files_are_errors(tmp_path):

@@ -1,4 +1,4 @@
-"""A directory that appears finished or not at all."""
+"""A directory or a file that appears finished or not at all."""
 
 import contextlib
 import fcntl
@@ -50,6 +50,23 @@ def new_directory(target: Path) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A hidden file beside the target, renamed to it at the end of the block, whatever is there, or deleted when the block fails.
+
+    Its name is nobody else's: process ids are not enough, in containers every run is process 1.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        partial.chmod(0o666 & ~_umask())
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
