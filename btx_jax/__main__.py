@@ -11,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from pathlib import Path
 
 from btx_jax.errors import UserError
+from btx_jax.paths import expand
 
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINT = "a run's directory, one of its checkpoints/STEP, a Hugging Face directory, or an adapter's"
@@ -94,8 +95,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     if len(models) < len(args.models):
         raise UserError("two checkpoints have the same name; name them: NAME=CHECKPOINT")
     config = recipes.tasks(models, tuple(args.tasks.split(",")), args.limit, args.dtype, args.batch_size)
-    evaluate.run(config, Path(args.out))
-    Console().print(task_table(read_json(Path(args.out) / evaluate.RESULTS)["models"]))
+    out = Path(expand(args.out, "--out"))
+    evaluate.run(config, out)
+    Console().print(task_table(read_json(out / evaluate.RESULTS)["models"]))
 
 
 def _lm_eval(arguments: list[str]) -> None:
@@ -232,6 +234,9 @@ def main(argv: list[str] | None = None) -> None:
         args.run(args)
     except UserError as error:
         print(f"btx_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a disk that is full or read-only, a file where a directory should be
+        print(f"btx_jax: error: {error.filename or 'cannot write'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -5,6 +5,7 @@ dictionaries and back.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -94,7 +95,10 @@ class TrainConfig:
         for key in ("warmup_steps", "eval_every", "weight_decay", "balance_weight", "z_loss_weight"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
         for key in ("learning_rate", "clip_norm", "eps"):
-            require(getattr(self, key) > 0, f"{key}={getattr(self, key)}: must be positive")
+            require(0 < getattr(self, key) < math.inf, f"{key}={getattr(self, key)}: must be positive and finite")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)}: must lie in [0, 1)")
+        require(0 <= self.final_lr_fraction <= 1, f"final_lr_fraction={self.final_lr_fraction}: must lie in [0, 1]")
         require(self.batch_size % self.accumulate == 0, f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}")
         require(self.warmup_steps <= self.steps, f"warmup_steps={self.warmup_steps}: more than steps={self.steps}; lower it")
 
@@ -158,7 +162,8 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             require(size >= 1 or size == -1, f"{axis}={size}: must be at least 1, or -1 for all remaining devices")
-        require(list(sizes.values()).count(-1) <= 1, f"more than one axis is -1 in {sizes}: name the size of all but one")
+        open_axes = [axis for axis, size in sizes.items() if size == -1]
+        require(len(open_axes) <= 1, f"{', '.join(open_axes)}: more than one is -1; name the size of all but one")
 
     def shape(self, devices: int) -> tuple[int, int, int, int]:
         """(data, fsdp, expert, tensor) on this many devices. Raises ConfigError when they do not fit."""

@@ -89,6 +89,8 @@ def main(argv: list[str]) -> None:
         stages.run(config, workdir, **({"only": _ONLY.value} if _ONLY.value else {}))
     except UserError as error:
         fail(error)
+    except OSError as error:  # a disk that is full or read-only, a file where a directory should be
+        fail(f"{error.filename or workdir}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

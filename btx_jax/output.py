@@ -33,11 +33,11 @@ def new_directory(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left_over in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-            with contextlib.suppress(OSError), _locked(left_over):
+            with contextlib.suppress(OSError), locked(left_over):
                 shutil.rmtree(left_over)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         partial.chmod(0o777 & ~_umask())
-        with _locked(partial):
+        with locked(partial):
             try:
                 yield partial
                 for folder, _, files in os.walk(partial):
@@ -70,8 +70,8 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Raises BlockingIOError, an OSError, when another process holds it. The lock ends with the process."""
+def locked(directory: Path) -> Iterator[None]:
+    """Raises BlockingIOError, an OSError, when another process of this machine holds it. The lock ends with the process."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

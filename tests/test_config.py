@@ -85,7 +85,7 @@ def test_round_trip_and_differences():
         ({"model__moe": {"experts": [4] * 3}}, r"config\.model\.moe\.experts: 3 counts for layers=4"),
         ({"model__moe": {"experts": [4] * 4, "routing": "topk"}}, r"config\.model\.moe\.routing='topk': did you mean 'top_k'\?"),
         ({"mesh__fsdp": 0}, r"config\.mesh\.fsdp=0: must be at least 1, or -1"),
-        ({"mesh__data": -1}, "more than one axis is -1"),
+        ({"mesh__data": -1}, r"config\.mesh\.data, fsdp: more than one is -1"),
         ({"compute__dispatch": "dense"}, r"config\.compute\.dispatch='dense': known: einsum, ragged"),
         ({"data__heldout_fraction": 1.0}, r"config\.data\.heldout_fraction=1\.0: must lie in \[0, 1\)"),
         ({"stage": "trian"}, r"config\.stage='trian': did you mean 'train'\?"),

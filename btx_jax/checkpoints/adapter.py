@@ -206,6 +206,7 @@ def read_peft(directory: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str
         target = _TARGET_OF[match[2]]
         layers.setdefault(int(match[1]), set()).add(target)
         tensors[f"layers.{match[1]}.{target}.{match[3].lower()}"] = np.asarray(array)[None].astype(np.float32)
+    problems += [f"missing {name}" for name in _promised(config, base) if name not in tensors]
     raise_problems(directory, problems)
     if not layers:
         raise UserError(f"{directory}: holds no LoRA tensor")
@@ -224,6 +225,16 @@ def read_peft(directory: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str
         raise UserError(f"{directory}: {error}") from error
     from_tensors(model, tensors, directory)  # raises for what does not fit
     return model, tensors
+
+
+def _promised(config: Mapping[str, Any], base: ModelConfig) -> list[str]:
+    """The tensors that a peft config with a list of modules speaks of; peft itself takes one that its file lacks as 0."""
+    modules, some = config.get("target_modules"), config.get("layers_to_transform")
+    if not isinstance(modules, list) or config.get("exclude_modules"):
+        return []
+    layers = range(base.layers) if some is None else [some] if isinstance(some, int) else some
+    targets = [target for target, module in _MODULES.items() if module.rpartition(".")[2] in modules]
+    return [f"layers.{layer}.{target}.{factor}" for layer in layers for target in targets for factor in ("a", "b")]
 
 
 def merged_delta(model: ModelConfig, tensors: Mapping[str, np.ndarray], gates: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,12 @@ class Checkpoint:
     about: About
     is_huggingface: bool = False
     is_adapter_directory: bool = False
+
+    def identity(self) -> str:
+        """A hash of its files' names, sizes and times: another one where it was trained on, replaced or converted anew."""
+        files = sorted(file for file in self.path.rglob("*") if file.is_file())
+        told = [[str(file.relative_to(self.path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def tokenizer(self) -> Path:

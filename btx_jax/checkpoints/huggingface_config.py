@@ -53,8 +53,8 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
 
     heads, width, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
     context = config.get("max_position_embeddings") or 4096
-    window = config.get("sliding_window")
-    if kind != "llama" and window is not None and config.get("use_sliding_window", True) and window < context:
+    window = config.get("sliding_window", 4096 if kind == "mistral" else None)  # as transformers' MistralConfig has it
+    if kind != "llama" and window is not None and window < context:
         log.warning("%s: sliding_window=%d: attention here is full, so the context is cut to it, where both are equal", where, window)
         context = window
     try:
@@ -83,15 +83,19 @@ def _rope(config: dict[str, Any], kind: str) -> tuple[float, RopeScaling]:
     """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling. When both are there, they must agree."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     scaling = new or old or {}
-    thetas = {float(value) for value in (scaling.get("rope_theta"), config.get("rope_theta")) if value is not None}
+    places = (config, new or {}, old or {})
+    thetas = {float(place["rope_theta"]) for place in places if place.get("rope_theta") is not None}
     if len(thetas) > 1:
-        raise ConfigError(f"rope_theta={config['rope_theta']} but rope_parameters.rope_theta={scaling['rope_theta']}; which is right?")
+        raise ConfigError(f"rope_theta: {', '.join(map(str, sorted(thetas)))}; which is right?")
+    if any(place.get("partial_rotary_factor") not in (None, 1, 1.0) for place in (new or {}, old or {})):
+        raise ConfigError("partial_rotary_factor: a part of the rotary embedding is not supported")
     theta = thetas.pop() if thetas else {"mixtral": 1e6}.get(kind, 10_000.0)
     name = scaling.get("rope_type") or scaling.get("type") or "default"
     if new and old and (old.get("rope_type") or old.get("type")) not in (None, name):
         raise ConfigError(f"rope_parameters say {name}, rope_scaling says {old.get('rope_type') or old.get('type')}; which is right?")
     for key in {*(new or {}), *(old or {})} & {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}:
-        values = {float(source[key]) for source in (new, old) if source and source.get(key) is not None}
+        sources = (new, old, config) if key == "original_max_position_embeddings" else (new, old)
+        values = {float(source[key]) for source in sources if source and source.get(key) is not None}
         if len(values) > 1 or not all(map(_is_positive, values)):
             raise ConfigError(f"rope {key}: {', '.join(map(str, sorted(values)))}; which is right?")
     if not _is_positive(theta):

@@ -8,11 +8,12 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -130,7 +131,7 @@ class Checkpoints:
         items = {"params": ocp.args.StandardSave(stored(params, about.model)), "about": ocp.args.JsonSave(about_to_json(about))}
         if opt_state is not None:
             items |= {"opt_state": ocp.args.StandardSave(opt_state), "data": ocp.args.JsonSave(data)}
-        self._manager.save(about.step, args=ocp.args.Composite(**items))
+        self._told(lambda: self._manager.save(about.step, args=ocp.args.Composite(**items)))
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
         """(params, opt_state, data) of a step, onto the shardings of the abstract arguments: any mesh will do. params: what is `stored`.
@@ -145,14 +146,26 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state), data=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=items)
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # Orbax passes on whatever its storage raises
+            cure = f"delete {self.path(step)} to go on from the step before"
+            raise UserError(f"{self.path(step)} is damaged: {_short(error)}; {cure}") from error
+        _check_finite(restored["params"], self.path(step))
         return restored["params"], restored["opt_state"], restored["data"]
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        self._told(self._manager.wait_until_finished)
+
+    def _told(self, save: Callable[[], Any]) -> None:
+        """A save that runs in the background fails where the next one starts, or where it is waited for."""
+        try:
+            save()
+        except Exception as error:  # Orbax passes on whatever its storage raises
+            raise UserError(f"cannot save to {self._directory}: {_short(error)}; earlier steps there are good") from error
 
     def close(self) -> None:
-        self._manager.close()
+        self._told(self._manager.close)
 
 
 def read_about(path: Path) -> About:
@@ -167,14 +180,26 @@ def read_about(path: Path) -> About:
 def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
     """What a step holds of the parameters (`stored`), onto the shardings and into the dtypes of `abstract`.
 
-    Raises UserError listing every leaf that is unknown, missing or misshapen against the model.
+    Raises UserError listing every leaf that is unknown, missing or misshapen against the model, or holds NaN or infinity.
     """
     _check_stored(path, model)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path / "params", stored(abstract, model))
+            params = checkpointer.restore(path / "params", stored(abstract, model))
     except Exception as error:  # Orbax passes on whatever its storage raises
-        raise UserError(f"{path}: params/ is damaged: {error}") from error
+        raise UserError(f"{path}: params/ is damaged: {_short(error)}") from error
+    _check_finite(params, path)
+    return params
+
+
+def _check_finite(params: Params, path: Path) -> None:
+    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
+    raise_problems(path, [f"NaN or infinity in {name}" for name, good in named_leaves(finite).items() if not good])
+
+
+def _short(error: Exception) -> str:
+    """TensorStore appends its whole specification."""
+    return " ".join(str(error).split())[:300]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

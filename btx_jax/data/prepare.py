@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from btx_jax.errors import UserError, suggest
 from btx_jax.output import new_directory
 from btx_jax.paths import expand
 
-FORMAT = 1  # changes whenever the rows that the same text gives change
+FORMAT = 2  # changes whenever the rows that the same text gives change
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 
@@ -58,6 +58,12 @@ class PreparedDomain:
     weight: float
     sources: tuple[PreparedSource, ...]
 
+    def identity(self) -> str:
+        """A hash of what the domain's rows are made of, wherever its files lie."""
+        made = [(source.manifest, source.weight) for source in self.sources]
+        told = [[[file["sha256"] for file in m["files"]], m["field"], m["splits"], weight] for m, weight in made]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
 
 def is_heldout(text: str, fraction: float) -> bool:
     """By a hash of the text: the same document is held out in every run, wherever it comes from and however often."""
@@ -65,7 +71,8 @@ def is_heldout(text: str, fraction: float) -> bool:
 
 
 class Document(NamedTuple):
-    """ids: of its tokens. bytes: in UTF-8, of the text that is learnt. learnt: of each token, whether it is a target; None for all."""
+    """ids: of its tokens. bytes: in UTF-8, of the text that is learnt, but for ends of text written out in it, whose losses are no part of
+    bits per byte. learnt: of each token, whether it is a target; None for all."""
 
     ids: list[int]
     bytes: int
@@ -75,10 +82,10 @@ class Document(NamedTuple):
 def pack(documents: Iterator[Document], tokenizer: Tokenizer, sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
     """Documents -> rows {tokens, segments, bytes}.
 
-    Each document is framed by BOS and EOS where the tokenizer has them and gets the next segment number of its row, from 1; the
-    last row is padded with segment 0. A token that is read but not learnt, as a prompt's, has its segment's number negated. bytes: of the
-    text whose tokens are targets in the row (a document's bytes are spread
-    evenly over its tokens), so that the bytes of all rows add up to those of the text.
+    Each document is framed by BOS and EOS where the tokenizer has them, unless its text ends in EOS itself, and gets the next segment
+    number of its row, from 1; the last row is padded with segment 0. A token that is read but not learnt, as a prompt's, has its
+    segment's number negated. bytes: of the text whose tokens are targets in the row (a document's bytes are spread evenly over its
+    tokens, but for EOS), so that the bytes of all rows add up to those of the text.
     """
     width = sequence_length + 1
     columns = [np.zeros(0, np.int64) for _ in range(4)]  # token, document number, bytes, 1 if learnt else -1
@@ -96,11 +103,13 @@ def pack(documents: Iterator[Document], tokenizer: Tokenizer, sequence_length: i
 
     for number, (ids, text_bytes, learnt) in enumerate(documents):
         is_learnt = np.ones(len(ids), bool) if learnt is None else np.array(learnt, bool)
-        count = int(is_learnt.sum())
+        counted = is_learnt & (np.array(ids) != (-1 if tokenizer.eos is None else tokenizer.eos))
+        count = int(counted.sum())
         spread = np.zeros(len(ids), np.int64)
-        spread[is_learnt] = np.diff(np.arange(count + 1) * text_bytes // max(count, 1))
-        sizes = np.concatenate([np.zeros(len(before), np.int64), spread, np.zeros(len(after), np.int64)])
-        tokens = np.array(before + ids + after, np.int64)
+        spread[counted] = np.diff(np.arange(count + 1) * text_bytes // max(count, 1))
+        end = [] if _ends_itself(ids, tokenizer) else after
+        sizes = np.concatenate([np.zeros(len(before), np.int64), spread, np.zeros(len(end), np.int64)])
+        tokens = np.array(before + ids + end, np.int64)
         signs = np.ones(len(tokens), np.int64)
         signs[len(before) : len(before) + len(ids)] = np.where(is_learnt, 1, -1)
         more = (tokens, np.full(len(tokens), number), sizes, signs)
@@ -114,15 +123,27 @@ def pack(documents: Iterator[Document], tokenizer: Tokenizer, sequence_length: i
         yield row(columns)
 
 
+def _ends_itself(ids: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether EOS is already the last token but for blanks, as chat templates end a turn."""
+    return tokenizer.eos in ids[-2:] and not tokenizer.decode(ids[-1:] if ids[-1] != tokenizer.eos else []).strip()
+
+
+def _bytes(text: str, ids: Iterable[int], tokenizer: Tokenizer) -> int:
+    """In UTF-8, without the ends of text that are written out in it."""
+    return len(text.encode("utf-8")) - sum(i == tokenizer.eos for i in ids) * len(tokenizer.eos_text.encode("utf-8"))
+
+
 def text_document(text: str, tokenizer: Tokenizer) -> Document:
     """Raises UnicodeEncodeError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
-    return Document(tokenizer.encode(text), len(text.encode("utf-8")))
+    ids = tokenizer.encode(text)
+    return Document(ids, _bytes(text, ids, tokenizer))
 
 
 def formatted_document(pieces: list[Piece], tokenizer: Tokenizer, cutoff: int) -> Document | None:
     """Cut to `cutoff` tokens; None when no answer is left. Raises UnicodeEncodeError as text_document does."""
-    size = len("".join(piece.text for piece in pieces if piece.learnt).encode("utf-8"))
     ids, learnt = encode_pieces(pieces, tokenizer)
+    answers = "".join(piece.text for piece in pieces if piece.learnt)
+    size = _bytes(answers, (i for i, is_learnt in zip(ids, learnt, strict=True) if is_learnt), tokenizer)
     if len(ids) > cutoff:
         size = size * sum(learnt[:cutoff]) // max(sum(learnt), 1)
         ids, learnt = ids[:cutoff], learnt[:cutoff]

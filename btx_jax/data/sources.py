@@ -61,7 +61,7 @@ def _split_weight(entry: str, key: str) -> tuple[str, float]:
 
 
 def parse_domains(notation: str, domains: Mapping[str, str], key: str) -> tuple[Domain, ...]:
-    """Names from `domains` become those domains; all other entries together are one domain, `text`."""
+    """Names from `domains` become those domains; all other entries together are one domain, `text`, of their weights together."""
     named, loose = [], []
     for entry in notation.split(","):
         where, weight = _split_weight(entry.strip(), key)
@@ -70,7 +70,8 @@ def parse_domains(notation: str, domains: Mapping[str, str], key: str) -> tuple[
         else:
             loose.append(entry)
     if loose:
-        named.append(Domain("text", parse_sources(",".join(loose), key), 1.0 if not named else float(len(loose))))
+        sources = parse_sources(",".join(loose), key)
+        named.append(Domain("text", sources, sum(source.weight for source in sources)))
     return tuple(named)
 
 
@@ -180,8 +181,8 @@ def _json_rows(file: Path, field: str, problems: Problems) -> Iterator[tuple[str
             row = json.loads(line)
         except UnicodeDecodeError as error:
             problems.add("document skipped: invalid UTF-8", f"{place}, byte {error.start}")
-        except json.JSONDecodeError as error:
-            problems.add("document skipped: line is not JSON", f"{place}: {error.msg}")
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets as deep
+            problems.add("document skipped: line is not JSON", f"{place}: {str(error).splitlines()[0]}")
         else:
             if isinstance(row, dict) and field in row:
                 yield place, row[field]

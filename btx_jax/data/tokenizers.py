@@ -20,12 +20,14 @@ COMPANIONS = (*SPECIAL, "added_tokens.json", "chat_template.jinja", "chat_templa
 
 
 class Tokenizer(Protocol):
-    """bos, eos: ids, or None when the vocabulary has none. path: the file it was read from."""
+    """vocab_size: one more than the largest id. bos, eos: ids, or None when the vocabulary has none. eos_text: what in a text is read as
+    EOS, "" for nothing. path: the file it was read from."""
 
     path: Path
     vocab_size: int
     bos: int | None
     eos: int | None
+    eos_text: str
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without special tokens."""
@@ -39,6 +41,8 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
+    eos_text: str = ""  # sentencepiece never reads a control symbol from a text
+
     def __init__(self, path: Path):
         self.path = path
         try:
@@ -68,9 +72,10 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
             raise UserError(f"{path} is not a tokenizer.json: {error}") from error
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos = self._special("bos_token", ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>"))
         self.eos = self._special("eos_token", ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>"))
+        self.eos_text: str = "" if self.eos is None else str(self._tokenizer.id_to_token(self.eos))
 
     def _special(self, role: str, usual: tuple[str, ...]) -> int | None:
         for companion in (self.path.parent / name for name in SPECIAL):
@@ -104,7 +109,7 @@ def find_tokenizer(path: str | os.PathLike) -> Path:
         for name in NAMES:
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"no tokenizer in {path}: expected {' or '.join(NAMES)}; name one with --config.data.tokenizer=FILE")
+        raise UserError(f"no tokenizer in {path}: expected {' or '.join(NAMES)}; put one there")
     if not path.is_file():
         raise UserError(f"config.data.tokenizer: {path} does not exist")
     return path

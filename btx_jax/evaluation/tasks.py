@@ -123,11 +123,13 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 def answer(text: str) -> str:
     """The last number of a text, without separators of thousands and trailing zeros; or the stripped text when it has none."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    numbers = re.findall(r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)", text.replace("\N{MINUS SIGN}", "-"))
     if not numbers:
         return text.strip()
-    number = numbers[-1].replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+    number = numbers[-1].replace(",", "").replace("-.", "-0.")
+    number = f"0{number}" if number.startswith(".") else number
+    number = number.rstrip("0").rstrip(".") if "." in number else number
+    return "0" if number == "-0" else number
 
 
 def _best(values: Sequence[float]) -> int:

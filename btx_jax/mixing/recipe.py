@@ -105,6 +105,10 @@ class Recipe:
             raise ConfigError(f"seed={self.seed}: must not be negative")
         if not 0 < self.density <= 1:
             raise ConfigError(f"density={self.density}: must lie in (0, 1]")
+        if self.gate_scale != type(self).gate_scale and self.gate_mode != "router_input":
+            raise ConfigError(f"gate_scale={self.gate_scale}: of gate_mode router_input; leave it out")
+        if self.density != type(self).density and self.merge == "mean":
+            raise ConfigError(f"density={self.density}: of merge ties and dare; leave it out or name one")
         if self.merge != "mean" and self.base != "average":
             raise ConfigError(f"merge={self.merge!r}: says how to average, so it needs base: average")
         if self.method == "split" and self.layers:

@@ -1,11 +1,28 @@
 """The stages: each reads checkpoints and text and writes one directory. Each is idempotent and resumable."""
 
+import contextlib
 import importlib
 from pathlib import Path
 
 from btx_jax.config import Config
+from btx_jax.errors import UserError
+from btx_jax.output import locked
+from btx_jax.parallel.hosts import is_first
 
 
 def run(config: Config, workdir: Path, **options: str) -> None:
-    """Run config.stage in workdir. A stage that has finished there returns at once. options: of the pipeline stage alone."""
-    importlib.import_module(f"btx_jax.stages.{config.stage}").run(config, workdir, **options)
+    """Run config.stage in workdir. A stage that has finished there returns at once. options: of the pipeline stage alone.
+
+    Raises UserError when another process of this machine is running there, or nothing can be written there.
+    """
+    stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
+    with contextlib.ExitStack() as held:
+        if is_first() and not options:  # one stage of a pipeline runs beside others: it takes its own directory
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(workdir))
+            except BlockingIOError:
+                raise UserError(f"{workdir}: another process is running there; wait for it or choose another --workdir") from None
+            except OSError as error:
+                raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
+        stage.run(config, workdir, **options)

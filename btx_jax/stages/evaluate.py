@@ -5,6 +5,8 @@ What is measured is kept under WORKDIR/parts as it comes, so that an interrupted
 
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 import math
 import time
@@ -25,7 +27,7 @@ from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepare import PreparedDomain, is_heldout, prepare, resolve_tokenizer
 from btx_jax.data.sources import read_json_lines
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
-from btx_jax.errors import ConfigError
+from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation import btm, lora, routing
 from btx_jax.evaluation.explain import explain
 from btx_jax.evaluation.generation import Generator
@@ -40,29 +42,45 @@ from btx_jax.reporting.workdir import claim, finish, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-RESULTS, PARTS = "results.json", "parts"
+RESULTS, PARTS, INPUTS = "results.json", "parts", "inputs.json"
 PROFILE_ROWS = 128  # training rows behind an expert's tf-idf profile
 
 
 def run(config: Config, workdir: Path) -> None:
     assert config.evaluate and config.compute and config.mesh
     start = time.monotonic()
-    if claim(workdir, config) is not None:
-        log.info("%s: already finished", workdir)
-        return
+    done = claim(workdir, config)
     found = {name: find_checkpoint(path, f"config.evaluate.models.{name}") for name, path in config.evaluate.models.items()}
     items = {name: read_items(name, task) for name, task in config.evaluate.tasks.items()}
+    inputs = {f"models.{name}": checkpoint.identity() for name, checkpoint in found.items()}
+    inputs |= {f"tasks.{name}": _hash(of_task) for name, of_task in items.items()}
+    require_same(workdir / INPUTS, inputs)
+    if done is not None:
+        log.info("%s: already finished", workdir)
+        return
     tokenizers = {name: load_tokenizer(checkpoint.tokenizer) for name, checkpoint in found.items()}
     for name, tokenizer in tokenizers.items():
         if tokenizer.vocab_size > (rows := found[name].about.model.vocab_size):
             raise ConfigError(
                 f"config.evaluate.models.{name}: {tokenizer.path} has {tokenizer.vocab_size} tokens, the model {rows} embeddings"
             )
+        context = found[name].about.model.context
+        if config.data and config.data.sequence_length > context:
+            key = f"config.data.sequence_length={config.data.sequence_length}"
+            raise ConfigError(f"{key}: config.evaluate.models.{name} has a context of {context}; lower it")
+        for task_name, task in config.evaluate.tasks.items():
+            if task.kind != "multiple_choice" and task.max_tokens >= context:
+                key = f"config.evaluate.tasks.{task_name}.max_tokens={task.max_tokens}"
+                raise ConfigError(f"{key}: config.evaluate.models.{name} has a context of {context}; leave the task or the model out")
     shape = config.mesh.shape(jax.device_count())
     shards = math.prod(shape[:3])
     spread = dataclasses.replace(config.evaluate, batch_size=-(-config.evaluate.batch_size // shards) * shards)
     config = dataclasses.replace(config, evaluate=spread)
     heldout, profiles = read_heldout(config, tokenizers) if config.data else ({}, {})
+    inputs |= {f"text.{name}": hashlib.sha256(rows["tokens"].tobytes()).hexdigest()[:16] for name, rows in heldout.items()}
+    require_same(workdir / INPUTS, inputs)
+    if is_first():
+        write_json(workdir / INPUTS, inputs)
     mesh = make_mesh(shape)
 
     models: dict[str, Any] = {}
@@ -79,6 +97,18 @@ def run(config: Config, workdir: Path) -> None:
     if is_first():
         write_json(workdir / RESULTS, {"domains": list(heldout), "models": models})
     finish(workdir, seconds=time.monotonic() - start)
+
+
+def require_same(file: Path, inputs: Mapping[str, str]) -> None:
+    """Raises UserError when what was measured here before were other weights or items, whose results would stand beside the new ones."""
+    before = read_json(file) if file.exists() else {}
+    if changed := [name for name, value in inputs.items() if before.get(name, value) != value]:
+        told = f"{', '.join(changed)}: not what was measured there before"
+        raise UserError(f"{file.parent}: {told}; name another directory, or delete this one to measure again")
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_heldout(config: Config, tokenizers: Mapping[str, Tokenizer]) -> tuple[dict[str, Rows], dict[str, btm.DomainProfiles]]:

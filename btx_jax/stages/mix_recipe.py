@@ -71,7 +71,7 @@ def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = 
     _check_shapes(recipe, sources, model)
     console = Console()
     console.print(_plan(recipe, model, dtype, as_huggingface))
-    prompts = _prompts(recipe, sources.tokenizer, model.vocab_size) if recipe.gate_mode in PROMPT_MODES else []
+    prompts = _prompts(recipe, sources.tokenizer, model) if recipe.gate_mode in PROMPT_MODES else []
     if dry_run:
         return
     with np.errstate(all="ignore"):
@@ -236,7 +236,7 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def _prompts(recipe: Recipe, tokenizer: Tokenizer | None, vocab_size: int) -> list[Prompt]:
+def _prompts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Prompt]:
     """Every prompt of every expert, BOS + text."""
     prompts = []
     for number, expert in enumerate(recipe.experts):
@@ -247,8 +247,14 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer | None, vocab_size: int) -> li
                 ids = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(text)
                 if not ids:
                     raise UserError(f"experts[{number}]: prompt {text!r} has no tokens")
-                if max(ids) >= vocab_size:
-                    raise UserError(f"experts[{number}]: prompt {text!r} has token {max(ids)}, the model only {vocab_size} embeddings")
+                if max(ids) >= model.vocab_size:
+                    raise UserError(
+                        f"experts[{number}]: prompt {text!r} has token {max(ids)}, the model only {model.vocab_size} embeddings"
+                    )
+                if len(ids) > model.context:
+                    raise UserError(
+                        f"experts[{number}]: prompt {text[:40]!r}... has {len(ids)} tokens, the context {model.context}; shorten it"
+                    )
                 prompts.append(Prompt(number, is_positive, text, ids))
     return prompts
 

@@ -1,7 +1,6 @@
 """Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk; with other seeds, comparison.md."""
 
 import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -51,10 +50,7 @@ def read_results(directory: str, key: str) -> Any:
     path = Path(directory) / "results.json"
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; run the evaluate stage first")
-    try:
-        return read_json(path)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{key}: {path} is damaged: {error}") from error
+    return read_json(path)
 
 
 def expert_names(evaluate: Path, shown: str) -> list[str]:

@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
-from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, tokenizer_sha256
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 from btx_jax.model_config import ModelConfig
@@ -68,8 +68,7 @@ def run(config: Config, workdir: Path) -> None:
     heldout = domains
     if config.data.heldout:
         heldout = first_then_others(prepare, config.data.heldout, config.data, tokenizer, "config.data.heldout")
-    if is_first():
-        copy_tokenizer(tokenizer, workdir / "tokenizer")
+    text = {"the tokenizer": tokenizer_sha256(tokenizer)} | {domain.name: domain.identity() for domain in domains}
     batches = training_batches(domains, config.train.batch_size, config.rng_seed, jax.process_index(), jax.process_count())
 
     log.info("compiling the step of %s", workdir.name)
@@ -77,9 +76,11 @@ def run(config: Config, workdir: Path) -> None:
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
     try:
-        state, base = start_state(config, model, mesh, init, checkpoints, batches)
+        state, base = start_state(config, model, mesh, init, checkpoints, batches, text)
+        if is_first():
+            copy_tokenizer(tokenizer, workdir / "tokenizer")
         evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
-        loop = Loop(config, workdir, model, mesh, checkpoints, init.about.history if init else {}, base)
+        loop = Loop(config, workdir, model, mesh, checkpoints, init.about.history if init else {}, text, base)
         state = loop.run(state, batches, train_step, evaluate)
     finally:
         checkpoints.close()
@@ -87,10 +88,10 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def start_state(
-    config: Config, model: ModelConfig, mesh: Mesh, init: Checkpoint | None, checkpoints: Checkpoints, batches: Any
+    config: Config, model: ModelConfig, mesh: Mesh, init: Checkpoint | None, checkpoints: Checkpoints, batches: Any, text: Mapping[str, str]
 ) -> tuple[TrainState, Base | None]:
     """The run's own latest checkpoint (and its place in the data), else the init checkpoint's parameters, else random ones; and the base
-    under LoRA experts."""
+    under LoRA experts. text: name -> identity of what is read. Raises UserError when the checkpoint's run read something else."""
     assert config.train
     abstract, _ = state_shardings(model, config.train, mesh)
     latest, key = checkpoints.latest_step(), jax.random.key(config.rng_seed)
@@ -100,7 +101,10 @@ def start_state(
         if base:
             under, _ = load_base(base, model, partition(abstract.params, is_adapter)[1], checkpoints.path(latest))
             params = join(params, under)
-        batches.set_state(data)
+        if changed := [name for name in sorted({*text, *data["text"]}) if text.get(name) != data["text"].get(name)]:
+            told = f"{', '.join(changed)} changed since step {latest} was saved, and with it what the run learns"
+            raise UserError(f"{checkpoints.path(latest)}: {told}; put it back or choose another --workdir")
+        batches.set_state(data["batches"])
         log.info("resuming at step %d", latest)
         return TrainState(put(np.int32(latest), abstract.step.sharding), params, opt_state), base
     if init is not None and model.lora:
@@ -146,11 +150,12 @@ class Loop:
         mesh: Mesh,
         checkpoints: Checkpoints,
         history: History,
+        text: Mapping[str, str],
         base: Base | None = None,
     ):
         assert config.train and config.checkpoint and config.data
         self.train, self.every, self.mesh, self.model = config.train, config.checkpoint.every, mesh, model
-        self.workdir, self.checkpoints, self.history, self.base = workdir, checkpoints, history, base
+        self.workdir, self.checkpoints, self.history, self.text, self.base = workdir, checkpoints, history, text, base
         self.key = jax.jit(lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh))()
         self.last_saved = checkpoints.latest_step() or 0
         # Without what a resumed run may change: it is the same run.
@@ -208,7 +213,9 @@ class Loop:
         tokens = step * self.tokens_per_step
         this = TrainingRun(tokens, train_flops(self.model, tokens), self.seconds, jax.device_count(), self.peak_bytes, tuple(self.history))
         history = {**self.history, self.run_id: this}
-        self.checkpoints.save(About(self.model, step, history, self.base), state.params, state.opt_state, batches.get_state())
+        self.checkpoints.save(
+            About(self.model, step, history, self.base), state.params, state.opt_state, {"batches": batches.get_state(), "text": self.text}
+        )
         self.last_saved = step
 
     def log(self, step: int, metrics: Metrics, progress: tqdm) -> None:

@@ -124,7 +124,7 @@ def test_notation():
         Source("a.txt"), Source("b*.jsonl.gz", "body", 2.5), Source("tfds:c4/en:3.0.1"),
     )  # fmt: skip
     domains = parse_domains("math:30.16,x.txt,y.txt:2", {"math": "m.txt:1,n.txt:3"}, "k")
-    assert [(d.name, d.weight, len(d.sources)) for d in domains] == [("math", 30.16, 2), ("text", 2.0, 2)]
+    assert [(d.name, d.weight, len(d.sources)) for d in domains] == [("math", 30.16, 2), ("text", 3.0, 2)]
     for wrong, message in (("", "names no text"), ("a.txt,,b.txt", "names no text"), ("a.txt:0", "the weight of a.txt is 0")):
         with pytest.raises(UserError, match=message):
             parse_sources(wrong, "config.data.train")
