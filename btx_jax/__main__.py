@@ -86,7 +86,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from btx_jax import recipes
+    from btx_jax import recipes, stages
     from btx_jax.reporting.summary import task_table
     from btx_jax.reporting.workdir import read_json
     from btx_jax.stages import evaluate
@@ -96,7 +96,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UserError("two checkpoints have the same name; name them: NAME=CHECKPOINT")
     config = recipes.tasks(models, tuple(args.tasks.split(",")), args.limit, args.dtype, args.batch_size)
     out = Path(expand(args.out, "--out"))
-    evaluate.run(config, out)
+    stages.run(config, out)
     Console().print(task_table(read_json(out / evaluate.RESULTS)["models"]))
 
 

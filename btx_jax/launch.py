@@ -57,6 +57,8 @@ def parse(argv: list[str]) -> list[str]:
         told = str(error.args[0] if error.args else error)
         words = re.findall(r"[A-Za-z_]+", told)
         keys = [argument.partition("=")[0].removeprefix("--") for argument in argv if argument.startswith("--config.")]
+        if not keys:
+            raise  # a mistake in the config file itself: its author wants the traceback
         wrong = next((key for word in words for key in keys if word in key.split(".")), "--config")
         hint = re.search(r"Did you mean .*\?", told)
         fail(f"{wrong}: unknown key; {hint[0] if hint else 'this config has no such section or key'}")

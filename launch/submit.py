@@ -20,6 +20,7 @@ from btx_jax.backends.local import Local
 from btx_jax.backends.queued_resources import QueuedResources
 from btx_jax.backends.skypilot import SkyPilot
 from btx_jax.errors import UserError
+from btx_jax.paths import expand
 
 CLOUD = {"queued-resources": QueuedResources, "gke": Gke, "skypilot": SkyPilot}
 
@@ -66,7 +67,7 @@ def main() -> None:
             raise UserError(f"--slice={wrong[0]}: must be STAGE=TOPOLOGY")
         topologies = {"": args.topology} | dict(word.split("=", 1) for word in args.slice)
         if args.backend == "local":
-            workdir = Path(args.workdir or f"runs/{args.run}").resolve()
+            workdir = Path(expand(args.workdir or f"runs/{args.run}", "--workdir")).resolve()
             jobs = jobs_of(args.pipeline, str(workdir), overrides, python=sys.executable)
             local = Local(workdir / "logs", args.parallel)
             if args.dry_run:
@@ -79,7 +80,7 @@ def main() -> None:
         place = Place(args.bucket, args.run, args.source, args.zone, args.project, args.image, args.queue, args.spot)
         backend = CLOUD[args.backend](place)
         workdir = args.workdir or f"{MOUNT}/runs/{args.run}"
-        jobs = jobs_of(args.pipeline, workdir, overrides, topologies)
+        jobs = jobs_of(args.pipeline, workdir, overrides, topologies, cache=f"{MOUNT}/cache")
         if args.dry_run:
             show(jobs, backend, args.out)
             return

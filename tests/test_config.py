@@ -77,6 +77,8 @@ def test_round_trip_and_differences():
         ({"train__steps": "many"}, r"config\.train\.steps='many': must be int, not str"),
         ({"train__steps": True}, r"config\.train\.steps=True: must be int, not bool"),
         ({"train__steps": 0}, r"config\.train\.steps=0: must be at least 1"),
+        ({"train__beta1": 1.5}, r"config\.train\.beta1=1\.5: must lie in \[0, 1\)"),
+        ({"train__learning_rate": float("inf")}, r"config\.train\.learning_rate=inf: must be positive and finite"),
         ({"train__accumulate": 3}, r"config\.train\.accumulate=3: does not divide batch_size=8"),
         ({"train__warmup_steps": 10_000}, r"config\.train\.warmup_steps=10000: more than steps"),
         ({"model__heads": 6}, r"config\.model\.heads=6: not divisible by kv_heads=4"),

@@ -65,14 +65,23 @@ def load_pipeline(file: str) -> Config:
 
 
 def jobs_of(
-    file: str, workdir: str, overrides: Sequence[str] = (), topologies: Mapping[str, str] | None = None, python: str = "python"
+    file: str,
+    workdir: str,
+    overrides: Sequence[str] = (),
+    topologies: Mapping[str, str] | None = None,
+    python: str = "python",
+    cache: str = "",
 ) -> list[Job]:
-    """One job per stage, each after its needs. topologies: stage, or "" for all others -> topology. Raises ConfigError for others."""
+    """One job per stage, each after its needs. topologies: stage, or "" for all others -> topology. Raises ConfigError for others. cache:
+    where all of them find tokenised text, "" for what their configs say."""
     pipeline = load_pipeline(file).pipeline
     assert pipeline
     topologies = topologies or {}
     if unknown := sorted(set(topologies) - {"", *pipeline}):
         raise ConfigError(f"--slice={unknown[0]}=...: no such stage; known: {', '.join(pipeline)}")
+    if cache:
+        caches = (f"--config.pipeline.{name}.config.data.cache={cache}" for name, stage in pipeline.items() if stage.config.data)
+        overrides = (*caches, *overrides)
     launch = (python, "-m", "btx_jax.launch", f"--config={file}", f"--workdir={workdir}")
     try:
         order = list(graphlib.TopologicalSorter({name: stage.needs for name, stage in pipeline.items()}).static_order())

@@ -26,14 +26,16 @@ if ! command -v gcsfuse > /dev/null; then
   echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -c -s) main" \\
     > /etc/apt/sources.list.d/gcsfuse.list
   curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg > /usr/share/keyrings/cloud.google.asc
-  apt-get update -q && apt-get install -q -y gcsfuse python3-venv git
+  apt-get update -q && apt-get install -q -y gcsfuse git
 fi
+# The machines' own Python is 3.10.
+command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR=/usr/local/bin sh
 mkdir -p {mount}
 mountpoint -q {mount} || gcsfuse --implicit-dirs --rename-dir-limit 100000 {bucket} {mount}
 [ -d /opt/btx_jax ] || git clone {source} /opt/btx_jax
 cd /opt/btx_jax
-[ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install -q -e '.[tpu]'
+[ -x .venv/bin/python ] || uv venv -q --python 3.11 .venv
+uv pip install -q --python .venv/bin/python -e '.[tpu]'
 {command}
 # Process 0 writes the mark; the slice must not go before it has.
 until [ -f {done} ]; do sleep 10; done

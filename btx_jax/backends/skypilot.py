@@ -16,8 +16,11 @@ RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v
 
 SETUP = """[ -d btx_jax ] || git clone {source} btx_jax
 cd btx_jax
-python3 -m venv .venv
-.venv/bin/pip install -q -e '.[tpu]'
+# The machines' own Python is 3.10.
+export PATH="$HOME/.local/bin:$PATH"
+command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR="$HOME/.local/bin" sh
+[ -x .venv/bin/python ] || uv venv -q --python 3.11 .venv
+uv pip install -q --python .venv/bin/python -e '.[tpu]'
 """
 
 

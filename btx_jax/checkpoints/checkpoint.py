@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btx_jax.checkpoints import adapter, safetensors_files
@@ -39,6 +41,7 @@ from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.output import new_directory
+from btx_jax.parallel.sharding import param_shardings
 from btx_jax.paths import expand
 
 log = logging.getLogger(__name__)
@@ -89,10 +92,13 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     """A run's working directory (its last step), one step's directory, a Hugging Face directory or an adapter directory. Raises UserError
     if none of these."""
     quiet()
+    named = path
     try:
         path = Path(expand(str(path), key)).resolve()
         if not path.exists():
-            raise UserError(f"{key}: {path} does not exist")
+            hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)) is not None
+            cure = f"; if it is a model of the Hugging Face Hub: hf download {named} --local-dir {named}" if hub else ""
+            raise UserError(f"{key}: {path} does not exist{cure}")
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a loop of links
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
     if is_huggingface(path):
@@ -121,12 +127,12 @@ def open_reader(checkpoint: Checkpoint) -> Reader:
 
 
 def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
-    """The parameters, onto the shardings of `abstract`, or all on the first local device. float32 unless `abstract` says otherwise.
+    """The parameters, onto the shardings of `abstract`, or all in the host's memory. float32 unless `abstract` says otherwise.
 
     Raises UserError listing everything that does not fit the checkpoint's own model.
     """
     if abstract is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         expected = nn.unbox(abstract_params(checkpoint.about.model))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), expected)
     if checkpoint.about.base:
@@ -138,6 +144,17 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
     params = assemble(reader, abstract, reader.slots)
     reader.check()
     return params
+
+
+def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params:
+    """The parameters of a model that is not trained, spread over the mesh: what matmuls read in `dtype`, all else in float32."""
+    boxed = abstract_params(checkpoint.about.model)
+
+    def place(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        in_float32 = path[-1].key in ("scale", "router", "embedding")
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32 if in_float32 else dtype, sharding=sharding)
+
+    return load_params(checkpoint, jax.tree_util.tree_map_with_path(place, nn.unbox(boxed), param_shardings(boxed, mesh)))
 
 
 def load_adapter(checkpoint: Checkpoint, abstract: Any) -> Params:
@@ -213,7 +230,7 @@ def assemble(reader: Reader, abstract: Any, slots: Mapping[str, Slot], hashes: d
             host[slot.indices] = slot.to_ours(tensor)
             if hashes is not None:
                 hashes[name] = hashlib.sha256(np.ascontiguousarray(tensor, "<f4").data).hexdigest()
-        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: jnp.asarray(host[index]))
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: host[index])
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 

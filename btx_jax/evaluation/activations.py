@@ -12,7 +12,7 @@ from flax import linen as nn
 from btx_jax.checkpoints.checkpoint import Reader
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.attention import Attention
-from btx_jax.models.layers import FeedForward, RMSNorm
+from btx_jax.models.layers import FeedForward, RMSNorm, exact_matmuls
 
 TOKENS_PER_BATCH = 4096
 
@@ -26,9 +26,10 @@ def _block(model: ModelConfig, params, x_BTD: jax.Array, segments_BT: jax.Array)
         return cast(jax.Array, y[0] if isinstance(y, tuple) else y)
 
     norm = RMSNorm(model.norm_eps)
-    x_BTD += apply(Attention(model), "attention", apply(norm, "attention_norm", x_BTD), segments_BT)
-    h_BTD = apply(norm, "ffn_norm", x_BTD)
-    return x_BTD + apply(FeedForward(model.d_ff), "ffn", h_BTD), h_BTD
+    with exact_matmuls("float32"):
+        x_BTD += apply(Attention(model), "attention", apply(norm, "attention_norm", x_BTD), segments_BT)
+        h_BTD = apply(norm, "ffn_norm", x_BTD)
+        return x_BTD + apply(FeedForward(model.d_ff), "ffn", h_BTD), h_BTD
 
 
 def token_embeddings(reader: Reader, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:

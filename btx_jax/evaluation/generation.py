@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from btx_jax.config import ComputeConfig
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.decoding import Cache, empty_cache, forward, next_logits, unstack
+from btx_jax.models.layers import exact_matmuls
 from btx_jax.models.llama import Params
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, replicated, shard
@@ -80,7 +81,7 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         rows = batch_sharding(self._mesh)
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(self._mesh), exact_matmuls(self._compute.dtype):
             seed_word = np.uint32(seed)
             lengths = np.array([len(prompt) for prompt in prompts], np.int32)
             token_B, cache = start(self._weights, put(tokens, rows), put(lengths, rows), seed_word)

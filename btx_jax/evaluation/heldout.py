@@ -14,7 +14,7 @@ from btx_jax.config import ComputeConfig
 from btx_jax.evaluation.lora import GateSums
 from btx_jax.evaluation.routing import RoutingSums, routing_sums
 from btx_jax.model_config import ModelConfig
-from btx_jax.models.layers import platform_kernels
+from btx_jax.models.layers import exact_matmuls, platform_kernels
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.models.routing import feed_forward_routing, lora_routing
 from btx_jax.parallel.hosts import put
@@ -41,7 +41,7 @@ def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) ->
     jitted = _heldout_step(model, compute, mesh)
 
     def under_mesh(params: Params, tokens: jax.Array, segments: jax.Array) -> Any:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
             return jitted(params, tokens, segments)
 
     return under_mesh
@@ -50,7 +50,7 @@ def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) ->
 def lower_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh, params: Params, batch_size: int, sequence_length: int):
     """The same for abstract parameters, on the mesh's devices, which need not be there."""
     rows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), np.int32, sharding=batch_sharding(mesh))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
         return _heldout_step(model, compute, mesh).lower(params, rows, rows)
 
 

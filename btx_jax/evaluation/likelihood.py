@@ -13,6 +13,7 @@ from tqdm import tqdm
 from btx_jax.config import ComputeConfig
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.model_config import ModelConfig
+from btx_jax.models.layers import exact_matmuls
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.parallel.hosts import is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
@@ -45,6 +46,7 @@ class Scorer:
 
     def __init__(self, model: ModelConfig, params: Params, compute: ComputeConfig, mesh: Mesh, batch_size: int):
         self._model, self._params, self._mesh, self._batch_size = model, params, mesh, batch_size
+        self._dtype = compute.dtype
         llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"))
 
         def scores(params: Params, tokens: jax.Array, segments: jax.Array, targets: jax.Array, counted: jax.Array):
@@ -84,7 +86,7 @@ class Scorer:
             tokens[row, :length], targets[row, :length], segments[row, :length] = ids[:-1], ids[1:], 1
             counted[row, length - behind : length] = 1
         sharding = batch_sharding(self._mesh)
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(self._mesh), exact_matmuls(self._dtype):
             inputs = (put(x, sharding) for x in (tokens, segments, targets, counted.astype(bool)))
             nll, is_greedy = jax.device_get(self._scores(self._params, *inputs))
         return -nll.sum(axis=1, dtype=np.float64), is_greedy

@@ -6,27 +6,26 @@ lm_eval finds models by what has been imported, so `python -m btx_jax lm_eval ..
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
+from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
 from btx_jax.config import ComputeConfig, TaskConfig
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
 from btx_jax.evaluation.tasks import continuations
-from btx_jax.parallel.sharding import make_mesh
+from btx_jax.parallel.sharding import inference_mesh
 
 
 @register_model("btx_jax")
 class BtxJaxLM(LM):
     """--model_args checkpoint=DIR[,dtype=bfloat16][,max_gen_toks=256]; --batch_size N.
 
-    checkpoint: a run's directory, one of its checkpoints, or a Hugging Face directory. One device holds the whole model.
+    checkpoint: a run's directory, one of its checkpoints, or a Hugging Face directory. Spread over the process's devices.
     """
 
     def __init__(
@@ -46,8 +45,8 @@ class BtxJaxLM(LM):
         self._model, self._name = found.about.model, str(found.path)
         self._max_new, self._batch_size = int(max_gen_toks), int(batch_size) if str(batch_size).isdigit() else 8
         self._tokenizer = load_tokenizer(found.tokenizer)
-        self._mesh = make_mesh((1, 1, 1, 1), jax.local_devices()[:1])
-        self._compute, self._params = ComputeConfig(dtype=dtype), load_params(found)
+        self._mesh = inference_mesh(found.about.model)
+        self._compute, self._params = ComputeConfig(dtype=dtype), load_for_inference(found, self._mesh, dtype)
         self._score = Scorer(self._model, self._params, self._compute, self._mesh, self._batch_size)
         self._generator: Generator | None = None
 

@@ -5,6 +5,7 @@ Shape legend for this folder (capital letters name axes, as in x_BTD):
   G routing groups  S tokens per group  E experts  C capacity (slots per expert and group)  M rows
 """
 
+import contextlib
 import dataclasses
 from typing import Any, cast
 
@@ -64,6 +65,11 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         return normal_param(self, "kernel", (self.d_model, self.vocab_size), ("embed", "vocab"))
+
+
+def exact_matmuls(dtype: str) -> contextlib.AbstractContextManager:
+    """Within it what is compiled multiplies float32 as float32, if that is the dtype. A TPU's own default rounds factors to bfloat16."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else None)
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from btx_jax.errors import UserError
+from btx_jax.model_config import ModelConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -42,6 +43,14 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 
 
 Names = Sequence[str | None]  # logical axes of an array, None where it is not cut
+
+
+def inference_mesh(model: ModelConfig) -> Mesh:
+    """This process's devices along `tensor`, as many as divide the model: rows of any number stay whole, weights are spread."""
+    devices = jax.local_devices()
+    widths = (model.vocab_size, model.heads, model.kv_heads, model.d_ff)
+    count = max(n for n in range(1, len(devices) + 1) if all(width % n == 0 for width in widths))
+    return make_mesh((1, 1, 1, count), devices[:count])
 
 
 def resolve(names: Sequence[str | None], mesh_axes: Sequence[str] = MESH_AXES) -> P:

@@ -16,11 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_params
+from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_for_inference
 from btx_jax.checkpoints.training_state import About
 from btx_jax.config import Config, EnsembleConfig, TaskConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
@@ -34,10 +33,9 @@ from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
 from btx_jax.evaluation.likelihood import Scorer
 from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice, solved
-from btx_jax.model_config import ModelConfig
-from btx_jax.models.llama import abstract_params, parameter_counts
+from btx_jax.models.llama import parameter_counts
 from btx_jax.parallel.hosts import first_then_others, is_first
-from btx_jax.parallel.sharding import make_mesh, param_shardings
+from btx_jax.parallel.sharding import make_mesh
 from btx_jax.reporting.workdir import claim, finish, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -149,7 +147,7 @@ def evaluate_model(
     counts = checkpoint.about.costs() | {"params_total": total, "params_active": active}
     if not config.data:
         return loss_entries({}) | counts
-    params = load_params(checkpoint, sharded_shapes(model, mesh))
+    params = load_for_inference(checkpoint, mesh, "float32")  # how alike experts are is seen in their last bits
     step = make_heldout_step(model, config.compute, mesh)
     losses: dict[str, HeldoutLoss] = {}
     routed: dict[str, Any] = {}
@@ -204,7 +202,7 @@ def run_tasks(
     """Metrics of every task; what the model said to each item goes to FOLDER/TASK.json."""
     assert config.evaluate and config.compute
     model, size, compute = checkpoint.about.model, config.evaluate.batch_size, config.compute
-    params = functools.cache(lambda: load_params(checkpoint, sharded_shapes(model, mesh)))
+    params = functools.cache(lambda: load_for_inference(checkpoint, mesh, compute.dtype))
     generator = functools.cache(lambda: Generator(model, params(), compute, mesh, tokenizer.eos))
 
     def run_task(task_name: str, task: TaskConfig) -> dict[str, Any]:
@@ -218,12 +216,6 @@ def run_tasks(
 
     results = {key: part(folder / f"{key}.json", run_task, key, task) for key, task in config.evaluate.tasks.items()}
     return {key: {metric: value for metric, value in result.items() if metric != "items"} for key, result in results.items()}
-
-
-def sharded_shapes(model: ModelConfig, mesh: Mesh) -> Any:
-    boxed = abstract_params(model)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(place, nn.unbox(boxed), param_shardings(boxed, mesh))
 
 
 def loss_entries(losses: Mapping[str, HeldoutLoss]) -> dict[str, Any]:

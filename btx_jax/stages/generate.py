@@ -1,13 +1,11 @@
 """Generate: sample text from a checkpoint."""
 
-import jax
-
-from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
+from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
 from btx_jax.config import ComputeConfig
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.evaluation.generation import Generator, Sampling
-from btx_jax.parallel.sharding import make_mesh
+from btx_jax.parallel.sharding import inference_mesh
 
 
 def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int, dtype: str) -> str:
@@ -24,7 +22,7 @@ def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_
     context = found.about.model.context
     if len(ids) + max_tokens > context:
         raise UserError(f"--max_tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {context}; lower it")
-    mesh = make_mesh((1, 1, 1, 1), jax.local_devices()[:1])
-    generator = Generator(found.about.model, load_params(found), ComputeConfig(dtype=dtype), mesh, tokenizer.eos)
+    mesh = inference_mesh(found.about.model)
+    generator = Generator(found.about.model, load_for_inference(found, mesh, dtype), ComputeConfig(dtype=dtype), mesh, tokenizer.eos)
     (new,) = generator.generate([ids], max_tokens, Sampling(temperature, top_p), seed)
     return tokenizer.decode(new)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from btx_jax.config import ComputeConfig, TrainConfig
 from btx_jax.model_config import ModelConfig
-from btx_jax.models.layers import platform_kernels
+from btx_jax.models.layers import exact_matmuls, platform_kernels
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel, init_params
 from btx_jax.models.lora import join
 from btx_jax.models.routing import RoutingStats, feed_forward_routing
@@ -176,6 +176,6 @@ def lower_train_step(model: ModelConfig, compute: ComputeConfig, train: TrainCon
     abstract, shardings = state_shardings(model, train, mesh)
     rows = jax.ShapeDtypeStruct((train.batch_size, sequence_length + 1), jnp.int32, sharding=batch_sharding(mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
         step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
         return step.lower(abstract, {"tokens": rows, "segments": rows}, key)

@@ -171,6 +171,14 @@ def test_what_lora_here_cannot_be_is_refused(tmp_path, change, told):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_lacks_what_its_config_speaks_of_is_refused(tmp_path):
+    shutil.copytree(GOLDEN / "peft", tmp_path / "peft")
+    held = load_file(tmp_path / "peft" / PEFT_TENSORS)
+    save_file({name: array for name, array in held.items() if ".layers.0." not in name}, tmp_path / "peft" / PEFT_TENSORS)
+    with pytest.raises(UserError, match=r"missing layers\.0\."):
+        adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "out"))
+
+
 def test_what_cannot_be_exported_or_merged_is_refused(tmp_path):
     folder = str(mola_directory(tmp_path / "mola"))
     out = str(tmp_path / "out")

@@ -17,6 +17,7 @@ from btx_jax.config import ComputeConfig
 from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig, MoEConfig, RopeScaling
 from btx_jax.models.llama import Llama, init_params, logits
+from btx_jax.recipes import MODELS
 from btx_jax.stages import convert
 from tests.conftest import ROOT
 
@@ -112,7 +113,14 @@ def test_config_json_of_either_age_is_read_and_contradictions_are_not_guessed():
     new = base | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
     assert model_from_config(old, "old") == model_from_config(new, "new")
     assert model_from_config(new, "new").rope_scaling == RopeScaling("linear", 2.0)
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     for bad, message in (
+        (base | {"rope_scaling": {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta: 10000.0, 500000.0; which is"),
+        (base | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            base | {"original_max_position_embeddings": 64, "rope_scaling": llama3 | {"original_max_position_embeddings": 32}},
+            "rope original_max_position_embeddings: 32.0, 64.0; which is right",
+        ),
         (base | {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "which is right"),
         (base | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn' is not supported"),
         (base | {"attention_bias": True}, "attention_bias=True is not supported"),
@@ -124,6 +132,33 @@ def test_config_json_of_either_age_is_read_and_contradictions_are_not_guessed():
             model_from_config(bad, "config.json")
     windowed = json.loads((GOLDEN / "mistral" / "config.json").read_text()) | {"sliding_window": 256}
     assert model_from_config(windowed, "x").context == 256
+    assert model_from_config(windowed | {"use_sliding_window": False}, "x").context == 256, "no key of Mistral's: transformers windows"
+    absent = {key: value for key, value in windowed.items() if key != "sliding_window"} | {"max_position_embeddings": 8192}
+    assert model_from_config(absent, "x").context == 4096, "transformers' default"
+
+
+BIG = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+META3 = BIG | {"vocab_size": 128_256, "intermediate_size": 14_336, "num_key_value_heads": 8, "rope_theta": 5e5}
+ROPE31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "published"),
+    [
+        ("llama2_7b", "llama", BIG | {"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 4096}),
+        ("llama3_8b", "llama", META3 | {"max_position_embeddings": 8192}),
+        ("llama31_8b", "llama", META3 | {"max_position_embeddings": 131_072, "rope_scaling": ROPE31}),
+        (
+            "mistral_7b",
+            "mistral",
+            BIG
+            | {"vocab_size": 32_000, "intermediate_size": 14_336, "num_key_value_heads": 8, "rope_theta": 1e4}
+            | {"max_position_embeddings": 32_768, "sliding_window": 4096},
+        ),
+    ],
+)
+def test_the_recipes_models_are_those_that_were_published(name, kind, published):
+    assert model_from_config(published | {"model_type": kind}, name) == MODELS[name]
 
 
 def test_every_leaf_has_a_name_and_every_layout_survives_the_round_trip():

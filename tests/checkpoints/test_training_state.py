@@ -82,6 +82,14 @@ def test_a_mistyped_leaf_raises_and_all_problems_are_told_at_once(tmp_path):
         assert problem in str(error.value)
 
 
+def test_a_stored_nan_is_refused(tmp_path):
+    params = init_params(TINY, jax.random.key(0))
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[1].set(jnp.nan)
+    save(tmp_path, params)
+    with pytest.raises(UserError, match="NaN or infinity in final_norm/scale"):
+        load_params(find_checkpoint(tmp_path))
+
+
 def test_what_is_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(UserError, match=r"config\.init: .* does not exist"):
         find_checkpoint(tmp_path / "nothing", "config.init")
@@ -96,6 +104,10 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
         find_checkpoint(tmp_path / "pipeline")
     with pytest.raises(UserError, match=r"config\.init='\$NOT_SET/seed': the environment variable NOT_SET is not set"):
         find_checkpoint("$NOT_SET/seed", "config.init")
+    with pytest.raises(UserError, match=r"config\.init='gs://b/seed': gs:// is not read; mount the bucket"):
+        find_checkpoint("gs://b/seed", "config.init")
+    with pytest.raises(UserError, match=r"does not exist; .*hf download mistralai/Nothing-7B"):
+        find_checkpoint("mistralai/Nothing-7B", "base_model")
     save(tmp_path, init_params(TINY, jax.random.key(0)))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         about = checkpointer.restore(tmp_path / "checkpoints" / "3" / "about")

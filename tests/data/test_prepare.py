@@ -1,16 +1,18 @@
 import gzip
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btx_jax.config import DataConfig
 from btx_jax.data.mixture import heldout_rows, training_batches
-from btx_jax.data.prepare import Document, is_heldout, pack, prepare
+from btx_jax.data.prepare import Document, is_heldout, pack, prepare, text_document
 from btx_jax.data.sources import Problems, Source, parse_domains, parse_sources, read_documents, read_tfds
 from btx_jax.data.tokenizers import HuggingFaceTokenizer, copy_tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
 from btx_jax.errors import UserError
@@ -30,7 +32,7 @@ def write(path, texts):
 class Letters:
     """One token per character; BOS 1, EOS 2."""
 
-    bos, eos, vocab_size = 1, 2, 300
+    bos, eos, vocab_size, eos_text = 1, 2, 300, ""
 
     def encode(self, text):
         return [ord(c) for c in text]
@@ -185,6 +187,58 @@ def test_text_data_sets_of_tensorflow_datasets_are_known(monkeypatch):
         assert list(read_tfds(name, "question", Problems())) == ["1 + 1?"]
 
 
+def test_rows_come_from_every_source_by_its_weight(tmp_path, tokenizer):
+    for number, name in enumerate("abc"):
+        write(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in sentences(60, seed=number)])
+    c = config(tmp_path, ",".join(f"{tmp_path / name}.jsonl:{weight}" for name, weight in (("a", 1), ("b", 3), ("c", 1))))
+    (domain,) = prepare(c.train, c, tokenizer, "config.data.train")
+    counts = [len(source.open("heldout")) for source in domain.sources]
+    whole = heldout_rows(domain)["tokens"]
+    few = heldout_rows(domain, 10)["tokens"]
+    first = np.cumsum([0, *counts])
+    expected = np.concatenate([whole[first[i] : first[i] + n] for i, n in enumerate((2, 6, 2))])
+    np.testing.assert_array_equal(few, expected)
+    assert len(heldout_rows(domain, 10**6)["tokens"]) == sum(counts), "a source that has given all leaves the rest to the others"
+
+
+def test_two_processes_prepare_the_same_text_at_once(tmp_path, tokenizer, tokenizer_file):
+    file = write(tmp_path / "a.jsonl", sentences(200))
+    program = f"""
+import os
+os.getpid = lambda: 1  # as in two containers
+from btx_jax.config import DataConfig
+from btx_jax.data.prepare import prepare
+from btx_jax.data.tokenizers import load_tokenizer
+c = DataConfig(train={str(file)!r}, sequence_length=32, heldout_fraction=0.2, cache={str(tmp_path / "cache")!r})
+print(len(prepare(c.train, c, load_tokenizer({str(tokenizer_file)!r}), "k")[0].sources[0].open("train")))
+"""
+    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    out = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], out
+    assert out[0][0] == out[1][0] != ""
+    assert [p.name for p in (tmp_path / "cache" / "packed").iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_end_of_text_written_out_is_counted_neither_in_bytes_nor_twice(tmp_path):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.add_tokens([*"abcd ", "\n"])
+    made.add_special_tokens(["<end>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    loaded = load_tokenizer(tmp_path)
+    end = loaded.eos
+    for text, tokens, size in (("ab", 3, 2), ("ab<end>", 3, 2), ("ab<end>cd", 6, 4), ("ab<end>\n", 4, 3)):
+        document = text_document(text, loaded)
+        (row,) = pack(iter([document]), loaded, 8)
+        used = row["tokens"][row["segments"] > 0]
+        assert (len(used), document.bytes) == (tokens, size), text
+        assert (used == end).sum() == text.count("<end>") + (text in ("ab", "ab<end>cd")), text
+    gapped = json.loads((tmp_path / "tokenizer.json").read_text())
+    gapped["added_tokens"][-1]["id"] = 500
+    (tmp_path / "tokenizer.json").write_text(json.dumps(gapped))
+    assert load_tokenizer(tmp_path).vocab_size == load_tokenizer(tmp_path).eos + 1
+
+
 def test_truncated_and_misnamed_files_are_errors(tmp_path):
     whole = gzip.compress(b'{"text": "hello"}\n' * 500)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
@@ -224,8 +278,6 @@ def test_tokenizer_files(tmp_path, tokenizer, tokenizer_file):
 
 
 def test_hugging_face_tokenizers_speak_the_same_interface(tmp_path):
-    import tokenizers
-
     made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()

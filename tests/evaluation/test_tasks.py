@@ -84,7 +84,21 @@ def test_choices_are_judged_by_sum_and_per_character(tokenizer):
 
 @pytest.mark.parametrize(
     ("text", "want"),
-    [("so 3 + 4 = 7.", "7"), ("#### 1,234", "1234"), ("-2.50 dollars", "-2.5"), ("Paris \n", "Paris"), ("1 then 2.0", "2"), ("", "")],
+    [
+        ("so 3 + 4 = 7.", "7"),
+        ("#### 1,234", "1234"),
+        ("-2.50 dollars", "-2.5"),
+        ("Paris \n", "Paris"),
+        ("1 then 2.0", "2"),
+        ("", ""),
+        ("about .5", "0.5"),
+        ("pages 3-4", "4"),
+        ("is \N{MINUS SIGN}5", "-5"),
+        ("(-3)", "-3"),
+        ("$-.50", "-0.5"),
+        ("-0.0", "0"),
+        ("1.2.3", "3"),
+    ],
 )
 def test_the_last_number_is_the_answer(text, want):
     assert tasks.answer(text) == want

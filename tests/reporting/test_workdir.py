@@ -2,9 +2,11 @@ import dataclasses
 
 import pytest
 
-from btx_jax.config import Config
+from btx_jax import recipes, stages
+from btx_jax.config import Config, MeshConfig
 from btx_jax.config_dict import from_config_dict
 from btx_jax.errors import UserError
+from btx_jax.output import locked
 from btx_jax.recipes import expert
 from btx_jax.reporting.workdir import claim
 
@@ -23,3 +25,20 @@ def test_a_directory_is_a_configs_own_once_it_holds_more_than_that(tmp_path, res
     claim(tmp_path, other)
     with pytest.raises(UserError, match="another config: rng_seed: 1 -> 0; choose another --workdir or undo the change"):
         claim(tmp_path, config)
+    less = dataclasses.replace(other, compute=dataclasses.replace(other.compute, remat="attention"))
+    claim(tmp_path, less)  # costs other memory, computes the same
+
+
+def test_a_pipeline_s_runs_may_go_on_on_another_mesh(tmp_path):
+    config = from_config_dict(recipes.demo())
+    claim(tmp_path, config)
+    (tmp_path / "metrics.jsonl").touch()
+    name = next(name for name, stage in config.pipeline.items() if stage.config.mesh)
+    stage = config.pipeline[name]
+    moved = dataclasses.replace(stage, config=dataclasses.replace(stage.config, mesh=MeshConfig(data=2)))
+    claim(tmp_path, dataclasses.replace(config, pipeline={**config.pipeline, name: moved}))
+
+
+def test_a_directory_is_one_process_s_at_a_time(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="another process is running there"):
+        stages.run(from_config_dict(expert("math", "tiny")), tmp_path)

@@ -54,6 +54,9 @@ def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
     line = cli.fails(*cli.seed("run", "--config.train.learning_rate=0.5", steps=2000, every=1900))
     assert "another config: train.learning_rate: 0.003 -> 0.5" in line
     assert "choose another --workdir" in line
+    with cli.text.open("a") as file:
+        file.write("One more line.\n")
+    assert f"checkpoints/{saved[0]}: text changed since step {saved[0]} was saved" in cli.fails(*cli.seed("run", steps=2000, every=1900))
 
 
 def test_a_run_that_goes_on_elsewhere_is_the_same_run(cli):

@@ -101,6 +101,11 @@ def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(config, tm
     assert (workdir / "parts" / "seed" / "result.json").stat().st_mtime_ns == kept
     assert json.loads((workdir / "results.json").read_text()) == results
 
+    # Other weights, other items: what was measured is not theirs.
+    (tmp_path / "seed" / "checkpoints" / "0" / "_CHECKPOINT_METADATA").touch()
+    with pytest.raises(UserError, match=r"models\.seed: not what was measured there before; name another directory"):
+        evaluate.run(config, workdir)
+
 
 def test_one_device_and_eight_give_the_same_losses(config, tmp_path):
     few = dataclasses.replace(config.evaluate, tasks={}, texts={})
@@ -125,6 +130,14 @@ def test_wrong_settings_are_refused_before_any_model_is_read(config, tmp_path):
     task = TaskConfig("multiple_choice", str(tmp_path / "nothing.jsonl"), "{q}")
     with pytest.raises(UserError, match=r"config\.evaluate\.tasks\.t\.file: no file"):
         evaluate.run(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, tasks={"t": task})), tmp_path / "x")
+    short = checkpoint(
+        tmp_path / "short", dataclasses.replace(DENSE, context=32), 4, load_tokenizer(find_tokenizer(tmp_path / "seed" / "tokenizer"))
+    )
+    with pytest.raises(ConfigError, match=r"sequence_length=64: config\.evaluate\.models\.s has a context of 32"):
+        evaluate.run(dataclasses.replace(config, evaluate=EvaluateConfig({"s": short})), tmp_path / "w")
+    task = dataclasses.replace(config.evaluate.tasks["number"], max_tokens=32)
+    with pytest.raises(ConfigError, match=r"tasks\.n\.max_tokens=32: config\.evaluate\.models\.s has a context of 32"):
+        evaluate.run(dataclasses.replace(config, data=None, evaluate=EvaluateConfig({"s": short}, tasks={"n": task})), tmp_path / "v")
     small = checkpoint(
         tmp_path / "small", dataclasses.replace(DENSE, vocab_size=300), 4, load_tokenizer(find_tokenizer(tmp_path / "seed" / "tokenizer"))
     )
