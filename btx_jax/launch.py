@@ -8,6 +8,7 @@ fit, 2 wrong input (one line says what and how to mend it), 143 ended by SIGTERM
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -93,6 +94,9 @@ def main(argv: list[str]) -> None:
         fail(error)
     except OSError as error:  # a disk that is full or read-only, a file where a directory should be
         fail(f"{error.filename or workdir}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("btx_jax: interrupted; run the same command to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

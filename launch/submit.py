@@ -65,6 +65,8 @@ def main() -> None:
             raise UserError(f"unknown argument {wrong[0]!r}; overrides look like --config.rng_seed=1")
         if wrong := [word for word in args.slice if "=" not in word]:
             raise UserError(f"--slice={wrong[0]}: must be STAGE=TOPOLOGY")
+        if args.parallel < 1:
+            raise UserError(f"--parallel={args.parallel}: must be at least 1")
         topologies = {"": args.topology} | dict(word.split("=", 1) for word in args.slice)
         if args.backend == "local":
             workdir = Path(expand(args.workdir or f"runs/{args.run}", "--workdir")).resolve()
@@ -86,7 +88,7 @@ def main() -> None:
             return
         inside = place.bucket.rstrip("/") + workdir.removeprefix(MOUNT)
         drive(jobs, backend, lambda job: ask(["gcloud", "storage", "ls", f"{inside}/{job.name}/done.json"]).returncode == 0)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"btx_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

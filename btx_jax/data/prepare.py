@@ -206,7 +206,10 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
     except UserError:
         if not target.exists():  # otherwise another process has just prepared the same text
             raise
-    manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{target} is damaged ({error}); delete it, and the text is prepared anew") from error
     for line in manifest["problems"]:
         log.warning("%s: %s", source.where, line)
     return PreparedSource(target / "rows", source.weight, manifest)

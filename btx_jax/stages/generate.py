@@ -12,7 +12,10 @@ def text(checkpoint: str, prompt: str, max_tokens: int, temperature: float, top_
     """The prompt's continuation. Raises UserError when prompt and continuation do not fit the model's context."""
     found = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(found.tokenizer)
-    ids = tokenizer.encode_prompt(prompt)
+    try:
+        ids = tokenizer.encode_prompt(prompt)
+    except (UnicodeError, TypeError) as error:  # bytes of a terminal that are not UTF-8
+        raise UserError(f"--prompt: not valid Unicode: {str(error).splitlines()[0]}") from error
     if not ids:
         raise UserError("--prompt: empty, and the tokenizer has no BOS to start from")
     if max(ids) >= found.about.model.vocab_size:

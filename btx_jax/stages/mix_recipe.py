@@ -1,4 +1,4 @@
-"""Mix from a recipe: dense models -> one MoE, streaming: one tensor of the sources in memory at a time."""
+"""Mix from a recipe: dense models -> one MoE, streaming: one tensor of each source in memory at a time."""
 
 import dataclasses
 import json

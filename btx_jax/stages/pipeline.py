@@ -40,6 +40,9 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
         finished = (workdir / name / DONE).exists()
         log.info("[%d/%d] %s%s", number, len(order), name, ": already finished" if finished else "")
         if finished:
+            for need in config.pipeline[name].needs:
+                if (workdir / need / DONE).exists() and (workdir / need / DONE).stat().st_mtime > (workdir / name / DONE).stat().st_mtime:
+                    log.warning("%s was made from an earlier %s: delete %s to make it again", name, need, workdir / name)
             continue
         try:
             stages.run(resolved[name], workdir / name)
