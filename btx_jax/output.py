@@ -11,6 +11,8 @@ from pathlib import Path
 
 from btx_jax.errors import UserError
 
+CONFIG, DONE = "config.json", "done.json"  # of a run: while it runs, and when it has finished
+
 
 def check_free(target: Path) -> None:
     """Raises UserError when something is already there: nothing is overwritten."""

@@ -40,7 +40,7 @@ from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
-from btx_jax.output import new_directory
+from btx_jax.output import CONFIG, DONE, new_directory
 from btx_jax.parallel.sharding import param_shardings
 from btx_jax.paths import expand
 
@@ -109,6 +109,8 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
         steps = [int(p.name) for p in (path / DIRECTORY).iterdir() if p.name.isdigit()]
         if not steps:
             raise UserError(f"{key}: {path} holds no finished checkpoint yet")
+        if (path / CONFIG).exists() and not (path / DONE).exists():
+            log.warning("%s: %s has not finished; step %d is taken", key, path, max(steps))
         path = path / DIRECTORY / str(max(steps))
     if not (path / "params").is_dir() or not (path / "about").is_dir():
         raise UserError(

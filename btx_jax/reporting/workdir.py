@@ -8,11 +8,9 @@ from typing import Any
 from btx_jax.config import Config
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.errors import UserError
-from btx_jax.output import new_file
+from btx_jax.output import CONFIG, DONE, new_file
 from btx_jax.parallel.hosts import first_then_others, is_first, require_shared
 from btx_jax.paths import expand
-
-CONFIG, DONE = "config.json", "done.json"
 
 # A resumed run may change where, in how much memory and how often it looks, not what it computes.
 COMPUTE = ("compute.remat", "compute.kernels", "compute.unroll", "compute.loss_chunk")

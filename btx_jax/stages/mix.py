@@ -23,6 +23,7 @@ from btx_jax.mixing.router import normal_routers
 from btx_jax.mixing.split import blend_models, split_models
 from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import abstract_params
+from btx_jax.parallel.hosts import is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.reporting.workdir import claim, finish
 
@@ -73,7 +74,8 @@ def run(config: Config, workdir: Path) -> None:
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
     history = {run: counts for source in sources for run, counts in source.about.history.items()}
-    copy_tokenizer(tokenizers[0], workdir / "tokenizer")
+    if is_first():
+        copy_tokenizer(tokenizers[0], workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
         if checkpoints.latest_step() is None:

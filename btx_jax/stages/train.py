@@ -33,6 +33,7 @@ from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, tokenizer_sha256
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 from btx_jax.model_config import ModelConfig
+from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
@@ -60,6 +61,7 @@ def run(config: Config, workdir: Path) -> None:
 
     init, model = starting_point(config)
     mesh = checked_mesh(config, model)
+    log.info("%s: %s", workdir.name, described(model))
 
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     if tokenizer.vocab_size > model.vocab_size:
@@ -85,6 +87,14 @@ def run(config: Config, workdir: Path) -> None:
     finally:
         checkpoints.close()
     finish(workdir, seconds=time.monotonic() - start, steps=int(state.step))
+
+
+def described(model: ModelConfig) -> str:
+    total, active = parameter_counts(model)
+    kind = f"a mixture of {max(spec.experts for spec in model.layer_specs())} experts" if model.moe else "a dense model"
+    lora = " with LoRA experts" if model.lora else ""
+    used = f" ({active:.3g} for a token)" if active < total else ""
+    return f"{kind}{lora}, {model.layers} layers, {total:.3g} parameters{used}"
 
 
 def start_state(
