@@ -20,9 +20,12 @@ def run(config: Config, workdir: Path, **options: str) -> None:
         if is_first() and not options:  # one stage of a pipeline runs beside others: it takes its own directory
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(workdir))
-            except BlockingIOError:
-                raise UserError(f"{workdir}: another process is running there; wait for it or choose another --workdir") from None
             except OSError as error:
                 raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
+            try:
+                held.enter_context(locked(workdir))
+            except BlockingIOError:
+                raise UserError(f"{workdir}: another process is running there; wait for it or choose another directory") from None
+            except OSError:  # a file system without locks
+                pass
         stage.run(config, workdir, **options)
