@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from btx_jax.models.layers import Transposed, joint_swiglu, swiglu, swiglu_backward, swiglu_forward
 
 BLOCK = 128  # rows per block on a CPU: large enough for full matmul speed, small enough to waste little on padding
-# Rows, contracted and output columns per tile on a TPU: each byte of a tile feeds 512 or more multiplications, in 10 MiB of vector memory.
-TILES = (512, 1024, 1024)
+# Rows, bytes of contracted and of output columns per tile on a TPU: each byte feeds 512 or more multiplications, in 10 MiB of its memory.
+TILES = (512, 2048, 2048)
 
 
 def grouped_swiglu(x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kernels: str) -> jax.Array:
@@ -46,7 +46,7 @@ def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
     from jax.experimental.pallas.ops.tpu.megablox import ops as megablox  # as for splash: only who needs it pays for the import
 
     def matmul(rows, kernel):
-        tiles = (tile, min(TILES[1], kernel.shape[1]), min(TILES[2], kernel.shape[2]))
+        tiles = (tile, min(TILES[1] // rows.dtype.itemsize, kernel.shape[1]), min(TILES[2] // rows.dtype.itemsize, kernel.shape[2]))
         return megablox.gmm(rows, kernel, sizes_E, rows.dtype, tiles, interpret=interpret)
 
     return matmul
