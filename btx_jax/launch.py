@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         fail(error)
     except OSError as error:  # a disk that is full or read-only, a file where a directory should be
-        fail(f"{error.filename or workdir}: {error.strerror or error}")
+        fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("btx_jax: interrupted; run the same command to go on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -69,7 +69,7 @@ class Head(nn.Module):
 
 def exact_matmuls(dtype: str) -> contextlib.AbstractContextManager:
     """Within it what is compiled multiplies float32 as float32, if that is the dtype. A TPU's own default rounds factors to bfloat16."""
-    return jax.default_matmul_precision("highest" if dtype == "float32" else None)
+    return jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ from btx_jax.costs import hlo
 from btx_jax.errors import UserError
 from btx_jax.model_config import MoEConfig
 from btx_jax.models.llama import abstract_params
-from btx_jax.parallel.sharding import MESH_AXES, make_mesh, param_shardings, resolve, shard
+from btx_jax.parallel.sharding import MESH_AXES, inference_mesh, make_mesh, param_shardings, resolve, shard
 from btx_jax.training.step import init_state, lower_train_step, make_train_step
 from tests.models.test_llama import TINY
 
@@ -131,3 +131,10 @@ def test_state_lies_where_the_table_says():
     assert len(moments) >= 2
     assert all(m.sharding.shard_shape(m.shape) == (3, 1, 16, 48) for m in moments), "moments lie elsewhere than their parameters"
     assert mesh.axis_names == MESH_AXES
+
+
+def test_inference_spreads_weights_over_as_many_devices_as_divide_them():
+    heads = dataclasses.replace(TINY, heads=6, kv_heads=3, vocab_size=66, d_ff=96)
+    for model, count in ((dataclasses.replace(TINY, heads=4, kv_heads=4, vocab_size=64, d_ff=96), 4), (heads, 3)):
+        mesh = inference_mesh(model)
+        assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": count}

@@ -11,9 +11,10 @@ from btx_jax.checkpoints.training_state import named_leaves
 from btx_jax.config import ComputeConfig, TrainConfig
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
+from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.models.llama import init_params
 from btx_jax.training.optimizer import clip_by_global_norm, decayed, is_trained, schedule
-from btx_jax.training.step import init_state, make_train_step
+from btx_jax.training.step import init_state, lower_train_step, make_train_step
 from tests.models.test_llama import MOE, TINY
 
 COMPUTE = ComputeConfig(dtype="float32", remat="none", group_size=8, loss_chunk=64)
@@ -33,6 +34,18 @@ def steps(model, train, mesh, n=3, compute=COMPUTE):
         state, metrics = step(state, batch_of(i), jax.random.key(7))
         lines.append(jax.device_get(metrics))
     return state, lines
+
+
+def test_float32_is_multiplied_as_float32(one_device):
+    """Forward, backward and held out: on a CPU no value tells, a TPU would round every factor."""
+    for model in (TINY, MOE):
+        programs = [lower_train_step(model, COMPUTE, TRAIN, one_device, 16)]
+        params = jax.eval_shape(lambda model=model: init_params(model, jax.random.key(0)))
+        programs.append(lower_heldout_step(model, COMPUTE, one_device, params, 4, 16))
+        for program in programs:
+            dots = [line for line in program.as_text().splitlines() if "stablehlo.dot_general" in line]
+            assert len(dots) > 5
+            assert all("precision = [HIGHEST, HIGHEST]" in line for line in dots), "a matmul left to the TPU's default"
 
 
 def test_schedule_is_the_papers():
