@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params, open_reader
+from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_for_inference, load_params, open_reader
 from btx_jax.checkpoints.huggingface import slots
 from btx_jax.checkpoints.huggingface_config import config_from_model, experts_per_token, model_from_config
 from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
@@ -90,6 +90,15 @@ def test_a_dtype_asked_for_rounds_to_nearest_even_and_refuses_overflow(tmp_path)
     with pytest.raises(UserError, match=r"model.embed_tokens.weight holds values beyond float16's range"):
         convert.run(str(large), str(tmp_path / "no"), "float16")
     assert not (tmp_path / "no").exists()
+
+
+def test_what_is_loaded_for_inference_in_bfloat16_keeps_routers_norms_and_embedding_exact(one_device):
+    found = find_checkpoint(GOLDEN / "mixtral")
+    exact, loaded = load_params(found), load_for_inference(found, one_device, "bfloat16")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded):
+        kept = path[-1].key in ("router", "scale", "embedding")
+        assert leaf.dtype == (np.float32 if kept else ml_dtypes.bfloat16), path
+    assert np.array_equal(loaded["layers_0"]["ffn"]["router"], exact["layers_0"]["ffn"]["router"])
 
 
 def test_mixtures_that_hugging_face_cannot_hold_are_refused_and_those_it_can_are_not(tmp_path):
