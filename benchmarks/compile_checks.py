@@ -2,8 +2,9 @@
 
     python benchmarks/compile_checks.py [--folder=runs/compile] [--only=NAME]
 
-Each check is one `--compile_topology` command in a process of its own, two to six minutes on one core; a finished one is not run again.
-Needs libtpu (`pip install -e '.[tpu]'`), no TPU. Writes the tables between the marks of docs/tpu.md.
+Each check is one `--compile_topology` command in a process of its own, two to six minutes on one
+core; a finished one is not run again. Needs libtpu (`pip install -e '.[tpu]'`), no TPU. Writes the
+tables between the marks of docs/tpu.md.
 """
 
 import argparse
@@ -21,8 +22,9 @@ ONE_STEP = ("--config.train.batch_size=16", "--config.train.accumulate=1")
 FULL, RAGGED = "--config.compute.remat=full", "--config.compute.dispatch=ragged"
 V5P_16 = "--compile_topology=v5p:2x2x4"
 
-# name -> (arguments, what it is); the peer's figures for the same program, GiB and FLOPs: memory, dots, grouped matmuls, traffic by kind,
-# and what is sent at least: an all-gather or all-to-all (n - 1) / n of its bytes, an all-reduce twice that, n the smallest group there is
+# name -> (arguments, what it is); the peer's figures for the same program, GiB and FLOPs: memory,
+# dots, grouped matmuls, traffic by kind, and what is sent at least: an all-gather or all-to-all (n
+# - 1) / n of its bytes, an all-reduce twice that, n the smallest group there is
 PEERS = {
     "d8": ((EXPERT, *ONE_STEP, "--compile_topology=v5p:2x2x2"), "Llama-2-7B, fsdp=8", (22.27, 4.072e14, 0, "9.6 / 0.0 / 30.4", 38.8)),
     "e16": (
@@ -73,69 +75,111 @@ def run(name: str, arguments: tuple[str, ...], folder: Path) -> dict | None:
 
 
 def sent(check: dict, across: bool | None = None) -> float:
-    return sum(row["wire_bytes"] for row in check["collectives"] if across in (None, row["across_slices"])) / GIB
+    return (
+        sum(
+            row["wire_bytes"]
+            for row in check["collectives"]
+            if across in (None, row["across_slices"])
+        )
+        / GIB
+    )
 
 
 def peer_table(results: dict[str, dict]) -> str:
     lines = [
-        "| program | memory, GiB | dot FLOPs | grouped matmuls, at most | sent, GiB | executed bytes by kind, GiB | compiled in |",
+        (
+            "| program | memory, GiB | dot FLOPs | grouped matmuls, at most | sent, GiB | executed"
+            " bytes by kind, GiB | compiled in |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     for name, check in results.items():
         memory, dots, grouped, kinds, least = PEERS[name][2]
         flops = check["flops"]
-        by_kind = " / ".join(f"{row['bytes'] / GIB:.1f} {row['kind']}" for row in check["collectives"] if row["bytes"] > 0.05 * GIB)
-        lines.append(
-            f"| {PEERS[name][1]} | {check['memory']['total'] / GIB:.2f} | {flops['dots']:.3e} | {flops['gmm_at_most']:.3e} "
-            f"| **{sent(check):.1f}** | {by_kind} | {check['compile_seconds']:.0f} s, {check['host_memory'] / GIB:.1f} GiB |"
+        by_kind = " / ".join(
+            f"{row['bytes'] / GIB:.1f} {row['kind']}"
+            for row in check["collectives"]
+            if row["bytes"] > 0.05 * GIB
         )
-        lines.append(f"| MaxText, the same | {memory:.2f} | {dots:.3e} | {grouped:.3e} | at least {least:.1f} | {kinds} | |")
+        lines.append(
+            f"| {PEERS[name][1]} | {check['memory']['total'] / GIB:.2f} | {flops['dots']:.3e} |"
+            f" {flops['gmm_at_most']:.3e} | **{sent(check):.1f}** | {by_kind} |"
+            f" {check['compile_seconds']:.0f} s, {check['host_memory'] / GIB:.1f} GiB |"
+        )
+        lines.append(
+            f"| MaxText, the same | {memory:.2f} | {dots:.3e} | {grouped:.3e} | at least"
+            f" {least:.1f} | {kinds} | |"
+        )
     return "\n".join(lines)
 
 
 def check_table(results: dict[str, dict]) -> str:
     lines = [
-        "| run | slice, mesh | memory, GiB | compiled / model FLOPs | dispatch | sent inside / across slices, GiB "
-        "| bound, MFU at most / without overlap | compiled in |",
+        (
+            "| run | slice, mesh | memory, GiB | compiled / model FLOPs | dispatch | sent inside /"
+            " across slices, GiB | bound, MFU at most / without overlap | compiled in |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, check in results.items():
         mesh = " ".join(f"{axis}={size}" for axis, size in check["mesh"].items() if size > 1)
-        memory, limit = check["memory"].get("total", float("nan")) / GIB, check["memory"]["limit"] / GIB
+        memory, limit = (
+            check["memory"].get("total", float("nan")) / GIB,
+            check["memory"]["limit"] / GIB,
+        )
         where = f"{check['topology']}{' x 2' if '2slices' in name else ''}, {mesh}"
         took = f"{check['compile_seconds']:.0f} s, {check['host_memory'] / GIB:.1f} GiB"
         if not check["fits"]:
             changes = "; ".join(change["change"] for change in check["changes"][-1:])
             lines.append(
-                f"| {CHECKS[name][1]} | {where} | {memory:.1f} of {limit:.1f}: **does not fit** | cure: {changes} | | | | {took} |"
+                f"| {CHECKS[name][1]} | {where} | {memory:.1f} of {limit:.1f}: **does not fit** |"
+                f" cure: {changes} | | | | {took} |"
             )
             continue
         flops, line = check["flops"], check["roofline"]
-        bound = max(("compute", "memory", "interconnect", "network"), key=lambda resource: line[resource])
+        bound = max(
+            ("compute", "memory", "interconnect", "network"), key=lambda resource: line[resource]
+        )
         lines.append(
-            f"| {CHECKS[name][1]} | {where} | {memory:.1f} of {limit:.1f}: fits | {flops['ratio']:.2f} | {flops['dispatch_share']:.1%} "
-            f"| {sent(check, False):.0f} / {sent(check, True):.0f} "
-            f"| {bound} {line['step_at_least']:.1f} s, {line['mfu_at_most']:.0%} / {line['mfu_no_overlap']:.0%} | {took} |"
+            f"| {CHECKS[name][1]} | {where} | {memory:.1f} of {limit:.1f}: fits |"
+            f" {flops['ratio']:.2f} | {flops['dispatch_share']:.1%} | {sent(check, False):.0f} /"
+            f" {sent(check, True):.0f} | {bound} {line['step_at_least']:.1f} s,"
+            f" {line['mfu_at_most']:.0%} / {line['mfu_no_overlap']:.0%} | {took} |"
         )
     return "\n".join(lines)
 
 
 def command_list() -> str:
-    lines = [f"    python -m btx_jax.launch {' '.join(arguments)}" for arguments, *_ in (*PEERS.values(), *CHECKS.values())]
+    lines = [
+        f"    python -m btx_jax.launch {' '.join(arguments)}"
+        for arguments, *_ in (*PEERS.values(), *CHECKS.values())
+    ]
     return "\n".join(line for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", default="runs/compile", type=Path)
     parser.add_argument("--only", default="")
     args = parser.parse_args()
-    chosen = lambda checks: {name: value for name, value in checks.items() if args.only in ("", name)}  # noqa: E731
-    peers, checks = ({n: r for n, value in chosen(group).items() if (r := run(n, value[0], args.folder))} for group in (PEERS, CHECKS))
+
+    def chosen(checks):
+        return {name: value for name, value in checks.items() if args.only in ("", name)}
+
+    peers, checks = (
+        {n: r for n, value in chosen(group).items() if (r := run(n, value[0], args.folder))}
+        for group in (PEERS, CHECKS)
+    )
     if args.only:
         return
     text = DOCUMENT.read_text()
-    for mark, table in (("peers", peer_table(peers)), ("checks", check_table(checks)), ("commands", command_list())):
+    for mark, table in (
+        ("peers", peer_table(peers)),
+        ("checks", check_table(checks)),
+        ("commands", command_list()),
+    ):
         before, rest = text.split(f"<!-- {mark} -->\n", 1)
         after = rest.split("<!-- end -->", 1)[1]
         text = f"{before}<!-- {mark} -->\n{table}\n<!-- end -->{after}"

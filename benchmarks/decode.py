@@ -1,12 +1,16 @@
-"""Tokens per second of greedy decoding with a cache, against `transformers` generate on the same checkpoint, in alternating rounds.
+"""Tokens per second of greedy decoding with a cache, against `transformers` generate on the same
+checkpoint, in alternating rounds.
 
     pip install -e '.[bench]'
-    python benchmarks/decode.py --checkpoint=HF_DIRECTORY [--upcycled=HF_MIXTRAL_DIRECTORY] [--dtypes=bfloat16,float32] [--rounds=5]
+    python benchmarks/decode.py --checkpoint=HF_DIRECTORY [--upcycled=HF_MIXTRAL_DIRECTORY]
+    [--dtypes=bfloat16,float32] [--rounds=5]
 
-Both sides: the same dtype for weights and activations, the same prompts of 24 to 40 tokens, a key/value cache, exactly --tokens new tokens
-a row, all cores, a process of their own (threads of one that wait for work would slow the other). Prefill is part of a round; compiling is
-not. Rounds alternate, so that a change in the machine's speed meets both; the share of equal tokens tells whether both did the same. In
-bfloat16 they part sooner or later, since sums are rounded in another order.
+Both sides: the same dtype for weights and activations, the same prompts of 24 to 40 tokens, a
+key/value cache, exactly --tokens new tokens a row, all cores, a process of their own (threads of
+one that wait for work would slow the other). Prefill is part of a round; compiling is not. Rounds
+alternate, so that a change in the machine's speed meets both; the share of equal tokens tells
+whether both did the same. In bfloat16 they part sooner or later, since sums are rounded in another
+order.
 """
 
 import argparse
@@ -24,7 +28,10 @@ def prompts_of(batch: int) -> list[list[int]]:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    return [rng.integers(100, 20_000, 24 + 16 * row // max(batch - 1, 1)).tolist() for row in range(batch)]
+    return [
+        rng.integers(100, 20_000, 24 + 16 * row // max(batch - 1, 1)).tolist()
+        for row in range(batch)
+    ]
 
 
 def ours(path: str, dtype: str, new_tokens: int):
@@ -35,7 +42,9 @@ def ours(path: str, dtype: str, new_tokens: int):
 
     found = find_checkpoint(path)
     mesh = inference_mesh(found.about.model)
-    generator = Generator(found.about.model, load_for_inference(found, mesh, dtype), ComputeConfig(dtype=dtype), mesh)
+    generator = Generator(
+        found.about.model, load_for_inference(found, mesh, dtype), ComputeConfig(dtype=dtype), mesh
+    )
     return lambda prompts: generator.generate(prompts, new_tokens)
 
 
@@ -43,15 +52,24 @@ def theirs(path: str, dtype: str, new_tokens: int):
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype)
+    ).eval()
 
     def generate(prompts):
         longest = max(map(len, prompts))
         padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        mask = torch.tensor(
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        )
         with torch.inference_mode():
             ids = model.generate(
-                padded, attention_mask=mask, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+                padded,
+                attention_mask=mask,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
             )
         return ids[:, longest:].tolist()
 
@@ -69,7 +87,9 @@ def serve(side: str, path: str, dtype: str, new_tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--upcycled", default="")
     parser.add_argument("--dtypes", default="bfloat16,float32")
@@ -80,10 +100,23 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.checkpoint, args.dtypes, args.tokens)
         return
-    for path, dtype in itertools.product(filter(None, (args.checkpoint, args.upcycled)), args.dtypes.split(",")):
-        command = [sys.executable, __file__, f"--checkpoint={path}", f"--dtypes={dtype}", f"--tokens={args.tokens}"]
+    for path, dtype in itertools.product(
+        filter(None, (args.checkpoint, args.upcycled)), args.dtypes.split(",")
+    ):
+        command = [
+            sys.executable,
+            __file__,
+            f"--checkpoint={path}",
+            f"--dtypes={dtype}",
+            f"--tokens={args.tokens}",
+        ]
         sides = {
-            side: subprocess.Popen([*command, f"--serve={side}"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            side: subprocess.Popen(
+                [*command, f"--serve={side}"],
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
             for side in ("ours", "theirs")
         }
 
@@ -92,18 +125,23 @@ def main() -> None:
             return json.loads(sides[side].stdout.readline())
 
         for batch in BATCHES:
-            ids = [[token for row in ask(side, batch)[1] for token in row] for side in sides]  # compiles and warms up
+            ids = [
+                [token for row in ask(side, batch)[1] for token in row] for side in sides
+            ]  # compiles and warms up
             same = statistics.mean(a == b for a, b in zip(*ids, strict=True))
             rates: dict[str, list[float]] = {side: [] for side in sides}
             for _ in range(args.rounds):
                 for side in sides:
                     rates[side].append(batch * args.tokens / ask(side, batch)[0])
             ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
-            ours_rate, theirs_rate, ratio = (statistics.median(values) for values in (*rates.values(), ratios))
+            ours_rate, theirs_rate, ratio = (
+                statistics.median(values) for values in (*rates.values(), ratios)
+            )
             name = path.rstrip("/").rpartition("/")[2]
             print(
-                f"{name}, {dtype}, batch {batch}: {ours_rate:.1f} tokens/s, transformers {theirs_rate:.1f}; ratio "
-                f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); {100 * same:.1f} % of tokens equal",
+                f"{name}, {dtype}, batch {batch}: {ours_rate:.1f} tokens/s, transformers"
+                f" {theirs_rate:.1f}; ratio {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f});"
+                f" {100 * same:.1f} % of tokens equal",
                 flush=True,
             )
         for process in sides.values():

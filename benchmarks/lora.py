@@ -1,10 +1,11 @@
-"""Seconds and memory of a training step: MoLA against plain LoRA of the same total rank, and against full finetuning, in alternating
-rounds of one process.
+"""Seconds and memory of a training step: MoLA against plain LoRA of the same total rank, and
+against full finetuning, in alternating rounds of one process.
 
     python benchmarks/lora.py [--layers=12] [--rounds=5] [--batch=2] [--length=128]
 
-The model has SmolLM2-135M's widths and random weights: what a step takes does not depend on them. All sides: float32, the same batch, the
-same loop over layers. Ratios are medians over rounds; memory is that of the compiled step, parameters and moments included.
+The model has SmolLM2-135M's widths and random weights: what a step takes does not depend on them.
+All sides: float32, the same batch, the same loop over layers. Ratios are medians over rounds;
+memory is that of the compiled step, parameters and moments included.
 """
 
 import argparse
@@ -38,7 +39,9 @@ def sides(base: ModelConfig) -> dict[str, ModelConfig]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in (("layers", 12), ("rounds", 5), ("batch", 2), ("length", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--remat", default="none")
@@ -46,22 +49,34 @@ def main() -> None:
     base = ModelConfig(49_152, args.layers, 576, 1536, 9, 3, 64, tied_head=True, context=2048)
     compute = ComputeConfig(dtype="float32", remat=args.remat, loss_chunk=256)
     mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
-    tokens = jax.random.randint(jax.random.key(1), (args.batch, args.length + 1), 0, base.vocab_size, jnp.int32)
+    tokens = jax.random.randint(
+        jax.random.key(1), (args.batch, args.length + 1), 0, base.vocab_size, jnp.int32
+    )
     batch, key = {"tokens": tokens, "segments": jnp.ones_like(tokens)}, jax.random.key(2)
 
     programs, memory, states, seconds = {}, {}, {}, {}
     for name, model in sides(base).items():
-        train = TrainConfig(10, args.batch, warmup_steps=1, frozen="base" if model.lora else "", balance_weight=0.0)
+        train = TrainConfig(
+            10, args.batch, warmup_steps=1, frozen="base" if model.lora else "", balance_weight=0.0
+        )
         start = time.perf_counter()
         programs[name] = make_train_step(model, compute, train, mesh, args.length)
         compiling = time.perf_counter() - start
         used = programs[name].memory_analysis()
-        held = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+        held = (
+            used.argument_size_in_bytes
+            + used.temp_size_in_bytes
+            + used.output_size_in_bytes
+            - used.alias_size_in_bytes
+        )
         memory[name] = held / 2**20
         states[name] = init_state(model, train, mesh, key)
         seconds[name] = []
         trained = parameter_counts(model)[0] - (parameter_counts(base)[0] if model.lora else 0)
-        print(f"{name}: {trained / 1e6:.2f}M parameters trained, compiled in {compiling:.0f} s", flush=True)
+        print(
+            f"{name}: {trained / 1e6:.2f}M parameters trained, compiled in {compiling:.0f} s",
+            flush=True,
+        )
     for number in range(args.rounds + 2):
         for name, program in programs.items():
             start = time.perf_counter()
@@ -73,8 +88,9 @@ def main() -> None:
         ratios = [a / b for a, b in zip(seconds[name], seconds[PLAIN], strict=True)]
         full = [a / b for a, b in zip(seconds[name], seconds["full finetuning"], strict=True)]
         print(
-            f"{name}: {statistics.median(seconds[name]):.2f} s a step; {statistics.median(ratios):.2f} of {PLAIN} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}); {statistics.median(full):.2f} of full finetuning; {memory[name]:.0f} MiB"
+            f"{name}: {statistics.median(seconds[name]):.2f} s a step;"
+            f" {statistics.median(ratios):.2f} of {PLAIN} ({min(ratios):.2f} to {max(ratios):.2f});"
+            f" {statistics.median(full):.2f} of full finetuning; {memory[name]:.0f} MiB"
         )
 
 

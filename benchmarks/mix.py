@@ -1,11 +1,14 @@
-"""Time and memory of mixing three models on disk, against copying the same bytes and against mergekit-moe, in one run.
+"""Time and memory of mixing three models on disk, against copying the same bytes and against
+mergekit-moe, in one run.
 
     python benchmarks/mix.py [--mergekit=PATH/TO/mergekit-moe] [--rounds=3] [--folder=DIR]
 
-Writes three random Llamas of TinyLlama's shape (1.1B parameters, bfloat16, 2.2 GB each) under --folder, then in every round: copies the
-mixture's bytes (`cp -r` of the previous result, then fsync), mixes a frankenMoE with `python -m btx_jax mix`, and, when named, does the
-same with mergekit-moe on the same recipe (gate_mode random). Peak resident memory is the process's own high-water mark; that of the
-interpreter with the same imports is measured beside it. Needs 25 GB of disk.
+Writes three random Llamas of TinyLlama's shape (1.1B parameters, bfloat16, 2.2 GB each) under
+--folder, then in every round: copies the mixture's bytes (`cp -r` of the previous result, then
+fsync), mixes a frankenMoE with `python -m btx_jax mix`, and, when named, does the same with
+mergekit-moe on the same recipe (gate_mode random). Peak resident memory is the process's own
+high-water mark; that of the interpreter with the same imports is measured beside it. Needs 25 GB of
+disk.
 """
 
 import argparse
@@ -25,10 +28,22 @@ import numpy as np
 from btx_jax.checkpoints.huggingface import HuggingFaceWriter, slots
 from btx_jax.model_config import ModelConfig
 
-TINYLLAMA = ModelConfig(vocab_size=32000, layers=22, d_model=2048, d_ff=5632, heads=32, kv_heads=4, head_dim=64, context=2048)
+TINYLLAMA = ModelConfig(
+    vocab_size=32000,
+    layers=22,
+    d_model=2048,
+    d_ff=5632,
+    heads=32,
+    kv_heads=4,
+    head_dim=64,
+    context=2048,
+)
 SOURCES = ("a", "b", "c")
-# Run in a process of its own: prints its peak resident memory in KiB. (ru_maxrss would start from that of the process that forked it.)
-PEAK = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+# Run in a process of its own: prints its peak resident memory in KiB. (ru_maxrss would start from
+# that of the process that forked it.)
+PEAK = (
+    "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+)
 MEASURE = f"import sys; from btx_jax.__main__ import main; main(sys.argv[1:]); {PEAK}"
 IMPORTS = f"import btx_jax.stages.mix_recipe; {PEAK}"
 
@@ -44,7 +59,9 @@ def write_models(folder: Path) -> None:
         names = slots(TINYLLAMA)
         writer = HuggingFaceWriter(directory, TINYLLAMA, dict.fromkeys(names, bfloat16))
         for tensor, slot in names.items():
-            writer.write(tensor, (rng.standard_normal(slot.shape, np.float32) * 0.02).astype(bfloat16))
+            writer.write(
+                tensor, (rng.standard_normal(slot.shape, np.float32) * 0.02).astype(bfloat16)
+            )
         writer.finish(1, 2, "# random weights\n")
         print(f"wrote {directory}", flush=True)
 
@@ -56,15 +73,26 @@ def timed(command: list[str], **kwargs) -> tuple[float, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit", help="the mergekit-moe executable, in an environment of its own")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mergekit", help="the mergekit-moe executable, in an environment of its own"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "btx_jax_mix_benchmark")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "btx_jax_mix_benchmark"
+    )
     args = parser.parse_args()
     folder: Path = args.folder
     write_models(folder)
     experts = [{"source_model": str(folder / name), "positive_prompts": [name]} for name in SOURCES]
-    recipe = {"base_model": str(folder / SOURCES[0]), "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
+    recipe = {
+        "base_model": str(folder / SOURCES[0]),
+        "gate_mode": "random",
+        "dtype": "bfloat16",
+        "experts": experts,
+    }
     for name, extra in (("copy", {}), ("average", {"base": "average"})):
         (folder / f"{name}.yml").write_text(json.dumps(recipe | extra))  # JSON is YAML
     tokenizer = folder / SOURCES[0] / "tokenizer.json"
@@ -72,8 +100,12 @@ def main() -> None:
         from tokenizers import Tokenizer, models
 
         for name in SOURCES:
-            Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(folder / name / tokenizer.name))
-            (folder / name / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}')
+            Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(
+                str(folder / name / tokenizer.name)
+            )
+            (folder / name / "tokenizer_config.json").write_text(
+                '{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}'
+            )
 
     out, copied = folder / "mixed", folder / "copied"
     seconds: dict[str, list[float]] = {}
@@ -81,7 +113,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for name in ("copy", "average"):
             shutil.rmtree(out, ignore_errors=True)
-            took, printed = timed([sys.executable, "-c", MEASURE, "mix", str(folder / f"{name}.yml"), str(out)])
+            took, printed = timed(
+                [sys.executable, "-c", MEASURE, "mix", str(folder / f"{name}.yml"), str(out)]
+            )
             seconds.setdefault(f"btx_jax, base: {name}", []).append(took)
             peaks[f"base: {name}"] = int(printed.splitlines()[-1])
         shutil.rmtree(copied, ignore_errors=True)
@@ -90,7 +124,8 @@ def main() -> None:
         if args.mergekit:
             shutil.rmtree(copied, ignore_errors=True)
             took, _ = timed(
-                [args.mergekit, str(folder / "copy.yml"), str(copied), "--device", "cpu"], env={**os.environ, "HF_HUB_OFFLINE": "1"}
+                [args.mergekit, str(folder / "copy.yml"), str(copied), "--device", "cpu"],
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )
             seconds.setdefault("mergekit-moe", []).append(took)
     size = sum(path.stat().st_size for path in out.iterdir())
@@ -100,9 +135,18 @@ def main() -> None:
     for name in ("copy", "average"):
         for peer in ("cp -r and sync", "mergekit-moe"):
             if peer in seconds:
-                ratios = [b / a for a, b in zip(seconds[peer], seconds[f"btx_jax, base: {name}"], strict=True)]
-                print(f"base: {name} / {peer:16} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    print("peak resident memory, MiB: " + ", ".join(f"{name} {peak / 1024:.0f}" for name, peak in peaks.items()))
+                ratios = [
+                    b / a
+                    for a, b in zip(seconds[peer], seconds[f"btx_jax, base: {name}"], strict=True)
+                ]
+                print(
+                    f"base: {name} / {peer:16} {statistics.median(ratios):5.2f} ({min(ratios):.2f}"
+                    f" to {max(ratios):.2f})"
+                )
+    print(
+        "peak resident memory, MiB: "
+        + ", ".join(f"{name} {peak / 1024:.0f}" for name, peak in peaks.items())
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Tokens per second of one training step against transformers (PyTorch), float32, same shapes, same machine, in one run.
+"""Tokens per second of one training step against transformers (PyTorch), float32, same shapes, same
+machine, in one run.
 
     pip install -e '.[bench]' && python benchmarks/train_step.py [--rounds=5]
 
-Five programs: a dense Llama here and in transformers; a Mixtral (4 experts, top-2) in transformers and here with einsum and with
-ragged dispatch; and a dense model here whose feed-forward is twice as wide, which has the mixture's active parameters. A step is
-forward, backward, gradient clipping and AdamW. Every program runs in a process of its own; rounds go A B C D E, A B C D E, ..., so
-that a change in the machine's speed meets all of them; medians over rounds are compared. `--profile=PROGRAM` shows where one of our steps
-spends its time, `--matmuls` how fast each framework multiplies the matrices of these models.
+Five programs: a dense Llama here and in transformers; a Mixtral (4 experts, top-2) in transformers
+and here with einsum and with ragged dispatch; and a dense model here whose feed-forward is twice as
+wide, which has the mixture's active parameters. A step is forward, backward, gradient clipping and
+AdamW. Every program runs in a process of its own; rounds go A B C D E, A B C D E, ..., so that a
+change in the machine's speed meets all of them; medians over rounds are compared.
+`--profile=PROGRAM` shows where one of our steps spends its time, `--matmuls` how fast each
+framework multiplies the matrices of these models.
 """
 
 import argparse
@@ -18,14 +21,27 @@ import subprocess
 import sys
 import time
 
-SHAPE = {"vocab_size": 4096, "layers": 8, "d_model": 256, "d_ff": 688, "heads": 8, "kv_heads": 8, "head_dim": 32}
+SHAPE = {
+    "vocab_size": 4096,
+    "layers": 8,
+    "d_model": 256,
+    "d_ff": 688,
+    "heads": 8,
+    "kv_heads": 8,
+    "head_dim": 32,
+}
 BATCH, LENGTH = 8, 256
 EXPERTS, TOP_K = 4, 2
 WARM_UP = 4  # untimed steps of each program
 STEPS = 4  # timed steps of each program per round
-# Huge pages: without them every step of either framework asks the kernel for hundreds of megabytes, 4 KiB at a time.
-# No YNN: XLA then multiplies through Eigen, which is the faster of the two for an expert's matrices and equal for the rest.
-ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type="}
+# Huge pages: without them every step of either framework asks the kernel for hundreds of megabytes,
+# 4 KiB at a time. No YNN: XLA then multiplies through Eigen, which is the faster of the two for an
+# expert's matrices and equal for the rest.
+ENVIRONMENT = {
+    **os.environ,
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=",
+}
 PROGRAMS = ("torch_dense", "jax_dense", "torch_moe", "jax_einsum", "jax_ragged", "jax_dense_active")
 
 
@@ -47,12 +63,21 @@ def jax_step(program: str):
     elif program != "jax_dense":
         model = dataclasses.replace(model, moe=MoEConfig((EXPERTS,) * SHAPE["layers"], k=TOP_K))
     dispatch = "ragged" if program == "jax_ragged" else "einsum"
-    compute = ComputeConfig(dtype="float32", remat="none", unroll=SHAPE["layers"], dispatch=dispatch, group_size=64, loss_chunk=512)
+    compute = ComputeConfig(
+        dtype="float32",
+        remat="none",
+        unroll=SHAPE["layers"],
+        dispatch=dispatch,
+        group_size=64,
+        loss_chunk=512,
+    )
     train = TrainConfig(steps=1000, batch_size=BATCH, warmup_steps=10, balance_weight=0.01)
     mesh = make_mesh((1, 1, 1, 1))
     compiled = make_train_step(model, compute, train, mesh, LENGTH)
     state = init_state(model, train, mesh, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (BATCH, LENGTH + 1), 0, SHAPE["vocab_size"], "int32")
+    tokens = jax.random.randint(
+        jax.random.key(1), (BATCH, LENGTH + 1), 0, SHAPE["vocab_size"], "int32"
+    )
     batch = {"tokens": tokens, "segments": tokens * 0 + 1}
 
     def step():
@@ -77,11 +102,17 @@ def torch_step(program: str):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     else:
         config = transformers.MixtralConfig(
-            **shape, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K, sliding_window=None, output_router_logits=True
+            **shape,
+            num_local_experts=EXPERTS,
+            num_experts_per_tok=TOP_K,
+            sliding_window=None,
+            output_router_logits=True,
         )
         model = transformers.MixtralForCausalLM(config)
     model = model.float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     tokens = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH))
 
     def step():
@@ -95,7 +126,8 @@ def torch_step(program: str):
 
 
 def serve(program: str) -> None:
-    """Set the program up, then run one round for every line on standard input and answer with seconds per step."""
+    """Set the program up, then run one round for every line on standard input and answer with
+    seconds per step."""
     step, counts = (torch_step if program.startswith("torch") else jax_step)(program)
     for _ in range(WARM_UP):
         step()
@@ -108,7 +140,8 @@ def serve(program: str) -> None:
 
 
 def profile(program: str) -> None:
-    """Milliseconds per step of each kind of operation in a JAX program, from its profiler trace (threads added up)."""
+    """Milliseconds per step of each kind of operation in a JAX program, from its profiler trace
+    (threads added up)."""
     import collections
     import glob
     import gzip
@@ -137,7 +170,13 @@ def profile(program: str) -> None:
 
 def matmuls() -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
     """(what, einsum, left shape, right shape) of the products that make up a step."""
-    rows, d, f, heads, head_dim = BATCH * LENGTH, SHAPE["d_model"], SHAPE["d_ff"], BATCH * SHAPE["heads"], SHAPE["head_dim"]
+    rows, d, f, heads, head_dim = (
+        BATCH * LENGTH,
+        SHAPE["d_model"],
+        SHAPE["d_ff"],
+        BATCH * SHAPE["heads"],
+        SHAPE["head_dim"],
+    )
     claims = rows * TOP_K  # rows of all experts together when each token goes to two
     return [
         ("FFN in, forward", "md,df->mf", (claims, d), (d, f)),
@@ -162,7 +201,10 @@ def serve_matmuls(framework: str) -> None:
         else:
             import jax
 
-            arrays = jax.random.normal(jax.random.key(0), left), jax.random.normal(jax.random.key(1), right)
+            arrays = (
+                jax.random.normal(jax.random.key(0), left),
+                jax.random.normal(jax.random.key(1), right),
+            )
             product = jax.jit(lambda a, b, equation=equation: jax.numpy.einsum(equation, a, b))
             call = lambda arrays=arrays, product=product: jax.block_until_ready(product(*arrays))  # noqa: E731
         letters = dict(zip(equation.split("->")[0].replace(",", ""), left + right, strict=True))
@@ -193,22 +235,41 @@ def compare_matmuls(rounds: int) -> None:
         worker.wait()
     print(f"{'GFLOP/s, median of rounds':26} {'XLA':>5} {'PyTorch':>8} {'ratio':>6}")
     for i, (what, *_) in enumerate(matmuls()):
-        ours, theirs = (statistics.median(row[i] for row in speeds[name]) for name in ("xla", "torch"))
+        ours, theirs = (
+            statistics.median(row[i] for row in speeds[name]) for name in ("xla", "torch")
+        )
         print(f"{what:26} {ours:5.0f} {theirs:8.0f} {ours / theirs:6.2f}")
 
 
 def start_worker(*arguments: str) -> subprocess.Popen:
     command = [sys.executable, __file__, *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=ENVIRONMENT)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=ENVIRONMENT,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", choices=PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--serve-matmuls", choices=("xla", "torch"), help=argparse.SUPPRESS)
-    parser.add_argument("--matmuls", action="store_true", help="GFLOP/s of XLA and PyTorch for the products of these models")
-    parser.add_argument("--profile", choices=[name for name in PROGRAMS if name.startswith("jax")], help="where one program's time goes")
+    parser.add_argument(
+        "--matmuls",
+        action="store_true",
+        help="GFLOP/s of XLA and PyTorch for the products of these models",
+    )
+    parser.add_argument(
+        "--profile",
+        choices=[name for name in PROGRAMS if name.startswith("jax")],
+        help="where one program's time goes",
+    )
     args = parser.parse_args()
     if args.profile:
         if dict(os.environ) != ENVIRONMENT:  # both are read when a process starts
@@ -240,7 +301,10 @@ def main() -> None:
     print(f"\n{'program':18} {'tokens/s':>9}  seconds per step: median (min to max)")
     for name, times in seconds.items():
         median = statistics.median(times)
-        print(f"{name:18} {BATCH * LENGTH / median:9.0f}  {median:.3f} ({min(times):.3f} to {max(times):.3f})")
+        print(
+            f"{name:18} {BATCH * LENGTH / median:9.0f}  {median:.3f} ({min(times):.3f} to"
+            f" {max(times):.3f})"
+        )
     print("\nratio of tokens/s, median over rounds (min to max)")
     for ours, theirs in (
         ("jax_dense", "torch_dense"),
@@ -250,7 +314,10 @@ def main() -> None:
         ("jax_ragged", "jax_dense_active"),
     ):
         ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
-        print(f"{ours:11} / {theirs:17} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{ours:11} / {theirs:17} {statistics.median(ratios):.2f} ({min(ratios):.2f} to"
+            f" {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

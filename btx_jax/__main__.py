@@ -1,4 +1,5 @@
-"""The short commands: python -m btx_jax {digest,generate,convert,evaluate,mix,expert,adapter,tokenizer,lm_eval} --help."""
+"""The short commands: python -m btx_jax
+{digest,generate,convert,evaluate,mix,expert,adapter,tokenizer,lm_eval} --help."""
 
 import argparse
 import logging
@@ -14,7 +15,9 @@ from btx_jax.errors import UserError
 from btx_jax.paths import expand
 
 DTYPES = ("float32", "bfloat16", "float16")
-CHECKPOINT = "a run's directory, one of its checkpoints/STEP, a Hugging Face directory, or an adapter's"
+CHECKPOINT = (
+    "a run's directory, one of its checkpoints/STEP, a Hugging Face directory, or an adapter's"
+)
 
 
 def _digest(args: argparse.Namespace) -> None:
@@ -26,7 +29,18 @@ def _digest(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from btx_jax.stages.generate import text
 
-    print(args.prompt + text(args.checkpoint, args.prompt, args.max_tokens, args.temperature, args.top_p, args.seed, args.dtype))
+    print(
+        args.prompt
+        + text(
+            args.checkpoint,
+            args.prompt,
+            args.max_tokens,
+            args.temperature,
+            args.top_p,
+            args.seed,
+            args.dtype,
+        )
+    )
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -38,7 +52,13 @@ def _convert(args: argparse.Namespace) -> None:
 def _mix(args: argparse.Namespace) -> None:
     from btx_jax.stages.mix_recipe import run
 
-    run(args.recipe, args.target, dry_run=args.dry_run, verify=args.verify, output_format=args.format)
+    run(
+        args.recipe,
+        args.target,
+        dry_run=args.dry_run,
+        verify=args.verify,
+        output_format=args.format,
+    )
 
 
 def _expert_add(args: argparse.Namespace) -> None:
@@ -76,8 +96,16 @@ def _tokenizer(args: argparse.Namespace) -> None:
     from btx_jax.data.tokenizers import train_sentencepiece
 
     problems = Problems()
-    files = [(file, source.field) for source in parse_sources(args.files, "FILES") for file in expand_files(source)]
-    train_sentencepiece((text for file, field in files for text in read_documents(file, field, problems)), args.vocab_size, Path(args.out))
+    files = [
+        (file, source.field)
+        for source in parse_sources(args.files, "FILES")
+        for file in expand_files(source)
+    ]
+    train_sentencepiece(
+        (text for file, field in files for text in read_documents(file, field, problems)),
+        args.vocab_size,
+        Path(args.out),
+    )
     for line in problems.lines():
         logging.warning(line)
     print(f"wrote {args.out}")
@@ -91,10 +119,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     from btx_jax.reporting.workdir import read_json
     from btx_jax.stages import evaluate
 
-    models = dict(pair.partition("=")[::2] if "=" in pair else (Path(pair).name, pair) for pair in args.models)
+    models = dict(
+        pair.partition("=")[::2] if "=" in pair else (Path(pair).name, pair) for pair in args.models
+    )
     if len(models) < len(args.models):
         raise UserError("two checkpoints have the same name; name them: NAME=CHECKPOINT")
-    config = recipes.tasks(models, tuple(args.tasks.split(",")), args.limit, args.dtype, args.batch_size)
+    config = recipes.tasks(
+        models, tuple(args.tasks.split(",")), args.limit, args.dtype, args.batch_size
+    )
     out = Path(expand(args.out, "--out"))
     stages.run(config, out)
     Console().print(task_table(read_json(out / evaluate.RESULTS)["models"]))
@@ -107,7 +139,9 @@ def _lm_eval(arguments: list[str]) -> None:
 
         import btx_jax.evaluation.lm_eval_model  # noqa: F401  registers the model
     except ImportError as error:
-        raise UserError(f"lm_eval cannot be imported ({error}); pip install 'btx_jax[lm_eval]'") from error
+        raise UserError(
+            f"lm_eval cannot be imported ({error}); pip install 'btx_jax[lm_eval]'"
+        ) from error
     sys.argv = ["lm_eval", *arguments]
     cli_evaluate()
 
@@ -134,7 +168,10 @@ def _seed(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m btx_jax", description="Short commands; to train, see python -m btx_jax.launch --help.")
+    made = argparse.ArgumentParser(
+        prog="python -m btx_jax",
+        description="Short commands; to train, see python -m btx_jax.launch --help.",
+    )
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("digest", help="sha256 over all parameters of a checkpoint")
@@ -145,75 +182,159 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     command.add_argument("--prompt", required=True)
     command.add_argument("--max_tokens", type=int, default=64, help="new tokens at most (64)")
-    command.add_argument("--temperature", type=_not_negative, default=0.0, help="0 (the default) is greedy")
-    command.add_argument("--top_p", type=_fraction, default=1.0, help="nucleus: keep the likeliest tokens up to this probability (1)")
+    command.add_argument(
+        "--temperature", type=_not_negative, default=0.0, help="0 (the default) is greedy"
+    )
+    command.add_argument(
+        "--top_p",
+        type=_fraction,
+        default=1.0,
+        help="nucleus: keep the likeliest tokens up to this probability (1)",
+    )
     command.add_argument("--seed", type=_seed, default=0)
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations (float32)")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and activations (float32)",
+    )
     command.set_defaults(run=_generate)
 
-    command = commands.add_parser("convert", help="Hugging Face directory -> checkpoint of ours, or back")
+    command = commands.add_parser(
+        "convert", help="Hugging Face directory -> checkpoint of ours, or back"
+    )
     command.add_argument("source", metavar="SRC", help=CHECKPOINT)
     command.add_argument("target", metavar="DST", help="a new directory")
-    command.add_argument("--dtype", choices=DTYPES, default="", help="of the result; by default each tensor keeps its own")
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="",
+        help="of the result; by default each tensor keeps its own",
+    )
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
-        "evaluate", help="test sets on checkpoints: arc_easy, piqa, openbook_qa, commonsense_qa, gsm8k, humaneval"
+        "evaluate",
+        help=(
+            "test sets on checkpoints: arc_easy, piqa, openbook_qa, commonsense_qa, gsm8k,"
+            " humaneval"
+        ),
     )
     command.add_argument("models", metavar="[NAME=]CHECKPOINT", nargs="+", help=CHECKPOINT)
-    command.add_argument("--tasks", default="arc_easy,piqa", help="comma-separated (arc_easy,piqa); read from $BTX_DATA_DIR/evals")
-    command.add_argument("--limit", type=int, default=0, help="only the first items of each; 0 (the default) for all")
+    command.add_argument(
+        "--tasks",
+        default="arc_easy,piqa",
+        help="comma-separated (arc_easy,piqa); read from $BTX_DATA_DIR/evals",
+    )
+    command.add_argument(
+        "--limit", type=int, default=0, help="only the first items of each; 0 (the default) for all"
+    )
     command.add_argument("--dtype", choices=DTYPES[:2], default="float32")
     command.add_argument("--batch_size", type=int, default=8)
-    command.add_argument("--out", required=True, metavar="DIR", help="results.json and every answer; run again to go on")
+    command.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="results.json and every answer; run again to go on",
+    )
     command.set_defaults(run=_evaluate)
 
-    command = commands.add_parser("mix", help="dense models -> one Mixture-of-Experts, from a recipe (a mergekit-moe YAML is one)")
+    command = commands.add_parser(
+        "mix",
+        help="dense models -> one Mixture-of-Experts, from a recipe (a mergekit-moe YAML is one)",
+    )
     command.add_argument("recipe", metavar="RECIPE.yml")
     command.add_argument("target", metavar="OUT", help="a new directory")
-    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
-    command.add_argument("--verify", action="store_true", help="read the output again and compare every tensor with its sources")
-    command.add_argument("--format", choices=("huggingface", "btx_jax"), default="", help="of OUT; by default that of base_model")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
+    )
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the output again and compare every tensor with its sources",
+    )
+    command.add_argument(
+        "--format",
+        choices=("huggingface", "btx_jax"),
+        default="",
+        help="of OUT; by default that of base_model",
+    )
     command.set_defaults(run=_mix)
 
-    expert = commands.add_parser("expert", help="add an expert to a finished mixture, or drop one; all other weights keep their bits")
+    expert = commands.add_parser(
+        "expert",
+        help="add an expert to a finished mixture, or drop one; all other weights keep their bits",
+    )
     actions = expert.add_subparsers(dest="action", required=True, metavar="ACTION")
-    command = actions.add_parser("add", help="a dense model's feed-forwards become the last expert of every MoE layer")
+    command = actions.add_parser(
+        "add", help="a dense model's feed-forwards become the last expert of every MoE layer"
+    )
     command.add_argument("mixture", metavar="MIXTURE", help=CHECKPOINT)
     command.add_argument("source", metavar="SOURCE", help="the dense model: " + CHECKPOINT)
     command.add_argument("target", metavar="OUT", help="a new directory")
-    command.add_argument("--router_std", type=_not_negative, default=0.02, help="of the new router rows (0.02)")
+    command.add_argument(
+        "--router_std", type=_not_negative, default=0.02, help="of the new router rows (0.02)"
+    )
     command.add_argument("--seed", type=_seed, default=0)
     command.set_defaults(run=_expert_add)
-    command = actions.add_parser("drop", help="remove an expert and its router rows from every MoE layer")
+    command = actions.add_parser(
+        "drop", help="remove an expert and its router rows from every MoE layer"
+    )
     command.add_argument("mixture", metavar="MIXTURE", help=CHECKPOINT)
     command.add_argument("index", metavar="INDEX", type=int, help="which expert, from 0")
     command.add_argument("target", metavar="OUT", help="a new directory")
     command.set_defaults(run=_expert_drop)
 
-    adapters = commands.add_parser("adapter", help="LoRA experts to and from files, and into the weights they stand beside")
+    adapters = commands.add_parser(
+        "adapter", help="LoRA experts to and from files, and into the weights they stand beside"
+    )
     actions = adapters.add_subparsers(dest="action", required=True, metavar="ACTION")
-    command = actions.add_parser("export", help="a run's LoRA experts -> adapter.safetensors and adapter.json, or what peft reads")
+    command = actions.add_parser(
+        "export",
+        help="a run's LoRA experts -> adapter.safetensors and adapter.json, or what peft reads",
+    )
     command.add_argument("source", metavar="SRC", help="a run that trained LoRA experts")
     command.add_argument("target", metavar="DST", help="a new directory")
-    command.add_argument("--format", choices=("btx_jax", "peft"), default="btx_jax", help="peft: one expert a layer only")
+    command.add_argument(
+        "--format",
+        choices=("btx_jax", "peft"),
+        default="btx_jax",
+        help="peft: one expert a layer only",
+    )
     command.set_defaults(run=_adapter_export)
     command = actions.add_parser("import", help="a LoRA that peft saved -> an adapter directory")
     command.add_argument("source", metavar="PEFT_DIR", help="with adapter_config.json")
     command.add_argument("base", metavar="BASE", help="the model it was trained on: " + CHECKPOINT)
     command.add_argument("target", metavar="DST", help="a new directory")
     command.set_defaults(run=_adapter_import)
-    command = actions.add_parser("merge", help="LoRA experts into the weights of their base -> a Hugging Face directory")
-    command.add_argument("source", metavar="ADAPTER", help="a run that trained LoRA experts, or an adapter directory")
+    command = actions.add_parser(
+        "merge", help="LoRA experts into the weights of their base -> a Hugging Face directory"
+    )
+    command.add_argument(
+        "source", metavar="ADAPTER", help="a run that trained LoRA experts, or an adapter directory"
+    )
     command.add_argument("target", metavar="DST", help="a new directory")
-    command.add_argument("--base", default="", help="where the base lies now, if not where it was in training")
-    command.add_argument("--expert", type=int, default=None, help="of several: this one alone, in every layer")
-    command.add_argument("--gates", default="", help="of several: `mean`, or one weight per expert, comma-separated")
+    command.add_argument(
+        "--base", default="", help="where the base lies now, if not where it was in training"
+    )
+    command.add_argument(
+        "--expert", type=int, default=None, help="of several: this one alone, in every layer"
+    )
+    command.add_argument(
+        "--gates", default="", help="of several: `mean`, or one weight per expert, comma-separated"
+    )
     command.set_defaults(run=_adapter_merge)
 
-    command = commands.add_parser("tokenizer", help="train a sentencepiece model that gives back any text exactly")
+    command = commands.add_parser(
+        "tokenizer", help="train a sentencepiece model that gives back any text exactly"
+    )
     command.add_argument(
-        "files", metavar="FILES", help="comma-separated files or globs: text, .jsonl, .parquet, .gz, .zst; FILE#FIELD names a field"
+        "files",
+        metavar="FILES",
+        help=(
+            "comma-separated files or globs: text, .jsonl, .parquet, .gz, .zst; FILE#FIELD names a"
+            " field"
+        ),
     )
     command.add_argument("--vocab_size", type=int, default=32_000)
     command.add_argument("--out", required=True, metavar="FILE.model")
@@ -236,7 +357,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"btx_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a disk that is full or read-only, a file where a directory should be
-        print(f"btx_jax: error: {error.filename or 'cannot write'}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"btx_jax: error: {error.filename or 'cannot write'}: {error.strerror or error}",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

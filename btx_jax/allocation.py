@@ -1,4 +1,5 @@
-"""How many LoRA experts each layer gets (MoLA, arXiv 2402.08562, section 3): by digits, by a shape's name and total, or one by one."""
+"""How many LoRA experts each layer gets (MoLA, arXiv 2402.08562, section 3): by digits, by a
+shape's name and total, or one by one."""
 
 from collections.abc import Sequence
 
@@ -15,9 +16,10 @@ SHAPES = {
 
 
 def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
-    """`2468`: layer l of L gets digit floor(n l / L) of n digits, so that a depth that n does not divide has the longer blocks first
-    among equals (30 layers and 4 digits: blocks of 8, 7, 8 and 7). `triangle:160`, of SHAPES: 160 experts in all, in the shape's
-    proportions by largest remainder, the lower layer first. `2,2,4,4`: one number a layer; 0 leaves a layer as it is.
+    """`2468`: layer l of L gets digit floor(n l / L) of n digits, so that a depth that n does not
+    divide has the longer blocks first among equals (30 layers and 4 digits: blocks of 8, 7, 8 and
+    7). `triangle:160`, of SHAPES: 160 experts in all, in the shape's proportions by largest
+    remainder, the lower layer first. `2,2,4,4`: one number a layer; 0 leaves a layer as it is.
 
     Raises UserError when the allocation cannot be read or does not fit the depth.
     """
@@ -29,32 +31,48 @@ def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
         if not all(number.isdecimal() for number in numbers):
             raise UserError(f"allocation={allocation!r}: must be whole numbers, one per layer")
         if len(numbers) != layers:
-            raise UserError(f"allocation={allocation!r}: {len(numbers)} numbers for {layers} layers; give one per layer")
+            raise UserError(
+                f"allocation={allocation!r}: {len(numbers)} numbers for {layers} layers; give one"
+                " per layer"
+            )
         return _some([int(number) for number in numbers], allocation)
     if not allocation.isdecimal() or not allocation.isascii():
         raise UserError(
-            f"allocation={allocation!r}: must be digits such as 2468, a shape with its total such as triangle:160 "
-            f"({', '.join(SHAPES)}), or one number per layer"
+            f"allocation={allocation!r}: must be digits such as 2468, a shape with its total such"
+            f" as triangle:160 ({', '.join(SHAPES)}), or one number per layer"
         )
     if len(allocation) > layers:
-        raise UserError(f"allocation={allocation!r}: {len(allocation)} digits for {layers} layers; at most one per layer")
-    return _some([int(allocation[len(allocation) * layer // layers]) for layer in range(layers)], allocation)
+        raise UserError(
+            f"allocation={allocation!r}: {len(allocation)} digits for {layers} layers; at most one"
+            " per layer"
+        )
+    return _some(
+        [int(allocation[len(allocation) * layer // layers]) for layer in range(layers)], allocation
+    )
 
 
 def _shaped(allocation: str, shape: Sequence[int], total: str, layers: int) -> tuple[int, ...]:
     if not total.isdecimal() or not int(total):
         raise UserError(
-            f"allocation={allocation!r}: a shape needs the number of experts in all, such as {allocation.partition(':')[0]}:160"
+            f"allocation={allocation!r}: a shape needs the number of experts in all, such as"
+            f" {allocation.partition(':')[0]}:160"
         )
     if layers < len(shape):
-        raise UserError(f"allocation={allocation!r}: {layers} layers; a shape needs {len(shape)} at least")
+        raise UserError(
+            f"allocation={allocation!r}: {layers} layers; a shape needs {len(shape)} at least"
+        )
     weights = [shape[len(shape) * layer // layers] for layer in range(layers)]
     # In whole numbers: counts + remainders / sum(weights)
-    counts, remainders = zip(*(divmod(int(total) * weight, sum(weights)) for weight in weights), strict=True)
+    counts, remainders = zip(
+        *(divmod(int(total) * weight, sum(weights)) for weight in weights), strict=True
+    )
     first = sorted(range(layers), key=lambda layer: -remainders[layer])[: int(total) - sum(counts)]
     result = [count + (layer in first) for layer, count in enumerate(counts)]
     if 0 in result:
-        raise UserError(f"allocation={allocation!r}: too few for {layers} layers, layer {result.index(0)} would get none; raise the total")
+        raise UserError(
+            f"allocation={allocation!r}: too few for {layers} layers, layer {result.index(0)} would"
+            " get none; raise the total"
+        )
     return tuple(result)
 
 

@@ -1,7 +1,8 @@
 """Configs as dictionaries and back, strictly.
 
-A config file returns an `ml_collections.ConfigDict` made by `to_config_dict`; the command line overrides leaves of it; and
-`from_config_dict` turns it back into a `Config`. An unknown key and a wrong type raise `ConfigError`, as an impossible value does.
+A config file returns an `ml_collections.ConfigDict` made by `to_config_dict`; the command line
+overrides leaves of it; and `from_config_dict` turns it back into a `Config`. An unknown key and a
+wrong type raise `ConfigError`, as an impossible value does.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ def to_dict(config: Any) -> Any:
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """What a config file returns: every key is there, so that the command line can override it and no other."""
+    """What a config file returns: every key is there, so that the command line can override it and
+    no other."""
 
     def tuples(value: Any) -> Any:  # config_flags parses an override of a tuple, not of a list
         if isinstance(value, dict):
@@ -46,7 +48,8 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], key: str = "config") -> T:
-    """Dict -> dataclass, strictly. Raises ConfigError naming the key of the first unknown, missing, mistyped or impossible value."""
+    """Dict -> dataclass, strictly. Raises ConfigError naming the key of the first unknown, missing,
+    mistyped or impossible value."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{key}={values!r}: must be a section with keys")
     hints = typing.get_type_hints(cls)
@@ -58,11 +61,17 @@ def from_dict(cls: type[T], values: Mapping[str, Any], key: str = "config") -> T
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and values.get(name) is None:
             raise ConfigError(f"{key}.{name}: missing")
-    parsed = {name: _convert(hints[name], value, f"{key}.{name}") for name, value in values.items() if value is not None}
+    parsed = {
+        name: _convert(hints[name], value, f"{key}.{name}")
+        for name, value in values.items()
+        if value is not None
+    }
     try:
         return cls(**parsed)
     except ConfigError as error:
-        raise ConfigError(f"{key}.{error}" if not str(error).startswith("config.") else str(error)) from None
+        raise ConfigError(
+            f"{key}.{error}" if not str(error).startswith("config.") else str(error)
+        ) from None
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
@@ -99,4 +108,8 @@ def flatten(values: Any, key: str = "") -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `key: old -> new` for every leaf in which two `to_dict` results differ."""
     old, new = flatten(old), flatten(new)
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]

@@ -1,7 +1,9 @@
-"""The comparison behind the paper's claim: Branch-Train-MiX beside its baselines and ablations, as one pipeline over the same pieces.
+"""The comparison behind the paper's claim: Branch-Train-MiX beside its baselines and ablations, as
+one pipeline over the same pieces.
 
-An arm is one or more stages that end in a model. All start from the same seed and see the same domains; what differs is said by the
-function that builds the arm. `main` are the arms of the paper's Tables 2 to 4, `ablations` those of its Tables 5 to 7 and more.
+An arm is one or more stages that end in a model. All start from the same seed and see the same
+domains; what differs is said by the function that builds the arm. `main` are the arms of the
+paper's Tables 2 to 4, `ablations` those of its Tables 5 to 7 and more.
 """
 
 import dataclasses
@@ -9,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from btx_jax.allocation import SHAPES
-from btx_jax.config import Config, EnsembleConfig, EvaluateConfig, MeshConfig, MixConfig, PipelineStage, ReportConfig
+from btx_jax.config import (
+    Config,
+    EnsembleConfig,
+    EvaluateConfig,
+    MeshConfig,
+    MixConfig,
+    PipelineStage,
+    ReportConfig,
+)
 from btx_jax.model_config import LORA_TARGETS, LoRAConfig
 
 
@@ -17,10 +27,13 @@ from btx_jax.model_config import LORA_TARGETS, LoRAConfig
 class Setting:
     """What all arms share.
 
-    seed: checkpoint that every arm starts from; `@seed` with a stage of that name in `before`. texts: expert -> its training text.
-    domains: expert -> the domain it is for; general: the seed's own, which the generalist expert stands for. mixed: the finetune's text.
-    expert, finetune: how one branch and the mixture are trained. moe_cost: FLOPs of a mixture's step over those of a dense one. rows:
-    held-out rows a domain. lora: of MoLA's arms, experts in all, the rank of plain LoRA, which maps.
+    seed: checkpoint that every arm starts from; `@seed` with a stage of that name in `before`.
+    texts: expert -> its training text.
+    domains: expert -> the domain it is for; general: the seed's own, which the generalist expert
+    stands for. mixed: the finetune's text.
+    expert, finetune: how one branch and the mixture are trained. moe_cost: FLOPs of a mixture's
+    step over those of a dense one. rows: held-out rows a domain. lora: of MoLA's arms, experts in
+    all, the rank of plain LoRA, which maps.
     """
 
     seed: str
@@ -67,13 +80,19 @@ class Setting:
 
 
 def mixed_text(shares: dict[str, float]) -> str:
-    """`name:weight,...` texts in proportion to their shares -> one such text, weights adding up to 100."""
+    """`name:weight,...` texts in proportion to their shares -> one such text, weights adding up to
+    100."""
     total: dict[str, float] = {}
     for text, share in shares.items():
-        weights = {name: float(weight or 1) for name, _, weight in (part.partition(":") for part in text.split(","))}
+        weights = {
+            name: float(weight or 1)
+            for name, _, weight in (part.partition(":") for part in text.split(","))
+        }
         for name, weight in weights.items():
             total[name] = total.get(name, 0) + share * weight / sum(weights.values())
-    return ",".join(f"{name}:{100 * weight / sum(total.values()):.2f}" for name, weight in total.items())
+    return ",".join(
+        f"{name}:{100 * weight / sum(total.values()):.2f}" for name, weight in total.items()
+    )
 
 
 @dataclass
@@ -85,7 +104,9 @@ class Arms:
     models: dict[str, str] = field(default_factory=dict)
     ensembles: dict[str, EnsembleConfig] = field(default_factory=dict)
 
-    def add(self, name: str, config: Config, needs: tuple[str, ...] = (), is_model: bool = True) -> str:
+    def add(
+        self, name: str, config: Config, needs: tuple[str, ...] = (), is_model: bool = True
+    ) -> str:
         """Returns the stage's `@NAME`."""
         if self.setting.seed.startswith("@"):
             needs = (self.setting.seed[1:], *needs)
@@ -95,11 +116,24 @@ class Arms:
         return f"@{name}"
 
     def train(
-        self, name: str, base: Config, init: str, text: str, steps: int, is_model: bool = True, rng_seed: int = 0, **changes: Any
+        self,
+        name: str,
+        base: Config,
+        init: str,
+        text: str,
+        steps: int,
+        is_model: bool = True,
+        rng_seed: int = 0,
+        **changes: Any,
     ) -> str:
-        """base with other text, steps and further changes of its train section, or of its compute section as compute_KEY."""
+        """base with other text, steps and further changes of its train section, or of its compute
+        section as compute_KEY."""
         assert base.train and base.data and base.compute
-        compute = {key.removeprefix("compute_"): value for key, value in changes.items() if key.startswith("compute_")}
+        compute = {
+            key.removeprefix("compute_"): value
+            for key, value in changes.items()
+            if key.startswith("compute_")
+        }
         train = {key: value for key, value in changes.items() if not key.startswith("compute_")}
         steps = max(steps, 1)
         config = dataclasses.replace(
@@ -109,26 +143,49 @@ class Arms:
             rng_seed=rng_seed,
             data=dataclasses.replace(base.data, train=text),
             compute=dataclasses.replace(base.compute, **compute),
-            train=dataclasses.replace(base.train, **{"warmup_steps": min(base.train.warmup_steps, steps)} | train, steps=steps),
+            train=dataclasses.replace(
+                base.train,
+                **{"warmup_steps": min(base.train.warmup_steps, steps)} | train,
+                steps=steps,
+            ),
         )
         return self.add(name, config, (init[1:],) if init.startswith("@") else (), is_model)
 
     def mix(self, name: str, sources: list[str], is_model: bool = False, **changes: Any) -> str:
         config = Config("mix", mix=MixConfig(tuple(sources), **changes), mesh=MeshConfig())
-        return self.add(name, config, tuple(source[1:] for source in sources if source.startswith("@")), is_model)
+        return self.add(
+            name,
+            config,
+            tuple(source[1:] for source in sources if source.startswith("@")),
+            is_model,
+        )
 
     def experts(self, prefix: str = "expert", steps: int = 0, is_model: bool = True) -> list[str]:
         """One branch a domain; the generalist, the seed itself, comes last."""
         s = self.setting
         steps = steps or s.expert_steps
-        return [*(self.train(f"{prefix}_{name}", s.expert, s.seed, text, steps, is_model) for name, text in s.texts.items()), s.seed]
+        return [
+            *(
+                self.train(f"{prefix}_{name}", s.expert, s.seed, text, steps, is_model)
+                for name, text in s.texts.items()
+            ),
+            s.seed,
+        ]
 
     def finetune(self, name: str, mixture: str, steps: int = 0, **changes: Any) -> str:
-        return self.train(name, self.setting.finetune, mixture, self.setting.mixed, steps or self.setting.finetune_steps, **changes)
+        return self.train(
+            name,
+            self.setting.finetune,
+            mixture,
+            self.setting.mixed,
+            steps or self.setting.finetune_steps,
+            **changes,
+        )
 
 
 def main(arms: Arms) -> list[str]:
-    """Seed, experts, BTX, dense, sparse upcycling under three budgets, average, BTM. Returns the experts."""
+    """Seed, experts, BTX, dense, sparse upcycling under three budgets, average, BTM. Returns the
+    experts."""
     s = arms.setting
     arms.models["seed"] = s.seed
     experts = arms.experts()
@@ -136,7 +193,9 @@ def main(arms: Arms) -> list[str]:
     arms.finetune("btx", mixture)
     arms.mix("average", experts, is_model=True, method="average")
 
-    on_domains = arms.train("dense_domains", s.expert, s.seed, s.domain_text, s.domain_steps, is_model=False)
+    on_domains = arms.train(
+        "dense_domains", s.expert, s.seed, s.domain_text, s.domain_steps, is_model=False
+    )
     arms.train("dense", s.expert, on_domains, s.mixed, s.finetune_steps)
 
     upcycled = arms.mix("upcycled", [s.seed], copies=len(experts))
@@ -149,7 +208,10 @@ def main(arms: Arms) -> list[str]:
     for budget, steps in budgets.items():
         arms.train(f"upcycling_{budget}", s.finetune, upcycled, s.everything, steps)
 
-    members = {**{f"expert_{name}": domain for name, domain in s.domains.items()}, "seed": s.general}
+    members = {
+        **{f"expert_{name}": domain for name, domain in s.domains.items()},
+        "seed": s.general,
+    }
     arms.ensembles = {
         "btm_top1": EnsembleConfig(members, "tf_idf", 1),
         "btm_top2": EnsembleConfig(members, "tf_idf", 2),
@@ -160,7 +222,8 @@ def main(arms: Arms) -> list[str]:
 
 
 def ablations(arms: Arms, experts: list[str]) -> None:
-    """What each part of the method is worth. The routing variants are compared without balancing, as in the paper."""
+    """What each part of the method is worth. The routing variants are compared without balancing,
+    as in the paper."""
     s = arms.setting
     mixture = "@btx_untuned"
     arms.finetune("no_balance", mixture, balance_weight=0.0)
@@ -168,7 +231,9 @@ def ablations(arms: Arms, experts: list[str]) -> None:
     arms.finetune("only_routers", mixture, frozen="all_but_routers")
     arms.finetune("blend", arms.mix("mix_blend", experts, method="blend"))
     for k in (2, 4):
-        arms.finetune(f"split_top{k}", arms.mix(f"mix_split_top{k}", experts, method="split", chunks=2, k=k))
+        arms.finetune(
+            f"split_top{k}", arms.mix(f"mix_split_top{k}", experts, method="split", chunks=2, k=k)
+        )
     switch = arms.mix("mix_switch", experts, routing="switch", k=1)
     arms.finetune("switch", switch, balance_weight=0.0, compute_capacity_factor=1.5)
     sample = arms.mix("mix_sample", experts, routing="sample_top1", first_routing="soft", k=1)
@@ -176,44 +241,70 @@ def ablations(arms: Arms, experts: list[str]) -> None:
     arms.finetune("soft", arms.mix("mix_soft", experts, routing="soft"), balance_weight=0.0)
     # Equal texts must not give equal branches.
     random = [
-        arms.train(f"random_{i}", s.expert, s.seed, s.domain_text, s.expert_steps, False, rng_seed=1000 * (i + 1))
+        arms.train(
+            f"random_{i}",
+            s.expert,
+            s.seed,
+            s.domain_text,
+            s.expert_steps,
+            False,
+            rng_seed=1000 * (i + 1),
+        )
         for i in range(len(s.texts))
     ]
     arms.finetune("random_split", arms.mix("mix_random", [*random, s.seed]))
-    arms.train("dense_throughout", s.expert, s.seed, s.everything, s.domain_steps + s.finetune_steps)
+    arms.train(
+        "dense_throughout", s.expert, s.seed, s.everything, s.domain_steps + s.finetune_steps
+    )
 
 
 def lora_shapes(arms: Arms, total: int, plain_rank: int, targets: tuple[str, ...]) -> None:
-    """MoLA's five allocations of `total` experts and plain LoRA with about as many parameters, each on all domains."""
+    """MoLA's five allocations of `total` experts and plain LoRA with about as many parameters, each
+    on all domains."""
     s = arms.setting
     arms.models["seed"] = s.seed
     variants = {shape: LoRAConfig(f"{shape}:{total}", targets=targets) for shape in SHAPES}
-    variants["plain"] = LoRAConfig("1", rank=(plain_rank,), k=(1,), alpha=2.0 * plain_rank, targets=targets)
+    variants["plain"] = LoRAConfig(
+        "1", rank=(plain_rank,), k=(1,), alpha=2.0 * plain_rank, targets=targets
+    )
     for name, lora in variants.items():
-        arms.train(f"lora_{name}", dataclasses.replace(s.finetune, lora=lora), s.seed, s.mixed, s.finetune_steps)
+        arms.train(
+            f"lora_{name}",
+            dataclasses.replace(s.finetune, lora=lora),
+            s.seed,
+            s.mixed,
+            s.finetune_steps,
+        )
 
 
 SHARES = (25, 50, 75, 100)  # of the compute that goes into experts; 0 is upcycling_flops
 
 
 def compute_split(arms: Arms) -> None:
-    """The same FLOPs, another share of them in the experts (the paper's Figure 3). With 100 % the mixture is not finetuned."""
+    """The same FLOPs, another share of them in the experts (the paper's Figure 3). With 100 % the
+    mixture is not finetuned."""
     s = arms.setting
     for share in SHARES:
         steps = round(s.flops * share / 100 / len(s.texts))
-        mixture = arms.mix(f"mix_share_{share}", arms.experts(f"share_{share}", steps, is_model=False), is_model=share == 100)
+        mixture = arms.mix(
+            f"mix_share_{share}",
+            arms.experts(f"share_{share}", steps, is_model=False),
+            is_model=share == 100,
+        )
         if share == 100:
             arms.models["share_100"] = arms.models.pop("mix_share_100")
         else:
-            arms.finetune(f"share_{share}", mixture, round(s.flops * (1 - share / 100) / s.moe_cost))
+            arms.finetune(
+                f"share_{share}", mixture, round(s.flops * (1 - share / 100) / s.moe_cost)
+            )
 
 
 GROUPS = ("main", "ablations", "all", "lora")
 
 
 def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
-    """A pipeline of the arms of `group` (main; ablations: main and those; all: the split of compute as well; lora: MoLA's shapes alone),
-    evaluated and reported."""
+    """A pipeline of the arms of `group` (main; ablations: main and those; all: the split of compute
+    as well; lora: MoLA's shapes alone), evaluated and reported."""
     arms = Arms(setting)
     if group == "lora":
         lora_shapes(arms, *setting.lora)
@@ -230,15 +321,24 @@ def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
     stages = {**setting.before, **arms.stages}
     needs = tuple(stages)
     stages["evaluate"] = PipelineStage(
-        Config("evaluate", evaluate=evaluate, data=data, compute=setting.expert.compute, mesh=MeshConfig()), needs
+        Config(
+            "evaluate",
+            evaluate=evaluate,
+            data=data,
+            compute=setting.expert.compute,
+            mesh=MeshConfig(),
+        ),
+        needs,
     )
     runs = {name: f"@{name}" for name in (*needs, "evaluate")}
-    stages["report"] = PipelineStage(Config("report", report=ReportConfig("@evaluate", runs)), tuple(runs))
+    stages["report"] = PipelineStage(
+        Config("report", report=ReportConfig("@evaluate", runs)), tuple(runs)
+    )
     return Config("pipeline", rng_seed=rng_seed, pipeline=stages)
 
 
-# What the paper's tables say, as (in words, sign, left arm, right arm, domain or "" for the mean): with `<` the left has the lower loss,
-# with `=` their scores lie within 0.2 points.
+# What the paper's tables say, as (in words, sign, left arm, right arm, domain or "" for the mean):
+# with `<` the left has the lower loss, with `=` their scores lie within 0.2 points.
 CLAIMS = (
     ("BTX beats its seed", "<", "btx", "seed", ""),
     ("BTX beats the maths expert", "<", "btx", "expert_math", ""),
@@ -266,9 +366,27 @@ CLAIMS = (
 )
 # The same of MoLA's tables.
 LORA_CLAIMS = (
-    ("MoLA: more experts above beat the same number everywhere", "<", "lora_inverted", "lora_rectangle", ""),
+    (
+        "MoLA: more experts above beat the same number everywhere",
+        "<",
+        "lora_inverted",
+        "lora_rectangle",
+        "",
+    ),
     ("MoLA: more experts above beat more experts below", "<", "lora_inverted", "lora_triangle", ""),
     ("MoLA: more experts above beat more at both ends", "<", "lora_inverted", "lora_hourglass", ""),
-    ("MoLA: more experts in the middle beat the same number everywhere", "<", "lora_diamond", "lora_rectangle", ""),
-    ("MoLA: LoRA experts beat plain LoRA of as many parameters", "<", "lora_inverted", "lora_plain", ""),
+    (
+        "MoLA: more experts in the middle beat the same number everywhere",
+        "<",
+        "lora_diamond",
+        "lora_rectangle",
+        "",
+    ),
+    (
+        "MoLA: LoRA experts beat plain LoRA of as many parameters",
+        "<",
+        "lora_inverted",
+        "lora_plain",
+        "",
+    ),
 )

@@ -1,8 +1,10 @@
-"""Run one config: python -m btx_jax.launch --config=configs/demo.py[:ARG] [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
+"""Run one config: python -m btx_jax.launch --config=configs/demo.py[:ARG] [--workdir=DIR]
+[--config.SECTION.KEY=VALUE ...]
 
-Every key of the config can be overridden on the command line. A directory that holds an unfinished run of the same config is
-resumed; a finished one is left as it is. Exit status: 0 finished, 1 --compile_topology does not
-fit, 2 wrong input (one line says what and how to mend it), 143 ended by SIGTERM with its step saved.
+Every key of the config can be overridden on the command line. A directory that holds an unfinished
+run of the same config is resumed; a finished one is left as it is. Exit status: 0 finished, 1
+--compile_topology does not fit, 2 wrong input (one line says what and how to mend it), 143 ended by
+SIGTERM with its step saved.
 """
 
 import logging
@@ -24,14 +26,36 @@ from btx_jax.parallel import hosts
 from btx_jax.paths import expand
 
 FLAGS = flags.FLAGS
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py or configs/math_expert.py:tiny.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes. Default: runs/NAME-OF-CONFIG.")
-_TOPOLOGY = flags.DEFINE_string("compile_topology", None, "Compile the step for TPUs such as v5p:2x2x4, tell what it takes, and stop.")
-_SLICES = flags.DEFINE_integer("num_slices", 1, "With --compile_topology: this many slices of it.", lower_bound=1)
-_ONLY = flags.DEFINE_string("only", "", "Of a pipeline: run this stage alone, in WORKDIR/ONLY. What it needs must have finished.")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0. Default: JAX_COORDINATOR_ADDRESS, else what JAX detects.")
-_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes. Default: JAX_NUM_PROCESSES.")
-_PROCESS = flags.DEFINE_integer("process_id", -1, "With --coordinator: which one this is, from 0. Default: JAX_PROCESS_ID.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, e.g. configs/demo.py or configs/math_expert.py:tiny."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run keeps everything it writes. Default: runs/NAME-OF-CONFIG."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "compile_topology",
+    None,
+    "Compile the step for TPUs such as v5p:2x2x4, tell what it takes, and stop.",
+)
+_SLICES = flags.DEFINE_integer(
+    "num_slices", 1, "With --compile_topology: this many slices of it.", lower_bound=1
+)
+_ONLY = flags.DEFINE_string(
+    "only",
+    "",
+    "Of a pipeline: run this stage alone, in WORKDIR/ONLY. What it needs must have finished.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "HOST:PORT of process 0. Default: JAX_COORDINATOR_ADDRESS, else what JAX detects.",
+)
+_PROCESSES = flags.DEFINE_integer(
+    "num_processes", 0, "With --coordinator: how many processes. Default: JAX_NUM_PROCESSES."
+)
+_PROCESS = flags.DEFINE_integer(
+    "process_id", -1, "With --coordinator: which one this is, from 0. Default: JAX_PROCESS_ID."
+)
 
 
 def default_workdir(config_file: str) -> Path:
@@ -54,15 +78,26 @@ def parse(argv: list[str]) -> list[str]:
         fail(str(error).replace("flag --config=", "--config=", 1))
     except FileNotFoundError as error:
         fail(f"--config: no file {error.filename}")
-    except (KeyError, AttributeError, TypeError, ValueError) as error:  # how ml_collections reports a wrong override
+    except (
+        KeyError,
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # how ml_collections reports a wrong override
         told = str(error.args[0] if error.args else error)
         words = re.findall(r"[A-Za-z_]+", told)
-        keys = [argument.partition("=")[0].removeprefix("--") for argument in argv if argument.startswith("--config.")]
+        keys = [
+            argument.partition("=")[0].removeprefix("--")
+            for argument in argv
+            if argument.startswith("--config.")
+        ]
         if not keys:
             raise  # a mistake in the config file itself: its author wants the traceback
         wrong = next((key for word in words for key in keys if word in key.split(".")), "--config")
         hint = re.search(r"Did you mean .*\?", told)
-        fail(f"{wrong}: unknown key; {hint[0] if hint else 'this config has no such section or key'}")
+        fail(
+            f"{wrong}: unknown key; {hint[0] if hint else 'this config has no such section or key'}"
+        )
     return argv
 
 
@@ -79,7 +114,9 @@ def main(argv: list[str]) -> None:
         fail(f"--config: no file {file.partition(':')[0]}")
     try:
         config = from_config_dict(_CONFIG.value)
-        workdir = (Path(expand(_WORKDIR.value, "--workdir")) if _WORKDIR.value else default_workdir(file)).resolve()
+        workdir = (
+            Path(expand(_WORKDIR.value, "--workdir")) if _WORKDIR.value else default_workdir(file)
+        ).resolve()
         if _TOPOLOGY.value:
             from btx_jax.stages import compile_check
 
@@ -95,7 +132,10 @@ def main(argv: list[str]) -> None:
     except OSError as error:  # a disk that is full or read-only, a file where a directory should be
         fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("btx_jax: interrupted; run the same command to go on from the last checkpoint", file=sys.stderr)
+        print(
+            "btx_jax: interrupted; run the same command to go on from the last checkpoint",
+            file=sys.stderr,
+        )
         sys.exit(128 + signal.SIGINT)
 
 

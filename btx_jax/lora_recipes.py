@@ -1,4 +1,5 @@
-"""MoLA's runs as functions that config files call: LoRA experts on a frozen Hugging Face Llama, learning the answers of test sets."""
+"""MoLA's runs as functions that config files call: LoRA experts on a frozen Hugging Face Llama,
+learning the answers of test sets."""
 
 import dataclasses
 
@@ -34,7 +35,9 @@ FORMATS = {
 
 def _data(task: str) -> DataConfig:
     domains = {name: f"{EVALS}/{name}.jsonl.gz#@{name}" for name in FORMATS}
-    return DataConfig(task, domains=domains, formats=FORMATS, sequence_length=256, heldout_fraction=HELDOUT)
+    return DataConfig(
+        task, domains=domains, formats=FORMATS, sequence_length=256, heldout_fraction=HELDOUT
+    )
 
 
 def _mola(task: str, init: str) -> Config:
@@ -65,29 +68,47 @@ def mola(task: str) -> ml_collections.ConfigDict:
     if task == TINY:
         config = from_config_dict(expert("math", TINY))
         assert config.train
-        train = dataclasses.replace(config.train, learning_rate=5e-3, balance_weight=0.0, frozen="base")
-        return to_config_dict(dataclasses.replace(config, init="runs/seed_tiny", lora=LoRAConfig("2468"), train=train))
+        train = dataclasses.replace(
+            config.train, learning_rate=5e-3, balance_weight=0.0, frozen="base"
+        )
+        return to_config_dict(
+            dataclasses.replace(config, init="runs/seed_tiny", lora=LoRAConfig("2468"), train=train)
+        )
     if task not in FORMATS:
         raise ConfigError(f"--config=...:{task}: no such task; {suggest(task, FORMATS)}")
     return to_config_dict(_mola(task, "$BTX_DATA_DIR/seed"))
 
 
 def continual(names: str) -> ml_collections.ConfigDict:
-    """One task after another on the same LoRA experts, tried on all of them after each (MoLA, section 4.4). names: comma-separated."""
+    """One task after another on the same LoRA experts, tried on all of them after each (MoLA,
+    section 4.4). names: comma-separated."""
     order = names.split(",")
     choices = [name for name in FORMATS if TASKS[name].kind == "multiple_choice"]
     for task in order:
         if task not in choices:
-            raise ConfigError(f"--config=...:{names}: no such task as {task!r}; {suggest(task, choices)}")
+            raise ConfigError(
+                f"--config=...:{names}: no such task as {task!r}; {suggest(task, choices)}"
+            )
     stages: dict[str, PipelineStage] = {}
     before = "$BTX_DATA_DIR/seed"
     for task in order:
-        stages[task] = PipelineStage(_mola(task, before), needs=(before[1:],) if before.startswith("@") else ())
+        stages[task] = PipelineStage(
+            _mola(task, before), needs=(before[1:],) if before.startswith("@") else ()
+        )
         before = f"@{task}"
     tried = {task: dataclasses.replace(TASKS[task], heldout_fraction=HELDOUT) for task in order}
     evaluate = EvaluateConfig({task: f"@{task}" for task in order}, tasks=tried, shown_tokens=0)
-    config = dataclasses.replace(_mola(order[0], ""), stage="evaluate", lora=None, train=None, checkpoint=None, evaluate=evaluate)
-    config = dataclasses.replace(config, data=dataclasses.replace(_data(order[0]), heldout=",".join(order)))
+    config = dataclasses.replace(
+        _mola(order[0], ""),
+        stage="evaluate",
+        lora=None,
+        train=None,
+        checkpoint=None,
+        evaluate=evaluate,
+    )
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(_data(order[0]), heldout=",".join(order))
+    )
     stages["evaluate"] = PipelineStage(config, needs=tuple(order))
     runs = {name: f"@{name}" for name in stages}
     report = ReportConfig("@evaluate", runs, continual=tuple(f"{task}:{task}" for task in order))

@@ -26,10 +26,12 @@ def check_free(target: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A hidden directory beside the target, renamed to it at the end of the block, or deleted when the block fails.
+    """A hidden directory beside the target, renamed to it at the end of the block, or deleted when
+    the block fails.
 
-    A killed process leaves `.NAME.partial-*`, which the next attempt removes; those of living processes are locked and left alone.
-    Raises UserError when the target exists or the disk cannot take it.
+    A killed process leaves `.NAME.partial-*`, which the next attempt removes; those of living
+    processes are locked and left alone. Raises UserError when the target exists or the disk cannot
+    take it.
     """
     check_free(target)
     try:
@@ -56,7 +58,8 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A hidden file beside the target, renamed to it at the end of the block, whatever is there, or deleted when the block fails.
+    """A hidden file beside the target, renamed to it at the end of the block, whatever is there, or
+    deleted when the block fails.
 
     Its name is nobody else's: process ids are not enough, in containers every run is process 1.
     """
@@ -73,7 +76,8 @@ def new_file(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Raises BlockingIOError, an OSError, when another process of this machine holds it. The lock ends with the process."""
+    """Raises BlockingIOError, an OSError, when another process of this machine holds it. The lock
+    ends with the process."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,7 +4,8 @@
     python -m btx_jax.launch --config=configs/code_expert.py:tiny --config.init=runs/seed_tiny
 
 Cost: unadorned 210B tokens, 8.5e21 FLOPs; `:tiny` a minute on 2 cores.
-Expected (paper): code tasks from 16.8 to the level of BTM's 36.6. `:tiny`: held-out code well below the seed's.
+Expected (paper): code tasks from 16.8 to the level of BTM's 36.6. `:tiny`: held-out code well below
+the seed's.
 """
 
 from btx_jax import recipes

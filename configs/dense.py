@@ -1,10 +1,12 @@
-"""Dense baseline: the seed continued on all the data that BTX saw, without branches (BTX section 4.2).
+"""Dense baseline: the seed continued on all the data that BTX saw, without branches (BTX section
+4.2).
 
     python -m btx_jax.launch --config=configs/dense.py --config.init=CHECKPOINT
     python -m btx_jax.launch --config=configs/dense.py:tiny --config.init=runs/seed_tiny
 
 Cost: unadorned 533B tokens, 2.2e22 FLOPs; `:tiny` four minutes on 2 cores.
-Expected (paper): 44.5 on 12 tasks, between the seed's 40.7 and BTX's 47.9. Domain text and mix are interleaved, not in sequence.
+Expected (paper): 44.5 on 12 tasks, between the seed's 40.7 and BTX's 47.9. Domain text and mix are
+interleaved, not in sequence.
 """
 
 from btx_jax import recipes

@@ -1,10 +1,12 @@
 """Maths expert: the seed continued on mathematical text (BTX section 4.1).
 
     python -m btx_jax.launch --config=configs/math_expert.py --config.init=CHECKPOINT
-    python -m btx_jax.launch --config=configs/math_expert.py:tiny --config.init=runs/seed_tiny [--config.data.train=FILES]
+    python -m btx_jax.launch --config=configs/math_expert.py:tiny --config.init=runs/seed_tiny
+    [--config.data.train=FILES]
 
-Cost: unadorned 201B tokens, 8.1e21 FLOPs: about 65 hours on 256 TPU v5p chips at 30 % MFU, by arithmetic. `:tiny` a minute on 2 cores.
-Expected (paper): 8.6 -> 18 or more on its maths tasks. `:tiny`: held-out maths well below the seed's.
+Cost: unadorned 201B tokens, 8.1e21 FLOPs: about 65 hours on 256 TPU v5p chips at 30 % MFU, by
+arithmetic. `:tiny` a minute on 2 cores. Expected (paper): 8.6 -> 18 or more on its maths tasks.
+`:tiny`: held-out maths well below the seed's.
 """
 
 from btx_jax import recipes

@@ -1,11 +1,14 @@
-"""MoE finetune: the mixture trained on all domains together (BTX section 3.2), Top-2 with load balancing.
+"""MoE finetune: the mixture trained on all domains together (BTX section 3.2), Top-2 with load
+balancing.
 
     python -m btx_jax.launch --config=configs/moe_finetune.py --config.init=runs/mix
-    python -m btx_jax.launch --config=configs/moe_finetune.py:from_init --config.init=MIXTURE      # of any number of experts
-    python -m btx_jax.launch --config=configs/moe_finetune.py:tiny --config.init=runs/mix_tiny
+    python -m btx_jax.launch --config=configs/moe_finetune.py:from_init --config.init=MIXTURE      #
+    of any number of experts python -m btx_jax.launch --config=configs/moe_finetune.py:tiny
+    --config.init=runs/mix_tiny
 
 Cost: unadorned 80B tokens, 5.3e21 FLOPs; `:tiny` about two minutes on 2 cores.
-Expected (paper): 47.9 on 12 tasks, seed 40.7. `:tiny`: mean held-out loss below the seed's and every expert's.
+Expected (paper): 47.9 on 12 tasks, seed 40.7. `:tiny`: mean held-out loss below the seed's and
+every expert's.
 """
 
 from btx_jax import recipes

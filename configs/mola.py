@@ -1,13 +1,18 @@
-"""MoLA: LoRA experts, more of them in higher layers, on a frozen Hugging Face Llama, trained on a question-answering set.
+"""MoLA: LoRA experts, more of them in higher layers, on a frozen Hugging Face Llama, trained on a
+question-answering set.
 
-    python -m btx_jax.launch --config=configs/mola.py:arc_easy --config.init=HF_DIRECTORY --workdir=runs/mola
-    python -m btx_jax.launch --config=configs/mola.py:tiny                       # on runs/seed_tiny, from configs/seed.py:tiny
-    ... --config.lora.allocation=triangle:160 --config.lora.rank='(4,)' --config.train.steps=1000
+    python -m btx_jax.launch --config=configs/mola.py:arc_easy --config.init=HF_DIRECTORY
+    --workdir=runs/mola python -m btx_jax.launch --config=configs/mola.py:tiny
+    # on runs/seed_tiny, from configs/seed.py:tiny ... --config.lora.allocation=triangle:160
+    --config.lora.rank='(4,)' --config.train.steps=1000
 
-Also commonsense_qa, gsm8k, openbook_qa, piqa; read from $BTX_DATA_DIR/evals. For data of your own see data.formats.
+Also commonsense_qa, gsm8k, openbook_qa, piqa; read from $BTX_DATA_DIR/evals. For data of your own
+see data.formats.
 
-Cost: SmolLM2-135M, 300 steps of 8 x 256 tokens: about two hours on 2 CPU cores; 250 of 4 x 128, twenty minutes; `:tiny` a minute or two.
-Expected: held-out loss of the answers falls; the base stays as it is, a checkpoint holds the experts alone.
+Cost: SmolLM2-135M, 300 steps of 8 x 256 tokens: about two hours on 2 CPU cores; 250 of 4 x 128,
+twenty minutes; `:tiny` a minute or two.
+Expected: held-out loss of the answers falls; the base stays as it is, a checkpoint holds the
+experts alone.
 """
 
 from btx_jax import lora_recipes

@@ -2,8 +2,9 @@
 
     python -m btx_jax.launch --config=configs/seed.py:tiny
 
-Cost: `:tiny` (1.1M parameters, 0.8M tokens) two to three minutes on 2 CPU cores. Unadorned: Llama-2-7B on 2T tokens, which nobody
-should repeat; start the experts from a released checkpoint instead.
+Cost: `:tiny` (1.1M parameters, 0.8M tokens) two to three minutes on 2 CPU cores. Unadorned:
+Llama-2-7B on 2T tokens, which nobody should repeat; start the experts from a released checkpoint
+instead.
 Expected (`:tiny`): held-out prose below 3.9 nats per token.
 """
 

@@ -8,7 +8,9 @@ import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # these programs compile far longer than they run
+jax.config.update(
+    "jax_disable_most_optimizations", True
+)  # these programs compile far longer than they run
 
 from pathlib import Path
 
@@ -17,7 +19,21 @@ import pytest
 from btx_jax.data.tokenizers import load_tokenizer, train_sentencepiece
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["the", "a", "of", "river", "mountain", "x", "y", "def", "return", *"0123456789+-=", "print", "paper", "city"]
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "river",
+    "mountain",
+    "x",
+    "y",
+    "def",
+    "return",
+    *"0123456789+-=",
+    "print",
+    "paper",
+    "city",
+]
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -25,7 +41,10 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     import random
 
     rng = random.Random(seed)
-    return [f"Document {seed}-{i}. " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) + ".\n" for i in range(count)]
+    return [
+        f"Document {seed}-{i}. " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) + ".\n"
+        for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +68,8 @@ def one_device():
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processes that tests start keep what they compile: most run programs that another has compiled before."""
+    """Where the processes that tests start keep what they compile: most run programs that another
+    has compiled before."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
 

@@ -19,14 +19,21 @@ def loop_over_experts(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD):
 
 
 def attention(q_BHTK, k_BNTK, v_BNTK, segments_BT):
-    """Softmax over every allowed key, one query head at a time. q heads i share key head i // (H / N)."""
+    """Softmax over every allowed key, one query head at a time. q heads i share key head i // (H /
+    N)."""
     heads, length = q_BHTK.shape[1], q_BHTK.shape[2]
     share = heads // k_BNTK.shape[1]
-    allowed = jnp.tril(jnp.ones((length, length), bool)) & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    allowed = jnp.tril(jnp.ones((length, length), bool)) & (
+        segments_BT[:, :, None] == segments_BT[:, None, :]
+    )
     out = []
     for h in range(heads):
-        scores = jnp.einsum("btk,bsk->bts", q_BHTK[:, h], k_BNTK[:, h // share]) / np.sqrt(q_BHTK.shape[-1])
-        out.append(jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1) @ v_BNTK[:, h // share])
+        scores = jnp.einsum("btk,bsk->bts", q_BHTK[:, h], k_BNTK[:, h // share]) / np.sqrt(
+            q_BHTK.shape[-1]
+        )
+        out.append(
+            jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1) @ v_BNTK[:, h // share]
+        )
     return jnp.stack(out, axis=1)
 
 
@@ -37,10 +44,16 @@ def cross_entropy(hidden, head, targets, weights):
 
 def lora_experts(x_MI, a_IER, b_ERO, router_IE, k, scale):
     """MoLA's equation, one expert after another: what the experts add to a linear map's output."""
-    probs = jax.nn.softmax(x_MI @ router_IE) if router_IE is not None else jnp.ones((len(x_MI), 1), x_MI.dtype)
+    probs = (
+        jax.nn.softmax(x_MI @ router_IE)
+        if router_IE is not None
+        else jnp.ones((len(x_MI), 1), x_MI.dtype)
+    )
     kept = jnp.zeros_like(probs)
     for m in range(len(x_MI)):
-        best = sorted(range(probs.shape[1]), key=lambda e: -float(jax.lax.stop_gradient(probs)[m, e]))[:k]
+        best = sorted(
+            range(probs.shape[1]), key=lambda e: -float(jax.lax.stop_gradient(probs)[m, e])
+        )[:k]
         total = sum(probs[m, e] for e in best)
         for e in best:
             kept = kept.at[m, e].set(probs[m, e] / total)

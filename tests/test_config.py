@@ -34,7 +34,18 @@ def seed_dict(**changes):
 
 
 def test_every_config_the_users_rely_on_is_there():
-    names = ("demo", "seed", "math_expert", "code_expert", "wiki_expert", "mix", "moe_finetune", "dense", "sparse_upcycling", "evaluate")
+    names = (
+        "demo",
+        "seed",
+        "math_expert",
+        "code_expert",
+        "wiki_expert",
+        "mix",
+        "moe_finetune",
+        "dense",
+        "sparse_upcycling",
+        "evaluate",
+    )
     assert set(names) <= set(CONFIGS)
 
 
@@ -53,12 +64,19 @@ def test_the_paper_run_has_the_papers_numbers():
     config = from_config_dict(recipes.moe_finetune("llama2_7b"))
     train = config.train
     assert (train.batch_size, config.data.sequence_length) == (1024, 4096)
-    assert (train.learning_rate, train.warmup_steps, train.final_lr_fraction, train.weight_decay) == (1e-4, 100, 0.1, 0.1)
+    assert (
+        train.learning_rate,
+        train.warmup_steps,
+        train.final_lr_fraction,
+        train.weight_decay,
+    ) == (1e-4, 100, 0.1, 0.1)
     assert train.balance_weight == 0.01
     assert train.steps * 1024 * 4096 == pytest.approx(80e9, rel=1e-4)
     assert config.data.train == "math:30.16,code:40.31,wiki:10.30,general:19.23"
     for domain, tokens in (("math", 201e9), ("code", 210e9), ("wiki", 42e9)):
-        assert from_config_dict(recipes.expert(domain, "llama2_7b")).train.steps * 1024 * 4096 == pytest.approx(tokens, rel=1e-3)
+        assert from_config_dict(
+            recipes.expert(domain, "llama2_7b")
+        ).train.steps * 1024 * 4096 == pytest.approx(tokens, rel=1e-3)
 
 
 def test_round_trip_and_differences():
@@ -78,18 +96,36 @@ def test_round_trip_and_differences():
         ({"train__steps": True}, r"config\.train\.steps=True: must be int, not bool"),
         ({"train__steps": 0}, r"config\.train\.steps=0: must be at least 1"),
         ({"train__beta1": 1.5}, r"config\.train\.beta1=1\.5: must lie in \[0, 1\)"),
-        ({"train__learning_rate": float("inf")}, r"config\.train\.learning_rate=inf: must be positive and finite"),
+        (
+            {"train__learning_rate": float("inf")},
+            r"config\.train\.learning_rate=inf: must be positive and finite",
+        ),
         ({"train__accumulate": 3}, r"config\.train\.accumulate=3: does not divide batch_size=8"),
         ({"train__warmup_steps": 10_000}, r"config\.train\.warmup_steps=10000: more than steps"),
         ({"model__heads": 6}, r"config\.model\.heads=6: not divisible by kv_heads=4"),
         ({"model__head_dim": 7}, r"config\.model\.head_dim=7: must be even"),
-        ({"model__moe": {"experts": [2] * 4, "k": 3}}, r"config\.model\.moe\.k=3: more than the 2 experts of layer 0"),
-        ({"model__moe": {"experts": [4] * 3}}, r"config\.model\.moe\.experts: 3 counts for layers=4"),
-        ({"model__moe": {"experts": [4] * 4, "routing": "topk"}}, r"config\.model\.moe\.routing='topk': did you mean 'top_k'\?"),
+        (
+            {"model__moe": {"experts": [2] * 4, "k": 3}},
+            r"config\.model\.moe\.k=3: more than the 2 experts of layer 0",
+        ),
+        (
+            {"model__moe": {"experts": [4] * 3}},
+            r"config\.model\.moe\.experts: 3 counts for layers=4",
+        ),
+        (
+            {"model__moe": {"experts": [4] * 4, "routing": "topk"}},
+            r"config\.model\.moe\.routing='topk': did you mean 'top_k'\?",
+        ),
         ({"mesh__fsdp": 0}, r"config\.mesh\.fsdp=0: must be at least 1, or -1"),
         ({"mesh__data": -1}, r"config\.mesh\.data, fsdp: more than one is -1"),
-        ({"compute__dispatch": "dense"}, r"config\.compute\.dispatch='dense': known: einsum, ragged"),
-        ({"data__heldout_fraction": 1.0}, r"config\.data\.heldout_fraction=1\.0: must lie in \[0, 1\)"),
+        (
+            {"compute__dispatch": "dense"},
+            r"config\.compute\.dispatch='dense': known: einsum, ragged",
+        ),
+        (
+            {"data__heldout_fraction": 1.0},
+            r"config\.data\.heldout_fraction=1\.0: must lie in \[0, 1\)",
+        ),
         ({"stage": "trian"}, r"config\.stage='trian': did you mean 'train'\?"),
         ({"train": None}, r"config\.train: missing, and stage 'train' needs it"),
     ],
@@ -103,17 +139,28 @@ def test_a_wrong_config_is_one_line_that_names_key_and_cure(change, message):
 def test_impossible_shapes_fail_before_any_compile():
     config = from_config_dict(recipes.seed("tiny"))
     check = lambda mesh, **train: checked_mesh(  # noqa: E731
-        dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **train)), config.model
+        dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **train)),
+        config.model,
     )
     assert check(MeshConfig()).devices.shape == (1, 8, 1, 1)
-    with pytest.raises(ConfigError, match=r"batch_size=12: its micro-batches of 12 do not divide over the 8 devices.*multiple of 8"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"batch_size=12: its micro-batches of 12 do not divide over the 8 devices.*multiple"
+            r" of 8"
+        ),
+    ):
         check(MeshConfig(), batch_size=12)
     with pytest.raises(ConfigError, match=r"config\.mesh: data=1 fsdp=3 .* does not fit 8 devices"):
         check(MeshConfig(fsdp=3))
-    with pytest.raises(Exception, match=r"config\.mesh: .*kv_heads.* not divisible by the 8 devices of tensor"):
+    with pytest.raises(
+        Exception, match=r"config\.mesh: .*kv_heads.* not divisible by the 8 devices of tensor"
+    ):
         check(MeshConfig(fsdp=1, tensor=8))
     long = dataclasses.replace(config.data, sequence_length=512)
-    with pytest.raises(ConfigError, match=r"sequence_length=512: longer than config\.model\.context=256"):
+    with pytest.raises(
+        ConfigError, match=r"sequence_length=512: longer than config\.model\.context=256"
+    ):
         checked_mesh(dataclasses.replace(config, data=long), config.model)
 
 
@@ -129,12 +176,23 @@ def test_pipeline_order_references_and_circles(tmp_path):
     order = in_order(config.pipeline)
     for name, stage in config.pipeline.items():
         assert all(order.index(need) < order.index(name) for need in stage.needs)
-    resolved = resolve("expert_math", config.pipeline["expert_math"], dataclasses.replace(config, rng_seed=7), tmp_path)
+    resolved = resolve(
+        "expert_math",
+        config.pipeline["expert_math"],
+        dataclasses.replace(config, rng_seed=7),
+        tmp_path,
+    )
     assert resolved.init == str(tmp_path / "seed")
     assert resolved.rng_seed == 7
     lonely = dataclasses.replace(config.pipeline["mix"], needs=("seed",))
-    with pytest.raises(ConfigError, match=r"config\.pipeline\.mix: uses @expert_math, which is not among its needs: seed"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config\.pipeline\.mix: uses @expert_math, which is not among its needs: seed",
+    ):
         resolve("mix", lonely, config, tmp_path)
-    circle = {"a": dataclasses.replace(lonely, needs=("b",)), "b": dataclasses.replace(lonely, needs=("a",))}
+    circle = {
+        "a": dataclasses.replace(lonely, needs=("b",)),
+        "b": dataclasses.replace(lonely, needs=("a",)),
+    }
     with pytest.raises(ConfigError, match="a, b need each other in a circle"):
         in_order(circle)

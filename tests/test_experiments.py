@@ -30,7 +30,12 @@ def test_every_arm_resolves_and_is_evaluated(group, size, tmp_path):
     for _, _, left, right, _ in {"main": (), "lora": LORA_CLAIMS}.get(group, CLAIMS):
         assert {left, right} <= known
     trained = {name for name, stage in config.pipeline.items() if stage.config.train}
-    helpers = {name for name in trained if (name.startswith(("random_", "share_")) and name.count("_") > 1) or name[:-1] == "random_"}
+    helpers = {
+        name
+        for name in trained
+        if (name.startswith(("random_", "share_")) and name.count("_") > 1)
+        or name[:-1] == "random_"
+    }
     assert trained - helpers - {"dense_domains"} <= known, "an arm is trained for nothing"
 
 
@@ -40,9 +45,16 @@ def test_budgets_are_matched():
     domains = sum(steps[f"expert_{name}"] for name in ("math", "code", "wiki"))
     cost = 1608832 / 1066112  # active parameters of mixture and seed
     budget = domains + steps["btx"] * cost
-    assert steps["upcycling_tokens"] == steps["dense_throughout"] == steps["dense_domains"] + steps["dense"] == domains + steps["btx"]
+    assert (
+        steps["upcycling_tokens"]
+        == steps["dense_throughout"]
+        == steps["dense_domains"] + steps["dense"]
+        == domains + steps["btx"]
+    )
     assert steps["upcycling_flops"] * cost == pytest.approx(budget, abs=1)
-    assert steps["upcycling_time"] == pytest.approx(steps["expert_math"] / cost + steps["btx"], abs=1)
+    assert steps["upcycling_time"] == pytest.approx(
+        steps["expert_math"] / cost + steps["btx"], abs=1
+    )
     for share in (25, 50, 75, 100):
         experts = sum(steps[f"share_{share}_{name}"] for name in ("math", "code", "wiki"))
         assert experts == pytest.approx(budget * share / 100, abs=2)
@@ -55,7 +67,9 @@ def test_lora_arms_train_as_many_parameters_on_the_same_text(size):
     base = recipes.MODELS[size]
     arms = {name: stage.config for name, stage in stages.items() if name.startswith("lora_")}
     counts = {
-        name: parameter_counts(dataclasses.replace(base, lora=config.lora))[0] - parameter_counts(base)[0] for name, config in arms.items()
+        name: parameter_counts(dataclasses.replace(base, lora=config.lora))[0]
+        - parameter_counts(base)[0]
+        for name, config in arms.items()
     }
     assert len({count for name, count in counts.items() if name != "lora_plain"}) == 1
     assert counts["lora_plain"] == pytest.approx(counts["lora_rectangle"], rel=0.01)

@@ -1,4 +1,5 @@
-"""An installation without the tests' own tools must hold all that the package imports; where tests run, those tools would hide a gap."""
+"""An installation without the tests' own tools must hold all that the package imports; where tests
+run, those tools would hide a gap."""
 
 import ast
 import re
@@ -13,7 +14,11 @@ EXTRAS = {"lm_eval"}  # imported where the user asks for it, and told when it is
 
 
 def distributions(lines):
-    return {re.sub(r"[-_.]+", "-", re.split(r"[=<>\[;\s]", line, maxsplit=1)[0]).lower() for line in lines if line and line[0] not in "#\n"}
+    return {
+        re.sub(r"[-_.]+", "-", re.split(r"[=<>\[;\s]", line, maxsplit=1)[0]).lower()
+        for line in lines
+        if line and line[0] not in "#\n"
+    }
 
 
 def imported(file):
@@ -35,4 +40,6 @@ def test_whatever_is_imported_is_required(folder):
         for name in imported(file):
             top = name.partition(".")[0]
             if top not in own:
-                assert distributions(known.get(top, [])) & required, f"{file.relative_to(ROOT)} imports {top}: not in requirements.txt"
+                assert distributions(known.get(top, [])) & required, (
+                    f"{file.relative_to(ROOT)} imports {top}: not in requirements.txt"
+                )

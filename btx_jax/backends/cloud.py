@@ -12,8 +12,10 @@ MOUNT = "/mnt/btx"  # the bucket, on every machine of every job
 
 @dataclass(frozen=True)
 class Place:
-    """bucket: gs://NAME, mounted with Cloud Storage FUSE at MOUNT; text and checkpoints are read from it, runs are written to it.
-    source: the git URL that machines install btx_jax from. run: a name for this pipeline's jobs. spot: machines that may be taken away.
+    """bucket: gs://NAME, mounted with Cloud Storage FUSE at MOUNT; text and checkpoints are read
+    from it, runs are written to it.
+    source: the git URL that machines install btx_jax from. run: a name for this pipeline's jobs.
+    spot: machines that may be taken away.
     """
 
     bucket: str
@@ -27,7 +29,10 @@ class Place:
 
     def __post_init__(self):
         if not self.bucket.startswith("gs://"):
-            raise UserError(f"--bucket={self.bucket!r}: must be gs://NAME, where checkpoints and finished-markers live")
+            raise UserError(
+                f"--bucket={self.bucket!r}: must be gs://NAME, where checkpoints and"
+                " finished-markers live"
+            )
 
     @property
     def bucket_name(self) -> str:
@@ -48,7 +53,10 @@ def ask(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess:
     try:
         return subprocess.run(command, input=text, text=True, capture_output=True)
     except FileNotFoundError:
-        raise UserError(f"{command[0]}: not installed; launch/README.md says how to get it, --dry-run needs nothing") from None
+        raise UserError(
+            f"{command[0]}: not installed; launch/README.md says how to get it, --dry-run needs"
+            " nothing"
+        ) from None
 
 
 def require(result: subprocess.CompletedProcess) -> None:

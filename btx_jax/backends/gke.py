@@ -1,7 +1,10 @@
-"""One JobSet per stage on Google Kubernetes Engine (jobset.sigs.k8s.io/v1alpha2); Kueue admits it when a queue is named.
+"""One JobSet per stage on Google Kubernetes Engine (jobset.sigs.k8s.io/v1alpha2); Kueue admits it
+when a queue is named.
 
-JobSet restarts a slice as a whole when one of its hosts is taken away; the run resumes from its last checkpoint. TPU node labels and
-Cloud Storage FUSE annotations: cloud.google.com/kubernetes-engine/docs, "TPUs in GKE" and "Cloud Storage FUSE CSI driver".
+JobSet restarts a slice as a whole when one of its hosts is taken away; the run resumes from its
+last checkpoint. TPU node labels and
+Cloud Storage FUSE annotations: cloud.google.com/kubernetes-engine/docs, "TPUs in GKE" and "Cloud
+Storage FUSE CSI driver".
 """
 
 import yaml
@@ -9,7 +12,12 @@ import yaml
 from btx_jax.backends.cloud import MOUNT, Place, ask, require, shell
 from btx_jax.backends.jobs import CHIPS_PER_HOST, Job, parse_topology
 
-ACCELERATORS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
+ACCELERATORS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+}
 RESTARTS = 100  # preemptions that one job may survive
 
 
@@ -44,7 +52,11 @@ class Gke:
         container = {
             "name": "btx",
             "image": place.image,
-            "command": ["bash", "-c", f"exec env {shell(job.command)}"],  # exec: SIGTERM reaches the run, which saves its step
+            "command": [
+                "bash",
+                "-c",
+                f"exec env {shell(job.command)}",
+            ],  # exec: SIGTERM reaches the run, which saves its step
             "resources": resources,
             "volumeMounts": [{"name": "bucket", "mountPath": MOUNT}],
         }
@@ -59,7 +71,10 @@ class Gke:
                     "name": "bucket",
                     "csi": {
                         "driver": "gcsfuse.csi.storage.gke.io",
-                        "volumeAttributes": {"bucketName": place.bucket_name, "mountOptions": "implicit-dirs"},
+                        "volumeAttributes": {
+                            "bucketName": place.bucket_name,
+                            "mountOptions": "implicit-dirs",
+                        },
                     },
                 }
             ],
@@ -71,7 +86,12 @@ class Gke:
             "backoffLimit": 0,
             "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod},
         }
-        metadata: dict = {"name": name, "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}}
+        metadata: dict = {
+            "name": name,
+            "annotations": {
+                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+            },
+        }
         if place.queue:
             metadata["labels"] = {"kueue.x-k8s.io/queue-name": place.queue}
         return {
@@ -80,6 +100,8 @@ class Gke:
             "metadata": metadata,
             "spec": {
                 "failurePolicy": {"maxRestarts": RESTARTS},
-                "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job_spec}}],
+                "replicatedJobs": [
+                    {"name": "slice", "replicas": 1, "template": {"spec": job_spec}}
+                ],
             },
         }

@@ -1,7 +1,9 @@
-"""A pipeline as jobs: one command per stage, each on its own machines, each finished when its done.json is there.
+"""A pipeline as jobs: one command per stage, each on its own machines, each finished when its
+done.json is there.
 
-Nothing here remembers anything: what has finished is read from the working directory, which lies on a disk or in a bucket that all jobs
-share. A submitter that dies is started again and goes on from there.
+Nothing here remembers anything: what has finished is read from the working directory, which lies on
+a disk or in a bucket that all jobs share. A submitter that dies is started again and goes on from
+there.
 """
 
 import graphlib
@@ -23,8 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """name: of the stage, which runs in WORKDIR/NAME. needs: stages that must have finished. command: what its machines run. topology:
-    of its slice, such as v5p:2x2x4, "" for machines without TPUs."""
+    """name: of the stage, which runs in WORKDIR/NAME. needs: stages that must have finished.
+    command: what its machines run. topology: of its slice, such as v5p:2x2x4, "" for machines
+    without TPUs."""
 
     name: str
     needs: tuple[str, ...]
@@ -34,18 +37,21 @@ class Job:
 
 
 class Backend(Protocol):
-    """Where jobs run. An engine that exists does the work; a backend only writes down what it is told."""
+    """Where jobs run. An engine that exists does the work; a backend only writes down what it is
+    told."""
 
     def files(self, job: Job) -> dict[str, str]:
         """File name -> contents: all that would be handed to the engine."""
         ...
 
     def submit(self, job: Job) -> None:
-        """Hand the job to the engine. Doing so twice starts it once. Raises UserError, with the engine's words, when it refuses."""
+        """Hand the job to the engine. Doing so twice starts it once. Raises UserError, with the
+        engine's words, when it refuses."""
         ...
 
     def keep(self, job: Job) -> None:
-        """Called now and then while a submitted job has not finished: bring back machines that were taken away, if its engine does not."""
+        """Called now and then while a submitted job has not finished: bring back machines that were
+        taken away, if its engine does not."""
         ...
 
 
@@ -60,7 +66,10 @@ def load_pipeline(file: str) -> Config:
     spec.loader.exec_module(module)
     config = from_config_dict(module.get_config(argument) if argument else module.get_config())
     if config.pipeline is None:
-        raise ConfigError(f"--pipeline={file}: its stage is {config.stage!r}, not a pipeline; run it with btx_jax.launch")
+        raise ConfigError(
+            f"--pipeline={file}: its stage is {config.stage!r}, not a pipeline; run it with"
+            " btx_jax.launch"
+        )
     return config
 
 
@@ -72,23 +81,40 @@ def jobs_of(
     python: str = "python",
     cache: str = "",
 ) -> list[Job]:
-    """One job per stage, each after its needs. topologies: stage, or "" for all others -> topology. Raises ConfigError for others. cache:
-    where all of them find tokenised text, "" for what their configs say."""
+    """One job per stage, each after its needs. topologies: stage, or "" for all others -> topology.
+    Raises ConfigError for others. cache: where all of them find tokenised text, "" for what their
+    configs say."""
     pipeline = load_pipeline(file).pipeline
     assert pipeline
     topologies = topologies or {}
     if unknown := sorted(set(topologies) - {"", *pipeline}):
         raise ConfigError(f"--slice={unknown[0]}=...: no such stage; known: {', '.join(pipeline)}")
     if cache:
-        caches = (f"--config.pipeline.{name}.config.data.cache={cache}" for name, stage in pipeline.items() if stage.config.data)
+        caches = (
+            f"--config.pipeline.{name}.config.data.cache={cache}"
+            for name, stage in pipeline.items()
+            if stage.config.data
+        )
         overrides = (*caches, *overrides)
     launch = (python, "-m", "btx_jax.launch", f"--config={file}", f"--workdir={workdir}")
     try:
-        order = list(graphlib.TopologicalSorter({name: stage.needs for name, stage in pipeline.items()}).static_order())
+        order = list(
+            graphlib.TopologicalSorter(
+                {name: stage.needs for name, stage in pipeline.items()}
+            ).static_order()
+        )
     except graphlib.CycleError as error:
-        raise ConfigError(f"--pipeline={file}: stages need each other in a circle: {', '.join(error.args[1])}") from None
+        raise ConfigError(
+            f"--pipeline={file}: stages need each other in a circle: {', '.join(error.args[1])}"
+        ) from None
     return [
-        Job(name, pipeline[name].needs, (*launch, *overrides, f"--only={name}"), workdir, topologies.get(name, topologies.get("", "")))
+        Job(
+            name,
+            pipeline[name].needs,
+            (*launch, *overrides, f"--only={name}"),
+            workdir,
+            topologies.get(name, topologies.get("", "")),
+        )
         for name in order
     ]
 
@@ -98,8 +124,14 @@ def in_waves(jobs: Iterable[Job], finished: set[str]) -> list[Job]:
     return [job for job in jobs if job.name not in finished and set(job.needs) <= finished]
 
 
-def drive(jobs: Sequence[Job], backend: Backend, is_finished: Callable[[Job], bool], poll_seconds: float = 60.0) -> None:
-    """Submit every job once its needs have finished, until all have. A job that fails stops only what needs it; its engine retries it."""
+def drive(
+    jobs: Sequence[Job],
+    backend: Backend,
+    is_finished: Callable[[Job], bool],
+    poll_seconds: float = 60.0,
+) -> None:
+    """Submit every job once its needs have finished, until all have. A job that fails stops only
+    what needs it; its engine retries it."""
     submitted: set[str] = set()
     while True:
         finished = {job.name for job in jobs if is_finished(job)}
@@ -133,7 +165,10 @@ def parse_topology(topology: str) -> Slice:
     """Raises UserError for what is no topology."""
     match = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+x\d+(?:x\d+)?)", topology)
     if not match:
-        raise UserError(f"--slice: {topology!r} is no TPU topology; for example v5p:2x2x4 or v5e:4x4 (kinds: {', '.join(KINDS)})")
+        raise UserError(
+            f"--slice: {topology!r} is no TPU topology; for example v5p:2x2x4 or v5e:4x4 (kinds:"
+            f" {', '.join(KINDS)})"
+        )
     kind, grid = match.groups()
     chips = 1
     for size in grid.split("x"):

@@ -29,7 +29,8 @@ class Local:
         return {f"{job.name}.sh": shlex.join(job.command) + "\n"}
 
     def run(self, jobs: Sequence[Job], is_finished: Callable[[Job], bool]) -> None:
-        """All unfinished jobs, each after its needs. A job that fails stops only what needs it. Raises UserError when one did."""
+        """All unfinished jobs, each after its needs. A job that fails stops only what needs it.
+        Raises UserError when one did."""
         self.logs.mkdir(parents=True, exist_ok=True)
         by_name = {job.name: job for job in jobs}
         order = graphlib.TopologicalSorter({job.name: job.needs for job in jobs})
@@ -54,7 +55,9 @@ class Local:
                         for future in wait(running, return_when=FIRST_COMPLETED).done:
                             name = running.pop(future)
                             if status := future.result():
-                                failed[name] = f"exit status {status}, {self.logs / name}.log says why"
+                                failed[name] = (
+                                    f"exit status {status}, {self.logs / name}.log says why"
+                                )
                                 log.error("%s failed: %s", name, failed[name])
                             order.done(name)
             except BaseException:
@@ -64,7 +67,10 @@ class Local:
                 signal.signal(signal.SIGTERM, previous)
         if failed:
             told = "; ".join(f"{name}: {why}" for name, why in failed.items())
-            raise UserError(f"{len(failed)} of {len(jobs)} jobs did not finish ({told}); run the same command again to go on")
+            raise UserError(
+                f"{len(failed)} of {len(jobs)} jobs did not finish ({told}); run the same command"
+                " again to go on"
+            )
 
     def _run(self, job: Job) -> int:
         with self._lock:

@@ -1,8 +1,11 @@
-"""One queued resource per stage (gcloud compute tpus queued-resources): a TPU VM slice that comes when there is room for it.
+"""One queued resource per stage (gcloud compute tpus queued-resources): a TPU VM slice that comes
+when there is room for it.
 
-Every host of the slice runs a start-up script: mount the bucket, install btx_jax, run the stage, and, once done.json is there, delete the
-slice. The script runs again when a machine restarts, and the run resumes. A slice that is taken away leaves its request SUSPENDED; the
-submitter, while it runs, makes the request anew. A stage that fails leaves its slice up, to be looked at: the bill runs on.
+Every host of the slice runs a start-up script: mount the bucket, install btx_jax, run the stage,
+and, once done.json is there, delete the slice. The script runs again when a machine restarts, and
+the run resumes. A slice that is taken away leaves its request SUSPENDED; the submitter, while it
+runs, makes the request anew. A stage that fails leaves its slice up, to be looked at: the bill runs
+on.
 """
 
 import logging
@@ -17,7 +20,12 @@ from btx_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 LOST = ("SUSPENDED", "FAILED")
-RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+RUNTIMES = {
+    "v4": "tpu-ubuntu2204-base",
+    "v5e": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
 
 STARTUP = """#!/bin/bash
 set -euo pipefail
@@ -46,7 +54,10 @@ gcloud compute tpus queued-resources delete {name} --zone={zone}{project} --forc
 class QueuedResources:
     def __init__(self, place: Place):
         if not (place.zone and place.source):
-            raise UserError("--backend=queued-resources needs --zone and --source (the git URL that machines install from)")
+            raise UserError(
+                "--backend=queued-resources needs --zone and --source (the git URL that machines"
+                " install from)"
+            )
         self.place = place
 
     def files(self, job: Job) -> dict[str, str]:
@@ -66,29 +77,52 @@ class QueuedResources:
             require(ask(self._create(job, str(script))))
 
     def keep(self, job: Job) -> None:
-        """Of a request whose machines were taken away: delete it, so that the next call makes it anew."""
+        """Of a request whose machines were taken away: delete it, so that the next call makes it
+        anew."""
         state = self._state(job)
         if not state:
             self.submit(job)
         elif state in LOST:
             log.info("%s: %s, asking again", job.name, state)
-            delete = ["gcloud", "compute", "tpus", "queued-resources", "delete", self.place.job_name(job.name), *self._where()]
+            delete = [
+                "gcloud",
+                "compute",
+                "tpus",
+                "queued-resources",
+                "delete",
+                self.place.job_name(job.name),
+                *self._where(),
+            ]
             require(ask([*delete, "--force", "--quiet"]))
 
     def _state(self, job: Job) -> str:
         """ "" when there is no such request."""
-        describe = ["gcloud", "compute", "tpus", "queued-resources", "describe", self.place.job_name(job.name), *self._where()]
+        describe = [
+            "gcloud",
+            "compute",
+            "tpus",
+            "queued-resources",
+            "describe",
+            self.place.job_name(job.name),
+            *self._where(),
+        ]
         found = ask([*describe, "--format=value(state.state)"])
         if found.returncode and "NOT_FOUND" not in found.stderr:
             require(found)
         return "" if found.returncode else found.stdout.strip()
 
     def _where(self) -> list[str]:
-        return [f"--zone={self.place.zone}", *([f"--project={self.place.project}"] if self.place.project else [])]
+        return [
+            f"--zone={self.place.zone}",
+            *([f"--project={self.place.project}"] if self.place.project else []),
+        ]
 
     def _create(self, job: Job, script: str) -> list[str]:
         if not job.topology:
-            raise UserError(f"--backend=queued-resources: stage {job.name} has no TPU topology; name one with --slice or --topology")
+            raise UserError(
+                f"--backend=queued-resources: stage {job.name} has no TPU topology; name one with"
+                " --slice or --topology"
+            )
         topology, name = parse_topology(job.topology), self.place.job_name(job.name)
         return [
             "gcloud", "compute", "tpus", "queued-resources", "create", name, *self._where(), f"--node-id={name}",

@@ -1,4 +1,5 @@
-"""One SkyPilot managed job per stage: `sky jobs launch`, which starts a spot slice again somewhere when it is taken away."""
+"""One SkyPilot managed job per stage: `sky jobs launch`, which starts a spot slice again somewhere
+when it is taken away."""
 
 import shlex
 import tempfile
@@ -11,8 +12,18 @@ from btx_jax.backends.jobs import Job, parse_topology
 from btx_jax.errors import UserError
 
 # SkyPilot names a slice by TensorCores on v4 and v5p (two a chip), by chips on v5e and v6e.
-NAMES = {"v4": ("tpu-v4", 2), "v5e": ("tpu-v5litepod", 1), "v5p": ("tpu-v5p", 2), "v6e": ("tpu-v6e", 1)}
-RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+NAMES = {
+    "v4": ("tpu-v4", 2),
+    "v5e": ("tpu-v5litepod", 1),
+    "v5p": ("tpu-v5p", 2),
+    "v6e": ("tpu-v6e", 1),
+}
+RUNTIMES = {
+    "v4": "tpu-ubuntu2204-base",
+    "v5e": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
 
 SETUP = """[ -d btx_jax ] || git clone {source} btx_jax
 cd btx_jax
@@ -27,7 +38,9 @@ uv pip install -q --python .venv/bin/python -e '.[tpu]'
 class SkyPilot:
     def __init__(self, place: Place):
         if not place.source:
-            raise UserError("--backend=skypilot needs --source (the git URL that machines install from)")
+            raise UserError(
+                "--backend=skypilot needs --source (the git URL that machines install from)"
+            )
         self.place = place
 
     def files(self, job: Job) -> dict[str, str]:
@@ -43,19 +56,38 @@ class SkyPilot:
         with tempfile.TemporaryDirectory() as folder:
             for file, text in self.files(job).items():
                 (Path(folder) / file).write_text(text, encoding="utf-8")
-                require(ask(["sky", "jobs", "launch", "--name", name, "--yes", "--detach-run", str(Path(folder) / file)]))
+                require(
+                    ask(
+                        [
+                            "sky",
+                            "jobs",
+                            "launch",
+                            "--name",
+                            name,
+                            "--yes",
+                            "--detach-run",
+                            str(Path(folder) / file),
+                        ]
+                    )
+                )
 
     def keep(self, job: Job) -> None:
         """Managed jobs recover by themselves."""
 
     def _task(self, job: Job) -> dict:
         place = self.place
-        resources: dict = {"infra": f"gcp/*/{place.zone}" if place.zone else "gcp", "use_spot": place.spot}
+        resources: dict = {
+            "infra": f"gcp/*/{place.zone}" if place.zone else "gcp",
+            "use_spot": place.spot,
+        }
         if job.topology:
             topology = parse_topology(job.topology)
             name, per_chip = NAMES[topology.kind]
             resources["accelerators"] = f"{name}-{topology.chips * per_chip}"
-            resources["accelerator_args"] = {"tpu_vm": True, "runtime_version": RUNTIMES[topology.kind]}
+            resources["accelerator_args"] = {
+                "tpu_vm": True,
+                "runtime_version": RUNTIMES[topology.kind],
+            }
         else:
             resources["cpus"] = "8+"
         return {

@@ -1,8 +1,10 @@
-"""LoRA experts as files: our adapter directory, and peft's for the one-expert case. No base model is read here.
+"""LoRA experts as files: our adapter directory, and peft's for the one-expert case. No base model
+is read here.
 
-A directory holds adapter.safetensors, with `layers.LAYER.TARGET.a` [experts, rank, inputs], `.b` [experts, outputs, rank] and `.router`
-[experts, inputs] (layouts as in Hugging Face, float32), and adapter.json: the format's number, the model with its lora section
-(allocation, rank, k, alpha, targets), the experts of each layer, path and digest of the base, and what it was trained on.
+A directory holds adapter.safetensors, with `layers.LAYER.TARGET.a` [experts, rank, inputs], `.b`
+[experts, outputs, rank] and `.router` [experts, inputs] (layouts as in Hugging Face, float32), and
+adapter.json: the format's number, the model with its lora section (allocation, rank, k, alpha,
+targets), the experts of each layer, path and digest of the base, and what it was trained on.
 """
 
 import json
@@ -41,7 +43,9 @@ _UNKNOWN_HERE = (
     "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
     "use_qalora",
 )  # fmt: skip
-_PEFT_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight")
+_PEFT_NAME = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight"
+)
 
 
 def block_of(target: str) -> str:
@@ -56,7 +60,11 @@ def places(model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], int]]:
             for target in spec.lora.targets if spec.lora else ():
                 assert spec.lora
                 for part in ("a", "b", "router") if spec.lora.has_router else ("a", "b"):
-                    yield f"layers.{layer}.{target}.{part}", (run, block_of(target), "lora", target, part), offset
+                    yield (
+                        f"layers.{layer}.{target}.{part}",
+                        (run, block_of(target), "lora", target, part),
+                        offset,
+                    )
             layer += 1
 
 
@@ -73,21 +81,34 @@ def to_tensors(model: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, np.n
     for name, path, offset in places(model):
         if path not in host:
             host[path] = np.asarray(leaf(adapter, path))
-        result[name] = np.ascontiguousarray(_turned(host[path][offset], path[-1]).astype(np.float32))
+        result[name] = np.ascontiguousarray(
+            _turned(host[path][offset], path[-1]).astype(np.float32)
+        )
     return result
 
 
 def _turned(x: np.ndarray, part: str) -> np.ndarray:
     """Our layout -> that of files, and back: a [I, E, R] <-> [E, R, I] is not its own inverse."""
-    return {"a": lambda: x.transpose(1, 2, 0), "b": lambda: x.swapaxes(1, 2), "router": lambda: x.T}[part]()
+    return {
+        "a": lambda: x.transpose(1, 2, 0),
+        "b": lambda: x.swapaxes(1, 2),
+        "router": lambda: x.T,
+    }[part]()
 
 
 def _ours(x: np.ndarray, part: str) -> np.ndarray:
-    return {"a": lambda: x.transpose(2, 0, 1), "b": lambda: x.swapaxes(1, 2), "router": lambda: x.T}[part]()
+    return {
+        "a": lambda: x.transpose(2, 0, 1),
+        "b": lambda: x.swapaxes(1, 2),
+        "router": lambda: x.T,
+    }[part]()
 
 
-def from_tensors(model: ModelConfig, tensors: Mapping[str, np.ndarray], where: Path) -> dict[str, Any]:
-    """The adapter's tree, numpy float32. Raises UserError listing every tensor that is missing, unknown, misshapen or not finite."""
+def from_tensors(
+    model: ModelConfig, tensors: Mapping[str, np.ndarray], where: Path
+) -> dict[str, Any]:
+    """The adapter's tree, numpy float32. Raises UserError listing every tensor that is missing,
+    unknown, misshapen or not finite."""
     shapes = stored(nn.unbox(abstract_params(model)), model)
     tree: dict[str, Any] = {}
     problems, known = [], set()
@@ -97,9 +118,14 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, np.ndarray], where: P
         if name not in tensors:
             problems.append(f"missing {name}")
             continue
-        array = _ours(tensors[name], path[-1]) if tensors[name].ndim == len(want) - 1 else tensors[name]
+        array = (
+            _ours(tensors[name], path[-1]) if tensors[name].ndim == len(want) - 1 else tensors[name]
+        )
         if array.shape != want[1:]:
-            problems.append(f"{name} is {tensors[name].shape}, not {_turned(np.zeros(want[1:], bool), path[-1]).shape}")
+            problems.append(
+                f"{name} is {tensors[name].shape}, not"
+                f" {_turned(np.zeros(want[1:], bool), path[-1]).shape}"
+            )
         elif not is_finite(array):
             problems.append(f"NaN or infinity in {name}")
         else:
@@ -144,21 +170,34 @@ def write_directory(directory: Path, about: About, tensors: Mapping[str, np.ndar
     (directory / TENSORS).write_bytes(save(dict(tensors), metadata={"format": "btx_jax"}))
     assert about.model.lora
     experts = [spec.experts if spec else 0 for spec in about.model.lora.specs(about.model.layers)]
-    (directory / ABOUT).write_text(json.dumps(about_to_json(about) | {"experts": experts}, indent=2) + "\n", encoding="utf-8")
+    (directory / ABOUT).write_text(
+        json.dumps(about_to_json(about) | {"experts": experts}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
-def write_peft(directory: Path, model: ModelConfig, ours: Mapping[str, np.ndarray], base: str) -> None:
-    """As `peft` saves a LoRA. Raises UserError where there are several experts, or ranks that differ."""
+def write_peft(
+    directory: Path, model: ModelConfig, ours: Mapping[str, np.ndarray], base: str
+) -> None:
+    """As `peft` saves a LoRA. Raises UserError where there are several experts, or ranks that
+    differ."""
     assert model.lora
     specs = model.lora.specs(model.layers)
     if any(spec and spec.has_router for spec in specs):
-        raise UserError("peft knows LoRA of one expert without a gate; merge this adapter, or export it in our own format")
+        raise UserError(
+            "peft knows LoRA of one expert without a gate; merge this adapter, or export it in our"
+            " own format"
+        )
     if len(ranks := {spec.rank for spec in specs if spec}) > 1:
-        raise UserError(f"ranks {sorted(ranks)} differ between layers; such an adapter is exported in our own format only")
+        raise UserError(
+            f"ranks {sorted(ranks)} differ between layers; such an adapter is exported in our own"
+            " format only"
+        )
     tensors = {}
     for name, array in ours.items():
         _, layer, target, part = name.split(".")
-        tensors[f"base_model.model.model.layers.{layer}.{_MODULES[target]}.lora_{part.upper()}.weight"] = np.ascontiguousarray(array[0])
+        tensors[
+            f"base_model.model.model.layers.{layer}.{_MODULES[target]}.lora_{part.upper()}.weight"
+        ] = np.ascontiguousarray(array[0])
     (directory / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     some = [layer for layer, spec in enumerate(specs) if spec]
     config = {
@@ -180,14 +219,17 @@ def write_peft(directory: Path, model: ModelConfig, ours: Mapping[str, np.ndarra
 def read_peft(directory: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """A LoRA saved by `peft` for a model like `base` -> (that model with it, its tensors).
 
-    Raises UserError for what LoRA here does not have (DoRA, biases, ranks by pattern, other modules) and for tensors that do not fit.
+    Raises UserError for what LoRA here does not have (DoRA, biases, ranks by pattern, other
+    modules) and for tensors that do not fit.
     """
     file = directory / PEFT_CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: no config of a peft LoRA: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{file}: no config of a peft LoRA: {type(error).__name__}: {error}"
+        ) from error
     if kind != "LORA":
         raise UserError(f"{file}: peft_type {kind!r}; only LORA can be imported")
     for key in _UNKNOWN_HERE:
@@ -195,7 +237,10 @@ def read_peft(directory: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str
             raise UserError(f"{file}: {key}={config[key]!r}: LoRA here has nothing like it")
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
         how = config["init_lora_weights"]
-        raise UserError(f"{file}: init_lora_weights={how!r} changed the base itself; save it with path_initial_model_for_weight_conversion")
+        raise UserError(
+            f"{file}: init_lora_weights={how!r} changed the base itself; save it with"
+            " path_initial_model_for_weight_conversion"
+        )
     layers: dict[int, set[str]] = {}
     tensors, problems = {}, []
     for name, array in _load(directory / PEFT_TENSORS).items():
@@ -205,14 +250,20 @@ def read_peft(directory: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str
             continue
         target = _TARGET_OF[match[2]]
         layers.setdefault(int(match[1]), set()).add(target)
-        tensors[f"layers.{match[1]}.{target}.{match[3].lower()}"] = np.asarray(array)[None].astype(np.float32)
+        tensors[f"layers.{match[1]}.{target}.{match[3].lower()}"] = np.asarray(array)[None].astype(
+            np.float32
+        )
     problems += [f"missing {name}" for name in _promised(config, base) if name not in tensors]
     raise_problems(directory, problems)
     if not layers:
         raise UserError(f"{directory}: holds no LoRA tensor")
     targets = tuple(target for target in LORA_TARGETS if target in set().union(*layers.values()))
     lora = LoRAConfig(
-        allocation=",".join(str(int(layer in layers)) for layer in range(base.layers)) if base.layers > 1 else "1",
+        allocation=(
+            ",".join(str(int(layer in layers)) for layer in range(base.layers))
+            if base.layers > 1
+            else "1"
+        ),
         rank=(rank,),
         k=(1,),
         alpha=alpha * rank**0.5 if config.get("use_rslora") else alpha,
@@ -228,17 +279,28 @@ def read_peft(directory: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str
 
 
 def _promised(config: Mapping[str, Any], base: ModelConfig) -> list[str]:
-    """The tensors that a peft config with a list of modules speaks of; peft itself takes one that its file lacks as 0."""
+    """The tensors that a peft config with a list of modules speaks of; peft itself takes one that
+    its file lacks as 0."""
     modules, some = config.get("target_modules"), config.get("layers_to_transform")
     if not isinstance(modules, list) or config.get("exclude_modules"):
         return []
     layers = range(base.layers) if some is None else [some] if isinstance(some, int) else some
-    targets = [target for target, module in _MODULES.items() if module.rpartition(".")[2] in modules]
-    return [f"layers.{layer}.{target}.{factor}" for layer in layers for target in targets for factor in ("a", "b")]
+    targets = [
+        target for target, module in _MODULES.items() if module.rpartition(".")[2] in modules
+    ]
+    return [
+        f"layers.{layer}.{target}.{factor}"
+        for layer in layers
+        for target in targets
+        for factor in ("a", "b")
+    ]
 
 
-def merged_delta(model: ModelConfig, tensors: Mapping[str, np.ndarray], gates: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
-    """{Hugging Face name: what is added to that weight [out, in], float32}: (alpha / rank) sum g_i B_i A_i.
+def merged_delta(
+    model: ModelConfig, tensors: Mapping[str, np.ndarray], gates: Callable[[int], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """{Hugging Face name: what is added to that weight [out, in], float32}: (alpha / rank) sum g_i
+    B_i A_i.
 
     gates: experts of a layer -> their fixed weights.
     """
@@ -250,5 +312,7 @@ def merged_delta(model: ModelConfig, tensors: Mapping[str, np.ndarray], gates: C
         assert spec
         a_ERI, b_EOR = tensors[name], tensors[f"layers.{layer}.{target}.b"]
         weight_E = gates(spec.experts).astype(np.float32) * np.float32(spec.scale)
-        deltas[f"model.layers.{layer}.{_MODULES[target]}.weight"] = np.einsum("e,eor,eri->oi", weight_E, b_EOR, a_ERI, optimize=True)
+        deltas[f"model.layers.{layer}.{_MODULES[target]}.weight"] = np.einsum(
+            "e,eor,eri->oi", weight_E, b_EOR, a_ERI, optimize=True
+        )
     return deltas

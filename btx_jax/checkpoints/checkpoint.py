@@ -1,4 +1,5 @@
-"""A model on disk, whatever its format: a run's own checkpoint (Orbax) or a Hugging Face directory."""
+"""A model on disk, whatever its format: a run's own checkpoint (Orbax) or a Hugging Face
+directory."""
 
 import collections
 import dataclasses
@@ -20,7 +21,15 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btx_jax.checkpoints import adapter, safetensors_files
-from btx_jax.checkpoints.huggingface import HuggingFaceReader, HuggingFaceWriter, Slot, is_finite, is_huggingface, read_config, slots
+from btx_jax.checkpoints.huggingface import (
+    HuggingFaceReader,
+    HuggingFaceWriter,
+    Slot,
+    is_finite,
+    is_huggingface,
+    read_config,
+    slots,
+)
 from btx_jax.checkpoints.training_state import (
     DIRECTORY,
     About,
@@ -61,19 +70,28 @@ class Checkpoint:
     is_adapter_directory: bool = False
 
     def identity(self) -> str:
-        """A hash of its files' names, sizes and times: another one where it was trained on, replaced or converted anew."""
+        """A hash of its files' names, sizes and times: another one where it was trained on,
+        replaced or converted anew."""
         files = sorted(file for file in self.path.rglob("*") if file.is_file())
-        told = [[str(file.relative_to(self.path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        told = [
+            [str(file.relative_to(self.path)), file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files
+        ]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def tokenizer(self) -> Path:
         """The directory that holds it."""
-        return self.path if self.is_huggingface or self.is_adapter_directory else self.path.parent.parent / "tokenizer"
+        return (
+            self.path
+            if self.is_huggingface or self.is_adapter_directory
+            else self.path.parent.parent / "tokenizer"
+        )
 
 
 class Reader(Protocol):
-    """Tensors one at a time, under their Hugging Face names and in that layout (a Linear is [out, in])."""
+    """Tensors one at a time, under their Hugging Face names and in that layout (a Linear is [out,
+    in])."""
 
     model: ModelConfig
     slots: dict[str, Slot]
@@ -89,17 +107,26 @@ class Reader(Protocol):
 
 
 def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
-    """A run's working directory (its last step), one step's directory, a Hugging Face directory or an adapter directory. Raises UserError
-    if none of these."""
+    """A run's working directory (its last step), one step's directory, a Hugging Face directory or
+    an adapter directory. Raises UserError if none of these."""
     quiet()
     named = path
     try:
         path = Path(expand(str(path), key)).resolve()
         if not path.exists():
             hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)) is not None
-            cure = f"; if it is a model of the Hugging Face Hub: hf download {named} --local-dir {named}" if hub else ""
+            cure = (
+                f"; if it is a model of the Hugging Face Hub: hf download {named} --local-dir"
+                f" {named}"
+                if hub
+                else ""
+            )
             raise UserError(f"{key}: {path} does not exist{cure}")
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a loop of links
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a name too long, a NUL in it, a loop of links
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
     if is_huggingface(path):
         return Checkpoint(path, About(read_config(path), 0, {}), is_huggingface=True)
@@ -114,31 +141,46 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
         path = path / DIRECTORY / str(max(steps))
     if not (path / "params").is_dir() or not (path / "about").is_dir():
         raise UserError(
-            f"{key}: {path} is no checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, a Hugging Face directory (config.json) or "
-            f"an adapter ({adapter.ABOUT})"
+            f"{key}: {path} is no checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, a"
+            f" Hugging Face directory (config.json) or an adapter ({adapter.ABOUT})"
         )
     return Checkpoint(path, read_about(path))
 
 
 def open_reader(checkpoint: Checkpoint) -> Reader:
-    """Raises UserError listing everything that is wrong with the checkpoint, short of its values; and for LoRA experts, which have no
-    tensors of a whole model."""
+    """Raises UserError listing everything that is wrong with the checkpoint, short of its values;
+    and for LoRA experts, which have no tensors of a whole model."""
     if checkpoint.about.base:
-        raise UserError(f"{checkpoint.path} holds LoRA experts, no whole model; merge them first: python -m btx_jax adapter merge")
-    return HuggingFaceReader(checkpoint.path) if checkpoint.is_huggingface else StepReader(checkpoint.path)
+        raise UserError(
+            f"{checkpoint.path} holds LoRA experts, no whole model; merge them first: python -m"
+            " btx_jax adapter merge"
+        )
+    return (
+        HuggingFaceReader(checkpoint.path)
+        if checkpoint.is_huggingface
+        else StepReader(checkpoint.path)
+    )
 
 
 def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
-    """The parameters, onto the shardings of `abstract`, or all in the host's memory. float32 unless `abstract` says otherwise.
+    """The parameters, onto the shardings of `abstract`, or all in the host's memory. float32 unless
+    `abstract` says otherwise.
 
     Raises UserError listing everything that does not fit the checkpoint's own model.
     """
     if abstract is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         expected = nn.unbox(abstract_params(checkpoint.about.model))
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), expected)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), expected
+        )
     if checkpoint.about.base:
-        base, _ = load_base(checkpoint.about.base, checkpoint.about.model, partition(abstract, is_adapter)[1], checkpoint.path)
+        base, _ = load_base(
+            checkpoint.about.base,
+            checkpoint.about.model,
+            partition(abstract, is_adapter)[1],
+            checkpoint.path,
+        )
         return join(load_adapter(checkpoint, abstract), base)
     if not checkpoint.is_huggingface:
         return restore_params(checkpoint.path, checkpoint.about.model, abstract)
@@ -149,14 +191,20 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
 
 
 def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params:
-    """The parameters of a model that is not trained, spread over the mesh: what matmuls read in `dtype`, all else in float32."""
+    """The parameters of a model that is not trained, spread over the mesh: what matmuls read in
+    `dtype`, all else in float32."""
     boxed = abstract_params(checkpoint.about.model)
 
     def place(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         in_float32 = path[-1].key in ("scale", "router", "embedding")
-        return jax.ShapeDtypeStruct(x.shape, jnp.float32 if in_float32 else dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(
+            x.shape, jnp.float32 if in_float32 else dtype, sharding=sharding
+        )
 
-    return load_params(checkpoint, jax.tree_util.tree_map_with_path(place, nn.unbox(boxed), param_shardings(boxed, mesh)))
+    return load_params(
+        checkpoint,
+        jax.tree_util.tree_map_with_path(place, nn.unbox(boxed), param_shardings(boxed, mesh)),
+    )
 
 
 def load_adapter(checkpoint: Checkpoint, abstract: Any) -> Params:
@@ -165,7 +213,11 @@ def load_adapter(checkpoint: Checkpoint, abstract: Any) -> Params:
     if not checkpoint.is_adapter_directory:
         return restore_params(checkpoint.path, model, abstract)
     tree = adapter.read_directory(checkpoint.path, model)
-    return jax.tree.map(lambda x, a: jax.make_array_from_callback(a.shape, a.sharding, lambda i: x[i]), tree, stored(abstract, model))
+    return jax.tree.map(
+        lambda x, a: jax.make_array_from_callback(a.shape, a.sharding, lambda i: x[i]),
+        tree,
+        stored(abstract, model),
+    )
 
 
 def adapter_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -173,22 +225,29 @@ def adapter_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     model = checkpoint.about.model
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = nn.unbox(abstract_params(model))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
+    )
     return adapter.to_tensors(model, load_adapter(checkpoint, abstract))
 
 
-def load_base(base: Base, model: ModelConfig, abstract: Any, whose: Path | str) -> tuple[Params, Base]:
-    """The model under LoRA experts onto the shardings and into the dtypes of `abstract`, in the runs of `model`; and base with its digest.
+def load_base(
+    base: Base, model: ModelConfig, abstract: Any, whose: Path | str
+) -> tuple[Params, Base]:
+    """The model under LoRA experts onto the shardings and into the dtypes of `abstract`, in the
+    runs of `model`; and base with its digest.
 
-    digest: sha256 over the lines `NAME SHA256`, sorted, of every tensor's name and values in Hugging Face's layout, as little-endian
+    digest: sha256 over the lines `NAME SHA256`, sorted, of every tensor's name and values in
+    Hugging Face's layout, as little-endian
     float32: the same for a Hugging Face directory and for its conversion.
 
-    Raises UserError when there is no such checkpoint, it is another model, or base.digest is set and not that of its values.
+    Raises UserError when there is no such checkpoint, it is another model, or base.digest is set
+    and not that of its values.
     """
     if not Path(base.path).exists():
         raise UserError(
-            f"{whose}: its base {base.path} is gone; put it there again, or export the adapter and write the new place into base.path of "
-            f"its {adapter.ABOUT} (the digest is checked)"
+            f"{whose}: its base {base.path} is gone; put it there again, or export the adapter and"
+            f" write the new place into base.path of its {adapter.ABOUT} (the digest is checked)"
         )
     found = find_checkpoint(base.path, f"{whose}: its base")
     reader = open_reader(found)
@@ -200,27 +259,35 @@ def load_base(base: Base, model: ModelConfig, abstract: Any, whose: Path | str) 
     digest = base_digest(hashes)
     if base.digest and base.digest != digest:
         raise UserError(
-            f"{whose}: was trained on a base with digest {base.digest[:16]}..., but {base.path} has {digest[:16]}...: other weights; "
-            "put the right base there"
+            f"{whose}: was trained on a base with digest {base.digest[:16]}..., but {base.path} has"
+            f" {digest[:16]}...: other weights; put the right base there"
         )
     return params, Base(str(found.path), digest)
 
 
 def base_digest(hashes: Mapping[str, str]) -> str:
     """That of `load_base`. hashes: tensor name -> sha256 of its values."""
-    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()
+    ).hexdigest()
 
 
 def base_of(checkpoint: Checkpoint) -> Base:
     """A whole model as the base of LoRA experts, one tensor in memory at a time."""
     reader = open_reader(checkpoint)
-    hashes = {name: hashlib.sha256(np.ascontiguousarray(reader.read(name), "<f4").data).hexdigest() for name in reader.slots}
+    hashes = {
+        name: hashlib.sha256(np.ascontiguousarray(reader.read(name), "<f4").data).hexdigest()
+        for name in reader.slots
+    }
     reader.check()
     return Base(str(checkpoint.path), base_digest(hashes))
 
 
-def assemble(reader: Reader, abstract: Any, slots: Mapping[str, Slot], hashes: dict[str, str] | None = None) -> Params:
-    """Our tree from a reader's tensors, one whole leaf in host memory at a time. hashes: gets sha256 of each tensor's float32 values."""
+def assemble(
+    reader: Reader, abstract: Any, slots: Mapping[str, Slot], hashes: dict[str, str] | None = None
+) -> Params:
+    """Our tree from a reader's tensors, one whole leaf in host memory at a time. hashes: gets
+    sha256 of each tensor's float32 values."""
     names: dict[tuple[str, ...], list[str]] = {}
     for name, slot in slots.items():
         names.setdefault(slot.path, []).append(name)
@@ -232,13 +299,16 @@ def assemble(reader: Reader, abstract: Any, slots: Mapping[str, Slot], hashes: d
             host[slot.indices] = slot.to_ours(tensor)
             if hashes is not None:
                 hashes[name] = hashlib.sha256(np.ascontiguousarray(tensor, "<f4").data).hexdigest()
-        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: host[index])
+        return jax.make_array_from_callback(
+            target.shape, target.sharding, lambda index: host[index]
+        )
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
 def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer beside a checkpoint, or None with a warning: weights alone can be converted and mixed.
+    """The tokenizer beside a checkpoint, or None with a warning: weights alone can be converted and
+    mixed.
 
     Raises UserError when there is one and it is damaged.
     """
@@ -251,7 +321,8 @@ def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 
 def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """To another storage dtype, rounding to nearest even. Raises UserError when a value does not fit."""
+    """To another storage dtype, rounding to nearest even. Raises UserError when a value does not
+    fit."""
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
@@ -264,7 +335,9 @@ def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def check_range(name: str, array: np.ndarray) -> None:
     """Of a tensor rounded from finite values. Raises UserError when one became infinite."""
     if not is_finite(array):
-        raise UserError(f"{name} holds values beyond {array.dtype.name}'s range; choose bfloat16 or float32")
+        raise UserError(
+            f"{name} holds values beyond {array.dtype.name}'s range; choose bfloat16 or float32"
+        )
 
 
 def write_checkpoint(
@@ -281,16 +354,20 @@ def write_checkpoint(
     verb: str,
     inspect: Callable[[Path], None] = lambda written: None,
 ) -> None:
-    """A new directory, whole or not at all: `tensor(name)` for every tensor of the model, one at a time, cast to dtypes[name].
+    """A new directory, whole or not at all: `tensor(name)` for every tensor of the model, one at a
+    time, cast to dtypes[name].
 
-    The next tensors are made while one is written. check runs when all have been, inspect on the finished directory before it gets its
-    name; when either raises, nothing is left. Raises UserError when the target exists, cannot be written, a tensor is not finite, or
-    its format has no such model.
+    The next tensors are made while one is written. check runs when all have been, inspect on the
+    finished directory before it gets its name; when either raises, nothing is left. Raises
+    UserError when the target exists, cannot be written, a tensor is not finite, or its format has
+    no such model.
     """
 
     def make(name: str) -> tuple[np.ndarray, bool]:
         array = cast(name, tensor(name), dtypes[name])
-        return array, not array.flags.writeable or is_finite(array)  # a reader has seen a read-only one
+        return array, not array.flags.writeable or is_finite(
+            array
+        )  # a reader has seen a read-only one
 
     with new_directory(target) as partial:
         writer = (HuggingFaceWriter if as_huggingface else StepWriter)(partial, model, dtypes)
@@ -309,7 +386,10 @@ def write_checkpoint(
                 workers.shutdown(cancel_futures=True)
         check()
         if bad_values:
-            raise UserError(f"NaN or infinity would be written to {', '.join(bad_values[:5])}, though the sources hold none")
+            raise UserError(
+                f"NaN or infinity would be written to {', '.join(bad_values[:5])}, though the"
+                " sources hold none"
+            )
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial if as_huggingface else partial / "tokenizer")
         if isinstance(writer, HuggingFaceWriter):
@@ -322,7 +402,8 @@ def write_checkpoint(
 
 
 def digest(params: Params) -> str:
-    """sha256 over all parameters in the order of their paths: path, dtype, shape and bytes (little-endian, C order) of each."""
+    """sha256 over all parameters in the order of their paths: path, dtype, shape and bytes
+    (little-endian, C order) of each."""
     leaves = named_leaves(params)
     total = hashlib.sha256()
     for name in sorted(leaves):

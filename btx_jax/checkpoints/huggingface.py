@@ -1,7 +1,9 @@
-"""Hugging Face checkpoint directories of Llama, Mistral and Mixtral: one key table for both directions.
+"""Hugging Face checkpoint directories of Llama, Mistral and Mixtral: one key table for both
+directions.
 
-Everything that streams speaks of tensors by their Hugging Face names and layouts (a Linear's weight is [out, in]), Mixtral's in the
-layout of one tensor per expert, which all versions of transformers read. `slots` says where each of them lies in our parameters.
+Everything that streams speaks of tensors by their Hugging Face names and layouts (a Linear's weight
+is [out, in]), Mixtral's in the layout of one tensor per expert, which all versions of transformers
+read. `slots` says where each of them lies in our parameters.
 """
 
 import functools
@@ -15,8 +17,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import linen as nn
 
-from btx_jax.checkpoints.huggingface_config import config_from_model, experts_per_token, model_from_config
-from btx_jax.checkpoints.safetensors_files import DTYPES, INDEX, SINGLE, SafetensorsFile, ShardWriter
+from btx_jax.checkpoints.huggingface_config import (
+    config_from_model,
+    experts_per_token,
+    model_from_config,
+)
+from btx_jax.checkpoints.safetensors_files import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    SafetensorsFile,
+    ShardWriter,
+)
 from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import abstract_params
@@ -26,7 +38,8 @@ SHOWN = 12  # problems listed in full before "and n more"
 
 
 class _Row(NamedTuple):
-    """in_axes: how many leading axes of our kernel a Linear multiplies by; 0 for what is stored alike on both sides."""
+    """in_axes: how many leading axes of our kernel a Linear multiplies by; 0 for what is stored
+    alike on both sides."""
 
     ours: str
     theirs: str
@@ -58,18 +71,24 @@ _EXPERT = (
     _Row("ffn/down", "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight", 1),
     _Row("ffn/up", "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight", 1),
 )
-# transformers 5 stores all experts of a layer in two tensors: gate_up_proj [E, 2 F, D], gate rows first, and down_proj [E, D, F].
+# transformers 5 stores all experts of a layer in two tensors: gate_up_proj [E, 2 F, D], gate rows
+# first, and down_proj [E, D, F].
 _FUSED = {
     "model.layers.{l}.mlp.gate.weight": "model.layers.{l}.block_sparse_moe.gate.weight",
     "model.layers.{l}.mlp.experts.gate_up_proj": None,
     "model.layers.{l}.mlp.experts.down_proj": None,
 }
-_EXPERT_NAME = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
-_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # saved by early versions, computed by all
+_EXPERT_NAME = re.compile(
+    r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight"
+)
+_BUFFER = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)  # saved by early versions, computed by all
 
 
 class Slot(NamedTuple):
-    """Where one tensor lies in our parameters: leaf path, index of its leading axes (layer in its run, expert), its shapes."""
+    """Where one tensor lies in our parameters: leaf path, index of its leading axes (layer in its
+    run, expert), its shapes."""
 
     path: tuple[str, ...]
     indices: tuple[int, ...]
@@ -81,12 +100,17 @@ class Slot(NamedTuple):
         return (tensor.T if self.transposed else tensor).reshape(self.part)
 
     def to_theirs(self, part: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(part.reshape(self.shape[::-1]).T) if self.transposed else part.reshape(self.shape)
+        return (
+            np.ascontiguousarray(part.reshape(self.shape[::-1]).T)
+            if self.transposed
+            else part.reshape(self.shape)
+        )
 
 
 @functools.lru_cache(maxsize=8)
 def slots(model: ModelConfig) -> dict[str, Slot]:
-    """Every tensor of the model under its Hugging Face name, in the order in which layers are computed. LoRA experts have none."""
+    """Every tensor of the model under its Hugging Face name, in the order in which layers are
+    computed. LoRA experts have none."""
     leaves = _leaf_shapes(model)
     result: dict[str, Slot] = {}
 
@@ -95,15 +119,22 @@ def slots(model: ModelConfig) -> dict[str, Slot]:
         if path not in leaves:
             return  # lm_head of a tied model
         part = leaves.pop(path) if not index else leaves[path][len(index) :]
-        inputs, outputs = int(np.prod(part[: row.in_axes], dtype=int)), int(np.prod(part[row.in_axes :], dtype=int))
-        result[name] = Slot(path, index, (outputs, inputs) if row.in_axes else part, part, bool(row.in_axes))
+        inputs, outputs = (
+            int(np.prod(part[: row.in_axes], dtype=int)),
+            int(np.prod(part[row.in_axes :], dtype=int)),
+        )
+        result[name] = Slot(
+            path, index, (outputs, inputs) if row.in_axes else part, part, bool(row.in_axes)
+        )
 
     embed, norm, head = _OUTSIDE
     add(embed, embed.theirs, (), ())
     layer = 0
     for run, length, spec in model.runs():
         for offset in range(length):
-            for row in _LAYER + (() if spec.experts else _DENSE) + ((_ROUTER,) if spec.experts else ()):
+            for row in (
+                _LAYER + (() if spec.experts else _DENSE) + ((_ROUTER,) if spec.experts else ())
+            ):
                 add(row, row.theirs.format(l=layer), (run,), (offset,))
             for expert in range(spec.experts):
                 for row in _EXPERT:
@@ -111,7 +142,9 @@ def slots(model: ModelConfig) -> dict[str, Slot]:
             layer += 1
     add(norm, norm.theirs, (), ())
     add(head, head.theirs, (), ())
-    unmapped = {path for path in leaves if not is_adapter(path)} - {slot.path for slot in result.values()}
+    unmapped = {path for path in leaves if not is_adapter(path)} - {
+        slot.path for slot in result.values()
+    }
     assert not unmapped, f"leaves without a Hugging Face name: {unmapped}"
     return result
 
@@ -148,7 +181,9 @@ def expert_tensor(name: str) -> ExpertTensor | None:
 
 
 def expert_name(layer: int, expert: int, part: str) -> str:
-    return next(row.theirs.format(l=layer, e=expert) for row in _EXPERT if row.ours == f"ffn/{part}")
+    return next(
+        row.theirs.format(l=layer, e=expert) for row in _EXPERT if row.ours == f"ffn/{part}"
+    )
 
 
 def dense_name(layer: int, part: str) -> str:
@@ -167,11 +202,15 @@ def router_layer(name: str) -> int | None:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no element is NaN or infinite, from the exponent bits: one pass over the bytes, whatever the dtype."""
+    """Whether no element is NaN or infinite, from the exponent bits: one pass over the bytes,
+    whatever the dtype."""
     mask = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[array.dtype.name]
     bits: np.ndarray = array.reshape(-1).view(np.uint32 if array.itemsize == 4 else np.uint16)
     step = 1 << 18  # fits a core's cache
-    return all(int(np.bitwise_and(bits[i : i + step], mask).max(initial=0)) < mask for i in range(0, bits.size, step))
+    return all(
+        int(np.bitwise_and(bits[i : i + step], mask).max(initial=0)) < mask
+        for i in range(0, bits.size, step)
+    )
 
 
 def is_huggingface(path: Path) -> bool:
@@ -179,13 +218,19 @@ def is_huggingface(path: Path) -> bool:
     if (path / "adapter_config.json").is_file():
         return True
     config = path / "config.json"
-    return config.is_file() and (not (path / "checkpoints").is_dir() or '"model_type"' in config.read_text("utf-8", "replace"))
+    return config.is_file() and (
+        not (path / "checkpoints").is_dir()
+        or '"model_type"' in config.read_text("utf-8", "replace")
+    )
 
 
 def read_config(directory: Path) -> ModelConfig:
     """The model of a Hugging Face directory, from its config.json alone. Raises UserError."""
     if (directory / "adapter_config.json").exists():
-        raise UserError(f"{directory} is a LoRA adapter, not a model; merge it into its base first (peft: merge_and_unload)")
+        raise UserError(
+            f"{directory} is a LoRA adapter, not a model; merge it into its base first (peft:"
+            " merge_and_unload)"
+        )
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -195,18 +240,25 @@ def read_config(directory: Path) -> ModelConfig:
         raise UserError(f"{path}: not a JSON object")
     if "stage" in config and "model_type" not in config:
         if config["stage"] == "pipeline":
-            raise UserError(f"{directory} is a pipeline's directory; name one of its runs: {', '.join(config.get('pipeline') or ())}")
+            raise UserError(
+                f"{directory} is a pipeline's directory; name one of its runs:"
+                f" {', '.join(config.get('pipeline') or ())}"
+            )
         raise UserError(f"{directory} is a run that has saved no checkpoint yet")
     try:
         return model_from_config(config, str(path))
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{path}: a value of the wrong kind: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{path}: a value of the wrong kind: {type(error).__name__}: {error}"
+        ) from error
 
 
 class HuggingFaceReader:
-    """Reads the tensors of a directory by their names. Everything but their values is checked at once, here.
+    """Reads the tensors of a directory by their names. Everything but their values is checked at
+    once, here.
 
-    Raises UserError listing all unknown, missing, duplicate, misshapen or mistyped tensors. `read` notes NaN and infinity, for `check`.
+    Raises UserError listing all unknown, missing, duplicate, misshapen or mistyped tensors. `read`
+    notes NaN and infinity, for `check`.
     """
 
     def __init__(self, directory: Path):
@@ -229,14 +281,21 @@ class HuggingFaceReader:
         d_ff, d_model = self.model.d_ff, self.model.d_model
         for layer, spec in enumerate(self.model.layer_specs()):
             router, gate_up, down = (name.format(l=layer) for name in _FUSED)
-            expected = {gate_up: (spec.experts, 2 * d_ff, d_model), down: (spec.experts, d_model, d_ff)}
+            expected = {
+                gate_up: (spec.experts, 2 * d_ff, d_model),
+                down: (spec.experts, d_model, d_ff),
+            }
             for name, shape in expected.items():
                 if name in self._stored and self._stored[name].tensors[name].shape != shape:
-                    problems.append(f"{name} is {self._stored[name].tensors[name].shape}, not {shape}")
+                    problems.append(
+                        f"{name} is {self._stored[name].tensors[name].shape}, not {shape}"
+                    )
             if router in self._stored:
                 found[router_name(layer)] = (router, None, None)
             for expert in range(spec.experts):
-                gate_name, down_name, up_name = (row.theirs.format(l=layer, e=expert) for row in _EXPERT)
+                gate_name, down_name, up_name = (
+                    row.theirs.format(l=layer, e=expert) for row in _EXPERT
+                )
                 if gate_up in self._stored:
                     found[gate_name] = (gate_up, expert, (0, d_ff))
                     found[up_name] = (gate_up, expert, (d_ff, 2 * d_ff))
@@ -254,12 +313,19 @@ class HuggingFaceReader:
             if name == "lm_head.weight" and self.model.tied_head:
                 if self._is_head_tied():
                     continue
-                problems.append("lm_head.weight differs from the embedding, but config.json says tie_word_embeddings")
+                problems.append(
+                    "lm_head.weight differs from the embedding, but config.json says"
+                    " tie_word_embeddings"
+                )
             else:
                 problems.append(f"unknown {name}")
         for name, slot in self.slots.items():
             if name not in self._where:
-                hint = "; config.json should say tie_word_embeddings?" if name == "lm_head.weight" else ""
+                hint = (
+                    "; config.json should say tie_word_embeddings?"
+                    if name == "lm_head.weight"
+                    else ""
+                )
                 problems.append(f"missing {name}{hint}")
                 continue
             stored, index, _ = self._where[name]
@@ -271,10 +337,19 @@ class HuggingFaceReader:
 
     def _is_head_tied(self) -> bool:
         head, embedding = (
-            self._stored[name].read(name) if name in self._stored and self._stored[name].tensors[name].dtype in DTYPES else None
+            (
+                self._stored[name].read(name)
+                if name in self._stored and self._stored[name].tensors[name].dtype in DTYPES
+                else None
+            )
             for name in ("lm_head.weight", "model.embed_tokens.weight")
         )
-        return head is not None and embedding is not None and head.dtype == embedding.dtype and np.array_equal(head, embedding)
+        return (
+            head is not None
+            and embedding is not None
+            and head.dtype == embedding.dtype
+            and np.array_equal(head, embedding)
+        )
 
     def _dtype(self, name: str) -> np.dtype:
         stored = self._where[name][0]
@@ -290,7 +365,10 @@ class HuggingFaceReader:
 
     def check(self) -> None:
         """Raises UserError when a tensor that was read held NaN or infinity."""
-        raise_problems(self.directory, [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)])
+        raise_problems(
+            self.directory,
+            [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)],
+        )
 
 
 def raise_problems(directory: Path, problems: Sequence[str]) -> None:
@@ -305,11 +383,16 @@ def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
     index_path = directory / INDEX
     if not index_path.exists():
         if not (directory / SINGLE).exists():
-            pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+            pickles = sorted(
+                path.name
+                for pattern in ("*.bin", "*.pt", "*.pth")
+                for path in directory.glob(pattern)
+            )
             if pickles:
                 raise UserError(
-                    f"{directory}: {pickles[0]} is a pickle, which can run any code when it is read; save the model as safetensors "
-                    "(transformers: model.save_pretrained(DIR))"
+                    f"{directory}: {pickles[0]} is a pickle, which can run any code when it is"
+                    " read; save the model as safetensors (transformers:"
+                    " model.save_pretrained(DIR))"
                 )
             raise UserError(f"{directory}: no {SINGLE} and no {INDEX}")
         file = SafetensorsFile(directory / SINGLE)
@@ -322,12 +405,17 @@ def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index_path}: damaged: {error}") from error
     if (directory / SINGLE).exists() and SINGLE not in weight_map.values():
-        raise UserError(f"{directory} holds both {SINGLE} and {INDEX}, which does not name it; delete the one that is out of date")
+        raise UserError(
+            f"{directory} holds both {SINGLE} and {INDEX}, which does not name it; delete the one"
+            " that is out of date"
+        )
     files: dict[str, SafetensorsFile] = {}
     for name in sorted(set(weight_map.values())):
         path = PurePosixPath(name)
         if path.is_absolute() or len(path.parts) != 1 or name in ("", ".", "..") or "\\" in name:
-            raise UserError(f"{index_path}: {name!r} is no file of this directory; refusing to read it")
+            raise UserError(
+                f"{index_path}: {name!r} is no file of this directory; refusing to read it"
+            )
         if not (directory / name).exists():
             problems.append(f"missing shard {name}")
             continue
@@ -338,17 +426,29 @@ def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
     for tensor, name in items:
         if name in files and tensor not in files[name].tensors:
             problems.append(f"{tensor} is not in {name}, where the index says")
-    problems += [f"{tensor} is in a shard but not in the index" for tensor in located if tensor not in weight_map]
+    problems += [
+        f"{tensor} is in a shard but not in the index"
+        for tensor in located
+        if tensor not in weight_map
+    ]
     return located
 
 
 class HuggingFaceWriter:
-    """Writes a model into a directory, tensor by tensor in the order of `slots(model)`; `finish` adds the small files.
+    """Writes a model into a directory, tensor by tensor in the order of `slots(model)`; `finish`
+    adds the small files.
 
-    dtypes: name -> numpy dtype of each tensor. Raises UserError when Hugging Face has no such model.
+    dtypes: name -> numpy dtype of each tensor. Raises UserError when Hugging Face has no such
+    model.
     """
 
-    def __init__(self, directory: Path, model: ModelConfig, dtypes: Mapping[str, np.dtype], shard_bytes: int = 5_000_000_000):
+    def __init__(
+        self,
+        directory: Path,
+        model: ModelConfig,
+        dtypes: Mapping[str, np.dtype],
+        shard_bytes: int = 5_000_000_000,
+    ):
         if model.moe:
             experts_per_token(model)
         self.model, self._directory = model, directory
@@ -367,5 +467,7 @@ class HuggingFaceWriter:
         generation = {"_from_model_config": True, "bos_token_id": bos, "eos_token_id": eos}
         for name, values in (("config.json", config), ("generation_config.json", generation)):
             if not (self._directory / name).exists():  # one that came with the tokenizer says more
-                (self._directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+                (self._directory / name).write_text(
+                    json.dumps(values, indent=2) + "\n", encoding="utf-8"
+                )
         (self._directory / "README.md").write_text(card, encoding="utf-8")

@@ -1,4 +1,5 @@
-"""config.json of Hugging Face's Llama, Mistral and Mixtral <-> ModelConfig, in the spelling of every transformers version."""
+"""config.json of Hugging Face's Llama, Mistral and Mixtral <-> ModelConfig, in the spelling of
+every transformers version."""
 
 import dataclasses
 import logging
@@ -11,19 +12,28 @@ from btx_jax.model_config import ModelConfig, MoEConfig, RopeScaling
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 
 
 def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
-    """Raises UserError, prefixed with `where`, listing everything that this model cannot represent."""
+    """Raises UserError, prefixed with `where`, listing everything that this model cannot
+    represent."""
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         named = ", ".join(config.get("architectures") or ()) or kind
-        raise UserError(f"{where}: architecture {named}; readable are {', '.join(ARCHITECTURES.values())}")
+        raise UserError(
+            f"{where}: architecture {named}; readable are {', '.join(ARCHITECTURES.values())}"
+        )
     architectures = config.get("architectures") or [ARCHITECTURES[kind]]
     problems = []
     if architectures != [ARCHITECTURES[kind]]:
-        problems.append(f"architectures={architectures} is not the language model {ARCHITECTURES[kind]}")
+        problems.append(
+            f"architectures={architectures} is not the language model {ARCHITECTURES[kind]}"
+        )
     for key, plain in (
         ("hidden_act", "silu"),
         ("attention_bias", False),
@@ -33,10 +43,22 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
     ):
         if config.get(key, plain) != plain:
             problems.append(f"{key}={config[key]!r} is not supported, only {plain!r}")
-    needed = ["vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"]
+    needed = [
+        "vocab_size",
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+    ]
     needed += ["num_local_experts", "num_experts_per_tok"] if kind == "mixtral" else []
     problems += [f"{key} is missing" for key in needed if config.get(key) is None]
-    whole = [*needed, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"]
+    whole = [
+        *needed,
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "sliding_window",
+    ]
     for key in whole:
         value = config.get(key)
         if value is not None and (type(value) is not int or value < 1):
@@ -51,15 +73,30 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
 
-    heads, width, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
+    heads, width, layers = (
+        config["num_attention_heads"],
+        config["hidden_size"],
+        config["num_hidden_layers"],
+    )
     context = config.get("max_position_embeddings") or 4096
-    window = config.get("sliding_window", 4096 if kind == "mistral" else None)  # as transformers' MistralConfig has it
+    window = config.get(
+        "sliding_window", 4096 if kind == "mistral" else None
+    )  # as transformers' MistralConfig has it
     if kind != "llama" and window is not None and window < context:
-        log.warning("%s: sliding_window=%d: attention here is full, so the context is cut to it, where both are equal", where, window)
+        log.warning(
+            "%s: sliding_window=%d: attention here is full, so the context is cut to it, where both"
+            " are equal",
+            where,
+            window,
+        )
         context = window
     try:
         theta, scaling = _rope(config, kind)
-        moe = MoEConfig((config["num_local_experts"],) * layers, config["num_experts_per_tok"]) if kind == "mixtral" else None
+        moe = (
+            MoEConfig((config["num_local_experts"],) * layers, config["num_experts_per_tok"])
+            if kind == "mixtral"
+            else None
+        )
         return ModelConfig(
             vocab_size=config["vocab_size"],
             layers=layers,
@@ -80,22 +117,35 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _rope(config: dict[str, Any], kind: str) -> tuple[float, RopeScaling]:
-    """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling. When both are there, they must agree."""
+    """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling. When both are
+    there, they must agree."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     scaling = new or old or {}
     places = (config, new or {}, old or {})
     thetas = {float(place["rope_theta"]) for place in places if place.get("rope_theta") is not None}
     if len(thetas) > 1:
         raise ConfigError(f"rope_theta: {', '.join(map(str, sorted(thetas)))}; which is right?")
-    if any(place.get("partial_rotary_factor") not in (None, 1, 1.0) for place in (new or {}, old or {})):
+    if any(
+        place.get("partial_rotary_factor") not in (None, 1, 1.0) for place in (new or {}, old or {})
+    ):
         raise ConfigError("partial_rotary_factor: a part of the rotary embedding is not supported")
     theta = thetas.pop() if thetas else {"mixtral": 1e6}.get(kind, 10_000.0)
     name = scaling.get("rope_type") or scaling.get("type") or "default"
     if new and old and (old.get("rope_type") or old.get("type")) not in (None, name):
-        raise ConfigError(f"rope_parameters say {name}, rope_scaling says {old.get('rope_type') or old.get('type')}; which is right?")
-    for key in {*(new or {}), *(old or {})} & {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}:
+        raise ConfigError(
+            f"rope_parameters say {name}, rope_scaling says"
+            f" {old.get('rope_type') or old.get('type')}; which is right?"
+        )
+    for key in {*(new or {}), *(old or {})} & {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    }:
         sources = (new, old, config) if key == "original_max_position_embeddings" else (new, old)
-        values = {float(source[key]) for source in sources if source and source.get(key) is not None}
+        values = {
+            float(source[key]) for source in sources if source and source.get(key) is not None
+        }
         if len(values) > 1 or not all(map(_is_positive, values)):
             raise ConfigError(f"rope {key}: {', '.join(map(str, sorted(values)))}; which is right?")
     if not _is_positive(theta):
@@ -125,21 +175,36 @@ def _is_positive(value: Any) -> bool:
 
 
 def experts_per_token(model: ModelConfig) -> int:
-    """num_experts_per_tok of a Mixtral that computes the same. Raises UserError when no Mixtral does.
+    """num_experts_per_tok of a Mixtral that computes the same. Raises UserError when no Mixtral
+    does.
 
-    Mixtral is SoftMax(TopK). Soft routing is that with k = E; sample_top1 at inference (argmax, weight 1) is that with k = 1. Switch is
-    not: it weights its one expert by the full softmax. Every layer must be a mixture of the same size.
+    Mixtral is SoftMax(TopK). Soft routing is that with k = E; sample_top1 at inference (argmax,
+    weight 1) is that with k = 1. Switch is
+    not: it weights its one expert by the full softmax. Every layer must be a mixture of the same
+    size.
     """
     specs = set(model.layer_specs())
     routings = {spec.routing for spec in specs}
-    if len({(spec.experts, spec.k) for spec in specs}) > 1 or 0 in {spec.experts for spec in specs} or "switch" in routings:
-        described = ", ".join(sorted(f"{spec.experts or 'no'} experts {spec.routing} k={spec.k}" for spec in specs))
-        raise UserError(f"Hugging Face's Mixtral has the same top-k mixture in every layer, this model has {described}; keep it as it is")
+    if (
+        len({(spec.experts, spec.k) for spec in specs}) > 1
+        or 0 in {spec.experts for spec in specs}
+        or "switch" in routings
+    ):
+        described = ", ".join(
+            sorted(f"{spec.experts or 'no'} experts {spec.routing} k={spec.k}" for spec in specs)
+        )
+        raise UserError(
+            "Hugging Face's Mixtral has the same top-k mixture in every layer, this model has"
+            f" {described}; keep it as it is"
+        )
     return specs.pop().k
 
 
-def config_from_model(model: ModelConfig, dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:
-    """config.json, with old and new spellings: transformers 4.42 reads rope_theta and torch_dtype, 5 rope_parameters and dtype."""
+def config_from_model(
+    model: ModelConfig, dtype: str, bos: int | None, eos: int | None
+) -> dict[str, Any]:
+    """config.json, with old and new spellings: transformers 4.42 reads rope_theta and torch_dtype,
+    5 rope_parameters and dtype."""
     kind = "mixtral" if model.moe else "llama"
     scaling = model.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -169,7 +234,11 @@ def config_from_model(model: ModelConfig, dtype: str, bos: int | None, eos: int 
         "max_position_embeddings": model.context,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
-        "rope_scaling": {"none": None, "linear": {"type": "linear", "factor": scaling.factor}}.get(scaling.kind, rope),
+        "rope_scaling": (
+            {"none": None, "linear": {"type": "linear", "factor": scaling.factor}}.get(
+                scaling.kind, rope
+            )
+        ),
         "rope_parameters": {**rope, "rope_theta": model.rope_theta},
         "tie_word_embeddings": model.tied_head,
         "use_cache": True,
@@ -191,7 +260,8 @@ def config_from_model(model: ModelConfig, dtype: str, bos: int | None, eos: int 
 
 
 def same_function(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Lines `key: a's value, b's value` for every setting in which two models' parameters would mean something else."""
+    """Lines `key: a's value, b's value` for every setting in which two models' parameters would
+    mean something else."""
     lines = []
     for field in dataclasses.fields(ModelConfig):
         x, y = getattr(a, field.name), getattr(b, field.name)
@@ -201,4 +271,8 @@ def same_function(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return str(dataclasses.asdict(value)) if dataclasses.is_dataclass(value) and not isinstance(value, type) else repr(value)
+    return (
+        str(dataclasses.asdict(value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else repr(value)
+    )

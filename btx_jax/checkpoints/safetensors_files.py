@@ -1,8 +1,9 @@
 """safetensors files, read and written tensor by tensor, so that no more than one is in memory.
 
-Format (https://github.com/huggingface/safetensors): 8 bytes, little-endian length of the header; the header, JSON
-{name: {dtype, shape, data_offsets}}; the tensors, C order, little-endian, without gaps. Files are read with pread instead of mapped:
-mapped pages would count as this process's memory until it ends.
+Format (https://github.com/huggingface/safetensors): 8 bytes, little-endian length of the header;
+the header, JSON {name: {dtype, shape, data_offsets}}; the tensors, C order, little-endian, without
+gaps. Files are read with pread instead of mapped: mapped pages would count as this process's memory
+until it ends.
 """
 
 import json
@@ -18,16 +19,34 @@ import numpy as np
 
 from btx_jax.errors import UserError
 
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
+_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
 _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies. dtype: the format's name, such as BF16; start: byte offset in the file."""
+    """Where one tensor lies. dtype: the format's name, such as BF16; start: byte offset in the
+    file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -36,7 +55,8 @@ class Tensor(NamedTuple):
 
 
 class SafetensorsFile:
-    """The header of one file, checked; tensors are read on demand. Raises UserError for a file that is damaged in any way."""
+    """The header of one file, checked; tensors are read on demand. Raises UserError for a file that
+    is damaged in any way."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -51,7 +71,9 @@ class SafetensorsFile:
         size = os.fstat(self._fd).st_size
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise UserError(f"{self.path}: truncated or no safetensors file ({size} bytes, header of {length})")
+            raise UserError(
+                f"{self.path}: truncated or no safetensors file ({size} bytes, header of {length})"
+            )
         try:
             header = json.loads(os.pread(self._fd, length, 8), object_pairs_hook=_unique)
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -60,19 +82,38 @@ class SafetensorsFile:
                 begin, stop = entry["data_offsets"]
                 shape = tuple(entry["shape"])
                 if not all(type(number) is int and number >= 0 for number in (begin, stop, *shape)):
-                    raise UserError(f"{self.path}: damaged header: shape or offsets of {name} are no whole numbers")
-                itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else _BYTES[entry["dtype"]]
+                    raise UserError(
+                        f"{self.path}: damaged header: shape or offsets of {name} are no whole"
+                        " numbers"
+                    )
+                itemsize = (
+                    DTYPES[entry["dtype"]].itemsize
+                    if entry["dtype"] in DTYPES
+                    else _BYTES[entry["dtype"]]
+                )
                 if begin != end or stop - begin != math.prod(shape) * itemsize:
-                    raise UserError(f"{self.path}: damaged header: {name} does not lie where its shape {shape} says")
-                tensors[name], end = Tensor(entry["dtype"], shape, 8 + length + begin, stop - begin), stop
+                    raise UserError(
+                        f"{self.path}: damaged header: {name} does not lie where its shape {shape}"
+                        " says"
+                    )
+                tensors[name], end = (
+                    Tensor(entry["dtype"], shape, 8 + length + begin, stop - begin),
+                    stop,
+                )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.path}: damaged header: {error}") from error
         if size != 8 + length + end:
-            raise UserError(f"{self.path}: truncated: {size} bytes, its header describes {8 + length + end}; download it again")
+            raise UserError(
+                f"{self.path}: truncated: {size} bytes, its header describes {8 + length + end};"
+                " download it again"
+            )
         return tensors
 
-    def read(self, name: str, index: int | None = None, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """A tensor, or its [index], or the rows [start, stop) of that: contiguous bytes in every case."""
+    def read(
+        self, name: str, index: int | None = None, rows: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """A tensor, or its [index], or the rows [start, stop) of that: contiguous bytes in every
+        case."""
         tensor = self.tensors[name]
         dtype, shape, start = DTYPES[tensor.dtype], tensor.shape, tensor.start
         if index is not None:
@@ -101,12 +142,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """Writes tensors, in the order they were announced, into shards of at most `shard_bytes` (or one tensor).
+    """Writes tensors, in the order they were announced, into shards of at most `shard_bytes` (or
+    one tensor).
 
-    tensors: name -> (shape, dtype). Every shard's header is known beforehand, so that data goes to disk as it comes.
+    tensors: name -> (shape, dtype). Every shard's header is known beforehand, so that data goes to
+    disk as it comes.
     """
 
-    def __init__(self, directory: Path, tensors: Mapping[str, tuple[Sequence[int], np.dtype]], shard_bytes: int = 5_000_000_000):
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Mapping[str, tuple[Sequence[int], np.dtype]],
+        shard_bytes: int = 5_000_000_000,
+    ):
         self._directory = directory
         self._shards: list[dict[str, tuple[Sequence[int], np.dtype]]] = [{}]
         self.total_bytes, filled = 0, 0
@@ -118,13 +166,19 @@ class ShardWriter:
             self._shards[-1][name] = (shape, dtype)
             filled += nbytes
             self.total_bytes += nbytes
-        self._pending = [(number, name) for number, shard in enumerate(self._shards) for name in shard]
+        self._pending = [
+            (number, name) for number, shard in enumerate(self._shards) for name in shard
+        ]
         self._file: Any = None
         self._flusher = ThreadPoolExecutor(1)
         self._flush: Future | None = None
 
     def _name(self, number: int) -> str:
-        return SINGLE if len(self._shards) == 1 else f"model-{number + 1:05}-of-{len(self._shards):05}.safetensors"
+        return (
+            SINGLE
+            if len(self._shards) == 1
+            else f"model-{number + 1:05}-of-{len(self._shards):05}.safetensors"
+        )
 
     def _open(self, number: int) -> None:
         self._close()
@@ -132,7 +186,11 @@ class ShardWriter:
         end = 0
         for name, (shape, dtype) in self._shards[number].items():
             begin, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [begin, end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors start aligned
         self._file = (self._directory / self._name(number)).open("wb", buffering=0)
@@ -144,7 +202,8 @@ class ShardWriter:
             view = view[self._file.write(view) :]
 
     def _flush_behind(self) -> None:
-        """Let the disk work while tensors are made: otherwise gigabytes wait for the final fsync."""
+        """Let the disk work while tensors are made: otherwise gigabytes wait for the final
+        fsync."""
         if self._flush is None or self._flush.done():
             if self._flush is not None:
                 self._flush.result()  # the kernel reports a failed write once
@@ -162,7 +221,13 @@ class ShardWriter:
     def write(self, name: str, array: np.ndarray) -> None:
         number, expected = self._pending.pop(0)
         shape, dtype = self._shards[number][expected]
-        assert (name, array.shape, array.dtype) == (expected, tuple(shape), dtype), (name, array.shape, array.dtype, expected, shape)
+        assert (name, array.shape, array.dtype) == (expected, tuple(shape), dtype), (
+            name,
+            array.shape,
+            array.dtype,
+            expected,
+            shape,
+        )
         if self._file is None or name == next(iter(self._shards[number])):
             self._open(number)
         self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -173,6 +238,12 @@ class ShardWriter:
         assert not self._pending, f"{len(self._pending)} tensors were announced and not written"
         self._close()
         if len(self._shards) > 1:
-            weight_map = {name: self._name(number) for number, shard in enumerate(self._shards) for name in shard}
+            weight_map = {
+                name: self._name(number)
+                for number, shard in enumerate(self._shards)
+                for name in shard
+            }
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self._directory / INDEX).write_text(
+                json.dumps(index, indent=2) + "\n", encoding="utf-8"
+            )

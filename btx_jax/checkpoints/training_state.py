@@ -1,7 +1,8 @@
 """Checkpoints of a run, through Orbax: the only module that knows it.
 
-A run keeps them in WORKDIR/checkpoints/STEP/{params, opt_state, data, about}: separate items, so that a mix reads parameters
-only. `about` makes params self-describing: the model, what it was trained on so far. The tokenizer lies in WORKDIR/tokenizer.
+A run keeps them in WORKDIR/checkpoints/STEP/{params, opt_state, data, about}: separate items, so
+that a mix reads parameters only. `about` makes params self-describing: the model, what it was
+trained on so far. The tokenizer lies in WORKDIR/tokenizer.
 """
 
 import dataclasses
@@ -33,8 +34,9 @@ FORMAT = 2
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What one training run took. seconds: in its steps, over all its starts; compiling, saving and evaluating left out. peak_bytes: of
-    one step, per chip, as compiled. after: ids of all runs behind the parameters it started from."""
+    """What one training run took. seconds: in its steps, over all its starts; compiling, saving and
+    evaluating left out. peak_bytes: of one step, per chip, as compiled. after: ids of all runs
+    behind the parameters it started from."""
 
     tokens: int
     flops: float
@@ -49,7 +51,8 @@ History = Mapping[str, TrainingRun]
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model under LoRA experts: where it was found, and sha256 over its values (`checkpoint.load_base`)."""
+    """The model under LoRA experts: where it was found, and sha256 over its values
+    (`checkpoint.load_base`)."""
 
     path: str
     digest: str
@@ -57,8 +60,8 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """history: run id -> every training run behind these parameters, each once. step: of the last of them. base: of LoRA experts; then the
-    checkpoint holds these alone."""
+    """history: run id -> every training run behind these parameters, each once. step: of the last
+    of them. base: of LoRA experts; then the checkpoint holds these alone."""
 
     model: ModelConfig
     step: int
@@ -66,13 +69,15 @@ class About:
     base: Base | None = None
 
     def costs(self, without: History | None = None) -> dict[str, float]:
-        """Of all runs but `without`. critical_seconds: of the longest chain of runs that had to wait for each other, so with branches
-        side by side; chip_seconds: of all together."""
+        """Of all runs but `without`. critical_seconds: of the longest chain of runs that had to
+        wait for each other, so with branches side by side; chip_seconds: of all together."""
         runs = {name: run for name, run in self.history.items() if name not in (without or {})}
 
         @functools.cache
         def until(name: str) -> float:
-            return runs[name].seconds + max((until(before) for before in runs[name].after if before in runs), default=0.0)
+            return runs[name].seconds + max(
+                (until(before) for before in runs[name].after if before in runs), default=0.0
+            )
 
         return {
             "tokens": sum(run.tokens for run in runs.values()),
@@ -85,15 +90,27 @@ class About:
 
 def about_to_json(about: About) -> dict[str, Any]:
     base = {"base": to_dict(about.base)} if about.base else {}
-    return {"format": FORMAT, "model": to_dict(about.model), "step": about.step, "history": to_dict(about.history)} | base
+    return {
+        "format": FORMAT,
+        "model": to_dict(about.model),
+        "step": about.step,
+        "history": to_dict(about.history),
+    } | base
 
 
 def about_from_json(values: dict[str, Any], path: Path) -> About:
     if values.get("format") != FORMAT:
-        raise UserError(f"{path}: checkpoint format {values.get('format')!r}; this version reads {FORMAT}")
-    history = {name: from_dict(TrainingRun, run, f"{path}: history") for name, run in values["history"].items()}
+        raise UserError(
+            f"{path}: checkpoint format {values.get('format')!r}; this version reads {FORMAT}"
+        )
+    history = {
+        name: from_dict(TrainingRun, run, f"{path}: history")
+        for name, run in values["history"].items()
+    }
     base = from_dict(Base, values["base"], f"{path}: base") if "base" in values else None
-    return About(from_dict(ModelConfig, values["model"], f"{path}: model"), values["step"], history, base)
+    return About(
+        from_dict(ModelConfig, values["model"], f"{path}: model"), values["step"], history, base
+    )
 
 
 def stored(params: Any, model: ModelConfig) -> Any:
@@ -109,14 +126,17 @@ def quiet() -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saves in the background; a save that was interrupted does not exist."""
+    """The checkpoints of one run. Saves in the background; a save that was interrupted does not
+    exist."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
         quiet()
         self._directory = (workdir / DIRECTORY).resolve()
         self._manager = ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True, create=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep, enable_async_checkpointing=True, create=True
+            ),
             item_names=("params", "opt_state", "data", "about"),
         )
 
@@ -126,25 +146,47 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self._directory / str(step)
 
-    def save(self, about: About, params: Params, opt_state: Any = None, data: dict[str, Any] | None = None) -> None:
-        """Start saving about.step. Arrays may be donated afterwards: they are copied to the host first."""
-        items = {"params": ocp.args.StandardSave(stored(params, about.model)), "about": ocp.args.JsonSave(about_to_json(about))}
+    def save(
+        self,
+        about: About,
+        params: Params,
+        opt_state: Any = None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        """Start saving about.step. Arrays may be donated afterwards: they are copied to the host
+        first."""
+        items = {
+            "params": ocp.args.StandardSave(stored(params, about.model)),
+            "about": ocp.args.JsonSave(about_to_json(about)),
+        }
         if opt_state is not None:
-            items |= {"opt_state": ocp.args.StandardSave(opt_state), "data": ocp.args.JsonSave(data)}
+            items |= {
+                "opt_state": ocp.args.StandardSave(opt_state),
+                "data": ocp.args.JsonSave(data),
+            }
         self._told(lambda: self._manager.save(about.step, args=ocp.args.Composite(**items)))
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
-        """(params, opt_state, data) of a step, onto the shardings of the abstract arguments: any mesh will do. params: what is `stored`.
+        """(params, opt_state, data) of a step, onto the shardings of the abstract arguments: any
+        mesh will do. params: what is `stored`.
 
         Raises UserError when it holds moments of other leaves than opt_state."""
         names = lambda tree: set(named_leaves(tree))  # noqa: E731
         with ocp.StandardCheckpointer() as checkpointer:
             held = checkpointer.metadata(self.path(step) / "opt_state").item_metadata
         if wrong := sorted(names(held) ^ names(opt_state)):
-            whose = "the stored optimizer holds, and this run does not train," if wrong[0] in names(held) else "this run trains, unstored,"
-            raise UserError(f"{self.path(step)}: {whose} {', '.join(wrong[:4])}; start in another --workdir")
+            whose = (
+                "the stored optimizer holds, and this run does not train,"
+                if wrong[0] in names(held)
+                else "this run trains, unstored,"
+            )
+            raise UserError(
+                f"{self.path(step)}: {whose} {', '.join(wrong[:4])}; start in another --workdir"
+            )
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state), data=ocp.args.JsonRestore()
+            params=ocp.args.StandardRestore(params),
+            opt_state=ocp.args.StandardRestore(opt_state),
+            data=ocp.args.JsonRestore(),
         )
         try:
             restored = self._manager.restore(step, args=items)
@@ -158,11 +200,14 @@ class Checkpoints:
         self._told(self._manager.wait_until_finished)
 
     def _told(self, save: Callable[[], Any]) -> None:
-        """A save that runs in the background fails where the next one starts, or where it is waited for."""
+        """A save that runs in the background fails where the next one starts, or where it is waited
+        for."""
         try:
             save()
         except Exception as error:  # Orbax passes on whatever its storage raises
-            raise UserError(f"cannot save to {self._directory}: {_short(error)}; earlier steps there are good") from error
+            raise UserError(
+                f"cannot save to {self._directory}: {_short(error)}; earlier steps there are good"
+            ) from error
 
     def close(self) -> None:
         self._told(self._manager.close)
@@ -178,9 +223,11 @@ def read_about(path: Path) -> About:
 
 
 def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
-    """What a step holds of the parameters (`stored`), onto the shardings and into the dtypes of `abstract`.
+    """What a step holds of the parameters (`stored`), onto the shardings and into the dtypes of
+    `abstract`.
 
-    Raises UserError listing every leaf that is unknown, missing or misshapen against the model, or holds NaN or infinity.
+    Raises UserError listing every leaf that is unknown, missing or misshapen against the model, or
+    holds NaN or infinity.
     """
     _check_stored(path, model)
     try:
@@ -194,7 +241,10 @@ def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
 
 def _check_finite(params: Params, path: Path) -> None:
     finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
-    raise_problems(path, [f"NaN or infinity in {name}" for name, good in named_leaves(finite).items() if not good])
+    raise_problems(
+        path,
+        [f"NaN or infinity in {name}" for name, good in named_leaves(finite).items() if not good],
+    )
 
 
 def _short(error: Exception) -> str:
@@ -204,7 +254,10 @@ def _short(error: Exception) -> str:
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """layers_0/ffn/gate -> leaf."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _check_stored(path: Path, model: ModelConfig) -> None:
@@ -212,7 +265,9 @@ def _check_stored(path: Path, model: ModelConfig) -> None:
     params = path / "params"
     try:
         json.loads((params / "_METADATA").read_text(encoding="utf-8"))
-        tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{params.resolve()}/"}).result().list().result()
+        tensorstore.KvStore.open(
+            {"driver": "ocdbt", "base": f"file://{params.resolve()}/"}
+        ).result().list().result()
         with ocp.StandardCheckpointer() as checkpointer:
             held = checkpointer.metadata(params).item_metadata
         _check_leaves(stored(nn.unbox(abstract_params(model)), model), held, path)
@@ -221,21 +276,36 @@ def _check_stored(path: Path, model: ModelConfig) -> None:
 
 
 def _check_leaves(expected: Any, stored: Any, path: Path) -> None:
-    want, have = ({name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()} for tree in (expected, stored))
+    want, have = (
+        {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
+        for tree in (expected, stored)
+    )
     problems = [f"missing {name}" for name in want if name not in have]
     problems += [f"unknown {name}" for name in have if name not in want]
-    problems += [f"{name} is {have[name]}, not {want[name]}" for name in want if name in have and have[name] != want[name]]
+    problems += [
+        f"{name} is {have[name]}, not {want[name]}"
+        for name in want
+        if name in have and have[name] != want[name]
+    ]
     if problems:
         raise UserError(f"{path} does not hold its model: " + "; ".join(problems))
 
 
 def _store_spec(params: Path, leaf: tuple[str, ...]) -> dict[str, Any]:
     """Orbax keeps every leaf as a zarr array in one OCDBT key-value store."""
-    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{params.resolve()}/", "path": ".".join(leaf) + "/"}}
+    return {
+        "driver": "zarr",
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": f"file://{params.resolve()}/",
+            "path": ".".join(leaf) + "/",
+        },
+    }
 
 
 class StepReader:
-    """Reads a step's parameters one tensor at a time, under their Hugging Face names and in Hugging Face's layout."""
+    """Reads a step's parameters one tensor at a time, under their Hugging Face names and in Hugging
+    Face's layout."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -243,16 +313,25 @@ class StepReader:
         _check_stored(path, self.model)
         self.slots = slots(self.model)
         leaves = {slot.path for slot in self.slots.values()}
-        self._stores = {leaf: tensorstore.open(_store_spec(path / "params", leaf), read=True).result() for leaf in leaves}
-        self.dtypes = {name: self._stores[slot.path].dtype.numpy_dtype for name, slot in self.slots.items()}
+        self._stores = {
+            leaf: tensorstore.open(_store_spec(path / "params", leaf), read=True).result()
+            for leaf in leaves
+        }
+        self.dtypes = {
+            name: self._stores[slot.path].dtype.numpy_dtype for name, slot in self.slots.items()
+        }
         self._bad_values: list[str] = []
 
     def read(self, name: str) -> np.ndarray:
         slot = self.slots[name]
         try:
-            array = slot.to_theirs(np.asarray(self._stores[slot.path][slot.indices].read().result()))
+            array = slot.to_theirs(
+                np.asarray(self._stores[slot.path][slot.indices].read().result())
+            )
         except ValueError as error:  # tensorstore's for everything
-            raise UserError(f"{self._path}: {'/'.join(slot.path)} cannot be read: {error}") from error
+            raise UserError(
+                f"{self._path}: {'/'.join(slot.path)} cannot be read: {error}"
+            ) from error
         if not is_finite(array):
             self._bad_values.append(name)
         array.flags.writeable = False
@@ -260,11 +339,14 @@ class StepReader:
 
     def check(self) -> None:
         """Raises UserError when a tensor that was read held NaN or infinity."""
-        raise_problems(self._path, [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)])
+        raise_problems(
+            self._path, [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)]
+        )
 
 
 class StepWriter:
-    """Writes WORKDIR/checkpoints/0 one tensor at a time, as Orbax would: one zarr chunk per layer and expert.
+    """Writes WORKDIR/checkpoints/0 one tensor at a time, as Orbax would: one zarr chunk per layer
+    and expert.
 
     dtypes: name -> numpy dtype. Raises UserError when tensors of one leaf differ in dtype.
     """
@@ -282,16 +364,24 @@ class StepWriter:
             by_leaf.setdefault(slot.path, {}).setdefault(dtypes[name].name, name)
         for kinds in by_leaf.values():
             if len(kinds) > 1:
-                raise UserError(f"{' but '.join(f'{name} is {dtype}' for dtype, name in kinds.items())}; choose one dtype for all")
+                raise UserError(
+                    f"{' but '.join(f'{name} is {dtype}' for dtype, name in kinds.items())}; choose"
+                    " one dtype for all"
+                )
         self._dtypes = {slot.path: dtypes[name] for name, slot in self._slots.items()}
 
     def _store(self, slot: Slot) -> Any:
         if slot.path not in self._stores:
             spec = _store_spec(self._path / "params", slot.path)
             shape = self._shapes[slot.path]
-            spec["metadata"] = {"chunks": [1] * len(slot.indices) + list(slot.part), "compressor": {"id": "zstd", "level": 1}}
+            spec["metadata"] = {
+                "chunks": [1] * len(slot.indices) + list(slot.part),
+                "compressor": {"id": "zstd", "level": 1},
+            }
             dtype = self._dtypes[slot.path].name
-            self._stores[slot.path] = tensorstore.open(spec, create=True, read=True, write=True, dtype=dtype, shape=shape).result()
+            self._stores[slot.path] = tensorstore.open(
+                spec, create=True, read=True, write=True, dtype=dtype, shape=shape
+            ).result()
         return self._stores[slot.path]
 
     def write(self, name: str, tensor: np.ndarray) -> None:
@@ -300,14 +390,20 @@ class StepWriter:
             self._store(slot)[slot.indices].write(slot.to_ours(tensor)).result()
         except ValueError as error:  # tensorstore's for everything, the disk included
             reason = re.search(r": ([^:]+) \[os_error_code='(\d+)'", str(error))
-            raise OSError(int(reason[2]) if reason else 0, reason[1] if reason else str(error)) from error
+            raise OSError(
+                int(reason[2]) if reason else 0, reason[1] if reason else str(error)
+            ) from error
 
     def finish(self, about: About) -> None:
         """Orbax's own metadata of the tree, and what the checkpoint says about itself."""
         tree = {}
         for leaf, shape in self._shapes.items():
             keys = [{"key": key, "key_type": 2} for key in leaf]
-            values = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)}
+            values = {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": list(shape),
+            }
             tree[str(leaf)] = {"key_metadata": keys, "value_metadata": values}
         metadata = {
             "tree_metadata": tree,

@@ -1,7 +1,8 @@
 """What accelerators can do, one table for MFU and for rooflines.
 
-TPUs, per chip: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (pages of 2026). Interconnect is one way over all links of a chip: half of the
-documented bidirectional figure. Data-centre network is a host's share per chip. GPUs: nvidia.com data sheets, dense bfloat16.
+TPUs, per chip: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (pages of 2026). Interconnect is one way
+over all links of a chip: half of the documented bidirectional figure. Data-centre network is a
+host's share per chip. GPUs: nvidia.com data sheets, dense bfloat16.
 """
 
 import functools
@@ -16,7 +17,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """flops: dense bfloat16 FLOP/s. memory: bytes a program may use. bandwidth, interconnect, network: bytes/s."""
+    """flops: dense bfloat16 FLOP/s. memory: bytes a program may use. bandwidth, interconnect,
+    network: bytes/s."""
 
     flops: float
     memory: float = 0.0
@@ -39,12 +41,20 @@ CHIPS = {
 
 def chip(device_kind: str) -> Chip | None:
     """The longest name in the table that device_kind starts with."""
-    return next((c for kind, c in sorted(CHIPS.items(), key=lambda item: -len(item[0])) if device_kind.startswith(kind)), None)
+    return next(
+        (
+            c
+            for kind, c in sorted(CHIPS.items(), key=lambda item: -len(item[0]))
+            if device_kind.startswith(kind)
+        ),
+        None,
+    )
 
 
 @functools.cache
 def peak_flops_per_device() -> float:
-    """Of the local device: from the table, or on a CPU what a float32 1024 x 1024 matmul reaches (the best of ten)."""
+    """Of the local device: from the table, or on a CPU what a float32 1024 x 1024 matmul reaches
+    (the best of ten)."""
     if known := chip(jax.local_devices()[0].device_kind):
         return known.flops
     n = 1024

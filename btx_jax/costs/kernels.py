@@ -4,13 +4,15 @@ from btx_jax.costs.hlo import Kernel
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.splash import block_size
 
-# Matmuls of [T, T] by head width in each splash kernel: scores and sum; scores, probabilities' gradient and dq; both and dk, dv.
+# Matmuls of [T, T] by head width in each splash kernel: scores and sum; scores, probabilities'
+# gradient and dq; both and dk, dv.
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def kernel_flops(kernel: Kernel) -> float:
-    """Executed by all runs of the kernel. Splash: the tiles at or below the diagonal. gmm and tgmm: all rows of the buffer, the most
-    there can be. Raises ValueError for a kernel without a formula."""
+    """Executed by all runs of the kernel. Splash: the tiles at or below the diagonal. gmm and tgmm:
+    all rows of the buffer, the most there can be. Raises ValueError for a kernel without a
+    formula."""
     for name, matmuls in SPLASH.items():
         if kernel.name.startswith(name):
             q = max(kernel.operands, key=lambda shape: shape.bytes).dims  # [..., H, T, K]
@@ -26,12 +28,14 @@ def kernel_flops(kernel: Kernel) -> float:
     if kernel.name == "tgmm":
         left, right = kernel.operands[-2].dims, kernel.operands[-1].dims
         return 2.0 * left[0] * left[1] * right[1] * kernel.trips
-    raise ValueError(f"kernel {kernel.name!r}: no formula for its FLOPs; add one to costs/kernels.py")
+    raise ValueError(
+        f"kernel {kernel.name!r}: no formula for its FLOPs; add one to costs/kernels.py"
+    )
 
 
 def rows_in_use(kernel: Kernel, model: ModelConfig, expert_axis: int) -> float:
-    """Share of a grouped matmul's buffer that holds claims when the router balances: the buffer has room for the most that own experts
-    can get."""
+    """Share of a grouped matmul's buffer that holds claims when the router balances: the buffer has
+    room for the most that own experts can get."""
     own = (kernel.operands[-1] if kernel.name == "gmm" else kernel.results[0]).dims[0]
     k = next(spec.k for spec in model.layer_specs() if spec.experts == own * expert_axis)
     return k / expert_axis / min(k, own)

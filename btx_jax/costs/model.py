@@ -5,12 +5,16 @@ from btx_jax.models.llama import parameter_counts
 
 
 def train_flops(config: ModelConfig, tokens: int) -> float:
-    """6 x active parameters x tokens: forward and backward, without attention scores and without rematerialisation. A frozen base under
+    """6 x active parameters x tokens: forward and backward, without attention scores and without
+    rematerialisation. A frozen base under
     LoRA experts needs no gradient of its own: 4 x."""
     base = parameter_counts(config.base())[1]
-    return (4.0 if config.lora else 6.0) * base * tokens + 6.0 * (parameter_counts(config)[1] - base) * tokens
+    return (4.0 if config.lora else 6.0) * base * tokens + 6.0 * (
+        parameter_counts(config)[1] - base
+    ) * tokens
 
 
 def attention_flops(config: ModelConfig, tokens: int, length: int) -> float:
-    """Scores and weighted sums of causal attention over whole sequences of this length, forward and backward."""
+    """Scores and weighted sums of causal attention over whole sequences of this length, forward and
+    backward."""
     return 6.0 * config.layers * config.heads * config.head_dim * length * tokens

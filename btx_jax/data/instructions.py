@@ -1,5 +1,6 @@
-"""Items of instruction data and of classification tasks as documents of which only the answers are learnt: prompt and answer from format
-strings, or a chat through the tokenizer's own chat template."""
+"""Items of instruction data and of classification tasks as documents of which only the answers are
+learnt: prompt and answer from format strings, or a chat through the tokenizer's own chat
+template."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,8 @@ class Unusable(ValueError):
 
 
 class Formatter:
-    """Items -> pieces. Raises UserError when the tokenizer has no chat template and the format needs one."""
+    """Items -> pieces. Raises UserError when the tokenizer has no chat template and the format
+    needs one."""
 
     def __init__(self, config: FormatConfig, tokenizer: Tokenizer, sequence_length: int):
         self._config = config
@@ -37,7 +39,11 @@ class Formatter:
 
     def identity(self) -> list[Any]:
         """What decides the pieces."""
-        return [to_dict(self._config), self._template.source if self._template else None, self.cutoff]
+        return [
+            to_dict(self._config),
+            self._template.source if self._template else None,
+            self.cutoff,
+        ]
 
     def items(self, files: list[Path], problems: Problems) -> Iterator[list[Piece]]:
         """Of the items of JSON lines. What does not fit the format is counted in `problems`."""
@@ -57,18 +63,26 @@ class Formatter:
         try:
             if isinstance(item.get("choices"), list) and "gold" in item:
                 fields["choice"] = item["choices"][item["gold"]]
-            prompt, answer = self._config.prompt.format_map(fields), self._config.answer.format_map(fields)
+            prompt, answer = (
+                self._config.prompt.format_map(fields),
+                self._config.answer.format_map(fields),
+            )
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise Unusable(f"no field {error}" if isinstance(error, KeyError) else f"format: {error}") from error
+            raise Unusable(
+                f"no field {error}" if isinstance(error, KeyError) else f"format: {error}"
+            ) from error
         if not answer.strip():
             raise Unusable("empty answer")
         return [Piece(prompt, False), Piece(answer, True)]
 
     def _chat(self, item: Mapping[str, Any]) -> list[Piece]:
-        """What the template puts between a prompt for an answer and the end of that answer is learnt."""
+        """What the template puts between a prompt for an answer and the end of that answer is
+        learnt."""
         assert self._template is not None
         messages = item.get(self._config.messages)
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
+        ):
             raise Unusable(f"no list of messages in field {self._config.messages!r}")
         pieces: list[Piece] = []
         done = ""
@@ -98,7 +112,9 @@ class ChatTemplate:
             raise jinja2.TemplateError(message)
 
         environment.globals["raise_exception"] = raise_exception
-        environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
+        environment.filters["tojson"] = lambda value, **kwargs: json.dumps(
+            value, ensure_ascii=False, **kwargs
+        )
         try:
             self.source, self._template = source, environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -107,7 +123,9 @@ class ChatTemplate:
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._special)
+            text = self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._special
+            )
         except jinja2.TemplateError as error:
             raise Unusable(f"chat template: {error}") from error
         bos = self._special.get("bos_token", "")
@@ -115,7 +133,8 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """chat_template.jinja beside the tokenizer, or the one in tokenizer_config.json. Raises UserError when there is none."""
+    """chat_template.jinja beside the tokenizer, or the one in tokenizer_config.json. Raises
+    UserError when there is none."""
     folder = tokenizer.path.parent
     special: dict[str, str] = {}
     source, where = None, folder / SPECIAL[0]
@@ -125,7 +144,9 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
             source = config.get("chat_template")
             for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
                 token = config.get(role)
-                special |= {role: token["content"] if isinstance(token, dict) else token} if token else {}
+                special |= (
+                    {role: token["content"] if isinstance(token, dict) else token} if token else {}
+                )
         if (folder / "chat_template.jinja").is_file():
             where = folder / "chat_template.jinja"
             source = where.read_text(encoding="utf-8")
@@ -133,14 +154,15 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
         raise UserError(f"{where}: damaged: {type(error).__name__}: {error}") from error
     if not isinstance(source, str):
         raise UserError(
-            f"{folder}: the tokenizer has no chat template (chat_template.jinja); give the format a prompt and an answer instead"
+            f"{folder}: the tokenizer has no chat template (chat_template.jinja); give the format a"
+            " prompt and an answer instead"
         )
     return ChatTemplate(source, special, where)
 
 
 def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """(ids of the whole text, which of them are learnt). The text is encoded as one, as it is when a model is asked; a token across a
-    border belongs to the piece in which it begins."""
+    """(ids of the whole text, which of them are learnt). The text is encoded as one, as it is when
+    a model is asked; a token across a border belongs to the piece in which it begins."""
     ids = tokenizer.encode("".join(piece.text for piece in pieces))
     learnt: list[bool] = []
     text = ""

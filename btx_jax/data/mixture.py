@@ -1,4 +1,5 @@
-"""Prepared domains -> batches, with Grain: weighted mixing, shuffling, sharding by host, prefetch and exact resume."""
+"""Prepared domains -> batches, with Grain: weighted mixing, shuffling, sharding by host, prefetch
+and exact resume."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,38 +12,62 @@ from btx_jax.errors import UserError
 
 Row = dict[str, np.ndarray]
 PREFETCH = 4  # batches of rows read ahead
-ENDLESS = 2**62  # rows; grain counts in floating point, and batches of one row of a longer set in more than an index can hold
+ENDLESS = (
+    2**62
+    # Rows; grain counts in floating point, and batches of one row of a longer set in more than an
+    # index can hold
+)
 
 
 def training_batches(
-    domains: Sequence[PreparedDomain], batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    domains: Sequence[PreparedDomain],
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches {tokens, segments: [batch_size / process_count, sequence + 1]} of this process's rows.
+    """Endless batches {tokens, segments: [batch_size / process_count, sequence + 1]} of this
+    process's rows.
 
-    A row comes from a domain, and there from a source, in proportion to the weights (normalised); each source is reshuffled every
-    epoch. The batches are a function of (domains, batch_size, seed) alone: all processes together see the same rows whatever
-    their number. `get_state` and `set_state` of the iterator resume it exactly.
+    A row comes from a domain, and there from a source, in proportion to the weights (normalised);
+    each source is reshuffled every epoch. The batches are a function of (domains, batch_size, seed)
+    alone: all processes together see the same rows whatever their number. `get_state` and
+    `set_state` of the iterator resume it exactly.
 
     Raises UserError when batch_size is not divisible by process_count.
     """
     if batch_size % process_count:
-        raise UserError(f"config.train.batch_size={batch_size}: not divisible by the {process_count} processes")
+        raise UserError(
+            f"config.train.batch_size={batch_size}: not divisible by the {process_count} processes"
+        )
     weighted = [
-        (source, domain.weight * source.weight / sum(s.weight for s in domain.sources)) for domain in domains for source in domain.sources
+        (source, domain.weight * source.weight / sum(s.weight for s in domain.sources))
+        for domain in domains
+        for source in domain.sources
     ]
-    # A dataset's own seed decides its order: equal sources in different places must not move in step.
+    # A dataset's own seed decides its order: equal sources in different places must not move in
+    # step.
     parts = [
-        grain.MapDataset.source(source.open("train")).seed(seed + 7919 * i).shuffle().repeat() for i, (source, _) in enumerate(weighted)
+        grain.MapDataset.source(source.open("train")).seed(seed + 7919 * i).shuffle().repeat()
+        for i, (source, _) in enumerate(weighted)
     ]
-    rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [weight for _, weight in weighted])
-    rows = rows[process_index:ENDLESS:process_count].map(lambda row: {name: row[name] for name in ("tokens", "segments")})
+    rows = (
+        parts[0]
+        if len(parts) == 1
+        else grain.MapDataset.mix(parts, [weight for _, weight in weighted])
+    )
+    rows = rows[process_index:ENDLESS:process_count].map(
+        lambda row: {name: row[name] for name in ("tokens", "segments")}
+    )
     batches = rows.batch(batch_size // process_count)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)))
+    return iter(
+        batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH))
+    )
 
 
 def heldout_rows(domain: PreparedDomain, limit: int = 0) -> Row:
-    """Held-out rows of a domain: tokens, segments [rows, sequence + 1], bytes [rows]. At most `limit`, 0 for all: the first ones of each of
-    its sources, in proportion to their weights."""
+    """Held-out rows of a domain: tokens, segments [rows, sequence + 1], bytes [rows]. At most
+    `limit`, 0 for all: the first ones of each of its sources, in proportion to their weights."""
     return _first_rows(domain, "heldout", limit)
 
 
@@ -54,7 +79,9 @@ def first_rows(domain: PreparedDomain, limit: int) -> Row:
 def _first_rows(domain: PreparedDomain, split: str, limit: int) -> Row:
     there = [source.rows(split) for source in domain.sources]
     taken = [0] * len(there) if limit else there
-    for _ in range(min(limit, sum(there))):  # one after another to the source that has the least for its weight
+    for _ in range(
+        min(limit, sum(there))
+    ):  # one after another to the source that has the least for its weight
         left = [i for i, count in enumerate(there) if taken[i] < count]
         taken[min(left, key=lambda i: (taken[i] + 1) / domain.sources[i].weight)] += 1
     rows: list[Row] = []

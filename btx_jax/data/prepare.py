@@ -1,7 +1,9 @@
-"""Tokenise and pack once, so that training never tokenises: text -> an ArrayRecord TFDS data set with a manifest.
+"""Tokenise and pack once, so that training never tokenises: text -> an ArrayRecord TFDS data set
+with a manifest.
 
-A prepared set holds rows of sequence_length + 1 tokens, in the splits `train` and `heldout`, which share no document. Consecutive
-rows overlap by one token, so that every token but a document's first is the target of exactly one row.
+A prepared set holds rows of sequence_length + 1 tokens, in the splits `train` and `heldout`, which
+share no document. Consecutive rows overlap by one token, so that every token but a document's first
+is the target of exactly one row.
 """
 
 import contextlib
@@ -23,7 +25,15 @@ from tqdm import tqdm
 from btx_jax.config import DataConfig
 from btx_jax.data import demo
 from btx_jax.data.instructions import Formatter, Piece, encode_pieces
-from btx_jax.data.sources import Domain, Problems, Source, expand_files, parse_domains, read_documents, read_tfds
+from btx_jax.data.sources import (
+    Domain,
+    Problems,
+    Source,
+    expand_files,
+    parse_domains,
+    read_documents,
+    read_tfds,
+)
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
 from btx_jax.errors import UserError, suggest
 from btx_jax.output import new_directory
@@ -38,7 +48,8 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSource:
-    """A tokenised source on disk. manifest: tokenizer and source hashes, counts by split, problems."""
+    """A tokenised source on disk. manifest: tokenizer and source hashes, counts by split,
+    problems."""
 
     directory: Path
     weight: float
@@ -61,34 +72,47 @@ class PreparedDomain:
     def identity(self) -> str:
         """A hash of what the domain's rows are made of, wherever its files lie."""
         made = [(source.manifest, source.weight) for source in self.sources]
-        told = [[[file["sha256"] for file in m["files"]], m["field"], m["splits"], weight] for m, weight in made]
+        told = [
+            [[file["sha256"] for file in m["files"]], m["field"], m["splits"], weight]
+            for m, weight in made
+        ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_heldout(text: str, fraction: float) -> bool:
-    """By a hash of the text: the same document is held out in every run, wherever it comes from and however often."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") < fraction * 2**64
+    """By a hash of the text: the same document is held out in every run, wherever it comes from and
+    however often."""
+    return (
+        int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+        < fraction * 2**64
+    )
 
 
 class Document(NamedTuple):
-    """ids: of its tokens. bytes: in UTF-8, of the text that is learnt, but for ends of text written out in it, whose losses are no part of
-    bits per byte. learnt: of each token, whether it is a target; None for all."""
+    """ids: of its tokens. bytes: in UTF-8, of the text that is learnt, but for ends of text written
+    out in it, whose losses are no part of bits per byte. learnt: of each token, whether it is a
+    target; None for all."""
 
     ids: list[int]
     bytes: int
     learnt: list[bool] | None = None
 
 
-def pack(documents: Iterator[Document], tokenizer: Tokenizer, sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
+def pack(
+    documents: Iterator[Document], tokenizer: Tokenizer, sequence_length: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Documents -> rows {tokens, segments, bytes}.
 
-    Each document is framed by BOS and EOS where the tokenizer has them, unless its text ends in EOS itself, and gets the next segment
-    number of its row, from 1; the last row is padded with segment 0. A token that is read but not learnt, as a prompt's, has its
-    segment's number negated. bytes: of the text whose tokens are targets in the row (a document's bytes are spread evenly over its
+    Each document is framed by BOS and EOS where the tokenizer has them, unless its text ends in EOS
+    itself, and gets the next segment number of its row, from 1; the last row is padded with segment
+    0. A token that is read but not learnt, as a prompt's, has its segment's number negated. bytes:
+    of the text whose tokens are targets in the row (a document's bytes are spread evenly over its
     tokens, but for EOS), so that the bytes of all rows add up to those of the text.
     """
     width = sequence_length + 1
-    columns = [np.zeros(0, np.int64) for _ in range(4)]  # token, document number, bytes, 1 if learnt else -1
+    columns = [
+        np.zeros(0, np.int64) for _ in range(4)
+    ]  # token, document number, bytes, 1 if learnt else -1
     before, after = [[t] if t is not None else [] for t in (tokenizer.bos, tokenizer.eos)]
 
     def row(columns: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -108,7 +132,9 @@ def pack(documents: Iterator[Document], tokenizer: Tokenizer, sequence_length: i
         spread = np.zeros(len(ids), np.int64)
         spread[counted] = np.diff(np.arange(count + 1) * text_bytes // max(count, 1))
         end = [] if _ends_itself(ids, tokenizer) else after
-        sizes = np.concatenate([np.zeros(len(before), np.int64), spread, np.zeros(len(end), np.int64)])
+        sizes = np.concatenate(
+            [np.zeros(len(before), np.int64), spread, np.zeros(len(end), np.int64)]
+        )
         tokens = np.array(before + ids + end, np.int64)
         signs = np.ones(len(tokens), np.int64)
         signs[len(before) : len(before) + len(ids)] = np.where(is_learnt, 1, -1)
@@ -125,12 +151,17 @@ def pack(documents: Iterator[Document], tokenizer: Tokenizer, sequence_length: i
 
 def _ends_itself(ids: list[int], tokenizer: Tokenizer) -> bool:
     """Whether EOS is already the last token but for blanks, as chat templates end a turn."""
-    return tokenizer.eos in ids[-2:] and not tokenizer.decode(ids[-1:] if ids[-1] != tokenizer.eos else []).strip()
+    return (
+        tokenizer.eos in ids[-2:]
+        and not tokenizer.decode(ids[-1:] if ids[-1] != tokenizer.eos else []).strip()
+    )
 
 
 def _bytes(text: str, ids: Iterable[int], tokenizer: Tokenizer) -> int:
     """In UTF-8, without the ends of text that are written out in it."""
-    return len(text.encode("utf-8")) - sum(i == tokenizer.eos for i in ids) * len(tokenizer.eos_text.encode("utf-8"))
+    return len(text.encode("utf-8")) - sum(i == tokenizer.eos for i in ids) * len(
+        tokenizer.eos_text.encode("utf-8")
+    )
 
 
 def text_document(text: str, tokenizer: Tokenizer) -> Document:
@@ -140,10 +171,13 @@ def text_document(text: str, tokenizer: Tokenizer) -> Document:
 
 
 def formatted_document(pieces: list[Piece], tokenizer: Tokenizer, cutoff: int) -> Document | None:
-    """Cut to `cutoff` tokens; None when no answer is left. Raises UnicodeEncodeError as text_document does."""
+    """Cut to `cutoff` tokens; None when no answer is left. Raises UnicodeEncodeError as
+    text_document does."""
     ids, learnt = encode_pieces(pieces, tokenizer)
     answers = "".join(piece.text for piece in pieces if piece.learnt)
-    size = _bytes(answers, (i for i, is_learnt in zip(ids, learnt, strict=True) if is_learnt), tokenizer)
+    size = _bytes(
+        answers, (i for i, is_learnt in zip(ids, learnt, strict=True) if is_learnt), tokenizer
+    )
     if len(ids) > cutoff:
         size = size * sum(learnt[:cutoff]) // max(sum(learnt), 1)
         ids, learnt = ids[:cutoff], learnt[:cutoff]
@@ -156,14 +190,18 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = None
 
-    def __init__(self, rows: dict[str, Iterator[dict[str, np.ndarray]]], sequence_length: int, **kwargs: Any):
+    def __init__(
+        self, rows: dict[str, Iterator[dict[str, np.ndarray]]], sequence_length: int, **kwargs: Any
+    ):
         self._rows, self._width = rows, sequence_length + 1
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self):
         row = tfds.features.Tensor(shape=(self._width,), dtype=np.int32)
         features = tfds.features.FeaturesDict({"tokens": row, "segments": row, "bytes": np.int32})
-        return tfds.core.DatasetInfo(builder=self, features=features, description="Tokenised, packed text.")
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, description="Tokenised, packed text."
+        )
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split) for split in self._rows}
@@ -181,18 +219,26 @@ def _documents(source: Source, files: list[Path], problems: Problems) -> Iterato
 
 
 def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> PreparedSource:
-    """Tokenise one source into the cache, or find it there. Raises UserError when it holds no document.
+    """Tokenise one source into the cache, or find it there. Raises UserError when it holds no
+    document.
 
-    The cache key covers text (path, size and modification time of each file), format, tokenizer, sequence length and held-out share.
+    The cache key covers text (path, size and modification time of each file), format, tokenizer,
+    sequence length and held-out share.
     """
     cache = cache_of(config)
     template = find_format(source, tokenizer, config)
     if source.where.startswith("demo:"):
-        source = dataclasses.replace(source, where=str(demo.corpus(source.where.removeprefix("demo:"), cache)))
+        source = dataclasses.replace(
+            source, where=str(demo.corpus(source.where.removeprefix("demo:"), cache))
+        )
     files = [] if source.where.startswith("tfds:") else expand_files(source)
     identity = {
         "format": FORMAT,
-        "source": source.where if not files else [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "source": (
+            source.where
+            if not files
+            else [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        ),
         "field": source.field,
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "sequence_length": config.sequence_length,
@@ -209,7 +255,9 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{target} is damaged ({error}); delete it, and the text is prepared anew") from error
+        raise UserError(
+            f"{target} is damaged ({error}); delete it, and the text is prepared anew"
+        ) from error
     for line in manifest["problems"]:
         log.warning("%s: %s", source.where, line)
     return PreparedSource(target / "rows", source.weight, manifest)
@@ -221,11 +269,21 @@ def find_format(source: Source, tokenizer: Tokenizer, config: DataConfig) -> For
         return None
     name = source.field[1:]
     if name not in config.formats:
-        raise UserError(f"config.data.formats: no format {name!r} for {source.where}; {suggest(name, config.formats)}")
+        raise UserError(
+            f"config.data.formats: no format {name!r} for {source.where};"
+            f" {suggest(name, config.formats)}"
+        )
     return Formatter(config.formats[name], tokenizer, config.sequence_length)
 
 
-def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: DataConfig, target: Path, template: Formatter | None) -> None:
+def _write(
+    source: Source,
+    files: list[Path],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    target: Path,
+    template: Formatter | None,
+) -> None:
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0} for split in SPLITS}
     problems, failed = Problems(), list[UserError]()
     total = sum(f.stat().st_size for f in files) or None
@@ -234,23 +292,39 @@ def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: Data
     def encoded(split: str, progress: tqdm) -> Iterator[Document]:
         # The source is read once per split; its problems are the same both times and count once.
         seen = problems if split == "train" else Problems()
-        items = template.items(files, seen) if template else ([Piece(text, True)] for text in _documents(source, files, seen))
+        items = (
+            template.items(files, seen)
+            if template
+            else ([Piece(text, True)] for text in _documents(source, files, seen))
+        )
         for number, pieces in enumerate(items):
             text = "".join(piece.text for piece in pieces)
             if is_heldout(text, config.heldout_fraction) != (split == "heldout"):
                 continue
             try:
-                document = formatted_document(pieces, tokenizer, template.cutoff - frame) if template else text_document(text, tokenizer)
+                document = (
+                    formatted_document(pieces, tokenizer, template.cutoff - frame)
+                    if template
+                    else text_document(text, tokenizer)
+                )
             except UnicodeEncodeError:
-                problems.add("document skipped: not valid Unicode", f"{source.where}, document {number + 1}")
+                problems.add(
+                    "document skipped: not valid Unicode", f"{source.where}, document {number + 1}"
+                )
                 continue
             if document is None:
-                problems.add(f"item skipped: its prompt fills the cutoff of {template.cutoff} tokens", f"item {number + 1}")  # type: ignore[union-attr]
+                assert template is not None
+                problems.add(
+                    f"item skipped: its prompt fills the cutoff of {template.cutoff} tokens",
+                    f"item {number + 1}",
+                )
                 continue
             ids, size, _ = document
             if len(ids) + frame > config.sequence_length + 1:
                 problems.add(
-                    f"document longer than {config.sequence_length} tokens: cut into several rows, none lost", f"document {number + 1}"
+                    f"document longer than {config.sequence_length} tokens: cut into several rows,"
+                    " none lost",
+                    f"document {number + 1}",
                 )
             for key, value in (("documents", 1), ("tokens", len(ids)), ("bytes", size)):
                 counts[split][key] += value
@@ -258,8 +332,16 @@ def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: Data
             yield document
 
     def rows(split: str) -> Iterator[dict[str, np.ndarray]]:
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenise {split}: {Path(source.where).name}", leave=False) as progress:
-            progress.total = None if any(f.suffix in (".gz", ".zst", ".parquet") for f in files) else total
+        with tqdm(
+            total=total,
+            unit="B",
+            unit_scale=True,
+            desc=f"tokenise {split}: {Path(source.where).name}",
+            leave=False,
+        ) as progress:
+            progress.total = (
+                None if any(f.suffix in (".gz", ".zst", ".parquet") for f in files) else total
+            )
             try:
                 for row in pack(encoded(split, progress), tokenizer, config.sequence_length):
                     counts[split]["rows"] += 1
@@ -274,7 +356,10 @@ def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: Data
         if (first := next(iterator, None)) is not None:
             started[split] = itertools.chain([first], iterator)
     if "train" not in started:
-        found = "; ".join(problems.lines()) or "every document fell to the held-out split, lower config.data.heldout_fraction"
+        found = (
+            "; ".join(problems.lines())
+            or "every document fell to the held-out split, lower config.data.heldout_fraction"
+        )
         raise UserError(f"config.data: {source.where} gives no document to train on: {found}")
     with new_directory(target) as temporary:
         builder = PackedText(started, config.sequence_length, data_dir=str(temporary / "build"))
@@ -288,7 +373,9 @@ def _write(source: Source, files: list[Path], tokenizer: Tokenizer, config: Data
             "format": FORMAT,
             "source": source.where,
             "field": source.field,
-            "files": [{"path": str(f), "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files],
+            "files": [
+                {"path": str(f), "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files
+            ],
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "sequence_length": config.sequence_length,
             "heldout_fraction": config.heldout_fraction,
@@ -323,17 +410,29 @@ def cache_of(config: DataConfig) -> Path:
 
 
 def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> Tokenizer:
-    """The config's tokenizer, else that of the checkpoint the run starts from. Raises UserError when there is neither."""
+    """The config's tokenizer, else that of the checkpoint the run starts from. Raises UserError
+    when there is neither."""
     if config.tokenizer == "demo:":
         return load_tokenizer(demo.tokenizer(cache_of(config)))
     if config.tokenizer:
         return load_tokenizer(expand(config.tokenizer, "config.data.tokenizer"))
     if checkpoint_tokenizer is None:
-        raise UserError("config.data.tokenizer: not set, and no init checkpoint to take it from; name a .model or tokenizer.json")
+        raise UserError(
+            "config.data.tokenizer: not set, and no init checkpoint to take it from; name a .model"
+            " or tokenizer.json"
+        )
     return load_tokenizer(checkpoint_tokenizer)
 
 
-def prepare(notation: str, config: DataConfig, tokenizer: Tokenizer, key: str) -> tuple[PreparedDomain, ...]:
-    """Every source of every domain of `notation`, tokenised. The slow step of a first run; later runs find all in the cache."""
+def prepare(
+    notation: str, config: DataConfig, tokenizer: Tokenizer, key: str
+) -> tuple[PreparedDomain, ...]:
+    """Every source of every domain of `notation`, tokenised. The slow step of a first run; later
+    runs find all in the cache."""
     domains: list[Domain] = list(parse_domains(notation, config.domains, key))
-    return tuple(PreparedDomain(d.name, d.weight, tuple(prepare_source(s, tokenizer, config) for s in d.sources)) for d in domains)
+    return tuple(
+        PreparedDomain(
+            d.name, d.weight, tuple(prepare_source(s, tokenizer, config) for s in d.sources)
+        )
+        for d in domains
+    )

@@ -1,7 +1,9 @@
-"""Where text comes from: files (text, JSON lines, Parquet), tensorflow_datasets, and the demo corpora.
+"""Where text comes from: files (text, JSON lines, Parquet), tensorflow_datasets, and the demo
+corpora.
 
-Notation, everywhere a config names text: comma-separated `WHAT[#FIELD][:WEIGHT]`. WHAT is a file, a glob, `tfds:NAME[/CONFIG]`
-or `demo:NAME`; environment variables are expanded. FIELD is the text's field in JSON lines, Parquet and tfds ("text" if absent).
+Notation, everywhere a config names text: comma-separated `WHAT[#FIELD][:WEIGHT]`. WHAT is a file, a
+glob, `tfds:NAME[/CONFIG]` or `demo:NAME`; environment variables are expanded. FIELD is the text's
+field in JSON lines, Parquet and tfds ("text" if absent).
 """
 
 import dataclasses
@@ -41,7 +43,8 @@ class Domain:
 
 
 def parse_sources(notation: str, key: str) -> tuple[Source, ...]:
-    """Raises UserError, naming the config key, for an empty list, an empty entry or a weight of 0."""
+    """Raises UserError, naming the config key, for an empty list, an empty entry or a weight of
+    0."""
     sources = []
     for entry in notation.split(","):
         where, weight = _split_weight(entry.strip(), key)
@@ -61,12 +64,15 @@ def _split_weight(entry: str, key: str) -> tuple[str, float]:
 
 
 def parse_domains(notation: str, domains: Mapping[str, str], key: str) -> tuple[Domain, ...]:
-    """Names from `domains` become those domains; all other entries together are one domain, `text`, of their weights together."""
+    """Names from `domains` become those domains; all other entries together are one domain, `text`,
+    of their weights together."""
     named, loose = [], []
     for entry in notation.split(","):
         where, weight = _split_weight(entry.strip(), key)
         if where in domains:
-            named.append(Domain(where, parse_sources(domains[where], f"config.data.domains.{where}"), weight))
+            named.append(
+                Domain(where, parse_sources(domains[where], f"config.data.domains.{where}"), weight)
+            )
         else:
             loose.append(entry)
     if loose:
@@ -76,7 +82,8 @@ def parse_domains(notation: str, domains: Mapping[str, str], key: str) -> tuple[
 
 
 class Problems:
-    """What had to be left out or cut, counted by kind with the first place of each. Nothing is dropped without a count."""
+    """What had to be left out or cut, counted by kind with the first place of each. Nothing is
+    dropped without a count."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -87,22 +94,30 @@ class Problems:
         self.first.setdefault(kind, place)
 
     def lines(self) -> list[str]:
-        return [f"{count} x {kind} (first: {self.first[kind]})" for kind, count in self.counts.items()]
+        return [
+            f"{count} x {kind} (first: {self.first[kind]})" for kind, count in self.counts.items()
+        ]
 
 
 def expand_files(source: Source) -> list[Path]:
     """The files of a path or glob, sorted. Raises UserError when there are none."""
     files = sorted(Path(p) for p in glob.glob(source.where, recursive=True) if os.path.isfile(p))
     if not files:
-        raise UserError(f"config.data: no file matches {source.where!r}; check the path (globs are allowed, quote them in a shell)")
+        raise UserError(
+            f"config.data: no file matches {source.where!r}; check the path (globs are allowed,"
+            " quote them in a shell)"
+        )
     return files
 
 
 def read_documents(file: Path, field: str, problems: Problems) -> Iterator[str]:
-    """The documents of one file: rows of .jsonl and .parquet, the whole file otherwise; .gz and .zst are unpacked.
+    """The documents of one file: rows of .jsonl and .parquet, the whole file otherwise; .gz and
+    .zst are unpacked.
 
-    Documents that cannot be read (invalid UTF-8, not JSON, field missing or not text, empty) are counted in `problems`.
-    Raises UserError when the file itself is broken: truncated, not in its format, or without the field altogether.
+    Documents that cannot be read (invalid UTF-8, not JSON, field missing or not text, empty) are
+    counted in `problems`.
+    Raises UserError when the file itself is broken: truncated, not in its format, or without the
+    field altogether.
     """
     kind = file.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2].lower()
     empty = True
@@ -127,7 +142,8 @@ def read_documents(file: Path, field: str, problems: Problems) -> Iterator[str]:
 
 
 def read_json_lines(path: str, key: str, limit: int = 0) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file (also .gz, .zst), at most `limit`, 0 for all. Raises UserError, naming the key and the line."""
+    """The objects of a .jsonl file (also .gz, .zst), at most `limit`, 0 for all. Raises UserError,
+    naming the key and the line."""
     file = Path(expand(path, key))
     if not file.is_file():
         raise UserError(f"{key}: no file {file}")
@@ -139,12 +155,16 @@ def read_json_lines(path: str, key: str, limit: int = 0) -> list[dict[str, Any]]
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise UserError(f"{key}: {file}, line {number}: {type(row).__name__}, not an object")
+                    raise UserError(
+                        f"{key}: {file}, line {number}: {type(row).__name__}, not an object"
+                    )
                 rows.append(row)
     except ValueError as error:
         raise UserError(f"{key}: {file}, line {number}: {error}") from error
     except (EOFError, OSError, zstandard.ZstdError) as error:
-        raise UserError(f"{key}: {file} cannot be read to its end ({error}); is it truncated?") from error
+        raise UserError(
+            f"{key}: {file} cannot be read to its end ({error}); is it truncated?"
+        ) from error
     return rows
 
 
@@ -168,7 +188,9 @@ def _open(file: Path) -> BinaryIO:
     if file.suffix == ".gz":
         return gzip.open(file)  # type: ignore[return-value]
     if file.suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True))
+        return io.BufferedReader(
+            zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True)
+        )
     return file.open("rb")
 
 
@@ -181,14 +203,26 @@ def _json_rows(file: Path, field: str, problems: Problems) -> Iterator[tuple[str
             row = json.loads(line)
         except UnicodeDecodeError as error:
             problems.add("document skipped: invalid UTF-8", f"{place}, byte {error.start}")
-        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets as deep
-            problems.add("document skipped: line is not JSON", f"{place}: {str(error).splitlines()[0]}")
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # also numbers of thousands of digits, brackets as deep
+            problems.add(
+                "document skipped: line is not JSON", f"{place}: {str(error).splitlines()[0]}"
+            )
         else:
             if isinstance(row, dict) and field in row:
                 yield place, row[field]
             else:
-                fields = ", ".join(list(row)[:MAX_SHOWN_FIELDS]) if isinstance(row, dict) else type(row).__name__
-                problems.add(f"document skipped: no field {field!r}", f"{place}, which has: {fields}; name the field as FILE#FIELD")
+                fields = (
+                    ", ".join(list(row)[:MAX_SHOWN_FIELDS])
+                    if isinstance(row, dict)
+                    else type(row).__name__
+                )
+                problems.add(
+                    f"document skipped: no field {field!r}",
+                    f"{place}, which has: {fields}; name the field as FILE#FIELD",
+                )
 
 
 def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, Any]]:
@@ -199,33 +233,46 @@ def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, Any]]:
         table = pyarrow.parquet.ParquetFile(file)
         if field not in table.schema_arrow.names:
             fields = ", ".join(table.schema_arrow.names[:MAX_SHOWN_FIELDS])
-            raise UserError(f"{file} has no field {field!r}; it has: {fields}; name the field as FILE#FIELD")
+            raise UserError(
+                f"{file} has no field {field!r}; it has: {fields}; name the field as FILE#FIELD"
+            )
         row = 0
         for batch in table.iter_batches(columns=[field]):
             column = batch.column(0)
             if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                column = column.cast(pyarrow.large_binary())  # so that invalid UTF-8 is one document's problem
+                column = column.cast(
+                    pyarrow.large_binary()
+                )  # so that invalid UTF-8 is one document's problem
             for value in column:
                 row += 1
                 yield f"{file}, row {row}", value.as_py()
     except pyarrow.ArrowException as error:
-        raise UserError(f"{file} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{file} is not a readable Parquet file: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def read_tfds(name: str, field: str, problems: Problems) -> Iterator[str]:
-    """Documents of the train split of a tensorflow_datasets data set, through `tfds.data_source`: TensorFlow is not needed."""
+    """Documents of the train split of a tensorflow_datasets data set, through `tfds.data_source`:
+    TensorFlow is not needed."""
     import tensorflow_datasets as tfds
 
-    # Its own registration goes through all kinds in turn and ends at the first that lacks a library: images, before any text.
+    # Its own registration goes through all kinds in turn and ends at the first that lacks a
+    # library: images, before any text.
     for kind in ("text", "question_answering", "summarization", "translate"):
         importlib.import_module(f"tensorflow_datasets.{kind}")
     try:
         rows = tfds.data_source(name, split="train")
     except Exception as error:  # tfds raises many kinds; all mean that the data set cannot be had
-        raise UserError(f"config.data: tfds:{name} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(
+            f"config.data: tfds:{name} cannot be opened: {str(error).strip().splitlines()[0]}"
+        ) from error
     for number, row in enumerate(rows):
         if field not in row:
-            raise UserError(f"tfds:{name} has no field {field!r}; it has: {', '.join(row)}; name the field as tfds:{name}#FIELD")
+            raise UserError(
+                f"tfds:{name} has no field {field!r}; it has: {', '.join(row)}; name the field as"
+                f" tfds:{name}#FIELD"
+            )
         text = _text(row[field], f"tfds:{name}, row {number}", field, problems)
         if text is not None:
             yield text

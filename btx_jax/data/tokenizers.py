@@ -1,4 +1,5 @@
-"""Text <-> token ids, behind one small interface: sentencepiece `.model` files and Hugging Face `tokenizer.json`."""
+"""Text <-> token ids, behind one small interface: sentencepiece `.model` files and Hugging Face
+`tokenizer.json`."""
 
 import hashlib
 import json
@@ -16,12 +17,19 @@ from btx_jax.output import new_file
 
 NAMES = ("tokenizer.json", "tokenizer.model")  # the first knows tokens that were added later
 SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # name the special tokens
-COMPANIONS = (*SPECIAL, "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
+COMPANIONS = (
+    *SPECIAL,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 class Tokenizer(Protocol):
-    """vocab_size: one more than the largest id. bos, eos: ids, or None when the vocabulary has none. eos_text: what in a text is read as
-    EOS, "" for nothing. path: the file it was read from."""
+    """vocab_size: one more than the largest id. bos, eos: ids, or None when the vocabulary has
+    none. eos_text: what in a text is read as EOS, "" for nothing. path: the file it was read
+    from."""
 
     path: Path
     vocab_size: int
@@ -34,7 +42,8 @@ class Tokenizer(Protocol):
         ...
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued: with what the tokenizer itself puts in front, BOS for a Llama, and nothing behind."""
+        """Ids of a text to be continued: with what the tokenizer itself puts in front, BOS for a
+        Llama, and nothing behind."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -48,7 +57,9 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{path} is not a sentencepiece model: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"{path} is not a sentencepiece model: {str(error).splitlines()[0]}"
+            ) from error
         self.vocab_size = self._processor.vocab_size()
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self.bos, self.eos = (bos if bos >= 0 else None), (eos if eos >= 0 else None)
@@ -64,7 +75,8 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json; its special tokens are named by tokenizer_config.json or special_tokens_map.json beside it."""
+    """A tokenizer.json; its special tokens are named by tokenizer_config.json or
+    special_tokens_map.json beside it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -72,9 +84,13 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
             raise UserError(f"{path} is not a tokenizer.json: {error}") from error
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = (
+            max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        )
         self.bos = self._special("bos_token", ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>"))
-        self.eos = self._special("eos_token", ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>"))
+        self.eos = self._special(
+            "eos_token", ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>")
+        )
         self.eos_text: str = "" if self.eos is None else str(self._tokenizer.id_to_token(self.eos))
 
     def _special(self, role: str, usual: tuple[str, ...]) -> int | None:
@@ -83,10 +99,16 @@ class HuggingFaceTokenizer:
                 try:
                     config = json.loads(companion.read_text(encoding="utf-8"))
                     if role in config:
-                        token = config[role]["content"] if isinstance(config[role], dict) else config[role]
+                        token = (
+                            config[role]["content"]
+                            if isinstance(config[role], dict)
+                            else config[role]
+                        )
                         return self._tokenizer.token_to_id(token) if token else None
                 except (ValueError, TypeError, KeyError) as error:
-                    raise UserError(f"{companion}: damaged: {type(error).__name__}: {error}") from error
+                    raise UserError(
+                        f"{companion}: damaged: {type(error).__name__}: {error}"
+                    ) from error
         return next((i for i in map(self._tokenizer.token_to_id, usual) if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
@@ -103,7 +125,8 @@ class HuggingFaceTokenizer:
 
 
 def find_tokenizer(path: str | os.PathLike) -> Path:
-    """The tokenizer file: the path itself, or the one in that directory. Raises UserError when there is none."""
+    """The tokenizer file: the path itself, or the one in that directory. Raises UserError when
+    there is none."""
     path = Path(path)
     if path.is_dir():
         for name in NAMES:
@@ -125,7 +148,8 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 
 
 def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether both give the same ids: equal files, or two tokenizer.json that differ only outside vocabulary, merges and added tokens."""
+    """Whether both give the same ids: equal files, or two tokenizer.json that differ only outside
+    vocabulary, merges and added tokens."""
     if tokenizer_sha256(a) == tokenizer_sha256(b):
         return True
     if a.path.suffix != ".json" or b.path.suffix != ".json":
@@ -134,24 +158,38 @@ def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
     def vocabulary(path: Path) -> tuple:
         values = json.loads(path.read_text(encoding="utf-8"))
         model = dict(values["model"])
-        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.pop("merges", None) or ()]
-        return model, merges, values.get("added_tokens"), values.get("normalizer"), values.get("pre_tokenizer")
+        merges = [
+            tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+            for merge in model.pop("merges", None) or ()
+        ]
+        return (
+            model,
+            merges,
+            values.get("added_tokens"),
+            values.get("normalizer"),
+            values.get("pre_tokenizer"),
+        )
 
     return vocabulary(a.path) == vocabulary(b.path)
 
 
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Put the tokenizer file, under its usual name, and its companions (special tokens, chat template, when to stop) into a directory."""
+    """Put the tokenizer file, under its usual name, and its companions (special tokens, chat
+    template, when to stop) into a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     name = NAMES[0] if tokenizer.path.suffix == ".json" else NAMES[1]
     others = COMPANIONS + (NAMES if tokenizer.path.name in NAMES else ())
-    for source, target in [(tokenizer.path, name), *((tokenizer.path.parent / c, c) for c in others)]:
+    for source, target in [
+        (tokenizer.path, name),
+        *((tokenizer.path.parent / c, c) for c in others),
+    ]:
         if source.is_file() and source.resolve() != (directory / target).resolve():
             shutil.copyfile(source, directory / target)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> None:
-    """Train a byte-fallback BPE that gives back any text exactly: no normalisation, every space kept, digits apart."""
+    """Train a byte-fallback BPE that gives back any text exactly: no normalisation, every space
+    kept, digits apart."""
     if target.exists():
         raise UserError(f"{target} exists; delete it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +211,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> 
                 minloglevel=2,
             )
     except RuntimeError as error:
-        raise UserError(f"cannot train a tokenizer of {vocab_size} pieces on this text: {str(error).splitlines()[-1]}") from error
+        raise UserError(
+            f"cannot train a tokenizer of {vocab_size} pieces on this text:"
+            f" {str(error).splitlines()[-1]}"
+        ) from error
 
 
 def _pieces(texts: Iterable[str], size: int = 4000) -> Iterator[str]:

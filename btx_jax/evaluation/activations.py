@@ -1,4 +1,5 @@
-"""What a dense model sees inside, layer by layer, with one layer's parameters in memory. Shape legend: models/layers.py."""
+"""What a dense model sees inside, layer by layer, with one layer's parameters in memory. Shape
+legend: models/layers.py."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,9 @@ TOKENS_PER_BATCH = 4096
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _block(model: ModelConfig, params, x_BTD: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _block(
+    model: ModelConfig, params, x_BTD: jax.Array, segments_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """One dense layer in float32: (its output, what its feed-forward block or router gets)."""
 
     def apply(module: nn.Module, name: str, *inputs: jax.Array) -> jax.Array:
@@ -27,7 +30,9 @@ def _block(model: ModelConfig, params, x_BTD: jax.Array, segments_BT: jax.Array)
 
     norm = RMSNorm(model.norm_eps)
     with exact_matmuls("float32"):
-        x_BTD += apply(Attention(model), "attention", apply(norm, "attention_norm", x_BTD), segments_BT)
+        x_BTD += apply(
+            Attention(model), "attention", apply(norm, "attention_norm", x_BTD), segments_BT
+        )
         h_BTD = apply(norm, "ffn_norm", x_BTD)
         return x_BTD + apply(FeedForward(model.d_ff), "ffn", h_BTD), h_BTD
 
@@ -38,8 +43,11 @@ def token_embeddings(reader: Reader, prompts: Sequence[Sequence[int]]) -> list[n
     return [table[np.asarray(prompt)].astype(np.float32) for prompt in prompts]
 
 
-def layer_states(reader: Reader, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
-    """For each layer, of each prompt: (input of the layer [tokens, D], input of its feed-forward block [tokens, D]), float32."""
+def layer_states(
+    reader: Reader, prompts: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """For each layer, of each prompt: (input of the layer [tokens, D], input of its feed-forward
+    block [tokens, D]), float32."""
     model = reader.model
     length = max(map(len, prompts))
     rows = min(len(prompts), max(1, TOKENS_PER_BATCH // length))
@@ -64,7 +72,11 @@ def layer_states(reader: Reader, prompts: Sequence[Sequence[int]]) -> Iterator[t
         params: dict = {}
         for name in names:
             slot = reader.slots[name]
-            params.setdefault(slot.path[1], {})[slot.path[2]] = jnp.asarray(slot.to_ours(reader.read(name)), jnp.float32)
+            params.setdefault(slot.path[1], {})[slot.path[2]] = jnp.asarray(
+                slot.to_ours(reader.read(name)), jnp.float32
+            )
         outputs = [_block(model, params, x, segments) for x, segments in batches]
         yield unpadded([x for x, _ in batches]), unpadded([h for _, h in outputs])
-        batches = [(output, segments) for (output, _), (_, segments) in zip(outputs, batches, strict=True)]
+        batches = [
+            (output, segments) for (output, _), (_, segments) in zip(outputs, batches, strict=True)
+        ]

@@ -1,8 +1,10 @@
-"""Branch-Train-Merge: dense experts that answer together, weighted by how well they know the context (BTX section 4.2).
+"""Branch-Train-Merge: dense experts that answer together, weighted by how well they know the
+context (BTX section 4.2).
 
-Two estimates of the weights: tf-idf cosine between a context and each expert's training text, the paper's; and the Bayes posterior
-over the experts given the tokens so far (DEMix, arXiv 2108.05036; BTM, arXiv 2208.03306). An ensemble's loss is that of its mixed
-*probabilities*. All of it in numpy on per-token losses: the experts themselves are evaluated one by one.
+Two estimates of the weights: tf-idf cosine between a context and each expert's training text, the
+paper's; and the Bayes posterior over the experts given the tokens so far (DEMix, arXiv 2108.05036;
+BTM, arXiv 2208.03306). An ensemble's loss is that of its mixed *probabilities*. All of it in numpy
+on per-token losses: the experts themselves are evaluated one by one.
 """
 
 import itertools
@@ -23,14 +25,22 @@ class DomainProfiles:
         self.experts = tuple(documents)
         self._vectorizer = TfidfVectorizer(analyzer=lambda ids: [str(i) for i in ids])
         self._vectorizer.fit([ids for texts in documents.values() for ids in texts])
-        self._means = np.stack([np.asarray(self._vectorizer.transform(texts).mean(axis=0))[0] for texts in documents.values()])
+        self._means = np.stack(
+            [
+                np.asarray(self._vectorizer.transform(texts).mean(axis=0))[0]
+                for texts in documents.values()
+            ]
+        )
 
     def weights(self, contexts: Sequence[Sequence[int]], top: int) -> np.ndarray:
-        """[contexts, experts]: non-negative, summing to 1, at most `top` of them positive. A context that no expert knows weighs all
-        experts alike. Raises ValueError when top is not between 1 and the number of experts."""
+        """[contexts, experts]: non-negative, summing to 1, at most `top` of them positive. A
+        context that no expert knows weighs all experts alike. Raises ValueError when top is not
+        between 1 and the number of experts."""
         if not 1 <= top <= len(self.experts):
             raise ValueError(f"top={top}: there are {len(self.experts)} experts")
-        cosine = np.clip(cosine_similarity(self._vectorizer.transform(contexts), self._means), 0, None)
+        cosine = np.clip(
+            cosine_similarity(self._vectorizer.transform(contexts), self._means), 0, None
+        )
         kept = np.zeros_like(cosine)
         best = np.argsort(-cosine, axis=1, kind="stable")[:, :top]
         np.put_along_axis(kept, best, np.take_along_axis(cosine, best, axis=1), axis=1)
@@ -38,9 +48,12 @@ class DomainProfiles:
         return kept / kept.sum(axis=1, keepdims=True)
 
 
-def tf_idf_weights(profiles: DomainProfiles, tokens: np.ndarray, segments: np.ndarray, top: int) -> np.ndarray:
-    """Packed rows [R, T + 1] -> weights [experts, R, T] of each next token. Blocks of BLOCK targets see the tokens of their own document
-    in front of them; a document's first block sees none and weighs all experts alike."""
+def tf_idf_weights(
+    profiles: DomainProfiles, tokens: np.ndarray, segments: np.ndarray, top: int
+) -> np.ndarray:
+    """Packed rows [R, T + 1] -> weights [experts, R, T] of each next token. Blocks of BLOCK targets
+    see the tokens of their own document in front of them; a document's first block sees none and
+    weighs all experts alike."""
     rows, width = tokens.shape
     places, contexts = [], []
     for row in range(rows):
@@ -56,9 +69,11 @@ def tf_idf_weights(profiles: DomainProfiles, tokens: np.ndarray, segments: np.nd
 
 
 def bayes_weights(nll: np.ndarray, segments: np.ndarray, updating: bool) -> np.ndarray:
-    """Losses [experts, R, T] of each next token -> the posterior p(expert | document so far) [experts, R, T] for each of them.
+    """Losses [experts, R, T] of each next token -> the posterior p(expert | document so far)
+    [experts, R, T] for each of them.
 
-    The prior of a document is uniform; or, updating, the decayed mean of the posteriors at the ends of the documents before it.
+    The prior of a document is uniform; or, updating, the decayed mean of the posteriors at the ends
+    of the documents before it.
     """
     experts = nll.shape[0]
     weights = np.full(nll.shape, 1 / experts)
@@ -89,7 +104,8 @@ def ensemble_nll(nll: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def documents(segments: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, one behind the last) of each document in a packed row [T + 1]; padding (segment 0) is none."""
+    """(first, one behind the last) of each document in a packed row [T + 1]; padding (segment 0) is
+    none."""
     segments = abs(segments)
     borders = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
     for start, end in itertools.pairwise(borders):

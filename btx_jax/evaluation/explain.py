@@ -19,13 +19,21 @@ from btx_jax.parallel.sharding import batch_sharding, replicated
 
 
 def explain(
-    model: ModelConfig, compute: ComputeConfig, params: Params, tokenizer: Tokenizer, texts: Mapping[str, Sequence[int]], mesh: Mesh
+    model: ModelConfig,
+    compute: ComputeConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    texts: Mapping[str, Sequence[int]],
+    mesh: Mesh,
 ) -> dict[str, dict[str, Any]]:
-    """texts: name -> token ids. Returns name -> {pieces [T]: text of each token; experts, gates [layers][T][K]: of the MoE layers, best
-    first; layers: their numbers}. A text longer than the model's context is cut to it."""
+    """texts: name -> token ids. Returns name -> {pieces [T]: text of each token; experts, gates
+    [layers][T][K]: of the MoE layers, best first; layers: their numbers}. A text longer than the
+    model's context is cut to it."""
     if not texts:
         return {}
-    llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"), keep_choices=True)
+    llama = Llama(
+        model, dataclasses.replace(compute, dispatch="ragged", remat="none"), keep_choices=True
+    )
     cut = {name: list(ids)[: model.context] for name, ids in texts.items()}
     width = -(-max(map(len, cut.values())) // 64) * 64
     sharding = batch_sharding(mesh)
@@ -40,7 +48,9 @@ def explain(
         return [(split(run.choice.index_GSK), split(run.choice.gate_GSK)) for run in stats.values()]
 
     with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
-        chosen = jax.jit(choices, out_shardings=replicated(mesh))(params, put(tokens, sharding), put(segments, sharding))
+        chosen = jax.jit(choices, out_shardings=replicated(mesh))(
+            params, put(tokens, sharding), put(segments, sharding)
+        )
     runs = jax.device_get(chosen)
     numbers = [layer for layer, spec in enumerate(model.layer_specs()) if spec.experts]
     return {
@@ -48,14 +58,19 @@ def explain(
             "pieces": pieces(tokenizer, ids),
             "layers": numbers,
             "experts": [layer.tolist() for index, _ in runs for layer in index[:, row, : len(ids)]],
-            "gates": [np.round(layer.astype(np.float64), 4).tolist() for _, gate in runs for layer in gate[:, row, : len(ids)]],
+            "gates": [
+                np.round(layer.astype(np.float64), 4).tolist()
+                for _, gate in runs
+                for layer in gate[:, row, : len(ids)]
+            ],
         }
         for row, (name, ids) in enumerate(cut.items())
     }
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each token; joined, they are the decoded text, with a character that spans tokens shown at its last one."""
+    """The text of each token; joined, they are the decoded text, with a character that spans tokens
+    shown at its last one."""
     shown, done = [], ""
     for i in range(len(ids)):
         text = tokenizer.decode(ids[: i + 1]).rstrip("\ufffd")

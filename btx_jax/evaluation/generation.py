@@ -1,4 +1,5 @@
-"""Generating text: greedy, temperature, top-p; a batch of unequal prompts with a key/value cache. Shape legend: models/decoding.py."""
+"""Generating text: greedy, temperature, top-p; a batch of unequal prompts with a key/value cache.
+Shape legend: models/decoding.py."""
 
 import dataclasses
 import functools
@@ -24,14 +25,16 @@ CHUNK = 32  # tokens generated between two looks at them
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach it (nucleus sampling)."""
+    """temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach it
+    (nucleus sampling)."""
 
     temperature: float = 0.0
     top_p: float = 1.0
 
 
 def _argmax(values_V: jax.Array) -> jax.Array:
-    """The first of the largest, block by block: XLA's CPU backend finds a maximum fast and its place in a loop over numbers."""
+    """The first of the largest, block by block: XLA's CPU backend finds a maximum fast and its
+    place in a loop over numbers."""
     blocks = jnp.pad(values_V, (0, -len(values_V) % 128), constant_values=-jnp.inf).reshape(-1, 128)
     block = jnp.argmax(blocks.max(axis=1))
     return (block * 128 + jnp.argmax(blocks[block])).astype(jnp.int32)
@@ -50,17 +53,29 @@ def sample_token(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax
 
 
 class Generator:
-    """Continues prompts. Keeps a second copy of the parameters, layer by layer, and its programs for the shapes it has met.
+    """Continues prompts. Keeps a second copy of the parameters, layer by layer, and its programs
+    for the shapes it has met.
 
     mesh: where batches are spread; their size must divide over its data, fsdp and expert axes.
     """
 
-    def __init__(self, model: ModelConfig, params: Params, compute: ComputeConfig, mesh: Mesh, eos: int | None = None):
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Params,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        eos: int | None = None,
+    ):
         self.context = model.context
         self._model, self._mesh, self._eos = model, mesh, eos
         self._compute = dataclasses.replace(compute, dispatch="ragged", remat="none")
         with jax.set_mesh(mesh):
-            self._weights = jax.jit(functools.partial(unstack, model=model, dtype=compute.dtype, one_device=mesh.size == 1))(params)
+            self._weights = jax.jit(
+                functools.partial(
+                    unstack, model=model, dtype=compute.dtype, one_device=mesh.size == 1
+                )
+            )(params)
         self._programs: dict[tuple[int, int, int, Sampling], tuple[Any, Any]] = {}
 
     def generate(
@@ -71,8 +86,9 @@ class Generator:
         seed: int = 0,
         is_finished: Callable[[int, list[int]], bool] = lambda row, ids: False,
     ) -> list[list[int]]:
-        """The continuation of each prompt, at most new_tokens ids, ending before EOS, or once is_finished(row, its continuation so far)
-        holds, which is asked every CHUNK tokens. What is drawn for a row does not depend on the others."""
+        """The continuation of each prompt, at most new_tokens ids, ending before EOS, or once
+        is_finished(row, its continuation so far) holds, which is asked every CHUNK tokens. What is
+        drawn for a row does not depend on the others."""
         batch, longest = len(prompts), max(map(len, prompts))
         width = -(-longest // BUCKET) * BUCKET
         slots = -(-(longest + new_tokens) // BUCKET) * BUCKET
@@ -90,7 +106,14 @@ class Generator:
             for first in range(0, new_tokens, CHUNK):
                 left = new_tokens - first
                 steps = np.int32(left - 1 if left <= CHUNK else CHUNK)  # the last token needs none
-                new_BC, token_B, cache = proceed(self._weights, token_B, put(done, replicated(self._mesh)), cache, seed_word, steps)
+                new_BC, token_B, cache = proceed(
+                    self._weights,
+                    token_B,
+                    put(done, replicated(self._mesh)),
+                    cache,
+                    seed_word,
+                    steps,
+                )
                 for row, ids in enumerate(np.asarray(new_BC)[:, :left].tolist()):
                     if done[row]:
                         continue
@@ -109,8 +132,12 @@ class Generator:
 
             def draw(weights, hidden_BD, seed, position_B):
                 key, logits_BV = jax.random.key(seed), next_logits(weights, hidden_BD)
-                key_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(row_B, position_B)
-                return jax.vmap(lambda values, key: sample_token(values, key, sampling))(logits_BV, key_B)
+                key_B = jax.vmap(
+                    lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position)
+                )(row_B, position_B)
+                return jax.vmap(lambda values, key: sample_token(values, key, sampling))(
+                    logits_BV, key_B
+                )
 
             @jax.jit
             def start(weights, tokens_BT, length_B, seed):
@@ -120,7 +147,8 @@ class Generator:
 
             @functools.partial(jax.jit, donate_argnums=3)
             def proceed(weights, token_B, done_B, cache: Cache, seed, steps):
-                """A known token and one for each step, of which CHUNK fit; fewer when every row has met EOS. Also the last of them."""
+                """A known token and one for each step, of which CHUNK fit; fewer when every row has
+                met EOS. Also the last of them."""
 
                 def wanted(state):
                     i, _, _, done_B, _ = state
@@ -130,11 +158,26 @@ class Generator:
                     i, new_BC, token_B, done_B, cache = state
                     new_BC = new_BC.at[:, i].set(token_B)
                     done_B = done_B | (token_B == (-1 if eos is None else eos))
-                    hidden_BD, cache = forward(model, compute, weights, token_B[:, None], 1 - done_B.astype(jnp.int32), cache)
-                    return i + 1, new_BC, draw(weights, hidden_BD, seed, cache.length_B), done_B, cache
+                    hidden_BD, cache = forward(
+                        model,
+                        compute,
+                        weights,
+                        token_B[:, None],
+                        1 - done_B.astype(jnp.int32),
+                        cache,
+                    )
+                    return (
+                        i + 1,
+                        new_BC,
+                        draw(weights, hidden_BD, seed, cache.length_B),
+                        done_B,
+                        cache,
+                    )
 
                 empty_BC = jnp.full((batch, CHUNK), -1 if eos is None else eos, jnp.int32)
-                i, new_BC, token_B, _, cache = jax.lax.while_loop(wanted, body, (jnp.int32(0), empty_BC, token_B, done_B, cache))
+                i, new_BC, token_B, _, cache = jax.lax.while_loop(
+                    wanted, body, (jnp.int32(0), empty_BC, token_B, done_B, cache)
+                )
                 new_BC = new_BC.at[:, i].set(token_B, mode="drop")
                 return shard(new_BC, None, None), token_B, cache  # every process reads all rows
 

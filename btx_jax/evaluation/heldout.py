@@ -1,4 +1,5 @@
-"""Held-out loss: nats per token and bits per byte, dropless, with what the routers did. Shape legend: models/layers.py."""
+"""Held-out loss: nats per token and bits per byte, dropless, with what the routers did. Shape
+legend: models/layers.py."""
 
 import dataclasses
 import functools
@@ -26,7 +27,8 @@ Rows = Mapping[str, np.ndarray]  # tokens, segments: [rows, T + 1] int32; bytes:
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutLoss:
-    """nats_per_token: over every target, ends of documents included. bits_per_byte: over the text alone, per UTF-8 byte."""
+    """nats_per_token: over every target, ends of documents included. bits_per_byte: over the text
+    alone, per UTF-8 byte."""
 
     nats_per_token: float
     bits_per_byte: float
@@ -36,8 +38,8 @@ class HeldoutLoss:
 
 @functools.lru_cache(maxsize=16)
 def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
-    """(params, tokens, segments) -> (nll [B, T], [RoutingSums per MoE run], {LoRA router: GateSums}), jitted under the mesh. Routing
-    drops nothing, whatever training did."""
+    """(params, tokens, segments) -> (nll [B, T], [RoutingSums per MoE run], {LoRA router:
+    GateSums}), jitted under the mesh. Routing drops nothing, whatever training did."""
     jitted = _heldout_step(model, compute, mesh)
 
     def under_mesh(params: Params, tokens: jax.Array, segments: jax.Array) -> Any:
@@ -47,16 +49,29 @@ def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) ->
     return under_mesh
 
 
-def lower_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh, params: Params, batch_size: int, sequence_length: int):
+def lower_heldout_step(
+    model: ModelConfig,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    params: Params,
+    batch_size: int,
+    sequence_length: int,
+):
     """The same for abstract parameters, on the mesh's devices, which need not be there."""
-    rows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), np.int32, sharding=batch_sharding(mesh))
+    rows = jax.ShapeDtypeStruct(
+        (batch_size, sequence_length + 1), np.int32, sharding=batch_sharding(mesh)
+    )
     with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
         return _heldout_step(model, compute, mesh).lower(params, rows, rows)
 
 
 def _heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
     kernels = platform_kernels(compute.kernels, mesh.devices.flat[0].platform)
-    llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none", kernels=kernels), keep_choices=True)
+    llama = Llama(
+        model,
+        dataclasses.replace(compute, dispatch="ragged", remat="none", kernels=kernels),
+        keep_choices=True,
+    )
 
     def heldout_step(params: Params, tokens: jax.Array, segments: jax.Array):
         inputs, input_segments, targets, _ = next_token_targets(tokens, segments)
@@ -64,7 +79,11 @@ def _heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any
         nll = token_nll(hidden, head_kernel(params), targets, compute.loss_chunk)
         count = (input_segments > 0).sum()
         chosen = {name: GateSums.of(stats, count) for name, stats in lora_routing(routing).items()}
-        return nll, [routing_sums(stats, count) for stats in feed_forward_routing(routing).values()], chosen
+        return (
+            nll,
+            [routing_sums(stats, count) for stats in feed_forward_routing(routing).values()],
+            chosen,
+        )
 
     return jax.jit(heldout_step, out_shardings=replicated(mesh))
 
@@ -72,8 +91,8 @@ def _heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any
 def token_losses(
     step: Any, params: Params, rows: Rows, batch_size: int, mesh: Mesh
 ) -> tuple[np.ndarray, RoutingSums | None, dict[str, GateSums]]:
-    """(-log p of every next token [rows, T], nats; what the routers did with all of them, layer by layer, or None without experts; the
-    same of each router of LoRA experts).
+    """(-log p of every next token [rows, T], nats; what the routers did with all of them, layer by
+    layer, or None without experts; the same of each router of LoRA experts).
 
     Where a target does not count (`next_token_targets`) the value means nothing.
     """
@@ -83,12 +102,16 @@ def token_losses(
     for start in range(0, count, batch_size):
         batch = [rows[name][start : start + batch_size] for name in ("tokens", "segments")]
         batch = [np.pad(x, ((0, batch_size - len(x)), (0, 0))) for x in batch]
-        nll, runs, chosen = jax.device_get(step(params, *(put(x, batch_sharding(mesh)) for x in batch)))
+        nll, runs, chosen = jax.device_get(
+            step(params, *(put(x, batch_sharding(mesh)) for x in batch))
+        )
         losses.append(nll)
         if runs:
             sums = RoutingSums.joined(runs)
             total = sums if total is None else total + sums
-        gates = {name: gates[name] + sums if name in gates else sums for name, sums in chosen.items()}
+        gates = {
+            name: gates[name] + sums if name in gates else sums for name, sums in chosen.items()
+        }
     length = rows["tokens"].shape[1] - 1
     return np.concatenate([np.zeros((0, length), np.float32), *losses])[:count], total, gates
 

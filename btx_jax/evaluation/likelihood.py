@@ -23,15 +23,19 @@ BUCKET = 64  # widths are multiples of it, so that few shapes are compiled
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation: sum of its tokens' log-probabilities in nats, and whether greedy decoding would have given it."""
+    """Of a continuation: sum of its tokens' log-probabilities in nats, and whether greedy decoding
+    would have given it."""
 
     log_p: float
     is_greedy: bool
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of both, cut where the context's own tokens end; its trailing spaces belong to the continuation, as tokenizers have it
-    (the rule of lm-evaluation-harness). An empty context stands for what begins a document: BOS, or else EOS."""
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of both, cut where the context's own tokens end; its trailing spaces belong to the
+    continuation, as tokenizers have it (the rule of lm-evaluation-harness). An empty context stands
+    for what begins a document: BOS, or else EOS."""
     if not context:
         start = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
         return [start] if start is not None else [], tokenizer.encode(continuation)
@@ -42,22 +46,39 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 class Scorer:
-    """Log-likelihoods under one model. mesh: where batches are spread; batch_size must divide over its data, fsdp and expert axes."""
+    """Log-likelihoods under one model. mesh: where batches are spread; batch_size must divide over
+    its data, fsdp and expert axes."""
 
-    def __init__(self, model: ModelConfig, params: Params, compute: ComputeConfig, mesh: Mesh, batch_size: int):
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Params,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        batch_size: int,
+    ):
         self._model, self._params, self._mesh, self._batch_size = model, params, mesh, batch_size
         self._dtype = compute.dtype
         llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"))
 
-        def scores(params: Params, tokens: jax.Array, segments: jax.Array, targets: jax.Array, counted: jax.Array):
+        def scores(
+            params: Params,
+            tokens: jax.Array,
+            segments: jax.Array,
+            targets: jax.Array,
+            counted: jax.Array,
+        ):
             hidden, _ = llama.apply({"params": params}, tokens, segments)
             nll, is_best = token_scores(hidden, head_kernel(params), targets, compute.loss_chunk)
             return jnp.where(counted, nll, 0), (is_best | ~counted).all(1)
 
         self._scores: Any = jax.jit(scores, out_shardings=replicated(mesh))
 
-    def __call__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], name: str = "likelihood") -> list[Likelihood]:
-        """Of each (context ids, continuation ids). Longer than the model's context: the front of the context is cut off.
+    def __call__(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], name: str = "likelihood"
+    ) -> list[Likelihood]:
+        """Of each (context ids, continuation ids). Longer than the model's context: the front of
+        the context is cut off.
 
         Raises ValueError when a pair has no token in front of its continuation.
         """
@@ -66,24 +87,37 @@ class Scorer:
         for front, behind in pairs:
             ids = [*front, *behind][-(context + 1) :]
             if not front or len(behind) > context:
-                raise ValueError(f"a continuation of {len(behind)} tokens needs a token in front of it, and {context} have room")
+                raise ValueError(
+                    f"a continuation of {len(behind)} tokens needs a token in front of it, and"
+                    f" {context} have room"
+                )
             rows.append((ids, len(behind)))
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # longest first: what does not fit fails at once
+        order = sorted(
+            range(len(rows)), key=lambda i: -len(rows[i][0])
+        )  # longest first: what does not fit fails at once
         results: list[Any] = [None] * len(rows)
         with tqdm(total=len(rows), desc=name, unit="pair", disable=not is_first()) as progress:
             for start in range(0, len(order), self._batch_size):
                 chosen = order[start : start + self._batch_size]
-                for i, log_p, greedy in zip(chosen, *self._batch([rows[i] for i in chosen]), strict=False):
+                for i, log_p, greedy in zip(
+                    chosen, *self._batch([rows[i] for i in chosen]), strict=False
+                ):
                     results[i] = Likelihood(float(log_p), bool(greedy))
                 progress.update(len(chosen))
         return results
 
     def _batch(self, rows: Sequence[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
-        width = min(-(-max(len(ids) - 1 for ids, _ in rows) // BUCKET) * BUCKET, self._model.context)
+        width = min(
+            -(-max(len(ids) - 1 for ids, _ in rows) // BUCKET) * BUCKET, self._model.context
+        )
         tokens, segments, targets, counted = np.zeros((4, self._batch_size, width), np.int32)
         for row, (ids, behind) in enumerate(rows):
             length = len(ids) - 1
-            tokens[row, :length], targets[row, :length], segments[row, :length] = ids[:-1], ids[1:], 1
+            tokens[row, :length], targets[row, :length], segments[row, :length] = (
+                ids[:-1],
+                ids[1:],
+                1,
+            )
             counted[row, length - behind : length] = 1
         sharding = batch_sharding(self._mesh)
         with jax.set_mesh(self._mesh), exact_matmuls(self._dtype):

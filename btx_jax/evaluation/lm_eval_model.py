@@ -1,6 +1,8 @@
-"""A model class for lm-evaluation-harness (`pip install lm_eval`): any of its tasks on any checkpoint, without torch.
+"""A model class for lm-evaluation-harness (`pip install lm_eval`): any of its tasks on any
+checkpoint, without torch.
 
-lm_eval finds models by what has been imported, so `python -m btx_jax lm_eval ...` imports this module and hands over to its command line.
+lm_eval finds models by what has been imported, so `python -m btx_jax lm_eval ...` imports this
+module and hands over to its command line.
 """
 
 from collections.abc import Mapping
@@ -25,7 +27,8 @@ from btx_jax.parallel.sharding import inference_mesh
 class BtxJaxLM(LM):
     """--model_args checkpoint=DIR[,dtype=bfloat16][,max_gen_toks=256]; --batch_size N.
 
-    checkpoint: a run's directory, one of its checkpoints, or a Hugging Face directory. Spread over the process's devices.
+    checkpoint: a run's directory, one of its checkpoints, or a Hugging Face directory. Spread over
+    the process's devices.
     """
 
     def __init__(
@@ -40,13 +43,22 @@ class BtxJaxLM(LM):
         super().__init__()
         unknown.pop("max_batch_size", None)
         if unknown:
-            raise UserError(f"--model_args: unknown {', '.join(sorted(unknown))}; known: checkpoint, dtype, max_gen_toks")
+            raise UserError(
+                f"--model_args: unknown {', '.join(sorted(unknown))}; known: checkpoint, dtype,"
+                " max_gen_toks"
+            )
         found = find_checkpoint(checkpoint, "--model_args checkpoint")
         self._model, self._name = found.about.model, str(found.path)
-        self._max_new, self._batch_size = int(max_gen_toks), int(batch_size) if str(batch_size).isdigit() else 8
+        self._max_new, self._batch_size = (
+            int(max_gen_toks),
+            int(batch_size) if str(batch_size).isdigit() else 8,
+        )
         self._tokenizer = load_tokenizer(found.tokenizer)
         self._mesh = inference_mesh(found.about.model)
-        self._compute, self._params = ComputeConfig(dtype=dtype), load_for_inference(found, self._mesh, dtype)
+        self._compute, self._params = (
+            ComputeConfig(dtype=dtype),
+            load_for_inference(found, self._mesh, dtype),
+        )
         self._score = Scorer(self._model, self._params, self._compute, self._mesh, self._batch_size)
         self._generator: Generator | None = None
 
@@ -54,16 +66,23 @@ class BtxJaxLM(LM):
     def tokenizer_name(self) -> str:
         return self._name.replace("/", "__")
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         pairs = [encode_pair(self._tokenizer, *request.args) for request in requests]
         return [(found.log_p, found.is_greedy) for found in self._score(pairs, "loglikelihood")]
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each token seen once, in windows of the model's context. The first token follows BOS, or else EOS."""
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of whole texts, each token seen once, in windows of the model's context. The first token
+        follows BOS, or else EOS."""
         pairs, owners = [], []
         start = self._tokenizer.bos if self._tokenizer.bos is not None else self._tokenizer.eos
         for number, request in enumerate(requests):
-            windows = get_rolling_token_windows(self._tokenizer.encode(request.args[0]), start, self._model.context, context_len=1)
+            windows = get_rolling_token_windows(
+                self._tokenizer.encode(request.args[0]), start, self._model.context, context_len=1
+            )
             for window in map(make_disjoint_window, windows):
                 pairs.append(window)
                 owners.append(number)
@@ -74,7 +93,9 @@ class BtxJaxLM(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         if self._generator is None:
-            self._generator = Generator(self._model, self._params, self._compute, self._mesh, self._tokenizer.eos)
+            self._generator = Generator(
+                self._model, self._params, self._compute, self._mesh, self._tokenizer.eos
+            )
         alike: dict[TaskConfig, list[int]] = {}  # requests with the same settings share batches
         for number, request in enumerate(requests):
             alike.setdefault(self._settings(request.args[1]), []).append(number)
@@ -82,7 +103,11 @@ class BtxJaxLM(LM):
         for settings, numbers in alike.items():
             prompts = [requests[number].args[0] for number in numbers]
             for number, text in zip(
-                numbers, continuations(self._tokenizer, self._generator, prompts, settings, self._batch_size), strict=True
+                numbers,
+                continuations(
+                    self._tokenizer, self._generator, prompts, settings, self._batch_size
+                ),
+                strict=True,
             ):
                 texts[number] = text
         return texts
@@ -95,7 +120,9 @@ class BtxJaxLM(LM):
             file="",
             prompt="",
             max_tokens=int(options.get("max_gen_toks", self._max_new)),
-            temperature=float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0,
+            temperature=(
+                float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
+            ),
             top_p=float(options.get("top_p", 1.0)),
             stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
         )

@@ -1,4 +1,5 @@
-"""What LoRA experts became: how alike those of a layer are, and what their routers choose. Shape legend: models/lora.py."""
+"""What LoRA experts became: how alike those of a layer are, and what their routers choose. Shape
+legend: models/lora.py."""
 
 import itertools
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from btx_jax.models.routing import RoutingStats
 
 
 class GateSums(NamedTuple):
-    """Of one router over the layers of its run, summed over tokens. chosen: share of each token's choices; gate: their weights."""
+    """Of one router over the layers of its run, summed over tokens. chosen: share of each token's
+    choices; gate: their weights."""
 
     chosen_LE: Any
     gate_LE: Any
@@ -28,7 +30,8 @@ class GateSums(NamedTuple):
 
 
 def by_target(model: ModelConfig, sums: Mapping[str, GateSums]) -> dict[str, Any]:
-    """{target: [{load, gate: of each expert, shares and mean weights} or None, a layer]}; None where a layer has no router."""
+    """{target: [{load, gate: of each expert, shares and mean weights} or None, a layer]}; None
+    where a layer has no router."""
     result: dict[str, Any] = {}
     for target in model.lora.targets if model.lora else ():
         layers: list[Any] = []
@@ -37,16 +40,23 @@ def by_target(model: ModelConfig, sums: Mapping[str, GateSums]) -> dict[str, Any
             if found is None:
                 layers += [None] * length
                 continue
-            load, gate = (np.asarray(x, np.float64) / float(found.tokens) for x in (found.chosen_LE, found.gate_LE))
+            load, gate = (
+                np.asarray(x, np.float64) / float(found.tokens)
+                for x in (found.chosen_LE, found.gate_LE)
+            )
             layers += [{"load": load[i].tolist(), "gate": gate[i].tolist()} for i in range(length)]
         result[target] = layers
     return result
 
 
-def redundancy(model: ModelConfig, params: Mapping[str, Any]) -> dict[str, list[dict[str, float] | None]]:
-    """{target: [{distance, cosine, norm_ratio} or None, a layer]}: means over the pairs of a layer's experts; None with fewer than two.
+def redundancy(
+    model: ModelConfig, params: Mapping[str, Any]
+) -> dict[str, list[dict[str, float] | None]]:
+    """{target: [{distance, cosine, norm_ratio} or None, a layer]}: means over the pairs of a
+    layer's experts; None with fewer than two.
 
-    distance: Frobenius norm of (alpha / rank) (B_i A_i - B_j A_j), which also grows with what was learnt (MoLA section 5 compares it);
+    distance: Frobenius norm of (alpha / rank) (B_i A_i - B_j A_j), which also grows with what was
+    learnt (MoLA section 5 compares it);
     cosine: of the products as vectors, and norm_ratio: of the shorter to the longer, do not.
     """
     tensors = to_tensors(model, params)
@@ -58,22 +68,32 @@ def redundancy(model: ModelConfig, params: Mapping[str, Any]) -> dict[str, list[
             if spec is None or spec.experts < 2:
                 result[target].append(None)
                 continue
-            a_ERI, b_EOR = (tensors[f"layers.{layer}.{target}.{part}"].astype(np.float64) for part in "ab")
+            a_ERI, b_EOR = (
+                tensors[f"layers.{layer}.{target}.{part}"].astype(np.float64) for part in "ab"
+            )
             result[target].append(pairs(spec.scale**2 * gram(a_ERI, b_EOR)))
     return result
 
 
 def gram(a_ERI: np.ndarray, b_EOR: np.ndarray) -> np.ndarray:
-    """Inner products <B_i A_i, B_j A_j> [E, E] = sum of (B_i^T B_j) * (A_i A_j^T), without the products themselves."""
+    """Inner products <B_i A_i, B_j A_j> [E, E] = sum of (B_i^T B_j) * (A_i A_j^T), without the
+    products themselves."""
     return np.einsum("eor,fos,eri,fsi->ef", b_EOR, b_EOR, a_ERI, a_ERI, optimize=True)
 
 
 def pairs(gram_EE: np.ndarray) -> dict[str, float]:
-    """Means over pairs of experts. An expert that is still zero has cosine 0 and norm ratio 0 with any other."""
+    """Means over pairs of experts. An expert that is still zero has cosine 0 and norm ratio 0 with
+    any other."""
     norms = np.sqrt(np.maximum(np.diagonal(gram_EE), 0))
     distances, cosines, ratios = [], [], []
     for i, j in itertools.combinations(range(len(norms)), 2):
         distances.append(np.sqrt(max(gram_EE[i, i] + gram_EE[j, j] - 2 * gram_EE[i, j], 0)))
         cosines.append(gram_EE[i, j] / (norms[i] * norms[j]) if norms[i] * norms[j] else 0.0)
-        ratios.append(min(norms[i], norms[j]) / max(norms[i], norms[j]) if max(norms[i], norms[j]) else 0.0)
-    return {"distance": float(np.mean(distances)), "cosine": float(np.mean(cosines)), "norm_ratio": float(np.mean(ratios))}
+        ratios.append(
+            min(norms[i], norms[j]) / max(norms[i], norms[j]) if max(norms[i], norms[j]) else 0.0
+        )
+    return {
+        "distance": float(np.mean(distances)),
+        "cosine": float(np.mean(cosines)),
+        "norm_ratio": float(np.mean(ratios)),
+    }

@@ -1,4 +1,5 @@
-"""Where the tokens went, layer by layer, and how much the experts still have in common. Shape legend: models/layers.py."""
+"""Where the tokens went, layer by layer, and how much the experts still have in common. Shape
+legend: models/layers.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ DEAD = 0.01  # an expert with less than this share of a layer's claims is called
 
 
 class RoutingSums(NamedTuple):
-    """Sums over tokens, layer by layer. load: claims per expert; gate_load: their weights; pairs [first, second choice]: tokens that made
-    them; entropy: nats. Experts that a layer does not have count nothing.
+    """Sums over tokens, layer by layer. load: claims per expert; gate_load: their weights; pairs
+    [first, second choice]: tokens that made them; entropy: nats. Experts that a layer does not have
+    count nothing.
     """
 
     load_LE: Any
@@ -34,7 +36,12 @@ class RoutingSums(NamedTuple):
             wide = [(0, experts - size) for size in x.shape[1:]]
             return np.pad(np.asarray(x, np.float64), [(0, 0), *wide])
 
-        return cls(*(np.concatenate([padded(name, getattr(run, name)) for run in runs]) for name in cls._fields))
+        return cls(
+            *(
+                np.concatenate([padded(name, getattr(run, name)) for run in runs])
+                for name in cls._fields
+            )
+        )
 
     def __add__(self, other: Any) -> "RoutingSums":
         return RoutingSums(*(a + b for a, b in zip(self, other, strict=True)))
@@ -43,10 +50,16 @@ class RoutingSums(NamedTuple):
 def routing_sums(stats: RoutingStats, tokens: jax.Array) -> RoutingSums:
     """stats: of one run over `tokens` valid tokens, with their choices."""
     assert stats.choice is not None
-    index_LNK = stats.choice.index_GSK.reshape(stats.load_E.shape[0], -1, stats.choice.index_GSK.shape[-1])
+    index_LNK = stats.choice.index_GSK.reshape(
+        stats.load_E.shape[0], -1, stats.choice.index_GSK.shape[-1]
+    )
     layers, experts = stats.load_E.shape
     chosen = jax.nn.one_hot(index_LNK, experts)
-    pairs = jnp.einsum("lne,lnf->lef", chosen[:, :, 0], chosen[:, :, 1]) if chosen.shape[2] > 1 else jnp.zeros((layers, experts, experts))
+    pairs = (
+        jnp.einsum("lne,lnf->lef", chosen[:, :, 0], chosen[:, :, 1])
+        if chosen.shape[2] > 1
+        else jnp.zeros((layers, experts, experts))
+    )
     return RoutingSums(
         load_LE=stats.load_E * tokens,
         gate_load_LE=stats.gate_load_E * tokens,
@@ -57,7 +70,8 @@ def routing_sums(stats: RoutingStats, tokens: jax.Array) -> RoutingSums:
 
 
 def summarise(sums: RoutingSums) -> dict[str, Any]:
-    """Of one domain: {load, gate_load [L][E]: shares; pairs [L][E][E]: shares of tokens; entropy [L]: nats; dead [L]: expert numbers}."""
+    """Of one domain: {load, gate_load [L][E]: shares; pairs [L][E][E]: shares of tokens; entropy
+    [L]: nats; dead [L]: expert numbers}."""
     tokens = sums.tokens_L[:, None]
     load = sums.load_LE / sums.load_LE.sum(1, keepdims=True)
     return {
@@ -70,7 +84,8 @@ def summarise(sums: RoutingSums) -> dict[str, Any]:
 
 
 def mutual_information(load: Mapping[str, Sequence[Sequence[float]]]) -> list[float]:
-    """I(expert; domain) of each layer in nats, domains taken as equally likely. load: domain -> [L][E], rows summing to 1.
+    """I(expert; domain) of each layer in nats, domains taken as equally likely. load: domain ->
+    [L][E], rows summing to 1.
 
     0 when every domain uses the experts alike; log(domains) when each has experts of its own.
     """
@@ -82,27 +97,45 @@ def mutual_information(load: Mapping[str, Sequence[Sequence[float]]]) -> list[fl
 
 
 def redundancy(params: Mapping[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
-    """Of each MoE layer: {cosine, deviation_cosine [E][E], norm_ratio [E]} between its experts' weights, gate, up and down as one vector.
+    """Of each MoE layer: {cosine, deviation_cosine [E][E], norm_ratio [E]} between its experts'
+    weights, gate, up and down as one vector.
 
-    Experts of one seed are nearly parallel; `deviation_cosine` compares what sets them apart from their mean. norm_ratio: to the mean norm.
+    Experts of one seed are nearly parallel; `deviation_cosine` compares what sets them apart from
+    their mean. norm_ratio: to the mean norm.
     """
-    runs = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name.rpartition("_")[2]))
+    runs = sorted(
+        (name for name in params if name.startswith("layers_")),
+        key=lambda name: int(name.rpartition("_")[2]),
+    )
     layers = []
     for run in runs:
         ffn = params[run]["ffn"]
         if "router" not in ffn:
             continue
         with jax.set_mesh(mesh):
-            grams = [jax.jit(_grams, out_shardings=replicated(mesh))(ffn[name]) for name in ("gate", "up", "down")]
-        whole, apart = (np.sum([np.asarray(gram, np.float64) for gram in parts], axis=0) for parts in zip(*grams, strict=True))
+            grams = [
+                jax.jit(_grams, out_shardings=replicated(mesh))(ffn[name])
+                for name in ("gate", "up", "down")
+            ]
+        whole, apart = (
+            np.sum([np.asarray(gram, np.float64) for gram in parts], axis=0)
+            for parts in zip(*grams, strict=True)
+        )
         for gram, deviation in zip(whole, apart, strict=True):
             norms = np.sqrt(np.diagonal(gram))
-            layers.append({"cosine": _cosine(gram), "deviation_cosine": _cosine(deviation), "norm_ratio": (norms / norms.mean()).tolist()})
+            layers.append(
+                {
+                    "cosine": _cosine(gram),
+                    "deviation_cosine": _cosine(deviation),
+                    "norm_ratio": (norms / norms.mean()).tolist(),
+                }
+            )
     return layers
 
 
 def _grams(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[L, E, ...] -> inner products [L, E, E] of the experts and of their deviations from the mean."""
+    """[L, E, ...] -> inner products [L, E, E] of the experts and of their deviations from the
+    mean."""
     flat_LEX = w.reshape(*w.shape[:2], -1).astype(jnp.float32)
     apart_LEX = flat_LEX - flat_LEX.mean(1, keepdims=True)
     product = lambda x: jnp.einsum("lex,lfx->lef", x, x, precision="highest")  # noqa: E731

@@ -1,7 +1,8 @@
 """Test sets: multiple choice by log-likelihood, generation with exact match, code with pass@k.
 
-A test set is a file of JSON lines (.gz and .zst are unpacked). What a task asks of a model is the same for dense
-models, mixtures and checkpoints of any format; each returns its metrics and what it got for every item.
+A test set is a file of JSON lines (.gz and .zst are unpacked). What a task asks of a model is the
+same for dense models, mixtures and checkpoints of any format; each returns its metrics and what it
+got for every item.
 """
 
 import re
@@ -20,11 +21,16 @@ from btx_jax.evaluation.sandbox import Limits, pass_at_k, run_programs
 from btx_jax.parallel.hosts import is_first
 
 Item = dict[str, Any]
-FIELDS = {"multiple_choice": ("choices", "gold"), "exact_match": ("answer",), "code": ("prompt", "test", "entry_point")}
+FIELDS = {
+    "multiple_choice": ("choices", "gold"),
+    "exact_match": ("answer",),
+    "code": ("prompt", "test", "entry_point"),
+}
 
 
 def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
-    """Raises UserError, naming the item, when a field is missing or a gold choice does not exist."""
+    """Raises UserError, naming the item, when a field is missing or a gold choice does not
+    exist."""
     if not items:
         raise UserError(f"{key}.file: {task.file} holds no item")
     for number, item in enumerate(items):
@@ -33,7 +39,10 @@ def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
             if name not in item:
                 raise UserError(f"{where} has no field {name!r}; it has {', '.join(sorted(item))}")
         if task.kind == "multiple_choice" and item["gold"] not in range(len(item["choices"])):
-            raise UserError(f"{where}: gold={item['gold']!r} of {len(item['choices'])} choices; must be a number from 0")
+            raise UserError(
+                f"{where}: gold={item['gold']!r} of {len(item['choices'])} choices; must be a"
+                " number from 0"
+            )
         try:
             task.prompt.format_map(item)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -42,7 +51,11 @@ def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
 
 def solved(item: Item, task: TaskConfig) -> str:
     """An item's prompt with its right answer behind it."""
-    answer = item["choices"][int(item["gold"])] if "choices" in item else str(item.get("chain_of_thought") or item["answer"])
+    answer = (
+        item["choices"][int(item["gold"])]
+        if "choices" in item
+        else str(item.get("chain_of_thought") or item["answer"])
+    )
     return f"{task.prompt.format_map(item)} {answer}"
 
 
@@ -52,17 +65,36 @@ def few_shot(examples: Sequence[Item], task: TaskConfig) -> str:
 
 
 def multiple_choice(
-    items: Sequence[Item], examples: Sequence[Item], task: TaskConfig, tokenizer: Tokenizer, score: Scorer, name: str
+    items: Sequence[Item],
+    examples: Sequence[Item],
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    score: Scorer,
+    name: str,
 ) -> dict[str, Any]:
-    """accuracy: the likeliest choice; accuracy_normalised: the likeliest per character of the choice (lm-evaluation-harness's acc_norm)."""
+    """accuracy: the likeliest choice; accuracy_normalised: the likeliest per character of the
+    choice (lm-evaluation-harness's acc_norm)."""
     shots = few_shot(examples, task)
-    pairs = [encode_pair(tokenizer, shots + task.prompt.format_map(item), f" {choice}") for item in items for choice in item["choices"]]
+    pairs = [
+        encode_pair(tokenizer, shots + task.prompt.format_map(item), f" {choice}")
+        for item in items
+        for choice in item["choices"]
+    ]
     found = iter(score(pairs, name))
     results = []
     for item in items:
         log_p = [next(found).log_p for _ in item["choices"]]
-        normalised = [value / max(len(choice), 1) for value, choice in zip(log_p, item["choices"], strict=True)]
-        results.append({"log_p": log_p, "right": _best(log_p) == item["gold"], "right_normalised": _best(normalised) == item["gold"]})
+        normalised = [
+            value / max(len(choice), 1)
+            for value, choice in zip(log_p, item["choices"], strict=True)
+        ]
+        results.append(
+            {
+                "log_p": log_p,
+                "right": _best(log_p) == item["gold"],
+                "right_normalised": _best(normalised) == item["gold"],
+            }
+        )
     return _with_error("accuracy", [r["right"] for r in results]) | {
         **_with_error("accuracy_normalised", [r["right_normalised"] for r in results]),
         "items": results,
@@ -70,48 +102,92 @@ def multiple_choice(
 
 
 def exact_match(
-    items: Sequence[Item], examples: Sequence[Item], task: TaskConfig, tokenizer: Tokenizer, generator: Generator, batch_size: int
+    items: Sequence[Item],
+    examples: Sequence[Item],
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    generator: Generator,
+    batch_size: int,
 ) -> dict[str, Any]:
-    """Share of items whose generated answer is theirs: the last number of both texts where both have one, else the text itself."""
+    """Share of items whose generated answer is theirs: the last number of both texts where both
+    have one, else the text itself."""
     shots = few_shot(examples, task)
-    texts = continuations(tokenizer, generator, [shots + task.prompt.format_map(item) for item in items], task, batch_size)
+    texts = continuations(
+        tokenizer,
+        generator,
+        [shots + task.prompt.format_map(item) for item in items],
+        task,
+        batch_size,
+    )
     results: list[dict[str, Any]] = [
-        {"text": text, "right": answer(text) == answer(str(item["answer"]))} for item, text in zip(items, texts, strict=True)
+        {"text": text, "right": answer(text) == answer(str(item["answer"]))}
+        for item, text in zip(items, texts, strict=True)
     ]
     return _with_error("exact_match", [r["right"] for r in results]) | {"items": results}
 
 
-def code(items: Sequence[Item], task: TaskConfig, tokenizer: Tokenizer, generator: Generator, batch_size: int) -> dict[str, Any]:
-    """pass@k for every k of task.pass_at, from task.samples programs an item, run in the sandbox against the item's tests."""
+def code(
+    items: Sequence[Item],
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    generator: Generator,
+    batch_size: int,
+) -> dict[str, Any]:
+    """pass@k for every k of task.pass_at, from task.samples programs an item, run in the sandbox
+    against the item's tests."""
     prompts = [task.prompt.format_map(item) for item in items for _ in range(task.samples)]
     texts = continuations(tokenizer, generator, prompts, task, batch_size)
     owners = [item for item in items for _ in range(task.samples)]
-    programs = [f"{item['prompt']}{text}\n{item['test']}\ncheck({item['entry_point']})\n" for item, text in zip(owners, texts, strict=True)]
+    programs = [
+        f"{item['prompt']}{text}\n{item['test']}\ncheck({item['entry_point']})\n"
+        for item, text in zip(owners, texts, strict=True)
+    ]
     outcomes = run_programs(programs, Limits(task.seconds))
     results: list[dict[str, Any]] = []
     for number in range(len(items)):
         mine = slice(number * task.samples, (number + 1) * task.samples)
-        ran = [{"text": text, "passed": o.passed, "why": o.why} for text, o in zip(texts[mine], outcomes[mine], strict=True)]
+        ran = [
+            {"text": text, "passed": o.passed, "why": o.why}
+            for text, o in zip(texts[mine], outcomes[mine], strict=True)
+        ]
         results.append({"passed": sum(o["passed"] for o in ran), "samples": ran})
-    metrics = {f"pass@{k}": statistics.mean(pass_at_k(task.samples, r["passed"], k) for r in results) for k in task.pass_at}
+    metrics = {
+        f"pass@{k}": statistics.mean(pass_at_k(task.samples, r["passed"], k) for r in results)
+        for k in task.pass_at
+    }
     return metrics | {"items": results}
 
 
-def continuations(tokenizer: Tokenizer, generator: Generator, prompts: Sequence[str], task: TaskConfig, batch_size: int) -> list[str]:
-    """Generated text behind each prompt, cut before the first of task.stop. Prompts of similar length share a batch; of one that leaves no
-    room for task.max_tokens the front is cut off. Raises UserError when the context has no room for a prompt at all."""
+def continuations(
+    tokenizer: Tokenizer,
+    generator: Generator,
+    prompts: Sequence[str],
+    task: TaskConfig,
+    batch_size: int,
+) -> list[str]:
+    """Generated text behind each prompt, cut before the first of task.stop. Prompts of similar
+    length share a batch; of one that leaves no room for task.max_tokens the front is cut off.
+    Raises UserError when the context has no room for a prompt at all."""
     room = generator.context - task.max_tokens
     if room < 1:
-        raise UserError(f"max_tokens={task.max_tokens}: the model's context is {generator.context}; lower it")
+        raise UserError(
+            f"max_tokens={task.max_tokens}: the model's context is {generator.context}; lower it"
+        )
     ids = [tokenizer.encode_prompt(prompt)[-room:] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     texts = [""] * len(ids)
-    for start in tqdm(range(0, len(order), batch_size), desc="generate", unit="batch", disable=not is_first()):
+    for start in tqdm(
+        range(0, len(order), batch_size), desc="generate", unit="batch", disable=not is_first()
+    ):
         chosen = order[start : start + batch_size]
         rows = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (batch_size - len(chosen))
         stops = lambda _, new: any(stop in tokenizer.decode(new) for stop in task.stop)  # noqa: E731
         sampling = Sampling(task.temperature, task.top_p)
-        for i, new in zip(chosen, generator.generate(rows, task.max_tokens, sampling, seed=start, is_finished=stops), strict=False):
+        for i, new in zip(
+            chosen,
+            generator.generate(rows, task.max_tokens, sampling, seed=start, is_finished=stops),
+            strict=False,
+        ):
             texts[i] = cut(tokenizer.decode(new), task.stop)
     return texts
 
@@ -122,8 +198,11 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def answer(text: str) -> str:
-    """The last number of a text, without separators of thousands and trailing zeros; or the stripped text when it has none."""
-    numbers = re.findall(r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)", text.replace("\N{MINUS SIGN}", "-"))
+    """The last number of a text, without separators of thousands and trailing zeros; or the
+    stripped text when it has none."""
+    numbers = re.findall(
+        r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)", text.replace("\N{MINUS SIGN}", "-")
+    )
     if not numbers:
         return text.strip()
     number = numbers[-1].replace(",", "").replace("-.", "-0.")

@@ -1,4 +1,5 @@
-"""LoRA branches of one base become one mixture of LoRA experts: BTX with adapters. Pure, on named tensors as checkpoints/adapter.py lays
+"""LoRA branches of one base become one mixture of LoRA experts: BTX with adapters. Pure, on named
+tensors as checkpoints/adapter.py lays
 them out: `layers.LAYER.TARGET.{a [E, R, I], b [E, O, R], router [E, I]}`."""
 
 from collections.abc import Mapping, Sequence
@@ -8,16 +9,23 @@ import numpy as np
 Tensors = Mapping[str, np.ndarray]
 
 
-def mix_lora(branches: Sequence[Tensors], router_std: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Every branch's experts behind each other. Where all branches bring a router's rows (gates trained behind a finished expert) those
-    stay with their experts; elsewhere routers are new, normal with router_std.
+def mix_lora(
+    branches: Sequence[Tensors], router_std: float, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Every branch's experts behind each other. Where all branches bring a router's rows (gates
+    trained behind a finished expert) those stay with their experts; elsewhere routers are new,
+    normal with router_std.
 
-    Raises ValueError, naming the tensor, when the branches adapt other maps or differ in shape beyond their experts.
+    Raises ValueError, naming the tensor, when the branches adapt other maps or differ in shape
+    beyond their experts.
     """
     maps = [sorted(name[:-2] for name in branch if name.endswith(".a")) for branch in branches]
     for number, names in enumerate(maps[1:], start=1):
         if difference := set(names) ^ set(maps[0]):
-            raise ValueError(f"branch {number} adapts other maps than branch 0: {', '.join(sorted(difference)[:4])}")
+            raise ValueError(
+                f"branch {number} adapts other maps than branch 0:"
+                f" {', '.join(sorted(difference)[:4])}"
+            )
     mixed: dict[str, np.ndarray] = {}
     for name in maps[0]:
         for part in "ab":
@@ -28,5 +36,9 @@ def mix_lora(branches: Sequence[Tensors], router_std: float, rng: np.random.Gene
         rows = [branch.get(f"{name}.router") for branch in branches]
         experts, _, inputs = mixed[f"{name}.a"].shape
         fresh = rng.normal(0, router_std, (experts, inputs)).astype(np.float32)
-        mixed[f"{name}.router"] = fresh if any(row is None for row in rows) else np.concatenate([row for row in rows if row is not None])
+        mixed[f"{name}.router"] = (
+            fresh
+            if any(row is None for row in rows)
+            else np.concatenate([row for row in rows if row is not None])
+        )
     return mixed

@@ -4,7 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_STEP = 1 << 16  # elements at a time: the accumulator stays in a core's cache, and memory does not grow with the tensor
+_STEP = (
+    1 << 16
+    # Elements at a time: the accumulator stays in a core's cache, and memory does not grow with the
+    # tensor
+)
 
 
 def wide(array: np.ndarray) -> np.ndarray:
@@ -17,10 +21,13 @@ def wide(array: np.ndarray) -> np.ndarray:
 
 
 def mean(tensors: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """Unweighted mean. Sums in float32, and in float64 where the tensors are float32, then rounds once to dtype."""
+    """Unweighted mean. Sums in float32, and in float64 where the tensors are float32, then rounds
+    once to dtype."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     result = np.empty(flat[0].shape, dtype)
-    accumulator = np.float64 if any(tensor.dtype == np.float32 for tensor in tensors) else np.float32
+    accumulator = (
+        np.float64 if any(tensor.dtype == np.float32 for tensor in tensors) else np.float32
+    )
     for start in range(0, result.size, _STEP):
         part = slice(start, start + _STEP)
         total = wide(flat[0][part]).astype(accumulator, copy=False)
@@ -30,9 +37,12 @@ def mean(tensors: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     return result.reshape(tensors[0].shape)
 
 
-def ties(base: np.ndarray, tensors: Sequence[np.ndarray], density: float, dtype: np.dtype) -> np.ndarray:
-    """TIES-Merging (arXiv 2306.01708, algorithm 1, lambda = 1): trim each change from base to its `density` largest by magnitude, elect
-    per element the sign with the larger total, and add the mean of the changes that have it."""
+def ties(
+    base: np.ndarray, tensors: Sequence[np.ndarray], density: float, dtype: np.dtype
+) -> np.ndarray:
+    """TIES-Merging (arXiv 2306.01708, algorithm 1, lambda = 1): trim each change from base to its
+    `density` largest by magnitude, elect per element the sign with the larger total, and add the
+    mean of the changes that have it."""
     base32 = wide(base)
     keep = max(1, round(density * base.size))
     total = np.zeros_like(base32)
@@ -40,7 +50,9 @@ def ties(base: np.ndarray, tensors: Sequence[np.ndarray], density: float, dtype:
     for tensor in tensors:
         change = wide(tensor) - base32
         if keep < change.size:
-            threshold = np.partition(np.abs(change).reshape(-1), change.size - keep)[change.size - keep]
+            threshold = np.partition(np.abs(change).reshape(-1), change.size - keep)[
+                change.size - keep
+            ]
             change[np.abs(change) < threshold] = 0
         changes.append(change)
         total += change
@@ -54,9 +66,15 @@ def ties(base: np.ndarray, tensors: Sequence[np.ndarray], density: float, dtype:
     return (base32 + total / np.maximum(count, 1)).astype(dtype)
 
 
-def dare(base: np.ndarray, tensors: Sequence[np.ndarray], density: float, dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
-    """DARE (arXiv 2311.03099): each change from base is dropped with probability 1 - density, what remains is divided by density; the
-    mean over models is added to base."""
+def dare(
+    base: np.ndarray,
+    tensors: Sequence[np.ndarray],
+    density: float,
+    dtype: np.dtype,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """DARE (arXiv 2311.03099): each change from base is dropped with probability 1 - density, what
+    remains is divided by density; the mean over models is added to base."""
     base32 = wide(base)
     total = np.zeros_like(base32)
     for tensor in tensors:

@@ -1,7 +1,9 @@
-"""Trees to a tree: N dense Llamas become one Mixture-of-Experts (BTX section 3.1). Pure: no files, no modules, no randomness.
+"""Trees to a tree: N dense Llamas become one Mixture-of-Experts (BTX section 3.1). Pure: no files,
+no modules, no randomness.
 
-Every leaf belongs to exactly one class: feed-forward leaves become experts, all others are averaged. Both functions run under jit
-with out_shardings; `mix_leaf` is the same rule for one leaf, for models larger than memory.
+Every leaf belongs to exactly one class: feed-forward leaves become experts, all others are
+averaged. Both functions run under jit with out_shardings; `mix_leaf` is the same rule for one leaf,
+for models larger than memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,18 +27,23 @@ _CLASSES = {
 
 
 def leaf_class(path: Sequence[str]) -> str:
-    """`shared` or `expert` for a parameter path such as ("layers_0", "ffn", "gate"). Raises ValueError for an unknown leaf."""
+    """`shared` or `expert` for a parameter path such as ("layers_0", "ffn", "gate"). Raises
+    ValueError for an unknown leaf."""
     part = path[1] if path[0].startswith("layers_") and len(path) > 1 else path[0]
     if part not in _CLASSES:
-        raise ValueError(f"unknown parameter {'/'.join(path)}: neither a feed-forward leaf nor one that mixing averages")
+        raise ValueError(
+            f"unknown parameter {'/'.join(path)}: neither a feed-forward leaf nor one that mixing"
+            " averages"
+        )
     return _CLASSES[part]
 
 
 def mix_leaf(path: Sequence[str], leaves: Sequence[jax.Array], is_moe: bool = True) -> jax.Array:
     """One leaf of the mixture from the same leaf of N models.
 
-    A feed-forward leaf [L, ...] of an MoE run becomes [L, N, ...]; every other one is the mean, taken in float32 and cast back.
-    Raises ValueError, naming the leaf, when shapes or dtypes differ.
+    A feed-forward leaf [L, ...] of an MoE run becomes [L, N, ...]; every other one is the mean,
+    taken in float32 and cast back. Raises ValueError, naming the leaf, when shapes or dtypes
+    differ.
     """
     kinds = {(leaf.shape, str(leaf.dtype)) for leaf in leaves}
     if len(kinds) > 1:
@@ -50,12 +57,14 @@ def mix_leaf(path: Sequence[str], leaves: Sequence[jax.Array], is_moe: bool = Tr
 
 
 def mix_params(models: Sequence[Params], routers: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """Branch-Train-MiX. models: dense trees of equal structure, in expert order. routers: run name -> [L, D, N].
+    """Branch-Train-MiX. models: dense trees of equal structure, in expert order. routers: run name
+    -> [L, D, N].
 
-    A run without a router stays dense and is averaged whole. Use `restack` first where the mixture has other runs than the models.
+    A run without a router stays dense and is averaged whole. Use `restack` first where the mixture
+    has other runs than the models.
 
-    Raises ValueError, naming the leaf, when the trees differ in structure, shape or dtype, hold experts already, or when a router
-    does not fit them.
+    Raises ValueError, naming the leaf, when the trees differ in structure, shape or dtype, hold
+    experts already, or when a router does not fit them.
     """
     if not models:
         raise ValueError("no models to mix")
@@ -63,10 +72,16 @@ def mix_params(models: Sequence[Params], routers: Mapping[str, jax.Array]) -> di
     names = _paths(first)
     for i, other in enumerate(others, start=1):
         if difference := set(names) ^ set(_paths(other)):
-            raise ValueError(f"model {i} is another model than model 0: they differ in {', '.join(sorted(difference))}")
+            raise ValueError(
+                f"model {i} is another model than model 0: they differ in"
+                f" {', '.join(sorted(difference))}"
+            )
     for run in routers:
         if run not in first:
-            raise ValueError(f"a router for {run}, but the models' runs are {', '.join(r for r in first if r.startswith('layers_'))}")
+            raise ValueError(
+                f"a router for {run}, but the models' runs are"
+                f" {', '.join(r for r in first if r.startswith('layers_'))}"
+            )
 
     def mix(path, *leaves):
         keys = [str(key.key) for key in path]
@@ -78,7 +93,9 @@ def mix_params(models: Sequence[Params], routers: Mapping[str, jax.Array]) -> di
     for run, router_LDE in routers.items():
         layers, width = mixed[run]["ffn_norm"]["scale"].shape
         if router_LDE.shape != (layers, width, len(models)):
-            raise ValueError(f"{run}: router {router_LDE.shape}, expected {(layers, width, len(models))}")
+            raise ValueError(
+                f"{run}: router {router_LDE.shape}, expected {(layers, width, len(models))}"
+            )
         mixed[run]["ffn"]["router"] = router_LDE
     return mixed
 
@@ -89,11 +106,15 @@ def upcycle_params(params: Params, copies: int, routers: Mapping[str, jax.Array]
 
 
 def restack(params: Params, lengths: Sequence[int]) -> dict[str, Any]:
-    """The same dense layers as runs of other lengths: layers_0 [32, ...] -> layers_0 [1, ...] and layers_1 [31, ...].
+    """The same dense layers as runs of other lengths: layers_0 [32, ...] -> layers_0 [1, ...] and
+    layers_1 [31, ...].
 
     Raises ValueError when the lengths do not add up to the model's layers.
     """
-    runs = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name.rpartition("_")[2]))
+    runs = sorted(
+        (name for name in params if name.startswith("layers_")),
+        key=lambda name: int(name.rpartition("_")[2]),
+    )
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(params[name] for name in runs))
     layers = jax.tree.leaves(joined)[0].shape[0]
     if sum(lengths) != layers:
@@ -101,10 +122,15 @@ def restack(params: Params, lengths: Sequence[int]) -> dict[str, Any]:
     result = {name: value for name, value in params.items() if name not in runs}
     start = 0
     for i, length in enumerate(lengths):
-        result[f"layers_{i}"] = jax.tree.map(lambda leaf, start=start, end=start + length: leaf[start:end], joined)
+        result[f"layers_{i}"] = jax.tree.map(
+            lambda leaf, start=start, end=start + length: leaf[start:end], joined
+        )
         start += length
     return result
 
 
 def _paths(params: Params) -> list[str]:
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]

@@ -1,7 +1,8 @@
-"""SwiGLU of rows sorted by expert, each row with its own expert's weights: three implementations. Shape legend: layers.py.
+"""SwiGLU of rows sorted by expert, each row with its own expert's weights: three implementations.
+Shape legend: layers.py.
 
-R rows, of which the first sum(sizes) belong to experts 0, 1, ... in turn. What comes out for the rows behind them is not defined, and
-no gradient flows from them into the weights.
+R rows, of which the first sum(sizes) belong to experts 0, 1, ... in turn. What comes out for the
+rows behind them is not defined, and no gradient flows from them into the weights.
 """
 
 import functools
@@ -13,14 +14,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.models.layers import Transposed, joint_swiglu, swiglu, swiglu_backward, swiglu_forward
 
-BLOCK = 128  # rows per block on a CPU: large enough for full matmul speed, small enough to waste little on padding
-# Rows, bytes of contracted and of output columns per tile on a TPU: each byte feeds 512 or more multiplications, in 10 MiB of its memory.
+# Rows per block on a CPU: large enough for full matmul speed, small enough to waste little on
+# padding
+BLOCK = 128
+# Rows, bytes of contracted and of output columns per tile on a TPU: each byte feeds 512 or more
+# multiplications, in 10 MiB of its memory.
 TILES = (512, 2048, 2048)
 
 
-def grouped_swiglu(x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kernels: str) -> jax.Array:
-    """[R, D] -> [R, D]. weights: gate [E, D, F], up [E, D, F], down [E, F, D], or for inference of each expert gate_up [D, 2 F] and down
-    [F, D]. most: rows that one expert can have. kernels: as in ComputeConfig, `auto` decided."""
+def grouped_swiglu(
+    x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kernels: str
+) -> jax.Array:
+    """[R, D] -> [R, D]. weights: gate [E, D, F], up [E, D, F], down [E, F, D], or for inference of
+    each expert gate_up [D, 2 F] and down [F, D]. most: rows that one expert can have. kernels: as
+    in ComputeConfig, `auto` decided."""
     if kernels != "xla":
         rows = x_RD.shape[0]
         tile = min(TILES[0], math.ceil(rows / 8) * 8)
@@ -28,13 +35,18 @@ def grouped_swiglu(x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kern
         matmul = _megablox(sizes_E, tile, interpret=kernels == "pallas_interpret")
         return _swiglu(matmul, padded_RD, *weights)[:rows]
     # ragged_dot on the CPU multiplies every row by every expert.
-    blocked = functools.partial(_in_turn if isinstance(weights[0], tuple) else _blocked, block=min(BLOCK, most))
+    blocked = functools.partial(
+        _in_turn if isinstance(weights[0], tuple) else _blocked, block=min(BLOCK, most)
+    )
     return jax.lax.platform_dependent(x_RD, sizes_E, *weights, cpu=blocked, default=_ragged_dot)
 
 
 def _swiglu(matmul, x_RD, *weights):
     if isinstance(weights[0], tuple):
-        gate_up, down = (jnp.stack([w.array.T if isinstance(w, Transposed) else w for w in each]) for each in zip(*weights, strict=True))
+        gate_up, down = (
+            jnp.stack([w.array.T if isinstance(w, Transposed) else w for w in each])
+            for each in zip(*weights, strict=True)
+        )
         a_RF, b_RF = jnp.split(matmul(x_RD, gate_up), 2, axis=-1)
     else:
         gate, up, down = weights
@@ -43,10 +55,16 @@ def _swiglu(matmul, x_RD, *weights):
 
 
 def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
-    from jax.experimental.pallas.ops.tpu.megablox import ops as megablox  # as for splash: only who needs it pays for the import
+    from jax.experimental.pallas.ops.tpu.megablox import (
+        ops as megablox,
+    )  # as for splash: only who needs it pays for the import
 
     def matmul(rows, kernel):
-        tiles = (tile, min(TILES[1] // rows.dtype.itemsize, kernel.shape[1]), min(TILES[2] // rows.dtype.itemsize, kernel.shape[2]))
+        tiles = (
+            tile,
+            min(TILES[1] // rows.dtype.itemsize, kernel.shape[1]),
+            min(TILES[2] // rows.dtype.itemsize, kernel.shape[2]),
+        )
         return megablox.gmm(rows, kernel, sizes_E, rows.dtype, tiles, interpret=interpret)
 
     return matmul
@@ -57,7 +75,8 @@ def _ragged_dot(x_RD, sizes_E, *weights):
 
 
 def _in_turn(x_RD, sizes_E, *experts, block):
-    """Separate experts one after another, each block by block. Rows that a last block writes too many, the next expert overwrites."""
+    """Separate experts one after another, each block by block. Rows that a last block writes too
+    many, the next expert overwrites."""
     x_padded = jnp.pad(x_RD, ((0, block), (0, 0)))
     y_padded = jnp.zeros_like(x_padded)
     for start, size, expert in zip(jnp.cumsum(sizes_E) - sizes_E, sizes_E, experts, strict=True):
@@ -85,7 +104,9 @@ def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block):
     source = jnp.full(blocks * block, rows).at[place_R].set(row_R, mode="drop")
     x_padded = jnp.concatenate([x_RD, jnp.zeros_like(x_RD[:1])])[source].reshape(blocks, block, -1)
     expert_of_block = jnp.searchsorted(last_padded_E, jnp.arange(blocks) * block, side="right")
-    y_padded = _block_swiglu(x_padded, jnp.minimum(expert_of_block, experts - 1), gate_EDF, up_EDF, down_EFD)
+    y_padded = _block_swiglu(
+        x_padded, jnp.minimum(expert_of_block, experts - 1), gate_EDF, up_EDF, down_EFD
+    )
     return y_padded.reshape(blocks * block, -1).at[place_R].get(mode="fill", fill_value=0)
 
 
@@ -110,7 +131,8 @@ def _block_swiglu_backward(residuals, dy):
     def body(grads, block):
         x, a, b, e, dy = block
         dx, *dw = swiglu_backward((x, a, b, *(w[e] for w in weights)), dy)
-        # Adds to one expert's slice in place; differentiating w[e] would add a whole [E, D, F] for every block.
+        # Adds to one expert's slice in place; differentiating w[e] would add a whole [E, D, F] for
+        # every block.
         return [g.at[e].add(d) for g, d in zip(grads, dw, strict=True)], dx
 
     grads, dx = jax.lax.scan(body, [jnp.zeros_like(w) for w in weights], (x, a, b, expert, dy))

@@ -1,8 +1,9 @@
 """The small parts of a Llama: RMSNorm, embedding, SwiGLU.
 
 Shape legend for this folder (capital letters name axes, as in x_BTD):
-  B batch  T sequence  D model  F hidden  V vocabulary  L layers  H query heads  N key/value heads  K head dim or choices per token
-  G routing groups  S tokens per group  E experts  C capacity (slots per expert and group)  M rows
+  B batch  T sequence  D model  F hidden  V vocabulary  L layers  H query heads  N key/value heads
+  K head dim or choices per token G routing groups  S tokens per group  E experts  C capacity (slots
+  per expert and group)  M rows
 """
 
 import contextlib
@@ -22,13 +23,20 @@ INIT_STD = 0.02
 
 
 def platform_kernels(kernels: str, platform: str | None = None) -> str:
-    """ComputeConfig.kernels with `auto` decided: for `platform`, or for the devices of this process."""
+    """ComputeConfig.kernels with `auto` decided: for `platform`, or for the devices of this
+    process."""
     if kernels != "auto":
         return kernels
     return "pallas" if (platform or jax.default_backend()) == "tpu" else "xla"
 
 
-def normal_param(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float = INIT_STD) -> jax.Array:
+def normal_param(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    std: float = INIT_STD,
+) -> jax.Array:
     """A float32 parameter with logical axis names."""
     init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
     return cast(jax.Array, module.param(name, init, shape, jnp.float32))
@@ -44,7 +52,9 @@ class RMSNorm(nn.Module):
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale_D = cast(jax.Array, self.param("scale", ones, (x.shape[-1],), jnp.float32))
         x32 = x.astype(jnp.float32)
-        return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps) * scale_D).astype(x.dtype)
+        return (
+            x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps) * scale_D
+        ).astype(x.dtype)
 
 
 class Embed(nn.Module):
@@ -53,11 +63,14 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return normal_param(self, "embedding", (self.vocab_size, self.d_model), ("vocab", "embed"))[tokens]
+        return normal_param(self, "embedding", (self.vocab_size, self.d_model), ("vocab", "embed"))[
+            tokens
+        ]
 
 
 class Head(nn.Module):
-    """Only owns the kernel [D, V]: the loss multiplies by it in chunks, so that [tokens, V] never exists at once."""
+    """Only owns the kernel [D, V]: the loss multiplies by it in chunks, so that [tokens, V] never
+    exists at once."""
 
     vocab_size: int
     d_model: int
@@ -68,15 +81,18 @@ class Head(nn.Module):
 
 
 def exact_matmuls(dtype: str) -> contextlib.AbstractContextManager:
-    """Within it what is compiled multiplies float32 as float32, if that is the dtype. A TPU's own default rounds factors to bfloat16."""
-    return jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
+    """Within it what is compiled multiplies float32 as float32, if that is the dtype. A TPU's own
+    default rounds factors to bfloat16."""
+    return (
+        jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
+    )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transposed:
-    """A kernel held as [outputs, inputs], so that what is multiplied and summed lies side by side: where few rows meet every weight,
-    reading weights takes most of the time."""
+    """A kernel held as [outputs, inputs], so that what is multiplied and summed lies side by side:
+    where few rows meet every weight, reading weights takes most of the time."""
 
     array: jax.Array
 
@@ -89,12 +105,14 @@ Kernel = jax.Array | Transposed
 
 
 def matmul(x_MD: jax.Array, kernel_DF: Kernel, out_dtype: Any = None) -> jax.Array:
-    """x times a kernel, for inference. A transposed one must be bfloat16: XLA's CPU backend multiplies it fast where the answer is
-    float32 and there is more than one row."""
+    """x times a kernel, for inference. A transposed one must be bfloat16: XLA's CPU backend
+    multiplies it fast where the answer is float32 and there is more than one row."""
     if not isinstance(kernel_DF, Transposed):
         return jnp.matmul(x_MD, kernel_DF, preferred_element_type=out_dtype)
     rows = jnp.pad(x_MD, ((0, 1), (0, 0))) if len(x_MD) == 1 else x_MD
-    y_MF = jax.lax.dot_general(rows, kernel_DF.array, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    y_MF = jax.lax.dot_general(
+        rows, kernel_DF.array, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
     return y_MF[: len(x_MD)].astype(out_dtype or x_MD.dtype)
 
 
@@ -127,11 +145,14 @@ swiglu.defvjp(swiglu_forward, swiglu_backward)
 
 
 @jax.custom_vjp
-def scaled_swiglu(x_MD: jax.Array, scale_M: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+def scaled_swiglu(
+    x_MD: jax.Array, scale_M: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array
+) -> jax.Array:
     """scale * swiglu(x), row by row.
 
-    Autodiff takes a scale's gradient from the output: <dy, h down>. Here it is <dy down^T, h>, from what the backward pass computes
-    anyway, so that the output is neither kept nor, under rematerialisation, computed again.
+    Autodiff takes a scale's gradient from the output: <dy, h down>. Here it is <dy down^T, h>, from
+    what the backward pass computes anyway, so that the output is neither kept nor, under
+    rematerialisation, computed again.
     """
     return swiglu(x_MD, gate_DF, up_DF, down_FD) * scale_M[..., None].astype(x_MD.dtype)
 
@@ -143,14 +164,17 @@ def _scaled_forward(x, scale, *weights):
 
 def _scaled_backward(saved, dy):
     residuals, scale_M = saved
-    # Otherwise XLA shares sigmoid(a) with the forward pass, which then writes it to memory and stays unfused.
+    # Otherwise XLA shares sigmoid(a) with the forward pass, which then writes it to memory and
+    # stays unfused.
     x, a, b, gate, up, down = jax.lax.optimization_barrier(residuals)
     transposed = lambda w: jnp.swapaxes(w, -1, -2)  # noqa: E731
     s = jax.nn.sigmoid(a)
     silu = a * s
     h, scale = silu * b, scale_M[..., None].astype(dy.dtype)
     dh_unscaled = dy @ transposed(down)
-    dscale = jnp.sum(dh_unscaled.astype(jnp.float32) * h.astype(jnp.float32), axis=-1).astype(scale_M.dtype)
+    dscale = jnp.sum(dh_unscaled.astype(jnp.float32) * h.astype(jnp.float32), axis=-1).astype(
+        scale_M.dtype
+    )
     dh = dh_unscaled * scale
     da, db = dh * b * (s * (1 + a * (1 - s))), dh * silu
     dx = da @ transposed(gate) + db @ transposed(up)
@@ -161,7 +185,8 @@ scaled_swiglu.defvjp(_scaled_forward, _scaled_backward)
 
 
 class FeedForward(nn.Module):
-    """The dense SwiGLU block: x [B, T, D] -> ([B, T, D], router logits [B, T, E] of each adapted map)."""
+    """The dense SwiGLU block: x [B, T, D] -> ([B, T, D], router logits [B, T, E] of each adapted
+    map)."""
 
     d_ff: int
     lora: LoRASpec | None = None
@@ -172,23 +197,49 @@ class FeedForward(nn.Module):
         gate_DF = normal_param(self, "gate", (d_model, self.d_ff), ("embed", "hidden"))
         up_DF = normal_param(self, "up", (d_model, self.d_ff), ("embed", "hidden"))
         down_FD = normal_param(self, "down", (self.d_ff, d_model), ("hidden", "embed"))
-        widths = {"gate": (d_model, self.d_ff), "up": (d_model, self.d_ff), "down": (self.d_ff, d_model)}
-        adapters = cut(self, self.lora, adapter_params(self, self.lora, widths), x_BTD.shape[:2], x_BTD.dtype)
+        widths = {
+            "gate": (d_model, self.d_ff),
+            "up": (d_model, self.d_ff),
+            "down": (self.d_ff, d_model),
+        }
+        adapters = cut(
+            self, self.lora, adapter_params(self, self.lora, widths), x_BTD.shape[:2], x_BTD.dtype
+        )
 
         def local(x_BTD, gate_DF, up_DF, down_FD, *adapter_arrays):
-            gate_DF, up_DF, down_FD = (gather(gate_DF, "embed", 0), gather(up_DF, "embed", 0), gather(down_FD, "embed", 1))
+            gate_DF, up_DF, down_FD = (
+                gather(gate_DF, "embed", 0),
+                gather(up_DF, "embed", 0),
+                gather(down_FD, "embed", 1),
+            )
             # Two-dimensional operands: XLA's CPU matmul is a third slower on [B, T, D].
             x_MD = x_BTD.reshape(-1, d_model)
             if not adapter_arrays:
-                return (scatter_sum(swiglu(x_MD, gate_DF, up_DF, down_FD).reshape(x_BTD.shape), "hidden", axis=None),)
+                return (
+                    scatter_sum(
+                        swiglu(x_MD, gate_DF, up_DF, down_FD).reshape(x_BTD.shape),
+                        "hidden",
+                        axis=None,
+                    ),
+                )
             lora = Adapted(self.lora, adapters.restore(adapter_arrays))
             into = lambda name, w: lora.plus(name, x_BTD, (x_MD @ w).reshape(*x_BTD.shape[:2], -1))  # noqa: E731
-            h_BTF = jax.nn.silu(checkpoint_name(into("gate", gate_DF), "ffn")) * checkpoint_name(into("up", up_DF), "ffn")
+            h_BTF = jax.nn.silu(checkpoint_name(into("gate", gate_DF), "ffn")) * checkpoint_name(
+                into("up", up_DF), "ffn"
+            )
             y_MD = h_BTF.reshape(-1, h_BTF.shape[-1]) @ down_FD
-            y_BTD = lora.plus("down", h_BTF, scatter_sum(y_MD.reshape(x_BTD.shape), "hidden", axis=None))
+            y_BTD = lora.plus(
+                "down", h_BTF, scatter_sum(y_MD.reshape(x_BTD.shape), "hidden", axis=None)
+            )
             return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
-        names = (("batch",), ("embed", "hidden"), ("embed", "hidden"), ("hidden", "embed"), *adapters.names)
+        names = (
+            ("batch",),
+            ("embed", "hidden"),
+            ("embed", "hidden"),
+            ("hidden", "embed"),
+            *adapters.names,
+        )
         outputs = (("batch",),) * (1 + len(adapters.routed))
         weights = (w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD))
         y_BTD, *logits = per_device(local, names, outputs)(x_BTD, *weights, *adapters.arrays)

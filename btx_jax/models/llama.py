@@ -1,7 +1,9 @@
-"""The one model here: a Llama (or Mistral, or Mixtral) whose layers are dense or mixtures of experts. Shape legend: layers.py.
+"""The one model here: a Llama (or Mistral, or Mixtral) whose layers are dense or mixtures of
+experts. Shape legend: layers.py.
 
-Parameters are plain nested dicts: embed/embedding [V, D]; layers_R/{attention_norm, attention, ffn_norm, ffn}/... with a leading
-layer axis, one layers_R per run of equal layers; final_norm/scale [D]; head/kernel [D, V] unless tied. A dense and an MoE tree
+Parameters are plain nested dicts: embed/embedding [V, D]; layers_R/{attention_norm, attention,
+ffn_norm, ffn}/... with a leading layer axis, one layers_R per run of equal layers; final_norm/scale
+[D]; head/kernel [D, V] unless tied. A dense and an MoE tree
 differ only under ffn: [L, D, F] against [L, E, D, F] and a router [L, D, E].
 """
 
@@ -25,7 +27,11 @@ from btx_jax.parallel.sharding import shard
 
 Params = Mapping[str, Any]
 
-SAVED = {"full": (), "attention": ("attention",), "ffn": ("attention", "ffn")}  # remat policy -> names that the backward pass finds
+SAVED = {
+    "full": (),
+    "attention": ("attention",),
+    "ffn": ("attention", "ffn"),
+}  # remat policy -> names that the backward pass finds
 
 
 class Block(nn.Module):
@@ -37,15 +43,21 @@ class Block(nn.Module):
     keep_choices: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, RoutingStats]]:
+    def __call__(
+        self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, RoutingStats]]:
         c, lora = self.config, self.spec.lora
         x_BTD = shard(x_BTD, "batch", None, None)
         h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        y_BTD, logits = Attention(c, self.compute.kernels, lora, name="attention")(h_BTD, segments_BT)
+        y_BTD, logits = Attention(c, self.compute.kernels, lora, name="attention")(
+            h_BTD, segments_BT
+        )
         x_BTD = checkpoint_name(x_BTD + y_BTD, "attention")
         h_BTD = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
         if self.spec.experts:
-            y_BTD, routing = MoEFeedForward(c.d_ff, self.spec, self.compute, self.keep_choices, name="ffn")(h_BTD, segments_BT > 0, step)
+            y_BTD, routing = MoEFeedForward(
+                c.d_ff, self.spec, self.compute, self.keep_choices, name="ffn"
+            )(h_BTD, segments_BT > 0, step)
             stats = {"": routing}
         else:
             y_BTD, inner_logits = FeedForward(c.d_ff, lora, name="ffn")(h_BTD)
@@ -57,12 +69,15 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """tokens [B, T], segments [B, T] (0 = padding, equal = same document) -> (final hidden states [B, T, D], {router: RoutingStats}).
+    """tokens [B, T], segments [B, T] (0 = padding, equal = same document) -> (final hidden states
+    [B, T, D], {router: RoutingStats}).
 
-    A router is called by its run, `layers_0`, where it chooses feed-forwards, and by run and map, `layers_0/q`, where it chooses LoRA
-    experts; its stats have a leading layer axis. Multiply by `head_kernel(params)` for logits. keep_choices: the stats of feed-forwards
-    hold every token's experts. The "routing" rng makes sample_top1 sample, the "dropout" rng drops inputs of LoRA experts; without them
-    the model is deterministic. step: the training step, for sample_top1's temperature.
+    A router is called by its run, `layers_0`, where it chooses feed-forwards, and by run and map,
+    `layers_0/q`, where it chooses LoRA experts; its stats have a leading layer axis. Multiply by
+    `head_kernel(params)` for logits. keep_choices: the stats of feed-forwards hold every token's
+    experts. The "routing" rng makes sample_top1 sample, the "dropout" rng drops inputs of LoRA
+    experts; without them the model is deterministic. step: the training step, for sample_top1's
+    temperature.
     """
 
     config: ModelConfig
@@ -70,7 +85,9 @@ class Llama(nn.Module):
     keep_choices: bool = False
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, segments: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, dict[str, RoutingStats]]:
+    def __call__(
+        self, tokens: jax.Array, segments: jax.Array, step: jax.Array | int = 0
+    ) -> tuple[jax.Array, dict[str, RoutingStats]]:
         c = self.config
         step = jnp.asarray(step)
         x_BTD = Embed(c.vocab_size, c.d_model, name="embed")(tokens).astype(self.compute.dtype)
@@ -91,7 +108,9 @@ class Llama(nn.Module):
                 unroll=min(self.compute.unroll, length),
                 metadata_params={nn.PARTITION_NAME: "layer"},
             )
-            x_BTD, run_stats = stack(c, self.compute, spec, self.keep_choices, name=name)(x_BTD, segments, step)
+            x_BTD, run_stats = stack(c, self.compute, spec, self.keep_choices, name=name)(
+                x_BTD, segments, step
+            )
             stats |= {name + router: values for router, values in run_stats.items()}
         return RMSNorm(c.norm_eps, name="final_norm")(x_BTD), stats
 
@@ -103,23 +122,38 @@ def head_kernel(params: Params) -> jax.Array:
 
 def logits(params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, V] in float32. For a few positions; the training loss works in chunks instead."""
-    return jnp.einsum("btd,dv->btv", hidden_BTD, head_kernel(params).astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "btd,dv->btv",
+        hidden_BTD,
+        head_kernel(params).astype(hidden_BTD.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: ModelConfig) -> Any:
-    """Shapes of the parameters with their logical axis names (boxed), without computing anything, under whatever mesh it is called."""
-    model = Llama(config, ComputeConfig(dtype="float32", remat="none", kernels="xla"))  # the least to trace, and no device is touched
+    """Shapes of the parameters with their logical axis names (boxed), without computing anything,
+    under whatever mesh it is called."""
+    model = Llama(
+        config, ComputeConfig(dtype="float32", remat="none", kernels="xla")
+    )  # the least to trace, and no device is touched
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # one row could not be cut
-        return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, tokens), tokens)["params"]
+    with jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((), ())
+    ):  # one row could not be cut
+        return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, tokens), tokens)[
+            "params"
+        ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Random parameters, float32, every kernel normal(0.02). A function of (config, key) alone, whatever the mesh."""
+    """Random parameters, float32, every kernel normal(0.02). A function of (config, key) alone,
+    whatever the mesh."""
     tokens = jnp.zeros((1, 8), jnp.int32)
-    return nn.unbox(Llama(config, ComputeConfig(dtype="float32")).init(key, tokens, tokens)["params"])
+    return nn.unbox(
+        Llama(config, ComputeConfig(dtype="float32")).init(key, tokens, tokens)["params"]
+    )
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:

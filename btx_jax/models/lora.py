@@ -1,9 +1,10 @@
-"""LoRA experts beside a linear map (MoLA, arXiv 2402.08562, equation 7). Shape legend: layers.py, and
+"""LoRA experts beside a linear map (MoLA, arXiv 2402.08562, equation 7). Shape legend: layers.py,
+and
 
   I, O the map's inputs and outputs  R rank
 
-All experts' A are one matmul, all B another, the gates stand between them. What a token's gates leave out is multiplied by zero: at
-these ranks that costs less than moving tokens about.
+All experts' A are one matmul, all B another, the gates stand between them. What a token's gates
+leave out is multiplied by zero: at these ranks that costs less than moving tokens about.
 """
 
 import math
@@ -40,8 +41,11 @@ def is_adapter(path: Sequence[str]) -> bool:
     return NAME in path
 
 
-def partition(params: Mapping[str, Any], keep: Callable[[tuple[str, ...]], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters whose path `keep` wants, the others), as trees of their own. `join` is the way back."""
+def partition(
+    params: Mapping[str, Any], keep: Callable[[tuple[str, ...]], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameters whose path `keep` wants, the others), as trees of their own. `join` is the way
+    back."""
     parts: tuple[dict, dict] = ({}, {})
     for path, leaf in flatten_dict(params).items():
         parts[not keep(path)][path] = leaf
@@ -53,13 +57,17 @@ def join(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """With a = sqrt(5), as PyTorch initialises a Linear: uniform within 1 / sqrt(inputs). The inputs are the first axis."""
+    """With a = sqrt(5), as PyTorch initialises a Linear: uniform within 1 / sqrt(inputs). The
+    inputs are the first axis."""
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def adapter_params(module: nn.Module, spec: LoRASpec | None, widths: Mapping[str, tuple[int, int]]) -> dict[str, Adapter]:
-    """The parameters of those of spec's targets that are in widths (target -> I, O). B is zero: nothing changes at first."""
+def adapter_params(
+    module: nn.Module, spec: LoRASpec | None, widths: Mapping[str, tuple[int, int]]
+) -> dict[str, Adapter]:
+    """The parameters of those of spec's targets that are in widths (target -> I, O). B is zero:
+    nothing changes at first."""
     if spec is None:
         return {}
     targets = {target: widths[target] for target in spec.targets if target in widths}
@@ -70,21 +78,27 @@ def adapter_params(module: nn.Module, spec: LoRASpec | None, widths: Mapping[str
             into, out = PLACES[target]
             key_a, key_router = jax.random.split(jax.random.fold_in(key, number))
             uniform = lambda names: nn.with_logical_partitioning(kaiming_uniform, names)  # noqa: E731
-            zeros = nn.with_logical_partitioning(lambda _, shape: jnp.zeros(shape), ("lora_expert", "rank", out))
+            zeros = nn.with_logical_partitioning(
+                lambda _, shape: jnp.zeros(shape), ("lora_expert", "rank", out)
+            )
             made[target] = {
-                "a": uniform((into, "lora_expert", "rank"))(key_a, (inputs, spec.experts, spec.rank)),
+                "a": uniform((into, "lora_expert", "rank"))(
+                    key_a, (inputs, spec.experts, spec.rank)
+                ),
                 "b": zeros(key, (spec.experts, spec.rank, outputs)),
             }
             if spec.has_router:
-                made[target]["router"] = uniform((into, "router"))(key_router, (inputs, spec.experts))
+                made[target]["router"] = uniform((into, "router"))(
+                    key_router, (inputs, spec.experts)
+                )
         return made
 
     return module.param(NAME, init) if targets else {}
 
 
 class Cut(NamedTuple):
-    """A module's adapters as the arguments of `per_device`: arrays, the logical axes of each, and the way back. routed: which targets have
-    a router."""
+    """A module's adapters as the arguments of `per_device`: arrays, the logical axes of each, and
+    the way back. routed: which targets have a router."""
 
     arrays: tuple[jax.Array, ...]
     names: tuple[tuple[str | None, ...], ...]
@@ -92,30 +106,60 @@ class Cut(NamedTuple):
     restore: Callable[[Sequence[jax.Array]], dict[str, dict[str, jax.Array]]]
 
 
-def cut(module: nn.Module, spec: LoRASpec | None, adapters: Mapping[str, Adapter], rows: tuple[int, ...], dtype: Any) -> Cut:
-    """rows: (B, T) of the activations to come. With a "dropout" rng, every target has also a mask [B, T, I], of its own as in peft: it is
-    drawn here, where it does not depend on the mesh."""
+def cut(
+    module: nn.Module,
+    spec: LoRASpec | None,
+    adapters: Mapping[str, Adapter],
+    rows: tuple[int, ...],
+    dtype: Any,
+) -> Cut:
+    """rows: (B, T) of the activations to come. With a "dropout" rng, every target has also a mask
+    [B, T, I], of its own as in peft: it is drawn here, where it does not depend on the mesh."""
     trees: dict[str, dict[str, jax.Array]] = {}
     names: dict[str, dict[str, tuple[str | None, ...]]] = {}
-    key = module.make_rng("dropout") if spec and spec.dropout and adapters and module.has_rng("dropout") else None
+    key = (
+        module.make_rng("dropout")
+        if spec and spec.dropout and adapters and module.has_rng("dropout")
+        else None
+    )
     for number, (target, adapter) in enumerate(adapters.items()):
         assert spec is not None
         into, out = PLACES[target]
-        trees[target] = {name: x if name == "router" else x.astype(dtype) for name, x in adapter.items()}
-        places = {"a": (into, None, None), "b": (None, None, out), "router": (into, None), "mask": ("batch", None, into)}
+        trees[target] = {
+            name: x if name == "router" else x.astype(dtype) for name, x in adapter.items()
+        }
+        places = {
+            "a": (into, None, None),
+            "b": (None, None, out),
+            "router": (into, None),
+            "mask": ("batch", None, into),
+        }
         if key is not None:
             inputs = adapter["a"].shape[0]
-            trees[target]["mask"] = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - spec.dropout, (*rows, inputs))
-            places["mask"] = ("batch", None, None if into == "embed" else into)  # activations are not cut along D
+            trees[target]["mask"] = jax.random.bernoulli(
+                jax.random.fold_in(key, number), 1 - spec.dropout, (*rows, inputs)
+            )
+            places["mask"] = (
+                "batch",
+                None,
+                None if into == "embed" else into,
+            )  # activations are not cut along D
         names[target] = {name: places[name] for name in trees[target]}
     arrays, structure = jax.tree.flatten(trees)
-    flat_names = tuple(names[target][name] for target in sorted(names) for name in sorted(names[target]))
+    flat_names = tuple(
+        names[target][name] for target in sorted(names) for name in sorted(names[target])
+    )
     routed = tuple(target for target in trees if "router" in trees[target])
-    return Cut(tuple(arrays), flat_names, routed, lambda arrays: jax.tree.unflatten(structure, arrays))
+    return Cut(
+        tuple(arrays), flat_names, routed, lambda arrays: jax.tree.unflatten(structure, arrays)
+    )
 
 
-def adapt(target: str, adapter: Adapter, x_BTI: jax.Array, spec: LoRASpec) -> tuple[jax.Array, jax.Array | None]:
-    """On one device: (what the experts add to the map's output [B, T, O], router logits [B, T, E] or None). x's dtype, logits float32."""
+def adapt(
+    target: str, adapter: Adapter, x_BTI: jax.Array, spec: LoRASpec
+) -> tuple[jax.Array, jax.Array | None]:
+    """On one device: (what the experts add to the map's output [B, T, O], router logits [B, T, E]
+    or None). x's dtype, logits float32."""
     into, out = PLACES[target]
     a_IER, b_ERO = adapter["a"], adapter["b"]
     a_IER = gather(a_IER, "embed", 0) if into == "embed" else a_IER
@@ -129,9 +173,15 @@ def adapt(target: str, adapter: Adapter, x_BTI: jax.Array, spec: LoRASpec) -> tu
     logits_BTE = None
     if "router" in adapter:
         router_IE = gather(adapter["router"], "embed", 0) if into == "embed" else adapter["router"]
-        logits_ME = _cosine_logits(x_BTI, router_IE, whole) if spec.gating == "cosine" else whole(_dot(x_BTI, router_IE))
+        logits_ME = (
+            _cosine_logits(x_BTI, router_IE, whole)
+            if spec.gating == "cosine"
+            else whole(_dot(x_BTI, router_IE))
+        )
         gate_ME = gates(logits_ME, spec) * spec.scale
-        z_ME = (z_ME.reshape(*gate_ME.shape, spec.rank) * gate_ME[..., None].astype(z_ME.dtype)).reshape(z_ME.shape)
+        z_ME = (
+            z_ME.reshape(*gate_ME.shape, spec.rank) * gate_ME[..., None].astype(z_ME.dtype)
+        ).reshape(z_ME.shape)
         logits_BTE = logits_ME.reshape(*rows, spec.experts)
     else:
         z_ME *= spec.scale
@@ -146,7 +196,8 @@ class Adapted:
         self.logits: dict[str, jax.Array] = {}
 
     def plus(self, target: str, x_BTI: jax.Array, y_BTO: jax.Array) -> jax.Array:
-        """y, the map's output, with what the experts add to it; y itself where the map is not adapted."""
+        """y, the map's output, with what the experts add to it; y itself where the map is not
+        adapted."""
         if target not in self._adapters:
             return y_BTO
         assert self._spec is not None
@@ -157,24 +208,37 @@ class Adapted:
 
 
 def _dot(x_BTI: jax.Array, router_IE: jax.Array) -> jax.Array:
-    return jnp.matmul(x_BTI.reshape(-1, x_BTI.shape[-1]).astype(jnp.float32), router_IE.astype(jnp.float32), precision="highest")
+    return jnp.matmul(
+        x_BTI.reshape(-1, x_BTI.shape[-1]).astype(jnp.float32),
+        router_IE.astype(jnp.float32),
+        precision="highest",
+    )
 
 
-def _cosine_logits(x_BTI: jax.Array, router_IE: jax.Array, whole: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """sqrt(I) times the cosine between x and a router's row, both less their mean (PHATGOOSE, section 3.2). Padding of zeros gives 0."""
+def _cosine_logits(
+    x_BTI: jax.Array, router_IE: jax.Array, whole: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """sqrt(I) times the cosine between x and a router's row, both less their mean (PHATGOOSE,
+    section 3.2). Padding of zeros gives 0."""
     x_MI = x_BTI.reshape(-1, x_BTI.shape[-1]).astype(jnp.float32)
     w_IE = router_IE.astype(jnp.float32)
     size = whole(jnp.full((), x_MI.shape[-1], jnp.float32))
     sum_M, sum_E = whole(x_MI.sum(1)), whole(w_IE.sum(0))
-    square_M, square_E = whole((x_MI**2).sum(1)) - sum_M**2 / size, whole((w_IE**2).sum(0)) - sum_E**2 / size
+    square_M, square_E = (
+        whole((x_MI**2).sum(1)) - sum_M**2 / size,
+        whole((w_IE**2).sum(0)) - sum_E**2 / size,
+    )
     dot_ME = whole(_dot(x_BTI, router_IE)) - sum_M[:, None] * sum_E / size
     norms = jnp.sqrt(jnp.maximum(square_M[:, None] * square_E, jnp.finfo(jnp.float32).tiny))
     return jnp.sqrt(size) * dot_ME / norms
 
 
 def chosen(logits_ME: jax.Array, k: int) -> jax.Array:
-    """Whether an expert is among the k largest of its row; of equals the first. Comparisons, since sorting a few numbers takes longer."""
-    earlier = jnp.arange(logits_ME.shape[-1])[:, None] > jnp.arange(logits_ME.shape[-1])  # [expert, rival]
+    """Whether an expert is among the k largest of its row; of equals the first. Comparisons, since
+    sorting a few numbers takes longer."""
+    earlier = jnp.arange(logits_ME.shape[-1])[:, None] > jnp.arange(
+        logits_ME.shape[-1]
+    )  # [expert, rival]
     a, b = logits_ME[..., :, None], logits_ME[..., None, :]
     return ((b > a) | ((b == a) & earlier)).sum(-1) < k
 
@@ -187,7 +251,8 @@ def gates(logits_ME: jax.Array, spec: LoRASpec) -> jax.Array:
 
 
 def router_statistics(logits_BTE: jax.Array, valid_BT: jax.Array, spec: LoRASpec) -> RoutingStats:
-    """Of one router over the valid tokens. balance_loss: E sum_i f_i P_i, f the share of the choices and P the mean probability, as in
+    """Of one router over the valid tokens. balance_loss: E sum_i f_i P_i, f the share of the
+    choices and P the mean probability, as in
     Switch and MoLA: f has no gradient. 1 at uniform."""
     tokens = jnp.maximum(valid_BT.sum(), 1)
     mean = lambda x_BTE: jnp.where(valid_BT[..., None], x_BTE, 0).sum((0, 1)) / tokens  # noqa: E731

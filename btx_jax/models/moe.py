@@ -1,4 +1,5 @@
-"""The Mixture-of-Experts feed-forward block: one router for the whole SwiGLU (BTX section 3.2). Shape legend: layers.py."""
+"""The Mixture-of-Experts feed-forward block: one router for the whole SwiGLU (BTX section 3.2).
+Shape legend: layers.py."""
 
 from collections.abc import Sequence
 
@@ -8,14 +9,23 @@ from flax import linen as nn
 
 from btx_jax.config import ComputeConfig
 from btx_jax.model_config import LayerSpec
-from btx_jax.models.layers import Kernel, joint_swiglu, normal_param, platform_kernels, scaled_swiglu
+from btx_jax.models.layers import (
+    Kernel,
+    joint_swiglu,
+    normal_param,
+    platform_kernels,
+    scaled_swiglu,
+)
 from btx_jax.models.ragged import expert_answers, ragged_experts, weighted_sum
 from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics
 from btx_jax.parallel.sharding import gather, per_device, scatter_sum, shard
 
 
-def einsum_experts(x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate_EDF, up_EDF, down_EFD) -> tuple[jax.Array, jax.Array]:
-    """GShard dispatch with a capacity: (y_GSD, share of claims dropped). Two all-to-alls when experts are spread over the mesh."""
+def einsum_experts(
+    x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate_EDF, up_EDF, down_EFD
+) -> tuple[jax.Array, jax.Array]:
+    """GShard dispatch with a capacity: (y_GSD, share of claims dropped). Two all-to-alls when
+    experts are spread over the mesh."""
     _, tokens, d_model = x_GSD.shape
     experts = gate_EDF.shape[0]
     dispatch_GSEC, gate_GEC, dropped = place(choice, experts, capacity(tokens, experts, k, factor))
@@ -28,11 +38,19 @@ def einsum_experts(x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate
         gate_EDF, up_EDF = (gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
         down_EFD = gather(down_EFD, "expert_embed", axis=2)
         own = x_EGCD.shape[0]
-        y_EMD = scaled_swiglu(x_EGCD.reshape(own, -1, d_model), gate_EGC.reshape(own, -1), gate_EDF, up_EDF, down_EFD)
+        y_EMD = scaled_swiglu(
+            x_EGCD.reshape(own, -1, d_model), gate_EGC.reshape(own, -1), gate_EDF, up_EDF, down_EFD
+        )
         return scatter_sum(y_EMD.reshape(x_EGCD.shape), "hidden", axis=None)
 
-    into, out, rows = ("expert", "expert_embed", "hidden"), ("expert", "hidden", "expert_embed"), ("expert", "expert_group")
-    y_EGCD = per_device(local, (rows, rows, into, into, out), rows)(x_EGCD, gate_EGC, gate_EDF, up_EDF, down_EFD)
+    into, out, rows = (
+        ("expert", "expert_embed", "hidden"),
+        ("expert", "hidden", "expert_embed"),
+        ("expert", "expert_group"),
+    )
+    y_EGCD = per_device(local, (rows, rows, into, into, out), rows)(
+        x_EGCD, gate_EGC, gate_EDF, up_EDF, down_EFD
+    )
     y_EGCD = shard(y_EGCD, "expert", "expert_group", None, None)
     return shard(jnp.einsum("egcd,gsec->gsd", y_EGCD, dispatch_GSEC), "group", None, None), dropped
 
@@ -45,32 +63,56 @@ Expert = tuple[Kernel, Kernel]  # gate_up [D, 2 F] and down [F, D], of joint_swi
 
 
 def separate_experts(
-    x_BTD: jax.Array, valid_BT: jax.Array, router_DE: jax.Array, experts: Sequence[Expert], spec: LayerSpec, compute: ComputeConfig
+    x_BTD: jax.Array,
+    valid_BT: jax.Array,
+    router_DE: jax.Array,
+    experts: Sequence[Expert],
+    spec: LayerSpec,
+    compute: ComputeConfig,
 ) -> jax.Array:
-    """The block without capacity, on one device, for inference; every expert's kernels are arrays of their own."""
+    """The block without capacity, on one device, for inference; every expert's kernels are arrays
+    of their own."""
     one_token = x_BTD.shape[1] == 1
     choice = route(router_logits(x_BTD, router_DE), valid_BT | one_token, spec, None, jnp.int32(0))
     gate_MK, index_MK = (x.reshape(-1, x.shape[-1]) for x in (choice.gate_GSK, choice.index_GSK))
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     if one_token:
         return _few_tokens(x_MD, gate_MK, index_MK, experts)[:, None]
-    y_MKD = expert_answers(x_MD, index_MK, len(experts), tuple(experts), platform_kernels(compute.kernels))
+    y_MKD = expert_answers(
+        x_MD, index_MK, len(experts), tuple(experts), platform_kernels(compute.kernels)
+    )
     return weighted_sum(y_MKD, gate_MK).reshape(x_BTD.shape)
 
 
-def _few_tokens(x_BD: jax.Array, gate_BK: jax.Array, index_BK: jax.Array, experts: Sequence[Expert]) -> jax.Array:
-    """Reading weights takes longer here than multiplying by them: what no token needs is not read, and nothing is copied."""
+def _few_tokens(
+    x_BD: jax.Array, gate_BK: jax.Array, index_BK: jax.Array, experts: Sequence[Expert]
+) -> jax.Array:
+    """Reading weights takes longer here than multiplying by them: what no token needs is not read,
+    and nothing is copied."""
     if index_BK.size <= len(experts):
-        branches = [lambda x, experts, e=e: joint_swiglu(x, *experts[e]) for e in range(len(experts))]
-        claims = [jax.lax.switch(e, branches, x_BD[b : b + 1], experts) for b, row in enumerate(index_BK) for e in row]
-        return jnp.einsum("bkd,bk->bd", jnp.concatenate(claims).reshape(*index_BK.shape, -1), gate_BK.astype(x_BD.dtype))
-    gate_BE = jnp.einsum("bk,bke->be", gate_BK, jax.nn.one_hot(index_BK, len(experts)), precision="highest")
+        branches = [
+            lambda x, experts, e=e: joint_swiglu(x, *experts[e]) for e in range(len(experts))
+        ]
+        claims = [
+            jax.lax.switch(e, branches, x_BD[b : b + 1], experts)
+            for b, row in enumerate(index_BK)
+            for e in row
+        ]
+        return jnp.einsum(
+            "bkd,bk->bd",
+            jnp.concatenate(claims).reshape(*index_BK.shape, -1),
+            gate_BK.astype(x_BD.dtype),
+        )
+    gate_BE = jnp.einsum(
+        "bk,bke->be", gate_BK, jax.nn.one_hot(index_BK, len(experts)), precision="highest"
+    )
     y_BED = jnp.stack([joint_swiglu(x_BD, *expert) for expert in experts], axis=1)
     return jnp.einsum("bed,be->bd", y_BED, gate_BE.astype(x_BD.dtype))
 
 
 class MoEFeedForward(nn.Module):
-    """x [B, T, D] -> (y [B, T, D], RoutingStats). valid [B, T]: False where padding is, which is neither routed nor counted."""
+    """x [B, T, D] -> (y [B, T, D], RoutingStats). valid [B, T]: False where padding is, which is
+    neither routed nor counted."""
 
     d_ff: int
     spec: LayerSpec
@@ -78,27 +120,43 @@ class MoEFeedForward(nn.Module):
     keep_choices: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, step: jax.Array) -> tuple[jax.Array, RoutingStats]:
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, RoutingStats]:
         _, length, d_model = x_BTD.shape
         experts, d_ff = self.spec.experts, self.d_ff
         router_DE = normal_param(self, "router", (d_model, experts), ("embed", "router"))
-        gate_EDF = normal_param(self, "gate", (experts, d_model, d_ff), ("expert", "expert_embed", "hidden"))
-        up_EDF = normal_param(self, "up", (experts, d_model, d_ff), ("expert", "expert_embed", "hidden"))
-        down_EFD = normal_param(self, "down", (experts, d_ff, d_model), ("expert", "hidden", "expert_embed"))
+        gate_EDF = normal_param(
+            self, "gate", (experts, d_model, d_ff), ("expert", "expert_embed", "hidden")
+        )
+        up_EDF = normal_param(
+            self, "up", (experts, d_model, d_ff), ("expert", "expert_embed", "hidden")
+        )
+        down_EFD = normal_param(
+            self, "down", (experts, d_ff, d_model), ("expert", "hidden", "expert_embed")
+        )
         gate_EDF, up_EDF, down_EFD = (w.astype(x_BTD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
 
-        tokens = min(self.compute.group_size, length) if self.compute.dispatch == "einsum" else length  # ragged knows no groups
+        tokens = (
+            min(self.compute.group_size, length) if self.compute.dispatch == "einsum" else length
+        )  # ragged knows no groups
         x_GSD = x_BTD.reshape(-1, tokens, d_model)
         valid_GS = valid_BT.reshape(-1, tokens)
         logits_GSE = router_logits(x_GSD, router_DE)
         sample_key = self.make_rng("routing") if self.has_rng("routing") else None
         choice = route(logits_GSE, valid_GS, self.spec, sample_key, step)
         if self.compute.dispatch == "einsum":
-            y_GSD, dropped = einsum_experts(x_GSD, choice, self.spec.k, self.compute.capacity_factor, gate_EDF, up_EDF, down_EFD)
+            y_GSD, dropped = einsum_experts(
+                x_GSD, choice, self.spec.k, self.compute.capacity_factor, gate_EDF, up_EDF, down_EFD
+            )
         else:
             flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
             claims = flat(x_GSD), flat(choice.gate_GSK), flat(choice.index_GSK)
-            y_GSD = ragged_experts(*claims, gate_EDF, up_EDF, down_EFD, platform_kernels(self.compute.kernels))
+            y_GSD = ragged_experts(
+                *claims, gate_EDF, up_EDF, down_EFD, platform_kernels(self.compute.kernels)
+            )
             dropped = jnp.zeros(())
         stats = statistics(logits_GSE, choice, valid_GS, dropped)
-        return y_GSD.reshape(x_BTD.shape), stats._replace(choice=choice) if self.keep_choices else stats
+        return y_GSD.reshape(x_BTD.shape), stats._replace(
+            choice=choice
+        ) if self.keep_choices else stats

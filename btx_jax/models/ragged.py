@@ -1,9 +1,12 @@
-"""Dropless expert computation: each device sorts its claims by expert and multiplies group by group. Shape legend: layers.py.
+"""Dropless expert computation: each device sorts its claims by expert and multiplies group by
+group. Shape legend: layers.py.
 
-A claim is one (token, choice) pair; R of them, sorted by expert, are the rows of the grouped matmuls. Over an expert axis of n devices
-the tokens of those n are gathered, each device answers for its own experts, and the answers are summed and scattered back. Either way
-(n - 1) M rows travel, where an all-to-all would move k M (n - 1) / n: n / k times less. What it buys: sizes that do not depend on the
-router, nothing that can overflow, and the same program on every platform. The largest R is that of an all-to-all that never drops.
+A claim is one (token, choice) pair; R of them, sorted by expert, are the rows of the grouped
+matmuls. Over an expert axis of n devices the tokens of those n are gathered, each device answers
+for its own experts, and the answers are summed and scattered back. Either way (n - 1) M rows
+travel, where an all-to-all would move k M (n - 1) / n: n / k times less. What it buys: sizes that
+do not depend on the router, nothing that can overflow, and the same program on every platform. The
+largest R is that of an all-to-all that never drops.
 """
 
 import jax
@@ -13,7 +16,15 @@ from btx_jax.models.grouped import grouped_swiglu
 from btx_jax.parallel.sharding import gather, per_device, position, scatter_sum
 
 
-def ragged_experts(x_MD: jax.Array, gate_MK: jax.Array, index_MK: jax.Array, gate_EDF, up_EDF, down_EFD, kernels: str = "xla") -> jax.Array:
+def ragged_experts(
+    x_MD: jax.Array,
+    gate_MK: jax.Array,
+    index_MK: jax.Array,
+    gate_EDF,
+    up_EDF,
+    down_EFD,
+    kernels: str = "xla",
+) -> jax.Array:
     """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m. Returns [M, D].
 
     Index E (padding) contributes nothing.
@@ -21,50 +32,70 @@ def ragged_experts(x_MD: jax.Array, gate_MK: jax.Array, index_MK: jax.Array, gat
     experts = len(gate_EDF)
 
     def local(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD):
-        # Gathered here and not by the compiler: the transpose is then a reduce-scatter, where shard_map would all-reduce whole gradients.
+        # Gathered here and not by the compiler: the transpose is then a reduce-scatter, where
+        # shard_map would all-reduce whole gradients.
         gate_EDF, up_EDF = (gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
         down_EFD = gather(down_EFD, "expert_embed", axis=2)
         own = len(gate_EDF)
         if own < experts:
-            x_MD, gate_MK, index_MK = (gather(x, "expert", axis=0) for x in (x_MD, gate_MK, index_MK))
+            x_MD, gate_MK, index_MK = (
+                gather(x, "expert", axis=0) for x in (x_MD, gate_MK, index_MK)
+            )
             index_MK = index_MK - position("expert") * own
         is_own_MK = (index_MK >= 0) & (index_MK < own)
-        y_MKD = expert_answers(x_MD, jnp.where(is_own_MK, index_MK, own), own, (gate_EDF, up_EDF, down_EFD), kernels)
+        y_MKD = expert_answers(
+            x_MD, jnp.where(is_own_MK, index_MK, own), own, (gate_EDF, up_EDF, down_EFD), kernels
+        )
         if own < experts:
-            y_MD = scatter_sum(jnp.einsum("mkd,mk->md", y_MKD, gate_MK.astype(y_MKD.dtype)), "expert", axis=0)
+            y_MD = scatter_sum(
+                jnp.einsum("mkd,mk->md", y_MKD, gate_MK.astype(y_MKD.dtype)), "expert", axis=0
+            )
         else:
             y_MD = weighted_sum(y_MKD, gate_MK)
         return scatter_sum(y_MD, "hidden", axis=None)
 
     rows = ("batch",)
     into, out = ("expert", "expert_embed", "hidden"), ("expert", "hidden", "expert_embed")
-    return per_device(local, (rows, rows, rows, into, into, out), rows)(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD)
+    return per_device(local, (rows, rows, rows, into, into, out), rows)(
+        x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD
+    )
 
 
 def weighted_sum(y_MKD: jax.Array, gate_MK: jax.Array) -> jax.Array:
-    """sum_k gate[m, k] y[m, k]. Where K > 1, the gates of a token are a softmax over its K choices: they sum to one."""
+    """sum_k gate[m, k] y[m, k]. Where K > 1, the gates of a token are a softmax over its K choices:
+    they sum to one."""
     gate_MK = gate_MK.astype(y_MKD.dtype)
     if gate_MK.shape[1] == 1:
         return y_MKD[:, 0] * gate_MK
-    # As the gates sum to one, this is their weighted sum, and experts that agree give their common answer without rounding.
+    # As the gates sum to one, this is their weighted sum, and experts that agree give their common
+    # answer without rounding.
     first_MD = y_MKD[:, 0]
     return first_MD + jnp.einsum("mkd,mk->md", y_MKD[:, 1:] - first_MD[:, None], gate_MK[:, 1:])
 
 
-def expert_answers(x_MD: jax.Array, index_MK: jax.Array, experts: int, weights, kernels: str) -> jax.Array:
-    """FF_index[m, k](x[m]), [M, K, D]; zero where the index is `experts`, which sorts behind them all. weights: of grouped_swiglu."""
+def expert_answers(
+    x_MD: jax.Array, index_MK: jax.Array, experts: int, weights, kernels: str
+) -> jax.Array:
+    """FF_index[m, k](x[m]), [M, K, D]; zero where the index is `experts`, which sorts behind them
+    all. weights: of grouped_swiglu."""
     tokens, k = index_MK.shape
     expert_N = index_MK.reshape(-1)
     order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)  # claims by expert
-    rank_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True)
+    rank_N = (
+        jnp.zeros_like(order_N)
+        .at[order_N]
+        .set(jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True)
+    )
     sizes_E = (expert_N[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
-    rows = tokens * min(k, experts)  # a token's choices differ: no more of its claims than experts are for these
+    rows = tokens * min(
+        k, experts
+    )  # a token's choices differ: no more of its claims than experts are for these
     places = (order_N[:rows], jnp.where(expert_N < experts, rank_N, rows).reshape(tokens, k))
     return _unsort(grouped_swiglu(_sort(x_MD, *places), sizes_E, weights, tokens, kernels), *places)
 
 
-# Sorting and unsorting are transposes of each other, and both are gathers. Autodiff would make their transposes scatters, which a TPU
-# performs row by row.
+# Sorting and unsorting are transposes of each other, and both are gathers. Autodiff would make
+# their transposes scatters, which a TPU performs row by row.
 
 
 @jax.custom_vjp
@@ -76,7 +107,9 @@ def _sort(x_MD: jax.Array, order_R: jax.Array, rank_MK: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _unsort(y_RD: jax.Array, order_R: jax.Array, rank_MK: jax.Array) -> jax.Array:
     """[R, D] -> [M, K, D]: row rank[m, k], or zeros where rank is R."""
-    return jnp.where((rank_MK < y_RD.shape[0])[..., None], y_RD[jnp.minimum(rank_MK, y_RD.shape[0] - 1)], 0)
+    return jnp.where(
+        (rank_MK < y_RD.shape[0])[..., None], y_RD[jnp.minimum(rank_MK, y_RD.shape[0] - 1)], 0
+    )
 
 
 def _sort_backward(places, dy_RD):

@@ -1,4 +1,5 @@
-"""Which experts a token goes to, and with what weight: BTX section 3.2 and its variants. Shape legend: layers.py."""
+"""Which experts a token goes to, and with what weight: BTX section 3.2 and its variants. Shape
+legend: layers.py."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,9 +22,11 @@ class Choice(NamedTuple):
 class RoutingStats(NamedTuple):
     """What one MoE layer did with the valid tokens of the whole (global) batch.
 
-    load_E: share of (token, choice) pairs per expert, sums to 1. balance_loss: E sum_i u_i p_i, 1.0 at uniform, E at collapse (BTX
-    section 3.2 without alpha). gate_load_E: u, the mean gate of each expert. entropy: of the full softmax, nats, mean over tokens.
-    dropped: share of pairs without a slot. choice: of every token, when the model was asked to keep it.
+    load_E: share of (token, choice) pairs per expert, sums to 1. balance_loss: E sum_i u_i p_i, 1.0
+    at uniform, E at collapse (BTX section 3.2 without alpha). gate_load_E: u, the mean gate of each
+    expert. entropy: of the full softmax, nats, mean over tokens.
+    dropped: share of pairs without a slot. choice: of every token, when the model was asked to keep
+    it.
     """
 
     load_E: jax.Array
@@ -46,16 +49,23 @@ def lora_routing(stats: Any) -> dict[str, RoutingStats]:
 
 
 def gumbel_temperature(step: jax.Array) -> jax.Array:
-    """tau = max(0.5, exp(-1e-4 t)): 1 at the start, 0.5 from step 6932 on (the printed formula lost its exp)."""
+    """tau = max(0.5, exp(-1e-4 t)): 1 at the start, 0.5 from step 6932 on (the printed formula lost
+    its exp)."""
     return jnp.maximum(0.5, jnp.exp(-1e-4 * step.astype(jnp.float32)))
 
 
-def route(logits_GSE: jax.Array, valid_GS: jax.Array, spec: LayerSpec, sample_key: jax.Array | None, step: jax.Array) -> Choice:
+def route(
+    logits_GSE: jax.Array,
+    valid_GS: jax.Array,
+    spec: LayerSpec,
+    sample_key: jax.Array | None,
+    step: jax.Array,
+) -> Choice:
     """Router logits (float32) -> Choice.
 
-    top_k: SoftMax(TopK(logits)). switch: the best expert, weighted by its full-softmax probability. soft: all experts, full
-    softmax. sample_top1: the largest of a Gumbel-softmax sample keeps its weight when `sample_key` is given (training); without
-    one (inference) the best expert, weight 1.
+    top_k: SoftMax(TopK(logits)). switch: the best expert, weighted by its full-softmax probability.
+    soft: all experts, full softmax. sample_top1: the largest of a Gumbel-softmax sample keeps its
+    weight when `sample_key` is given (training); without one (inference) the best expert, weight 1.
     """
     experts = logits_GSE.shape[-1]
     probs_GSE = jax.nn.softmax(logits_GSE)
@@ -75,10 +85,14 @@ def route(logits_GSE: jax.Array, valid_GS: jax.Array, spec: LayerSpec, sample_ke
     else:
         raise ValueError(f"unknown routing {spec.routing!r}")
     valid_GS1 = valid_GS[..., None]
-    return Choice(jnp.where(valid_GS1, gate_GSK, 0.0), jnp.where(valid_GS1, index_GSK, experts), probs_GSE)
+    return Choice(
+        jnp.where(valid_GS1, gate_GSK, 0.0), jnp.where(valid_GS1, index_GSK, experts), probs_GSE
+    )
 
 
-def statistics(logits_GSE: jax.Array, choice: Choice, valid_GS: jax.Array, dropped: jax.Array) -> RoutingStats:
+def statistics(
+    logits_GSE: jax.Array, choice: Choice, valid_GS: jax.Array, dropped: jax.Array
+) -> RoutingStats:
     """Means over valid tokens, before any drop. A batch of padding alone gives zeros."""
     experts = logits_GSE.shape[-1]
     tokens = jnp.maximum(valid_GS.sum(), 1)
@@ -104,23 +118,31 @@ def capacity(tokens_per_group: int, experts: int, k: int, factor: float) -> int:
 
 
 def place(choice: Choice, experts: int, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Choice -> (dispatch_GSEC 0/1, gate_GEC of each slot's token, share of (token, choice) pairs dropped).
+    """Choice -> (dispatch_GSEC 0/1, gate_GEC of each slot's token, share of (token, choice) pairs
+    dropped).
 
-    All first choices of a group are placed before any second choice, so that a crowded expert drops its weakest claims. With two
-    tokens, one slot and choices [0, 1] and [1, 3]: token 0 takes expert 0, token 1 takes expert 1, token 0 then finds
-    expert 1 full and keeps expert 0 alone; its gate is not renormalised.
+    All first choices of a group are placed before any second choice, so that a crowded expert drops
+    its weakest claims. With two tokens, one slot and choices [0, 1] and [1, 3]: token 0 takes
+    expert 0, token 1 takes expert 1, token 0 then finds expert 1 full and keeps expert 0 alone; its
+    gate is not renormalised.
     """
     groups, tokens, k = choice.index_GSK.shape
     chosen_GSKE = jax.nn.one_hot(choice.index_GSK, experts, dtype=jnp.int32)
-    flat_GNE = chosen_GSKE.swapaxes(1, 2).reshape(groups, k * tokens, experts)  # first choices of the whole group, then second
-    slot_GNE = flat_GNE.cumsum(axis=1) * flat_GNE - 1  # -1 where not chosen: one_hot gives a row of zeros for it
+    flat_GNE = chosen_GSKE.swapaxes(1, 2).reshape(
+        groups, k * tokens, experts
+    )  # first choices of the whole group, then second
+    slot_GNE = (
+        flat_GNE.cumsum(axis=1) * flat_GNE - 1
+    )  # -1 where not chosen: one_hot gives a row of zeros for it
     slot_GKSE = slot_GNE.reshape(groups, k, tokens, experts)
     dispatch_GSEC = jnp.zeros((groups, tokens, experts, slots), jnp.float32)
     gate_GEC = jnp.zeros((groups, experts, slots), jnp.float32)
     for choice_number in range(k):  # one [G, S, E, C] at a time instead of [G, S, K, E, C]
         place_GSEC = jax.nn.one_hot(slot_GKSE[:, choice_number], slots, dtype=jnp.float32)
         dispatch_GSEC += place_GSEC
-        gate_GEC += jnp.einsum("gsec,gs->gec", place_GSEC, choice.gate_GSK[:, :, choice_number], precision="highest")
+        gate_GEC += jnp.einsum(
+            "gsec,gs->gec", place_GSEC, choice.gate_GSK[:, :, choice_number], precision="highest"
+        )
     # Without these two the compiler splits the mask by expert and gathers every token.
     dispatch_GSEC = shard(dispatch_GSEC, "group", None, None, None)
     gate_GEC = shard(gate_GEC, "group", None, None)

@@ -1,4 +1,5 @@
-"""Causal attention on a TPU without a [T, T] array: jax's splash attention kernel. Shape legend: layers.py."""
+"""Causal attention on a TPU without a [T, T] array: jax's splash attention kernel. Shape legend:
+layers.py."""
 
 import jax
 import numpy as np
@@ -22,18 +23,34 @@ def _kernel(splash, masks, heads: int, length: int, interpret: bool):
     )  # fmt: skip
     causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     return splash.make_splash_mha(
-        causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED_NAME, interpret=interpret
+        causal,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVED_NAME,
+        interpret=interpret,
     )
 
 
-def splash_attend(q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT: jax.Array, interpret: bool) -> jax.Array:
-    """`attention.attend` by the kernel, for the rows and heads of one device. T must be a multiple of 128."""
+def splash_attend(
+    q_BNGTK: jax.Array,
+    k_BNSK: jax.Array,
+    v_BNSK: jax.Array,
+    segments_BT: jax.Array,
+    interpret: bool,
+) -> jax.Array:
+    """`attention.attend` by the kernel, for the rows and heads of one device. T must be a multiple
+    of 128."""
     # Here, since every command would pay for the import and few need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     batch, kv_heads, groups, length, head_dim = q_BNGTK.shape
-    q_BHTK = (q_BNGTK * np.asarray(head_dim**-0.5, q_BNGTK.dtype)).reshape(batch, kv_heads * groups, length, head_dim)
+    q_BHTK = (q_BNGTK * np.asarray(head_dim**-0.5, q_BNGTK.dtype)).reshape(
+        batch, kv_heads * groups, length, head_dim
+    )
     kernel = _kernel(splash, masks, kv_heads * groups, length, interpret)
-    y_BHTK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(q_BHTK, k_BNSK, v_BNSK, segments_BT)
+    y_BHTK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(
+        q_BHTK, k_BNSK, v_BNSK, segments_BT
+    )
     return y_BHTK.reshape(q_BNGTK.shape)

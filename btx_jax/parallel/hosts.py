@@ -22,33 +22,48 @@ R = TypeVar("R")
 
 
 def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Join the other processes of this run, if there are any. Must run before anything touches a device.
+    """Join the other processes of this run, if there are any. Must run before anything touches a
+    device.
 
-    Told by the arguments or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; otherwise JAX's own detection is asked
-    where several hosts are to be expected: SLURM steps of several tasks, GKE, and any machine with a TPU but Colab's. Raises UserError
-    when only a part is told.
+    Told by the arguments or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
+    otherwise JAX's own detection is asked
+    where several hosts are to be expected: SLURM steps of several tasks, GKE, and any machine with
+    a TPU but Colab's. Raises UserError when only a part is told.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     told = {
         "JAX_NUM_PROCESSES": str(num_processes or os.environ.get("JAX_NUM_PROCESSES", "")),
-        "JAX_PROCESS_ID": str(process_id if process_id >= 0 else os.environ.get("JAX_PROCESS_ID", "")),
+        "JAX_PROCESS_ID": str(
+            process_id if process_id >= 0 else os.environ.get("JAX_PROCESS_ID", "")
+        ),
     }
     if coordinator and any(told.values()):
         for name, value in told.items():
             if not value.isdigit():
-                raise UserError(f"{name}={value!r}: must be a number when a coordinator is named; set both {' and '.join(told)}")
-        jax.distributed.initialize(coordinator, int(told["JAX_NUM_PROCESSES"]), int(told["JAX_PROCESS_ID"]))
+                raise UserError(
+                    f"{name}={value!r}: must be a number when a coordinator is named; set both"
+                    f" {' and '.join(told)}"
+                )
+        jax.distributed.initialize(
+            coordinator, int(told["JAX_NUM_PROCESSES"]), int(told["JAX_PROCESS_ID"])
+        )
     elif coordinator or _expects_others():
         jax.distributed.initialize(coordinator or None)
     elif _has_tpu():
         try:
             jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:  # a device that looks like a TPU, or a TPU that knows of no cluster
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # a device that looks like a TPU, or a TPU that knows of no cluster
             log.info("this process runs alone: %s", str(error).splitlines()[0])
 
 
 def _has_tpu() -> bool:
-    return any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")) and "COLAB_RELEASE_TAG" not in os.environ
+    return (
+        any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+        and "COLAB_RELEASE_TAG" not in os.environ
+    )
 
 
 def _expects_others() -> bool:
@@ -64,12 +79,16 @@ def is_first() -> bool:
 
 
 def first_then_others(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """function(...) by the first process, then by the others, which find what it wrote. An error of the first one ends all."""
+    """function(...) by the first process, then by the others, which find what it wrote. An error of
+    the first one ends all."""
     if jax.process_count() == 1:
         return function(*args, **kwargs)
     if not is_first():
         if not _agreed(False):
-            raise UserError(f"process {jax.process_index()} stops because the first process failed; its log says why")
+            raise UserError(
+                f"process {jax.process_index()} stops because the first process failed; its log"
+                " says why"
+            )
         return function(*args, **kwargs)
     try:
         result = function(*args, **kwargs)
@@ -86,7 +105,8 @@ def _agreed(value: bool) -> bool:
 
 
 def require_shared(directory: Path, key: str) -> None:
-    """Raises UserError, in every process, when they do not see the same files in `directory`, which is made."""
+    """Raises UserError, in every process, when they do not see the same files in `directory`, which
+    is made."""
     if jax.process_count() == 1:
         return
     try:
@@ -103,7 +123,10 @@ def require_shared(directory: Path, key: str) -> None:
         mark.unlink(missing_ok=True)
     if not sees.all():
         blind = ", ".join(str(i) for i in np.flatnonzero(~sees))
-        raise UserError(f"{key}: {directory} is not shared: process {blind} does not see what process 0 writes; name a path all share")
+        raise UserError(
+            f"{key}: {directory} is not shared: process {blind} does not see what process 0 writes;"
+            " name a path all share"
+        )
 
 
 def put(array: ArrayLike, sharding: Sharding) -> jax.Array:

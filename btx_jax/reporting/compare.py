@@ -1,4 +1,5 @@
-"""What one arm gained over another: paired differences over seeds, with confidence intervals, and the paper's signs judged by them."""
+"""What one arm gained over another: paired differences over seeds, with confidence intervals, and
+the paper's signs judged by them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,19 +20,26 @@ def mean_loss(model: Mapping[str, Any]) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval by Student's t); the half width is infinite for one value alone."""
+    """(mean, half width of its 95 % interval by Student's t); the half width is infinite for one
+    value alone."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, math.inf
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    half = (
+        stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+        * np.std(values, ddof=1)
+        / math.sqrt(len(values))
+    )
     return mean, float(half)
 
 
 def compare(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """seeds: the models of one results.json per seed. Returns {seeds, arms, claims}, JSON throughout.
+    """seeds: the models of one results.json per seed. Returns {seeds, arms, claims}, JSON
+    throughout.
 
-    arms: name -> {mean, half_width, losses: one per seed} for every arm that some seed has. claims: those of experiments whose arms
-    are there, with the paired difference (left minus right, nats per token; negative favours the left) and a verdict.
+    arms: name -> {mean, half_width, losses: one per seed} for every arm that some seed has. claims:
+    those of experiments whose arms are there, with the paired difference (left minus right, nats
+    per token; negative favours the left) and a verdict.
     """
     names = list(dict.fromkeys(name for models in seeds for name in models))
     arms = {}
@@ -41,16 +49,34 @@ def compare(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     claims = []
     for said, sign, left, right, domain in CLAIMS + LORA_CLAIMS:
         losses = [
-            models[left]["nats_per_token"][domain] - models[right]["nats_per_token"][domain]
-            if domain
-            else mean_loss(models[left]) - mean_loss(models[right])
+            (
+                models[left]["nats_per_token"][domain] - models[right]["nats_per_token"][domain]
+                if domain
+                else mean_loss(models[left]) - mean_loss(models[right])
+            )
             for models in seeds
-            if left in models and right in models and (not domain or domain in models[left]["nats_per_token"])
+            if left in models
+            and right in models
+            and (not domain or domain in models[left]["nats_per_token"])
         ]
         if losses:
             entry = _entry(losses)
-            found = verdict(sign, entry["mean"], math.inf if entry["half_width"] is None else entry["half_width"])
-            claims.append({"claim": said, "sign": sign, "left": left, "right": right, "on": domain or "mean", **entry, "verdict": found})
+            found = verdict(
+                sign,
+                entry["mean"],
+                math.inf if entry["half_width"] is None else entry["half_width"],
+            )
+            claims.append(
+                {
+                    "claim": said,
+                    "sign": sign,
+                    "left": left,
+                    "right": right,
+                    "on": domain or "mean",
+                    **entry,
+                    "verdict": found,
+                }
+            )
     return {"seeds": len(seeds), "arms": arms, "claims": claims}
 
 
@@ -60,7 +86,8 @@ def _entry(values: Sequence[float]) -> dict[str, Any]:
 
 
 def verdict(sign: str, mean: float, half: float) -> str:
-    """sign `<`: left has the lower loss; `=`: they do equally well, by SAME. held, not held, or undecided when the interval allows both."""
+    """sign `<`: left has the lower loss; `=`: they do equally well, by SAME. held, not held, or
+    undecided when the interval allows both."""
     if sign == "=":
         if abs(mean) + half <= SAME:
             return "held"
@@ -77,15 +104,29 @@ def markdown(comparison: Mapping[str, Any], costs: Mapping[str, Mapping[str, flo
         half = "one seed" if entry["half_width"] is None else f"± {entry['half_width']:.3f}"
         return f"{entry['mean']:{form}} {half}"
 
-    lines = ["| arm | held-out loss, mean over domains | seeds | tokens | FLOPs | chip-seconds | critical seconds | peak MiB |"]
+    lines = [
+        "| arm | held-out loss, mean over domains | seeds | tokens | FLOPs | chip-seconds |"
+        " critical seconds | peak MiB |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, arm in sorted(comparison["arms"].items(), key=lambda item: item[1]["mean"]):
         cost = costs.get(name, {})
-        cells = [f"{cost['tokens'] / 1e3:,.0f}k", f"{cost['flops']:.2e}", f"{cost['chip_seconds']:.0f}", f"{cost['critical_seconds']:.0f}"]
+        cells = [
+            f"{cost['tokens'] / 1e3:,.0f}k",
+            f"{cost['flops']:.2e}",
+            f"{cost['chip_seconds']:.0f}",
+            f"{cost['critical_seconds']:.0f}",
+        ]
         cells.append(f"{cost['peak_bytes'] / 2**20:.0f}")
         lines.append(f"| {name} | {number(arm, '.3f')} | {arm['count']} | {' | '.join(cells)} |")
-    lines += ["", "| the paper says | left - right, nats per token | seeds | verdict |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| the paper says | left - right, nats per token | seeds | verdict |",
+        "|---|---|---|---|",
+    ]
     for claim in comparison["claims"]:
         what = f"{claim['claim']} ({claim['left']} {claim['sign']} {claim['right']}, {claim['on']})"
-        lines.append(f"| {what} | {number(claim, '+.3f')} | {claim['count']} | {claim['verdict']} |")
+        lines.append(
+            f"| {what} | {number(claim, '+.3f')} | {claim['count']} | {claim['verdict']} |"
+        )
     return "\n".join(lines) + "\n"

@@ -14,10 +14,12 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to WORKDIR/metrics.jsonl and the numbers among them to WORKDIR/tensorboard.
+    """Appends one JSON object a line to WORKDIR/metrics.jsonl and the numbers among them to
+    WORKDIR/tensorboard.
 
-    A resumed run starts at `first_step`: lines of later steps, written after the checkpoint it resumes from, are removed.
-    With `enabled` False (every process but the first) nothing is written.
+    A resumed run starts at `first_step`: lines of later steps, written after the checkpoint it
+    resumes from, are removed. With `enabled` False (every process but the first) nothing is
+    written.
     """
 
     def __init__(self, workdir: Path, first_step: int, enabled: bool = True):
@@ -28,7 +30,9 @@ class MetricsWriter:
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= first_step]
             with new_file(path) as partial:
-                partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                partial.write_text(
+                    "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
+                )
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
@@ -40,7 +44,8 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Nothing written so far is lost to a kill, in a mounted bucket either, which takes a file when it is synced or closed."""
+        """Nothing written so far is lost to a kill, in a mounted bucket either, which takes a file
+        when it is synced or closed."""
         if self._enabled:
             os.fsync(self._file.fileno())
             self._board.flush()

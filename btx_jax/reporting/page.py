@@ -1,4 +1,5 @@
-"""The report page: one HTML file that needs no network. All text is escaped; only the figures, made here, are markup."""
+"""The report page: one HTML file that needs no network. All text is escaped; only the figures, made
+here, are markup."""
 
 import importlib.metadata
 import json
@@ -13,24 +14,37 @@ from btx_jax.reporting import plots
 from btx_jax.reporting.summary import mean
 
 PACKAGES = ("btx_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-MOST_MAPS = 8  # redundancy maps beside each other; of deeper models every n-th layer is drawn, all are in the table
+# Redundancy maps beside each other; of deeper models every n-th layer is drawn, all are in the
+# table
+MOST_MAPS = 8
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """One sentence: which model has the lowest mean over the domains, and what a mixture gained and forgot."""
-    means = {name: mean(model["nats_per_token"].values()) for name, model in summary["models"].items()}
+    """One sentence: which model has the lowest mean over the domains, and what a mixture gained and
+    forgot."""
+    means = {
+        name: mean(model["nats_per_token"].values()) for name, model in summary["models"].items()
+    }
     best = min(means, key=means.__getitem__)
     others = sorted((value, name) for name, value in means.items() if name != best)
     if not others:
         return f"{best}: mean held-out loss {means[best]:.3f} nats per token."
-    told = f"{best} has the lowest mean held-out loss, {means[best]:.3f} nats per token; next is {others[0][1]} with {others[0][0]:.3f}."
+    told = (
+        f"{best} has the lowest mean held-out loss, {means[best]:.3f} nats per token; next is"
+        f" {others[0][1]} with {others[0][0]:.3f}."
+    )
     gained = summary["gains"].get("models", {}).get("btx")
     if gained:
-        experts = [values["forgetting"] for name, values in summary["gains"]["models"].items() if name.startswith("expert_")]
+        experts = [
+            values["forgetting"]
+            for name, values in summary["gains"]["models"].items()
+            if name.startswith("expert_")
+        ]
         general = summary["gains"]["general"]
         told += (
-            f" BTX gains {mean(gained['over_seed'].values()):.3f} over its seed; on {general} it lies {gained['forgetting']:.3f} above the "
-            f"seed, its experts {mean(experts):.3f} in the mean."
+            f" BTX gains {mean(gained['over_seed'].values()):.3f} over its seed; on {general} it"
+            f" lies {gained['forgetting']:.3f} above the seed, its experts {mean(experts):.3f} in"
+            " the mean."
         )
     return told
 
@@ -42,13 +56,21 @@ def render(
     experts: Sequence[str],
     provenance: Mapping[str, Mapping[str, str]],
 ) -> str:
-    """experts: names of the shown mixture's experts, where they are known. provenance: stage -> {config: text, sha256}."""
+    """experts: names of the shown mixture's experts, where they are known. provenance: stage ->
+    {config: text, sha256}."""
     domains = summary["domains"]
-    values = {name: [model["nats_per_token"][d] for d in domains] for name, model in summary["models"].items()}
+    values = {
+        name: [model["nats_per_token"][d] for d in domains]
+        for name, model in summary["models"].items()
+    }
     values = {name: [*row, mean(row)] for name, row in values.items()}
     best = [min(column) for column in zip(*values.values(), strict=True)]
     rows = [
-        {"name": name, "model": summary["models"][name], "cells": [{"value": v, "best": v == b} for v, b in zip(row, best, strict=True)]}
+        {
+            "name": name,
+            "model": summary["models"][name],
+            "cells": [{"value": v, "best": v == b} for v, b in zip(row, best, strict=True)],
+        }
         for name, row in values.items()
     ]
     routing = summary["routing"].get(summary["shown"])
@@ -66,10 +88,14 @@ def render(
         every = -(-len(routing["redundancy"]) // MOST_MAPS)
         figures["redundancy"] = plots.redundancy_maps(routing["redundancy"][::every], experts)
         texts = routing["texts"]
-    figures["lora"] = {name: plots.lora_maps(found) for name, found in summary["lora"].items() if any_pair(found)}
+    figures["lora"] = {
+        name: plots.lora_maps(found) for name, found in summary["lora"].items() if any_pair(found)
+    }
     if summary["comparison"]:
         figures["arms"] = plots.arms(summary["comparison"])
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("btx_jax.reporting", "."), autoescape=True)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("btx_jax.reporting", "."), autoescape=True
+    )
     return environment.get_template("page.html.j2").render(
         title=title, verdict=verdict(summary), summary=summary, rows=rows, figures=figures, experts=experts, provenance=provenance,
         versions=_versions(), platform=platform.platform(), command=" ".join(sys.argv), routing=routing, texts=texts,
@@ -85,7 +111,9 @@ def any_pair(found: Mapping[str, Any]) -> bool:
 
 def _as_script(values: Any) -> str:
     """JSON that can stand inside a <script>: no character that could end it."""
-    return json.dumps(values).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return (
+        json.dumps(values).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -30,23 +30,35 @@ def summarise(
     others: Sequence[Mapping[str, Any]] = (),
     continual: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """results: of the evaluate stage; others: the same arms' with other seeds. curves: run -> its metrics lines. seconds: stage -> wall
-    time.
+    """results: of the evaluate stage; others: the same arms' with other seeds. curves: run -> its
+    metrics lines. seconds: stage -> wall time.
 
-    models: least trained first; where one is called `seed`, its costs are taken off all others'. gains: against the seed and the experts.
-    routing: of every mixture; shown: the one that the page looks into, `btx` or else the longest trained. dropped_fraction: mean of the
-    last steps of the last run that trained a mixture. lora: what LoRA experts became, of every model that has some. continual: scores and
-    measures of tasks learnt in turn (ReportConfig.continual).
+    models: least trained first; where one is called `seed`, its costs are taken off all others'.
+    gains: against the seed and the experts.
+    routing: of every mixture; shown: the one that the page looks into, `btx` or else the longest
+    trained. dropped_fraction: mean of the last steps of the last run that trained a mixture. lora:
+    what LoRA experts became, of every model that has some. continual: scores and measures of tasks
+    learnt in turn (ReportConfig.continual).
     """
     by_training = sorted(results["models"].items(), key=lambda item: item[1]["tokens"])
-    models = {name: {key: model[key] for key in (*SHOWN, *(("tasks",) if "tasks" in model else ()))} for name, model in by_training}
+    models = {
+        name: {key: model[key] for key in (*SHOWN, *(("tasks",) if "tasks" in model else ()))}
+        for name, model in by_training
+    }
     base = results["models"].get(SEED, {})
     for name, model in models.items():
         if name != SEED and base:
             model |= {cost: model[cost] - base[cost] for cost in COSTS if cost != "peak_bytes"}
     routing = {name: model["routing"] for name, model in by_training if "routing" in model}
     routed = [[line for line in lines if "routing" in line] for lines in curves.values()]
-    dropped = next((mean(mean(line["routing"]["dropped"]) for line in lines[-LAST_STEPS:]) for lines in reversed(routed) if lines), 0.0)
+    dropped = next(
+        (
+            mean(mean(line["routing"]["dropped"]) for line in lines[-LAST_STEPS:])
+            for lines in reversed(routed)
+            if lines
+        ),
+        0.0,
+    )
     return {
         "domains": results["domains"],
         "models": models,
@@ -54,16 +66,25 @@ def summarise(
         "routing": routing,
         "shown": "btx" if "btx" in routing else next(reversed(routing), ""),
         "dropped_fraction": dropped,
-        "curves": {name: points for name, lines in curves.items() if (points := curve_points(lines))},
+        "curves": {
+            name: points for name, lines in curves.items() if (points := curve_points(lines))
+        },
         "wall_seconds": dict(seconds),
-        "lora": {name: results["models"][name]["lora"] for name, _ in by_training if "lora" in results["models"][name]},
+        "lora": {
+            name: results["models"][name]["lora"]
+            for name, _ in by_training
+            if "lora" in results["models"][name]
+        },
         "continual": learnt_in_turn(results["models"], continual) if continual else None,
-        "comparison": compare([results["models"], *(other["models"] for other in others)]) if others else None,
+        "comparison": (
+            compare([results["models"], *(other["models"] for other in others)]) if others else None
+        ),
     }
 
 
 def learnt_in_turn(models: Mapping[str, Any], continual: Sequence[str]) -> dict[str, Any]:
-    """{models, tasks, scores [t][t] in percent, continual.measures of them}. Raises UserError for a model or task that was not tried."""
+    """{models, tasks, scores [t][t] in percent, continual.measures of them}. Raises UserError for a
+    model or task that was not tried."""
     names, tasks = zip(*(pair.split(":", 1) for pair in continual), strict=True)
     scores = []
     for name in names:
@@ -71,15 +92,19 @@ def learnt_in_turn(models: Mapping[str, Any], continual: Sequence[str]) -> dict[
             raise UserError(f"config.report.continual: no model {name!r}; {suggest(name, models)}")
         found = models[name].get("tasks", {})
         if missing := [task for task in tasks if task not in found]:
-            raise UserError(f"config.report.continual: {name} was not tried on {missing[0]!r}; {suggest(missing[0], found)}")
+            raise UserError(
+                f"config.report.continual: {name} was not tried on {missing[0]!r};"
+                f" {suggest(missing[0], found)}"
+            )
         scores.append([100 * next(iter(found[task].values())) for task in tasks])
     return {"models": names, "tasks": tasks, "scores": scores, **measures(scores)}
 
 
 def gains(models: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
-    """Of every model but the seed, domain by domain, nats per token. over_seed: L[seed] - L[model]. specialist_gap: L[model] - the best
-    expert's. recovered: over_seed as a share of the best expert's own, where that is at least 0.01. forgetting: how much worse than the
-    seed, 0 if better, on the domain on which the best expert gains least.
+    """Of every model but the seed, domain by domain, nats per token. over_seed: L[seed] - L[model].
+    specialist_gap: L[model] - the best expert's. recovered: over_seed as a share of the best
+    expert's own, where that is at least 0.01. forgetting: how much worse than the seed, 0 if
+    better, on the domain on which the best expert gains least.
     """
     experts = [name for name in models if name.startswith("expert_")]
     if SEED not in models or not experts:
@@ -103,11 +128,15 @@ def gains(models: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
 
 
 def curve_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, mean training loss of the WINDOW steps up to it) at SHOWN_POINTS places spread evenly over a run, the last one its end."""
+    """(step, mean training loss of the WINDOW steps up to it) at SHOWN_POINTS places spread evenly
+    over a run, the last one its end."""
     steps = [(line["step"], line["lm_loss"]) for line in lines if "lm_loss" in line]
     count = min(SHOWN_POINTS, len(steps))
     ends = [round((i + 1) * len(steps) / count) for i in range(count)]
-    return [(steps[end - 1][0], mean(loss for _, loss in steps[max(end - WINDOW, 0) : end])) for end in ends]
+    return [
+        (steps[end - 1][0], mean(loss for _, loss in steps[max(end - WINDOW, 0) : end]))
+        for end in ends
+    ]
 
 
 def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
@@ -117,7 +146,8 @@ def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Held-out nats per token, model by domain, the best of each column bold; and what each model took."""
+    """Held-out nats per token, model by domain, the best of each column bold; and what each model
+    took."""
     domains = summary["domains"]
     losses, costs = (
         Table(title="held-out loss, nats per token (lower is better)"),
@@ -127,15 +157,25 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         losses.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for column in ("model", "tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active"):
         costs.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    rows = {name: [m["nats_per_token"][d] for d in domains] for name, m in summary["models"].items()}
+    rows = {
+        name: [m["nats_per_token"][d] for d in domains] for name, m in summary["models"].items()
+    }
     rows = {name: [*row, mean(row)] for name, row in rows.items()}
     best = [min(column) for column in zip(*rows.values(), strict=True)]
     for name, row in rows.items():
         model = summary["models"][name]
-        losses.add_row(name, *(f"[bold]{x:.3f}[/bold]" if x == b else f"{x:.3f}" for x, b in zip(row, best, strict=True)))
+        losses.add_row(
+            name,
+            *(
+                f"[bold]{x:.3f}[/bold]" if x == b else f"{x:.3f}"
+                for x, b in zip(row, best, strict=True)
+            ),
+        )
         seconds = (f"{model['chip_seconds']:.0f}", f"{model['critical_seconds']:.0f}")
         memory = (f"{model['peak_bytes'] / 2**20:.0f}", f"{model['params_active'] / 1e6:.2f}M")
-        costs.add_row(name, f"{model['tokens'] / 1e6:.2f}M", f"{model['flops']:.1e}", *seconds, *memory)
+        costs.add_row(
+            name, f"{model['tokens'] / 1e6:.2f}M", f"{model['flops']:.1e}", *seconds, *memory
+        )
     return [losses, costs]
 
 
@@ -147,7 +187,9 @@ def task_table(models: Mapping[str, Any]) -> Table:
     for name, model in models.items():
         for task, metrics in model.get("tasks", {}).items():
             for metric, value in metrics.items():
-                error = f" ± {metrics[f'{metric}_stderr']:.3f}" if f"{metric}_stderr" in metrics else ""
+                error = (
+                    f" ± {metrics[f'{metric}_stderr']:.3f}" if f"{metric}_stderr" in metrics else ""
+                )
                 if not metric.endswith("_stderr"):
                     made.add_row(name, task, metric, f"{value:.3f}{error}")
     return made

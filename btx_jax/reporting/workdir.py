@@ -1,4 +1,5 @@
-"""The files that every stage keeps in its directory: config.json while it runs, done.json when it has finished."""
+"""The files that every stage keeps in its directory: config.json while it runs, done.json when it
+has finished."""
 
 import json
 import re
@@ -38,11 +39,14 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; delete it, or the directory it lies in") from error
+        raise UserError(
+            f"{path} is damaged: {error}; delete it, or the directory it lies in"
+        ) from error
 
 
 def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`_claim` by all processes. Raises UserError also when they do not share the directory, or the cache of their text."""
+    """`_claim` by all processes. Raises UserError also when they do not share the directory, or the
+    cache of their text."""
     done = first_then_others(_claim, workdir, config)
     require_shared(workdir, "--workdir")
     if config.data:
@@ -51,8 +55,8 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """Write the resolved config on the first run; on a later one check that it is the same, unless the run before, wrong from the start,
-    left nothing. Returns done.json if finished.
+    """Write the resolved config on the first run; on a later one check that it is the same, unless
+    the run before, wrong from the start, left nothing. Returns done.json if finished.
 
     Raises UserError, with the differences, when the directory belongs to a run with another config.
     """
@@ -64,7 +68,8 @@ def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
             changed = [d for d in differences(read_json(path), new) if not is_resumable(d)]
             if changed and _holds_results(workdir):
                 raise UserError(
-                    f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose another --workdir or undo the change"
+                    f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose"
+                    " another --workdir or undo the change"
                 )
         if is_first():
             write_json(path, new)
@@ -76,7 +81,10 @@ def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 def _holds_results(workdir: Path) -> bool:
     """Whether a run, or a pipeline's runs, got further than its config and tokenizer."""
-    return any(p.is_file() and p.name != CONFIG and p.parent.name != "tokenizer" for p in workdir.rglob("*"))
+    return any(
+        p.is_file() and p.name != CONFIG and p.parent.name != "tokenizer"
+        for p in workdir.rglob("*")
+    )
 
 
 def finish(workdir: Path, **results: Any) -> None:

@@ -1,4 +1,5 @@
-"""The stages: each reads checkpoints and text and writes one directory. Each is idempotent and resumable."""
+"""The stages: each reads checkpoints and text and writes one directory. Each is idempotent and
+resumable."""
 
 import contextlib
 import importlib
@@ -11,21 +12,30 @@ from btx_jax.parallel.hosts import is_first
 
 
 def run(config: Config, workdir: Path, **options: str) -> None:
-    """Run config.stage in workdir. A stage that has finished there returns at once. options: of the pipeline stage alone.
+    """Run config.stage in workdir. A stage that has finished there returns at once. options: of the
+    pipeline stage alone.
 
-    Raises UserError when another process of this machine is running there, or nothing can be written there.
+    Raises UserError when another process of this machine is running there, or nothing can be
+    written there.
     """
     stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
     with contextlib.ExitStack() as held:
-        if is_first() and not options:  # one stage of a pipeline runs beside others: it takes its own directory
+        if (
+            is_first() and not options
+        ):  # one stage of a pipeline runs beside others: it takes its own directory
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
+                raise UserError(
+                    f"--workdir: cannot write to {workdir}: {error.strerror}"
+                ) from error
             try:
                 held.enter_context(locked(workdir))
             except BlockingIOError:
-                raise UserError(f"{workdir}: another process is running there; wait for it or choose another directory") from None
+                raise UserError(
+                    f"{workdir}: another process is running there; wait for it or choose another"
+                    " directory"
+                ) from None
             except OSError:  # a file system without locks
                 pass
         stage.run(config, workdir, **options)

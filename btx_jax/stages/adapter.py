@@ -36,7 +36,8 @@ def find_adapter(path: str, key: str) -> Checkpoint:
 
 
 def export(source: str, target: str, output_format: str = "btx_jax") -> str:
-    """A run's LoRA experts -> an adapter directory of ours, or one that peft reads. Returns a line that says what was done."""
+    """A run's LoRA experts -> an adapter directory of ours, or one that peft reads. Returns a line
+    that says what was done."""
     found = find_adapter(source, "SRC")
     about, tensors = found.about, adapter_tensors(found)
     assert about.base
@@ -59,19 +60,27 @@ def import_peft(source: str, base: str, target: str) -> str:
     directory = Path(source).expanduser()
     model, tensors = adapter.read_peft(directory, under.about.model)
     with new_directory(Path(target)) as partial:
-        adapter.write_directory(partial, About(model, 0, under.about.history, base_of(under)), tensors)
+        adapter.write_directory(
+            partial, About(model, 0, under.about.history, base_of(under)), tensors
+        )
         if (tokenizer := find_own_tokenizer(under)) is not None:
             copy_tokenizer(tokenizer, partial)
-    return f"wrote {target} ({len(tensors)} tensors, rank {model.lora.rank[0] if model.lora else 0})"
+    return (
+        f"wrote {target} ({len(tensors)} tensors, rank {model.lora.rank[0] if model.lora else 0})"
+    )
 
 
-def merge(source: str, target: str, base: str = "", expert: int | None = None, gates: str = "") -> str:
+def merge(
+    source: str, target: str, base: str = "", expert: int | None = None, gates: str = ""
+) -> str:
     """LoRA experts into the weights of their base -> a Hugging Face directory.
 
-    base: where it lies, if no longer where it was; its digest must be that of training either way. expert: take this one alone. gates:
-    `mean`, or one weight per expert, comma-separated. Needed where a layer has several experts: what a router chooses cannot be merged.
+    base: where it lies, if no longer where it was; its digest must be that of training either way.
+    expert: take this one alone. gates: `mean`, or one weight per expert, comma-separated. Needed
+    where a layer has several experts: what a router chooses cannot be merged.
 
-    Raises UserError when they are missing or do not fit, and when the base has other weights; then there is no target.
+    Raises UserError when they are missing or do not fit, and when the base has other weights; then
+    there is no target.
     """
     found = find_adapter(source, "ADAPTER")
     about = found.about
@@ -80,19 +89,30 @@ def merge(source: str, target: str, base: str = "", expert: int | None = None, g
     under = find_checkpoint(base or about.base.path, "BASE")
     reader = open_reader(under)
     if reader.model != about.model.base():
-        raise UserError(f"BASE: {under.path} is another model than the one that {found.path} was trained on")
-    deltas = adapter.merged_delta(about.model, adapter_tensors(found), lambda experts: fixed[experts])
+        raise UserError(
+            f"BASE: {under.path} is another model than the one that {found.path} was trained on"
+        )
+    deltas = adapter.merged_delta(
+        about.model, adapter_tensors(found), lambda experts: fixed[experts]
+    )
     hashes: dict[str, str] = {}
 
     def tensor(name: str) -> np.ndarray:
         array = reader.read(name)
         hashes[name] = hashlib.sha256(np.ascontiguousarray(array, "<f4").data).hexdigest()
-        return (array.astype(np.float32) + deltas[name]).astype(array.dtype) if name in deltas else array
+        return (
+            (array.astype(np.float32) + deltas[name]).astype(array.dtype)
+            if name in deltas
+            else array
+        )
 
     def check() -> None:
         reader.check()
         if base_digest(hashes) != about.base.digest:  # type: ignore[union-attr]
-            raise UserError(f"BASE: {under.path} has other weights than the model that {found.path} was trained on")
+            raise UserError(
+                f"BASE: {under.path} has other weights than the model that {found.path} was"
+                " trained on"
+            )
 
     write_checkpoint(
         Path(target),
@@ -102,7 +122,10 @@ def merge(source: str, target: str, base: str = "", expert: int | None = None, g
         tensor,
         find_own_tokenizer(found) or find_own_tokenizer(under),
         history=about.history,
-        card=f"# {Path(target).name}\n\n{found.path.name} merged into {under.path.name} by btx_jax {__version__}.\n",
+        card=(
+            f"# {Path(target).name}\n\n{found.path.name} merged into {under.path.name} by btx_jax"
+            f" {__version__}.\n"
+        ),
         check=check,
         verb="merging",
     )
@@ -110,7 +133,8 @@ def merge(source: str, target: str, base: str = "", expert: int | None = None, g
 
 
 def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int, np.ndarray]:
-    """{number of experts in a layer: their weights}. Raises UserError for what does not fit some layer."""
+    """{number of experts in a layer: their weights}. Raises UserError for what does not fit some
+    layer."""
     counts = sorted({spec.lora.experts for spec in model.layer_specs() if spec.lora})
     if expert is not None and gates:
         raise UserError("--expert and --gates: give one of the two")
@@ -118,7 +142,10 @@ def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int,
     for experts in counts:
         if expert is not None:
             if not 0 <= expert < experts:
-                raise UserError(f"--expert={expert}: some layers have {experts} expert{'s' if experts > 1 else ''}, numbered from 0")
+                raise UserError(
+                    f"--expert={expert}: some layers have {experts}"
+                    f" expert{'s' if experts > 1 else ''}, numbered from 0"
+                )
             result[experts] = np.eye(experts)[expert]
         elif gates == "mean":
             result[experts] = np.full(experts, 1 / experts)
@@ -126,11 +153,19 @@ def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int,
             try:
                 result[experts] = np.array([float(gate) for gate in gates.split(",")])
             except ValueError as error:
-                raise UserError(f"--gates={gates}: must be `mean` or numbers, comma-separated") from error
+                raise UserError(
+                    f"--gates={gates}: must be `mean` or numbers, comma-separated"
+                ) from error
             if len(result[experts]) != experts:
-                raise UserError(f"--gates={gates}: {len(result[experts])} numbers, but some layers have {experts} experts")
+                raise UserError(
+                    f"--gates={gates}: {len(result[experts])} numbers, but some layers have"
+                    f" {experts} experts"
+                )
         elif experts > 1 or (model.lora and model.lora.gating == "sigmoid"):
-            raise UserError("a router's choices cannot be merged into weights: fix them with --expert=NUMBER or --gates=mean")
+            raise UserError(
+                "a router's choices cannot be merged into weights: fix them with --expert=NUMBER or"
+                " --gates=mean"
+            )
         else:
             result[experts] = np.ones(1)
     return result

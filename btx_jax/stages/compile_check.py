@@ -1,7 +1,9 @@
-"""Compile check: the step that a training config would run, compiled for a named TPU topology on a machine without one.
+"""Compile check: the step that a training config would run, compiled for a named TPU topology on a
+machine without one.
 
-Needs libtpu (`pip install btx_jax[tpu]`), no TPU and no weights. Prints a table and writes compile.json. What it tells is what the
-compiler decided (memory, FLOPs, collectives) and what the chips' data sheets allow (a bound on the step time); nothing is timed.
+Needs libtpu (`pip install btx_jax[tpu]`), no TPU and no weights. Prints a table and writes
+compile.json. What it tells is what the compiler decided (memory, FLOPs, collectives) and what the
+chips' data sheets allow (a bound on the step time); nothing is timed.
 """
 
 import dataclasses
@@ -47,8 +49,8 @@ DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move to
 
 @dataclasses.dataclass
 class Check:
-    """Of one step and one device: bytes, FLOPs, seconds. Grouped matmuls: gmm when the router balances, gmm_at_most with every row
-    of their buffer in use."""
+    """Of one step and one device: bytes, FLOPs, seconds. Grouped matmuls: gmm when the router
+    balances, gmm_at_most with every row of their buffer in use."""
 
     topology: str
     devices: int
@@ -64,16 +66,25 @@ class Check:
 
 
 def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
-    """Whether the step fits. Raises ConfigError for a config that trains nothing, UserError for an unknown topology."""
+    """Whether the step fits. Raises ConfigError for a config that trains nothing, UserError for an
+    unknown topology."""
     if config.stage != "train":
         raise ConfigError(
-            f"config.stage={config.stage!r}: --compile_topology compiles the step of a training config, such as math_expert.py"
+            f"config.stage={config.stage!r}: --compile_topology compiles the step of a training"
+            " config, such as math_expert.py"
         )
     devices = topology_devices(topology, num_slices)
-    model = starting_point(config)[1] if config.model is None else adapted_model(config.model, config.lora)
+    model = (
+        starting_point(config)[1]
+        if config.model is None
+        else adapted_model(config.model, config.lora)
+    )
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     workdir.mkdir(parents=True, exist_ok=True)
-    console.print(f"compiling the step of {workdir.name} for {len(devices)} chips of {topology}; a model of 7B takes some minutes ...")
+    console.print(
+        f"compiling the step of {workdir.name} for {len(devices)} chips of {topology}; a model of"
+        " 7B takes some minutes ..."
+    )
     result = check(config, model, devices, topology)
     print_check(result, console)
     changes: list[dict[str, Any]] = []
@@ -85,34 +96,62 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
 
 
 def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
-    """Abstract devices of `v5p:2x2x4` and the like. Raises UserError when libtpu is missing or does not know it."""
+    """Abstract devices of `v5p:2x2x4` and the like. Raises UserError when libtpu is missing or does
+    not know it."""
     from jax.experimental import topologies
 
     if find_spec("libtpu") is None:
         raise UserError("--compile_topology needs libtpu: pip install 'btx_jax[tpu]'")
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    os.environ.update(
+        {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    )
     jax.config.update("jax_platforms", "cpu")
     try:
-        cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # one device per chip, as everywhere else
-        description = topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=num_slices, **cores)
-    except Exception as error:  # jaxlib raises several kinds; all mean that there is no such topology to be had
+        cores = (
+            {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+        )  # one device per chip, as everywhere else
+        description = topologies.get_topology_desc(
+            topology_name=topology, platform="tpu", num_slices=num_slices, **cores
+        )
+    except (
+        Exception
+    ) as error:  # jaxlib raises several kinds; all mean that there is no such topology to be had
         first = str(error).splitlines()[0]
         raise UserError(
-            f"--compile_topology={topology}: libtpu knows no such topology ({first}); for example v5p:2x2x4 or v5e:4x4"
+            f"--compile_topology={topology}: libtpu knows no such topology ({first}); for example"
+            " v5p:2x2x4 or v5e:4x4"
         ) from None
     return description.devices
 
 
-def check(config: Config, model: ModelConfig, devices: Sequence[jax.Device], topology: str) -> Check:
+def check(
+    config: Config, model: ModelConfig, devices: Sequence[jax.Device], topology: str
+) -> Check:
     assert config.train and config.data and config.compute
     mesh = checked_mesh(config, model, devices)
     kind = devices[0].device_kind
     limits = chip(kind)
     if limits is None:
-        raise UserError(f"--compile_topology={topology}: no data sheet for {kind!r} in costs/chips.py")
-    result = Check(topology, len(devices), dict(mesh.shape), kind, False, {"limit": limits.memory}, {}, [], {}, 0.0, 0.0)
+        raise UserError(
+            f"--compile_topology={topology}: no data sheet for {kind!r} in costs/chips.py"
+        )
+    result = Check(
+        topology,
+        len(devices),
+        dict(mesh.shape),
+        kind,
+        False,
+        {"limit": limits.memory},
+        {},
+        [],
+        {},
+        0.0,
+        0.0,
+    )
     start = time.monotonic()
-    lowered = lower_train_step(model, config.compute, config.train, mesh, config.data.sequence_length)
+    lowered = lower_train_step(
+        model, config.compute, config.train, mesh, config.data.sequence_length
+    )
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -124,7 +163,9 @@ def check(config: Config, model: ModelConfig, devices: Sequence[jax.Device], top
         result.compile_seconds = time.monotonic() - start
         result.host_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     result.memory |= _memory(compiled)
-    result.memory |= {"heldout": _heldout_memory(config, model, mesh)} if config.train.eval_every else {}
+    result.memory |= (
+        {"heldout": _heldout_memory(config, model, mesh)} if config.train.eval_every else {}
+    )
     result.fits = max(result.memory["total"], result.memory.get("heldout", 0.0)) <= limits.memory
     program = hlo.read(compiled.as_text())
     result.flops = count_flops(program, config, model, len(devices), mesh.shape["expert"])
@@ -144,18 +185,24 @@ def _memory(compiled: Any) -> dict[str, float]:
 
 
 def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
-    """Bytes while a held-out loss is measured between two steps, the optimizer's moments included; infinite when the compiler refuses."""
+    """Bytes while a held-out loss is measured between two steps, the optimizer's moments included;
+    infinite when the compiler refuses."""
     assert config.train and config.data and config.compute
     state = state_shardings(model, config.train, mesh)[0]
     micro_batch = config.train.batch_size // config.train.accumulate
-    lowered = lower_heldout_step(model, config.compute, mesh, state.params, micro_batch, config.data.sequence_length)
+    lowered = lower_heldout_step(
+        model, config.compute, mesh, state.params, micro_batch, config.data.sequence_length
+    )
     try:
         used = _memory(lowered.compile())["total"]
     except jax.errors.JaxRuntimeError as error:
         if not _is_refused(error):
             raise
         return _refused(str(error)).get("total", math.inf)
-    shards = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state)]
+    shards = [
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state.opt_state)
+    ]
     return used + sum(shards)
 
 
@@ -170,7 +217,9 @@ def _refused(message: str) -> dict[str, float]:
     return {"total": float(used[1]) * units[used[2]]} if used else {}
 
 
-def count_flops(program: hlo.Program, config: Config, model: ModelConfig, devices: int, expert_axis: int) -> dict[str, float]:
+def count_flops(
+    program: hlo.Program, config: Config, model: ModelConfig, devices: int, expert_axis: int
+) -> dict[str, float]:
     assert config.train and config.data
     tokens = config.train.batch_size * config.data.sequence_length
     attention_kernels = grouped = balanced = 0.0
@@ -183,7 +232,11 @@ def count_flops(program: hlo.Program, config: Config, model: ModelConfig, device
             attention_kernels += executed
     needed = train_flops(model, tokens) / devices
     attention = attention_flops(model, tokens, config.data.sequence_length) / devices
-    moved = sum(flops for place, flops in program.by_place.items() if any(name in place for name in DISPATCH))
+    moved = sum(
+        flops
+        for place, flops in program.by_place.items()
+        if any(name in place for name in DISPATCH)
+    )
     compiled = program.dot_flops + balanced + attention_kernels
     return {
         "dots": program.dot_flops, "gmm": balanced, "gmm_at_most": grouped, "attention_kernels": attention_kernels, "compiled": compiled,
@@ -192,11 +245,21 @@ def count_flops(program: hlo.Program, config: Config, model: ModelConfig, device
 
 
 def count_collectives(program: hlo.Program) -> list[dict[str, Any]]:
-    """Per kind, inside a slice and across: executed count, bytes of the larger of operand and result, bytes on the wire."""
+    """Per kind, inside a slice and across: executed count, bytes of the larger of operand and
+    result, bytes on the wire."""
     rows: dict[tuple[str, bool], dict[str, Any]] = {}
     for one in program.collectives:
         across = one.slices > 1
-        row = rows.setdefault((one.kind, across), {"kind": one.kind, "across_slices": across, "count": 0, "bytes": 0.0, "wire_bytes": 0.0})
+        row = rows.setdefault(
+            (one.kind, across),
+            {
+                "kind": one.kind,
+                "across_slices": across,
+                "count": 0,
+                "bytes": 0.0,
+                "wire_bytes": 0.0,
+            },
+        )
         row["count"] += one.trips
         row["bytes"] += one.bytes * one.trips
         row["wire_bytes"] += one.wire_bytes
@@ -204,7 +267,8 @@ def count_collectives(program: hlo.Program) -> list[dict[str, Any]]:
 
 
 def roofline(result: Check, program: hlo.Program, limits: Chip) -> dict[str, float]:
-    """Seconds that each resource needs alone. The step takes at least the longest of them, and their sum if nothing overlaps."""
+    """Seconds that each resource needs alone. The step takes at least the longest of them, and
+    their sum if nothing overlaps."""
     inside = sum(row["wire_bytes"] for row in result.collectives if not row["across_slices"])
     across = sum(row["wire_bytes"] for row in result.collectives if row["across_slices"])
     seconds = {
@@ -222,8 +286,15 @@ def roofline(result: Check, program: hlo.Program, limits: Chip) -> dict[str, flo
     }
 
 
-def cures(config: Config, model: ModelConfig, devices: Sequence[jax.Device], topology: str, console: Console) -> Iterator[dict[str, Any]]:
-    """The cheapest change that makes it fit, found by compiling: first what costs only time, then what needs more chips."""
+def cures(
+    config: Config,
+    model: ModelConfig,
+    devices: Sequence[jax.Device],
+    topology: str,
+    console: Console,
+) -> Iterator[dict[str, Any]]:
+    """The cheapest change that makes it fit, found by compiling: first what costs only time, then
+    what needs more chips."""
     assert config.train and config.compute and config.mesh
     state_of_model = state_shardings(model, config.train, checked_mesh(config, model, devices))[0]
     bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_of_model))
@@ -235,7 +306,10 @@ def cures(config: Config, model: ModelConfig, devices: Sequence[jax.Device], top
         chips = 2 * len(devices)
         while bytes_of_state * slices / chips > 0.8 * limits.memory:
             chips *= 2
-        console.print(f"parameters and moments alone take {state / GIB:.1f} GiB a chip: use {chips} chips or more of this kind")
+        console.print(
+            f"parameters and moments alone take {state / GIB:.1f} GiB a chip: use {chips} chips or"
+            " more of this kind"
+        )
         yield {"change": f"{chips} chips", "compiled": False}
         return
     for change, changed in _candidates(config, slices):
@@ -243,7 +317,9 @@ def cures(config: Config, model: ModelConfig, devices: Sequence[jax.Device], top
             found = check(changed, model, devices, topology)
         except UserError:
             continue
-        told = f"{found.memory.get('total', float('nan')) / GIB:.1f} of {limits.memory / GIB:.2f} GiB"
+        told = (
+            f"{found.memory.get('total', float('nan')) / GIB:.1f} of {limits.memory / GIB:.2f} GiB"
+        )
         console.print(f"with {change}: {'fits' if found.fits else 'does not fit'}, {told}")
         yield {"change": change, "compiled": True, "fits": found.fits, "memory": found.memory}
         if found.fits:
@@ -261,7 +337,11 @@ def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
         flags.append(f"--config.mesh.data={slices} --config.mesh.fsdp=-1")
         config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=slices, fsdp=-1))
         yield flags[0], config
-    less = {"none": ("ffn", "attention", "full"), "ffn": ("attention", "full"), "attention": ("full",)}
+    less = {
+        "none": ("ffn", "attention", "full"),
+        "ffn": ("attention", "full"),
+        "attention": ("full",),
+    }
     told = ""
     for remat in less.get(compute.remat, ()):
         told = f"--config.compute.remat={remat}"
@@ -270,49 +350,81 @@ def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
     flags += [told] if told else []
     accumulate = train.accumulate * 2
     while train.batch_size % accumulate == 0:
-        changed = dataclasses.replace(config, train=dataclasses.replace(train, accumulate=accumulate))
+        changed = dataclasses.replace(
+            config, train=dataclasses.replace(train, accumulate=accumulate)
+        )
         yield " ".join([*flags, f"--config.train.accumulate={accumulate}"]), changed
         accumulate *= 2
 
 
 def print_check(result: Check, console: Console) -> None:
     gib = lambda value: f"{value / GIB:.2f} GiB"  # noqa: E731
-    table = Table("per device and step", "", title=f"{result.topology}, {result.devices} chips, mesh {result.mesh}", title_justify="left")
+    table = Table(
+        "per device and step",
+        "",
+        title=f"{result.topology}, {result.devices} chips, mesh {result.mesh}",
+        title_justify="left",
+    )
     memory, flops, limit = result.memory, result.flops, result.memory["limit"]
     if not flops:
-        table.add_row("memory", f"does not fit: {gib(memory['total']) if 'total' in memory else 'more'} of {gib(limit)}")
+        table.add_row(
+            "memory",
+            f"does not fit: {gib(memory['total']) if 'total' in memory else 'more'} of"
+            f" {gib(limit)}",
+        )
         console.print(table)
         return
-    table.add_row("memory", f"{gib(memory['total'])} of {gib(limit)}: {'fits' if result.fits else 'does not fit'}")
-    table.add_row("  arguments, temporaries, outputs", ", ".join(gib(memory[name]) for name in ("arguments", "temporaries", "outputs")))
+    table.add_row(
+        "memory",
+        f"{gib(memory['total'])} of {gib(limit)}: {'fits' if result.fits else 'does not fit'}",
+    )
+    table.add_row(
+        "  arguments, temporaries, outputs",
+        ", ".join(gib(memory[name]) for name in ("arguments", "temporaries", "outputs")),
+    )
     if "heldout" in memory:
-        table.add_row("memory, held-out loss", f"{gib(memory['heldout'])}, the optimizer's moments included")
+        table.add_row(
+            "memory, held-out loss", f"{gib(memory['heldout'])}, the optimizer's moments included"
+        )
     table.add_row(
         "FLOPs compiled",
-        f"{flops['compiled']:.3e}: dots {flops['dots']:.3e}, attention {flops['attention_kernels']:.3e}, "
-        f"gmm {flops['gmm']:.3e} (at most {flops['gmm_at_most']:.3e})",
+        f"{flops['compiled']:.3e}: dots {flops['dots']:.3e}, attention"
+        f" {flops['attention_kernels']:.3e}, gmm {flops['gmm']:.3e} (at most"
+        f" {flops['gmm_at_most']:.3e})",
     )
     table.add_row(
         "FLOPs of the model",
-        f"{flops['model']:.3e} (6 N D; 4 N D of a frozen base), attention {flops['model_attention']:.3e}: "
-        f"compiled / model {flops['ratio']:.2f}",
+        f"{flops['model']:.3e} (6 N D; 4 N D of a frozen base), attention"
+        f" {flops['model_attention']:.3e}: compiled / model {flops['ratio']:.2f}",
     )
     table.add_row("einsum dispatch", f"{flops['dispatch_share']:.1%} of the FLOPs")
     for row in result.collectives:
         where = "across slices" if row["across_slices"] else "inside a slice"
-        table.add_row(f"{row['kind']}, {where}", f"{row['count']} times, {gib(row['bytes'])}, {gib(row['wire_bytes'])} sent")
+        table.add_row(
+            f"{row['kind']}, {where}",
+            f"{row['count']} times, {gib(row['bytes'])}, {gib(row['wire_bytes'])} sent",
+        )
     line = result.roofline
     bound = max(("compute", "memory", "interconnect", "network"), key=lambda name: line[name])
-    table.add_row("bounds, seconds", ", ".join(f"{name} {line[name]:.3f}" for name in ("compute", "memory", "interconnect", "network")))
+    table.add_row(
+        "bounds, seconds",
+        ", ".join(
+            f"{name} {line[name]:.3f}" for name in ("compute", "memory", "interconnect", "network")
+        ),
+    )
     table.add_row(
         "step",
         f"at least {line['step_at_least']:.3f} s, bound by {bound}; "
         f"MFU at most {line['mfu_at_most']:.0%}, {line['mfu_no_overlap']:.0%} without overlap",
     )
-    table.add_row("compiled in", f"{result.compile_seconds:.0f} s, {gib(result.host_memory)} on this machine")
+    table.add_row(
+        "compiled in", f"{result.compile_seconds:.0f} s, {gib(result.host_memory)} on this machine"
+    )
     console.print(table)
 
 
 def write(path: Path, result: Check, changes: list[dict[str, Any]]) -> None:
     with new_file(path) as partial:
-        partial.write_text(json.dumps(dataclasses.asdict(result) | {"changes": changes}, indent=1) + "\n")
+        partial.write_text(
+            json.dumps(dataclasses.asdict(result) | {"changes": changes}, indent=1) + "\n"
+        )

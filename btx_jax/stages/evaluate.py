@@ -1,6 +1,8 @@
-"""Evaluate: held-out loss of every model and ensemble on every domain, test sets, what the routers of mixtures do. Writes results.json.
+"""Evaluate: held-out loss of every model and ensemble on every domain, test sets, what the routers
+of mixtures do. Writes results.json.
 
-What is measured is kept under WORKDIR/parts as it comes, so that an interrupted evaluation goes on where it was.
+What is measured is kept under WORKDIR/parts as it comes, so that an interrupted evaluation goes on
+where it was.
 """
 
 import dataclasses
@@ -48,7 +50,10 @@ def run(config: Config, workdir: Path) -> None:
     assert config.evaluate and config.compute and config.mesh
     start = time.monotonic()
     done = claim(workdir, config)
-    found = {name: find_checkpoint(path, f"config.evaluate.models.{name}") for name, path in config.evaluate.models.items()}
+    found = {
+        name: find_checkpoint(path, f"config.evaluate.models.{name}")
+        for name, path in config.evaluate.models.items()
+    }
     items = {name: read_items(name, task) for name, task in config.evaluate.tasks.items()}
     inputs = {f"models.{name}": checkpoint.identity() for name, checkpoint in found.items()}
     inputs |= {f"tasks.{name}": _hash(of_task) for name, of_task in items.items()}
@@ -60,37 +65,69 @@ def run(config: Config, workdir: Path) -> None:
     for name, tokenizer in tokenizers.items():
         if tokenizer.vocab_size > (rows := found[name].about.model.vocab_size):
             raise ConfigError(
-                f"config.evaluate.models.{name}: {tokenizer.path} has {tokenizer.vocab_size} tokens, the model {rows} embeddings"
+                f"config.evaluate.models.{name}: {tokenizer.path} has {tokenizer.vocab_size}"
+                f" tokens, the model {rows} embeddings"
             )
         context = found[name].about.model.context
         if config.data and config.data.sequence_length > context:
             key = f"config.data.sequence_length={config.data.sequence_length}"
-            raise ConfigError(f"{key}: config.evaluate.models.{name} has a context of {context}; lower it")
+            raise ConfigError(
+                f"{key}: config.evaluate.models.{name} has a context of {context}; lower it"
+            )
         for task_name, task in config.evaluate.tasks.items():
             if task.kind != "multiple_choice" and task.max_tokens >= context:
                 key = f"config.evaluate.tasks.{task_name}.max_tokens={task.max_tokens}"
-                raise ConfigError(f"{key}: config.evaluate.models.{name} has a context of {context}; leave the task or the model out")
+                raise ConfigError(
+                    f"{key}: config.evaluate.models.{name} has a context of {context}; leave the"
+                    " task or the model out"
+                )
     shape = config.mesh.shape(jax.device_count())
     shards = math.prod(shape[:3])
-    spread = dataclasses.replace(config.evaluate, batch_size=-(-config.evaluate.batch_size // shards) * shards)
+    spread = dataclasses.replace(
+        config.evaluate, batch_size=-(-config.evaluate.batch_size // shards) * shards
+    )
     config = dataclasses.replace(config, evaluate=spread)
     heldout, profiles = read_heldout(config, tokenizers) if config.data else ({}, {})
-    inputs |= {f"text.{name}": hashlib.sha256(rows["tokens"].tobytes()).hexdigest()[:16] for name, rows in heldout.items()}
+    inputs |= {
+        f"text.{name}": hashlib.sha256(rows["tokens"].tobytes()).hexdigest()[:16]
+        for name, rows in heldout.items()
+    }
     require_same(workdir / INPUTS, inputs)
     if is_first():
         write_json(workdir / INPUTS, inputs)
     mesh = make_mesh(shape)
 
     models: dict[str, Any] = {}
-    progress = tqdm(total=len(found) * len(heldout), desc="evaluate", unit="domain", disable=not is_first() or not heldout)
+    progress = tqdm(
+        total=len(found) * len(heldout),
+        desc="evaluate",
+        unit="domain",
+        disable=not is_first() or not heldout,
+    )
     for name, checkpoint in found.items():
         folder = workdir / PARTS / name
-        models[name] = part(folder / "result.json", evaluate_model, checkpoint, config, tokenizers[name], heldout, mesh, folder, progress)
+        models[name] = part(
+            folder / "result.json",
+            evaluate_model,
+            checkpoint,
+            config,
+            tokenizers[name],
+            heldout,
+            mesh,
+            folder,
+            progress,
+        )
         if items:
-            models[name] |= {"tasks": run_tasks(name, checkpoint, config, tokenizers[name], items, mesh, folder)}
-    for name, ensemble in spread.ensembles.items() if is_first() else ():  # who wrote the token losses
+            models[name] |= {
+                "tasks": run_tasks(name, checkpoint, config, tokenizers[name], items, mesh, folder)
+            }
+    for name, ensemble in (
+        spread.ensembles.items() if is_first() else ()
+    ):  # who wrote the token losses
         eos = next(iter(tokenizers.values())).eos
-        models[name] = ensemble_result(ensemble, heldout, workdir / PARTS, profiles.get(name), found, eos)
+        models[name] = ensemble_result(
+            ensemble, heldout, workdir / PARTS, profiles.get(name), found, eos
+        )
     progress.close()
     if is_first():
         write_json(workdir / RESULTS, {"domains": list(heldout), "models": models})
@@ -98,31 +135,48 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def require_same(file: Path, inputs: Mapping[str, str]) -> None:
-    """Raises UserError when what was measured here before were other weights or items, whose results would stand beside the new ones."""
+    """Raises UserError when what was measured here before were other weights or items, whose
+    results would stand beside the new ones."""
     before = read_json(file) if file.exists() else {}
     if changed := [name for name, value in inputs.items() if before.get(name, value) != value]:
         told = f"{', '.join(changed)}: not what was measured there before"
-        raise UserError(f"{file.parent}: {told}; name another directory, or delete this one to measure again")
+        raise UserError(
+            f"{file.parent}: {told}; name another directory, or delete this one to measure again"
+        )
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_heldout(config: Config, tokenizers: Mapping[str, Tokenizer]) -> tuple[dict[str, Rows], dict[str, btm.DomainProfiles]]:
-    """(domain -> held-out rows, tf-idf ensemble -> profiles). Raises ConfigError when the models' tokenizers differ: their losses per token
-    could not be compared."""
+def read_heldout(
+    config: Config, tokenizers: Mapping[str, Tokenizer]
+) -> tuple[dict[str, Rows], dict[str, btm.DomainProfiles]]:
+    """(domain -> held-out rows, tf-idf ensemble -> profiles). Raises ConfigError when the models'
+    tokenizers differ: their losses per token could not be compared."""
     assert config.evaluate and config.data
-    tokenizer = first_then_others(resolve_tokenizer, config.data, next(iter(tokenizers.values())).path.parent)
+    tokenizer = first_then_others(
+        resolve_tokenizer, config.data, next(iter(tokenizers.values())).path.parent
+    )
     for name, own in tokenizers.items():
         if tokenizer_sha256(own) != tokenizer_sha256(tokenizer):
-            raise ConfigError(f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}; evaluate it in a run of its own")
+            raise ConfigError(
+                f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}; evaluate it"
+                " in a run of its own"
+            )
     key = "heldout" if config.data.heldout else "train"
-    domains = first_then_others(prepare, getattr(config.data, key), config.data, tokenizer, f"config.data.{key}")
-    rows: dict[str, Rows] = {domain.name: heldout_rows(domain, config.evaluate.rows) for domain in domains}
+    domains = first_then_others(
+        prepare, getattr(config.data, key), config.data, tokenizer, f"config.data.{key}"
+    )
+    rows: dict[str, Rows] = {
+        domain.name: heldout_rows(domain, config.evaluate.rows) for domain in domains
+    }
     for name, values in rows.items():
         if not len(values["tokens"]):
-            raise ConfigError(f"config.data: domain {name!r} has no held-out document; raise config.data.heldout_fraction")
+            raise ConfigError(
+                f"config.data: domain {name!r} has no held-out document; raise"
+                " config.data.heldout_fraction"
+            )
     return rows, first_then_others(read_profiles, config, tokenizer)
 
 
@@ -138,16 +192,25 @@ def part(file: Path, make: Callable[..., Any], *args: Any) -> Any:
 
 
 def evaluate_model(
-    checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, all_rows: Mapping[str, Rows], mesh: Mesh, folder: Path, progress: tqdm
+    checkpoint: Checkpoint,
+    config: Config,
+    tokenizer: Tokenizer,
+    all_rows: Mapping[str, Rows],
+    mesh: Mesh,
+    folder: Path,
+    progress: tqdm,
 ) -> dict[str, Any]:
-    """One model's entry in results.json; the losses of every held-out token go to FOLDER/DOMAIN.npy."""
+    """One model's entry in results.json; the losses of every held-out token go to
+    FOLDER/DOMAIN.npy."""
     assert config.evaluate and config.compute
     model, batch_size = checkpoint.about.model, config.evaluate.batch_size
     total, active = parameter_counts(model)
     counts = checkpoint.about.costs() | {"params_total": total, "params_active": active}
     if not config.data:
         return loss_entries({}) | counts
-    params = load_for_inference(checkpoint, mesh, "float32")  # how alike experts are is seen in their last bits
+    params = load_for_inference(
+        checkpoint, mesh, "float32"
+    )  # how alike experts are is seen in their last bits
     step = make_heldout_step(model, config.compute, mesh)
     losses: dict[str, HeldoutLoss] = {}
     routed: dict[str, Any] = {}
@@ -171,12 +234,23 @@ def evaluate_model(
             "domains": routed,
             "mutual_information": routing.mutual_information(load),
             "redundancy": routing.redundancy(params, mesh),
-            "texts": explain(model, config.compute, params, tokenizer, shown_texts(config, tokenizer, all_rows), mesh),
+            "texts": explain(
+                model,
+                config.compute,
+                params,
+                tokenizer,
+                shown_texts(config, tokenizer, all_rows),
+                mesh,
+            ),
         }
     if model.lora:
         specs = model.lora.specs(model.layers)
         experts = [spec.experts if spec else 0 for spec in specs]
-        result["lora"] = {"experts": experts, "domains": gated, "redundancy": lora.redundancy(model, params)}
+        result["lora"] = {
+            "experts": experts,
+            "domains": gated,
+            "redundancy": lora.redundancy(model, params),
+        }
     return result
 
 
@@ -188,16 +262,27 @@ def read_items(name: str, task: TaskConfig) -> tuple[list[Any], list[Any]]:
         check_items(items, task, key)
         kept = [item for item in items if is_heldout(solved(item, task), task.heldout_fraction)]
         if not kept:
-            raise ConfigError(f"{key}.heldout_fraction={task.heldout_fraction}: holds out none of the {len(items)} items of {task.file}")
+            raise ConfigError(
+                f"{key}.heldout_fraction={task.heldout_fraction}: holds out none of the"
+                f" {len(items)} items of {task.file}"
+            )
         items = kept[: task.limit or None]
-    examples = read_json_lines(task.shots_file, f"{key}.shots_file", task.shots) if task.shots else []
+    examples = (
+        read_json_lines(task.shots_file, f"{key}.shots_file", task.shots) if task.shots else []
+    )
     for each in (items, examples) if task.shots else (items,):
         check_items(each, task, key)
     return items, examples
 
 
 def run_tasks(
-    name: str, checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, items: Mapping[str, Any], mesh: Mesh, folder: Path
+    name: str,
+    checkpoint: Checkpoint,
+    config: Config,
+    tokenizer: Tokenizer,
+    items: Mapping[str, Any],
+    mesh: Mesh,
+    folder: Path,
 ) -> dict[str, Any]:
     """Metrics of every task; what the model said to each item goes to FOLDER/TASK.json."""
     assert config.evaluate and config.compute
@@ -214,8 +299,14 @@ def run_tasks(
             return exact_match(asked, examples, task, tokenizer, generator(), size)
         return code(asked, task, tokenizer, generator(), size)
 
-    results = {key: part(folder / f"{key}.json", run_task, key, task) for key, task in config.evaluate.tasks.items()}
-    return {key: {metric: value for metric, value in result.items() if metric != "items"} for key, result in results.items()}
+    results = {
+        key: part(folder / f"{key}.json", run_task, key, task)
+        for key, task in config.evaluate.tasks.items()
+    }
+    return {
+        key: {metric: value for metric, value in result.items() if metric != "items"}
+        for key, result in results.items()
+    }
 
 
 def loss_entries(losses: Mapping[str, HeldoutLoss]) -> dict[str, Any]:
@@ -226,15 +317,22 @@ def loss_entries(losses: Mapping[str, HeldoutLoss]) -> dict[str, Any]:
     }
 
 
-def shown_texts(config: Config, tokenizer: Tokenizer, all_rows: Mapping[str, Rows]) -> dict[str, list[int]]:
-    """Token ids of the texts whose experts are kept: the beginning of each domain's first held-out document, and config.evaluate.texts."""
+def shown_texts(
+    config: Config, tokenizer: Tokenizer, all_rows: Mapping[str, Rows]
+) -> dict[str, list[int]]:
+    """Token ids of the texts whose experts are kept: the beginning of each domain's first held-out
+    document, and config.evaluate.texts."""
     assert config.evaluate
     shown = {}
     for domain, rows in all_rows.items() if config.evaluate.shown_tokens else ():
         start, end = next(btm.documents(rows["segments"][0]))
-        shown[domain] = rows["tokens"][0, start : min(end, start + config.evaluate.shown_tokens)].tolist()
+        shown[domain] = rows["tokens"][
+            0, start : min(end, start + config.evaluate.shown_tokens)
+        ].tolist()
     before = [tokenizer.bos] if tokenizer.bos is not None else []
-    return shown | {name: before + tokenizer.encode(text) for name, text in config.evaluate.texts.items()}
+    return shown | {
+        name: before + tokenizer.encode(text) for name, text in config.evaluate.texts.items()
+    }
 
 
 def read_profiles(config: Config, tokenizer: Tokenizer) -> dict[str, btm.DomainProfiles]:
@@ -246,7 +344,9 @@ def read_profiles(config: Config, tokenizer: Tokenizer) -> dict[str, btm.DomainP
             continue
         documents = {}
         for expert, domain in ensemble.experts.items():
-            (prepared,) = prepare(domain, config.data, tokenizer, f"config.evaluate.ensembles.{name}.experts.{expert}")
+            (prepared,) = prepare(
+                domain, config.data, tokenizer, f"config.evaluate.ensembles.{name}.experts.{expert}"
+            )
             documents[expert] = row_documents(prepared)
         profiles[name] = btm.DomainProfiles(documents)
     return profiles
@@ -276,13 +376,24 @@ def ensemble_result(
         if profiles is not None:
             weights = btm.tf_idf_weights(profiles, rows["tokens"], rows["segments"], ensemble.top)
         else:
-            weights = btm.bayes_weights(nll, rows["segments"], updating=ensemble.weights == "bayes_updating")
+            weights = btm.bayes_weights(
+                nll, rows["segments"], updating=ensemble.weights == "bayes_updating"
+            )
         loss = mean_loss(btm.ensemble_nll(nll, weights), rows, eos)
         assert loss is not None
         losses[domain] = loss
     experts = [found[expert].about for expert in ensemble.experts]
-    together = About(experts[0].model, 0, {run: costs for about in experts for run, costs in about.history.items()})
+    together = About(
+        experts[0].model,
+        0,
+        {run: costs for about in experts for run, costs in about.history.items()},
+    )
     counts = [parameter_counts(about.model) for about in experts]
     answering = ensemble.top if ensemble.weights == "tf_idf" else len(experts)
-    total, active = sum(total for total, _ in counts), sum(sorted(active for _, active in counts)[-answering:])
-    return loss_entries(losses) | together.costs() | {"params_total": total, "params_active": active}
+    total, active = (
+        sum(total for total, _ in counts),
+        sum(sorted(active for _, active in counts)[-answering:]),
+    )
+    return (
+        loss_entries(losses) | together.costs() | {"params_total": total, "params_active": active}
+    )

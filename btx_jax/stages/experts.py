@@ -7,8 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from btx_jax import __version__
-from btx_jax.checkpoints.checkpoint import Reader, find_checkpoint, find_own_tokenizer, open_reader, write_checkpoint
-from btx_jax.checkpoints.huggingface import dense_name, expert_name, expert_tensor, router_layer, slots
+from btx_jax.checkpoints.checkpoint import (
+    Reader,
+    find_checkpoint,
+    find_own_tokenizer,
+    open_reader,
+    write_checkpoint,
+)
+from btx_jax.checkpoints.huggingface import (
+    dense_name,
+    expert_name,
+    expert_tensor,
+    router_layer,
+    slots,
+)
 from btx_jax.checkpoints.huggingface_config import same_function
 from btx_jax.checkpoints.training_state import History
 from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
@@ -18,9 +30,11 @@ from btx_jax.model_config import ModelConfig, MoEConfig
 
 
 def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, seed: int = 0) -> str:
-    """A dense model's feed-forwards become the last expert of every MoE layer; its router rows are normal(router_std).
+    """A dense model's feed-forwards become the last expert of every MoE layer; its router rows are
+    normal(router_std).
 
-    Only the feed-forwards are taken: attention, norms and embeddings stay the mixture's. Raises UserError when the models do not fit.
+    Only the feed-forwards are taken: attention, norms and embeddings stay the mixture's. Raises
+    UserError when the models do not fit.
     """
     found, extra = find_checkpoint(mixture, "MIXTURE"), find_checkpoint(source, "SOURCE")
     model = _moe(found.about.model, mixture)
@@ -32,10 +46,14 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
     if tokenizers[0] and tokenizers[1] and not same_vocabulary(tokenizers[0], tokenizers[1]):
         differing.append(f"tokenizer: {tokenizers[0].path} against {tokenizers[1].path}")
     if differing:
-        raise UserError(f"SOURCE: {source} is another kind of model than {mixture}: {'; '.join(differing)}")
+        raise UserError(
+            f"SOURCE: {source} is another kind of model than {mixture}: {'; '.join(differing)}"
+        )
     reader, dense = open_reader(found), open_reader(extra)
     larger = _with_experts(model, +1)
-    rows = random_gates("normal", model.layers, 1, model.d_model, seed) * np.float32(router_std / 0.02)
+    rows = random_gates("normal", model.layers, 1, model.d_model, seed) * np.float32(
+        router_std / 0.02
+    )
 
     def tensor(name: str) -> np.ndarray:
         layer = router_layer(name)
@@ -52,26 +70,53 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
         return reader.dtypes[expert_name(wanted.layer, 0, wanted.part) if wanted else name]
 
     history = {**found.about.history, **extra.about.history}
-    card = f"Expert {max(larger.moe.experts) - 1 if larger.moe else 0} is {source}, added to {mixture}; its router rows are not trained."
-    _write(target, found.is_huggingface, larger, like, tensor, tokenizers[0], history, card, [reader, dense])
-    return f"wrote {target}: {_count(larger)} experts; the new one's router rows are normal({router_std:g}) and want training"
+    card = (
+        f"Expert {max(larger.moe.experts) - 1 if larger.moe else 0} is {source}, added to"
+        f" {mixture}; its router rows are not trained."
+    )
+    _write(
+        target,
+        found.is_huggingface,
+        larger,
+        like,
+        tensor,
+        tokenizers[0],
+        history,
+        card,
+        [reader, dense],
+    )
+    return (
+        f"wrote {target}: {_count(larger)} experts; the new one's router rows are"
+        f" normal({router_std:g}) and want training"
+    )
 
 
 def drop(mixture: str, expert: int, target: str) -> str:
-    """Remove an expert and its router rows from every MoE layer; experts after it move down by one. Raises UserError."""
+    """Remove an expert and its router rows from every MoE layer; experts after it move down by one.
+    Raises UserError."""
     found = find_checkpoint(mixture, "MIXTURE")
     model = _moe(found.about.model, mixture)
     for layer, spec in enumerate(model.layer_specs()):
         if spec.experts and not 0 <= expert < spec.experts:
-            raise UserError(f"INDEX: there is no expert {expert} in layer {layer}, which has experts 0 to {spec.experts - 1}")
+            raise UserError(
+                f"INDEX: there is no expert {expert} in layer {layer}, which has experts 0 to"
+                f" {spec.experts - 1}"
+            )
         if spec.experts == 1:
-            raise UserError(f"cannot drop the only expert of layer {layer}: nothing would be left of its feed-forward")
+            raise UserError(
+                f"cannot drop the only expert of layer {layer}: nothing would be left of its"
+                " feed-forward"
+            )
     reader = open_reader(found)
     smaller = _with_experts(model, -1)
 
     def old_name(name: str) -> str:
         wanted = expert_tensor(name)
-        return expert_name(wanted.layer, wanted.expert + (wanted.expert >= expert), wanted.part) if wanted else name
+        return (
+            expert_name(wanted.layer, wanted.expert + (wanted.expert >= expert), wanted.part)
+            if wanted
+            else name
+        )
 
     def tensor(name: str) -> np.ndarray:
         if router_layer(name) is not None:
@@ -82,13 +127,25 @@ def drop(mixture: str, expert: int, target: str) -> str:
         return reader.dtypes[old_name(name)]
 
     card = f"{mixture} without its expert {expert}."
-    _write(target, found.is_huggingface, smaller, like, tensor, find_own_tokenizer(found), found.about.history, card, [reader])
+    _write(
+        target,
+        found.is_huggingface,
+        smaller,
+        like,
+        tensor,
+        find_own_tokenizer(found),
+        found.about.history,
+        card,
+        [reader],
+    )
     return f"wrote {target}: {_count(smaller)} experts"
 
 
 def _moe(model: ModelConfig, path: str) -> ModelConfig:
     if model.moe is None:
-        raise UserError(f"MIXTURE: {path} is a dense model; make a mixture with `python -m btx_jax mix`")
+        raise UserError(
+            f"MIXTURE: {path} is a dense model; make a mixture with `python -m btx_jax mix`"
+        )
     return model
 
 
@@ -96,7 +153,9 @@ def _with_experts(model: ModelConfig, change: int) -> ModelConfig:
     assert model.moe
     experts = tuple(count + change if count else 0 for count in model.moe.experts)
     try:
-        return dataclasses.replace(model, moe=MoEConfig(experts, model.moe.k, model.moe.routing, model.moe.first_routing))
+        return dataclasses.replace(
+            model, moe=MoEConfig(experts, model.moe.k, model.moe.routing, model.moe.first_routing)
+        )
     except ConfigError as error:
         raise UserError(f"cannot drop an expert: {error}") from error
 

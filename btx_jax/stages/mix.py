@@ -1,5 +1,6 @@
-"""Mix: N dense checkpoints -> one checkpoint (step 0), by Branch-Train-MiX or one of its ablations; one checkpoint copied N times is
-sparse upcycling. N adapters of one base -> one mixture of their LoRA experts."""
+"""Mix: N dense checkpoints -> one checkpoint (step 0), by Branch-Train-MiX or one of its ablations;
+one checkpoint copied N times is sparse upcycling. N adapters of one base -> one mixture of their
+LoRA experts."""
 
 import dataclasses
 import logging
@@ -11,7 +12,13 @@ import numpy as np
 from flax import linen as nn
 
 from btx_jax.checkpoints.adapter import from_tensors
-from btx_jax.checkpoints.checkpoint import Checkpoint, adapter_tensors, find_checkpoint, find_own_tokenizer, load_params
+from btx_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    adapter_tensors,
+    find_checkpoint,
+    find_own_tokenizer,
+    load_params,
+)
 from btx_jax.checkpoints.training_state import About, Checkpoints
 from btx_jax.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config_dict import differences, to_dict
@@ -37,25 +44,42 @@ def run(config: Config, workdir: Path) -> None:
         log.info("%s: already finished", workdir)
         return
     mix = config.mix
-    sources = [find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)]
+    sources = [
+        find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)
+    ]
     first = sources[0]
     if any(source.about.base for source in sources):
         mix_adapters(config, sources, workdir)
-        finish(workdir, seconds=time.monotonic() - start, experts=[str(source.path) for source in sources])
+        finish(
+            workdir,
+            seconds=time.monotonic() - start,
+            experts=[str(source.path) for source in sources],
+        )
         return
     tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
     for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
         if changed := differences(to_dict(first.about.model), to_dict(source.about.model)):
-            raise ConfigError(f"config.mix.experts[{i}]: another model than experts[0]: {'; '.join(changed)}")
+            raise ConfigError(
+                f"config.mix.experts[{i}]: another model than experts[0]: {'; '.join(changed)}"
+            )
         if tokenizer_sha256(tokenizer) != tokenizer_sha256(tokenizers[0]):
-            raise ConfigError(f"config.mix.experts[{i}]: {tokenizer.path} is another tokenizer than {tokenizers[0].path}")
+            raise ConfigError(
+                f"config.mix.experts[{i}]: {tokenizer.path} is another tokenizer than"
+                f" {tokenizers[0].path}"
+            )
     if first.about.model.moe:
-        raise ConfigError(f"config.mix.experts[0]: {first.path} is a mixture already; mix dense checkpoints")
+        raise ConfigError(
+            f"config.mix.experts[0]: {first.path} is a mixture already; mix dense checkpoints"
+        )
 
     model = mixed_model(first.about.model, mix)
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
     dense = abstract_params(first.about.model)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(dense), param_shardings(dense, mesh))
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.unbox(dense),
+        param_shardings(dense, mesh),
+    )
 
     def mixed(models):
         key = jax.random.key(config.rng_seed)
@@ -67,9 +91,15 @@ def run(config: Config, workdir: Path) -> None:
         runs = model.runs()
         moe_runs = [(name, length, spec.experts) for name, length, spec in runs if spec.experts]
         routers = normal_routers(key, moe_runs, model.d_model, mix.router_std)
-        return mix_params([restack(params, [length for _, length, _ in runs]) for params in models], routers)
+        return mix_params(
+            [restack(params, [length for _, length, _ in runs]) for params in models], routers
+        )
 
-    log.info("mixing %d checkpoints into %s", len(sources), f"{model.moe.experts[0]} experts" if model.moe else "their mean")
+    log.info(
+        "mixing %d checkpoints into %s",
+        len(sources),
+        f"{model.moe.experts[0]} experts" if model.moe else "their mean",
+    )
     with jax.set_mesh(mesh):
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
@@ -82,30 +112,55 @@ def run(config: Config, workdir: Path) -> None:
             checkpoints.save(About(model, 0, history), params)
     finally:
         checkpoints.close()
-    finish(workdir, seconds=time.monotonic() - start, experts=[str(source.path) for source in sources for _ in range(mix.copies)])
+    finish(
+        workdir,
+        seconds=time.monotonic() - start,
+        experts=[str(source.path) for source in sources for _ in range(mix.copies)],
+    )
 
 
 def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> None:
-    """LoRA experts of one base. Gates trained behind finished experts (lora.gating sigmoid) become the router's rows, chosen by cosine.
+    """LoRA experts of one base. Gates trained behind finished experts (lora.gating sigmoid) become
+    the router's rows, chosen by cosine.
 
-    Raises ConfigError when they differ in base, rank, alpha or targets, or the config asks for what adapters do not have.
+    Raises ConfigError when they differ in base, rank, alpha or targets, or the config asks for what
+    adapters do not have.
     """
     mix, first = config.mix, sources[0].about
     assert mix
     if (mix.method, mix.copies, mix.routing, mix.first_routing) != ("btx", 1, "top_k", ""):
-        raise ConfigError("config.mix: LoRA experts are mixed with method='btx', routing='top_k' and copies=1 only")
+        raise ConfigError(
+            "config.mix: LoRA experts are mixed with method='btx', routing='top_k' and copies=1"
+            " only"
+        )
     counts = np.zeros(first.model.layers, int)
     gatings = set()
     for i, source in enumerate(sources):
         about = source.about
-        if about.base is None or about.model.lora is None or first.base is None or first.model.lora is None:
-            raise ConfigError(f"config.mix.experts[{i}]: adapters and whole models cannot be mixed; merge the adapters first")
+        if (
+            about.base is None
+            or about.model.lora is None
+            or first.base is None
+            or first.model.lora is None
+        ):
+            raise ConfigError(
+                f"config.mix.experts[{i}]: adapters and whole models cannot be mixed; merge the"
+                " adapters first"
+            )
         if about.base.digest != first.base.digest:
-            raise ConfigError(f"config.mix.experts[{i}]: {source.path} was trained on another base than experts[0]")
+            raise ConfigError(
+                f"config.mix.experts[{i}]: {source.path} was trained on another base than"
+                " experts[0]"
+            )
         differ = {key: getattr(about.model.lora, key) for key in ("rank", "alpha", "targets")}
         if changed := differences({key: getattr(first.model.lora, key) for key in differ}, differ):
-            raise ConfigError(f"config.mix.experts[{i}]: other LoRA experts than those of experts[0]: {'; '.join(changed)}")
-        counts += [spec.experts if spec else 0 for spec in about.model.lora.specs(about.model.layers)]
+            raise ConfigError(
+                f"config.mix.experts[{i}]: other LoRA experts than those of experts[0]:"
+                f" {'; '.join(changed)}"
+            )
+        counts += [
+            spec.experts if spec else 0 for spec in about.model.lora.specs(about.model.layers)
+        ]
         gatings.add(about.model.lora.gating)
     assert first.base and first.model.lora
     lora = dataclasses.replace(
@@ -116,17 +171,28 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
     )
     try:
         model = dataclasses.replace(first.model, lora=lora)
-        tensors = mix_lora([adapter_tensors(source) for source in sources], mix.router_std, np.random.default_rng(config.rng_seed))
+        tensors = mix_lora(
+            [adapter_tensors(source) for source in sources],
+            mix.router_std,
+            np.random.default_rng(config.rng_seed),
+        )
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"config.mix: {error}") from error
-    log.info("mixing %d adapters into %d LoRA experts a layer at most, %s", len(sources), max(counts), lora.gating)
+    log.info(
+        "mixing %d adapters into %d LoRA experts a layer at most, %s",
+        len(sources),
+        max(counts),
+        lora.gating,
+    )
     history = {run: counts for source in sources for run, counts in source.about.history.items()}
     if (tokenizer := find_own_tokenizer(sources[0])) is not None:
         copy_tokenizer(tokenizer, workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
         if checkpoints.latest_step() is None:
-            checkpoints.save(About(model, 0, history, first.base), from_tensors(model, tensors, workdir))
+            checkpoints.save(
+                About(model, 0, history, first.base), from_tensors(model, tensors, workdir)
+            )
     finally:
         checkpoints.close()
 
@@ -138,6 +204,9 @@ def mixed_model(dense: ModelConfig, mix: MixConfig) -> ModelConfig:
         return dense
     cuts = {"split": mix.chunks, "blend": experts}.get(mix.method, 1)
     if dense.d_ff % cuts:
-        raise ConfigError(f"config.mix.method={mix.method!r}: d_ff={dense.d_ff} is not divisible into {cuts} chunks")
+        raise ConfigError(
+            f"config.mix.method={mix.method!r}: d_ff={dense.d_ff} is not divisible into {cuts}"
+            " chunks"
+        )
     moe = MoEConfig((experts,) * dense.layers, mix.k, mix.routing, mix.first_routing)
     return dataclasses.replace(dense, d_ff=dense.d_ff // mix.chunks, moe=moe)

@@ -1,4 +1,5 @@
-"""Mix from a recipe: dense models -> one MoE, streaming: one tensor of each source in memory at a time."""
+"""Mix from a recipe: dense models -> one MoE, streaming: one tensor of each source in memory at a
+time."""
 
 import dataclasses
 import json
@@ -25,7 +26,13 @@ from btx_jax.checkpoints.checkpoint import (
     open_reader,
     write_checkpoint,
 )
-from btx_jax.checkpoints.huggingface import dense_name, expert_tensor, is_finite, router_layer, slots
+from btx_jax.checkpoints.huggingface import (
+    dense_name,
+    expert_tensor,
+    is_finite,
+    router_layer,
+    slots,
+)
 from btx_jax.checkpoints.huggingface_config import experts_per_token, same_function
 from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
 from btx_jax.errors import UserError
@@ -42,7 +49,8 @@ BANDS = 4  # of layers, in the routing table
 
 
 class Sources(NamedTuple):
-    """base, and the distinct experts' models; source_of[i] is the index in readers of recipe.experts[i]. The base is readers[0]."""
+    """base, and the distinct experts' models; source_of[i] is the index in readers of
+    recipe.experts[i]. The base is readers[0]."""
 
     checkpoints: list[Checkpoint]
     readers: list[Reader]
@@ -50,7 +58,14 @@ class Sources(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = False, output_format: str = "") -> None:
+def run(
+    recipe_path: str,
+    target: str,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
+    output_format: str = "",
+) -> None:
     """output_format: "huggingface", "btx_jax", or "" for that of base_model. Prints what it does.
 
     Raises UserError for anything wrong, before anything is written or with nothing left of it.
@@ -59,13 +74,20 @@ def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = 
     check_free(Path(target))
     sources = _open(recipe)
     model = _model(recipe, sources.readers[0].model)
-    as_huggingface = sources.checkpoints[0].is_huggingface if not output_format else output_format == "huggingface"
+    as_huggingface = (
+        sources.checkpoints[0].is_huggingface
+        if not output_format
+        else output_format == "huggingface"
+    )
     if as_huggingface:
         experts_per_token(model)
     stored = set(sources.readers[0].dtypes.values())
     if not recipe.dtype and len(stored) > 1:
         names = ", ".join(sorted(dtype.name for dtype in stored))
-        raise UserError(f"{recipe.base_model} holds {names}; say with `dtype` which of them the mixture shall have")
+        raise UserError(
+            f"{recipe.base_model} holds {names}; say with `dtype` which of them the mixture shall"
+            " have"
+        )
     dtype = DTYPES[recipe.dtype] if recipe.dtype else stored.pop()
     dtypes = dict.fromkeys(slots(model), dtype)
     _check_shapes(recipe, sources, model)
@@ -79,7 +101,10 @@ def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = 
     for reader in sources.readers:
         reader.check()
     if not np.isfinite(gates.astype(dtype)).all():
-        raise UserError(f"gate_mode {recipe.gate_mode!r} gives rows that are not finite in {dtype.name}; lower gate_scale")
+        raise UserError(
+            f"gate_mode {recipe.gate_mode!r} gives rows that are not finite in {dtype.name}; lower"
+            " gate_scale"
+        )
     for table in tables:
         console.print(table)
     _warn_of_similar_rows(gates, console)
@@ -91,7 +116,11 @@ def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = 
         for reader in sources.readers:
             reader.check()
 
-    history = {run: counts for checkpoint in sources.checkpoints for run, counts in checkpoint.about.history.items()}
+    history = {
+        run: counts
+        for checkpoint in sources.checkpoints
+        for run, counts in checkpoint.about.history.items()
+    }
     card = _card(recipe, model)
     verdict: list[str] = []
 
@@ -112,25 +141,48 @@ def run(recipe_path: str, target: str, *, dry_run: bool = False, verify: bool = 
         verb="mixing",
         inspect=inspect,
     )
-    console.print(escape(f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(dtypes)} tensors)"))
+    console.print(
+        escape(
+            f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(dtypes)}"
+            " tensors)"
+        )
+    )
     for line in verdict:
         console.print(line)
 
 
 def _open(recipe: Recipe) -> Sources:
-    """Raises UserError when sources cannot be read, or differ in what gives weights their meaning."""
-    paths = list(dict.fromkeys([recipe.base_model, *(expert.source_model for expert in recipe.experts)]))
-    keys = {expert.source_model: f"experts[{i}].source_model" for i, expert in reversed(list(enumerate(recipe.experts)))}
+    """Raises UserError when sources cannot be read, or differ in what gives weights their
+    meaning."""
+    paths = list(
+        dict.fromkeys([recipe.base_model, *(expert.source_model for expert in recipe.experts)])
+    )
+    keys = {
+        expert.source_model: f"experts[{i}].source_model"
+        for i, expert in reversed(list(enumerate(recipe.experts)))
+    }
     checkpoints = [find_checkpoint(path, keys.get(path, "base_model")) for path in paths]
     base = checkpoints[0]
     tokenizers = [find_own_tokenizer(checkpoint) for checkpoint in checkpoints]
     for path, checkpoint, tokenizer in zip(paths, checkpoints, tokenizers, strict=True):
         if checkpoint.about.model.moe:
-            raise UserError(f"{path} is a mixture already; mix dense models, or see `python -m btx_jax expert --help`")
+            raise UserError(
+                f"{path} is a mixture already; mix dense models, or see `python -m btx_jax expert"
+                " --help`"
+            )
         context = base.about.model.context  # how long it may be used, not what its weights mean
         other = dataclasses.replace(checkpoint.about.model, context=context)
-        differing = [line for line in same_function(base.about.model, other) if line.split(":")[0] not in recipe.allow]
-        if tokenizer and tokenizers[0] and "tokenizer" not in recipe.allow and not same_vocabulary(tokenizers[0], tokenizer):
+        differing = [
+            line
+            for line in same_function(base.about.model, other)
+            if line.split(":")[0] not in recipe.allow
+        ]
+        if (
+            tokenizer
+            and tokenizers[0]
+            and "tokenizer" not in recipe.allow
+            and not same_vocabulary(tokenizers[0], tokenizer)
+        ):
             differing.append(f"tokenizer: {tokenizers[0].path} against {tokenizer.path}")
         if differing:
             raise UserError(
@@ -138,17 +190,29 @@ def _open(recipe: Recipe) -> Sources:
                 "(list under `allow` what should not matter)"
             )
     readers = [open_reader(checkpoint) for checkpoint in checkpoints]
-    number = {path: [c.path for c in checkpoints].index(checkpoint.path) for path, checkpoint in zip(paths, checkpoints, strict=True)}
-    return Sources(checkpoints, readers, [number[expert.source_model] for expert in recipe.experts], tokenizers[0])
+    number = {
+        path: [c.path for c in checkpoints].index(checkpoint.path)
+        for path, checkpoint in zip(paths, checkpoints, strict=True)
+    }
+    return Sources(
+        checkpoints,
+        readers,
+        [number[expert.source_model] for expert in recipe.experts],
+        tokenizers[0],
+    )
 
 
 def _model(recipe: Recipe, dense: ModelConfig) -> ModelConfig:
     pieces = {"stack": 1, "split": recipe.chunks, "blend": len(recipe.experts)}[recipe.method]
     if dense.d_ff % pieces:
-        raise UserError(f"method {recipe.method}: d_ff={dense.d_ff} is not divisible into {pieces} chunks")
+        raise UserError(
+            f"method {recipe.method}: d_ff={dense.d_ff} is not divisible into {pieces} chunks"
+        )
     for layer in recipe.layers:
         if not 0 <= layer < dense.layers:
-            raise UserError(f"layers: there is no layer {layer}; the models have layers 0 to {dense.layers - 1}")
+            raise UserError(
+                f"layers: there is no layer {layer}; the models have layers 0 to {dense.layers - 1}"
+            )
     chosen = set(recipe.layers) or set(range(dense.layers))
     experts = tuple(recipe.expert_count if layer in chosen else 0 for layer in range(dense.layers))
     d_ff = dense.d_ff // recipe.chunks if recipe.method == "split" else dense.d_ff
@@ -156,20 +220,26 @@ def _model(recipe: Recipe, dense: ModelConfig) -> ModelConfig:
 
 
 def _shared_sources(recipe: Recipe, sources: Sources) -> list[int]:
-    """Which readers the non-expert tensors come from: the base, or every distinct expert's model once."""
+    """Which readers the non-expert tensors come from: the base, or every distinct expert's model
+    once."""
     return [0] if recipe.base == "copy" else list(dict.fromkeys(sources.source_of))
 
 
 def _check_shapes(recipe: Recipe, sources: Sources, model: ModelConfig) -> None:
     """What `allow` lets through must still have the shapes that are read."""
     base = sources.readers[0].slots
-    shared = [name for name in slots(model) if expert_tensor(name) is None and router_layer(name) is None]
+    shared = [
+        name for name in slots(model) if expert_tensor(name) is None and router_layer(name) is None
+    ]
     for number in _shared_sources(recipe, sources):
         other = sources.readers[number].slots
         for name in shared:
             if name not in other or other[name].shape != base[name].shape:
                 where = sources.checkpoints[number].path
-                raise UserError(f"{where}: {name} has another shape than in {recipe.base_model}; it cannot be averaged")
+                raise UserError(
+                    f"{where}: {name} has another shape than in {recipe.base_model}; it cannot be"
+                    " averaged"
+                )
 
 
 def _rng(recipe: Recipe, name: str) -> np.random.Generator:
@@ -177,7 +247,9 @@ def _rng(recipe: Recipe, name: str) -> np.random.Generator:
     return np.random.default_rng([recipe.seed, zlib.crc32(name.encode())])
 
 
-def make_tensor(recipe: Recipe, sources: Sources, gates: np.ndarray, name: str, dtype: np.dtype) -> np.ndarray:
+def make_tensor(
+    recipe: Recipe, sources: Sources, gates: np.ndarray, name: str, dtype: np.dtype
+) -> np.ndarray:
     """The tensor `name` of the mixture, in dtype, from the sources' tensors."""
     layer = router_layer(name)
     if layer is not None:
@@ -195,23 +267,32 @@ def make_tensor(recipe: Recipe, sources: Sources, gates: np.ndarray, name: str, 
             check_range(name, merged)
         return merged
 
-    dense, axis = dense_name(wanted.layer, wanted.part), 1 if wanted.part == "down" else 0  # the axis of d_ff
+    dense, axis = (
+        dense_name(wanted.layer, wanted.part),
+        1 if wanted.part == "down" else 0,
+    )  # the axis of d_ff
     if recipe.method == "stack":
         parts = [(wanted.expert, 0, 1)]
     elif recipe.method == "split":
         parts = [(wanted.expert // recipe.chunks, wanted.expert % recipe.chunks, recipe.chunks)]
     else:
-        parts = [(source, wanted.expert, len(recipe.experts)) for source in range(len(recipe.experts))]
+        parts = [
+            (source, wanted.expert, len(recipe.experts)) for source in range(len(recipe.experts))
+        ]
     pieces, rng = [], _rng(recipe, name)
     for source, chunk, chunks in parts:
         tensor = sources.readers[sources.source_of[source]].read(dense)
         width = tensor.shape[axis] // chunks
-        piece = tensor if chunks == 1 else tensor.take(range(chunk * width, (chunk + 1) * width), axis)
+        piece = (
+            tensor if chunks == 1 else tensor.take(range(chunk * width, (chunk + 1) * width), axis)
+        )
         pieces.append(_changed(piece, recipe.experts[source], wanted.part, rng))
     return cast(name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis), dtype)
 
 
-def _merged(recipe: Recipe, sources: Sources, shared: Sequence[np.ndarray], name: str, dtype: np.dtype) -> np.ndarray:
+def _merged(
+    recipe: Recipe, sources: Sources, shared: Sequence[np.ndarray], name: str, dtype: np.dtype
+) -> np.ndarray:
     if recipe.merge == "mean":
         return mean(shared, dtype)
     base = sources.readers[0].read(name)
@@ -220,10 +301,15 @@ def _merged(recipe: Recipe, sources: Sources, shared: Sequence[np.ndarray], name
     return dare(base, shared, recipe.density, dtype, _rng(recipe, name))
 
 
-def _changed(tensor: np.ndarray, expert: ExpertSource, part: str, rng: np.random.Generator) -> np.ndarray:
-    """noise_scale on every feed-forward weight, then residual_scale on the down projection. Untouched bits without either."""
+def _changed(
+    tensor: np.ndarray, expert: ExpertSource, part: str, rng: np.random.Generator
+) -> np.ndarray:
+    """noise_scale on every feed-forward weight, then residual_scale on the down projection.
+    Untouched bits without either."""
     if expert.noise_scale:
-        tensor = wide(tensor) + rng.standard_normal(tensor.shape, np.float32) * np.float32(expert.noise_scale)
+        tensor = wide(tensor) + rng.standard_normal(tensor.shape, np.float32) * np.float32(
+            expert.noise_scale
+        )
     if part == "down" and expert.residual_scale != 1:
         tensor = wide(tensor) * np.float32(expert.residual_scale)
     return tensor
@@ -240,27 +326,40 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) ->
     """Every prompt of every expert, BOS + text."""
     prompts = []
     for number, expert in enumerate(recipe.experts):
-        for is_positive, texts in ((True, expert.positive_prompts), (False, expert.negative_prompts)):
+        for is_positive, texts in (
+            (True, expert.positive_prompts),
+            (False, expert.negative_prompts),
+        ):
             for text in texts:
                 if tokenizer is None:
-                    raise UserError(f"{recipe.base_model}: no tokenizer, and experts[{number}] has prompts to be read")
-                ids = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(text)
+                    raise UserError(
+                        f"{recipe.base_model}: no tokenizer, and experts[{number}] has prompts to"
+                        " be read"
+                    )
+                ids = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(
+                    text
+                )
                 if not ids:
                     raise UserError(f"experts[{number}]: prompt {text!r} has no tokens")
                 if max(ids) >= model.vocab_size:
                     raise UserError(
-                        f"experts[{number}]: prompt {text!r} has token {max(ids)}, the model only {model.vocab_size} embeddings"
+                        f"experts[{number}]: prompt {text!r} has token {max(ids)}, the model only"
+                        f" {model.vocab_size} embeddings"
                     )
                 if len(ids) > model.context:
                     raise UserError(
-                        f"experts[{number}]: prompt {text[:40]!r}... has {len(ids)} tokens, the context {model.context}; shorten it"
+                        f"experts[{number}]: prompt {text[:40]!r}... has {len(ids)} tokens, the"
+                        f" context {model.context}; shorten it"
                     )
                 prompts.append(Prompt(number, is_positive, text, ids))
     return prompts
 
 
-def _gates(recipe: Recipe, sources: Sources, model: ModelConfig, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[Table]]:
-    """([layers, E, D] float32, the routing table of a mode that reads prompts: rows of random numbers are to be trained)."""
+def _gates(
+    recipe: Recipe, sources: Sources, model: ModelConfig, prompts: Sequence[Prompt]
+) -> tuple[np.ndarray, list[Table]]:
+    """([layers, E, D] float32, the routing table of a mode that reads prompts: rows of random
+    numbers are to be trained)."""
     base = sources.readers[0]
     shape = (model.layers, recipe.expert_count, model.d_model)
     mode = recipe.gate_mode
@@ -270,16 +369,27 @@ def _gates(recipe: Recipe, sources: Sources, model: ModelConfig, prompts: Sequen
 
     def rows(states: Sequence[np.ndarray]) -> np.ndarray:
         def pooled(number: int, is_positive: bool) -> np.ndarray | None:
-            chosen = [s for s, p in zip(states, prompts, strict=True) if (p.expert, p.is_positive) == (number, is_positive)]
+            chosen = [
+                s
+                for s, p in zip(states, prompts, strict=True)
+                if (p.expert, p.is_positive) == (number, is_positive)
+            ]
             return pool(chosen, mode, recipe.gate_pooling) if chosen else None
 
-        return np.stack([gate_row(pooled(number, True), pooled(number, False)) for number in range(len(recipe.experts))])  # type: ignore[arg-type]
+        made = []
+        for number in range(len(recipe.experts)):
+            positive = pooled(number, True)
+            assert positive is not None  # the recipe asks for prompts
+            made.append(gate_row(positive, pooled(number, False)))
+        return np.stack(made)
 
     if mode == "cheap_embed":
         gates[:] = rows(token_embeddings(base, [prompt.ids for prompt in prompts]))
     shares = np.zeros((len(prompts), *shape[:2]), np.float32)
     states = layer_states(base, [prompt.ids for prompt in prompts])
-    for layer, (inputs, router_inputs) in enumerate(tqdm(states, total=model.layers, desc="prompts", unit="layer", disable=None)):
+    for layer, (inputs, router_inputs) in enumerate(
+        tqdm(states, total=model.layers, desc="prompts", unit="layer", disable=None)
+    ):
         if mode != "cheap_embed":
             gates[layer] = rows(router_inputs if mode == "router_input" else inputs)
         if mode == "router_input":
@@ -292,12 +402,16 @@ def _gates(recipe: Recipe, sources: Sources, model: ModelConfig, prompts: Sequen
 
 def _routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.ndarray) -> Table:
     layers = [layer for layer, spec in enumerate(model.layer_specs()) if spec.experts]
-    bands = [band for band in np.array_split(np.array(layers), min(BANDS, len(layers))) if len(band)]
+    bands = [
+        band for band in np.array_split(np.array(layers), min(BANDS, len(layers))) if len(band)
+    ]
     table = Table(title="first choice of the prompts' tokens, share per expert, by layers")
     table.add_column("prompt of")
     table.add_column("text", max_width=24, no_wrap=True)
     for band in bands:
-        table.add_column(f"{band[0]}-{band[-1]}" if len(band) > 1 else str(band[0]), justify="right")
+        table.add_column(
+            f"{band[0]}-{band[-1]}" if len(band) > 1 else str(band[0]), justify="right"
+        )
     for prompt, share in zip(prompts, shares, strict=True):
         cells = []
         for band in bands:
@@ -305,7 +419,11 @@ def _routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.nda
             best = int(by_expert.argmax())
             mark = "[green]" if (best == prompt.expert) == prompt.is_positive else "[red]"
             cells.append(f"{mark}{best}: {by_expert[best]:.0%}[/]")
-        table.add_row(f"{'+' if prompt.is_positive else '-'}{prompt.expert}", escape(prompt.text.replace("\n", " ")), *cells)
+        table.add_row(
+            f"{'+' if prompt.is_positive else '-'}{prompt.expert}",
+            escape(prompt.text.replace("\n", " ")),
+            *cells,
+        )
     return table
 
 
@@ -315,24 +433,45 @@ def _warn_of_similar_rows(gates: np.ndarray, console: Console) -> None:
     if poor:
         where = "all layers" if len(poor) == len(gates) else f"layers {', '.join(map(str, poor))}"
         console.print(
-            f"[yellow]warning:[/] the gate's rows are nearly equal in {where} (condition number up to {max(numbers):.3g}, over "
-            f"{CONDITION_LIMIT:g}): some experts will hardly be used; choose prompts that differ more"
+            f"[yellow]warning:[/] the gate's rows are nearly equal in {where} (condition number up"
+            f" to {max(numbers):.3g}, over {CONDITION_LIMIT:g}): some experts will hardly be used;"
+            " choose prompts that differ more"
         )
 
 
 def _plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, as_huggingface: bool) -> Table:
     total, active = parameter_counts(model)
     table = Table(title="plan", show_header=False)
-    shared = "copied from base_model" if recipe.base == "copy" else f"{recipe.merge} over the experts' models"
-    cut = {"stack": "", "split": f", each source cut into {recipe.chunks}", "blend": ", each of chunks of all sources"}[recipe.method]
+    shared = (
+        "copied from base_model"
+        if recipe.base == "copy"
+        else f"{recipe.merge} over the experts' models"
+    )
+    cut = {
+        "stack": "",
+        "split": f", each source cut into {recipe.chunks}",
+        "blend": ", each of chunks of all sources",
+    }[recipe.method]
     layers = sum(bool(spec.experts) for spec in model.layer_specs())
     for key, value in (
-        ("experts", f"{recipe.expert_count} in {layers} of {model.layers} layers, top-{recipe.experts_per_token}{cut}"),
+        (
+            "experts",
+            (
+                f"{recipe.expert_count} in {layers} of {model.layers} layers,"
+                f" top-{recipe.experts_per_token}{cut}"
+            ),
+        ),
         *((f"  {i}", expert.source_model) for i, expert in enumerate(recipe.experts)),
         ("other tensors", shared),
         ("routers", recipe.gate_mode),
         ("parameters", f"{total:,} in all, {active:,} active for a token"),
-        ("output", f"{'Hugging Face' if as_huggingface else 'btx_jax'}, {dtype.name}, {total * dtype.itemsize / 2**30:.2f} GiB"),
+        (
+            "output",
+            (
+                f"{'Hugging Face' if as_huggingface else 'btx_jax'}, {dtype.name},"
+                f" {total * dtype.itemsize / 2**30:.2f} GiB"
+            ),
+        ),
     ):
         table.add_row(key, escape(value))
     return table
@@ -345,8 +484,11 @@ def ulp(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.ldexp(1.0, exponent - bits)
 
 
-def _verify(recipe: Recipe, sources: Sources, gates: np.ndarray, target: Path, dtype: np.dtype) -> str:
-    """Re-read the output and compare every tensor with its sources: bits, or one ulp where a mean was rounded. Raises UserError."""
+def _verify(
+    recipe: Recipe, sources: Sources, gates: np.ndarray, target: Path, dtype: np.dtype
+) -> str:
+    """Re-read the output and compare every tensor with its sources: bits, or one ulp where a mean
+    was rounded. Raises UserError."""
     written = open_reader(find_checkpoint(target))
     wrong, means = [], 0
     shared = _shared_sources(recipe, sources)
@@ -355,10 +497,16 @@ def _verify(recipe: Recipe, sources: Sources, gates: np.ndarray, target: Path, d
         found = written.read(name)
         if is_mean and expert_tensor(name) is None and router_layer(name) is None:
             means += 1
-            tensors = [wide(sources.readers[number].read(name)).astype(np.float64) for number in shared]
+            tensors = [
+                wide(sources.readers[number].read(name)).astype(np.float64) for number in shared
+            ]
             exact = np.mean(tensors, axis=0)
             # float32 sums, used for 16-bit tensors, round by themselves where large values cancel
-            slack = 0.0 if any(sources.readers[n].dtypes[name] == np.float32 for n in shared) else len(shared) * 2.0**-24
+            slack = (
+                0.0
+                if any(sources.readers[n].dtypes[name] == np.float32 for n in shared)
+                else len(shared) * 2.0**-24
+            )
             bound = ulp(exact, dtype) + slack * np.max(np.abs(tensors), axis=0)
             right = bool((np.abs(wide(found).astype(np.float64) - exact) <= bound).all())
         else:
@@ -367,7 +515,10 @@ def _verify(recipe: Recipe, sources: Sources, gates: np.ndarray, target: Path, d
         if not right:
             wrong.append(name)
     if wrong:
-        raise UserError(f"the output was not kept: {len(wrong)} tensors are not what the recipe says: {', '.join(wrong[:5])}")
+        raise UserError(
+            f"the output was not kept: {len(wrong)} tensors are not what the recipe says:"
+            f" {', '.join(wrong[:5])}"
+        )
     count = len(written.slots)
     rest = f"{count - means} equal what the recipe makes of their sources, bit for bit"
     return f"verified {count} tensors: {rest}, {means} means within one ulp of {dtype.name}"
@@ -377,10 +528,14 @@ def _card(recipe: Recipe, model: ModelConfig) -> str:
     total, active = parameter_counts(model)
     kind = "Branch-Train-MiX" if recipe.base == "average" else "frankenMoE"
     lines = [f"- {expert.source_model}" for expert in recipe.experts]
-    trained = "Its routers have not been trained." if recipe.gate_mode not in PROMPT_MODES else "Its routers come from prompts, untrained."
+    trained = (
+        "Its routers have not been trained."
+        if recipe.gate_mode not in PROMPT_MODES
+        else "Its routers come from prompts, untrained."
+    )
     return (
-        f"# {kind} of {len(recipe.experts)} models\n\n"
-        f"Mixed by btx_jax {__version__}: {total:,} parameters, {active:,} active for a token. {trained}\n\n"
+        f"# {kind} of {len(recipe.experts)} models\n\nMixed by btx_jax {__version__}: {total:,}"
+        f" parameters, {active:,} active for a token. {trained}\n\n"
         + "\n".join(lines)
         + f"\n\nRecipe:\n\n```json\n{json.dumps(describe(recipe), indent=2)}\n```\n"
     )

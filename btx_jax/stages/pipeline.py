@@ -1,5 +1,6 @@
-"""Pipeline: stages in order of their needs. Finished ones are skipped, interrupted ones resume, and a failed branch stops only what
-needs it. Each stage runs in WORKDIR/NAME; what a report stage writes is copied to WORKDIR."""
+"""Pipeline: stages in order of their needs. Finished ones are skipped, interrupted ones resume, and
+a failed branch stops only what needs it. Each stage runs in WORKDIR/NAME; what a report stage
+writes is copied to WORKDIR."""
 
 import dataclasses
 import logging
@@ -19,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, workdir: Path, only: str = "") -> None:
-    """only: run this stage alone, in WORKDIR/ONLY. Raises ConfigError when there is none, UserError when what it needs has not finished."""
+    """only: run this stage alone, in WORKDIR/ONLY. Raises ConfigError when there is none, UserError
+    when what it needs has not finished."""
     assert config.pipeline
     start = time.monotonic()
     order = in_order(config.pipeline)
@@ -27,7 +29,9 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
     if only:
         if only not in resolved:
             raise ConfigError(f"--only={only}: no such stage; known: {', '.join(order)}")
-        if missing := [need for need in config.pipeline[only].needs if not (workdir / need / DONE).exists()]:
+        if missing := [
+            need for need in config.pipeline[only].needs if not (workdir / need / DONE).exists()
+        ]:
             raise UserError(f"--only={only}: needs {', '.join(missing)}, not finished in {workdir}")
         stages.run(resolved[only], workdir / only)
         return
@@ -41,19 +45,31 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
         log.info("[%d/%d] %s%s", number, len(order), name, ": already finished" if finished else "")
         if finished:
             for need in config.pipeline[name].needs:
-                if (workdir / need / DONE).exists() and (workdir / need / DONE).stat().st_mtime > (workdir / name / DONE).stat().st_mtime:
-                    log.warning("%s was made from an earlier %s: delete %s to make it again", name, need, workdir / name)
+                if (workdir / need / DONE).exists() and (workdir / need / DONE).stat().st_mtime > (
+                    workdir / name / DONE
+                ).stat().st_mtime:
+                    log.warning(
+                        "%s was made from an earlier %s: delete %s to make it again",
+                        name,
+                        need,
+                        workdir / name,
+                    )
             continue
         try:
             stages.run(resolved[name], workdir / name)
-        except Exception as error:  # a branch that fails must not take the others with it; the error is told below
+        except (
+            Exception
+        ) as error:  # a branch that fails must not take the others with it; the error is told below
             if not isinstance(error, UserError):
                 log.exception("stage %s failed", name)
             failed[name] = str(error) or type(error).__name__
             log.error("%s failed: %s", name, failed[name])
     if failed:
         told = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        raise UserError(f"{len(failed)} of {len(order)} stages did not finish ({told}); run the same command again to go on")
+        raise UserError(
+            f"{len(failed)} of {len(order)} stages did not finish ({told}); run the same command"
+            " again to go on"
+        )
     for name in (name for name in order if resolved[name].stage == "report" and is_first()):
         for file in (workdir / name).glob("*.*"):
             if file.name not in (CONFIG, DONE):
@@ -66,15 +82,23 @@ def in_order(pipeline: Any) -> list[str]:
     """Stage names, each after its needs, otherwise as listed. Raises ConfigError on a circle."""
     order: list[str] = []
     while len(order) < len(pipeline):
-        ready = [name for name, stage in pipeline.items() if name not in order and all(need in order for need in stage.needs)]
+        ready = [
+            name
+            for name, stage in pipeline.items()
+            if name not in order and all(need in order for need in stage.needs)
+        ]
         if not ready:
-            raise ConfigError(f"config.pipeline: {', '.join(sorted(set(pipeline) - set(order)))} need each other in a circle")
+            raise ConfigError(
+                f"config.pipeline: {', '.join(sorted(set(pipeline) - set(order)))} need each other"
+                " in a circle"
+            )
         order.append(ready[0])
     return order
 
 
 def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> Config:
-    """The stage's config with `@NAME` replaced by directories, and the pipeline's rng_seed added to its own.
+    """The stage's config with `@NAME` replaced by directories, and the pipeline's rng_seed added to
+    its own.
 
     Raises ConfigError for an @NAME not in needs."""
 
@@ -85,7 +109,10 @@ def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> C
             return [replace(item) for item in value]
         if isinstance(value, str) and value.startswith("@"):
             if value[1:] not in stage.needs:
-                raise ConfigError(f"config.pipeline.{name}: uses {value}, which is not among its needs: {', '.join(stage.needs) or 'none'}")
+                raise ConfigError(
+                    f"config.pipeline.{name}: uses {value}, which is not among its needs:"
+                    f" {', '.join(stage.needs) or 'none'}"
+                )
             return str(workdir / value[1:])
         return value
 

@@ -1,4 +1,5 @@
-"""Prepare: build demo corpora and tokenizer where asked for, tokenise and pack all text of the config, print the counts."""
+"""Prepare: build demo corpora and tokenizer where asked for, tokenise and pack all text of the
+config, print the counts."""
 
 import logging
 import time
@@ -22,7 +23,9 @@ def run(config: Config, workdir: Path) -> None:
     init = find_checkpoint(config.init, "config.init") if config.init else None
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     manifests = {}
-    for domain in first_then_others(prepare, config.data.train, config.data, tokenizer, "config.data.train"):
+    for domain in first_then_others(
+        prepare, config.data.train, config.data, tokenizer, "config.data.train"
+    ):
         manifests[domain.name] = [source.manifest for source in domain.sources]
         for source in domain.sources:
             train, heldout = (source.manifest["splits"][split] for split in ("train", "heldout"))

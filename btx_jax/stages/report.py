@@ -1,4 +1,5 @@
-"""Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk; with other seeds, comparison.md."""
+"""Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk;
+with other seeds, comparison.md."""
 
 import hashlib
 import time
@@ -26,16 +27,39 @@ def run(config: Config, workdir: Path) -> None:
 def write(config: Config, workdir: Path) -> None:
     assert config.report
     results = read_results(config.report.evaluate, "config.report.evaluate")
-    others = [read_results(path, f"config.report.others[{i}]") for i, path in enumerate(config.report.others)]
+    others = [
+        read_results(path, f"config.report.others[{i}]")
+        for i, path in enumerate(config.report.others)
+    ]
     runs = {name: Path(directory) for name, directory in config.report.runs.items()}
     done = {name: read_json(d / DONE) for name, d in runs.items() if (d / DONE).exists()}
     curves = read_curves(config.report.runs)
-    summary = summarise(results, curves, {name: values["seconds"] for name, values in done.items()}, others, config.report.continual)
-    configs = {name: (d / CONFIG).read_text(encoding="utf-8") for name, d in runs.items() if (d / CONFIG).exists()}
-    provenance = {name: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()} for name, text in configs.items()}
+    summary = summarise(
+        results,
+        curves,
+        {name: values["seconds"] for name, values in done.items()},
+        others,
+        config.report.continual,
+    )
+    configs = {
+        name: (d / CONFIG).read_text(encoding="utf-8")
+        for name, d in runs.items()
+        if (d / CONFIG).exists()
+    }
+    provenance = {
+        name: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in configs.items()
+    }
     title = f"{workdir.parent.name}: what was gained"
     write_text(
-        workdir / "report.html", render(title, summary, curves, expert_names(Path(config.report.evaluate), summary["shown"]), provenance)
+        workdir / "report.html",
+        render(
+            title,
+            summary,
+            curves,
+            expert_names(Path(config.report.evaluate), summary["shown"]),
+            provenance,
+        ),
     )
     write_json(workdir / "summary.json", summary)
     console = Console()
@@ -54,11 +78,17 @@ def read_results(directory: str, key: str) -> Any:
 
 
 def expert_names(evaluate: Path, shown: str) -> list[str]:
-    """Of the mixture that is shown: the runs it was mixed from, found by going back from its checkpoint to the mix. Empty when unknown."""
+    """Of the mixture that is shown: the runs it was mixed from, found by going back from its
+    checkpoint to the mix. Empty when unknown."""
     config = evaluate / CONFIG
-    path = Path(read_json(config)["evaluate"]["models"].get(shown, "")) if config.exists() else Path()
+    path = (
+        Path(read_json(config)["evaluate"]["models"].get(shown, "")) if config.exists() else Path()
+    )
     for _ in range(len(path.parts)):  # no chain of runs is longer
-        workdir = next((d for d in (path, *path.parents) if (d / CONFIG).exists() and (d / DONE).exists()), None)
+        workdir = next(
+            (d for d in (path, *path.parents) if (d / CONFIG).exists() and (d / DONE).exists()),
+            None,
+        )
         if workdir is None:
             break
         if sources := read_json(workdir / DONE).get("experts"):

@@ -1,7 +1,8 @@
-"""Train: one loop for seed, experts, dense continuation and MoE finetune. Writes checkpoints, metrics and done.json.
+"""Train: one loop for seed, experts, dense continuation and MoE finetune. Writes checkpoints,
+metrics and done.json.
 
-The order of a run: 1. claim the directory, 2. model and where it starts, 3. mesh and checks, 4. data, 5. compile, 6. state (resumed,
-from a checkpoint, or random), 7. the loop, 8. done.json.
+The order of a run: 1. claim the directory, 2. model and where it starts, 3. mesh and checks, 4.
+data, 5. compile, 6. state (resumed, from a checkpoint, or random), 7. the loop, 8. done.json.
 """
 
 import hashlib
@@ -22,7 +23,15 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_base, load_params
-from btx_jax.checkpoints.training_state import About, Base, Checkpoints, History, TrainingRun, read_about, stored
+from btx_jax.checkpoints.training_state import (
+    About,
+    Base,
+    Checkpoints,
+    History,
+    TrainingRun,
+    read_about,
+    stored,
+)
 from btx_jax.config import Config
 from btx_jax.config_dict import flatten, to_dict
 from btx_jax.costs.chips import peak_flops_per_device
@@ -46,7 +55,8 @@ log = logging.getLogger(__name__)
 
 
 class Preempted(SystemExit):
-    """SIGTERM was received and the step it fell into is saved. Exit status 143, as for any program ended by it."""
+    """SIGTERM was received and the step it fell into is saved. Exit status 143, as for any program
+    ended by it."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -65,16 +75,29 @@ def run(config: Config, workdir: Path) -> None:
 
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     if tokenizer.vocab_size > model.vocab_size:
-        raise ConfigError(f"config.model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} pieces")
-    domains = first_then_others(prepare, config.data.train, config.data, tokenizer, "config.data.train")
+        raise ConfigError(
+            f"config.model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size}"
+            " pieces"
+        )
+    domains = first_then_others(
+        prepare, config.data.train, config.data, tokenizer, "config.data.train"
+    )
     heldout = domains
     if config.data.heldout:
-        heldout = first_then_others(prepare, config.data.heldout, config.data, tokenizer, "config.data.heldout")
-    text = {"the tokenizer": tokenizer_sha256(tokenizer)} | {domain.name: domain.identity() for domain in domains}
-    batches = training_batches(domains, config.train.batch_size, config.rng_seed, jax.process_index(), jax.process_count())
+        heldout = first_then_others(
+            prepare, config.data.heldout, config.data, tokenizer, "config.data.heldout"
+        )
+    text = {"the tokenizer": tokenizer_sha256(tokenizer)} | {
+        domain.name: domain.identity() for domain in domains
+    }
+    batches = training_batches(
+        domains, config.train.batch_size, config.rng_seed, jax.process_index(), jax.process_count()
+    )
 
     log.info("compiling the step of %s", workdir.name)
-    train_step = make_train_step(model, config.compute, config.train, mesh, config.data.sequence_length)
+    train_step = make_train_step(
+        model, config.compute, config.train, mesh, config.data.sequence_length
+    )
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
     try:
@@ -82,7 +105,16 @@ def run(config: Config, workdir: Path) -> None:
         if is_first():
             copy_tokenizer(tokenizer, workdir / "tokenizer")
         evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
-        loop = Loop(config, workdir, model, mesh, checkpoints, init.about.history if init else {}, text, base)
+        loop = Loop(
+            config,
+            workdir,
+            model,
+            mesh,
+            checkpoints,
+            init.about.history if init else {},
+            text,
+            base,
+        )
         state = loop.run(state, batches, train_step, evaluate)
     finally:
         checkpoints.close()
@@ -91,29 +123,53 @@ def run(config: Config, workdir: Path) -> None:
 
 def described(model: ModelConfig) -> str:
     total, active = parameter_counts(model)
-    kind = f"a mixture of {max(spec.experts for spec in model.layer_specs())} experts" if model.moe else "a dense model"
+    kind = (
+        f"a mixture of {max(spec.experts for spec in model.layer_specs())} experts"
+        if model.moe
+        else "a dense model"
+    )
     lora = " with LoRA experts" if model.lora else ""
     used = f" ({active:.3g} for a token)" if active < total else ""
     return f"{kind}{lora}, {model.layers} layers, {total:.3g} parameters{used}"
 
 
 def start_state(
-    config: Config, model: ModelConfig, mesh: Mesh, init: Checkpoint | None, checkpoints: Checkpoints, batches: Any, text: Mapping[str, str]
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh,
+    init: Checkpoint | None,
+    checkpoints: Checkpoints,
+    batches: Any,
+    text: Mapping[str, str],
 ) -> tuple[TrainState, Base | None]:
-    """The run's own latest checkpoint (and its place in the data), else the init checkpoint's parameters, else random ones; and the base
-    under LoRA experts. text: name -> identity of what is read. Raises UserError when the checkpoint's run read something else."""
+    """The run's own latest checkpoint (and its place in the data), else the init checkpoint's
+    parameters, else random ones; and the base under LoRA experts. text: name -> identity of what is
+    read. Raises UserError when the checkpoint's run read something else."""
     assert config.train
     abstract, _ = state_shardings(model, config.train, mesh)
     latest, key = checkpoints.latest_step(), jax.random.key(config.rng_seed)
     if latest is not None:
-        params, opt_state, data = checkpoints.restore(latest, stored(abstract.params, model), abstract.opt_state)
+        params, opt_state, data = checkpoints.restore(
+            latest, stored(abstract.params, model), abstract.opt_state
+        )
         base = read_about(checkpoints.path(latest)).base
         if base:
-            under, _ = load_base(base, model, partition(abstract.params, is_adapter)[1], checkpoints.path(latest))
+            under, _ = load_base(
+                base, model, partition(abstract.params, is_adapter)[1], checkpoints.path(latest)
+            )
             params = join(params, under)
-        if changed := [name for name in sorted({*text, *data["text"]}) if text.get(name) != data["text"].get(name)]:
-            told = f"{', '.join(changed)} changed since step {latest} was saved, and with it what the run learns"
-            raise UserError(f"{checkpoints.path(latest)}: {told}; put it back or choose another --workdir")
+        if changed := [
+            name
+            for name in sorted({*text, *data["text"]})
+            if text.get(name) != data["text"].get(name)
+        ]:
+            told = (
+                f"{', '.join(changed)} changed since step {latest} was saved, and with it what the"
+                " run learns"
+            )
+            raise UserError(
+                f"{checkpoints.path(latest)}: {told}; put it back or choose another --workdir"
+            )
         batches.set_state(data["batches"])
         log.info("resuming at step %d", latest)
         return TrainState(put(np.int32(latest), abstract.step.sharding), params, opt_state), base
@@ -121,14 +177,22 @@ def start_state(
         params, base = start_adapted(init, model, abstract.params, key)
         return init_state(model, config.train, mesh, params=params), base
     if init is not None:
-        return init_state(model, config.train, mesh, params=load_params(init, abstract.params)), None
+        return (
+            init_state(model, config.train, mesh, params=load_params(init, abstract.params)),
+            None,
+        )
     return init_state(model, config.train, mesh, key=key), None
 
 
 def make_evaluation(
-    model: ModelConfig, config: Config, mesh: Mesh, domains: tuple[PreparedDomain, ...], tokenizer: Tokenizer
+    model: ModelConfig,
+    config: Config,
+    mesh: Mesh,
+    domains: tuple[PreparedDomain, ...],
+    tokenizer: Tokenizer,
 ) -> Callable[[Any], dict[str, Any]] | None:
-    """params -> {domain: {nats_per_token, bits_per_byte}}, or None when the config asks for none."""
+    """params -> {domain: {nats_per_token, bits_per_byte}}, or None when the config asks for
+    none."""
     assert config.train and config.data and config.compute
     train = config.train
     if not train.eval_every:
@@ -137,20 +201,30 @@ def make_evaluation(
     for name in [name for name, values in rows.items() if not len(values["tokens"])]:
         log.warning("domain %r has no held-out document: its held-out loss is left out", name)
         del rows[name]
-    step, micro_batch = make_heldout_step(model, config.compute, mesh), train.batch_size // train.accumulate
+    step, micro_batch = (
+        make_heldout_step(model, config.compute, mesh),
+        train.batch_size // train.accumulate,
+    )
 
     def evaluate(params: Any) -> dict[str, Any]:
         losses = {
-            name: mean_loss(token_losses(step, params, values, micro_batch, mesh)[0], values, tokenizer.eos)
+            name: mean_loss(
+                token_losses(step, params, values, micro_batch, mesh)[0], values, tokenizer.eos
+            )
             for name, values in rows.items()
         }
-        return {name: {"nats_per_token": x.nats_per_token, "bits_per_byte": x.bits_per_byte} for name, x in losses.items() if x}
+        return {
+            name: {"nats_per_token": x.nats_per_token, "bits_per_byte": x.bits_per_byte}
+            for name, x in losses.items()
+            if x
+        }
 
     return evaluate
 
 
 class Loop:
-    """Steps, metrics one step late, checkpoints, and a clean end on SIGTERM or a non-finite loss."""
+    """Steps, metrics one step late, checkpoints, and a clean end on SIGTERM or a non-finite
+    loss."""
 
     def __init__(
         self,
@@ -164,12 +238,27 @@ class Loop:
         base: Base | None = None,
     ):
         assert config.train and config.checkpoint and config.data
-        self.train, self.every, self.mesh, self.model = config.train, config.checkpoint.every, mesh, model
-        self.workdir, self.checkpoints, self.history, self.text, self.base = workdir, checkpoints, history, text, base
-        self.key = jax.jit(lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh))()
+        self.train, self.every, self.mesh, self.model = (
+            config.train,
+            config.checkpoint.every,
+            mesh,
+            model,
+        )
+        self.workdir, self.checkpoints, self.history, self.text, self.base = (
+            workdir,
+            checkpoints,
+            history,
+            text,
+            base,
+        )
+        self.key = jax.jit(
+            lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh)
+        )()
         self.last_saved = checkpoints.latest_step() or 0
         # Without what a resumed run may change: it is the same run.
-        fixed = {key: value for key, value in flatten(to_dict(config)).items() if not is_resumable(key)}
+        fixed = {
+            key: value for key, value in flatten(to_dict(config)).items() if not is_resumable(key)
+        }
         identity = json.dumps([fixed, sorted(history)], sort_keys=True)
         self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.tokens_per_step = config.train.batch_size * config.data.sequence_length
@@ -179,25 +268,40 @@ class Loop:
             raise UserError(f"{workdir}: {told}; choose another --workdir")
         self.seconds = resumed[self.run_id].seconds if resumed else 0.0
 
-    def run(self, state: TrainState, batches: Iterator[Any], train_step: Any, evaluate: Any) -> TrainState:
+    def run(
+        self, state: TrainState, batches: Iterator[Any], train_step: Any, evaluate: Any
+    ) -> TrainState:
         train, first = self.train, int(state.step)
         memory = train_step.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        held = (
+            memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        )
         self.peak_bytes = int(held - memory.alias_size_in_bytes)
         self.writer = MetricsWriter(self.workdir, first, enabled=is_first())
-        progress = tqdm(total=train.steps, initial=first, desc=self.workdir.name, unit="step", disable=not is_first())
+        progress = tqdm(
+            total=train.steps,
+            initial=first,
+            desc=self.workdir.name,
+            unit="step",
+            disable=not is_first(),
+        )
         sharding = batch_sharding(self.mesh)
         pending: tuple[int, Metrics] | None = None
         self.clock = time.perf_counter()
         with sigterm_flag() as stop, progress:
             for step in range(first + 1, train.steps + 1):
                 local = next(batches)
-                batch = {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}
+                batch = {
+                    name: jax.make_array_from_process_local_data(sharding, rows)
+                    for name, rows in local.items()
+                }
                 state, metrics = train_step(state, batch, self.key)
                 if pending:  # read while the device works on this step
                     self.log(*pending, progress)
                 pending = (step, metrics)
-                stopping = stop(step)  # asked once a step: a signal that comes later falls into the next step
+                stopping = stop(
+                    step
+                )  # asked once a step: a signal that comes later falls into the next step
                 evaluating = evaluate and (step % train.eval_every == 0 or step == train.steps)
                 saving = step % self.every == 0 or step == train.steps or stopping
                 if evaluating or saving:
@@ -221,36 +325,60 @@ class Loop:
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         tokens = step * self.tokens_per_step
-        this = TrainingRun(tokens, train_flops(self.model, tokens), self.seconds, jax.device_count(), self.peak_bytes, tuple(self.history))
+        this = TrainingRun(
+            tokens,
+            train_flops(self.model, tokens),
+            self.seconds,
+            jax.device_count(),
+            self.peak_bytes,
+            tuple(self.history),
+        )
         history = {**self.history, self.run_id: this}
         self.checkpoints.save(
-            About(self.model, step, history, self.base), state.params, state.opt_state, {"batches": batches.get_state(), "text": self.text}
+            About(self.model, step, history, self.base),
+            state.params,
+            state.opt_state,
+            {"batches": batches.get_state(), "text": self.text},
         )
         self.last_saved = step
 
     def log(self, step: int, metrics: Metrics, progress: tqdm) -> None:
-        """Write one step's metrics. Raises UserError when its loss or gradient is not finite: nothing later is saved."""
+        """Write one step's metrics. Raises UserError when its loss or gradient is not finite:
+        nothing later is saved."""
         values = jax.device_get(metrics)
         now = time.perf_counter()
         rate = self.tokens_per_step / (now - self.clock)
         self.seconds += now - self.clock
         self.clock = now
-        line: dict[str, Any] = {name: float(getattr(values, name)) for name in Metrics._fields if name != "routing"}
+        line: dict[str, Any] = {
+            name: float(getattr(values, name)) for name in Metrics._fields if name != "routing"
+        }
         peak = peak_flops_per_device() * jax.device_count()
         line |= {"tokens_per_second": rate, "mfu": train_flops(self.model, 1) * rate / peak}
         if values.routing:
-            layers = [stats for _, stats in sorted(values.routing.items(), key=lambda item: int(item[0].rpartition("_")[2]))]
+            layers = [
+                stats
+                for _, stats in sorted(
+                    values.routing.items(), key=lambda item: int(item[0].rpartition("_")[2])
+                )
+            ]
             line["routing"] = {
-                name.removesuffix("_E"): [layer for run in layers for layer in getattr(run, name).tolist()]
+                name.removesuffix("_E"): [
+                    layer for run in layers for layer in getattr(run, name).tolist()
+                ]
                 for name in layers[0]._fields
                 if name != "choice"
             }
         self.writer.write(step, line)
         if not all(math.isfinite(line[name]) for name in ("loss", "grad_norm")):
-            saved = f"the checkpoint of step {self.last_saved} is good" if self.last_saved else "no checkpoint was saved yet"
+            saved = (
+                f"the checkpoint of step {self.last_saved} is good"
+                if self.last_saved
+                else "no checkpoint was saved yet"
+            )
             raise UserError(
-                f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite; {saved}; "
-                "lower config.train.learning_rate or look at the data of this step"
+                f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite;"
+                f" {saved}; lower config.train.learning_rate or look at the data of this step"
             )
         progress.update(1)
         progress.set_postfix(loss=f"{line['lm_loss']:.3f}", tok_s=f"{rate:.0f}", refresh=False)
@@ -258,7 +386,8 @@ class Loop:
 
 @contextmanager
 def sigterm_flag() -> Iterator[Callable[[int], bool]]:
-    """Within it SIGTERM ends nothing; the yielded function tells, of a step, whether to stop after it. All processes hear the same."""
+    """Within it SIGTERM ends nothing; the yielded function tells, of a step, whether to stop after
+    it. All processes hear the same."""
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return

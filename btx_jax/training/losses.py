@@ -15,8 +15,9 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 def next_token_targets(tokens: Array, segments: Array) -> tuple[Array, Array, Array, Array]:
     """Packed rows [B, T + 1] -> (inputs, input segments, targets, target mask), each [B, T].
 
-    A target counts when it continues its own document: not across a document border, not in padding (segment 0), and not where the segment
-    is negative, which marks what is read but not learnt. The inputs' segments come without sign.
+    A target counts when it continues its own document: not across a document border, not in padding
+    (segment 0), and not where the segment is negative, which marks what is read but not learnt. The
+    inputs' segments come without sign.
     """
     document = abs(segments)
     mask = (document[:, 1:] == document[:, :-1]) & (segments[:, 1:] > 0)
@@ -36,9 +37,11 @@ def _chunks(x: jax.Array, positions: int) -> jax.Array:
 
 
 def _log_softmax_parts(h_BCD: jax.Array, head_DV: jax.Array, y_BC: jax.Array):
-    """(nll [B, C], exp(logits - peak) [B, C, V], its sum over the whole vocabulary [B, C, 1], one-hot targets [B, C, V]) on one device,
-    which may hold a part of the vocabulary only."""
-    logits = jnp.matmul(h_BCD.reshape(-1, h_BCD.shape[-1]), head_DV, preferred_element_type=jnp.float32)
+    """(nll [B, C], exp(logits - peak) [B, C, V], its sum over the whole vocabulary [B, C, 1],
+    one-hot targets [B, C, V]) on one device, which may hold a part of the vocabulary only."""
+    logits = jnp.matmul(
+        h_BCD.reshape(-1, h_BCD.shape[-1]), head_DV, preferred_element_type=jnp.float32
+    )
     logits = logits.reshape(*h_BCD.shape[:2], -1)
     peak = largest(logits.max(axis=-1, keepdims=True), "vocab")
     exp = jnp.exp(logits - peak)
@@ -52,12 +55,17 @@ def _log_softmax_parts(h_BCD: jax.Array, head_DV: jax.Array, y_BC: jax.Array):
 HEAD = ("embed", "vocab")
 
 
-def token_nll(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
-    """-log p(target) in nats, [B, T], float32. `chunk`: tokens per device whose logits exist at one time."""
+def token_nll(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int
+) -> jax.Array:
+    """-log p(target) in nats, [B, T], float32. `chunk`: tokens per device whose logits exist at one
+    time."""
     return token_scores(hidden_BTD, head_DV, targets_BT, chunk)[0]
 
 
-def token_scores(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+def token_scores(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
     """(-log p(target) in nats [B, T], whether no token is likelier than the target [B, T])."""
 
     def local(hidden_BTD, head_DV, targets_BT):
@@ -66,21 +74,35 @@ def token_scores(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Arra
 
         def body(_, xs):
             nll_BC, exp, _, one_hot = _log_softmax_parts(xs[0], head, xs[1])
-            return None, (nll_BC, scatter_sum(jnp.where(one_hot, exp, 0).sum(axis=-1), "vocab", axis=None) == 1)
+            return None, (
+                nll_BC,
+                scatter_sum(jnp.where(one_hot, exp, 0).sum(axis=-1), "vocab", axis=None) == 1,
+            )
 
-        _, scores = jax.lax.scan(body, None, (_chunks(hidden_BTD, positions), _chunks(targets_BT, positions)))
+        _, scores = jax.lax.scan(
+            body, None, (_chunks(hidden_BTD, positions), _chunks(targets_BT, positions))
+        )
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(targets_BT.shape), scores)
 
     names = (("batch",), HEAD, ("batch",))
-    return per_device(local, names, (("batch",), ("batch",)))(hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT)
+    return per_device(local, names, (("batch",), ("batch",)))(
+        hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, chunk: int) -> jax.Array:
+def cross_entropy(
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    chunk: int,
+) -> jax.Array:
     """Sum of weights * -log p(target), nats. Differentiable in hidden and head.
 
-    The forward pass computes the gradient of each chunk while its logits exist: three matmuls with the head in all, none twice. Each
-    device sums its share of the head's gradient in float32 over all chunks; it is exchanged once, in the dtype of the matmuls.
+    The forward pass computes the gradient of each chunk while its logits exist: three matmuls with
+    the head in all, none twice. Each device sums its share of the head's gradient in float32 over
+    all chunks; it is exchanged once, in the dtype of the matmuls.
     """
     return (token_nll(hidden_BTD, head_DV, targets_BT, chunk) * weights_BT).sum()
 
@@ -94,19 +116,33 @@ def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk):
         def body(dhead_DV, xs):
             h_BCD, y_BC, w_BC = xs
             nll_BC, exp, total, one_hot = _log_softmax_parts(h_BCD, head, y_BC)
-            dlogits = ((exp / total - one_hot) * w_BC[..., None]).astype(dtype).reshape(-1, head.shape[-1])
+            dlogits = (
+                ((exp / total - one_hot) * w_BC[..., None])
+                .astype(dtype)
+                .reshape(-1, head.shape[-1])
+            )
             dh_BCD = scatter_sum((dlogits @ head.T).reshape(h_BCD.shape), "vocab", axis=None)
-            dhead_DV += jnp.matmul(h_BCD.reshape(-1, d_model).T, dlogits, preferred_element_type=jnp.float32)
+            dhead_DV += jnp.matmul(
+                h_BCD.reshape(-1, d_model).T, dlogits, preferred_element_type=jnp.float32
+            )
             return dhead_DV, ((nll_BC * w_BC).sum(axis=1), dh_BCD)
 
-        xs = tuple(_chunks(x, positions) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
+        xs = tuple(
+            _chunks(x, positions) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32))
+        )
         dhead_DV, (loss_NB, dh) = jax.lax.scan(body, jnp.zeros(head.shape, jnp.float32), xs)
         (dhead_DV,) = gather_transposed(dhead_DV.astype(dtype))
-        return loss_NB.sum(axis=0), dh.swapaxes(0, 1).reshape(hidden_BTD.shape), scatter_sum(dhead_DV, "replica", axis=None)
+        return (
+            loss_NB.sum(axis=0),
+            dh.swapaxes(0, 1).reshape(hidden_BTD.shape),
+            scatter_sum(dhead_DV, "replica", axis=None),
+        )
 
     names = (("batch",), HEAD, ("batch",), ("batch",))
     compute = per_device(local, names, (("batch",), ("batch",), HEAD))
-    loss_B, dh, dhead_DV = compute(hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT, weights_BT)
+    loss_B, dh, dhead_DV = compute(
+        hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT, weights_BT
+    )
     return loss_B.sum(), (dh, dhead_DV.astype(head_DV.dtype))
 
 

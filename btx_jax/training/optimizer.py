@@ -12,7 +12,8 @@ from btx_jax.models.lora import is_adapter, partition
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up to learning_rate over warmup_steps, then cosine to final_lr_fraction of it at the last step (BTX section 4)."""
+    """Linear warm-up to learning_rate over warmup_steps, then cosine to final_lr_fraction of it at
+    the last step (BTX section 4)."""
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / max(config.warmup_steps, 1),
         peak_value=config.learning_rate,
@@ -28,10 +29,13 @@ def decayed(params: Any) -> Any:
 
 
 def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm, scaling by one factor: its division of every element keeps XLA from fusing the clip into AdamW."""
+    """optax.clip_by_global_norm, scaling by one factor: its division of every element keeps XLA
+    from fusing the clip into AdamW."""
 
     def clip(updates: Any, _: Any = None) -> Any:
-        factor = jnp.minimum(1.0, norm / jnp.maximum(optax.global_norm(updates), jnp.finfo(jnp.float32).tiny))
+        factor = jnp.minimum(
+            1.0, norm / jnp.maximum(optax.global_norm(updates), jnp.finfo(jnp.float32).tiny)
+        )
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
 
     return optax.stateless(clip)
@@ -56,6 +60,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(
         clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            schedule(config), config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed, mu_dtype=jnp.float32
+            schedule(config),
+            config.beta1,
+            config.beta2,
+            config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+            mu_dtype=jnp.float32,
         ),
     )

@@ -23,19 +23,23 @@ from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicate
 from btx_jax.training.losses import cross_entropy, next_token_targets
 from btx_jax.training.optimizer import make_optimizer, schedule, split
 
-Batch = Mapping[str, jax.Array]  # tokens, segments: [batch, sequence + 1] int32; segment 0 is padding
+Batch = Mapping[
+    str, jax.Array
+]  # tokens, segments: [batch, sequence + 1] int32; segment 0 is padding
 
 
 class TrainState(NamedTuple):
     """opt_state: of what is trained alone (`optimizer.split`)."""
 
-    step: Any  # [], int32: optimizer steps done; Any, since shardings and shapes travel in the same structure
+    # [], int32: optimizer steps done; Any, since shardings and shapes travel in the same structure
+    step: Any
     params: Params
     opt_state: Any
 
 
 class Metrics(NamedTuple):
-    """Of one step, over the global batch. Losses in nats; balance and z are unweighted sums over layers.
+    """Of one step, over the global batch. Losses in nats; balance and z are unweighted sums over
+    layers.
 
     routing: run name -> RoutingStats with a leading layer axis, averaged over micro-batches.
     """
@@ -60,7 +64,8 @@ def loss_function(
     step: jax.Array,
     key: jax.Array | None,
 ):
-    """LM loss of one micro-batch as its share of `targets` (all targets of the step), plus the auxiliary losses."""
+    """LM loss of one micro-batch as its share of `targets` (all targets of the step), plus the
+    auxiliary losses."""
     params = join(trained, frozen)
     inputs, segments, labels, mask = next_token_targets(batch["tokens"], batch["segments"])
     rngs = {} if key is None else {"routing": key, "dropout": jax.random.fold_in(key, 1)}
@@ -74,16 +79,21 @@ def loss_function(
 
 
 def matmul_copies(params: Params, dtype: str) -> Params:
-    """The parameters as matmuls see them. A gradient with respect to these is half the size of one with respect to the float32 parameters
-    and what the cast's own derivative would make of it; the head's, summed in float32, is rounded once. Norms, routers and the
-    embedding compute in float32 and stay."""
+    """The parameters as matmuls see them. A gradient with respect to these is half the size of one
+    with respect to the float32 parameters and what the cast's own derivative would make of it; the
+    head's, summed in float32, is rounded once. Norms, routers and the embedding compute in float32
+    and stay."""
     in_float32 = ("scale", "router", "embedding")
-    return jax.tree_util.tree_map_with_path(lambda path, x: x if path[-1].key in in_float32 else x.astype(dtype), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if path[-1].key in in_float32 else x.astype(dtype), params
+    )
 
 
-def gradients(params: Params, batch: Batch, model: Llama, train: TrainConfig, step: jax.Array, key: jax.Array):
-    """(float32 grads of what is trained, loss, lm_loss, balance, z, routing) over `accumulate` micro-batches, equal to one big batch for
-    the LM loss.
+def gradients(
+    params: Params, batch: Batch, model: Llama, train: TrainConfig, step: jax.Array, key: jax.Array
+):
+    """(float32 grads of what is trained, loss, lm_loss, balance, z, routing) over `accumulate`
+    micro-batches, equal to one big batch for the LM loss.
 
     The auxiliary losses are means over micro-batches: a balance loss is not linear in its batch.
     """
@@ -94,7 +104,16 @@ def gradients(params: Params, batch: Batch, model: Llama, train: TrainConfig, st
     n = train.accumulate
 
     def one(micro_batch, index):
-        (loss, aux), grads = grad(trained, frozen, micro_batch, model, train, targets, step, jax.random.fold_in(key, index))
+        (loss, aux), grads = grad(
+            trained,
+            frozen,
+            micro_batch,
+            model,
+            train,
+            targets,
+            step,
+            jax.random.fold_in(key, index),
+        )
         return grads, loss, *aux
 
     if n == 1:
@@ -102,7 +121,10 @@ def gradients(params: Params, batch: Batch, model: Llama, train: TrainConfig, st
         return (float32(grads), *rest, targets)
     # [n, B / n, T]: micro-batch i takes every n-th row, so that each is spread over all devices
     micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-    first = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), 0))
+    first = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32),
+        jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), 0),
+    )
 
     def body(total, xs):
         return jax.tree.map(jnp.add, total, float32(one(*xs))), None
@@ -113,7 +135,8 @@ def gradients(params: Params, batch: Batch, model: Llama, train: TrainConfig, st
 
 
 def state_shardings(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """(abstract TrainState, its shardings): moments lie where their parameters lie, what is frozen has its own dtype and no moments."""
+    """(abstract TrainState, its shardings): moments lie where their parameters lie, what is frozen
+    has its own dtype and no moments."""
     boxed = abstract_params(model)
     shapes, params = nn.unbox(boxed), param_shardings(boxed, mesh)
     trained, frozen = split(shapes, train.frozen)
@@ -126,26 +149,37 @@ def state_shardings(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple
     )  # fmt: skip
     abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, abstract_opt)
     shardings = TrainState(replicated(mesh), params, opt)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings), shardings
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    ), shardings
 
 
 def in_frozen_dtype(frozen: Params, train: TrainConfig) -> Params:
     """What is frozen as it is kept. Norms and routers, which compute in float32, stay."""
     keep = ("scale", "router")
-    return jax.tree_util.tree_map_with_path(lambda path, x: x if path[-1].key in keep else x.astype(train.frozen_dtype), frozen)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if path[-1].key in keep else x.astype(train.frozen_dtype), frozen
+    )
 
 
 def init_state(
-    model: ModelConfig, train: TrainConfig, mesh: Mesh, key: jax.Array | None = None, params: Params | None = None
+    model: ModelConfig,
+    train: TrainConfig,
+    mesh: Mesh,
+    key: jax.Array | None = None,
+    params: Params | None = None,
 ) -> TrainState:
-    """Step 0: random parameters from `key`, or the given ones; zero moments. Laid out on the mesh from the start."""
+    """Step 0: random parameters from `key`, or the given ones; zero moments. Laid out on the mesh
+    from the start."""
     _, shardings = state_shardings(model, train, mesh)
     optimizer = make_optimizer(train)
     if params is None:
         assert key is not None
         params = jax.jit(functools.partial(init_params, model), out_shardings=shardings.params)(key)
     with jax.set_mesh(mesh):
-        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(split(params, train.frozen)[0])
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(
+            split(params, train.frozen)[0]
+        )
         return TrainState(put(np.int32(0), replicated(mesh)), params, opt_state)
 
 
@@ -155,26 +189,39 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """(state, batch, key) -> (state, Metrics), compiled. The state is donated.
 
-    Compiled here, under the mesh: a jitted function called outside it would silently lose every activation constraint.
-    Equal arguments return the same program, so that branches of a pipeline compile once.
+    Compiled here, under the mesh: a jitted function called outside it would silently lose every
+    activation constraint. Equal arguments return the same program, so that branches of a pipeline
+    compile once.
     """
     return lower_train_step(model, compute, train, mesh, sequence_length).compile()
 
 
-def lower_train_step(model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int):
-    compute = dataclasses.replace(compute, kernels=platform_kernels(compute.kernels, mesh.devices.flat[0].platform))
+def lower_train_step(
+    model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
+):
+    compute = dataclasses.replace(
+        compute, kernels=platform_kernels(compute.kernels, mesh.devices.flat[0].platform)
+    )
     llama, optimizer, rate = Llama(model, compute), make_optimizer(train), schedule(train)
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        grads, loss, lm_loss, balance, z, routing, targets = gradients(state.params, batch, llama, train, state.step, key)
+        grads, loss, lm_loss, balance, z, routing, targets = gradients(
+            state.params, batch, llama, train, state.step, key
+        )
         trained, frozen = split(state.params, train.frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        metrics = Metrics(loss, lm_loss, balance, z, optax.global_norm(grads), rate(state.step), targets, routing)
-        return TrainState(state.step + 1, join(optax.apply_updates(trained, updates), frozen), opt_state), metrics
+        metrics = Metrics(
+            loss, lm_loss, balance, z, optax.global_norm(grads), rate(state.step), targets, routing
+        )
+        return TrainState(
+            state.step + 1, join(optax.apply_updates(trained, updates), frozen), opt_state
+        ), metrics
 
     abstract, shardings = state_shardings(model, train, mesh)
-    rows = jax.ShapeDtypeStruct((train.batch_size, sequence_length + 1), jnp.int32, sharding=batch_sharding(mesh))
+    rows = jax.ShapeDtypeStruct(
+        (train.batch_size, sequence_length + 1), jnp.int32, sharding=batch_sharding(mesh)
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
         step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

@@ -1,6 +1,7 @@
 """What each backend would hand to its engine: golden files, and the engines' own checks of them.
 
-To accept a change: `python tests/backends/test_dry_run.py` writes the golden files anew; read the difference, it is what users will run.
+To accept a change: `python tests/backends/test_dry_run.py` writes the golden files anew; read the
+difference, it is what users will run.
 """
 
 import gzip
@@ -20,15 +21,42 @@ COMMON = (
     "--slice=report=v5e:2x2", "--config.rng_seed=1",
 )  # fmt: skip
 BACKENDS = {
-    "local": ("--backend=local", "--pipeline=configs/btx.py", "--workdir=/data/runs/paper", "--config.rng_seed=1"),
-    "queued-resources": ("--backend=queued-resources", *COMMON, "--zone=us-east5-a", "--source=https://example.org/btx_jax.git", "--spot"),
-    "gke": ("--backend=gke", *COMMON, "--image=europe-docker.pkg.dev/p/r/btx:1", "--queue=tpu-queue", "--spot"),
-    "skypilot": ("--backend=skypilot", *COMMON, "--source=https://example.org/btx_jax.git", "--spot"),
+    "local": (
+        "--backend=local",
+        "--pipeline=configs/btx.py",
+        "--workdir=/data/runs/paper",
+        "--config.rng_seed=1",
+    ),
+    "queued-resources": (
+        "--backend=queued-resources",
+        *COMMON,
+        "--zone=us-east5-a",
+        "--source=https://example.org/btx_jax.git",
+        "--spot",
+    ),
+    "gke": (
+        "--backend=gke",
+        *COMMON,
+        "--image=europe-docker.pkg.dev/p/r/btx:1",
+        "--queue=tpu-queue",
+        "--spot",
+    ),
+    "skypilot": (
+        "--backend=skypilot",
+        *COMMON,
+        "--source=https://example.org/btx_jax.git",
+        "--spot",
+    ),
 }
 
 
 def dry_run(*arguments):
-    return subprocess.run([sys.executable, "launch/submit.py", *arguments, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "launch/submit.py", *arguments, "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def written(backend):
@@ -39,7 +67,9 @@ def written(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dry_run_is_the_golden_file(backend):
-    assert written(backend) == (GOLDEN / f"{backend}.txt").read_text(), "what users would run has changed; see this file's docstring"
+    assert written(backend) == (GOLDEN / f"{backend}.txt").read_text(), (
+        "what users would run has changed; see this file's docstring"
+    )
 
 
 def files_of(backend, folder):
@@ -52,8 +82,12 @@ def test_jobsets_pass_their_schema(tmp_path):
     if not data:
         pytest.skip("BTX_DATA_DIR is unset: JobSet's definition lies in its schemas/")
     with gzip.open(Path(data) / "schemas" / "jobset.x-k8s.io_jobsets.yaml.gz", "rt") as file:
-        definition = next(d for d in yaml.safe_load_all(file) if d and d.get("kind") == "CustomResourceDefinition")
-    schema = next(v for v in definition["spec"]["versions"] if v["name"] == "v1alpha2")["schema"]["openAPIV3Schema"]
+        definition = next(
+            d for d in yaml.safe_load_all(file) if d and d.get("kind") == "CustomResourceDefinition"
+        )
+    schema = next(v for v in definition["spec"]["versions"] if v["name"] == "v1alpha2")["schema"][
+        "openAPIV3Schema"
+    ]
     files = files_of("gke", tmp_path)
     assert len(files) == 7
     for file in files:
@@ -68,7 +102,10 @@ def strict(schema):
     """The API server prunes unknown fields silently; here they are errors."""
     if not isinstance(schema, dict):
         return schema
-    schema = {k: ({n: strict(s) for n, s in v.items()} if k == "properties" else strict(v)) for k, v in schema.items()}
+    schema = {
+        k: {n: strict(s) for n, s in v.items()} if k == "properties" else strict(v)
+        for k, v in schema.items()
+    }
     if schema.get("x-kubernetes-int-or-string"):
         return {}
     is_open = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
@@ -79,11 +116,17 @@ def strict(schema):
 
 
 def test_the_jobs_in_jobsets_are_jobs(tmp_path):
-    """JobSet embeds Kubernetes' own batch/v1 Job: its schema checks pods, containers and volumes."""
+    """JobSet embeds Kubernetes' own batch/v1 Job: its schema checks pods, containers and
+    volumes."""
     validate = pytest.importorskip("kubernetes_validate")
     for file in files_of("gke", tmp_path):
         for replicated in yaml.safe_load(file.read_text())["spec"]["replicatedJobs"]:
-            job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": replicated["template"]["spec"]}
+            job = {
+                "apiVersion": "batch/v1",
+                "kind": "Job",
+                "metadata": {"name": "x"},
+                "spec": replicated["template"]["spec"],
+            }
             validate.validate(job, "1.33", strict=True)
 
 
@@ -92,20 +135,35 @@ def test_shell_passes_shellcheck(backend, tmp_path):
     scripts = [f for f in files_of(backend, tmp_path) if f.suffix == ".sh"]
     assert scripts
     checked = subprocess.run(
-        [Path(sys.executable).with_name("shellcheck"), "--shell=bash", "--severity=style", *scripts], capture_output=True, text=True
+        [
+            Path(sys.executable).with_name("shellcheck"),
+            "--shell=bash",
+            "--severity=style",
+            *scripts,
+        ],
+        capture_output=True,
+        text=True,
     )
     assert checked.returncode == 0, checked.stdout
 
 
 def test_commands_inside_manifests_pass_shellcheck(tmp_path):
     for backend, dig in (
-        ("gke", lambda m: m["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"][2]),
+        (
+            "gke",
+            lambda m: m["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+                "containers"
+            ][0]["command"][2],
+        ),
         ("skypilot", lambda m: m["setup"] + m["run"]),
     ):
         for file in files_of(backend, tmp_path / backend):
             script = "#!/bin/bash\nset -e\n" + dig(yaml.safe_load(file.read_text()))
             checked = subprocess.run(
-                [Path(sys.executable).with_name("shellcheck"), "--shell=bash", "-"], input=script, capture_output=True, text=True
+                [Path(sys.executable).with_name("shellcheck"), "--shell=bash", "-"],
+                input=script,
+                capture_output=True,
+                text=True,
             )
             assert checked.returncode == 0, checked.stdout
 
@@ -114,15 +172,32 @@ def test_commands_inside_manifests_pass_shellcheck(tmp_path):
     ("arguments", "told"),
     [
         (("--backend=gke", "--pipeline=configs/btx.py", "--bucket=my-bucket"), "must be gs://NAME"),
-        (("--backend=gke", "--pipeline=configs/btx.py", "--bucket=gs://b", "--topology=v5p-8"), "'v5p-8' is no TPU topology"),
         (
-            ("--backend=gke", "--pipeline=configs/btx.py", "--bucket=gs://b", "--slice=fintune=v5p:2x2x4"),
+            ("--backend=gke", "--pipeline=configs/btx.py", "--bucket=gs://b", "--topology=v5p-8"),
+            "'v5p-8' is no TPU topology",
+        ),
+        (
+            (
+                "--backend=gke",
+                "--pipeline=configs/btx.py",
+                "--bucket=gs://b",
+                "--slice=fintune=v5p:2x2x4",
+            ),
             "--slice=fintune=...: no such stage",
         ),
-        (("--backend=local", "--pipeline=configs/seed.py:tiny"), "its stage is 'train', not a pipeline"),
+        (
+            ("--backend=local", "--pipeline=configs/seed.py:tiny"),
+            "its stage is 'train', not a pipeline",
+        ),
         (("--backend=local", "--pipeline=configs/none.py"), "no file configs/none.py"),
-        (("--backend=queued-resources", "--pipeline=configs/btx.py", "--bucket=gs://b"), "needs --zone and --source"),
-        (("--backend=local", "--pipeline=configs/btx.py:tiny", "--confg.rng_seed=1"), "unknown argument '--confg.rng_seed=1'"),
+        (
+            ("--backend=queued-resources", "--pipeline=configs/btx.py", "--bucket=gs://b"),
+            "needs --zone and --source",
+        ),
+        (
+            ("--backend=local", "--pipeline=configs/btx.py:tiny", "--confg.rng_seed=1"),
+            "unknown argument '--confg.rng_seed=1'",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, told):

@@ -1,4 +1,5 @@
-"""Submitting jobs as their needs finish, and queued resources against a gcloud that only remembers what it was asked."""
+"""Submitting jobs as their needs finish, and queued resources against a gcloud that only remembers
+what it was asked."""
 
 import json
 import os
@@ -50,7 +51,13 @@ class Engine:
 
 
 def job(name, *needs, topology="v5p:2x2x2"):
-    return Job(name, needs, ("python", "-m", "btx_jax.launch", f"--only={name}"), "/mnt/btx/runs/p", topology)
+    return Job(
+        name,
+        needs,
+        ("python", "-m", "btx_jax.launch", f"--only={name}"),
+        "/mnt/btx/runs/p",
+        topology,
+    )
 
 
 def test_jobs_are_submitted_once_and_after_their_needs():
@@ -59,7 +66,9 @@ def test_jobs_are_submitted_once_and_after_their_needs():
     drive(jobs, engine, engine.is_finished, poll_seconds=0)
     submitted = [name for call, name in engine.calls if call == "submit"]
     assert submitted == ["a", "b", "mix", "finetune"]
-    assert engine.calls.index(("submit", "mix")) > max(i for i, call in enumerate(engine.calls) if call in (("keep", "a"), ("keep", "b")))
+    assert engine.calls.index(("submit", "mix")) > max(
+        i for i, call in enumerate(engine.calls) if call in (("keep", "a"), ("keep", "b"))
+    )
 
 
 def test_a_submitter_that_starts_again_leaves_finished_jobs_alone():
@@ -95,13 +104,20 @@ def test_a_queued_resource_that_was_taken_away_is_asked_for_again(gcloud):
     backend.keep(job("a"))
     assert (created(), read()["is"]) == (2, {"p-a": "ACTIVE"})
     script = read()["scripts"]["p-a"]
-    wait, delete = script.index("until [ -f /mnt/btx/runs/p/a/done.json ]"), script.index("queued-resources delete p-a")
-    assert script.index("--only=a") < wait < delete, "the slice must not be deleted before the stage's mark is written"
+    wait, delete = (
+        script.index("until [ -f /mnt/btx/runs/p/a/done.json ]"),
+        script.index("queued-resources delete p-a"),
+    )
+    assert script.index("--only=a") < wait < delete, (
+        "the slice must not be deleted before the stage's mark is written"
+    )
 
 
 def test_what_gcloud_refuses_is_told(gcloud):
     backend = QueuedResources(Place("gs://b", "p", source="URL", zone="z"))
-    with pytest.raises(UserError, match="gcloud failed with exit status 1: ERROR: PERMISSION_DENIED"):
+    with pytest.raises(
+        UserError, match="gcloud failed with exit status 1: ERROR: PERMISSION_DENIED"
+    ):
         backend.submit(job("forbidden"))
     with pytest.raises(UserError, match="stage a has no TPU topology"):
         backend.submit(job("a", topology=""))
@@ -124,17 +140,24 @@ def test_topologies():
 
 def test_jobs_of_a_pipeline(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    jobs = {one.name: one for one in jobs_of("configs/btx.py", "/w", ("--config.rng_seed=1",), {"": "v5p:2x2x2", "finetune": "v5p:2x2x4"})}
+    jobs = {
+        one.name: one
+        for one in jobs_of(
+            "configs/btx.py",
+            "/w",
+            ("--config.rng_seed=1",),
+            {"": "v5p:2x2x2", "finetune": "v5p:2x2x4"},
+        )
+    }
     assert set(jobs["mix"].needs) == {"expert_math", "expert_code", "expert_wiki"}
     assert (jobs["mix"].topology, jobs["finetune"].topology) == ("v5p:2x2x2", "v5p:2x2x4")
     assert jobs["mix"].command[-2:] == ("--config.rng_seed=1", "--only=mix")
     circle = tmp_path / "circle.py"
     circle.write_text(
-        "from btx_jax.config import *\n"
-        "from btx_jax.config_dict import to_config_dict\n"
-        "def get_config():\n"
-        "    stage = lambda *needs: PipelineStage(Config('report', report=ReportConfig('x', {'a': 'b'})), needs)\n"
-        "    return to_config_dict(Config('pipeline', pipeline={'a': stage('b'), 'b': stage('a')}))\n"
+        "from btx_jax.config import *\nfrom btx_jax.config_dict import to_config_dict\ndef"
+        " get_config():\n    stage = lambda *needs: PipelineStage(Config('report',"
+        " report=ReportConfig('x', {'a': 'b'})), needs)\n    return"
+        " to_config_dict(Config('pipeline', pipeline={'a': stage('b'), 'b': stage('a')}))\n"
     )
     with pytest.raises(ConfigError, match="need each other in a circle"):
         jobs_of(str(circle), "/w")

@@ -1,4 +1,5 @@
-"""Branches as processes of one machine, through the real command line: together, one killed, started again."""
+"""Branches as processes of one machine, through the real command line: together, one killed,
+started again."""
 
 import json
 import signal
@@ -42,29 +43,53 @@ def steps(workdir):
 @pytest.mark.slow
 def test_branches_run_together_and_one_that_is_killed_touches_no_other(cli):
     config = cli.home / "pipeline.py"
-    config.write_text(PIPELINE.format(text=str(cli.text), tokenizer=str(cli.tokenizer), cache=str(cli.home / "cache")))
+    config.write_text(
+        PIPELINE.format(
+            text=str(cli.text), tokenizer=str(cli.tokenizer), cache=str(cli.home / "cache")
+        )
+    )
     work = cli.home / "together"
-    submit = [sys.executable, "launch/submit.py", f"--pipeline={config}", "--backend=local", f"--workdir={work}", "--parallel=3"]
-    process = subprocess.Popen(submit, cwd=ROOT, env=cli.environment, stderr=subprocess.PIPE, text=True)
+    submit = [
+        sys.executable,
+        "launch/submit.py",
+        f"--pipeline={config}",
+        "--backend=local",
+        f"--workdir={work}",
+        "--parallel=3",
+    ]
+    process = subprocess.Popen(
+        submit, cwd=ROOT, env=cli.environment, stderr=subprocess.PIPE, text=True
+    )
     for _ in range(6000):
         if all(steps(work / name) > 12 for name in "abc"):
             break
         assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.02)
-    assert not any((work / name / "done.json").exists() for name in "abc"), "three branches were to be under way at once"
-    children = subprocess.run(["pgrep", "-f", f"workdir={work} --only=b$"], capture_output=True, text=True).stdout.split()
+    assert not any((work / name / "done.json").exists() for name in "abc"), (
+        "three branches were to be under way at once"
+    )
+    children = subprocess.run(
+        ["pgrep", "-f", f"workdir={work} --only=b$"], capture_output=True, text=True
+    ).stdout.split()
     assert len(children) == 1
     subprocess.run(["kill", f"-{signal.SIGKILL}", *children], check=True)
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 2
     assert "b: exit status -9" in error.splitlines()[-1]
-    assert [name for name in ("a", "b", "c", "mix") if (work / name / "done.json").exists()] == ["a", "c"]
+    assert [name for name in ("a", "b", "c", "mix") if (work / name / "done.json").exists()] == [
+        "a",
+        "c",
+    ]
 
     before = {name: (work / name / "done.json").stat().st_mtime_ns for name in ("seed", "a", "c")}
     subprocess.run(submit, cwd=ROOT, env=cli.environment, check=True, capture_output=True)
-    assert {name: (work / name / "done.json").stat().st_mtime_ns for name in before} == before, "a finished job ran again"
+    assert {name: (work / name / "done.json").stat().st_mtime_ns for name in before} == before, (
+        "a finished job ran again"
+    )
     assert json.loads((work / "done.json").read_text())["seconds"] > 0
-    metrics = [json.loads(line)["step"] for line in (work / "b" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line)["step"] for line in (work / "b" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert metrics == list(range(1, 251)), "the killed branch resumed"
 
     cli.run(f"--config={config}", f"--workdir={cli.home / 'alone'}")
@@ -74,7 +99,13 @@ def test_branches_run_together_and_one_that_is_killed_touches_no_other(cli):
 
 def test_one_stage_alone_needs_what_it_needs(cli):
     config = cli.home / "pipeline.py"
-    config.write_text(PIPELINE.format(text=str(cli.text), tokenizer=str(cli.tokenizer), cache=str(cli.home / "cache")))
+    config.write_text(
+        PIPELINE.format(
+            text=str(cli.text), tokenizer=str(cli.tokenizer), cache=str(cli.home / "cache")
+        )
+    )
     where = (f"--config={config}", f"--workdir={cli.home / 'P'}")
     assert "--only=mix: needs a, b, c, seed, not finished" in cli.fails(*where, "--only=mix")
-    assert "--only=d: no such stage; known: seed, a, b, c, mix, finetune" in cli.fails(*where, "--only=d")
+    assert "--only=d: no such stage; known: seed, a, b, c, mix, finetune" in cli.fails(
+        *where, "--only=d"
+    )

@@ -1,10 +1,12 @@
 """What peft itself says: a LoRA trained by it gives the same logits here, ours there, and merged.
 
-    python tests/checkpoints/peft_peer.py [HF_DIRECTORY]        # default: the golden Llamas beside this file
-    python tests/checkpoints/peft_peer.py make                  # the golden LoRA of test_adapter.py
+    python tests/checkpoints/peft_peer.py [HF_DIRECTORY]        # default: the golden Llamas beside
+    this file python tests/checkpoints/peft_peer.py make                  # the golden LoRA of
+    test_adapter.py
 
-Needs torch, transformers and peft (`pip install -e '.[bench]' peft`). Fails when logits differ by more
-than 1e-4; also says how far both lie from float64, since a large model's own float32 may be further off than that.
+Needs torch, transformers and peft (`pip install -e '.[bench]' peft`). Fails when logits differ by
+more than 1e-4; also says how far both lie from float64, since a large model's own float32 may be
+further off than that.
 """
 
 import json
@@ -29,8 +31,14 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def ours(path, tokens: np.ndarray) -> np.ndarray:
     found = find_checkpoint(path)
     params = load_params(found)
-    model = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged"))
-    return np.asarray(jax.jit(lambda p: logits(p, model.apply({"params": p}, tokens, np.ones_like(tokens))[0]))(params))
+    model = Llama(
+        found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+    )
+    return np.asarray(
+        jax.jit(lambda p: logits(p, model.apply({"params": p}, tokens, np.ones_like(tokens))[0]))(
+            params
+        )
+    )
 
 
 def theirs(model, tokens: np.ndarray) -> np.ndarray:
@@ -42,7 +50,10 @@ def same(name: str, a: np.ndarray, b: np.ndarray, exact: np.ndarray) -> None:
     """b: peft's own logits; exact: the same in float64."""
     distance = lambda x, y: float(np.abs(x - y).max())  # noqa: E731
     apart, ours, theirs = distance(a, b), distance(a, exact), distance(b, exact)
-    print(f"{name}: at most {apart:.1e} apart (logits up to {np.abs(b).max():.1f}); from float64 {ours:.1e}, peft itself {theirs:.1e}")
+    print(
+        f"{name}: at most {apart:.1e} apart (logits up to {np.abs(b).max():.1f}); from float64"
+        f" {ours:.1e}, peft itself {theirs:.1e}"
+    )
     assert apart <= 1e-4, name
 
 
@@ -55,7 +66,10 @@ def trained_lora(base: Path, modules: list[str], **options):
     torch.manual_seed(0)
     vocabulary = load(base).config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocabulary, (2, 48)).astype(np.int32)
-    trained = get_peft_model(load(base), LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", **options))
+    trained = get_peft_model(
+        load(base),
+        LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", **options),
+    )
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):
         optimizer.zero_grad()
@@ -71,7 +85,10 @@ def make(folder: Path) -> None:
     trained.save_pretrained(folder / "peft")
     (folder / "peft" / "README.md").unlink(missing_ok=True)
     config = folder / "peft" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "llama"}, indent=2) + "\n")
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "llama"}, indent=2)
+        + "\n"
+    )
     np.savez(folder / "peft" / "expected.npz", tokens=tokens, logits=expected)
 
 
@@ -84,7 +101,12 @@ def check(base: Path, modules: list[str], **options) -> None:
         exact = theirs(trained.double(), tokens)
         same("peft's LoRA here", ours(home / "imported", tokens), expected, exact)
         adapter.export(str(home / "imported"), str(home / "back"), "peft")
-        same("ours in peft", theirs(PeftModel.from_pretrained(load(base), home / "back"), tokens), expected, exact)
+        same(
+            "ours in peft",
+            theirs(PeftModel.from_pretrained(load(base), home / "back"), tokens),
+            expected,
+            exact,
+        )
         adapter.import_peft(str(home / "back"), str(base), str(home / "again"))
         a = adapter_tensors(find_checkpoint(home / "imported"))
         b = adapter_tensors(find_checkpoint(home / "again"))

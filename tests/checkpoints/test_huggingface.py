@@ -1,4 +1,5 @@
-"""Hugging Face in and out, against checkpoints and logits that transformers made (golden/, see transformers_peer.py)."""
+"""Hugging Face in and out, against checkpoints and logits that transformers made (golden/, see
+transformers_peer.py)."""
 
 import json
 import shutil
@@ -9,9 +10,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_for_inference, load_params, open_reader
+from btx_jax.checkpoints.checkpoint import (
+    digest,
+    find_checkpoint,
+    load_for_inference,
+    load_params,
+    open_reader,
+)
 from btx_jax.checkpoints.huggingface import slots
-from btx_jax.checkpoints.huggingface_config import config_from_model, experts_per_token, model_from_config
+from btx_jax.checkpoints.huggingface_config import (
+    config_from_model,
+    experts_per_token,
+    model_from_config,
+)
 from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
 from btx_jax.config import ComputeConfig
 from btx_jax.errors import UserError
@@ -27,14 +38,24 @@ NAMES = ("llama", "llama_gqa_llama3", "llama_linear_tied", "mistral", "mixtral",
 
 def tensors(directory):
     """All tensors of a directory, read by the safetensors library."""
-    return {name: array for file in sorted(directory.glob("*.safetensors")) for name, array in load_file(file).items()}
+    return {
+        name: array
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, array in load_file(file).items()
+    }
 
 
 def our_logits(directory):
-    golden = np.load(GOLDEN / directory.name / "golden.npz") if (GOLDEN / directory.name).exists() else None
+    golden = (
+        np.load(GOLDEN / directory.name / "golden.npz")
+        if (GOLDEN / directory.name).exists()
+        else None
+    )
     tokens = golden["tokens"].astype(np.int32)
     found = find_checkpoint(directory)
-    model = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged"))
+    model = Llama(
+        found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+    )
     params = load_params(found)
     hidden, _ = jax.jit(model.apply)({"params": params}, tokens, np.ones_like(tokens))
     return np.asarray(logits(params, hidden))[0, ::37], golden["logits"]
@@ -44,7 +65,13 @@ def our_logits(directory):
 def test_our_logits_are_those_of_transformers_at_512_positions(name):
     ours, theirs = our_logits(GOLDEN / name)
     assert np.abs(theirs).max() > 1, "golden logits are too flat to notice a wrong layout"
-    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0, err_msg="RoPE layout, head order or norm epsilon differ from transformers")
+    np.testing.assert_allclose(
+        ours,
+        theirs,
+        atol=1e-4,
+        rtol=0,
+        err_msg="RoPE layout, head order or norm epsilon differ from transformers",
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,13 +82,19 @@ def test_hugging_face_to_ours_and_back_gives_every_tensor_byte_for_byte(name, tm
     before, after = tensors(GOLDEN / name.removesuffix("_fused")), tensors(tmp_path / name)
     assert set(before) == set(after)
     for key in before:
-        assert before[key].dtype == after[key].dtype and before[key].tobytes() == after[key].tobytes(), key
-    assert digest(load_params(find_checkpoint(tmp_path / "ours"))) == digest(load_params(find_checkpoint(source)))
+        assert (
+            before[key].dtype == after[key].dtype and before[key].tobytes() == after[key].tobytes()
+        ), key
+    assert digest(load_params(find_checkpoint(tmp_path / "ours"))) == digest(
+        load_params(find_checkpoint(source))
+    )
     written = json.loads((tmp_path / name / "config.json").read_text())
     assert model_from_config(written, "written") == find_checkpoint(source).about.model
     assert written["torch_dtype"] == written["dtype"] == "float32"
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
-    assert {"generation_config.json", "README.md"} <= {path.name for path in (tmp_path / name).iterdir()}
+    assert {"generation_config.json", "README.md"} <= {
+        path.name for path in (tmp_path / name).iterdir()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -73,26 +106,39 @@ def test_sixteen_bit_checkpoints_keep_their_dtype_and_bytes(tmp_path, dtype):
     convert.run(str(halves), str(tmp_path / "ours"))
     convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))
     back = tensors(tmp_path / "back")
-    assert all(back[name].dtype == stored[name].dtype and back[name].tobytes() == stored[name].tobytes() for name in stored)
+    assert all(
+        back[name].dtype == stored[name].dtype and back[name].tobytes() == stored[name].tobytes()
+        for name in stored
+    )
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == dtype
     loaded = jax.tree.leaves(load_params(find_checkpoint(tmp_path / "ours")))
-    assert {str(leaf.dtype) for leaf in loaded} == {"float32"}, "training keeps float32 master weights whatever the file holds"
+    assert {str(leaf.dtype) for leaf in loaded} == {"float32"}, (
+        "training keeps float32 master weights whatever the file holds"
+    )
 
 
 def test_a_dtype_asked_for_rounds_to_nearest_even_and_refuses_overflow(tmp_path):
     convert.run(str(GOLDEN / "llama"), str(tmp_path / "bf16"), "bfloat16")
     convert.run(str(tmp_path / "bf16"), str(tmp_path / "hf"))
     for name, array in tensors(GOLDEN / "llama").items():
-        assert tensors(tmp_path / "hf")[name].tobytes() == array.astype(ml_dtypes.bfloat16).tobytes()
+        assert (
+            tensors(tmp_path / "hf")[name].tobytes() == array.astype(ml_dtypes.bfloat16).tobytes()
+        )
     large = tmp_path / "large"
     shutil.copytree(GOLDEN / "llama", large)
-    save_file({name: array * 1e6 for name, array in tensors(large).items()}, large / "model.safetensors")
-    with pytest.raises(UserError, match=r"model.embed_tokens.weight holds values beyond float16's range"):
+    save_file(
+        {name: array * 1e6 for name, array in tensors(large).items()}, large / "model.safetensors"
+    )
+    with pytest.raises(
+        UserError, match=r"model.embed_tokens.weight holds values beyond float16's range"
+    ):
         convert.run(str(large), str(tmp_path / "no"), "float16")
     assert not (tmp_path / "no").exists()
 
 
-def test_what_is_loaded_for_inference_in_bfloat16_keeps_routers_norms_and_embedding_exact(one_device):
+def test_what_is_loaded_for_inference_in_bfloat16_keeps_routers_norms_and_embedding_exact(
+    one_device,
+):
     found = find_checkpoint(GOLDEN / "mixtral")
     exact, loaded = load_params(found), load_for_inference(found, one_device, "bfloat16")
     for path, leaf in jax.tree_util.tree_leaves_with_path(loaded):
@@ -109,7 +155,12 @@ def test_mixtures_that_hugging_face_cannot_hold_are_refused_and_those_it_can_are
 
     assert experts_per_token(moe((4, 4), routing="soft")) == 4
     assert experts_per_token(moe((4, 4), routing="sample_top1")) == 1
-    for refused in (moe((4, 0)), moe((4, 2)), moe((4, 4), routing="switch"), moe((4, 4), routing="sample_top1", first_routing="soft")):
+    for refused in (
+        moe((4, 0)),
+        moe((4, 2)),
+        moe((4, 4), routing="switch"),
+        moe((4, 4), routing="sample_top1", first_routing="soft"),
+    ):
         with pytest.raises(UserError, match="same top-k mixture in every layer"):
             experts_per_token(refused)
     assert "num_local_experts" not in config_from_model(model, "float32", 1, 2)
@@ -118,50 +169,115 @@ def test_mixtures_that_hugging_face_cannot_hold_are_refused_and_those_it_can_are
 def test_config_json_of_either_age_is_read_and_contradictions_are_not_guessed():
     base = json.loads((GOLDEN / "llama" / "config.json").read_text())
     base.pop("rope_parameters")
-    old = base | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"}
+    old = base | {
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "torch_dtype": "bfloat16",
+    }
     new = base | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
     assert model_from_config(old, "old") == model_from_config(new, "new")
     assert model_from_config(new, "new").rope_scaling == RopeScaling("linear", 2.0)
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     for bad, message in (
-        (base | {"rope_scaling": {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta: 10000.0, 500000.0; which is"),
+        (
+            base | {"rope_scaling": {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 5e5}},
+            "rope_theta: 10000.0, 500000.0; which is",
+        ),
         (base | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (
-            base | {"original_max_position_embeddings": 64, "rope_scaling": llama3 | {"original_max_position_embeddings": 32}},
+            base
+            | {
+                "original_max_position_embeddings": 64,
+                "rope_scaling": llama3 | {"original_max_position_embeddings": 32},
+            },
             "rope original_max_position_embeddings: 32.0, 64.0; which is right",
         ),
-        (base | {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "which is right"),
-        (base | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn' is not supported"),
+        (
+            base
+            | {
+                "rope_theta": 1e4,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            },
+            "which is right",
+        ),
+        (
+            base | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope scaling 'yarn' is not supported",
+        ),
         (base | {"attention_bias": True}, "attention_bias=True is not supported"),
         (base | {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
-        (base | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel; readable are"),
+        (
+            base | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            "architecture GPT2LMHeadModel; readable are",
+        ),
         (base | {"architectures": ["LlamaForSequenceClassification"]}, "is not the language model"),
     ):
         with pytest.raises(UserError, match=message):
             model_from_config(bad, "config.json")
-    windowed = json.loads((GOLDEN / "mistral" / "config.json").read_text()) | {"sliding_window": 256}
+    windowed = json.loads((GOLDEN / "mistral" / "config.json").read_text()) | {
+        "sliding_window": 256
+    }
     assert model_from_config(windowed, "x").context == 256
-    assert model_from_config(windowed | {"use_sliding_window": False}, "x").context == 256, "no key of Mistral's: transformers windows"
-    absent = {key: value for key, value in windowed.items() if key != "sliding_window"} | {"max_position_embeddings": 8192}
+    assert model_from_config(windowed | {"use_sliding_window": False}, "x").context == 256, (
+        "no key of Mistral's: transformers windows"
+    )
+    absent = {key: value for key, value in windowed.items() if key != "sliding_window"} | {
+        "max_position_embeddings": 8192
+    }
     assert model_from_config(absent, "x").context == 4096, "transformers' default"
 
 
-BIG = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
-META3 = BIG | {"vocab_size": 128_256, "intermediate_size": 14_336, "num_key_value_heads": 8, "rope_theta": 5e5}
-ROPE31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+BIG = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+META3 = BIG | {
+    "vocab_size": 128_256,
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "rope_theta": 5e5,
+}
+ROPE31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "published"),
     [
-        ("llama2_7b", "llama", BIG | {"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 4096}),
+        (
+            "llama2_7b",
+            "llama",
+            BIG
+            | {
+                "vocab_size": 32_000,
+                "intermediate_size": 11_008,
+                "max_position_embeddings": 4096,
+            },
+        ),
         ("llama3_8b", "llama", META3 | {"max_position_embeddings": 8192}),
-        ("llama31_8b", "llama", META3 | {"max_position_embeddings": 131_072, "rope_scaling": ROPE31}),
+        (
+            "llama31_8b",
+            "llama",
+            META3 | {"max_position_embeddings": 131_072, "rope_scaling": ROPE31},
+        ),
         (
             "mistral_7b",
             "mistral",
             BIG
-            | {"vocab_size": 32_000, "intermediate_size": 14_336, "num_key_value_heads": 8, "rope_theta": 1e4}
+            | {
+                "vocab_size": 32_000,
+                "intermediate_size": 14_336,
+                "num_key_value_heads": 8,
+                "rope_theta": 1e4,
+            }
             | {"max_position_embeddings": 32_768, "sliding_window": 4096},
         ),
     ],
@@ -179,7 +295,9 @@ def test_every_leaf_has_a_name_and_every_layout_survives_the_round_trip():
         for key in slot.path:
             leaf = leaf[key]
         theirs = slot.to_theirs(np.asarray(leaf[slot.indices]))
-        assert theirs.shape == slot.shape and np.array_equal(slot.to_ours(theirs), leaf[slot.indices]), name
+        assert theirs.shape == slot.shape and np.array_equal(
+            slot.to_ours(theirs), leaf[slot.indices]
+        ), name
         seen[slot.path] = seen.get(slot.path, 0) + theirs.size
     assert sum(seen.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -187,7 +305,11 @@ def test_every_leaf_has_a_name_and_every_layout_survives_the_round_trip():
 def test_the_writers_shards_are_what_the_safetensors_library_reads(tmp_path):
     arrays = {f"t{i}": np.arange(i * 10, dtype=np.float32).reshape(i, 10) for i in range(1, 6)}
     arrays["half"] = np.ones((3,), ml_dtypes.bfloat16)
-    writer = ShardWriter(tmp_path, {name: (array.shape, array.dtype) for name, array in arrays.items()}, shard_bytes=250)
+    writer = ShardWriter(
+        tmp_path,
+        {name: (array.shape, array.dtype) for name, array in arrays.items()},
+        shard_bytes=250,
+    )
     for name, array in arrays.items():
         writer.write(name, array)
     writer.finish()
@@ -207,7 +329,12 @@ def test_the_tokenizer_and_its_chat_template_travel_both_ways(tmp_path, tokenize
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.6}')
     convert.run(str(source), str(tmp_path / "ours"))
     convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))
-    for file in ("tokenizer.model", "chat_template.jinja", "tokenizer_config.json", "generation_config.json"):
+    for file in (
+        "tokenizer.model",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ):
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
 
 
@@ -218,7 +345,13 @@ def test_values_are_checked_and_a_failed_conversion_leaves_nothing(tmp_path):
     stored["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     stored["model.norm.weight"][0] = np.inf
     save_file(stored, source / "model.safetensors")
-    with pytest.raises(UserError, match=r"2 problems: NaN or infinity in model.layers.1.mlp.up_proj.weight; .* in model.norm.weight"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"2 problems: NaN or infinity in model.layers.1.mlp.up_proj.weight; .* in"
+            r" model.norm.weight"
+        ),
+    ):
         convert.run(str(source), str(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan"]
     with pytest.raises(UserError, match="NaN or infinity"):
@@ -231,7 +364,9 @@ def test_all_problems_of_a_checkpoint_are_told_at_once(tmp_path):
     stored = tensors(source)
     stored["model.layers.0.mlp.gate.weight"] = stored.pop("model.layers.0.mlp.gate_proj.weight")
     stored["model.norm.weight"] = stored["model.norm.weight"][:-1].copy()
-    stored["model.layers.1.mlp.up_proj.weight"] = stored["model.layers.1.mlp.up_proj.weight"].astype(np.int8)
+    stored["model.layers.1.mlp.up_proj.weight"] = stored[
+        "model.layers.1.mlp.up_proj.weight"
+    ].astype(np.int8)
     save_file(stored, source / "model.safetensors")
     with pytest.raises(UserError) as caught:
         open_reader(find_checkpoint(source))

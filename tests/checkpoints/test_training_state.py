@@ -40,11 +40,17 @@ def test_state_comes_back_onto_another_mesh(tmp_path):
         params, opt_state, data = checkpoints.restore(4, abstract.params, abstract.opt_state)
         checkpoints.close()
         assert data == {"next_index": 4}
-        for a, b in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves((saved.params, saved.opt_state)), strict=True):
+        for a, b in zip(
+            jax.tree.leaves((params, opt_state)),
+            jax.tree.leaves((saved.params, saved.opt_state)),
+            strict=True,
+        ):
             np.testing.assert_array_equal(a, b)
         gate = params["layers_0"]["ffn"]["gate"]
         assert len(gate.sharding.device_set) == devices
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["4"], "keep=1"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
+        "4"
+    ], "keep=1"
 
 
 def test_a_checkpoint_describes_itself(tmp_path):
@@ -61,7 +67,9 @@ def test_a_checkpoint_describes_itself(tmp_path):
 def test_digest_sees_every_bit_name_dtype_and_shape():
     params = {"a": jnp.arange(4.0), "b": jnp.ones((2, 2))}
     want = digest(params)
-    assert digest({"b": params["b"], "a": params["a"]}) == want, "the order of insertion does not matter"
+    assert digest({"b": params["b"], "a": params["a"]}) == want, (
+        "the order of insertion does not matter"
+    )
     for other in (
         {**params, "a": params["a"].at[0].set(np.nextafter(np.float32(0), np.float32(1)))},
         {**params, "b": params["b"].reshape(4)},
@@ -78,7 +86,11 @@ def test_a_mistyped_leaf_raises_and_all_problems_are_told_at_once(tmp_path):
     save(tmp_path, params)
     with pytest.raises(UserError) as error:
         load_params(find_checkpoint(tmp_path))
-    for problem in ("missing final_norm/scale", "unknown final_nrom/scale", "embed/embedding is (63, 32), not (64, 32)"):
+    for problem in (
+        "missing final_norm/scale",
+        "unknown final_nrom/scale",
+        "embed/embedding is (63, 32), not (64, 32)",
+    ):
         assert problem in str(error.value)
 
 
@@ -99,12 +111,21 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(UserError, match="holds no finished checkpoint yet"):
         find_checkpoint(tmp_path)
     (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "config.json").write_text('{"stage": "pipeline", "pipeline": {"seed": {}, "math": {}}}')
-    with pytest.raises(UserError, match=r"is a pipeline's directory; name one of its runs: seed, math"):
+    (tmp_path / "pipeline" / "config.json").write_text(
+        '{"stage": "pipeline", "pipeline": {"seed": {}, "math": {}}}'
+    )
+    with pytest.raises(
+        UserError, match=r"is a pipeline's directory; name one of its runs: seed, math"
+    ):
         find_checkpoint(tmp_path / "pipeline")
-    with pytest.raises(UserError, match=r"config\.init='\$NOT_SET/seed': the environment variable NOT_SET is not set"):
+    with pytest.raises(
+        UserError,
+        match=r"config\.init='\$NOT_SET/seed': the environment variable NOT_SET is not set",
+    ):
         find_checkpoint("$NOT_SET/seed", "config.init")
-    with pytest.raises(UserError, match=r"config\.init='gs://b/seed': gs:// is not read; mount the bucket"):
+    with pytest.raises(
+        UserError, match=r"config\.init='gs://b/seed': gs:// is not read; mount the bucket"
+    ):
         find_checkpoint("gs://b/seed", "config.init")
     with pytest.raises(UserError, match=r"does not exist; .*hf download mistralai/Nothing-7B"):
         find_checkpoint("mistralai/Nothing-7B", "base_model")
@@ -118,10 +139,24 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
 
 
 def test_costs_add_up_and_branches_wait_for_their_seed_only():
-    run = lambda tokens, seconds, *after, chips=1: TrainingRun(tokens, 10.0 * tokens, seconds, chips, tokens, after)  # noqa: E731
+    def run(tokens, seconds, *after, chips=1):
+        return TrainingRun(tokens, 10.0 * tokens, seconds, chips, tokens, after)
+
     seed = {"s": run(100, 10.0)}
     branches = {"a": run(10, 3.0, "s", chips=4), "b": run(20, 5.0, "s")}
     about = About(TINY, 7, {**seed, **branches, "f": run(30, 2.0, "s", "a", "b")})
-    assert about.costs() == {"tokens": 160, "flops": 1600.0, "chip_seconds": 29.0, "critical_seconds": 17.0, "peak_bytes": 100}
-    assert about.costs(without=seed) == {"tokens": 60, "flops": 600.0, "chip_seconds": 19.0, "critical_seconds": 7.0, "peak_bytes": 30}
+    assert about.costs() == {
+        "tokens": 160,
+        "flops": 1600.0,
+        "chip_seconds": 29.0,
+        "critical_seconds": 17.0,
+        "peak_bytes": 100,
+    }
+    assert about.costs(without=seed) == {
+        "tokens": 60,
+        "flops": 600.0,
+        "chip_seconds": 19.0,
+        "critical_seconds": 7.0,
+        "peak_bytes": 30,
+    }
     assert About(TINY, 0, {}).costs()["critical_seconds"] == 0

@@ -1,12 +1,15 @@
-"""What transformers itself says: makes the golden checkpoints of test_huggingface.py, and reads our exports.
+"""What transformers itself says: makes the golden checkpoints of test_huggingface.py, and reads our
+exports.
 
     python tests/checkpoints/transformers_peer.py make tests/checkpoints/golden     # transformers 5
-    python tests/checkpoints/transformers_peer.py check EXPORT LOGITS.npy            # transformers 5 or 4.42, each in its own environment
-    python tests/checkpoints/transformers_peer.py parity DIR README.md               # any checkpoint: our logits against transformers'
+    python tests/checkpoints/transformers_peer.py check EXPORT LOGITS.npy            # transformers
+    5 or 4.42, each in its own environment python tests/checkpoints/transformers_peer.py parity DIR
+    README.md               # any checkpoint: our logits against transformers'
 
-Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch 'transformers==4.42.4' 'numpy<2'`). `check` fails
-on any missing or unexpected key, and when the logits differ by more than 1e-4. 4.42 knows neither llama3 RoPE scaling nor a head_dim
-other than hidden_size / heads, and refuses such a model by itself.
+Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch
+'transformers==4.42.4' 'numpy<2'`). `check` fails on any missing or unexpected key, and when the
+logits differ by more than 1e-4. 4.42 knows neither llama3 RoPE scaling nor a head_dim other than
+hidden_size / heads, and refuses such a model by itself.
 """
 
 import json
@@ -30,20 +33,47 @@ LLAMA3 = {
 
 
 def models():
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+    )
 
     yield "llama", LlamaForCausalLM(LlamaConfig(**SHAPE))
-    yield "llama_gqa_llama3", LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3))
+    yield (
+        "llama_gqa_llama3",
+        LlamaForCausalLM(
+            LlamaConfig(**SHAPE, num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3)
+        ),
+    )
     yield (
         "llama_linear_tied",
         LlamaForCausalLM(
-            LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})
+            LlamaConfig(
+                **SHAPE,
+                tie_word_embeddings=True,
+                rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+            )
         ),
     )
-    yield "mistral", MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=None))
+    yield (
+        "mistral",
+        MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=None)),
+    )
     yield (
         "mixtral",
-        MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, sliding_window=None)),
+        MixtralForCausalLM(
+            MixtralConfig(
+                **SHAPE,
+                num_key_value_heads=2,
+                num_local_experts=3,
+                num_experts_per_tok=2,
+                sliding_window=None,
+            )
+        ),
     )
 
 
@@ -52,21 +82,37 @@ def make(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, model in models():
         model = model.float().eval()
-        for parameter in model.parameters():  # larger than at initialisation, so that a wrong layout shows
-            parameter.data.normal_(0, 0.12) if parameter.dim() > 1 else parameter.data.normal_(1, 0.1)
+        for (
+            parameter
+        ) in model.parameters():  # larger than at initialisation, so that a wrong layout shows
+            (
+                parameter.data.normal_(0, 0.12)
+                if parameter.dim() > 1
+                else parameter.data.normal_(1, 0.1)
+            )
         tokens = torch.randint(0, SHAPE["vocab_size"], (1, LENGTH))
         shutil.rmtree(folder / name, ignore_errors=True)
-        model.save_pretrained(folder / name, max_shard_size="60KB" if name == "llama_gqa_llama3" else "5GB")
+        model.save_pretrained(
+            folder / name, max_shard_size="60KB" if name == "llama_gqa_llama3" else "5GB"
+        )
         with torch.no_grad():
             logits = model(tokens).logits
-        np.savez(folder / name / "golden.npz", tokens=tokens.numpy(), logits=logits[0, ::37].numpy())
-        if name == "mixtral":  # the layout in memory, which save_pretrained undoes and other tools write
+        np.savez(
+            folder / name / "golden.npz", tokens=tokens.numpy(), logits=logits[0, ::37].numpy()
+        )
+        if (
+            name == "mixtral"
+        ):  # the layout in memory, which save_pretrained undoes and other tools write
             fused = folder / "mixtral_fused"
             shutil.rmtree(fused, ignore_errors=True)
             fused.mkdir()
             from safetensors.torch import save_file
 
-            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, fused / "model.safetensors", {"format": "pt"})
+            save_file(
+                {key: value.contiguous() for key, value in model.state_dict().items()},
+                fused / "model.safetensors",
+                {"format": "pt"},
+            )
             for file in ("config.json", "golden.npz"):
                 shutil.copyfile(folder / name / file, fused / file)
 
@@ -74,14 +120,19 @@ def make(folder: Path) -> None:
 def check(export: Path, golden: Path) -> None:
     """Load an export strictly and compare logits at every 37th position."""
     kind = json.loads((export / "config.json").read_text())["architectures"][0]
-    model, info = getattr(transformers, kind).from_pretrained(export, torch_dtype=torch.float32, output_loading_info=True)
+    model, info = getattr(transformers, kind).from_pretrained(
+        export, torch_dtype=torch.float32, output_loading_info=True
+    )
     wrong = {key: list(value) for key, value in info.items() if value}
     assert not wrong, f"transformers {transformers.__version__}: {wrong}"
     saved = np.load(golden)
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(saved["tokens"])).logits[0, ::37].numpy()
     difference = float(np.abs(logits - saved["logits"]).max())
-    print(f"transformers {transformers.__version__}: {kind} loads with no missing or unexpected keys, logits within {difference:.1e}")
+    print(
+        f"transformers {transformers.__version__}: {kind} loads with no missing or unexpected keys,"
+        f" logits within {difference:.1e}"
+    )
     assert difference < 1e-4
 
 
@@ -95,14 +146,17 @@ def parity(directory: Path, text: Path) -> None:
     found = find_checkpoint(directory)
     ids = np.array([load_tokenizer(found.tokenizer).encode(text.read_text())[:LENGTH]], np.int32)
     params = load_params(found)
-    hidden, _ = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")).apply(
-        {"params": params}, ids, np.ones_like(ids)
-    )
+    hidden, _ = Llama(
+        found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+    ).apply({"params": params}, ids, np.ones_like(ids))
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
     difference = np.abs(np.asarray(logits(params, hidden)) - theirs).max()
-    print(f"{ids.shape[1]} tokens: logits up to {np.abs(theirs).max():.1f}, largest difference {difference:.1e}")
+    print(
+        f"{ids.shape[1]} tokens: logits up to {np.abs(theirs).max():.1f}, largest difference"
+        f" {difference:.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def test_collectives_count_with_trips_and_groups():
     scatters = [c for c in counted.collectives if c.kind == "reduce-scatter"]
     assert {c.group_size for c in gathers} == {8}
     assert {(c.bytes, c.trips % 3) for c in gathers} == {(size, 0)}
-    assert sum(c.wire_bytes for c in gathers) == pytest.approx(sum(c.trips for c in gathers) * size * 7 / 8)
+    assert sum(c.wire_bytes for c in gathers) == pytest.approx(
+        sum(c.trips for c in gathers) * size * 7 / 8
+    )
     assert scatters, "the gradient of a gathered weight is reduce-scattered, not all-reduced"
     assert not [c for c in counted.collectives if c.kind == "all-reduce" and c.bytes >= size]
 
@@ -65,7 +67,9 @@ def test_a_gather_in_one_axis_and_its_gradient_in_stages_are_right():
         got = jax.jit(jax.grad(loss))(w)
     np.testing.assert_allclose(got, jax.grad(lambda w: (jnp.sin(x @ w) ** 2).sum())(w), atol=1e-5)
     with jax.set_mesh(mesh):
-        summed = jax.jit(per_device(lambda x: scatter_sum(x, "embed", 0), ((None,),), ("embed",)))(w)
+        summed = jax.jit(per_device(lambda x: scatter_sum(x, "embed", 0), ((None,),), ("embed",)))(
+            w
+        )
     np.testing.assert_allclose(summed, 8 * w, rtol=1e-6)
 
 
@@ -89,11 +93,15 @@ def test_groups_in_every_notation(text, groups):
 
 
 @pytest.mark.parametrize(
-    ("lhs", "rhs", "stride", "padding"), [((2, 5, 5, 3), (3, 3, 3, 4), 1, "SAME"), ((2, 8, 8, 3), (2, 2, 3, 4), 2, "VALID")]
+    ("lhs", "rhs", "stride", "padding"),
+    [((2, 5, 5, 3), (3, 3, 3, 4), 1, "SAME"), ((2, 8, 8, 3), (2, 2, 3, 4), 2, "VALID")],
 )
 def test_convolutions_count_only_taps_on_elements(lhs, rhs, stride, padding):
     dims = ("NHWC", "HWIO", "NHWC")
-    f = lambda x, k: jax.lax.conv_general_dilated(x, k, (stride, stride), padding, dimension_numbers=dims)  # noqa: E731
+
+    def f(x, k):
+        return jax.lax.conv_general_dilated(x, k, (stride, stride), padding, dimension_numbers=dims)
+
     x, k = jnp.ones(lhs), jnp.ones(rhs)
     # Of ones, each output is the number of taps on elements times the input features.
     assert program(f, x, k).dot_flops == 2 * float(f(x, k).sum())

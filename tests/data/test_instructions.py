@@ -12,8 +12,8 @@ from btx_jax.errors import ConfigError, UserError
 from btx_jax.training.losses import next_token_targets
 
 CHATML = (
-    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '<end>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '<end>'"
+    " }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
 
@@ -30,8 +30,13 @@ def test_a_prompt_is_read_and_an_answer_learnt(tokenizer):
     assert pieces == [Piece("the river", False), Piece(" city", True)]
     ids, learnt = encode_pieces(pieces, tokenizer)
     assert ids == tokenizer.encode("the river city"), "encoded as one text, as a model is asked"
-    assert tokenizer.decode([i for i, of_answer in zip(ids, learnt, strict=True) if of_answer]).strip() == "city"
-    assert Formatter(FormatConfig("{a}?", "{b[x]}"), tokenizer, 64).pieces({"a": 1, "b": {"x": 2}})[1] == Piece("2", True)
+    assert (
+        tokenizer.decode([i for i, of_answer in zip(ids, learnt, strict=True) if of_answer]).strip()
+        == "city"
+    )
+    assert Formatter(FormatConfig("{a}?", "{b[x]}"), tokenizer, 64).pieces({"a": 1, "b": {"x": 2}})[
+        1
+    ] == Piece("2", True)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +59,15 @@ def test_a_chat_s_assistant_is_learnt_turn_by_turn(chat_tokenizer):
     ]  # fmt: skip
     pieces = Formatter(FormatConfig(messages="m"), chat_tokenizer, 64).pieces({"m": messages})
     assert [piece.text for piece in pieces if piece.learnt] == ["one<end>", "two<end>"]
-    assert "".join(piece.text for piece in pieces) == "<system>s<end><user>u<end><assistant>one<end><user>v<end><assistant>two<end>"
-    for wrong, why in (([{"role": "user", "content": "u"}], "no assistant"), ("text", "no list"), ([{"role": "user"}], "no list")):
+    assert (
+        "".join(piece.text for piece in pieces)
+        == "<system>s<end><user>u<end><assistant>one<end><user>v<end><assistant>two<end>"
+    )
+    for wrong, why in (
+        ([{"role": "user", "content": "u"}], "no assistant"),
+        ("text", "no list"),
+        ([{"role": "user"}], "no list"),
+    ):
         with pytest.raises(Unusable, match=why):
             Formatter(FormatConfig(messages="m"), chat_tokenizer, 64).pieces({"m": wrong})
 
@@ -82,7 +94,10 @@ def test_templates_that_are_missing_broken_or_hostile(tokenizer, chat_tokenizer)
 
 
 def test_rows_carry_what_is_learnt_and_its_bytes(tokenizer, tmp_path):
-    rows = [{"q": f"prompt number {i}:", "a": f" paper {i}"} for i in range(60)] + [{"q": "no answer"}, {"q": "long " * 200, "a": " x"}]
+    rows = [{"q": f"prompt number {i}:", "a": f" paper {i}"} for i in range(60)] + [
+        {"q": "no answer"},
+        {"q": "long " * 200, "a": " x"},
+    ]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(
         f"{tmp_path / 'items.jsonl'}#@qa", formats={"qa": FormatConfig("{q}", "{a}", cutoff=40)}, sequence_length=48, heldout_fraction=0.3,
@@ -95,10 +110,16 @@ def test_rows_carry_what_is_learnt_and_its_bytes(tokenizer, tmp_path):
     held = heldout_rows(domain)
     batch = next(training_batches((domain,), 2, 0))
     learnt = []
-    for tokens, segments in ((held["tokens"], held["segments"]), (batch["tokens"], batch["segments"])):
+    for tokens, segments in (
+        (held["tokens"], held["segments"]),
+        (batch["tokens"], batch["segments"]),
+    ):
         _, inputs, targets, mask = next_token_targets(tokens, segments)
         assert (inputs >= 0).all()
-        learnt += [tokenizer.decode([t for t in row[m] if t != tokenizer.eos]) for row, m in zip(targets, mask, strict=True)]
+        learnt += [
+            tokenizer.decode([t for t in row[m] if t != tokenizer.eos])
+            for row, m in zip(targets, mask, strict=True)
+        ]
     assert all("prompt" not in text and "number" not in text and "paper" in text for text in learnt)
     answers = sum(len(row["a"]) for row in rows[:60] if is_heldout(row["q"] + row["a"], 0.3))
     assert held["bytes"].sum() == answers, "of the answers, to the last byte"
@@ -110,5 +131,11 @@ def test_rows_carry_what_is_learnt_and_its_bytes(tokenizer, tmp_path):
 
 
 def test_text_without_a_format_is_learnt_whole(tokenizer):
-    rows = list(pack(iter([text_document("the river city", tokenizer), text_document("paper", tokenizer)]), tokenizer, 32))
+    rows = list(
+        pack(
+            iter([text_document("the river city", tokenizer), text_document("paper", tokenizer)]),
+            tokenizer,
+            32,
+        )
+    )
     assert (np.concatenate([row["segments"] for row in rows]) >= 0).all()

@@ -13,8 +13,21 @@ from hypothesis import strategies as st
 from btx_jax.config import DataConfig
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import Document, is_heldout, pack, prepare, text_document
-from btx_jax.data.sources import Problems, Source, parse_domains, parse_sources, read_documents, read_tfds
-from btx_jax.data.tokenizers import HuggingFaceTokenizer, copy_tokenizer, load_tokenizer, tokenizer_sha256, train_sentencepiece
+from btx_jax.data.sources import (
+    Problems,
+    Source,
+    parse_domains,
+    parse_sources,
+    read_documents,
+    read_tfds,
+)
+from btx_jax.data.tokenizers import (
+    HuggingFaceTokenizer,
+    copy_tokenizer,
+    load_tokenizer,
+    tokenizer_sha256,
+    train_sentencepiece,
+)
 from btx_jax.errors import UserError
 from tests.conftest import sentences
 
@@ -38,7 +51,10 @@ class Letters:
         return [ord(c) for c in text]
 
 
-@given(st.lists(st.text(alphabet="abcdefgh", min_size=0, max_size=40), min_size=1, max_size=12), st.integers(2, 17))
+@given(
+    st.lists(st.text(alphabet="abcdefgh", min_size=0, max_size=40), min_size=1, max_size=12),
+    st.integers(2, 17),
+)
 @settings(max_examples=60, deadline=None)
 def test_every_token_is_a_target_exactly_once_and_bytes_add_up(texts, length):
     tokenizer = Letters()
@@ -49,7 +65,9 @@ def test_every_token_is_a_target_exactly_once_and_bytes_add_up(texts, length):
         assert row["tokens"].shape == row["segments"].shape == (length + 1,)
         mask = (row["segments"][1:] == row["segments"][:-1]) & (row["segments"][1:] > 0)
         targets += row["tokens"][1:][mask].tolist()
-    assert targets == [t for ids, _ in documents for t in [*ids, 2]], "a document's tokens and its EOS, in order, once"
+    assert targets == [t for ids, _ in documents for t in [*ids, 2]], (
+        "a document's tokens and its EOS, in order, once"
+    )
     assert sum(int(row["bytes"]) for row in rows) == sum(size for _, size in documents)
 
 
@@ -59,7 +77,9 @@ def test_heldout_is_disjoint_by_text_even_for_duplicates(tmp_path, tokenizer):
     (domain,) = prepare(str(file), config(tmp_path, file), tokenizer, "config.data.train")
     manifest = domain.sources[0].manifest
     assert sum(split["documents"] for split in manifest["splits"].values()) == 180
-    train = " ".join(tokenizer.decode(row["tokens"].tolist()) for row in domain.sources[0].open("train"))
+    train = " ".join(
+        tokenizer.decode(row["tokens"].tolist()) for row in domain.sources[0].open("train")
+    )
     heldout = [t for t in texts if is_heldout(t, 0.2)]
     assert 10 < len(heldout) < 40
     for text in heldout:
@@ -72,18 +92,36 @@ def test_heldout_is_disjoint_by_text_even_for_duplicates(tmp_path, tokenizer):
     assert rows["bytes"].sum() == sum(len(t) for t in texts + texts[:60] if is_heldout(t, 0.2))
 
 
-def test_a_prepared_set_is_found_again_and_changes_with_text_and_tokenizer_settings(tmp_path, tokenizer):
+def test_a_prepared_set_is_found_again_and_changes_with_text_and_tokenizer_settings(
+    tmp_path, tokenizer
+):
     file = write(tmp_path / "a.jsonl", sentences(40))
     first = prepare(str(file), config(tmp_path, file), tokenizer, "k")[0].sources[0]
-    assert prepare(str(file), config(tmp_path, file), tokenizer, "k")[0].sources[0].directory == first.directory
-    assert prepare(str(file), config(tmp_path, file, sequence_length=16), tokenizer, "k")[0].sources[0].directory != first.directory
+    assert (
+        prepare(str(file), config(tmp_path, file), tokenizer, "k")[0].sources[0].directory
+        == first.directory
+    )
+    assert (
+        prepare(str(file), config(tmp_path, file, sequence_length=16), tokenizer, "k")[0]
+        .sources[0]
+        .directory
+        != first.directory
+    )
     write(file, sentences(41))
-    assert prepare(str(file), config(tmp_path, file), tokenizer, "k")[0].sources[0].directory != first.directory
-    assert not [p for p in (tmp_path / "cache" / "packed").iterdir() if p.name.startswith(".")], "temporary folders left behind"
+    assert (
+        prepare(str(file), config(tmp_path, file), tokenizer, "k")[0].sources[0].directory
+        != first.directory
+    )
+    assert not [p for p in (tmp_path / "cache" / "packed").iterdir() if p.name.startswith(".")], (
+        "temporary folders left behind"
+    )
 
 
 def test_weights_mix_domains_and_resume_is_exact(tmp_path, tokenizer):
-    a, b = write(tmp_path / "a.jsonl", ["aaa 111 " * 9] * 40), write(tmp_path / "b.jsonl", ["bbb 222 " * 9] * 40)
+    a, b = (
+        write(tmp_path / "a.jsonl", ["aaa 111 " * 9] * 40),
+        write(tmp_path / "b.jsonl", ["bbb 222 " * 9] * 40),
+    )
     c = config(tmp_path, "A:3,B:1", domains={"A": str(a), "B": str(b)}, heldout_fraction=0.0)
     domains = prepare(c.train, c, tokenizer, "k")
     assert [d.name for d in domains] == ["A", "B"]
@@ -116,7 +154,9 @@ def test_hosts_share_each_global_batch(tmp_path, tokenizer):
         assert got == want
     single = [training_batches(domains, 2, 0, process, 2) for process in range(2)]  # one row each
     pairs = [[tuple(next(part)["tokens"][0].tolist()) for part in single] for _ in range(4)]
-    assert sorted(row for pair in pairs for row in pair) == sorted(map(tuple, next(training_batches(domains, 8, 0))["tokens"].tolist()))
+    assert sorted(row for pair in pairs for row in pair) == sorted(
+        map(tuple, next(training_batches(domains, 8, 0))["tokens"].tolist())
+    )
     with pytest.raises(UserError, match="batch_size=9: not divisible by the 2 processes"):
         training_batches(domains, 9, 0, 0, 2)
 
@@ -126,8 +166,15 @@ def test_notation():
         Source("a.txt"), Source("b*.jsonl.gz", "body", 2.5), Source("tfds:c4/en:3.0.1"),
     )  # fmt: skip
     domains = parse_domains("math:30.16,x.txt,y.txt:2", {"math": "m.txt:1,n.txt:3"}, "k")
-    assert [(d.name, d.weight, len(d.sources)) for d in domains] == [("math", 30.16, 2), ("text", 3.0, 2)]
-    for wrong, message in (("", "names no text"), ("a.txt,,b.txt", "names no text"), ("a.txt:0", "the weight of a.txt is 0")):
+    assert [(d.name, d.weight, len(d.sources)) for d in domains] == [
+        ("math", 30.16, 2),
+        ("text", 3.0, 2),
+    ]
+    for wrong, message in (
+        ("", "names no text"),
+        ("a.txt,,b.txt", "names no text"),
+        ("a.txt:0", "the weight of a.txt is 0"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_sources(wrong, "config.data.train")
 
@@ -139,7 +186,10 @@ def read(file, field="text"):
 
 def test_unreadable_documents_are_counted_with_their_place(tmp_path):
     file = tmp_path / "bad.jsonl"
-    file.write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n[1]\n{"text": 5}\n{"text": "  "}\n\n{"other": 1}\nnot json\n')
+    file.write_bytes(
+        b'{"text": "good"}\n{"text": "\xff"}\n[1]\n{"text": 5}\n{"text": "  "}\n\n{"other": 1}\nnot'
+        b" json\n"
+    )
     texts, problems = read(file)
     assert texts == ["good"]
     assert sum(problems.counts.values()) == 6
@@ -154,10 +204,15 @@ class SmallPoems(tfds.core.GeneratorBasedBuilder):
     pkg_dir_path = None
 
     def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"verse": tfds.features.Text(), "n": np.int32}))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({"verse": tfds.features.Text(), "n": np.int32}),
+        )
 
     def _split_generators(self, dl_manager):
-        return {"train": ((i, {"verse": text, "n": i}) for i, text in enumerate(sentences(30, seed=8)))}
+        return {
+            "train": ((i, {"verse": text, "n": i}) for i, text in enumerate(sentences(30, seed=8)))
+        }
 
     def _generate_examples(self):
         raise AssertionError("the split generators hold the examples")
@@ -166,7 +221,9 @@ class SmallPoems(tfds.core.GeneratorBasedBuilder):
 def test_tensorflow_datasets_are_read_by_name_without_tensorflow(tmp_path, tokenizer, monkeypatch):
     SmallPoems(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     real = tfds.data_source
-    monkeypatch.setattr(tfds, "data_source", lambda name, **kwargs: real(name, data_dir=str(tmp_path), **kwargs))
+    monkeypatch.setattr(
+        tfds, "data_source", lambda name, **kwargs: real(name, data_dir=str(tmp_path), **kwargs)
+    )
     c = config(tmp_path, "tfds:small_poems:1.2.3#verse:2")
     (domain,) = prepare(c.train, c, tokenizer, "config.data.train")
     splits = domain.sources[0].manifest["splits"]
@@ -182,7 +239,11 @@ def test_tensorflow_datasets_are_read_by_name_without_tensorflow(tmp_path, token
 
 
 def test_text_data_sets_of_tensorflow_datasets_are_known(monkeypatch):
-    monkeypatch.setattr(tfds, "data_source", lambda name, split: tfds.builder_cls(name) and [{"question": b"1 + 1?"}])
+    monkeypatch.setattr(
+        tfds,
+        "data_source",
+        lambda name, split: tfds.builder_cls(name) and [{"question": b"1 + 1?"}],
+    )
     for name in ("gsm8k", "wikipedia", "cnn_dailymail", "wmt14_translate"):
         assert list(read_tfds(name, "question", Problems())) == ["1 + 1?"]
 
@@ -190,7 +251,12 @@ def test_text_data_sets_of_tensorflow_datasets_are_known(monkeypatch):
 def test_rows_come_from_every_source_by_its_weight(tmp_path, tokenizer):
     for number, name in enumerate("abc"):
         write(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in sentences(60, seed=number)])
-    c = config(tmp_path, ",".join(f"{tmp_path / name}.jsonl:{weight}" for name, weight in (("a", 1), ("b", 3), ("c", 1))))
+    c = config(
+        tmp_path,
+        ",".join(
+            f"{tmp_path / name}.jsonl:{weight}" for name, weight in (("a", 1), ("b", 3), ("c", 1))
+        ),
+    )
     (domain,) = prepare(c.train, c, tokenizer, "config.data.train")
     counts = [len(source.open("heldout")) for source in domain.sources]
     whole = heldout_rows(domain)["tokens"]
@@ -198,7 +264,9 @@ def test_rows_come_from_every_source_by_its_weight(tmp_path, tokenizer):
     first = np.cumsum([0, *counts])
     expected = np.concatenate([whole[first[i] : first[i] + n] for i, n in enumerate((2, 6, 2))])
     np.testing.assert_array_equal(few, expected)
-    assert len(heldout_rows(domain, 10**6)["tokens"]) == sum(counts), "a source that has given all leaves the rest to the others"
+    assert len(heldout_rows(domain, 10**6)["tokens"]) == sum(counts), (
+        "a source that has given all leaves the rest to the others"
+    )
 
 
 def test_two_processes_prepare_the_same_text_at_once(tmp_path, tokenizer, tokenizer_file):
@@ -212,11 +280,21 @@ from btx_jax.data.tokenizers import load_tokenizer
 c = DataConfig(train={str(file)!r}, sequence_length=32, heldout_fraction=0.2, cache={str(tmp_path / "cache")!r})
 print(len(prepare(c.train, c, load_tokenizer({str(tokenizer_file)!r}), "k")[0].sources[0].open("train")))
 """
-    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
     out = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], out
     assert out[0][0] == out[1][0] != ""
-    assert [p.name for p in (tmp_path / "cache" / "packed").iterdir() if p.name.startswith(".")] == []
+    assert [
+        p.name for p in (tmp_path / "cache" / "packed").iterdir() if p.name.startswith(".")
+    ] == []
 
 
 def test_an_end_of_text_written_out_is_counted_neither_in_bytes_nor_twice(tmp_path):
@@ -227,7 +305,12 @@ def test_an_end_of_text_written_out_is_counted_neither_in_bytes_nor_twice(tmp_pa
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     loaded = load_tokenizer(tmp_path)
     end = loaded.eos
-    for text, tokens, size in (("ab", 3, 2), ("ab<end>", 3, 2), ("ab<end>cd", 6, 4), ("ab<end>\n", 4, 3)):
+    for text, tokens, size in (
+        ("ab", 3, 2),
+        ("ab<end>", 3, 2),
+        ("ab<end>cd", 6, 4),
+        ("ab<end>\n", 4, 3),
+    ):
         document = text_document(text, loaded)
         (row,) = pack(iter([document]), loaded, 8)
         used = row["tokens"][row["segments"] > 0]
@@ -236,7 +319,9 @@ def test_an_end_of_text_written_out_is_counted_neither_in_bytes_nor_twice(tmp_pa
 
 
 def test_a_vocabulary_is_as_large_as_its_largest_id(tmp_path):
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 500}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 500}, unk_token="a")).save(
+        str(tmp_path / "tokenizer.json")
+    )
     assert load_tokenizer(tmp_path).vocab_size == 501
 
 
@@ -260,7 +345,9 @@ def test_a_file_that_breaks_midway_leaves_nothing_behind(tmp_path, tokenizer):
     assert not left, left
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=80))
+@given(
+    st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=80)
+)
 @settings(max_examples=80, deadline=None)
 def test_our_sentencepiece_gives_back_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -291,7 +378,9 @@ def test_hugging_face_tokenizers_speak_the_same_interface(tmp_path):
     made.train_from_iterator(sentences(50), trainer)
     made.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).bos is None
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<begin>", "eos_token": {"content": "<end>"}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<begin>", "eos_token": {"content": "<end>"}})
+    )
     loaded = load_tokenizer(tmp_path)
     assert isinstance(loaded, HuggingFaceTokenizer)
     assert (loaded.bos, loaded.eos) == (0, 1)

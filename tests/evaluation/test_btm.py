@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from btx_jax.evaluation.btm import DECAY, DomainProfiles, bayes_weights, ensemble_nll, tf_idf_weights
+from btx_jax.evaluation.btm import (
+    DECAY,
+    DomainProfiles,
+    bayes_weights,
+    ensemble_nll,
+    tf_idf_weights,
+)
 
 
 def test_weights_are_a_distribution_and_favour_the_contexts_domain():
@@ -34,14 +40,23 @@ def test_tf_idf_weights_see_only_what_came_before_in_the_same_document():
     weights = tf_idf_weights(profiles, tokens, segments, 1)
     assert weights.shape == (2, 2, 100)
     np.testing.assert_allclose(weights.sum(0), 1)
-    np.testing.assert_allclose(weights[:, 0, :32], 0.5, err_msg="the first block of a document has no context")
-    np.testing.assert_allclose(weights[:, 0, 70:100], 0.5, err_msg="a document does not see the one before it")
+    np.testing.assert_allclose(
+        weights[:, 0, :32], 0.5, err_msg="the first block of a document has no context"
+    )
+    np.testing.assert_allclose(
+        weights[:, 0, 70:100], 0.5, err_msg="a document does not see the one before it"
+    )
     context = tokens[0, :33]
     assert weights[0, 0, 40] == (1 if (context < 50).sum() > (context >= 50).sum() else 0)
-    for word in (0, 99):  # either expert's own, from the first token on that block 32 .. 63 must not see
+    for word in (
+        0,
+        99,
+    ):  # either expert's own, from the first token on that block 32 .. 63 must not see
         later = tokens.copy()
         later[0, 33:] = word
-        np.testing.assert_array_equal(tf_idf_weights(profiles, later, segments, 1)[:, 0, :64], weights[:, 0, :64])
+        np.testing.assert_array_equal(
+            tf_idf_weights(profiles, later, segments, 1)[:, 0, :64], weights[:, 0, :64]
+        )
 
 
 def test_the_posterior_follows_the_better_expert_and_starts_anew_with_each_document():
@@ -52,7 +67,9 @@ def test_the_posterior_follows_the_better_expert_and_starts_anew_with_each_docum
     np.testing.assert_allclose(weights[:, 0, 0], 0.5)
     np.testing.assert_allclose(weights[0, 0, 1], np.exp(0.5) / (1 + np.exp(0.5)))
     assert weights[0, 0, 60] > 0.99
-    np.testing.assert_allclose(weights[:, 0, 70], 0.5, err_msg="a uniform prior forgets the document before")
+    np.testing.assert_allclose(
+        weights[:, 0, 70], 0.5, err_msg="a uniform prior forgets the document before"
+    )
     updated = bayes_weights(nll, segments, updating=True)
     assert updated[0, 0, 70] == pytest.approx(DECAY * 0.5 + (1 - DECAY), abs=1e-4)
 

@@ -12,13 +12,20 @@ from btx_jax.parallel.sharding import make_mesh
 from tests.models.test_llama import TINY
 
 COMPUTE = ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
-MIXED = dataclasses.replace(TINY, vocab_size=320, moe=MoEConfig((0, 4, 2)))  # a dense layer, then two runs of mixtures
+MIXED = dataclasses.replace(
+    TINY, vocab_size=320, moe=MoEConfig((0, 4, 2))
+)  # a dense layer, then two runs of mixtures
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 2, 1)])
 def test_every_token_has_the_experts_that_the_model_chose_for_it(shape, tokenizer):
-    params = jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, init_params(MIXED, jax.random.key(0)))
-    texts = {"short": tokenizer.encode("the river"), "long": tokenizer.encode("a mountain of paper " * 3)}
+    params = jax.tree.map(
+        lambda x: x * 5 if x.ndim > 2 else x, init_params(MIXED, jax.random.key(0))
+    )
+    texts = {
+        "short": tokenizer.encode("the river"),
+        "long": tokenizer.encode("a mountain of paper " * 3),
+    }
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(shape))])
     found = explain(MIXED, COMPUTE, params, tokenizer, texts, mesh)
     assert list(found) == ["short", "long"]

@@ -17,36 +17,65 @@ COMPUTE = ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [20, 21]]
 MIXED = dataclasses.replace(TINY, moe=MoEConfig((0, 4, 2)))
 SOFT = dataclasses.replace(TINY, moe=MoEConfig((4, 4, 4), routing="soft"))
-LORA = dataclasses.replace(TINY, lora=LoRAConfig("1,3,3", k=(1, 2, 2), rank=(2,), targets=("q", "o", "up", "down")))
+LORA = dataclasses.replace(
+    TINY, lora=LoRAConfig("1,3,3", k=(1, 2, 2), rank=(2,), targets=("q", "o", "up", "down"))
+)
 TIED = dataclasses.replace(TINY, tied_head=True)
 TOP1 = dataclasses.replace(TINY, moe=MoEConfig((6, 6, 6), k=1, routing="switch"))
 
 
 def scaled(model):
     """Random parameters large enough for greedy decoding not to repeat one token."""
-    larger = lambda path, x: 0.5 * jax.random.normal(jax.random.key(2), x.shape) if path[-1].key == "b" else x * 6 if x.ndim > 2 else x  # noqa: E731
+
+    def larger(path, x):
+        return (
+            0.5 * jax.random.normal(jax.random.key(2), x.shape)
+            if path[-1].key == "b"
+            else x * 6
+            if x.ndim > 2
+            else x
+        )
+
     return jax.tree_util.tree_map_with_path(larger, init_params(model, jax.random.key(1)))
 
 
 def without_cache(model, params, prompt, new_tokens):
     """Greedy: a forward pass over everything so far for every token."""
     llama, ids = Llama(model, COMPUTE), list(prompt)
-    forward = jax.jit(lambda tokens, segments: logits(params, llama.apply({"params": params}, tokens, segments)[0]))
+    forward = jax.jit(
+        lambda tokens, segments: logits(
+            params, llama.apply({"params": params}, tokens, segments)[0]
+        )
+    )
     for _ in range(new_tokens):
         tokens = np.zeros((1, 64), np.int32)
         tokens[0, : len(ids)] = ids
-        ids.append(int(forward(tokens, (np.arange(64) < len(ids)).astype(np.int32)[None])[0, len(ids) - 1].argmax()))
+        ids.append(
+            int(
+                forward(tokens, (np.arange(64) < len(ids)).astype(np.int32)[None])[
+                    0, len(ids) - 1
+                ].argmax()
+            )
+        )
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("model", [TINY, MOE, MIXED, SOFT, TOP1, LORA], ids=["dense", "moe", "mixed", "soft", "switch", "lora"])
+@pytest.mark.parametrize(
+    "model",
+    [TINY, MOE, MIXED, SOFT, TOP1, LORA],
+    ids=["dense", "moe", "mixed", "soft", "switch", "lora"],
+)
 def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device):
     params = scaled(model)
     want = [without_cache(model, params, prompt, 40) for prompt in PROMPTS]
-    assert len({tuple(ids) for ids in want}) == len(PROMPTS), "a test that tells nothing: all prompts continue alike"
+    assert len({tuple(ids) for ids in want}) == len(PROMPTS), (
+        "a test that tells nothing: all prompts continue alike"
+    )
     generator = Generator(model, params, COMPUTE, one_device)
     assert generator.generate(PROMPTS, 40) == want
-    assert generator.generate(PROMPTS, 33) == [ids[:33] for ids in want], "a second look for one token"
+    assert generator.generate(PROMPTS, 33) == [ids[:33] for ids in want], (
+        "a second look for one token"
+    )
     assert [generator.generate([prompt], 40)[0] for prompt in PROMPTS] == want
 
 
@@ -56,16 +85,21 @@ def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device)
     ids=["dense-1", "dense-4", "moe-1", "moe-4", "switch-4", "lora-4", "tied-1"],
 )
 def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
-    """Next-token distributions after a prompt and after one more token, against the model in float32."""
+    """Next-token distributions after a prompt and after one more token, against the model in
+    float32."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), scaled(model))
     ids = np.random.default_rng(0).integers(1, model.vocab_size, (rows, 9)).astype(np.int32)
     hidden = jax.jit(Llama(model, COMPUTE).apply)({"params": params}, ids, np.ones_like(ids))[0]
     want = jax.nn.log_softmax(logits(params, hidden))
     compute = dataclasses.replace(COMPUTE, dtype="bfloat16")
     with jax.set_mesh(one_device):
-        weights = jax.jit(lambda params: unstack(params, model, "bfloat16", one_device=True))(params)
+        weights = jax.jit(lambda params: unstack(params, model, "bfloat16", one_device=True))(
+            params
+        )
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-            assert (leaf.dtype == jnp.float32) == (getattr(path[-1], "key", "") in ("scale", "router")), jax.tree_util.keystr(path)
+            assert (leaf.dtype == jnp.float32) == (
+                getattr(path[-1], "key", "") in ("scale", "router")
+            ), jax.tree_util.keystr(path)
         step = jax.jit(lambda weights, *args: forward(model, compute, weights, *args))
         read = jax.jit(lambda weights, hidden: jax.nn.log_softmax(next_logits(weights, hidden)))
         cache = empty_cache(model, "bfloat16", rows, 16)
@@ -74,13 +108,18 @@ def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
             got = read(weights, hidden)
             signal = want[:, last] - want[:, last].mean(-1, keepdims=True)
             off = np.linalg.norm(got - want[:, last]) / np.linalg.norm(signal)
-            assert off < 0.06, "more than rounding: that gives 0.01, and 0.05 where it sends a token to another expert"
+            assert off < 0.06, (
+                "more than rounding: that gives 0.01, and 0.05 where it sends a token to another"
+                " expert"
+            )
 
 
 def test_a_mesh_gives_the_same_tokens(one_device):
     params = scaled(MOE)
     mesh = make_mesh((1, 2, 2, 2), jax.devices())
-    assert Generator(MOE, params, COMPUTE, mesh).generate(PROMPTS, 12) == Generator(MOE, params, COMPUTE, one_device).generate(PROMPTS, 12)
+    assert Generator(MOE, params, COMPUTE, mesh).generate(PROMPTS, 12) == Generator(
+        MOE, params, COMPUTE, one_device
+    ).generate(PROMPTS, 12)
 
 
 def test_a_row_ends_before_eos_or_when_it_is_finished(one_device):
@@ -89,7 +128,9 @@ def test_a_row_ends_before_eos_or_when_it_is_finished(one_device):
     eos = free[0][5]
     got = Generator(MOE, params, COMPUTE, one_device, eos=eos).generate(PROMPTS, 40)
     assert got == [ids[: ids.index(eos)] if eos in ids else ids for ids in free]
-    stopped = Generator(MOE, params, COMPUTE, one_device).generate(PROMPTS, 40, is_finished=lambda row, ids: row == 2)
+    stopped = Generator(MOE, params, COMPUTE, one_device).generate(
+        PROMPTS, 40, is_finished=lambda row, ids: row == 2
+    )
     assert stopped[2] == free[2][:32], "asked every 32 tokens"
     assert [stopped[i] for i in (0, 1, 3)] == [free[i] for i in (0, 1, 3)]
 
@@ -100,20 +141,31 @@ def test_sampling_repeats_with_its_seed(one_device):
     a = generator.generate(PROMPTS, 8, warm, seed=3)
     assert a == generator.generate(PROMPTS, 8, warm, seed=3)
     assert a != generator.generate(PROMPTS, 8, warm, seed=4)
-    assert a[:1] == generator.generate(PROMPTS[:1], 8, warm, seed=3), "a row's draw depends on the other rows"
+    assert a[:1] == generator.generate(PROMPTS[:1], 8, warm, seed=3), (
+        "a row's draw depends on the other rows"
+    )
 
 
 @pytest.mark.parametrize("size", [5, 128, 300])
 def test_greedy_takes_the_first_of_the_largest(size):
     for seed in range(20):
         values = np.random.default_rng(seed).integers(-9, 3, size).astype(np.float32)
-        assert int(sample_token(jnp.array(values), jax.random.key(0), Sampling())) == values.argmax()
+        assert (
+            int(sample_token(jnp.array(values), jax.random.key(0), Sampling())) == values.argmax()
+        )
 
 
 def test_greedy_at_zero_and_the_nucleus():
     values = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     keys = jax.random.split(jax.random.key(0), 4000)
-    draw = lambda top_p: np.array(jax.jit(jax.vmap(lambda key: sample_token(values, key, Sampling(1.0, top_p))))(keys))  # noqa: E731
+
+    def draw(top_p):
+        return np.array(
+            jax.jit(jax.vmap(lambda key: sample_token(values, key, Sampling(1.0, top_p))))(keys)
+        )
+
     assert int(sample_token(values, keys[0], Sampling())) == 0
     assert set(draw(0.7).tolist()) == {0, 1}, "0.5 alone is short of 0.7, 0.5 + 0.3 reaches it"
-    np.testing.assert_allclose(np.bincount(draw(1.0), minlength=4) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    np.testing.assert_allclose(
+        np.bincount(draw(1.0), minlength=4) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03
+    )

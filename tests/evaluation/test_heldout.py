@@ -11,7 +11,9 @@ from btx_jax.evaluation.routing import summarise
 from btx_jax.models.llama import Llama, init_params, logits
 from tests.models.test_llama import MOE, TINY
 
-COMPUTE = ComputeConfig(dtype="float32", remat="none", capacity_factor=0.5, group_size=8, loss_chunk=16)
+COMPUTE = ComputeConfig(
+    dtype="float32", remat="none", capacity_factor=0.5, group_size=8, loss_chunk=16
+)
 
 
 def rows_of(rows=5, length=16):
@@ -37,7 +39,9 @@ def test_heldout_loss_is_the_mean_over_targets_and_padding_counts_nothing(model,
     whole = jax.jit(Llama(model, dropless, keep_choices=True).apply)
     for row in range(5):
         batch = {name: values[row : row + 1] for name, values in rows.items()}
-        hidden, stats = whole({"params": params}, batch["tokens"][:, :-1], batch["segments"][:, :-1])
+        hidden, stats = whole(
+            {"params": params}, batch["tokens"][:, :-1], batch["segments"][:, :-1]
+        )
         routed.append(stats)
         log_p = jax.nn.log_softmax(logits(params, hidden))
         for t in range(16):
@@ -53,15 +57,21 @@ def test_heldout_loss_is_the_mean_over_targets_and_padding_counts_nothing(model,
         assert sums is None
         return
     found = summarise(sums)
-    index = np.concatenate([stats["layers_0"].choice.index_GSK[:, 0] for stats in routed], axis=1)  # [L, tokens, K]
+    index = np.concatenate(
+        [stats["layers_0"].choice.index_GSK[:, 0] for stats in routed], axis=1
+    )  # [L, tokens, K]
     gate = np.concatenate([stats["layers_0"].choice.gate_GSK[:, 0] for stats in routed], axis=1)
     for layer in range(3):
         valid = index[layer][index[layer][:, 0] < 4]
         assert len(valid) == 4 * 16 + 6
-        np.testing.assert_allclose(found["load"][layer], np.bincount(valid.ravel(), minlength=4) / valid.size, atol=1e-6)
+        np.testing.assert_allclose(
+            found["load"][layer], np.bincount(valid.ravel(), minlength=4) / valid.size, atol=1e-6
+        )
         weights = [gate[layer][index[layer] == expert].sum() / len(valid) for expert in range(4)]
         np.testing.assert_allclose(found["gate_load"][layer], weights, atol=1e-6)
-        pairs = [[np.mean((valid[:, 0] == a) & (valid[:, 1] == b)) for b in range(4)] for a in range(4)]
+        pairs = [
+            [np.mean((valid[:, 0] == a) & (valid[:, 1] == b)) for b in range(4)] for a in range(4)
+        ]
         np.testing.assert_allclose(found["pairs"][layer], pairs, atol=1e-6)
 
 

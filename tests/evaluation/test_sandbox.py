@@ -1,4 +1,5 @@
-"""Programs that try to get out. Each says what it managed to do by running to its end, so that passing means escaping."""
+"""Programs that try to get out. Each says what it managed to do by running to its end, so that
+passing means escaping."""
 
 import gzip
 import json
@@ -29,7 +30,9 @@ ESCAPES = {
     "leaves early": "import os\nos._exit(0)",
     "exits with success": "raise SystemExit(0)",
     "says that it could not be contained": "import sys\nsys.exit('sandbox: seccomp: no')",
-    "claims to have passed": "import os, sys\nos.write(int(sys.argv[2]), sys.argv[-1].encode())\nos._exit(0)",
+    "claims to have passed": (
+        "import os, sys\nos.write(int(sys.argv[2]), sys.argv[-1].encode())\nos._exit(0)"
+    ),
     "not Python": "def f(:",
 }
 
@@ -83,11 +86,20 @@ def test_pass_at_k_is_the_chance_of_a_draw():
         pass_at_k(2, 1, 3)
 
 
-@pytest.mark.skipif(not os.environ.get("BTX_DATA_DIR"), reason="HumanEval lies in BTX_DATA_DIR/evals")
+@pytest.mark.skipif(
+    not os.environ.get("BTX_DATA_DIR"), reason="HumanEval lies in BTX_DATA_DIR/evals"
+)
 def test_humaneval_s_reference_solutions_pass():
-    with gzip.open(Path(os.environ["BTX_DATA_DIR"]) / "evals" / "humaneval.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(
+        Path(os.environ["BTX_DATA_DIR"]) / "evals" / "humaneval.jsonl.gz", "rt", encoding="utf-8"
+    ) as file:
         problems = [json.loads(line) for line in file]
-    programs = [f"{p['prompt']}{p['canonical_solution']}\n{p['test']}\ncheck({p['entry_point']})\n" for p in problems]
+    programs = [
+        f"{p['prompt']}{p['canonical_solution']}\n{p['test']}\ncheck({p['entry_point']})\n"
+        for p in problems
+    ]
     outcomes = run_programs(programs, show=False)
     assert len(outcomes) == 164
-    assert [p["task_id"] for p, outcome in zip(problems, outcomes, strict=True) if not outcome.passed] == []
+    assert [
+        p["task_id"] for p, outcome in zip(problems, outcomes, strict=True) if not outcome.passed
+    ] == []

@@ -22,7 +22,11 @@ CHOICE = TaskConfig("multiple_choice", "f", "{q}")
 @functools.cache
 def whole(model):
     llama = Llama(model, dataclasses.replace(COMPUTE, dispatch="ragged"))
-    return jax.jit(lambda params, ids_BT: logits(params, llama.apply({"params": params}, ids_BT, jnp.ones_like(ids_BT))[0]))
+    return jax.jit(
+        lambda params, ids_BT: logits(
+            params, llama.apply({"params": params}, ids_BT, jnp.ones_like(ids_BT))[0]
+        )
+    )
 
 
 def log_p(model, params, front, behind):
@@ -30,14 +34,24 @@ def log_p(model, params, front, behind):
     ids = [*front, *behind]
     table = jax.nn.log_softmax(whole(model)(params, np.array([ids[:-1]]))[0])
     places = range(len(front) - 1, len(ids) - 1)
-    return sum(float(table[i, ids[i + 1]]) for i in places), all(int(table[i].argmax()) == ids[i + 1] for i in places)
+    return sum(float(table[i, ids[i + 1]]) for i in places), all(
+        int(table[i].argmax()) == ids[i + 1] for i in places
+    )
 
 
 @pytest.mark.parametrize("model", [TINY, MOE], ids=["dense", "moe"])
 def test_likelihoods_do_not_depend_on_batch_or_padding(model, one_device):
-    params = jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, init_params(model, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda x: x * 5 if x.ndim > 2 else x, init_params(model, jax.random.key(0))
+    )
     rng = np.random.default_rng(0)
-    pairs = [(rng.integers(0, 64, rng.integers(1, 30)).tolist(), rng.integers(0, 64, rng.integers(1, 6)).tolist()) for _ in range(7)]
+    pairs = [
+        (
+            rng.integers(0, 64, rng.integers(1, 30)).tolist(),
+            rng.integers(0, 64, rng.integers(1, 6)).tolist(),
+        )
+        for _ in range(7)
+    ]
     greedy = int(np.argmax(whole(model)(params, np.array([pairs[0][0]]))[0, -1]))
     pairs.append((pairs[0][0], [greedy]))
     got = Scorer(model, params, COMPUTE, one_device, 3)(pairs)
@@ -53,7 +67,9 @@ def test_a_long_context_loses_its_front_and_an_empty_one_is_refused(one_device):
     score = Scorer(TINY, params, COMPUTE, one_device, 2)
     long = np.random.default_rng(0).integers(0, 64, TINY.context + 40).tolist()
     (found,) = score([(long, [3, 4])])
-    assert found.log_p == pytest.approx(log_p(TINY, params, long[-(TINY.context - 1) :], [3, 4])[0], abs=2e-5)
+    assert found.log_p == pytest.approx(
+        log_p(TINY, params, long[-(TINY.context - 1) :], [3, 4])[0], abs=2e-5
+    )
     with pytest.raises(ValueError, match="needs a token in front"):
         score([([], [3])])
 
@@ -68,7 +84,10 @@ def test_pairs_are_cut_where_the_context_ends_and_spaces_go_to_the_continuation(
 
 
 def test_choices_are_judged_by_sum_and_per_character(tokenizer):
-    items = [{"q": "a", "choices": ["xx", "yyyyyyyy"], "gold": 1}, {"q": "b", "choices": ["xx", "yyyyyyyy"], "gold": 0}]
+    items = [
+        {"q": "a", "choices": ["xx", "yyyyyyyy"], "gold": 1},
+        {"q": "b", "choices": ["xx", "yyyyyyyy"], "gold": 0},
+    ]
     said = iter([-4.0, -8.0, -4.0, -30.0])  # per character: -2 and -1; -2 and -3.75
 
     def score(pairs, name):
@@ -120,14 +139,24 @@ class Parrot:
     def generate(self, rows, new_tokens, sampling, seed, is_finished):
         prompts = [self.tokenizer.decode(row) for row in rows]
         self.prompts += prompts
-        return [self.tokenizer.encode(next(t for q, t in self.texts.items() if p.endswith(q))) for p in prompts]
+        return [
+            self.tokenizer.encode(next(t for q, t in self.texts.items() if p.endswith(q)))
+            for p in prompts
+        ]
 
 
 def test_exact_match_with_solved_examples_in_front(tokenizer):
     task = TaskConfig("exact_match", "f", "Q: {q} A:", shots=1, shots_file="g", stop=("\n",))
     parrot = Parrot(tokenizer, {"1+1 A:": "x 2\nQ: 9", "2+2 A:": "5"})
     items = [{"q": "1+1", "answer": "2"}, {"q": "2+2", "answer": "4"}]
-    found = tasks.exact_match(items, [{"q": "0+0", "chain_of_thought": "it is 0", "answer": "0"}], task, tokenizer, parrot, 3)
+    found = tasks.exact_match(
+        items,
+        [{"q": "0+0", "chain_of_thought": "it is 0", "answer": "0"}],
+        task,
+        tokenizer,
+        parrot,
+        3,
+    )
     assert found["exact_match"] == 0.5
     assert found["items"][0]["text"] == "x 2"
     assert parrot.prompts[0].startswith("Q: 0+0 A: it is 0\n\nQ: ")
@@ -136,17 +165,36 @@ def test_exact_match_with_solved_examples_in_front(tokenizer):
 def test_a_long_prompt_loses_its_front_and_a_full_context_is_refused(tokenizer):
     task = TaskConfig("exact_match", "f", "{q}", max_tokens=490)
     parrot = Parrot(tokenizer, {"city": "1"})
-    tasks.exact_match([{"q": "river " * 40 + "city", "answer": "1"}], [], task, tokenizer, parrot, 1)
+    tasks.exact_match(
+        [{"q": "river " * 40 + "city", "answer": "1"}], [], task, tokenizer, parrot, 1
+    )
     assert len(tokenizer.encode(parrot.prompts[0])) <= 10
     with pytest.raises(UserError, match="max_tokens=500: the model's context is 500"):
-        tasks.exact_match([{"q": "city", "answer": "1"}], [], dataclasses.replace(task, max_tokens=500), tokenizer, parrot, 1)
+        tasks.exact_match(
+            [{"q": "city", "answer": "1"}],
+            [],
+            dataclasses.replace(task, max_tokens=500),
+            tokenizer,
+            parrot,
+            1,
+        )
 
 
 def test_code_runs_against_its_tests(tokenizer):
-    task = TaskConfig("code", "f", "{prompt}", samples=2, pass_at=(1, 2), temperature=0.5, seconds=5)
-    item = {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(2) == 3", "entry_point": "f"}
+    task = TaskConfig(
+        "code", "f", "{prompt}", samples=2, pass_at=(1, 2), temperature=0.5, seconds=5
+    )
+    item = {
+        "prompt": "def f(x):\n",
+        "test": "def check(g):\n    assert g(2) == 3",
+        "entry_point": "f",
+    }
     found = tasks.code(
-        [item, item | {"prompt": "def f(y):\n"}], task, tokenizer, Parrot(tokenizer, {"(x):\n": " return x+1", "(y):\n": " return 0"}), 4
+        [item, item | {"prompt": "def f(y):\n"}],
+        task,
+        tokenizer,
+        Parrot(tokenizer, {"(x):\n": " return x+1", "(y):\n": " return 0"}),
+        4,
     )
     assert found["pass@1"] == found["pass@2"] == 0.5
     assert found["items"][0]["passed"] == 2
@@ -157,10 +205,14 @@ def test_test_sets_with_faults_are_refused(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"q": "x", "choices": ["a"], "gold": 1}) + "\n")
     items = read_json_lines(str(file), "k.file")
-    with pytest.raises(UserError, match=r"k.file: item 0 .*gold=1 of 1 choices; must be a number from 0"):
+    with pytest.raises(
+        UserError, match=r"k.file: item 0 .*gold=1 of 1 choices; must be a number from 0"
+    ):
         tasks.check_items(items, CHOICE, "k")
     with pytest.raises(UserError, match=r"k.prompt='\{query\}': k.file: item 0 .* has no 'query'"):
-        tasks.check_items([items[0] | {"gold": 0}], dataclasses.replace(CHOICE, prompt="{query}"), "k")
+        tasks.check_items(
+            [items[0] | {"gold": 0}], dataclasses.replace(CHOICE, prompt="{query}"), "k"
+        )
     with pytest.raises(UserError, match="gold='A' of 1 choices"):
         tasks.check_items([items[0] | {"gold": "A"}], CHOICE, "k")
     with pytest.raises(UserError, match="has no field 'gold'; it has choices, q"):

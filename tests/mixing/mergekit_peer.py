@@ -1,9 +1,11 @@
 """What mergekit-moe itself makes: the golden gates of test_recipe.py.
 
-    python tests/mixing/mergekit_peer.py tests/mixing/golden      # in an environment with mergekit==0.1.5
+    python tests/mixing/mergekit_peer.py tests/mixing/golden      # in an environment with
+    mergekit==0.1.5
 
-Writes four small Llamas with a byte-level tokenizer, mixes a, b and c over `base` with the recipe below in every gate mode that reads
-prompts, and keeps the routers. Prompts of one list have equal lengths: mergekit 0.1.5 averages padding into hidden_avg otherwise.
+Writes four small Llamas with a byte-level tokenizer, mixes a, b and c over `base` with the recipe
+below in every gate mode that reads prompts, and keeps the routers. Prompts of one list have equal
+lengths: mergekit 0.1.5 averages padding into hidden_avg otherwise.
 """
 
 import json
@@ -25,9 +27,20 @@ RECIPE = {
     "dtype": "float32",
     "experts_per_token": 2,
     "experts": [
-        {"source_model": "a", "positive_prompts": ["What is 2+2?", "Solve x=3+y."], "negative_prompts": ["Long ago a king lived"]},
-        {"source_model": "b", "positive_prompts": ["def f(x): return x + 1", "import numpy as numpy!"]},
-        {"source_model": "c", "positive_prompts": ["Paris is the capital of"], "negative_prompts": ["12345", "1+1=2"]},
+        {
+            "source_model": "a",
+            "positive_prompts": ["What is 2+2?", "Solve x=3+y."],
+            "negative_prompts": ["Long ago a king lived"],
+        },
+        {
+            "source_model": "b",
+            "positive_prompts": ["def f(x): return x + 1", "import numpy as numpy!"],
+        },
+        {
+            "source_model": "c",
+            "positive_prompts": ["Paris is the capital of"],
+            "negative_prompts": ["12345", "1+1=2"],
+        },
     ],
 }
 
@@ -35,10 +48,19 @@ RECIPE = {
 def main(folder: Path) -> None:
     torch.manual_seed(0)
     pieces = ["<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
     )
     for name in ("base", "a", "b", "c"):
         config = transformers.LlamaConfig(
@@ -47,7 +69,11 @@ def main(folder: Path) -> None:
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config)
         for parameter in model.parameters():
-            parameter.data.normal_(0, 0.15) if parameter.dim() > 1 else parameter.data.normal_(1, 0.1)
+            (
+                parameter.data.normal_(0, 0.15)
+                if parameter.dim() > 1
+                else parameter.data.normal_(1, 0.1)
+            )
         shutil.rmtree(folder / name, ignore_errors=True)
         model.save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
@@ -56,10 +82,22 @@ def main(folder: Path) -> None:
     for mode in ("cheap_embed", "hidden", "hidden_avg"):
         with tempfile.TemporaryDirectory() as out:
             (folder / "mode.yml").write_text(json.dumps(RECIPE | {"gate_mode": mode}))
-            command = [str(Path(sys.executable).with_name("mergekit-moe")), "mode.yml", f"{out}/moe", "--device", "cpu"]
+            command = [
+                str(Path(sys.executable).with_name("mergekit-moe")),
+                "mode.yml",
+                f"{out}/moe",
+                "--device",
+                "cpu",
+            ]
             subprocess.run(command, check=True, cwd=folder)
-            tensors = {name: t for file in Path(out, "moe").glob("*.safetensors") for name, t in load_file(file).items()}
-            gates[mode] = np.stack([tensors[f"model.layers.{i}.mlp.gate.weight"].float().numpy() for i in range(3)])
+            tensors = {
+                name: t
+                for file in Path(out, "moe").glob("*.safetensors")
+                for name, t in load_file(file).items()
+            }
+            gates[mode] = np.stack(
+                [tensors[f"model.layers.{i}.mlp.gate.weight"].float().numpy() for i in range(3)]
+            )
     (folder / "mode.yml").unlink()
     np.savez(folder / "gates.npz", **gates)
 

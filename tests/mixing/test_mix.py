@@ -24,7 +24,10 @@ def routers(n=3):
 
 
 def leaves(tree):
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x
+        for p, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def test_ffn_leaves_are_stacked_bit_for_bit_and_all_others_are_the_mean(models):
@@ -44,7 +47,9 @@ def test_the_mixture_has_the_tree_of_its_model(models):
     mixture = dataclasses.replace(TINY, moe=MoEConfig((3, 3, 3)))
     want = nn.unbox(abstract_params(mixture))
     got = mix_params(models, routers())
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(lambda x: (x.shape, x.dtype), want)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), want
+    )
 
 
 def test_means_of_bfloat16_are_accumulated_in_float32():
@@ -57,10 +62,14 @@ def test_means_of_bfloat16_are_accumulated_in_float32():
 def test_under_jit_onto_a_mesh_and_leaf_by_leaf_it_is_the_same(models):
     want = leaves(mix_params(models, routers()))
     mesh = make_mesh((1, 8, 1, 1))
-    shardings = param_shardings(abstract_params(dataclasses.replace(TINY, moe=MoEConfig((3, 3, 3)))), mesh)
+    shardings = param_shardings(
+        abstract_params(dataclasses.replace(TINY, moe=MoEConfig((3, 3, 3)))), mesh
+    )
     sharded = leaves(jax.jit(mix_params, out_shardings=shardings)(models, routers()))
     sources = [leaves(model) for model in models]
-    assert sharded["layers_0/ffn/gate"].sharding.spec == jax.sharding.PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert sharded["layers_0/ffn/gate"].sharding.spec == jax.sharding.PartitionSpec(
+        None, "expert", "fsdp", "tensor"
+    )
     for name, value in want.items():
         np.testing.assert_allclose(sharded[name], value, rtol=1e-6, err_msg=name)
         if name != "layers_0/ffn/router":

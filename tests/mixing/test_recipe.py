@@ -1,4 +1,5 @@
-"""Recipes: parsing, merging one tensor, and gates, against mergekit-moe's own (golden/, see mergekit_peer.py)."""
+"""Recipes: parsing, merging one tensor, and gates, against mergekit-moe's own (golden/, see
+mergekit_peer.py)."""
 
 import numpy as np
 import pytest
@@ -19,15 +20,30 @@ def write(tmp_path, text):
     return path
 
 
-BARE = "base_model: base\nexperts:\n  - source_model: a\n    positive_prompts: [x]\n  - source_model: b\n    positive_prompts: [y]\n"
+BARE = (
+    "base_model: base\nexperts:\n  - source_model: a\n    positive_prompts: [x]\n  - source_model:"
+    " b\n    positive_prompts: [y]\n"
+)
 
 
 def test_a_mergekit_recipe_is_read_unchanged_and_means_what_it_means_there(tmp_path):
-    recipe = read_recipe(write(tmp_path, BARE + "gate_mode: hidden\ndtype: bfloat16\nexperts_per_token: 1\n"))
-    assert (recipe.base, recipe.gate_mode, recipe.dtype, recipe.experts_per_token) == ("copy", "hidden", "bfloat16", 1)
+    recipe = read_recipe(
+        write(tmp_path, BARE + "gate_mode: hidden\ndtype: bfloat16\nexperts_per_token: 1\n")
+    )
+    assert (recipe.base, recipe.gate_mode, recipe.dtype, recipe.experts_per_token) == (
+        "copy",
+        "hidden",
+        "bfloat16",
+        1,
+    )
     assert read_recipe(write(tmp_path, BARE)).gate_mode == "hidden", "mergekit's default"
-    assert read_recipe(write(tmp_path, BARE + "base: average\n")).gate_mode == "normal", "BTX's routers are trained"
-    nulls = BARE.replace("positive_prompts: [y]", "positive_prompts: [y]\n    noise_scale: null\n    residual_scale: 0.5")
+    assert read_recipe(write(tmp_path, BARE + "base: average\n")).gate_mode == "normal", (
+        "BTX's routers are trained"
+    )
+    nulls = BARE.replace(
+        "positive_prompts: [y]",
+        "positive_prompts: [y]\n    noise_scale: null\n    residual_scale: 0.5",
+    )
     assert read_recipe(write(tmp_path, nulls)).experts[1].residual_scale == 0.5
 
 
@@ -64,24 +80,36 @@ def test_prompts_are_required_where_they_are_read_and_must_differ(tmp_path):
         read_recipe(write(tmp_path, BARE.replace("    positive_prompts: [y]\n", "")))
     with pytest.raises(UserError, match="all have the same prompts"):
         read_recipe(write(tmp_path, BARE.replace("[y]", "[x]")))
-    assert read_recipe(write(tmp_path, BARE.replace("    positive_prompts: [y]\n", "") + "gate_mode: random\n")).gate_mode == "random"
+    assert (
+        read_recipe(
+            write(tmp_path, BARE.replace("    positive_prompts: [y]\n", "") + "gate_mode: random\n")
+        ).gate_mode
+        == "random"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_mean_is_within_one_ulp_of_a_float64_mean_and_no_running_sum_in_16_bits(dtype):
     rng = np.random.default_rng(0)
-    tensors = [rng.standard_normal((300, 301)).astype(np.float32).astype(np.dtype(dtype)) for _ in range(5)]
+    tensors = [
+        rng.standard_normal((300, 301)).astype(np.float32).astype(np.dtype(dtype)) for _ in range(5)
+    ]
     exact = np.mean([t.astype(np.float64) for t in tensors], axis=0)
     found = mean(tensors, np.dtype(dtype))
     assert found.dtype == np.dtype(dtype)
-    assert (np.abs(found.astype(np.float64) - exact) <= ulp(exact, np.dtype(dtype)) / 2 * 1.01 + 5 * 2.0**-24).all()
+    assert (
+        np.abs(found.astype(np.float64) - exact)
+        <= ulp(exact, np.dtype(dtype)) / 2 * 1.01 + 5 * 2.0**-24
+    ).all()
     if dtype == "float32":
         np.testing.assert_allclose(found, exact, atol=2e-7, rtol=0)
     else:
         running = tensors[0]
         for tensor in tensors[1:]:
             running = running + tensor
-        assert (found != running / np.dtype(dtype).type(5)).mean() > 0.05, "as bad as a running sum in 16 bits"
+        assert (found != running / np.dtype(dtype).type(5)).mean() > 0.05, (
+            "as bad as a running sum in 16 bits"
+        )
 
 
 def test_bfloat16_widens_exactly():
@@ -92,9 +120,14 @@ def test_bfloat16_widens_exactly():
 def test_ties_trims_elects_signs_and_averages_those_that_agree():
     base = np.zeros(4, np.float32)
     a, b = np.array([4.0, 0.1, -3.0, 2.0], np.float32), np.array([2.0, 0.2, 5.0, -2.5], np.float32)
-    # density 3/4 drops each one's smallest change. Element 0: mean(4, 2). 1: both trimmed. 2: +5 wins. 3: -2.5 wins.
-    np.testing.assert_allclose(ties(base, [a, b], 0.75, np.dtype(np.float32)), [3.0, 0.0, 5.0, -2.5])
-    np.testing.assert_array_equal(ties(base + 7, [base + 7, base + 7], 0.5, np.dtype(np.float32)), base + 7)
+    # density 3/4 drops each one's smallest change. Element 0: mean(4, 2). 1: both trimmed. 2: +5
+    # wins. 3: -2.5 wins.
+    np.testing.assert_allclose(
+        ties(base, [a, b], 0.75, np.dtype(np.float32)), [3.0, 0.0, 5.0, -2.5]
+    )
+    np.testing.assert_array_equal(
+        ties(base + 7, [base + 7, base + 7], 0.5, np.dtype(np.float32)), base + 7
+    )
 
 
 def test_dare_keeps_a_share_of_the_changes_and_their_expectation():
@@ -110,7 +143,9 @@ def test_random_gates_have_the_named_distributions():
     assert abs(random_gates("normal", *shape, 0).std() - 0.02) < 1e-3
     assert abs(random_gates("random", *shape, 0).std() - 1) < 0.05
     uniform = random_gates("uniform_random", *shape, 0)
-    assert 0.99 / 16 < np.abs(uniform).max() <= 1 / 16 and abs(uniform.std() - 1 / 16 / 3**0.5) < 1e-3
+    assert (
+        0.99 / 16 < np.abs(uniform).max() <= 1 / 16 and abs(uniform.std() - 1 / 16 / 3**0.5) < 1e-3
+    )
     assert not np.array_equal(random_gates("normal", *shape, 0), random_gates("normal", *shape, 1))
 
 
@@ -122,15 +157,28 @@ def test_pooling_by_hand():
     np.testing.assert_allclose(pool([one, two], "router_input", "last"), [0.5, 0.5])
     np.testing.assert_allclose(gate_row(np.array([3.0, 4.0]), None), [0.6, 0.8])
     np.testing.assert_allclose(gate_row(np.array([3.0, 4.0]), np.array([3.0, 3.0])), [0.0, 1.0])
-    assert condition_number(np.eye(2)) == 1 and condition_number(np.array([[1.0, 0.0], [1.0, 1e-3]])) > 100
+    assert (
+        condition_number(np.eye(2)) == 1
+        and condition_number(np.array([[1.0, 0.0], [1.0, 1e-3]])) > 100
+    )
 
 
 def test_split_and_blend_count_experts():
     experts = [{"source_model": name} for name in "abc"]
 
     split = from_dict(
-        Recipe, {"base_model": "a", "experts": experts, "method": "split", "chunks": 2, "gate_mode": "normal", "base": "average"}
+        Recipe,
+        {
+            "base_model": "a",
+            "experts": experts,
+            "method": "split",
+            "chunks": 2,
+            "gate_mode": "normal",
+            "base": "average",
+        },
     )
     assert split.expert_count == 6
-    blend = from_dict(Recipe, {"base_model": "a", "experts": experts, "method": "blend", "gate_mode": "normal"})
+    blend = from_dict(
+        Recipe, {"base_model": "a", "experts": experts, "method": "blend", "gate_mode": "normal"}
+    )
     assert blend.expert_count == 3

@@ -21,7 +21,10 @@ def test_all_chunks_at_weight_one_are_the_original_block(chunks):
     x = jax.random.normal(jax.random.key(1), (5, 32))
     for layer in range(3):
         want = reference.swiglu(x, *(ffn[n][layer] for n in ("gate", "up", "down")))
-        got = sum(reference.swiglu(x, *(parts[n][layer, c] for n in ("gate", "up", "down"))) for c in range(chunks))
+        got = sum(
+            reference.swiglu(x, *(parts[n][layer, c] for n in ("gate", "up", "down")))
+            for c in range(chunks)
+        )
         np.testing.assert_allclose(got, want, atol=1e-6)
     with pytest.raises(ValueError, match="d_ff=48 is not divisible into 5"):
         split_ffn(ffn, 5)
@@ -45,11 +48,21 @@ def test_a_blend_holds_a_chunk_of_every_model_and_all_of_them_together_hold_ever
     for n, model in enumerate(blended):
         for m, source in enumerate(models):
             theirs, ours = source["layers_0"]["ffn"], model["layers_0"]["ffn"]
-            np.testing.assert_array_equal(ours["up"][..., 12 * m : 12 * m + 12], theirs["up"][..., 12 * n : 12 * n + 12])
-            np.testing.assert_array_equal(ours["down"][:, 12 * m : 12 * m + 12], theirs["down"][:, 12 * n : 12 * n + 12])
+            np.testing.assert_array_equal(
+                ours["up"][..., 12 * m : 12 * m + 12], theirs["up"][..., 12 * n : 12 * n + 12]
+            )
+            np.testing.assert_array_equal(
+                ours["down"][:, 12 * m : 12 * m + 12], theirs["down"][:, 12 * n : 12 * n + 12]
+            )
         assert model["embed"] is models[n]["embed"]
     x = jax.random.normal(jax.random.key(1), (5, 32))
-    total = lambda group: sum(reference.swiglu(x, *(g["layers_0"]["ffn"][n][0] for n in ("gate", "up", "down"))) for g in group)  # noqa: E731
+
+    def total(group):
+        return sum(
+            reference.swiglu(x, *(g["layers_0"]["ffn"][n][0] for n in ("gate", "up", "down")))
+            for g in group
+        )
+
     np.testing.assert_allclose(total(blended), total(models), atol=1e-6)
 
 
@@ -70,7 +83,9 @@ def test_the_mixtures_model(mix, shape, d_ff):
 
 
 def test_a_feed_forward_that_cannot_be_cut_is_refused():
-    with pytest.raises(ConfigError, match=r"config\.mix\.method='blend': d_ff=48 is not divisible into 5"):
+    with pytest.raises(
+        ConfigError, match=r"config\.mix\.method='blend': d_ff=48 is not divisible into 5"
+    ):
         mixed_model(TINY, MixConfig(tuple("abcde"), method="blend"))
     with pytest.raises(ConfigError, match="chunks=1: with method='split' at least 2"):
         MixConfig(("a", "b"), method="split")

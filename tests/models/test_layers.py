@@ -13,22 +13,30 @@ ROUNDING = 2.0**-8  # of bfloat16
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_transposed_kernel_gives_the_same_product(rows, dtype):
     keys = jax.random.split(jax.random.key(rows))
-    x, w = jax.random.normal(keys[0], (rows, 24)).astype(dtype), jax.random.normal(keys[1], (24, 10)).astype(dtype)
+    x, w = (
+        jax.random.normal(keys[0], (rows, 24)).astype(dtype),
+        jax.random.normal(keys[1], (24, 10)).astype(dtype),
+    )
     want = np.float64(x) @ np.float64(w)
     for kernel in (w, Transposed.of(w)):
         got = jax.jit(matmul)(x, kernel)
         assert got.dtype == dtype
-        np.testing.assert_allclose(np.float64(got), want, rtol=ROUNDING if dtype == "bfloat16" else 1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            np.float64(got), want, rtol=ROUNDING if dtype == "bfloat16" else 1e-5, atol=1e-5
+        )
         wide = jax.jit(lambda x, kernel: matmul(x, kernel, jnp.float32))(x, kernel)
         assert wide.dtype == jnp.float32
         np.testing.assert_allclose(wide, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("held", [lambda kernel: kernel, Transposed.of], ids=["usual", "transposed"])
+@pytest.mark.parametrize(
+    "held", [lambda kernel: kernel, Transposed.of], ids=["usual", "transposed"]
+)
 def test_joint_swiglu_in_bfloat16(rows, held):
     x, gate, up, down = (
-        jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i, shape in enumerate([(rows, 8), (8, 16), (8, 16), (16, 8)])
+        jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16)
+        for i, shape in enumerate([(rows, 8), (8, 16), (8, 16), (16, 8)])
     )
     exact = [np.float64(a) for a in (x, gate, up, down)]
     a = exact[0] @ exact[1]
@@ -42,11 +50,20 @@ def test_joint_swiglu_in_bfloat16(rows, held):
 def test_separate_experts_answer_as_stacked_ones(sizes, kernels):
     """Rows that are one block, whole blocks and parts of one; experts without any."""
     rows = sum(sizes)
-    x, *weights = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(rows, 128), *[(4, 128, 128)] * 3]))
+    x, *weights = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(rows, 128), *[(4, 128, 128)] * 3])
+    )
     expert = np.repeat(np.arange(4), sizes)
-    want = np.stack([swiglu(x[r : r + 1], *(w[expert[r]] for w in weights))[0] for r in range(rows)])
-    joint = tuple((jnp.concatenate([gate, up], axis=1), down) for gate, up, down in zip(*weights, strict=True))
+    want = np.stack(
+        [swiglu(x[r : r + 1], *(w[expert[r]] for w in weights))[0] for r in range(rows)]
+    )
+    joint = tuple(
+        (jnp.concatenate([gate, up], axis=1), down) for gate, up, down in zip(*weights, strict=True)
+    )
     held = tuple((Transposed.of(gate_up), Transposed.of(down)) for gate_up, down in joint)
     for given in (tuple(weights), joint, held):
-        got = jax.jit(lambda x, given: grouped_swiglu(x, jnp.array(sizes), given, rows, kernels))(x, given)
+        got = jax.jit(lambda x, given: grouped_swiglu(x, jnp.array(sizes), given, rows, kernels))(
+            x, given
+        )
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4 * np.abs(want).max())

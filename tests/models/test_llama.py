@@ -16,7 +16,9 @@ from btx_jax.models.splash import splash_attend
 from btx_jax.recipes import LLAMA2_7B
 from tests import reference
 
-TINY = ModelConfig(vocab_size=64, layers=3, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, context=128)
+TINY = ModelConfig(
+    vocab_size=64, layers=3, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, context=128
+)
 MOE = dataclasses.replace(TINY, moe=MoEConfig((4, 4, 4)))
 FP32 = ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
 
@@ -38,7 +40,8 @@ def forward(model, params, tokens, segments=None, compute=FP32, **kwargs):
 
 @pytest.mark.parametrize(("k", "active"), [(2, 11.07e9), (1, 6.74e9)], ids=["top-2", "top-1"])
 def test_parameter_counts_of_the_paper(k, active):
-    """The paper's sizes; another number means another architecture (a missing leaf, a router per linear, a tied head)."""
+    """The paper's sizes; another number means another architecture (a missing leaf, a router per
+    linear, a tied head)."""
     dense, _ = parameter_counts(LLAMA2_7B)
     total, used = parameter_counts(dataclasses.replace(LLAMA2_7B, moe=MoEConfig((4,) * 32, k=k)))
     assert dense == 6_738_415_616
@@ -52,10 +55,16 @@ def test_attention_in_query_blocks_equals_one_head_at_a_time():
         q = jax.random.normal(keys[0], (2, 4, length, 8))
         k, v = (jax.random.normal(key, (2, 2, length, 8)) for key in keys[1:3])
         segments = jnp.cumsum(jax.random.bernoulli(keys[3], 0.05, (2, length)), axis=1)
-        fast = lambda q, k, v: attend(q.reshape(2, 2, 2, *q.shape[2:]), k, v, segments).reshape(q.shape)  # noqa: E731, B023
+
+        def fast(q, k, v, segments=segments):
+            return attend(q.reshape(2, 2, 2, *q.shape[2:]), k, v, segments).reshape(q.shape)
+
         slow = lambda q, k, v: reference.attention(q, k, v, segments)  # noqa: E731, B023
         np.testing.assert_allclose(fast(q, k, v), slow(q, k, v), atol=2e-5)
-        grads = [jax.jit(jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2)))(q, k, v) for f in (fast, slow)]
+        grads = [
+            jax.jit(jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2)))(q, k, v)
+            for f in (fast, slow)
+        ]
         for a, b in zip(*grads, strict=True):
             np.testing.assert_allclose(a, b, atol=5e-5)
 
@@ -66,10 +75,19 @@ def test_splash_attention_equals_attend(kv_heads):
     q = jax.random.normal(keys[0], (2, kv_heads, 4 // kv_heads, 384, 32))
     k, v = (jax.random.normal(key, (2, kv_heads, 384, 32)) for key in keys[1:3])
     probe = jax.random.normal(keys[4], q.shape)
-    segments = jnp.cumsum(jax.random.bernoulli(keys[3], 0.02, (2, 384)), axis=1)  # 0, padding, at first
+    segments = jnp.cumsum(
+        jax.random.bernoulli(keys[3], 0.02, (2, 384)), axis=1
+    )  # 0, padding, at first
     results = []
-    for f in (lambda *a: splash_attend(*a, segments, interpret=True), lambda *a: attend(*a, segments)):
-        results.append(jax.jit(jax.value_and_grad(lambda *a, f=f: (f(*a) * probe).sum(), argnums=(0, 1, 2)))(q, k, v))
+    for f in (
+        lambda *a: splash_attend(*a, segments, interpret=True),
+        lambda *a: attend(*a, segments),
+    ):
+        results.append(
+            jax.jit(jax.value_and_grad(lambda *a, f=f: (f(*a) * probe).sum(), argnums=(0, 1, 2)))(
+                q, k, v
+            )
+        )
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
 
@@ -80,11 +98,17 @@ def test_remat_policies_name_what_the_backward_pass_finds():
 
     def products(remat):
         compute = dataclasses.replace(FP32, remat=remat)
-        text = str(jax.make_jaxpr(jax.grad(lambda p: forward(TINY, p, tokens_of(), compute=compute)[0].sum()))(params))
+        text = str(
+            jax.make_jaxpr(
+                jax.grad(lambda p: forward(TINY, p, tokens_of(), compute=compute)[0].sum())
+            )(params)
+        )
         return text.count("dot_general")
 
     full, attention, ffn, none = (products(remat) for remat in ("full", "attention", "ffn", "none"))
-    assert full - attention >= 4, "queries, keys, values and the output projection are computed again under `attention`"
+    assert full - attention >= 4, (
+        "queries, keys, values and the output projection are computed again under `attention`"
+    )
     assert attention - ffn == 2, "gate and up products are computed again under `ffn`"
     assert ffn >= none
 
@@ -101,7 +125,9 @@ def test_rope_rotates_halves_and_depends_on_distance_only():
 
 def test_rope_scaling():
     plain = rope_frequencies(128, 500_000.0, RopeScaling())
-    np.testing.assert_allclose(rope_frequencies(128, 500_000.0, RopeScaling("linear", 4.0)), plain / 4, rtol=1e-6)
+    np.testing.assert_allclose(
+        rope_frequencies(128, 500_000.0, RopeScaling("linear", 4.0)), plain / 4, rtol=1e-6
+    )
     llama31 = rope_frequencies(128, 500_000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
     wavelength = 2 * np.pi / plain
     high, low = wavelength < 8192 / 4, wavelength > 8192
@@ -112,9 +138,12 @@ def test_rope_scaling():
     assert ((llama31[between] < plain[between]) & (llama31[between] > plain[between] / 8)).all()
 
 
-@pytest.mark.parametrize("model", [TINY, MOE, dataclasses.replace(TINY, tied_head=True)], ids=["dense", "moe", "tied"])
+@pytest.mark.parametrize(
+    "model", [TINY, MOE, dataclasses.replace(TINY, tied_head=True)], ids=["dense", "moe", "tied"]
+)
 def test_causality_and_packing_by_gradients(model):
-    """A position's logits have no gradient from later tokens or from another document, and have one from earlier tokens of its own."""
+    """A position's logits have no gradient from later tokens or from another document, and have one
+    from earlier tokens of its own."""
     params = init_params(model, jax.random.key(0))
     tokens = tokens_of(1, 24)
     segments = jnp.array([[1] * 9 + [2] * 11 + [0] * 4])
@@ -126,14 +155,18 @@ def test_causality_and_packing_by_gradients(model):
         changed = {**params, "embed": {"embedding": rows}}
         changed.pop("head", None)
         wide = dataclasses.replace(model, vocab_size=64 + 24, tied_head=True)
-        hidden, _ = Llama(wide, FP32).apply({"params": changed}, 64 + jnp.arange(24)[None], segments)
+        hidden, _ = Llama(wide, FP32).apply(
+            {"params": changed}, 64 + jnp.arange(24)[None], segments
+        )
         return jnp.sin(hidden[0, position]).sum()
 
     gradient_of = jax.jit(jax.grad(total))
     for position in (4, 8, 9, 15):
         gradient = np.abs(gradient_of(jnp.zeros((24, 32)), position)).max(axis=1)
         own = np.array(segments[0] == segments[0, position]) & (np.arange(24) <= position)
-        assert (gradient[~own] == 0).all(), f"position {position} sees what it must not: {np.flatnonzero(gradient * ~own)}"
+        assert (gradient[~own] == 0).all(), (
+            f"position {position} sees what it must not: {np.flatnonzero(gradient * ~own)}"
+        )
         assert (gradient[own] > 0).all()
 
 
@@ -166,12 +199,16 @@ def test_router_gets_an_lm_gradient_except_for_top_1():
         params = init_params(model, jax.random.key(0))
 
         def loss(params):
-            hidden, _ = Llama(model, FP32).apply({"params": params}, tokens_of(), jnp.ones_like(tokens_of()), rngs=rngs or {})
+            hidden, _ = Llama(model, FP32).apply(
+                {"params": params}, tokens_of(), jnp.ones_like(tokens_of()), rngs=rngs or {}
+            )
             return jnp.sin(hidden * 3).sum()
 
         return np.abs(jax.jit(jax.grad(loss))(params)["layers_0"]["ffn"]["router"]).max(axis=(1, 2))
 
-    assert (router_gradient("top_k", 1) == 0).all(), "SoftMax(TopK) with k = 1 weighs its expert 1, whatever the router says"
+    assert (router_gradient("top_k", 1) == 0).all(), (
+        "SoftMax(TopK) with k = 1 weighs its expert 1, whatever the router says"
+    )
     for routing, k, rngs in (
         ("top_k", 2, None),
         ("switch", 1, None),
@@ -182,8 +219,14 @@ def test_router_gets_an_lm_gradient_except_for_top_1():
 
 
 def test_balance_loss_reaches_the_router_of_every_scanned_layer():
-    """A sown loss whose path no longer matches gives zeros here; so does a scan that returns only its last layer's."""
-    for model in (MOE, dataclasses.replace(MOE, moe=MoEConfig((4, 4, 4), routing="sample_top1", first_routing="soft"))):
+    """A sown loss whose path no longer matches gives zeros here; so does a scan that returns only
+    its last layer's."""
+    for model in (
+        MOE,
+        dataclasses.replace(
+            MOE, moe=MoEConfig((4, 4, 4), routing="sample_top1", first_routing="soft")
+        ),
+    ):
         params = init_params(model, jax.random.key(0))
 
         def total(params, model=model):
@@ -205,8 +248,13 @@ def test_runs_of_equal_layers():
     ]  # fmt: skip
     params = init_params(mixed, jax.random.key(0))
     _, stats = forward(mixed, params, tokens_of())
-    assert {name: run.load_E.shape for name, run in stats.items()} == {"layers_1": (2, 2), "layers_2": (1, 4)}
-    first_soft = dataclasses.replace(TINY, moe=MoEConfig((4, 4, 4), routing="sample_top1", first_routing="soft"))
+    assert {name: run.load_E.shape for name, run in stats.items()} == {
+        "layers_1": (2, 2),
+        "layers_2": (1, 4),
+    }
+    first_soft = dataclasses.replace(
+        TINY, moe=MoEConfig((4, 4, 4), routing="sample_top1", first_routing="soft")
+    )
     assert [spec.routing for _, _, spec in first_soft.runs()] == ["soft", "sample_top1"]
 
 
@@ -237,7 +285,9 @@ def test_remat_and_unroll_change_no_gradient(remat, unroll):
 def test_bfloat16_compute_stays_near_float32():
     params = init_params(MOE, jax.random.key(0))
     want, _ = forward(MOE, params, tokens_of())
-    got, stats = forward(MOE, params, tokens_of(), compute=dataclasses.replace(FP32, dtype="bfloat16"))
+    got, stats = forward(
+        MOE, params, tokens_of(), compute=dataclasses.replace(FP32, dtype="bfloat16")
+    )
     assert got.dtype == jnp.float32
     assert stats["layers_0"].entropy.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=0.03)

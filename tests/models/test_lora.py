@@ -24,7 +24,9 @@ from tests.training.test_step import COMPUTE, batch_of
 MOLA = dataclasses.replace(TINY, lora=LoRAConfig("2,3,3", rank=(4,), targets=("q", "o", "down")))
 EVERYWHERE = dataclasses.replace(TINY, lora=LoRAConfig("3", rank=(4,)))
 PLAIN = dataclasses.replace(TINY, lora=LoRAConfig("1", rank=(4,), k=(1,)))
-LORA_TRAIN = TrainConfig(steps=10, batch_size=4, warmup_steps=2, learning_rate=1e-2, frozen="base", balance_weight=0.1)
+LORA_TRAIN = TrainConfig(
+    steps=10, batch_size=4, warmup_steps=2, learning_rate=1e-2, frozen="base", balance_weight=0.1
+)
 
 
 @functools.cache
@@ -32,20 +34,29 @@ def busy(model, seed=1):
     """Parameters whose B are not zero."""
     params = init_params(model, jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
-    noise = lambda path, x: x + 0.1 * jax.random.normal(next(keys), x.shape) if path[-1].key == "b" else x  # noqa: E731
-    return jax.device_get(jax.tree_util.tree_map_with_path(noise, params))  # a step donates what is on the device
+
+    def noise(path, x):
+        return x + 0.1 * jax.random.normal(next(keys), x.shape) if path[-1].key == "b" else x
+
+    return jax.device_get(
+        jax.tree_util.tree_map_with_path(noise, params)
+    )  # a step donates what is on the device
 
 
 @functools.cache
 def program(model):
     def run(params, tokens, segments, rngs):
-        return logits(params, Llama(model, FP32).apply({"params": params}, tokens, segments, rngs=rngs)[0])
+        return logits(
+            params, Llama(model, FP32).apply({"params": params}, tokens, segments, rngs=rngs)[0]
+        )
 
     return jax.jit(run)
 
 
 def logits_of(model, params, tokens, segments=None, **rngs):
-    return program(model)(params, tokens, jnp.ones_like(tokens) if segments is None else segments, rngs)
+    return program(model)(
+        params, tokens, jnp.ones_like(tokens) if segments is None else segments, rngs
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,12 +65,15 @@ def logits_of(model, params, tokens, segments=None, **rngs):
     + [("8888", 169_017_344), ("4444", 84_508_672), ("6622", 84_508_672)],
 )  # fmt: skip
 def test_the_papers_parameter_counts(allocation, count, one_device):
-    """Of Llama-2-7B; another number means a phantom parameter, a bias, or a router that is shared."""
+    """Of Llama-2-7B; another number means a phantom parameter, a bias, or a router that is
+    shared."""
     model = dataclasses.replace(LLAMA2_7B, lora=LoRAConfig(allocation))
     assert parameter_counts(model)[0] - parameter_counts(LLAMA2_7B)[0] == count
     state, _ = state_shardings(model, LORA_TRAIN, one_device)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-    assert sum(x.size for x in moments) == 2 * count, "two moments of the experts, and of nothing else"
+    assert sum(x.size for x in moments) == 2 * count, (
+        "two moments of the experts, and of nothing else"
+    )
 
 
 def test_plain_lora_s_count(one_device):
@@ -78,7 +92,9 @@ def test_at_initialisation_it_is_the_base_bit_for_bit(model):
     assert not np.array_equal(logits_of(model, busy(model), tokens_of()), without)
 
 
-@pytest.mark.parametrize(("target", "experts"), [("q", 1), ("q", 2), ("q", 4), ("q", 6), ("q", 8), ("down", 3)])
+@pytest.mark.parametrize(
+    ("target", "experts"), [("q", 1), ("q", 2), ("q", 4), ("q", 6), ("q", 8), ("down", 3)]
+)
 def test_outputs_and_gradients_equal_a_loop_in_float64(experts, target):
     spec = LoRASpec(experts, 4, min(2, experts), 1.5, 0.0, (target,), "top_k")
     rng = np.random.default_rng(experts)
@@ -91,11 +107,18 @@ def test_outputs_and_gradients_equal_a_loop_in_float64(experts, target):
         return (adapt(target, adapter, x, spec)[0][0] * weight).sum()
 
     def slow(x, a, b, router):
-        return (reference.lora_experts(x[0], a, b, router if experts > 1 else None, spec.k, spec.scale) * weight).sum()
+        return (
+            reference.lora_experts(x[0], a, b, router if experts > 1 else None, spec.k, spec.scale)
+            * weight
+        ).sum()
 
-    ours = jax.value_and_grad(fast, argnums=(0, 1, 2, 3))(*(jnp.asarray(v, jnp.float32) for v in (x, a, b, router)))
+    ours = jax.value_and_grad(fast, argnums=(0, 1, 2, 3))(
+        *(jnp.asarray(v, jnp.float32) for v in (x, a, b, router))
+    )
     with jax.enable_x64(True):
-        expected = jax.value_and_grad(slow, argnums=(0, 1, 2, 3))(*(jnp.asarray(v, jnp.float64) for v in (x, a, b, router)))
+        expected = jax.value_and_grad(slow, argnums=(0, 1, 2, 3))(
+            *(jnp.asarray(v, jnp.float64) for v in (x, a, b, router))
+        )
         assert expected[0].dtype == jnp.float64
     for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * max(1.0, np.abs(want).max()))
@@ -104,7 +127,9 @@ def test_outputs_and_gradients_equal_a_loop_in_float64(experts, target):
 def test_ties_and_k():
     spec = LoRASpec(3, 1, 2, 1.0, 0.0, ("q",), "top_k")
     got = gates(jnp.array([[0.0, 0.0, 0.0], [1.0, 3.0, 2.0]]), spec)
-    np.testing.assert_allclose(got, [[0.5, 0.5, 0], [0, 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))]], rtol=1e-6)
+    np.testing.assert_allclose(
+        got, [[0.5, 0.5, 0], [0, 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))]], rtol=1e-6
+    )
 
 
 def test_cosine_gates_are_phatgooses():
@@ -113,7 +138,12 @@ def test_cosine_gates_are_phatgooses():
     rng = np.random.default_rng(0)
     x, router = rng.normal(size=(1, 5, 16)) + 0.3, rng.normal(size=(16, 3)) * 2 + 1
     a, b = rng.normal(size=(16, 3, 2)), rng.normal(size=(3, 2, 4))
-    _, found = adapt("q", {k: jnp.asarray(v, jnp.float32) for k, v in {"a": a, "b": b, "router": router}.items()}, jnp.asarray(x), spec)
+    _, found = adapt(
+        "q",
+        {k: jnp.asarray(v, jnp.float32) for k, v in {"a": a, "b": b, "router": router}.items()},
+        jnp.asarray(x),
+        spec,
+    )
     standard = lambda v: (v - v.mean(0)) / v.std(0)  # noqa: E731
     expected = standard(x[0].T).T @ standard(router) / np.sqrt(16)
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
@@ -122,7 +152,19 @@ def test_cosine_gates_are_phatgooses():
 def test_balance_loss_by_hand():
     """f: 5 of 8 choices fall on expert 0 ...; P: means of the softmax. Switch: E sum f P."""
     spec = LoRASpec(3, 1, 2, 1.0, 0.0, ("q",), "top_k")
-    logits_BTE = jnp.log(jnp.array([[[0.7, 0.2, 0.1], [0.6, 0.1, 0.3], [0.1, 0.5, 0.4], [0.5, 0.3, 0.2], [0.9, 0.05, 0.05]]]))
+    logits_BTE = jnp.log(
+        jnp.array(
+            [
+                [
+                    [0.7, 0.2, 0.1],
+                    [0.6, 0.1, 0.3],
+                    [0.1, 0.5, 0.4],
+                    [0.5, 0.3, 0.2],
+                    [0.9, 0.05, 0.05],
+                ]
+            ]
+        )
+    )
     valid = jnp.array([[True, True, True, True, False]])
     stats = router_statistics(logits_BTE, valid, spec)
     f, p = np.array([3, 3, 2]) / 8, np.array([1.9, 1.1, 1.0]) / 4
@@ -152,9 +194,15 @@ def test_a_base_in_bfloat16_costs_half_and_stays_there(one_device):
     train = dataclasses.replace(LORA_TRAIN, frozen_dtype="bfloat16")
     abstract, _ = state_shardings(MOLA, train, one_device)
     dtypes = {name: leaf.dtype for name, leaf in named_leaves(abstract.params).items()}
-    assert {str(dtype) for name, dtype in dtypes.items() if "/lora/" in name or "scale" in name} == {"float32"}
-    assert {str(dtype) for name, dtype in dtypes.items() if "/lora/" not in name and "scale" not in name} == {"bfloat16"}
-    params = jax.tree.map(lambda x, a: x.astype(a.dtype), init_params(MOLA, jax.random.key(0)), abstract.params)
+    assert {
+        str(dtype) for name, dtype in dtypes.items() if "/lora/" in name or "scale" in name
+    } == {"float32"}
+    assert {
+        str(dtype) for name, dtype in dtypes.items() if "/lora/" not in name and "scale" not in name
+    } == {"bfloat16"}
+    params = jax.tree.map(
+        lambda x, a: x.astype(a.dtype), init_params(MOLA, jax.random.key(0)), abstract.params
+    )
     state = init_state(MOLA, train, one_device, params=params)
     step = make_train_step(MOLA, COMPUTE, train, one_device, 16)
     state, first = step(state, batch_of(), jax.random.key(7))
@@ -164,18 +212,25 @@ def test_a_base_in_bfloat16_costs_half_and_stays_there(one_device):
 
 
 def test_eight_devices_train_as_one_dropout_included(one_device):
-    """Gradients of q and down pass through inputs that devices share out; masks must not depend on the mesh."""
+    """Gradients of q and down pass through inputs that devices share out; masks must not depend on
+    the mesh."""
     lines = []
     for mesh in (one_device, make_mesh((1, 2, 2, 2))):
         train = dataclasses.replace(LORA_TRAIN, batch_size=8)
-        model = dataclasses.replace(EVERYWHERE, lora=dataclasses.replace(EVERYWHERE.lora, dropout=0.3))
+        model = dataclasses.replace(
+            EVERYWHERE, lora=dataclasses.replace(EVERYWHERE.lora, dropout=0.3)
+        )
         _, shardings = state_shardings(model, train, mesh)
         state = init_state(model, train, mesh, params=jax.device_put(busy(model), shardings.params))
         step = make_train_step(model, COMPUTE, train, mesh, 16)
         batch = jax.tree.map(lambda x: jnp.concatenate([x, x[::-1]]), batch_of())
         for _ in range(2):
-            state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)), jax.random.key(7))
-        lines.append((jax.device_get(metrics), jax.device_get(partition(state.params, is_adapter)[0])))
+            state, metrics = step(
+                state, jax.device_put(batch, batch_sharding(mesh)), jax.random.key(7)
+            )
+        lines.append(
+            (jax.device_get(metrics), jax.device_get(partition(state.params, is_adapter)[0]))
+        )
     (one, params_one), (eight, params_eight) = lines
     assert float(eight.lm_loss) == pytest.approx(float(one.lm_loss), rel=1e-5)
     assert float(eight.balance_loss) == pytest.approx(float(one.balance_loss), rel=1e-5)
@@ -197,7 +252,10 @@ def test_padding_and_neighbours_change_nothing():
     """A document's logits are the same whatever is packed behind it."""
     params, tokens = busy(MOLA), tokens_of(1, 24)
     segments = jnp.where(jnp.arange(24) < 10, 1, 2)[None]
-    packed, alone = logits_of(MOLA, params, tokens, segments), logits_of(MOLA, params, tokens[:, :10])
+    packed, alone = (
+        logits_of(MOLA, params, tokens, segments),
+        logits_of(MOLA, params, tokens[:, :10]),
+    )
     np.testing.assert_allclose(packed[:, :10], alone, atol=1e-5)
 
 
@@ -230,7 +288,9 @@ def test_flops_of_a_frozen_base_are_four_per_parameter():
 )
 def test_what_cannot_be_is_refused(change, told):
     with pytest.raises(ConfigError, match=told):
-        dataclasses.replace(TINY, lora=dataclasses.replace(LoRAConfig("2,3,3", rank=(4,)), **change))
+        dataclasses.replace(
+            TINY, lora=dataclasses.replace(LoRAConfig("2,3,3", rank=(4,)), **change)
+        )
 
 
 def test_a_mixture_s_feed_forwards_are_refused():

@@ -19,10 +19,21 @@ D, F, E = 16, 24, 4
 
 def expert_weights(seed=1, experts=E):
     keys = jax.random.split(jax.random.key(seed), 3)
-    return [jax.random.normal(k, s) / 4 for k, s in zip(keys, [(experts, D, F), (experts, D, F), (experts, F, D)], strict=True)]
+    return [
+        jax.random.normal(k, s) / 4
+        for k, s in zip(keys, [(experts, D, F), (experts, D, F), (experts, F, D)], strict=True)
+    ]
 
 
-@pytest.mark.parametrize("spec", [LayerSpec(E, 1, "top_k"), LayerSpec(E, 2, "top_k"), LayerSpec(E, 1, "switch"), LayerSpec(E, E, "soft")])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LayerSpec(E, 1, "top_k"),
+        LayerSpec(E, 2, "top_k"),
+        LayerSpec(E, 1, "switch"),
+        LayerSpec(E, E, "soft"),
+    ],
+)
 @pytest.mark.parametrize("block", [8, 128])
 def test_einsum_equals_ragged_equals_a_loop_over_experts(spec, block, monkeypatch):
     monkeypatch.setattr(grouped, "BLOCK", block)
@@ -44,24 +55,37 @@ def test_einsum_equals_ragged_equals_a_loop_over_experts(spec, block, monkeypatc
                 dropped_too = reference.loop_over_experts(*flat, *weights).reshape(x.shape)
             return (dropped_too * probe).sum(), dropped_too
 
-        grads, y = jax.jit(jax.grad(value, argnums=range(5), has_aux=True))(x, router, *expert_weights())
+        grads, y = jax.jit(jax.grad(value, argnums=range(5), has_aux=True))(
+            x, router, *expert_weights()
+        )
         return [y, *grads]
 
     want = run("loop")
     for method in ("einsum", "ragged"):
-        for name, got, expected in zip(("y", "x", "router", "gate", "up", "down"), run(method), want, strict=True):
-            np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-4, err_msg=f"{method}: {name}")
+        for name, got, expected in zip(
+            ("y", "x", "router", "gate", "up", "down"), run(method), want, strict=True
+        ):
+            np.testing.assert_allclose(
+                got, expected, atol=2e-5, rtol=1e-4, err_msg=f"{method}: {name}"
+            )
 
 
 @pytest.mark.parametrize("tokens", [40, 300])
 def test_every_platform_s_ragged_path_is_the_same_function(monkeypatch, tokens):
-    """`platform_dependent` picks ragged_dot on a GPU; here its branch is run on purpose, and megablox as a TPU runs it, interpreted."""
+    """`platform_dependent` picks ragged_dot on a GPU; here its branch is run on purpose, and
+    megablox as a TPU runs it, interpreted."""
     x = jax.random.normal(jax.random.key(0), (tokens, D))
-    index = jax.random.randint(jax.random.key(1), (tokens, 2), 0, E).at[tokens - 10 :].set(E)  # padding
+    index = (
+        jax.random.randint(jax.random.key(1), (tokens, 2), 0, E).at[tokens - 10 :].set(E)
+    )  # padding
     gate = jnp.where(index < E, 0.5, 0)
 
     def run(branch, kernels="xla"):
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: {"cpu": cpu, "default": default}[branch](*args))
+        monkeypatch.setattr(
+            jax.lax,
+            "platform_dependent",
+            lambda *args, cpu, default: {"cpu": cpu, "default": default}[branch](*args),
+        )
         f = lambda x, *w: (ragged_experts(x, gate, index, *w, kernels) ** 2).sum()  # noqa: E731
         return jax.value_and_grad(f, argnums=range(4))(x, *expert_weights())
 
@@ -73,25 +97,37 @@ def test_every_platform_s_ragged_path_is_the_same_function(monkeypatch, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_equal_experts_agree_bit_for_bit_however_they_are_weighted(tokens):
-    """Rounding here grows through the layers of a real model: SmolLM2 upcycled would miss its own logits by 1e-4."""
+    """Rounding here grows through the layers of a real model: SmolLM2 upcycled would miss its own
+    logits by 1e-4."""
     x = jax.random.normal(jax.random.key(0), (tokens, D))
     one = [w[0] for w in expert_weights()]
     logits, index = jax.lax.top_k(jax.random.normal(jax.random.key(1), (tokens, E)), 3)
-    got = jax.jit(ragged_experts)(x, jax.nn.softmax(logits), index, *(jnp.stack([w] * E) for w in one))
+    got = jax.jit(ragged_experts)(
+        x, jax.nn.softmax(logits), index, *(jnp.stack([w] * E) for w in one)
+    )
     np.testing.assert_array_equal(got, jax.jit(swiglu)(x, *one))
 
 
 def test_one_router_serves_the_whole_feed_forward_block():
     module = MoEFeedForward(F, LayerSpec(E, 2, "top_k"), ComputeConfig(dtype="float32"))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, D)), jnp.ones((1, 8), bool), jnp.int32(0))["params"]
-    assert {k: v.value.shape for k, v in shapes.items()} == {"router": (D, E), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    shapes = jax.eval_shape(
+        module.init, jax.random.key(0), jnp.zeros((1, 8, D)), jnp.ones((1, 8), bool), jnp.int32(0)
+    )["params"]
+    assert {k: v.value.shape for k, v in shapes.items()} == {
+        "router": (D, E),
+        "gate": (E, D, F),
+        "up": (E, D, F),
+        "down": (E, F, D),
+    }
 
 
 def test_a_crowded_expert_drops_tokens_under_einsum_and_none_under_ragged():
     compute = ComputeConfig(dtype="float32", capacity_factor=1.0, group_size=16)
     x = jnp.ones((2, 32, D))  # equal tokens all choose the same experts
     for dispatch, dropped in (("einsum", 0.5), ("ragged", 0.0)):
-        module = MoEFeedForward(F, LayerSpec(E, 2, "top_k"), dataclasses.replace(compute, dispatch=dispatch))
+        module = MoEFeedForward(
+            F, LayerSpec(E, 2, "top_k"), dataclasses.replace(compute, dispatch=dispatch)
+        )
         variables = module.init(jax.random.key(0), x, jnp.ones((2, 32), bool), jnp.int32(0))
         _, stats = module.apply(variables, x, jnp.ones((2, 32), bool), jnp.int32(0))
         assert float(stats.dropped) == pytest.approx(dropped)

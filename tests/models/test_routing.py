@@ -54,7 +54,9 @@ def test_sample_top1_samples_in_training_and_is_argmax_with_weight_one_at_infere
     spec = LayerSpec(4, 1, "sample_top1")
     sampled, _ = routed(spec, logits, key=jax.random.key(1))
     shares = np.bincount(np.array(sampled.index_GSK).ravel(), minlength=4) / 20_000
-    np.testing.assert_allclose(shares, [0.6, 0.3, 0.1, 0], atol=0.015)  # argmax of logits + Gumbel is a sample of the softmax
+    np.testing.assert_allclose(
+        shares, [0.6, 0.3, 0.1, 0], atol=0.015
+    )  # argmax of logits + Gumbel is a sample of the softmax
     assert ((sampled.gate_GSK > 0.25) & (sampled.gate_GSK <= 1)).all()
     assert np.std(sampled.gate_GSK) > 0.01, "the weight is the largest Gumbel-softmax value, not 1"
     inferred, _ = routed(spec, logits)
@@ -83,7 +85,8 @@ def test_mean_gates_and_mean_probabilities_sum_to_one(routing, k):
 
 
 def test_balance_loss_is_1_at_uniform_and_n_at_collapse():
-    """alpha times this is the paper's L: alpha at uniform, alpha N at collapse. Another value is another convention (Switch, HF)."""
+    """alpha times this is the paper's L: alpha at uniform, alpha N at collapse. Another value is
+    another convention (Switch, HF)."""
     uniform = 1e-4 * jnp.stack([jnp.roll(jnp.arange(4.0), i) for i in range(4)])[None]
     _, stats = routed(LayerSpec(4, 1, "top_k"), uniform)
     assert float(stats.balance_loss) == pytest.approx(1, abs=1e-3)
@@ -96,7 +99,9 @@ def test_balance_loss_is_1_at_uniform_and_n_at_collapse():
 def test_z_loss_is_the_mean_squared_log_partition():
     logits = logits_of()
     _, stats = routed(LayerSpec(4, 2, "top_k"), logits)
-    assert float(stats.z_loss) == pytest.approx(float((jax.nn.logsumexp(logits, -1) ** 2).mean()), rel=1e-6)
+    assert float(stats.z_loss) == pytest.approx(
+        float((jax.nn.logsumexp(logits, -1) ** 2).mean()), rel=1e-6
+    )
 
 
 def test_padding_is_neither_routed_nor_counted():
@@ -105,10 +110,14 @@ def test_padding_is_neither_routed_nor_counted():
     choice, stats = routed(LayerSpec(4, 2, "top_k"), logits, valid)
     _, alone = routed(LayerSpec(4, 2, "top_k"), logits[:, :5])
     for name in stats._fields[:-1]:
-        np.testing.assert_allclose(getattr(stats, name), getattr(alone, name), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(stats, name), getattr(alone, name), rtol=1e-5, err_msg=name
+        )
     dispatch, gates, _ = place(choice, 4, 8)
     assert dispatch[0, 5:].sum() == 0
-    assert (gates[0] > 0).sum() == dispatch[0, :5].sum() == 10, "a slot has a gate where it has a token"
+    assert (gates[0] > 0).sum() == dispatch[0, :5].sum() == 10, (
+        "a slot has a gate where it has a token"
+    )
 
 
 def test_first_choices_are_placed_before_second_choices_and_overflow_is_dropped():
@@ -116,20 +125,33 @@ def test_first_choices_are_placed_before_second_choices_and_overflow_is_dropped(
     logits = jnp.array([[[9.0, 8, 0, 0], [0, 9, 0, 8]]])
     choice, _ = routed(LayerSpec(4, 2, "top_k"), logits)
     dispatch, gates, dropped = place(choice, 4, 1)
-    assert dispatch[0, :, :, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 1]], "token 0's second choice lost to token 1's first"
+    assert dispatch[0, :, :, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 1]], (
+        "token 0's second choice lost to token 1's first"
+    )
     best, second = jax.nn.softmax(jnp.array([9.0, 8.0])).tolist()
-    np.testing.assert_allclose((dispatch * gates[:, None])[0, :, :, 0], [[best, 0, 0, 0], [0, best, 0, second]], rtol=1e-6)
+    np.testing.assert_allclose(
+        (dispatch * gates[:, None])[0, :, :, 0], [[best, 0, 0, 0], [0, best, 0, second]], rtol=1e-6
+    )
     assert float(dropped) == pytest.approx(1 / 4)
 
 
 def test_hand_written_masks_with_drops_and_padding():
-    # Five tokens, top-1, two experts, two slots; token 2 is padding. Expert 0 is wanted by tokens 0, 1, 3 (dropped), 1 by token 4.
-    choice = Choice(jnp.array([[[0.9], [0.8], [0.0], [0.7], [0.6]]]), jnp.array([[[0], [0], [2], [0], [1]]]), jnp.zeros((1, 5, 2)))
+    # Five tokens, top-1, two experts, two slots; token 2 is padding. Expert 0 is wanted by tokens
+    # 0, 1, 3 (dropped), 1 by token 4.
+    choice = Choice(
+        jnp.array([[[0.9], [0.8], [0.0], [0.7], [0.6]]]),
+        jnp.array([[[0], [0], [2], [0], [1]]]),
+        jnp.zeros((1, 5, 2)),
+    )
     dispatch, gates, dropped = place(choice, 2, 2)
     want = np.zeros((5, 2, 2))
     want[0, 0, 0] = want[1, 0, 1] = want[4, 1, 0] = 1
     np.testing.assert_array_equal(dispatch[0], want)
-    np.testing.assert_allclose((dispatch * gates[:, None])[0], want * np.array([0.9, 0.8, 0, 0.7, 0.6])[:, None, None], rtol=1e-6)
+    np.testing.assert_allclose(
+        (dispatch * gates[:, None])[0],
+        want * np.array([0.9, 0.8, 0, 0.7, 0.6])[:, None, None],
+        rtol=1e-6,
+    )
     assert float(dropped) == pytest.approx(1 / 4)
 
 

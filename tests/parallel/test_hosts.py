@@ -21,15 +21,27 @@ print(jax.process_index(), jax.process_count(), jax.device_count(), hosts.is_fir
 
 def run(**environment):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_two_processes_join_and_one_of_them_is_the_first():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    both = [run(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)) for i in range(2)]
-    assert [process.communicate(timeout=120)[0].split() for process in both] == [["0", "2", "2", "True"], ["1", "2", "2", "False"]]
+    both = [
+        run(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
+        for i in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0].split() for process in both] == [
+        ["0", "2", "2", "True"],
+        ["1", "2", "2", "False"],
+    ]
 
 
 def test_without_a_coordinator_a_process_is_alone():

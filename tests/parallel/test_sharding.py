@@ -13,12 +13,21 @@ from btx_jax.costs import hlo
 from btx_jax.errors import UserError
 from btx_jax.model_config import MoEConfig
 from btx_jax.models.llama import abstract_params
-from btx_jax.parallel.sharding import MESH_AXES, inference_mesh, make_mesh, param_shardings, resolve, shard
+from btx_jax.parallel.sharding import (
+    MESH_AXES,
+    inference_mesh,
+    make_mesh,
+    param_shardings,
+    resolve,
+    shard,
+)
 from btx_jax.training.step import init_state, lower_train_step, make_train_step
 from tests.models.test_llama import TINY
 
 MODEL = dataclasses.replace(TINY, moe=MoEConfig((4, 4, 4)))
-COMPUTE = ComputeConfig(dtype="float32", remat="full", capacity_factor=2.0, group_size=16, loss_chunk=32)
+COMPUTE = ComputeConfig(
+    dtype="float32", remat="full", capacity_factor=2.0, group_size=16, loss_chunk=32
+)
 TRAIN = TrainConfig(steps=10, batch_size=8, warmup_steps=0, learning_rate=1e-2)
 
 
@@ -29,7 +38,9 @@ def batch_of(seed=0, length=32):
 
 
 def test_names_resolve_by_one_table():
-    assert resolve(("layer", "expert", "expert_embed", "hidden")) == jax.sharding.PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert resolve(("layer", "expert", "expert_embed", "hidden")) == jax.sharding.PartitionSpec(
+        None, "expert", "fsdp", "tensor"
+    )
     assert resolve(("batch", None)) == jax.sharding.PartitionSpec(("data", "fsdp", "expert"), None)
 
 
@@ -52,7 +63,11 @@ def test_a_mistyped_axis_raises_instead_of_replicating():
 
 def test_a_dimension_that_does_not_divide_is_named():
     with pytest.raises(
-        UserError, match=r"layers_0/ffn/router has 32|embed/embedding has 64|layers_0.* not divisible by the 8 devices of tensor"
+        UserError,
+        match=(
+            r"layers_0/ffn/router has 32|embed/embedding has 64|layers_0.* not divisible by the 8"
+            r" devices of tensor"
+        ),
     ):
         param_shardings(abstract_params(MODEL), make_mesh((1, 1, 1, 8)))
 
@@ -62,19 +77,31 @@ def test_shard_outside_any_mesh_is_the_identity():
     assert shard(x, "batch") is x
 
 
-@pytest.mark.parametrize(("dispatch", "kernels"), [("einsum", "xla"), ("ragged", "xla"), ("ragged", "pallas_interpret")])
+@pytest.mark.parametrize(
+    ("dispatch", "kernels"), [("einsum", "xla"), ("ragged", "xla"), ("ragged", "pallas_interpret")]
+)
 def test_eight_devices_give_the_loss_and_gradients_of_one(dispatch, kernels):
     results = []
-    for mesh in (make_mesh((1, 1, 1, 1), jax.devices()[:1]), make_mesh((1, 2, 4, 1)), make_mesh((2, 1, 2, 2))):
+    for mesh in (
+        make_mesh((1, 1, 1, 1), jax.devices()[:1]),
+        make_mesh((1, 2, 4, 1)),
+        make_mesh((2, 1, 2, 2)),
+    ):
         used = kernels if results else "xla"
-        step = make_train_step(MODEL, dataclasses.replace(COMPUTE, dispatch=dispatch, kernels=used), TRAIN, mesh, 32)
+        step = make_train_step(
+            MODEL, dataclasses.replace(COMPUTE, dispatch=dispatch, kernels=used), TRAIN, mesh, 32
+        )
         state = init_state(MODEL, TRAIN, mesh, jax.random.key(0))
         losses = []
         for i in range(2):
-            batch = {k: jax.device_put(v, jax.NamedSharding(mesh, resolve(("batch", None)))) for k, v in batch_of(i).items()}
+            batch = {
+                k: jax.device_put(v, jax.NamedSharding(mesh, resolve(("batch", None))))
+                for k, v in batch_of(i).items()
+            }
             state, metrics = step(state, batch, jax.random.key(1))
             losses.append((metrics.loss, metrics.lm_loss, metrics.balance_loss, metrics.grad_norm))
-        # Adam's first moment after one more step is a sum of gradients: every leaf's gradient is compared.
+        # Adam's first moment after one more step is a sum of gradients: every leaf's gradient is
+        # compared.
         results.append(jax.device_get((losses, metrics.routing, state.opt_state)))
     for other in results[1:]:
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(results[0]), strict=True):
@@ -86,12 +113,19 @@ def test_compiled_moe_step_moves_tokens_and_not_experts():
     text = lower_train_step(MODEL, COMPUTE, TRAIN, mesh, 32).compile().as_text()
     all_to_alls = len(re.findall(r"= .* all-to-all(?:-start)?\(", text))
     assert all_to_alls >= 4, (
-        f"{all_to_alls} all-to-alls in the compiled step, at least 4 expected (dispatch and combine, forward and backward). A sharding "
-        "constraint is lost and every device gathers all experts or all tokens: results stay right and a pod becomes many times "
-        "slower. Look for shard() called outside jax.set_mesh, or a renamed axis."
+        f"{all_to_alls} all-to-alls in the compiled step, at least 4 expected (dispatch and"
+        " combine, forward and backward). A sharding constraint is lost and every device gathers"
+        " all experts or all tokens: results stay right and a pod becomes many times slower. Look"
+        " for shard() called outside jax.set_mesh, or a renamed axis."
     )
-    experts = [line for line in text.splitlines() if re.search(r"= f32\[(?:\d+,)?4,(32,48|48,32)\]\S* all-gather", line)]
-    assert not experts, f"whole expert weights are gathered over the expert axis: {experts[0][:200]}"
+    experts = [
+        line
+        for line in text.splitlines()
+        if re.search(r"= f32\[(?:\d+,)?4,(32,48|48,32)\]\S* all-gather", line)
+    ]
+    assert not experts, (
+        f"whole expert weights are gathered over the expert axis: {experts[0][:200]}"
+    )
 
 
 def test_compiled_ragged_step_gathers_tokens_over_experts_and_weights_over_fsdp():
@@ -100,14 +134,26 @@ def test_compiled_ragged_step_gathers_tokens_over_experts_and_weights_over_fsdp(
     program = hlo.read(lower_train_step(MODEL, compute, TRAIN, mesh, 32).compile().as_text())
     expert = 32 * 48 * 4  # one matrix of one expert, float32
     in_ffn = [c for c in program.collectives if "ffn" in c.where]
-    weights = [c for c in in_ffn if c.kind == "all-gather" and c.bytes % expert == 0 and c.bytes >= expert]
+    weights = [
+        c for c in in_ffn if c.kind == "all-gather" and c.bytes % expert == 0 and c.bytes >= expert
+    ]
     assert weights
-    assert {c.group_size for c in weights} == {2}, "expert weights travel over fsdp alone: the expert axis holds whole experts"
-    tokens = [c for c in in_ffn if c.kind == "all-gather" and c.group_size == 4 and c.bytes == 4 * 32 * 32 * 4]
+    assert {c.group_size for c in weights} == {2}, (
+        "expert weights travel over fsdp alone: the expert axis holds whole experts"
+    )
+    tokens = [
+        c
+        for c in in_ffn
+        if c.kind == "all-gather" and c.group_size == 4 and c.bytes == 4 * 32 * 32 * 4
+    ]
     assert tokens, "the tokens of four devices are gathered over the expert axis"
-    assert [c for c in in_ffn if c.kind == "reduce-scatter" and c.group_size == 4], "answers are summed and scattered over it"
+    assert [c for c in in_ffn if c.kind == "reduce-scatter" and c.group_size == 4], (
+        "answers are summed and scattered over it"
+    )
     assert not [c for c in in_ffn if c.kind == "all-to-all"]
-    assert not [c for c in in_ffn if c.kind == "all-reduce" and c.bytes >= expert], "a whole expert's gradient is all-reduced"
+    assert not [c for c in in_ffn if c.kind == "all-reduce" and c.bytes >= expert], (
+        "a whole expert's gradient is all-reduced"
+    )
 
 
 def test_the_training_step_never_holds_all_logits():
@@ -117,7 +163,9 @@ def test_the_training_step_never_holds_all_logits():
     text = lower_train_step(model, compute, TRAIN, mesh, 24).compile().as_text()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
     with_vocabulary = {dims for dims in shapes if dims[-1] == 112}
-    assert any(math.prod(dims) == 48 * 112 for dims in with_vocabulary), "logits of one chunk of 48 tokens"
+    assert any(math.prod(dims) == 48 * 112 for dims in with_vocabulary), (
+        "logits of one chunk of 48 tokens"
+    )
     whole = [dims for dims in with_vocabulary if math.prod(dims) >= 8 * 24 * 112]
     assert not whole, f"logits of the whole batch exist at once: {whole}"
 
@@ -129,12 +177,17 @@ def test_state_lies_where_the_table_says():
     assert gate.sharding.shard_shape(gate.shape) == (3, 1, 16, 48)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == gate.shape]
     assert len(moments) >= 2
-    assert all(m.sharding.shard_shape(m.shape) == (3, 1, 16, 48) for m in moments), "moments lie elsewhere than their parameters"
+    assert all(m.sharding.shard_shape(m.shape) == (3, 1, 16, 48) for m in moments), (
+        "moments lie elsewhere than their parameters"
+    )
     assert mesh.axis_names == MESH_AXES
 
 
 def test_inference_spreads_weights_over_as_many_devices_as_divide_them():
     heads = dataclasses.replace(TINY, heads=6, kv_heads=3, vocab_size=66, d_ff=96)
-    for model, count in ((dataclasses.replace(TINY, heads=4, kv_heads=4, vocab_size=64, d_ff=96), 4), (heads, 3)):
+    for model, count in (
+        (dataclasses.replace(TINY, heads=4, kv_heads=4, vocab_size=64, d_ff=96), 4),
+        (heads, 3),
+    ):
         mesh = inference_mesh(model)
         assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": count}

@@ -3,8 +3,9 @@
     pip install playwright
     python tests/reporting/browser_peer.py REPORT.html SCREENSHOTS [--chromium=/usr/bin/chromium]
 
-Checks: nothing on the console, no request but the file itself, every figure drawn, no sideways scrolling of the page on a phone, and for
-every layer each token's colours and title equal to the JSON in the page. Writes wide and phone screenshots, light and dark.
+Checks: nothing on the console, no request but the file itself, every figure drawn, no sideways
+scrolling of the page on a phone, and for every layer each token's colours and title equal to the
+JSON in the page. Writes wide and phone screenshots, light and dark.
 """
 
 import argparse
@@ -20,7 +21,9 @@ def check_tokens(page: Page) -> int:
     """How many (layer, token) pairs were compared."""
     if not page.query_selector("#choices"):
         return 0
-    data = json.loads(page.inner_text("#choices") or page.eval_on_selector("#choices", "e => e.textContent"))
+    data = json.loads(
+        page.inner_text("#choices") or page.eval_on_selector("#choices", "e => e.textContent")
+    )
     layers = len(page.query_selector_all("#layer option"))
     compared = 0
     for layer in range(layers):
@@ -33,7 +36,9 @@ def check_tokens(page: Page) -> int:
         for name, spans in shown:
             text = data["texts"][name]
             assert len(spans) == len(text["experts"][layer])
-            for span, chosen, gates in zip(spans, text["experts"][layer], text["gates"][layer], strict=True):
+            for span, chosen, gates in zip(
+                spans, text["experts"][layer], text["gates"][layer], strict=True
+            ):
                 assert span[0] == " ".join(map(str, chosen))
                 for title, expert, gate in zip(span[1].split(", "), chosen, gates, strict=True):
                     said, _, value = title.rpartition(" ")
@@ -47,7 +52,9 @@ def check_tokens(page: Page) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("report", type=Path)
     parser.add_argument("screenshots", type=Path)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
@@ -58,7 +65,9 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
         for size, (width, height) in SIZES.items():
             for scheme in ("light", "dark"):
-                page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
+                page = browser.new_page(
+                    viewport={"width": width, "height": height}, color_scheme=scheme
+                )  # type: ignore[arg-type]
                 said, asked = [], []
                 page.on("console", lambda message, said=said: said.append(message.text))
                 page.on("pageerror", lambda error, said=said: said.append(str(error)))
@@ -68,13 +77,18 @@ def main() -> None:
                 assert not said, said
                 assert asked == [url], asked
                 boxes = [figure.bounding_box() for figure in page.query_selector_all("figure svg")]
-                assert boxes and all(box and box["width"] > 100 and box["height"] > 50 for box in boxes)
+                assert boxes and all(
+                    box and box["width"] > 100 and box["height"] > 50 for box in boxes
+                )
                 wide = page.evaluate("document.documentElement.scrollWidth")
                 assert wide <= width, f"{size}: the page is {wide} wide"
                 compared = check_tokens(page)
                 page.screenshot(path=args.screenshots / f"{size}_{scheme}.png", full_page=True)
                 assert not said, said
-                print(f"{size}, {scheme}: {len(boxes)} figures, {compared} tokens by layer compared, no message, no request")
+                print(
+                    f"{size}, {scheme}: {len(boxes)} figures, {compared} tokens by layer compared,"
+                    " no message, no request"
+                )
                 page.close()
         browser.close()
 

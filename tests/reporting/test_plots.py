@@ -21,12 +21,32 @@ def test_curves_name_every_run_that_trained_and_skip_lines_without_a_loss():
 def test_the_matrix_shows_every_loss():
     summary = {
         "domains": ["math", "code"],
-        "models": {n: {"nats_per_token": {"math": a, "code": b}} for n, a, b in [("x", 1.234, 5), ("y", 2, 3)]},
+        "models": {
+            n: {"nats_per_token": {"math": a, "code": b}}
+            for n, a, b in [("x", 1.234, 5), ("y", 2, 3)]
+        },
     }
     shown = texts(loss_matrix(summary))
     assert {"1.23", "5.00", "2.00", "3.00", "math", "code", "x", "y"} <= set(shown)
 
 
 def test_routing_shows_every_share_by_domain_layer_and_expert():
-    shown = texts(routing_maps({"math": [[0.25, 0.75], [1.0, 0.0]], "code": [[0.5, 0.5], [0.1, 0.9]]}, ["a", "b"]))
-    assert {"25%", "75%", "100%", "0%", "50%", "10%", "90%", "math", "code", "layer 1", "a", "b"} <= set(shown)
+    shown = texts(
+        routing_maps(
+            {"math": [[0.25, 0.75], [1.0, 0.0]], "code": [[0.5, 0.5], [0.1, 0.9]]}, ["a", "b"]
+        )
+    )
+    assert {
+        "25%",
+        "75%",
+        "100%",
+        "0%",
+        "50%",
+        "10%",
+        "90%",
+        "math",
+        "code",
+        "layer 1",
+        "a",
+        "b",
+    } <= set(shown)

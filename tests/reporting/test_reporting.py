@@ -24,8 +24,17 @@ def routing(share):
     }
     text = {"pieces": ["a", "</span><script>alert(2)</script>"], "layers": [0]}
     text |= {"experts": [[[1, 0], [0, 1]]], "gates": [[[0.75, 0.25], [0.6, 0.4]]]}
-    overlap = {"cosine": [[1, 0.9], [0.9, 1]], "deviation_cosine": [[1, -1], [-1, 1]], "norm_ratio": [1.0, 1.0]}
-    return {"domains": dict.fromkeys(DOMAINS, found), "mutual_information": [0.1], "redundancy": [overlap], "texts": {"own": text}}
+    overlap = {
+        "cosine": [[1, 0.9], [0.9, 1]],
+        "deviation_cosine": [[1, -1], [-1, 1]],
+        "norm_ratio": [1.0, 1.0],
+    }
+    return {
+        "domains": dict.fromkeys(DOMAINS, found),
+        "mutual_information": [0.1],
+        "redundancy": [overlap],
+        "texts": {"own": text},
+    }
 
 
 def results(shift=0.0):
@@ -53,7 +62,10 @@ def results(shift=0.0):
 RESULTS = results()
 CURVES = {
     "seed": [{"step": s, "lm_loss": 5 - s / 50} for s in range(1, 40)],
-    "finetune": [{"step": s, "lm_loss": 4.0, "routing": {"dropped": [0.1, 0.3]}} for s in range(1, 30)] + [{"step": 29, "heldout": {}}],
+    "finetune": [
+        {"step": s, "lm_loss": 4.0, "routing": {"dropped": [0.1, 0.3]}} for s in range(1, 30)
+    ]
+    + [{"step": 29, "heldout": {}}],
 }
 
 
@@ -116,7 +128,9 @@ def test_arms_are_compared_in_pairs_over_seeds():
     seeds = [results(shift)["models"] for shift in (0.0, 0.5, 1.0)]
     found = compare(seeds)
     assert found["seeds"] == 3
-    assert found["arms"]["btx"]["losses"] == pytest.approx([np.mean([1.5 + s, 2.3]) for s in (0.0, 0.5, 1.0)])
+    assert found["arms"]["btx"]["losses"] == pytest.approx(
+        [np.mean([1.5 + s, 2.3]) for s in (0.0, 0.5, 1.0)]
+    )
     (claim,) = [c for c in found["claims"] if (c["left"], c["right"]) == ("btx", "seed")]
     assert claim["mean"] == pytest.approx(-0.6), "what all seeds share cancels"
     assert claim["half_width"] == pytest.approx(0, abs=1e-9)
@@ -130,7 +144,13 @@ def test_arms_are_compared_in_pairs_over_seeds():
 @pytest.mark.parametrize("others", [(), (results(0.1), results(0.2))])
 def test_page_is_self_contained_and_escapes_text(others):
     summary = summarise(RESULTS, CURVES, {"seed": 1.5}, others)
-    page = render("a <b> title", summary, CURVES, ["math", "seed"], {"seed": {"config": '{"x": "</pre><script>"}', "sha256": "0" * 64}})
+    page = render(
+        "a <b> title",
+        summary,
+        CURVES,
+        ["math", "seed"],
+        {"seed": {"config": '{"x": "</pre><script>"}', "sha256": "0" * 64}},
+    )
     assert page.count("<script") == 2, "its own data and its own code"
     assert "alert(2)" in page
     assert page.count("<svg") == (6 if others else 5)

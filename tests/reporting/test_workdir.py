@@ -23,7 +23,10 @@ def test_a_directory_is_a_configs_own_once_it_holds_more_than_that(tmp_path, res
     (tmp_path / result).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / result).write_text("")
     claim(tmp_path, other)
-    with pytest.raises(UserError, match="another config: rng_seed: 1 -> 0; choose another --workdir or undo the change"):
+    with pytest.raises(
+        UserError,
+        match="another config: rng_seed: 1 -> 0; choose another --workdir or undo the change",
+    ):
         claim(tmp_path, config)
     less = dataclasses.replace(other, compute=dataclasses.replace(other.compute, remat="attention"))
     claim(tmp_path, less)  # costs other memory, computes the same
@@ -35,7 +38,9 @@ def test_a_pipeline_s_runs_may_go_on_on_another_mesh(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     name = next(name for name, stage in config.pipeline.items() if stage.config.mesh)
     stage = config.pipeline[name]
-    moved = dataclasses.replace(stage, config=dataclasses.replace(stage.config, mesh=MeshConfig(data=2)))
+    moved = dataclasses.replace(
+        stage, config=dataclasses.replace(stage.config, mesh=MeshConfig(data=2))
+    )
     claim(tmp_path, dataclasses.replace(config, pipeline={**config.pipeline, name: moved}))
 
 

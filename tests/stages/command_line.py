@@ -27,7 +27,9 @@ class CLI:
     def __init__(self, tmp_path, tokenizer_file, compiled):
         self.home = tmp_path
         self.text = tmp_path / "text.jsonl"
-        self.text.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(200, seed=1)))
+        self.text.write_text(
+            "".join(json.dumps({"text": t}) + "\n" for t in sentences(200, seed=1))
+        )
         self.tokenizer = tokenizer_file
         self.environment = {
             **os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "",
@@ -36,7 +38,14 @@ class CLI:
 
     def start(self, *arguments, module="btx_jax.launch"):
         command = [sys.executable, "-m", module, *map(str, arguments)]
-        return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run(self, *arguments, module="btx_jax.launch", status=0):
         process = self.start(*arguments, module=module)
@@ -64,7 +73,15 @@ class CLI:
 
     def steps_logged(self, workdir):
         file = self.home / workdir / "metrics.jsonl"
-        return [json.loads(line)["step"] for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+        return (
+            [
+                json.loads(line)["step"]
+                for line in file.read_text().splitlines()
+                if line.endswith("}")
+            ]
+            if file.exists()
+            else []
+        )
 
     def wait_for_step(self, workdir, step, process):
         for _ in range(9000):
@@ -74,13 +91,19 @@ class CLI:
         raise AssertionError("no progress in three minutes")
 
     def start_several(self, count, devices, *arguments, each=None):
-        """`count` processes of one run on this machine, with `devices` simulated devices each. each: further arguments of every one."""
+        """`count` processes of one run on this machine, with `devices` simulated devices each.
+        each: further arguments of every one."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
         flags = ("--coordinator=" + address, f"--num_processes={count}")
         self.environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         try:
-            return [self.start(*arguments, *flags, f"--process_id={number}", *(each[number] if each else ())) for number in range(count)]
+            return [
+                self.start(
+                    *arguments, *flags, f"--process_id={number}", *(each[number] if each else ())
+                )
+                for number in range(count)
+            ]
         finally:
             self.environment["XLA_FLAGS"] = ""

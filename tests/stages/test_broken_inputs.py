@@ -1,6 +1,8 @@
-"""Broken checkpoints and recipes through the real command line: one clear line, exit status 2, and nothing that looks like a result.
+"""Broken checkpoints and recipes through the real command line: one clear line, exit status 2, and
+nothing that looks like a result.
 
-Each row of the table damages a copy of four small models in one way and names what the line must say.
+Each row of the table damages a copy of four small models in one way and names what the line must
+say.
 """
 
 import json
@@ -55,7 +57,9 @@ def set_value(value):
     return change
 
 
-def shards(home, *, names=("model-1.safetensors", "model-2.safetensors"), twice=False, without=None):
+def shards(
+    home, *, names=("model-1.safetensors", "model-2.safetensors"), twice=False, without=None
+):
     """b as two shards with an index."""
     model = home / "b"
     tensors = load_file(model / "model.safetensors")
@@ -66,7 +70,9 @@ def shards(home, *, names=("model-1.safetensors", "model-2.safetensors"), twice=
         if name != without and not name.startswith(".."):
             save_file({key: tensors[key] for key in part}, model / name)
     weight_map = {key: name for name, part in zip(names, parts, strict=True) for key in part}
-    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def pickle_only(home):
@@ -140,12 +146,16 @@ def home(tmp_path, monkeypatch):
 def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("btx_jax: error: ")]
+    error = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("btx_jax: error: ")
+    ]
     assert stopped.value.code == 2 and len(error) == 1
     return error[0]
 
 
-@pytest.mark.parametrize(("damage", "message"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+@pytest.mark.parametrize(
+    ("damage", "message"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
 def test_mixing_broken_inputs(home, capsys, damage, message):
     damage(home)
     before = sorted(path.name for path in home.iterdir())
@@ -154,7 +164,9 @@ def test_mixing_broken_inputs(home, capsys, damage, message):
     assert not (home / "out").exists() or not any((home / "out").iterdir())
 
 
-@pytest.mark.parametrize(("damage", "message"), [row[1:] for row in TABLE[:10]], ids=[row[0] for row in TABLE[:10]])
+@pytest.mark.parametrize(
+    ("damage", "message"), [row[1:] for row in TABLE[:10]], ids=[row[0] for row in TABLE[:10]]
+)
 def test_converting_broken_inputs(home, capsys, damage, message):
     damage(home)
     assert message in fails(capsys, "convert", "b", "out")
@@ -175,7 +187,10 @@ def test_a_header_that_lies_is_not_believed(home, capsys):
 
 def big(home, directory="big"):
     """A model whose conversion takes long enough to be interrupted."""
-    config = json.loads((home / "a" / "config.json").read_text()) | {"intermediate_size": 200_000, "num_hidden_layers": 12}
+    config = json.loads((home / "a" / "config.json").read_text()) | {
+        "intermediate_size": 200_000,
+        "num_hidden_layers": 12,
+    }
     (home / directory).mkdir()
     (home / directory / "config.json").write_text(json.dumps(config))
     small = load_file(home / "a" / "model.safetensors")
@@ -185,14 +200,23 @@ def big(home, directory="big"):
         for name, tensor in small.items():
             if ".layers.0." in name:
                 shape = tuple(200_000 if size == 24 else size for size in tensor.shape)
-                tensors[name.replace(".0.", f".{layer}.", 1)] = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+                tensors[name.replace(".0.", f".{layer}.", 1)] = rng.standard_normal(
+                    shape, np.float32
+                ).astype(ml_dtypes.bfloat16)
     save_file(tensors, home / directory / "model.safetensors")
 
 
 def start(*arguments, **kwargs):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "btx_jax", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
 
 
 @pytest.mark.cli
@@ -203,7 +227,9 @@ def test_killed_midway_leaves_nothing_that_looks_finished_and_the_next_try_succe
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL, "finished before it could be killed: make the model larger"
+    assert process.returncode == -signal.SIGKILL, (
+        "finished before it could be killed: make the model larger"
+    )
     assert not (home / "out").exists() and list(home.glob(".out.partial-*"))
     again = start("convert", "big", "out")
     assert again.wait(120) == 0
@@ -218,9 +244,16 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(home, to):
     if to == "huggingface":
         assert start("convert", "big", "ours").wait(120) == 0
     source = "ours" if to == "huggingface" else "big"
-    limited = start("convert", source, "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)))
+    limited = start(
+        "convert",
+        source,
+        "out",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
+    )
     _, error = limited.communicate(timeout=120)
-    lines = [line for line in error.splitlines() if line.startswith("btx_jax: error: cannot write out")]
+    lines = [
+        line for line in error.splitlines() if line.startswith("btx_jax: error: cannot write out")
+    ]
     assert limited.returncode == 2 and len(lines) == 1, error[-2000:]
     assert "File too large" in lines[0] and "Traceback" not in error
     assert not (home / "out").exists() and not list(home.glob(".out*"))
@@ -256,20 +289,32 @@ def test_a_damaged_checkpoint_of_ours(home, capsys, damage):
     assert not (home / "out").exists()
 
 
-@pytest.mark.parametrize("line", ["1: 2", "seed: -1", "gate_scale: .inf", "on: true", "noise: .nan", "&a [*a]"])
+@pytest.mark.parametrize(
+    "line", ["1: 2", "seed: -1", "gate_scale: .inf", "on: true", "noise: .nan", "&a [*a]"]
+)
 def test_odd_yaml(home, capsys, line):
-    (home / "recipe.yml").write_text(yaml.safe_dump(json.loads((home / "recipe.yml").read_text())) + line + "\n")
+    (home / "recipe.yml").write_text(
+        yaml.safe_dump(json.loads((home / "recipe.yml").read_text())) + line + "\n"
+    )
     fails(capsys, "mix", "recipe.yml", "out")
 
 
 def test_weights_that_would_not_be_finite_are_not_written(home, capsys):
     edit_recipe(home, lambda r: r["experts"][0].update(noise_scale=float("nan")))
     assert "noise_scale=nan" in fails(capsys, "mix", "recipe.yml", "out")
-    edit_recipe(home, lambda r: r["experts"][0].update(noise_scale=0.0, residual_scale=1e38) or r.update(dtype="float16"))
+    edit_recipe(
+        home,
+        lambda r: (
+            r["experts"][0].update(noise_scale=0.0, residual_scale=1e38)
+            or r.update(dtype="float16")
+        ),
+    )
     assert "float16" in fails(capsys, "mix", "recipe.yml", "out")
     edit(home / "base", lambda t: t["model.embed_tokens.weight"].fill(np.nan))
     edit_recipe(home, lambda r: r.update(gate_mode="hidden"))
-    assert "NaN or infinity in model.embed_tokens.weight" in fails(capsys, "mix", "recipe.yml", "out")
+    assert "NaN or infinity in model.embed_tokens.weight" in fails(
+        capsys, "mix", "recipe.yml", "out"
+    )
     assert not list(home.glob("*out*"))
 
 

@@ -35,7 +35,10 @@ def test_three_sigkills_change_nothing(cli):
     cli.run(*cli.seed("killed"))
     assert cli.digest("killed") == want
     assert cli.steps_logged("killed") == list(range(1, 61)), "metrics have a gap or a step twice"
-    losses = [[json.loads(x)["loss"] for x in (cli.home / w / "metrics.jsonl").read_text().splitlines()] for w in ("whole", "killed")]
+    losses = [
+        [json.loads(x)["loss"] for x in (cli.home / w / "metrics.jsonl").read_text().splitlines()]
+        for w in ("whole", "killed")
+    ]
     assert losses[0] == losses[1]
     assert (cli.home / "killed" / "done.json").exists()
     _, told = cli.run(*cli.seed("killed"))
@@ -56,7 +59,9 @@ def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
     assert "choose another --workdir" in line
     with cli.text.open("a") as file:
         file.write("One more line.\n")
-    assert f"checkpoints/{saved[0]}: text changed since step {saved[0]} was saved" in cli.fails(*cli.seed("run", steps=2000, every=1900))
+    assert f"checkpoints/{saved[0]}: text changed since step {saved[0]} was saved" in cli.fails(
+        *cli.seed("run", steps=2000, every=1900)
+    )
 
 
 def test_a_run_that_goes_on_elsewhere_is_the_same_run(cli):
@@ -66,7 +71,9 @@ def test_a_run_that_goes_on_elsewhere_is_the_same_run(cli):
     process.communicate(timeout=120)
     assert process.returncode == 143
     first = read_about(next((cli.home / "moved" / "checkpoints").glob("[0-9]*")))
-    (moved,) = cli.start_several(1, 2, *cli.seed("moved", "--config.mesh.data=2", steps=200, every=300))
+    (moved,) = cli.start_several(
+        1, 2, *cli.seed("moved", "--config.mesh.data=2", steps=200, every=300)
+    )
     assert moved.wait(timeout=300) == 0
     ((run, costs),) = read_about(cli.home / "moved" / "checkpoints" / "200").history.items()
     assert run in first.history
@@ -77,8 +84,13 @@ def test_a_run_that_goes_on_elsewhere_is_the_same_run(cli):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(cli):
     line = cli.fails(*cli.seed("nan", "--config.train.learning_rate=1e30", every=1))
     step = int(re.search(r"step (\d+): loss", line)[1])
-    assert f"not finite; the checkpoint of step {step - 1} is good; lower config.train.learning_rate" in line
-    assert cli.steps_logged("nan") == list(range(1, step + 1)), "the step that failed is in the metrics"
+    assert (
+        f"not finite; the checkpoint of step {step - 1} is good; lower config.train.learning_rate"
+        in line
+    )
+    assert cli.steps_logged("nan") == list(range(1, step + 1)), (
+        "the step that failed is in the metrics"
+    )
     saved = [int(p.name) for p in (cli.home / "nan" / "checkpoints").iterdir() if p.name.isdigit()]
     assert max(saved) == step - 1
     assert not (cli.home / "nan" / "done.json").exists()
@@ -92,10 +104,14 @@ def test_own_text_from_a_checkpoint(cli):
     (folder / "a.txt").write_text("".join(texts[:30]))
     with gzip.open(folder / "b.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts[30:60]))
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts[60:], "n": list(range(30))}), folder / "c.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts[60:], "n": list(range(30))}), folder / "c.parquet"
+    )
     (folder / "empty.txt").write_text("")
     (folder / "latin.txt").write_bytes(b"caf\xe9 au lait")
-    (folder / "fields.jsonl").write_text('{"text": "good text here"}\n{"body": "no text"}\nnot json\n')
+    (folder / "fields.jsonl").write_text(
+        '{"text": "good text here"}\n{"body": "no text"}\nnot json\n'
+    )
     names = ("a.txt", "b.jsonl.gz", "c.parquet", "empty.txt", "latin.txt", "fields.jsonl")
 
     def expert(workdir, files, *more):
@@ -109,33 +125,52 @@ def test_own_text_from_a_checkpoint(cli):
     _, told = cli.run(*expert("W", good))
     assert "document longer than 64 tokens: cut into several rows, none lost" in told
     assert cli.digest("W") != cli.digest("seed")
-    assert "bits_per_byte" in (cli.home / "W" / "metrics.jsonl").read_text(), "held-out loss on own text"
-    text, _ = cli.run("generate", cli.home / "W", "--prompt", "the river", "--max_tokens", "5", module="btx_jax")
+    assert "bits_per_byte" in (cli.home / "W" / "metrics.jsonl").read_text(), (
+        "held-out loss on own text"
+    )
+    text, _ = cli.run(
+        "generate", cli.home / "W", "--prompt", "the river", "--max_tokens", "5", module="btx_jax"
+    )
     assert text.startswith("the river")
 
-    assert "gives no document to train on: 1 x file without documents" in cli.fails(*expert("E1", folder / "empty.txt"))
+    assert "gives no document to train on: 1 x file without documents" in cli.fails(
+        *expert("E1", folder / "empty.txt")
+    )
     assert "invalid UTF-8 (first: " in cli.fails(*expert("E2", folder / "latin.txt"))
     line = cli.fails(*expert("E3", f"{folder / 'fields.jsonl'}#story"))
     assert "no field 'story'" in line
     assert "which has: text; name the field as FILE#FIELD" in line
     _, told = cli.run(*expert("E4", folder / "fields.jsonl"))
-    for problem in ("1 x document skipped: no field 'text'", "1 x document skipped: line is not JSON"):
+    for problem in (
+        "1 x document skipped: no field 'text'",
+        "1 x document skipped: line is not JSON",
+    ):
         assert problem in told
-    assert "c.parquet has no field 'story'; it has: text, n" in cli.fails(*expert("E5", f"{folder / 'c.parquet'}#story"))
+    assert "c.parquet has no field 'story'; it has: text, n" in cli.fails(
+        *expert("E5", f"{folder / 'c.parquet'}#story")
+    )
     assert "no file matches" in cli.fails(*expert("E6", folder / "nothing-*.txt"))
 
 
 def test_wrong_commands_are_one_line(cli):
     line = cli.fails("--config=configs/seed.py:tiny", "--config.train.stepz=5")
     assert 'config.train.stepz: unknown key; Did you mean "steps"' in line
-    assert "config.mix.k: unknown key" in cli.fails("--config=configs/seed.py:tiny", "--config.mix.k=5")
-    assert "config.train.steps" in cli.fails("--config=configs/seed.py:tiny", "--config.train.steps=many")
+    assert "config.mix.k: unknown key" in cli.fails(
+        "--config=configs/seed.py:tiny", "--config.mix.k=5"
+    )
+    assert "config.train.steps" in cli.fails(
+        "--config=configs/seed.py:tiny", "--config.train.steps=many"
+    )
     assert "no such size; known: llama2_7b" in cli.fails("--config=configs/seed.py:huge")
     assert "configs/nothing.py" in cli.fails("--config=configs/nothing.py")
     assert "--config is missing" in cli.fails()
     line = cli.fails("--config=configs/math_expert.py:tiny", f"--workdir={cli.home / 'x'}")
     assert "config.init: not set; name the checkpoint to start from" in line
-    line = cli.fails("--config=configs/math_expert.py:tiny", f"--workdir={cli.home / 'y'}", "--config.init=/nowhere")
+    line = cli.fails(
+        "--config=configs/math_expert.py:tiny",
+        f"--workdir={cli.home / 'y'}",
+        "--config.init=/nowhere",
+    )
     assert "config.init: /nowhere does not exist" in line
     assert "does not exist" in cli.fails("digest", "/nowhere", module="btx_jax")
     out, _ = cli.run("--help", module="btx_jax")
@@ -145,30 +180,32 @@ def test_wrong_commands_are_one_line(cli):
 def test_a_failing_branch_leaves_the_others_results(cli):
     small = cli.home / "pipeline.py"
     small.write_text(
-        "import dataclasses\n"
-        "from btx_jax import recipes\n"
-        "from btx_jax.config import *\n"
-        "from btx_jax.config_dict import to_config_dict\n"
-        "def get_config():\n"
-        f"    data = dataclasses.replace(recipes._data('tiny', {str(cli.text)!r}), tokenizer={str(cli.tokenizer)!r}, sequence_length=64,\n"
-        f"        cache={str(cli.home / 'cache')!r}, domains={{}}, heldout='')\n"
-        "    model = ModelConfig(320, 2, 32, 64, 2, 2, 16, context=64)\n"
-        "    train = TrainConfig(3, 8, warmup_steps=1)\n"
-        "    seed = dataclasses.replace(recipes._seed('tiny'), model=model, train=train, data=data)\n"
-        "    branch = dataclasses.replace(seed, init='@seed', model=None)\n"
-        "    bad = dataclasses.replace(branch, data=dataclasses.replace(data, train='/nowhere/*.txt'))\n"
-        "    stages = {'seed': PipelineStage(seed), 'bad': PipelineStage(bad, ('seed',)), 'good': PipelineStage(branch, ('seed',)),\n"
-        "              'mix': PipelineStage(recipes._mix(('@bad', '@good', '@seed')), ('seed', 'bad', 'good'))}\n"
-        "    return to_config_dict(Config('pipeline', pipeline=stages))\n"
+        "import dataclasses\nfrom btx_jax import recipes\nfrom btx_jax.config import *\nfrom"
+        " btx_jax.config_dict import to_config_dict\ndef get_config():\n    data ="
+        f" dataclasses.replace(recipes._data('tiny', {str(cli.text)!r}),"
+        f" tokenizer={str(cli.tokenizer)!r}, sequence_length=64,\n       "
+        f" cache={str(cli.home / 'cache')!r}, domains={{}}, heldout='')\n    model ="
+        " ModelConfig(320, 2, 32, 64, 2, 2, 16, context=64)\n    train = TrainConfig(3, 8,"
+        " warmup_steps=1)\n    seed = dataclasses.replace(recipes._seed('tiny'), model=model,"
+        " train=train, data=data)\n    branch = dataclasses.replace(seed, init='@seed',"
+        " model=None)\n    bad = dataclasses.replace(branch, data=dataclasses.replace(data,"
+        " train='/nowhere/*.txt'))\n    stages = {'seed': PipelineStage(seed), 'bad':"
+        " PipelineStage(bad, ('seed',)), 'good': PipelineStage(branch, ('seed',)),\n             "
+        " 'mix': PipelineStage(recipes._mix(('@bad', '@good', '@seed')), ('seed', 'bad',"
+        " 'good'))}\n    return to_config_dict(Config('pipeline', pipeline=stages))\n"
     )
     arguments = (f"--config={small}", f"--workdir={cli.home / 'P'}")
     line = cli.fails(*arguments)
-    assert "2 of 4 stages did not finish (bad: config.data: no file matches '/nowhere/*.txt'" in line
+    assert (
+        "2 of 4 stages did not finish (bad: config.data: no file matches '/nowhere/*.txt'" in line
+    )
     assert "mix: needs bad" in line
     assert (cli.home / "P" / "good" / "done.json").exists()
     before = (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns
     cli.fails(*arguments)
-    assert (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns == before, "a finished stage ran again"
+    assert (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns == before, (
+        "a finished stage ran again"
+    )
 
 
 def test_a_tokenizer_trained_from_the_command_line_gives_back_any_text_and_replaces_nothing(cli):
@@ -178,17 +215,30 @@ def test_a_tokenizer_trained_from_the_command_line_gives_back_any_text_and_repla
     text = "  def f(x):\n\treturn x ** 2  # naïve 東京 1234\n\n"
     assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode(text)) == text
     trained = target.read_bytes()
-    _, error = cli.run("tokenizer", cli.text, "--vocab_size=310", f"--out={target}", module="btx_jax", status=2)
+    _, error = cli.run(
+        "tokenizer", cli.text, "--vocab_size=310", f"--out={target}", module="btx_jax", status=2
+    )
     assert "exists; delete it or choose another name" in error and target.read_bytes() == trained
-    _, error = cli.run("tokenizer", cli.text, "--vocab_size=100000", f"--out={cli.home / 'b.model'}", module="btx_jax", status=2)
-    assert error.startswith("btx_jax: error: cannot train a tokenizer of 100000 pieces") and not list(cli.home.glob("*b.model*"))
+    _, error = cli.run(
+        "tokenizer",
+        cli.text,
+        "--vocab_size=100000",
+        f"--out={cli.home / 'b.model'}",
+        module="btx_jax",
+        status=2,
+    )
+    assert error.startswith(
+        "btx_jax: error: cannot train a tokenizer of 100000 pieces"
+    ) and not list(cli.home.glob("*b.model*"))
 
 
 def test_a_hugging_face_directory_stands_wherever_a_checkpoint_does(cli):
     """seed -> Hugging Face -> branch from that -> mix both kinds -> generate from the mixture."""
     cli.run(*cli.seed("S", steps=2))
     cli.run("convert", cli.home / "S", cli.home / "hf", module="btx_jax")
-    assert cli.run("digest", cli.home / "hf", module="btx_jax") == cli.run("digest", cli.home / "S", module="btx_jax")
+    assert cli.run("digest", cli.home / "hf", module="btx_jax") == cli.run(
+        "digest", cli.home / "S", module="btx_jax"
+    )
     cli.run(
         "--config=configs/math_expert.py:tiny", f"--config.init={cli.home / 'hf'}", f"--workdir={cli.home / 'E'}",
         f"--config.data.train={cli.text}", f"--config.data.cache={cli.home / 'cache'}", "--config.data.sequence_length=64",
@@ -196,8 +246,12 @@ def test_a_hugging_face_directory_stands_wherever_a_checkpoint_does(cli):
     )  # fmt: skip
     recipe = cli.home / "r.yml"
     experts = [{"source_model": str(cli.home / name)} for name in ("E", "hf")]
-    recipe.write_text(json.dumps({"base_model": str(cli.home / "hf"), "base": "average", "experts": experts}))
+    recipe.write_text(
+        json.dumps({"base_model": str(cli.home / "hf"), "base": "average", "experts": experts})
+    )
     out, _ = cli.run("mix", recipe, cli.home / "M", "--verify", module="btx_jax")
     assert "means within one ulp of float32" in " ".join(out.split())
-    out, _ = cli.run("generate", cli.home / "M", "--prompt", "the river", "--max_tokens", "3", module="btx_jax")
+    out, _ = cli.run(
+        "generate", cli.home / "M", "--prompt", "the river", "--max_tokens", "3", module="btx_jax"
+    )
     assert out.startswith("the river")

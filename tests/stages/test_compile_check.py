@@ -1,4 +1,5 @@
-"""The step of a small MoE compiled for TPU topologies by libtpu, on a machine without one, through the real command line."""
+"""The step of a small MoE compiled for TPU topologies by libtpu, on a machine without one, through
+the real command line."""
 
 import json
 
@@ -14,7 +15,12 @@ MODEL = (
     "--config.model.heads=4", "--config.model.kv_heads=4", "--config.model.head_dim=128", "--config.data.sequence_length=1024",
     "--config.train.accumulate=1",
 )  # fmt: skip
-MOE = ("--config=configs/moe_finetune.py", *MODEL, "--config.model.moe.experts=(4, 4, 4, 4)", "--config.train.batch_size=16")
+MOE = (
+    "--config=configs/moe_finetune.py",
+    *MODEL,
+    "--config.model.moe.experts=(4, 4, 4, 4)",
+    "--config.train.batch_size=16",
+)
 LAYERS, TOKENS, D, F, VOCAB = 4, 16 * 1024, 512, 1024, 4096
 
 
@@ -24,7 +30,11 @@ def check(cli, name, *arguments, status=0):
 
 
 def moved(result, kind, across=False):
-    return sum(row["wire_bytes"] for row in result["collectives"] if row["kind"] == kind and row["across_slices"] == across)
+    return sum(
+        row["wire_bytes"]
+        for row in result["collectives"]
+        if row["kind"] == kind and row["across_slices"] == across
+    )
 
 
 @pytest.mark.slow
@@ -37,38 +47,80 @@ def test_a_moe_on_one_slice_and_on_two(cli):
     flops = einsum["flops"]
     attention, experts, head = 4 * D * D, 3 * D * F, D * VOCAB
     least = 6 * TOKENS / 16 * (LAYERS * (attention + 2 * 1.25 * experts) + head)
-    assert least < flops["dots"] < 1.35 * least, "every matmul forward and twice backward, the down product and dispatch once more"
+    assert least < flops["dots"] < 1.35 * least, (
+        "every matmul forward and twice backward, the down product and dispatch once more"
+    )
     assert moved(einsum, "all-to-all") > 0
     weights = 2 * LAYERS * 4 * experts  # all experts, bfloat16
     gathered = moved(einsum, "all-gather")
-    assert gathered < 0.75 * 2 * (weights / 4 + 2 * LAYERS * attention + 2 * head) * 1.6, "experts travel over fsdp alone, not over expert"
-    assert moved(einsum, "all-reduce") < moved(einsum, "reduce-scatter"), "gradients are reduce-scattered, but for a few small ones"
+    assert gathered < 0.75 * 2 * (weights / 4 + 2 * LAYERS * attention + 2 * head) * 1.6, (
+        "experts travel over fsdp alone, not over expert"
+    )
+    assert moved(einsum, "all-reduce") < moved(einsum, "reduce-scatter"), (
+        "gradients are reduce-scattered, but for a few small ones"
+    )
 
-    ragged, _ = check(cli, "ragged", *MOE, "--config.compute.dispatch=ragged", "--compile_topology=v5e:4x4")
+    ragged, _ = check(
+        cli, "ragged", *MOE, "--config.compute.dispatch=ragged", "--compile_topology=v5e:4x4"
+    )
     assert ragged["flops"]["gmm"] == pytest.approx(ragged["flops"]["gmm_at_most"] / 2), (
         "room for all tokens, half of them chose this expert"
     )
-    exact, _ = check(cli, "exact", *MOE, "--config.compute.dispatch=ragged", "--config.compute.dtype=float32", "--compile_topology=v5e:4x4")
-    assert exact["fits"], "float32 multiplied as float32: the kernels' tiles must leave room for its passes"
-    assert moved(ragged, "all-to-all") < 0.1 * moved(einsum, "all-to-all"), "tokens are gathered; what is left is the embedding's"
+    exact, _ = check(
+        cli,
+        "exact",
+        *MOE,
+        "--config.compute.dispatch=ragged",
+        "--config.compute.dtype=float32",
+        "--compile_topology=v5e:4x4",
+    )
+    assert exact["fits"], (
+        "float32 multiplied as float32: the kernels' tiles must leave room for its passes"
+    )
+    assert moved(ragged, "all-to-all") < 0.1 * moved(einsum, "all-to-all"), (
+        "tokens are gathered; what is left is the embedding's"
+    )
 
-    two, _ = check(cli, "two", *MOE, "--config.mesh.data=2", "--config.train.batch_size=32", "--compile_topology=v5e:4x4", "--num_slices=2")
+    two, _ = check(
+        cli,
+        "two",
+        *MOE,
+        "--config.mesh.data=2",
+        "--config.train.batch_size=32",
+        "--compile_topology=v5e:4x4",
+        "--num_slices=2",
+    )
     assert two["devices"] == 32
     assert moved(two, "all-to-all") > 0
-    across = {row["kind"] for row in two["collectives"] if row["across_slices"] and row["wire_bytes"] > 1e5}
+    across = {
+        row["kind"]
+        for row in two["collectives"]
+        if row["across_slices"] and row["wire_bytes"] > 1e5
+    }
     assert across <= {"all-reduce"}, "only gradients are summed across slices"
     assert across, "two slices that exchange no gradient would train two models"
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_says_what_would(cli):
-    big = ("--config=configs/math_expert.py", *MODEL[:-1], "--config.train.batch_size=64", "--config.train.accumulate=1")
-    wide = ("--config.model.layers=24", "--config.compute.remat=none", "--config.data.sequence_length=4096")
+    big = (
+        "--config=configs/math_expert.py",
+        *MODEL[:-1],
+        "--config.train.batch_size=64",
+        "--config.train.accumulate=1",
+    )
+    wide = (
+        "--config.model.layers=24",
+        "--config.compute.remat=none",
+        "--config.data.sequence_length=4096",
+    )
     result, told = check(cli, "big", *big, *wide, "--compile_topology=v5e:2x2", status=1)
     assert not result["fits"]
     assert "does not fit" in told
     assert result["changes"][-1]["fits"]
-    assert result["changes"][0]["change"] == "--config.compute.remat=ffn", "what costs least is tried first"
+    assert result["changes"][0]["change"] == "--config.compute.remat=ffn", (
+        "what costs least is tried first"
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,8 +132,14 @@ def test_what_does_not_fit_says_what_would(cli):
             (*MOE, "--config.train.batch_size=32", "--compile_topology=v5e:4x4", "--num_slices=2"),
             "must be a multiple of the 2 slices",
         ),
-        (("--config=configs/mix.py", "--compile_topology=v5e:4x4"), "compiles the step of a training config"),
-        ((*MOE, "--config.train.batch_size=12", "--compile_topology=v5p:2x2x4"), "config.train.batch_size=12"),
+        (
+            ("--config=configs/mix.py", "--compile_topology=v5e:4x4"),
+            "compiles the step of a training config",
+        ),
+        (
+            (*MOE, "--config.train.batch_size=12", "--compile_topology=v5p:2x2x4"),
+            "config.train.batch_size=12",
+        ),
     ],
 )
 def test_wrong_topologies_are_one_line(cli, arguments, told):

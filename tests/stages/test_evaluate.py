@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from btx_jax.checkpoints.training_state import About, Checkpoints, TrainingRun
-from btx_jax.config import CheckpointConfig, ComputeConfig, Config, DataConfig, EnsembleConfig, EvaluateConfig, MeshConfig, TaskConfig
+from btx_jax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    EnsembleConfig,
+    EvaluateConfig,
+    MeshConfig,
+    TaskConfig,
+)
 from btx_jax.data.tokenizers import copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.model_config import ModelConfig, MoEConfig
@@ -21,7 +30,10 @@ MIXTURE = dataclasses.replace(DENSE, moe=MoEConfig((4, 4)))
 def checkpoint(folder, model, seed, tokenizer):
     checkpoints = Checkpoints(folder, CheckpointConfig())
     history = {f"run{seed}": TrainingRun(100 * seed, 1.0, 2.0, 1, 3)}
-    checkpoints.save(About(model, 0, history), jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(seed))))
+    checkpoints.save(
+        About(model, 0, history),
+        jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(seed))),
+    )
     checkpoints.close()
     copy_tokenizer(tokenizer, folder / "tokenizer")
     return str(folder)
@@ -32,10 +44,14 @@ def config(tmp_path, tokenizer):
     files = {}
     for number, name in enumerate(("a", "b")):
         files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(60, seed=number)))
+        files[name].write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in sentences(60, seed=number))
+        )
     choice = [{"q": "the river", "choices": ["city", "paper x"], "gold": 0}] * 3
     number = [{"q": "1 + 1 =", "answer": "2"}]
-    code = [{"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(1) == 1", "entry_point": "f"}]
+    code = [
+        {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(1) == 1", "entry_point": "f"}
+    ]
     for name, rows in (("choice", choice), ("number", number), ("code", code)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     models = {
@@ -47,15 +63,26 @@ def config(tmp_path, tokenizer):
     members = {"seed": "b", "expert_a": "a"}
     return Config(
         "evaluate",
-        data=DataConfig("a,b", heldout="a,b", domains=domains, sequence_length=64, heldout_fraction=0.2, cache=str(tmp_path / "cache")),
+        data=DataConfig(
+            "a,b",
+            heldout="a,b",
+            domains=domains,
+            sequence_length=64,
+            heldout_fraction=0.2,
+            cache=str(tmp_path / "cache"),
+        ),
         compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=64),
         mesh=MeshConfig(fsdp=2, expert=2, data=2),
         evaluate=EvaluateConfig(
             models,
             tasks={
                 "choice": TaskConfig("multiple_choice", str(tmp_path / "choice.jsonl"), "{q}"),
-                "number": TaskConfig("exact_match", str(tmp_path / "number.jsonl"), "{q}", max_tokens=4),
-                "code": TaskConfig("code", str(tmp_path / "code.jsonl"), "{prompt}", max_tokens=4, seconds=2),
+                "number": TaskConfig(
+                    "exact_match", str(tmp_path / "number.jsonl"), "{q}", max_tokens=4
+                ),
+                "code": TaskConfig(
+                    "code", str(tmp_path / "code.jsonl"), "{prompt}", max_tokens=4, seconds=2
+                ),
             },
             ensembles={
                 "btm": EnsembleConfig(members, "tf_idf", 1),
@@ -67,7 +94,9 @@ def config(tmp_path, tokenizer):
     )
 
 
-def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(config, tmp_path, monkeypatch):
+def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(
+    config, tmp_path, monkeypatch
+):
     workdir = tmp_path / "out"
     evaluate.run(config, workdir)
     results = json.loads((workdir / "results.json").read_text())
@@ -90,7 +119,11 @@ def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(config, tm
     assert "routing" not in models["seed"]
 
     # Kill it after the first model: what is there stays, the rest is done again.
-    for file in (workdir / "done.json", workdir / "results.json", workdir / "parts" / "btx" / "result.json"):
+    for file in (
+        workdir / "done.json",
+        workdir / "results.json",
+        workdir / "parts" / "btx" / "result.json",
+    ):
         file.unlink()
     kept = (workdir / "parts" / "seed" / "result.json").stat().st_mtime_ns
     seen = []
@@ -103,7 +136,9 @@ def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(config, tm
 
     # Other weights, other items: what was measured is not theirs.
     (tmp_path / "seed" / "checkpoints" / "0" / "_CHECKPOINT_METADATA").touch()
-    with pytest.raises(UserError, match=r"models\.seed: not what was measured there before; name another directory"):
+    with pytest.raises(
+        UserError, match=r"models\.seed: not what was measured there before; name another directory"
+    ):
         evaluate.run(config, workdir)
 
 
@@ -114,7 +149,9 @@ def test_one_device_and_eight_give_the_same_losses(config, tmp_path):
     from btx_jax.parallel import sharding
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "make_mesh", lambda shape: sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1]))
+        patch.setattr(
+            evaluate, "make_mesh", lambda shape: sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])
+        )
         evaluate.run(dataclasses.replace(config, evaluate=few), tmp_path / "one")
     alone = json.loads((tmp_path / "one" / "results.json").read_text())["models"]
     for name, model in spread.items():
@@ -123,23 +160,54 @@ def test_one_device_and_eight_give_the_same_losses(config, tmp_path):
 
 
 def test_wrong_settings_are_refused_before_any_model_is_read(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"ensembles\.x\.experts: no model 'expert_b'; did you mean 'expert_a'"):
-        dataclasses.replace(config.evaluate, ensembles={"x": EnsembleConfig({"seed": "a", "expert_b": "b"})})
+    with pytest.raises(
+        ConfigError, match=r"ensembles\.x\.experts: no model 'expert_b'; did you mean 'expert_a'"
+    ):
+        dataclasses.replace(
+            config.evaluate, ensembles={"x": EnsembleConfig({"seed": "a", "expert_b": "b"})}
+        )
     with pytest.raises(ConfigError, match=r"pass_at=\(1, 5\): each must lie in 1 .. samples=2"):
         TaskConfig("code", "f", "p", samples=2, temperature=1.0, pass_at=(1, 5))
     task = TaskConfig("multiple_choice", str(tmp_path / "nothing.jsonl"), "{q}")
     with pytest.raises(UserError, match=r"config\.evaluate\.tasks\.t\.file: no file"):
-        evaluate.run(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, tasks={"t": task})), tmp_path / "x")
+        evaluate.run(
+            dataclasses.replace(
+                config, evaluate=dataclasses.replace(config.evaluate, tasks={"t": task})
+            ),
+            tmp_path / "x",
+        )
     short = checkpoint(
-        tmp_path / "short", dataclasses.replace(DENSE, context=32), 4, load_tokenizer(find_tokenizer(tmp_path / "seed" / "tokenizer"))
+        tmp_path / "short",
+        dataclasses.replace(DENSE, context=32),
+        4,
+        load_tokenizer(find_tokenizer(tmp_path / "seed" / "tokenizer")),
     )
-    with pytest.raises(ConfigError, match=r"sequence_length=64: config\.evaluate\.models\.s has a context of 32"):
-        evaluate.run(dataclasses.replace(config, evaluate=EvaluateConfig({"s": short})), tmp_path / "w")
+    with pytest.raises(
+        ConfigError, match=r"sequence_length=64: config\.evaluate\.models\.s has a context of 32"
+    ):
+        evaluate.run(
+            dataclasses.replace(config, evaluate=EvaluateConfig({"s": short})), tmp_path / "w"
+        )
     task = dataclasses.replace(config.evaluate.tasks["number"], max_tokens=32)
-    with pytest.raises(ConfigError, match=r"tasks\.n\.max_tokens=32: config\.evaluate\.models\.s has a context of 32"):
-        evaluate.run(dataclasses.replace(config, data=None, evaluate=EvaluateConfig({"s": short}, tasks={"n": task})), tmp_path / "v")
+    with pytest.raises(
+        ConfigError,
+        match=r"tasks\.n\.max_tokens=32: config\.evaluate\.models\.s has a context of 32",
+    ):
+        evaluate.run(
+            dataclasses.replace(
+                config, data=None, evaluate=EvaluateConfig({"s": short}, tasks={"n": task})
+            ),
+            tmp_path / "v",
+        )
     small = checkpoint(
-        tmp_path / "small", dataclasses.replace(DENSE, vocab_size=300), 4, load_tokenizer(find_tokenizer(tmp_path / "seed" / "tokenizer"))
+        tmp_path / "small",
+        dataclasses.replace(DENSE, vocab_size=300),
+        4,
+        load_tokenizer(find_tokenizer(tmp_path / "seed" / "tokenizer")),
     )
-    with pytest.raises(ConfigError, match=r"models\.s: .* has 320 tokens, the model 300 embeddings"):
-        evaluate.run(dataclasses.replace(config, evaluate=EvaluateConfig({"s": small})), tmp_path / "z")
+    with pytest.raises(
+        ConfigError, match=r"models\.s: .* has 320 tokens, the model 300 embeddings"
+    ):
+        evaluate.run(
+            dataclasses.replace(config, evaluate=EvaluateConfig({"s": small})), tmp_path / "z"
+        )

@@ -1,4 +1,5 @@
-"""LoRA experts through the real stages: trained, killed, resumed, mixed, gated, evaluated, reported."""
+"""LoRA experts through the real stages: trained, killed, resumed, mixed, gated, evaluated,
+reported."""
 
 import dataclasses
 import json
@@ -36,11 +37,19 @@ from btx_jax.training.optimizer import make_optimizer
 from tests.stages.test_evaluate import DENSE, MIXTURE, checkpoint
 
 LORA = LoRAConfig("1", rank=(2,), k=(1,), targets=("q", "down"), dropout=0.0)
-MORE = ("--config.lora.allocation=2,3", "--config.data.sequence_length=64", "--config.train.warmup_steps=2", "--config.train.eval_every=0")
+MORE = (
+    "--config.lora.allocation=2,3",
+    "--config.data.sequence_length=64",
+    "--config.train.warmup_steps=2",
+    "--config.train.eval_every=0",
+)
 
 
 def items(file, words=("river", "city")):
-    rows = [{"query": f"Item {i}: the {words[i % 2]}?", "choices": ["paper", words[i % 2]], "gold": 1} for i in range(80)]
+    rows = [
+        {"query": f"Item {i}: the {words[i % 2]}?", "choices": ["paper", words[i % 2]], "gold": 1}
+        for i in range(80)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -66,7 +75,9 @@ def one_device_only(monkeypatch):
     real = sharding.make_mesh
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     for module in ("btx_jax.training.start", "btx_jax.stages.evaluate", "btx_jax.stages.mix"):
-        monkeypatch.setattr(f"{module}.make_mesh", lambda shape, devices=None: real(shape, jax.devices()[:1]))
+        monkeypatch.setattr(
+            f"{module}.make_mesh", lambda shape, devices=None: real(shape, jax.devices()[:1])
+        )
 
 
 def losses(workdir):
@@ -122,13 +133,17 @@ def test_a_killed_run_goes_on_exactly_and_the_base_keeps_every_bit(cli):
 def test_a_wrong_config_fails_before_anything_is_compiled(change, train, told, base, tmp_path):
     lora = None if change is None else dataclasses.replace(LORA, **change)
     with pytest.raises(ConfigError, match=told):
-        stages.run(training(base, items(tmp_path / "a.jsonl"), tmp_path, lora, **train), tmp_path / "out")
+        stages.run(
+            training(base, items(tmp_path / "a.jsonl"), tmp_path, lora, **train), tmp_path / "out"
+        )
 
 
 def test_a_resumed_run_refuses_moments_of_other_leaves_and_another_base(base, tmp_path):
     config = training(base, items(tmp_path / "a.jsonl"), tmp_path, steps=2)
     stages.run(config, tmp_path / "run")
-    other = training(tmp_path / "run", tmp_path / "a.jsonl", tmp_path, dataclasses.replace(LORA, rank=(3,)))
+    other = training(
+        tmp_path / "run", tmp_path / "a.jsonl", tmp_path, dataclasses.replace(LORA, rank=(3,))
+    )
     with pytest.raises(ConfigError, match=r"other LoRA experts than the checkpoint's: rank"):
         stages.run(other, tmp_path / "out")
     model = find_checkpoint(tmp_path / "run").about.model
@@ -147,8 +162,15 @@ def test_a_resumed_run_refuses_moments_of_other_leaves_and_another_base(base, tm
 
 
 def test_only_answers_are_learnt_and_prompts_are_read(base, tmp_path):
-    """The answer repeats a word of the prompt: it can be learnt only by reading what is not a target."""
-    config = training(base, items(tmp_path / "a.jsonl"), tmp_path, LoRAConfig("2", rank=(4,), dropout=0.0), steps=30)
+    """The answer repeats a word of the prompt: it can be learnt only by reading what is not a
+    target."""
+    config = training(
+        base,
+        items(tmp_path / "a.jsonl"),
+        tmp_path,
+        LoRAConfig("2", rank=(4,), dropout=0.0),
+        steps=30,
+    )
     stages.run(config, tmp_path / "run")
     found = losses(tmp_path / "run")
     assert found[-1] < 0.5 * found[0]
@@ -159,15 +181,25 @@ def test_only_answers_are_learnt_and_prompts_are_read(base, tmp_path):
 def test_branches_become_one_mixture_whose_routers_are_trained_afterwards(base, tmp_path):
     branches = []
     for name, words in (("a", ("river", "city")), ("b", ("x", "y"))):
-        stages.run(training(base, items(tmp_path / f"{name}.jsonl", words), tmp_path), tmp_path / name)
+        stages.run(
+            training(base, items(tmp_path / f"{name}.jsonl", words), tmp_path), tmp_path / name
+        )
         branches.append(str(tmp_path / name))
-    stages.run(Config("mix", mix=MixConfig(tuple(branches)), mesh=MeshConfig(fsdp=1)), tmp_path / "mix")
+    stages.run(
+        Config("mix", mix=MixConfig(tuple(branches)), mesh=MeshConfig(fsdp=1)), tmp_path / "mix"
+    )
     mixed = find_checkpoint(tmp_path / "mix")
-    assert (mixed.about.model.lora.gating, mixed.about.model.lora.allocation, mixed.about.model.lora.k) == ("top_k", "2,2", (2,))
+    assert (
+        mixed.about.model.lora.gating,
+        mixed.about.model.lora.allocation,
+        mixed.about.model.lora.k,
+    ) == ("top_k", "2,2", (2,))
     held = [adapter_tensors(find_checkpoint(path)) for path in (*branches, tmp_path / "mix")]
     for name, tensor in held[0].items():
         np.testing.assert_array_equal(held[2][name], np.concatenate([tensor, held[1][name]]))
-    tune = training(tmp_path / "mix", tmp_path / "a.jsonl", tmp_path, None, frozen="all_but_routers")
+    tune = training(
+        tmp_path / "mix", tmp_path / "a.jsonl", tmp_path, None, frozen="all_but_routers"
+    )
     stages.run(tune, tmp_path / "tuned")
     tuned = adapter_tensors(find_checkpoint(tmp_path / "tuned"))
     for name, tensor in tuned.items():
@@ -175,15 +207,23 @@ def test_branches_become_one_mixture_whose_routers_are_trained_afterwards(base, 
     costs = find_checkpoint(tmp_path / "tuned").about.costs()
     assert costs["tokens"] == 100 + 3 * 4 * 2 * 48, "the base's, two branches' and the routers'"
 
-    both = EvaluateConfig({"tuned": str(tmp_path / "tuned"), "base": base}, shown_tokens=0, rows=4, batch_size=2)
-    config = dataclasses.replace(tune, stage="evaluate", init="", train=None, checkpoint=None, evaluate=both)
+    both = EvaluateConfig(
+        {"tuned": str(tmp_path / "tuned"), "base": base}, shown_tokens=0, rows=4, batch_size=2
+    )
+    config = dataclasses.replace(
+        tune, stage="evaluate", init="", train=None, checkpoint=None, evaluate=both
+    )
     stages.run(config, tmp_path / "evaluate")
-    found = json.loads((tmp_path / "evaluate" / "results.json").read_text())["models"]["tuned"]["lora"]
+    found = json.loads((tmp_path / "evaluate" / "results.json").read_text())["models"]["tuned"][
+        "lora"
+    ]
     assert found["experts"] == [2, 2]
     assert set(found["redundancy"]) == {"q", "down"}
     assert sum(found["domains"]["text"]["q"][1]["load"]) == pytest.approx(1)
     assert sum(found["domains"]["text"]["q"][1]["gate"]) == pytest.approx(1)
-    stages.run(Config("report", report=ReportConfig(str(tmp_path / "evaluate"))), tmp_path / "report")
+    stages.run(
+        Config("report", report=ReportConfig(str(tmp_path / "evaluate"))), tmp_path / "report"
+    )
     page = (tmp_path / "report" / "report.html").read_text()
     assert "LoRA experts" in page
     assert json.loads((tmp_path / "report" / "summary.json").read_text())["lora"]["tuned"] == found
@@ -194,13 +234,23 @@ def test_gates_trained_behind_finished_experts_choose_by_cosine(base, tmp_path):
     for name, words in (("a", ("river", "city")), ("b", ("x", "y")), ("c", ("print", "def"))):
         file = items(tmp_path / f"{name}.jsonl", words)
         stages.run(training(base, file, tmp_path), tmp_path / name)
-        gate = training(tmp_path / name, file, tmp_path, dataclasses.replace(LORA, gating="sigmoid"), frozen="all_but_routers")
+        gate = training(
+            tmp_path / name,
+            file,
+            tmp_path,
+            dataclasses.replace(LORA, gating="sigmoid"),
+            frozen="all_but_routers",
+        )
         stages.run(gate, tmp_path / f"{name}_gate")
-        before, after = (adapter_tensors(find_checkpoint(tmp_path / f)) for f in (name, f"{name}_gate"))
+        before, after = (
+            adapter_tensors(find_checkpoint(tmp_path / f)) for f in (name, f"{name}_gate")
+        )
         assert all(np.array_equal(before[key], after[key]) for key in before)
         assert after["layers.0.q.router"].shape == (1, 32)
         gated.append(str(tmp_path / f"{name}_gate"))
-    stages.run(Config("mix", mix=MixConfig(tuple(gated)), mesh=MeshConfig(fsdp=1)), tmp_path / "mix")
+    stages.run(
+        Config("mix", mix=MixConfig(tuple(gated)), mesh=MeshConfig(fsdp=1)), tmp_path / "mix"
+    )
     mixed = find_checkpoint(tmp_path / "mix")
     assert (mixed.about.model.lora.gating, mixed.about.model.lora.allocation) == ("cosine", "3,3")
     rows = [adapter_tensors(find_checkpoint(path))["layers.1.down.router"][0] for path in gated]
@@ -211,13 +261,18 @@ def test_tasks_in_turn_are_measured_and_told(base, tmp_path):
     tasks, models, before = {}, {}, base
     for name, words in (("a", ("river", "city")), ("b", ("x", "y"))):
         file = items(tmp_path / f"{name}.jsonl", words)
-        stages.run(training(before, file, tmp_path, LORA if before == base else None), tmp_path / name)
+        stages.run(
+            training(before, file, tmp_path, LORA if before == base else None), tmp_path / name
+        )
         models[name], before = str(tmp_path / name), str(tmp_path / name)
         tasks[name] = TaskConfig("multiple_choice", str(file), "{query}", heldout_fraction=0.1)
     config = training(base, tmp_path / "a.jsonl", tmp_path, None)
     evaluate = EvaluateConfig(models, tasks=tasks, shown_tokens=0, rows=2, batch_size=2)
     stages.run(
-        dataclasses.replace(config, stage="evaluate", init="", train=None, checkpoint=None, evaluate=evaluate), tmp_path / "evaluate"
+        dataclasses.replace(
+            config, stage="evaluate", init="", train=None, checkpoint=None, evaluate=evaluate
+        ),
+        tmp_path / "evaluate",
     )
     parts = json.loads((tmp_path / "evaluate" / evaluate_stage.PARTS / "a" / "a.json").read_text())
     assert 0 < len(parts["items"]) < 25, "what training saw is not tried"
@@ -231,22 +286,34 @@ def test_tasks_in_turn_are_measured_and_told(base, tmp_path):
     )
     assert "performance drop" in (tmp_path / "report" / "report.html").read_text()
     with pytest.raises(UserError, match="no model 'c'"):
-        stages.run(Config("report", report=dataclasses.replace(report, continual=("a:a", "c:b"))), tmp_path / "wrong")
+        stages.run(
+            Config("report", report=dataclasses.replace(report, continual=("a:a", "c:b"))),
+            tmp_path / "wrong",
+        )
 
 
 def test_what_cannot_be_mixed_is_refused(base, tmp_path, tokenizer):
     file = items(tmp_path / "a.jsonl")
     stages.run(training(base, file, tmp_path, steps=1), tmp_path / "a")
-    stages.run(training(base, file, tmp_path, dataclasses.replace(LORA, rank=(3,)), steps=1), tmp_path / "other_rank")
+    stages.run(
+        training(base, file, tmp_path, dataclasses.replace(LORA, rank=(3,)), steps=1),
+        tmp_path / "other_rank",
+    )
     second = checkpoint(tmp_path / "base2", DENSE, 2, tokenizer)
     stages.run(training(second, file, tmp_path, steps=1), tmp_path / "other_base")
     mixture = checkpoint(tmp_path / "mixture", MIXTURE, 3, tokenizer)
     for number, (mix, told) in enumerate(
         (
-            (MixConfig((str(tmp_path / "a"), str(tmp_path / "other_rank"))), r"other LoRA experts .*rank"),
+            (
+                MixConfig((str(tmp_path / "a"), str(tmp_path / "other_rank"))),
+                r"other LoRA experts .*rank",
+            ),
             (MixConfig((str(tmp_path / "a"), str(tmp_path / "other_base"))), "another base"),
             (MixConfig((str(tmp_path / "a"), base)), "adapters and whole models"),
-            (MixConfig((str(tmp_path / "a"), str(tmp_path / "a")), method="average"), "method='btx'"),
+            (
+                MixConfig((str(tmp_path / "a"), str(tmp_path / "a")), method="average"),
+                "method='btx'",
+            ),
         )
     ):
         with pytest.raises(ConfigError, match=told):

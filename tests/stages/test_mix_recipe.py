@@ -32,7 +32,9 @@ def _in_golden(monkeypatch):
 def mix(tmp_path, name="out", *, output_format="", **changes):
     recipe = json.loads((GOLDEN / "recipe.yml").read_text()) | changes
     path = tmp_path / f"{name}.yml"
-    path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in recipe.items() if value is not None})
+    )
     mix_recipe.run(str(path), str(tmp_path / name), verify=True, output_format=output_format)
     return open_reader(find_checkpoint(tmp_path / name))
 
@@ -50,8 +52,13 @@ def test_gates_are_those_of_mergekit(tmp_path, mode):
     ours, theirs = gates(mix(tmp_path, gate_mode=mode)), np.load(GOLDEN / "gates.npz")[mode]
     if mode == "cheap_embed":
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    cosine = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
-    assert cosine.min() >= 0.999, "mergekit runs its forward pass in bfloat16; anything below is another place or another pooling"
+    cosine = (
+        (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    )
+    assert cosine.min() >= 0.999, (
+        "mergekit runs its forward pass in bfloat16; anything below is another place or another"
+        " pooling"
+    )
 
 
 def test_a_frankenmoe_holds_the_bases_and_the_experts_bits(tmp_path):
@@ -60,7 +67,9 @@ def test_a_frankenmoe_holds_the_bases_and_the_experts_bits(tmp_path):
         wanted = expert_tensor(name)
         if wanted:
             part = f"model.layers.{wanted.layer}.mlp.{wanted.part}_proj.weight"
-            assert mixed.read(name).tobytes() == dense["abc"[wanted.expert]].read(part).tobytes(), name
+            assert mixed.read(name).tobytes() == dense["abc"[wanted.expert]].read(part).tobytes(), (
+                name
+            )
         elif router_layer(name) is None:
             assert mixed.read(name).tobytes() == dense["base"].read(name).tobytes(), name
 
@@ -70,11 +79,15 @@ def test_branch_train_mix_equals_mix_params_and_a_float64_mean(tmp_path):
     models = [load_params(find_checkpoint(GOLDEN / name)) for name in "abc"]
     streamed = load_params(find_checkpoint(tmp_path / "out"))
     expected = mix_params(models, {"layers_0": streamed["layers_0"]["ffn"]["router"]})
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(streamed), jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(streamed), jax.tree.leaves(expected), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=2e-7, rtol=0, err_msg=str(path))
     for name in mixed.slots:
         if expert_tensor(name) is None and router_layer(name) is None:
-            exact = np.mean([sources()[source].read(name).astype(np.float64) for source in "abc"], axis=0)
+            exact = np.mean(
+                [sources()[source].read(name).astype(np.float64) for source in "abc"], axis=0
+            )
             np.testing.assert_allclose(mixed.read(name), exact, atol=2e-7, rtol=0)
     router = streamed["layers_0"]["ffn"]["router"]
     assert 0.015 < float(np.std(router)) < 0.025
@@ -92,7 +105,9 @@ def run_logits(path):
     found = find_checkpoint(path)
     tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 250)
     params = load_params(found)
-    llama = Llama(found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged"))
+    llama = Llama(
+        found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+    )
     hidden, _ = jax.jit(llama.apply)({"params": params}, tokens, tokens * 0 + 1)
     return np.asarray(logits(params, hidden))
 
@@ -105,12 +120,25 @@ def test_four_copies_compute_what_the_dense_model_computes(tmp_path, k):
 
 
 def test_all_chunks_of_a_split_add_up_to_the_feed_forward(tmp_path):
-    mixed = mix(tmp_path, method="split", chunks=2, gate_mode="normal", experts=[{"source_model": "a"}, {"source_model": "b"}])
+    mixed = mix(
+        tmp_path,
+        method="split",
+        chunks=2,
+        gate_mode="normal",
+        experts=[{"source_model": "a"}, {"source_model": "b"}],
+    )
     assert mixed.model.d_ff == 12 and mixed.model.moe == MoEConfig((4, 4, 4))
     for part, axis in (("gate", 0), ("up", 0), ("down", 1)):
         whole = sources()["b"].read(f"model.layers.1.mlp.{part}_proj.weight")
-        names = {e: n for n in mixed.slots if (w := expert_tensor(n)) and (w.layer, w.part) == (1, part) for e in [w.expert]}
-        np.testing.assert_array_equal(np.concatenate([mixed.read(names[2]), mixed.read(names[3])], axis), whole)
+        names = {
+            e: n
+            for n in mixed.slots
+            if (w := expert_tensor(n)) and (w.layer, w.part) == (1, part)
+            for e in [w.expert]
+        }
+        np.testing.assert_array_equal(
+            np.concatenate([mixed.read(names[2]), mixed.read(names[3])], axis), whole
+        )
 
 
 def test_a_blend_gives_every_expert_a_chunk_of_every_source(tmp_path):
@@ -135,18 +163,40 @@ def test_noise_and_residual_scale(tmp_path):
     scaled = {"source_model": "b", "positive_prompts": ["y"], "residual_scale": 0.25}
     mixed = mix(tmp_path, experts=[noisy, scaled])
     prefix = "model.layers.0.block_sparse_moe.experts"
-    noise = mixed.read(f"{prefix}.0.w1.weight") - sources()["a"].read("model.layers.0.mlp.gate_proj.weight")
+    noise = mixed.read(f"{prefix}.0.w1.weight") - sources()["a"].read(
+        "model.layers.0.mlp.gate_proj.weight"
+    )
     assert abs(noise.std() - 0.5) < 0.1
-    np.testing.assert_array_equal(mixed.read(f"{prefix}.1.w2.weight"), sources()["b"].read("model.layers.0.mlp.down_proj.weight") * 0.25)
-    np.testing.assert_array_equal(mixed.read(f"{prefix}.1.w1.weight"), sources()["b"].read("model.layers.0.mlp.gate_proj.weight"))
+    np.testing.assert_array_equal(
+        mixed.read(f"{prefix}.1.w2.weight"),
+        sources()["b"].read("model.layers.0.mlp.down_proj.weight") * 0.25,
+    )
+    np.testing.assert_array_equal(
+        mixed.read(f"{prefix}.1.w1.weight"),
+        sources()["b"].read("model.layers.0.mlp.gate_proj.weight"),
+    )
 
 
 @pytest.mark.parametrize("merge", ["ties", "dare"])
 def test_other_merges_pass_verification_and_keep_what_did_not_change(tmp_path, merge):
-    mixed = mix(tmp_path, base="average", merge=merge, gate_mode="normal", experts=[{"source_model": "base"}, {"source_model": "a"}])
+    mixed = mix(
+        tmp_path,
+        base="average",
+        merge=merge,
+        gate_mode="normal",
+        experts=[{"source_model": "base"}, {"source_model": "a"}],
+    )
     name = "model.layers.0.self_attn.k_proj.weight"
     assert not np.array_equal(mixed.read(name), sources()["base"].read(name))
-    same = mix(tmp_path, "same", base="average", merge=merge, gate_mode="normal", experts=[{"source_model": "base"}] * 2, seed=1)
+    same = mix(
+        tmp_path,
+        "same",
+        base="average",
+        merge=merge,
+        gate_mode="normal",
+        experts=[{"source_model": "base"}] * 2,
+        seed=1,
+    )
     np.testing.assert_array_equal(same.read(name), sources()["base"].read(name))
 
 
@@ -158,13 +208,21 @@ def test_a_mean_that_does_not_fit_float16_is_refused(tmp_path):
         save_file(tensors, tmp_path / name / "model.safetensors")
     experts = [{"source_model": str(tmp_path / name)} for name in ("a", "b")]
     with pytest.raises(UserError, match=r"model\.norm\.weight holds values beyond float16's range"):
-        mix(tmp_path, base_model=str(tmp_path / "a"), base="average", gate_mode="normal", dtype="float16", experts=experts)
+        mix(
+            tmp_path,
+            base_model=str(tmp_path / "a"),
+            base="average",
+            gate_mode="normal",
+            dtype="float16",
+            experts=experts,
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_states_are_what_the_model_computes_layer_by_layer():
-    """The last layer's input, finished by a one-layer model, gives the whole model's output; and so does its router's input, with the
-    last feed-forward silenced and its norm in the place of the final norm."""
+    """The last layer's input, finished by a one-layer model, gives the whole model's output; and so
+    does its router's input, with the last feed-forward silenced and its norm in the place of the
+    final norm."""
     reader, found = sources()["a"], find_checkpoint(GOLDEN / "a")
     params, model = load_params(found), found.about.model
     compute = ComputeConfig(dtype="float32", remat="none")
@@ -180,8 +238,12 @@ def test_states_are_what_the_model_computes_layer_by_layer():
         tokens, ones = np.arange(len(prompt))[None], np.ones((1, len(prompt)), np.int32)
         one_layer = Llama(dataclasses.replace(model, layers=1), compute)
         whole = Llama(model, compute).apply({"params": params}, np.array([prompt]), ones)[0]
-        np.testing.assert_allclose(one_layer.apply({"params": top}, tokens, ones)[0], whole, atol=1e-5)
-        np.testing.assert_allclose(one_layer.apply({"params": router}, tokens, ones)[0][0], h, atol=1e-5)
+        np.testing.assert_allclose(
+            one_layer.apply({"params": top}, tokens, ones)[0], whole, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            one_layer.apply({"params": router}, tokens, ones)[0][0], h, atol=1e-5
+        )
 
 
 def test_router_input_rows_have_the_asked_length_and_choose_their_own_prompts(tmp_path, capsys):
@@ -191,7 +253,10 @@ def test_router_input_rows_have_the_asked_length_and_choose_their_own_prompts(tm
 
 
 def test_similar_prompts_are_warned_of(tmp_path, capsys):
-    experts = [{"source_model": s, "positive_prompts": [p]} for s, p in (("a", "hello there A"), ("b", "hello there B"))]
+    experts = [
+        {"source_model": s, "positive_prompts": [p]}
+        for s, p in (("a", "hello there A"), ("b", "hello there B"))
+    ]
     mix(tmp_path, experts=experts, gate_mode="cheap_embed")
     assert "rows are nearly equal in all layers" in " ".join(capsys.readouterr().out.split())
 
@@ -201,7 +266,10 @@ def test_our_checkpoints_mix_like_hugging_face_directories(tmp_path):
         convert.run(name, str(tmp_path / name))
     recipe = json.loads((GOLDEN / "recipe.yml").read_text())
     recipe["base_model"] = str(tmp_path / "base")
-    recipe["experts"] = [expert | {"source_model": str(tmp_path / expert["source_model"])} for expert in recipe["experts"]]
+    recipe["experts"] = [
+        expert | {"source_model": str(tmp_path / expert["source_model"])}
+        for expert in recipe["experts"]
+    ]
     ours, theirs = mix(tmp_path, "ours", **recipe), mix(tmp_path, "theirs")
     assert find_checkpoint(tmp_path / "ours").is_huggingface is False
     for name in theirs.slots:
@@ -221,7 +289,9 @@ def test_verify_notices_a_single_changed_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(mix_recipe, "_verify", damaged)
     with pytest.raises(UserError, match=r"1 tensors are not what the recipe says: lm_head.weight"):
         mix(tmp_path)
-    assert not (tmp_path / "out").exists(), "a mixture that failed verification must not look like a result"
+    assert not (tmp_path / "out").exists(), (
+        "a mixture that failed verification must not look like a result"
+    )
 
 
 def test_an_expert_added_and_dropped_again_leaves_every_other_bit(tmp_path):
@@ -236,9 +306,13 @@ def test_an_expert_added_and_dropped_again_leaves_every_other_bit(tmp_path):
         else:
             np.testing.assert_array_equal(more.read(name)[:3], before.read(name))
     added = more.read("model.layers.1.block_sparse_moe.experts.3.w3.weight")
-    np.testing.assert_array_equal(added, sources()["base"].read("model.layers.1.mlp.up_proj.weight"))
+    np.testing.assert_array_equal(
+        added, sources()["base"].read("model.layers.1.mlp.up_proj.weight")
+    )
     experts.drop(str(tmp_path / "more"), 3, str(tmp_path / "again"))
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
     experts.drop(str(tmp_path / "more"), 0, str(tmp_path / "less"))
     less = open_reader(find_checkpoint(tmp_path / "less"))
     name = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
@@ -273,7 +347,9 @@ def test_a_source_spelt_in_two_ways_counts_once(tmp_path):
     experts = [{"source_model": source} for source in ("a", "./a", str(link), "b")]
     mixed = mix(tmp_path, experts=experts, base="average", gate_mode="normal")
     name = "model.norm.weight"
-    np.testing.assert_allclose(mixed.read(name), (sources()["a"].read(name) + sources()["b"].read(name)) / 2, atol=2e-7)
+    np.testing.assert_allclose(
+        mixed.read(name), (sources()["a"].read(name) + sources()["b"].read(name)) / 2, atol=2e-7
+    )
 
 
 def test_blended_pieces_get_their_own_noise(tmp_path):

@@ -1,4 +1,5 @@
-"""Two processes with four simulated devices each, through the real command line: what a slice of two hosts does."""
+"""Two processes with four simulated devices each, through the real command line: what a slice of
+two hosts does."""
 
 import json
 
@@ -33,14 +34,18 @@ def finetune(cli, mixture, workdir, *more, steps=24):
 
 
 def losses(cli, workdir):
-    lines = [json.loads(line) for line in (cli.home / workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (cli.home / workdir / "metrics.jsonl").read_text().splitlines()
+    ]
     heldout = [line["heldout"]["text"]["nats_per_token"] for line in lines if "heldout" in line]
     return [line["loss"] for line in lines if "loss" in line], heldout
 
 
 def finish(processes, statuses=(0, 0)):
     told = [process.communicate(timeout=300)[1] for process in processes]
-    assert tuple(process.returncode for process in processes) == statuses, "\n".join(text[-3000:] for text in told)
+    assert tuple(process.returncode for process in processes) == statuses, "\n".join(
+        text[-3000:] for text in told
+    )
     return told
 
 
@@ -52,14 +57,17 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture)
     assert len(want[0]) == 24
     assert len(want[1]) == 2
     for a, b in zip(want, got, strict=True):
-        assert b == pytest.approx(a, abs=1e-5), "two processes see other rows, or sum other gradients, than one"
+        assert b == pytest.approx(a, abs=1e-5), (
+            "two processes see other rows, or sum other gradients, than one"
+        )
     assert "compiling" in told[0]
     assert "compiling" not in told[1], "one process tells, not two"
 
     killed = cli.start_several(2, 4, *finetune(cli, mixture, "killed", *MESH))
     cli.wait_for_step("killed", 8, killed[0])
     killed[1].kill()
-    for process in killed:  # the survivor may wait for the dead one for minutes: a slice's machines are restarted together
+    # The survivor may wait for the dead one for minutes: a slice's machines are restarted together
+    for process in killed:
         process.kill()
         process.communicate()
     finish(cli.start_several(2, 4, *finetune(cli, mixture, "killed", *MESH)))
@@ -72,8 +80,12 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture)
     for shape in ((1, 1, 1, 1), (1, 2, 1, 1), (1, 2, 4, 1)):
         devices = jax.devices()[: shape[1] * shape[2]]
         shardings = param_shardings(boxed, make_mesh(shape, devices))
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), whole, shardings)
-        for a, b in zip(jax.tree.leaves(load_params(found, abstract)), jax.tree.leaves(whole), strict=True):
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), whole, shardings
+        )
+        for a, b in zip(
+            jax.tree.leaves(load_params(found, abstract)), jax.tree.leaves(whole), strict=True
+        ):
             assert a.sharding.num_devices == len(devices)
             assert (jax.device_get(a) == jax.device_get(b)).all()
 
@@ -110,11 +122,17 @@ def get_config():
 
 @pytest.mark.slow
 def test_two_processes_mix_and_evaluate_as_one(cli, mixture):
-    """Losses, routing, test sets and generated answers; what one process writes, the other does not."""
+    """Losses, routing, test sets and generated answers; what one process writes, the other does
+    not."""
     source = f"--config.mix.experts=('{cli.home / 'seed'}',)"
     finish(
         cli.start_several(
-            2, 4, "--config=configs/sparse_upcycling.py:tiny", f"--workdir={cli.home / 'mix2'}", source, "--config.mesh.fsdp=8"
+            2,
+            4,
+            "--config=configs/sparse_upcycling.py:tiny",
+            f"--workdir={cli.home / 'mix2'}",
+            source,
+            "--config.mesh.fsdp=8",
         )
     )
     assert cli.digest("mix2") == cli.digest("mix")
@@ -124,16 +142,29 @@ def test_two_processes_mix_and_evaluate_as_one(cli, mixture):
     file = cli.home / "evaluate.py"
     file.write_text(EVALUATE.format(home=cli.home, text=cli.text))
     for name, count in (("one", 1), ("two", 2)):
-        finish(cli.start_several(count, 8 // count, f"--config={file}", f"--workdir={cli.home / name}"), (0,) * count)
-    want, got = (json.loads((cli.home / name / "results.json").read_text())["models"] for name in ("one", "two"))
+        finish(
+            cli.start_several(
+                count, 8 // count, f"--config={file}", f"--workdir={cli.home / name}"
+            ),
+            (0,) * count,
+        )
+    want, got = (
+        json.loads((cli.home / name / "results.json").read_text())["models"]
+        for name in ("one", "two")
+    )
     assert set(got) == {"seed", "again", "mix", "btm"}
     for name, model in got.items():
         assert model["nats_per_token"] == pytest.approx(want[name]["nats_per_token"], abs=1e-5)
         assert model.get("tasks") == want[name].get("tasks")
-    assert got["btm"]["nats_per_token"] == pytest.approx(got["seed"]["nats_per_token"], abs=1e-6), "two equal experts are one"
+    assert got["btm"]["nats_per_token"] == pytest.approx(got["seed"]["nats_per_token"], abs=1e-6), (
+        "two equal experts are one"
+    )
     assert got["mix"]["routing"]["texts"] == want["mix"]["routing"]["texts"]
     for task in ("choice", "number"):
-        one, two = (json.loads((cli.home / name / "parts" / "mix" / f"{task}.json").read_text()) for name in ("one", "two"))
+        one, two = (
+            json.loads((cli.home / name / "parts" / "mix" / f"{task}.json").read_text())
+            for name in ("one", "two")
+        )
         assert one["items"] == two["items"] or task == "choice"
 
 
@@ -141,7 +172,10 @@ def test_two_processes_mix_and_evaluate_as_one(cli, mixture):
 def test_two_processes_train_lora_experts_as_one_and_resume(cli):
     cli.run(*cli.seed("seed", steps=3))
     items = cli.home / "items.jsonl"
-    rows = [{"query": f"Item {i}: the river?", "choices": ["paper", "river"], "gold": 1} for i in range(300)]
+    rows = [
+        {"query": f"Item {i}: the river?", "choices": ["paper", "river"], "gold": 1}
+        for i in range(300)
+    ]
     items.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def lora(workdir, *more):
@@ -150,12 +184,21 @@ def test_two_processes_train_lora_experts_as_one_and_resume(cli):
             f"--config.data.train={items}#@arc_easy", f"--config.data.cache={cli.home / 'cache'}", "--config.data.sequence_length=64",
             "--config.lora.allocation=2,3", "--config.train.steps=12", "--config.train.warmup_steps=2", "--config.train.eval_every=12",
             "--config.train.eval_rows=8", "--config.checkpoint.every=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
-            "--config.lora.dropout=0.0", *more,  # masks belong to places in the batch, and processes interleave its rows
+            # Masks belong to places in the batch, and processes interleave its rows
+            "--config.lora.dropout=0.0", *more,
         )  # fmt: skip
 
     def told(workdir):
-        lines = [json.loads(line) for line in (cli.home / workdir / "metrics.jsonl").read_text().splitlines()]
-        heldout = [value["nats_per_token"] for line in lines if "heldout" in line for value in line["heldout"].values()]
+        lines = [
+            json.loads(line)
+            for line in (cli.home / workdir / "metrics.jsonl").read_text().splitlines()
+        ]
+        heldout = [
+            value["nats_per_token"]
+            for line in lines
+            if "heldout" in line
+            for value in line["heldout"].values()
+        ]
         return [line["loss"] for line in lines if "loss" in line], heldout
 
     finish(cli.start_several(1, 4, *lora("one")), (0,))

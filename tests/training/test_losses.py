@@ -19,7 +19,11 @@ def test_chunked_cross_entropy_equals_the_whole_array_in_value_and_gradients(chu
     grads = [jax.grad(f, argnums=(0, 1))(hidden, head) for f in (fast, slow)]
     for a, b in zip(*grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    np.testing.assert_allclose((token_nll(hidden, head, targets, chunk) * weights).sum() * 0.3, slow(hidden, head), rtol=1e-5)
+    np.testing.assert_allclose(
+        (token_nll(hidden, head, targets, chunk) * weights).sum() * 0.3,
+        slow(hidden, head),
+        rtol=1e-5,
+    )
 
 
 def test_targets_stay_within_their_document_and_leave_out_padding():
@@ -28,7 +32,9 @@ def test_targets_stay_within_their_document_and_leave_out_padding():
     inputs, input_segments, targets, mask = next_token_targets(tokens, segments)
     assert inputs.tolist() == [[1, 10, 11, 2, 1, 20, 0]]
     assert input_segments.tolist() == [[1, 1, 1, 1, 2, 2, 0]]
-    assert targets[mask].tolist() == [10, 11, 2, 20], "not the next document's first token, and no padding"
+    assert targets[mask].tolist() == [10, 11, 2, 20], (
+        "not the next document's first token, and no padding"
+    )
 
 
 def test_uniform_logits_cost_log_v():

@@ -43,9 +43,13 @@ def test_float32_is_multiplied_as_float32(one_device):
         params = jax.eval_shape(lambda model=model: init_params(model, jax.random.key(0)))
         programs.append(lower_heldout_step(model, COMPUTE, one_device, params, 4, 16))
         for program in programs:
-            dots = [line for line in program.as_text().splitlines() if "stablehlo.dot_general" in line]
+            dots = [
+                line for line in program.as_text().splitlines() if "stablehlo.dot_general" in line
+            ]
             assert len(dots) > 5
-            assert all("precision = [HIGHEST, HIGHEST]" in line for line in dots), "a matmul left to the TPU's default"
+            assert all("precision = [HIGHEST, HIGHEST]" in line for line in dots), (
+                "a matmul left to the TPU's default"
+            )
 
 
 def test_schedule_is_the_papers():
@@ -59,7 +63,10 @@ def test_schedule_is_the_papers():
 
 def test_norms_are_not_decayed_and_everything_else_is():
     mask = decayed(init_params(MOE, jax.random.key(0)))
-    flat = {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in jax.tree_util.tree_leaves_with_path(mask)}
+    flat = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): v
+        for p, v in jax.tree_util.tree_leaves_with_path(mask)
+    }
     assert {name for name, value in flat.items() if not value} == {
         "final_norm/scale", "layers_0/attention_norm/scale", "layers_0/ffn_norm/scale",
     }  # fmt: skip
@@ -88,7 +95,8 @@ def test_metrics_of_every_layer_are_returned(one_device):
 
 
 def test_micro_batches_add_up_to_the_big_batch(one_device):
-    """Exactly for the LM loss of a dense model, whatever the share of padding in each micro-batch."""
+    """Exactly for the LM loss of a dense model, whatever the share of padding in each
+    micro-batch."""
     whole, a = steps(TINY, TRAIN, one_device)
     parts, b = steps(TINY, dataclasses.replace(TRAIN, accumulate=2), one_device)
     for x, y in zip(a, b, strict=True):
@@ -106,7 +114,9 @@ def test_balance_weight_moves_the_router_and_zero_does_not(one_device):
 
 
 def test_flops_are_6_n_d():
-    assert train_flops(TINY, 10) == 60 * sum(x.size for x in jax.tree.leaves(init_params(TINY, jax.random.key(0))))
+    assert train_flops(TINY, 10) == 60 * sum(
+        x.size for x in jax.tree.leaves(init_params(TINY, jax.random.key(0)))
+    )
     assert peak_flops_per_device() > 1e8
 
 
@@ -114,9 +124,13 @@ def test_clipping_is_optaxs_up_to_rounding():
     updates = {"a": jnp.array([3.0, -4.0]), "b": jnp.ones((2, 2)) * 6}
     for norm in (1.0, 13.0, 1000.0):
         expected, _ = optax.clip_by_global_norm(norm).update(updates, optax.EmptyState())
-        chex.assert_trees_all_close(clip_by_global_norm(norm).update(updates, optax.EmptyState())[0], expected, rtol=1e-6)
+        chex.assert_trees_all_close(
+            clip_by_global_norm(norm).update(updates, optax.EmptyState())[0], expected, rtol=1e-6
+        )
     zeros = jax.tree.map(jnp.zeros_like, updates)
-    chex.assert_trees_all_equal(clip_by_global_norm(1.0).update(zeros, optax.EmptyState())[0], zeros)
+    chex.assert_trees_all_equal(
+        clip_by_global_norm(1.0).update(zeros, optax.EmptyState())[0], zeros
+    )
 
 
 @pytest.mark.parametrize("frozen", ["experts", "all_but_routers"])
@@ -127,7 +141,9 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_moments(frozen, one_device):
     after = named_leaves(jax.device_get(state.params))
     trained = {name: is_trained(tuple(name.split("/")), frozen) for name in after}
     for name, was in named_leaves(before).items():
-        assert trained[name] == (("router" in name) or (frozen == "experts" and "/ffn/" not in name))
+        assert trained[name] == (
+            ("router" in name) or (frozen == "experts" and "/ffn/" not in name)
+        )
         assert np.array_equal(after[name], was) != trained[name], name
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert moments == 2 * sum(x.size for name, x in named_leaves(before).items() if trained[name])
