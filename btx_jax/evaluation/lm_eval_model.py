@@ -17,6 +17,7 @@ from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
 from btx_jax.config import ComputeConfig, TaskConfig
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
+from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
 from btx_jax.evaluation.tasks import continuations
@@ -54,6 +55,7 @@ class BtxJaxLM(LM):
             int(batch_size) if str(batch_size).isdigit() else 8,
         )
         self._tokenizer = load_tokenizer(found.tokenizer)
+        self._ends = stop_ids(found.about, self._tokenizer)
         self._mesh = inference_mesh(found.about.model)
         self._compute, self._params = (
             ComputeConfig(dtype=dtype),
@@ -94,7 +96,7 @@ class BtxJaxLM(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         if self._generator is None:
             self._generator = Generator(
-                self._model, self._params, self._compute, self._mesh, self._tokenizer.eos
+                self._model, self._params, self._compute, self._mesh, self._ends
             )
         alike: dict[TaskConfig, list[int]] = {}  # requests with the same settings share batches
         for number, request in enumerate(requests):
