@@ -24,6 +24,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
+    shortest_context,
     write_checkpoint,
 )
 from btx_jax.checkpoints.huggingface import (
@@ -73,7 +74,9 @@ def run(
     recipe = read_recipe(Path(recipe_path))
     check_free(Path(target))
     sources = _open(recipe)
-    model = _model(recipe, sources.readers[0].model)
+    dense = sources.readers[0].model
+    context = shortest_context(sources.checkpoints)
+    model = _model(recipe, dataclasses.replace(dense, context=context))
     as_huggingface = (
         sources.checkpoints[0].is_huggingface
         if not output_format
@@ -136,6 +139,7 @@ def run(
         tensor,
         sources.tokenizer,
         history=history,
+        huggingface=sources.checkpoints[0].about.huggingface,
         card=card,
         check=check,
         verb="mixing",
