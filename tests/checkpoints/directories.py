@@ -195,7 +195,7 @@ TABLE = {
     ),
     "two scalings": config(
         rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5},
-        rope_scaling={"rope_type": "linear", "factor": 2.0},
+        rope_scaling={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
     ),
     "empty scaling": rope(),
     "default scaling": rope(rope_type="default"),

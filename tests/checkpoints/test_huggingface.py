@@ -216,7 +216,7 @@ def _forward(model):
 
     @jax.jit
     def forward(params, tokens):
-        hidden, _ = llama.apply({"params": params}, tokens, np.ones_like(tokens))
+        hidden, _ = llama.apply({"params": params}, tokens, jax.numpy.ones_like(tokens))
         return logits(params, hidden)
 
     return forward
