@@ -470,7 +470,9 @@ def test_the_tokenizer_and_its_chat_template_travel_both_ways(tmp_path, tokenize
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.6}')
     convert.run(str(source), str(tmp_path / "ours"))
     convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))
-    for file in ("tokenizer.model", "chat_template.jinja", "generation_config.json"):
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [2, 5], "temperature": 0.6}
+    for file in ("tokenizer.model", "chat_template.jinja"):
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
     told = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
     assert told["chat_template"] == "x" and told["tokenizer_class"] == "PreTrainedTokenizerFast"
