@@ -87,7 +87,7 @@ def run(config: Config, workdir: Path) -> None:
         heldout = first_then_others(
             prepare, config.data.heldout, config.data, tokenizer, "config.data.heldout"
         )
-    for domain in {*domains, *heldout}:
+    for domain in [*domains, *heldout]:
         check_ids([domain.largest_id()], model.vocab_size, f"domain {domain.name!r}", tokenizer)
     text = {"the tokenizer": tokenizer.sha256} | {
         domain.name: domain.identity() for domain in domains
