@@ -4,6 +4,7 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
+MAX_LINE = 8000
 MAX_WORD = 100  # characters of a wrong word that are compared with the known ones
 MAX_KNOWN = 40  # known words that are listed
 MAX_TOLD = 20  # mistakes that are told at one time
@@ -49,6 +50,14 @@ class Mistakes:
         """Raises ConfigError when there are any."""
         if self.found:
             raise ConfigError(*self.found)
+
+
+def one_line(told: object) -> str:
+    """Words of an error on one line, its middle left out where it is longer than anyone reads."""
+    line = " ".join(str(told).split())
+    return (
+        line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
+    )
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

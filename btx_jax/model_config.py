@@ -17,7 +17,7 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # Far beyond any model that was ever trained: what is larger is a slip, and would hang or fill the
 # memory before anything else told so.
 MAX_PARAMETERS = 10**13
-MAX_RUNS = 256  # runs of equal layers, each a program of its own
+MAX_RUNS = 128  # runs of equal layers, each a program of its own
 
 Layers = Annotated[int, Range(1, 10_000)]
 Width = Annotated[int, Range(1, 10**7)]

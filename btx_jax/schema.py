@@ -243,7 +243,10 @@ def _convert_tuple(kind: Any, value: Any, key: str, mistakes: Mistakes) -> Any:
     elif len(value) > MAX_NAMES:
         mistakes.add(f"{key}: {len(value)} entries; at most {MAX_NAMES}")
     else:
-        return tuple(_convert(kind, item, f"{key}[{i}]", mistakes) for i, item in enumerate(value))
+        return tuple(
+            _convert(kind, item, f"{key}[{i}]" if len(value) > 1 else key, mistakes)
+            for i, item in enumerate(value)
+        )
     return value
 
 
