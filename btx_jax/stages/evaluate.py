@@ -52,6 +52,7 @@ from btx_jax.stages import Coming
 log = logging.getLogger(__name__)
 
 RESULTS, PARTS, INPUTS = "results.json", "parts", "inputs.json"
+MAX_TEST_SET = 2**28  # bytes, unpacked
 PROFILE_ROWS = 128  # training rows behind an expert's tf-idf profile
 
 
@@ -304,7 +305,8 @@ def evaluate_model(
 def read_items(name: str, task: TaskConfig) -> tuple[list[Any], list[Any]]:
     """(the test set's items, its solved examples)."""
     key = f"config.evaluate.tasks.{name}"
-    items = read_json_lines(task.file, f"{key}.file", 0 if task.heldout_fraction else task.limit)
+    limit = 0 if task.heldout_fraction else task.limit
+    items = read_json_lines(task.file, f"{key}.file", limit, MAX_TEST_SET)
     if task.heldout_fraction:
         check_items(items, task, key)
         kept = [item for item in items if is_heldout(solved(item, task), task.heldout_fraction)]
@@ -315,7 +317,9 @@ def read_items(name: str, task: TaskConfig) -> tuple[list[Any], list[Any]]:
             )
         items = kept[: task.limit or None]
     examples = (
-        read_json_lines(task.shots_file, f"{key}.shots_file", task.shots) if task.shots else []
+        read_json_lines(task.shots_file, f"{key}.shots_file", task.shots, MAX_TEST_SET)
+        if task.shots
+        else []
     )
     for each in (items, examples) if task.shots else (items,):
         check_items(each, task, key)
