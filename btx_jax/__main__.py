@@ -53,6 +53,8 @@ def _convert(args: argparse.Namespace) -> None:
 def _mix(args: argparse.Namespace) -> None:
     from btx_jax.stages.mix_recipe import run
 
+    if not Path(args.recipe).is_file():  # nor a device or a pipe, which may have no end
+        raise UserError(f"RECIPE.yml: no file {args.recipe}")
     run(
         args.recipe,
         args.target,

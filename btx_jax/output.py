@@ -16,6 +16,8 @@ CONFIG, DONE = "config.json", "done.json"  # of a run: while it runs, and when i
 
 def check_free(target: Path) -> None:
     """Raises UserError when something is already there: nothing is overwritten."""
+    if "\0" in str(target):
+        raise UserError(f"cannot write {str(target)[:200]!r}: no name of a file")
     try:
         exists = target.exists()
     except (OSError, ValueError) as error:
@@ -38,7 +40,7 @@ def none_left_empty(*directories: Path) -> Iterator[None]:
         yield
     except BaseException:
         for path in missing:
-            with contextlib.suppress(OSError):  # not made, or not empty
+            with contextlib.suppress(OSError, ValueError):  # not made, or not empty
                 path.rmdir()
         raise
 

@@ -73,49 +73,45 @@ POSSIBLE = {
 }
 
 
-def sections(hint, found=None):
-    """Every dataclass that a config can hold."""
-    found = set() if found is None else found
-    if dataclasses.is_dataclass(hint):
-        if hint not in found:
-            found.add(hint)
-            for inner in typing.get_type_hints(hint).values():
-                sections(inner, found)
-    for inner in typing.get_args(hint):
-        sections(inner, found)
+def parts(hint):
+    """A type and all types within it."""
+    return [hint, *(part for inner in typing.get_args(hint) for part in parts(inner))]
+
+
+def hints(section):
+    return typing.get_type_hints(section, include_extras=True)
+
+
+def sections(section, found=()):
+    """Every dataclass that a section can hold, itself first."""
+    found = [*found, section]
+    for part in (part for hint in hints(section).values() for part in parts(hint)):
+        if dataclasses.is_dataclass(part) and part not in found:
+            found = sections(part, found)
     return found
 
 
 def numbers(hint):
-    """The Annotated numbers within a type, as (kind, bounds)."""
-    if typing.get_origin(hint) is Annotated and hint.__origin__ in (int, float):
-        return [(hint.__origin__, hint.__metadata__)]
+    """The numbers within a type, as (kind, bounds)."""
+    if typing.get_origin(hint) is Annotated:
+        return [(hint.__origin__, hint.__metadata__)] if hint.__origin__ in (int, float) else []
     if hint in (int, float):
         return [(hint, ())]
-    return [n for inner in typing.get_args(hint) for n in numbers(inner)]
+    return [found for inner in typing.get_args(hint) for found in numbers(inner)]
 
 
-def leaves(values, hint, key=()):
-    """(path, class, field) of every number below a section; of a list, its first entry."""
-    hints = typing.get_type_hints(hint, include_extras=True)
+def leaves(values, section, key=()):
+    """(path, class, field) of every number of a section's values; of a list, its first entry."""
     for name, value in values.items():
-        kind = hints[name]
-        inner = next(iter(sections(kind) - {hint}), None) if isinstance(value, Mapping) else None
-        if numbers(kind):
-            yield (*key, name, 0) if isinstance(value, list) else (*key, name), hint, name
-        elif dataclasses.is_dataclass(kind) or isinstance(value, Mapping):
-            of = [c for c in typing.get_args(kind) if dataclasses.is_dataclass(c)] or [kind]
-            if typing.get_origin(kind) is Mapping:
-                if dataclasses.is_dataclass(of[0]):
-                    for entry, inside in value.items():
-                        yield from leaves(inside, of[0], (*key, name, entry))
-            elif inner is not None or dataclasses.is_dataclass(of[0]):
-                mapping = [c for c in typing.get_args(kind) if typing.get_origin(c) is Mapping]
-                if mapping:
-                    for entry, inside in value.items():
-                        yield from leaves(inside, mapping[0].__args__[1], (*key, name, entry))
-                else:
-                    yield from leaves(value, of[0], (*key, name))
+        hint = hints(section)[name]
+        within = [part for part in parts(hint) if dataclasses.is_dataclass(part)]
+        if numbers(hint):
+            yield (*key, name, 0) if isinstance(value, list) else (*key, name), section, name
+        elif within and any(typing.get_origin(part) is Mapping for part in parts(hint)):
+            for entry, inner in value.items():
+                yield from leaves(inner, within[0], (*key, name, entry))
+        elif within:
+            yield from leaves(value, within[0], (*key, name))
 
 
 def changed(*changes):
@@ -133,21 +129,24 @@ LEAVES = list(leaves(WHOLE, Config))
 
 
 def test_every_number_states_its_range():
+    every = set()
     for section in sections(Config):
         assert issubclass(section, Section), f"{section.__name__} does not check itself"
-        for name, hint in typing.get_type_hints(section, include_extras=True).items():
+        for name, hint in hints(section).items():
             for kind, bounds in numbers(hint):
                 assert [type(bound) for bound in bounds] == [Range], (
                     f"{section.__name__}.{name}: {kind.__name__} without a Range"
                 )
-    covered = {(section, name) for _, section, name in LEAVES}
-    every = {
-        (section, f.name)
-        for section in sections(Config)
-        for f in dataclasses.fields(section)
-        if numbers(typing.get_type_hints(section, include_extras=True)[f.name])
-    }
-    assert covered == every, "numbers that no test tries"
+                every.add((section, name))
+    assert {(section, name) for _, section, name in LEAVES} == every, "numbers that no test tries"
+
+
+def mistakes(values):
+    try:
+        from_dict(Config, values)
+    except ConfigError as error:
+        return error.args
+    return ()
 
 
 @pytest.mark.parametrize(
@@ -156,19 +155,13 @@ def test_every_number_states_its_range():
 def test_a_number_is_in_its_range_or_refused_by_its_key(path, name):
     key = "config." + ".".join(str(part) for part in path if part != 0)
     for value in ODD:
-        hashable = 0 if isinstance(value, list) else value
-        possible = value is not True and value != [1] and name in POSSIBLE.get(hashable, ())
-        try:
-            from_dict(Config, changed((path, value)))
-        except ConfigError as error:
-            assert not possible, f"{name}={value!r} is meant to be possible: {error}"
-            assert len(error.args) == 1, error.args
-            told = str(error)
-            assert told.startswith(key), told
-            assert any(word in told for word in ("must be", "must lie", "must not", ": missing"))
-            assert "\n" not in told and len(told) < 400
-        else:
-            assert possible, f"{key}={str(value)[:40]} is accepted"
+        is_plain = isinstance(value, int | float) and value is not True
+        possible = is_plain and name in POSSIBLE.get(value, ())
+        told = mistakes(changed((path, value)))
+        assert len(told) == (0 if possible else 1), f"{key}={str(value)[:40]}: {told}"
+        for line in told:
+            assert line.startswith(key) and "\n" not in line and len(line) < 400
+            assert any(word in line for word in ("must be", "must lie", "must not", ": missing"))
 
 
 def test_all_mistakes_are_told_at_once_each_with_its_whole_key():
@@ -242,20 +235,13 @@ def test_rules_over_several_fields_wait_for_the_fields_they_read_and_no_others()
         ((("evaluate", "texts"), {5: "b"}), "5 is no name"),
         ((("lora", "rank"), [10**9]), "rank=1000000000: must be at most 65536"),
         ((("rng_seed",), 2**32), "rng_seed=4294967296: must be at most 4294967295"),
-        ((("model", "d_ff"), 10**7), None),
-        ((("pipeline", "../x"), WHOLE["pipeline"]["s"]), None),
     ],
     ids=lambda x: str(x)[:40],
 )
 def test_what_nobody_can_mean_is_refused_before_it_fills_the_memory(change, told):
     began = time.monotonic()
-    values = changed(change)
-    try:
-        from_dict(Config, values)
-    except ConfigError as error:
-        assert told and told in str(error) and len(str(error)) < 1000
-    else:
-        assert told is None
+    line = str(ConfigError(*mistakes(changed(change))))
+    assert told in line and len(line) < 1000
     assert time.monotonic() - began < 5
 
 
@@ -268,7 +254,7 @@ def test_50_000_unknown_keys_are_counted_not_listed():
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "a b", "é/", "x" * 200])
 def test_a_stage_is_named_as_its_directory_can_be(name):
     stage = Config("report", report=ReportConfig("a"))
-    with pytest.raises(ConfigError, match="is no name|no name for a stage"):
+    with pytest.raises(ConfigError, match=r"is no name|no name for a stage"):
         Config("pipeline", pipeline={name: PipelineStage(stage)})
 
 
@@ -294,5 +280,5 @@ def test_a_section_made_directly_checks_itself_too():
     with pytest.raises(ConfigError) as error:
         TrainConfig(0, 8, learning_rate=math.inf, accumulate=3)
     assert len(error.value.args) == 3
-    with pytest.raises(ConfigError, match="steps=None: must be int|steps: missing"):
+    with pytest.raises(ConfigError, match="steps: missing"):
         TrainConfig(None, 8)

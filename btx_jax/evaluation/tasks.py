@@ -42,9 +42,9 @@ def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
                 raise UserError(f"{where} has no field {name!r}; it has {', '.join(sorted(item))}")
         if wrong := _wrong_field(item, task.kind):
             raise UserError(f"{where}: {wrong}")
-        for _, name, _, _ in string.Formatter().parse(task.prompt):
-            if name in item and item[name] is None:
-                raise UserError(f"{key}.prompt={task.prompt!r}: {where}: {name} is null")
+        for _, field, _, _ in string.Formatter().parse(task.prompt):
+            if field in item and item[field] is None:
+                raise UserError(f"{key}.prompt={task.prompt!r}: {where}: {field} is null")
         try:
             task.prompt.format_map(item)
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:

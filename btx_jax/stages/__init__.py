@@ -1,8 +1,8 @@
 """The stages: each reads checkpoints and text and writes one directory. Each is idempotent and
 resumable.
 
-A stage module has `run(config, workdir)` and `check(config, coming)`, which finds everything that is
-known to be wrong before any work, reads no more than it must for that and writes nothing.
+A stage module has `run(config, workdir)` and `check(config, coming, mistakes)`, which gathers all
+that is known to be wrong before any work, reads no more than it must for that and writes nothing.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from btx_jax.config import Config
-from btx_jax.errors import UserError
+from btx_jax.errors import Mistakes, UserError
 from btx_jax.model_config import ModelConfig
 from btx_jax.output import locked, none_left_empty
 from btx_jax.parallel.hosts import is_first
@@ -20,11 +20,18 @@ from btx_jax.parallel.hosts import is_first
 Coming = Mapping[str, ModelConfig | None]
 
 
-def check(config: Config, coming: Coming) -> ModelConfig | None:
-    """The model that config.stage will write, None if none or unknown. Raises ConfigError with all
-    that is wrong."""
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
+    """The model that config.stage will write, None if none or unknown. What is wrong goes to
+    mistakes."""
     stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
-    return stage.check(config, coming)
+    return stage.check(config, coming, mistakes)
+
+
+def require_right(config: Config) -> None:
+    """`check`, for a stage that runs at once. Raises ConfigError with all that is wrong."""
+    mistakes = Mistakes()
+    check(config, {}, mistakes)
+    mistakes.tell()
 
 
 def run(config: Config, workdir: Path, **options: str) -> None:

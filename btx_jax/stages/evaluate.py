@@ -47,7 +47,7 @@ from btx_jax.models.llama import parameter_counts
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.reporting.workdir import claim, finish, look_up, read_json, write_json
-from btx_jax.stages import Coming
+from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def run(config: Config, workdir: Path) -> None:
     start = time.monotonic()
     done = look_up(workdir, config)
     if done is None:
-        first_then_others(check, config, {})
+        first_then_others(require_right, config)
     found = {
         name: find_checkpoint(path, f"config.evaluate.models.{name}")
         for name, path in config.evaluate.models.items()
@@ -128,9 +128,8 @@ def run(config: Config, workdir: Path) -> None:
     finish(workdir, seconds=time.monotonic() - start)
 
 
-def check(config: Config, coming: Coming) -> ModelConfig | None:
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.evaluate and config.mesh
-    mistakes = Mistakes()
     for name, path in config.evaluate.models.items():
         with mistakes.gather():
             if path in coming:
@@ -161,7 +160,6 @@ def check(config: Config, coming: Coming) -> ModelConfig | None:
             check_text(config.data, [texts(config.data)[-1], *profiles])
     with mistakes.gather():
         config.mesh.shape(jax.device_count())
-    mistakes.tell()
     return None
 
 

@@ -33,7 +33,7 @@ from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.hosts import is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.reporting.workdir import claim, finish, look_up
-from btx_jax.stages import Coming
+from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def run(config: Config, workdir: Path) -> None:
     if look_up(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
-    check(config, {})
+    require_right(config)
     mix = config.mix
     sources = [
         find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)
@@ -113,9 +113,8 @@ def run(config: Config, workdir: Path) -> None:
     )
 
 
-def check(config: Config, coming: Coming) -> ModelConfig | None:
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.mix and config.mesh
-    mistakes = Mistakes()
     models: dict[int, ModelConfig | None] = {}
     for i, path in enumerate(config.mix.experts):
         with mistakes.gather():
@@ -144,7 +143,6 @@ def check(config: Config, coming: Coming) -> ModelConfig | None:
         else:
             with mistakes.gather():
                 mixed = mixed_model(first, config.mix)
-    mistakes.tell()
     return mixed
 
 

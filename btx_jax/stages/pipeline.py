@@ -97,13 +97,11 @@ def check_stages(config: Config, resolved: Mapping[str, Config], workdir: Path) 
             continue
         with mistakes.gather():
             done_of(path, resolved[name])
-        try:
-            coming[str(path)] = stages.check(resolved[name], coming)
-        except UserError as error:
-            coming[str(path)] = None
-            for told in map(str, error.args):
-                within = f"config.pipeline.{name}.config."
-                mistakes.add(told.replace("config.", within, 1) if told[:7] == "config." else told)
+        own = Mistakes()
+        coming[str(path)] = stages.check(resolved[name], coming, own)
+        for told in own.found:
+            within = f"config.pipeline.{name}.config."
+            mistakes.add(within + told.removeprefix("config.") if told[:7] == "config." else told)
     mistakes.tell()
 
 

@@ -12,7 +12,7 @@ from btx_jax.errors import Mistakes
 from btx_jax.model_config import ModelConfig
 from btx_jax.parallel.hosts import first_then_others
 from btx_jax.reporting.workdir import claim, finish, look_up
-from btx_jax.stages import Coming
+from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def run(config: Config, workdir: Path) -> None:
     if look_up(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
-    first_then_others(check, config, {})
+    first_then_others(require_right, config)
     init = find_checkpoint(config.init, "config.init") if config.init else None
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     manifests = {}
@@ -41,9 +41,8 @@ def run(config: Config, workdir: Path) -> None:
     finish(workdir, seconds=time.monotonic() - start, domains=manifests)
 
 
-def check(config: Config, coming: Coming) -> ModelConfig | None:
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.data
-    mistakes = Mistakes()
     with mistakes.gather():
         check_text(config.data, [("config.data.train", config.data.train)])
     with mistakes.gather():
@@ -51,5 +50,4 @@ def check(config: Config, coming: Coming) -> ModelConfig | None:
         init = find_checkpoint(config.init, "config.init") if is_here else None
         if config.data.tokenizer != DEMO and (init or config.data.tokenizer or not config.init):
             resolve_tokenizer(config.data, init.tokenizer if init else None)
-    mistakes.tell()
     return None

@@ -25,21 +25,20 @@ from btx_jax.reporting.workdir import (
     write_json,
     write_text,
 )
-from btx_jax.stages import Coming
+from btx_jax.stages import Coming, require_right
 
 
 def run(config: Config, workdir: Path) -> None:
     start = time.monotonic()
     look_up(workdir, config)
-    check(config, {})
+    require_right(config)
     claim(workdir, config)
     first_then_others(lambda: write(config, workdir) if is_first() else None)
     finish(workdir, seconds=time.monotonic() - start)
 
 
-def check(config: Config, coming: Coming) -> ModelConfig | None:
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.report
-    mistakes = Mistakes()
     named = {"config.report.evaluate": config.report.evaluate} | {
         f"config.report.others[{i}]": path for i, path in enumerate(config.report.others)
     }
@@ -47,7 +46,6 @@ def check(config: Config, coming: Coming) -> ModelConfig | None:
         if path not in coming:
             with mistakes.gather():
                 read_results(path, key)
-    mistakes.tell()
     return None
 
 

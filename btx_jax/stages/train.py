@@ -56,7 +56,7 @@ from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import MetricsWriter
 from btx_jax.reporting.workdir import claim, finish, is_resumable, look_up
-from btx_jax.stages import Coming
+from btx_jax.stages import Coming, require_right
 from btx_jax.training.start import checked_mesh, start_adapted, starting_model, starting_point
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
 
@@ -78,7 +78,7 @@ def run(config: Config, workdir: Path) -> None:
         log.info("%s: already finished", workdir)
         return
 
-    first_then_others(check, config, {})
+    first_then_others(require_right, config)
     init, model = starting_point(config)
     mesh = checked_mesh(config, model)
     log.info("%s: %s", workdir.name, described(model))
@@ -128,9 +128,8 @@ def run(config: Config, workdir: Path) -> None:
     finish(workdir, seconds=time.monotonic() - start, steps=int(state.step))
 
 
-def check(config: Config, coming: Coming) -> ModelConfig | None:
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.data
-    mistakes = Mistakes()
     init: Checkpoint | None = None
     model: ModelConfig | None = None
     is_coming = config.init in coming
@@ -149,7 +148,6 @@ def check(config: Config, coming: Coming) -> ModelConfig | None:
             tokenizer = resolve_tokenizer(config.data, init.tokenizer if init else None)
             if model is not None:
                 require_embeddings(tokenizer, model)
-    mistakes.tell()
     return model
 
 

@@ -74,7 +74,9 @@ def adapted_model(model: ModelConfig, lora: LoRAConfig | None) -> ModelConfig:
     try:
         return dataclasses.replace(model, lora=lora)
     except ConfigError as error:
-        raise ConfigError(*(f"config.{told}" for told in error.args)) from None
+        raise ConfigError(
+            *(f"config.lora: {told.removeprefix('lora.')}" for told in error.args)
+        ) from None
 
 
 def start_adapted(
