@@ -29,11 +29,14 @@ def fail(message: object) -> NoReturn:
 def told_in_one_line() -> Iterator[None]:
     """Around the body of a command. A reader of its output that has gone, as in `| head`, ends it
     as it ends any program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
     try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # closed by the shell
+                sys.stdout.flush()
     except UserError as error:
         fail(error)
     except BrokenPipeError:

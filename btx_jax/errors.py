@@ -53,8 +53,10 @@ class Mistakes:
 
 
 def one_line(told: object) -> str:
-    """Words of an error on one line, its middle left out where it is longer than anyone reads."""
-    line = " ".join(str(told).split())
+    """Words of an error on one line: what a terminal would obey or cannot show is escaped, the middle
+    left out where it is longer than anyone reads."""
+    words = " ".join(str(told).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return (
         line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
     )

@@ -69,16 +69,15 @@ def default_workdir(config_file: str) -> Path:
 
 def parse(argv: list[str]) -> list[str]:
     """absl's flags, with wrong ones told in one line."""
-    try:
-        return FLAGS(argv, known_only=False)
-    except Exception as error:  # a config file can raise anything
-        if file := _config_file(argv):
-            overrides = [word for word in argv if re.match("--?(no)?config[.]", word)]
-            with told_in_one_line():
-                read_config(file, overrides)
-        if not isinstance(error, flags.Error | UserError):
-            raise
-        fail(error)
+    with told_in_one_line():
+        try:
+            return FLAGS(argv, known_only=False)
+        except Exception as error:  # a config file can raise anything
+            if file := _config_file(argv):
+                read_config(file, _overrides(argv))  # raises for what is wrong with either
+            if not isinstance(error, flags.Error | UserError):
+                raise
+            raise UserError(error) from None
 
 
 def _config_file(argv: list[str]) -> str:
@@ -87,6 +86,18 @@ def _config_file(argv: list[str]) -> str:
         if match := re.fullmatch("--?config(?:=(.*))?", word, re.DOTALL):
             return following if match[1] is None else match[1]
     return ""
+
+
+def _overrides(argv: list[str]) -> list[str]:
+    """`--config.KEY=VALUE`, or `--config.KEY` and the VALUE behind it."""
+    found: list[str] = []
+    is_open = False
+    for word in argv:
+        is_override = re.match("--?(no)?config[.]", word) is not None
+        if is_override or (is_open and not word.startswith("-")):
+            found.append(word)
+        is_open = is_override and "=" not in word
+    return found
 
 
 def main(argv: list[str]) -> None:

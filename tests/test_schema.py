@@ -75,7 +75,8 @@ POSSIBLE = {
 
 def parts(hint):
     """A type and all types within it."""
-    return [hint, *(part for inner in typing.get_args(hint) for part in parts(inner))]
+    inner = () if typing.get_origin(hint) is Annotated else typing.get_args(hint)
+    return [hint, *(part for each in inner for part in parts(each))]
 
 
 def hints(section):
