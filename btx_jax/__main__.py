@@ -13,6 +13,7 @@ from pathlib import Path
 
 from btx_jax.command_line import Parser, told_in_one_line
 from btx_jax.errors import UserError
+from btx_jax.output import none_left_empty
 from btx_jax.paths import expand
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -105,11 +106,10 @@ def _tokenizer(args: argparse.Namespace) -> None:
         for source in parse_sources(notation, "FILES")
         for file in expand_files(source, "FILES")
     ]
-    train_sentencepiece(
-        (text for file, field in files for text in read_documents(file, field, problems)),
-        args.vocab_size,
-        Path(args.out),
-    )
+    texts = (text for file, field in files for text in read_documents(file, field, problems))
+    out = Path(args.out)
+    with none_left_empty(out.parent):
+        train_sentencepiece(texts, args.vocab_size, out)
     for line in problems.lines():
         logging.warning(line)
     print(f"wrote {args.out}")

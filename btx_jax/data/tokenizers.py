@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 
 from btx_jax.errors import UserError
-from btx_jax.output import check_free, new_file, none_left_empty
+from btx_jax.output import new_file
 
 NAMES = ("tokenizer.json", "tokenizer.model")  # the first knows tokens that were added later
 SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # name the special tokens
@@ -190,35 +190,31 @@ def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> None:
     """Train a byte-fallback BPE that gives back any text exactly: no normalisation, every space
     kept, digits apart."""
-    check_free(target)
+    if target.exists():
+        raise UserError(f"{target} exists; delete it or choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with none_left_empty(target.parent):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _train_sentencepiece(texts, vocab_size, target)
+        with new_file(target) as partial, partial.open("wb") as writer:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_pieces(texts),
+                model_writer=writer,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                split_digits=True,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                add_dummy_prefix=False,
+                character_coverage=0.9995,
+                max_sentence_length=2**20,
+                minloglevel=2,
+            )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot train a tokenizer of {vocab_size} pieces on this text:"
             f" {str(error).splitlines()[-1]}"
         ) from error
-
-
-def _train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> None:
-    with new_file(target) as partial, partial.open("wb") as writer:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_pieces(texts),
-            model_writer=writer,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            split_digits=True,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            add_dummy_prefix=False,
-            character_coverage=0.9995,
-            max_sentence_length=2**20,
-            minloglevel=2,
-        )
 
 
 def _pieces(texts: Iterable[str], size: int = 4000) -> Iterator[str]:
