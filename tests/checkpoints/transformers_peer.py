@@ -5,7 +5,8 @@ exports.
     python tests/checkpoints/transformers_peer.py check EXPORT LOGITS.npy            # transformers
     5 or 4.42, each in its own environment python tests/checkpoints/transformers_peer.py parity DIR
     README.md               # any checkpoint: our logits against transformers'
-    python tests/checkpoints/transformers_peer.py directories tests/checkpoints/golden   # 5.23
+    python -m tests.checkpoints.transformers_peer directories tests/checkpoints/golden   # 5.23
+    python tests/checkpoints/transformers_peer.py releases FOLDER   # any; FOLDER is exports.py's
 
 Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch
 'transformers==4.42.4' 'numpy<2'`). `check` fails on any missing or unexpected key, and when the
@@ -137,6 +138,28 @@ def check(export: Path, golden: Path) -> None:
     assert difference < 1e-4
 
 
+def releases(folder: Path) -> None:
+    """What this release makes of our exports: the same logits, an error, or another model."""
+    transformers.logging.set_verbosity_error()
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy")).long()
+    print(f"transformers {transformers.__version__}")
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        needed = json.loads((path / "config.json").read_text())["transformers_version"]
+        try:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path, torch_dtype=torch.float32, output_loading_info=True
+            )
+            with torch.no_grad():
+                logits = model.eval()(tokens).logits.numpy()
+        except Exception as error:  # whatever it raises is its answer
+            print(f"{path.name:20} needs {needed:8} raises {type(error).__name__}: {error!s:.60}")
+            continue
+        theirs = np.load(folder / f"{path.name}.npy")
+        wrong = {key: sorted(value)[:2] for key, value in info.items() if value}
+        same = np.abs(logits - theirs).max() < 1e-4 and not wrong
+        print(f"{path.name:20} needs {needed:8} {'same' if same else f'ANOTHER MODEL {wrong}'}")
+
+
 def parity(directory: Path, text: Path) -> None:
     """The largest difference of fp32 logits over the first 512 tokens of a text."""
     from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
@@ -191,6 +214,7 @@ def directories(folder: Path) -> None:
 if __name__ == "__main__":
     {
         "directories": lambda: directories(Path(sys.argv[2])),
+        "releases": lambda: releases(Path(sys.argv[2])),
         "parity": lambda: parity(Path(sys.argv[2]), Path(sys.argv[3])),
         "make": lambda: make(Path(sys.argv[2])),
         "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3])),
