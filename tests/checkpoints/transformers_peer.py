@@ -1,17 +1,17 @@
 """What transformers itself says: makes the golden checkpoints of test_huggingface.py, and reads our
-exports.
+exports. From the project's root, as `python -m tests.checkpoints.transformers_peer` and:
 
-    python tests/checkpoints/transformers_peer.py make tests/checkpoints/golden     # transformers 5
-    python tests/checkpoints/transformers_peer.py check EXPORT LOGITS.npy            # transformers
-    5 or 4.42, each in its own environment python tests/checkpoints/transformers_peer.py parity DIR
-    README.md               # any checkpoint: our logits against transformers'
-    python -m tests.checkpoints.transformers_peer directories tests/checkpoints/golden   # 5.23
-    python tests/checkpoints/transformers_peer.py releases FOLDER   # any; FOLDER is exports.py's
+    make tests/checkpoints/golden          transformers 5
+    directories tests/checkpoints/golden   transformers 5.23: logits of directories.py's kinds
+    check EXPORT LOGITS.npy                5 or 4.42, each in its own environment
+    releases FOLDER                        any; FOLDER was made by exports.py
+    parity DIR README.md                   any checkpoint: our logits against transformers'
 
 Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch
 'transformers==4.42.4' 'numpy<2'`). `check` fails on any missing or unexpected key, and when the
-logits differ by more than 1e-4. 4.42 knows neither llama3 RoPE scaling nor a head_dim other than
-hidden_size / heads, and refuses such a model by itself.
+logits differ by more than 1e-4. `releases` was run with 4.42.4, 4.43.4, 4.45.2, 4.47.1, 4.57.3,
+5.0.0 and 5.23.0: every export gives the same logits or is refused by a release before the one that
+its config.json names.
 """
 
 import json
