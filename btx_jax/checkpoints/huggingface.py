@@ -359,7 +359,6 @@ class HuggingFaceReader:
         return found
 
     def _compare(self, stored: Mapping[str, _Stored], problems: list[str]) -> None:
-        before = len(problems)
         used = {self._where[name].name for name in self.slots if name in self._where}
         for name, tensor in stored.items():
             is_copy = name == _HEAD and self.model.tied_head  # equal: read_config has looked
@@ -379,8 +378,8 @@ class HuggingFaceReader:
             elif tensor.expert is None and tensor.shape != slot.shape:
                 problems.append(f"{tensor.name} is {tensor.shape}, not {slot.shape}")
         named = _read_json(self.directory / "config.json").get("architectures") or ()
-        if len(problems) > before and not set(named) <= set(ARCHITECTURES.values()):
-            problems.append(f"config.json says {', '.join(map(str, named))}; is it that?")
+        if problems and not set(named) <= set(ARCHITECTURES.values()):
+            problems.insert(0, f"config.json says {', '.join(map(str, named))}: is it that?")
 
     def read(self, name: str) -> np.ndarray:
         array = self._where[name].read()

@@ -292,12 +292,19 @@ def experts_per_token(model: ModelConfig) -> int:
 
 def needed_transformers(model: ModelConfig) -> str:
     """The oldest release that reads what `config_from_model` writes; those before it fail."""
-    scaling = model.rope_scaling.kind
     if _is_scaled_mixtral(model):
         return "5.0.0"
+    kind = _written_as(model)
     if model.heads * model.head_dim != model.d_model:
-        return "4.47.0" if model.moe else "4.45.0"
-    return "4.43.0" if scaling == "llama3" else "4.42.0"
+        return {"mixtral": "4.47.0", "llama": "4.45.0", "mistral": "4.43.0"}[kind]
+    return "4.43.0" if model.rope_scaling.kind == "llama3" else "4.42.0"
+
+
+def _written_as(model: ModelConfig) -> str:
+    """transformers' Llama refuses a width that is no multiple of the heads, its Mistral does
+    not."""
+    dense = "mistral" if model.d_model % model.heads else "llama"
+    return "mixtral" if model.moe else dense
 
 
 def _is_scaled_mixtral(model: ModelConfig) -> bool:
@@ -310,11 +317,9 @@ def config_from_model(model: ModelConfig, dtype: str, kept: Mapping[str, Any]) -
     5 rope_parameters and dtype. kept: what `kept_config` found, or the special tokens' ids.
 
     A Mixtral with RoPE scaling has rope_theta null: releases before 5, some of which would leave
-    the scaling out without a word, fail at that; 5 reads rope_parameters. A dense model whose width is no
-    multiple of its heads is a Mistral: transformers' Llama refuses it.
+    the scaling out without a word, fail at that; 5 reads rope_parameters.
     """
-    dense = "mistral" if model.d_model % model.heads else "llama"
-    kind = "mixtral" if model.moe else dense
+    kind = _written_as(model)
     scaling = model.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling.kind == "linear":

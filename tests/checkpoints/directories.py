@@ -197,6 +197,9 @@ TABLE = {
         rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5},
         rope_scaling={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
     ),
+    "theta beside null": config(rope_theta=None),
+    "theta inside scaling": rope(type="linear", factor=4.0, rope_theta=7e4),
+    "scaling of no type": rope(factor=2.0),
     "empty scaling": rope(),
     "default scaling": rope(rope_type="default"),
     "linear by type": rope(type="linear", factor=4),
@@ -221,6 +224,7 @@ TABLE = {
         short_factor=[1.0] * 4,
         long_factor=[2.0] * 4,
     ),
+    "proportional": rope("'proportional' is not supported", rope_type="proportional", factor=2.0),
     "RoPE by kind of layer": config(
         layer_types=["full_attention"] * 3,
         rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 5e5}},
@@ -259,6 +263,7 @@ TABLE = {
     "experts by another name": Kind(
         "mixtral", lambda d: d.config.update(num_experts=d.config.pop("num_local_experts"))
     ),
+    "all experts for a token": config("mixtral", num_experts_per_tok=3),
     "experts of a token left out": without("num_experts_per_tok", start="mixtral"),
     "bitsandbytes": config(
         quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True},
@@ -273,6 +278,7 @@ TABLE = {
     ),
     # dtypes and names of tensors
     "float64": Kind("llama", lambda d: d.cast(np.float64)),
+    "one norm in float64": Kind("llama", lambda d: d.cast(np.float64, "model.norm.weight")),
     "float16": Kind("llama", lambda d: d.cast(np.float16)),
     "8-bit floats": Kind("llama", lambda d: d.cast(ml_dtypes.float8_e4m3fn)),
     "8-bit floats of more range": Kind("llama", lambda d: d.cast(ml_dtypes.float8_e5m2)),
@@ -281,6 +287,12 @@ TABLE = {
     "whole numbers": Kind("llama", lambda d: d.cast(np.int8), "is I8, not one of"),
     "buffers of early versions": Kind("llama", buffers),
     "no prefix": Kind("llama", lambda d: d.rename(lambda n: n.removeprefix("model."))),
+    "a prefix here and there": Kind(
+        "llama", lambda d: d.rename(lambda n: n.replace("model.layers.0", "layers.0"))
+    ),
+    "the head inside the model": Kind(
+        "llama", lambda d: d.rename(lambda n: n.replace(HEAD, f"model.{HEAD}"))
+    ),
     "prefix twice": Kind("llama", lambda d: d.rename(lambda n: f"model.{n}")),
     "no prefix, tied": Kind(
         "llama_linear_tied", lambda d: d.rename(lambda n: n.removeprefix("model."))

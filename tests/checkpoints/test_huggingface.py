@@ -346,7 +346,7 @@ MOE = MoEConfig((4, 4))
         ({"rope_scaling": LINEAR}, "llama", "4.42.0", 1e4),
         ({"rope_scaling": LLAMA3}, "llama", "4.43.0", 1e4),
         ({"head_dim": 16}, "llama", "4.45.0", 1e4),
-        ({"d_model": 30}, "mistral", "4.45.0", 1e4),
+        ({"d_model": 30}, "mistral", "4.43.0", 1e4),
         ({"moe": MOE}, "mixtral", "4.42.0", 1e4),
         ({"moe": MOE, "head_dim": 16}, "mixtral", "4.47.0", 1e4),
         ({"moe": MOE, "rope_scaling": LINEAR}, "mixtral", "5.0.0", None),
@@ -354,7 +354,7 @@ MOE = MoEConfig((4, 4))
     ],
 )
 def test_an_export_says_which_transformers_it_needs(change, kind, version, theta):
-    """Older releases fail to load these, found by trying (transformers_peer.py releases). A null
+    """Older releases fail to load these, found by trying (exports.py, transformers_peer.py releases). A null
     rope_theta is what makes them fail: some would otherwise compute another model silently."""
     model = dataclasses.replace(ModelConfig(61, 2, 32, 48, 4, 2, 8), **change)
     config = config_from_model(model, "float32", {})

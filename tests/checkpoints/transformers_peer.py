@@ -1,16 +1,17 @@
 """What transformers itself says: makes the golden checkpoints of test_huggingface.py, and reads our
-exports.
+exports. From the project's root, as `python -m tests.checkpoints.transformers_peer` and:
 
-    python tests/checkpoints/transformers_peer.py make tests/checkpoints/golden     # transformers 5
-    python tests/checkpoints/transformers_peer.py check EXPORT LOGITS.npy            # transformers
-    5 or 4.42, each in its own environment python tests/checkpoints/transformers_peer.py parity DIR
-    README.md               # any checkpoint: our logits against transformers'
-    python tests/checkpoints/transformers_peer.py directories tests/checkpoints/golden   # 5.23
+    make tests/checkpoints/golden          transformers 5
+    directories tests/checkpoints/golden   transformers 5.23: logits of directories.py's kinds
+    check EXPORT LOGITS.npy                5 or 4.42, each in its own environment
+    releases FOLDER                        any; FOLDER was made by exports.py
+    parity DIR README.md                   any checkpoint: our logits against transformers'
 
 Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch
 'transformers==4.42.4' 'numpy<2'`). `check` fails on any missing or unexpected key, and when the
-logits differ by more than 1e-4. 4.42 knows neither llama3 RoPE scaling nor a head_dim other than
-hidden_size / heads, and refuses such a model by itself.
+logits differ by more than 1e-4. `releases` was run with 4.42.4, 4.43.4, 4.45.2, 4.47.1, 4.57.3,
+5.0.0 and 5.23.0: every export gives the same logits or is refused by a release before the one that
+its config.json names.
 """
 
 import json
@@ -137,6 +138,28 @@ def check(export: Path, golden: Path) -> None:
     assert difference < 1e-4
 
 
+def releases(folder: Path) -> None:
+    """What this release makes of our exports: the same logits, an error, or another model."""
+    transformers.logging.set_verbosity_error()
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy")).long()
+    print(f"transformers {transformers.__version__}")
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        needed = json.loads((path / "config.json").read_text())["transformers_version"]
+        try:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path, torch_dtype=torch.float32, output_loading_info=True
+            )
+            with torch.no_grad():
+                logits = model.eval()(tokens).logits.numpy()
+        except Exception as error:  # whatever it raises is its answer
+            print(f"{path.name:20} needs {needed:8} raises {type(error).__name__}: {error!s:.60}")
+            continue
+        theirs = np.load(folder / f"{path.name}.npy")
+        wrong = {key: sorted(value)[:2] for key, value in info.items() if value}
+        same = np.abs(logits - theirs).max() < 1e-4 and not wrong
+        print(f"{path.name:20} needs {needed:8} {'same' if same else f'ANOTHER MODEL {wrong}'}")
+
+
 def parity(directory: Path, text: Path) -> None:
     """The largest difference of fp32 logits over the first 512 tokens of a text."""
     from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
@@ -191,6 +214,7 @@ def directories(folder: Path) -> None:
 if __name__ == "__main__":
     {
         "directories": lambda: directories(Path(sys.argv[2])),
+        "releases": lambda: releases(Path(sys.argv[2])),
         "parity": lambda: parity(Path(sys.argv[2]), Path(sys.argv[3])),
         "make": lambda: make(Path(sys.argv[2])),
         "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3])),
