@@ -11,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from pathlib import Path
 
+from btx_jax.command_line import Parser, told_in_one_line
 from btx_jax.errors import UserError
 from btx_jax.paths import expand
 
@@ -98,8 +99,9 @@ def _tokenizer(args: argparse.Namespace) -> None:
     problems = Problems()
     files = [
         (file, source.field)
-        for source in parse_sources(args.files, "FILES")
-        for file in expand_files(source)
+        for notation in args.files
+        for source in parse_sources(notation, "FILES")
+        for file in expand_files(source, "FILES")
     ]
     train_sentencepiece(
         (text for file, field in files for text in read_documents(file, field, problems)),
@@ -168,7 +170,7 @@ def _seed(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m btx_jax",
         description="Short commands; to train, see python -m btx_jax.launch --help.",
     )
@@ -331,8 +333,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "files",
         metavar="FILES",
+        nargs="+",
         help=(
-            "comma-separated files or globs: text, .jsonl, .parquet, .gz, .zst; FILE#FIELD names a"
+            "files or globs, as several arguments or comma-separated: text, .jsonl, .parquet, .gz, .zst; FILE#FIELD names a"
             " field"
         ),
     )
@@ -347,21 +350,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
+    with told_in_one_line():
         if argv[:1] == ["lm_eval"]:  # its arguments are its own
             _lm_eval(argv[1:])
             return
         args = parser().parse_args(argv)
         args.run(args)
-    except UserError as error:
-        print(f"btx_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a disk that is full or read-only, a file where a directory should be
-        print(
-            f"btx_jax: error: {error.filename or 'cannot write'}: {error.strerror or error}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
 
 
 if __name__ == "__main__":

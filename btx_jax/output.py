@@ -25,6 +25,25 @@ def check_free(target: Path) -> None:
 
 
 @contextlib.contextmanager
+def none_left_empty(*directories: Path) -> Iterator[None]:
+    """When the block fails, those of the directories and of their parents that it made and left
+    empty are gone again."""
+    missing = {
+        p: None
+        for directory in directories
+        for p in (directory, *directory.parents)
+        if not p.exists()
+    }
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):  # not made, or not empty
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A hidden directory beside the target, renamed to it at the end of the block, or deleted when
     the block fails.
@@ -34,6 +53,12 @@ def new_directory(target: Path) -> Iterator[Path]:
     take it.
     """
     check_free(target)
+    with none_left_empty(target.parent), _new_directory(target) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left_over in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):

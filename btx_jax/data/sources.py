@@ -99,12 +99,13 @@ class Problems:
         ]
 
 
-def expand_files(source: Source) -> list[Path]:
-    """The files of a path or glob, sorted. Raises UserError when there are none."""
+def expand_files(source: Source, key: str = "config.data") -> list[Path]:
+    """The files of a path or glob, sorted. Raises UserError, naming the key, when there are
+    none."""
     files = sorted(Path(p) for p in glob.glob(source.where, recursive=True) if os.path.isfile(p))
     if not files:
         raise UserError(
-            f"config.data: no file matches {source.where!r}; check the path (globs are allowed,"
+            f"{key}: no file matches {source.where!r}; check the path (globs are allowed,"
             " quote them in a shell)"
         )
     return files

@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 
 from btx_jax.errors import UserError
-from btx_jax.output import new_file
+from btx_jax.output import check_free, new_file, none_left_empty
 
 NAMES = ("tokenizer.json", "tokenizer.model")  # the first knows tokens that were added later
 SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # name the special tokens
@@ -190,11 +190,13 @@ def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> None:
     """Train a byte-fallback BPE that gives back any text exactly: no normalisation, every space
     kept, digits apart."""
-    if target.exists():
-        raise UserError(f"{target} exists; delete it or choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    check_free(target)
     try:
-        with new_file(target) as partial, partial.open("wb") as writer:
+        with (
+            none_left_empty(target.parent),
+            new_file(target) as partial,
+            partial.open("wb") as writer,
+        ):
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_pieces(texts),
                 model_writer=writer,

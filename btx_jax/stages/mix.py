@@ -23,7 +23,7 @@ from btx_jax.checkpoints.training_state import About, Checkpoints
 from btx_jax.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
-from btx_jax.errors import ConfigError
+from btx_jax.errors import ConfigError, Mistakes
 from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers
@@ -32,7 +32,8 @@ from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.hosts import is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
-from btx_jax.reporting.workdir import claim, finish
+from btx_jax.reporting.workdir import claim, finish, look_up
+from btx_jax.stages import Coming
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,10 @@ log = logging.getLogger(__name__)
 def run(config: Config, workdir: Path) -> None:
     assert config.mix and config.mesh
     start = time.monotonic()
-    if claim(workdir, config) is not None:
+    if look_up(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
+    check(config, {})
     mix = config.mix
     sources = [
         find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)
@@ -57,21 +59,12 @@ def run(config: Config, workdir: Path) -> None:
         )
         return
     tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
-    for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
-        if changed := differences(to_dict(first.about.model), to_dict(source.about.model)):
-            raise ConfigError(
-                f"config.mix.experts[{i}]: another model than experts[0]: {'; '.join(changed)}"
-            )
+    for i, tokenizer in enumerate(tokenizers):
         if tokenizer_sha256(tokenizer) != tokenizer_sha256(tokenizers[0]):
             raise ConfigError(
                 f"config.mix.experts[{i}]: {tokenizer.path} is another tokenizer than"
                 f" {tokenizers[0].path}"
             )
-    if first.about.model.moe:
-        raise ConfigError(
-            f"config.mix.experts[0]: {first.path} is a mixture already; mix dense checkpoints"
-        )
-
     model = mixed_model(first.about.model, mix)
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
     dense = abstract_params(first.about.model)
@@ -104,6 +97,7 @@ def run(config: Config, workdir: Path) -> None:
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
     history = {run: counts for source in sources for run, counts in source.about.history.items()}
+    claim(workdir, config)
     if is_first():
         copy_tokenizer(tokenizers[0], workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
@@ -117,6 +111,41 @@ def run(config: Config, workdir: Path) -> None:
         seconds=time.monotonic() - start,
         experts=[str(source.path) for source in sources for _ in range(mix.copies)],
     )
+
+
+def check(config: Config, coming: Coming) -> ModelConfig | None:
+    assert config.mix and config.mesh
+    mistakes = Mistakes()
+    models: dict[int, ModelConfig | None] = {}
+    for i, path in enumerate(config.mix.experts):
+        with mistakes.gather():
+            models[i] = (
+                coming[path]
+                if path in coming
+                else find_checkpoint(path, f"config.mix.experts[{i}]").about.model
+            )
+    with mistakes.gather():
+        config.mesh.shape(jax.device_count())
+    known = {i: model for i, model in models.items() if model is not None}
+    mixed = None
+    if known and not any(model.lora for model in known.values()):
+        n, first = next(iter(known.items()))
+        for i, model in known.items():
+            if changed := differences(to_dict(first), to_dict(model)):
+                mistakes.add(
+                    f"config.mix.experts[{i}]: another model than experts[{n}]:"
+                    f" {'; '.join(changed)}"
+                )
+        if first.moe:
+            mistakes.add(
+                f"config.mix.experts[{n}]: {config.mix.experts[n]} is a mixture already; mix dense"
+                " checkpoints"
+            )
+        else:
+            with mistakes.gather():
+                mixed = mixed_model(first, config.mix)
+    mistakes.tell()
+    return mixed
 
 
 def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> None:
@@ -185,6 +214,7 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
         lora.gating,
     )
     history = {run: counts for source in sources for run, counts in source.about.history.items()}
+    claim(workdir, config)
     if (tokenizer := find_own_tokenizer(sources[0])) is not None:
         copy_tokenizer(tokenizer, workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
