@@ -448,13 +448,14 @@ class HuggingFaceWriter:
         model: ModelConfig,
         dtypes: Mapping[str, np.dtype],
         shard_bytes: int = 5_000_000_000,
+        metadata: Mapping[str, str] | None = None,
     ):
         if model.moe:
             experts_per_token(model)
         self.model, self._directory = model, directory
         self._dtypes = dtypes
         shapes = {name: (slot.shape, dtypes[name]) for name, slot in slots(model).items()}
-        self._shards = ShardWriter(directory, shapes, shard_bytes)
+        self._shards = ShardWriter(directory, shapes, shard_bytes, metadata)
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         self._shards.write(name, tensor)

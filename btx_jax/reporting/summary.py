@@ -8,7 +8,7 @@ from rich.table import Table
 
 from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.continual import measures
-from btx_jax.reporting.compare import compare
+from btx_jax.reporting.compare import compare, told
 from btx_jax.reporting.metrics import FILE, read_metrics
 
 WINDOW, SHOWN_POINTS = 10, 6  # of loss curves given as numbers
@@ -34,6 +34,7 @@ def summarise(
     metrics lines. seconds: stage -> wall time.
 
     models: least trained first; where one is called `seed`, its costs are taken off all others'.
+    unknown: what of a model was made elsewhere, so that its costs are those of the rest.
     gains: against the seed and the experts.
     routing: of every mixture; shown: the one that the page looks into, `btx` or else the longest
     trained. dropped_fraction: mean of the last steps of the last run that trained a mixture. lora:
@@ -43,12 +44,15 @@ def summarise(
     by_training = sorted(results["models"].items(), key=lambda item: item[1]["tokens"])
     models = {
         name: {key: model[key] for key in (*SHOWN, *(("tasks",) if "tasks" in model else ()))}
+        | {"unknown": model.get("unknown", [])}
         for name, model in by_training
     }
     base = results["models"].get(SEED, {})
     for name, model in models.items():
         if name != SEED and base:
             model |= {cost: model[cost] - base[cost] for cost in COSTS if cost != "peak_bytes"}
+            known = base.get("unknown", [])
+            model["unknown"] = [source for source in model["unknown"] if source not in known]
     routing = {name: model["routing"] for name, model in by_training if "routing" in model}
     routed = [[line for line in lines if "routing" in line] for lines in curves.values()]
     dropped = next(
@@ -171,10 +175,17 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
                 for x, b in zip(row, best, strict=True)
             ),
         )
-        seconds = (f"{model['chip_seconds']:.0f}", f"{model['critical_seconds']:.0f}")
-        memory = (f"{model['peak_bytes'] / 2**20:.0f}", f"{model['params_active'] / 1e6:.2f}M")
+        cells = {
+            "tokens": f"{model['tokens'] / 1e6:.2f}M",
+            "flops": f"{model['flops']:.1e}",
+            "chip_seconds": f"{model['chip_seconds']:.0f}",
+            "critical_seconds": f"{model['critical_seconds']:.0f}",
+            "peak_bytes": f"{model['peak_bytes'] / 2**20:.0f}",
+        }
         costs.add_row(
-            name, f"{model['tokens'] / 1e6:.2f}M", f"{model['flops']:.1e}", *seconds, *memory
+            name,
+            *(told(model, cost, text) for cost, text in cells.items()),
+            f"{model['params_active'] / 1e6:.2f}M",
         )
     return [losses, costs]
 

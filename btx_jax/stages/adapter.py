@@ -20,7 +20,7 @@ from btx_jax.checkpoints.checkpoint import (
     open_reader,
     write_checkpoint,
 )
-from btx_jax.checkpoints.training_state import About
+from btx_jax.checkpoints.training_state import About, elsewhere, together, trained_on
 from btx_jax.data.tokenizers import copy_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
@@ -62,9 +62,10 @@ def import_peft(source: str, base: str, target: str) -> str:
     directory = Path(source).expanduser()
     lora = peft.read(directory, under.about.model)
     notes = [*_carried(lora.carried, open_reader(under), directory), *lora.notes]
+    history = together([under.about.history, elsewhere(directory.resolve())])
     with new_directory(Path(target)) as partial:
         adapter.write_directory(
-            partial, About(lora.model, 0, under.about.history, base_of(under)), lora.tensors
+            partial, About(lora.model, 0, history, base_of(under)), lora.tensors
         )
         if (tokenizer := find_own_tokenizer(under)) is not None:
             copy_tokenizer(tokenizer, partial)
@@ -150,7 +151,7 @@ def merge(
         history=about.history,
         card=(
             f"# {Path(target).name}\n\n{found.path.name} merged into {under.path.name} by btx_jax"
-            f" {__version__}.\n"
+            f" {__version__}.{trained_on(about.history)}\n"
         ),
         check=check,
         verb="merging",

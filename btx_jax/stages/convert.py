@@ -11,6 +11,7 @@ from btx_jax.checkpoints.checkpoint import (
     open_reader,
     write_checkpoint,
 )
+from btx_jax.checkpoints.training_state import trained_on
 
 
 def run(source: str, target: str, dtype: str = "") -> str:
@@ -33,7 +34,7 @@ def run(source: str, target: str, dtype: str = "") -> str:
         history=found.about.history,
         card=_card(
             found.path.name if found.is_huggingface else found.path.parent.parent.name,
-            found.about.costs()["tokens"],
+            trained_on(found.about.history),
         ),
         check=reader.check,
         verb="converting",
@@ -41,8 +42,7 @@ def run(source: str, target: str, dtype: str = "") -> str:
     return f"wrote {target} ({kind}, {len(reader.slots)} tensors)"
 
 
-def _card(name: str, tokens: float) -> str:
-    trained = f" Trained here on {tokens:,.0f} tokens in all, seed included." if tokens else ""
+def _card(name: str, trained: str) -> str:
     return (
         f"# {name}\n\nConverted by btx_jax {__version__}; parameters are those of {name},"
         f" unchanged.{trained}\n"

@@ -22,7 +22,7 @@ from btx_jax.checkpoints.huggingface import (
     slots,
 )
 from btx_jax.checkpoints.huggingface_config import same_function
-from btx_jax.checkpoints.training_state import History
+from btx_jax.checkpoints.training_state import History, together, trained_on
 from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.mixing.gates import random_gates
@@ -69,7 +69,7 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
         wanted = expert_tensor(name)
         return reader.dtypes[expert_name(wanted.layer, 0, wanted.part) if wanted else name]
 
-    history = {**found.about.history, **extra.about.history}
+    history = together([found.about.history, extra.about.history])
     card = (
         f"Expert {max(larger.moe.experts) - 1 if larger.moe else 0} is {source}, added to"
         f" {mixture}; its router rows are not trained."
@@ -188,7 +188,8 @@ def _write(
         tensor,
         tokenizer,
         history=history,
-        card=f"# {Path(target).name}\n\n{card} Made by btx_jax {__version__}.\n",
+        card=f"# {Path(target).name}\n\n{card} Made by btx_jax {__version__}."
+        f"{trained_on(history)}\n",
         check=check,
         verb="writing",
     )

@@ -34,6 +34,7 @@ from btx_jax.checkpoints.huggingface import (
     slots,
 )
 from btx_jax.checkpoints.huggingface_config import experts_per_token, same_function
+from btx_jax.checkpoints.training_state import History, together, trained_on
 from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.evaluation.activations import layer_states, token_embeddings
@@ -119,12 +120,8 @@ def run(
         for reader in sources.readers:
             reader.check()
 
-    history = {
-        run: counts
-        for checkpoint in sources.checkpoints
-        for run, counts in checkpoint.about.history.items()
-    }
-    card = _card(recipe, model)
+    history = together(checkpoint.about.history for checkpoint in sources.checkpoints)
+    card = _card(recipe, sources, model, history)
     verdict: list[str] = []
 
     def inspect(written: Path) -> None:
@@ -303,15 +300,14 @@ def make_tensor(
     wanted = expert_tensor(name)
     if wanted is None:
         shared = [sources.readers[number].read(name) for number in _shared_sources(recipe, sources)]
-        if len(shared) == 1:
+        if len(shared) == 1 and shared[0].shape == sources.readers[0].slots[name].shape:
             return cast(name, shared[0], dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            merged = np.concatenate(
-                [
-                    _merged(recipe, sources, part, name, rows, dtype)
-                    for rows, part in _by_rows(sources, shared, name)
-                ]
-            )
+            blocks = [
+                _merged(recipe, sources, part, name, rows, dtype)
+                for rows, part in _by_rows(sources, shared, name)
+            ]
+            merged = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         if is_finite(merged):
             merged.flags.writeable = False  # as from a reader: looked at once is enough
         elif all(map(is_finite, shared)):
@@ -597,9 +593,10 @@ def _verify(
     return f"verified {count} tensors: {rest}, {means} means within one ulp of {dtype.name}"
 
 
-def _card(recipe: Recipe, model: ModelConfig) -> str:
+def _card(recipe: Recipe, sources: Sources, model: ModelConfig, history: History) -> str:
     total, active = parameter_counts(model)
     kind = "Branch-Train-MiX" if recipe.base == "average" else "frankenMoE"
+    experts, models = recipe.expert_count, len(set(sources.source_of))
     lines = [f"- {expert.source_model}" for expert in recipe.experts]
     trained = (
         "Its routers have not been trained."
@@ -607,8 +604,9 @@ def _card(recipe: Recipe, model: ModelConfig) -> str:
         else "Its routers come from prompts, untrained."
     )
     return (
-        f"# {kind} of {len(recipe.experts)} models\n\nMixed by btx_jax {__version__}: {total:,}"
-        f" parameters, {active:,} active for a token. {trained}\n\n"
+        f"# {kind}: {experts} expert{'s' * (experts > 1)} of {models} model{'s' * (models > 1)}\n\n"
+        f"Mixed by btx_jax {__version__}: {total:,} parameters, {active:,} active for a token."
+        f" {trained}{trained_on(history)}\n\n"
         + "\n".join(lines)
         + f"\n\nRecipe:\n\n```json\n{json.dumps(describe(recipe), indent=2)}\n```\n"
     )

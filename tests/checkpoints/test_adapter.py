@@ -25,7 +25,7 @@ from btx_jax.checkpoints.checkpoint import (
 )
 from btx_jax.checkpoints.peft import CONFIG as PEFT_CONFIG
 from btx_jax.checkpoints.peft import TENSORS as PEFT_TENSORS
-from btx_jax.checkpoints.training_state import About
+from btx_jax.checkpoints.training_state import About, elsewhere
 from btx_jax.config import ComputeConfig
 from btx_jax.errors import UserError
 from btx_jax.mixing.lora import mix_lora
@@ -201,6 +201,16 @@ def test_pickles_and_folders_of_adapters_are_told_as_such(tmp_path):
     (tmp_path / "two" / PEFT_TENSORS).rename(tmp_path / "two" / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model.bin is a pickle.*save_pretrained"):
         adapter.import_peft(str(tmp_path / "two"), str(BASE), str(tmp_path / "other"))
+
+
+def test_what_peft_trained_is_an_unknown_cost_of_the_adapter(tmp_path):
+    adapter.import_peft(str(GOLDEN / "peft"), str(BASE), str(tmp_path / "lora"))
+    history = find_checkpoint(tmp_path / "lora").about.history
+    assert history == elsewhere(BASE) | elsewhere(GOLDEN / "peft")
+    adapter.merge(str(tmp_path / "lora"), str(tmp_path / "merged"))
+    assert find_checkpoint(tmp_path / "merged").about.history == history
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "What was trained elsewhere is unknown: llama (" in card
 
 
 def test_ranks_that_differ_by_layer_go_to_peft_and_back(tmp_path):

@@ -1,9 +1,11 @@
+import io
 import json
 import math
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from btx_jax.reporting.compare import compare, interval, markdown, verdict
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
@@ -95,6 +97,30 @@ def test_summary_leaves_the_seeds_own_costs_out_and_shows_btx():
     assert len(summary["curves"]["finetune"]) == 6
     json.dumps(summary)
     assert [table.row_count for table in tables(summary)] == [4, 4]
+
+
+def test_what_was_spent_elsewhere_is_unknown_and_not_zero():
+    held = results()
+    for name, unknown in (("seed", ["S"]), ("btx_untuned", ["S"]), ("btx", ["S", "L"])):
+        held["models"][name]["unknown"] = unknown
+    held["models"]["seed"] |= dict.fromkeys(("tokens", "flops", "chip_seconds", "peak_bytes"), 0)
+    models = summarise(held, CURVES, {})["models"]
+    assert {name: model["unknown"] for name, model in models.items()} == {
+        "seed": ["S"],
+        "expert_math": [],
+        "btx_untuned": [],
+        "btx": ["L"],
+    }, "what the seed does not know either is left out with the seed"
+    console = Console(width=200, file=io.StringIO())
+    console.print(tables(summarise(held, CURVES, {}))[1])
+    printed = console.file.getvalue()
+    assert re.search(r"seed .* unknown", printed) and re.search(r"btx .*≥ 0.00M", printed)
+    assert re.search(r"btx_untuned .* 0.00M", printed)
+    assert "≥" not in re.search(r"btx_untuned.*", printed)[0]
+    page = render("t", summarise(held, CURVES, {}), CURVES, [], {})
+    assert "≥ 4,000" in page and "(seed: S; btx: L); such models are not drawn" in page
+    table = markdown(compare([held["models"], held["models"]]), models)
+    assert "| ≥ 4k |" in table and "| unknown |" in table
 
 
 def test_gains_by_hand():
