@@ -24,9 +24,10 @@ from btx_jax.checkpoints.huggingface import (
 from btx_jax.checkpoints.huggingface_config import same_function
 from btx_jax.checkpoints.training_state import History, together, trained_on
 from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
-from btx_jax.errors import ConfigError, UserError
+from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.gates import random_gates
 from btx_jax.model_config import ModelConfig, MoEConfig
+from btx_jax.schema import Range
 
 
 def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, seed: int = 0) -> str:
@@ -36,6 +37,14 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
     Only the feed-forwards are taken: attention, norms and embeddings stay the mixture's. Raises
     UserError when the models do not fit.
     """
+    mistakes = Mistakes()
+    for option, value, bound in (
+        ("--router_std", router_std, Range(0, 1e3)),
+        ("--seed", seed, Range(0, 2**63 - 1)),
+    ):
+        if problem := bound.problem(value):
+            mistakes.add(f"{option}={value}: {problem}")
+    mistakes.tell()
     found, extra = find_checkpoint(mixture, "MIXTURE"), find_checkpoint(source, "SOURCE")
     model = _moe(found.about.model, mixture)
     if extra.about.model.moe:

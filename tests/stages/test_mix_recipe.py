@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -435,6 +436,13 @@ def test_dropping_below_k_or_adding_a_stranger_is_refused(tmp_path):
         experts.drop(str(tmp_path / "out"), 7, str(tmp_path / "x"))
     with pytest.raises(UserError, match="is a dense model"):
         experts.add("base", "a", str(tmp_path / "x"))
+    for wrong in (-1.0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(
+            UserError, match=rf"--router_std={re.escape(str(wrong))}: must.*--seed=-1: must not be"
+        ):
+            experts.add(str(tmp_path / "out"), "a", str(tmp_path / "x"), router_std=wrong, seed=-1)
+    with pytest.raises(UserError, match="--seed=9223372036854775808: must be at most"):
+        experts.add(str(tmp_path / "out"), "a", str(tmp_path / "x"), seed=2**63)
     other = str(ROOT / "tests" / "checkpoints" / "golden" / "llama")
     with pytest.raises(UserError, match="vocab_size: 259 against 61"):
         experts.add(str(tmp_path / "out"), other, str(tmp_path / "x"))
