@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import yaml
 
 from btx_jax.errors import ConfigError, Mistakes, UserError
-from btx_jax.schema import MAX_NAMES, Choice, Experts, Range, Section, from_dict, rule, shown
+from btx_jax.schema import HUGE, MAX_NAMES, Choice, Experts, Range, Section, from_dict, rule, shown
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
 HIDDEN_LAST = "hidden_last"  # mergekit's other name for hidden
@@ -49,7 +49,7 @@ class ExpertSource(Section):
     positive_prompts_file: str = ""
     negative_prompts_file: str = ""
     noise_scale: Annotated[float, Range(0, 1e3)] = 0.0
-    residual_scale: Annotated[float, Range(-1e3, 1e3)] = 1.0
+    residual_scale: Annotated[float, Range(-HUGE, HUGE)] = 1.0
 
     def __post_init__(self):
         super().__post_init__()
