@@ -97,13 +97,6 @@ def verdict(sign: str, mean: float, half: float) -> str:
     return "not held" if mean - half > 0 else "undecided"
 
 
-def told(model: Mapping[str, Any], cost: str, text: str) -> str:
-    """A cost as text; where a part of it was spent elsewhere, the least that it can be."""
-    if not model.get("unknown"):
-        return text
-    return f"≥ {text}" if model[cost] else "unknown"
-
-
 def markdown(comparison: Mapping[str, Any], costs: Mapping[str, Mapping[str, float]]) -> str:
     """The tables of a comparison. costs: of each arm, as in the summary."""
 
@@ -118,14 +111,17 @@ def markdown(comparison: Mapping[str, Any], costs: Mapping[str, Mapping[str, flo
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, arm in sorted(comparison["arms"].items(), key=lambda item: item[1]["mean"]):
         cost = costs.get(name, {})
-        texts = {
-            "tokens": f"{cost['tokens'] / 1e3:,.0f}k",
-            "flops": f"{cost['flops']:.2e}",
-            "chip_seconds": f"{cost['chip_seconds']:.0f}",
-            "critical_seconds": f"{cost['critical_seconds']:.0f}",
-            "peak_bytes": f"{cost['peak_bytes'] / 2**20:.0f}",
-        }
-        cells = [told(cost, key, text) for key, text in texts.items()]
+        shown = (
+            ("tokens", "{:,.0f}k", 1e3),
+            ("flops", "{:.2e}", 1),
+            ("chip_seconds", "{:.0f}", 1),
+            ("critical_seconds", "{:.0f}", 1),
+            ("peak_bytes", "{:.0f}", 2**20),
+        )
+        cells = [
+            "unknown" if cost[key] is None else form.format(cost[key] / unit)
+            for key, form, unit in shown
+        ]
         lines.append(f"| {name} | {number(arm, '.3f')} | {arm['count']} | {' | '.join(cells)} |")
     lines += [
         "",

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.continual import measures
-from btx_jax.reporting.compare import compare, told
+from btx_jax.reporting.compare import compare
 from btx_jax.reporting.metrics import FILE, read_metrics
 
 WINDOW, SHOWN_POINTS = 10, 6  # of loss curves given as numbers
@@ -34,7 +34,7 @@ def summarise(
     metrics lines. seconds: stage -> wall time.
 
     models: least trained first; where one is called `seed`, its costs are taken off all others'.
-    unknown: what of a model was made elsewhere, so that its costs are those of the rest.
+    Where a part of a model (beyond the seed) was trained elsewhere, its costs are None.
     gains: against the seed and the experts.
     routing: of every mixture; shown: the one that the page looks into, `btx` or else the longest
     trained. dropped_fraction: mean of the last steps of the last run that trained a mixture. lora:
@@ -44,15 +44,20 @@ def summarise(
     by_training = sorted(results["models"].items(), key=lambda item: item[1]["tokens"])
     models = {
         name: {key: model[key] for key in (*SHOWN, *(("tasks",) if "tasks" in model else ()))}
-        | {"unknown": model.get("unknown", [])}
         for name, model in by_training
     }
     base = results["models"].get(SEED, {})
     for name, model in models.items():
+        known = base.get("unknown", []) if name != SEED else []
+        if set(results["models"][name].get("unknown", [])) - set(known):
+            model |= dict.fromkeys(COSTS)
+    for name, model in models.items():
         if name != SEED and base:
-            model |= {cost: model[cost] - base[cost] for cost in COSTS if cost != "peak_bytes"}
-            known = base.get("unknown", [])
-            model["unknown"] = [source for source in model["unknown"] if source not in known]
+            model |= {
+                cost: None if model[cost] is None else model[cost] - base[cost]
+                for cost in COSTS
+                if cost != "peak_bytes"
+            }
     routing = {name: model["routing"] for name, model in by_training if "routing" in model}
     routed = [[line for line in lines if "routing" in line] for lines in curves.values()]
     dropped = next(
@@ -149,6 +154,15 @@ def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     return {name: read_metrics(file) for name, file in files.items() if file.exists()}
 
 
+def amount(value: float | None, form: str) -> str:
+    """A cost as it is shown."""
+    return "unknown" if value is None else format(value, form)
+
+
+def scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
 def tables(summary: Mapping[str, Any]) -> list[Table]:
     """Held-out nats per token, model by domain, the best of each column bold; and what each model
     took."""
@@ -159,7 +173,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     )
     for column in ("model", *domains, "mean"):
         losses.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for column in ("model", "tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active"):
+    for column in ("model", "M tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active"):
         costs.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     rows = {
         name: [m["nats_per_token"][d] for d in domains] for name, m in summary["models"].items()
@@ -175,16 +189,13 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
                 for x, b in zip(row, best, strict=True)
             ),
         )
-        cells = {
-            "tokens": f"{model['tokens'] / 1e6:.2f}M",
-            "flops": f"{model['flops']:.1e}",
-            "chip_seconds": f"{model['chip_seconds']:.0f}",
-            "critical_seconds": f"{model['critical_seconds']:.0f}",
-            "peak_bytes": f"{model['peak_bytes'] / 2**20:.0f}",
-        }
         costs.add_row(
             name,
-            *(told(model, cost, text) for cost, text in cells.items()),
+            amount(scaled(model["tokens"], 1e6), ".2f"),
+            amount(model["flops"], ".1e"),
+            amount(model["chip_seconds"], ".0f"),
+            amount(model["critical_seconds"], ".0f"),
+            amount(scaled(model["peak_bytes"], 2**20), ".0f"),
             f"{model['params_active'] / 1e6:.2f}M",
         )
     return [losses, costs]

@@ -103,24 +103,23 @@ def test_what_was_spent_elsewhere_is_unknown_and_not_zero():
     held = results()
     for name, unknown in (("seed", ["S"]), ("btx_untuned", ["S"]), ("btx", ["S", "L"])):
         held["models"][name]["unknown"] = unknown
-    held["models"]["seed"] |= dict.fromkeys(("tokens", "flops", "chip_seconds", "peak_bytes"), 0)
-    models = summarise(held, CURVES, {})["models"]
-    assert {name: model["unknown"] for name, model in models.items()} == {
-        "seed": ["S"],
-        "expert_math": [],
-        "btx_untuned": [],
-        "btx": ["L"],
-    }, "what the seed does not know either is left out with the seed"
+    summary = summarise(held, CURVES, {})
+    assert {name: model["tokens"] for name, model in summary["models"].items()} == {
+        "seed": None,
+        "expert_math": 1000,
+        "btx_untuned": 2000,  # what the seed does not know either is taken off with the seed
+        "btx": None,
+    }
+    assert summary["models"]["btx"]["critical_seconds"] is None
     console = Console(width=200, file=io.StringIO())
-    console.print(tables(summarise(held, CURVES, {}))[1])
-    printed = console.file.getvalue()
-    assert re.search(r"seed .* unknown", printed) and re.search(r"btx .*≥ 0.00M", printed)
-    assert re.search(r"btx_untuned .* 0.00M", printed)
-    assert "≥" not in re.search(r"btx_untuned.*", printed)[0]
-    page = render("t", summarise(held, CURVES, {}), CURVES, [], {})
-    assert "≥ 4,000" in page and "(seed: S; btx: L); such models are not drawn" in page
-    table = markdown(compare([held["models"], held["models"]]), models)
-    assert "| ≥ 4k |" in table and "| unknown |" in table
+    console.print(tables(summary)[1])
+    lines = {line.split()[1]: line for line in console.file.getvalue().splitlines() if "│" in line}
+    assert "unknown" in lines["seed"] and lines["btx"].count("unknown") == 5
+    assert "unknown" not in lines["btx_untuned"]
+    page = render("t", summary, CURVES, [], {})
+    assert "<td>btx</td><td>unknown</td>" in page and "<td>btx_untuned</td><td>2,000</td>" in page
+    table = markdown(compare([held["models"], held["models"]]), summary["models"])
+    assert table.count("unknown") == 10
 
 
 def test_gains_by_hand():
