@@ -109,7 +109,7 @@ def test_what_differs_between_maps_computes_what_peft_computes(tmp_path, name, t
     held = np.load(folder / "expected.npz")
     line = adapter.import_peft(str(folder), str(BASE), str(tmp_path / "imported"))
     assert re.search(told, line), line
-    adapter.merge(str(tmp_path / "imported"), str(tmp_path / "merged"))
+    merged_line = adapter.merge(str(tmp_path / "imported"), str(tmp_path / "merged"))
     adapter.export(str(tmp_path / "imported"), str(tmp_path / "back"), "peft")
     adapter.import_peft(str(tmp_path / "back"), str(BASE), str(tmp_path / "again"))
     for made in ("imported", "merged"):
@@ -120,6 +120,7 @@ def test_what_differs_between_maps_computes_what_peft_computes(tmp_path, name, t
     theirs, back = (load_file(path / PEFT_TENSORS) for path in (folder, tmp_path / "back"))
     lora = {key: x.shape for key, x in theirs.items() if "lora_" in key}
     assert {key: x.shape for key, x in back.items()} == lora, "zeros were written, or LoRA was not"
+    assert f", {len(lora) // 2} of 30 tensors changed)" in merged_line
     ours, again = (
         adapter_tensors(find_checkpoint(tmp_path / made)) for made in ("imported", "again")
     )
