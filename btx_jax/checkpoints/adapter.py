@@ -1,5 +1,4 @@
-"""LoRA experts as files: our adapter directory, and peft's for the one-expert case. No base model
-is read here.
+"""LoRA experts as files of our own. No base model is read here; peft's files are in `peft`.
 
 A directory holds adapter.safetensors, with `layers.LAYER.TARGET.a` [experts, rank, inputs], `.b`
 [experts, outputs, rank] and `.router` [experts, inputs] (layouts as in Hugging Face, float32), and
@@ -8,7 +7,6 @@ targets), the experts of each layer, path and digest of the base, and what it wa
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,13 @@ from safetensors.numpy import load_file, save
 
 from btx_jax.checkpoints.huggingface import is_finite, raise_problems
 from btx_jax.checkpoints.training_state import About, about_from_json, about_to_json, stored
-from btx_jax.errors import ConfigError, UserError
-from btx_jax.model_config import LORA_TARGETS, LoRAConfig, ModelConfig
+from btx_jax.errors import UserError
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import abstract_params
 
 TENSORS, ABOUT = "adapter.safetensors", "adapter.json"
-PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-_MODULES = {
+MODULES = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
@@ -36,16 +33,6 @@ _MODULES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_TARGET_OF = {module: target for target, module in _MODULES.items()}
-# Options of peft's LoraConfig that change what a LoRA computes.
-_UNKNOWN_HERE = (
-    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
-    "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
-    "use_qalora",
-)  # fmt: skip
-_PEFT_NAME = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight"
-)
 
 
 def block_of(target: str) -> str:
@@ -155,13 +142,14 @@ def read_about(directory: Path) -> About:
 
 def read_directory(directory: Path, model: ModelConfig) -> dict[str, Any]:
     """The tree of an adapter directory, numpy float32."""
-    return from_tensors(model, _load(directory / TENSORS), directory)
+    return from_tensors(model, load_tensors(directory / TENSORS), directory)
 
 
-def _load(file: Path) -> dict[str, np.ndarray]:
+def load_tensors(file: Path) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file. Raises UserError when it cannot be read."""
     try:
         return load_file(file)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:  # no such dtype
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
@@ -173,127 +161,6 @@ def write_directory(directory: Path, about: About, tensors: Mapping[str, np.ndar
     (directory / ABOUT).write_text(
         json.dumps(about_to_json(about) | {"experts": experts}, indent=2) + "\n", encoding="utf-8"
     )
-
-
-def write_peft(
-    directory: Path, model: ModelConfig, ours: Mapping[str, np.ndarray], base: str
-) -> None:
-    """As `peft` saves a LoRA. Raises UserError where there are several experts, or ranks that
-    differ."""
-    assert model.lora
-    specs = model.lora.specs(model.layers)
-    if any(spec and spec.has_router for spec in specs):
-        raise UserError(
-            "peft knows LoRA of one expert without a gate; merge this adapter, or export it in our"
-            " own format"
-        )
-    if len(ranks := {spec.rank for spec in specs if spec}) > 1:
-        raise UserError(
-            f"ranks {sorted(ranks)} differ between layers; such an adapter is exported in our own"
-            " format only"
-        )
-    tensors = {}
-    for name, array in ours.items():
-        _, layer, target, part = name.split(".")
-        tensors[
-            f"base_model.model.model.layers.{layer}.{_MODULES[target]}.lora_{part.upper()}.weight"
-        ] = np.ascontiguousarray(array[0])
-    (directory / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
-    some = [layer for layer, spec in enumerate(specs) if spec]
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": ranks.pop(),
-        "lora_alpha": model.lora.alpha,
-        "lora_dropout": model.lora.dropout,
-        "target_modules": [_MODULES[target].rpartition(".")[2] for target in model.lora.targets],
-        "layers_to_transform": some if len(some) < model.layers else None,
-        "layers_pattern": "layers" if len(some) < model.layers else None,
-        "bias": "none",
-        "inference_mode": True,
-    }
-    (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_peft(directory: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """A LoRA saved by `peft` for a model like `base` -> (that model with it, its tensors).
-
-    Raises UserError for what LoRA here does not have (DoRA, biases, ranks by pattern, other
-    modules) and for tensors that do not fit.
-    """
-    file = directory / PEFT_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file}: no config of a peft LoRA: {type(error).__name__}: {error}"
-        ) from error
-    if kind != "LORA":
-        raise UserError(f"{file}: peft_type {kind!r}; only LORA can be imported")
-    for key in _UNKNOWN_HERE:
-        if config.get(key) not in (None, False, {}, [], "none"):
-            raise UserError(f"{file}: {key}={config[key]!r}: LoRA here has nothing like it")
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
-        how = config["init_lora_weights"]
-        raise UserError(
-            f"{file}: init_lora_weights={how!r} changed the base itself; save it with"
-            " path_initial_model_for_weight_conversion"
-        )
-    layers: dict[int, set[str]] = {}
-    tensors, problems = {}, []
-    for name, array in _load(directory / PEFT_TENSORS).items():
-        match = _PEFT_NAME.fullmatch(name)
-        if not match or match[2] not in _TARGET_OF or int(match[1]) >= base.layers:
-            problems.append(f"unknown {name}")
-            continue
-        target = _TARGET_OF[match[2]]
-        layers.setdefault(int(match[1]), set()).add(target)
-        tensors[f"layers.{match[1]}.{target}.{match[3].lower()}"] = np.asarray(array)[None].astype(
-            np.float32
-        )
-    problems += [f"missing {name}" for name in _promised(config, base) if name not in tensors]
-    raise_problems(directory, problems)
-    if not layers:
-        raise UserError(f"{directory}: holds no LoRA tensor")
-    targets = tuple(target for target in LORA_TARGETS if target in set().union(*layers.values()))
-    lora = LoRAConfig(
-        allocation=(
-            ",".join(str(int(layer in layers)) for layer in range(base.layers))
-            if base.layers > 1
-            else "1"
-        ),
-        rank=(rank,),
-        k=(1,),
-        alpha=alpha * rank**0.5 if config.get("use_rslora") else alpha,
-        dropout=float(config.get("lora_dropout") or 0.0),
-        targets=targets,
-    )
-    try:
-        model = ModelConfig(**{**vars(base), "lora": lora})
-    except ConfigError as error:
-        raise UserError(f"{directory}: {error}") from error
-    from_tensors(model, tensors, directory)  # raises for what does not fit
-    return model, tensors
-
-
-def _promised(config: Mapping[str, Any], base: ModelConfig) -> list[str]:
-    """The tensors that a peft config with a list of modules speaks of; peft itself takes one that
-    its file lacks as 0."""
-    modules, some = config.get("target_modules"), config.get("layers_to_transform")
-    if not isinstance(modules, list) or config.get("exclude_modules"):
-        return []
-    layers = range(base.layers) if some is None else [some] if isinstance(some, int) else some
-    targets = [
-        target for target, module in _MODULES.items() if module.rpartition(".")[2] in modules
-    ]
-    return [
-        f"layers.{layer}.{target}.{factor}"
-        for layer in layers
-        for target in targets
-        for factor in ("a", "b")
-    ]
 
 
 def merged_delta(
@@ -311,8 +178,10 @@ def merged_delta(
         spec = specs[int(layer)]
         assert spec
         a_ERI, b_EOR = tensors[name], tensors[f"layers.{layer}.{target}.b"]
+        if not b_EOR.any():  # a map that is not adapted keeps its bits
+            continue
         weight_E = gates(spec.experts).astype(np.float32) * np.float32(spec.scale)
-        deltas[f"model.layers.{layer}.{_MODULES[target]}.weight"] = np.einsum(
+        deltas[f"model.layers.{layer}.{MODULES[target]}.weight"] = np.einsum(
             "e,eor,eri->oi", weight_E, b_EOR, a_ERI, optimize=True
         )
     return deltas

@@ -38,6 +38,8 @@ from btx_jax.checkpoints.training_state import (
     History,
     StepReader,
     StepWriter,
+    elsewhere,
+    history_from_json,
     named_leaves,
     quiet,
     read_about,
@@ -56,6 +58,7 @@ from btx_jax.paths import expand
 
 log = logging.getLogger(__name__)
 
+HISTORY = "btx_jax.history"  # in the headers of exports: the History as JSON
 AHEAD = 2  # tensors being made while one is written
 
 DTYPES = {dtype.name: dtype for dtype in safetensors_files.DTYPES.values()}
@@ -130,7 +133,7 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     ) as error:  # a name too long, a NUL in it, a loop of links
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
     if is_huggingface(path):
-        about = About(read_config(path), 0, {}, huggingface=read_kept(path))
+        about = About(read_config(path), 0, _history(path), huggingface=read_kept(path))
         return Checkpoint(path, about, is_huggingface=True)
     if adapter.is_adapter_directory(path):
         return Checkpoint(path, adapter.read_about(path), is_adapter_directory=True)
@@ -156,6 +159,20 @@ def shortest_context(checkpoints: Sequence[Checkpoint]) -> int:
     if contexts[least] < max(contexts.values()):
         log.warning("the context is %d, that of %s, the shortest", contexts[least], least)
     return contexts[least]
+
+
+def _history(directory: Path) -> History:
+    """Of a Hugging Face directory: what our export wrote into the headers of its tensors' files,
+    which no other tool keeps when it writes a model."""
+    files = sorted(directory.glob("model*.safetensors"))
+    told = {safetensors_files.SafetensorsFile(file).metadata.get(HISTORY) for file in files}
+    text = told.pop() if len(told) == 1 else None
+    if text is None:
+        return elsewhere(directory)
+    try:
+        return history_from_json(json.loads(text), files[0])
+    except (ValueError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{files[0]}: damaged history: {error}") from error
 
 
 def open_reader(checkpoint: Checkpoint) -> Reader:
@@ -381,8 +398,13 @@ def write_checkpoint(
             array
         )  # a reader has seen a read-only one
 
+    told = {HISTORY: json.dumps(to_dict(history), sort_keys=True)} if history else {}
     with new_directory(target) as partial:
-        writer = (HuggingFaceWriter if as_huggingface else StepWriter)(partial, model, dtypes)
+        writer = (
+            HuggingFaceWriter(partial, model, dtypes, metadata=told)
+            if as_huggingface
+            else StepWriter(partial, model, dtypes)
+        )
         names, bad_values = list(slots(model)), []
         with ThreadPoolExecutor(AHEAD) as workers:
             made = collections.deque(workers.submit(make, name) for name in names[:AHEAD])

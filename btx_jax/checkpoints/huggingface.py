@@ -541,13 +541,14 @@ class HuggingFaceWriter:
         model: ModelConfig,
         dtypes: Mapping[str, np.dtype],
         shard_bytes: int = 5_000_000_000,
+        metadata: Mapping[str, str] | None = None,
     ):
         if model.moe:
             experts_per_token(model)
         self.model, self._directory = model, directory
         self._dtypes = dtypes
         shapes = {name: (slot.shape, dtypes[name]) for name, slot in slots(model).items()}
-        self._shards = ShardWriter(directory, shapes, shard_bytes)
+        self._shards = ShardWriter(directory, shapes, shard_bytes, metadata)
         if (version := needed_transformers(model)) >= "5":
             log.warning(
                 "a Mixtral with RoPE scaling needs transformers %s or newer; older ones refuse it,"

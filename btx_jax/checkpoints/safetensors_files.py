@@ -65,6 +65,7 @@ class SafetensorsFile:
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         self._fd = self._file.fileno()
+        self.metadata: dict[str, str] = {}
         self.tensors = self._read_header()
 
     def _read_header(self) -> dict[str, Tensor]:
@@ -77,6 +78,7 @@ class SafetensorsFile:
         try:
             header = json.loads(os.pread(self._fd, length, 8), object_pairs_hook=_unique)
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            self.metadata = dict(header.get("__metadata__") or {})
             tensors, end = {}, 0
             for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
                 begin, stop = entry["data_offsets"]
@@ -142,7 +144,7 @@ class ShardWriter:
     one tensor).
 
     tensors: name -> (shape, dtype). Every shard's header is known beforehand, so that data goes to
-    disk as it comes.
+    disk as it comes. metadata: for every header.
     """
 
     def __init__(
@@ -150,8 +152,10 @@ class ShardWriter:
         directory: Path,
         tensors: Mapping[str, tuple[Sequence[int], np.dtype]],
         shard_bytes: int = 5_000_000_000,
+        metadata: Mapping[str, str] | None = None,
     ):
         self._directory = directory
+        self._metadata = {"format": "pt", **(metadata or {})}
         self._shards: list[dict[str, tuple[Sequence[int], np.dtype]]] = [{}]
         self.total_bytes, filled = 0, 0
         for name, (shape, dtype) in tensors.items():
@@ -178,7 +182,7 @@ class ShardWriter:
 
     def _open(self, number: int) -> None:
         self._close()
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": self._metadata}
         end = 0
         for name, (shape, dtype) in self._shards[number].items():
             begin, end = end, end + math.prod(shape) * dtype.itemsize

@@ -7,9 +7,10 @@ trained on so far. The tokenizer lies in WORKDIR/tokenizer.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,26 @@ class TrainingRun:
     after: tuple[str, ...] = ()
 
 
-History = Mapping[str, TrainingRun]
+History = Mapping[str, TrainingRun | None]  # None: made elsewhere, so that its costs are unknown
+
+
+def elsewhere(path: Path) -> History:
+    """That of what was not trained here and has no history of ours: known by its place alone."""
+    return {f"{path.name} ({hashlib.sha256(str(path).encode()).hexdigest()[:8]})": None}
+
+
+def together(histories: Iterable[History]) -> History:
+    """Every run behind any of them, each once."""
+    return {name: run for history in histories for name, run in history.items()}
+
+
+def trained_on(history: History) -> str:
+    """A sentence or two for a model card, with a space before each; "" when there is nothing to
+    tell."""
+    tokens = sum(run.tokens for run in history.values() if run)
+    unknown = [name for name, run in history.items() if run is None]
+    told = f" Trained here on {tokens:,.0f} tokens in all, seed included." if tokens else ""
+    return told + (f" What was trained elsewhere is unknown: {', '.join(unknown)}." * bool(unknown))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +80,9 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """history: run id -> every training run behind these parameters, each once. step: of the last
-    of them. base: of LoRA experts; then the checkpoint holds these alone. huggingface: what
+    """history: run id -> every training run behind these parameters, each once, and the models made
+    elsewhere that they come from. step: of the last of them. base: of LoRA experts; then the
+    checkpoint holds these alone. huggingface: what
     config.json and generation_config.json of the model that this came from say beyond ModelConfig,
     as {"config": {...}, "generation_config": {...}}; {} for a model that was born here."""
 
@@ -71,10 +92,12 @@ class About:
     base: Base | None = None
     huggingface: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def costs(self, without: History | None = None) -> dict[str, float]:
-        """Of all runs but `without`. critical_seconds: of the longest chain of runs that had to
+    def costs(self, without: History | None = None) -> dict[str, Any]:
+        """Of all runs but `without`. unknown: what was made elsewhere; then the numbers are those of
+        the others alone. critical_seconds: of the longest chain of runs that had to
         wait for each other, so with branches side by side; chip_seconds: of all together."""
-        runs = {name: run for name, run in self.history.items() if name not in (without or {})}
+        left = {name: run for name, run in self.history.items() if name not in (without or {})}
+        runs = {name: run for name, run in left.items() if run}
 
         @functools.cache
         def until(name: str) -> float:
@@ -88,6 +111,7 @@ class About:
             "chip_seconds": sum(run.seconds * run.chips for run in runs.values()),
             "critical_seconds": max((until(name) for name in runs), default=0.0),
             "peak_bytes": max((run.peak_bytes for run in runs.values()), default=0),
+            "unknown": sorted(name for name, run in left.items() if run is None),
         }
 
 
@@ -111,10 +135,7 @@ def about_from_json(values: dict[str, Any], path: Path) -> About:
         raise UserError(
             f"{path}: checkpoint format {values.get('format')!r}; this version reads {FORMAT}"
         )
-    history = {
-        name: from_dict(TrainingRun, run, f"{path}: history")
-        for name, run in values["history"].items()
-    }
+    history = history_from_json(values["history"], path)
     base = from_dict(Base, values["base"], f"{path}: base") if "base" in values else None
     return About(
         from_dict(ModelConfig, values["model"], f"{path}: model"),
@@ -123,6 +144,14 @@ def about_from_json(values: dict[str, Any], path: Path) -> About:
         base,
         values.get("huggingface", {}),
     )
+
+
+def history_from_json(values: Mapping[str, Any], path: Path) -> History:
+    """Of what to_dict makes of one. Raises ConfigError."""
+    return {
+        name: None if run is None else from_dict(TrainingRun, run, f"{path}: history")
+        for name, run in values.items()
+    }
 
 
 def stored(params: Any, model: ModelConfig) -> Any:

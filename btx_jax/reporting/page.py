@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from btx_jax.reporting import plots
-from btx_jax.reporting.summary import mean
+from btx_jax.reporting.summary import amount, mean, scaled
 
 PACKAGES = ("btx_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Redundancy maps beside each other; of deeper models every n-th layer is drawn, all are in the
@@ -100,7 +100,7 @@ def render(
         title=title, verdict=verdict(summary), summary=summary, rows=rows, figures=figures, experts=experts, provenance=provenance,
         versions=_versions(), platform=platform.platform(), command=" ".join(sys.argv), routing=routing, texts=texts,
         colours=plots.EXPERT_COLOURS, choices={name: {key: text[key] for key in ("experts", "gates")} for name, text in texts.items()},
-        as_script=_as_script,
+        as_script=_as_script, amount=amount, scaled=scaled,
     )  # fmt: skip
 
 

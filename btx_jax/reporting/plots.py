@@ -106,9 +106,13 @@ def loss_matrix(summary: Mapping[str, Any]) -> str:
 
 def loss_against_compute(models: Mapping[str, Any]) -> str:
     """Mean held-out loss over the training FLOPs behind each model: the paper's first figure, with
-    loss for score."""
+    loss for score. Models of unknown costs have no place in it."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    points = sorted((model["flops"], mean_loss(model), name) for name, model in models.items())
+    points = sorted(
+        (model["flops"], mean_loss(model), name)
+        for name, model in models.items()
+        if model["flops"] is not None
+    )
     axes.scatter(
         [x for x, _, _ in points],
         [y for _, y, _ in points],

@@ -34,6 +34,7 @@ def summarise(
     metrics lines. seconds: stage -> wall time.
 
     models: least trained first; where one is called `seed`, its costs are taken off all others'.
+    Where a part of a model (beyond the seed) was trained elsewhere, its costs are None.
     gains: against the seed and the experts.
     routing: of every mixture; shown: the one that the page looks into, `btx` or else the longest
     trained. dropped_fraction: mean of the last steps of the last run that trained a mixture. lora:
@@ -47,8 +48,16 @@ def summarise(
     }
     base = results["models"].get(SEED, {})
     for name, model in models.items():
+        known = base.get("unknown", []) if name != SEED else []
+        if set(results["models"][name].get("unknown", [])) - set(known):
+            model |= dict.fromkeys(COSTS)
+    for name, model in models.items():
         if name != SEED and base:
-            model |= {cost: model[cost] - base[cost] for cost in COSTS if cost != "peak_bytes"}
+            model |= {
+                cost: None if model[cost] is None else model[cost] - base[cost]
+                for cost in COSTS
+                if cost != "peak_bytes"
+            }
     routing = {name: model["routing"] for name, model in by_training if "routing" in model}
     routed = [[line for line in lines if "routing" in line] for lines in curves.values()]
     dropped = next(
@@ -145,6 +154,15 @@ def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     return {name: read_metrics(file) for name, file in files.items() if file.exists()}
 
 
+def amount(value: float | None, form: str) -> str:
+    """A cost as it is shown."""
+    return "unknown" if value is None else format(value, form)
+
+
+def scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
 def tables(summary: Mapping[str, Any]) -> list[Table]:
     """Held-out nats per token, model by domain, the best of each column bold; and what each model
     took."""
@@ -155,7 +173,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     )
     for column in ("model", *domains, "mean"):
         losses.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for column in ("model", "tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active"):
+    for column in ("model", "M tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active"):
         costs.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     rows = {
         name: [m["nats_per_token"][d] for d in domains] for name, m in summary["models"].items()
@@ -171,10 +189,14 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
                 for x, b in zip(row, best, strict=True)
             ),
         )
-        seconds = (f"{model['chip_seconds']:.0f}", f"{model['critical_seconds']:.0f}")
-        memory = (f"{model['peak_bytes'] / 2**20:.0f}", f"{model['params_active'] / 1e6:.2f}M")
         costs.add_row(
-            name, f"{model['tokens'] / 1e6:.2f}M", f"{model['flops']:.1e}", *seconds, *memory
+            name,
+            amount(scaled(model["tokens"], 1e6), ".2f"),
+            amount(model["flops"], ".1e"),
+            amount(model["chip_seconds"], ".0f"),
+            amount(model["critical_seconds"], ".0f"),
+            amount(scaled(model["peak_bytes"], 2**20), ".0f"),
+            f"{model['params_active'] / 1e6:.2f}M",
         )
     return [losses, costs]
 

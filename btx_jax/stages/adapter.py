@@ -1,15 +1,17 @@
 """Adapter: LoRA experts to and from files, and into the weights they stand beside."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from btx_jax import __version__
-from btx_jax.checkpoints import adapter
+from btx_jax.checkpoints import adapter, peft
 from btx_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
+    Reader,
     adapter_tensors,
     base_digest,
     base_of,
@@ -18,7 +20,7 @@ from btx_jax.checkpoints.checkpoint import (
     open_reader,
     write_checkpoint,
 )
-from btx_jax.checkpoints.training_state import About
+from btx_jax.checkpoints.training_state import About, elsewhere, together, trained_on
 from btx_jax.data.tokenizers import copy_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
@@ -43,7 +45,7 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
     assert about.base
     with new_directory(Path(target)) as partial:
         if output_format == "peft":
-            adapter.write_peft(partial, about.model, tensors, about.base.path)
+            peft.write(partial, about.model, tensors, about.base.path)
         else:
             adapter.write_directory(partial, about, tensors)
         if (tokenizer := find_own_tokenizer(found)) is not None and output_format != "peft":
@@ -58,18 +60,43 @@ def import_peft(source: str, base: str, target: str) -> str:
     if under.about.base:
         raise UserError(f"BASE: {under.path} holds LoRA experts; name the model under them")
     directory = Path(source).expanduser()
-    model, tensors = adapter.read_peft(directory, under.about.model)
+    lora = peft.read(directory, under.about.model)
+    notes = [*_carried(lora.carried, open_reader(under), directory), *lora.notes]
+    history = together([under.about.history, elsewhere(directory.resolve())])
     with new_directory(Path(target)) as partial:
         adapter.write_directory(
             partial,
-            About(model, 0, under.about.history, base_of(under), under.about.huggingface),
-            tensors,
+            About(lora.model, 0, history, base_of(under), under.about.huggingface),
+            lora.tensors,
         )
         if (tokenizer := find_own_tokenizer(under)) is not None:
             copy_tokenizer(tokenizer, partial)
-    return (
-        f"wrote {target} ({len(tensors)} tensors, rank {model.lora.rank[0] if model.lora else 0})"
-    )
+    assert lora.model.lora
+    ranks = "/".join(map(str, sorted(set(lora.model.lora.rank))))
+    return "; ".join([f"wrote {target} ({len(lora.tensors)} tensors, rank {ranks})", *notes])
+
+
+def _carried(tensors: Sequence[tuple[str, np.ndarray]], base: Reader, directory: Path) -> list[str]:
+    """What is said of tensors of the base that lie beside a LoRA: those that equal the base's own
+    are left out. Raises UserError for others."""
+    problems = []
+    for name, array in tensors:
+        own = base.read(
+            "model.embed_tokens.weight" if name not in base.slots else name  # a tied head
+        )
+        if array.shape != own.shape:
+            problems.append(f"{name} is {array.shape}, the base's {own.shape}")
+        elif not np.array_equal(array.astype(np.float32), own.astype(np.float32)):
+            problems.append(f"{name} has other values than the base's")
+    if problems:
+        raise UserError(
+            f"{directory}: holds tensors of the base itself (modules_to_save, or resized"
+            f" embeddings), and LoRA here leaves the base as it is: {'; '.join(problems)}; if BASE"
+            f" is the model it was trained on, {peft.MERGE}"
+        )
+    if not tensors:
+        return []
+    return [f"left out, as they equal the base's: {peft.listed([name for name, _ in tensors])}"]
 
 
 def merge(
@@ -127,7 +154,7 @@ def merge(
         huggingface=about.huggingface or under.about.huggingface,
         card=(
             f"# {Path(target).name}\n\n{found.path.name} merged into {under.path.name} by btx_jax"
-            f" {__version__}.\n"
+            f" {__version__}.{trained_on(about.history)}\n"
         ),
         check=check,
         verb="merging",

@@ -15,6 +15,7 @@ from btx_jax.checkpoints.checkpoint import (
     open_reader,
     write_checkpoint,
 )
+from btx_jax.checkpoints.training_state import trained_on
 
 
 def run(source: str, target: str, dtype: str = "") -> str:
@@ -38,7 +39,7 @@ def run(source: str, target: str, dtype: str = "") -> str:
         huggingface=found.about.huggingface,
         card=_card(
             found.path.name if found.is_huggingface else found.path.parent.parent.name,
-            found.about.costs()["tokens"],
+            trained_on(found.about.history),
         ),
         check=reader.check,
         verb="converting",
@@ -59,8 +60,7 @@ def _dtypes(reader: Reader, to_huggingface: bool) -> Mapping[str, np.dtype]:
     }
 
 
-def _card(name: str, tokens: float) -> str:
-    trained = f" Trained here on {tokens:,.0f} tokens in all, seed included." if tokens else ""
+def _card(name: str, trained: str) -> str:
     return (
         f"# {name}\n\nConverted by btx_jax {__version__}; parameters are those of {name},"
         f" unchanged.{trained}\n"

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_for_inference
-from btx_jax.checkpoints.training_state import About
+from btx_jax.checkpoints.training_state import About, together
 from btx_jax.config import Config, EnsembleConfig, TaskConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepare import (
@@ -435,17 +435,11 @@ def ensemble_result(
         assert loss is not None
         losses[domain] = loss
     experts = [found[expert].about for expert in ensemble.experts]
-    together = About(
-        experts[0].model,
-        0,
-        {run: costs for about in experts for run, costs in about.history.items()},
-    )
+    whole = About(experts[0].model, 0, together(about.history for about in experts))
     counts = [parameter_counts(about.model) for about in experts]
     answering = ensemble.top if ensemble.weights == "tf_idf" else len(experts)
     total, active = (
         sum(total for total, _ in counts),
         sum(sorted(active for _, active in counts)[-answering:]),
     )
-    return (
-        loss_entries(losses) | together.costs() | {"params_total": total, "params_active": active}
-    )
+    return loss_entries(losses) | whole.costs() | {"params_total": total, "params_active": active}

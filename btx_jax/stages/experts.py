@@ -23,11 +23,12 @@ from btx_jax.checkpoints.huggingface import (
     slots,
 )
 from btx_jax.checkpoints.huggingface_config import same_function
-from btx_jax.checkpoints.training_state import About
+from btx_jax.checkpoints.training_state import About, together, trained_on
 from btx_jax.data.tokenizers import Tokenizer, difference
-from btx_jax.errors import ConfigError, UserError
+from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.gates import random_gates
 from btx_jax.model_config import ModelConfig, MoEConfig
+from btx_jax.schema import Range
 
 
 def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, seed: int = 0) -> str:
@@ -37,6 +38,14 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
     Only the feed-forwards are taken: attention, norms and embeddings stay the mixture's. Raises
     UserError when the models do not fit.
     """
+    mistakes = Mistakes()
+    for option, value, bound in (
+        ("--router_std", router_std, Range(0, 1e3)),
+        ("--seed", seed, Range(0, 2**63 - 1)),
+    ):
+        if problem := bound.problem(value):
+            mistakes.add(f"{option}={value}: {problem}")
+    mistakes.tell()
     found, extra = find_checkpoint(mixture, "MIXTURE"), find_checkpoint(source, "SOURCE")
     model = _moe(found.about.model, mixture)
     if extra.about.model.moe:
@@ -72,7 +81,7 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
         wanted = expert_tensor(name)
         return reader.dtypes[expert_name(wanted.layer, 0, wanted.part) if wanted else name]
 
-    history = {**found.about.history, **extra.about.history}
+    history = together([found.about.history, extra.about.history])
     card = (
         f"Expert {max(larger.moe.experts) - 1 if larger.moe else 0} is {source}, added to"
         f" {mixture}; its router rows are not trained."
@@ -192,7 +201,8 @@ def _write(
         tokenizer,
         history=about.history,
         huggingface=about.huggingface,
-        card=f"# {Path(target).name}\n\n{card} Made by btx_jax {__version__}.\n",
+        card=f"# {Path(target).name}\n\n{card} Made by btx_jax {__version__}."
+        f"{trained_on(about.history)}\n",
         check=check,
         verb="writing",
     )

@@ -20,7 +20,7 @@ from btx_jax.checkpoints.checkpoint import (
     load_params,
     shortest_context,
 )
-from btx_jax.checkpoints.training_state import About, Checkpoints
+from btx_jax.checkpoints.training_state import About, Checkpoints, together
 from btx_jax.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import copy_tokenizer, difference, load_tokenizer
@@ -98,7 +98,7 @@ def run(config: Config, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
-    history = {run: counts for source in sources for run, counts in source.about.history.items()}
+    history = together(source.about.history for source in sources)
     claim(workdir, config)
     if is_first():
         copy_tokenizer(tokenizers[0], workdir / "tokenizer")
@@ -217,7 +217,7 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
         max(counts),
         lora.gating,
     )
-    history = {run: counts for source in sources for run, counts in source.about.history.items()}
+    history = together(source.about.history for source in sources)
     claim(workdir, config)
     if (tokenizer := find_own_tokenizer(sources[0])) is not None:
         copy_tokenizer(tokenizer, workdir / "tokenizer")

@@ -35,8 +35,9 @@ from btx_jax.checkpoints.huggingface import (
     slots,
 )
 from btx_jax.checkpoints.huggingface_config import experts_per_token, same_function
+from btx_jax.checkpoints.training_state import History, together, trained_on
 from btx_jax.data.tokenizers import Tokenizer, check_ids, difference
-from btx_jax.errors import UserError
+from btx_jax.errors import Mistakes, UserError
 from btx_jax.evaluation.activations import layer_states, token_embeddings
 from btx_jax.mixing.gates import condition_number, gate_row, pool, random_gates
 from btx_jax.mixing.merge import dare, mean, ties, wide
@@ -44,7 +45,9 @@ from btx_jax.mixing.recipe import PROMPT_MODES, ExpertSource, Recipe, describe, 
 from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.output import check_free
+from btx_jax.paths import expand
 
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each token
 CONDITION_LIMIT = 5.0
 BANDS = 4  # of layers, in the routing table
 
@@ -96,6 +99,7 @@ def run(
     _check_shapes(recipe, sources, model)
     console = Console()
     console.print(_plan(recipe, model, dtype, as_huggingface))
+    _warn_of_vocabularies(sources, console)
     prompts = _prompts(recipe, sources.tokenizer, model) if recipe.gate_mode in PROMPT_MODES else []
     if dry_run:
         return
@@ -119,12 +123,8 @@ def run(
         for reader in sources.readers:
             reader.check()
 
-    history = {
-        run: counts
-        for checkpoint in sources.checkpoints
-        for run, counts in checkpoint.about.history.items()
-    }
-    card = _card(recipe, model)
+    history = together(checkpoint.about.history for checkpoint in sources.checkpoints)
+    card = _card(recipe, sources, model, history)
     verdict: list[str] = []
 
     def inspect(written: Path) -> None:
@@ -165,15 +165,22 @@ def _open(recipe: Recipe) -> Sources:
         expert.source_model: f"experts[{i}].source_model"
         for i, expert in reversed(list(enumerate(recipe.experts)))
     }
-    checkpoints = [find_checkpoint(path, keys.get(path, "base_model")) for path in paths]
+    mistakes = Mistakes()
+    found = {}
+    for path in paths:
+        with mistakes.gather():
+            found[path] = _source(path, keys.get(path, "base_model"))
+    mistakes.tell()
+    checkpoints = list(found.values())
     base = checkpoints[0]
     tokenizers = [find_own_tokenizer(checkpoint) for checkpoint in checkpoints]
     for path, checkpoint, tokenizer in zip(paths, checkpoints, tokenizers, strict=True):
         if checkpoint.about.model.moe:
-            raise UserError(
+            mistakes.add(
                 f"{path} is a mixture already; mix dense models, or see `python -m btx_jax expert"
                 " --help`"
             )
+            continue
         context = base.about.model.context  # how long it may be used, not what its weights mean
         other = dataclasses.replace(checkpoint.about.model, context=context)
         differing = [
@@ -186,10 +193,11 @@ def _open(recipe: Recipe) -> Sources:
             told = difference(tokenizers[0], tokenizer, base.about.model.vocab_size)
         differing += [f"tokenizer: {told}"] if told else []
         if differing:
-            raise UserError(
+            mistakes.add(
                 f"{path} is another kind of model than {recipe.base_model}: {'; '.join(differing)} "
                 "(list under `allow` what should not matter)"
             )
+    mistakes.tell()
     readers = [open_reader(checkpoint) for checkpoint in checkpoints]
     number = {
         path: [c.path for c in checkpoints].index(checkpoint.path)
@@ -201,6 +209,26 @@ def _open(recipe: Recipe) -> Sources:
         [number[expert.source_model] for expert in recipe.experts],
         tokenizers[0],
     )
+
+
+def _source(path: str, key: str) -> Checkpoint:
+    """Raises UserError for what is no directory of a model, as mergekit writes it: MODEL+LORA,
+    MODEL@REVISION, a name of the Hub."""
+    whole = Path(expand(path, key)).exists()
+    model, plus, lora = path.partition("+")
+    if plus and not whole:
+        raise UserError(
+            f"{key}={path!r}: a LoRA on a model is not supported yet; merge it first: python -m"
+            f" btx_jax adapter import {lora} {model} ADAPTER, then python -m btx_jax adapter merge"
+            " ADAPTER MERGED, and name MERGED"
+        )
+    name, at, revision = path.partition("@")
+    if at and not whole:
+        raise UserError(
+            f"{key}={path!r}: no directory; download that revision and name the directory: hf"
+            f" download {name} --revision {revision} --local-dir DIR"
+        )
+    return find_checkpoint(path, key)
 
 
 def _model(recipe: Recipe, dense: ModelConfig) -> ModelConfig:
@@ -235,12 +263,27 @@ def _check_shapes(recipe: Recipe, sources: Sources, model: ModelConfig) -> None:
     for number in _shared_sources(recipe, sources):
         other = sources.readers[number].slots
         for name in shared:
-            if name not in other or other[name].shape != base[name].shape:
+            rows = 1 if name in VOCABULARY else 0  # vocabularies may differ where they are allowed
+            if name not in other or other[name].shape[rows:] != base[name].shape[rows:]:
                 where = sources.checkpoints[number].path
                 raise UserError(
                     f"{where}: {name} has another shape than in {recipe.base_model}; it cannot be"
                     " averaged"
                 )
+
+
+def _warn_of_vocabularies(sources: Sources, console: Console) -> None:
+    """base_model's tokenizer and vocabulary are the mixture's."""
+    size = sources.checkpoints[0].about.model.vocab_size
+    for checkpoint in sources.checkpoints[1:]:
+        other = checkpoint.about.model.vocab_size
+        if other > size:
+            what = f"{other - size} more tokens than base_model, left out"
+        elif other < size:
+            what = f"{size - other} tokens fewer than base_model, their rows without it"
+        else:
+            continue
+        console.print(f"[yellow]warning:[/] {escape(str(checkpoint.path))} has {what}")
 
 
 def _rng(recipe: Recipe, name: str) -> np.random.Generator:
@@ -258,10 +301,14 @@ def make_tensor(
     wanted = expert_tensor(name)
     if wanted is None:
         shared = [sources.readers[number].read(name) for number in _shared_sources(recipe, sources)]
-        if len(shared) == 1:
+        if len(shared) == 1 and shared[0].shape == sources.readers[0].slots[name].shape:
             return cast(name, shared[0], dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            merged = _merged(recipe, sources, shared, name, dtype)
+            blocks = [
+                _merged(recipe, sources, part, name, rows, dtype)
+                for rows, part in _by_rows(sources, shared, name)
+            ]
+            merged = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         if is_finite(merged):
             merged.flags.writeable = False  # as from a reader: looked at once is enough
         elif all(map(is_finite, shared)):
@@ -291,12 +338,32 @@ def make_tensor(
     return cast(name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis), dtype)
 
 
+def _by_rows(
+    sources: Sources, shared: Sequence[np.ndarray], name: str
+) -> list[tuple[slice, list[np.ndarray]]]:
+    """Blocks of rows of base_model's tensor, and those parts of the sources' that have them: one
+    block but where vocabularies differ. Rows that none of them has are base_model's."""
+    base = sources.readers[0]
+    rows = base.slots[name].shape[0]
+    ends = sorted({min(len(tensor), rows) for tensor in shared} | {rows})
+    blocks = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        having = [tensor[start:end] for tensor in shared if len(tensor) >= end]
+        blocks.append((slice(start, end), having or [base.read(name)[start:end]]))
+    return blocks
+
+
 def _merged(
-    recipe: Recipe, sources: Sources, shared: Sequence[np.ndarray], name: str, dtype: np.dtype
+    recipe: Recipe,
+    sources: Sources,
+    shared: Sequence[np.ndarray],
+    name: str,
+    rows: slice,
+    dtype: np.dtype,
 ) -> np.ndarray:
     if recipe.merge == "mean":
         return mean(shared, dtype)
-    base = sources.readers[0].read(name)
+    base = sources.readers[0].read(name)[rows]
     if recipe.merge == "ties":
         return ties(base, shared, recipe.density, dtype)
     return dare(base, shared, recipe.density, dtype, _rng(recipe, name))
@@ -493,18 +560,20 @@ def _verify(
         found = written.read(name)
         if is_mean and expert_tensor(name) is None and router_layer(name) is None:
             means += 1
-            tensors = [
-                wide(sources.readers[number].read(name)).astype(np.float64) for number in shared
-            ]
-            exact = np.mean(tensors, axis=0)
+            tensors = [sources.readers[number].read(name) for number in shared]
             # float32 sums, used for 16-bit tensors, round by themselves where large values cancel
             slack = (
                 0.0
-                if any(sources.readers[n].dtypes[name] == np.float32 for n in shared)
+                if any(tensor.dtype == np.float32 for tensor in tensors)
                 else len(shared) * 2.0**-24
             )
-            bound = ulp(exact, dtype) + slack * np.max(np.abs(tensors), axis=0)
-            right = bool((np.abs(wide(found).astype(np.float64) - exact) <= bound).all())
+            right = found.shape == written.slots[name].shape
+            for rows, part in _by_rows(sources, tensors, name):
+                exact_parts = [wide(tensor).astype(np.float64) for tensor in part]
+                exact = np.mean(exact_parts, axis=0)
+                bound = ulp(exact, dtype) + slack * np.max(np.abs(exact_parts), axis=0)
+                apart = np.abs(wide(found[rows]).astype(np.float64) - exact)
+                right = right and bool((apart <= bound).all())
         else:
             expected = make_tensor(recipe, sources, gates, name, dtype)
             right = found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
@@ -520,9 +589,10 @@ def _verify(
     return f"verified {count} tensors: {rest}, {means} means within one ulp of {dtype.name}"
 
 
-def _card(recipe: Recipe, model: ModelConfig) -> str:
+def _card(recipe: Recipe, sources: Sources, model: ModelConfig, history: History) -> str:
     total, active = parameter_counts(model)
     kind = "Branch-Train-MiX" if recipe.base == "average" else "frankenMoE"
+    experts, models = recipe.expert_count, len(set(sources.source_of))
     lines = [f"- {expert.source_model}" for expert in recipe.experts]
     trained = (
         "Its routers have not been trained."
@@ -530,8 +600,9 @@ def _card(recipe: Recipe, model: ModelConfig) -> str:
         else "Its routers come from prompts, untrained."
     )
     return (
-        f"# {kind} of {len(recipe.experts)} models\n\nMixed by btx_jax {__version__}: {total:,}"
-        f" parameters, {active:,} active for a token. {trained}\n\n"
+        f"# {kind}: {experts} expert{'s' * (experts > 1)} of {models} model{'s' * (models > 1)}\n\n"
+        f"Mixed by btx_jax {__version__}: {total:,} parameters, {active:,} active for a token."
+        f" {trained}{trained_on(history)}\n\n"
         + "\n".join(lines)
         + f"\n\nRecipe:\n\n```json\n{json.dumps(describe(recipe), indent=2)}\n```\n"
     )

@@ -304,14 +304,16 @@ class Loop:
         fixed = {
             key: value for key, value in flatten(to_dict(config)).items() if not is_resumable(key)
         }
-        identity = json.dumps([fixed, sorted(history)], sort_keys=True)
+        runs = sorted(name for name, run in history.items() if run)
+        identity = json.dumps([fixed, runs], sort_keys=True)
         self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.tokens_per_step = config.train.batch_size * config.data.sequence_length
         resumed = read_about(checkpoints.path(self.last_saved)).history if self.last_saved else {}
         if resumed and self.run_id not in resumed:
             told = f"config.init={config.init!r} is another checkpoint than when this run began"
             raise UserError(f"{workdir}: {told}; choose another --workdir")
-        self.seconds = resumed[self.run_id].seconds if resumed else 0.0
+        before = resumed.get(self.run_id)
+        self.seconds = before.seconds if before else 0.0
 
     def run(
         self, state: TrainState, batches: Iterator[Any], train_step: Any, evaluate: Any

@@ -1,8 +1,7 @@
 """What peft itself says: a LoRA trained by it gives the same logits here, ours there, and merged.
 
-    python tests/checkpoints/peft_peer.py [HF_DIRECTORY]        # default: the golden Llamas beside
-    this file python tests/checkpoints/peft_peer.py make                  # the golden LoRA of
-    test_adapter.py
+    python tests/checkpoints/peft_peer.py [HF_DIRECTORY]  # default: the golden Llamas beside this
+    python tests/checkpoints/peft_peer.py make            # the golden LoRAs of test_adapter.py
 
 Needs torch, transformers and peft (`pip install -e '.[bench]' peft`). Fails when logits differ by
 more than 1e-4; also says how far both lie from float64, since a large model's own float32 may be
@@ -80,16 +79,55 @@ def trained_lora(base: Path, modules: list[str], **options):
     return trained, tokens, expected
 
 
+# Golden LoRAs that are not the same in every layer and map: options of LoraConfig.
+VARIANTS = {
+    "uneven": {"target_modules": r".*(layers\.0\.self_attn\.[qv]_proj|layers\.2\.mlp\.up_proj)"},
+    "exclude": {"target_modules": "all-linear", "exclude_modules": r".*layers\.1\.(mlp|\w+\.q).*"},
+    "patterns": {
+        "target_modules": MODULES,
+        "rank_pattern": {"v_proj": 8, r"layers\.1\.mlp\.down_proj": 2},
+        "alpha_pattern": {"q_proj": 32, "^model.layers.0.self_attn.k_proj": -8},
+    },
+    "rslora_patterns": {
+        "target_modules": MODULES,
+        "use_rslora": True,
+        "rank_pattern": {"o_proj": 6},
+        "alpha_pattern": {"gate_proj": 3},
+    },
+    "some_layers": {
+        "target_modules": ["q_proj", "mlp.up_proj"],
+        "layers_to_transform": [0, 2],
+        "layers_pattern": ["h", "layers"],
+    },
+    "carried": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "norm"]},
+}
+
+
 def make(folder: Path) -> None:
     trained, tokens, expected = trained_lora(folder / "llama", ["q_proj", "o_proj", "down_proj"])
-    trained.save_pretrained(folder / "peft")
-    (folder / "peft" / "README.md").unlink(missing_ok=True)
-    config = folder / "peft" / "adapter_config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "llama"}, indent=2)
-        + "\n"
-    )
-    np.savez(folder / "peft" / "expected.npz", tokens=tokens, logits=expected)
+    save(trained, folder / "peft", tokens, expected)
+    for name, options in VARIANTS.items():
+        torch.manual_seed(0)
+        lora = get_peft_model(
+            load(folder / "llama"),
+            LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | options)),
+        )
+        for key, weight in lora.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(weight, std=0.1)
+        save(lora, folder / f"peft_{name}", tokens, theirs(lora, tokens))
+
+
+def save(lora, folder: Path, tokens: np.ndarray, expected: np.ndarray) -> None:
+    lora.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    config = folder / "adapter_config.json"
+    told = json.loads(config.read_text()) | {"base_model_name_or_path": "llama"}
+    for key, value in told.items():  # sets have no order
+        if key in ("target_modules", "exclude_modules") and isinstance(value, list):
+            told[key] = sorted(value)
+    config.write_text(json.dumps(told, indent=2) + "\n")
+    np.savez(folder / "expected.npz", tokens=tokens, logits=expected)
 
 
 def check(base: Path, modules: list[str], **options) -> None:
@@ -126,6 +164,8 @@ def main() -> None:
         check(base, MODULES)
         check(base, ["q_proj", "v_proj"], use_rslora=True)
         check(base, ["o_proj", "down_proj"], layers_to_transform=[1])
+        check(base, MODULES, exclude_modules=r".*layers\.1\.mlp.*", rank_pattern={"v_proj": 8})
+        check(base, MODULES, rank_pattern={"v_proj": 6}, alpha_pattern={"q_proj": 3})
     print("all equal")
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,6 @@ from safetensors.numpy import load_file, save_file
 
 from btx_jax.checkpoints.adapter import (
     ABOUT,
-    PEFT_CONFIG,
-    PEFT_TENSORS,
     TENSORS,
     from_tensors,
     to_tensors,
@@ -24,7 +23,9 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     load_params,
 )
-from btx_jax.checkpoints.training_state import About
+from btx_jax.checkpoints.peft import CONFIG as PEFT_CONFIG
+from btx_jax.checkpoints.peft import TENSORS as PEFT_TENSORS
+from btx_jax.checkpoints.training_state import About, elsewhere
 from btx_jax.config import ComputeConfig
 from btx_jax.errors import UserError
 from btx_jax.mixing.lora import mix_lora
@@ -90,6 +91,145 @@ def test_pefts_lora_computes_the_same_here_merged_and_back_again(tmp_path, golde
     for key in ("r", "lora_alpha", "peft_type", "task_type"):
         assert configs[0][key] == configs[1][key]
     assert set(configs[0]["target_modules"]) == set(configs[1]["target_modules"])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("uneven", "3 maps without LoRA in adapted layers: zeros"),
+        ("exclude", "4 maps without LoRA in adapted layers: zeros"),
+        ("patterns", "18 maps of lower rank .* 8 maps of another scale: taken into B, every bit"),
+        ("rslora_patterns", "18 maps of lower rank .*, 6 rounded to float32 by it"),
+        ("some_layers", r"rank 4\); its config names the base .llama."),
+        ("carried", "left out, as they equal the base.s: model.embed_tokens.weight, model.l"),
+    ],
+)
+def test_what_differs_between_maps_computes_what_peft_computes(tmp_path, name, told):
+    folder = GOLDEN / f"peft_{name}"
+    held = np.load(folder / "expected.npz")
+    line = adapter.import_peft(str(folder), str(BASE), str(tmp_path / "imported"))
+    assert re.search(told, line), line
+    merged_line = adapter.merge(str(tmp_path / "imported"), str(tmp_path / "merged"))
+    adapter.export(str(tmp_path / "imported"), str(tmp_path / "back"), "peft")
+    adapter.import_peft(str(tmp_path / "back"), str(BASE), str(tmp_path / "again"))
+    for made in ("imported", "merged"):
+        np.testing.assert_allclose(
+            logits_of(tmp_path / made, held["tokens"]), held["logits"], atol=1e-5
+        )
+    assert np.abs(logits_of(BASE, held["tokens"]) - held["logits"]).max() > 1e-2
+    theirs, back = (load_file(path / PEFT_TENSORS) for path in (folder, tmp_path / "back"))
+    lora = {key: x.shape for key, x in theirs.items() if "lora_" in key}
+    assert {key: x.shape for key, x in back.items()} == lora, "zeros were written, or LoRA was not"
+    assert f", {len(lora) // 2} of 30 tensors changed)" in merged_line
+    ours, again = (
+        adapter_tensors(find_checkpoint(tmp_path / made)) for made in ("imported", "again")
+    )
+    assert ours.keys() == again.keys()
+    assert all(np.array_equal(ours[key], again[key]) for key in ours)
+    untouched = load_file(BASE / "model.safetensors")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    changed = {key for key in untouched if untouched[key].tobytes() != merged[key].tobytes()}
+    assert changed == {
+        key.removeprefix("base_model.model.").replace("lora_A.", "")
+        for key in lora
+        if "lora_A" in key
+    }
+
+
+def renamed(folder, target, rename, extra=None):
+    """The golden LoRA with its tensors under other names."""
+    shutil.copytree(folder, target)
+    held = {rename(key): x for key, x in load_file(folder / PEFT_TENSORS).items()}
+    save_file(held | (extra or {}), target / PEFT_TENSORS)
+    return str(target)
+
+
+def test_names_that_peft_loads_are_loaded_and_others_named(tmp_path, golden):
+    tokens, expected = golden
+    out = tmp_path / "out"
+    slot = renamed(
+        GOLDEN / "peft", tmp_path / "slot", lambda key: key.replace(".weight", ".default.weight")
+    )
+    adapter.import_peft(slot, str(BASE), str(out))
+    np.testing.assert_allclose(logits_of(out, tokens), expected, atol=1e-5)
+    shutil.rmtree(out)
+    q_proj = "base_model.model.model.layers.0.self_attn.q_proj"
+    one = np.ones((4, 32), np.float32)
+    for number, (rename, extra, told) in enumerate(
+        (
+            (lambda key: key.replace(".weight", ".sft.weight"), {}, "adapter's name 'sft'"),
+            (lambda key: key.removeprefix("base_model.model."), {}, "names without base_model"),
+            (lambda key: key.replace("model.model.", "model."), {}, "a model without a head"),
+            (lambda key: key.replace("layers.2", "layers.7"), {}, "the base has 3 layers"),
+            (str, {f"{q_proj}.lora_A.default.weight": one}, "twice"),
+            (str, {f"{q_proj}.lora_magnitude_vector": one[0]}, "use_dora"),
+            (str, {f"{q_proj}.lora_B.bias": one[:, 0]}, "lora_bias"),
+            (str, {f"{q_proj}.base_layer.bias": one[:, 0]}, "bias: no map has one here"),
+            (str, {"base_model.model.lm_head.lora_A.weight": one}, "target_modules: LoRA on what"),
+            (str, {"base_model.model.model.embed_tokens.lora_embedding_A": one}, "on an embedding"),
+            (str, {"base_model.model.model.embed_tokens.token_adapter.x": one}, "trainable_token"),
+            (str, {"base_model.model.score.weight": one}, r"unknown: base_model.model.score"),
+            (str, {"base_model.model.lm_head.weight": one}, r"lm_head.*\(4, 32\), the base's \(61"),
+        )
+    ):
+        folder = renamed(GOLDEN / "peft", tmp_path / str(number), rename, extra)
+        with pytest.raises(UserError, match=told) as caught:
+            adapter.import_peft(folder, str(BASE), str(out))
+        assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_a_base_tensor_that_was_trained_is_told_with_the_way_out(tmp_path):
+    embedding = load_file(BASE / "model.safetensors")["model.embed_tokens.weight"].copy()
+    embedding[3, 5] += 1e-3
+    folder = renamed(
+        GOLDEN / "peft_carried",
+        tmp_path / "peft",
+        str,
+        {"base_model.model.model.embed_tokens.weight": embedding},
+    )
+    with pytest.raises(UserError, match=r"embed_tokens.weight has other values.*merge_and_unload"):
+        adapter.import_peft(folder, str(BASE), str(tmp_path / "out"))
+
+
+def test_pickles_and_folders_of_adapters_are_told_as_such(tmp_path):
+    shutil.copytree(GOLDEN / "peft", tmp_path / "run" / "sql")
+    with pytest.raises(UserError, match="holds adapters in folders; name one: sql"):
+        adapter.import_peft(str(tmp_path / "run"), str(BASE), str(tmp_path / "out"))
+    shutil.copytree(GOLDEN / "peft", tmp_path / "two")
+    shutil.copytree(GOLDEN / "peft", tmp_path / "two" / "second")
+    line = adapter.import_peft(str(tmp_path / "two"), str(BASE), str(tmp_path / "out"))
+    assert "left alone: the adapters in second" in line
+    (tmp_path / "two" / PEFT_TENSORS).rename(tmp_path / "two" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model.bin is a pickle.*save_pretrained"):
+        adapter.import_peft(str(tmp_path / "two"), str(BASE), str(tmp_path / "other"))
+
+
+def test_what_peft_trained_is_an_unknown_cost_of_the_adapter(tmp_path):
+    adapter.import_peft(str(GOLDEN / "peft"), str(BASE), str(tmp_path / "lora"))
+    history = find_checkpoint(tmp_path / "lora").about.history
+    assert history == elsewhere(BASE) | elsewhere(GOLDEN / "peft")
+    adapter.merge(str(tmp_path / "lora"), str(tmp_path / "merged"))
+    assert find_checkpoint(tmp_path / "merged").about.history == history
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "What was trained elsewhere is unknown: llama (" in card
+
+
+def test_ranks_that_differ_by_layer_go_to_peft_and_back(tmp_path):
+    folder = mola_directory(
+        tmp_path / "lora", allocation="1,1,1", k=(1,), rank=(2, 4, 4), targets=("q", "down")
+    )
+    adapter.export(str(folder), str(tmp_path / "peft"), "peft")
+    config = json.loads((tmp_path / "peft" / PEFT_CONFIG).read_text())
+    assert config["rank_pattern"] == {
+        "model.layers.0.self_attn.q_proj": 2,
+        "model.layers.0.mlp.down_proj": 2,
+    }
+    assert not config["alpha_pattern"], "alpha / rank says the scale on both sides"
+    adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "back"))
+    one, other = (find_checkpoint(path) for path in (folder, tmp_path / "back"))
+    ours, again = adapter_tensors(one), adapter_tensors(other)
+    assert other.about.model.lora.rank == (2, 4, 4)
+    assert all(np.array_equal(ours[key], again[key]) for key in ours)
 
 
 def test_a_directory_says_what_it_is_and_gives_back_every_bit(tmp_path):
@@ -205,12 +345,33 @@ def test_files_that_are_cut_off_are_refused(tmp_path):
     ("change", "told"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_bias": True}, "lora_bias=True.*train one with lora_bias=False"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices=.*merge it with peft"),
+        ({"target_parameters": ["w"]}, "target_parameters=.*merge it with peft"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config=.*merge it with peft"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication=.*merge it with peft"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj has rank 4, but r and rank_pattern say 2"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj: r=0: must be"),
+        ({"rank_pattern": [1]}, "rank_pattern=.* must map names to numbers"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern: q_proj: lora_alpha=nan"),
+        ({"lora_alpha": 0}, "lora_alpha=0: computes what the base does"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf: must be a number"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: lm_head is missing"),
+        ({"modules_to_save": 3}, "modules_to_save=3: must be names"),
+        ({"exclude_modules": "(("}, "is no regular expression"),
+        ({"exclude_modules": ["down_proj"]}, "leave out what the file holds LoRA for: .*down_proj"),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers_to_transform leave out"),
+        ({"layers_to_transform": "0"}, "layers_to_transform='0': must be layers' numbers"),
+        ({"target_modules": "all-linear"}, "target_modules names what the file lacks: .*k_proj"),
         ({"init_lora_weights": "pissa"}, "changed the base itself"),
-        ({"peft_type": "IA3"}, "only LORA"),
-        ({"r": 3}, "not "),
+        ({"init_lora_weights": "lora_ga"}, "changed the base itself"),
+        ({"lora_dropout": 2}, "lora_dropout=2: must lie"),
+        ({"peft_type": "IA3"}, "only LORA.*merge it with peft"),
+        ({"new_in_peft_9": "yes"}, "new_in_peft_9='yes': not a setting of peft 0.21"),
+        ({"use_dora": True, "r": "4"}, "use_dora=True.*r='4': must be a whole number"),
+        ({"r": 3}, "q_proj has rank 4, but r and rank_pattern say 3"),
+        ({"r": 10**9}, "rank_pattern say 1000000000"),
     ],
 )
 def test_what_lora_here_cannot_be_is_refused(tmp_path, change, told):
@@ -229,7 +390,7 @@ def test_a_file_that_lacks_what_its_config_speaks_of_is_refused(tmp_path):
         {name: array for name, array in held.items() if ".layers.0." not in name},
         tmp_path / "peft" / PEFT_TENSORS,
     )
-    with pytest.raises(UserError, match=r"missing layers\.0\."):
+    with pytest.raises(UserError, match=r"file lacks: model\.layers\.0\."):
         adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "out"))
 
 

@@ -151,6 +151,7 @@ def test_costs_add_up_and_branches_wait_for_their_seed_only():
         "chip_seconds": 29.0,
         "critical_seconds": 17.0,
         "peak_bytes": 100,
+        "unknown": [],
     }
     assert about.costs(without=seed) == {
         "tokens": 60,
@@ -158,5 +159,11 @@ def test_costs_add_up_and_branches_wait_for_their_seed_only():
         "chip_seconds": 19.0,
         "critical_seconds": 7.0,
         "peak_bytes": 30,
+        "unknown": [],
     }
     assert About(TINY, 0, {}).costs()["critical_seconds"] == 0
+    bought = {"SmolLM2 (0)": None, "m": run(5, 1.0, "SmolLM2 (0)")}
+    costs = About(TINY, 0, bought).costs()
+    assert (costs["tokens"], costs["critical_seconds"]) == (5, 1.0)
+    assert costs["unknown"] == ["SmolLM2 (0)"]
+    assert About(TINY, 0, bought).costs(without={"SmolLM2 (0)": None})["unknown"] == []

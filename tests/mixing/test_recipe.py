@@ -1,14 +1,19 @@
 """Recipes: parsing, merging one tensor, and gates, against mergekit-moe's own (golden/, see
 mergekit_peer.py)."""
 
+import gzip
+import os
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from btx_jax.config_dict import from_dict
 from btx_jax.errors import UserError
 from btx_jax.mixing.gates import condition_number, gate_row, pool, random_gates
 from btx_jax.mixing.merge import dare, mean, ties, wide
 from btx_jax.mixing.recipe import Recipe, read_recipe
+from btx_jax.schema import from_dict
 from btx_jax.stages.mix_recipe import ulp
 
 BFLOAT16 = np.dtype("bfloat16")
@@ -57,11 +62,11 @@ def test_prompts_may_lie_in_a_file(tmp_path):
     ("change", "message"),
     [
         ("gate_mod: hidden\n", "recipe.gate_mod: unknown key; did you mean 'gate_mode'?"),
-        ("gate_mode: hiden\n", "recipe.gate_mode='hiden': known are normal, random"),
+        ("gate_mode: hiden\n", "recipe.gate_mode='hiden': did you mean 'hidden'? known: normal"),
         ("experts_per_token: 3\n", "recipe.experts_per_token=3: more than the 2 experts"),
-        ("dtype: int8\n", "recipe.dtype='int8': known are float32"),
+        ("dtype: int8\n", "recipe.dtype='int8': known: float32"),
         ("merge: ties\n", "needs base: average"),
-        ("allow: [d_ff]\n", "'d_ff' cannot be allowed"),
+        ("allow: [d_ff]\n", "recipe.allow='d_ff': known: vocab_size"),
         ("method: split\nlayers: [0]\ngate_mode: normal\n", "leave layers out"),
         ("method: blend\n", "experts of method 'blend' belong to no source"),
         ("gate_mode: normal\ngate_mode: random\n", "key 'gate_mode' appears twice"),
@@ -86,6 +91,153 @@ def test_prompts_are_required_where_they_are_read_and_must_differ(tmp_path):
         ).gate_mode
         == "random"
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [  # as pydantic reads them for mergekit
+        ("1e-4", 0.0001), ("1E2", 100.0), ("1e-05", 1e-05), (".5", 0.5), ("5.", 5.0),
+        ("1_0", 10.0), ("'1_0.5'", 10.5), ("'0.5'", 0.5), ("' 0.5 '", 0.5), ("'+1'", 1.0),
+        ("0x10", 16.0), ("'.5e1'", 5.0), ("0", 0.0), ("null", 0.0),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_that_mergekit_reads(tmp_path, written, value):
+    text = f"{BARE}    noise_scale: {written}\n"
+    assert read_recipe(write(tmp_path, text)).experts[1].noise_scale == value
+
+
+@pytest.mark.parametrize(
+    "written", ["2", "2.0", "'2'", "'2.0'", "'2.00'", "' 2 '", "'+2'", "'02'", "0x2", "2.0e+0"]
+)
+def test_whole_numbers_are_those_that_mergekit_reads(tmp_path, written):
+    found = read_recipe(write(tmp_path, f"{BARE}experts_per_token: {written}\n"))
+    assert found.experts_per_token == 2
+
+
+@pytest.mark.parametrize(
+    "written", ["yes", "'yes'", "'1,5'", "''", "'0x10'", "'1__0'", "'\u0663'", "[1]", "1e400"]
+)
+def test_what_is_no_number_there_is_none_here(tmp_path, written):
+    with pytest.raises(UserError, match=r"experts\[1\].noise_scale=.*: must be"):
+        read_recipe(write(tmp_path, f"{BARE}    noise_scale: {written}\n"))
+
+
+def test_what_mergekit_says_of_every_mixtral_is_taken_and_the_rest_named(tmp_path):
+    same = read_recipe(write(tmp_path, BARE))
+    for said in (
+        "architecture: mixtral", "architecture: Mix", "architecture: ~", "tokenizer_source: base",
+        "shared_experts: []", "dtype: ~", "gate_mode: hidden_last",
+    ):  # fmt: skip
+        assert read_recipe(write(tmp_path, f"{BARE}{said}\n")) == same, said
+    assert read_recipe(write(tmp_path, f"{BARE}dtype: torch.bfloat16\n")).dtype == "bfloat16"
+    for said, told in (
+        ("architecture: qwen", "architecture='qwen': a mixture here is a Mixtral"),
+        ("architecture: 3", "architecture=3: a mixture here is a Mixtral"),
+        ("tokenizer_source: union", "tokenizer_source='union': the mixture gets base_model's"),
+        ("shared_experts: [{source_model: a}]", "shared_experts=.*: a Mixtral has none"),
+        ("dtype: bf16", "did you mean 'bfloat16'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            read_recipe(write(tmp_path, f"{BARE}{said}\n"))
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    text = (
+        "base_model: base\nbase: averag\nsed: 3\nseed: -1\ndensity: 2\narchitecture: qwen\nexperts:\n"
+        "  - {source_model: a, noise_scale: .nan}\n  - {positive_prompts: x}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        read_recipe(write(tmp_path, text))
+    for told in (
+        "8 mistakes", "base='averag': did you mean 'average'", "sed: unknown key; did you mean 'seed'",
+        "seed=-1: must not be negative", "density=2: must", "architecture='qwen'",
+        "experts[0].noise_scale=nan: must", "experts[1].source_model: missing",
+        "experts[1].positive_prompts='x': must be a list",
+    ):  # fmt: skip
+        assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)
+)
+
+MERGE_BOMB = "m0: &m0 {k: x}\n" + "".join(
+    f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n" for i in range(1, 40)
+)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A folder of prompt files that are none."""
+    home = tmp_path_factory.mktemp("hostile")
+    (home / "p.gz").write_bytes(gzip.compress(bytes(10**7)))
+    (home / "many").write_text("x\n" * 10**6)
+    with (home / "large").open("wb") as file:
+        file.truncate(1 << 34)
+    (home / "empty").write_text("\n \n")
+    os.mkfifo(home / "pipe")
+    return home
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (BOMB + BARE, "aliases stand for more"),
+        (MERGE_BOMB + BARE, "aliases stand for more"),
+        ("&a [*a]", "aliases stand for more"),
+        ("[" * 50_000, "nested too deeply"),
+        (BARE + "".join(f"k{i}: 1\n" for i in range(50_000)), "more than 262144 bytes"),
+        (BARE + "".join(f"k{i}: 1\n" for i in range(3_000)), "2990 more unknown keys"),
+        ("base_model: b\nexperts:\n" + "- {source_model: a}\n" * 5_000, "experts: 5000; at most 1024"),
+        (BARE + "method: split\ngate_mode: normal\nchunks: 1000\n", "experts: 2000; at most 1024"),
+        (BARE + "chunks: 1000000000\n", "chunks=1000000000: must be at most 1024"),
+        (BARE + "experts_per_token: 0\n", "experts_per_token=0: must be at least 1"),
+        (BARE + "experts_per_token: yes\n", "experts_per_token=True: must be int, not bool"),
+        (BARE + "layers: [-1]\n", "=-1: must not be negative"),
+        (BARE + "layers: 3\n", "layers=3: must be a list"),
+        (BARE + "allow: tokenizer\n", "allow='tokenizer': must be a list"),
+        (BARE + "seed: 9223372036854775808\n", "seed=9223372036854775808: must be at most 9.22"),
+        (BARE + f"seed: {'9' * 5000}\n", "Exceeds the limit"),
+        (BARE + "gate_scale: .inf\ngate_mode: router_input\n", "gate_scale=inf: must be positive"),
+        (BARE + "gate_scale: 1e300\ngate_mode: router_input\n", "gate_scale=1e+300: must be at most"),
+        (BARE + "density: 1e-300\nmerge: ties\nbase: average\n", "density=1e-300: must lie in"),
+        (BARE + "density: .nan\n", "density=nan: must lie in"),
+        (BARE + "    noise_scale: -1\n", "noise_scale=-1: must not be negative"),
+        (BARE + "    noise_scale: .inf\n", "noise_scale=inf: must be"),
+        (BARE + "    residual_scale: 1e300\n", "residual_scale=1e+300: must be at most"),
+        (BARE + "    residual_scale: .nan\n", "residual_scale=nan: must be finite"),
+        (BARE + "    positive_prompts_file: /dev/zero\n", "'/dev/zero': no regular file"),
+        (BARE + "    positive_prompts_file: /\n", "'/': no regular file"),
+        (BARE + "    negative_prompts_file: HOME/p.gz\n", "no UTF-8 text"),
+        (BARE + "    negative_prompts_file: HOME/many\n", "1000000 prompts, at most 10000"),
+        (BARE + "    negative_prompts_file: HOME/large\n", "more than 16777216 bytes"),
+        (BARE + "    negative_prompts_file: HOME/pipe\n", "no regular file"),
+        (BARE + "    negative_prompts_file: HOME/empty\n", "holds no prompt"),
+        (BARE + "    negative_prompts_file: HOME/none\n", "No such file"),
+        ("", "must be a section with keys"),
+        ("- 1\n", "must be a section with keys"),
+        (BARE + "\tx: 1\n", "cannot start any token"),
+        (BARE + "? [a]\n: b\n", "unhashable"),
+        (BARE + "--- \n" + BARE, "single document"),
+        (BARE + "x: !!python/object:os.system {}\n", "could not determine a constructor"),
+    ],
+)  # fmt: skip
+def test_what_would_hang_or_fill_the_memory_is_refused_at_once(tmp_path, hostile, text, told):
+    path = write(tmp_path, text.replace("HOME", str(hostile)))
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        read_recipe(path)
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 3000 and "\n" not in str(caught.value)
+    assert time.monotonic() - start < 10
+
+
+def test_a_recipe_that_is_a_device_or_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
+        with pytest.raises(UserError, match="no regular file"):
+            read_recipe(path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -1,9 +1,11 @@
+import io
 import json
 import math
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from btx_jax.reporting.compare import compare, interval, markdown, verdict
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
@@ -95,6 +97,29 @@ def test_summary_leaves_the_seeds_own_costs_out_and_shows_btx():
     assert len(summary["curves"]["finetune"]) == 6
     json.dumps(summary)
     assert [table.row_count for table in tables(summary)] == [4, 4]
+
+
+def test_what_was_spent_elsewhere_is_unknown_and_not_zero():
+    held = results()
+    for name, unknown in (("seed", ["S"]), ("btx_untuned", ["S"]), ("btx", ["S", "L"])):
+        held["models"][name]["unknown"] = unknown
+    summary = summarise(held, CURVES, {})
+    assert {name: model["tokens"] for name, model in summary["models"].items()} == {
+        "seed": None,
+        "expert_math": 1000,
+        "btx_untuned": 2000,  # what the seed does not know either is taken off with the seed
+        "btx": None,
+    }
+    assert summary["models"]["btx"]["critical_seconds"] is None
+    console = Console(width=200, file=io.StringIO())
+    console.print(tables(summary)[1])
+    lines = {line.split()[1]: line for line in console.file.getvalue().splitlines() if "│" in line}
+    assert "unknown" in lines["seed"] and lines["btx"].count("unknown") == 5
+    assert "unknown" not in lines["btx_untuned"]
+    page = render("t", summary, CURVES, [], {})
+    assert "<td>btx</td><td>unknown</td>" in page and "<td>btx_untuned</td><td>2,000</td>" in page
+    table = markdown(compare([held["models"], held["models"]]), summary["models"])
+    assert table.count("unknown") == 10
 
 
 def test_gains_by_hand():

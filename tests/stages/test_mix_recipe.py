@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -12,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, open_reader
 from btx_jax.checkpoints.huggingface import expert_tensor, router_layer
-from btx_jax.config import ComputeConfig
+from btx_jax.checkpoints.training_state import About, Checkpoints, TrainingRun, elsewhere
+from btx_jax.config import CheckpointConfig, ComputeConfig
 from btx_jax.errors import UserError
 from btx_jax.evaluation.activations import layer_states
 from btx_jax.mixing.mix import mix_params
@@ -294,6 +296,112 @@ def test_verify_notices_a_single_changed_bit(tmp_path, monkeypatch):
     )
 
 
+def trained(folder, name, run, like="a"):
+    """A run's checkpoint with the weights of a golden model."""
+    found = find_checkpoint(GOLDEN / like)
+    checkpoints = Checkpoints(folder / name, CheckpointConfig())
+    checkpoints.save(About(found.about.model, 1, run), load_params(found))
+    checkpoints.close()
+    shutil.copytree(found.tokenizer, folder / name / "tokenizer")
+    return str(folder / name)
+
+
+def test_a_mixture_has_the_histories_of_all_its_sources(tmp_path):
+    seed = {"s": TrainingRun(1000, 1e6, 1.0, 1, 1)}
+    branch = {"m": TrainingRun(300, 1e5, 2.0, 1, 1, ("s",))}
+    experts_of = [
+        {"source_model": trained(tmp_path, "math", seed | branch)},
+        {"source_model": trained(tmp_path, "seed", seed, like="b")},
+        {"source_model": "c"},
+    ]
+    mix(tmp_path, experts=experts_of, gate_mode="normal", experts_per_token=1)
+    expected = seed | branch | elsewhere(GOLDEN / "base") | elsewhere(GOLDEN / "c")
+    found = find_checkpoint(tmp_path / "out")
+    assert found.is_huggingface and found.about.history == expected
+    assert found.about.costs()["tokens"] == 1300
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "frankenMoE: 3 experts of 3 models" in card
+    assert "Trained here on 1,300 tokens in all, seed included." in card
+    assert "What was trained elsewhere is unknown: base (" in card and ", c (" in card
+
+    convert.run(str(tmp_path / "out"), str(tmp_path / "ours"))
+    convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))
+    experts.add(str(tmp_path / "back"), "a", str(tmp_path / "more"))
+    experts.drop(str(tmp_path / "more"), 0, str(tmp_path / "less"))
+    for name in ("ours", "back"):
+        assert find_checkpoint(tmp_path / name).about.history == expected, name
+    for name in ("more", "less"):
+        grown = find_checkpoint(tmp_path / name).about.history
+        assert grown == expected | elsewhere(GOLDEN / "a"), name
+    assert "1,300 tokens" in (tmp_path / "back" / "README.md").read_text()
+
+
+def test_weights_that_another_tool_wrote_have_no_history_of_ours(tmp_path):
+    convert.run(
+        trained(tmp_path, "run", {"m": TrainingRun(300, 1e5, 2.0, 1, 1)}), str(tmp_path / "x")
+    )
+    file = tmp_path / "x" / "model.safetensors"
+    assert find_checkpoint(tmp_path / "x").about.history.keys() == {"m"}
+    shutil.copytree(tmp_path / "x", tmp_path / "copied")
+    assert find_checkpoint(tmp_path / "copied").about.history.keys() == {"m"}
+    held = load_file(file)
+    save_file(held, file, metadata={"format": "pt"})
+    assert find_checkpoint(tmp_path / "x").about.history == elsewhere(tmp_path / "x")
+    save_file(held, file, metadata={"format": "pt", "btx_jax.history": "{"})
+    with pytest.raises(UserError, match=r"model.safetensors: damaged history"):
+        find_checkpoint(tmp_path / "x")
+
+
+def test_sources_as_mergekit_names_them_are_told_what_to_do_all_at_once(tmp_path):
+    named = ["a+lora", "org/model@main", "org/model", "a"]
+    with pytest.raises(UserError) as caught:
+        mix(tmp_path, experts=[{"source_model": name} for name in named], gate_mode="random")
+    for told in (
+        "3 mistakes", "experts[0].source_model='a+lora': a LoRA on a model is not supported yet",
+        "adapter import lora a ADAPTER", "hf download org/model --revision main --local-dir DIR",
+        "hf download org/model --local-dir org/model",
+    ):  # fmt: skip
+        assert told in str(caught.value)
+    shutil.copytree(GOLDEN / "a", tmp_path / "a+b@c")
+    mix(tmp_path, experts=[{"source_model": str(tmp_path / "a+b@c")}] * 2, gate_mode="random")
+
+
+@pytest.mark.parametrize("merge", ["mean", "ties", "dare"])
+def test_rows_of_a_vocabulary_are_averaged_over_the_models_that_have_them(tmp_path, merge, capsys):
+    sizes = {"a": 261, "b": 257, "c": 259}  # base_model: 259
+    for name, rows in sizes.items():
+        shutil.copytree(GOLDEN / name, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+        held = dict(load_file(tmp_path / name / "model.safetensors"))
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            held[key] = np.resize(held[key], (rows, held[key].shape[1]))
+        save_file(held, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    changes = {} if merge == "mean" else {"merge": merge, "density": 0.9}
+    made = mix(
+        tmp_path,
+        experts=[{"source_model": str(tmp_path / name)} for name in sizes],
+        base="average",
+        gate_mode="normal",
+        allow=["vocab_size", "tokenizer"],
+        **changes,
+    )
+    assert made.model.vocab_size == 259
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 more tokens than base_model, left out" in printed
+    assert "2 tokens fewer than base_model, their rows without it" in printed
+    if merge == "mean":
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            a, b, c = (
+                np.asarray(open_reader(find_checkpoint(tmp_path / name)).read(key), np.float64)
+                for name in sizes
+            )
+            expected = np.concatenate([(a[:257] + b + c[:257]) / 3, (a[257:259] + c[257:]) / 2])
+            np.testing.assert_allclose(
+                np.asarray(made.read(key), np.float64), expected, rtol=2.0**-7, atol=1e-6
+            )
+
+
 def test_an_expert_added_and_dropped_again_leaves_every_other_bit(tmp_path):
     before = mix(tmp_path)
     message = experts.add(str(tmp_path / "out"), "base", str(tmp_path / "more"))
@@ -328,6 +436,13 @@ def test_dropping_below_k_or_adding_a_stranger_is_refused(tmp_path):
         experts.drop(str(tmp_path / "out"), 7, str(tmp_path / "x"))
     with pytest.raises(UserError, match="is a dense model"):
         experts.add("base", "a", str(tmp_path / "x"))
+    for wrong in (-1.0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(
+            UserError, match=rf"--router_std={re.escape(str(wrong))}: must.*--seed=-1: must not be"
+        ):
+            experts.add(str(tmp_path / "out"), "a", str(tmp_path / "x"), router_std=wrong, seed=-1)
+    with pytest.raises(UserError, match="--seed=9223372036854775808: must be at most"):
+        experts.add(str(tmp_path / "out"), "a", str(tmp_path / "x"), seed=2**63)
     other = str(ROOT / "tests" / "checkpoints" / "golden" / "llama")
     with pytest.raises(UserError, match="vocab_size: 259 against 61"):
         experts.add(str(tmp_path / "out"), other, str(tmp_path / "x"))
