@@ -11,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from pathlib import Path
 
+from btx_jax import terminal
 from btx_jax.errors import UserError
 from btx_jax.paths import expand
 
@@ -112,15 +113,14 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from btx_jax import recipes, stages
     from btx_jax.reporting.summary import task_table
     from btx_jax.reporting.workdir import read_json
     from btx_jax.stages import evaluate
 
     models = dict(
-        pair.partition("=")[::2] if "=" in pair else (Path(pair).name, pair) for pair in args.models
+        pair.partition("=")[::2] if "=" in pair else (Path(pair).resolve().name, pair)
+        for pair in args.models
     )
     if len(models) < len(args.models):
         raise UserError("two checkpoints have the same name; name them: NAME=CHECKPOINT")
@@ -129,7 +129,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     out = Path(expand(args.out, "--out"))
     stages.run(config, out)
-    Console().print(task_table(read_json(out / evaluate.RESULTS)["models"]))
+    terminal.Console().print(task_table(read_json(out / evaluate.RESULTS)["models"]))
 
 
 def _lm_eval(arguments: list[str]) -> None:
@@ -346,7 +346,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    terminal.log_to(sys.stderr, logging.WARNING)
     try:
         if argv[:1] == ["lm_eval"]:  # its arguments are its own
             _lm_eval(argv[1:])
@@ -354,13 +354,10 @@ def main(argv: list[str] | None = None) -> None:
         args = parser().parse_args(argv)
         args.run(args)
     except UserError as error:
-        print(f"btx_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        terminal.error(error)
         sys.exit(2)
     except OSError as error:  # a disk that is full or read-only, a file where a directory should be
-        print(
-            f"btx_jax: error: {error.filename or 'cannot write'}: {error.strerror or error}",
-            file=sys.stderr,
-        )
+        terminal.error(f"{error.filename or 'cannot write'}: {error.strerror or error}")
         sys.exit(2)
 
 

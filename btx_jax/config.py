@@ -6,7 +6,7 @@ config_dict.py turns configs into plain dictionaries and back.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from btx_jax.errors import ConfigError, one_of, require, suggest
@@ -21,6 +21,17 @@ MIX_METHODS = ("btx", "average", "split", "blend")
 ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
 STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
+
+
+def _are_file_names(key: str, names: Iterable[str]) -> None:
+    """Raises ConfigError for a name under which nothing can be kept in a directory."""
+    for name in names:
+        usable = name.isprintable() and "/" not in name and name not in ("", ".", "..")
+        require(
+            usable and len(name.encode()) <= 100,
+            f"{key}: {name[:100]!r} becomes the name of a file: at most 100 bytes, no `/`, nothing"
+            " unprintable; choose another",
+        )
 
 
 @dataclass(frozen=True)
@@ -182,6 +193,7 @@ class DataConfig:
     cache: str = "runs/data"
 
     def __post_init__(self):
+        _are_file_names("domains", self.domains)
         require(
             self.sequence_length >= 2, f"sequence_length={self.sequence_length}: must be at least 2"
         )
@@ -391,6 +403,9 @@ class EvaluateConfig:
 
     def __post_init__(self):
         require(bool(self.models), "models: none named; map a name to a checkpoint")
+        for key in ("models", "tasks", "ensembles"):
+            _are_file_names(key, getattr(self, key))
+        require("result" not in self.tasks, "tasks.result: the name is taken; choose another")
         require(self.rows >= 0, f"rows={self.rows}: must not be negative")
         require(self.shown_tokens >= 0, f"shown_tokens={self.shown_tokens}: must not be negative")
         require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
@@ -418,6 +433,7 @@ class ReportConfig:
     continual: tuple[str, ...] = ()
 
     def __post_init__(self):
+        _are_file_names("runs", self.runs)
         for i, pair in enumerate(self.continual):
             require(all(pair.partition(":")), f"continual[{i}]={pair!r}: must be MODEL:TASK")
         require(
@@ -473,6 +489,7 @@ class Config:
             )
         if self.stage == "pipeline":
             assert self.pipeline is not None
+            _are_file_names("pipeline", self.pipeline)
             for name, stage in self.pipeline.items():
                 for need in stage.needs:
                     require(

@@ -19,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about the CPU 
 from absl import app, flags
 from ml_collections import config_flags
 
-from btx_jax import stages
+from btx_jax import stages, terminal
 from btx_jax.config_dict import from_config_dict
 from btx_jax.errors import UserError
 from btx_jax.parallel import hosts
@@ -66,7 +66,7 @@ def default_workdir(config_file: str) -> Path:
 
 def fail(message: object) -> None:
     """One line to stderr, exit status 2."""
-    print(f"btx_jax: error: {' '.join(str(message).split())}", file=sys.stderr)
+    terminal.error(message)
     sys.exit(2)
 
 
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
     if not FLAGS["config"].present:
         fail("--config is missing; for example --config=configs/demo.py (--help lists all flags)")
     file = str(config_flags.get_config_filename(FLAGS["config"]))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    terminal.log_to(sys.stderr, logging.INFO)
     for noisy in ("absl", "jax", "orbax", "grain", "etils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if not Path(file.partition(":")[0]).is_file():

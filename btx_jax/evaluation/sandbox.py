@@ -202,7 +202,7 @@ def run_programs(
     tests: Sequence[UnitTests] | None = None,
 ) -> list[Outcome]:
     """run_program for each, several at a time (by default as many as there are cores)."""
-    judged = tests or [None] * len(programs)
+    judged: Sequence[UnitTests | None] = tests or [None] * len(programs)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         outcomes = pool.map(
             lambda pair: run_program(pair[0], limits, pair[1]), zip(programs, judged, strict=True)

@@ -160,11 +160,11 @@ class Channel:
         self.reader, self.writer = reader, writer
 
     def send(self, *message: Any) -> None:
-        data = json.dumps(message).encode()
-        data = memoryview(_LENGTH.pack(len(data)) + data)
-        while data:
+        text = json.dumps(message).encode()
+        left = memoryview(_LENGTH.pack(len(text)) + text)
+        while left:
             try:
-                data = data[os.write(self.writer, data) :]
+                left = left[os.write(self.writer, left) :]
             except BrokenPipeError as error:
                 raise EOFError from error
 

@@ -108,8 +108,8 @@ def _watch(solver: int, verdict: int, processes: int, home: str, request: dict[s
     or, on a disk that has no limit of its own, more files or bytes."""
     status = os.open(f"{solver}/status", os.O_RDONLY, dir_fd=processes)
     while not select.select([verdict], [], [], _LOOK)[0]:
-        threads = os.pread(status, 1 << 13, 0).partition(b"Threads:\t")[2].split()[:1]
-        excess = f"more than {THREADS} threads" if int((threads or [0])[0]) > THREADS else ""
+        threads = os.pread(status, 1 << 13, 0).partition(b"Threads:\t")[2].partition(b"\n")[0]
+        excess = f"more than {THREADS} threads" if int(threads or 0) > THREADS else ""
         if home and not excess:
             excess = _too_much(home, request["disk"], request["files"])
         if excess:
@@ -238,6 +238,7 @@ def _run_tests(
 ) -> None:
     """Returns when they pass."""
     turn = threading.Lock()  # tests may have threads
+    entry_point = tests["entry_point"] if tests else ""
 
     def ask(*message: Any) -> list[Any]:
         with turn:
@@ -264,7 +265,7 @@ def _run_tests(
             sent = [encode(list(arguments)), encode(named)]
         except Stays as error:
             settle("unsupported", f"they call the program with {error}, which is no data")
-        reply = ask("call", tests["entry_point"], *sent)
+        reply = ask("call", entry_point, *sent)
         if len(reply) != 3:
             settle("failed")
         result, *left = reply
@@ -284,7 +285,7 @@ def _run_tests(
         return
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(_whole(tests["setup"]), names)
-    names[tests["entry_point"]] = candidate
+    names[entry_point] = candidate
     exec(compile(tests["test"], "tests.py", "exec"), names)
     names["check"](candidate)
 

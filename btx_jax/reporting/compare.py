@@ -109,6 +109,7 @@ def markdown(comparison: Mapping[str, Any], costs: Mapping[str, Mapping[str, flo
         " critical seconds | peak MiB |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
+    cell = lambda text: text.replace("|", r"\|")  # noqa: E731
     for name, arm in sorted(comparison["arms"].items(), key=lambda item: item[1]["mean"]):
         cost = costs.get(name, {})
         cells = [
@@ -118,7 +119,9 @@ def markdown(comparison: Mapping[str, Any], costs: Mapping[str, Mapping[str, flo
             f"{cost['critical_seconds']:.0f}",
         ]
         cells.append(f"{cost['peak_bytes'] / 2**20:.0f}")
-        lines.append(f"| {name} | {number(arm, '.3f')} | {arm['count']} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {cell(name)} | {number(arm, '.3f')} | {arm['count']} | {' | '.join(cells)} |"
+        )
     lines += [
         "",
         "| the paper says | left - right, nats per token | seeds | verdict |",

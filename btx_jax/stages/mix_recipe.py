@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from btx_jax import __version__
@@ -43,6 +42,7 @@ from btx_jax.mixing.recipe import PROMPT_MODES, ExpertSource, Recipe, describe, 
 from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.output import check_free
+from btx_jax.terminal import Console
 
 CONDITION_LIMIT = 5.0
 BANDS = 4  # of layers, in the routing table
@@ -142,10 +142,7 @@ def run(
         inspect=inspect,
     )
     console.print(
-        escape(
-            f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(dtypes)}"
-            " tensors)"
-        )
+        f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(dtypes)} tensors)"
     )
     for line in verdict:
         console.print(line)
@@ -417,11 +414,11 @@ def _routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.nda
         for band in bands:
             by_expert = share[band].mean(0)
             best = int(by_expert.argmax())
-            mark = "[green]" if (best == prompt.expert) == prompt.is_positive else "[red]"
-            cells.append(f"{mark}{best}: {by_expert[best]:.0%}[/]")
+            colour = "green" if (best == prompt.expert) == prompt.is_positive else "red"
+            cells.append(Text(f"{best}: {by_expert[best]:.0%}", colour))
         table.add_row(
             f"{'+' if prompt.is_positive else '-'}{prompt.expert}",
-            escape(prompt.text.replace("\n", " ")),
+            prompt.text.replace("\n", " "),
             *cells,
         )
     return table
@@ -433,9 +430,10 @@ def _warn_of_similar_rows(gates: np.ndarray, console: Console) -> None:
     if poor:
         where = "all layers" if len(poor) == len(gates) else f"layers {', '.join(map(str, poor))}"
         console.print(
-            f"[yellow]warning:[/] the gate's rows are nearly equal in {where} (condition number up"
+            Text("warning:", "yellow"),
+            f"the gate's rows are nearly equal in {where} (condition number up"
             f" to {max(numbers):.3g}, over {CONDITION_LIMIT:g}): some experts will hardly be used;"
-            " choose prompts that differ more"
+            " choose prompts that differ more",
         )
 
 
@@ -473,7 +471,7 @@ def _plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, as_huggingface: b
             ),
         ),
     ):
-        table.add_row(key, escape(value))
+        table.add_row(key, value)
     return table
 
 

@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from btx_jax.config import Config
 from btx_jax.errors import UserError
 from btx_jax.parallel.hosts import first_then_others, is_first
@@ -15,6 +13,7 @@ from btx_jax.reporting.compare import markdown
 from btx_jax.reporting.page import render
 from btx_jax.reporting.summary import read_curves, summarise, tables
 from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish, read_json, write_json, write_text
+from btx_jax.terminal import Console
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -67,7 +66,7 @@ def write(config: Config, workdir: Path) -> None:
         console.print(table)
     if summary["comparison"]:
         write_text(workdir / "comparison.md", markdown(summary["comparison"], summary["models"]))
-        console.print((workdir / "comparison.md").read_text(encoding="utf-8"), markup=False)
+        console.print((workdir / "comparison.md").read_text(encoding="utf-8"))
 
 
 def read_results(directory: str, key: str) -> Any:

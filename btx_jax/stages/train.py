@@ -48,6 +48,7 @@ from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import MetricsWriter
 from btx_jax.reporting.workdir import claim, finish, is_resumable
+from btx_jax.terminal import plain
 from btx_jax.training.start import checked_mesh, start_adapted, starting_point
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
 
@@ -281,7 +282,7 @@ class Loop:
         progress = tqdm(
             total=train.steps,
             initial=first,
-            desc=self.workdir.name,
+            desc=plain(self.workdir.name),
             unit="step",
             disable=not is_first(),
         )

@@ -1,6 +1,6 @@
 """Programs that try to get out of the sandbox, and a process that runs them all and tells what they
-could do to it and to what it owns: python sandbox_attacks.py {as_is,nobody} {all,fewest}, as root or
-as anyone. It is the parent that is attacked, so that no harm comes to the tests. `fewest`: without
+could do to it and to what it owns: python sandbox_attacks.py {as_is,nobody} {all,fewest}, as root
+or as anyone. It is the parent that is attacked, so that no harm comes to the tests. `fewest`: without
 the walls that not every machine has.
 
 A program passes when its attack has succeeded; none may. Should one, it does little harm: it sets
@@ -10,7 +10,6 @@ what is set already, or touches the victim.
 import json
 import os
 import resource
-import signal
 import socket
 import sys
 import tempfile
@@ -63,16 +62,28 @@ for pid in (PARENT, os.getppid()):
     fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
     os.write(w, b"x")
 """,
-    "F_SETOWN_EX": "import fcntl, struct\nr, w = os.pipe()\nfcntl.fcntl(r, 15, struct.pack('ii', 1, PARENT))",
+    "F_SETOWN_EX": """
+import fcntl, struct
+r, w = os.pipe()
+fcntl.fcntl(r, 15, struct.pack('ii', 1, PARENT))
+""",
     "O_ASYNC alone": "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)",
-    "FIOSETOWN": "import fcntl, struct\nr, w = os.pipe()\nfcntl.ioctl(r, 0x8901, struct.pack('i', PARENT))",
+    "FIOSETOWN": """
+import fcntl, struct
+r, w = os.pipe()
+fcntl.ioctl(r, 0x8901, struct.pack('i', PARENT))
+""",
     "kill": "any_of(lambda: os.kill(PARENT, 9), lambda: os.kill(os.getppid(), 9))",
-    "killpg": "any_of(lambda: os.killpg(0, 9), lambda: os.killpg(os.getpgrp() or 1, 9), lambda: os.kill(0, 9))",
+    "killpg": """
+any_of(lambda: os.killpg(0, 9), lambda: os.killpg(os.getpgrp() or 1, 9), lambda: os.kill(0, 9))
+""",
     "tgkill": "any_of(*(lambda p=p: call('tgkill', p, p, 9) for p in (PARENT, os.getppid())))",
     "rt_sigqueueinfo": "call('rt_sigqueueinfo', PARENT, 9, ctypes.create_string_buffer(128))",
     "pidfd_send_signal": "call('pidfd_send_signal', call('pidfd_open', PARENT, 0), 9, None, 0)",
     "prlimit": "import struct\ncall('prlimit64', PARENT, 7, struct.pack('QQ', 3, 3), None)",
-    "renice": "any_of(*(lambda p=p: os.setpriority(os.PRIO_PROCESS, p, 19) for p in (PARENT, os.getppid(), 0)))",
+    "renice": """
+any_of(*(lambda p=p: os.setpriority(os.PRIO_PROCESS, p, 19) for p in (PARENT, os.getppid(), 0)))
+""",
     "renice its group": "os.setpriority(os.PRIO_PGRP, 0, 19)",
     "pin": "any_of(*(lambda p=p: os.sched_setaffinity(p, {0}) for p in (PARENT, os.getppid(), 0)))",
     "scheduler": "call('sched_setscheduler', PARENT, 5, b'\\0' * 4)",
@@ -81,15 +92,39 @@ for pid in (PARENT, os.getppid()):
     # Files of others
     "chmod": "os.chmod(VICTIM, 0o777)",
     "fchmodat2": "call('fchmodat2', -100, VICTIM.encode(), 0o777, 0)",
-    "fchmod of what it may read": "fd = os.open(os.__file__, os.O_RDONLY)\nos.fchmod(fd, os.fstat(fd).st_mode)",
+    "fchmod of what it may read": """
+fd = os.open(os.__file__, os.O_RDONLY)
+os.fchmod(fd, os.fstat(fd).st_mode)
+""",
     "utime": "os.utime(VICTIM, (1, 1))",
-    "utime of what it may read": "fd = os.open(os.__file__, os.O_RDONLY)\nkept = os.fstat(fd)\nos.utime(fd, ns=(kept.st_atime_ns, kept.st_mtime_ns))",
+    "utime of what it may read": """
+fd = os.open(os.__file__, os.O_RDONLY)
+kept = os.fstat(fd)
+os.utime(fd, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+""",
     "setxattr": "os.setxattr(VICTIM, 'user.x', b'y')",
-    "chown": "any_of(lambda: os.chown(VICTIM, os.getuid(), os.getgid()), lambda: os.fchown(os.open(os.__file__, os.O_RDONLY), -1, -1))",
-    "flock": "import fcntl\nfcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)",
-    "lockf": "import fcntl\nfcntl.lockf(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)",
-    "lease": "import fcntl\nfcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
-    "writes outside": "any_of(*(lambda p=p: open(p + '/btx_jax-escaped', 'w') for p in (FOLDER, '/tmp', '/', '/dev/shm', '/var/tmp')))",
+    "chown": """
+any_of(
+    lambda: os.chown(VICTIM, os.getuid(), os.getgid()),
+    lambda: os.fchown(os.open(os.__file__, os.O_RDONLY), -1, -1),
+)
+""",
+    "flock": """
+import fcntl
+fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+""",
+    "lockf": """
+import fcntl
+fcntl.lockf(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+""",
+    "lease": """
+import fcntl
+fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)
+""",
+    "writes outside": """
+folders = (FOLDER, '/tmp', '/', '/dev/shm', '/var/tmp')
+any_of(*(lambda f=f: open(f + '/btx_jax-escaped', 'w') for f in folders))
+""",
     "writes the victim": "open(VICTIM, 'a').write('x')",
     "truncate": "os.truncate(VICTIM, 0)",
     "O_TRUNC without writing": "os.open(VICTIM, os.O_RDONLY | os.O_TRUNC)",
@@ -98,19 +133,32 @@ for pid in (PARENT, os.getppid()):
     "rename": "os.rename(VICTIM, 'mine')",
     "hard link": "os.link(VICTIM, 'mine')\nopen('mine', 'a').write('x')",
     "symbolic link": "os.symlink(VICTIM, 'mine')\nopen('mine', 'a').write('x')",
-    "device file": "import stat\nany_of(lambda: os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(254, 0)), lambda: os.mknod('mem', stat.S_IFCHR | 0o600, os.makedev(1, 1)))",
+    "device file": """
+import stat
+any_of(
+    lambda: os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(254, 0)),
+    lambda: os.mknod('mem', stat.S_IFCHR | 0o600, os.makedev(1, 1)),
+)
+""",
     "locked folder": "os.mkdir('locked', 0)",
     # Reading
     "the user's files": "assert open(SECRET).read()",
     "the project's files": "assert open(PROJECT).read()",
     "/etc/passwd": "assert open('/etc/passwd').read()",
     "lists the user's folder": "assert os.listdir(FOLDER)",
-    "/proc of the parent": "any_of(*(lambda f=f: open(f'/proc/{PARENT}/{f}', 'rb').read() for f in ('cmdline', 'environ', 'maps', 'status')))",
-    "links in /proc": "any_of(*(lambda f=f: os.readlink(f'/proc/{PARENT}/{f}') for f in ('exe', 'cwd', 'fd/0')))",
+    "/proc of the parent": """
+files = ('cmdline', 'environ', 'maps', 'status')
+any_of(*(lambda f=f: open(f'/proc/{PARENT}/{f}', 'rb').read() for f in files))
+""",
+    "links in /proc": """
+any_of(*(lambda f=f: os.readlink(f'/proc/{PARENT}/{f}') for f in ('exe', 'cwd', 'fd/0')))
+""",
     "its own memory as a file": "open('/proc/self/mem', 'r+b')",
     "environment": "assert os.environ['BTX_ATTACKED_SECRET']",
     "stdin": "import sys\nassert sys.stdin.read() or os.read(0, 1)",
-    "inherited descriptors": "assert any(os.path.exists(f'/proc/self/fd/{n}') or os.fstat(n) for n in range(5, 64))",
+    "inherited descriptors": """
+assert any(os.path.exists(f'/proc/self/fd/{n}') or os.fstat(n) for n in range(5, 64))
+""",
     # Memory, disk, time
     "SysV shared memory": "call('shmget', 0x42545831, 4096, 0o1666)",
     "SysV semaphores": "call('semget', 0x42545831, 1, 0o1666)",
@@ -119,11 +167,24 @@ for pid in (PARENT, os.getppid()):
     "memfd": "fd = call('memfd_create', b'x', 0)\nfor _ in range(64): os.write(fd, bytes(1 << 20))",
     "two gigabytes": "x = bytearray(2 << 30)",
     "a large file": "open('big', 'wb').write(bytes(1 << 21))",
-    "a full disk": "for i in range(80): open(f'f{i}', 'wb').write(bytes(1 << 20))\nimport time\ntime.sleep(.5)",
+    "a full disk": """
+for i in range(80): open(f'f{i}', 'wb').write(bytes(1 << 20))
+import time
+time.sleep(.5)
+""",
     "many files": "for i in range(5000): open(f'f{i}', 'wb').close()\nimport time\ntime.sleep(.5)",
-    "many threads": "import threading, time\nthreading.stack_size(1 << 15)\nfor _ in range(2000): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\ntime.sleep(.5)",
+    "many threads": """
+import threading, time
+threading.stack_size(1 << 15)
+for _ in range(2000): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
+time.sleep(.5)
+""",
     "infinite loop": "while True: pass",
-    "ignores SIGXCPU and SIGTERM": "import signal\nfor s in (signal.SIGXCPU, signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+    "ignores SIGXCPU and SIGTERM": """
+import signal
+for s in (signal.SIGXCPU, signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+while True: pass
+""",
     "sleeps": "import time\ntime.sleep(100)",
     "output flood": "while True: print('x' * 10000)",
     "error flood": "import sys\nwhile True: sys.stderr.write('x' * 10000)",
@@ -138,20 +199,37 @@ for pid in (PARENT, os.getppid()):
     "clone into name spaces": "call('clone', 0x10000000 | 17, 0, 0, 0, 0) or os._exit(0)",
     # What root may do
     "host name": "name = os.uname().nodename.encode()\ncall('sethostname', name, len(name))",
-    "clock": "import struct, time\ncall('clock_settime', 0, struct.pack('ll', int(time.time()), 0))",
+    "clock": """
+import struct, time
+call('clock_settime', 0, struct.pack('ll', int(time.time()), 0))
+""",
     "mount": "call('mount', b'none', b'.', b'tmpfs', 0, None)",
     "chroot": "call('chroot', b'/')",
     "unshare": "call('unshare', 0x10000000)",
     "setns": "call('setns', os.open('.', os.O_RDONLY), 0)",
-    "another user": "any_of(lambda: os.setuid(0) if os.getuid() else os.setuid(1), lambda: os.setgroups([0]), lambda: os.setgid(12))",
-    "capabilities": "import struct\ncall('capset', struct.pack('Ii', 0x20080522, 0), b'\\xff' * 24)",
+    "another user": """
+any_of(
+    lambda: os.setuid(0) if os.getuid() else os.setuid(1),
+    lambda: os.setgroups([0]),
+    lambda: os.setgid(12),
+)
+""",
+    "capabilities": """
+import struct
+call('capset', struct.pack('Ii', 0x20080522, 0), b'\\xff' * 24)
+""",
     "kernel log": "call('syslog', 10, None, 0)",
     # Doors into the kernel
     "socket": "import socket\nsocket.socket()",
     "socket pair": "import socket\nsocket.socketpair()",
     "connects": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 2)",
-    "ptrace": "any_of(lambda: call('ptrace', 0, 0, 0, 0), lambda: call('ptrace', 16, PARENT, 0, 0))",
-    "process_vm_readv": "b = ctypes.create_string_buffer(16)\ncall('process_vm_readv', PARENT, b, 0, b, 0, 0)",
+    "ptrace": """
+any_of(lambda: call('ptrace', 0, 0, 0, 0), lambda: call('ptrace', 16, PARENT, 0, 0))
+""",
+    "process_vm_readv": """
+b = ctypes.create_string_buffer(16)
+call('process_vm_readv', PARENT, b, 0, b, 0, 0)
+""",
     "io_uring": "call('io_uring_setup', 1, ctypes.create_string_buffer(120))",
     "bpf": "call('bpf', 0, ctypes.create_string_buffer(120), 120)",
     "perf": "call('perf_event_open', ctypes.create_string_buffer(120), 0, -1, -1, 0)",
@@ -165,7 +243,9 @@ for pid in (PARENT, os.getppid()):
     "fanotify": "call('fanotify_init', 0, 0)",
     "vmsplice": "call('vmsplice', os.pipe()[1], b'\\0' * 16, 0, 0)",
     "timer": "call('timer_create', 0, None, ctypes.create_string_buffer(8))",
-    "open of high bits": "call('openat', -100, VICTIM.encode(), (1 << 40) | os.O_WRONLY | os.O_TRUNC, 0)",
+    "open of high bits": """
+call('openat', -100, VICTIM.encode(), (1 << 40) | os.O_WRONLY | os.O_TRUNC, 0)
+""",
     "x32": "r = _libc.syscall(ctypes.c_long(0x40000000 + 39))\nassert r > 0",
     "32-bit calls": """
 import mmap
@@ -187,9 +267,24 @@ assert ctypes.CFUNCTYPE(ctypes.c_int)(address)() > 0
 FORGERIES = {
     "wrong": "def square(x): return 5",
     "nothing": "",
-    "equal to all": "class A:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef square(x): return A()",
-    "an int equal to all": "class A(int):\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\ndef square(x): return A(7)",
-    "a float class equal to all": "class A(float):\n    def __eq__(self, other): return True\n    def hex(self): return '0x9p0'\ndef square(x): return A(7)",
+    "equal to all": """
+class A:
+    def __eq__(self, other): return True
+    __hash__ = None
+def square(x): return A()
+""",
+    "an int equal to all": """
+class A(int):
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+def square(x): return A(7)
+""",
+    "a float class equal to all": """
+class A(float):
+    def __eq__(self, other): return True
+    def hex(self): return '0x9p0'
+def square(x): return A(7)
+""",
     "frames": """
 import sys
 def square(x):

@@ -89,11 +89,11 @@ def test_a_machine_that_cannot_contain_is_refused(monkeypatch):
     try:
         with monkeypatch.context() as patched:
             patched.setattr(sandbox, "_run", no_landlock)
-            with pytest.raises(UserError, match="cannot be contained here: Landlock .*5.13"):
+            with pytest.raises(UserError, match=r"cannot be contained here: Landlock .*5\.13"):
                 run_program("x = 1")
         with monkeypatch.context() as patched:
             patched.setattr(sandbox.platform, "machine", lambda: "riscv64")
-            with pytest.raises(UserError, match="need Linux on x86-64 or AArch64.*riscv64"):
+            with pytest.raises(UserError, match=r"need Linux on x86-64 or AArch64.*riscv64"):
                 run_program("x = 1")
     finally:
         sandbox._walls.cache_clear()
@@ -119,7 +119,7 @@ def test_honest_programs_pass():
         "open('mine.txt', 'w').write('x')\nassert open('mine.txt').read() == 'x'",
         "import threading\nt = threading.Thread(target=lambda: None)\nt.start()\nt.join()",
         "import math, random, collections, re, hashlib\nassert math.gcd(4, 6) == 2",
-        "import os\nos.makedirs('a/b')\nos.rename('a/b', 'c')\nassert os.listdir() == ['c', 'a'] or 1",
+        "import os\nos.makedirs('a/b')\nos.rename('a/b', 'c')\nassert {*os.listdir()} == {*'ac'}",
         "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x'); f.truncate(0)",
         "import numpy as np\nassert np.linalg.inv(np.eye(8)).trace() == 8",
         "from concurrent.futures import ThreadPoolExecutor as T\nassert list(T(8).map(abs, [-1])) == [1]",
