@@ -47,7 +47,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from btx_jax.stages.convert import run
 
-    print(run(args.source, args.target, args.dtype))
+    terminal.say(run(args.source, args.target, args.dtype))
 
 
 def _mix(args: argparse.Namespace) -> None:
@@ -65,31 +65,33 @@ def _mix(args: argparse.Namespace) -> None:
 def _expert_add(args: argparse.Namespace) -> None:
     from btx_jax.stages.experts import add
 
-    print(add(args.mixture, args.source, args.target, router_std=args.router_std, seed=args.seed))
+    terminal.say(
+        add(args.mixture, args.source, args.target, router_std=args.router_std, seed=args.seed)
+    )
 
 
 def _expert_drop(args: argparse.Namespace) -> None:
     from btx_jax.stages.experts import drop
 
-    print(drop(args.mixture, args.index, args.target))
+    terminal.say(drop(args.mixture, args.index, args.target))
 
 
 def _adapter_export(args: argparse.Namespace) -> None:
     from btx_jax.stages.adapter import export
 
-    print(export(args.source, args.target, args.format))
+    terminal.say(export(args.source, args.target, args.format))
 
 
 def _adapter_import(args: argparse.Namespace) -> None:
     from btx_jax.stages.adapter import import_peft
 
-    print(import_peft(args.source, args.base, args.target))
+    terminal.say(import_peft(args.source, args.base, args.target))
 
 
 def _adapter_merge(args: argparse.Namespace) -> None:
     from btx_jax.stages.adapter import merge
 
-    print(merge(args.source, args.target, args.base, args.expert, args.gates))
+    terminal.say(merge(args.source, args.target, args.base, args.expert, args.gates))
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
@@ -109,7 +111,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
     )
     for line in problems.lines():
         logging.warning(line)
-    print(f"wrote {args.out}")
+    terminal.say(f"wrote {args.out}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -18,6 +18,11 @@ def plain(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def say(message: str) -> None:
+    """A line on stdout."""
+    print(plain(message))
+
+
 def error(message: object) -> None:
     """`btx_jax: error: ...` on stderr, on one line."""
     print(f"btx_jax: error: {plain(' '.join(str(message).split()))}", file=sys.stderr)

@@ -3,9 +3,10 @@ x86-64 and AArch64).
 
 What contains it is in sandbox_walls.py, what runs inside in sandboxed.py; this is the outside: it
 starts them, holds the clock, takes the verdict, and removes what is left. Nothing of this needs
-privileges. Where name spaces cannot be had, Landlock and the filter of system calls are the walls,
-and three things are looked at twenty times a second instead of limited: bytes and number of files,
-and threads; and that a path exists can be found out.
+privileges. Name spaces are made here or, where that is forbidden, by bubblewrap if it is installed.
+Without them Landlock and the filter of system calls are the walls: then the number and the bytes of
+files are looked at twenty times a second instead of limited, as threads are everywhere, and whether
+a path exists can be found out.
 
 With UnitTests a program passes by right answers alone: they run in another process, which it cannot
 reach. Without, "passed" is the program's own word that it came to its end.
@@ -17,6 +18,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import signal
 import site
 import stat
@@ -33,10 +35,12 @@ from typing import Any
 from tqdm import tqdm
 
 from btx_jax.errors import UserError
-from btx_jax.evaluation.sandbox_walls import NAME_SPACES, OTHER_USER
+from btx_jax.evaluation.sandbox_walls import NAME_SPACES, OTHER_USER, readable
 
 log = logging.getLogger(__name__)
+BUBBLEWRAP = "bubblewrap"  # may make name spaces where this process may not
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_PYTHON = os.path.realpath(sys.executable)  # of a virtual environment: sandboxed.py needs no more
 _SCRIPT = Path(__file__).with_name("sandboxed.py")
 
 
@@ -94,13 +98,19 @@ def _walls() -> tuple[str, ...]:
         raise UserError(
             f"code tasks need Linux on x86-64 or AArch64 to contain what they run; this is {here}"
         )
-    root: tuple[tuple[str, ...], ...] = ((NAME_SPACES, OTHER_USER), (OTHER_USER,))
-    anyone: tuple[tuple[str, ...], ...] = ((NAME_SPACES,), ())
+    is_root = os.geteuid() == 0
+    candidates: dict[tuple[str, ...], bool] = {
+        (NAME_SPACES, OTHER_USER): is_root,
+        (NAME_SPACES,): True,
+        (BUBBLEWRAP,): shutil.which("bwrap") is not None,
+        (OTHER_USER,): is_root,
+        (): True,
+    }
     found: dict[str, Any] = {}
-    for walls in sorted((*(root if os.geteuid() == 0 else ()), *anyone), key=len, reverse=True):
+    for walls in (walls for walls, possible in candidates.items() if possible):
         found = _run("import decimal, random", Limits(), None, walls)
         if found.get("passed"):
-            if NAME_SPACES not in walls:
+            if walls in ((OTHER_USER,), ()):
                 log.warning(
                     "code tasks: no name spaces can be had here; files and threads of what runs are"
                     " watched, not limited"
@@ -119,8 +129,9 @@ def _run(
     try:
         request = {"home": home, "walls": walls, **dataclasses.asdict(limits)}
         request["packages"] = site.getsitepackages()  # without what .pth files add and start
+        outer = _bubblewrap(home, limits, request["packages"]) if BUBBLEWRAP in walls else []
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", _SCRIPT, json.dumps(request)],
+            [*outer, _PYTHON, "-I", "-S", _SCRIPT, json.dumps(request)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
             start_new_session=True,
             env={"PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1"},
@@ -143,6 +154,20 @@ def _run(
         return json.loads(said)
     finally:
         remove_tree(home)
+
+
+def _bubblewrap(home: str, limits: Limits, packages: list[str]) -> list[str]:
+    """The command in front of sandboxed.py's: name spaces, and a home in memory."""
+    program, package = shutil.which("bwrap"), _SCRIPT.parent
+    assert program
+    code = [package.parent / "__init__.py", package]
+    shown = [*readable(packages), _PYTHON, *map(str, code)]
+    return [
+        program, "--unshare-all", "--die-with-parent", "--proc", "/proc", "--dev-bind", "/dev/null",
+        "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom",
+        *(part for path in shown for part in ("--ro-bind", path, path)),
+        "--size", str(limits.disk), "--tmpfs", home, "--chdir", home,
+    ]  # fmt: skip
 
 
 def remove_tree(path: str) -> None:

@@ -240,16 +240,17 @@ def _run_tests(
     turn = threading.Lock()  # tests may have threads
     entry_point = tests["entry_point"] if tests else ""
 
-    def ask(*message: Any) -> list[Any]:
+    def hear(*message: Any) -> list[Any]:
         with turn:
             try:
                 if message:
                     channel.send(*message)
-                state, *reply = channel.receive()
+                return channel.receive()
             except EOFError:  # the solver has ended, or said what is no message
                 settle("failed")
-        if state == "refused":
-            settle("refused", reply[0])
+
+    def ask(*message: Any) -> list[Any]:
+        state, *reply = hear(*message)
         if state == "raised":
             raise decode_exception(*reply)
         if state == "stays":
@@ -260,9 +261,14 @@ def _run_tests(
         while reply := ask("next", number):
             yield decode(reply[0], iterate)
 
+    def hand_back(iterator: Iterator[Any]) -> NoReturn:
+        if getattr(iterator, "gi_code", None) is iterate.__code__:
+            settle("failed", "TypeError: the program returned an iterator, which it is to be given")
+        raise Stays(f"a {type(iterator).__name__}")
+
     def candidate(*arguments: Any, **named: Any) -> Any:
         try:
-            sent = [encode(list(arguments)), encode(named)]
+            sent = [encode(list(arguments), hand_back), encode(named, hand_back)]
         except Stays as error:
             settle("unsupported", f"they call the program with {error}, which is no data")
         reply = ask("call", entry_point, *sent)
@@ -276,8 +282,10 @@ def _run_tests(
                 mutate(named[name], new)
         return decode(result, iterate)
 
-    ask()  # contained
-    ask()  # loaded
+    walled, *why = hear()  # before the program has begun
+    if walled != "contained":
+        settle("refused", *why)
+    ask()  # the program has been loaded
     if tests is None:
         nonce = os.urandom(16).hex()
         if ask("echo", nonce) != [nonce]:

@@ -328,6 +328,12 @@ for message in (["loaded"], ["passed", ""], ["passed", ""]):
     os.write(4, struct.pack("!I", len(data)) + data)
 os._exit(0)
 """,
+    "says that it could not be contained, to the judge": """
+import json, os, struct
+data = json.dumps(["refused", "Landlock: no"]).encode()
+os.write(4, struct.pack("!I", len(data)) + data)
+def square(x): return 0
+""",
     "sys.modules": """
 import sys
 main = sys.modules["__main__"]

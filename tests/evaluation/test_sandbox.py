@@ -99,6 +99,42 @@ def test_a_machine_that_cannot_contain_is_refused(monkeypatch):
         sandbox._walls.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("had", "installed", "chosen", "warns"),
+    [
+        ({sandbox.NAME_SPACES}, True, (sandbox.NAME_SPACES,), False),
+        ({sandbox.BUBBLEWRAP}, True, (sandbox.BUBBLEWRAP,), False),
+        ({sandbox.BUBBLEWRAP}, False, (), True),
+        (set(), True, (), True),
+    ],
+)
+def test_the_best_walls_that_can_be_had_are_chosen(
+    had, installed, chosen, warns, monkeypatch, caplog
+):
+    def run(program, limits, tests, walls):
+        return {"passed": True} if set(walls) <= had else {"refused": "not permitted"}
+
+    monkeypatch.setattr(sandbox, "_run", run)
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda _: "/usr/bin/bwrap" if installed else None)
+    sandbox._walls.cache_clear()
+    try:
+        assert sandbox._walls() == chosen
+    finally:
+        sandbox._walls.cache_clear()
+    assert ("no name spaces can be had" in caplog.text) == warns
+
+
+def test_bubblewrap_shows_the_interpreter_and_nothing_of_the_user_s(monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda _: "/usr/bin/bwrap")
+    command = sandbox._bubblewrap(str(tmp_path), Limits(), [])
+    shown = [command[i + 1] for i, word in enumerate(command) if word == "--ro-bind"]
+    assert "--unshare-all" in command and "--die-with-parent" in command
+    assert os.path.realpath(sys.executable) in shown
+    for private in (str(Path.home()), "/", "/etc", "/home", "/root", "/tmp", os.getcwd()):
+        assert private not in shown
+
+
 def test_the_reason_is_told(monkeypatch):
     assert run_program("raise ValueError('seven')").why == "ValueError: seven"
     assert run_program("while True: pass", Limits(seconds=1)).why == "timeout"
@@ -185,6 +221,15 @@ def test_tests_that_cannot_be_asked_from_outside_are_an_error_not_a_failure():
     assert (
         outcome.why == "TypeError: the program returned a function, which its tests cannot look at"
     )
+
+
+def test_a_program_cannot_make_its_tests_an_error():
+    test = "def check(candidate):\n    assert candidate(candidate(1)) == 1"
+    outcome = run_program("def f(x): yield x", tests=UnitTests(test, "f"))
+    assert outcome.why == "TypeError: the program returned an iterator, which it is to be given"
+    test = "def check(candidate):\n    assert candidate(iter([1])) == 1"
+    with pytest.raises(UserError, match="with a list_iterator, which is no data"):
+        run_program("def f(x): return 1", tests=UnitTests(test, "f"))
 
 
 def test_values_arrive_as_they_left():
