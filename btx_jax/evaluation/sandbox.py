@@ -12,6 +12,7 @@ With UnitTests a program passes by right answers alone: they run in another proc
 reach. Without, "passed" is the program's own word that it came to its end.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -26,6 +27,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import comb
@@ -36,9 +38,12 @@ from tqdm import tqdm
 
 from btx_jax.errors import UserError
 from btx_jax.evaluation.sandbox_walls import NAME_SPACES, OTHER_USER, readable
+from btx_jax.output import locked
 
 log = logging.getLogger(__name__)
 BUBBLEWRAP = "bubblewrap"  # may make name spaces where this process may not
+_PATIENCE = 30  # seconds for what holds the clock to start and to end by itself
+_PREFIX = "btx_jax-sandbox-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _PYTHON = os.path.realpath(sys.executable)  # of a virtual environment: sandboxed.py needs no more
 _SCRIPT = Path(__file__).with_name("sandboxed.py")
@@ -98,6 +103,7 @@ def _walls() -> tuple[str, ...]:
         raise UserError(
             f"code tasks need Linux on x86-64 or AArch64 to contain what they run; this is {here}"
         )
+    _remove_left_overs()
     is_root = os.geteuid() == 0
     candidates: dict[tuple[str, ...], bool] = {
         (NAME_SPACES, OTHER_USER): is_root,
@@ -125,9 +131,12 @@ def _run(
     program: str, limits: Limits, tests: UnitTests | None, walls: tuple[str, ...]
 ) -> dict[str, Any]:
     """sandboxed.py's verdict, or one of a timeout."""
-    home = tempfile.mkdtemp(prefix="btx_jax-sandbox-")
-    try:
+    home = tempfile.mkdtemp(prefix=_PREFIX)
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove_tree, home)
+        stack.enter_context(locked(Path(home)))
         request = {"home": home, "walls": walls, **dataclasses.asdict(limits)}
+        request["clock"] = clock = 1.5 * limits.seconds
         request["packages"] = site.getsitepackages()  # without what .pth files add and start
         outer = _bubblewrap(home, limits, request["packages"]) if BUBBLEWRAP in walls else []
         process = subprocess.Popen(
@@ -140,7 +149,7 @@ def _run(
         asked = json.dumps(tests and dataclasses.asdict(tests)).encode()
         try:
             said, complaint = process.communicate(
-                struct.pack("!I", len(source)) + source + asked, timeout=1.5 * limits.seconds
+                struct.pack("!I", len(source)) + source + asked, timeout=clock + _PATIENCE
             )
         except subprocess.TimeoutExpired:
             return {"passed": False, "why": "timeout"}
@@ -152,8 +161,14 @@ def _run(
             last = complaint.decode(errors="replace").strip().splitlines()[-1:]
             return {"refused": last[0] if last else f"exit status {process.returncode}"}
         return json.loads(said)
-    finally:
-        remove_tree(home)
+
+
+def _remove_left_overs() -> None:
+    """Folders of evaluations that were killed; those of living ones are locked, or about to be."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), locked(folder):
+            if time.time() - folder.stat().st_ctime > 60:
+                remove_tree(str(folder))
 
 
 def _bubblewrap(home: str, limits: Limits, packages: list[str]) -> list[str]:

@@ -88,6 +88,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     for fd in (*asks, *answers, verdicts[1]):
         os.close(fd)
     excess = _watch(solver, verdicts[0], processes, home if on_disk else "", request)
+    if excess:
+        os.kill(solver, signal.SIGKILL)
+        os.kill(judge, signal.SIGKILL)
     return _verdict(judge, solver, Channel(verdicts[0], -1), excess, request["seconds"])
 
 
@@ -104,17 +107,18 @@ def _keep(descriptors: list[int]) -> None:
 
 
 def _watch(solver: int, verdict: int, processes: int, home: str, request: dict[str, Any]) -> str:
-    """Waits for the verdict. Kills the solver, and says why, when it has more threads than it may
-    or, on a disk that has no limit of its own, more files or bytes."""
+    """Waits for the verdict, or for the solver to have more than it may, and says what: time by the
+    clock, threads or, on a disk that has no limit of its own, files or bytes."""
     status = os.open(f"{solver}/status", os.O_RDONLY, dir_fd=processes)
+    end = time.monotonic() + request["clock"]
     while not select.select([verdict], [], [], _LOOK)[0]:
         threads = os.pread(status, 1 << 13, 0).partition(b"Threads:\t")[2].partition(b"\n")[0]
-        excess = f"more than {THREADS} threads" if int(threads or 0) > THREADS else ""
-        if home and not excess:
-            excess = _too_much(home, request["disk"], request["files"])
-        if excess:
-            os.kill(solver, signal.SIGKILL)
+        if int(threads or 0) > THREADS:
+            return f"more than {THREADS} threads"
+        if home and (excess := _too_much(home, request["disk"], request["files"])):
             return excess
+        if time.monotonic() > end:
+            return "timeout"
     return ""
 
 

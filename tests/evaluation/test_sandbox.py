@@ -23,6 +23,7 @@ from btx_jax.evaluation.sandbox import (
     run_programs,
 )
 from btx_jax.evaluation.sandbox_values import Stays, decode, encode
+from btx_jax.output import locked
 from tests.evaluation.sandbox_attacks import ATTACKS, FORGERIES
 
 SQUARE = UnitTests("def check(candidate):\n    assert candidate(3) == 9", "square")
@@ -141,6 +142,8 @@ def test_the_reason_is_told(monkeypatch):
     assert "MemoryError" in run_program("x = bytearray(2 << 30)").why
     assert "Operation not permitted" in run_program("import socket\nsocket.socket()").why
     assert run_program("import os\nos.abort()").why.startswith("killed by SIG")
+    sleeping = UnitTests("import time\ndef check(candidate): time.sleep(60)", "f")
+    assert run_program("f = 1", Limits(seconds=1), sleeping).why == "timeout"
     many = "for i in range(9): open(f'{i}', 'w').close()\nimport time\ntime.sleep(1)"
     if sandbox.NAME_SPACES in sandbox._walls():
         assert "No space left" in run_program(many, Limits(files=5)).why
@@ -464,8 +467,22 @@ raise ValueError("done")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_of_a_parent_that_was_killed_can_go():
-    """The sandbox ends with the process that started it."""
+def test_what_killed_evaluations_left_is_removed_and_what_living_ones_use_is_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    for name in ("btx_jax-sandbox-dead", "btx_jax-sandbox-alive", "another"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    with locked(tmp_path / "btx_jax-sandbox-alive"):
+        sandbox._remove_left_overs()
+        assert len(os.listdir(tmp_path)) == 3, "too young: it may be about to be locked"
+        now = time.time()
+        monkeypatch.setattr(sandbox.time, "time", lambda: now + 61)
+        sandbox._remove_left_overs()
+    assert sorted(os.listdir(tmp_path)) == ["another", "btx_jax-sandbox-alive"]
+
+
+def test_the_sandbox_ends_with_the_process_that_started_it():
     code = (
         "from btx_jax.evaluation.sandbox import run_program, Limits\n"
         "print('started', flush=True)\n"
