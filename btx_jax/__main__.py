@@ -121,7 +121,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from btx_jax.stages import evaluate
 
     models = dict(
-        pair.partition("=")[::2] if "=" in pair else (Path(pair).resolve().name, pair)
+        pair.partition("=")[::2] if "=" in pair else (Path(os.path.abspath(pair)).name, pair)
         for pair in args.models
     )
     if len(models) < len(args.models):

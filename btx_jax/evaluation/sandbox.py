@@ -5,8 +5,8 @@ What contains it is in sandbox_walls.py, what runs inside in sandboxed.py; this 
 starts them, holds the clock, takes the verdict, and removes what is left. Nothing of this needs
 privileges. Name spaces are made here or, where that is forbidden, by bubblewrap if it is installed.
 Without them Landlock and the filter of system calls are the walls: then the number and the bytes of
-files are looked at twenty times a second instead of limited, as threads are everywhere, and whether
-a path exists can be found out.
+files are looked at twenty times a second instead of limited, as threads are everywhere, and of a
+path that it guesses a program can find out whether it exists, its size and its date.
 
 With UnitTests a program passes by right answers alone: they run in another process, which it cannot
 reach. Without, "passed" is the program's own word that it came to its end.

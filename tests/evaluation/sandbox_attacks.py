@@ -440,22 +440,24 @@ def _mine(process: Path) -> bool:
 
 
 def as_nobody(arguments: list[str]) -> None:
-    """Becomes user 65534, for whom folders that root alone may enter are first laid open: in name
-    spaces of this process, by mounts that show what the interpreter and this project need."""
+    """Becomes user 65534. Folders that root alone may enter are first laid open where they hide the
+    interpreter or this project: for this process, by mounts that show these and nothing else."""
     from btx_jax.evaluation import sandbox_walls as walls
 
-    project = str(Path(__file__).parents[2])
-    needed = sorted({sys.base_prefix, sys.prefix, project}, key=len)
-    walls.unshare(walls._NEW_MOUNTS)
-    walls._mount(None, "/", None, walls._MS_REC | walls._MS_PRIVATE)
-    held = {path: os.open(path, os.O_PATH) for path in needed}
-    for path in needed:
-        for outer in reversed(Path(path).parents):
-            if not outer.stat().st_mode & 1:
-                walls._mount("tmpfs", str(outer), "tmpfs", 0, "mode=755")
-                os.makedirs(path)
-                walls._mount(f"/proc/self/fd/{held[path]}", path, None, walls._MS_BIND)
-                break
+    def locked(path: str) -> list[str]:
+        outer = map(str, reversed(Path(path).parents))
+        return [folder for folder in outer if not os.stat(folder).st_mode & 1]
+
+    needed = {sys.base_prefix, sys.prefix, str(Path(__file__).parents[2])}
+    if hidden := sorted(filter(locked, needed), key=len):
+        walls.unshare(walls._NEW_MOUNTS)
+        walls._mount(None, "/", None, walls._MS_REC | walls._MS_PRIVATE)
+        held = {path: os.open(path, os.O_PATH) for path in hidden}
+        for path in hidden:
+            if outer := locked(path):  # another path may have laid it open by now
+                walls._mount("tmpfs", outer[0], "tmpfs", 0, "mode=755")
+            os.makedirs(path, exist_ok=True)
+            walls._mount(f"/proc/self/fd/{held[path]}", path, None, walls._MS_BIND)
     os.setgroups([])
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
