@@ -11,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from pathlib import Path
 
+from btx_jax import terminal
 from btx_jax.command_line import Parser, told_in_one_line
 from btx_jax.errors import UserError
 from btx_jax.output import none_left_empty
@@ -50,7 +51,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from btx_jax.stages.convert import run
 
-    print(run(args.source, args.target, args.dtype))
+    terminal.say(run(args.source, args.target, args.dtype))
 
 
 def _mix(args: argparse.Namespace) -> None:
@@ -70,31 +71,33 @@ def _mix(args: argparse.Namespace) -> None:
 def _expert_add(args: argparse.Namespace) -> None:
     from btx_jax.stages.experts import add
 
-    print(add(args.mixture, args.source, args.target, router_std=args.router_std, seed=args.seed))
+    terminal.say(
+        add(args.mixture, args.source, args.target, router_std=args.router_std, seed=args.seed)
+    )
 
 
 def _expert_drop(args: argparse.Namespace) -> None:
     from btx_jax.stages.experts import drop
 
-    print(drop(args.mixture, args.index, args.target))
+    terminal.say(drop(args.mixture, args.index, args.target))
 
 
 def _adapter_export(args: argparse.Namespace) -> None:
     from btx_jax.stages.adapter import export
 
-    print(export(args.source, args.target, args.format))
+    terminal.say(export(args.source, args.target, args.format))
 
 
 def _adapter_import(args: argparse.Namespace) -> None:
     from btx_jax.stages.adapter import import_peft
 
-    print(import_peft(args.source, args.base, args.target))
+    terminal.say(import_peft(args.source, args.base, args.target))
 
 
 def _adapter_merge(args: argparse.Namespace) -> None:
     from btx_jax.stages.adapter import merge
 
-    print(merge(args.source, args.target, args.base, args.expert, args.gates))
+    terminal.say(merge(args.source, args.target, args.base, args.expert, args.gates))
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
@@ -114,19 +117,18 @@ def _tokenizer(args: argparse.Namespace) -> None:
         train_sentencepiece(texts, args.vocab_size, out)
     for line in problems.lines():
         logging.warning(line)
-    print(f"wrote {args.out}")
+    terminal.say(f"wrote {args.out}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from btx_jax import recipes, stages
     from btx_jax.reporting.summary import task_table
     from btx_jax.reporting.workdir import read_json
     from btx_jax.stages import evaluate
 
     models = dict(
-        pair.partition("=")[::2] if "=" in pair else (Path(pair).name, pair) for pair in args.models
+        pair.partition("=")[::2] if "=" in pair else (Path(os.path.abspath(pair)).name, pair)
+        for pair in args.models
     )
     if len(models) < len(args.models):
         raise UserError("two checkpoints have the same name; name them: NAME=CHECKPOINT")
@@ -135,7 +137,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     out = Path(expand(args.out, "--out"))
     stages.run(config, out)
-    Console().print(task_table(read_json(out / evaluate.RESULTS)["models"]))
+    terminal.Console().print(task_table(read_json(out / evaluate.RESULTS)["models"]))
 
 
 def _lm_eval(arguments: list[str]) -> None:
@@ -361,7 +363,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    terminal.log_to(sys.stderr, logging.WARNING)
     with told_in_one_line():
         if argv[:1] == ["lm_eval"]:  # its arguments are its own
             _lm_eval(argv[1:])

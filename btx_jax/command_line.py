@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+from btx_jax import terminal
 from btx_jax.errors import UserError, one_line
 
 
@@ -21,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message: object) -> NoReturn:
     """One line to stderr, exit status 2."""
-    print(f"btx_jax: error: {one_line(message)}", file=sys.stderr)
+    terminal.error(one_line(message))
     sys.exit(2)
 
 

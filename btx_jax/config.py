@@ -5,7 +5,7 @@ key, what is wrong, and what to do. config_dict.py turns configs into plain dict
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -43,6 +43,17 @@ Rows = Annotated[int, Range(1, 2**20)]  # sequences at one time
 Tokens = Annotated[int, Range(1, 2**30)]
 Axis = Annotated[int, Range(1, 2**20, also=-1)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # random keys are made of 32 bits: larger ones repeat
+
+
+def _no_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
+    """What is wrong with names under which something is kept in a directory."""
+    for name in names:
+        usable = name.isprintable() and "/" not in name and name not in ("", ".", "..")
+        if not usable or len(name.encode("utf-8", "surrogatepass")) > 100:
+            yield (
+                f"{key}: {name[:100]!r} becomes the name of a file: at most 100 bytes, no `/`,"
+                " nothing unprintable; choose another"
+            )
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,10 @@ class DataConfig(Section):
     sequence_length: Annotated[int, Range(2, 2**24)] = 4096
     heldout_fraction: Share = 0.01
     cache: str = "runs/data"
+
+    @rule
+    def _names(self) -> Iterator[str]:
+        yield from _no_file_names("domains", self.domains)
 
 
 @dataclass(frozen=True)
@@ -355,6 +370,13 @@ class EvaluateConfig(Section):
     batch_size: Rows = 8
 
     @rule
+    def _names(self) -> Iterator[str]:
+        for key in ("models", "tasks", "ensembles"):
+            yield from _no_file_names(key, getattr(self, key))
+        if "result" in self.tasks:
+            yield "tasks.result: the name is taken; choose another"
+
+    @rule
     def _some_models(self) -> Iterator[str]:
         if not self.models:
             yield "models: none named; map a name to a checkpoint"
@@ -384,6 +406,10 @@ class ReportConfig(Section):
     runs: Mapping[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     continual: tuple[str, ...] = ()
+
+    @rule
+    def _names(self) -> Iterator[str]:
+        yield from _no_file_names("runs", self.runs)
 
     @rule
     def _pairs(self) -> Iterator[str]:

@@ -20,7 +20,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from btx_jax import stages
+from btx_jax import stages, terminal
 from btx_jax.command_line import fail, told_in_one_line
 from btx_jax.config_dict import from_config_dict
 from btx_jax.config_file import read_config
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     if not FLAGS["config"].present:
         fail("--config is missing; for example --config=configs/demo.py (--help lists all flags)")
     file = str(config_flags.get_config_filename(FLAGS["config"]))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    terminal.log_to(sys.stderr, logging.INFO)
     for noisy in ("absl", "jax", "orbax", "grain", "etils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with told_in_one_line():

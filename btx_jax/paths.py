@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 from btx_jax.errors import UserError
 
@@ -19,3 +20,23 @@ def expand(path: str, key: str) -> str:
     if unset and not os.path.lexists(expanded):
         raise UserError(f"{key}={path!r}: the environment variable {unset[1]} is not set")
     return expanded
+
+
+def refuse_links_out(directory: Path) -> None:
+    """Raises UserError for a link in a directory from elsewhere that leads out of it: what it names
+    would be read, and copied, as if it had come along. Blobs of a Hugging Face cache, to which the
+    files of its snapshots and of older downloads are links, are no way out."""
+    root = directory.resolve()
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            if not path.is_symlink():
+                continue
+            target = Path(os.path.realpath(path))
+            blob = re.search(
+                r"/(?:models|datasets|spaces)--[^/]+/blobs/[0-9a-f]{40,64}$", str(target)
+            )
+            if not target.is_relative_to(root) and not blob:
+                raise UserError(
+                    f"{path}: a link to {target}, outside the directory; put a copy in its place"
+                )

@@ -4,7 +4,16 @@ import importlib.util
 import pytest
 
 from btx_jax import recipes
-from btx_jax.config import Config, MeshConfig
+from btx_jax.config import (
+    Config,
+    DataConfig,
+    EnsembleConfig,
+    EvaluateConfig,
+    MeshConfig,
+    PipelineStage,
+    ReportConfig,
+    TaskConfig,
+)
 from btx_jax.config_dict import differences, from_config_dict, from_dict, to_config_dict, to_dict
 from btx_jax.errors import ConfigError
 from btx_jax.parallel.sharding import make_mesh
@@ -196,3 +205,34 @@ def test_pipeline_order_references_and_circles(tmp_path):
     }
     with pytest.raises(ConfigError, match="a, b need each other in a circle"):
         in_order(circle)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/abs", "a/b", "", ".", "..", "a\nb", "\x1b[2J", "x" * 101]
+)
+def test_names_that_become_files_stay_in_their_directory(name):
+    task = TaskConfig("multiple_choice", "f", "p")
+    ensemble = EnsembleConfig({"a": "x", "b": "x"})
+    stage = PipelineStage(Config(stage="report", report=ReportConfig("e")))
+    for make, key in (
+        (lambda: EvaluateConfig({name: "a"}), "models"),
+        (lambda: EvaluateConfig({"a": "a"}, tasks={name: task}), "tasks"),
+        (lambda: EvaluateConfig({"a": "a", "b": "b"}, ensembles={name: ensemble}), "ensembles"),
+        (lambda: ReportConfig("e", runs={name: "a"}), "runs"),
+        (lambda: DataConfig("t", domains={name: "a"}), "domains"),
+        (lambda: Config(stage="pipeline", pipeline={name: stage}), "pipeline"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{key}: .* becomes the name of a file"):
+            make()
+
+
+@pytest.mark.parametrize(
+    "name", ["seed", "[red]", r"$\frac$", "a b", "Llama-3.2 1B", ".x", "é", "x|y"]
+)
+def test_other_names_are_names(name):
+    assert name in EvaluateConfig({name: "a"}).models
+
+
+def test_a_task_cannot_take_the_file_of_its_model_s_result():
+    with pytest.raises(ConfigError, match=r"tasks\.result: the name is taken"):
+        EvaluateConfig({"a": "a"}, tasks={"result": TaskConfig("multiple_choice", "f", "p")})

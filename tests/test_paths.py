@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from btx_jax.errors import UserError
-from btx_jax.paths import expand
+from btx_jax.paths import expand, refuse_links_out
 
 
 def test_a_path_is_read_as_a_shell_reads_it(tmp_path, monkeypatch):
@@ -25,3 +25,44 @@ def test_a_path_is_read_as_a_shell_reads_it(tmp_path, monkeypatch):
         UserError, match=r"--workdir='gs://b/run': gs:// is not read; mount the bucket"
     ):
         expand("gs://b/run", "--workdir")
+
+
+def hub(tmp_path):
+    """A snapshot as huggingface_hub keeps it: links to blobs beside it."""
+    repository = tmp_path / "hub" / "models--org--name"
+    snapshot = repository / "snapshots" / ("1" * 40)
+    (snapshot / "onnx").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for name, blob in (("config.json", "a" * 40), ("onnx/model.safetensors", "b" * 64)):
+        (repository / "blobs" / blob).write_text(name)
+        up = "../" * (name.count("/") + 2)
+        (snapshot / name).symlink_to(f"{up}blobs/{blob}")
+    return snapshot
+
+
+def test_links_to_a_hub_s_blobs_and_inside_a_directory_are_followed(tmp_path):
+    snapshot = hub(tmp_path)
+    refuse_links_out(snapshot)
+    (tmp_path / "link").symlink_to(snapshot)
+    refuse_links_out(tmp_path / "link")
+    download = tmp_path / "download"  # with --local-dir, as it once was
+    download.mkdir()
+    (download / "model.safetensors").symlink_to((snapshot / "config.json").resolve())
+    (download / "own.json").write_text("{}")
+    (download / "other.json").symlink_to("own.json")
+    refuse_links_out(download)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/etc/passwd", "../secret", "../..", "/nowhere", "../blobs/" + "a" * 40,
+     "../models--x/blobs/passwd", "../models--x/blobs/../" + "a" * 40],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "deeper/chat_template.jinja"])
+def test_other_links_out_are_refused(tmp_path, target, name):
+    source = tmp_path / "source"
+    (source / "deeper").mkdir(parents=True)
+    (tmp_path / "models--x" / "blobs").mkdir(parents=True)
+    (source / name).symlink_to(target if target[0] == "/" else f"{source}/{target}")
+    with pytest.raises(UserError, match=f"{name}: a link to .*, outside the directory; put a copy"):
+        refuse_links_out(source)

@@ -54,7 +54,7 @@ from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.output import CONFIG, DONE, new_directory
 from btx_jax.parallel.sharding import param_shardings
-from btx_jax.paths import expand
+from btx_jax.paths import expand, refuse_links_out
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,13 @@ class Reader(Protocol):
 
 def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     """A run's working directory (its last step), one step's directory, a Hugging Face directory or
-    an adapter directory. Raises UserError if none of these."""
+    an adapter directory. Raises UserError if none of these, and for links out of it."""
+    found = _find(path, key)
+    refuse_links_out(found.tokenizer)  # of a Hugging Face or adapter directory, all of it
+    return found
+
+
+def _find(path: str | Path, key: str) -> Checkpoint:
     quiet()
     named = path
     try:

@@ -38,6 +38,7 @@ from btx_jax.data.tokenizers import NotUnicode, Tokenizer, load_tokenizer
 from btx_jax.errors import Mistakes, UserError, suggest
 from btx_jax.output import new_directory
 from btx_jax.paths import expand
+from btx_jax.terminal import plain
 
 FORMAT = 3  # changes whenever the rows that the same text gives change
 SPLITS = ("train", "heldout")
@@ -352,7 +353,7 @@ def _write(
             total=total,
             unit="B",
             unit_scale=True,
-            desc=f"tokenise {split}: {Path(source.where).name}",
+            desc=f"tokenise {split}: {plain(Path(source.where).name)}",
             leave=False,
         ) as progress:
             progress.total = (

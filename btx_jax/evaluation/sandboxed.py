@@ -1,225 +1,318 @@
-"""The child of sandbox.py: limits itself, in ways that cannot be taken back, then runs the program
-on its standard input.
+"""The child of sandbox.py, a script in a bare interpreter: python -I -S sandboxed.py REQUEST.
 
-Resource limits (CPU time, memory, size of files), Landlock (it can write below its own directory
-only) and a seccomp filter (no sockets, no processes, no signals to others, no tracing). Runs as a
-script, without this package: python -I sandboxed.py HOME FD SECONDS MEMORY FILE. To FD go CONTAINED
-when all limits hold, and, when the program has run to its end, the nonce that stood in front of it.
+Three processes. The keeper puts up the walls, starts the two others, watches how much they take,
+and prints the verdict. The solver runs the program that a model wrote. The judge runs the tests,
+which the solver never holds in its memory: it answers the tests' calls, and data is all that comes
+back. So a program can pass tests by right answers alone, whatever it does to its own process.
 """
 
-import ctypes
+import json
 import os
-import platform
-import resource
+import select
+import signal
 import struct
 import sys
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any, NoReturn
 
-CONTAINED = "contained:"
-NONCE = 32  # characters
-# What the filter refuses, by system call number.
-_REFUSED: dict[str, Any] = {
-    "x86_64": {
-        "audit": 0xC000003E,
-        "clone": 56,
-        "clone3": 435,
-        # socket, connect, bind, sendto, sendmsg, accept, listen, socketpair, accept4, sendmmsg;
-        # fork, vfork, execve, execveat; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo,
-        # ptrace, process_vm_readv, process_vm_writev, pidfd_send_signal, pidfd_open, pidfd_getfd;
-        # mount, umount2, unshare, setns, pivot_root, chroot; io_uring_*; keyctl, bpf,
-        # perf_event_open, userfaultfd, init_module, finit_module, reboot; setuid, setgid and their
-        # relatives
-        "calls": (
-            *(
-                41,
-                42,
-                49,
-                44,
-                46,
-                43,
-                50,
-                53,
-                288,
-                307,
-                57,
-                58,
-                59,
-                322,
-                62,
-                200,
-                234,
-                129,
-                297,
-                101,
-                310,
-                311,
-                424,
-                434,
-                438,
-            ),
-            *(
-                165,
-                166,
-                272,
-                308,
-                155,
-                161,
-                425,
-                426,
-                427,
-                250,
-                321,
-                298,
-                323,
-                175,
-                313,
-                169,
-                105,
-                106,
-                113,
-                114,
-                117,
-                119,
-            ),
-        ),
-    },
-    "aarch64": {
-        "audit": 0xC00000B7,
-        "clone": 220,
-        "clone3": 435,
-        "calls": (
-            *(
-                198,
-                203,
-                200,
-                206,
-                211,
-                202,
-                201,
-                199,
-                242,
-                269,
-                221,
-                281,
-                129,
-                130,
-                131,
-                138,
-                240,
-                117,
-                270,
-                271,
-                424,
-                434,
-                438,
-            ),
-            *(
-                40,
-                39,
-                97,
-                268,
-                41,
-                51,
-                425,
-                426,
-                427,
-                219,
-                280,
-                241,
-                282,
-                105,
-                273,
-                142,
-                146,
-                144,
-                145,
-                143,
-                147,
-                149,
-            ),
-        ),
-    },
-}
-_CLONE_THREAD = 0x10000
-_NO_NEW_PRIVS, _SECCOMP = 38, 22
-_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
-# write, remove, make and truncate, by the version of Landlock's interface
-_WRITES = {1: 0x1FF2, 2: 0x3FF2, 3: 0x7FF2}
+if __name__ == "__main__":  # with -I the package is not on the path
+    sys.path.insert(0, os.path.abspath(f"{__file__}/../../.."))
+
+from btx_jax.evaluation import sandbox_walls as walls
+from btx_jax.evaluation.sandbox_values import (
+    Channel,
+    Stays,
+    decode,
+    decode_exception,
+    encode,
+    encode_exception,
+    mutate,
+    read_exactly,
+    told,
+)
+
+if __name__ == "__main__":
+    del sys.path[0]
+
+THREADS = 64  # more than the interpreter and OpenBLAS start; less than harms the machine
+_LOOK = 0.05  # seconds between two looks at what the solver takes
+_DESCRIPTORS = 3  # the first behind stdin, stdout and stderr
 
 
-def _check(result: int, what: str) -> int:
-    if result < 0:
-        sys.exit(f"{what}: {os.strerror(ctypes.get_errno())}")
-    return result
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Runs what stands on stdin: the program behind its length, then the tests as JSON. Returns
+    {"passed", "why"}, or {"refused": why} when a wall cannot be had, or {"unsupported": why} when
+    the tests cannot be asked from outside the program."""
+    walls.die_with_parent()
+    (length,) = struct.unpack("!I", read_exactly(0, 4))
+    program = read_exactly(0, length).decode("utf-8", "surrogatepass")
+    home, paths = request["home"], walls.readable(request["packages"])
+    on_disk = walls.NAME_SPACES not in request["walls"]
+    processes = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+    try:
+        user = walls.other_user() if walls.OTHER_USER in request["walls"] else None
+        if not on_disk:
+            home = walls.enter_name_spaces(home, paths, request["disk"], request["files"])
+        if user is not None:
+            os.chown(home, user, user)
+    except (walls.Refused, OSError) as error:
+        return {"refused": str(error)}
+    sys.path += request["packages"]
+    os.chdir(home)
+    os.environ.update(HOME=home, TMPDIR=home)
 
+    def inside(descriptors: list[int]) -> None:
+        """The rest of the walls, around a process that keeps these descriptors alone."""
+        _keep(descriptors)
+        try:
+            if user is not None:
+                walls.become(user)
+            walls.contain(home, paths, request["seconds"], request["memory"], request["file"])
+        except (walls.Refused, OSError) as error:
+            Channel(-1, len(descriptors) + _DESCRIPTORS - 1).send("refused", str(error))
+            os._exit(1)
 
-def _contain(home: str, seconds: int, memory: int, file: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    # The soft CPU limit's signal ends the process; a handler cannot outlive the hard one.
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file, file))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _check(libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
-
-    version = _check(
-        libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1),
-        "Landlock (Linux 5.13 or newer, enabled)",
-    )
-    rights = _WRITES[min(version, max(_WRITES))]
-    attributes = struct.pack("Q", rights)
-    rules = _check(
-        libc.syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), 0),
-        "landlock_create_ruleset",
-    )
-    for path, allowed in ((home, rights), ("/dev/null", rights & 0x4002)):
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        _check(
-            libc.syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, fd), 0),
-            "landlock_add_rule",
-        )
+    asks, answers, verdicts = os.pipe(), os.pipe(), os.pipe()
+    if (judge := os.fork()) == 0:
+        tests = os.dup(0)
+        inside([tests, answers[0], asks[1], verdicts[1]])
+        _judge(*range(_DESCRIPTORS, _DESCRIPTORS + 4))
+    if not on_disk:
+        walls.unshare(walls.NEW_PIDS)
+    if (solver := os.fork()) == 0:
+        inside([asks[0], answers[1]])
+        _solve(program, Channel(_DESCRIPTORS, _DESCRIPTORS + 1))
+    for fd in (*asks, *answers, verdicts[1]):
         os.close(fd)
-    _check(libc.syscall(_LANDLOCK_RESTRICT, rules, 0), "landlock_restrict_self")
-    os.close(rules)
-    _filter(libc)
+    excess = _watch(solver, verdicts[0], processes, home if on_disk else "", request)
+    if excess:
+        os.kill(solver, signal.SIGKILL)
+        os.kill(judge, signal.SIGKILL)
+    return _verdict(judge, solver, Channel(verdicts[0], -1), excess, request["seconds"])
 
 
-def _filter(libc: ctypes.CDLL) -> None:
-    """A classic BPF program over struct seccomp_data {int nr; u32 arch; u64 ip; u64 args[6]}."""
-    machine = _REFUSED[platform.machine()]
-    load, equal, bits, give, at_least = 0x20, 0x15, 0x45, 0x06, 0x35
-    allow, refuse, missing, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # EPERM, ENOSYS
-    code: list[tuple[int, int, int, int]] = [
-        # Another architecture's numbers
-        (load, 0, 0, 4), (equal, 1, 0, machine["audit"]), (give, 0, 0, kill),
-        (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (give, 0, 0, kill),  # x32
-        # Its flags cannot be seen; libc then uses clone
-        (equal, 0, 1, machine["clone3"]), (give, 0, 0, missing),
-        (equal, 0, 4, machine["clone"]), (load, 0, 0, 16), (bits, 0, 1, _CLONE_THREAD), (give, 0, 0, allow), (give, 0, 0, refuse),
-    ]  # fmt: skip
-    for call in machine["calls"]:
-        code += [(equal, 0, 1, call), (give, 0, 0, refuse)]
-    code.append((give, 0, 0, allow))
-    packed = ctypes.create_string_buffer(
-        b"".join(struct.pack("HBBI", op, yes, no, k) for op, yes, no, k in code)
-    )
-
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
-    program = Program(len(code), ctypes.cast(packed, ctypes.c_void_p).value)
-    _check(libc.prctl(_SECCOMP, 2, ctypes.byref(program), 0, 0), "seccomp")
+def _keep(descriptors: list[int]) -> None:
+    """Leaves these open, numbered from 3, and /dev/null as stdin, stdout and stderr."""
+    null = os.open("/dev/null", os.O_RDWR)
+    high = [os.dup2(fd, 100 + i) for i, fd in enumerate(descriptors)]
+    for fd in range(_DESCRIPTORS):
+        os.dup2(null, fd)
+    os.closerange(_DESCRIPTORS, 100)
+    for i, fd in enumerate(high):
+        os.dup2(fd, _DESCRIPTORS + i, inheritable=False)
+    os.closerange(100, 100 + len(high))
 
 
-def _child(home: str, writer: str, *limits: str) -> None:
-    given = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
-    nonce, program = given[:NONCE], given[NONCE:]
-    _contain(home, *map(int, limits))
-    os.write(int(writer), CONTAINED.encode())
-    names = {"__name__": "__main__"}
-    exec(compile(program, "program.py", "exec"), names)
-    os.write(int(writer), nonce.encode())
+def _watch(solver: int, verdict: int, processes: int, home: str, request: dict[str, Any]) -> str:
+    """Waits for the verdict, or for the solver to have more than it may, and says what: time by the
+    clock, threads or, on a disk that has no limit of its own, files or bytes."""
+    status = os.open(f"{solver}/status", os.O_RDONLY, dir_fd=processes)
+    end = time.monotonic() + request["clock"]
+    while not select.select([verdict], [], [], _LOOK)[0]:
+        threads = os.pread(status, 1 << 13, 0).partition(b"Threads:\t")[2].partition(b"\n")[0]
+        if int(threads or 0) > THREADS:
+            return f"more than {THREADS} threads"
+        if home and (excess := _too_much(home, request["disk"], request["files"])):
+            return excess
+        if time.monotonic() > end:
+            return "timeout"
+    return ""
+
+
+def _too_much(home: str, size: int, files: int) -> str:
+    """Looks at no more entries than are allowed. Folders cannot be locked: see sandbox_walls."""
+    folders, seen, taken = [home], 0, 0
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    seen += 1
+                    taken += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if seen > files:
+                        return f"more than {files} files"
+                    if taken > size:
+                        return f"more than {size} bytes of files"
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except FileNotFoundError:  # it goes on removing while this looks
+            continue
+        except OSError as error:  # a path that is too long, for one
+            return f"files that cannot be counted: {error.strerror}"
+    return ""
+
+
+def _verdict(
+    judge: int, solver: int, channel: Channel, excess: str, seconds: int
+) -> dict[str, Any]:
+    try:
+        kind, why = channel.receive()
+    except EOFError:  # the judge was killed
+        kind, why = "failed", ""
+    died = [_end(process, seconds, patience=0 if why else 1) for process in (solver, judge)]
+    if kind in ("refused", "unsupported"):
+        return {kind: why}
+    if kind == "passed" and not excess:
+        return {"passed": True, "why": ""}
+    causes = (excess, why, *died, "ended before its tests did")
+    return {"passed": False, "why": next(filter(None, causes))}
+
+
+def _end(process: int, seconds: int, patience: float) -> str:
+    """Ends a process, after a moment in which it may end by itself, and says what had killed it."""
+    until = time.monotonic() + patience
+    while not (ended := os.wait4(process, os.WNOHANG))[0]:
+        if time.monotonic() >= until:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return ""
+        time.sleep(0.005)
+    _, status, usage = ended
+    if not os.WIFSIGNALED(status):
+        return ""
+    killer = signal.Signals(os.WTERMSIG(status))
+    spent = usage.ru_utime + usage.ru_stime
+    timeout = killer == signal.SIGKILL and spent > seconds - 0.5
+    return "timeout" if timeout else f"killed by {killer.name}"
+
+
+def _solve(program: str, channel: Channel) -> NoReturn:
+    """Runs the program, then answers what the judge asks, until it asks no more."""
+    channel.send("contained")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    kept: list[Iterator[Any]] = []
+
+    def keep(iterator: Iterator[Any]) -> int:
+        kept.append(iterator)
+        return len(kept) - 1
+
+    def answer(kind: str, *asked: Any) -> tuple[Any, ...]:
+        if kind == "echo":
+            return ("gave", *asked)
+        if kind == "next":
+            try:
+                return "gave", encode(next(kept[asked[0]]), keep)
+            except StopIteration:
+                return ("ended",)
+        entry_point, *given = asked
+        arguments, named = map(decode, given)
+        result = eval(entry_point, names)(*arguments, **named)
+        return "gave", encode(result, keep), encode(arguments), encode(named)
+
+    try:
+        exec(compile(program, "program.py", "exec"), names)
+        channel.send("loaded")
+    except BaseException as error:
+        channel.send("raised", encode_exception(error))
+        os._exit(0)
+    while True:
+        try:
+            asked = channel.receive()
+        except EOFError:
+            os._exit(0)
+        try:
+            reply = answer(*asked)
+        except Stays as error:
+            reply = ("stays", str(error))
+        except BaseException as error:
+            reply = ("raised", encode_exception(error))
+        channel.send(*reply)
+
+
+def _judge(tests: int, reader: int, writer: int, verdict: int) -> NoReturn:
+    """Runs the tests and sends `passed`, `failed`, `refused` or `unsupported`, with the reason."""
+
+    def settle(kind: str, why: str = "") -> NoReturn:
+        Channel(-1, verdict).send(kind, why)
+        os._exit(0)  # not an exception: tests may catch all of them
+
+    try:
+        with os.fdopen(tests, "rb") as file:
+            given = json.load(file)
+        _run_tests(Channel(reader, writer), given, settle)
+    except BaseException as error:  # whatever the tests raise: the verdict is what it means
+        settle("failed", told(error))
+    settle("passed")
+
+
+def _run_tests(
+    channel: Channel, tests: dict[str, str] | None, settle: Callable[..., NoReturn]
+) -> None:
+    """Returns when they pass."""
+    turn = threading.Lock()  # tests may have threads
+    entry_point = tests["entry_point"] if tests else ""
+
+    def hear(*message: Any) -> list[Any]:
+        with turn:
+            try:
+                if message:
+                    channel.send(*message)
+                return channel.receive()
+            except EOFError:  # the solver has ended, or said what is no message
+                settle("failed")
+
+    def ask(*message: Any) -> list[Any]:
+        state, *reply = hear(*message)
+        if state == "raised":
+            raise decode_exception(*reply)
+        if state == "stays":
+            raise TypeError(f"the program returned {reply[0]}, which its tests cannot look at")
+        return reply
+
+    def iterate(number: int) -> Iterator[Any]:
+        while reply := ask("next", number):
+            yield decode(reply[0], iterate)
+
+    def hand_back(iterator: Iterator[Any]) -> NoReturn:
+        if getattr(iterator, "gi_code", None) is iterate.__code__:
+            settle("failed", "TypeError: the program returned an iterator, which it is to be given")
+        raise Stays(f"a {type(iterator).__name__}")
+
+    def candidate(*arguments: Any, **named: Any) -> Any:
+        try:
+            sent = [encode(list(arguments), hand_back), encode(named, hand_back)]
+        except Stays as error:
+            settle("unsupported", f"they call the program with {error}, which is no data")
+        reply = ask("call", entry_point, *sent)
+        if len(reply) != 3:
+            settle("failed")
+        result, *left = reply
+        if left != sent:
+            for old, new in zip(arguments, decode(left[0]), strict=True):
+                mutate(old, new)
+            for name, new in decode(left[1]).items():
+                mutate(named[name], new)
+        return decode(result, iterate)
+
+    walled, *why = hear()  # before the program has begun
+    if walled != "contained":
+        settle("refused", *why)
+    ask()  # the program has been loaded
+    if tests is None:
+        nonce = os.urandom(16).hex()
+        if ask("echo", nonce) != [nonce]:
+            settle("failed")
+        return
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(_whole(tests["setup"]), names)
+    names[entry_point] = candidate
+    exec(compile(tests["test"], "tests.py", "exec"), names)
+    names["check"](candidate)
+
+
+def _whole(setup: str) -> CodeType:
+    """The most of a prompt's lines, from the first, that are code without what a program adds."""
+    lines = setup.splitlines()
+    while True:
+        for body in ("", "\n    pass"):
+            try:
+                return compile("\n".join(lines) + body, "prompt.py", "exec")
+            except SyntaxError:
+                continue
+        del lines[-1]
 
 
 if __name__ == "__main__":
-    _child(*sys.argv[1:])
+    print(json.dumps(main(json.loads(sys.argv[1]))))

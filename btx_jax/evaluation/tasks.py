@@ -19,7 +19,7 @@ from btx_jax.errors import UserError
 from btx_jax.evaluation.continuation import continuation
 from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
-from btx_jax.evaluation.sandbox import Limits, pass_at_k, run_programs
+from btx_jax.evaluation.sandbox import Limits, UnitTests, pass_at_k, run_programs
 from btx_jax.parallel.hosts import is_first
 from btx_jax.schema import shown
 
@@ -159,11 +159,9 @@ def code(
     prompts = [task.prompt.format_map(item) for item in items for _ in range(task.samples)]
     texts = continuations(tokenizer, generator, prompts, task, batch_size)
     owners = [item for item in items for _ in range(task.samples)]
-    programs = [
-        f"{item['prompt']}{text}\n{item['test']}\ncheck({item['entry_point']})\n"
-        for item, text in zip(owners, texts, strict=True)
-    ]
-    outcomes = run_programs(programs, Limits(task.seconds))
+    programs = [item["prompt"] + text for item, text in zip(owners, texts, strict=True)]
+    tests = [UnitTests(item["test"], item["entry_point"], item["prompt"]) for item in owners]
+    outcomes = run_programs(programs, Limits(task.seconds), tests=tests)
     results: list[dict[str, Any]] = []
     for number in range(len(items)):
         mine = slice(number * task.samples, (number + 1) * task.samples)

@@ -109,6 +109,7 @@ def markdown(comparison: Mapping[str, Any], costs: Mapping[str, Mapping[str, flo
         " critical seconds | peak MiB |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
+    cell = lambda text: text.replace("|", r"\|")  # noqa: E731
     for name, arm in sorted(comparison["arms"].items(), key=lambda item: item[1]["mean"]):
         cost = costs.get(name, {})
         shown = (
@@ -122,7 +123,9 @@ def markdown(comparison: Mapping[str, Any], costs: Mapping[str, Mapping[str, flo
             "unknown" if cost[key] is None else form.format(cost[key] / unit)
             for key, form, unit in shown
         ]
-        lines.append(f"| {name} | {number(arm, '.3f')} | {arm['count']} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {cell(name)} | {number(arm, '.3f')} | {arm['count']} | {' | '.join(cells)} |"
+        )
     lines += [
         "",
         "| the paper says | left - right, nats per token | seeds | verdict |",

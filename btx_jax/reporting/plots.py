@@ -8,7 +8,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update(
-    {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "btx"}
+    {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "svg.hashsalt": "btx",
+        "text.parse_math": False,  # a `$` in a name is a dollar
+    }
 )
 
 import numpy as np

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.continual import measures
 from btx_jax.reporting.compare import compare
 from btx_jax.reporting.metrics import FILE, read_metrics
+from btx_jax.terminal import plain
 
 WINDOW, SHOWN_POINTS = 10, 6  # of loss curves given as numbers
 LAST_STEPS = 20  # whose mean dropped fraction is reported
@@ -172,7 +174,9 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         Table(title="what it took, the seed's own training left out"),
     )
     for column in ("model", *domains, "mean"):
-        losses.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+        losses.add_column(
+            _shown(column), justify="left" if column == "model" else "right", no_wrap=True
+        )
     for column in ("model", "M tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active"):
         costs.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     rows = {
@@ -183,14 +187,11 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     for name, row in rows.items():
         model = summary["models"][name]
         losses.add_row(
-            name,
-            *(
-                f"[bold]{x:.3f}[/bold]" if x == b else f"{x:.3f}"
-                for x, b in zip(row, best, strict=True)
-            ),
+            _shown(name),
+            *(Text(f"{x:.3f}", "bold" if x == b else "") for x, b in zip(row, best, strict=True)),
         )
         costs.add_row(
-            name,
+            _shown(name),
             amount(scaled(model["tokens"], 1e6), ".2f"),
             amount(model["flops"], ".1e"),
             amount(model["chip_seconds"], ".0f"),
@@ -199,6 +200,11 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
             f"{model['params_active'] / 1e6:.2f}M",
         )
     return [losses, costs]
+
+
+def _shown(name: str) -> Text:
+    """A name that may look like markup."""
+    return Text(plain(name))
 
 
 def task_table(models: Mapping[str, Any]) -> Table:
@@ -213,5 +219,5 @@ def task_table(models: Mapping[str, Any]) -> Table:
                     f" ± {metrics[f'{metric}_stderr']:.3f}" if f"{metric}_stderr" in metrics else ""
                 )
                 if not metric.endswith("_stderr"):
-                    made.add_row(name, task, metric, f"{value:.3f}{error}")
+                    made.add_row(_shown(name), _shown(task), metric, f"{value:.3f}{error}")
     return made

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 from rich.table import Table
 
 from btx_jax.config import Config
@@ -33,6 +32,7 @@ from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.model_config import ModelConfig
 from btx_jax.output import new_file
+from btx_jax.terminal import Console
 from btx_jax.training.start import adapted_model, checked_mesh, starting_point
 from btx_jax.training.step import lower_train_step, state_shardings
 
@@ -79,7 +79,7 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
         if config.model is None
         else adapted_model(config.model, config.lora)
     )
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     console.print(
         f"compiling the step of {workdir.name} for {len(devices)} chips of {topology}; a model of"
         " 7B takes some minutes ..."

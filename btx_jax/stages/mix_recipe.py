@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from btx_jax import __version__
@@ -46,6 +45,7 @@ from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.output import check_free
 from btx_jax.paths import expand
+from btx_jax.terminal import Console
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each token
 CONDITION_LIMIT = 5.0
@@ -146,10 +146,7 @@ def run(
         inspect=inspect,
     )
     console.print(
-        escape(
-            f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(dtypes)}"
-            " tensors)"
-        )
+        f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(dtypes)} tensors)"
     )
     for line in verdict:
         console.print(line)
@@ -283,7 +280,7 @@ def _warn_of_vocabularies(sources: Sources, console: Console) -> None:
             what = f"{size - other} tokens fewer than base_model, their rows without it"
         else:
             continue
-        console.print(f"[yellow]warning:[/] {escape(str(checkpoint.path))} has {what}")
+        console.print(Text("warning:", "yellow"), f"{checkpoint.path} has {what}")
 
 
 def _rng(recipe: Recipe, name: str) -> np.random.Generator:
@@ -480,11 +477,11 @@ def _routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.nda
         for band in bands:
             by_expert = share[band].mean(0)
             best = int(by_expert.argmax())
-            mark = "[green]" if (best == prompt.expert) == prompt.is_positive else "[red]"
-            cells.append(f"{mark}{best}: {by_expert[best]:.0%}[/]")
+            colour = "green" if (best == prompt.expert) == prompt.is_positive else "red"
+            cells.append(Text(f"{best}: {by_expert[best]:.0%}", colour))
         table.add_row(
             f"{'+' if prompt.is_positive else '-'}{prompt.expert}",
-            escape(prompt.text.replace("\n", " ")),
+            prompt.text.replace("\n", " "),
             *cells,
         )
     return table
@@ -496,9 +493,10 @@ def _warn_of_similar_rows(gates: np.ndarray, console: Console) -> None:
     if poor:
         where = "all layers" if len(poor) == len(gates) else f"layers {', '.join(map(str, poor))}"
         console.print(
-            f"[yellow]warning:[/] the gate's rows are nearly equal in {where} (condition number up"
+            Text("warning:", "yellow"),
+            f"the gate's rows are nearly equal in {where} (condition number up"
             f" to {max(numbers):.3g}, over {CONDITION_LIMIT:g}): some experts will hardly be used;"
-            " choose prompts that differ more"
+            " choose prompts that differ more",
         )
 
 
@@ -536,7 +534,7 @@ def _plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, as_huggingface: b
             ),
         ),
     ):
-        table.add_row(key, escape(value))
+        table.add_row(key, value)
     return table
 
 

@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from btx_jax.config import Config
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.model_config import ModelConfig
@@ -26,6 +24,7 @@ from btx_jax.reporting.workdir import (
     write_text,
 )
 from btx_jax.stages import Coming, require_right
+from btx_jax.terminal import Console
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -92,7 +91,7 @@ def write(config: Config, workdir: Path) -> None:
         console.print(table)
     if summary["comparison"]:
         write_text(workdir / "comparison.md", markdown(summary["comparison"], summary["models"]))
-        console.print((workdir / "comparison.md").read_text(encoding="utf-8"), markup=False)
+        console.print((workdir / "comparison.md").read_text(encoding="utf-8"))
 
 
 def read_results(directory: str, key: str) -> Any:

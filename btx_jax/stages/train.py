@@ -57,6 +57,7 @@ from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import MetricsWriter
 from btx_jax.reporting.workdir import claim, finish, is_resumable, look_up
 from btx_jax.stages import Coming, require_right
+from btx_jax.terminal import plain
 from btx_jax.training.start import checked_mesh, start_adapted, starting_model, starting_point
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
 
@@ -328,7 +329,7 @@ class Loop:
         progress = tqdm(
             total=train.steps,
             initial=first,
-            desc=self.workdir.name,
+            desc=plain(self.workdir.name),
             unit="step",
             disable=not is_first(),
         )

@@ -479,6 +479,44 @@ def test_the_tokenizer_and_its_chat_template_travel_both_ways(tmp_path, tokenize
     assert load_tokenizer(tmp_path / "back").sha256 == load_tokenizer(source).sha256
 
 
+def test_a_conversion_copies_nothing_from_outside_its_source(tmp_path, tokenizer_file):
+    secret = tmp_path / "secret"
+    secret.write_text('{"key": "secret"}')
+    source = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "llama", source)
+    shutil.copyfile(tokenizer_file, source / "tokenizer.model")
+    convert.run(str(source), str(tmp_path / "ours"))
+    for directory, file in (
+        (source, "tokenizer_config.json"),
+        (source, "model-00002-of-00002.safetensors"),
+        (tmp_path / "ours" / "tokenizer", "chat_template.jinja"),
+    ):
+        (directory / file).symlink_to(secret)
+        root = directory.parent if directory.name == "tokenizer" else directory
+        with pytest.raises(UserError, match=f"{file}: a link to .*secret, outside the directory"):
+            convert.run(str(root), str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+        (directory / file).unlink()
+
+
+def test_a_snapshot_of_the_hub_s_cache_converts(tmp_path, tokenizer_file):
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    files = [*(GOLDEN / "llama").glob("*.json"), *(GOLDEN / "llama").glob("*.safetensors")]
+    for number, file in enumerate([*files, tokenizer_file]):
+        blob = repository / "blobs" / f"{number:040x}"
+        shutil.copyfile(file, blob)
+        name = "tokenizer.model" if file == tokenizer_file else file.name
+        (snapshot / name).symlink_to(f"../../blobs/{blob.name}")
+    convert.run(str(snapshot), str(tmp_path / "ours"))
+    convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))
+    back, original = tensors(tmp_path / "back"), tensors(GOLDEN / "llama")
+    assert back.keys() == original.keys()
+    assert all(np.array_equal(back[name], original[name]) for name in original)
+
+
 def test_values_are_checked_and_a_failed_conversion_leaves_nothing(tmp_path):
     source = tmp_path / "nan"
     shutil.copytree(GOLDEN / "llama", source)

@@ -50,3 +50,12 @@ def test_routing_shows_every_share_by_domain_layer_and_expert():
         "a",
         "b",
     } <= set(shown)
+
+
+def test_names_are_no_mathematics():
+    names = [r"$\frac$", "$x$", "a_{b}^", "[/red]"]
+    curves = {name: [{"step": s, "lm_loss": 2.0} for s in (1, 2)] for name in names}
+    assert set(names) <= set(texts(loss_curves(curves)))
+    models = {name: {"nats_per_token": {"$d$": 1.0, r"$\sum": 2.0}} for name in names}
+    shown = texts(loss_matrix({"domains": ["$d$", r"$\sum"], "models": models}))
+    assert {*names, "$d$", r"$\sum"} <= set(shown)

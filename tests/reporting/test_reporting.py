@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from btx_jax import terminal
 from btx_jax.reporting.compare import compare, interval, markdown, verdict
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
 from btx_jax.reporting.page import render
-from btx_jax.reporting.summary import gains, summarise, tables
+from btx_jax.reporting.summary import gains, summarise, tables, task_table
 
 NAMES = ("seed", "expert_math", "btx_untuned", "btx")
 DOMAINS = ["math", "<script>alert(1)</script>"]
@@ -164,6 +165,27 @@ def test_arms_are_compared_in_pairs_over_seeds():
     assert {c["verdict"] for c in one["claims"]} == {"undecided"}
     text = markdown(one, summarise(RESULTS, {}, {})["models"])
     assert "| btx | 1.900 one seed | 1 | 3k |" in text
+    models = {"a|b": seeds[0]["btx"], "c": seeds[0]["seed"]}
+    piped = markdown(compare([models]), models)
+    assert r"| a\|b | 1.900" in piped
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[bold]x", "[/]", "\x1b[2Jx"])
+def test_tables_show_names_that_look_like_markup(name):
+    columns = ["math", name]
+    model = results()["models"]["btx"]
+    model = {k: v for k, v in model.items() if k != "routing"} | {
+        "nats_per_token": dict.fromkeys(columns, 1.0),
+        "bits_per_byte": dict.fromkeys(columns, 1.0),
+    }
+    models = {name: model | {"tasks": {name: {"accuracy": 0.5}}}, "other": model}
+    summary = summarise({"domains": columns, "models": models}, {}, {})
+    for console in (Console, terminal.Console):
+        stream = io.StringIO()
+        for table in (*tables(summary), task_table(models)):
+            console(file=stream, width=250).print(table)
+        assert stream.getvalue().count(terminal.plain(name)) == 5
+        assert "\x1b" not in stream.getvalue()
 
 
 @pytest.mark.parametrize("others", [(), (results(0.1), results(0.2))])

@@ -1,0 +1,49 @@
+import io
+import logging
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from btx_jax import terminal
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07a\rb\x9b31m\u202etxt\u2066\x7f\x08"
+SHOWN = r"\x1b[2J\x1b]0;title\x07a\rb\x9b31m\u202etxt\u2066\x7f\x08"
+
+
+def test_control_characters_are_shown():
+    assert terminal.plain(HOSTILE) == SHOWN
+    assert terminal.plain("naïve\tΔ 漢字 🙂\n") == "naïve\tΔ 漢字 🙂\n"
+
+
+def test_errors_are_one_line_without_control_characters(capsys):
+    terminal.error(f"no file {HOSTILE.replace(chr(13), '')}\nhere")
+    told = capsys.readouterr().err
+    assert told.startswith("btx_jax: error: no file \\x1b[2J") and told.endswith(" here\n")
+    assert told.count("\n") == 1 and told[:-1].isprintable()
+
+
+def test_log_lines_hold_no_control_characters():
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    stream = io.StringIO()
+    try:
+        terminal.log_to(stream, logging.INFO)
+        logging.getLogger("x").info("%s\nsecond", HOSTILE)
+    finally:
+        root.handlers[:], root.level = before
+    assert stream.getvalue() == f"{SHOWN}\nsecond\n"
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[red]x", "[/]", ":smile:", "\\[x]", HOSTILE])
+def test_tables_show_names_as_they_are(name):
+    stream = io.StringIO()
+    console = terminal.Console(file=stream, width=200, force_terminal=True)
+    table = Table(name, title=name)
+    table.add_row(name)
+    table.add_row(Text("1.0", "bold"))
+    console.print(table)
+    console.print(name)
+    assert stream.getvalue().count(terminal.plain(name)) == 4
+    assert "\x1b[1m" in stream.getvalue(), "styles still are"
+    assert "\x1b[2J" not in stream.getvalue() and "\x07" not in stream.getvalue()
