@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from btx_jax.data.tokenizers import train_sentencepiece
-from btx_jax.errors import UserError
+from btx_jax.errors import UserError, suggest
 from btx_jax.output import new_file
 
 CORPUS_BYTES = 1_500_000  # of each corpus
@@ -191,25 +191,37 @@ def _order(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def require(name: str) -> None:
+    """Raises UserError when there is no such corpus."""
+    if name not in CORPORA:
+        raise UserError(f"config.data: no demo corpus {name!r}; {suggest(name, CORPORA)}")
+
+
 def corpus(name: str, cache: Path) -> Path:
     """The corpus as a .jsonl.gz file in the cache, written on first use."""
-    if name not in CORPORA:
-        raise UserError(f"config.data: no demo corpus {name!r}; known: {', '.join(CORPORA)}")
+    require(name)
     target = cache / "demo" / f"{name}.jsonl.gz"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            new_file(target) as partial,
-            partial.open("wb") as raw,
-            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,
-        ):
-            size = 0
-            for text in CORPORA[name]():
-                if size >= CORPUS_BYTES:
-                    break
-                size += len(text.encode())
-                file.write(json.dumps({"text": text}).encode() + b"\n")
+        try:
+            _write(CORPORA[name](), target)
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def _write(texts: Iterator[str], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        new_file(target) as partial,
+        partial.open("wb") as raw,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,
+    ):
+        size = 0
+        for text in texts:
+            if size >= CORPUS_BYTES:
+                break
+            size += len(text.encode())
+            file.write(json.dumps({"text": text}).encode() + b"\n")
 
 
 def tokenizer(cache: Path) -> Path:
@@ -217,11 +229,13 @@ def tokenizer(cache: Path) -> Path:
     the cache."""
     target = cache / "demo" / f"tokenizer-{VOCAB_SIZE}.model"
     if not target.exists():
+        # Here, as sentencepiece buries what an iterator raises.
+        corpora = [corpus(name, cache) for name in CORPORA]
 
         def texts() -> Iterator[str]:
-            for name in CORPORA:
+            for path in corpora:
                 size = 0
-                with gzip.open(corpus(name, cache), "rt", encoding="utf-8") as file:
+                with gzip.open(path, "rt", encoding="utf-8") as file:
                     for line in file:
                         text = json.loads(line)["text"]
                         size += len(text)
@@ -229,5 +243,8 @@ def tokenizer(cache: Path) -> Path:
                             break
                         yield text
 
-        train_sentencepiece(texts(), VOCAB_SIZE, target)
+        try:
+            train_sentencepiece(texts(), VOCAB_SIZE, target)
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     return target

@@ -25,7 +25,13 @@ from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_for
 from btx_jax.checkpoints.training_state import About
 from btx_jax.config import Config, EnsembleConfig, TaskConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
-from btx_jax.data.prepare import PreparedDomain, is_heldout, prepare, resolve_tokenizer
+from btx_jax.data.prepare import (
+    PreparedDomain,
+    is_heldout,
+    none_heldout,
+    prepare,
+    resolve_tokenizer,
+)
 from btx_jax.data.sources import read_json_lines
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
 from btx_jax.errors import ConfigError, UserError
@@ -171,12 +177,9 @@ def read_heldout(
     rows: dict[str, Rows] = {
         domain.name: heldout_rows(domain, config.evaluate.rows) for domain in domains
     }
-    for name, values in rows.items():
-        if not len(values["tokens"]):
-            raise ConfigError(
-                f"config.data: domain {name!r} has no held-out document; raise"
-                " config.data.heldout_fraction"
-            )
+    for domain in domains:
+        if not len(rows[domain.name]["tokens"]):
+            raise ConfigError(f"config.data: {none_heldout(domain)}")
     return rows, first_then_others(read_profiles, config, tokenizer)
 
 

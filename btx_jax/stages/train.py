@@ -37,7 +37,7 @@ from btx_jax.config_dict import flatten, to_dict
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_rows, training_batches
-from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
+from btx_jax.data.prepare import PreparedDomain, none_heldout, prepare, resolve_tokenizer
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, tokenizer_sha256
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
@@ -198,9 +198,10 @@ def make_evaluation(
     if not train.eval_every:
         return None
     rows = {domain.name: heldout_rows(domain, train.eval_rows) for domain in domains}
-    for name in [name for name, values in rows.items() if not len(values["tokens"])]:
-        log.warning("domain %r has no held-out document: its held-out loss is left out", name)
-        del rows[name]
+    for domain in domains:
+        if not len(rows[domain.name]["tokens"]):
+            log.warning("%s; its held-out loss is left out", none_heldout(domain))
+            del rows[domain.name]
     step, micro_batch = (
         make_heldout_step(model, config.compute, mesh),
         train.batch_size // train.accumulate,
