@@ -21,8 +21,8 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 # Endings whose content is never text, and what to do instead.
 UNPACK = ("zip", "tar", "tgz", "tbz2", "txz", "7z", "rar", "xz", "lzma", "lz4", "br", "z")
-EXPORT = ("xlsx", "xls", "ods", "arrow", "feather", "avro", "orc", "npy", "npz", "pkl", "pdf")
-EXPORT += ("docx", "doc", "odt", "epub", "sqlite", "db")
+EXPORT = {"xlsx", "xls", "ods", "arrow", "feather", "avro", "orc", "npy", "npz", "pkl", "sqlite"}
+EXPORT |= {"db", "pdf", "docx", "doc", "odt", "epub"}
 # How a content that is no text begins, and the ending under which it is read or told.
 MAGIC = {
     b"\x1f\x8b": ".gz",
@@ -42,7 +42,9 @@ LONG_TEXT, PIECE, LARGEST_PIECE = 2**20, 2**15, 2**17
 BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 MAX_SHOWN_FIELDS = 8
-MAX_LINE = 2**28  # bytes of a line, characters of an item or field: a small packed file can hold more
+MAX_LINE = (
+    2**28
+)  # bytes of a line, characters of an item or field: a small packed file can hold more
 
 
 class Problem(NamedTuple):
@@ -80,7 +82,7 @@ def read_rows(file: Path, field: str | None = None) -> Iterator[Row]:
         try:
             yield from _parquet_rows(file, field) if kind == "parquet" else _rows(file, kind, field)
         except (EOFError, OSError) as error:
-            if getattr(error, "errno", None):
+            if isinstance(error, OSError) and error.errno:
                 raise UserError(f"{file}: cannot be read: {error.strerror}") from error
             raise UserError(
                 f"{file}: cannot be read to its end ({error}); is it truncated?"
@@ -377,7 +379,9 @@ def _documents(file: Path, stream: BinaryIO) -> Iterator[Row]:
     if not is_long:
         yield Row(str(file), _text(start))
         return
-    told = f"text longer than {LONG_TEXT >> 20} MiB: cut into documents of {PIECE >> 10} KiB or more"
+    told = (
+        f"text longer than {LONG_TEXT >> 20} MiB: cut into documents of {PIECE >> 10} KiB or more"
+    )
     yield Row(str(file), Problem(f"{told}, at blank lines where it has them", "none of it lost"))
     first = 0
     for piece in _pieces(stream, start):

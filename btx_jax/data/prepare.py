@@ -431,9 +431,11 @@ def _write(
         if (first := next(iterator, None)) is not None:
             started[split] = itertools.chain([first], iterator)
     if "train" not in started:
+        causes = problems.lines() or ["no document has a token to predict"]
+        if "heldout" in started:
+            causes = [_all_heldout(orders, config.heldout_fraction)]
         raise UserError(
-            f"config.data: {source.where} gives no document to train on:"
-            f" {'; '.join(problems.lines()) or _all_heldout(orders, config.heldout_fraction)}"
+            f"config.data: {source.where} gives no document to train on: {'; '.join(causes)}"
         )
     sweep(target.parent)
     with new_directory(target) as temporary:
@@ -461,7 +463,9 @@ def _write(
             "problems": problems.lines(),
         }
         if _stamps(files) != stamps:
-            raise UserError(f"{source.where}: changed while it was read; run the same command again")
+            raise UserError(
+                f"{source.where}: changed while it was read; run the same command again"
+            )
         rows_at = shutil.move(builder.data_path, temporary / "rows")
         shutil.rmtree(temporary / "build")
         manifest["rows"] = {

@@ -9,7 +9,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 
-DOCS = [{"text": "hello one", "n": 1}, {"text": "two, \"quoted\"\nlines é 中 \U0001f600", "n": 2}]
+DOCS = [{"text": "hello one", "n": 1}, {"text": 'two, "quoted"\nlines é 中 \U0001f600', "n": 2}]
 CHATS = [
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "four"}]},
     {"messages": [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "five"}]},

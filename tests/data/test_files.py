@@ -42,8 +42,7 @@ def as_ours(name, row):
     """datasets names fields that a row lacks, reads numbers in CSV, normalises line ends in plain
     text and keeps its byte-order mark."""
     if name.endswith(".txt"):
-        text = row["text"].removeprefix("\ufeff")
-        return text
+        return row["text"].removeprefix("\ufeff")
     row = {k.replace("Unnamed: 0", ""): v for k, v in row.items()}
     if ".csv" in name or ".tsv" in name:
         return {k: str(v) for k, v in row.items()}
@@ -223,7 +222,10 @@ def test_a_field_beyond_all_bounds_is_refused(put, monkeypatch):
 def test_a_long_text_is_cut_into_documents_and_none_of_it_lost(mark, put):
     text = mark.join(f"Paragraph {i} é 中 " + "wörd" * 50 for i in range(8000))
     assert len(text.encode()) > files.LONG_TEXT
-    for name, content in (("x.txt", BOM + text.encode()), ("x.txt.gz", gzip.compress(text.encode()))):
+    for name, content in (
+        ("x.txt", BOM + text.encode()),
+        ("x.txt.gz", gzip.compress(text.encode())),
+    ):
         found, problems = texts(put(name, content))
         assert "".join(found) == text
         sizes = [len(piece.encode()) for piece in found]
