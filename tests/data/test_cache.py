@@ -228,3 +228,18 @@ def test_a_long_text_has_held_out_documents(tmp_path, tokenizer):
     splits = prepare(c.train, c, tokenizer, "k")[0].sources[0].manifest["splits"]
     assert splits["train"]["documents"] > splits["heldout"]["documents"] > 0
     assert sum(split["bytes"] for split in splits.values()) == len(text), "none of it is lost"
+
+
+def test_a_manifest_that_still_parses_is_not_believed(made, caplog):
+    manifest = made().sources[0].directory.parent / "manifest.json"
+    good = json.loads(manifest.read_text())
+    for change in (
+        {"source": "elsewhere"},
+        {"heldout_fraction": 0.3},
+        {"splits": good["splits"] | {"train": good["splits"]["train"] | {"rows": 1}}},
+        {"problems": []},
+    ):
+        caplog.clear()
+        manifest.write_text(json.dumps(good | change))
+        assert made().sources[0].manifest == {k: v for k, v in good.items() if k != "sha256"}
+        assert sum("is damaged (manifest.json" in line for line in caplog.messages) == 1
