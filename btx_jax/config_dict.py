@@ -27,16 +27,33 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+class _Names(ml_collections.ConfigDict):
+    """name -> text, the names the user's own: config_flags finds any of them here, "" where it is
+    new, and can set it."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key) if key in self else ""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        with self.unlocked():
+            super().__setitem__(key, value)
+
+    def get_type(self, key: str) -> type:
+        return str
+
+
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """What a config file returns: every key is there, so that the command line can override it and
-    no other."""
+    no other, but for the names of domains and of evaluated models, which it can add."""
 
-    def tuples(value: Any) -> Any:  # config_flags parses an override of a tuple, not of a list
+    def converted(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: tuples(item) for key, item in value.items()}
-        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+            kind = _Names if key in ("domains", "models") else ml_collections.ConfigDict
+            return kind({k: converted(k, v) for k, v in value.items()}, sort_keys=False)
+        # config_flags parses an override of a tuple, not of a list
+        return tuple(converted("", v) for v in value) if isinstance(value, list) else value
 
-    return ml_collections.ConfigDict(tuples(to_dict(config)), sort_keys=False)
+    return converted("", to_dict(config))
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from btx_jax.errors import UserError
 
+PARTIAL = ".partial-"
 CONFIG, DONE = "config.json", "done.json"  # of a run: while it runs, and when it has finished
 
 
@@ -63,10 +64,8 @@ def new_directory(target: Path) -> Iterator[Path]:
 def _new_directory(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-            with contextlib.suppress(OSError), locked(left_over):
-                shutil.rmtree(left_over)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        sweep(target.parent, target.name)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}{PARTIAL}", dir=target.parent))
         partial.chmod(0o777 & ~_umask())
         with locked(partial):
             try:
@@ -86,26 +85,39 @@ def _new_directory(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """A hidden file beside the target, renamed to it at the end of the block, whatever is there, or
-    deleted when the block fails.
+    deleted when the block fails. A killed process leaves what `new_directory` does.
 
     Its name is nobody else's: process ids are not enough, in containers every run is process 1.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
+    sweep(target.parent, target.name)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}{PARTIAL}", dir=target.parent)
     partial = Path(name)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         partial.chmod(0o666 & ~_umask())
         yield partial
         partial.replace(target)
     finally:
+        os.close(handle)
         partial.unlink(missing_ok=True)
 
 
+def sweep(directory: Path, name: str | None = None) -> None:
+    """Remove what killed processes left of new files and directories of this name, None for all.
+    Those of living processes are locked and left alone."""
+    for left_over in directory.glob(f".{'*' if name is None else glob.escape(name)}{PARTIAL}*"):
+        with contextlib.suppress(OSError), locked(left_over):
+            if left_over.is_dir():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
+
+
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Raises BlockingIOError, an OSError, when another process of this machine holds it. The lock
     ends with the process."""
-    handle = os.open(directory, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

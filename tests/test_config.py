@@ -236,3 +236,24 @@ def test_other_names_are_names(name):
 def test_a_task_cannot_take_the_file_of_its_model_s_result():
     with pytest.raises(ConfigError, match=r"tasks\.result: the name is taken"):
         EvaluateConfig({"a": "a"}, tasks={"result": TaskConfig("multiple_choice", "f", "p")})
+
+
+def test_the_command_line_adds_domains_and_evaluated_models():
+    from absl import flags
+    from ml_collections import config_flags
+
+    def parsed(file, *words):
+        argv, values = ["x", f"--config={ROOT}/configs/{file}", *words], flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        values(argv)
+        return from_config_dict(values["config"].value)
+
+    new = "--config.data.domains.mine=mine/*.jsonl:0.5,notes.txt"
+    config = parsed("math_expert.py:tiny", new, "--config.data.domains.math=m.txt")
+    assert config.data.domains["mine"] == "mine/*.jsonl:0.5,notes.txt"
+    assert config.data.domains["math"] == "m.txt"
+    config = parsed("evaluate.py:tiny", "--config.evaluate.models.mine=runs/mine")
+    assert config.evaluate.models["mine"] == "runs/mine"
+    for wrong in ("--config.data.domain.x=1", "--config.train.stepz=1"):
+        with pytest.raises((KeyError, AttributeError)):
+            parsed("math_expert.py:tiny", wrong)

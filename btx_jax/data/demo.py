@@ -202,19 +202,26 @@ def corpus(name: str, cache: Path) -> Path:
     require(name)
     target = cache / "demo" / f"{name}.jsonl.gz"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            new_file(target) as partial,
-            partial.open("wb") as raw,
-            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,
-        ):
-            size = 0
-            for text in CORPORA[name]():
-                if size >= CORPUS_BYTES:
-                    break
-                size += len(text.encode())
-                file.write(json.dumps({"text": text}).encode() + b"\n")
+        try:
+            _write(CORPORA[name](), target)
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def _write(texts: Iterator[str], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        new_file(target) as partial,
+        partial.open("wb") as raw,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,
+    ):
+        size = 0
+        for text in texts:
+            if size >= CORPUS_BYTES:
+                break
+            size += len(text.encode())
+            file.write(json.dumps({"text": text}).encode() + b"\n")
 
 
 def tokenizer(cache: Path) -> Path:
@@ -222,11 +229,13 @@ def tokenizer(cache: Path) -> Path:
     the cache."""
     target = cache / "demo" / f"tokenizer-{VOCAB_SIZE}.model"
     if not target.exists():
+        # Here, as sentencepiece buries what an iterator raises.
+        corpora = [corpus(name, cache) for name in CORPORA]
 
         def texts() -> Iterator[str]:
-            for name in CORPORA:
+            for path in corpora:
                 size = 0
-                with gzip.open(corpus(name, cache), "rt", encoding="utf-8") as file:
+                with gzip.open(path, "rt", encoding="utf-8") as file:
                     for line in file:
                         text = json.loads(line)["text"]
                         size += len(text)
@@ -234,5 +243,8 @@ def tokenizer(cache: Path) -> Path:
                             break
                         yield text
 
-        train_sentencepiece(texts(), VOCAB_SIZE, target)
+        try:
+            train_sentencepiece(texts(), VOCAB_SIZE, target)
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     return target

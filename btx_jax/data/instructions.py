@@ -2,14 +2,15 @@
 learnt: prompt and answer from format strings, or a chat through the tokenizer's own chat
 template."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from btx_jax.config import FormatConfig
 from btx_jax.config_dict import to_dict
-from btx_jax.data.chat import TemplateError, chat_template
-from btx_jax.data.sources import Problems, read_json_lines
+from btx_jax.data.chat_template import TemplateError, chat_template
+from btx_jax.data.chats import Chats, Unusable, check_calls, says_something
+from btx_jax.data.files import Problem, Row, find_field
+from btx_jax.data.sources import Problems, is_unicode
 from btx_jax.data.tokenizers import Tokenizer
 
 
@@ -20,10 +21,6 @@ class Piece(NamedTuple):
     learnt: bool
 
 
-class Unusable(ValueError):
-    """An item that the format does not fit; the message says why."""
-
-
 class Formatter:
     """Items -> pieces. Raises UserError when the tokenizer has no chat template and the format
     needs one."""
@@ -31,6 +28,8 @@ class Formatter:
     def __init__(self, config: FormatConfig, tokenizer: Tokenizer, sequence_length: int):
         self._config = config
         self._template = chat_template(tokenizer) if config.messages else None
+        if template := self._template:
+            self._chats = Chats(lambda messages: template.render(messages).text)
         self.is_chat = bool(config.messages)
         self.cutoff = min(config.cutoff or sequence_length, sequence_length)
 
@@ -42,32 +41,40 @@ class Formatter:
             self.cutoff,
         ]
 
-    def items(self, files: list[Path], problems: Problems) -> Iterator[list[Piece]]:
-        """Of the items of JSON lines. What does not fit the format is counted in `problems`."""
-        for file in files:
-            for number, item in enumerate(read_json_lines(str(file), "config.data"), start=1):
-                try:
-                    yield self.pieces(item)
-                except Unusable as error:
-                    problems.add(f"item skipped: {error}", f"{file}, item {number}")
+    def items(self, rows: Iterable[Row], problems: Problems) -> Iterator[tuple[str, list[Piece]]]:
+        """(place, pieces). What cannot be read or does not fit the format is counted in
+        `problems`."""
+        for place, value in rows:
+            if isinstance(value, Problem):
+                problems.add(value.kind, f"{place}, {value.detail}" if value.detail else place)
+                continue
+            assert isinstance(value, Mapping), "source_rows lets no plain text through"
+            try:
+                yield place, self.pieces(value)
+            except Unusable as error:
+                place += f", {error.detail}" if error.detail else ""
+                problems.add(f"item skipped: {error}", place)
 
     def pieces(self, item: Mapping[str, Any]) -> list[Piece]:
         """Raises Unusable."""
-        return self._chat(item) if self._template else self._filled(item)
+        pieces = self._chat(item) if self._template else self._filled(item)
+        if not all(is_unicode(piece.text) for piece in pieces):
+            raise Unusable("no valid Unicode")
+        return pieces
 
     def _filled(self, item: Mapping[str, Any]) -> list[Piece]:
         fields = dict(item)
         try:
             if isinstance(item.get("choices"), list) and "gold" in item:
                 fields["choice"] = item["choices"][item["gold"]]
-            prompt, answer = (
-                self._config.prompt.format_map(fields),
-                self._config.answer.format_map(fields),
-            )
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise Unusable(
-                f"no field {error}" if isinstance(error, KeyError) else f"format: {error}"
-            ) from error
+            prompt = _Fill(null="").vformat(self._config.prompt, (), fields)
+            answer = _Fill(null=None).vformat(self._config.answer, (), fields)
+        except KeyError as error:
+            raise _no_field(error.args[0], item) from error
+        except Unusable:
+            raise
+        except (IndexError, TypeError, AttributeError, ValueError) as error:
+            raise Unusable("does not fit the format", str(error)) from error
         if not answer.strip():
             raise Unusable("empty answer")
         return [Piece(prompt, False), Piece(answer, True)]
@@ -76,11 +83,11 @@ class Formatter:
         """What the template puts between a prompt for an answer and the end of that answer is
         learnt."""
         assert self._template is not None
-        messages = item.get(self._config.messages)
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
-        ):
-            raise Unusable(f"no list of messages in field {self._config.messages!r}")
+        try:
+            said = find_field(item, self._config.messages)
+        except KeyError:
+            raise _no_field(self._config.messages, item) from None
+        messages = self._chats.messages(said)
         try:
             return self._marked(messages) if self._template.marks_answers else self._turns(messages)
         except TemplateError as error:
@@ -90,6 +97,8 @@ class Formatter:
         """The template's `generation` tags say what is learnt."""
         assert self._template is not None
         text, spans = self._template.render(messages)
+        for message in messages:
+            check_calls(message, text)
         pieces, done = [], 0
         for start, stop in spans:
             pieces += [Piece(text[done:start], False), Piece(text[start:stop], True)]
@@ -103,17 +112,39 @@ class Formatter:
         pieces: list[Piece] = []
         done = ""
         for number, message in enumerate(messages):
-            if message.get("role") != "assistant":
+            if message["role"] != "assistant":
                 continue
             asked = self._template.render(messages[:number], add_generation_prompt=True).text
             answered = self._template.render(messages[: number + 1]).text
             if not asked.startswith(done) or not answered.startswith(asked):
                 raise Unusable("the chat template changes earlier turns when later ones come")
-            pieces += [Piece(asked[len(done) :], False), Piece(answered[len(asked) :], True)]
+            answer = Piece(answered[len(asked) :], says_something(message))
+            check_calls(message, answer.text)
+            pieces += [Piece(asked[len(done) :], False), answer]
             done = answered
-        if not pieces:
+        if not any(piece.learnt for piece in pieces):
             raise Unusable("no assistant's turn")
         return pieces
+
+
+class _Fill(string.Formatter):
+    """A format string's fields, of any type. null: what stands for null, None to raise Unusable."""
+
+    def __init__(self, null: str | None):
+        self._null = null
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        if value is None:
+            if self._null is None:
+                raise Unusable("a field of the answer is null")
+            return self._null
+        if isinstance(value, bytes):  # as Parquet and tensorflow_datasets may hold text
+            value = value.decode("utf-8")
+        return super().format_field(value, format_spec)
+
+
+def _no_field(field: Any, item: Mapping[str, Any]) -> Unusable:
+    return Unusable(f"no field {field!r}", f"which has: {shown_fields(item)}")
 
 
 def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

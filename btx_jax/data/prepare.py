@@ -13,8 +13,10 @@ import io
 import itertools
 import json
 import logging
+import math
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,19 +26,20 @@ from tqdm import tqdm
 
 from btx_jax.config import DataConfig, FormatConfig
 from btx_jax.data import demo
+from btx_jax.data.files import COMPRESSIONS
 from btx_jax.data.instructions import Formatter, Piece, encode_pieces
 from btx_jax.data.sources import (
     Domain,
     Problems,
     Source,
+    documents,
     expand_files,
     parse_domains,
-    read_documents,
-    read_tfds,
+    source_rows,
 )
-from btx_jax.data.tokenizers import NotUnicode, Tokenizer, load_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, load_tokenizer
 from btx_jax.errors import Mistakes, UserError, suggest
-from btx_jax.output import new_directory
+from btx_jax.output import new_directory, sweep
 from btx_jax.paths import expand
 from btx_jax.terminal import plain
 
@@ -50,8 +53,8 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSource:
-    """A tokenised source on disk. manifest: tokenizer and source hashes, counts by split,
-    problems."""
+    """A tokenised source on disk. manifest: tokenizer and source hashes, counts by split, problems,
+    `heldout_from`: the shares of the source that would hold out its first and its last document."""
 
     directory: Path
     weight: float
@@ -61,8 +64,31 @@ class PreparedSource:
         return self.manifest["splits"][split]["rows"]
 
     def open(self, split: str) -> Any:
-        """Random access to {tokens, segments: [sequence + 1] int32, bytes: []}, for grain."""
-        return tfds.builder_from_directory(str(self.directory)).as_data_source(split=split)
+        """Random access to {tokens, segments: [sequence + 1] int32, bytes: []}, for grain. A row
+        that is damaged raises UserError when it is read."""
+        builder = tfds.builder_from_directory(str(self.directory))
+        return _Rows(builder.as_data_source(split=split), self.directory.parent)
+
+
+class _Rows:
+    """A split of a prepared set."""
+
+    def __init__(self, rows: Any, directory: Path):
+        self._rows, self._directory = rows, directory
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if index >= len(self):
+            raise IndexError(index)
+        try:
+            return self._rows[index]
+        except (RuntimeError, OSError) as error:  # ArrayRecord checks a hash of whatever it reads
+            raise UserError(
+                f"{self._directory}: row {index} cannot be read ({str(error).splitlines()[0]});"
+                " delete that directory and run the same command again: its text is prepared anew"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +115,42 @@ class PreparedDomain:
 def is_heldout(text: str, fraction: float) -> bool:
     """By a hash of the text: the same document is held out in every run, wherever it comes from and
     however often."""
+    return _order(text) < fraction * 2**64
+
+
+def _order(text: str) -> int:
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def none_heldout(domain: PreparedDomain) -> str:
+    """Why a domain without held-out rows has none, and what helps."""
+    manifests = [source.manifest for source in domain.sources]
+    told = f"domain {domain.name!r} has no held-out document"
+    fraction = manifests[0]["heldout_fraction"]
+    if any(m["splits"]["heldout"]["documents"] for m in manifests):
+        return f"{told} with a token to predict: those that it has are empty or of one token"
+    count = sum(m["splits"]["train"]["documents"] for m in manifests)
+    first = min(m["heldout_from"][0] for m in manifests)
+    if first == max(m["heldout_from"][1] for m in manifests):
+        return f"{told}: {ONE_DOCUMENT}"
     return (
-        int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-        < fraction * 2**64
+        f"{told}: config.data.heldout_fraction={fraction:g} holds out none of its {count}; from"
+        f" {_above(first):g} on, in every run that reads this text, it holds one out"
     )
+
+
+ONE_DOCUMENT = (
+    "its text is one document, which is held out whole or not at all; give it as several, for example"
+    " one on each line of a .jsonl file"
+)
+
+
+def _above(share: float) -> float:
+    """A number a little larger, of few digits, below 1."""
+    digits = 1 - math.floor(math.log10(max(share, 1e-9)))
+    above = (math.floor(share * 10**digits) + 1) / 10**digits
+    return above if above < 1 else (share + 1) / 2
 
 
 class Document(NamedTuple):
@@ -220,17 +278,9 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(self._rows[split])
 
 
-def _documents(source: Source, files: list[Path], problems: Problems) -> Iterator[str]:
-    """Texts."""
-    if source.where.startswith("tfds:"):
-        yield from read_tfds(source.where.removeprefix("tfds:"), source.field, problems)
-    for file in files:
-        yield from read_documents(file, source.field, problems)
-
-
 def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> PreparedSource:
-    """Tokenise one source into the cache, or find it there. Raises UserError when it holds no
-    document.
+    """Tokenise one source into the cache, or find it there; one that is damaged is made anew. Raises
+    UserError when it holds no document.
 
     The cache key covers text (path, size and modification time of each file), format, tokenizer,
     sequence length and held-out share.
@@ -244,33 +294,57 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
     files = [] if source.where.startswith("tfds:") else expand_files(source)
     identity = {
         "format": FORMAT,
-        "source": (
-            source.where
-            if not files
-            else [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        ),
+        "source": _stamps(files) if files else source.where,
         "field": source.field,
         "tokenizer_sha256": tokenizer.sha256,
         "sequence_length": config.sequence_length,
         "heldout_fraction": config.heldout_fraction,
     } | ({"how": template.identity()} if template else {})
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    target = cache / "packed" / name
-    try:
-        if not target.exists():
+    target = cache / "packed" / _sha256_of(identity)[:16]
+    manifest = _read_manifest(target)
+    if manifest is None:
+        try:
             _write(source, files, tokenizer, config, target, template)
-    except UserError:
-        if not target.exists():  # otherwise another process has just prepared the same text
-            raise
-    try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{target} is damaged ({error}); delete it, and the text is prepared anew"
-        ) from error
+        except UserError:
+            if not target.exists():  # otherwise another process has just prepared the same text
+                raise
+        manifest = _read_manifest(target)
+        if manifest is None:
+            raise UserError(f"{target}: was damaged as soon as it was written; check the disk")
     for line in manifest["problems"]:
         log.warning("%s: %s", source.where, line)
     return PreparedSource(target / "rows", source.weight, manifest)
+
+
+def _stamps(files: list[Path]) -> list[Any]:
+    """What changes when a file does."""
+    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _read_manifest(target: Path) -> dict[str, Any] | None:
+    """That of a prepared set; None when there is none, also because it was damaged: then a line says
+    so and the set is gone.
+
+    Small files are compared with their checksums, ArrayRecord files in size: those are checked
+    wherever they are read.
+    """
+    if not target.exists():
+        return None
+    try:
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("sha256", None) != _sha256_of(manifest):
+            raise ValueError(f"{MANIFEST} is not as it was written")
+        for name, written in manifest["rows"].items():
+            file = target / "rows" / name
+            if file.stat().st_size != written["bytes"] or (
+                file.suffix == ".json" and _sha256(file) != written["sha256"]
+            ):
+                raise ValueError(f"rows/{name} is not as it was written")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s is damaged (%s); its text is prepared anew", target, error)
+        shutil.rmtree(target)
+        return None
+    return manifest
 
 
 def find_format(source: Source, tokenizer: Tokenizer, config: DataConfig) -> Formatter | None:
@@ -302,37 +376,34 @@ def _write(
     empty = {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0, "largest_id": -1}
     counts = {split: dict(empty) for split in SPLITS}
     problems, failed = Problems(), list[UserError]()
+    orders: list[int] = []  # the least and the largest of all documents
+    stamps = _stamps(files)
     total = sum(f.stat().st_size for f in files) or None
     frame = len(tokenizer.prefix) + (tokenizer.eos is not None)
 
     def encoded(split: str, progress: tqdm) -> Iterator[Document]:
         # The source is read once per split; its problems are the same both times and count once.
         seen = problems if split == "train" else Problems()
+        read = source_rows(source, files)
         items = (
-            template.items(files, seen)
+            template.items(read, seen)
             if template
-            else ([Piece(text, True)] for text in _documents(source, files, seen))
+            else ((p, [Piece(text, True)]) for p, text in documents(read, source.field, seen))
         )
-        for number, pieces in enumerate(items):
+        for place, pieces in items:
             text = "".join(piece.text for piece in pieces)
+            orders[:] = [f(orders + [_order(text)]) for f in (min, max)]
             if is_heldout(text, config.heldout_fraction) != (split == "heldout"):
                 continue
-            try:
-                document = (
-                    formatted_document(pieces, tokenizer, template.cutoff - frame, template.is_chat)
-                    if template
-                    else text_document(text, tokenizer)
-                )
-            except NotUnicode:
-                problems.add(
-                    "document skipped: not valid Unicode", f"{source.where}, document {number + 1}"
-                )
-                continue
+            document = (
+                formatted_document(pieces, tokenizer, template.cutoff - frame, template.is_chat)
+                if template
+                else text_document(text, tokenizer)
+            )
             if document is None:
                 assert template is not None
                 problems.add(
-                    f"item skipped: its prompt fills the cutoff of {template.cutoff} tokens",
-                    f"item {number + 1}",
+                    f"item skipped: its prompt fills the cutoff of {template.cutoff} tokens", place
                 )
                 continue
             ids, size, *_ = document
@@ -341,7 +412,7 @@ def _write(
                 problems.add(
                     f"document longer than {config.sequence_length} tokens: cut into several rows,"
                     " none lost",
-                    f"document {number + 1}",
+                    place,
                 )
             for key, value in (("documents", 1), ("tokens", len(ids)), ("bytes", size)):
                 counts[split][key] += value
@@ -357,7 +428,7 @@ def _write(
             leave=False,
         ) as progress:
             progress.total = (
-                None if any(f.suffix in (".gz", ".zst", ".parquet") for f in files) else total
+                None if any(f.suffix in (*COMPRESSIONS, ".parquet") for f in files) else total
             )
             try:
                 for row in pack(encoded(split, progress), tokenizer, config.sequence_length):
@@ -373,18 +444,22 @@ def _write(
         if (first := next(iterator, None)) is not None:
             started[split] = itertools.chain([first], iterator)
     if "train" not in started:
-        found = (
-            "; ".join(problems.lines())
-            or "every document fell to the held-out split, lower config.data.heldout_fraction"
+        causes = problems.lines() or ["no document has a token to predict"]
+        if "heldout" in started:
+            causes = [_all_heldout(orders, config.heldout_fraction)]
+        raise UserError(
+            f"config.data: {source.where} gives no document to train on: {'; '.join(causes)}"
         )
-        raise UserError(f"config.data: {source.where} gives no document to train on: {found}")
+    sweep(target.parent)
     with new_directory(target) as temporary:
         builder = PackedText(started, config.sequence_length, data_dir=str(temporary / "build"))
         try:
             _quietly(builder.download_and_prepare)
-        except Exception:
+        except Exception as error:
             if failed:  # TFDS wraps what its generator raises in pages of its own
                 raise failed[0] from None
+            if cause := re.search(r"write\(\) failed: ([^;]*)", str(error)):  # in ArrayRecord
+                raise UserError(f"cannot write {target}: {cause[1]}") from error
             raise
         manifest = {
             "format": FORMAT,
@@ -396,11 +471,21 @@ def _write(
             "tokenizer_sha256": tokenizer.sha256,
             "sequence_length": config.sequence_length,
             "heldout_fraction": config.heldout_fraction,
+            "heldout_from": [order / 2**64 for order in orders],
             "splits": counts,
             "problems": problems.lines(),
         }
-        shutil.move(builder.data_path, temporary / "rows")
+        if _stamps(files) != stamps:
+            raise UserError(
+                f"{source.where}: changed while it was read; run the same command again"
+            )
+        rows_at = shutil.move(builder.data_path, temporary / "rows")
         shutil.rmtree(temporary / "build")
+        manifest["rows"] = {
+            f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)}
+            for f in sorted(Path(rows_at).iterdir())
+        }
+        manifest["sha256"] = _sha256_of(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
@@ -415,6 +500,20 @@ def _quietly(prepare: Any) -> None:
             prepare()
     finally:
         absl.setLevel(previous)
+
+
+def _all_heldout(orders: list[int], fraction: float) -> str:
+    if orders[0] == orders[1]:
+        return f"all is held out: {ONE_DOCUMENT}"
+    below = math.floor(orders[1] / 2**64 * 1e4) / 1e4
+    return (
+        f"config.data.heldout_fraction={fraction:g} holds out every document; lower it to less than"
+        f" {below:g}"
+    )
+
+
+def _sha256_of(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:
@@ -475,10 +574,10 @@ def prepare(
 ) -> tuple[PreparedDomain, ...]:
     """Every source of every domain of `notation`, tokenised. The slow step of a first run; later
     runs find all in the cache."""
-    domains: list[Domain] = list(parse_domains(notation, config.domains, key))
+    check_text(config, [(key, notation)])
     return tuple(
         PreparedDomain(
             d.name, d.weight, tuple(prepare_source(s, tokenizer, config) for s in d.sources)
         )
-        for d in domains
+        for d in parse_domains(notation, config.domains, key)
     )

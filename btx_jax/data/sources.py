@@ -1,30 +1,26 @@
-"""Where text comes from: files (text, JSON lines, Parquet), tensorflow_datasets, and the demo
-corpora.
+"""Where text comes from: files, tensorflow_datasets, and the demo corpora.
 
 Notation, everywhere a config names text: comma-separated `WHAT[#FIELD][:WEIGHT]`. WHAT is a file, a
 glob, `tfds:NAME[/CONFIG]` or `demo:NAME`; environment variables are expanded. FIELD is the text's
-field in JSON lines, Parquet and tfds ("text" if absent).
+field where rows have fields, as in JSON lines, CSV, Parquet and tfds ("text" if absent); `meta.text`
+is the field `text` of the field `meta`.
 """
 
 import dataclasses
 import glob
-import gzip
 import importlib
-import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import zstandard
-
-from btx_jax.errors import UserError
+from btx_jax.data.files import Problem, Row, find_field, read_rows, shown_fields
+from btx_jax.errors import UserError, suggest
 from btx_jax.paths import expand
 
-MAX_SHOWN_FIELDS = 8
-MAX_LINE = 2**28  # bytes
+TEXT = "text"  # the field of a text, where none is named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Source:
     """One weighted place that text comes from. where: a path, a glob, tfds:NAME or demo:NAME."""
 
     where: str
-    field: str = "text"
+    field: str = TEXT
     weight: float = 1.0
 
 
@@ -50,7 +46,7 @@ def parse_sources(notation: str, key: str) -> tuple[Source, ...]:
     for entry in notation.split(","):
         where, weight = _split_weight(entry.strip(), key)
         where, _, field = where.partition("#")
-        sources.append(Source(expand(where, key), field or "text", weight))
+        sources.append(Source(expand(where, key), field or TEXT, weight))
     return tuple(sources)
 
 
@@ -66,13 +62,18 @@ def _split_weight(entry: str, key: str) -> tuple[str, float]:
 
 def parse_domains(notation: str, domains: Mapping[str, str], key: str) -> tuple[Domain, ...]:
     """Names from `domains` become those domains; all other entries together are one domain, `text`,
-    of their weights together."""
+    of their weights together. Raises UserError, with the nearest name, for a word that is neither a
+    domain nor a file."""
     named, loose = [], []
     for entry in notation.split(","):
         where, weight = _split_weight(entry.strip(), key)
         if where in domains:
             named.append(
                 Domain(where, parse_sources(domains[where], f"config.data.domains.{where}"), weight)
+            )
+        elif domains and re.fullmatch(r"[\w-]+", where) and not os.path.exists(where):
+            raise UserError(
+                f"{key}: {where!r} is neither a domain nor a file; {suggest(where, domains)}"
             )
         else:
             loose.append(entry)
@@ -103,7 +104,14 @@ class Problems:
 def expand_files(source: Source, key: str = "config.data") -> list[Path]:
     """The files of a path or glob, sorted. Raises UserError, naming the key, when there are
     none."""
-    files = sorted(Path(p) for p in glob.glob(source.where, recursive=True) if os.path.isfile(p))
+    found = glob.glob(source.where, recursive=True)
+    files = sorted(Path(p) for p in found if os.path.isfile(p))
+    if not files and any(os.path.isdir(p) for p in found):
+        folder = source.where.rstrip("/")
+        raise UserError(
+            f"{key}: {source.where!r} is a directory; name its files, for example"
+            f" '{folder}/*.jsonl'"
+        )
     if not files:
         raise UserError(
             f"{key}: no file matches {source.where!r}; check the path (globs are allowed,"
@@ -112,167 +120,105 @@ def expand_files(source: Source, key: str = "config.data") -> list[Path]:
     return files
 
 
-def read_documents(file: Path, field: str, problems: Problems) -> Iterator[str]:
-    """The documents of one file: rows of .jsonl and .parquet, the whole file otherwise; .gz and
-    .zst are unpacked.
+def source_rows(source: Source, files: Iterable[Path]) -> Iterator[Row]:
+    """All rows of a source. files: of one that is no tensorflow_datasets set; of each, only the
+    source's field is read, unless that names a format."""
+    field = None if source.field.startswith("@") else source.field
+    if source.where.startswith("tfds:"):
+        yield from tfds_rows(source.where.removeprefix("tfds:"), field)
+        return
+    for file in files:
+        row = None
+        for row in read_rows(file, field):
+            if isinstance(row.value, str) and source.field != TEXT:
+                raise UserError(
+                    f"{file} is plain text, which has no fields; leave #{source.field} out"
+                )
+            yield row
+        if row is None:
+            yield Row(str(file), Problem("file without documents"))
 
-    Documents that cannot be read (invalid UTF-8, not JSON, field missing or not text, empty) are
-    counted in `problems`.
-    Raises UserError when the file itself is broken: truncated, not in its format, or without the
-    field altogether.
-    """
-    kind = file.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2].lower()
-    empty = True
-    try:
-        if os.path.getsize(file) == 0:
-            rows: Iterator[tuple[str, Any]] = iter(())
-        elif kind in ("jsonl", "ndjson", "json"):
-            rows = _json_rows(file, field, problems)
-        elif kind == "parquet":
-            rows = _parquet_rows(file, field)
+
+def documents(rows: Iterable[Row], field: str, problems: Problems) -> Iterator[tuple[str, str]]:
+    """(place, text) of rows. Those that give none (unreadable, field missing or not text, no valid
+    Unicode, empty) are counted in `problems`."""
+    for place, value in rows:
+        text = _text(value, field)
+        if isinstance(text, Problem):
+            problems.add(text.kind, f"{place}, {text.detail}" if text.detail else place)
         else:
-            rows = iter([(str(file), _open(file).read())])
-        for place, value in rows:
-            empty = False
-            text = _text(value, place, field, problems)
-            if text is not None:
-                yield text
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError, OSError) as error:
-        raise UserError(f"{file}: cannot be read to its end ({error}); is it truncated?") from error
-    if empty:
-        problems.add("file without documents", str(file))
+            yield place, text
+
+
+def _text(value: Any, field: str) -> str | Problem:
+    if isinstance(value, Problem):
+        return value
+    if isinstance(value, Mapping):
+        try:
+            value = find_field(value, field)
+        except KeyError:
+            told = f"which has: {shown_fields(value)}; name the field as FILE#FIELD"
+            return Problem(f"document skipped: no field {field!r}", told)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return Problem("document skipped: invalid UTF-8", f"byte {error.start}")
+    if not isinstance(value, str):
+        return Problem(f"document skipped: field {field!r} holds no text", type(value).__name__)
+    if not is_unicode(value):
+        return Problem("document skipped: no valid Unicode")
+    return value if value.strip() else Problem("document skipped: empty")
+
+
+def is_unicode(text: str) -> bool:
+    """Not so of a text with a lone surrogate, which JSON can write down and no tokenizer takes, or
+    which stands for a byte that is no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_documents(file: Path, field: str, problems: Problems) -> Iterator[str]:
+    """The texts of one file; what gives none is counted in `problems`. Raises UserError when the
+    file itself is broken."""
+    rows = source_rows(Source(str(file), field), [file])
+    return (text for _, text in documents(rows, field, problems))
 
 
 def read_json_lines(
     path: str, key: str, limit: int = 0, max_bytes: int = 0
 ) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file (also .gz, .zst), at most `limit`, 0 for all. max_bytes: of its
-    unpacked lines, 0 for any. Raises UserError, naming the key and the line."""
+    """The rows of a file that has fields (JSON lines, a JSON array, CSV, Parquet), at most `limit`,
+    0 for all. max_bytes: of all of them as JSON, 0 for any. Raises UserError, naming the key and
+    the place, for the first that cannot be read."""
     file = Path(expand(path, key))
     if not file.is_file():
         raise UserError(f"{key}: no file {file}")
-    rows: list[dict[str, Any]] = []
+    items: list[dict[str, Any]] = []
     size = 0
-    try:
-        for number, line in enumerate(_lines(file), start=1):
-            if limit and len(rows) == limit:
-                break
-            size += len(line)
-            if max_bytes and size > max_bytes:
-                raise UserError(f"{key}: {file} holds more than {max_bytes >> 20} MiB; split it")
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f"{key}: {file}, line {number}: {type(row).__name__}, not an object"
-                    )
-                rows.append(row)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{key}: {file}, line {number}: {error}") from error
-    except (EOFError, OSError, zstandard.ZstdError) as error:
-        raise UserError(
-            f"{key}: {file} cannot be read to its end ({error}); is it truncated?"
-        ) from error
-    return rows
+    for place, value in read_rows(file):
+        if limit and len(items) == limit:
+            break
+        if isinstance(value, Problem):
+            raise UserError(f"{key}: {place}: {value.kind} ({value.detail})")
+        if isinstance(value, str):
+            raise UserError(f"{key}: {place} is plain text; give it as JSON lines, CSV or Parquet")
+        told = json.dumps(value, ensure_ascii=False, default=str)
+        if not is_unicode(told):
+            raise UserError(f"{key}: {place}: no valid Unicode")
+        size += len(told)
+        if max_bytes and size > max_bytes:
+            raise UserError(f"{key}: {file} holds more than {max_bytes >> 20} MiB; split it")
+        items.append(dict(value))
+    return items
 
 
-def _text(value: Any, place: str, field: str, problems: Problems) -> str | None:
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            problems.add("document skipped: invalid UTF-8", f"{place}, byte {error.start}")
-            return None
-    if not isinstance(value, str):
-        problems.add(f"document skipped: field {field!r} holds no text", place)
-        return None
-    if not value.strip():
-        problems.add("document skipped: empty", place)
-        return None
-    return value
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    """Raises UserError for a line beyond all bounds: a small packed file can hold one that fills
-    the memory."""
-    with _open(file) as opened:
-        while line := opened.readline(MAX_LINE + 1):
-            if len(line) > MAX_LINE:
-                raise UserError(f"{file}: a line of more than {MAX_LINE >> 20} MiB is no document")
-            yield line
-
-
-def _open(file: Path) -> BinaryIO:
-    if file.suffix == ".gz":
-        return gzip.open(file)  # type: ignore[return-value]
-    if file.suffix == ".zst":
-        return io.BufferedReader(
-            zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True)
-        )
-    return file.open("rb")
-
-
-def _json_rows(file: Path, field: str, problems: Problems) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(file), start=1):
-        place = f"{file}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError as error:
-            problems.add("document skipped: invalid UTF-8", f"{place}, byte {error.start}")
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # also numbers of thousands of digits, brackets as deep
-            problems.add(
-                "document skipped: line is not JSON", f"{place}: {str(error).splitlines()[0]}"
-            )
-        else:
-            if isinstance(row, dict) and field in row:
-                yield place, row[field]
-            else:
-                fields = (
-                    ", ".join(list(row)[:MAX_SHOWN_FIELDS])
-                    if isinstance(row, dict)
-                    else type(row).__name__
-                )
-                problems.add(
-                    f"document skipped: no field {field!r}",
-                    f"{place}, which has: {fields}; name the field as FILE#FIELD",
-                )
-
-
-def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        if field not in table.schema_arrow.names:
-            fields = ", ".join(table.schema_arrow.names[:MAX_SHOWN_FIELDS])
-            raise UserError(
-                f"{file} has no field {field!r}; it has: {fields}; name the field as FILE#FIELD"
-            )
-        row = 0
-        for batch in table.iter_batches(columns=[field]):
-            column = batch.column(0)
-            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                column = column.cast(
-                    pyarrow.large_binary()
-                )  # so that invalid UTF-8 is one document's problem
-            for value in column:
-                row += 1
-                yield f"{file}, row {row}", value.as_py()
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{file} is not a readable Parquet file: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def read_tfds(name: str, field: str, problems: Problems) -> Iterator[str]:
-    """Documents of the train split of a tensorflow_datasets data set, through `tfds.data_source`:
-    TensorFlow is not needed."""
+def tfds_rows(name: str, field: str | None) -> Iterator[Row]:
+    """Rows of the train split of a tensorflow_datasets data set, through `tfds.data_source`:
+    TensorFlow is not needed. Raises UserError when they lack the field, None for any."""
     import tensorflow_datasets as tfds
 
     # Its own registration goes through all kinds in turn and ends at the first that lacks a
@@ -286,11 +232,12 @@ def read_tfds(name: str, field: str, problems: Problems) -> Iterator[str]:
             f"config.data: tfds:{name} cannot be opened: {str(error).strip().splitlines()[0]}"
         ) from error
     for number, row in enumerate(rows):
-        if field not in row:
-            raise UserError(
-                f"tfds:{name} has no field {field!r}; it has: {', '.join(row)}; name the field as"
-                f" tfds:{name}#FIELD"
-            )
-        text = _text(row[field], f"tfds:{name}, row {number}", field, problems)
-        if text is not None:
-            yield text
+        if field is not None and not number:
+            try:
+                find_field(row, field)
+            except KeyError:
+                raise UserError(
+                    f"tfds:{name} has no field {field!r}; it has: {shown_fields(row)}; name the"
+                    f" field as tfds:{name}#FIELD"
+                ) from None
+        yield Row(f"tfds:{name}, row {number}", row)

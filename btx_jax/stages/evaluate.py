@@ -29,6 +29,7 @@ from btx_jax.data.prepare import (
     PreparedDomain,
     check_text,
     is_heldout,
+    none_heldout,
     prepare,
     resolve_tokenizer,
     texts,
@@ -216,16 +217,13 @@ def read_heldout(
     rows: dict[str, Rows] = {
         domain.name: heldout_rows(domain, config.evaluate.rows) for domain in domains
     }
-    for name, values in rows.items():
-        if not len(values["tokens"]):
-            raise ConfigError(
-                f"config.data: domain {name!r} has no held-out document; raise"
-                " config.data.heldout_fraction"
-            )
+    for domain in domains:
+        tokens = rows[domain.name]["tokens"]
+        if not len(tokens):
+            raise ConfigError(f"config.data: {none_heldout(domain)}")
         for model, checkpoint in found.items():
-            where = f"config.evaluate.models.{model}: domain {name!r}"
-            largest = int(values["tokens"].max())
-            check_ids([largest], checkpoint.about.model.vocab_size, where, tokenizer)
+            where = f"config.evaluate.models.{model}: domain {domain.name!r}"
+            check_ids([int(tokens.max())], checkpoint.about.model.vocab_size, where, tokenizer)
     return rows, first_then_others(read_profiles, config, tokenizer)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
 from btx_jax.config import ComputeConfig
-from btx_jax.data.chat import chat_template
+from btx_jax.data.chat_template import chat_template
 from btx_jax.data.tokenizers import NotUnicode, check_ids, load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.evaluation.continuation import Stream, stop_ids

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config import Config
-from btx_jax.data.prepare import DEMO, check_text, prepare, resolve_tokenizer
+from btx_jax.data.prepare import DEMO, check_text, none_heldout, prepare, resolve_tokenizer
 from btx_jax.errors import Mistakes
 from btx_jax.model_config import ModelConfig
 from btx_jax.parallel.hosts import first_then_others
@@ -37,6 +37,9 @@ def run(config: Config, workdir: Path) -> None:
                 "%s: %s: %d documents, %d tokens to train on; %d documents, %d tokens held out",
                 domain.name, source.manifest["source"], train["documents"], train["tokens"], heldout["documents"], heldout["tokens"],
             )  # fmt: skip
+        held_out = sum(source.rows("heldout") for source in domain.sources)
+        if config.data.heldout_fraction and not held_out:
+            log.warning("%s", none_heldout(domain))
     claim(workdir, config)
     finish(workdir, seconds=time.monotonic() - start, domains=manifests)
 

@@ -42,6 +42,7 @@ from btx_jax.data.prepare import (
     DEMO,
     PreparedDomain,
     check_text,
+    none_heldout,
     prepare,
     resolve_tokenizer,
     texts,
@@ -242,9 +243,10 @@ def make_evaluation(
     if not train.eval_every:
         return None
     rows = {domain.name: heldout_rows(domain, train.eval_rows) for domain in domains}
-    for name in [name for name, values in rows.items() if not len(values["tokens"])]:
-        log.warning("domain %r has no held-out document: its held-out loss is left out", name)
-        del rows[name]
+    for domain in domains:
+        if not len(rows[domain.name]["tokens"]):
+            log.warning("%s; its held-out loss is left out", none_heldout(domain))
+            del rows[domain.name]
     step, micro_batch = (
         make_heldout_step(model, config.compute, mesh),
         train.batch_size // train.accumulate,

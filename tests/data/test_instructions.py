@@ -66,7 +66,7 @@ def test_a_chat_s_assistant_is_learnt_turn_by_turn(chat_tokenizer):
     for wrong, why in (
         ([{"role": "user", "content": "u"}], "no assistant"),
         ("text", "no list"),
-        ([{"role": "user"}], "no list"),
+        ([{"role": "user"}], "without content"),
     ):
         with pytest.raises(Unusable, match=why):
             Formatter(FormatConfig(messages="m"), chat_tokenizer, 64).pieces({"m": wrong})

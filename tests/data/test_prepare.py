@@ -17,10 +17,11 @@ from btx_jax.data.sentencepiece_models import train_sentencepiece
 from btx_jax.data.sources import (
     Problems,
     Source,
+    documents,
     parse_domains,
     parse_sources,
     read_documents,
-    read_tfds,
+    source_rows,
 )
 from btx_jax.data.tokenizers import (
     copy_tokenizer,
@@ -243,7 +244,8 @@ def test_text_data_sets_of_tensorflow_datasets_are_known(monkeypatch):
         lambda name, split: tfds.builder_cls(name) and [{"question": b"1 + 1?"}],
     )
     for name in ("gsm8k", "wikipedia", "cnn_dailymail", "wmt14_translate"):
-        assert list(read_tfds(name, "question", Problems())) == ["1 + 1?"]
+        rows = source_rows(Source(f"tfds:{name}", "question"), [])
+        assert [text for _, text in documents(rows, "question", Problems())] == ["1 + 1?"]
 
 
 def test_rows_come_from_every_source_by_its_weight(tmp_path, tokenizer):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from btx_jax.data.chat import chat_template
+from btx_jax.data.chat_template import chat_template
 from btx_jax.data.instructions import Piece, encode_pieces
 from btx_jax.data.tokenizers import load_tokenizer
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from btx_jax.data import chat
-from btx_jax.data.chat import ChatTemplate, TemplateError
+from btx_jax.data import chat_template
+from btx_jax.data.chat_template import ChatTemplate, TemplateError
 from btx_jax.errors import UserError
 
 ENDS = ("memory", "recurse")  # no chat can be rendered
@@ -61,7 +61,7 @@ def test_a_template_that_cannot_render_says_why_in_one_line(source, why):
 
 
 def test_a_template_that_loops_is_stopped(monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 1.0)
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     start = time.monotonic()
     with pytest.raises(UserError, match="ran longer than 1 seconds"):

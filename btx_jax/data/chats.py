@@ -1,0 +1,120 @@
+"""Chats as data sets hold them -> messages as a chat template takes them."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Message = dict[str, Any]
+Render = Callable[[list[Message]], str]
+
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT: {from, value}
+TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's names, of questions and answers
+CALL = {"type": "function", "id": "call00000", "function": {"name": "look", "arguments": {}}}
+WORD = "wombat"  # stands in no template
+
+
+class Unusable(ValueError):
+    """An item that the format does not fit: why, to be counted, and the particulars of this one."""
+
+    def __init__(self, why: str, detail: str = ""):
+        super().__init__(why)
+        self.detail = detail
+
+
+class Chats:
+    """Chats for one template.
+
+    What it takes it gets as it is, as transformers does: lists of content parts, and null as the
+    content of an assistant's turn that calls a tool. What it would fail on, or print as Python's
+    `[{'type': ...` and `None`, becomes text: parts joined by a space, as transformers' server does,
+    and null the empty text.
+    """
+
+    def __init__(self, render: Render):
+        self._takes_parts = _takes_parts(render)
+        self._takes_null = {
+            calls: _takes_null(render, {"tool_calls": [CALL]} if calls else {})
+            for calls in (False, True)
+        }
+
+    def messages(self, value: Any) -> list[Message]:
+        """Of a list of {role, content} or {from, value}, or of JSON text that holds one. Raises
+        Unusable."""
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = None
+        if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
+            raise Unusable("no list of messages")
+        return [self._message(m) for m in value]
+
+    def _message(self, said: Mapping[str, Any]) -> Message:
+        # Parquet gives each message all fields that any has.
+        message = {name: value for name, value in said.items() if value is not None}
+        if "role" not in message and "from" in message:
+            speaker = message.pop("from")
+            message["role"] = SPEAKERS.get(speaker, speaker)
+            message["content"] = message.pop("value", None)
+        if not isinstance(message.get("role"), str):
+            raise Unusable("a message without a role")
+        message["content"] = self._content(message)
+        return message
+
+    def _content(self, message: Message) -> Any:
+        content = message.get("content")
+        if content is None:
+            if message["role"] == "user":
+                raise Unusable("a user's turn without content")
+            return None if self._takes_null[bool(message.get("tool_calls"))] else ""
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list):
+            raise Unusable("a message's content is no text", type(content).__name__)
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+                raise Unusable("a message's content has parts that are no text", str(kind))
+        texts = [part["text"] for part in content]
+        if self._takes_parts:
+            return [{"type": "text", "text": text} for text in texts]
+        return " ".join(texts)
+
+
+def _takes_parts(render: Render) -> bool:
+    text = _rendered(render, {"role": "user", "content": [{"type": "text", "text": WORD}]})
+    return text is not None and WORD in text and not any(f"{q}type{q}" in text for q in "'\"")
+
+
+def _takes_null(render: Render, calls: Message) -> bool:
+    user = {"role": "user", "content": WORD}
+    null, empty = (
+        _rendered(render, user, {"role": "assistant", "content": content} | calls)
+        for content in (None, "")
+    )
+    return null is not None and null.count("None") == (empty or null).count("None")
+
+
+def _rendered(render: Render, *messages: Message) -> str | None:
+    try:
+        return render(list(messages))
+    except Exception:  # whatever a template's own operations raise
+        return None
+
+
+def says_something(message: Message) -> bool:
+    """Whether there is anything in an assistant's turn to learn: an empty one is only read."""
+    content = message["content"] or ""
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    return any(parts) or bool(message.get("tool_calls"))
+
+
+def check_calls(message: Message, rendered: str) -> None:
+    """Raises Unusable when the template has left a turn's tool calls out."""
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise Unusable("a tool call without the function's name")
+        if name not in rendered:
+            raise Unusable("the chat template has no place for tool calls")

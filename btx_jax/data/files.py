@@ -1,0 +1,425 @@
+"""Files of text as rows, whatever their kind (plain text, JSON lines, JSON, CSV, TSV, Parquet) and
+compression (gzip, bzip2, Zstandard). A file is read as it comes, never whole, but for a plain text
+that is one document."""
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from btx_jax.errors import UserError
+
+JSON = ("jsonl", "ndjson", "json")
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+# Endings whose content is never text, and what to do instead.
+UNPACK = ("zip", "tar", "tgz", "tbz2", "txz", "7z", "rar", "xz", "lzma", "lz4", "br", "z")
+EXPORT = {"xlsx", "xls", "ods", "arrow", "feather", "avro", "orc", "npy", "npz", "pkl", "sqlite"}
+EXPORT |= {"db", "pdf", "docx", "doc", "odt", "epub"}
+# How a content that is no text begins, and the ending under which it is read or told.
+MAGIC = {
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"BZh91AY&SY": ".bz2",
+    b"\xfd7zXZ\0": ".xz",
+    b"PK\3\4": ".zip",
+    b"PAR1\x15": ".parquet",
+}
+UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # before UTF-16, whose mark begins one of them
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+HEAD = 2**16  # bytes that are looked at to tell what a file holds
+BATCH = 1024  # rows of a Parquet file at a time
+# A plain text longer than the first is no document but many: it is cut into pieces of at least the
+# second, about 8,000 tokens, and at most the third.
+LONG_TEXT, PIECE, LARGEST_PIECE = 2**20, 2**15, 2**17
+BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
+MAX_SHOWN_FIELDS = 8
+MAX_LINE = (
+    2**28
+)  # bytes of a line, characters of an item or field: a small packed file can hold more
+
+
+class Problem(NamedTuple):
+    """kind: what is wrong, to be counted. detail: of this one."""
+
+    kind: str
+    detail: str = ""
+
+
+class Row(NamedTuple):
+    """place: for messages. value: the fields of a row; of plain text, a document; or what is wrong
+    here."""
+
+    place: str
+    value: Mapping[str, Any] | str | Problem
+
+
+def read_rows(file: Path, field: str | None = None) -> Iterator[Row]:
+    """The rows of a file; field: the only one that is wanted, None for all (`shown_field`).
+
+    What cannot be read is a row of its own, a Problem, so that a damaged line costs that line. Raises
+    UserError where a file is damaged as a whole: truncated, not in its format, or, where all rows
+    have the same fields (CSV, Parquet), without the field.
+    """
+    kind, compression = _kind(file)
+    if kind in UNPACK or f".{kind}" in COMPRESSIONS:
+        yield Row(str(file), Problem(f"file skipped: .{kind} is not read; unpack it"))
+    elif kind in EXPORT:
+        told = f"file skipped: .{kind} is not read; export it as JSON lines, CSV or Parquet"
+        yield Row(str(file), Problem(told))
+    elif kind == "parquet" and compression:
+        told = f"file skipped: Parquet inside {compression} is not read; unpack it"
+        yield Row(str(file), Problem(told))
+    elif os.path.getsize(file):
+        try:
+            yield from _parquet_rows(file, field) if kind == "parquet" else _rows(file, kind, field)
+        except (EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+            raise UserError(
+                f"{file}: cannot be read to its end ({error}); is it truncated?"
+            ) from error
+
+
+def find_field(row: Mapping[str, Any], field: str) -> Any:
+    """`meta.text` is the field of that name, else the field `text` of `meta`. Raises KeyError."""
+    if field in row:
+        return row[field]
+    outer, dot, inner = field.partition(".")
+    if dot and isinstance(row.get(outer), Mapping):
+        return find_field(row[outer], inner)
+    raise KeyError(field)
+
+
+def shown_fields(fields: Any) -> str:
+    names = [str(name) for name in fields]
+    return ", ".join(names[:MAX_SHOWN_FIELDS]) + (", ..." if len(names) > MAX_SHOWN_FIELDS else "")
+
+
+def _kind(file: Path) -> tuple[str, str | None]:
+    """(ending without the compression's, in lower case; compression)."""
+    name, ending = os.path.splitext(file.name.lower())
+    compression = COMPRESSIONS.get(ending)
+    return (os.path.splitext(name)[1] if compression else ending)[1:], compression
+
+
+def _open(file: Path) -> BinaryIO:
+    """A stream that raises EOFError or OSError, not ends, where a compressed file is cut, and where
+    something else stands behind its end."""
+    _, compression = _kind(file)
+    if compression == "gzip":
+        return gzip.open(file)  # type: ignore[return-value]
+    if compression:
+        import pyarrow
+
+        # Not bz2 and zstandard: the former ignores what follows a stream, the latter a missing end.
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression, HEAD), HEAD)
+    return file.open("rb")
+
+
+def _rows(file: Path, kind: str, field: str | None) -> Iterator[Row]:
+    with _open(file) as stream:
+        head = stream.read(HEAD)
+    if problem := _no_utf8(head, file):
+        yield Row(str(file), problem)
+        return
+    with _open(file) as stream:
+        if kind in DELIMITERS:
+            yield from _table_rows(file, stream, DELIMITERS[kind], field)
+        elif kind not in JSON:
+            yield from _documents(file, stream)
+        elif _a_value_a_line(head):
+            yield from _json_lines(file, stream)
+        else:
+            yield from _json_values(file, stream)
+
+
+def _no_utf8(head: bytes, file: Path) -> Problem | None:
+    """What a file holds that does not begin as text in UTF-8 does."""
+    for magic, ending in MAGIC.items():
+        if head.startswith(magic):
+            told = "unpack it" if ending[1:] in UNPACK else f"name it *{ending}"
+            return Problem(f"file skipped: it holds {ending[1:]}, which its name hides; {told}")
+    nulls = [byte == 0 for byte in head[:4]]
+    encoding = None
+    if head.startswith(UTF_32) or nulls in ([False, True, True, True], [True, True, True, False]):
+        encoding = "UTF-32"
+    elif head.startswith(UTF_16) or nulls in ([False, True] * 2, [True, False] * 2):
+        encoding = "UTF-16"
+    if encoding:
+        return Problem(
+            f"file skipped: its encoding is {encoding}, not UTF-8",
+            f"convert it: iconv -f {encoding} -t UTF-8 {file.name}",
+        )
+    return None
+
+
+# JSON
+
+
+def _a_value_a_line(head: bytes) -> bool:
+    """Whether a JSON file has a value on each line; otherwise it is one array, or values that go
+    over several lines. head: how it begins."""
+    text = head.decode("utf-8-sig", "replace").lstrip()
+    first, newline, rest = text.partition("\n")
+    if text[:1] not in ("[", "{"):
+        return True
+    try:
+        json.loads(first)
+    except json.JSONDecodeError as error:
+        if not newline:
+            return text[0] == "{"
+        # What goes on in the next line breaks off between two tokens, what is damaged within one.
+        return error.pos < len(first.rstrip())
+    except (ValueError, RecursionError):
+        return True
+    return text[0] == "{" or bool(rest.strip())
+
+
+def _json_lines(file: Path, stream: BinaryIO) -> Iterator[Row]:
+    # As bytes, a line ends at \n, \r or both, and not at U+2028, which JSON strings may hold.
+    blocks = iter(lambda: stream.readline(MAX_LINE + 1), b"")
+    lines = itertools.chain.from_iterable(_lines(block, file) for block in blocks)
+    for number, line in enumerate(lines, start=1):
+        place = f"{file}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            yield Row(place, Problem("line skipped: invalid UTF-8", f"byte {error.start}"))
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+            yield Row(place, Problem("line skipped: not JSON", str(error).splitlines()[0]))
+        else:
+            yield Row(place, _object(value, "line"))
+
+
+def _lines(block: bytes, file: Path) -> list[bytes]:
+    if len(block) > MAX_LINE:
+        raise UserError(f"{file}: a line of more than {MAX_LINE >> 20} MiB is no document")
+    return block.splitlines()
+
+
+def _object(value: Any, noun: str) -> Mapping[str, Any] | Problem:
+    if isinstance(value, dict):
+        return value
+    return Problem(f"{noun} skipped: not an object with fields", f"{type(value).__name__}")
+
+
+def _json_values(file: Path, stream: BinaryIO) -> Iterator[Row]:
+    """The items of one array, or values one after another.
+
+    With the standard library's decoder, on a buffer that grows until it holds a whole item: ijson
+    reads a lone surrogate as `?` and knows neither NaN nor integers of more than 64 bits. Bytes that
+    are no UTF-8 become lone surrogates, so that they cost one item.
+    """
+    text = _Buffer(stream)
+    array = text.next() == "["
+    text.at += array
+    number = 0
+    while (mark := text.next()) != ("]" if array else ""):
+        if not mark:
+            raise UserError(f"{file}: ends within its array; is it truncated?")
+        if array and number:
+            if mark != ",":
+                raise UserError(f"{file}: {mark!r}, not a comma, behind item {number} of its array")
+            text.at += 1
+            text.next()
+        number += 1
+        place = f"{file}, item {number}"
+        try:
+            yield Row(place, _object(text.value(), "item"))
+        except (ValueError, RecursionError) as error:
+            told = f"{getattr(error, 'msg', error)}{'; is it truncated?' if text.ended else ''}"
+            raise UserError(f"{place}: not JSON: {told}") from error
+    text.at += array
+    if text.next():
+        raise UserError(f"{file}: goes on behind the end of its array")
+
+
+class _Buffer:
+    """Text that is read as it is needed. at: the place of the next character."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+        self._parse = json.JSONDecoder().raw_decode
+        self._text, self._step = "", HEAD
+        self.at, self.ended = 0, False
+
+    def next(self) -> str:
+        """The next character that is no blank, "" at the end."""
+        while True:
+            match = JSON_SPACE.match(self._text, self.at)
+            assert match
+            self.at = match.end()
+            if self.at < len(self._text) or not self._more():
+                return self._text[self.at : self.at + 1]
+
+    def value(self) -> Any:
+        """The value that begins here. Raises ValueError or RecursionError when there is none."""
+        while True:
+            if len(self._text) - self.at > 2 * MAX_LINE:
+                raise ValueError(f"more than {MAX_LINE >> 20} MiB")
+            try:
+                value, end = self._parse(self._text, self.at)
+            except json.JSONDecodeError as error:
+                # A string, or the last few characters, may go on.
+                goes_on = error.msg.startswith("Unterminated") or error.pos + 10 > len(self._text)
+                if not (goes_on and self._more()):
+                    raise
+            else:
+                if end < len(self._text) or not self._more():  # a number may go on
+                    self.at, self._step = end, HEAD
+                    return value
+
+    def _more(self) -> bool:
+        block = self._stream.read(self._step)
+        self._text = self._text[self.at :] + self._decode(block, final=not block)
+        self.at, self.ended = 0, not block
+        self._step *= 2  # so that a long item is parsed a few times, not thousands
+        return not self.ended
+
+
+# Tables
+
+
+def _table_rows(file: Path, stream: BinaryIO, delimiter: str, field: str | None) -> Iterator[Row]:
+    """Of CSV and TSV as spreadsheets write them: a header, quotes where they are needed."""
+    csv.field_size_limit(MAX_LINE)
+    # Bytes that are no UTF-8 become lone surrogates, so that they cost one row.
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next((row for row in reader if row), [])
+        if len(set(filter(None, header))) < len(list(filter(None, header))):
+            raise UserError(f"{file}: two columns have the same name: {shown_fields(header)}")
+        if field is not None and header and field not in header:
+            raise _without(field, file, header)
+        for row in reader:
+            place = f"{file}, line {reader.line_num}"
+            if len(row) == len(header):
+                yield Row(place, dict(zip(header, row, strict=True)))
+            elif row:
+                told = f"{len(row)} instead of {len(header)}"
+                yield Row(place, Problem("row skipped: more or fewer fields than columns", told))
+    except csv.Error as error:
+        raise UserError(
+            f"{file}, line {reader.line_num}: {error}; a field with quotes must stand in quotes,"
+            " each quote in it written twice"
+        ) from error
+
+
+def _parquet_rows(file: Path, field: str | None) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
+            schema = table.schema_arrow
+            if field is not None and not _has(schema, field):
+                raise _without(field, file, schema.names)
+            batches = table.iter_batches(BATCH, columns=None if field is None else [field])
+            values = itertools.chain.from_iterable(map(_batch_rows, batches))
+            for number, value in enumerate(values, start=1):
+                yield Row(f"{file}, row {number}", value)
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"{file} is not a readable Parquet file: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _batch_rows(batch: Any) -> list[Mapping[str, Any] | Problem]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [Problem("row skipped: invalid UTF-8")]
+    return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1))]
+
+
+def _has(fields: Any, field: str) -> bool:
+    """Of a pyarrow schema or struct type, as `find_field`."""
+    import pyarrow
+
+    types = {each.name: each.type for each in fields}
+    outer, _, inner = field.partition(".")
+    kind = types.get(outer)
+    return field in types or (
+        kind is not None and pyarrow.types.is_struct(kind) and _has(kind, inner)
+    )
+
+
+def _without(field: str, file: Path, fields: Any) -> UserError:
+    return UserError(
+        f"{file} has no field {field!r}; it has: {shown_fields(fields)}; name the field as"
+        " FILE#FIELD"
+    )
+
+
+# Plain text
+
+
+def _documents(file: Path, stream: BinaryIO) -> Iterator[Row]:
+    """The file as one document; as many, cut where a paragraph ends, when it is long.
+
+    Where it is cut depends on the file alone, so that every run holds out the same text.
+    """
+    start = stream.read(LONG_TEXT + 1)
+    is_long = len(start) > LONG_TEXT
+    start = start.removeprefix(codecs.BOM_UTF8)
+    if not is_long:
+        yield Row(str(file), _text(start))
+        return
+    told = (
+        f"text longer than {LONG_TEXT >> 20} MiB: cut into documents of {PIECE >> 10} KiB or more"
+    )
+    yield Row(str(file), Problem(f"{told}, at blank lines where it has them", "none of it lost"))
+    first = 0
+    for piece in _pieces(stream, start):
+        yield Row(f"{file}, byte {first}", _text(piece))
+        first += len(piece)
+
+
+def _text(data: bytes) -> str | Problem:
+    if b"\0" in data:
+        return Problem("document skipped: binary, not text", f"byte {data.index(0)} is 0")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Problem("document skipped: invalid UTF-8", f"byte {error.start}")
+
+
+def _pieces(stream: BinaryIO, start: bytes) -> Iterator[bytes]:
+    """Together, all bytes."""
+    left = start
+    while True:
+        if len(left) < LARGEST_PIECE and (more := stream.read(LONG_TEXT)):
+            left += more
+        if len(left) <= 2 * PIECE:
+            break
+        end = _end_of_piece(left)
+        yield left[:end]
+        left = left[end:]
+    if left:
+        yield left
+
+
+def _end_of_piece(data: bytes) -> int:
+    """Behind a blank line, else a line, else a space, else between two characters."""
+    if blank := BLANK_LINE.search(data, PIECE, LARGEST_PIECE):
+        return blank.end()
+    for mark in (b"\n", b" "):
+        if (found := data.find(mark, PIECE, LARGEST_PIECE)) >= 0:
+            return found + 1
+    end = min(LARGEST_PIECE, len(data))
+    ends = (i for i in range(end, end - 4, -1) if i == len(data) or data[i] & 0xC0 != 0x80)
+    return next(ends, end)
