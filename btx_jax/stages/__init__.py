@@ -28,7 +28,8 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def require_right(config: Config) -> None:
-    """`check`, for a stage that runs at once. Raises ConfigError with all that is wrong."""
+    """`check`, for a stage that runs at once, by every process: a mesh is made by all of them. Raises
+    ConfigError with all that is wrong."""
     mistakes = Mistakes()
     check(config, {}, mistakes)
     mistakes.tell()

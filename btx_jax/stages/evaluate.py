@@ -63,7 +63,7 @@ def run(config: Config, workdir: Path) -> None:
     start = time.monotonic()
     done = look_up(workdir, config)
     if done is None:
-        first_then_others(require_right, config)
+        require_right(config)
     found = {
         name: find_checkpoint(path, f"config.evaluate.models.{name}")
         for name, path in config.evaluate.models.items()

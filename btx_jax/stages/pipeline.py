@@ -14,7 +14,7 @@ from btx_jax.config import Config, PipelineStage
 from btx_jax.config_dict import from_dict, to_dict
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.model_config import ModelConfig
-from btx_jax.parallel.hosts import first_then_others, is_first
+from btx_jax.parallel.hosts import is_first
 from btx_jax.reporting.workdir import CONFIG, DONE, claim, done_of, finish, look_up
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
         stages.run(resolved[only], workdir / only)
         return
     look_up(workdir, config)
-    first_then_others(check_stages, config, resolved, workdir)
+    check_stages(config, resolved, workdir)
     claim(workdir, config)
     failed: dict[str, str] = {}
     for number, name in enumerate(order, start=1):

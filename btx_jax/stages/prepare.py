@@ -23,7 +23,7 @@ def run(config: Config, workdir: Path) -> None:
     if look_up(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
-    first_then_others(require_right, config)
+    require_right(config)
     init = find_checkpoint(config.init, "config.init") if config.init else None
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     manifests = {}

@@ -80,7 +80,7 @@ def run(config: Config, workdir: Path) -> None:
         log.info("%s: already finished", workdir)
         return
 
-    first_then_others(require_right, config)
+    require_right(config)
     init, model = starting_point(config)
     mesh = checked_mesh(config, model)
     log.info("%s: %s", workdir.name, described(model))
