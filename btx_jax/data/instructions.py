@@ -2,6 +2,7 @@
 learnt: prompt and answer from format strings, or a chat through the tokenizer's own chat
 template."""
 
+import string
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from btx_jax.config import FormatConfig
 from btx_jax.config_dict import to_dict
 from btx_jax.data.chat_template import TemplateError, chat_template
 from btx_jax.data.chats import Chats, Unusable, check_calls, says_something
-from btx_jax.data.files import Problem, Row, find_field
+from btx_jax.data.files import Problem, Row, find_field, shown_fields
 from btx_jax.data.sources import Problems, is_unicode
 from btx_jax.data.tokenizers import Tokenizer
 
