@@ -3,13 +3,20 @@
 A run keeps them in WORKDIR/checkpoints/STEP/{params, opt_state, data, about}: separate items, so
 that a mix reads parameters only. `about` makes params self-describing: the model, what it was
 trained on so far. The tokenizer lies in WORKDIR/tokenizer.
+
+Arrays are stored as zarr version 3 in one OCDBT key-value store an item, params in one chunk per
+layer and expert. Every chunk carries its CRC-32C, which TensorStore verifies whenever it reads one,
+whoever asks; OCDBT's own files carry theirs; `data` and `about` are sealed (checksums.py).
 """
 
 import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +26,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import linen as nn
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from btx_jax.checkpoints.checksums import sealed, unsealed
 from btx_jax.checkpoints.huggingface import Slot, is_finite, raise_problems, slots
 from btx_jax.config import CheckpointConfig
 from btx_jax.config_dict import from_dict, to_dict
@@ -27,9 +36,12 @@ from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, partition
+from btx_jax.parallel.hosts import is_first
 
 DIRECTORY = "checkpoints"
-FORMAT = 2
+FORMAT = 3
+UNSEALED = 2  # still read: as earlier versions wrote it, without checksums
+_LEAVES_HELD = 2  # of a step in large chunks: the one being read, and the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +111,10 @@ def about_to_json(about: About) -> dict[str, Any]:
 
 
 def about_from_json(values: dict[str, Any], path: Path) -> About:
-    if values.get("format") != FORMAT:
+    if values.get("format") not in (FORMAT, UNSEALED):
         raise UserError(
-            f"{path}: checkpoint format {values.get('format')!r}; this version reads {FORMAT}"
+            f"{path}: checkpoint format {values.get('format')!r}; this version reads {UNSEALED} and"
+            f" {FORMAT}"
         )
     history = {
         name: from_dict(TrainingRun, run, f"{path}: history")
@@ -125,19 +138,63 @@ def quiet() -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)
 
 
+def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int], _: bool = True) -> dict[str, Any]:
+    """zarr3's, of an array whose every chunk carries its CRC-32C."""
+    return {
+        "shape": list(shape),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "zstd", "configuration": {"level": 1}},
+            {"name": "crc32c"},
+        ],
+    }
+
+
+# Orbax has no setting for codecs; with its own, chunks carry no checksum.
+tensorstore_utils._build_zarr3_metadata = _chunk_metadata
+
+
+def _leading_axes(model: ModelConfig) -> dict[str, int]:
+    """Leaf -> how many leading axes are layers and experts."""
+    axes = {"/".join(slot.path): len(slot.indices) for slot in slots(model).values()}
+    for name in named_leaves(nn.unbox(abstract_params(model))):
+        axes.setdefault(name, 1)  # LoRA experts: layers
+    return axes
+
+
+def _save_params(params: Params, model: ModelConfig) -> ocp.args.PyTreeSave:
+    """In chunks of one layer and expert: what streaming reads at a time."""
+    axes = _leading_axes(model)
+
+    def chunks(path: Any, _: Any) -> ocp.SaveArgs:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return ocp.SaveArgs(shard_axes=tuple(range(axes.get(name, 0))))
+
+    held = stored(params, model)
+    return ocp.args.PyTreeSave(held, save_args=jax.tree_util.tree_map_with_path(chunks, held))
+
+
 class Checkpoints:
     """The checkpoints of one run. Saves in the background; a save that was interrupted does not
-    exist."""
+    exist. What killed processes of the same run left behind is swept."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
         quiet()
         self._directory = (workdir / DIRECTORY).resolve()
+        if is_first():
+            _sweep(self._directory, config.keep)
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        for item in ("params", "opt_state"):
+            registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_zarr3=True))
+        for item in ("data", "about"):
+            registry.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep, enable_async_checkpointing=True, create=True
             ),
-            item_names=("params", "opt_state", "data", "about"),
+            handler_registry=registry,
         )
 
     def latest_step(self) -> int | None:
@@ -156,13 +213,14 @@ class Checkpoints:
         """Start saving about.step. Arrays may be donated afterwards: they are copied to the host
         first."""
         items = {
-            "params": ocp.args.StandardSave(stored(params, about.model)),
-            "about": ocp.args.JsonSave(about_to_json(about)),
+            "params": _save_params(params, about.model),
+            "about": ocp.args.JsonSave(sealed(about_to_json(about))),
         }
         if opt_state is not None:
+            held = {"data": data, "opt_state": sorted(named_leaves(opt_state))}
             items |= {
-                "opt_state": ocp.args.StandardSave(opt_state),
-                "data": ocp.args.JsonSave(data),
+                "opt_state": ocp.args.PyTreeSave(opt_state),
+                "data": ocp.args.JsonSave(sealed(held)),
             }
         self._told(lambda: self._manager.save(about.step, args=ocp.args.Composite(**items)))
 
@@ -170,31 +228,24 @@ class Checkpoints:
         """(params, opt_state, data) of a step, onto the shardings of the abstract arguments: any
         mesh will do. params: what is `stored`.
 
-        Raises UserError when it holds moments of other leaves than opt_state."""
+        Raises UserError when it is damaged, or holds moments of other leaves than opt_state."""
+        path = self.path(step)
+        read_about(path)
+        data, known = _read_data(path)
         names = lambda tree: set(named_leaves(tree))  # noqa: E731
-        with ocp.StandardCheckpointer() as checkpointer:
-            held = checkpointer.metadata(self.path(step) / "opt_state").item_metadata
-        if wrong := sorted(names(held) ^ names(opt_state)):
+        held = names(_item_metadata(path, "opt_state"))
+        if known is not None and held != known:
+            raise damaged(path, f"opt_state/, {sorted(held ^ known)[0]}")
+        if wrong := sorted(held ^ names(opt_state)):
             whose = (
                 "the stored optimizer holds, and this run does not train,"
-                if wrong[0] in names(held)
+                if wrong[0] in held
                 else "this run trains, unstored,"
             )
-            raise UserError(
-                f"{self.path(step)}: {whose} {', '.join(wrong[:4])}; start in another --workdir"
-            )
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            opt_state=ocp.args.StandardRestore(opt_state),
-            data=ocp.args.JsonRestore(),
-        )
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:  # Orbax passes on whatever its storage raises
-            cure = f"delete {self.path(step)} to go on from the step before"
-            raise UserError(f"{self.path(step)} is damaged: {_short(error)}; {cure}") from error
-        _check_finite(restored["params"], self.path(step))
-        return restored["params"], restored["opt_state"], restored["data"]
+            raise UserError(f"{path}: {whose} {', '.join(wrong[:4])}; start in another --workdir")
+        restored = _restore_item(path, "params", params)
+        _check_finite(restored, path)
+        return restored, _restore_item(path, "opt_state", opt_state), data
 
     def wait(self) -> None:
         self._told(self._manager.wait_until_finished)
@@ -205,21 +256,89 @@ class Checkpoints:
         try:
             save()
         except Exception as error:  # Orbax passes on whatever its storage raises
+            good = [str(step) for step in steps_of(self._directory)]
+            rest = f"step {good[-1]} there is good" if good else "no step was saved there yet"
             raise UserError(
-                f"cannot save to {self._directory}: {_short(error)}; earlier steps there are good"
+                f"cannot save to {self._directory}: {_reason(error)}; {rest}"
             ) from error
 
     def close(self) -> None:
         self._told(self._manager.close)
 
 
+def steps_of(directory: Path) -> list[int]:
+    """The steps in a run's checkpoints/, oldest first."""
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def _sweep(directory: Path, keep: int) -> None:
+    """Unfinished saves, and steps whose deletion was cut short: older than those that are kept. The
+    caller holds the run's directory, so that no living process owns them."""
+    if not directory.is_dir():
+        return
+    surplus = [str(step) for step in steps_of(directory)[:-keep]]
+    for path in directory.iterdir():
+        if path.name in surplus or ".orbax-checkpoint-tmp" in path.name:
+            shutil.rmtree(path)
+
+
+def damaged(path: Path, what: str) -> UserError:
+    """Of a step's directory. what: the part, and how it shows."""
+    earlier = [step for step in steps_of(path.parent) if str(step) != path.name]
+    earlier = [step for step in earlier if path.name.isdigit() and step < int(path.name)]
+    cure = (
+        f"delete it to go on from step {earlier[-1]}"
+        if earlier
+        else "no earlier step is there: delete it, and make it again"
+    )
+    return UserError(f"{path} is damaged ({what}): {cure}")
+
+
+def _read_json(path: Path, item: str) -> dict[str, Any]:
+    """A JSON item of a step, its seal checked and taken off; earlier versions wrote none."""
+    try:
+        values = json.loads((path / item / "metadata").read_text(encoding="utf-8"))
+        unmarked = "format" not in values and "opt_state" not in values
+        return values if values.get("format") == UNSEALED or unmarked else unsealed(values)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"{item}/, {_short(error)}") from error
+
+
+def _read_data(path: Path) -> tuple[dict[str, Any], set[str] | None]:
+    """(the data iterator's state, the leaves of the optimizer's state), the latter None as earlier
+    versions wrote it."""
+    values = _read_json(path, "data")
+    return (values["data"], set(values["opt_state"])) if "opt_state" in values else (values, None)
+
+
 def read_about(path: Path) -> About:
     """Of a step's directory."""
+    values = _read_json(path, "about")
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return about_from_json(checkpointer.restore(path / "about"), path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: about/ is damaged: {type(error).__name__}: {error}") from error
+        return about_from_json(values, path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, f"about/, {type(error).__name__}: {error}") from error
+
+
+def _item_metadata(path: Path, item: str) -> Any:
+    """Opens the store itself first: Orbax would report a damaged one as empty."""
+    try:
+        json.loads((path / item / "_METADATA").read_text(encoding="utf-8"))
+        tensorstore.KvStore.open(
+            {"driver": "ocdbt", "base": f"file://{(path / item).resolve()}/"}
+        ).result().list().result()
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.metadata(path / item).item_metadata
+    except Exception as error:  # Orbax passes on whatever its storage raises
+        raise damaged(path, f"{item}/, {_reason(error)}") from error
+
+
+def _restore_item(path: Path, item: str, abstract: Any) -> Any:
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path / item, abstract)
+    except Exception as error:  # Orbax passes on whatever its storage raises
+        raise damaged(path, f"{item}/{_reason(error)}") from error
 
 
 def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
@@ -230,11 +349,7 @@ def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
     holds NaN or infinity.
     """
     _check_stored(path, model)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(path / "params", stored(abstract, model))
-    except Exception as error:  # Orbax passes on whatever its storage raises
-        raise UserError(f"{path}: params/ is damaged: {_short(error)}") from error
+    params = _restore_item(path, "params", stored(abstract, model))
     _check_finite(params, path)
     return params
 
@@ -252,6 +367,15 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def _reason(error: Exception) -> str:
+    """What storage says went wrong: the leaf and that its checksum is wrong, the operating system's
+    reason, or else its own words."""
+    told = _short(error)
+    if reason := re.search(r": ([^:]+) \[(?:source locations|os_error_code)", told):
+        told = reason[1]
+    return told
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """layers_0/ffn/gate -> leaf."""
     return {
@@ -261,24 +385,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _check_stored(path: Path, model: ModelConfig) -> None:
-    """Opens the store itself first: Orbax would report a damaged one as empty."""
-    params = path / "params"
-    try:
-        json.loads((params / "_METADATA").read_text(encoding="utf-8"))
-        tensorstore.KvStore.open(
-            {"driver": "ocdbt", "base": f"file://{params.resolve()}/"}
-        ).result().list().result()
-        with ocp.StandardCheckpointer() as checkpointer:
-            held = checkpointer.metadata(params).item_metadata
-        _check_leaves(stored(nn.unbox(abstract_params(model)), model), held, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: params/ is damaged: {type(error).__name__}: {error}") from error
-
-
-def _check_leaves(expected: Any, stored: Any, path: Path) -> None:
+    expected = stored(nn.unbox(abstract_params(model)), model)
     want, have = (
         {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
-        for tree in (expected, stored)
+        for tree in (expected, _item_metadata(path, "params"))
     )
     problems = [f"missing {name}" for name in want if name not in have]
     problems += [f"unknown {name}" for name in have if name not in want]
@@ -288,60 +398,136 @@ def _check_leaves(expected: Any, stored: Any, path: Path) -> None:
         if name in have and have[name] != want[name]
     ]
     if problems:
-        raise UserError(f"{path} does not hold its model: " + "; ".join(problems))
+        raise damaged(path, "params/, not its model's: " + "; ".join(problems))
 
 
-def _store_spec(params: Path, leaf: tuple[str, ...]) -> dict[str, Any]:
-    """Orbax keeps every leaf as a zarr array in one OCDBT key-value store."""
+def _store_spec(item: Path, name: str) -> dict[str, Any]:
+    """Orbax keeps every leaf as a zarr array in one OCDBT key-value store: version 3, or 2 as
+    earlier versions wrote it. What is missing is an error, never zeros."""
+    zarr3 = json.loads((item / "_METADATA").read_text(encoding="utf-8"))["use_zarr3"]
     return {
-        "driver": "zarr",
+        "driver": "zarr3" if zarr3 else "zarr",
         "kvstore": {
             "driver": "ocdbt",
-            "base": f"file://{params.resolve()}/",
-            "path": ".".join(leaf) + "/",
+            "base": f"file://{item.resolve()}/",
+            "path": name.replace("/", ".") + "/",
         },
+        "fill_missing_data_reads": False,
     }
 
 
 class StepReader:
     """Reads a step's parameters one tensor at a time, under their Hugging Face names and in Hugging
-    Face's layout."""
+    Face's layout.
+
+    by_leaf: its chunks span layers or experts, as earlier versions wrote them: a whole leaf is held
+    then, and read once if its tensors are asked for one behind the other.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         self.model = read_about(path).model
         _check_stored(path, self.model)
         self.slots = slots(self.model)
-        leaves = {slot.path for slot in self.slots.values()}
-        self._stores = {
-            leaf: tensorstore.open(_store_spec(path / "params", leaf), read=True).result()
-            for leaf in leaves
-        }
+        axes = {slot.path: len(slot.indices) for slot in self.slots.values()}
+        self._stores = {leaf: _open(path, "params", "/".join(leaf)) for leaf in axes}
         self.dtypes = {
             name: self._stores[slot.path].dtype.numpy_dtype for name, slot in self.slots.items()
         }
+        self._whole = {
+            leaf
+            for leaf, store in self._stores.items()
+            if any(n > 1 for n in store.chunk_layout.read_chunk.shape[: axes[leaf]])
+        }
+        self.by_leaf = bool(self._whole)
+        self._held: OrderedDict[tuple[str, ...], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
         self._bad_values: list[str] = []
 
     def read(self, name: str) -> np.ndarray:
         slot = self.slots[name]
-        try:
-            array = slot.to_theirs(
-                np.asarray(self._stores[slot.path][slot.indices].read().result())
-            )
-        except ValueError as error:  # tensorstore's for everything
-            raise UserError(
-                f"{self._path}: {'/'.join(slot.path)} cannot be read: {error}"
-            ) from error
+        if slot.path in self._whole:
+            part = self._leaf(slot.path)[slot.indices]
+        else:
+            part = _read(self._path, "params", self._stores[slot.path][slot.indices])
+        array = slot.to_theirs(part)
         if not is_finite(array):
             self._bad_values.append(name)
+        array = array if array.base is not part else array.copy()
         array.flags.writeable = False
         return array
+
+    def _leaf(self, leaf: tuple[str, ...]) -> np.ndarray:
+        with self._lock:
+            if leaf not in self._held:
+                self._held[leaf] = _read(self._path, "params", self._stores[leaf])
+            self._held.move_to_end(leaf)
+            while len(self._held) > _LEAVES_HELD:
+                self._held.popitem(last=False)
+            return self._held[leaf]
 
     def check(self) -> None:
         """Raises UserError when a tensor that was read held NaN or infinity."""
         raise_problems(
             self._path, [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)]
         )
+
+
+def _open(path: Path, item: str, name: str) -> Any:
+    try:
+        return tensorstore.open(_store_spec(path / item, name), read=True).result()
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(path, f"{item}/{name}, {_reason(error)}") from error
+
+
+def _read(path: Path, item: str, store: Any) -> np.ndarray:
+    try:
+        return np.asarray(store.read().result())
+    except ValueError as error:  # TensorStore's for everything
+        raise damaged(path, f"{item}/{_reason(error)}") from error
+
+
+def verify_step(path: Path) -> Iterator[str]:
+    """Reads all that a step holds; one line an item. Raises UserError when it is damaged."""
+    about = read_about(path)
+    _check_stored(path, about.model)
+    yield "about"
+    for item in ("params", "opt_state"):
+        if not (path / item).is_dir():
+            continue
+        names = list(named_leaves(_item_metadata(path, item)))
+        total, bad = 0, []
+        for name in names:
+            store = _open(path, item, name)
+            total += store.size * store.dtype.numpy_dtype.itemsize
+            for part in _parts(store):
+                values = _read(path, item, part)
+                if values.dtype.kind not in "iub" and not is_finite(values):
+                    bad.append(f"NaN or infinity in {item}/{name}")
+        raise_problems(path, list(dict.fromkeys(bad)))
+        checked = (
+            ""
+            if has_checksums(path / item)
+            else ", written without checksums: structure and finite values"
+        )
+        yield f"{item}, {len(names)} arrays, {total / 2**20:,.1f} MiB{checked}"
+    if (path / "data").is_dir():
+        _read_data(path)
+        yield "data"
+
+
+def has_checksums(item: Path) -> bool:
+    return bool(json.loads((item / "_METADATA").read_text(encoding="utf-8"))["use_zarr3"])
+
+
+def _parts(store: Any) -> Iterator[Any]:
+    """Along the first axis, as its chunks lie: so much is held at a time."""
+    if not store.rank:
+        yield store
+        return
+    step = store.chunk_layout.read_chunk.shape[0]
+    for start in range(0, store.shape[0], step):
+        yield store[start : min(start + step, store.shape[0])]
 
 
 class StepWriter:
@@ -369,18 +555,17 @@ class StepWriter:
                     " one dtype for all"
                 )
         self._dtypes = {slot.path: dtypes[name] for name, slot in self._slots.items()}
+        self._write_metadata()
 
     def _store(self, slot: Slot) -> Any:
         if slot.path not in self._stores:
-            spec = _store_spec(self._path / "params", slot.path)
-            shape = self._shapes[slot.path]
-            spec["metadata"] = {
-                "chunks": [1] * len(slot.indices) + list(slot.part),
-                "compressor": {"id": "zstd", "level": 1},
-            }
+            spec = _store_spec(self._path / "params", "/".join(slot.path))
+            spec["metadata"] = _chunk_metadata(
+                self._shapes[slot.path], [1] * len(slot.indices) + list(slot.part)
+            )
             dtype = self._dtypes[slot.path].name
             self._stores[slot.path] = tensorstore.open(
-                spec, create=True, read=True, write=True, dtype=dtype, shape=shape
+                spec, create=True, read=True, write=True, dtype=dtype
             ).result()
         return self._stores[slot.path]
 
@@ -394,8 +579,8 @@ class StepWriter:
                 int(reason[2]) if reason else 0, reason[1] if reason else str(error)
             ) from error
 
-    def finish(self, about: About) -> None:
-        """Orbax's own metadata of the tree, and what the checkpoint says about itself."""
+    def _write_metadata(self) -> None:
+        """Orbax's own, of the tree."""
         tree = {}
         for leaf, shape in self._shapes.items():
             keys = [{"key": key, "key_type": 2} for key in leaf]
@@ -408,10 +593,14 @@ class StepWriter:
         metadata = {
             "tree_metadata": tree,
             "use_ocdbt": True,
-            "use_zarr3": False,
+            "use_zarr3": True,
             "store_array_data_equal_to_fill_value": True,
             "custom_metadata": None,
         }
+        (self._path / "params").mkdir(parents=True)
         (self._path / "params" / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
+
+    def finish(self, about: About) -> None:
+        """What the checkpoint says about itself."""
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            checkpointer.save(self._path / "about", about_to_json(about))
+            checkpointer.save(self._path / "about", sealed(about_to_json(about)))

@@ -16,8 +16,10 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
+    reads_by_leaf,
     write_checkpoint,
 )
+from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.training_state import About
 from btx_jax.data.tokenizers import copy_tokenizer
 from btx_jax.errors import UserError
@@ -48,6 +50,7 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
             adapter.write_directory(partial, about, tensors)
         if (tokenizer := find_own_tokenizer(found)) is not None and output_format != "peft":
             copy_tokenizer(tokenizer, partial)
+        write_sums(partial)
     return f"wrote {target} ({output_format}, {len(tensors)} tensors)"
 
 
@@ -65,6 +68,7 @@ def import_peft(source: str, base: str, target: str) -> str:
         )
         if (tokenizer := find_own_tokenizer(under)) is not None:
             copy_tokenizer(tokenizer, partial)
+        write_sums(partial)
     return (
         f"wrote {target} ({len(tensors)} tensors, rank {model.lora.rank[0] if model.lora else 0})"
     )
@@ -128,6 +132,7 @@ def merge(
         ),
         check=check,
         verb="merging",
+        by_leaf=reads_by_leaf([reader]),
     )
     return f"wrote {target} (Hugging Face, {len(deltas)} of {len(reader.slots)} tensors changed)"
 

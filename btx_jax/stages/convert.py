@@ -9,6 +9,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
+    reads_by_leaf,
     write_checkpoint,
 )
 
@@ -37,6 +38,7 @@ def run(source: str, target: str, dtype: str = "") -> str:
         ),
         check=reader.check,
         verb="converting",
+        by_leaf=reads_by_leaf([reader]),
     )
     return f"wrote {target} ({kind}, {len(reader.slots)} tensors)"
 

@@ -19,6 +19,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_own_tokenizer,
     load_params,
 )
+from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.training_state import About, Checkpoints
 from btx_jax.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config_dict import differences, to_dict
@@ -106,6 +107,7 @@ def run(config: Config, workdir: Path) -> None:
     history = {run: counts for source in sources for run, counts in source.about.history.items()}
     if is_first():
         copy_tokenizer(tokenizers[0], workdir / "tokenizer")
+        write_sums(workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
         if checkpoints.latest_step() is None:
@@ -187,6 +189,7 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
     history = {run: counts for source in sources for run, counts in source.about.history.items()}
     if (tokenizer := find_own_tokenizer(sources[0])) is not None:
         copy_tokenizer(tokenizer, workdir / "tokenizer")
+        write_sums(workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
         if checkpoints.latest_step() is None:

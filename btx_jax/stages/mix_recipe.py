@@ -24,6 +24,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
+    reads_by_leaf,
     write_checkpoint,
 )
 from btx_jax.checkpoints.huggingface import (
@@ -139,6 +140,7 @@ def run(
         card=card,
         check=check,
         verb="mixing",
+        by_leaf=reads_by_leaf(sources.readers),
         inspect=inspect,
     )
     console.print(

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_base, load_params
+from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.training_state import (
     About,
     Base,
@@ -104,6 +105,7 @@ def run(config: Config, workdir: Path) -> None:
         state, base = start_state(config, model, mesh, init, checkpoints, batches, text)
         if is_first():
             copy_tokenizer(tokenizer, workdir / "tokenizer")
+            write_sums(workdir / "tokenizer")
         evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
         loop = Loop(
             config,
