@@ -10,6 +10,7 @@ whoever asks; OCDBT's own files carry theirs; `data` and `about` are sealed (che
 """
 
 import dataclasses
+import errno
 import functools
 import json
 import re
@@ -27,6 +28,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import linen as nn
 from orbax.checkpoint._src.serialization import tensorstore_utils
+from tqdm import tqdm
 
 from btx_jax.checkpoints.checksums import sealed, unsealed
 from btx_jax.checkpoints.huggingface import Slot, is_finite, raise_problems, slots
@@ -39,6 +41,7 @@ from btx_jax.models.lora import is_adapter, partition
 from btx_jax.parallel.hosts import is_first
 
 DIRECTORY = "checkpoints"
+ITEMS = ("about", "params", "opt_state", "data")
 FORMAT = 3
 UNSEALED = 2  # still read: as earlier versions wrote it, without checksums
 _LEAVES_HELD = 2  # of a step in large chunks: the one being read, and the next
@@ -258,9 +261,7 @@ class Checkpoints:
         except Exception as error:  # Orbax passes on whatever its storage raises
             good = [str(step) for step in steps_of(self._directory)]
             rest = f"step {good[-1]} there is good" if good else "no step was saved there yet"
-            raise UserError(
-                f"cannot save to {self._directory}: {_reason(error)}; {rest}"
-            ) from error
+            raise UserError(f"cannot save to {self._directory}: {_short(error)}; {rest}") from error
 
     def close(self) -> None:
         self._told(self._manager.close)
@@ -330,7 +331,7 @@ def _item_metadata(path: Path, item: str) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.metadata(path / item).item_metadata
     except Exception as error:  # Orbax passes on whatever its storage raises
-        raise damaged(path, f"{item}/, {_reason(error)}") from error
+        raise _unreadable(path, item, error) from error
 
 
 def _restore_item(path: Path, item: str, abstract: Any) -> Any:
@@ -338,7 +339,7 @@ def _restore_item(path: Path, item: str, abstract: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path / item, abstract)
     except Exception as error:  # Orbax passes on whatever its storage raises
-        raise damaged(path, f"{item}/{_reason(error)}") from error
+        raise _unreadable(path, item, error) from error
 
 
 def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
@@ -362,18 +363,30 @@ def _check_finite(params: Params, path: Path) -> None:
     )
 
 
+def _unreadable(path: Path, item: str, error: Exception) -> UserError:
+    """What storage raised for an item of a step, in one line. What is no fault of the stored bytes
+    is not told as damage."""
+    told = " ".join(str(error).split())
+    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+        raise error
+    if reason := _system_reason(told):
+        return UserError(f"{path}: {item}/ cannot be read: {reason}")
+    leaf = re.search(r'Error reading "([\w.]+)/(?:c/|zarr|\.zarray|\d)', told)
+    at = f"{item}/{leaf[1].replace('.', '/')}" if leaf else f"{item}/"
+    sums = re.search(r"(?i)digest mismatch|checksum verification", told)
+    return damaged(path, f"{at}, {'checksum' if sums else told[:200]}")
+
+
+def _system_reason(told: str) -> str:
+    """The operating system's words in TensorStore's, or nothing."""
+    found = re.search(r": ([^:]+) \[os_error_code='(\d+)'", told)
+    return found[1] if found and int(found[2]) != errno.ENOENT else ""
+
+
 def _short(error: Exception) -> str:
     """TensorStore appends its whole specification."""
-    return " ".join(str(error).split())[:300]
-
-
-def _reason(error: Exception) -> str:
-    """What storage says went wrong: the leaf and that its checksum is wrong, the operating system's
-    reason, or else its own words."""
-    told = _short(error)
-    if reason := re.search(r": ([^:]+) \[(?:source locations|os_error_code)", told):
-        told = reason[1]
-    return told
+    told = " ".join(str(error).split())
+    return _system_reason(told) or told[:300]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -401,7 +414,7 @@ def _check_stored(path: Path, model: ModelConfig) -> None:
         raise damaged(path, "params/, not its model's: " + "; ".join(problems))
 
 
-def _store_spec(item: Path, name: str) -> dict[str, Any]:
+def _array_spec(item: Path, name: str) -> dict[str, Any]:
     """Orbax keeps every leaf as a zarr array in one OCDBT key-value store: version 3, or 2 as
     earlier versions wrote it. What is missing is an error, never zeros."""
     zarr3 = json.loads((item / "_METADATA").read_text(encoding="utf-8"))["use_zarr3"]
@@ -475,49 +488,43 @@ class StepReader:
 
 def _open(path: Path, item: str, name: str) -> Any:
     try:
-        return tensorstore.open(_store_spec(path / item, name), read=True).result()
+        return tensorstore.open(_array_spec(path / item, name), read=True).result()
     except (OSError, ValueError, KeyError) as error:
-        raise damaged(path, f"{item}/{name}, {_reason(error)}") from error
+        raise _unreadable(path, item, error) from error
 
 
 def _read(path: Path, item: str, store: Any) -> np.ndarray:
     try:
         return np.asarray(store.read().result())
     except ValueError as error:  # TensorStore's for everything
-        raise damaged(path, f"{item}/{_reason(error)}") from error
+        raise _unreadable(path, item, error) from error
 
 
-def verify_step(path: Path) -> Iterator[str]:
-    """Reads all that a step holds; one line an item. Raises UserError when it is damaged."""
-    about = read_about(path)
-    _check_stored(path, about.model)
-    yield "about"
-    for item in ("params", "opt_state"):
-        if not (path / item).is_dir():
-            continue
-        names = list(named_leaves(_item_metadata(path, item)))
-        total, bad = 0, []
-        for name in names:
-            store = _open(path, item, name)
-            total += store.size * store.dtype.numpy_dtype.itemsize
-            for part in _parts(store):
-                values = _read(path, item, part)
-                if values.dtype.kind not in "iub" and not is_finite(values):
-                    bad.append(f"NaN or infinity in {item}/{name}")
-        raise_problems(path, list(dict.fromkeys(bad)))
-        checked = (
-            ""
-            if has_checksums(path / item)
-            else ", written without checksums: structure and finite values"
-        )
-        yield f"{item}, {len(names)} arrays, {total / 2**20:,.1f} MiB{checked}"
-    if (path / "data").is_dir():
-        _read_data(path)
-        yield "data"
+def items_of(path: Path) -> list[str]:
+    """Of a step: those that it holds."""
+    return [item for item in ITEMS if item == "about" or (path / item).is_dir()]
 
 
-def has_checksums(item: Path) -> bool:
-    return bool(json.loads((item / "_METADATA").read_text(encoding="utf-8"))["use_zarr3"])
+def verify_item(path: Path, item: str) -> str:
+    """Reads all of one item of a step; says what was checked. Raises UserError when it is
+    damaged."""
+    if item in ("about", "data"):
+        sealed_by = _read_json(path, item).get("format") or _read_data(path)[1]
+        return "checksum" if sealed_by not in (UNSEALED, None) else "no checksum was written"
+    if item == "params":
+        _check_stored(path, read_about(path).model)
+    names, nbytes, problems = list(named_leaves(_item_metadata(path, item))), 0, []
+    for name in tqdm(names, desc=f"{path.name}/{item}", unit="array", disable=None, leave=False):
+        store = _open(path, item, name)
+        nbytes += store.size * store.dtype.numpy_dtype.itemsize
+        for part in _parts(store):
+            values = _read(path, item, part)
+            if values.dtype.kind not in "iub" and not is_finite(values):
+                problems.append(f"NaN or infinity in {name}")
+    raise_problems(path / item, list(dict.fromkeys(problems)))
+    zarr3 = _array_spec(path / item, "")["driver"] == "zarr3"
+    how = "checksums" if zarr3 else "no checksums were written; structure"
+    return f"{how}, finite values: {len(names)} arrays, {nbytes / 2**20:,.1f} MiB"
 
 
 def _parts(store: Any) -> Iterator[Any]:
@@ -559,7 +566,7 @@ class StepWriter:
 
     def _store(self, slot: Slot) -> Any:
         if slot.path not in self._stores:
-            spec = _store_spec(self._path / "params", "/".join(slot.path))
+            spec = _array_spec(self._path / "params", "/".join(slot.path))
             spec["metadata"] = _chunk_metadata(
                 self._shapes[slot.path], [1] * len(slot.indices) + list(slot.part)
             )
@@ -573,7 +580,7 @@ class StepWriter:
         slot = self._slots[name]
         try:
             self._store(slot)[slot.indices].write(slot.to_ours(tensor)).result()
-        except ValueError as error:  # tensorstore's for everything, the disk included
+        except ValueError as error:  # TensorStore's for everything, the disk included
             reason = re.search(r": ([^:]+) \[os_error_code='(\d+)'", str(error))
             raise OSError(
                 int(reason[2]) if reason else 0, reason[1] if reason else str(error)

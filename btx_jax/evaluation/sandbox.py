@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from btx_jax.errors import UserError
+from btx_jax.output import temporary_directory
 from btx_jax.evaluation.sandboxed import CONTAINED, NONCE
 
 
@@ -53,7 +54,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
         )
     nonce = secrets.token_hex(NONCE // 2)
     with (
-        tempfile.TemporaryDirectory(prefix="btx_jax-sandbox-") as home,
+        temporary_directory("btx_jax-sandbox-") as home,
         tempfile.TemporaryFile() as told,
     ):
         reader, writer = os.pipe()
@@ -61,13 +62,13 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
             sys.executable,
             "-I",
             str(Path(__file__).with_name("sandboxed.py")),
-            home,
+            str(home),
             str(writer),
             *map(str, dataclasses.astuple(limits)),
         ]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=told, cwd=home, start_new_session=True, pass_fds=(writer,),
-            env={"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
+            env={"PATH": "/usr/bin:/bin", "HOME": str(home), "TMPDIR": str(home), "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip
         os.close(writer)
         with os.fdopen(reader, "rb") as answer:

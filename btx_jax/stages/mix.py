@@ -4,6 +4,7 @@ LoRA experts."""
 
 import dataclasses
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from btx_jax.checkpoints.checkpoint import (
     load_params,
 )
 from btx_jax.checkpoints.checksums import write_sums
-from btx_jax.checkpoints.training_state import About, Checkpoints
+from btx_jax.checkpoints.training_state import DIRECTORY, About, Checkpoints
 from btx_jax.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
@@ -31,7 +32,7 @@ from btx_jax.mixing.router import normal_routers
 from btx_jax.mixing.split import blend_models, split_models
 from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import abstract_params
-from btx_jax.parallel.hosts import is_first
+from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.reporting.workdir import claim, finish
 
@@ -41,10 +42,12 @@ log = logging.getLogger(__name__)
 def run(config: Config, workdir: Path) -> None:
     assert config.mix and config.mesh
     start = time.monotonic()
+    mix = config.mix
     if claim(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
-    mix = config.mix
+    # What an interrupted attempt saved may be of sources that have been replaced since.
+    first_then_others(shutil.rmtree, workdir / DIRECTORY, ignore_errors=True)
     sources = [
         find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)
     ]
@@ -110,8 +113,7 @@ def run(config: Config, workdir: Path) -> None:
         write_sums(workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
-        if checkpoints.latest_step() is None:
-            checkpoints.save(About(model, 0, history), params)
+        checkpoints.save(About(model, 0, history), params)
     finally:
         checkpoints.close()
     finish(
@@ -192,10 +194,9 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
         write_sums(workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
-        if checkpoints.latest_step() is None:
-            checkpoints.save(
-                About(model, 0, history, first.base), from_tensors(model, tensors, workdir)
-            )
+        checkpoints.save(
+            About(model, 0, history, first.base), from_tensors(model, tensors, workdir)
+        )
     finally:
         checkpoints.close()
 
