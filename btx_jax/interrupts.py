@@ -6,6 +6,7 @@ finaliser, Python drops it, and the program goes on as if nobody had asked.
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,6 +21,7 @@ def end_at_once(cure: str) -> None:
     ended by it. One that the caller told us to ignore (nohup) stays ignored."""
 
     def end(number: int, _: FrameType | None) -> None:
+        threading.excepthook = lambda _: None  # of those whose files are taken away now
         abandon()
         # No buffers: the signal may have come in the middle of a write to one of them.
         os.write(2, f"\nbtx_jax: interrupted; {cure}\n".encode())

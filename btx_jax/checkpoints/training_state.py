@@ -135,10 +135,20 @@ def stored(params: Any, model: ModelConfig) -> Any:
 
 
 def quiet() -> None:
-    """Orbax reports every save at INFO through absl; a run's own log says what users need."""
+    """Orbax reports every save at INFO through absl; a run's own log says what users need. What
+    fails in a thread of Orbax is raised again where the save is waited for."""
     import absl.logging
 
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    if threading.excepthook is not _others_failed:
+        threading.excepthook = _others_failed
+
+
+def _others_failed(failed: threading.ExceptHookArgs) -> None:
+    code = getattr(getattr(failed.thread, "_target", None), "__module__", "") or ""
+    owner = type(failed.thread).__module__
+    if not (owner + code).startswith(("orbax.", "threadingorbax.")):
+        threading.__excepthook__(failed)
 
 
 def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int], _: bool = True) -> dict[str, Any]:
@@ -259,6 +269,8 @@ class Checkpoints:
         try:
             save()
         except Exception as error:  # Orbax passes on whatever its storage raises
+            if is_first():
+                _sweep(self._directory, keep=len(steps_of(self._directory)) or 1)
             good = [str(step) for step in steps_of(self._directory)]
             rest = f"step {good[-1]} there is good" if good else "no step was saved there yet"
             raise UserError(f"cannot save to {self._directory}: {_short(error)}; {rest}") from error
@@ -280,7 +292,7 @@ def _sweep(directory: Path, keep: int) -> None:
     surplus = [str(step) for step in steps_of(directory)[:-keep]]
     for path in directory.iterdir():
         if path.name in surplus or ".orbax-checkpoint-tmp" in path.name:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def damaged(path: Path, what: str) -> UserError:

@@ -21,8 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from btx_jax.errors import UserError
-from btx_jax.output import temporary_directory
 from btx_jax.evaluation.sandboxed import CONTAINED, NONCE
+from btx_jax.output import temporary_directory
 
 
 @dataclasses.dataclass(frozen=True)
