@@ -15,6 +15,7 @@ import functools
 import json
 import re
 import shutil
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,15 +141,21 @@ def quiet() -> None:
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)
-    if threading.excepthook is not _others_failed:
-        threading.excepthook = _others_failed
+    threading.excepthook = _thread_failed
+    sys.unraisablehook = _raised_unseen
 
 
-def _others_failed(failed: threading.ExceptHookArgs) -> None:
-    code = getattr(getattr(failed.thread, "_target", None), "__module__", "") or ""
-    owner = type(failed.thread).__module__
-    if not (owner + code).startswith(("orbax.", "threadingorbax.")):
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    target = getattr(failed.thread, "_target", None)
+    modules = (type(failed.thread).__module__, getattr(target, "__module__", None) or "")
+    if not any(module.startswith("orbax.") for module in modules):
         threading.__excepthook__(failed)
+
+
+def _raised_unseen(raised: Any) -> None:
+    """Writes that end when Orbax has given up the save, because another one failed."""
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)
 
 
 def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int], _: bool = True) -> dict[str, Any]:
