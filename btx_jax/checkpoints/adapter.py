@@ -156,7 +156,7 @@ def _read_json(directory: Path) -> dict[str, Any]:
     file = directory / ABOUT
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        if values.get("format") != UNSEALED:
+        if SEAL in values or values.get("format") != UNSEALED:
             unsealed(_without_place(values))
         return values
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -31,7 +31,7 @@ from flax import linen as nn
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from tqdm import tqdm
 
-from btx_jax.checkpoints.checksums import sealed, unsealed
+from btx_jax.checkpoints.checksums import SEAL, sealed, unsealed
 from btx_jax.checkpoints.huggingface import Slot, is_finite, raise_problems, slots
 from btx_jax.config import CheckpointConfig
 from btx_jax.config_dict import from_dict, to_dict
@@ -318,10 +318,15 @@ def _read_json(path: Path, item: str) -> dict[str, Any]:
     """A JSON item of a step, its seal checked and taken off; earlier versions wrote none."""
     try:
         values = json.loads((path / item / "metadata").read_text(encoding="utf-8"))
-        unmarked = "format" not in values and "opt_state" not in values
-        return values if values.get("format") == UNSEALED or unmarked else unsealed(values)
+        bare = SEAL not in values and _is_unsealed(path)
+        return values if bare else unsealed(values)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise damaged(path, f"{item}/, {_short(error)}") from error
+
+
+def _is_unsealed(path: Path) -> bool:
+    about = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))
+    return about.get("format") == UNSEALED
 
 
 def _read_data(path: Path) -> tuple[dict[str, Any], set[str] | None]:
@@ -528,8 +533,8 @@ def verify_item(path: Path, item: str) -> str:
     """Reads all of one item of a step; says what was checked. Raises UserError when it is
     damaged."""
     if item in ("about", "data"):
-        sealed_by = _read_json(path, item).get("format") or _read_data(path)[1]
-        return "checksum" if sealed_by not in (UNSEALED, None) else "no checksum was written"
+        _read_json(path, item)
+        return "no checksum was written" if _is_unsealed(path) else "checksum"
     if item == "params":
         _check_stored(path, read_about(path).model)
     names, nbytes, problems = list(named_leaves(_item_metadata(path, item))), 0, []
