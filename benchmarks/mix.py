@@ -6,8 +6,9 @@ mergekit-moe, in one run.
 Writes three random Llamas of TinyLlama's shape (1.1B parameters, bfloat16, 2.2 GB each) under
 --folder, then in every round: copies the mixture's bytes (`cp -r` of the previous result, then
 fsync), mixes a frankenMoE with `python -m btx_jax mix`, and, when named, does the same with
-mergekit-moe on the same recipe (gate_mode random). Peak resident memory is the process's own
-high-water mark; that of the interpreter with the same imports is measured beside it. Needs 25 GB of
+mergekit-moe on the same recipe (gate_mode random). Both mixtures are made again from runs of our own
+that hold the same models, with the bytes that were read (rchar of /proc/self/io). Peak resident memory is the process's own
+high-water mark; that of the interpreter with the same imports is measured beside it. Needs 32 GB of
 disk.
 """
 
@@ -44,7 +45,9 @@ SOURCES = ("a", "b", "c")
 PEAK = (
     "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
 )
-MEASURE = f"import sys; from btx_jax.__main__ import main; main(sys.argv[1:]); {PEAK}"
+READ = "print(next(line for line in open('/proc/self/io') if line.startswith('rchar')).split()[1])"
+IMPORTED = f"import sys, btx_jax.stages.mix_recipe; from btx_jax.__main__ import main; {READ}"
+MEASURE = f"{IMPORTED}; main(sys.argv[1:]); {READ}; {PEAK}"
 IMPORTS = f"import btx_jax.stages.mix_recipe; {PEAK}"
 
 
@@ -94,7 +97,16 @@ def main() -> None:
         "experts": experts,
     }
     for name, extra in (("copy", {}), ("average", {"base": "average"})):
-        (folder / f"{name}.yml").write_text(json.dumps(recipe | extra))  # JSON is YAML
+        text = json.dumps(recipe | extra)  # JSON is YAML
+        (folder / f"{name}.yml").write_text(text)
+        for source in SOURCES:
+            text = text.replace(f'"{folder / source}"', f'"{folder / source}-run"')
+        (folder / f"{name}, from runs.yml").write_text(text)
+    for source in SOURCES:
+        run = folder / f"{source}-run"
+        if not run.exists():
+            timed([sys.executable, "-m", "btx_jax", "convert", str(folder / source), str(run)])
+    names = [file.stem for file in sorted(folder.glob("*.yml"))]
     tokenizer = folder / SOURCES[0] / "tokenizer.json"
     if not tokenizer.exists():  # mergekit wants one in the base model
         from tokenizers import Tokenizer, models
@@ -110,14 +122,18 @@ def main() -> None:
     out, copied = folder / "mixed", folder / "copied"
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, int] = {"imports alone": int(timed([sys.executable, "-c", IMPORTS])[1])}
+    read: dict[str, int] = {}
     for _ in range(args.rounds):
-        for name in ("copy", "average"):
+        for name in names:
             shutil.rmtree(out, ignore_errors=True)
             took, printed = timed(
                 [sys.executable, "-c", MEASURE, "mix", str(folder / f"{name}.yml"), str(out)]
+                + ["--format=huggingface"]
             )
             seconds.setdefault(f"btx_jax, base: {name}", []).append(took)
-            peaks[f"base: {name}"] = int(printed.splitlines()[-1])
+            before, *_, after, peak = printed.splitlines()
+            peaks[f"base: {name}"] = int(peak)
+            read[name] = int(after) - int(before)
         shutil.rmtree(copied, ignore_errors=True)
         took, _ = timed(["sh", "-c", f"cp -r {out} {copied} && sync {copied}/*"])
         seconds.setdefault("cp -r and sync", []).append(took)
@@ -131,8 +147,9 @@ def main() -> None:
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"\n{size / 1e9:.2f} GB written; seconds, median of {args.rounds} rounds (min to max)")
     for name, times in seconds.items():
-        print(f"{name:24} {statistics.median(times):6.1f} ({min(times):.1f} to {max(times):.1f})")
-    for name in ("copy", "average"):
+        print(f"{name:34} {statistics.median(times):6.1f} ({min(times):.1f} to {max(times):.1f})")
+    for name in names:
+        print(f"base: {name}: {read[name] / 1e9:.2f} GB read")
         for peer in ("cp -r and sync", "mergekit-moe"):
             if peer in seconds:
                 ratios = [

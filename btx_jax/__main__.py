@@ -1,5 +1,10 @@
 """The short commands: python -m btx_jax
-{digest,generate,convert,evaluate,mix,expert,adapter,tokenizer,lm_eval} --help."""
+{digest,generate,convert,evaluate,mix,expert,adapter,verify,tokenizer,lm_eval} --help."""
+
+from btx_jax import interrupts
+
+if __name__ == "__main__":  # imports take seconds
+    interrupts.end_at_once("run the same command again")
 
 import argparse
 import logging
@@ -98,6 +103,17 @@ def _adapter_merge(args: argparse.Namespace) -> None:
     from btx_jax.stages.adapter import merge
 
     terminal.say(merge(args.source, args.target, args.base, args.expert, args.gates))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from btx_jax.stages.verify import verify
+
+    wrong = 0
+    for finding in verify(args.path):
+        wrong += not finding.good
+        print(f"{'ok     ' if finding.good else 'DAMAGED'} {finding.name}: {finding.told}")
+    if wrong:
+        sys.exit(1)
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
@@ -340,6 +356,14 @@ def parser() -> argparse.ArgumentParser:
         "--gates", default="", help="of several: `mean`, or one weight per expert, comma-separated"
     )
     command.set_defaults(run=_adapter_merge)
+
+    command = commands.add_parser(
+        "verify", help="read all of what is stored and compare it with its checksums"
+    )
+    command.add_argument(
+        "path", metavar="PATH", help="a pipeline's directory (all its runs), or " + CHECKPOINT
+    )
+    command.set_defaults(run=_verify)
 
     command = commands.add_parser(
         "tokenizer", help="train a sentencepiece model that gives back any text exactly"

@@ -3,14 +3,18 @@
 
 Every key of the config can be overridden on the command line. A directory that holds an unfinished
 run of the same config is resumed; a finished one is left as it is. Exit status: 0 finished, 1
---compile_topology does not fit, 2 wrong input (one line says what and how to mend it), 143 ended by
-SIGTERM with its step saved.
+--compile_topology does not fit, 2 wrong input (one line says what and how to mend it), 130 and 143
+ended by Ctrl-C and SIGTERM, in training with the step saved; a second one ends at once.
 """
+
+from btx_jax import interrupts
+
+if __name__ == "__main__":  # the imports below take seconds
+    interrupts.end_at_once("run the same command to go on from the last checkpoint")
 
 import logging
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -112,14 +116,7 @@ def main(argv: list[str]) -> None:
     with told_in_one_line():
         if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
             read_config(file)  # raises, as its file could not be read or returns something else
-        try:
-            _run(file)
-        except KeyboardInterrupt:
-            print(
-                "btx_jax: interrupted; run the same command to go on from the last checkpoint",
-                file=sys.stderr,
-            )
-            sys.exit(128 + signal.SIGINT)
+        _run(file)
 
 
 def _run(file: str) -> None:

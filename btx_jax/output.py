@@ -6,8 +6,9 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from btx_jax.errors import UserError
 
@@ -25,6 +26,9 @@ def check_free(target: Path) -> None:
         raise UserError(f"cannot write {str(target)[:200]!r}: {error}") from error
     if exists:
         raise UserError(f"{target} exists; delete it or choose another name")
+
+
+_unfinished: set[Path] = set()  # of this process
 
 
 @contextlib.contextmanager
@@ -64,20 +68,15 @@ def new_directory(target: Path) -> Iterator[Path]:
 def _new_directory(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target.parent, target.name)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}{PARTIAL}", dir=target.parent))
-        partial.chmod(0o777 & ~_umask())
-        with locked(partial):
-            try:
-                yield partial
-                for folder, _, files in os.walk(partial):
-                    for path in (folder, *(os.path.join(folder, file) for file in files)):
-                        _fsync(path)
-                check_free(target)
-                partial.rename(target)
-                _fsync(target.parent)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        with _partial(target, lambda **at: Path(tempfile.mkdtemp(**at))) as partial:
+            partial.chmod(0o777 & ~_umask())
+            yield partial
+            for folder, _, files in os.walk(partial):
+                for path in (folder, *(os.path.join(folder, file) for file in files)):
+                    _fsync(path)
+            check_free(target)
+            partial.rename(target)
+            _fsync(target.parent)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
 
@@ -85,21 +84,71 @@ def _new_directory(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """A hidden file beside the target, renamed to it at the end of the block, whatever is there, or
-    deleted when the block fails. A killed process leaves what `new_directory` does.
+    deleted when the block fails; what killed processes left of it is removed.
 
     Its name is nobody else's: process ids are not enough, in containers every run is process 1.
     """
-    sweep(target.parent, target.name)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}{PARTIAL}", dir=target.parent)
-    partial = Path(name)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with _partial(target, _empty_file) as partial:
         partial.chmod(0o666 & ~_umask())
         yield partial
         partial.replace(target)
+
+
+def _empty_file(**at: Any) -> Path:
+    handle, name = tempfile.mkstemp(**at)
+    os.close(handle)
+    return Path(name)
+
+
+@contextlib.contextmanager
+def _partial(target: Path, make: Callable[..., Path]) -> Iterator[Path]:
+    """What `make` makes, locked for as long as the block lasts, and gone after it."""
+    sweep(target.parent, target.name)
+    with contextlib.ExitStack() as held:
+        while True:
+            partial = make(prefix=f".{target.name}{PARTIAL}", dir=target.parent)
+            _unfinished.add(partial)
+            try:
+                held.enter_context(locked(partial))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another process took it for a left-over, before it was locked
+            except OSError:
+                pass  # a file system without locks
+            if partial.exists():
+                break
+        try:
+            yield partial
+        finally:
+            _remove(partial)
+            _unfinished.discard(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_directory(prefix: str) -> Iterator[Path]:
+    """Of the system's temporary files; gone after the block."""
+    directory = Path(tempfile.mkdtemp(prefix=prefix))
+    _unfinished.add(directory)
+    try:
+        yield directory
     finally:
-        os.close(handle)
-        partial.unlink(missing_ok=True)
+        _remove(directory)
+        _unfinished.discard(directory)
+
+
+def abandon() -> None:
+    """Remove what this process has not finished; threads that still write there cannot keep it."""
+    for path in list(_unfinished):
+        for _ in range(100):
+            _remove(path)
+            if not path.exists():
+                break
 
 
 def sweep(directory: Path, name: str | None = None) -> None:
@@ -107,10 +156,7 @@ def sweep(directory: Path, name: str | None = None) -> None:
     Those of living processes are locked and left alone."""
     for left_over in directory.glob(f".{'*' if name is None else glob.escape(name)}{PARTIAL}*"):
         with contextlib.suppress(OSError), locked(left_over):
-            if left_over.is_dir():
-                shutil.rmtree(left_over)
-            else:
-                left_over.unlink()
+            _remove(left_over)
 
 
 @contextlib.contextmanager

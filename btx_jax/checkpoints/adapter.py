@@ -3,9 +3,11 @@
 A directory holds adapter.safetensors, with `layers.LAYER.TARGET.a` [experts, rank, inputs], `.b`
 [experts, outputs, rank] and `.router` [experts, inputs] (layouts as in Hugging Face, float32), and
 adapter.json: the format's number, the model with its lora section (allocation, rank, k, alpha,
-targets), the experts of each layer, path and digest of the base, and what it was trained on.
+targets), the experts of each layer, path and digest of the base, what it was trained on, sha256 of
+adapter.safetensors, and sha256 of all this but the base's path, which may be changed.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +16,17 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
+from btx_jax.checkpoints.checksums import SEAL, sealed, unsealed
 from btx_jax.checkpoints.huggingface import is_finite, raise_problems
-from btx_jax.checkpoints.training_state import About, about_from_json, about_to_json, stored
+from btx_jax.checkpoints.training_state import (
+    UNSEALED,
+    About,
+    about_from_json,
+    about_to_json,
+    stored,
+)
 from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import abstract_params
@@ -129,12 +138,32 @@ def is_adapter_directory(path: Path) -> bool:
     return (path / ABOUT).is_file()
 
 
-def read_about(directory: Path) -> About:
+def _read_json(directory: Path) -> dict[str, Any]:
+    """adapter.json, its seal checked."""
     file = directory / ABOUT
     try:
-        about = about_from_json(json.loads(file.read_text(encoding="utf-8")), file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: damaged: {type(error).__name__}: {error}") from error
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if SEAL in values or values.get("format") != UNSEALED:
+            unsealed(_without_place(values))
+        return values
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+
+
+def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {**values, "base": {**values["base"], "path": ""}}
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    return UserError(f"{file} is damaged ({what}): download or export it again")
+
+
+def read_about(directory: Path) -> About:
+    file, values = directory / ABOUT, _read_json(directory)
+    try:
+        about = about_from_json(values, file)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
     if about.base is None or about.model.lora is None:
         raise UserError(f"{file}: names no base or no LoRA experts")
     return about
@@ -142,25 +171,34 @@ def read_about(directory: Path) -> About:
 
 def read_directory(directory: Path, model: ModelConfig) -> dict[str, Any]:
     """The tree of an adapter directory, numpy float32."""
-    return from_tensors(model, load_tensors(directory / TENSORS), directory)
+    known = _read_json(directory).get("tensors_sha256")
+    return from_tensors(model, load_tensors(directory / TENSORS, known), directory)
 
 
-def load_tensors(file: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file. Raises UserError when it cannot be read."""
+def load_tensors(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file. Raises UserError when it cannot be read, or its bytes have
+    another sha256."""
     try:
-        return load_file(file)
+        data = file.read_bytes()
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise _damaged(file, "checksum")
+        return load(data)
     except (OSError, SafetensorError, ValueError, AttributeError) as error:  # no such dtype
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
 def write_directory(directory: Path, about: About, tensors: Mapping[str, np.ndarray]) -> None:
     """Into a directory that exists."""
-    (directory / TENSORS).write_bytes(save(dict(tensors), metadata={"format": "btx_jax"}))
+    data = save(dict(tensors), metadata={"format": "btx_jax"})
+    (directory / TENSORS).write_bytes(data)
     assert about.model.lora
     experts = [spec.experts if spec else 0 for spec in about.model.lora.specs(about.model.layers)]
-    (directory / ABOUT).write_text(
-        json.dumps(about_to_json(about) | {"experts": experts}, indent=2) + "\n", encoding="utf-8"
-    )
+    values = about_to_json(about) | {
+        "experts": experts,
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    values[SEAL] = sealed(_without_place(values))[SEAL]
+    (directory / ABOUT).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def merged_delta(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btx_jax.checkpoints import adapter, safetensors_files
+from btx_jax.checkpoints.checksums import check_sums, read_sums, write_sums
 from btx_jax.checkpoints.huggingface import (
     HuggingFaceReader,
     HuggingFaceWriter,
@@ -138,6 +139,8 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         RuntimeError,
     ) as error:  # a name too long, a NUL in it, a loop of links
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
+    # Tensors are checked where they are read.
+    check_sums(path, [name for name in read_sums(path) if not name.endswith(".safetensors")])
     if is_huggingface(path):
         about = About(read_config(path), 0, _history(path), huggingface=read_kept(path))
         return Checkpoint(path, about, is_huggingface=True)
@@ -155,7 +158,9 @@ def _find(path: str | Path, key: str) -> Checkpoint:
             f"{key}: {path} is no checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, a"
             f" Hugging Face directory (config.json) or an adapter ({adapter.ABOUT})"
         )
-    return Checkpoint(path, read_about(path))
+    found = Checkpoint(path, read_about(path))
+    check_sums(found.tokenizer)
+    return found
 
 
 def shortest_context(checkpoints: Sequence[Checkpoint]) -> int:
@@ -194,6 +199,11 @@ def open_reader(checkpoint: Checkpoint) -> Reader:
         if checkpoint.is_huggingface
         else StepReader(checkpoint.path)
     )
+
+
+def reads_by_leaf(readers: Iterable[Reader]) -> bool:
+    """Whether one of them reads least when tensors are asked for leaf by leaf."""
+    return any(isinstance(reader, StepReader) and reader.by_leaf for reader in readers)
 
 
 def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
@@ -388,6 +398,7 @@ def write_checkpoint(
     check: Callable[[], None],
     verb: str,
     inspect: Callable[[Path], None] = lambda written: None,
+    by_leaf: bool = False,
 ) -> None:
     """A new directory, whole or not at all: `tensor(name)` for every tensor of the model, one at a
     time, cast to dtypes[name].
@@ -404,6 +415,11 @@ def write_checkpoint(
             array
         )  # a reader has seen a read-only one
 
+    places = slots(model)
+    names, bad_values = list(places), []
+    if by_leaf:
+        names.sort(key=lambda name: places[name].path)  # stable: layers stay in order
+    dtypes = {name: dtypes[name] for name in names}
     told = {HISTORY: json.dumps(to_dict(history), sort_keys=True)} if history else {}
     with new_directory(target) as partial:
         writer = (
@@ -411,7 +427,6 @@ def write_checkpoint(
             if as_huggingface
             else StepWriter(partial, model, dtypes)
         )
-        names, bad_values = list(slots(model)), []
         with ThreadPoolExecutor(AHEAD) as workers:
             made = collections.deque(workers.submit(make, name) for name in names[:AHEAD])
             try:
@@ -435,9 +450,12 @@ def write_checkpoint(
         if isinstance(writer, HuggingFaceWriter):
             bos, eos = (tokenizer.bos, tokenizer.eos) if tokenizer else (None, None)
             writer.finish(huggingface, bos, eos, card)
+            write_sums(partial, writer.sha256)
         else:
             writer.finish(About(model, 0, history, huggingface=huggingface))
             (partial / "README.md").write_text(card, encoding="utf-8")
+            if tokenizer is not None:
+                write_sums(partial / "tokenizer")
         inspect(partial)
 
 

@@ -528,11 +528,10 @@ def _is_inside(name: str) -> bool:
 
 
 class HuggingFaceWriter:
-    """Writes a model into a directory, tensor by tensor in the order of `slots(model)`; `finish`
-    adds the small files.
+    """Writes a model into a directory, tensor by tensor; `finish` adds the small files.
 
-    dtypes: name -> numpy dtype of each tensor. Raises UserError when Hugging Face has no such
-    model.
+    dtypes: name -> numpy dtype of each tensor, in the order in which they will be written. Raises
+    UserError when Hugging Face has no such model.
     """
 
     def __init__(
@@ -547,7 +546,7 @@ class HuggingFaceWriter:
             experts_per_token(model)
         self.model, self._directory = model, directory
         self._dtypes = dtypes
-        shapes = {name: (slot.shape, dtypes[name]) for name, slot in slots(model).items()}
+        shapes = {name: (slots(model)[name].shape, dtype) for name, dtype in dtypes.items()}
         self._shards = ShardWriter(directory, shapes, shard_bytes, metadata)
         if (version := needed_transformers(model)) >= "5":
             log.warning(
@@ -558,6 +557,11 @@ class HuggingFaceWriter:
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         self._shards.write(name, tensor)
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Of the files of tensors that are finished."""
+        return self._shards.sha256
 
     def finish(self, kept: Mapping[str, Any], bos: int | None, eos: int | None, card: str) -> None:
         """config.json, generation_config.json and the model card; the tokenizer is the caller's.

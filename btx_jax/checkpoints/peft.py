@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from btx_jax.checkpoints.adapter import MODULES, from_tensors, load_tensors
+from btx_jax.checkpoints.checksums import check_sums
 from btx_jax.checkpoints.huggingface import SHOWN, raise_problems, slots
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.model_config import LORA_TARGETS, LoRAConfig, ModelConfig
@@ -79,6 +80,7 @@ def read(directory: Path, base: ModelConfig) -> PeftLoRA:
     Raises UserError for what LoRA here does not have, naming the setting, and for tensors that do
     not fit the config or the model.
     """
+    check_sums(directory)
     config = _read_config(directory)
     where = directory / CONFIG
     modules = {

@@ -4,8 +4,12 @@ Format (https://github.com/huggingface/safetensors): 8 bytes, little-endian leng
 the header, JSON {name: {dtype, shape, data_offsets}}; the tensors, C order, little-endian, without
 gaps. Files are read with pread instead of mapped: mapped pages would count as this process's memory
 until it ends.
+
+Beside files of ours lies model.xxh3.json: {tensor: xxh3 of its bytes}, so that a tensor is checked
+where it is read, at the speed of memory, not of sha256 over whole files.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +20,9 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import xxhash
 
+from btx_jax.checkpoints.checksums import SUMS
 from btx_jax.errors import UserError
 
 DTYPES = {
@@ -42,6 +48,7 @@ _BITS = {
 _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHECKSUMS = "model.xxh3.json"
 
 
 class Tensor(NamedTuple):
@@ -67,6 +74,7 @@ class SafetensorsFile:
         self._fd = self._file.fileno()
         self.metadata: dict[str, str] = {}
         self.tensors = self._read_header()
+        self._checksums = read_checksums(path.parent)
 
     def _read_header(self) -> dict[str, Tensor]:
         size = os.fstat(self._fd).st_size
@@ -127,7 +135,24 @@ class SafetensorsFile:
             if not count:
                 raise UserError(f"{self.path}: shorter than when it was opened")
             done += count
+        known = self._checksums.get(name) if index is None and rows is None else None
+        if known is not None and known != xxhash.xxh3_64_hexdigest(view):
+            raise UserError(
+                f"{self.path} is damaged ({name}, checksum): download or export it again; or, if it"
+                f" was changed on purpose, delete {CHECKSUMS} and {SUMS} beside it"
+            )
         return array
+
+
+def read_checksums(directory: Path) -> dict[str, str]:
+    """Tensor name -> xxh3 of its bytes; empty where there is no file of them. Raises UserError."""
+    path = directory / CHECKSUMS
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}; download or export it again") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,7 +166,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 class ShardWriter:
     """Writes tensors, in the order they were announced, into shards of at most `shard_bytes` (or
-    one tensor).
+    one tensor). sha256: of every file that is finished.
 
     tensors: name -> (shape, dtype). Every shard's header is known beforehand, so that data goes to
     disk as it comes. metadata: for every header.
@@ -170,6 +195,9 @@ class ShardWriter:
             (number, name) for number, shard in enumerate(self._shards) for name in shard
         ]
         self._file: Any = None
+        self._checksums: dict[str, str] = {}
+        self.sha256: dict[str, str] = {}
+        self._sum, self._summer = hashlib.sha256(), ThreadPoolExecutor(1)
         self._flusher = ThreadPoolExecutor(1)
         self._flush: Future | None = None
 
@@ -194,12 +222,15 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors start aligned
         self._file = (self._directory / self._name(number)).open("wb", buffering=0)
+        self._sum = hashlib.sha256()
         self._write(len(text).to_bytes(8, "little") + text)
 
     def _write(self, data) -> None:
         view = memoryview(data)
+        summed = self._summer.submit(self._sum.update, view)  # another core's work
         while len(view):
             view = view[self._file.write(view) :]
+        summed.result()
 
     def _flush_behind(self) -> None:
         """Let the disk work while tensors are made: otherwise gigabytes wait for the final
@@ -216,6 +247,7 @@ class ShardWriter:
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
+            self.sha256[Path(self._file.name).name] = self._sum.hexdigest()
             self._file = None
 
     def write(self, name: str, array: np.ndarray) -> None:
@@ -230,13 +262,18 @@ class ShardWriter:
         )
         if self._file is None or name == next(iter(self._shards[number])):
             self._open(number)
-        self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        self._checksums[name] = xxhash.xxh3_64_hexdigest(data)
+        self._write(data)
         self._flush_behind()
 
     def finish(self) -> None:
-        """The last shard and, when there are several, the index."""
+        """The last shard, the checksums and, when there are several shards, the index."""
         assert not self._pending, f"{len(self._pending)} tensors were announced and not written"
         self._close()
+        (self._directory / CHECKSUMS).write_text(
+            json.dumps(self._checksums, indent=0) + "\n", encoding="utf-8"
+        )
         if len(self._shards) > 1:
             weight_map = {
                 name: self._name(number)

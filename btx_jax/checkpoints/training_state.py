@@ -3,14 +3,23 @@
 A run keeps them in WORKDIR/checkpoints/STEP/{params, opt_state, data, about}: separate items, so
 that a mix reads parameters only. `about` makes params self-describing: the model, what it was
 trained on so far. The tokenizer lies in WORKDIR/tokenizer.
+
+Arrays are stored as zarr version 3 in one OCDBT key-value store an item, params in one chunk per
+layer and expert. Every chunk carries its CRC-32C, which TensorStore verifies whenever it reads one,
+whoever asks; OCDBT's own files carry theirs; `data` and `about` are sealed (checksums.py).
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +29,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import linen as nn
+from orbax.checkpoint._src.serialization import tensorstore_utils
+from tqdm import tqdm
 
+from btx_jax.checkpoints.checksums import SEAL, sealed, unsealed
 from btx_jax.checkpoints.huggingface import Slot, is_finite, raise_problems, slots
 from btx_jax.config import CheckpointConfig
 from btx_jax.config_dict import from_dict, to_dict
@@ -28,9 +40,13 @@ from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, partition
+from btx_jax.parallel.hosts import is_first
 
 DIRECTORY = "checkpoints"
-FORMAT = 2
+ITEMS = ("about", "params", "opt_state", "data")
+FORMAT = 3
+UNSEALED = 2  # still read: as earlier versions wrote it, without checksums
+_LEAVES_HELD = 2  # of a step in large chunks: the one being read, and the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +147,10 @@ def about_to_json(about: About) -> dict[str, Any]:
 
 
 def about_from_json(values: dict[str, Any], path: Path) -> About:
-    if values.get("format") != FORMAT:
+    if values.get("format") not in (FORMAT, UNSEALED):
         raise UserError(
-            f"{path}: checkpoint format {values.get('format')!r}; this version reads {FORMAT}"
+            f"{path}: checkpoint format {values.get('format')!r}; this version reads {UNSEALED} and"
+            f" {FORMAT}"
         )
     history = history_from_json(values["history"], path)
     base = from_dict(Base, values["base"], f"{path}: base") if "base" in values else None
@@ -160,25 +177,85 @@ def stored(params: Any, model: ModelConfig) -> Any:
 
 
 def quiet() -> None:
-    """Orbax reports every save at INFO through absl; a run's own log says what users need."""
+    """Orbax reports every save at INFO through absl; a run's own log says what users need. What
+    fails in a thread of Orbax is raised again where the save is waited for."""
     import absl.logging
 
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    threading.excepthook = _thread_failed
+    sys.unraisablehook = _raised_unseen
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    target = getattr(failed.thread, "_target", None)
+    modules = (type(failed.thread).__module__, getattr(target, "__module__", None) or "")
+    if not any(module.startswith("orbax.") for module in modules):
+        threading.__excepthook__(failed)
+
+
+def _raised_unseen(raised: Any) -> None:
+    """Writes that end when Orbax has given up the save, because another one failed."""
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)
+
+
+def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int], _: bool = True) -> dict[str, Any]:
+    """zarr3's, of an array whose every chunk carries its CRC-32C."""
+    return {
+        "shape": list(shape),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "zstd", "configuration": {"level": 1}},
+            {"name": "crc32c"},
+        ],
+    }
+
+
+# Orbax has no setting for codecs; with its own, chunks carry no checksum.
+tensorstore_utils._build_zarr3_metadata = _chunk_metadata
+
+
+def _leading_axes(model: ModelConfig) -> dict[str, int]:
+    """Leaf -> how many leading axes are layers and experts."""
+    axes = {"/".join(slot.path): len(slot.indices) for slot in slots(model).values()}
+    for name in named_leaves(nn.unbox(abstract_params(model))):
+        axes.setdefault(name, 1)  # LoRA experts: layers
+    return axes
+
+
+def _save_params(params: Params, model: ModelConfig) -> ocp.args.PyTreeSave:
+    """In chunks of one layer and expert: what streaming reads at a time."""
+    axes = _leading_axes(model)
+
+    def chunks(path: Any, _: Any) -> ocp.SaveArgs:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return ocp.SaveArgs(shard_axes=tuple(range(axes.get(name, 0))))
+
+    held = stored(params, model)
+    return ocp.args.PyTreeSave(held, save_args=jax.tree_util.tree_map_with_path(chunks, held))
 
 
 class Checkpoints:
     """The checkpoints of one run. Saves in the background; a save that was interrupted does not
-    exist."""
+    exist. What killed processes of the same run left behind is swept."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
         quiet()
         self._directory = (workdir / DIRECTORY).resolve()
+        if is_first():
+            _sweep(self._directory, config.keep)
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        for item in ("params", "opt_state"):
+            registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_zarr3=True))
+        for item in ("data", "about"):
+            registry.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep, enable_async_checkpointing=True, create=True
             ),
-            item_names=("params", "opt_state", "data", "about"),
+            handler_registry=registry,
         )
 
     def latest_step(self) -> int | None:
@@ -197,13 +274,14 @@ class Checkpoints:
         """Start saving about.step. Arrays may be donated afterwards: they are copied to the host
         first."""
         items = {
-            "params": ocp.args.StandardSave(stored(params, about.model)),
-            "about": ocp.args.JsonSave(about_to_json(about)),
+            "params": _save_params(params, about.model),
+            "about": ocp.args.JsonSave(sealed(about_to_json(about))),
         }
         if opt_state is not None:
+            held = {"data": data, "opt_state": sorted(named_leaves(opt_state))}
             items |= {
-                "opt_state": ocp.args.StandardSave(opt_state),
-                "data": ocp.args.JsonSave(data),
+                "opt_state": ocp.args.PyTreeSave(opt_state),
+                "data": ocp.args.JsonSave(sealed(held)),
             }
         self._told(lambda: self._manager.save(about.step, args=ocp.args.Composite(**items)))
 
@@ -211,31 +289,24 @@ class Checkpoints:
         """(params, opt_state, data) of a step, onto the shardings of the abstract arguments: any
         mesh will do. params: what is `stored`.
 
-        Raises UserError when it holds moments of other leaves than opt_state."""
+        Raises UserError when it is damaged, or holds moments of other leaves than opt_state."""
+        path = self.path(step)
+        read_about(path)
+        data, known = _read_data(path)
         names = lambda tree: set(named_leaves(tree))  # noqa: E731
-        with ocp.StandardCheckpointer() as checkpointer:
-            held = checkpointer.metadata(self.path(step) / "opt_state").item_metadata
-        if wrong := sorted(names(held) ^ names(opt_state)):
+        held = names(_item_metadata(path, "opt_state"))
+        if known is not None and held != known:
+            raise damaged(path, f"opt_state/, {sorted(held ^ known)[0]}")
+        if wrong := sorted(held ^ names(opt_state)):
             whose = (
                 "the stored optimizer holds, and this run does not train,"
-                if wrong[0] in names(held)
+                if wrong[0] in held
                 else "this run trains, unstored,"
             )
-            raise UserError(
-                f"{self.path(step)}: {whose} {', '.join(wrong[:4])}; start in another --workdir"
-            )
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            opt_state=ocp.args.StandardRestore(opt_state),
-            data=ocp.args.JsonRestore(),
-        )
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:  # Orbax passes on whatever its storage raises
-            cure = f"delete {self.path(step)} to go on from the step before"
-            raise UserError(f"{self.path(step)} is damaged: {_short(error)}; {cure}") from error
-        _check_finite(restored["params"], self.path(step))
-        return restored["params"], restored["opt_state"], restored["data"]
+            raise UserError(f"{path}: {whose} {', '.join(wrong[:4])}; start in another --workdir")
+        restored = _restore_item(path, "params", params)
+        _check_finite(restored, path)
+        return restored, _restore_item(path, "opt_state", opt_state), data
 
     def wait(self) -> None:
         self._told(self._manager.wait_until_finished)
@@ -246,21 +317,94 @@ class Checkpoints:
         try:
             save()
         except Exception as error:  # Orbax passes on whatever its storage raises
-            raise UserError(
-                f"cannot save to {self._directory}: {_short(error)}; earlier steps there are good"
-            ) from error
+            if is_first():
+                _sweep(self._directory, keep=len(steps_of(self._directory)) or 1)
+            good = [str(step) for step in steps_of(self._directory)]
+            rest = f"step {good[-1]} there is good" if good else "no step was saved there yet"
+            raise UserError(f"cannot save to {self._directory}: {_short(error)}; {rest}") from error
 
     def close(self) -> None:
         self._told(self._manager.close)
 
 
+def steps_of(directory: Path) -> list[int]:
+    """The steps in a run's checkpoints/, oldest first."""
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def _sweep(directory: Path, keep: int) -> None:
+    """Unfinished saves, and steps whose deletion was cut short: older than those that are kept. The
+    caller holds the run's directory, so that no living process owns them."""
+    if not directory.is_dir():
+        return
+    surplus = [str(step) for step in steps_of(directory)[:-keep]]
+    for path in directory.iterdir():
+        if path.name in surplus or ".orbax-checkpoint-tmp" in path.name:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def damaged(path: Path, what: str) -> UserError:
+    """Of a step's directory. what: the part, and how it shows."""
+    earlier = [step for step in steps_of(path.parent) if str(step) != path.name]
+    earlier = [step for step in earlier if path.name.isdigit() and step < int(path.name)]
+    cure = (
+        f"delete it to go on from step {earlier[-1]}"
+        if earlier
+        else "no earlier step is there: delete it, and make it again"
+    )
+    return UserError(f"{path} is damaged ({what}): {cure}")
+
+
+def _read_json(path: Path, item: str) -> dict[str, Any]:
+    """A JSON item of a step, its seal checked and taken off; earlier versions wrote none."""
+    try:
+        values = json.loads((path / item / "metadata").read_text(encoding="utf-8"))
+        bare = SEAL not in values and _is_unsealed(path)
+        return values if bare else unsealed(values)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"{item}/, {_short(error)}") from error
+
+
+def _is_unsealed(path: Path) -> bool:
+    about = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))
+    return about.get("format") == UNSEALED
+
+
+def _read_data(path: Path) -> tuple[dict[str, Any], set[str] | None]:
+    """(the data iterator's state, the leaves of the optimizer's state), the latter None as earlier
+    versions wrote it."""
+    values = _read_json(path, "data")
+    return (values["data"], set(values["opt_state"])) if "opt_state" in values else (values, None)
+
+
 def read_about(path: Path) -> About:
     """Of a step's directory."""
+    values = _read_json(path, "about")
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return about_from_json(checkpointer.restore(path / "about"), path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: about/ is damaged: {type(error).__name__}: {error}") from error
+        return about_from_json(values, path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, f"about/, {type(error).__name__}: {error}") from error
+
+
+def _item_metadata(path: Path, item: str) -> Any:
+    """Opens the store itself first: Orbax would report a damaged one as empty."""
+    try:
+        json.loads((path / item / "_METADATA").read_text(encoding="utf-8"))
+        tensorstore.KvStore.open(
+            {"driver": "ocdbt", "base": f"file://{(path / item).resolve()}/"}
+        ).result().list().result()
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.metadata(path / item).item_metadata
+    except Exception as error:  # Orbax passes on whatever its storage raises
+        raise _unreadable(path, item, error) from error
+
+
+def _restore_item(path: Path, item: str, abstract: Any) -> Any:
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path / item, abstract)
+    except Exception as error:  # Orbax passes on whatever its storage raises
+        raise _unreadable(path, item, error) from error
 
 
 def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
@@ -271,11 +415,7 @@ def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
     holds NaN or infinity.
     """
     _check_stored(path, model)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(path / "params", stored(abstract, model))
-    except Exception as error:  # Orbax passes on whatever its storage raises
-        raise UserError(f"{path}: params/ is damaged: {_short(error)}") from error
+    params = _restore_item(path, "params", stored(abstract, model))
     _check_finite(params, path)
     return params
 
@@ -288,9 +428,30 @@ def _check_finite(params: Params, path: Path) -> None:
     )
 
 
+def _unreadable(path: Path, item: str, error: Exception) -> UserError:
+    """What storage raised for an item of a step, in one line. What is no fault of the stored bytes
+    is not told as damage."""
+    told = " ".join(str(error).split())
+    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+        raise error
+    if reason := _system_reason(told):
+        return UserError(f"{path}: {item}/ cannot be read: {reason}")
+    leaf = re.search(r'Error reading "([\w.]+)/(?:c/|zarr|\.zarray|\d)', told)
+    at = f"{item}/{leaf[1].replace('.', '/')}" if leaf else f"{item}/"
+    sums = re.search(r"(?i)digest mismatch|checksum verification", told)
+    return damaged(path, f"{at}, {'checksum' if sums else told[:200]}")
+
+
+def _system_reason(told: str) -> str:
+    """The operating system's words in TensorStore's, or nothing."""
+    found = re.search(r": ([^:]+) \[os_error_code='(\d+)'", told)
+    return found[1] if found and int(found[2]) != errno.ENOENT else ""
+
+
 def _short(error: Exception) -> str:
     """TensorStore appends its whole specification."""
-    return " ".join(str(error).split())[:300]
+    told = " ".join(str(error).split())
+    return _system_reason(told) or told[:300]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -302,24 +463,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _check_stored(path: Path, model: ModelConfig) -> None:
-    """Opens the store itself first: Orbax would report a damaged one as empty."""
-    params = path / "params"
-    try:
-        json.loads((params / "_METADATA").read_text(encoding="utf-8"))
-        tensorstore.KvStore.open(
-            {"driver": "ocdbt", "base": f"file://{params.resolve()}/"}
-        ).result().list().result()
-        with ocp.StandardCheckpointer() as checkpointer:
-            held = checkpointer.metadata(params).item_metadata
-        _check_leaves(stored(nn.unbox(abstract_params(model)), model), held, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: params/ is damaged: {type(error).__name__}: {error}") from error
-
-
-def _check_leaves(expected: Any, stored: Any, path: Path) -> None:
+    expected = stored(nn.unbox(abstract_params(model)), model)
     want, have = (
         {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
-        for tree in (expected, stored)
+        for tree in (expected, _item_metadata(path, "params"))
     )
     problems = [f"missing {name}" for name in want if name not in have]
     problems += [f"unknown {name}" for name in have if name not in want]
@@ -329,60 +476,130 @@ def _check_leaves(expected: Any, stored: Any, path: Path) -> None:
         if name in have and have[name] != want[name]
     ]
     if problems:
-        raise UserError(f"{path} does not hold its model: " + "; ".join(problems))
+        raise damaged(path, "params/, not its model's: " + "; ".join(problems))
 
 
-def _store_spec(params: Path, leaf: tuple[str, ...]) -> dict[str, Any]:
-    """Orbax keeps every leaf as a zarr array in one OCDBT key-value store."""
+def _array_spec(item: Path, name: str) -> dict[str, Any]:
+    """Orbax keeps every leaf as a zarr array in one OCDBT key-value store: version 3, or 2 as
+    earlier versions wrote it. What is missing is an error, never zeros."""
+    zarr3 = json.loads((item / "_METADATA").read_text(encoding="utf-8"))["use_zarr3"]
     return {
-        "driver": "zarr",
+        "driver": "zarr3" if zarr3 else "zarr",
         "kvstore": {
             "driver": "ocdbt",
-            "base": f"file://{params.resolve()}/",
-            "path": ".".join(leaf) + "/",
+            "base": f"file://{item.resolve()}/",
+            "path": name.replace("/", ".") + "/",
         },
+        "fill_missing_data_reads": False,
     }
 
 
 class StepReader:
     """Reads a step's parameters one tensor at a time, under their Hugging Face names and in Hugging
-    Face's layout."""
+    Face's layout.
+
+    by_leaf: its chunks span layers or experts, as earlier versions wrote them: a whole leaf is held
+    then, and read once if its tensors are asked for one behind the other.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         self.model = read_about(path).model
         _check_stored(path, self.model)
         self.slots = slots(self.model)
-        leaves = {slot.path for slot in self.slots.values()}
-        self._stores = {
-            leaf: tensorstore.open(_store_spec(path / "params", leaf), read=True).result()
-            for leaf in leaves
-        }
+        axes = {slot.path: len(slot.indices) for slot in self.slots.values()}
+        self._stores = {leaf: _open(path, "params", "/".join(leaf)) for leaf in axes}
         self.dtypes = {
             name: self._stores[slot.path].dtype.numpy_dtype for name, slot in self.slots.items()
         }
+        self._whole = {
+            leaf
+            for leaf, store in self._stores.items()
+            if any(n > 1 for n in store.chunk_layout.read_chunk.shape[: axes[leaf]])
+        }
+        self.by_leaf = bool(self._whole)
+        self._held: OrderedDict[tuple[str, ...], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
         self._bad_values: list[str] = []
 
     def read(self, name: str) -> np.ndarray:
         slot = self.slots[name]
-        try:
-            array = slot.to_theirs(
-                np.asarray(self._stores[slot.path][slot.indices].read().result())
-            )
-        except ValueError as error:  # tensorstore's for everything
-            raise UserError(
-                f"{self._path}: {'/'.join(slot.path)} cannot be read: {error}"
-            ) from error
+        if slot.path in self._whole:
+            part = self._leaf(slot.path)[slot.indices]
+        else:
+            part = _read(self._path, "params", self._stores[slot.path][slot.indices])
+        array = slot.to_theirs(part)
         if not is_finite(array):
             self._bad_values.append(name)
+        array = array if array.base is not part else array.copy()
         array.flags.writeable = False
         return array
+
+    def _leaf(self, leaf: tuple[str, ...]) -> np.ndarray:
+        with self._lock:
+            if leaf not in self._held:
+                self._held[leaf] = _read(self._path, "params", self._stores[leaf])
+            self._held.move_to_end(leaf)
+            while len(self._held) > _LEAVES_HELD:
+                self._held.popitem(last=False)
+            return self._held[leaf]
 
     def check(self) -> None:
         """Raises UserError when a tensor that was read held NaN or infinity."""
         raise_problems(
             self._path, [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)]
         )
+
+
+def _open(path: Path, item: str, name: str) -> Any:
+    try:
+        return tensorstore.open(_array_spec(path / item, name), read=True).result()
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(path, item, error) from error
+
+
+def _read(path: Path, item: str, store: Any) -> np.ndarray:
+    try:
+        return np.asarray(store.read().result())
+    except ValueError as error:  # TensorStore's for everything
+        raise _unreadable(path, item, error) from error
+
+
+def items_of(path: Path) -> list[str]:
+    """Of a step: those that it holds."""
+    return [item for item in ITEMS if item == "about" or (path / item).is_dir()]
+
+
+def verify_item(path: Path, item: str) -> str:
+    """Reads all of one item of a step; says what was checked. Raises UserError when it is
+    damaged."""
+    if item in ("about", "data"):
+        _read_json(path, item)
+        return "no checksum was written" if _is_unsealed(path) else "checksum"
+    if item == "params":
+        _check_stored(path, read_about(path).model)
+    names, nbytes, problems = list(named_leaves(_item_metadata(path, item))), 0, []
+    for name in tqdm(names, desc=f"{path.name}/{item}", unit="array", disable=None, leave=False):
+        store = _open(path, item, name)
+        nbytes += store.size * store.dtype.numpy_dtype.itemsize
+        for part in _parts(store):
+            values = _read(path, item, part)
+            if values.dtype.kind not in "iub" and not is_finite(values):
+                problems.append(f"NaN or infinity in {name}")
+    raise_problems(path / item, list(dict.fromkeys(problems)))
+    zarr3 = _array_spec(path / item, "")["driver"] == "zarr3"
+    how = "checksums" if zarr3 else "no checksums were written; structure"
+    return f"{how}, finite values: {len(names)} arrays, {nbytes / 2**20:,.1f} MiB"
+
+
+def _parts(store: Any) -> Iterator[Any]:
+    """Along the first axis, as its chunks lie: so much is held at a time."""
+    if not store.rank:
+        yield store
+        return
+    step = store.chunk_layout.read_chunk.shape[0]
+    for start in range(0, store.shape[0], step):
+        yield store[start : min(start + step, store.shape[0])]
 
 
 class StepWriter:
@@ -410,18 +627,17 @@ class StepWriter:
                     " one dtype for all"
                 )
         self._dtypes = {slot.path: dtypes[name] for name, slot in self._slots.items()}
+        self._write_metadata()
 
     def _store(self, slot: Slot) -> Any:
         if slot.path not in self._stores:
-            spec = _store_spec(self._path / "params", slot.path)
-            shape = self._shapes[slot.path]
-            spec["metadata"] = {
-                "chunks": [1] * len(slot.indices) + list(slot.part),
-                "compressor": {"id": "zstd", "level": 1},
-            }
+            spec = _array_spec(self._path / "params", "/".join(slot.path))
+            spec["metadata"] = _chunk_metadata(
+                self._shapes[slot.path], [1] * len(slot.indices) + list(slot.part)
+            )
             dtype = self._dtypes[slot.path].name
             self._stores[slot.path] = tensorstore.open(
-                spec, create=True, read=True, write=True, dtype=dtype, shape=shape
+                spec, create=True, read=True, write=True, dtype=dtype
             ).result()
         return self._stores[slot.path]
 
@@ -429,14 +645,14 @@ class StepWriter:
         slot = self._slots[name]
         try:
             self._store(slot)[slot.indices].write(slot.to_ours(tensor)).result()
-        except ValueError as error:  # tensorstore's for everything, the disk included
+        except ValueError as error:  # TensorStore's for everything, the disk included
             reason = re.search(r": ([^:]+) \[os_error_code='(\d+)'", str(error))
             raise OSError(
                 int(reason[2]) if reason else 0, reason[1] if reason else str(error)
             ) from error
 
-    def finish(self, about: About) -> None:
-        """Orbax's own metadata of the tree, and what the checkpoint says about itself."""
+    def _write_metadata(self) -> None:
+        """Orbax's own, of the tree."""
         tree = {}
         for leaf, shape in self._shapes.items():
             keys = [{"key": key, "key_type": 2} for key in leaf]
@@ -449,10 +665,14 @@ class StepWriter:
         metadata = {
             "tree_metadata": tree,
             "use_ocdbt": True,
-            "use_zarr3": False,
+            "use_zarr3": True,
             "store_array_data_equal_to_fill_value": True,
             "custom_metadata": None,
         }
+        (self._path / "params").mkdir(parents=True)
         (self._path / "params" / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
+
+    def finish(self, about: About) -> None:
+        """What the checkpoint says about itself."""
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            checkpointer.save(self._path / "about", about_to_json(about))
+            checkpointer.save(self._path / "about", sealed(about_to_json(about)))

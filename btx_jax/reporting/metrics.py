@@ -1,6 +1,7 @@
 """What a run says about itself while it runs: metrics.jsonl, TensorBoard."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,10 @@ from tensorboardX import SummaryWriter
 
 from btx_jax.output import new_file
 
+log = logging.getLogger(__name__)
+
 FILE = "metrics.jsonl"
+ASIDE = "metrics.damaged.jsonl"
 
 
 class MetricsWriter:
@@ -18,7 +22,8 @@ class MetricsWriter:
     WORKDIR/tensorboard.
 
     A resumed run starts at `first_step`: lines of later steps, written after the checkpoint it
-    resumes from, are removed. With `enabled` False (every process but the first) nothing is
+    resumes from, are removed; one that is damaged is set aside in metrics.damaged.jsonl. With
+    `enabled` False (every process but the first) nothing is
     written.
     """
 
@@ -28,7 +33,10 @@ class MetricsWriter:
             return
         path = workdir / FILE
         if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= first_step]
+            lines, bad = _parse(path)
+            kept = [line for line in lines if line["step"] <= first_step]
+            if bad:
+                _set_aside(workdir / ASIDE, bad)
             with new_file(path) as partial:
                 partial.write_text(
                     "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
@@ -57,14 +65,38 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The lines of a metrics.jsonl; damaged ones, and a last one cut short by a kill, are left
+    out."""
+    return _parse(path)[0]
+
+
+def bad_lines(path: Path) -> list[int]:
+    """The numbers, from 1, of damaged lines."""
+    return list(_parse(path)[1])
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """(lines, number -> damaged line). A last line without its end is neither: a kill cut it."""
+    lines, bad = [], {}
+    *whole, _ = path.read_bytes().split(b"\n")
+    for number, text in enumerate(whole, start=1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(text)
+            if type(line["step"]) is not int:
+                raise TypeError("step")
+            lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            bad[number] = text
+    return lines, bad
+
+
+def _set_aside(path: Path, bad: Mapping[int, bytes]) -> None:
+    with path.open("ab") as file:
+        file.writelines(text + b"\n" for text in bad.values())
+    numbers = ", ".join(map(str, list(bad)[:5]))
+    log.warning(
+        "%s: damaged lines (%s) are set aside in %s; the others are kept", FILE, numbers, path
+    )
 
 
 def _scalars(values: Any, name: str = ""):

@@ -18,8 +18,10 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
+    reads_by_leaf,
     write_checkpoint,
 )
+from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.training_state import About, elsewhere, together, trained_on
 from btx_jax.data.tokenizers import copy_tokenizer
 from btx_jax.errors import UserError
@@ -50,6 +52,7 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
             adapter.write_directory(partial, about, tensors)
         if (tokenizer := find_own_tokenizer(found)) is not None and output_format != "peft":
             copy_tokenizer(tokenizer, partial)
+        write_sums(partial)
     return f"wrote {target} ({output_format}, {len(tensors)} tensors)"
 
 
@@ -71,6 +74,7 @@ def import_peft(source: str, base: str, target: str) -> str:
         )
         if (tokenizer := find_own_tokenizer(under)) is not None:
             copy_tokenizer(tokenizer, partial)
+        write_sums(partial)
     assert lora.model.lora
     ranks = "/".join(map(str, sorted(set(lora.model.lora.rank))))
     return "; ".join([f"wrote {target} ({len(lora.tensors)} tensors, rank {ranks})", *notes])
@@ -158,6 +162,7 @@ def merge(
         ),
         check=check,
         verb="merging",
+        by_leaf=reads_by_leaf([reader]),
     )
     return f"wrote {target} (Hugging Face, {len(deltas)} of {len(reader.slots)} tensors changed)"
 

@@ -13,6 +13,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
+    reads_by_leaf,
     write_checkpoint,
 )
 from btx_jax.checkpoints.training_state import trained_on
@@ -43,6 +44,7 @@ def run(source: str, target: str, dtype: str = "") -> str:
         ),
         check=reader.check,
         verb="converting",
+        by_leaf=reads_by_leaf([reader]),
     )
     return f"wrote {target} ({kind}, {len(reader.slots)} tensors)"
 

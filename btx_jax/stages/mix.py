@@ -4,6 +4,7 @@ LoRA experts."""
 
 import dataclasses
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from btx_jax.checkpoints.checkpoint import (
     load_params,
     shortest_context,
 )
-from btx_jax.checkpoints.training_state import About, Checkpoints, together
+from btx_jax.checkpoints.checksums import write_sums
+from btx_jax.checkpoints.training_state import DIRECTORY, About, Checkpoints, together
 from btx_jax.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import copy_tokenizer, difference, load_tokenizer
@@ -31,7 +33,7 @@ from btx_jax.mixing.router import normal_routers
 from btx_jax.mixing.split import blend_models, split_models
 from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import abstract_params
-from btx_jax.parallel.hosts import is_first
+from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.reporting.workdir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
@@ -47,6 +49,8 @@ def run(config: Config, workdir: Path) -> None:
         return
     require_right(config)
     mix = config.mix
+    # What an interrupted attempt saved may be of sources that have been replaced since.
+    first_then_others(shutil.rmtree, workdir / DIRECTORY, ignore_errors=True)
     sources = [
         find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)
     ]
@@ -102,11 +106,11 @@ def run(config: Config, workdir: Path) -> None:
     claim(workdir, config)
     if is_first():
         copy_tokenizer(tokenizers[0], workdir / "tokenizer")
+        write_sums(workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
-        if checkpoints.latest_step() is None:
-            about = About(model, 0, history, huggingface=first.about.huggingface)
-            checkpoints.save(about, params)
+        about = About(model, 0, history, huggingface=first.about.huggingface)
+        checkpoints.save(about, params)
     finally:
         checkpoints.close()
     finish(
@@ -221,13 +225,11 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
     claim(workdir, config)
     if (tokenizer := find_own_tokenizer(sources[0])) is not None:
         copy_tokenizer(tokenizer, workdir / "tokenizer")
+        write_sums(workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
-        if checkpoints.latest_step() is None:
-            checkpoints.save(
-                About(model, 0, history, first.base, first.huggingface),
-                from_tensors(model, tensors, workdir),
-            )
+        about = About(model, 0, history, first.base, first.huggingface)
+        checkpoints.save(about, from_tensors(model, tensors, workdir))
     finally:
         checkpoints.close()
 

@@ -23,6 +23,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
+    reads_by_leaf,
     shortest_context,
     write_checkpoint,
 )
@@ -143,6 +144,7 @@ def run(
         card=card,
         check=check,
         verb="mixing",
+        by_leaf=reads_by_leaf(sources.readers),
         inspect=inspect,
     )
     console.print(

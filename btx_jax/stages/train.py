@@ -23,7 +23,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from btx_jax import interrupts
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_base, load_params
+from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.training_state import (
     About,
     Base,
@@ -55,7 +57,8 @@ from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
-from btx_jax.reporting.metrics import MetricsWriter
+from btx_jax.reporting.metrics import FILE as METRICS
+from btx_jax.reporting.metrics import MetricsWriter, read_metrics
 from btx_jax.reporting.workdir import claim, finish, is_resumable, look_up
 from btx_jax.stages import Coming, require_right
 from btx_jax.terminal import plain
@@ -66,11 +69,11 @@ log = logging.getLogger(__name__)
 
 
 class Preempted(SystemExit):
-    """SIGTERM was received and the step it fell into is saved. Exit status 143, as for any program
-    ended by it."""
+    """Ctrl-C or SIGTERM was received and the step it fell into is saved. Exit status 130 or 143, as
+    for any program ended by it."""
 
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -116,6 +119,7 @@ def run(config: Config, workdir: Path) -> None:
         claim(workdir, config)
         if is_first():
             copy_tokenizer(tokenizer, workdir / "tokenizer")
+            write_sums(workdir / "tokenizer")
         evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
         loop = Loop(
             config,
@@ -269,8 +273,8 @@ def make_evaluation(
 
 
 class Loop:
-    """Steps, metrics one step late, checkpoints, and a clean end on SIGTERM or a non-finite
-    loss."""
+    """Steps, metrics one step late, checkpoints, and a clean end on Ctrl-C, SIGTERM or a
+    non-finite loss."""
 
     def __init__(
         self,
@@ -327,7 +331,10 @@ class Loop:
             memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         )
         self.peak_bytes = int(held - memory.alias_size_in_bytes)
+        lost = evaluate and first and self.is_evaluated(first) and not self.has_heldout(first)
         self.writer = MetricsWriter(self.workdir, first, enabled=is_first())
+        if lost:  # the run was killed behind the save of this step
+            self.writer.write(first, {"heldout": evaluate(state.params)})
         progress = tqdm(
             total=train.steps,
             initial=first,
@@ -338,7 +345,7 @@ class Loop:
         sharding = batch_sharding(self.mesh)
         pending: tuple[int, Metrics] | None = None
         self.clock = time.perf_counter()
-        with sigterm_flag() as stop, progress:
+        with stop_signal() as stop, progress:
             for step in range(first + 1, train.steps + 1):
                 local = next(batches)
                 batch = {
@@ -352,7 +359,7 @@ class Loop:
                 stopping = stop(
                     step
                 )  # asked once a step: a signal that comes later falls into the next step
-                evaluating = evaluate and (step % train.eval_every == 0 or step == train.steps)
+                evaluating = evaluate and self.is_evaluated(step)
                 saving = step % self.every == 0 or step == train.steps or stopping
                 if evaluating or saving:
                     self.log(*pending, progress)
@@ -367,11 +374,21 @@ class Loop:
                 if stopping:
                     self.checkpoints.wait()
                     self.writer.close()
-                    log.warning("SIGTERM: saved step %d; run the same command to go on", step)
-                    raise Preempted
+                    name = signal.Signals(stopping).name
+                    log.warning("%s: saved step %d; run the same command to go on", name, step)
+                    raise Preempted(stopping)
         self.checkpoints.wait()
         self.writer.close()
         return state
+
+    def is_evaluated(self, step: int) -> bool:
+        return step % self.train.eval_every == 0 or step == self.train.steps
+
+    def has_heldout(self, step: int) -> bool:
+        """Whether a run that is resumed has written its held-out losses of this step."""
+        path = self.workdir / METRICS
+        lines = read_metrics(path) if path.exists() else []
+        return any(line["step"] == step and "heldout" in line for line in lines)
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         tokens = step * self.tokens_per_step
@@ -435,15 +452,12 @@ class Loop:
 
 
 @contextmanager
-def sigterm_flag() -> Iterator[Callable[[int], bool]]:
-    """Within it SIGTERM ends nothing; the yielded function tells, of a step, whether to stop after
-    it. All processes hear the same."""
+def stop_signal() -> Iterator[Callable[[int], int]]:
+    """Within it SIGTERM and, in a run of one process, Ctrl-C end nothing at once; the yielded
+    function tells, of a step, the signal after which to stop there, or 0. All processes hear the
+    same."""
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield lambda step: signal.SIGTERM * multihost_utils.reached_preemption_sync_point(step)
         return
-    came = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield lambda _: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with interrupts.noted("saving this step; once more to end at once") as came:
+        yield lambda _: came()

@@ -7,6 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
+from btx_jax.checkpoints.checksums import SEAL, sealed
 from btx_jax.checkpoints.training_state import About, Checkpoints, TrainingRun
 from btx_jax.config import CheckpointConfig, TrainConfig
 from btx_jax.errors import UserError
@@ -132,9 +133,10 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
     save(tmp_path, init_params(TINY, jax.random.key(0)))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         about = checkpointer.restore(tmp_path / "checkpoints" / "3" / "about")
-    about["format"] = 99
+    del about[SEAL]
+    about = sealed({**about, "format": 99})
     (tmp_path / "checkpoints" / "3" / "about" / "metadata").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="checkpoint format 99; this version reads 2"):
+    with pytest.raises(UserError, match="checkpoint format 99; this version reads 2 and 3"):
         find_checkpoint(tmp_path)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from btx_jax import terminal
 from btx_jax.reporting.compare import compare, interval, markdown, verdict
-from btx_jax.reporting.metrics import MetricsWriter, read_metrics
+from btx_jax.reporting.metrics import MetricsWriter, bad_lines, read_metrics
 from btx_jax.reporting.page import render
 from btx_jax.reporting.summary import gains, summarise, tables, task_table
 
@@ -82,6 +82,24 @@ def test_metrics_of_lost_steps_are_removed_on_resume_and_a_torn_line_is_ignored(
     MetricsWriter(tmp_path, 3).close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"step": 2, "lo\x00s": 1.0', b"\xff\xfe", b"", b"7", b'{"loss": 1.0}', b'{"step": "2"}'],
+)
+def test_a_damaged_line_of_metrics_is_set_aside_and_all_others_are_kept(tmp_path, damage, caplog):
+    file = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(1, 6)]
+    lines[1] = damage
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    assert bad_lines(file) == [2]
+    MetricsWriter(tmp_path, 4).close()
+    assert [line["step"] for line in read_metrics(file)] == [1, 3, 4]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"
+    assert "damaged lines (2) are set aside" in caplog.text
+    MetricsWriter(tmp_path, 4).close()
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n", "once"
 
 
 def test_summary_leaves_the_seeds_own_costs_out_and_shows_btx():

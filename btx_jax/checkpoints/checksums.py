@@ -1,0 +1,79 @@
+"""Checksums of what is not stored in chunks, which carry their own: JSON that vouches for itself,
+and sha256 of a directory's files in the form that `sha256sum -c` checks."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from btx_jax.errors import UserError
+from btx_jax.output import new_file
+
+SEAL = "sha256"
+SUMS = "SHA256SUMS"
+_FREE = ("README.md", "adapter.json", SUMS)  # the one is edited by hand, the other is sealed
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object with sha256 over the rest of it."""
+    return {**values, SEAL: _seal(values)}
+
+
+def unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The object without its seal. Raises ValueError when it is not what was sealed."""
+    rest = {key: value for key, value in values.items() if key != SEAL}
+    if values.get(SEAL) != _seal(rest):
+        raise ValueError("checksum")
+    return rest
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
+    """SHA256SUMS of the files directly in the directory. known: file name -> sha256, of those that
+    were summed while they were written."""
+    known = known or {}
+    files = (path.name for path in directory.iterdir() if path.is_file())
+    names = sorted(name for name in files if name not in _FREE and not name.startswith("."))
+    text = "".join(f"{known.get(n) or file_sha256(directory / n)}  {n}\n" for n in names)
+    with new_file(directory / SUMS) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_sums(directory: Path) -> dict[str, str]:
+    """file name -> sha256; empty where there are no SHA256SUMS. Raises UserError."""
+    path = directory / SUMS
+    if not path.is_file():
+        return {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return {name: total for total, name in (line.split("  ", 1) for line in lines)}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; delete it to do without its checksums") from error
+
+
+def check_sums(directory: Path, names: Iterable[str] | None = None) -> list[str]:
+    """The files, of `names` or of all, that are there and were checked against SHA256SUMS. Raises
+    UserError when one is not what it says."""
+    sums = read_sums(directory)
+    checked = [
+        name
+        for name in (sums if names is None else names)
+        if name in sums and (directory / name).is_file()
+    ]
+    wrong = [name for name in checked if file_sha256(directory / name) != sums[name]]
+    if wrong:
+        raise UserError(
+            f"{directory / wrong[0]} is damaged (sha256, {SUMS}): download or export it again; or,"
+            f" if it was changed on purpose, delete its line there"
+        )
+    return checked

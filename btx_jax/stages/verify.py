@@ -1,0 +1,133 @@
+"""Verify: read all of what is stored and compare it with the checksums it carries."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from btx_jax.checkpoints import adapter, peft
+from btx_jax.checkpoints.checksums import SUMS, check_sums, read_sums
+from btx_jax.checkpoints.huggingface import HuggingFaceReader, is_finite, is_huggingface
+from btx_jax.checkpoints.safetensors_files import DTYPES, SafetensorsFile, read_checksums
+from btx_jax.checkpoints.training_state import DIRECTORY, items_of, quiet, steps_of, verify_item
+from btx_jax.errors import UserError
+from btx_jax.output import CONFIG
+from btx_jax.paths import expand
+from btx_jax.reporting.metrics import FILE as METRICS
+from btx_jax.reporting.metrics import bad_lines
+
+
+class Finding(NamedTuple):
+    """Of one thing that was checked. told: what was checked, or what is wrong."""
+
+    name: str
+    told: str
+    good: bool
+
+
+def verify(path: str) -> Iterator[Finding]:
+    """A pipeline's or a run's directory (all its steps), a step, a Hugging Face directory, an
+    adapter of ours or of peft's. Raises UserError for anything else."""
+    quiet()
+    directory = Path(expand(path, "PATH"))
+    if not directory.is_dir():
+        raise UserError(f"PATH: {directory} is no directory")
+    found = False
+    for finding in _verify(directory):
+        found = True
+        yield finding
+    if not found:
+        raise UserError(
+            f"PATH: {directory} holds nothing to verify; name a run, a step, a Hugging Face"
+            " directory or an adapter"
+        )
+
+
+def _verify(directory: Path) -> Iterator[Finding]:
+    if (directory / peft.CONFIG).is_file():
+        yield from _sums(directory)
+        yield _check(peft.TENSORS, lambda: _tensors(directory / peft.TENSORS))
+    elif adapter.is_adapter_directory(directory):
+        yield from _sums(directory)
+        yield _check(adapter.TENSORS, lambda: _adapter(directory))
+    elif (directory / DIRECTORY).is_dir():
+        yield from _run(directory)
+    elif (directory / "params").is_dir() or (directory / "about").is_dir():
+        yield from _step(directory, directory.name)
+    elif is_huggingface(directory) and '"model_type"' in (directory / CONFIG).read_text(
+        "utf-8", "replace"
+    ):
+        yield from _sums(directory)
+        yield _check("tensors", lambda: _model(directory))
+    else:
+        for run in sorted(path for path in directory.iterdir() if (path / DIRECTORY).is_dir()):
+            for finding in _run(run):
+                yield finding._replace(name=f"{run.name}/{finding.name}")
+
+
+def _check(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, check(), True)
+    except UserError as error:
+        return Finding(name, str(error), False)
+
+
+def _run(directory: Path) -> Iterator[Finding]:
+    for step in steps_of(directory / DIRECTORY):
+        yield from _step(directory / DIRECTORY / str(step), f"step {step}")
+    for finding in _sums(directory / "tokenizer"):
+        yield finding._replace(name=f"tokenizer/{finding.name}")
+    if (directory / METRICS).is_file():
+        yield _check(METRICS, lambda: _metrics(directory / METRICS))
+
+
+def _step(path: Path, name: str) -> Iterator[Finding]:
+    for item in items_of(path):
+        yield _check(f"{name}, {item}", lambda item=item: verify_item(path, item))  # type: ignore[misc]
+
+
+def _metrics(path: Path) -> str:
+    if bad := bad_lines(path):
+        raise UserError(f"{path} is damaged (line {bad[0]}): the run sets it aside when it goes on")
+    return "every line is one"
+
+
+def _sums(directory: Path) -> Iterator[Finding]:
+    def check(name: str) -> str:
+        if not check_sums(directory, [name]):
+            raise UserError(f"{directory / name} is gone, though {SUMS} names it")
+        return "sha256"
+
+    try:
+        names = read_sums(directory)
+    except UserError as error:
+        yield Finding(SUMS, str(error), False)
+        return
+    for name in tqdm(names, desc=SUMS, unit="file", disable=None, leave=False):
+        yield _check(name, lambda name=name: check(name))  # type: ignore[misc]
+
+
+def _model(directory: Path) -> str:
+    reader = HuggingFaceReader(directory)
+    for name in tqdm(reader.slots, desc="reading", unit="tensor", disable=None, leave=False):
+        reader.read(name)
+    reader.check()
+    how = "checksums" if read_checksums(directory) else "no checksums are there; structure"
+    return f"{how}, finite values: {len(reader.slots)} tensors"
+
+
+def _adapter(directory: Path) -> str:
+    adapter.read_directory(directory, adapter.read_about(directory).model)
+    values = json.loads((directory / adapter.ABOUT).read_text(encoding="utf-8"))
+    how = "checksums" if "tensors_sha256" in values else "no checksums were written; structure"
+    return f"{how}, finite values"
+
+
+def _tensors(path: Path) -> str:
+    file = SafetensorsFile(path)
+    for name, tensor in file.tensors.items():
+        if tensor.dtype in DTYPES and not is_finite(file.read(name)):
+            raise UserError(f"{path}: NaN or infinity in {name}")
+    return f"structure, finite values: {len(file.tensors)} tensors"
