@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from btx_jax.errors import ConfigError, one_of, require, suggest
 from btx_jax.model_config import LoRAConfig, ModelConfig, MoEConfig
 
-DISPATCHES = ("einsum", "ragged")
+DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
@@ -38,7 +38,8 @@ class ComputeConfig:
         device, slowly.
     unroll: layers unrolled per step of the scan; 1 compiles fastest, all layers runs up to a
     quarter faster on a CPU.
-    dispatch: einsum (capacity, groups) or ragged (dropless).
+    dispatch: einsum (capacity, groups) or ragged (dropless); auto = einsum on TPUs whose mesh has an
+    expert axis, else ragged.
     capacity_factor: slots per expert = factor x k x group_size / experts.
     group_size: tokens routed together; dispatch costs 2 x group_size / (3 x d_ff) of the experts'
     FLOPs.
@@ -49,7 +50,7 @@ class ComputeConfig:
     remat: str = "full"
     kernels: str = "auto"
     unroll: int = 1
-    dispatch: str = "einsum"
+    dispatch: str = "auto"
     capacity_factor: float = 1.25
     group_size: int = 512
     loss_chunk: int = 1024
@@ -72,6 +73,8 @@ class TrainConfig:
 
     batch_size: sequences per step over all devices. accumulate: micro-batches it is split into, one
     after another.
+    learning_rate: its peak; 0 for what suits the model that the run starts from
+    (`training.start.default_learning_rate`).
     balance_weight: alpha of the load-balance loss. z_loss_weight: of the router z-loss (ST-MoE), 0
     to leave it out.
     eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
@@ -111,7 +114,12 @@ class TrainConfig:
             "z_loss_weight",
         ):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
-        for key in ("learning_rate", "clip_norm", "eps"):
+        require(
+            0 <= self.learning_rate < math.inf,
+            f"learning_rate={self.learning_rate}: must be positive and finite, or 0 for what suits"
+            " the model",
+        )
+        for key in ("clip_norm", "eps"):
             require(
                 0 < getattr(self, key) < math.inf,
                 f"{key}={getattr(self, key)}: must be positive and finite",
@@ -374,6 +382,9 @@ class EvaluateConfig:
     """models: name -> checkpoint, each measured on every domain of data.heldout, where there is a
     data section. rows: at most this many a domain, 0 for all.
 
+    seed, experts, mixture: names among models, of what they are to each other: what all others
+    started from, what was trained on one domain alone, what a report looks into. With a seed its
+    costs are left out of the others'; with experts too, what was gained over it is told.
     tasks: name -> test set, each tried with every model. ensembles: name -> models that answer
     together, by their losses alone.
     shown_tokens: of each domain's held-out text, kept with the experts that every mixture chose for
@@ -382,6 +393,9 @@ class EvaluateConfig:
     """
 
     models: Mapping[str, str]
+    seed: str = ""
+    experts: tuple[str, ...] = ()
+    mixture: str = ""
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     ensembles: Mapping[str, EnsembleConfig] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -394,6 +408,15 @@ class EvaluateConfig:
         require(self.rows >= 0, f"rows={self.rows}: must not be negative")
         require(self.shown_tokens >= 0, f"shown_tokens={self.shown_tokens}: must not be negative")
         require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
+        for key, names in (
+            ("seed", (self.seed,)),
+            ("experts", self.experts),
+            ("mixture", (self.mixture,)),
+        ):
+            for name in filter(None, names):
+                require(
+                    name in self.models, f"{key}: no model {name!r}; {suggest(name, self.models)}"
+                )
         for name, ensemble in self.ensembles.items():
             require(name not in self.models, f"ensembles.{name}: a model has that name already")
             for expert in ensemble.experts:

@@ -35,12 +35,14 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """What a config file returns: every key is there, so that the command line can override it and
     no other."""
 
-    def tuples(value: Any) -> Any:  # config_flags parses an override of a tuple, not of a list
+    def overridable(value: Any) -> Any:
+        # config_flags parses an override of a tuple, not of a list; sections keep their order.
         if isinstance(value, dict):
-            return {key: tuples(item) for key, item in value.items()}
-        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+            items = {key: overridable(item) for key, item in value.items()}
+            return ml_collections.ConfigDict(items, sort_keys=False)
+        return tuple(overridable(item) for item in value) if isinstance(value, list) else value
 
-    return ml_collections.ConfigDict(tuples(to_dict(config)), sort_keys=False)
+    return overridable(to_dict(config))
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:

@@ -59,9 +59,11 @@ _PROCESS = flags.DEFINE_integer(
 
 
 def default_workdir(config_file: str) -> Path:
-    """configs/math_expert.py:tiny -> runs/math_expert_tiny."""
+    """configs/math_expert.py:tiny -> runs/math_expert_tiny, and the same for `:tiny,A/B`: a path is
+    no part of the name."""
     path, _, argument = config_file.partition(":")
-    return Path("runs") / "_".join(filter(None, (Path(path).stem, argument)))
+    named = ",".join(part for part in argument.split(",") if "/" not in part)
+    return Path("runs") / "_".join(filter(None, (Path(path).stem, named)))
 
 
 def fail(message: object) -> None:
@@ -127,6 +129,8 @@ def main(argv: list[str]) -> None:
         if _ONLY.value and config.stage != "pipeline":
             raise UserError(f"--only={_ONLY.value}: {file} is no pipeline")
         stages.run(config, workdir, **({"only": _ONLY.value} if _ONLY.value else {}))
+        if not _ONLY.value and (command := stages.next_command(config, workdir)):
+            logging.info("next: %s", command)
     except UserError as error:
         fail(error)
     except OSError as error:  # a disk that is full or read-only, a file where a directory should be

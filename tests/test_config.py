@@ -120,7 +120,7 @@ def test_round_trip_and_differences():
         ({"mesh__data": -1}, r"config\.mesh\.data, fsdp: more than one is -1"),
         (
             {"compute__dispatch": "dense"},
-            r"config\.compute\.dispatch='dense': known: einsum, ragged",
+            r"config\.compute\.dispatch='dense': known: auto, einsum, ragged",
         ),
         (
             {"data__heldout_fraction": 1.0},

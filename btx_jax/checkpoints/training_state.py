@@ -36,7 +36,8 @@ FORMAT = 2
 class TrainingRun:
     """What one training run took. seconds: in its steps, over all its starts; compiling, saving and
     evaluating left out. peak_bytes: of one step, per chip, as compiled. after: ids of all runs
-    behind the parameters it started from."""
+    behind the parameters it started from. from_elsewhere: whether those parameters had been trained
+    where no history was kept."""
 
     tokens: int
     flops: float
@@ -44,6 +45,7 @@ class TrainingRun:
     chips: int
     peak_bytes: int
     after: tuple[str, ...] = ()
+    from_elsewhere: bool = False
 
 
 History = Mapping[str, TrainingRun]

@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ from btx_jax.errors import UserError, suggest
 from btx_jax.output import new_directory
 from btx_jax.paths import expand
 
-FORMAT = 2  # changes whenever the rows that the same text gives change
+FORMAT = 3  # changes whenever the rows that the same text gives change
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 
@@ -258,8 +258,6 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
         raise UserError(
             f"{target} is damaged ({error}); delete it, and the text is prepared anew"
         ) from error
-    for line in manifest["problems"]:
-        log.warning("%s: %s", source.where, line)
     return PreparedSource(target / "rows", source.weight, manifest)
 
 
@@ -380,7 +378,9 @@ def _write(
             "sequence_length": config.sequence_length,
             "heldout_fraction": config.heldout_fraction,
             "splits": counts,
-            "problems": problems.lines(),
+            "problems": {
+                kind: [count, problems.first[kind]] for kind, count in problems.counts.items()
+            },
         }
         shutil.move(builder.data_path, temporary / "rows")
         shutil.rmtree(temporary / "build")
@@ -430,9 +430,26 @@ def prepare(
     """Every source of every domain of `notation`, tokenised. The slow step of a first run; later
     runs find all in the cache."""
     domains: list[Domain] = list(parse_domains(notation, config.domains, key))
-    return tuple(
+    prepared = tuple(
         PreparedDomain(
             d.name, d.weight, tuple(prepare_source(s, tokenizer, config) for s in d.sources)
         )
         for d in domains
     )
+    tell_problems([source for domain in prepared for source in domain.sources], key)
+    return prepared
+
+
+_told: set[Path] = set()  # sources whose problems this process has told: stages read them again
+
+
+def tell_problems(sources: Sequence[PreparedSource], key: str) -> None:
+    """What had to be left out or cut, by kind over all sources, each source's once a process."""
+    new = {source.directory: source for source in sources if source.directory not in _told}
+    _told.update(new)
+    together = Problems()
+    for source in new.values():
+        for kind, (count, first) in source.manifest["problems"].items():
+            together.add(kind, first, count)
+    for line in together.lines():
+        log.warning("%s: %s", key, line)

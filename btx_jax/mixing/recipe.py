@@ -14,6 +14,7 @@ from btx_jax.errors import ConfigError, UserError
 from btx_jax.model_config import MoEConfig
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
+KEPT = "mergekit_moe_config.yml"  # a mixture's recipe beside its weights, as mergekit-moe keeps it
 GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES)
 DIFFERENCES = (
     "vocab_size",
@@ -204,6 +205,23 @@ def read_recipe(path: Path) -> Recipe:
     except ConfigError as error:
         line = str(error).replace("recipe.k=", "recipe.experts_per_token=")
         raise UserError(f"{path}: {line}") from None
+
+
+def expert_sources(mixture: Path) -> list[str]:
+    """The model behind each expert of a mixture, by the recipe kept beside its weights; empty where
+    there is none, or every expert is made of all."""
+    path = mixture / KEPT
+    if not path.exists():
+        return []
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        sources = [str(expert["source_model"]) for expert in recipe["experts"]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; delete it") from error
+    if recipe.get("method") == "blend":
+        return []
+    chunks = recipe.get("chunks", Recipe.chunks) if recipe.get("method") == "split" else 1
+    return [source for source in sources for _ in range(chunks)]
 
 
 def _without_none(values: Any) -> Any:

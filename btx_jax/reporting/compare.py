@@ -111,13 +111,17 @@ def markdown(comparison: Mapping[str, Any], costs: Mapping[str, Mapping[str, flo
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, arm in sorted(comparison["arms"].items(), key=lambda item: item[1]["mean"]):
         cost = costs.get(name, {})
+        shown = (
+            ("tokens", "{:,.0f}k", 1e3),
+            ("flops", "{:.2e}", 1),
+            ("chip_seconds", "{:.0f}", 1),
+            ("critical_seconds", "{:.0f}", 1),
+            ("peak_bytes", "{:.0f}", 2**20),
+        )
         cells = [
-            f"{cost['tokens'] / 1e3:,.0f}k",
-            f"{cost['flops']:.2e}",
-            f"{cost['chip_seconds']:.0f}",
-            f"{cost['critical_seconds']:.0f}",
+            "unknown" if cost[key] is None else form.format(cost[key] / unit)
+            for key, form, unit in shown
         ]
-        cells.append(f"{cost['peak_bytes'] / 2**20:.0f}")
         lines.append(f"| {name} | {number(arm, '.3f')} | {arm['count']} | {' | '.join(cells)} |")
     lines += [
         "",
