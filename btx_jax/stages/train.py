@@ -399,10 +399,11 @@ class Loop:
         if domains := self.since_start(steps):
             told = ", ".join(f"{d} {a:.3f} -> {b:.3f}" for d, (a, b) in domains.items())
             lines = [f"held-out nats per token, start -> end: {told}"]
-        else:
-            losses = list(self.losses.values())
+        elif losses := list(self.losses.values()):
             first, last = (mean(part) for part in (losses[:ENDS], losses[-ENDS:]))
             lines = [f"training loss, first -> last steps: {first:.3f} -> {last:.3f}"]
+        else:  # resumed at its end, its metrics deleted
+            lines = []
         return [*lines, f"step {steps} is kept in {self.checkpoints.path(steps)}", *self.warnings]
 
     def log(self, step: int, metrics: Metrics, progress: tqdm, state: TrainState) -> None:
