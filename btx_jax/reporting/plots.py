@@ -71,8 +71,14 @@ def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     figure, axes = plt.subplots(figsize=(7, 3.4))
     for number, (name, points) in enumerate(list(drawn.items())[:CURVES]):
         steps, losses = zip(*points, strict=True)
-        style = ("-", "--")[number // 10 % 2] + ("." if len(steps) <= WINDOW else "")
-        axes.plot(steps, running_mean(losses), style, label=short(name), linewidth=1.3)
+        axes.plot(
+            steps,
+            running_mean(losses),
+            ("-", "--")[number // 10 % 2],
+            marker="." if len(steps) <= WINDOW else None,
+            label=short(name),
+            linewidth=1.3,
+        )
     axes.set(xlabel="step", ylabel="training loss, nats per token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -68,7 +68,8 @@ def test_a_run_shorter_than_the_window_has_a_curve_too():
     assert list(running_mean(range(30)))[-1] == pytest.approx(24.5), "of ten"
     one = loss_curves({"a": [{"step": 1, "lm_loss": 2.0}]})
     many = loss_curves({"a": [{"step": s, "lm_loss": 5.0 - s} for s in range(1, 4)]})
-    assert all("<use" in svg for svg in (one, many)), "single steps are marked"
+    points = [len(re.findall("<use [^>]*#1f77b4", svg)) for svg in (one, many)]
+    assert points == [2, 4], "every step is marked, and the legend"
     assert loss_curves({}) == loss_curves({"mix": [{"step": 1, "heldout": {}}]}) == ""
 
 
