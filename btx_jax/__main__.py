@@ -138,9 +138,6 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from btx_jax import recipes, stages
-    from btx_jax.reporting.summary import task_table
-    from btx_jax.reporting.workdir import read_json
-    from btx_jax.stages import evaluate
 
     models = dict(
         pair.partition("=")[::2] if "=" in pair else (Path(os.path.abspath(pair)).name, pair)
@@ -151,9 +148,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     config = recipes.tasks(
         models, tuple(args.tasks.split(",")), args.limit, args.dtype, args.batch_size
     )
-    out = Path(expand(args.out, "--out"))
-    stages.run(config, out)
-    terminal.Console().print(task_table(read_json(out / evaluate.RESULTS)["models"]))
+    stages.run(config, Path(expand(args.out, "--out")))
 
 
 def _lm_eval(arguments: list[str]) -> None:

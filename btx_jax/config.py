@@ -27,7 +27,7 @@ from btx_jax.schema import (
     rule,
 )
 
-DISPATCHES = ("einsum", "ragged")
+DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
@@ -71,7 +71,8 @@ class ComputeConfig(Section):
         device, slowly.
     unroll: layers unrolled per step of the scan; 1 compiles fastest, all layers runs up to a
     quarter faster on a CPU.
-    dispatch: einsum (capacity, groups) or ragged (dropless).
+    dispatch: einsum (capacity, groups) or ragged (dropless); auto = einsum on TPUs whose mesh has an
+    expert axis, else ragged.
     capacity_factor: slots per expert = factor x k x group_size / experts.
     group_size: tokens routed together; dispatch costs 2 x group_size / (3 x d_ff) of the experts'
     FLOPs.
@@ -82,7 +83,7 @@ class ComputeConfig(Section):
     remat: Annotated[str, Choice(REMAT_POLICIES)] = "full"
     kernels: Annotated[str, Choice(KERNELS)] = "auto"
     unroll: Annotated[int, Range(1, 10_000)] = 1
-    dispatch: Annotated[str, Choice(DISPATCHES)] = "einsum"
+    dispatch: Annotated[str, Choice(DISPATCHES)] = "auto"
     capacity_factor: Annotated[float, Range(0, 1e3, above=True)] = 1.25
     group_size: Annotated[int, Range(1, 65_536)] = 512
     loss_chunk: Tokens = 1024
@@ -94,6 +95,8 @@ class TrainConfig(Section):
 
     batch_size: sequences per step over all devices. accumulate: micro-batches it is split into, one
     after another.
+    learning_rate: its peak; 0 for what suits the model that the run starts from
+    (`training.start.default_learning_rate`).
     balance_weight: alpha of the load-balance loss. z_loss_weight: of the router z-loss (ST-MoE), 0
     to leave it out.
     eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
@@ -105,7 +108,7 @@ class TrainConfig(Section):
     steps: Count
     batch_size: Rows
     accumulate: Rows = 1
-    learning_rate: Positive = 1e-4
+    learning_rate: Annotated[float, Range(0, 1e3)] = 1e-4
     warmup_steps: CountOrZero = 100
     final_lr_fraction: Fraction = 0.1
     beta1: Share = 0.9
@@ -354,6 +357,9 @@ class EvaluateConfig(Section):
     """models: name -> checkpoint, each measured on every domain of data.heldout, where there is a
     data section. rows: at most this many a domain, 0 for all.
 
+    seed, experts, mixture: names among models, of what they are to each other: what all others
+    started from, what was trained on one domain alone, what a report looks into. With a seed its
+    costs are left out of the others'; with experts too, what was gained over it is told.
     tasks: name -> test set, each tried with every model. ensembles: name -> models that answer
     together, by their losses alone.
     shown_tokens: of each domain's held-out text, kept with the experts that every mixture chose for
@@ -362,6 +368,9 @@ class EvaluateConfig(Section):
     """
 
     models: Mapping[str, str]
+    seed: str = ""
+    experts: tuple[str, ...] = ()
+    mixture: str = ""
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     ensembles: Mapping[str, EnsembleConfig] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -375,6 +384,14 @@ class EvaluateConfig(Section):
             yield from _no_file_names(key, getattr(self, key))
         if "result" in self.tasks:
             yield "tasks.result: the name is taken; choose another"
+
+    @rule
+    def _roles(self) -> Iterator[str]:
+        roles = {"seed": (self.seed,), "experts": self.experts, "mixture": (self.mixture,)}
+        for key, names in roles.items():
+            for name in filter(None, names):
+                if name not in self.models:
+                    yield f"{key}: no model {name!r}; {suggest(name, self.models)}"
 
     @rule
     def _some_models(self) -> Iterator[str]:

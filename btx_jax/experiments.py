@@ -235,7 +235,14 @@ def ablations(arms: Arms, experts: list[str]) -> None:
             f"split_top{k}", arms.mix(f"mix_split_top{k}", experts, method="split", chunks=2, k=k)
         )
     switch = arms.mix("mix_switch", experts, routing="switch", k=1)
-    arms.finetune("switch", switch, balance_weight=0.0, compute_capacity_factor=1.5)
+    # Dropping beyond a capacity is part of Switch.
+    arms.finetune(
+        "switch",
+        switch,
+        balance_weight=0.0,
+        compute_dispatch="einsum",
+        compute_capacity_factor=1.5,
+    )
     sample = arms.mix("mix_sample", experts, routing="sample_top1", first_routing="soft", k=1)
     arms.finetune("sample_top1", sample, balance_weight=0.0)
     arms.finetune("soft", arms.mix("mix_soft", experts, routing="soft"), balance_weight=0.0)
@@ -317,7 +324,14 @@ def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
     assert setting.expert.data
     heldout = ",".join([*setting.domains.values(), setting.general])
     data = dataclasses.replace(setting.expert.data, train=setting.everything, heldout=heldout)
-    evaluate = EvaluateConfig(arms.models, ensembles=arms.ensembles, rows=setting.rows)
+    evaluate = EvaluateConfig(
+        arms.models,
+        seed="seed",
+        experts=tuple(f"expert_{name}" for name in setting.texts) if group != "lora" else (),
+        mixture="btx" if group != "lora" else "",
+        ensembles=arms.ensembles,
+        rows=setting.rows,
+    )
     stages = {**setting.before, **arms.stages}
     needs = tuple(stages)
     stages["evaluate"] = PipelineStage(

@@ -66,9 +66,11 @@ _PROCESS = flags.DEFINE_integer(
 
 
 def default_workdir(config_file: str) -> Path:
-    """configs/math_expert.py:tiny -> runs/math_expert_tiny."""
+    """configs/math_expert.py:tiny -> runs/math_expert_tiny, and the same for `:tiny,A/B`: a path is
+    no part of the name."""
     path, _, argument = config_file.partition(":")
-    return Path("runs") / "_".join(filter(None, (Path(path).stem, argument)))
+    named = ",".join(part for part in argument.split(",") if "/" not in part)
+    return Path("runs") / "_".join(filter(None, (Path(path).stem, named)))
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -134,6 +136,8 @@ def _run(file: str) -> None:
     if _ONLY.value and config.stage != "pipeline":
         raise UserError(f"--only={_ONLY.value}: {file} is no pipeline")
     stages.run(config, workdir, **({"only": _ONLY.value} if _ONLY.value else {}))
+    if not _ONLY.value and (command := stages.next_command(config, workdir)):
+        logging.info("next: %s", command)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from btx_jax.config import (
 from btx_jax.config_dict import from_config_dict, to_config_dict
 from btx_jax.errors import ConfigError, suggest
 from btx_jax.model_config import LoRAConfig
-from btx_jax.recipes import EVALS, TASKS, TINY, expert
+from btx_jax.recipes import EVALS, SMALL, TASKS, TINY, expert
 
 HELDOUT = 0.1
 # How the items of a test set become text; only answers are learnt.
@@ -64,15 +64,15 @@ def _mola(task: str, init: str) -> Config:
 
 
 def mola(task: str) -> ml_collections.ConfigDict:
-    """On a test set's answers; or `tiny`: on the demo's mathematics, from the tiny seed."""
-    if task == TINY:
-        config = from_config_dict(expert("math", TINY))
+    """On a test set's answers; or on the demo's mathematics: `tiny`, from the tiny seed, or
+    `from_init`."""
+    if task.partition(",")[0] in SMALL:
+        config = from_config_dict(expert("math", task))
         assert config.train
-        train = dataclasses.replace(
-            config.train, learning_rate=5e-3, balance_weight=0.0, frozen="base"
-        )
+        train = dataclasses.replace(config.train, balance_weight=0.0, frozen="base")
+        init = "runs/seed_tiny" if task == TINY else config.init
         return to_config_dict(
-            dataclasses.replace(config, init="runs/seed_tiny", lora=LoRAConfig("2468"), train=train)
+            dataclasses.replace(config, init=init, lora=LoRAConfig("2468"), train=train)
         )
     if task not in FORMATS:
         raise ConfigError(f"--config=...:{task}: no such task; {suggest(task, FORMATS)}")

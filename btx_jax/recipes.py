@@ -1,11 +1,14 @@
 """The paper's runs as functions that config files call: at Llama-2-7B scale (BTX section 4), and
 `tiny`, the same recipe at a size for a laptop CPU on the demo corpora. What differs between the two
-is data, size and steps, never the method."""
+is data, size and steps, never the method. `from_init` is the recipe for one machine on a model that
+is there already, whatever its size: `from_init`, with init named by --config.init, or
+`from_init,CHECKPOINT`."""
 
 import dataclasses
 
 import ml_collections
 
+from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -50,6 +53,9 @@ MODELS = {
     "tiny": ModelConfig(vocab_size=2048, layers=4, d_model=128, d_ff=352, heads=4, kv_heads=4, head_dim=32, tied_head=True, context=256),
 }  # fmt: skip
 TINY, FROM_INIT = "tiny", "from_init"
+SMALL = (TINY, FROM_INIT)  # on the demo corpora
+RELEASED = "$BTX_DATA_DIR/seed"  # where a pipeline looks for the model that it starts from
+FROM_INIT_LENGTH = 512  # tokens; less where the model named has a shorter context
 
 # The paper's domains; the shares inside a domain are its Table 7 (normalised, they sum to 102.98
 # and 99.01 there).
@@ -104,24 +110,33 @@ MOE_TOKENS = 80e9
 TOKENS_PER_STEP = 1024 * 4096
 
 
-def _model(size: str) -> ModelConfig:
-    if size not in MODELS:
-        raise ConfigError(f"--config=...:{size}: no such size; known: {', '.join(MODELS)}")
-    return MODELS[size]
+def _split(what: str) -> tuple[str, str]:
+    """`SIZE` or `from_init,CHECKPOINT` -> (size, checkpoint or "")."""
+    size, _, init = what.partition(",")
+    if size not in (*MODELS, FROM_INIT) or (init and size != FROM_INIT):
+        known = ", ".join([*MODELS, FROM_INIT, f"{FROM_INIT},CHECKPOINT"])
+        raise ConfigError(f"--config=...:{what}: no such size; known: {known}")
+    return size, init
 
 
 def _compute(size: str, is_moe: bool = False) -> ComputeConfig:
-    """At 7B: what a 95 GiB chip holds at one sequence of 4096. Einsum dispatch computes a quarter
-    more than it must already."""
+    """At 7B: what a 95 GiB chip holds at one sequence of 4096, with the dispatch that was measured
+    there. Einsum dispatch computes a quarter more than it must already."""
     if size == TINY:
         return ComputeConfig(dtype="float32", remat="none", unroll=4, group_size=64, loss_chunk=512)
-    return ComputeConfig(remat="ffn" if is_moe else "full")
+    if size == FROM_INIT:
+        return ComputeConfig()
+    return ComputeConfig(remat="ffn" if is_moe else "full", dispatch="einsum")
 
 
 def _data(size: str, train: str, **kwargs) -> DataConfig:
-    if size == TINY:
+    if size in SMALL:
         return DataConfig(
-            train, domains=TINY_DOMAINS, sequence_length=256, heldout_fraction=0.05, **kwargs
+            train,
+            domains=TINY_DOMAINS,
+            sequence_length=256 if size == TINY else FROM_INIT_LENGTH,
+            heldout_fraction=0.05,
+            **kwargs,
         )
     return DataConfig(
         train, domains=PAPER_DOMAINS, sequence_length=4096, heldout_fraction=0.0005, **kwargs
@@ -132,16 +147,17 @@ def _train(
     size: str,
     tokens: float,
     tiny_steps: int,
-    tiny_rate: float,
+    tiny_rate: float = 0.0,
     rate: float = 1e-4,
     warmup: int = 100,
 ) -> TrainConfig:
-    if size == TINY:
+    """tiny_rate: 0 for what suits the model that a run starts from."""
+    if size in SMALL:
         return TrainConfig(
             tiny_steps,
             batch_size=8,
-            learning_rate=tiny_rate,
-            warmup_steps=20,
+            learning_rate=tiny_rate if size == TINY else 0.0,
+            warmup_steps=20 if size == TINY else 10,
             eval_every=50,
             eval_rows=16,
         )
@@ -158,7 +174,7 @@ def _train(
 
 
 def _checkpoint(size: str) -> CheckpointConfig:
-    return CheckpointConfig(every=50 if size == TINY else 500)
+    return CheckpointConfig(every=50 if size in SMALL else 500)
 
 
 def _training(
@@ -169,8 +185,8 @@ def _training(
     mesh: MeshConfig | None = None,
     is_moe: bool = False,
 ) -> Config:
-    """A tiny run takes its model from `init`; the others must find the model they name there."""
-    model = _model(size) if init == "scratch" or size != TINY else None
+    """A small run takes its model from `init`; the others must find the model they name there."""
+    model = MODELS[size] if init == "scratch" or size not in SMALL else None
     if model and is_moe:
         model = dataclasses.replace(model, moe=MoEConfig((4,) * model.layers))
     return Config(
@@ -186,34 +202,29 @@ def _training(
 
 
 def _seed(size: str) -> Config:
-    tiny = size == TINY
-    data = _data(
-        size,
-        SEED_TINY if tiny else "general",
-        tokenizer="demo:" if tiny else "$BTX_DATA_DIR/tokenizer.model",
-    )
-    return _training(
-        size, _train(size, 2e12, 400, 3e-3, rate=3e-4, warmup=2000), data, init="scratch"
-    )
+    """From nothing; FROM_INIT: a model that is there already, trained on."""
+    text = SEED_TINY if size in SMALL else "general"
+    train = _train(size, 2e12, 400, 3e-3, rate=3e-4, warmup=2000)
+    if size == FROM_INIT:
+        return _training(size, train, _data(size, text))
+    tokenizer = "demo:" if size == TINY else "$BTX_DATA_DIR/tokenizer.model"
+    return _training(size, train, _data(size, text, tokenizer=tokenizer), init="scratch")
 
 
 def _expert(domain: str, size: str) -> Config:
     tiny_text, tokens = EXPERTS[domain]
     return _training(
-        size, _train(size, tokens, 130, 2e-3), _data(size, tiny_text if size == TINY else domain)
+        size, _train(size, tokens, 130), _data(size, tiny_text if size in SMALL else domain)
     )
 
 
 def _finetune(size: str) -> Config:
-    """FROM_INIT: at 7B scale, with whatever mixture `init` holds; the others must find the paper's,
-    4 experts in every layer and Top-2."""
-    if size == FROM_INIT:
-        return dataclasses.replace(_finetune("llama2_7b"), model=None)
-    mesh = MeshConfig(expert=1 if size == TINY else 4)
+    """At the paper's sizes the mixture must be its own, 4 experts in every layer and Top-2."""
+    mesh = MeshConfig(expert=1 if size in SMALL else 4)
     return _training(
         size,
-        _train(size, MOE_TOKENS, 200, 2e-3),
-        _data(size, MIX_TINY if size == TINY else MIX_PAPER),
+        _train(size, MOE_TOKENS, 200),
+        _data(size, MIX_TINY if size in SMALL else MIX_PAPER),
         mesh=mesh,
         is_moe=True,
     )
@@ -230,69 +241,93 @@ def _dense(size: str) -> Config:
         "general": 80 * 0.1923,
     }
     names = dict(
-        zip(shares, ("math", "code", "world", "prose") if size == TINY else shares, strict=True)
+        zip(shares, ("math", "code", "world", "prose") if size in SMALL else shares, strict=True)
     )
     text = ",".join(f"{names[name]}:{share:.2f}" for name, share in shares.items())
-    return _training(size, _train(size, tokens, 3 * 130 + 200, 2e-3), _data(size, text))
+    return _training(size, _train(size, tokens, 3 * 130 + 200), _data(size, text))
 
 
 def _mix(sources: tuple[str, ...], copies: int = 1) -> Config:
     return Config("mix", mix=MixConfig(sources, copies=copies), mesh=MeshConfig())
 
 
-def _evaluate(size: str, models: dict[str, str]) -> Config:
-    data = _data(size, MIX_TINY if size == TINY else MIX_PAPER)
-    if size == TINY:
+def _evaluate(
+    size: str, models: dict[str, str], seed: str, experts: tuple[str, ...], mixture: str
+) -> Config:
+    data = _data(size, MIX_TINY if size in SMALL else MIX_PAPER)
+    if size in SMALL:
         data = dataclasses.replace(data, heldout="math,code,world,prose")
-    evaluate = EvaluateConfig(models, rows=48 if size == TINY else 1024)
+    rows = {TINY: 48, FROM_INIT: 16}.get(size, 1024)
+    evaluate = EvaluateConfig(models, seed, experts, mixture, rows=rows)
     return Config(
         "evaluate", evaluate=evaluate, data=data, compute=_compute(size), mesh=MeshConfig()
     )
 
 
-def _with_init(config: Config, init: str) -> Config:
-    return dataclasses.replace(config, init=init)
+def _starting(config: Config, init: str) -> Config:
+    """The config from this checkpoint, and no longer rows than its context takes."""
+    if not init:
+        return config
+    return _within_context(dataclasses.replace(config, init=init), init)
 
 
-def seed(size: str) -> ml_collections.ConfigDict:
-    return to_config_dict(_seed(size))
-
-
-def expert(domain: str, size: str) -> ml_collections.ConfigDict:
-    return to_config_dict(_expert(domain, size))
-
-
-def mix(size: str) -> ml_collections.ConfigDict:
-    """The default sources are where the seed and expert configs leave their runs; the seed itself
-    is the last expert."""
-    suffix = "" if size == "llama2_7b" else f"_{size}"
-    return to_config_dict(
-        _mix(
-            tuple(
-                f"runs/{name}{suffix}"
-                for name in ("math_expert", "code_expert", "wiki_expert", "seed")
-            )
-        )
+def _within_context(config: Config, init: str) -> Config:
+    if config.data is None or config.model is not None or not init or init.startswith("@"):
+        return config
+    context = find_checkpoint(init, f"--config=...:{FROM_INIT}").about.model.context
+    length = min(config.data.sequence_length, context)
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, sequence_length=length)
     )
 
 
-def sparse_upcycling(size: str) -> ml_collections.ConfigDict:
+def seed(what: str) -> ml_collections.ConfigDict:
+    size, init = _split(what)
+    return to_config_dict(_starting(_seed(size), init))
+
+
+def expert(domain: str, what: str) -> ml_collections.ConfigDict:
+    size, init = _split(what)
+    return to_config_dict(_starting(_expert(domain, size), init))
+
+
+def _left_by(size: str, names: tuple[str, ...], seed: str = "") -> dict[str, str]:
+    """Name -> where the config of that name leaves its run; seed: a released one instead."""
     suffix = "" if size == "llama2_7b" else f"_{size}"
-    return to_config_dict(_mix((f"runs/seed{suffix}",), copies=4))
+    released = {"seed": seed or RELEASED} if size == FROM_INIT else {}
+    return {name: f"runs/{name}{suffix}" for name in names} | (released if "seed" in names else {})
 
 
-def moe_finetune(size: str) -> ml_collections.ConfigDict:
-    return to_config_dict(_finetune(size))
+BRANCHES = ("math_expert", "code_expert", "wiki_expert")  # configs of that name
 
 
-def dense(size: str) -> ml_collections.ConfigDict:
-    return to_config_dict(_dense(size))
+def mix(what: str) -> ml_collections.ConfigDict:
+    """The default sources are where the seed and expert configs leave their runs; the seed itself
+    is the last expert."""
+    size, init = _split(what)
+    return to_config_dict(_mix(tuple(_left_by(size, (*BRANCHES, "seed"), init).values())))
 
 
-def evaluate(size: str) -> ml_collections.ConfigDict:
-    suffix = "" if size == "llama2_7b" else f"_{size}"
-    names = ("seed", "math_expert", "code_expert", "wiki_expert", "mix", "moe_finetune")
-    return to_config_dict(_evaluate(size, {name: f"runs/{name}{suffix}" for name in names}))
+def sparse_upcycling(what: str) -> ml_collections.ConfigDict:
+    size, init = _split(what)
+    return to_config_dict(_mix(tuple(_left_by(size, ("seed",), init).values()), copies=4))
+
+
+def moe_finetune(what: str) -> ml_collections.ConfigDict:
+    size, init = _split(what)
+    return to_config_dict(_starting(_finetune(size), init))
+
+
+def dense(what: str) -> ml_collections.ConfigDict:
+    size, init = _split(what)
+    return to_config_dict(_starting(_dense(size), init))
+
+
+def evaluate(what: str) -> ml_collections.ConfigDict:
+    size, init = _split(what)
+    models = _left_by(size, ("seed", *BRANCHES, "mix", "moe_finetune"), init)
+    config = _evaluate(size, models, "seed", BRANCHES, "moe_finetune")
+    return to_config_dict(_within_context(config, init))
 
 
 def tasks(
@@ -312,75 +347,110 @@ def tasks(
     )
 
 
-def btx(size: str) -> ml_collections.ConfigDict:
+def btx(what: str) -> ml_collections.ConfigDict:
     """The paper's method from a released seed: three branches, mix with the seed as generalist,
     finetune, evaluate, report."""
+    size, init = _split(what)
     if size == TINY:
         return demo()
-    seed = "$BTX_DATA_DIR/seed"
-    experts = {f"expert_{domain}": domain for domain in EXPERTS}
+    seed = init or RELEASED
+    experts = {f"expert_{_domain(domain, size)}": domain for domain in EXPERTS}
+    stages = {
+        name: PipelineStage(
+            dataclasses.replace(_within_context(_expert(domain, size), init), init=seed)
+        )
+        for name, domain in experts.items()
+    }
+    return to_config_dict(_mixed_and_reported(size, stages, seed, init))
+
+
+def _domain(expert: str, size: str) -> str:
+    """What the text of the wiki expert is called at this size."""
+    return "world" if expert == "wiki" and size in SMALL else expert
+
+
+def _mixed_and_reported(
+    size: str, before: dict[str, PipelineStage], seed: str, init: str = ""
+) -> Config:
+    """A pipeline: what trains the experts (`expert_*`), then mix, finetune, evaluate, report.
+    init: a checkpoint of which the context is known."""
+    experts = tuple(name for name in before if name.startswith("expert_"))
+    branches = tuple(f"@{name}" for name in experts)
     models = {
         "seed": seed,
-        **{name: f"@{name}" for name in experts},
+        **dict(zip(experts, branches, strict=True)),
         "btx_untuned": "@mix",
         "btx": "@finetune",
     }
+    first = ("seed",) if seed.startswith("@") else ()
+    finetune = dataclasses.replace(_within_context(_finetune(size), init), init="@mix")
+    evaluate = _within_context(_evaluate(size, models, "seed", experts, "btx"), init)
     stages = {
-        **{
-            name: PipelineStage(_with_init(_expert(domain, size), seed))
-            for name, domain in experts.items()
-        },
-        "mix": PipelineStage(_mix((*(f"@{name}" for name in experts), seed)), needs=tuple(experts)),
-        "finetune": PipelineStage(_with_init(_finetune(size), "@mix"), needs=("mix",)),
-        "evaluate": PipelineStage(_evaluate(size, models), needs=(*experts, "mix", "finetune")),
+        **before,
+        "mix": PipelineStage(_mix((*branches, seed)), needs=(*first, *experts)),
+        "finetune": PipelineStage(finetune, needs=("mix",)),
+        "evaluate": PipelineStage(evaluate, needs=(*first, *experts, "mix", "finetune")),
     }
     runs = {name: f"@{name}" for name in stages}
     stages["report"] = PipelineStage(
         Config("report", report=ReportConfig("@evaluate", runs)), needs=tuple(runs)
     )
-    return to_config_dict(Config("pipeline", pipeline=stages))
+    return Config("pipeline", pipeline=stages)
 
 
-def comparison(size: str, group: str) -> ml_collections.ConfigDict:
+def comparison(what: str, group: str) -> ml_collections.ConfigDict:
     """The paper's method beside its baselines and ablations. At 7B, from a released seed in
-    $BTX_DATA_DIR/seed; `tiny`, from nothing."""
+    $BTX_DATA_DIR/seed; `tiny`, from nothing; `from_init,CHECKPOINT`, from that."""
     if group not in GROUPS:
         raise ConfigError(
             f"--config=...:{group}: no such group of arms; known: {', '.join(GROUPS)}"
         )
-    tiny = size == TINY
+    size, init = _split(what)
+    tiny, small = size == TINY, size in SMALL
     is_lora = group == "lora"
-    dense = _model(size)
+    if size == FROM_INIT:
+        init = init or RELEASED
+        dense = find_checkpoint(init, f"--config=...:{FROM_INIT}").about.model
+    else:
+        dense = MODELS[size]
     mixture = dataclasses.replace(dense, moe=MoEConfig((4,) * dense.layers))
-    expert, finetune, before = _expert("math", size), _finetune(size), {}
+    expert = _within_context(_expert("math", size), init)
+    finetune, before = _within_context(_finetune(size), init), {}
     if tiny:
         expert, finetune = (
             _with_steps(config, steps) for config, steps in ((expert, 80), (finetune, 100))
         )
+        # As docs/results.md was measured.
+        assert finetune.compute
+        compute = dataclasses.replace(finetune.compute, dispatch="einsum")
+        finetune = dataclasses.replace(finetune, compute=compute)
         prepared = dataclasses.replace(_data(TINY, "math,code,world,prose"), tokenizer="demo:")
         before = {
             "prepare": PipelineStage(Config("prepare", data=prepared)),
             "seed": PipelineStage(_seed(TINY), needs=("prepare",)),
         }
     setting = Setting(
-        seed="@seed" if tiny else "$BTX_DATA_DIR/seed",
-        texts={domain: text if tiny else domain for domain, (text, _) in EXPERTS.items()},
-        domains={"math": "math", "code": "code", "wiki": "world" if tiny else "wiki"},
-        general="prose" if tiny else "general",
-        mixed=MIX_TINY if tiny else MIX_PAPER,
+        seed="@seed" if tiny else init or RELEASED,
+        texts={domain: text if small else domain for domain, (text, _) in EXPERTS.items()},
+        domains={domain: _domain(domain, size) for domain in EXPERTS},
+        general="prose" if small else "general",
+        mixed=MIX_TINY if small else MIX_PAPER,
         expert=expert,
         finetune=finetune,
         moe_cost=train_flops(mixture, 1) / train_flops(dense, 1),
-        rows=64 if tiny else 1024,
+        rows={TINY: 64, FROM_INIT: 16}.get(size, 1024),
         before=before,
-        # Plain LoRA's rank is the nearest with as many parameters, a router of 8 logits counting as
-        # its share of a rank.
-        lora=(20, 42, LORA_TARGETS) if tiny else (160, 42, LORA_TARGETS),
+        # As many experts a layer as MoLA's 160 over 32. Plain LoRA's rank is the nearest with as
+        # many parameters, a router of 8 logits counting as its share of a rank.
+        lora=(5 * dense.layers, 42, LORA_TARGETS),
     )
     if is_lora:
         assert finetune.train
         lora_train = dataclasses.replace(
-            finetune.train, frozen="base", balance_weight=0.0, learning_rate=5e-3 if tiny else 3e-4
+            finetune.train,
+            frozen="base",
+            balance_weight=0.0,
+            learning_rate=0.0 if small else 3e-4,
         )
         setting = dataclasses.replace(
             setting, finetune=dataclasses.replace(finetune, train=lora_train, mesh=MeshConfig())
@@ -409,30 +479,15 @@ def _with_steps(config: Config, steps: int) -> Config:
 def demo() -> ml_collections.ConfigDict:
     """Branch-Train-MiX from nothing, tiny: seed, three experts, mix with the seed as generalist,
     finetune, evaluate, report."""
-    experts = {"expert_math": "math", "expert_code": "code", "expert_world": "wiki"}
     prepared = dataclasses.replace(_data(TINY, "math,code,world,prose"), tokenizer="demo:")
-    branches = tuple(f"@{name}" for name in experts)
-    models = {
-        "seed": "@seed",
-        **{name: f"@{name}" for name in experts},
-        "btx_untuned": "@mix",
-        "btx": "@finetune",
-    }
     stages = {
         "prepare": PipelineStage(Config("prepare", data=prepared)),
         "seed": PipelineStage(_seed(TINY), needs=("prepare",)),
         **{
-            name: PipelineStage(_with_init(_expert(domain, TINY), "@seed"), needs=("seed",))
-            for name, domain in experts.items()
+            f"expert_{_domain(domain, TINY)}": PipelineStage(
+                dataclasses.replace(_expert(domain, TINY), init="@seed"), needs=("seed",)
+            )
+            for domain in EXPERTS
         },
-        "mix": PipelineStage(_mix((*branches, "@seed")), needs=("seed", *experts)),
-        "finetune": PipelineStage(_with_init(_finetune(TINY), "@mix"), needs=("mix",)),
-        "evaluate": PipelineStage(
-            _evaluate(TINY, models), needs=("seed", *experts, "mix", "finetune")
-        ),
     }
-    runs = {name: f"@{name}" for name in stages}
-    stages["report"] = PipelineStage(
-        Config("report", report=ReportConfig("@evaluate", runs)), needs=tuple(runs)
-    )
-    return to_config_dict(Config("pipeline", pipeline=stages))
+    return to_config_dict(_mixed_and_reported(TINY, stages, "@seed"))

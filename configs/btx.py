@@ -2,6 +2,7 @@
 sections 3 and 4).
 
     python launch/submit.py --pipeline=configs/btx.py:tiny --backend=local --workdir=runs/btx_tiny
+    python -m btx_jax.launch --config=configs/btx.py:from_init,RELEASED_MODEL --workdir=runs/mine
     python launch/submit.py --pipeline=configs/btx.py --backend=gke --bucket=gs://NAME
     --topology=v5p:2x2x2 --dry-run python -m btx_jax.launch --config=configs/btx.py:tiny        #
     the same, one stage after another

@@ -1,10 +1,12 @@
 """Branch-Train-MiX beside its baselines and ablations from a seed of your own: every arm from the
 same checkpoint, on the same domains.
 
-    python -m btx_jax.launch --config=configs/comparison.py                                   # the
-    main arms; also: python -m btx_jax.launch --config=configs/comparison.py:llama2_7b,ablations
-    # or ,all python launch/submit.py --pipeline=configs/comparison.py --backend=gke ...
-    # every arm a job of its own
+    python -m btx_jax.launch --config=configs/comparison.py
+    python -m btx_jax.launch --config=configs/comparison.py:llama2_7b,ablations
+    python -m btx_jax.launch --config=configs/comparison.py:from_init,RELEASED_MODEL,main
+    python launch/submit.py --pipeline=configs/comparison.py --backend=gke ...
+
+The arms are `main`, `ablations` or `all`; `submit.py` makes every arm a job of its own.
 
 Cost: `main` at the paper's 453B + 80B tokens about eight times BTX itself; start with fewer steps.
 Expected (paper): seed 40.7, dense 44.5, BTM 43.4, sparse upcycling 46.3 to 47.3, BTX 47.9 on 12
@@ -15,5 +17,6 @@ from btx_jax import recipes
 
 
 def get_config(what: str = "llama2_7b"):
-    size, _, group = what.partition(",")
-    return recipes.comparison(size, group or "main")
+    size, *rest = what.split(",")
+    start = [rest.pop(0)] if size == recipes.FROM_INIT and rest else []
+    return recipes.comparison(",".join([size, *start]), ",".join(rest) or "main")

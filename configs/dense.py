@@ -3,6 +3,7 @@
 
     python -m btx_jax.launch --config=configs/dense.py --config.init=CHECKPOINT
     python -m btx_jax.launch --config=configs/dense.py:tiny --config.init=runs/seed_tiny
+    python -m btx_jax.launch --config=configs/dense.py:from_init --config.init=RELEASED_MODEL
 
 Cost: unadorned 533B tokens, 2.2e22 FLOPs; `:tiny` four minutes on 2 cores.
 Expected (paper): 44.5 on 12 tasks, between the seed's 40.7 and BTX's 47.9. Domain text and mix are

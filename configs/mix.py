@@ -1,6 +1,7 @@
 """Mix: three experts and their seed become one MoE (BTX section 3.1).
 
     python -m btx_jax.launch --config=configs/mix.py
+    python -m btx_jax.launch --config=configs/mix.py:from_init,RELEASED_MODEL
     python -m btx_jax.launch --config=configs/mix.py:tiny
     --config.mix.experts="('A','B','C','SEED')"
 

@@ -2,9 +2,11 @@
 balancing.
 
     python -m btx_jax.launch --config=configs/moe_finetune.py --config.init=runs/mix
-    python -m btx_jax.launch --config=configs/moe_finetune.py:from_init --config.init=MIXTURE      #
-    of any number of experts python -m btx_jax.launch --config=configs/moe_finetune.py:tiny
+    python -m btx_jax.launch --config=configs/moe_finetune.py:from_init --config.init=MIXTURE
+    python -m btx_jax.launch --config=configs/moe_finetune.py:tiny
     --config.init=runs/mix_tiny
+
+`from_init` takes a mixture of any size and number of experts, on one machine.
 
 Cost: unadorned 80B tokens, 5.3e21 FLOPs; `:tiny` about two minutes on 2 cores.
 Expected (paper): 47.9 on 12 tasks, seed 40.7. `:tiny`: mean held-out loss below the seed's and

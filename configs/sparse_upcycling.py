@@ -2,6 +2,7 @@
 finetune the result with moe_finetune.
 
     python -m btx_jax.launch --config=configs/sparse_upcycling.py:tiny
+    python -m btx_jax.launch --config=configs/sparse_upcycling.py:from_init,RELEASED_MODEL
     python -m btx_jax.launch --config=configs/moe_finetune.py:tiny
     --config.init=runs/sparse_upcycling_tiny --workdir=runs/upcycled_tiny
 

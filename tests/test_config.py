@@ -1,9 +1,11 @@
 import dataclasses
 import importlib.util
+import json
+import re
 
 import pytest
 
-from btx_jax import recipes
+from btx_jax import lora_recipes, recipes
 from btx_jax.config import (
     Config,
     DataConfig,
@@ -16,6 +18,7 @@ from btx_jax.config import (
 )
 from btx_jax.config_dict import differences, from_config_dict, from_dict, to_config_dict, to_dict
 from btx_jax.errors import ConfigError
+from btx_jax.launch import default_workdir
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.stages.pipeline import in_order, resolve
 from btx_jax.training.start import checked_mesh
@@ -129,7 +132,7 @@ def test_round_trip_and_differences():
         ({"mesh__data": -1}, r"config\.mesh\.data, fsdp: more than one is -1"),
         (
             {"compute__dispatch": "dense"},
-            r"config\.compute\.dispatch='dense': known: einsum, ragged",
+            r"config\.compute\.dispatch='dense': known: auto, einsum, ragged",
         ),
         (
             {"data__heldout_fraction": 1.0},
@@ -257,3 +260,104 @@ def test_the_command_line_adds_domains_and_evaluated_models():
     for wrong in ("--config.data.domain.x=1", "--config.train.stepz=1"):
         with pytest.raises((KeyError, AttributeError)):
             parsed("math_expert.py:tiny", wrong)
+
+
+RECIPES = {
+    "seed": recipes.seed,
+    "math_expert": lambda what: recipes.expert("math", what),
+    "dense": recipes.dense,
+    "moe_finetune": recipes.moe_finetune,
+    "mola": lora_recipes.mola,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_training_takes_a_model_that_is_there(name):
+    config = from_config_dict(RECIPES[name]("from_init"))
+    assert config.model is None and config.data.tokenizer == "" and config.init == ""
+    assert config.train.learning_rate == 0.0, "what suits the model"
+    assert config.compute.dispatch == "auto"
+    assert config.train.warmup_steps <= 10 <= config.train.steps, "ten steps need no other key"
+
+
+def released(tmp_path, context=4096):
+    """A Hugging Face directory of which only the config is looked at."""
+    values = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    }  # fmt: skip
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(("context", "length"), [(4096, 512), (128, 128)])
+def test_pipelines_take_a_released_model_by_its_path(tmp_path, context, length):
+    seed = released(tmp_path / "seed", context)
+    for made in (recipes.btx(f"from_init,{seed}"), recipes.comparison(f"from_init,{seed}", "all")):
+        config = from_config_dict(made)
+        for name in in_order(config.pipeline):
+            resolve(name, config.pipeline[name], config, tmp_path)
+        stages = {name: stage.config for name, stage in config.pipeline.items()}
+        assert stages["expert_math"].init == seed
+        assert stages["evaluate"].evaluate.models["seed"] == seed
+        assert {each.data.sequence_length for each in stages.values() if each.data} == {length}
+    module, _ = get_config("comparison")
+    for group in ("", ",ablations"):
+        arms = from_config_dict(module.get_config(f"from_init,{seed}{group}")).pipeline
+        assert ("no_balance" in arms) == bool(group)
+    one = from_config_dict(recipes.expert("code", f"from_init,{seed}"))
+    assert (one.init, one.data.sequence_length) == (seed, length)
+    upcycled = from_config_dict(recipes.sparse_upcycling(f"from_init,{seed}"))
+    assert upcycled.mix.experts == (seed,)
+    assert from_config_dict(recipes.mix(f"from_init,{seed}")).mix.experts[-1] == seed
+    assert from_config_dict(recipes.evaluate(f"from_init,{seed}")).evaluate.models["seed"] == seed
+
+
+@pytest.mark.parametrize("what", ["from_int", "llama2_7b,somewhere", "7b"])
+def test_an_unknown_size_is_told_with_those_that_are_known(what):
+    for recipe in (recipes.seed, recipes.btx, recipes.mix, recipes.evaluate):
+        with pytest.raises(ConfigError, match=r"no such size; known: .*from_init,CHECKPOINT"):
+            recipe(what)
+
+
+def test_runs_of_the_papers_size_keep_the_dispatch_that_was_measured():
+    assert from_config_dict(recipes.moe_finetune("llama2_7b")).compute.dispatch == "einsum"
+    assert from_config_dict(recipes.moe_finetune("tiny")).compute.dispatch == "auto"
+    arms = from_config_dict(recipes.comparison("tiny", "ablations")).pipeline
+    assert arms["switch"].config.compute.dispatch == "einsum", "dropping is part of Switch"
+
+
+@pytest.mark.parametrize(
+    ("config", "directory"),
+    [
+        ("configs/demo.py", "runs/demo"),
+        ("configs/math_expert.py:tiny", "runs/math_expert_tiny"),
+        ("configs/comparison.py:llama2_7b,all", "runs/comparison_llama2_7b,all"),
+        ("configs/btx.py:from_init,/models/a:b", "runs/btx_from_init"),
+        ("configs/btx.py:from_init,../a/b", "runs/btx_from_init"),
+    ],
+)
+def test_a_run_lies_where_its_config_says_and_no_path_leads_it_away(config, directory):
+    assert str(default_workdir(config)) == directory
+
+
+def test_sections_keep_the_order_in_which_they_were_written():
+    config = from_config_dict(recipes.demo())
+    assert list(config.pipeline)[:3] == ["prepare", "seed", "expert_math"]
+    assert list(config.pipeline["evaluate"].config.evaluate.models)[-2:] == ["btx_untuned", "btx"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "told"),
+    [
+        ({"seed": "sed"}, "seed: no model 'sed'; did you mean 'seed'?"),
+        ({"experts": ("seed", "maths")}, "experts: no model 'maths'"),
+        ({"mixture": "x"}, "mixture: no model 'x'"),
+    ],
+)
+def test_a_role_must_be_a_model(roles, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        EvaluateConfig({"seed": "a", "math": "b"}, **roles, tasks={})

@@ -16,7 +16,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -311,8 +311,6 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
         manifest = _read_manifest(target)
         if manifest is None:
             raise UserError(f"{target}: was damaged as soon as it was written; check the disk")
-    for line in manifest["problems"]:
-        log.warning("%s: %s", source.where, line)
     return PreparedSource(target / "rows", source.weight, manifest)
 
 
@@ -473,7 +471,9 @@ def _write(
             "heldout_fraction": config.heldout_fraction,
             "heldout_from": [order / 2**64 for order in orders],
             "splits": counts,
-            "problems": problems.lines(),
+            "problems": {
+                kind: [count, problems.first[kind]] for kind, count in problems.counts.items()
+            },
         }
         if _stamps(files) != stamps:
             raise UserError(
@@ -575,9 +575,26 @@ def prepare(
     """Every source of every domain of `notation`, tokenised. The slow step of a first run; later
     runs find all in the cache."""
     check_text(config, [(key, notation)])
-    return tuple(
+    prepared = tuple(
         PreparedDomain(
             d.name, d.weight, tuple(prepare_source(s, tokenizer, config) for s in d.sources)
         )
         for d in parse_domains(notation, config.domains, key)
     )
+    tell_problems([source for domain in prepared for source in domain.sources], key)
+    return prepared
+
+
+_told: set[Path] = set()  # sources whose problems this process has told: stages read them again
+
+
+def tell_problems(sources: Sequence[PreparedSource], key: str) -> None:
+    """What had to be left out or cut, by kind over all sources, each source's once a process."""
+    new = {source.directory: source for source in sources if source.directory not in _told}
+    _told.update(new)
+    together = Problems()
+    for source in new.values():
+        for kind, (count, first) in source.manifest["problems"].items():
+            together.add(kind, first, count)
+    for line in together.lines():
+        log.warning("%s: %s", key, line)

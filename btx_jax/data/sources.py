@@ -91,8 +91,8 @@ class Problems:
         self.counts: dict[str, int] = {}
         self.first: dict[str, str] = {}
 
-    def add(self, kind: str, place: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+    def add(self, kind: str, place: str, count: int = 1) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + count
         self.first.setdefault(kind, place)
 
     def lines(self) -> list[str]:

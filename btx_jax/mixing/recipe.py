@@ -21,6 +21,7 @@ GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST)
 MAX_EXPERTS = 1024
 MAX_RECIPE, MAX_PROMPTS = 1 << 18, 1 << 24  # bytes of a file
 MAX_NODES = 100_000  # of a recipe, with its aliases written out
+KEPT = "mergekit_moe_config.yml"  # a mixture's recipe beside its weights, as mergekit-moe keeps it
 DIFFERENCES = (
     "vocab_size",
     "heads",
@@ -256,6 +257,23 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: {error}") from None
     assert recipe is not None
     return recipe
+
+
+def expert_sources(mixture: Path) -> list[str]:
+    """The model behind each expert of a mixture, by the recipe kept beside its weights; empty where
+    there is none, or every expert is made of all."""
+    path = mixture / KEPT
+    if not path.exists():
+        return []
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        sources = [str(expert["source_model"]) for expert in recipe["experts"]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; delete it") from error
+    if recipe.get("method") == "blend":
+        return []
+    chunks = recipe.get("chunks", Recipe.chunks) if recipe.get("method") == "split" else 1
+    return [source for source in sources for _ in range(chunks)]
 
 
 def _without_none(values: Any) -> Any:

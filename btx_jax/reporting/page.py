@@ -20,8 +20,9 @@ MOST_MAPS = 8
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """One sentence: which model has the lowest mean over the domains, and what a mixture gained and
-    forgot."""
+    """Which model has the lowest mean over the domains, and what the mixture gained and forgot."""
+    if not summary["domains"]:
+        return f"{len(summary['models'])} models on test sets alone."
     means = {
         name: mean(model["nats_per_token"].values()) for name, model in summary["models"].items()
     }
@@ -33,20 +34,24 @@ def verdict(summary: Mapping[str, Any]) -> str:
         f"{best} has the lowest mean held-out loss, {means[best]:.3f} nats per token; next is"
         f" {others[0][1]} with {others[0][0]:.3f}."
     )
-    gained = summary["gains"].get("models", {}).get("btx")
-    if gained:
-        experts = [
-            values["forgetting"]
-            for name, values in summary["gains"]["models"].items()
-            if name.startswith("expert_")
-        ]
-        general = summary["gains"]["general"]
+    gained = summary["gains"].get("models", {})
+    if summary["shown"] in gained:
+        own, general, seed = gained[summary["shown"]], summary["gains"]["general"], summary["seed"]
+        experts = mean(gained[name]["forgetting"] for name in summary["experts"])
         told += (
-            f" BTX gains {mean(gained['over_seed'].values()):.3f} over its seed; on {general} it"
-            f" lies {gained['forgetting']:.3f} above the seed, its experts {mean(experts):.3f} in"
-            " the mean."
+            f" {summary['shown']} {_gains(mean(own['over_seed'].values()))} over {seed} in the mean;"
+            f" on {general} it lies {_apart(own['forgetting'])} {seed}, its experts"
+            f" {_apart(experts)} it in the mean."
         )
     return told
+
+
+def _gains(value: float) -> str:
+    return f"gains {value:.3f}" if value >= 0 else f"loses {-value:.3f}"
+
+
+def _apart(value: float) -> str:
+    return f"{abs(value):.3f} {'above' if value > 0 else 'below'}"
 
 
 def render(
@@ -62,6 +67,7 @@ def render(
     values = {
         name: [model["nats_per_token"][d] for d in domains]
         for name, model in summary["models"].items()
+        if domains
     }
     values = {name: [*row, mean(row)] for name, row in values.items()}
     best = [min(column) for column in zip(*values.values(), strict=True)]
@@ -75,8 +81,10 @@ def render(
     ]
     routing = summary["routing"].get(summary["shown"])
     figures: dict[str, Any] = {
-        "matrix": plots.loss_matrix(summary),
-        "compute": plots.loss_against_compute(summary["models"]),
+        "matrix": plots.loss_matrix(summary) if domains else "",
+        "compute": (
+            plots.loss_against_compute(summary["models"], summary["seed"]) if domains else ""
+        ),
         "curves": plots.loss_curves(curves),
     }
     texts: dict[str, Any] = {}
@@ -86,7 +94,9 @@ def render(
         experts = experts if len(experts) == width else [f"expert {i}" for i in range(width)]
         figures["routing"] = plots.routing_maps(load, experts)
         every = -(-len(routing["redundancy"]) // MOST_MAPS)
-        figures["redundancy"] = plots.redundancy_maps(routing["redundancy"][::every], experts)
+        figures["redundancy"] = plots.redundancy_maps(
+            dict(list(enumerate(routing["redundancy"]))[::every]), experts
+        )
         texts = routing["texts"]
     figures["lora"] = {
         name: plots.lora_maps(found) for name, found in summary["lora"].items() if any_pair(found)

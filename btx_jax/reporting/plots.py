@@ -13,16 +13,19 @@ matplotlib.rcParams.update(
         "font.family": "sans-serif",
         "font.size": 9,
         "svg.hashsalt": "btx",
-        "text.parse_math": False,  # a `$` in a name is a dollar
+        "text.parse_math": False,  # names are shown as they are
     }
 )
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from btx_jax.reporting.compare import mean_loss
 
+WINDOW = 10  # steps of a running mean
+LABEL = 24  # characters of a name in a figure; the tables beside it hold it whole
 CURVES = 12  # more runs than this in one figure cannot be told apart
 EXPERT_COLOURS = (
     "#4c78a8",
@@ -43,29 +46,43 @@ def _svg(figure: Figure) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], window: int = 10) -> str:
-    """Training loss of the runs, running mean over `window` steps; the first CURVES of them."""
-    figure, axes = plt.subplots(figsize=(7, 3.4))
+def short(name: str) -> str:
+    """Beginning and end of a name that is too long for a figure."""
+    return name if len(name) <= LABEL else f"{name[: LABEL // 2 - 1]}…{name[-LABEL // 2 :]}"
+
+
+def running_mean(values: Sequence[float]) -> np.ndarray:
+    """Of the WINDOW values up to each, of fewer at the beginning: as many as there are values."""
+    total = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - WINDOW, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Training loss of the runs, running mean; the first CURVES of them. Empty when none trained."""
     drawn = {
         name: [(line["step"], line["lm_loss"]) for line in lines if "lm_loss" in line]
         for name, lines in curves.items()
     }
     drawn = {name: points for name, points in drawn.items() if points}
+    if not drawn:
+        return ""
+    figure, axes = plt.subplots(figsize=(7, 3.4))
     for number, (name, points) in enumerate(list(drawn.items())[:CURVES]):
-        steps, losses = np.array(points).T
-        width = min(window, len(losses))
-        style = ("-", "--")[number // 10 % 2]
+        steps, losses = zip(*points, strict=True)
         axes.plot(
-            steps[width - 1 :],
-            np.convolve(losses, np.ones(width) / width, "valid"),
-            style,
-            label=name,
+            steps,
+            running_mean(losses),
+            ("-", "--")[number // 10 % 2],
+            marker="." if len(steps) <= WINDOW else None,
+            label=short(name),
             linewidth=1.3,
         )
     axes.set(xlabel="step", ylabel="training loss, nats per token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    if drawn:
-        axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=2)
     return _svg(figure)
 
 
@@ -77,11 +94,14 @@ def _heat_map(
     columns: Sequence[str],
     form: str,
     top: float,
+    signed: bool = False,
 ) -> None:
-    """values written into cells coloured by `shades`, from 0 (white) to top (dark blue)."""
-    image = axes.imshow(shades, aspect="auto", cmap="Blues", vmin=0, vmax=top)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
+    """values written into cells coloured by `shades`, from 0 (white) to top (dark blue); signed:
+    and to -top (dark red)."""
+    scale = {"cmap": "RdBu", "vmin": -top} if signed else {"cmap": "Blues", "vmin": 0}
+    image = axes.imshow(shades, aspect="auto", vmax=top, **scale)
+    axes.set_xticks(range(len(columns)), [short(name) for name in columns])
+    axes.set_yticks(range(len(rows)), [short(name) for name in rows])
     for (i, j), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
@@ -110,15 +130,17 @@ def loss_matrix(summary: Mapping[str, Any]) -> str:
     return _svg(figure)
 
 
-def loss_against_compute(models: Mapping[str, Any]) -> str:
+def loss_against_compute(models: Mapping[str, Any], seed: str) -> str:
     """Mean held-out loss over the training FLOPs behind each model: the paper's first figure, with
-    loss for score. Models of unknown costs have no place in it."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    loss for score. Empty when these are not known, or the same for all."""
     points = sorted(
         (model["flops"], mean_loss(model), name)
         for name, model in models.items()
         if model["flops"] is not None
     )
+    if len({flops for flops, _, _ in points}) < 2:
+        return ""
+    figure, axes = plt.subplots(figsize=(7, 4))
     axes.scatter(
         [x for x, _, _ in points],
         [y for _, y, _ in points],
@@ -128,9 +150,14 @@ def loss_against_compute(models: Mapping[str, Any]) -> str:
     )
     for number, (x, y, name) in enumerate(points):
         axes.annotate(
-            name, (x, y), xytext=(4, (3, -9)[number % 2]), textcoords="offset points", fontsize=7
+            short(name),
+            (x, y),
+            xytext=(4, (3, -9)[number % 2]),
+            textcoords="offset points",
+            fontsize=7,
         )
-    axes.set(xlabel="training FLOPs behind the seed", ylabel="held-out loss, mean over domains")
+    behind = " behind the seed" if seed else ""
+    axes.set(xlabel=f"training FLOPs{behind}", ylabel="held-out loss, mean over domains")
     axes.grid(alpha=0.3)
     axes.margins(x=0.15)
     return _svg(figure)
@@ -152,7 +179,7 @@ def arms(comparison: Mapping[str, Any]) -> str:
         axes.scatter(
             arm["losses"], [row] * len(arm["losses"]), s=8, color=EXPERT_COLOURS[1], zorder=3
         )
-    axes.set_yticks(range(len(entries)), [name for name, _ in entries])
+    axes.set_yticks(range(len(entries)), [short(name) for name, _ in entries])
     axes.set(xlabel="held-out loss, mean over domains, nats per token")
     axes.grid(alpha=0.3, axis="x")
     return _svg(figure)
@@ -177,7 +204,7 @@ def routing_maps(load: Mapping[str, Sequence[Sequence[float]]], experts: Sequenc
             "{:.0%}",
             top=1,
         )
-        axes.set_title(domain)
+        axes.set_title(short(domain))
         axes.tick_params(axis="x", rotation=30)
     figure.tight_layout()
     return _svg(figure)
@@ -197,17 +224,17 @@ def lora_maps(found: Mapping[str, Any]) -> str:
         figsize=(max(4.0, 0.42 * len(counts) + 1.2), 0.32 * len(targets) + 1.1)
     )
     columns = [f"{layer}\n({count})" for layer, count in enumerate(counts)]
-    _heat_map(axes, values, np.abs(np.nan_to_num(values)), targets, columns, "{:.2f}", top=1)
+    _heat_map(axes, values, np.nan_to_num(values), targets, columns, "{:.2f}", top=1, signed=True)
     axes.set_xlabel("layer (experts)")
     return _svg(figure)
 
 
-def redundancy_maps(layers: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> str:
-    """One map a layer: cosine between the experts' deviations from their mean."""
+def redundancy_maps(layers: Mapping[int, Mapping[str, Any]], experts: Sequence[str]) -> str:
+    """One map a layer, by its number: cosine between the experts' deviations from their mean."""
     figure, all_axes = plt.subplots(1, len(layers), figsize=(2.3 * len(layers), 2.4), squeeze=False)
-    for number, (axes, layer) in enumerate(zip(all_axes[0], layers, strict=True)):
+    for axes, (number, layer) in zip(all_axes[0], layers.items(), strict=True):
         values = np.array(layer["deviation_cosine"])
-        _heat_map(axes, values, np.abs(values), experts, experts, "{:.2f}", top=1)
+        _heat_map(axes, values, values, experts, experts, "{:.2f}", top=1, signed=True)
         axes.set_title(f"layer {number}")
         axes.tick_params(axis="x", rotation=30)
     figure.tight_layout()

@@ -11,11 +11,11 @@ from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.continual import measures
 from btx_jax.reporting.compare import compare
 from btx_jax.reporting.metrics import FILE, read_metrics
-from btx_jax.terminal import plain
+from btx_jax.terminal import Console, plain
 
 WINDOW, SHOWN_POINTS = 10, 6  # of loss curves given as numbers
+WIDEST = 200  # characters of a table
 LAST_STEPS = 20  # whose mean dropped fraction is reported
-SEED = "seed"  # the model that all others start from, where one has this name
 COSTS = ("tokens", "flops", "chip_seconds", "critical_seconds", "peak_bytes")
 SHOWN = ("nats_per_token", "bits_per_byte", *COSTS, "params_total", "params_active")
 
@@ -35,32 +35,33 @@ def summarise(
     """results: of the evaluate stage; others: the same arms' with other seeds. curves: run -> its
     metrics lines. seconds: stage -> wall time.
 
-    models: least trained first; where one is called `seed`, its costs are taken off all others'.
-    Where a part of a model (beyond the seed) was trained elsewhere, its costs are None.
-    gains: against the seed and the experts.
-    routing: of every mixture; shown: the one that the page looks into, `btx` or else the longest
-    trained. dropped_fraction: mean of the last steps of the last run that trained a mixture. lora:
-    what LoRA experts became, of every model that has some. continual: scores and measures of tasks
-    learnt in turn (ReportConfig.continual).
+    seed, experts: the roles that the results give, "" and [] where they give none. models: the seed,
+    its experts, then as they were named. before: what the seed itself took, which is taken off all
+    costs; of a cost that is not known it is None. gains: against the seed and the experts.
+    routing: of every mixture; shown: the one that the page looks into, by its role or else the
+    longest trained. dropped_fraction: mean of the last steps of the last run that trained a mixture,
+    None when none did. lora: what LoRA experts became, of every model that has some. continual:
+    scores and measures of tasks learnt in turn (ReportConfig.continual).
     """
-    by_training = sorted(results["models"].items(), key=lambda item: item[1]["tokens"])
+    roles, found = results.get("roles", {}), results["models"]
+    seed, experts = roles.get("seed", ""), list(roles.get("experts", ()))
+    names = list(dict.fromkeys([*([seed] if seed else ()), *experts, *found]))
     models = {
-        name: {key: model[key] for key in (*SHOWN, *(("tasks",) if "tasks" in model else ()))}
-        for name, model in by_training
+        name: {
+            key: found[name][key]
+            for key in (*SHOWN, *(("tasks",) if "tasks" in found[name] else ()))
+        }
+        for name in names
     }
-    base = results["models"].get(SEED, {})
+    unknown = {name: set(found[name].get("unknown", ())) for name in names}
+    spent = {cost: found[seed][cost] for cost in COSTS[:-1]} if seed else {}
+    before = dict.fromkeys(spent) if seed and unknown[seed] else spent
     for name, model in models.items():
-        known = base.get("unknown", []) if name != SEED else []
-        if set(results["models"][name].get("unknown", [])) - set(known):
-            model |= dict.fromkeys(COSTS)
-    for name, model in models.items():
-        if name != SEED and base:
-            model |= {
-                cost: None if model[cost] is None else model[cost] - base[cost]
-                for cost in COSTS
-                if cost != "peak_bytes"
-            }
-    routing = {name: model["routing"] for name, model in by_training if "routing" in model}
+        if unknown[name] - (unknown.get(seed, set()) if name != seed else set()):
+            model |= dict.fromkeys(COSTS)  # a part was made elsewhere
+        model |= {cost: difference(model[cost], value) for cost, value in spent.items()}
+    routing = {name: found[name]["routing"] for name in names if "routing" in found[name]}
+    longest = max(routing, key=lambda name: found[name]["tokens"] or 0, default="")
     routed = [[line for line in lines if "routing" in line] for lines in curves.values()]
     dropped = next(
         (
@@ -68,29 +69,38 @@ def summarise(
             for lines in reversed(routed)
             if lines
         ),
-        0.0,
+        None,
     )
     return {
         "domains": results["domains"],
+        "seed": seed,
+        "experts": experts,
         "models": models,
-        "gains": gains(models, results["domains"]),
+        "before": before,
+        "gains": gains(models, results["domains"], seed, experts),
         "routing": routing,
-        "shown": "btx" if "btx" in routing else next(reversed(routing), ""),
+        "shown": roles["mixture"] if roles.get("mixture") in routing else longest,
         "dropped_fraction": dropped,
         "curves": {
             name: points for name, lines in curves.items() if (points := curve_points(lines))
         },
         "wall_seconds": dict(seconds),
-        "lora": {
-            name: results["models"][name]["lora"]
-            for name, _ in by_training
-            if "lora" in results["models"][name]
-        },
-        "continual": learnt_in_turn(results["models"], continual) if continual else None,
+        "lora": {name: found[name]["lora"] for name in names if "lora" in found[name]},
+        "continual": learnt_in_turn(found, continual) if continual else None,
         "comparison": (
-            compare([results["models"], *(other["models"] for other in others)]) if others else None
+            compare([found, *(other["models"] for other in others)]) if others else None
         ),
     }
+
+
+def difference(cost: float | None, spent: float | None) -> float | None:
+    """None where either is not known."""
+    return None if cost is None or spent is None else cost - spent
+
+
+def amount(value: float | None, form: str) -> str:
+    """A cost as it is shown."""
+    return "unknown" if value is None else format(value, form)
 
 
 def learnt_in_turn(models: Mapping[str, Any], continual: Sequence[str]) -> dict[str, Any]:
@@ -111,29 +121,31 @@ def learnt_in_turn(models: Mapping[str, Any], continual: Sequence[str]) -> dict[
     return {"models": names, "tasks": tasks, "scores": scores, **measures(scores)}
 
 
-def gains(models: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
+def gains(
+    models: Mapping[str, Any], domains: Sequence[str], seed: str, experts: Sequence[str]
+) -> dict[str, Any]:
     """Of every model but the seed, domain by domain, nats per token. over_seed: L[seed] - L[model].
     specialist_gap: L[model] - the best expert's. recovered: over_seed as a share of the best
-    expert's own, where that is at least 0.01. forgetting: how much worse than the seed, 0 if
-    better, on the domain on which the best expert gains least.
+    expert's own, where that is at least 0.01. general: the domain on which the best expert gains
+    least; forgetting: how much worse than the seed on it, negative if better. Empty without a seed
+    or experts.
     """
-    experts = [name for name in models if name.startswith("expert_")]
-    if SEED not in models or not experts:
+    if not (seed and experts and domains):
         return {}
     loss = {name: model["nats_per_token"] for name, model in models.items()}
     best = {d: min(loss[name][d] for name in experts) for d in domains}
-    general = min(domains, key=lambda d: loss[SEED][d] - best[d])
+    general = min(domains, key=lambda d: loss[seed][d] - best[d])
     table: dict[str, Any] = {"general": general, "models": {}}
     for name in models:
-        if name == SEED:
+        if name == seed:
             continue
-        over = {d: loss[SEED][d] - loss[name][d] for d in domains}
-        reach = {d: loss[SEED][d] - best[d] for d in domains}
+        over = {d: loss[seed][d] - loss[name][d] for d in domains}
+        reach = {d: loss[seed][d] - best[d] for d in domains}
         table["models"][name] = {
             "over_seed": over,
             "specialist_gap": {d: loss[name][d] - best[d] for d in domains},
             "recovered": {d: over[d] / reach[d] if reach[d] >= 0.01 else None for d in domains},
-            "forgetting": max(-over[general], 0.0),
+            "forgetting": -over[general],
         }
     return table
 
@@ -156,9 +168,59 @@ def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     return {name: read_metrics(file) for name, file in files.items() if file.exists()}
 
 
-def amount(value: float | None, form: str) -> str:
-    """A cost as it is shown."""
-    return "unknown" if value is None else format(value, form)
+def _shown(name: str) -> Text:
+    """As it is, whatever it looks like."""
+    return Text(plain(name))
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    """Names may be long, and are folded, never cut."""
+    made = Table(title=title)
+    for i, column in enumerate(columns):
+        made.add_column(_shown(column), justify="right" if i else "left", overflow="fold")
+    return made
+
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """Into a file or a pipe at the tables' own width."""
+    console = Console()
+    if not console.is_terminal:
+        wide = console.options.update(max_width=WIDEST)
+        console.width = max(
+            console.width, *(console.measure(table, options=wide).maximum for table in tables)
+        )
+    for table in tables:
+        console.print(table)
+
+
+def loss_table(models: Mapping[str, Any], domains: Sequence[str]) -> Table:
+    """Held-out nats per token, model by domain, the best of each column bold."""
+    made = _table("held-out loss, nats per token (lower is better)", ("model", *domains, "mean"))
+    rows = {name: [m["nats_per_token"][d] for d in domains] for name, m in models.items()}
+    rows = {name: [*row, mean(row)] for name, row in rows.items()}
+    best = [min(column) for column in zip(*rows.values(), strict=True)]
+    for name, row in rows.items():
+        cells = zip(row, best, strict=True)
+        made.add_row(_shown(name), *(Text(f"{x:.3f}", "bold" if x == b else "") for x, b in cells))
+    return made
+
+
+def cost_table(summary: Mapping[str, Any]) -> Table:
+    """What each model took, behind the seed."""
+    left_out = ", the seed's own training left out" if summary["seed"] else ""
+    columns = ("model", "tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active")
+    made = _table(f"what it took{left_out}", columns)
+    for name, model in summary["models"].items():
+        made.add_row(
+            _shown(name),
+            amount(model["tokens"], ",.0f"),
+            amount(model["flops"], ".1e"),
+            amount(model["chip_seconds"], ".0f"),
+            amount(model["critical_seconds"], ".0f"),
+            amount(scaled(model["peak_bytes"], 2**20), ".0f"),
+            f"{model['params_active'] / 1e6:.2f}M",
+        )
+    return made
 
 
 def scaled(value: float | None, unit: float) -> float | None:
@@ -166,52 +228,15 @@ def scaled(value: float | None, unit: float) -> float | None:
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Held-out nats per token, model by domain, the best of each column bold; and what each model
-    took."""
-    domains = summary["domains"]
-    losses, costs = (
-        Table(title="held-out loss, nats per token (lower is better)"),
-        Table(title="what it took, the seed's own training left out"),
-    )
-    for column in ("model", *domains, "mean"):
-        losses.add_column(
-            _shown(column), justify="left" if column == "model" else "right", no_wrap=True
-        )
-    for column in ("model", "M tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active"):
-        costs.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    rows = {
-        name: [m["nats_per_token"][d] for d in domains] for name, m in summary["models"].items()
-    }
-    rows = {name: [*row, mean(row)] for name, row in rows.items()}
-    best = [min(column) for column in zip(*rows.values(), strict=True)]
-    for name, row in rows.items():
-        model = summary["models"][name]
-        losses.add_row(
-            _shown(name),
-            *(Text(f"{x:.3f}", "bold" if x == b else "") for x, b in zip(row, best, strict=True)),
-        )
-        costs.add_row(
-            _shown(name),
-            amount(scaled(model["tokens"], 1e6), ".2f"),
-            amount(model["flops"], ".1e"),
-            amount(model["chip_seconds"], ".0f"),
-            amount(model["critical_seconds"], ".0f"),
-            amount(scaled(model["peak_bytes"], 2**20), ".0f"),
-            f"{model['params_active'] / 1e6:.2f}M",
-        )
-    return [losses, costs]
-
-
-def _shown(name: str) -> Text:
-    """A name that may look like markup."""
-    return Text(plain(name))
+    losses = [loss_table(summary["models"], summary["domains"])] if summary["domains"] else []
+    return [*losses, cost_table(summary)]
 
 
 def task_table(models: Mapping[str, Any]) -> Table:
     """Every metric of every test set, model by model, with standard errors."""
     made = Table(title="test sets")
     for column in ("model", "test set", "metric", "value"):
-        made.add_column(column, justify="right" if column == "value" else "left")
+        made.add_column(column, justify="right" if column == "value" else "left", overflow="fold")
     for name, model in models.items():
         for task, metrics in model.get("tasks", {}).items():
             for metric, value in metrics.items():
@@ -219,5 +244,5 @@ def task_table(models: Mapping[str, Any]) -> Table:
                     f" ± {metrics[f'{metric}_stderr']:.3f}" if f"{metric}_stderr" in metrics else ""
                 )
                 if not metric.endswith("_stderr"):
-                    made.add_row(_shown(name), _shown(task), metric, f"{value:.3f}{error}")
+                    made.add_row(_shown(name), _shown(task), _shown(metric), f"{value:.3f}{error}")
     return made

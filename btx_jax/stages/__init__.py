@@ -65,3 +65,15 @@ def run(config: Config, workdir: Path, **options: str) -> None:
             except OSError:  # a file system without locks
                 pass
         stage.run(config, workdir, **options)
+
+
+def next_command(config: Config, workdir: Path) -> str:
+    """What a person may want to do when a run has finished, if there is anything."""
+    if (workdir / "report.html").exists():
+        return f"open {workdir / 'report.html'}"
+    if config.stage == "mix":
+        finetune = "python -m btx_jax.launch --config=configs/moe_finetune.py:from_init"
+        return f"{finetune} --config.init={workdir}"
+    if config.stage == "train":
+        return f"python -m btx_jax generate {workdir} --prompt '...'"
+    return ""

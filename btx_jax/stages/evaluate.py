@@ -48,6 +48,7 @@ from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh
+from btx_jax.reporting.summary import loss_table, print_tables, task_table
 from btx_jax.reporting.workdir import claim, finish, look_up, read_json, write_json
 from btx_jax.stages import Coming, require_right
 
@@ -74,6 +75,7 @@ def run(config: Config, workdir: Path) -> None:
     require_same(workdir / INPUTS, inputs)
     if done is not None:
         log.info("%s: already finished", workdir)
+        show(workdir)
         return
     tokenizers = {name: load_tokenizer(checkpoint.tokenizer) for name, checkpoint in found.items()}
     shape = config.mesh.shape(jax.device_count())
@@ -126,8 +128,24 @@ def run(config: Config, workdir: Path) -> None:
         )
     progress.close()
     if is_first():
-        write_json(workdir / RESULTS, {"domains": list(heldout), "models": models})
+        roles = {key: getattr(config.evaluate, key) for key in ("seed", "experts", "mixture")}
+        results = {"domains": list(heldout), "models": models, "roles": roles}
+        write_json(workdir / RESULTS, results)
     finish(workdir, seconds=time.monotonic() - start)
+    show(workdir)
+
+
+def show(workdir: Path) -> None:
+    """The tables of what was measured."""
+    if not is_first():
+        return
+    results = read_json(workdir / RESULTS)
+    models = results["models"]
+    tables = [loss_table(models, results["domains"])] if results["domains"] else []
+    if any("tasks" in model for model in models.values()):
+        tables.append(task_table(models))
+    print_tables(tables)
+    log.info("wrote %s", workdir / RESULTS)
 
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:

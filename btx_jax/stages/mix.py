@@ -113,10 +113,12 @@ def run(config: Config, workdir: Path) -> None:
         checkpoints.save(about, params)
     finally:
         checkpoints.close()
+    # Of a blend every expert is made of all.
+    own = sources if mix.method in ("btx", "split") else []
     finish(
         workdir,
         seconds=time.monotonic() - start,
-        experts=[str(source.path) for source in sources for _ in range(mix.copies)],
+        experts=[str(source.path) for source in own for _ in range(mix.copies * mix.chunks)],
     )
 
 

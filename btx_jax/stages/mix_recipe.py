@@ -3,6 +3,7 @@ time."""
 
 import dataclasses
 import json
+import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,14 @@ from btx_jax.errors import Mistakes, UserError
 from btx_jax.evaluation.activations import layer_states, token_embeddings
 from btx_jax.mixing.gates import condition_number, gate_row, pool, random_gates
 from btx_jax.mixing.merge import dare, mean, ties, wide
-from btx_jax.mixing.recipe import PROMPT_MODES, ExpertSource, Recipe, describe, read_recipe
+from btx_jax.mixing.recipe import (
+    KEPT,
+    PROMPT_MODES,
+    ExpertSource,
+    Recipe,
+    describe,
+    read_recipe,
+)
 from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.output import check_free
@@ -129,6 +137,7 @@ def run(
     verdict: list[str] = []
 
     def inspect(written: Path) -> None:
+        shutil.copyfile(recipe_path, written / KEPT)
         if verify:
             verdict.append(_verify(recipe, sources, gates, written, dtype))
 

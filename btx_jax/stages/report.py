@@ -3,16 +3,20 @@ with other seeds, comparison.md."""
 
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from btx_jax.checkpoints.training_state import DIRECTORY
 from btx_jax.config import Config
 from btx_jax.errors import Mistakes, UserError
+from btx_jax.mixing.recipe import expert_sources
 from btx_jax.model_config import ModelConfig
 from btx_jax.parallel.hosts import first_then_others, is_first
+from btx_jax.paths import expand
 from btx_jax.reporting.compare import markdown
 from btx_jax.reporting.page import render
-from btx_jax.reporting.summary import read_curves, summarise, tables
+from btx_jax.reporting.summary import print_tables, read_curves, summarise, tables
 from btx_jax.reporting.workdir import (
     CONFIG,
     DONE,
@@ -24,7 +28,9 @@ from btx_jax.reporting.workdir import (
     write_text,
 )
 from btx_jax.stages import Coming, require_right
-from btx_jax.terminal import Console
+from btx_jax.terminal import plain
+
+LONGEST_CHAIN = 100  # of runs that started from each other; a longer one is a circle
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -74,7 +80,9 @@ def write(config: Config, workdir: Path) -> None:
         name: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         for name, text in configs.items()
     }
-    title = f"{workdir.parent.name}: what was gained"
+    # A pipeline's report lies in its directory; one of its own has its own name.
+    of = workdir.parent if (workdir.parent / CONFIG).exists() else workdir
+    title = f"{of.name}: {'what was gained' if summary['gains'] else 'held-out losses'}"
     write_text(
         workdir / "report.html",
         render(
@@ -86,12 +94,10 @@ def write(config: Config, workdir: Path) -> None:
         ),
     )
     write_json(workdir / "summary.json", summary)
-    console = Console()
-    for table in tables(summary):
-        console.print(table)
+    print_tables(tables(summary))
     if summary["comparison"]:
         write_text(workdir / "comparison.md", markdown(summary["comparison"], summary["models"]))
-        console.print((workdir / "comparison.md").read_text(encoding="utf-8"))
+        print(plain((workdir / "comparison.md").read_text(encoding="utf-8")))
 
 
 def read_results(directory: str, key: str) -> Any:
@@ -102,20 +108,28 @@ def read_results(directory: str, key: str) -> Any:
 
 
 def expert_names(evaluate: Path, shown: str) -> list[str]:
-    """Of the mixture that is shown: the runs it was mixed from, found by going back from its
-    checkpoint to the mix. Empty when unknown."""
+    """Of the mixture that is shown: the models it was mixed from, found by going back from its
+    checkpoint to the mix, or to the recipe beside a mixture's weights. Empty when unknown."""
     config = evaluate / CONFIG
-    path = (
-        Path(read_json(config)["evaluate"]["models"].get(shown, "")) if config.exists() else Path()
-    )
-    for _ in range(len(path.parts)):  # no chain of runs is longer
-        workdir = next(
-            (d for d in (path, *path.parents) if (d / CONFIG).exists() and (d / DONE).exists()),
-            None,
-        )
-        if workdir is None:
+    path = read_json(config)["evaluate"]["models"].get(shown, "") if config.exists() else ""
+    for _ in range(LONGEST_CHAIN):
+        place = Path(expand(path, f"config.evaluate.models.{shown}"))
+        run = next((d for d in (place, *place.parents) if (d / CONFIG).exists()), None)
+        if not path or run is None:
             break
-        if sources := read_json(workdir / DONE).get("experts"):
-            return [Path(source).parent.parent.name.removeprefix("expert_") for source in sources]
-        path = Path(read_json(workdir / CONFIG).get("init", ""))
+        done = read_json(run / DONE) if (run / DONE).exists() else {}
+        if sources := done.get("experts") or expert_sources(run):
+            return source_names(sources)
+        path = read_json(run / CONFIG).get("init", "")
     return []
+
+
+def source_names(sources: Sequence[str]) -> list[str]:
+    """What a page calls the experts: their models' directories; one of several by its number too."""
+    places = [Path(source) for source in sources]
+    runs = [place.parent.parent if place.parent.name == DIRECTORY else place for place in places]
+    names = [run.name.removeprefix("expert_") for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]

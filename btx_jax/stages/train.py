@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from btx_jax import interrupts
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_base, load_params
@@ -35,7 +37,7 @@ from btx_jax.checkpoints.training_state import (
     read_about,
     stored,
 )
-from btx_jax.config import Config
+from btx_jax.config import ComputeConfig, Config
 from btx_jax.config_dict import flatten, to_dict
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
@@ -55,17 +57,27 @@ from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losse
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
+from btx_jax.output import CONFIG
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
-from btx_jax.reporting.workdir import claim, finish, is_resumable, look_up
+from btx_jax.reporting.workdir import claim, finish, is_resumable, look_up, read_json
 from btx_jax.stages import Coming, require_right
 from btx_jax.terminal import plain
-from btx_jax.training.start import checked_mesh, start_adapted, starting_model, starting_point
+from btx_jax.training.start import (
+    checked_mesh,
+    settled,
+    start_adapted,
+    starting_model,
+    starting_point,
+)
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
+from btx_jax.training.watch import Dropped, FirstSteps
 
 log = logging.getLogger(__name__)
+
+ENDS = 10  # steps whose mean training loss is told, at the start and at the end
 
 
 class Preempted(SystemExit):
@@ -79,14 +91,21 @@ class Preempted(SystemExit):
 def run(config: Config, workdir: Path) -> None:
     assert config.train and config.data and config.compute and config.mesh and config.checkpoint
     start = time.monotonic()
+    recorded = read_json(workdir / CONFIG) if (workdir / CONFIG).exists() else {}
+    try:
+        config = settled(config, recorded)
+    except UserError:
+        require_right(config)  # tells that, and all else that is wrong
+        raise
     if look_up(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
 
     require_right(config)
+    assert config.train and config.data and config.compute and config.mesh and config.checkpoint
     init, model = starting_point(config)
     mesh = checked_mesh(config, model)
-    log.info("%s: %s", workdir.name, described(model))
+    log.info("%s: %s", workdir.name, described(model, config.compute))
 
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     if init is None:
@@ -127,15 +146,16 @@ def run(config: Config, workdir: Path) -> None:
             model,
             mesh,
             checkpoints,
-            init.about.history if init else {},
+            init.about if init else None,
             text,
             base,
-            init.about.huggingface if init else {},
         )
         state = loop.run(state, batches, train_step, evaluate)
     finally:
         checkpoints.close()
     finish(workdir, seconds=time.monotonic() - start, steps=int(state.step))
+    for line in loop.reached(int(state.step)):
+        log.info("%s: %s", workdir.name, line)
 
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
@@ -170,7 +190,7 @@ def require_embeddings(tokenizer: Tokenizer, model: ModelConfig) -> None:
         )
 
 
-def described(model: ModelConfig) -> str:
+def described(model: ModelConfig, compute: ComputeConfig) -> str:
     total, active = parameter_counts(model)
     kind = (
         f"a mixture of {max(spec.experts for spec in model.layer_specs())} experts"
@@ -179,7 +199,8 @@ def described(model: ModelConfig) -> str:
     )
     lora = " with LoRA experts" if model.lora else ""
     used = f" ({active:.3g} for a token)" if active < total else ""
-    return f"{kind}{lora}, {model.layers} layers, {total:.3g} parameters{used}"
+    dispatch = f", {compute.dispatch} dispatch" if model.moe else ""
+    return f"{kind}{lora}, {model.layers} layers, {total:.3g} parameters{used}{dispatch}"
 
 
 def start_state(
@@ -283,19 +304,19 @@ class Loop:
         model: ModelConfig,
         mesh: Mesh,
         checkpoints: Checkpoints,
-        history: History,
+        init: About | None,
         text: Mapping[str, str],
         base: Base | None = None,
-        huggingface: Mapping[str, Any] | None = None,
     ):
-        assert config.train and config.checkpoint and config.data
-        self.huggingface = huggingface or {}
+        assert config.train and config.checkpoint and config.data and config.compute
+        self.huggingface = init.huggingface if init else {}
         self.train, self.every, self.mesh, self.model = (
             config.train,
             config.checkpoint.every,
             mesh,
             model,
         )
+        history: History = init.history if init else {}
         self.workdir, self.checkpoints, self.history, self.text, self.base = (
             workdir,
             checkpoints,
@@ -303,6 +324,8 @@ class Loop:
             text,
             base,
         )
+        self.dispatch, self.dropped = config.compute.dispatch, Dropped(config.train.steps)
+        self.warnings: list[str] = []
         self.key = jax.jit(
             lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh)
         )()
@@ -331,10 +354,19 @@ class Loop:
             memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         )
         self.peak_bytes = int(held - memory.alias_size_in_bytes)
-        lost = evaluate and first and self.is_evaluated(first) and not self.has_heldout(first)
+        file = self.workdir / METRICS
+        earlier = read_metrics(file) if file.exists() else []
+        earlier = [line for line in earlier if line["step"] <= first]
+        self.losses = {line["step"]: line["lm_loss"] for line in earlier if "lm_loss" in line}
+        self.heldout = {line["step"]: line["heldout"] for line in earlier if "heldout" in line}
+        self.first_steps = FirstSteps(train.learning_rate, list(self.losses.values()))
+        self.evaluate = evaluate
         self.writer = MetricsWriter(self.workdir, first, enabled=is_first())
-        if lost:  # the run was killed behind the save of this step
-            self.writer.write(first, {"heldout": evaluate(state.params)})
+        if evaluate and not first and not self.heldout:
+            log.info("measuring the held-out losses before the first step")
+            self.measure(0, state)
+        elif evaluate and first not in self.heldout and self.is_evaluated(first):
+            self.measure(first, state)  # the run was killed behind the save of this step
         progress = tqdm(
             total=train.steps,
             initial=first,
@@ -345,7 +377,7 @@ class Loop:
         sharding = batch_sharding(self.mesh)
         pending: tuple[int, Metrics] | None = None
         self.clock = time.perf_counter()
-        with stop_signal() as stop, progress:
+        with logging_redirect_tqdm(), stop_signal() as stop, progress:
             for step in range(first + 1, train.steps + 1):
                 local = next(batches)
                 batch = {
@@ -354,7 +386,7 @@ class Loop:
                 }
                 state, metrics = train_step(state, batch, self.key)
                 if pending:  # read while the device works on this step
-                    self.log(*pending, progress)
+                    self.log(*pending, progress, state)
                 pending = (step, metrics)
                 stopping = stop(
                     step
@@ -362,15 +394,15 @@ class Loop:
                 evaluating = evaluate and self.is_evaluated(step)
                 saving = step % self.every == 0 or step == train.steps or stopping
                 if evaluating or saving:
-                    self.log(*pending, progress)
+                    self.log(*pending, progress, state)
                     pending = None
                 if saving:
                     self.writer.sync()
                     self.save(step, state, batches)
                     self.clock = time.perf_counter()
                 if evaluating:
-                    self.writer.write(step, {"heldout": evaluate(state.params)})
-                    self.clock = time.perf_counter()
+                    self.measure(step, state)
+                    self.tell(self.first_steps.compare(step, self.since_start(step)))
                 if stopping:
                     self.checkpoints.wait()
                     self.writer.close()
@@ -383,12 +415,6 @@ class Loop:
 
     def is_evaluated(self, step: int) -> bool:
         return step % self.train.eval_every == 0 or step == self.train.steps
-
-    def has_heldout(self, step: int) -> bool:
-        """Whether a run that is resumed has written its held-out losses of this step."""
-        path = self.workdir / METRICS
-        lines = read_metrics(path) if path.exists() else []
-        return any(line["step"] == step and "heldout" in line for line in lines)
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         tokens = step * self.tokens_per_step
@@ -409,9 +435,42 @@ class Loop:
         )
         self.last_saved = step
 
-    def log(self, step: int, metrics: Metrics, progress: tqdm) -> None:
-        """Write one step's metrics. Raises UserError when its loss or gradient is not finite:
-        nothing later is saved."""
+    def measure(self, step: int, state: TrainState) -> None:
+        """Held-out losses of these parameters, written as those of this step."""
+        self.heldout[step] = self.evaluate(state.params)
+        self.writer.write(step, {"heldout": self.heldout[step]})
+        self.clock = time.perf_counter()
+
+    def since_start(self, step: int) -> dict[str, tuple[float, float]]:
+        """Domain -> held-out nats per token at the start and at this step, where both are known."""
+        before, now = self.heldout.get(0, {}), self.heldout.get(step, {})
+        return {
+            name: (before[name]["nats_per_token"], now[name]["nats_per_token"])
+            for name in before
+            if name in now
+        }
+
+    def tell(self, warning: str) -> None:
+        """Where it happens, and once more at the end of the run."""
+        if warning:
+            self.warnings.append(warning)
+            log.warning("%s: %s", self.workdir.name, warning)
+
+    def reached(self, steps: int) -> list[str]:
+        """What a person wants to know of a run that has ended, a line each."""
+        if domains := self.since_start(steps):
+            told = ", ".join(f"{d} {a:.3f} -> {b:.3f}" for d, (a, b) in domains.items())
+            lines = [f"held-out nats per token, start -> end: {told}"]
+        elif losses := list(self.losses.values()):
+            first, last = (mean(part) for part in (losses[:ENDS], losses[-ENDS:]))
+            lines = [f"training loss, first -> last steps: {first:.3f} -> {last:.3f}"]
+        else:  # resumed at its end, its metrics deleted
+            lines = []
+        return [*lines, f"step {steps} is kept in {self.checkpoints.path(steps)}", *self.warnings]
+
+    def log(self, step: int, metrics: Metrics, progress: tqdm, state: TrainState) -> None:
+        """Write one step's metrics, and warn of what they show. state: the parameters that there are
+        now. Raises UserError when its loss or gradient is not finite: nothing later is saved."""
         values = jax.device_get(metrics)
         now = time.perf_counter()
         rate = self.tokens_per_step / (now - self.clock)
@@ -447,8 +506,23 @@ class Loop:
                 f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite;"
                 f" {saved}; lower config.train.learning_rate or look at the data of this step"
             )
+        self.losses[step] = line["lm_loss"]
+        shown = {"loss": f"{line['lm_loss']:.3f}", "tok_s": f"{rate:.0f}"}
+        if self.dispatch == "einsum" and values.routing:
+            share = mean(line["routing"]["dropped"])
+            shown["dropped"] = f"{share:.1%}"
+            self.tell(self.dropped.add(share))
         progress.update(1)
-        progress.set_postfix(loss=f"{line['lm_loss']:.3f}", tok_s=f"{rate:.0f}", refresh=False)
+        progress.set_postfix(shown, refresh=False)
+
+        def heldout() -> dict[str, tuple[float, float]]:
+            if not self.evaluate or 0 not in self.heldout:
+                return {}
+            self.heldout[step] = self.evaluate(state.params)
+            self.clock = time.perf_counter()
+            return self.since_start(step)
+
+        self.tell(self.first_steps.add(step, line["lm_loss"], heldout))
 
 
 @contextmanager

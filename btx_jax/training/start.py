@@ -1,8 +1,9 @@
 """Where a training run starts: its model and its mesh, checked before anything compiles."""
 
 import dataclasses
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,17 +11,28 @@ from jax.sharding import Mesh
 
 from btx_jax.checkpoints.adapter import from_tensors, to_tensors
 from btx_jax.checkpoints.checkpoint import Checkpoint, adapter_tensors, find_checkpoint, load_base
-from btx_jax.checkpoints.training_state import Base
-from btx_jax.config import Config
+from btx_jax.checkpoints.training_state import About, Base
+from btx_jax.config import Config, TrainConfig
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.errors import ConfigError, Mistakes
 from btx_jax.model_config import LoRAConfig, ModelConfig
-from btx_jax.models.llama import Params, init_params
+from btx_jax.models.layers import platform_dispatch
+from btx_jax.models.llama import Params, init_params, parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.training.step import state_shardings
 
+log = logging.getLogger(__name__)
+
 SCRATCH = "scratch"
+
+# Peak rates of weights that hold much training: the default of transformers' Trainer, between the
+# 1e-5 and 1e-4 of published continuations; and of LoRA experts beside them (MoLA, section 4.1).
+PRETRAINED_RATE, PRETRAINED_LORA_RATE = 5e-5, 3e-4
+# Of others: Llama's 3e-4 at 7B (as Llama 3 at 8B), falling with the fourth root of the size, which
+# also gives TinyLlama's 4e-4 at 1.1B and Llama's 1.5e-4 at 65B; the caps are what the demo takes.
+FRESH_RATE, FRESH_LORA_RATE = 2e-3, 5e-3
+COMPUTE_OPTIMAL = 20  # tokens a parameter (Hoffmann et al., 2022); more is much training
 
 
 def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
@@ -48,13 +60,57 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
             )
         return config.model
     if config.model is not None and (changed := differences(to_dict(held), to_dict(config.model))):
-        cure = (
-            "choose the config for that model, or for a mixture configs/moe_finetune.py:from_init"
-        )
+        cure = "choose the config for that model, or the same config's :from_init"
         raise ConfigError(
             f"config.model: is not the model of {config.init}: {'; '.join(changed)}; {cure}"
         )
     return adapted_model(held, config.lora)
+
+
+def is_pretrained(about: About) -> bool:
+    """Whether these weights hold training that a high rate would undo: somebody else's, or much of
+    our own."""
+    runs = [run for run in about.history.values() if run]
+    tokens = sum(run.tokens for run in runs)
+    return (
+        len(runs) < max(len(about.history), 1)  # a part was made elsewhere
+        or tokens >= COMPUTE_OPTIMAL * parameter_counts(about.model)[1]
+    )
+
+
+def default_learning_rate(init: About | None, model: ModelConfig, train: TrainConfig) -> float:
+    """What config.train.learning_rate=0 stands for. init: what the run starts from, None for random
+    weights."""
+    pretrained = init is not None and is_pretrained(init)
+    if train.frozen == "base":
+        return PRETRAINED_LORA_RATE if pretrained else FRESH_LORA_RATE
+    if pretrained:
+        return PRETRAINED_RATE
+    rate = min(FRESH_RATE, 3e-4 * (7e9 / parameter_counts(model)[1]) ** 0.25)
+    return float(f"{rate:.1e}")
+
+
+def settled(config: Config, recorded: Mapping[str, Any]) -> Config:
+    """The config with what it leaves to us decided: the learning rate and the dispatch. recorded:
+    the config of an interrupted run of it, whose decisions stay, whatever the machine is now; else
+    empty."""
+    assert config.train and config.compute and config.mesh
+    compute, train = config.compute, config.train
+    same = recorded.get("init") == config.init
+    if compute.dispatch == "auto":
+        dispatch = recorded.get("compute", {}).get("dispatch") if same else None
+        if dispatch is None:
+            expert_axis = config.mesh.shape(jax.device_count())[2]
+            dispatch = platform_dispatch(compute.dispatch, jax.default_backend(), expert_axis)
+        compute = dataclasses.replace(compute, dispatch=dispatch)
+    if not train.learning_rate:
+        rate = recorded.get("train", {}).get("learning_rate") if same else None
+        if rate is None:
+            init, model = starting_point(config)
+            rate = default_learning_rate(init.about if init else None, model, train)
+        train = dataclasses.replace(train, learning_rate=rate)
+        log.info("learning rate %g, chosen by what the run starts from", rate)
+    return dataclasses.replace(config, compute=compute, train=train)
 
 
 def adapted_model(model: ModelConfig, lora: LoRAConfig | None) -> ModelConfig:
@@ -112,7 +168,8 @@ def checked_mesh(
     shape = None
     with mistakes.gather():
         shape = config.mesh.shape(jax.device_count() if devices is None else len(devices))
-    for told in _misfits(config, model, math.prod(shape[:3]) if shape else 1):
+    platform = devices[0].platform if devices else jax.default_backend()
+    for told in _misfits(config, model, shape or (1, 1, 1, 1), platform):
         mistakes.add(told)
     mistakes.tell()
     assert shape
@@ -121,9 +178,12 @@ def checked_mesh(
     return made
 
 
-def _misfits(config: Config, model: ModelConfig, shards: int) -> Iterator[str]:
-    """Between the sections of a training config and its model. shards: that a batch is cut into."""
+def _misfits(
+    config: Config, model: ModelConfig, shape: tuple[int, int, int, int], platform: str
+) -> Iterator[str]:
+    """Between the sections of a training config and its model. shape: of the mesh."""
     assert config.train and config.data and config.compute
+    shards, expert_axis = math.prod(shape[:3]), shape[2]
     train, data, compute = config.train, config.data, config.compute
     if (train.batch_size // train.accumulate) % shards:
         yield (
@@ -138,6 +198,7 @@ def _misfits(config: Config, model: ModelConfig, shards: int) -> Iterator[str]:
         )
     if (
         model.moe
+        and platform_dispatch(compute.dispatch, platform, expert_axis) == "einsum"
         and compute.group_size < data.sequence_length
         and data.sequence_length % compute.group_size
     ):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from btx_jax.config import ComputeConfig, TrainConfig
 from btx_jax.model_config import ModelConfig
-from btx_jax.models.layers import exact_matmuls, platform_kernels
+from btx_jax.models.layers import exact_matmuls, platform_dispatch, platform_kernels
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel, init_params
 from btx_jax.models.lora import join
 from btx_jax.models.routing import RoutingStats, feed_forward_routing
@@ -199,8 +199,11 @@ def make_train_step(
 def lower_train_step(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
 ):
+    platform = mesh.devices.flat[0].platform
     compute = dataclasses.replace(
-        compute, kernels=platform_kernels(compute.kernels, mesh.devices.flat[0].platform)
+        compute,
+        kernels=platform_kernels(compute.kernels, platform),
+        dispatch=platform_dispatch(compute.dispatch, platform, mesh.shape["expert"]),
     )
     llama, optimizer, rate = Llama(model, compute), make_optimizer(train), schedule(train)
 

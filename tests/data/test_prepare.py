@@ -384,3 +384,21 @@ def test_hugging_face_tokenizers_speak_the_same_interface(tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert (loaded.bos, loaded.eos) == (0, 1)
     assert loaded.decode(loaded.encode("the river 42 é")) == "the river 42 é"
+
+
+def test_problems_of_all_sources_are_told_once_a_process_by_kind(tmp_path, tokenizer, caplog):
+    files = []
+    for name in ("one", "two"):
+        files.append(write(tmp_path / f"{name}.jsonl", sentences(20, seed=len(files))))
+        with files[-1].open("a") as file:
+            file.write('{"other": 1}\n{"text": 7}\n')
+    made = config(tmp_path, f"{files[0]},{files[1]}", sequence_length=512)
+    prepare(made.train, made, tokenizer, "config.data.train")
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2, told
+    assert told[0].startswith("config.data.train: 2 x document skipped: no field 'text'")
+    assert f"first: {files[0]}, line 21" in told[0]
+    caplog.clear()
+    prepare(made.train, made, tokenizer, "config.data.train")
+    prepare(str(files[1]), made, tokenizer, "config.data.heldout")
+    assert not caplog.records, "another stage reads the same"

@@ -11,9 +11,11 @@ from btx_jax import terminal
 from btx_jax.reporting.compare import compare, interval, markdown, verdict
 from btx_jax.reporting.metrics import MetricsWriter, bad_lines, read_metrics
 from btx_jax.reporting.page import render
-from btx_jax.reporting.summary import gains, summarise, tables, task_table
+from btx_jax.reporting.page import verdict as page_verdict
+from btx_jax.reporting.summary import COSTS, gains, print_tables, summarise, tables, task_table
 
 NAMES = ("seed", "expert_math", "btx_untuned", "btx")
+ROLES = {"seed": "seed", "experts": ["expert_math"], "mixture": "btx"}
 DOMAINS = ["math", "<script>alert(1)</script>"]
 
 
@@ -43,6 +45,7 @@ def routing(share):
 def results(shift=0.0):
     return {
         "domains": DOMAINS,
+        "roles": ROLES,
         "models": {
             name: {
                 "nats_per_token": {"math": 3.0 - i / 2 + shift, DOMAINS[1]: 2.0 + i / 10},
@@ -106,7 +109,8 @@ def test_summary_leaves_the_seeds_own_costs_out_and_shows_btx():
     summary = summarise(RESULTS, CURVES, {"seed": 1.5})
     assert summary["shown"] == "btx"
     assert list(summary["models"]) == list(NAMES)
-    assert summary["models"]["seed"]["tokens"] == 1000
+    assert summary["models"]["seed"]["tokens"] == 0, "of the seed, too"
+    assert summary["before"]["tokens"] == 1000
     assert summary["models"]["btx"]["tokens"] == 3000
     assert summary["models"]["btx"]["critical_seconds"] == 3.0
     assert summary["routing"]["btx"] == RESULTS["models"]["btx"]["routing"]
@@ -147,7 +151,7 @@ def test_gains_by_hand():
         "expert_a": {"nats_per_token": {"a": 3.0, "b": 3.5}},
         "btx": {"nats_per_token": {"a": 3.25, "b": 3.1}},
     }
-    found = gains(models, ["a", "b"])
+    found = gains(models, ["a", "b"], "seed", ["expert_a"])
     assert found["general"] == "b"
     btx = found["models"]["btx"]
     assert btx["over_seed"] == pytest.approx({"a": 0.75, "b": -0.1})
@@ -155,7 +159,80 @@ def test_gains_by_hand():
     assert btx["recovered"] == {"a": pytest.approx(0.75), "b": None}
     assert btx["forgetting"] == pytest.approx(0.1)
     assert found["models"]["expert_a"]["forgetting"] == pytest.approx(0.5)
-    assert gains({"one": models["seed"]}, ["a"]) == {}
+    models["btx"]["nats_per_token"]["b"] = 2.8
+    better = gains(models, ["a", "b"], "seed", ["expert_a"])
+    assert better["models"]["btx"]["forgetting"] == pytest.approx(-0.2), "better than the seed"
+    assert gains(models, ["a", "b"], "", []) == gains(models, ["a", "b"], "seed", []) == {}
+
+
+def renamed(**names):
+    """RESULTS with other names for models, and their roles."""
+    new = lambda name: names.get(name, name)  # noqa: E731
+    models = {new(name): model for name, model in RESULTS["models"].items()}
+    roles = {
+        "seed": new("seed"),
+        "experts": [new("expert_math")],
+        "mixture": new("btx"),
+    }
+    return RESULTS | {"models": models, "roles": roles}
+
+
+def test_roles_decide_what_is_told_and_names_do_not():
+    usual = summarise(RESULTS, {}, {})
+    other = summarise(renamed(seed="SmolLM2", expert_math="maths", btx="all together"), {}, {})
+    assert list(other["gains"]["models"].values()) == list(usual["gains"]["models"].values())
+    assert (other["seed"], other["shown"]) == ("SmolLM2", "all together")
+    assert other["models"]["maths"]["tokens"] == usual["models"]["expert_math"]["tokens"]
+    nameless = summarise({key: RESULTS[key] for key in ("domains", "models")}, {}, {})
+    assert nameless["gains"] == {}
+    assert nameless["models"]["expert_math"]["tokens"] == 2000, "nothing is taken off"
+    assert nameless["shown"] == "btx", "the longest trained"
+    told = page_verdict(other)
+    assert told.startswith("all together has the lowest mean held-out loss")
+    assert "all together gains" in told and "its experts 0.100 above it" in told
+
+
+def test_models_stand_in_the_order_of_their_roles_and_then_as_named():
+    models = dict(reversed(RESULTS["models"].items()))
+    summary = summarise(RESULTS | {"models": models}, {}, {})
+    assert list(summary["models"]) == ["seed", "expert_math", "btx", "btx_untuned"]
+
+
+def test_a_mixture_below_its_seed_is_said_to_be_below():
+    better = json.loads(json.dumps(RESULTS))
+    better["models"]["btx"]["nats_per_token"][DOMAINS[1]] = 1.9
+    assert f"on {DOMAINS[1]} it lies 0.100 below seed" in page_verdict(summarise(better, {}, {}))
+    assert f"on {DOMAINS[1]} it lies 0.300 above seed" in page_verdict(summarise(RESULTS, {}, {}))
+
+
+def test_costs_that_are_not_known_are_said_to_be_so(capsys):
+    unknown = json.loads(json.dumps(RESULTS))
+    for cost in COSTS:
+        unknown["models"]["btx"][cost] = None
+    summary = summarise(unknown, {}, {}, [results(0.1)])
+    assert summary["models"]["btx"]["tokens"] is None
+    page = render("t", summary, {}, [], {})
+    assert "<tr><td>btx</td>" + "<td>unknown</td>" * 5 in page
+    assert "| btx | " in markdown(summary["comparison"], summary["models"])
+    print_tables(tables(summary))
+    assert capsys.readouterr().out.count("unknown") >= 5
+
+
+def test_names_are_printed_whole_and_as_they_are(capsys):
+    names = {"seed": "[/red]", "btx": "b" * 120, "expert_math": "[bold]m[/bold]"}
+    print_tables(tables(summarise(renamed(**names), {}, {})))
+    out = capsys.readouterr().out
+    assert all(name in out for name in names.values())
+    assert "…" not in out
+
+
+def test_a_page_of_test_sets_alone():
+    model = RESULTS["models"]["seed"] | {
+        "nats_per_token": {}, "bits_per_byte": {}, "tasks": {"piqa": {"accuracy": 0.5}},
+    }  # fmt: skip
+    summary = summarise({"domains": [], "models": {"a": model, "b": model}}, {}, {})
+    page = render("t", summary, {}, [], {})
+    assert "2 models on test sets alone" in page and "<svg" not in page
 
 
 def test_intervals_are_students_and_verdicts_need_them_to_exclude_the_other_sign():
@@ -182,7 +259,7 @@ def test_arms_are_compared_in_pairs_over_seeds():
     one = compare(seeds[:1])
     assert {c["verdict"] for c in one["claims"]} == {"undecided"}
     text = markdown(one, summarise(RESULTS, {}, {})["models"])
-    assert "| btx | 1.900 one seed | 1 | 3k |" in text
+    assert "| btx | 1.900 one seed | 1 | 3k |" in text, "behind the seed"
     models = {"a|b": seeds[0]["btx"], "c": seeds[0]["seed"]}
     piped = markdown(compare([models]), models)
     assert r"| a\|b | 1.900" in piped
@@ -229,5 +306,6 @@ def test_page_is_self_contained_and_escapes_text(others):
 def test_a_page_without_mixtures_has_no_routing():
     dense = {"domains": DOMAINS, "models": {"seed": RESULTS["models"]["seed"]}}
     page = render("t", summarise(dense, {}, {}), {}, [], {})
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 1, "one model has no compute to compare, and nothing trained"
     assert "<script" not in page
+    assert 'href="#curves"' not in page

@@ -95,11 +95,18 @@ def config(tmp_path, tokenizer):
 
 
 def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(
-    config, tmp_path, monkeypatch
+    config, tmp_path, monkeypatch, capsys
 ):
     workdir = tmp_path / "out"
+    roles = {"seed": "seed", "experts": ("expert_a",), "mixture": "btx"}
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **roles))
     evaluate.run(config, workdir)
     results = json.loads((workdir / "results.json").read_text())
+    assert results["roles"] == {"seed": "seed", "experts": ["expert_a"], "mixture": "btx"}
+    shown = capsys.readouterr().out
+    assert "held-out loss" in shown and "test sets" in shown
+    mean = np.mean(list(results["models"]["btx"]["nats_per_token"].values()))
+    assert f"{mean:.3f}" in shown
     models = results["models"]
     assert list(models) == ["seed", "expert_a", "btx", "btm", "bayes"]
     for name, model in models.items():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from btx_jax.config import CheckpointConfig, ComputeConfig
 from btx_jax.errors import UserError
 from btx_jax.evaluation.activations import layer_states
 from btx_jax.mixing.mix import mix_params
+from btx_jax.mixing.recipe import expert_sources
 from btx_jax.model_config import MoEConfig
 from btx_jax.models.llama import Llama, logits
 from btx_jax.stages import convert, experts, mix_recipe
@@ -67,6 +69,7 @@ def test_gates_are_those_of_mergekit(tmp_path, mode):
 
 def test_a_frankenmoe_holds_the_bases_and_the_experts_bits(tmp_path):
     mixed, dense = mix(tmp_path), sources()
+    assert [Path(source).name for source in expert_sources(tmp_path / "out")] == ["a", "b", "c"]
     for name in mixed.slots:
         wanted = expert_tensor(name)
         if wanted:

@@ -40,6 +40,7 @@ def test_a_report_is_made_from_what_stages_left_behind(tmp_path, capsys):
     assert re.search(r"<th>domain</th><th>layer</th><th>math</th><th>seed</th>", page), (
         "the experts have the names of their runs"
     )
+    assert "<h1>out: what was gained</h1>" in page
     assert "expert_math" in capsys.readouterr().out
     assert (tmp_path / "out" / "done.json").exists()
 
@@ -71,3 +72,35 @@ def test_other_seeds_are_compared(tmp_path, capsys):
             Config("report", report=ReportConfig(evaluate, others=(str(tmp_path / "no"),))),
             tmp_path / "out2",
         )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("experts: [{source_model: models/math}, {source_model: runs/code}]", ["math", "code"]),
+        ("experts: [{source_model: m}, {source_model: m}, {source_model: x}]", ["m 1", "m 2", "x"]),
+        ("{method: split, chunks: 2, experts: [{source_model: a/math}]}", ["math 1", "math 2"]),
+        ("{method: blend, experts: [{source_model: a}, {source_model: b}]}", []),
+    ],
+)
+def test_experts_of_a_recipe_have_the_names_of_their_sources(tmp_path, recipe, names):
+    for name, file, text in (
+        ("mixture", "mergekit_moe_config.yml", recipe),
+        ("mixture", "config.json", "{}"),
+        ("finetune", "config.json", json.dumps({"init": str(tmp_path / "mixture")})),
+        ("evaluate", "config.json", json.dumps({"evaluate": {"models": {"x": str(tmp_path / "finetune")}}})),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / file).write_text(text)
+    assert report.expert_names(tmp_path / "evaluate", "x") == names
+
+
+def test_the_names_of_experts_are_unknown_where_nothing_tells_them(tmp_path):
+    assert report.expert_names(tmp_path, "x") == []
+    (tmp_path / "a").mkdir()
+    circle = {"init": str(tmp_path / "a"), "evaluate": {"models": {"x": str(tmp_path / "a")}}}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(circle))
+    assert report.expert_names(tmp_path / "a", "x") == []
+    (tmp_path / "a" / "mergekit_moe_config.yml").write_text("experts: 3")
+    with pytest.raises(UserError, match=r"mergekit_moe_config.yml is damaged: .*; delete it"):
+        report.expert_names(tmp_path / "a", "x")

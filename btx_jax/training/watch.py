@@ -1,0 +1,90 @@
+"""What a run's owner should be told while there is still time: claims that find no slot, and a start
+that undoes what the weights had learnt."""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
+
+DROPPED = 0.05  # share of claims above which training is known to suffer
+DROPPED_STEPS = 10  # whose mean is compared with it
+FIRST_STEPS = 100
+RISE = 0.5  # nats per token; batches of one run differ by less, new weights fall from the start
+ASKED_EVERY = 10  # steps, at least, between held-out losses that are measured for this alone
+RISEN_STEPS = 3  # in a row, so that a single hard batch is none
+
+
+def dropped_warning(share: float) -> str:
+    return (
+        f"{share:.0%} of the routed claims find no slot and are not learnt from;"
+        " config.compute.dispatch='ragged' drops none, a higher config.compute.capacity_factor"
+        " fewer"
+    )
+
+
+class Dropped:
+    """Speaks once, when the mean share over the last steps is too high."""
+
+    def __init__(self, steps: int):
+        """steps: of the whole run, which may be a short one."""
+        self._shares: deque[float] = deque(maxlen=min(DROPPED_STEPS, steps))
+        self._said = False
+
+    def add(self, share: float) -> str:
+        """A warning, or nothing."""
+        self._shares.append(share)
+        full = len(self._shares) == self._shares.maxlen
+        if self._said or not full or mean(self._shares) <= DROPPED:
+            return ""
+        self._said = True
+        return dropped_warning(mean(self._shares))
+
+
+class FirstSteps:
+    """Speaks once, when the first steps leave the loss far above where it began.
+
+    The loss of step 1 is that of the weights the run started from. Batches differ, so several in a
+    row must lie above it; and where held-out losses are measured, every domain must lie as far above
+    its own start: what is learnt of one domain may well be forgotten of another.
+    """
+
+    def __init__(self, learning_rate: float, losses: Sequence[float] = ()):
+        """learning_rate: the peak, for the message. losses: of the steps before, of a resumed run."""
+        self._rate, self._losses, self._said = learning_rate, list(losses), False
+        self._ask_from = 0
+
+    def add(
+        self, step: int, loss: float, heldout: Callable[[], Mapping[str, tuple[float, float]]]
+    ) -> str:
+        """loss: of this step's batch. heldout: domain -> (at the start, now), asked for only when
+        the batches look bad; empty when it is not measured. A warning, or nothing."""
+        self._losses.append(loss)
+        if self._said or not RISEN_STEPS < len(self._losses) == step <= FIRST_STEPS:
+            return ""
+        before, now = self._losses[0], min(self._losses[-RISEN_STEPS:])
+        if now < before + RISE:
+            return ""
+        if step < self._ask_from:
+            return ""
+        self._ask_from = step + ASKED_EVERY
+        domains = heldout()
+        if domains:
+            return self.compare(step, domains)
+        return self._warning(step, "training", before, now) if now >= before + 2 * RISE else ""
+
+    def compare(self, step: int, heldout: Mapping[str, tuple[float, float]]) -> str:
+        """The same by held-out losses alone, domain -> (at the start, now)."""
+        if self._said or step > FIRST_STEPS or not heldout:
+            return ""
+        if not all(now >= before + RISE for before, now in heldout.values()):
+            return ""
+        starts, ends = zip(*heldout.values(), strict=True)
+        return self._warning(step, "held-out", mean(starts), mean(ends))
+
+    def _warning(self, step: int, kind: str, before: float, now: float) -> str:
+        self._said = True
+        return (
+            f"step {step}: the {kind} loss has risen from {before:.2f} to {now:.2f} nats per token:"
+            f" a learning rate of {self._rate:g} undoes what these weights had learnt; stop, lower"
+            " config.train.learning_rate (0 chooses by what the run starts from) and start again in"
+            " another --workdir"
+        )

@@ -1,0 +1,181 @@
+"""What a training run says: what it decided, what goes wrong at its start, what it reached."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import jax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from btx_jax import stages
+from btx_jax.checkpoints.checkpoint import find_checkpoint
+from btx_jax.checkpoints.checksums import SUMS
+from btx_jax.checkpoints.safetensors_files import CHECKSUMS
+from btx_jax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    MixConfig,
+    TrainConfig,
+)
+from btx_jax.parallel import sharding
+from btx_jax.stages import convert
+from btx_jax.training.start import PRETRAINED_RATE
+from tests.conftest import sentences
+from tests.stages.test_evaluate import DENSE
+
+
+@pytest.fixture(autouse=True)
+def one_device_only(monkeypatch):
+    real = sharding.make_mesh
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for module in ("btx_jax.training.start", "btx_jax.stages.mix"):
+        monkeypatch.setattr(
+            f"{module}.make_mesh", lambda shape, devices=None: real(shape, jax.devices()[:1])
+        )
+
+
+@pytest.fixture
+def training(tmp_path, tokenizer_file):
+    """A config of `steps` steps with changes of its sections' keys."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(200, seed=1)))
+
+    def make(init, steps, model=None, dispatch="auto", every=100, **train):
+        tokenizer = str(tokenizer_file) if model else ""
+        data = DataConfig(
+            "words", domains={"words": str(text)}, tokenizer=tokenizer, sequence_length=64,
+            heldout_fraction=0.2, cache=str(tmp_path / "cache"),
+        )  # fmt: skip
+        compute = ComputeConfig(
+            dtype="float32", remat="none", dispatch=dispatch, loss_chunk=64, group_size=64
+        )
+        given = {"learning_rate": 0.0, "warmup_steps": 1, "eval_every": 5, "eval_rows": 4} | train
+        return Config(
+            "train", init=str(init), model=model, compute=compute, data=data, mesh=MeshConfig(),
+            train=TrainConfig(steps, 4, **given), checkpoint=CheckpointConfig(every),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def run(caplog):
+    """The run's own log lines."""
+
+    def run(config, workdir):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            stages.run(config, workdir)
+        return [record.getMessage() for record in caplog.records]
+
+    return run
+
+
+@pytest.fixture
+def seed(training, run, tmp_path):
+    run(training("scratch", 60, DENSE, learning_rate=1e-2), tmp_path / "seed")
+    return tmp_path / "seed"
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def heldout(workdir):
+    return {
+        line["step"]: line["heldout"]["words"]["nats_per_token"]
+        for line in metrics(workdir)
+        if "heldout" in line
+    }
+
+
+def test_a_run_tells_where_it_began_and_what_it_reached(seed, training, run, tmp_path):
+    told = run(training(seed, 10), tmp_path / "expert")
+    found = heldout(tmp_path / "expert")
+    assert list(found) == [0, 5, 10]
+    assert found[0] == pytest.approx(heldout(seed)[60], abs=1e-5), "the seed as it was"
+    start, end = f"{found[0]:.3f}", f"{found[10]:.3f}"
+    assert f"expert: held-out nats per token, start -> end: words {start} -> {end}" in told
+    assert f"expert: step 10 is kept in {tmp_path}/expert/checkpoints/10" in told
+    assert json.loads((tmp_path / "expert" / "config.json").read_text())["train"][
+        "learning_rate"
+    ] == pytest.approx(2e-3)
+
+
+def test_the_start_is_measured_once_however_often_a_run_begins(seed, training, run, tmp_path):
+    config = training(seed, 10)
+    run(config, tmp_path / "expert")
+    (tmp_path / "expert" / "done.json").unlink()
+    told = run(config, tmp_path / "expert")
+    assert list(heldout(tmp_path / "expert")) == [0, 5, 10]
+    assert any("start -> end" in line for line in told), "of a resumed run too"
+
+
+def test_a_run_without_held_out_losses_tells_its_training_loss(seed, training, run, tmp_path):
+    told = run(training(seed, 3, eval_every=0), tmp_path / "expert")
+    losses = [line["lm_loss"] for line in metrics(tmp_path / "expert")]
+    mean = sum(losses) / 3
+    assert f"expert: training loss, first -> last steps: {mean:.3f} -> {mean:.3f}" in told
+
+
+def test_a_released_model_is_trained_gently_and_everything_after_it(seed, training, run, tmp_path):
+    convert.run(str(seed), str(tmp_path / "export"), "")
+    shutil.copytree(tmp_path / "export", tmp_path / "released")
+    for name in (SUMS, CHECKSUMS):
+        (tmp_path / "released" / name).unlink()
+    file = tmp_path / "released" / "model.safetensors"
+    save_file(load_file(file), file)  # without the history in its header, as anybody else's
+    told = run(training(tmp_path / "released", 5), tmp_path / "expert")
+    assert f"learning rate {PRETRAINED_RATE:g}, chosen by what the run starts from" in told
+    history = find_checkpoint(tmp_path / "expert").about.history
+    assert None in history.values() and len(history) == 2
+    mix = MixConfig((str(tmp_path / "expert"), str(tmp_path / "released")))
+    stages.run(Config("mix", mix=mix, mesh=MeshConfig()), tmp_path / "mix")
+    told = run(training(tmp_path / "mix", 2), tmp_path / "finetune")
+    assert f"learning rate {PRETRAINED_RATE:g}, chosen by what the run starts from" in told
+
+
+def test_a_start_that_ruins_a_model_is_told_at_once_and_at_the_end(seed, training, run, tmp_path):
+    gentle = run(training(seed, 10), tmp_path / "gentle")
+    brutal = run(training(seed, 10, learning_rate=1.0), tmp_path / "brutal")
+    spoken = [line for line in brutal if "undoes what these weights had learnt" in line]
+    assert not any("undoes" in line for line in gentle)
+    assert len(spoken) == 2 and spoken[0] == spoken[1] == brutal[-1]
+    assert "brutal: step 4: the held-out loss has risen from" in spoken[0]
+    assert (tmp_path / "brutal" / "done.json").exists(), "told, not stopped"
+    short = run(training(seed, 2, learning_rate=1.0), tmp_path / "short")
+    assert any("step 2: the held-out loss has risen" in line for line in short)
+
+
+def test_random_weights_never_look_ruined(training, run, tmp_path):
+    told = run(training("scratch", 12, DENSE, learning_rate=1e-2), tmp_path / "fresh")
+    assert not any("undoes" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "factor", "warns"), [("einsum", 0.5, True), ("auto", 0.5, False)]
+)
+def test_dropped_claims_are_told_with_the_cure(
+    seed, training, run, tmp_path, capfd, dispatch, factor, warns
+):
+    mix = MixConfig((str(seed),), copies=4)
+    stages.run(Config("mix", mix=mix, mesh=MeshConfig()), tmp_path / "mix")
+    config = training(tmp_path / "mix", 4, dispatch=dispatch)
+    compute = dataclasses.replace(config.compute, capacity_factor=factor)
+    told = run(dataclasses.replace(config, compute=compute), tmp_path / "finetune")
+    spoken = [line for line in told if "of the routed claims find no slot" in line]
+    assert len(spoken) == (2 if warns else 0), "where it happens, and at the end"
+    shares = [
+        line["routing"]["dropped"] for line in metrics(tmp_path / "finetune") if "routing" in line
+    ]
+    assert (min(map(min, shares)) > 0.05) == warns
+    assert ("dropped=" in capfd.readouterr().err) == warns, "the progress line shows the share"
+    named = "einsum" if warns else "ragged"
+    assert any(line.endswith(f", {named} dispatch") for line in told)
+    recorded = json.loads((tmp_path / "finetune" / "config.json").read_text())
+    assert recorded["compute"]["dispatch"] == named
