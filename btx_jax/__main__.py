@@ -27,20 +27,22 @@ def _digest(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from btx_jax.stages.generate import text
+    from btx_jax.evaluation.generation import Sampling
+    from btx_jax.stages.generate import generate
 
-    print(
-        args.prompt
-        + text(
-            args.checkpoint,
-            args.prompt,
-            args.max_tokens,
-            args.temperature,
-            args.top_p,
-            args.seed,
-            args.dtype,
-        )
+    said = iter(["" if args.chat else args.prompt])  # once, when there is something behind it
+    generate(
+        args.checkpoint,
+        args.prompt,
+        lambda text: print(next(said, "") + text, end="", flush=True),
+        is_chat=args.chat,
+        max_tokens=args.max_tokens,
+        stop=args.stop,
+        sampling=Sampling(args.temperature, args.top_p),
+        seed=args.seed,
+        dtype=args.dtype,
     )
+    print()
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -92,8 +94,8 @@ def _adapter_merge(args: argparse.Namespace) -> None:
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
+    from btx_jax.data.sentencepiece_models import train_sentencepiece
     from btx_jax.data.sources import Problems, expand_files, parse_sources, read_documents
-    from btx_jax.data.tokenizers import train_sentencepiece
 
     problems = Problems()
     files = [
@@ -184,7 +186,15 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="sample text from a checkpoint")
     command.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     command.add_argument("--prompt", required=True)
+    command.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's message, for the tokenizer's chat template",
+    )
     command.add_argument("--max_tokens", type=int, default=64, help="new tokens at most (64)")
+    command.add_argument(
+        "--stop", action="append", default=[], help="a string that ends the text; may be repeated"
+    )
     command.add_argument(
         "--temperature", type=_not_negative, default=0.0, help="0 (the default) is greedy"
     )

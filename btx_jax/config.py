@@ -20,6 +20,7 @@ FROZEN = ("", "experts", "all_but_routers", "base")
 MIX_METHODS = ("btx", "average", "split", "blend")
 ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
+BOS = ("auto", "always", "never")
 STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
 
 
@@ -166,6 +167,8 @@ class DataConfig:
     domains: name -> sources in the same notation.
     tokenizer: a sentencepiece .model, an HF tokenizer.json, a directory with one, or `demo:`; ""
     for the init checkpoint's.
+    bos: in front of every document and prompt: what the tokenizer itself puts there (auto), BOS always,
+        or never. The run's own tokenizer then does so itself.
     heldout_fraction: share of documents, chosen by a hash of their text, that no training run ever
     sees.
     cache: where tokenised data sets are kept, for any run that asks for the same text and
@@ -176,12 +179,14 @@ class DataConfig:
     heldout: str = ""
     domains: Mapping[str, str] = field(default_factory=dict)
     tokenizer: str = ""
+    bos: str = "auto"
     formats: Mapping[str, FormatConfig] = field(default_factory=dict)
     sequence_length: int = 4096
     heldout_fraction: float = 0.01
     cache: str = "runs/data"
 
     def __post_init__(self):
+        one_of("bos", self.bos, BOS)
         require(
             self.sequence_length >= 2, f"sequence_length={self.sequence_length}: must be at least 2"
         )

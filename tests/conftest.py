@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from btx_jax.data.tokenizers import load_tokenizer, train_sentencepiece
+from btx_jax.data.sentencepiece_models import train_sentencepiece
+from btx_jax.data.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 WORDS = [

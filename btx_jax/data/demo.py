@@ -20,7 +20,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from btx_jax.data.tokenizers import train_sentencepiece
+from btx_jax.data.sentencepiece_models import train_sentencepiece
 from btx_jax.errors import UserError
 from btx_jax.output import new_file
 

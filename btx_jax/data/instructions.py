@@ -2,19 +2,15 @@
 learnt: prompt and answer from format strings, or a chat through the tokenizer's own chat
 template."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.sandbox
-
 from btx_jax.config import FormatConfig
 from btx_jax.config_dict import to_dict
+from btx_jax.data.chat import TemplateError, chat_template
 from btx_jax.data.sources import Problems, read_json_lines
-from btx_jax.data.tokenizers import SPECIAL, Tokenizer
-from btx_jax.errors import UserError
+from btx_jax.data.tokenizers import Tokenizer
 
 
 class Piece(NamedTuple):
@@ -35,6 +31,7 @@ class Formatter:
     def __init__(self, config: FormatConfig, tokenizer: Tokenizer, sequence_length: int):
         self._config = config
         self._template = chat_template(tokenizer) if config.messages else None
+        self.is_chat = bool(config.messages)
         self.cutoff = min(config.cutoff or sequence_length, sequence_length)
 
     def identity(self) -> list[Any]:
@@ -84,13 +81,32 @@ class Formatter:
             isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
         ):
             raise Unusable(f"no list of messages in field {self._config.messages!r}")
+        try:
+            return self._marked(messages) if self._template.marks_answers else self._turns(messages)
+        except TemplateError as error:
+            raise Unusable(str(error)) from error
+
+    def _marked(self, messages: list[Any]) -> list[Piece]:
+        """The template's `generation` tags say what is learnt."""
+        assert self._template is not None
+        text, spans = self._template.render(messages)
+        pieces, done = [], 0
+        for start, stop in spans:
+            pieces += [Piece(text[done:start], False), Piece(text[start:stop], True)]
+            done = stop
+        if not any(piece.text.strip() for piece in pieces if piece.learnt):
+            raise Unusable("no assistant's turn")
+        return [piece for piece in [*pieces, Piece(text[done:], False)] if piece.text]
+
+    def _turns(self, messages: list[Any]) -> list[Piece]:
+        assert self._template is not None
         pieces: list[Piece] = []
         done = ""
         for number, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
-            asked = self._template.render(messages[:number], add_generation_prompt=True)
-            answered = self._template.render(messages[: number + 1], add_generation_prompt=False)
+            asked = self._template.render(messages[:number], add_generation_prompt=True).text
+            answered = self._template.render(messages[: number + 1]).text
             if not asked.startswith(done) or not answered.startswith(asked):
                 raise Unusable("the chat template changes earlier turns when later ones come")
             pieces += [Piece(asked[len(done) :], False), Piece(answered[len(asked) :], True)]
@@ -100,73 +116,20 @@ class Formatter:
         return pieces
 
 
-class ChatTemplate:
-    """As transformers renders it: jinja, sandboxed, with the special tokens as variables."""
-
-    def __init__(self, source: str, special: Mapping[str, str], where: Path):
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        environment.globals["raise_exception"] = raise_exception
-        environment.filters["tojson"] = lambda value, **kwargs: json.dumps(
-            value, ensure_ascii=False, **kwargs
-        )
-        try:
-            self.source, self._template = source, environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{where}: chat template: {error}") from error
-        self._special = special
-
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        try:
-            text = self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._special
-            )
-        except jinja2.TemplateError as error:
-            raise Unusable(f"chat template: {error}") from error
-        bos = self._special.get("bos_token", "")
-        return text.removeprefix(bos) if bos else text  # every document gets it anyway
-
-
-def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """chat_template.jinja beside the tokenizer, or the one in tokenizer_config.json. Raises
-    UserError when there is none."""
-    folder = tokenizer.path.parent
-    special: dict[str, str] = {}
-    source, where = None, folder / SPECIAL[0]
-    try:
-        if where.is_file():
-            config = json.loads(where.read_text(encoding="utf-8"))
-            source = config.get("chat_template")
-            for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-                token = config.get(role)
-                special |= (
-                    {role: token["content"] if isinstance(token, dict) else token} if token else {}
-                )
-        if (folder / "chat_template.jinja").is_file():
-            where = folder / "chat_template.jinja"
-            source = where.read_text(encoding="utf-8")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{where}: damaged: {type(error).__name__}: {error}") from error
-    if not isinstance(source, str):
-        raise UserError(
-            f"{folder}: the tokenizer has no chat template (chat_template.jinja); give the format a"
-            " prompt and an answer instead"
-        )
-    return ChatTemplate(source, special, where)
-
-
 def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """(ids of the whole text, which of them are learnt). The text is encoded as one, as it is when
-    a model is asked; a token across a border belongs to the piece in which it begins."""
-    ids = tokenizer.encode("".join(piece.text for piece in pieces))
-    learnt: list[bool] = []
-    text = ""
-    for piece in pieces[:-1]:
-        text += piece.text
-        learnt += [piece.learnt] * max(0, len(tokenizer.encode(text)) - len(learnt))
-    return ids, (learnt + [pieces[-1].learnt] * len(ids))[: len(ids)]
+    """(ids of the whole text, which of them are learnt). The text is encoded as one, as it is when a
+    model is asked; a token that reaches into a learnt piece is learnt, as in transformers'
+    assistant masks."""
+    ids, offsets = tokenizer.encode_with_offsets("".join(piece.text for piece in pieces))
+    learnt = [False] * len(ids)
+    at = number = 0
+    for piece in pieces:
+        at += len(piece.text)
+        while number < len(ids) and offsets[number][1] <= at - len(piece.text):
+            number += 1  # ends in front of the piece
+        if piece.learnt and piece.text:
+            for i in range(number, len(ids)):
+                if offsets[i][0] >= at:
+                    break
+                learnt[i] = True
+    return ids, learnt

@@ -34,12 +34,12 @@ from btx_jax.data.sources import (
     read_documents,
     read_tfds,
 )
-from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
+from btx_jax.data.tokenizers import NotUnicode, Tokenizer, load_tokenizer
 from btx_jax.errors import UserError, suggest
 from btx_jax.output import new_directory
 from btx_jax.paths import expand
 
-FORMAT = 2  # changes whenever the rows that the same text gives change
+FORMAT = 3  # changes whenever the rows that the same text gives change
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 
@@ -69,6 +69,11 @@ class PreparedDomain:
     weight: float
     sources: tuple[PreparedSource, ...]
 
+    def largest_id(self) -> int:
+        """Of all tokens of its rows; -1 when there are none."""
+        splits = (s for source in self.sources for s in source.manifest["splits"].values())
+        return max(split["largest_id"] for split in splits)
+
     def identity(self) -> str:
         """A hash of what the domain's rows are made of, wherever its files lie."""
         made = [(source.manifest, source.weight) for source in self.sources]
@@ -91,11 +96,12 @@ def is_heldout(text: str, fraction: float) -> bool:
 class Document(NamedTuple):
     """ids: of its tokens. bytes: in UTF-8, of the text that is learnt, but for ends of text written
     out in it, whose losses are no part of bits per byte. learnt: of each token, whether it is a
-    target; None for all."""
+    target; None for all. is_chat: rendered by a chat template, which writes its own beginning."""
 
     ids: list[int]
     bytes: int
     learnt: list[bool] | None = None
+    is_chat: bool = False
 
 
 def pack(
@@ -103,17 +109,17 @@ def pack(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Documents -> rows {tokens, segments, bytes}.
 
-    Each document is framed by BOS and EOS where the tokenizer has them, unless its text ends in EOS
-    itself, and gets the next segment number of its row, from 1; the last row is padded with segment
-    0. A token that is read but not learnt, as a prompt's, has its segment's number negated. bytes:
+    In front of each document stands what the tokenizer itself puts there (`Tokenizer.prefix`) and
+    behind it EOS, where there is one, unless its text ends in EOS itself; in front of a chat stands
+    nothing. Each gets the next segment number of its row, from 1; the last row is padded with
+    segment 0. A token that is read but not learnt, as a prompt's, has its segment's number negated. bytes:
     of the text whose tokens are targets in the row (a document's bytes are spread evenly over its
     tokens, but for EOS), so that the bytes of all rows add up to those of the text.
     """
     width = sequence_length + 1
-    columns = [
-        np.zeros(0, np.int64) for _ in range(4)
-    ]  # token, document number, bytes, 1 if learnt else -1
-    before, after = [[t] if t is not None else [] for t in (tokenizer.bos, tokenizer.eos)]
+    # token, document number, bytes, 1 if learnt else -1
+    columns = [np.zeros(0, np.int64) for _ in range(4)]
+    after = [tokenizer.eos] if tokenizer.eos is not None else []
 
     def row(columns: list[np.ndarray]) -> dict[str, np.ndarray]:
         tokens, document, size, sign = columns
@@ -125,13 +131,14 @@ def pack(
             "bytes": np.array(size[continues & (sign > 0)].sum(), np.int32),
         }
 
-    for number, (ids, text_bytes, learnt) in enumerate(documents):
+    for number, (ids, text_bytes, learnt, is_chat) in enumerate(documents):
+        before = [] if is_chat else tokenizer.prefix
         is_learnt = np.ones(len(ids), bool) if learnt is None else np.array(learnt, bool)
         counted = is_learnt & (np.array(ids) != (-1 if tokenizer.eos is None else tokenizer.eos))
         count = int(counted.sum())
         spread = np.zeros(len(ids), np.int64)
         spread[counted] = np.diff(np.arange(count + 1) * text_bytes // max(count, 1))
-        end = [] if _ends_itself(ids, tokenizer) else after
+        end = [] if _ends_itself(ids, tokenizer, is_chat) else after
         sizes = np.concatenate(
             [np.zeros(len(before), np.int64), spread, np.zeros(len(end), np.int64)]
         )
@@ -149,30 +156,31 @@ def pack(
         yield row(columns)
 
 
-def _ends_itself(ids: list[int], tokenizer: Tokenizer) -> bool:
-    """Whether EOS is already the last token but for blanks, as chat templates end a turn."""
-    return (
-        tokenizer.eos in ids[-2:]
-        and not tokenizer.decode(ids[-1:] if ids[-1] != tokenizer.eos else []).strip()
-    )
+def _ends_itself(ids: list[int], tokenizer: Tokenizer, is_chat: bool) -> bool:
+    """Whether EOS is already the last token but for blanks; of a chat, any special token, with which
+    templates end a turn."""
+    ends = tokenizer.special_ids if is_chat else {tokenizer.eos}
+    last = ids[-1:] if ids[-1:] and ids[-1] in ends else ids[-2:-1]
+    return bool(last) and last[0] in ends and not tokenizer.decode(ids[-1:]).strip()
 
 
 def _bytes(text: str, ids: Iterable[int], tokenizer: Tokenizer) -> int:
     """In UTF-8, without the ends of text that are written out in it."""
-    return len(text.encode("utf-8")) - sum(i == tokenizer.eos for i in ids) * len(
-        tokenizer.eos_text.encode("utf-8")
-    )
+    ends = sum(i == tokenizer.eos for i in ids)
+    return len(text.encode("utf-8")) - (ends and ends * len(tokenizer.eos_text.encode("utf-8")))
 
 
 def text_document(text: str, tokenizer: Tokenizer) -> Document:
-    """Raises UnicodeEncodeError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
+    """Raises NotUnicode for a lone surrogate, which JSON can carry and UTF-8 cannot."""
     ids = tokenizer.encode(text)
     return Document(ids, _bytes(text, ids, tokenizer))
 
 
-def formatted_document(pieces: list[Piece], tokenizer: Tokenizer, cutoff: int) -> Document | None:
-    """Cut to `cutoff` tokens; None when no answer is left. Raises UnicodeEncodeError as
-    text_document does."""
+def formatted_document(
+    pieces: list[Piece], tokenizer: Tokenizer, cutoff: int, is_chat: bool = False
+) -> Document | None:
+    """Cut to `cutoff` tokens; None when no answer is left. Raises NotUnicode as text_document
+    does."""
     ids, learnt = encode_pieces(pieces, tokenizer)
     answers = "".join(piece.text for piece in pieces if piece.learnt)
     size = _bytes(
@@ -181,7 +189,7 @@ def formatted_document(pieces: list[Piece], tokenizer: Tokenizer, cutoff: int) -
     if len(ids) > cutoff:
         size = size * sum(learnt[:cutoff]) // max(sum(learnt), 1)
         ids, learnt = ids[:cutoff], learnt[:cutoff]
-    return Document(ids, size, learnt) if any(learnt) else None
+    return Document(ids, size, learnt, is_chat) if any(learnt) else None
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
@@ -240,7 +248,7 @@ def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> 
             else [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         ),
         "field": source.field,
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "tokenizer_sha256": tokenizer.sha256,
         "sequence_length": config.sequence_length,
         "heldout_fraction": config.heldout_fraction,
     } | ({"how": template.identity()} if template else {})
@@ -284,10 +292,11 @@ def _write(
     target: Path,
     template: Formatter | None,
 ) -> None:
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0} for split in SPLITS}
+    empty = {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0, "largest_id": -1}
+    counts = {split: dict(empty) for split in SPLITS}
     problems, failed = Problems(), list[UserError]()
     total = sum(f.stat().st_size for f in files) or None
-    frame = (tokenizer.bos is not None) + (tokenizer.eos is not None)
+    frame = len(tokenizer.prefix) + (tokenizer.eos is not None)
 
     def encoded(split: str, progress: tqdm) -> Iterator[Document]:
         # The source is read once per split; its problems are the same both times and count once.
@@ -303,11 +312,11 @@ def _write(
                 continue
             try:
                 document = (
-                    formatted_document(pieces, tokenizer, template.cutoff - frame)
+                    formatted_document(pieces, tokenizer, template.cutoff - frame, template.is_chat)
                     if template
                     else text_document(text, tokenizer)
                 )
-            except UnicodeEncodeError:
+            except NotUnicode:
                 problems.add(
                     "document skipped: not valid Unicode", f"{source.where}, document {number + 1}"
                 )
@@ -319,7 +328,8 @@ def _write(
                     f"item {number + 1}",
                 )
                 continue
-            ids, size, _ = document
+            ids, size, *_ = document
+            counts[split]["largest_id"] = max([counts[split]["largest_id"], *ids])
             if len(ids) + frame > config.sequence_length + 1:
                 problems.add(
                     f"document longer than {config.sequence_length} tokens: cut into several rows,"
@@ -376,7 +386,7 @@ def _write(
             "files": [
                 {"path": str(f), "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files
             ],
-            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "tokenizer_sha256": tokenizer.sha256,
             "sequence_length": config.sequence_length,
             "heldout_fraction": config.heldout_fraction,
             "splits": counts,
@@ -413,15 +423,17 @@ def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> 
     """The config's tokenizer, else that of the checkpoint the run starts from. Raises UserError
     when there is neither."""
     if config.tokenizer == "demo:":
-        return load_tokenizer(demo.tokenizer(cache_of(config)))
-    if config.tokenizer:
-        return load_tokenizer(expand(config.tokenizer, "config.data.tokenizer"))
-    if checkpoint_tokenizer is None:
+        found = load_tokenizer(demo.tokenizer(cache_of(config)))
+    elif config.tokenizer:
+        found = load_tokenizer(expand(config.tokenizer, "config.data.tokenizer"))
+    elif checkpoint_tokenizer is None:
         raise UserError(
             "config.data.tokenizer: not set, and no init checkpoint to take it from; name a .model"
             " or tokenizer.json"
         )
-    return load_tokenizer(checkpoint_tokenizer)
+    else:
+        found = load_tokenizer(checkpoint_tokenizer)
+    return found if config.bos == "auto" else found.with_bos(config.bos == "always")
 
 
 def prepare(

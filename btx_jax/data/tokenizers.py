@@ -1,127 +1,235 @@
-"""Text <-> token ids, behind one small interface: sentencepiece `.model` files and Hugging Face
-`tokenizer.json`."""
+"""Text <-> token ids: one class over the tokenizers library, whatever file it was read from."""
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-import sentencepiece
 import tokenizers
 
+from btx_jax.data import tokenizer_files
+from btx_jax.data.tokenizer_files import (
+    ADDED,
+    AS_IT_IS,
+    CONFIG,
+    NAMES,
+    SPECIAL_MAP,
+    TEMPLATE,
+    TEMPLATES,
+    Files,
+)
 from btx_jax.errors import UserError
 from btx_jax.output import new_file
 
-NAMES = ("tokenizer.json", "tokenizer.model")  # the first knows tokens that were added later
-SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # name the special tokens
-COMPANIONS = (
-    *SPECIAL,
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+__all__ = ["Tokenizer", "copy_tokenizer", "difference", "find_tokenizer", "load_tokenizer"]
+
+# Guessed from where nothing names them, the likeliest first.
+_USUAL = {
+    "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>"),
+    "eos_token": ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>"),
+}
+_TEMPLATE_FILES = (TEMPLATE, "chat_template.json")
 
 
-class Tokenizer(Protocol):
-    """vocab_size: one more than the largest id. bos, eos: ids, or None when the vocabulary has
-    none. eos_text: what in a text is read as EOS, "" for nothing. path: the file it was read
-    from."""
+class Tokenizer:
+    """path: the file it was read from. vocab_size: one more than the largest id. bos, eos: ids, or
+    None where there is none. prefix: ids that the tokenizer itself puts in front of a text, which
+    is what stands in front of every document and prompt: BOS for a Llama, nothing for a Qwen.
+    named: `bos_token` and the like -> its text. templates: name -> chat template."""
 
-    path: Path
-    vocab_size: int
-    bos: int | None
-    eos: int | None
-    eos_text: str
+    def __init__(self, path: Path, files: Files):
+        self.path, self.named, self.templates = path, files.named, files.templates
+        self._files, self._backend = files, files.backend
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.bos, self.eos = (self._special(role) for role in ("bos_token", "eos_token"))
+        self.prefix, self.suffix = self._around()
+
+    def _special(self, role: str) -> int | None:
+        """As the tokenizer's own files name it; else as the model's config.json numbers it, which
+        must not be lost for EOS; else, where no file says anything, by its usual names."""
+        if role in self.named:
+            return self._backend.token_to_id(self.named[role])
+        alone = not (self.path.parent / CONFIG).is_file()
+        if self.path.suffix == ".json" and (alone or role == "eos_token"):
+            told = tokenizer_files.read_json(self.path.parent / "config.json").get(f"{role}_id")
+            told = told[0] if isinstance(told, list) and told else told
+            if isinstance(told, int) and self._backend.id_to_token(told) is not None:
+                return told
+        if self.path.suffix != ".json" or not alone:
+            return None
+        ids = map(self._backend.token_to_id, _USUAL[role])
+        return next((i for i in ids if i is not None), None)
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts in front of a text and behind it."""
+        for text in ("a", "0", ".", "\n"):  # one that the vocabulary knows
+            bare = self._backend.encode(text, add_special_tokens=False).ids
+            whole = self._backend.encode(text, add_special_tokens=True).ids
+            for start in range(len(whole) - len(bare) + 1) if bare else ():
+                if whole[start : start + len(bare)] == bare:
+                    return whole[:start], whole[start + len(bare) :]
+            if bare:
+                raise UserError(f"{self.path}: its post-processor changes a text's own tokens")
+        return whole, []
+
+    @property
+    def eos_text(self) -> str:
+        """EOS as it is written out in a text."""
+        return "" if self.eos is None else self.token_of(self.eos)
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Of tokens that decoding leaves out."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without special tokens."""
-        ...
+        """Ids of the text alone; special tokens written out in it are read as such.
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued: with what the tokenizer itself puts in front, BOS for a
-        Llama, and nothing behind."""
-        ...
+        Raises UserError for a text that is no Unicode (a lone surrogate)."""
+        return self._encode(text).ids
 
-    def decode(self, ids: Iterable[int]) -> str: ...
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Also, of each id, the characters [start, stop) of the text that it stands for."""
+        encoding = self._encode(text)
+        return encoding.ids, encoding.offsets
 
-
-class SentencePieceTokenizer:
-    eos_text: str = ""  # sentencepiece never reads a control symbol from a text
-
-    def __init__(self, path: Path):
-        self.path = path
+    def _encode(self, text: str) -> Any:
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            return self._backend.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            raise NotUnicode("not valid Unicode: a lone surrogate") from error
+        except BaseException as error:  # the library's panics are no Exception
+            if type(error).__name__ != "PanicException":
+                raise
             raise UserError(
-                f"{path} is not a sentencepiece model: {str(error).splitlines()[0]}"
+                f"{self.path}: panics on a text: {str(error).splitlines()[0]}"
             ) from error
-        self.vocab_size = self._processor.vocab_size()
-        bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        self.bos, self.eos = (bos if bos >= 0 else None), (eos if eos >= 0 else None)
-
-    def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        return ([self.bos] if self.bos is not None else []) + self.encode(text)
+        """Ids of a text to be continued: behind what the tokenizer itself puts in front."""
+        return self.prefix + self.encode(text)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+    def decode(self, ids: Iterable[int], behind: Sequence[int] = (), special: bool = False) -> str:
+        """The text that `ids` add to that of the ids `behind` which they stand: what a tokenizer does
+        at the beginning of a text (a Llama's takes a space away) is not done in its middle.
+        special: special tokens are written out."""
+        if not behind:
+            return self._decode(ids, special)
+        before, whole = self._decode(behind, special), self._decode([*behind, *ids], special)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        # A character's bytes lie on both sides, or clean-up joins them: what both have is left out.
+        pairs = enumerate(zip(before, whole, strict=False))
+        return whole[next((i for i, (a, b) in pairs if a != b), min(len(before), len(whole))) :]
+
+    def _decode(self, ids: Iterable[int], special: bool) -> str:
+        text = self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+        return clean_up(text) if self._files.cleans_up else text
+
+    def id_of(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def token_of(self, number: int) -> str:
+        """ "" for an id that the vocabulary leaves out."""
+        return self._backend.id_to_token(number) or ""
+
+    def with_bos(self, added: bool) -> "Tokenizer":
+        """The same one, but with BOS in front of every text, or without. Raises UserError when it has
+        none."""
+        if added and self.bos is None:
+            raise UserError(f"config.data.bos: {self.path} has no BOS to put in front")
+        if added == (self.prefix[:1] == [self.bos]) and len(self.prefix) == int(added):
+            return self
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        bos = [self.token_of(self.bos)] if added and self.bos is not None else []
+        tokenizer_files.frame(backend, bos, [self.token_of(i) for i in self.suffix])
+        files = Files(backend, self.named, self.templates, self._files.cleans_up, verbatim=False)
+        return Tokenizer(self.path, files)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of what decides ids: the same for a file that another version of a library saved again."""
+        told = json.dumps(self._function(), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _function(self) -> dict[str, Any]:
+        spec = json.loads(self._backend.to_str())
+        return {
+            "model": spec["model"],
+            "normalizer": spec["normalizer"],
+            "pre_tokenizer": spec["pre_tokenizer"],
+            "added": spec["added_tokens"],
+            "around": [self.prefix, self.suffix, self.eos],
+        }
+
+    def to_json(self) -> str:
+        """tokenizer.json, with merges as libraries before 0.20 read them too."""
+        spec = json.loads(self._backend.to_str())
+        merges = spec["model"].get("merges")
+        if merges and not any(" " in half for pair in merges for half in pair):
+            spec["model"]["merges"] = [" ".join(pair) for pair in merges]
+        return json.dumps(spec, ensure_ascii=False, indent=1)
+
+    def save(self, directory: Path) -> None:
+        """Into a directory: tokenizer.json, and what names special tokens and chat templates.
+
+        What transformers would build anew, differently for another family, is written out, so that
+        it means the same beside any model."""
+        directory.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        named = self.path.name in NAMES or self.path.suffix == ".json"
+        kept = [*_TEMPLATE_FILES, *(["tokenizer.model"] if named else [])]
+        if named and (folder / TEMPLATES).is_dir() and not (directory / TEMPLATES).exists():
+            shutil.copytree(folder / TEMPLATES, directory / TEMPLATES)
+        config = tokenizer_files.read_json(folder / CONFIG) if named else {}
+        if self._files.verbatim:
+            kept += [SPECIAL_MAP, ADDED]
+            _copy(self.path, directory / NAMES[0])
+            found = {"bos_token": self.bos, "eos_token": self.eos}
+            for role, number in found.items():  # the model's config.json stays behind
+                if role not in self.named and number is not None:
+                    config[role] = self.token_of(number)
+            if str(config.get("tokenizer_class")).removesuffix("Fast") not in AS_IT_IS:
+                config["tokenizer_class"] = "PreTrainedTokenizerFast"  # beside any family
+        else:
+            _write(directory / NAMES[0], self.to_json())
+            config = self._config(config)
+        _write(directory / CONFIG, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        for name in kept if named else ():
+            if (folder / name).is_file():
+                _copy(folder / name, directory / name)
+        if self.path.suffix == ".model":
+            _copy(self.path, directory / NAMES[1])
+
+    def _config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """tokenizer_config.json beside a tokenizer.json that says all."""
+        said = (
+            "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy",
+            "sp_model_kwargs", "from_slow", "split_special_tokens", "auto_map",
+        )  # fmt: skip
+        kept = {key: value for key, value in config.items() if key not in said}
+        eos = {} if self.eos is None else {"eos_token": self.token_of(self.eos)}
+        return kept | eos | dict(self.named) | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-class HuggingFaceTokenizer:
-    """A tokenizer.json; its special tokens are named by tokenizer_config.json or
-    special_tokens_map.json beside it."""
+class NotUnicode(UserError):
+    """A text that no tokenizer can read."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer.json: {error}") from error
-        self.vocab_size = (
-            max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        )
-        self.bos = self._special("bos_token", ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>"))
-        self.eos = self._special(
-            "eos_token", ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>")
-        )
-        self.eos_text: str = "" if self.eos is None else str(self._tokenizer.id_to_token(self.eos))
 
-    def _special(self, role: str, usual: tuple[str, ...]) -> int | None:
-        for companion in (self.path.parent / name for name in SPECIAL):
-            if companion.is_file():
-                try:
-                    config = json.loads(companion.read_text(encoding="utf-8"))
-                    if role in config:
-                        token = (
-                            config[role]["content"]
-                            if isinstance(config[role], dict)
-                            else config[role]
-                        )
-                        return self._tokenizer.token_to_id(token) if token else None
-                except (ValueError, TypeError, KeyError) as error:
-                    raise UserError(
-                        f"{companion}: damaged: {type(error).__name__}: {error}"
-                    ) from error
-        return next((i for i in map(self._tokenizer.token_to_id, usual) if i is not None), None)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_prompt(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special_tokens=True).ids
-        while ids and ids[-1] == self.eos:
-            ids.pop()
-        return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+def clean_up(text: str) -> str:
+    """Spaces in front of punctuation, as transformers' clean_up_tokenization_spaces takes them out."""
+    for mark in (" .", " ?", " !", " ,"):
+        text = text.replace(mark, mark[1:])
+    text = text.replace(" ' ", "'")
+    for ending in (" n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(ending, ending[1:])
+    return text
 
 
 def find_tokenizer(path: str | os.PathLike) -> Path:
@@ -130,9 +238,11 @@ def find_tokenizer(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.is_dir():
         for name in NAMES:
-            if (path / name).is_file():
+            if (path / name).is_file() and (
+                name != "vocab.json" or (path / "merges.txt").is_file()
+            ):
                 return path / name
-        raise UserError(f"no tokenizer in {path}: expected {' or '.join(NAMES)}; put one there")
+        raise UserError(f"no tokenizer in {path}: expected {' or '.join(NAMES[:2])}; put one there")
     if not path.is_file():
         raise UserError(f"config.data.tokenizer: {path} does not exist")
     return path
@@ -140,84 +250,87 @@ def find_tokenizer(path: str | os.PathLike) -> Path:
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     found = find_tokenizer(path)
-    return HuggingFaceTokenizer(found) if found.suffix == ".json" else SentencePieceTokenizer(found)
-
-
-def tokenizer_sha256(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
-
-
-def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether both give the same ids: equal files, or two tokenizer.json that differ only outside
-    vocabulary, merges and added tokens."""
-    if tokenizer_sha256(a) == tokenizer_sha256(b):
-        return True
-    if a.path.suffix != ".json" or b.path.suffix != ".json":
-        return False
-
-    def vocabulary(path: Path) -> tuple:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        model = dict(values["model"])
-        merges = [
-            tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-            for merge in model.pop("merges", None) or ()
-        ]
-        return (
-            model,
-            merges,
-            values.get("added_tokens"),
-            values.get("normalizer"),
-            values.get("pre_tokenizer"),
-        )
-
-    return vocabulary(a.path) == vocabulary(b.path)
+    return Tokenizer(found, tokenizer_files.read_files(found))
 
 
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Put the tokenizer file, under its usual name, and its companions (special tokens, chat
-    template, when to stop) into a directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    name = NAMES[0] if tokenizer.path.suffix == ".json" else NAMES[1]
-    others = COMPANIONS + (NAMES if tokenizer.path.name in NAMES else ())
-    for source, target in [
-        (tokenizer.path, name),
-        *((tokenizer.path.parent / c, c) for c in others),
-    ]:
-        if source.is_file() and source.resolve() != (directory / target).resolve():
-            shutil.copyfile(source, directory / target)
+    tokenizer.save(directory)
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> None:
-    """Train a byte-fallback BPE that gives back any text exactly: no normalisation, every space
-    kept, digits apart."""
+def difference(a: Tokenizer, b: Tokenizer, rows: int) -> str:
+    """ "" when both give the same ids to every text; else, in a few words, how b differs from a.
+
+    They do when what decides ids is equal as one library writes it, or when vocabulary, merges and
+    added tokens are and the ids of some thousand texts, chosen to tell pipelines apart, are too
+    (transformers 5 writes a Llama's prefix in another way than 4 did). An answer of tokens that b
+    has besides begins with `adds `. Ids from `rows` on have no embedding: no model can read them.
+    """
+    if a.sha256 == b.sha256:
+        return ""
+    ours, theirs = (
+        {token: i for token, i in t._backend.get_vocab(with_added_tokens=True).items() if i < rows}
+        for t in (a, b)
+    )
+    changed = [token for token, i in ours.items() if theirs.get(token) != i]
+    if changed:
+        return f"{len(changed)} tokens have other ids, {_few(changed)}"
+    if (a.prefix, a.suffix) != (b.prefix, b.suffix):
+        return f"it puts {b.prefix} in front of a text, not {a.prefix}"
+    if a.eos != b.eos:
+        return f"its end of text is {b.eos}, not {a.eos}"
+    more = sorted(set(theirs) - set(ours), key=theirs.__getitem__)
+    unread = {t for x in (a, b) for t in x._backend.get_vocab() if t not in ours}
+    for text in _probes(a, 2000 if _rules(a) == _rules(b) else len(ours)):
+        if a.encode(text) != b.encode(text) and not any(token in text for token in unread):
+            return f"{text[:40]!r} has other ids"
+    return f"adds {_few(more)}" if more else ""
+
+
+def _rules(tokenizer: Tokenizer) -> Any:
+    model = json.loads(tokenizer._backend.to_str())["model"]
+    return [model.get("merges"), model["vocab"] if isinstance(model["vocab"], list) else None]
+
+
+def _few(tokens: Sequence[str]) -> str:
+    return ", ".join(map(repr, tokens[:4])) + (f" and {len(tokens) - 4} more" if tokens[4:] else "")
+
+
+def _probes(tokenizer: Tokenizer, count: int) -> list[str]:
+    """Spaces at every place, digits, case, contractions, compositions, other scripts, emoji, code,
+    bytes; and `count` pieces of the vocabulary itself, alone and in the middle of a text."""
+    words = [
+        "", " ", "  ", "\n", "\t", "a", " a", "a ", "  a  b ", "A b\nC\r\n\r\nd", "\n\n  x", "don't I'LL we've",
+        "1", "12", "123", "1234567", "3.14e-5", "x1y22z333", "é", "e\u0301", "ﬁ ﬀ ²", "Ångström", "ÅNGSTRÖM", "ß ẞ",
+        "漢字かなカナ한국어", "مرحبا", "नमस्ते", "👩‍👩‍👧 😀", "\u00a0\u200b\ufeff", "\x00\x07", "▁a▁▁b", "Ġa", "##ing", "<0x0A>",
+        "def f(x):\n    return x ** 2  # ok\n", "{\"a\": [1, 2]}", "http://a.b/c?d=e&f", "Hello, world!", "...!?--", "(a)[b]",
+    ]  # fmt: skip
+    added = [token.content for token in tokenizer._backend.get_added_tokens_decoder().values()]
+    vocab = tokenizer._backend.get_vocab(with_added_tokens=False)
+    pieces = sorted(vocab)[:: max(len(vocab) // count, 1)]
+    inside = [f"a{token} b {token}c" for token in added[:64]]
+    return words + inside + pieces + [f"x {piece}y" for piece in pieces]
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
+
+
+def _write(target: Path, text: str) -> None:
     if target.exists():
-        raise UserError(f"{target} exists; delete it or choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with new_file(target) as partial, partial.open("wb") as writer:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_pieces(texts),
-                model_writer=writer,
-                vocab_size=vocab_size,
-                model_type="bpe",
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                split_digits=True,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                add_dummy_prefix=False,
-                character_coverage=0.9995,
-                max_sentence_length=2**20,
-                minloglevel=2,
-            )
-    except RuntimeError as error:
+        target.unlink()
+    with new_file(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def check_ids(
+    ids: Iterable[int], rows: int, where: str, tokenizer: Tokenizer | None = None
+) -> None:
+    """Raises UserError for an id that has no embedding: the vocabulary may be larger than the model,
+    what is read must not. rows: embeddings of the model."""
+    if (largest := max(ids, default=-1)) >= rows:
+        token = f"{tokenizer.token_of(largest)!r} has id" if tokenizer else "holds token"
         raise UserError(
-            f"cannot train a tokenizer of {vocab_size} pieces on this text:"
-            f" {str(error).splitlines()[-1]}"
-        ) from error
-
-
-def _pieces(texts: Iterable[str], size: int = 4000) -> Iterator[str]:
-    for text in texts:
-        for start in range(0, len(text), size):
-            yield text[start : start + size].replace("\0", "")
+            f"{where}: {token} {largest}, and the model only {rows} embeddings; take that token out of"
+            " the text, or resize the model's embeddings"
+        )

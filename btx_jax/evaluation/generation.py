@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from btx_jax.config import ComputeConfig
+from btx_jax.data.tokenizers import check_ids
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.decoding import Cache, empty_cache, forward, next_logits, unstack
 from btx_jax.models.layers import exact_matmuls
@@ -57,6 +58,7 @@ class Generator:
     for the shapes it has met.
 
     mesh: where batches are spread; their size must divide over its data, fsdp and expert axes.
+    stops: ids that end a text.
     """
 
     def __init__(
@@ -65,10 +67,10 @@ class Generator:
         params: Params,
         compute: ComputeConfig,
         mesh: Mesh,
-        eos: int | None = None,
+        stops: Sequence[int] = (),
     ):
         self.context = model.context
-        self._model, self._mesh, self._eos = model, mesh, eos
+        self._model, self._mesh, self._stops = model, mesh, tuple(stops) or (-1,)
         self._compute = dataclasses.replace(compute, dispatch="ragged", remat="none")
         with jax.set_mesh(mesh):
             self._weights = jax.jit(
@@ -86,9 +88,11 @@ class Generator:
         seed: int = 0,
         is_finished: Callable[[int, list[int]], bool] = lambda row, ids: False,
     ) -> list[list[int]]:
-        """The continuation of each prompt, at most new_tokens ids, ending before EOS, or once
+        """The continuation of each prompt, at most new_tokens ids, ending before one of stops, or once
         is_finished(row, its continuation so far) holds, which is asked every CHUNK tokens. What is
-        drawn for a row does not depend on the others."""
+        drawn for a row does not depend on the others. Raises UserError for an id without embedding.
+        """
+        check_ids((max(prompt) for prompt in prompts if prompt), self._model.vocab_size, "prompt")
         batch, longest = len(prompts), max(map(len, prompts))
         width = -(-longest // BUCKET) * BUCKET
         slots = -(-(longest + new_tokens) // BUCKET) * BUCKET
@@ -117,7 +121,8 @@ class Generator:
                 for row, ids in enumerate(np.asarray(new_BC)[:, :left].tolist()):
                     if done[row]:
                         continue
-                    kept = ids[: ids.index(self._eos)] if self._eos in ids else ids
+                    end = next((i for i, token in enumerate(ids) if token in self._stops), len(ids))
+                    kept = ids[:end]
                     results[row] += kept
                     done[row] = len(kept) < len(ids) or is_finished(row, results[row])
                 if done.all():
@@ -127,7 +132,7 @@ class Generator:
     def _compiled(self, batch: int, width: int, slots: int, sampling: Sampling) -> tuple[Any, Any]:
         shape = (batch, width, slots, sampling)
         if shape not in self._programs:
-            model, compute, eos = self._model, self._compute, self._eos
+            model, compute, stops = self._model, self._compute, self._stops
             row_B = jnp.arange(batch)
 
             def draw(weights, hidden_BD, seed, position_B):
@@ -148,7 +153,7 @@ class Generator:
             @functools.partial(jax.jit, donate_argnums=3)
             def proceed(weights, token_B, done_B, cache: Cache, seed, steps):
                 """A known token and one for each step, of which CHUNK fit; fewer when every row has
-                met EOS. Also the last of them."""
+                met its end. Also the last of them."""
 
                 def wanted(state):
                     i, _, _, done_B, _ = state
@@ -157,7 +162,7 @@ class Generator:
                 def body(state):
                     i, new_BC, token_B, done_B, cache = state
                     new_BC = new_BC.at[:, i].set(token_B)
-                    done_B = done_B | (token_B == (-1 if eos is None else eos))
+                    done_B = done_B | jnp.isin(token_B, jnp.array(stops))
                     hidden_BD, cache = forward(
                         model,
                         compute,
@@ -174,7 +179,7 @@ class Generator:
                         cache,
                     )
 
-                empty_BC = jnp.full((batch, CHUNK), -1 if eos is None else eos, jnp.int32)
+                empty_BC = jnp.full((batch, CHUNK), stops[0], jnp.int32)
                 i, new_BC, token_B, _, cache = jax.lax.while_loop(
                     wanted, body, (jnp.int32(0), empty_BC, token_B, done_B, cache)
                 )

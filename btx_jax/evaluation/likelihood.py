@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btx_jax.config import ComputeConfig
-from btx_jax.data.tokenizers import Tokenizer
+from btx_jax.data.tokenizers import Tokenizer, check_ids
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.layers import exact_matmuls
 from btx_jax.models.llama import Llama, Params, head_kernel
@@ -86,6 +86,7 @@ class Scorer:
         rows = []
         for front, behind in pairs:
             ids = [*front, *behind][-(context + 1) :]
+            check_ids(ids, self._model.vocab_size, name)
             if not front or len(behind) > context:
                 raise ValueError(
                     f"a continuation of {len(behind)} tokens needs a token in front of it, and"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from btx_jax.config import TaskConfig
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import UserError
+from btx_jax.evaluation.continuation import continuation
 from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
 from btx_jax.evaluation.sandbox import Limits, pass_at_k, run_programs
@@ -176,25 +177,24 @@ def continuations(
     ids = [tokenizer.encode_prompt(prompt)[-room:] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     texts = [""] * len(ids)
-    for start in tqdm(
-        range(0, len(order), batch_size), desc="generate", unit="batch", disable=not is_first()
-    ):
+    batches = range(0, len(order), batch_size)
+    for start in tqdm(batches, desc="generate", unit="batch", disable=not is_first()):
         chosen = order[start : start + batch_size]
         rows = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (batch_size - len(chosen))
-        stops = lambda _, new: any(stop in tokenizer.decode(new) for stop in task.stop)  # noqa: E731
-        sampling = Sampling(task.temperature, task.top_p)
-        for i, new in zip(
-            chosen,
-            generator.generate(rows, task.max_tokens, sampling, seed=start, is_finished=stops),
-            strict=False,
-        ):
-            texts[i] = cut(tokenizer.decode(new), task.stop)
+
+        def stops(row: int, new: list[int], rows: list[list[int]] = rows) -> bool:
+            return continuation(tokenizer, rows[row], new, task.stop)[1]
+
+        found = generator.generate(
+            rows,
+            task.max_tokens,
+            Sampling(task.temperature, task.top_p),
+            seed=start,
+            is_finished=stops,
+        )
+        for i, new in zip(chosen, found, strict=False):
+            texts[i], _ = continuation(tokenizer, ids[i], new, task.stop)
     return texts
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """Up to the first of the stops."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def answer(text: str) -> str:

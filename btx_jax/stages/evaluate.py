@@ -27,9 +27,10 @@ from btx_jax.config import Config, EnsembleConfig, TaskConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepare import PreparedDomain, is_heldout, prepare, resolve_tokenizer
 from btx_jax.data.sources import read_json_lines
-from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_sha256
+from btx_jax.data.tokenizers import Tokenizer, check_ids, difference, load_tokenizer
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation import btm, lora, routing
+from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.explain import explain
 from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
@@ -62,12 +63,7 @@ def run(config: Config, workdir: Path) -> None:
         log.info("%s: already finished", workdir)
         return
     tokenizers = {name: load_tokenizer(checkpoint.tokenizer) for name, checkpoint in found.items()}
-    for name, tokenizer in tokenizers.items():
-        if tokenizer.vocab_size > (rows := found[name].about.model.vocab_size):
-            raise ConfigError(
-                f"config.evaluate.models.{name}: {tokenizer.path} has {tokenizer.vocab_size}"
-                f" tokens, the model {rows} embeddings"
-            )
+    for name in tokenizers:
         context = found[name].about.model.context
         if config.data and config.data.sequence_length > context:
             key = f"config.data.sequence_length={config.data.sequence_length}"
@@ -87,7 +83,7 @@ def run(config: Config, workdir: Path) -> None:
         config.evaluate, batch_size=-(-config.evaluate.batch_size // shards) * shards
     )
     config = dataclasses.replace(config, evaluate=spread)
-    heldout, profiles = read_heldout(config, tokenizers) if config.data else ({}, {})
+    heldout, profiles = read_heldout(config, found, tokenizers) if config.data else ({}, {})
     inputs |= {
         f"text.{name}": hashlib.sha256(rows["tokens"].tobytes()).hexdigest()[:16]
         for name, rows in heldout.items()
@@ -150,7 +146,7 @@ def _hash(value: Any) -> str:
 
 
 def read_heldout(
-    config: Config, tokenizers: Mapping[str, Tokenizer]
+    config: Config, found: Mapping[str, Checkpoint], tokenizers: Mapping[str, Tokenizer]
 ) -> tuple[dict[str, Rows], dict[str, btm.DomainProfiles]]:
     """(domain -> held-out rows, tf-idf ensemble -> profiles). Raises ConfigError when the models'
     tokenizers differ: their losses per token could not be compared."""
@@ -159,11 +155,14 @@ def read_heldout(
         resolve_tokenizer, config.data, next(iter(tokenizers.values())).path.parent
     )
     for name, own in tokenizers.items():
-        if tokenizer_sha256(own) != tokenizer_sha256(tokenizer):
-            raise ConfigError(
-                f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}; evaluate it"
-                " in a run of its own"
-            )
+        rows_of_model = found[name].about.model.vocab_size
+        if told := difference(tokenizer, own, rows_of_model):
+            if not told.startswith("adds "):
+                raise ConfigError(
+                    f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}: {told};"
+                    " evaluate it in a run of its own"
+                )
+            log.warning("%s: its tokenizer %s; text is read without them", name, told)
     key = "heldout" if config.data.heldout else "train"
     domains = first_then_others(
         prepare, getattr(config.data, key), config.data, tokenizer, f"config.data.{key}"
@@ -177,6 +176,10 @@ def read_heldout(
                 f"config.data: domain {name!r} has no held-out document; raise"
                 " config.data.heldout_fraction"
             )
+        for model, checkpoint in found.items():
+            where = f"config.evaluate.models.{model}: domain {name!r}"
+            largest = int(values["tokens"].max())
+            check_ids([largest], checkpoint.about.model.vocab_size, where, tokenizer)
     return rows, first_then_others(read_profiles, config, tokenizer)
 
 
@@ -288,7 +291,8 @@ def run_tasks(
     assert config.evaluate and config.compute
     model, size, compute = checkpoint.about.model, config.evaluate.batch_size, config.compute
     params = functools.cache(lambda: load_for_inference(checkpoint, mesh, compute.dtype))
-    generator = functools.cache(lambda: Generator(model, params(), compute, mesh, tokenizer.eos))
+    ends = stop_ids(checkpoint.about, tokenizer)
+    generator = functools.cache(lambda: Generator(model, params(), compute, mesh, ends))
 
     def run_task(task_name: str, task: TaskConfig) -> dict[str, Any]:
         asked, examples = items[task_name]
@@ -329,9 +333,8 @@ def shown_texts(
         shown[domain] = rows["tokens"][
             0, start : min(end, start + config.evaluate.shown_tokens)
         ].tolist()
-    before = [tokenizer.bos] if tokenizer.bos is not None else []
     return shown | {
-        name: before + tokenizer.encode(text) for name, text in config.evaluate.texts.items()
+        name: tokenizer.encode_prompt(text) for name, text in config.evaluate.texts.items()
     }
 
 

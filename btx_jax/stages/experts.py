@@ -23,7 +23,7 @@ from btx_jax.checkpoints.huggingface import (
 )
 from btx_jax.checkpoints.huggingface_config import same_function
 from btx_jax.checkpoints.training_state import History
-from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
+from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.mixing.gates import random_gates
 from btx_jax.model_config import ModelConfig, MoEConfig
@@ -43,8 +43,9 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
     other = dataclasses.replace(extra.about.model, context=model.context)
     differing = same_function(model.dense(), other)
     tokenizers = find_own_tokenizer(found), find_own_tokenizer(extra)
-    if tokenizers[0] and tokenizers[1] and not same_vocabulary(tokenizers[0], tokenizers[1]):
-        differing.append(f"tokenizer: {tokenizers[0].path} against {tokenizers[1].path}")
+    own, others = tokenizers
+    told = difference(own, others, model.vocab_size) if own and others else ""
+    differing += [f"tokenizer: {told}"] if told else []
     if differing:
         raise UserError(
             f"SOURCE: {source} is another kind of model than {mixture}: {'; '.join(differing)}"

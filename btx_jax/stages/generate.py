@@ -1,37 +1,50 @@
 """Generate: sample text from a checkpoint."""
 
+from collections.abc import Callable, Sequence
+
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
 from btx_jax.config import ComputeConfig
-from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.data.chat import chat_template
+from btx_jax.data.tokenizers import NotUnicode, check_ids, load_tokenizer
 from btx_jax.errors import UserError
+from btx_jax.evaluation.continuation import Stream, stop_ids
 from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.parallel.sharding import inference_mesh
 
 
-def text(
+def generate(
     checkpoint: str,
     prompt: str,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    dtype: str,
-) -> str:
-    """The prompt's continuation. Raises UserError when prompt and continuation do not fit the
-    model's context."""
+    show: Callable[[str], None],
+    *,
+    is_chat: bool = False,
+    max_tokens: int = 64,
+    stop: Sequence[str] = (),
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    dtype: str = "float32",
+) -> None:
+    """`show` gets the prompt's continuation, part by part. is_chat: the prompt is a user's message,
+    and goes through the tokenizer's chat template.
+
+    Raises UserError when prompt and continuation do not fit the model's context.
+    """
     found = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(found.tokenizer)
+    ends: list[int | None] = []
     try:
-        ids = tokenizer.encode_prompt(prompt)
-    except (UnicodeError, TypeError) as error:  # bytes of a terminal that are not UTF-8
-        raise UserError(f"--prompt: not valid Unicode: {str(error).splitlines()[0]}") from error
+        if is_chat:
+            template = chat_template(tokenizer)
+            asked = [{"role": "user", "content": prompt}]
+            ids = tokenizer.encode(template.render(asked, add_generation_prompt=True).text)
+            ends.append(template.end_of_turn(tokenizer))
+        else:
+            ids = tokenizer.encode_prompt(prompt)
+    except NotUnicode as error:  # bytes of a terminal that are not UTF-8
+        raise UserError(f"--prompt: {error}") from error
     if not ids:
-        raise UserError("--prompt: empty, and the tokenizer has no BOS to start from")
-    if max(ids) >= found.about.model.vocab_size:
-        raise UserError(
-            f"--prompt: has token {max(ids)}, the model only {found.about.model.vocab_size}"
-            " embeddings"
-        )
+        raise UserError("--prompt: empty, and the tokenizer puts nothing in front to start from")
+    check_ids(ids, found.about.model.vocab_size, "--prompt", tokenizer)
     if max_tokens < 1:
         raise UserError(f"--max_tokens={max_tokens}: must be at least 1")
     context = found.about.model.context
@@ -41,12 +54,18 @@ def text(
             f" of {context}; lower it"
         )
     mesh = inference_mesh(found.about.model)
+    stream = Stream(tokenizer, ids, stop)
+
+    def shown(_: int, new: list[int]) -> bool:
+        show(stream.more(new))
+        return stream.is_finished
+
     generator = Generator(
         found.about.model,
         load_for_inference(found, mesh, dtype),
         ComputeConfig(dtype=dtype),
         mesh,
-        tokenizer.eos,
+        stop_ids(found.about, tokenizer, ends),
     )
-    (new,) = generator.generate([ids], max_tokens, Sampling(temperature, top_p), seed)
-    return tokenizer.decode(new)
+    (new,) = generator.generate([ids], max_tokens, sampling, seed, shown)
+    show(stream.more(new, is_last=True))

@@ -22,7 +22,7 @@ from btx_jax.checkpoints.checkpoint import (
 from btx_jax.checkpoints.training_state import About, Checkpoints
 from btx_jax.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config_dict import differences, to_dict
-from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
+from btx_jax.data.tokenizers import copy_tokenizer, difference, load_tokenizer
 from btx_jax.errors import ConfigError
 from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_params, restack
@@ -62,10 +62,10 @@ def run(config: Config, workdir: Path) -> None:
             raise ConfigError(
                 f"config.mix.experts[{i}]: another model than experts[0]: {'; '.join(changed)}"
             )
-        if tokenizer_sha256(tokenizer) != tokenizer_sha256(tokenizers[0]):
+        if told := difference(tokenizers[0], tokenizer, first.about.model.vocab_size):
             raise ConfigError(
                 f"config.mix.experts[{i}]: {tokenizer.path} is another tokenizer than"
-                f" {tokenizers[0].path}"
+                f" {tokenizers[0].path}: {told}"
             )
     if first.about.model.moe:
         raise ConfigError(

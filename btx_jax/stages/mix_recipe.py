@@ -34,7 +34,7 @@ from btx_jax.checkpoints.huggingface import (
     slots,
 )
 from btx_jax.checkpoints.huggingface_config import experts_per_token, same_function
-from btx_jax.data.tokenizers import Tokenizer, same_vocabulary
+from btx_jax.data.tokenizers import Tokenizer, check_ids, difference
 from btx_jax.errors import UserError
 from btx_jax.evaluation.activations import layer_states, token_embeddings
 from btx_jax.mixing.gates import condition_number, gate_row, pool, random_gates
@@ -177,13 +177,10 @@ def _open(recipe: Recipe) -> Sources:
             for line in same_function(base.about.model, other)
             if line.split(":")[0] not in recipe.allow
         ]
-        if (
-            tokenizer
-            and tokenizers[0]
-            and "tokenizer" not in recipe.allow
-            and not same_vocabulary(tokenizers[0], tokenizer)
-        ):
-            differing.append(f"tokenizer: {tokenizers[0].path} against {tokenizer.path}")
+        told = ""
+        if tokenizer and tokenizers[0] and "tokenizer" not in recipe.allow:
+            told = difference(tokenizers[0], tokenizer, base.about.model.vocab_size)
+        differing += [f"tokenizer: {told}"] if told else []
         if differing:
             raise UserError(
                 f"{path} is another kind of model than {recipe.base_model}: {'; '.join(differing)} "
@@ -323,7 +320,7 @@ class Prompt(NamedTuple):
 
 
 def _prompts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Prompt]:
-    """Every prompt of every expert, BOS + text."""
+    """Every prompt of every expert, behind what the tokenizer puts in front."""
     prompts = []
     for number, expert in enumerate(recipe.experts):
         for is_positive, texts in (
@@ -336,16 +333,11 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) ->
                         f"{recipe.base_model}: no tokenizer, and experts[{number}] has prompts to"
                         " be read"
                     )
-                ids = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(
-                    text
-                )
+                ids = tokenizer.encode_prompt(text)
                 if not ids:
                     raise UserError(f"experts[{number}]: prompt {text!r} has no tokens")
-                if max(ids) >= model.vocab_size:
-                    raise UserError(
-                        f"experts[{number}]: prompt {text!r} has token {max(ids)}, the model only"
-                        f" {model.vocab_size} embeddings"
-                    )
+                where = f"experts[{number}]: prompt {text[:40]!r}"
+                check_ids(ids, model.vocab_size, where, tokenizer)
                 if len(ids) > model.context:
                     raise UserError(
                         f"experts[{number}]: prompt {text[:40]!r}... has {len(ids)} tokens, the"

@@ -38,7 +38,7 @@ from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
-from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, tokenizer_sha256
+from btx_jax.data.tokenizers import Tokenizer, check_ids, copy_tokenizer
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 from btx_jax.model_config import ModelConfig
@@ -74,7 +74,7 @@ def run(config: Config, workdir: Path) -> None:
     log.info("%s: %s", workdir.name, described(model))
 
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
-    if tokenizer.vocab_size > model.vocab_size:
+    if init is None and tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"config.model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size}"
             " pieces"
@@ -87,7 +87,9 @@ def run(config: Config, workdir: Path) -> None:
         heldout = first_then_others(
             prepare, config.data.heldout, config.data, tokenizer, "config.data.heldout"
         )
-    text = {"the tokenizer": tokenizer_sha256(tokenizer)} | {
+    for domain in {*domains, *heldout}:
+        check_ids([domain.largest_id()], model.vocab_size, f"domain {domain.name!r}", tokenizer)
+    text = {"the tokenizer": tokenizer.sha256} | {
         domain.name: domain.identity() for domain in domains
     }
     batches = training_batches(

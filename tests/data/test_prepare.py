@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from btx_jax.config import DataConfig
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import Document, is_heldout, pack, prepare, text_document
+from btx_jax.data.sentencepiece_models import train_sentencepiece
 from btx_jax.data.sources import (
     Problems,
     Source,
@@ -22,11 +23,8 @@ from btx_jax.data.sources import (
     read_tfds,
 )
 from btx_jax.data.tokenizers import (
-    HuggingFaceTokenizer,
     copy_tokenizer,
     load_tokenizer,
-    tokenizer_sha256,
-    train_sentencepiece,
 )
 from btx_jax.errors import UserError
 from tests.conftest import sentences
@@ -45,7 +43,7 @@ def write(path, texts):
 class Letters:
     """One token per character; BOS 1, EOS 2."""
 
-    bos, eos, vocab_size, eos_text = 1, 2, 300, ""
+    bos, eos, vocab_size, eos_text, prefix = 1, 2, 300, "", [1]
 
     def encode(self, text):
         return [ord(c) for c in text]
@@ -84,7 +82,7 @@ def test_heldout_is_disjoint_by_text_even_for_duplicates(tmp_path, tokenizer):
     assert 10 < len(heldout) < 40
     for text in heldout:
         assert text.split(". ")[0] + "." not in train, "a held-out document is trained on"
-    assert manifest["tokenizer_sha256"] == tokenizer_sha256(tokenizer)
+    assert manifest["tokenizer_sha256"] == tokenizer.sha256
     assert len(manifest["files"][0]["sha256"]) == 64
     rows = heldout_rows(domain)
     assert rows["bytes"].sum() == manifest["splits"]["heldout"]["bytes"]
@@ -355,7 +353,7 @@ def test_our_sentencepiece_gives_back_any_text(tokenizer, text):
 
 def test_tokenizer_files(tmp_path, tokenizer, tokenizer_file):
     copy_tokenizer(tokenizer, tmp_path / "t")
-    assert tokenizer_sha256(load_tokenizer(tmp_path / "t")) == tokenizer_sha256(tokenizer)
+    assert load_tokenizer(tmp_path / "t").sha256 == tokenizer.sha256
     with pytest.raises(UserError, match="exists; delete it"):
         train_sentencepiece(["x"], 300, tokenizer_file)
     with pytest.raises(UserError, match="no tokenizer in"):
@@ -382,6 +380,5 @@ def test_hugging_face_tokenizers_speak_the_same_interface(tmp_path):
         json.dumps({"bos_token": "<begin>", "eos_token": {"content": "<end>"}})
     )
     loaded = load_tokenizer(tmp_path)
-    assert isinstance(loaded, HuggingFaceTokenizer)
     assert (loaded.bos, loaded.eos) == (0, 1)
     assert loaded.decode(loaded.encode("the river 42 é")) == "the river 42 é"

@@ -1,0 +1,163 @@
+"""Chats through a tokenizer's own chat template, as transformers renders them."""
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from btx_jax.data.tokenizers import Tokenizer
+from btx_jax.errors import UserError
+
+Message = Mapping[str, Any]
+SECONDS = 10.0  # for one chat
+PIPE = 32_768  # bytes that a pipe surely takes at once
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same, the usual first
+
+
+class Rendered(NamedTuple):
+    """spans: [start, stop) characters of text inside the template's `generation` tags."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class TemplateError(UserError):
+    """A template that cannot render a chat; the message says why."""
+
+
+class ChatTemplate:
+    """source: the jinja template. marks_answers: it says itself, by `generation` tags, what an
+    assistant says."""
+
+    def __init__(self, source: str, named: Mapping[str, str]):
+        self.source, self._named = source, dict(named)
+        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any
+    ) -> Rendered:
+        """Raises TemplateError, of one line, for a template that raises, loops, takes too much memory
+        or reaches for what the sandbox keeps from it."""
+        told = {
+            "messages": [_aliased(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        request = {"source": self.source, "variables": self._named | told | variables}
+        found = _WORKER.ask(request)
+        if "error" in found:
+            raise TemplateError(f"chat template: {found['error']}")
+        return Rendered(found["text"], [(start, stop) for start, stop in found["spans"]])
+
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
+        """The special token with which the template ends what an assistant says, or None."""
+        asked = [{"role": "user", "content": "question"}]
+        said = [*asked, {"role": "assistant", "content": "answer"}]
+        try:
+            text = self.render(said).text
+        except TemplateError:
+            return None
+        behind = tokenizer.encode(text[text.rfind("answer") + len("answer") :])
+        return next((i for i in behind[:2] if i in tokenizer.special_ids), None)
+
+
+def chat_template(tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
+    """The tokenizer's own. Raises UserError when it has none of that name."""
+    if name not in tokenizer.templates:
+        if tokenizer.templates:
+            told = f"has chat templates {', '.join(sorted(tokenizer.templates))}, none is {name!r}"
+        else:
+            told = (
+                "the tokenizer has no chat template (chat_template.jinja); give the format a prompt"
+                " and an answer instead"
+            )
+        raise UserError(f"{tokenizer.path.parent}: {told}")
+    return ChatTemplate(tokenizer.templates[name], tokenizer.named)
+
+
+def _aliased(message: Message) -> dict[str, Any]:
+    """Without keys whose value is null, which templates would write out, and with a message's
+    reasoning under the names that templates look for."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((kept[name] for name in _REASONING if name in kept), None)
+    if reasoning is None:
+        return kept
+    return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+class _Worker:
+    """The process that renders, started when it is first asked and again after a template had to be
+    stopped."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            process = self._started()
+            assert process.stdin and process.stdout
+            try:
+                return self._exchange(process, json.dumps(request).encode() + b"\n")
+            except (OSError, TypeError, ValueError) as error:
+                self._stop()
+                return {"error": f"cannot be rendered: {' '.join(str(error).split())[:200]}"}
+
+    def _exchange(self, process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any]:
+        assert process.stdin and process.stdout
+        deadline = time.monotonic() + SECONDS
+        if len(line) < PIPE:
+            _send(process.stdin, line)
+        else:  # it blocks until the other side has read it
+            threading.Thread(target=_send, args=(process.stdin, line), daemon=True).start()
+        told = bytearray()
+        while not told.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+                self._stop()
+                return {"error": f"ran longer than {SECONDS:.0f} seconds"}
+            part = os.read(process.stdout.fileno(), 1 << 20)
+            if not part:
+                self._stop()
+                return {"error": "ended the process that rendered it; it takes too much memory"}
+            told += part
+        return json.loads(told)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-I", str(Path(__file__).with_name("chat_worker.py"))]
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is the asking process's to answer
+            )
+            weakref.finalize(self, self._process.kill)
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def _send(pipe: Any, line: bytes) -> None:
+    try:
+        pipe.write(line)
+        pipe.flush()
+    except OSError:
+        return  # its end has been closed: the reading side says so
+
+
+_WORKER = _Worker()

@@ -1,0 +1,98 @@
+import io
+
+import pytest
+import sentencepiece
+import tokenizers
+
+from btx_jax.checkpoints.training_state import About
+from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.evaluation.continuation import Stream, continuation, stop_ids
+from tests.models.test_llama import TINY
+
+TEXT = "def add(a, b):\n    return a + b\nhello world, stop here é 漢 😀\n" * 20
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """As Llama 2's: a space is put in front of every text, and taken away again."""
+    folder = tmp_path_factory.mktemp("llama")
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=out, vocab_size=330,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(out.getvalue())
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chatty")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<|im_end|>", "<|eot|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXT.splitlines(), trainer)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return load_tokenizer(folder)
+
+
+def test_a_continuation_keeps_the_space_in_front_of_it(llama):
+    prompt = llama.encode_prompt("hello")
+    new = llama.encode_prompt("hello world")[len(prompt) :]
+    assert llama.decode(new) == "world", "alone it stands at the beginning of a text"
+    assert continuation(llama, prompt, new) == (" world", False)
+    body = "def add(a, b):\n"
+    prompt = llama.encode_prompt(body)
+    new = llama.encode_prompt(body + "    return a + b")[len(prompt) :]
+    assert continuation(llama, prompt, new) == ("    return a + b", False)
+
+
+def test_a_stop_string_ends_the_text_whatever_it_is_made_of(chatty):
+    prompt = chatty.encode_prompt("hello")
+    new = chatty.encode(" world, stop<|im_end|>\nhere</s>")
+    for stops, text in (
+        (["stop"], " world, "),
+        (["<|im_end|>"], " world, stop"),  # a token that decoding leaves out
+        (["stop<|im_end|>"], " world, "),  # begins in text and ends in such a token
+        (["<|im_end|>\nhe"], " world, stop"),
+        (["</s>", "\n"], " world, stop"),
+        (["here", "world"], " "),
+    ):
+        assert continuation(chatty, prompt, new, stops) == (text, True), stops
+    assert continuation(chatty, prompt, new, ["never", "<|eot|>"]) == (
+        " world, stop\nhere",
+        False,
+    )
+
+
+def test_a_stream_gives_the_same_text_and_takes_nothing_back(llama, chatty):
+    for tokenizer, stops in ((llama, ["stop he"]), (chatty, ["stop he", "<|im_end|>"]), (llama, [])):
+        prompt = tokenizer.encode_prompt("hello")
+        new = tokenizer.encode_prompt("hello 漢😀 world, stop there stop here")[len(prompt) :]
+        stream, text = Stream(tokenizer, prompt, stops), ""
+        for count in range(1, len(new) + 1):
+            text += stream.more(new[:count])
+            assert "\ufffd" not in text
+            if stream.is_finished:
+                break
+        text += stream.more(new[:count], is_last=True)
+        assert (text, stream.is_finished) == continuation(tokenizer, prompt, new, stops)
+
+
+def test_every_end_that_the_files_name_ends_a_text(chatty):
+    def about(**huggingface):
+        return About(TINY, 0, {}, huggingface=huggingface)
+
+    assert stop_ids(about(), chatty) == [1]
+    told = about(generation_config={"eos_token_id": [1, 3]}, config={"eos_token_id": 2})
+    assert stop_ids(told, chatty) == [1, 3, 2]
+    assert stop_ids(about(config={"eos_token_id": None}), chatty, [2, None]) == [1, 2]
