@@ -38,7 +38,6 @@ from btx_jax.checkpoints.checkpoint import (
 from btx_jax.config import ComputeConfig
 from btx_jax.data.chat import ChatTemplate, TemplateError
 from btx_jax.data.chat import chat_template as find_chat_template
-from btx_jax.data.tokenizer_files import read_json
 from btx_jax.data.tokenizers import Tokenizer, check_ids, load_tokenizer
 from btx_jax.errors import UserError, one_of
 from btx_jax.evaluation.continuation import stop_ids
@@ -142,8 +141,7 @@ class BtxJaxLM(TemplateLM):
             self._template_args["enable_thinking"] = self._thinks
         self._template: ChatTemplate | None = None
         self._told: set[str] = set()
-        self._settings_file = found.tokenizer / "generation_config.json"
-        self._settings = read_json(self._settings_file)
+        self._settings = found.about.huggingface.get("generation_config", {})
 
         one_of(key("dtype"), str(dtype), ("auto", "float32", "bfloat16"))
         self._dtype = _stored_dtype(found) if dtype == "auto" else str(dtype)
@@ -339,7 +337,7 @@ class BtxJaxLM(TemplateLM):
         self._tell_cut(sum(len(row) > room for row in ids), len(ids), room)
         if beyond := not_ours(self._settings, sampled=settings.sampling.temperature > 0):
             told = ", ".join(f"{name}={self._settings[name]}" for name in beyond)
-            self._tell(f"{self._settings_file}: not applied here: {told}")
+            self._tell(f"{self._checkpoint.path}: its generation_config's {told}: not applied here")
         eos = self._tokenizer.eos
         written = None if eos is None else self._tokenizer.token_of(eos)
         stops = (*settings.stops, written) if written else settings.stops

@@ -402,7 +402,7 @@ def test_settings_of_a_checkpoint_that_are_not_applied_are_told(checkpoints, tmp
     ask(model, "generate_until", [["x", {"max_gen_toks": 2}], ["y", {"max_gen_toks": 2}]])
     ask(model, "generate_until", [["z" * 200, {"max_gen_toks": 2}]])
     (told, cut) = [record.getMessage() for record in caplog.records]
-    assert told.endswith("generation_config.json: not applied here: repetition_penalty=1.1"), "once"
+    assert told.endswith("generation_config's repetition_penalty=1.1: not applied here"), "once"
     assert cut == "1 of 1 texts are longer than 126 tokens: their fronts are cut off"
 
 
@@ -425,7 +425,7 @@ def test_a_token_without_an_embedding_is_an_error_only_where_a_text_has_it(check
         ("loglikelihood_rolling", ["x [PAD]"]),
         ("generate_until", ["x [PAD]", {"max_gen_toks": 2}]),
     ):
-        with pytest.raises(UserError, match=r"'\[PAD\]' has id 300, the model only 300 embeddings"):
+        with pytest.raises(UserError, match=r"'\[PAD\]' has id 300, and the model only 300 emb"):
             ask(model, method, [request])
 
 
