@@ -117,8 +117,8 @@ def refuse_others(others: Mapping[str, Any], known: Iterable[str]) -> None:
 def whole(key: str, value: Any, least: int, most: int | None = None) -> int:
     """A whole number in [least, most], also from its digits. Raises UserError."""
     digits = isinstance(value, str) and value.isdecimal()
-    number = int(value) if digits or isinstance(value, float) and value.is_integer() else value
-    if type(number) is not int or number < least or most is not None and number > most:
+    number = int(value) if digits or (isinstance(value, float) and value.is_integer()) else value
+    if type(number) is not int or number < least or (most is not None and number > most):
         limits = f"from {least}" + (f" to {most}" if most is not None else "")
         raise UserError(f"{key}={value}: must be a whole number {limits}")
     return number
@@ -180,8 +180,9 @@ def generation(options: Mapping[str, Any], new_tokens: int) -> Generation:
         name = beyond[0]
         same = _SETTINGS[name]
         cure = _HINTS.get(name) or (
-            f"not supported; --gen_kwargs {name}={same[0]} goes on without" if same else
-            "not supported; leave it out"
+            f"not supported; --gen_kwargs {name}={same[0]} goes on without"
+            if same
+            else "not supported; leave it out"
         )
         raise UserError(f"generation_kwargs {name}={given[name]}: {cure}")
     stops = settings["until"]

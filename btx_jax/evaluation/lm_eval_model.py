@@ -46,11 +46,11 @@ from btx_jax.evaluation.likelihood import Scorer
 from btx_jax.evaluation.lm_eval_arguments import (
     ROWS,
     Generation,
+    batch_rows,
     flag,
     generation,
     not_ours,
     refuse_others,
-    batch_rows,
     whole,
 )
 from btx_jax.parallel.hosts import is_first
@@ -167,7 +167,9 @@ class BtxJaxLM(TemplateLM):
         cls, arg_dict: dict, additional_config: dict | None = None
     ) -> "BtxJaxLM":
         """additional_config: what lm_eval's own arguments say. Raises UserError for what both do."""
-        own = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        own = {
+            name: value for name, value in (additional_config or {}).items() if value is not None
+        }
         for name in own.keys() & arg_dict.keys():
             raise UserError(f"--model_args {name}: give it as --{name}")
         return cls(**arg_dict, **own)
@@ -276,7 +278,9 @@ class BtxJaxLM(TemplateLM):
                 )
             whole = [*front, *behind][-(self._max_length + 1) :]
             pairs.append((whole[: -len(behind)], behind))
-        cut = sum(len(pair[0]) < len(front) for pair, (_, front, _) in zip(pairs, requests, strict=True))
+        cut = sum(
+            len(pair[0]) < len(front) for pair, (_, front, _) in zip(pairs, requests, strict=True)
+        )
         self._tell_cut(cut, len(pairs), self._max_length + 1)
         return [(found.log_p, found.is_greedy) for found in self._score(pairs, "loglikelihood")]
 
@@ -321,9 +325,7 @@ class BtxJaxLM(TemplateLM):
                     progress.update()
         return texts
 
-    def _continued(
-        self, prompts: Sequence[str], settings: Generation
-    ) -> Iterator[tuple[int, str]]:
+    def _continued(self, prompts: Sequence[str], settings: Generation) -> Iterator[tuple[int, str]]:
         """(index of a prompt, the text generated behind it), in batches of similar length."""
         room = self._max_length - settings.new_tokens
         if room < 1:
@@ -440,7 +442,10 @@ class BtxJaxLM(TemplateLM):
     def _tell_cut(self, cut: int, count: int, room: int) -> None:
         if cut:
             log.warning(
-                "%d of %d texts are longer than %d tokens: their fronts are cut off", cut, count, room
+                "%d of %d texts are longer than %d tokens: their fronts are cut off",
+                cut,
+                count,
+                room,
             )
 
 

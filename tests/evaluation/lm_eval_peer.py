@@ -53,7 +53,10 @@ def write_model(directory: Path, vocab: int, twins: dict[int, int], **more) -> N
     def weights(*shape: int) -> np.ndarray:
         return (rng.standard_normal(shape) * 0.5).astype(np.float32)
 
-    tensors = {"model.embed_tokens.weight": weights(vocab, 32), "lm_head.weight": weights(vocab, 32)}
+    tensors = {
+        "model.embed_tokens.weight": weights(vocab, 32),
+        "lm_head.weight": weights(vocab, 32),
+    }
     for token, other in twins.items():
         tensors["lm_head.weight"][token] = tensors["lm_head.weight"][other] * 1.1
     for layer in range(2):
@@ -89,7 +92,14 @@ def write_llama_tokenizer(directory: Path) -> None:
         (source / "tokenizer.model").write_bytes(written.getvalue())
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
         source.joinpath("tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, **names})
+            json.dumps(
+                {
+                    "tokenizer_class": "LlamaTokenizer",
+                    "legacy": False,
+                    "add_bos_token": True,
+                    **names,
+                }
+            )
         )
         AutoTokenizer.from_pretrained(source).save_pretrained(directory)
     template = (
@@ -123,7 +133,9 @@ def write_chat_tokenizer(directory: Path) -> None:
     )
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **names})
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **names}
+        )
     )
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
 
@@ -238,7 +250,9 @@ def make(folder: Path) -> None:
 
             free = {"until": [], "max_gen_toks": 24, "do_sample": False}
             texts = add("generate_until", {}, [[prompt, free] for prompt in PROMPTS])
-            stopped = [[p, {**free, "until": [s]}] for p, s in zip(PROMPTS, stops_of(texts), strict=True)]
+            stopped = [
+                [p, {**free, "until": [s]}] for p, s in zip(PROMPTS, stops_of(texts), strict=True)
+            ]
             add("generate_until", {}, stopped)
             special = ["<s>"] if name == "llama" else ["<|tool|>", "<|im_start|>\n"]
             add("generate_until", {}, [[p, {**free, "until": special}] for p in PROMPTS])
@@ -285,9 +299,13 @@ def write_task(folder: Path, file: Path) -> str:
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         }  # fmt: skip
     elif "entry_point" in fields:
-        task |= {"doc_to_text": "{{prompt}}", "doc_to_target": "{{canonical_solution}}", "generation_kwargs": HUMANEVAL, "metric_list": match}  # fmt: skip
+        task |= {
+            "doc_to_text": "{{prompt}}", "doc_to_target": "{{canonical_solution}}", "generation_kwargs": HUMANEVAL, "metric_list": match,
+        }  # fmt: skip
     else:
-        task |= {"doc_to_text": "Question: {{context}}\nAnswer:", "doc_to_target": "{{answer}}", "generation_kwargs": GSM8K, "metric_list": match}  # fmt: skip
+        task |= {
+            "doc_to_text": "Question: {{context}}\nAnswer:", "doc_to_target": "{{answer}}", "generation_kwargs": GSM8K, "metric_list": match,
+        }  # fmt: skip
     (folder / f"{name}.yaml").write_text(json.dumps(task))  # YAML reads JSON
     return name
 
@@ -305,6 +323,7 @@ def ask(args: argparse.Namespace) -> None:
             model=args.model,
             model_args={"pretrained": args.checkpoint, "dtype": "float32"},
             batch_size=args.batch_size,
+            device="cpu",
             tasks=tasks,
             task_manager=TaskManager(include_path=folder),
             limit=args.items,
@@ -328,7 +347,11 @@ def compare(theirs: dict, ours: dict) -> None:
             print(f"{name}: {equal} of {len(texts)} texts equal, {space} but for their first space")
             assert equal + space == len(texts), next((a, b) for a, b in texts if a != b != " " + a)
         else:
-            log_p = [(float(a[0][0]), float(b[0][0])) for x, y in pairs for a, b in zip(x, y, strict=True)]
+            log_p = [
+                (float(a[0][0]), float(b[0][0]))
+                for x, y in pairs
+                for a, b in zip(x, y, strict=True)
+            ]
             apart = max(abs(a - b) for a, b in log_p)
             print(f"{name}: {len(log_p)} log-likelihoods, at most {apart:.2e} apart; {told}")
             assert apart <= TOLERANCE

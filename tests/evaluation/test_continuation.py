@@ -75,7 +75,11 @@ def test_a_stop_string_ends_the_text_whatever_it_is_made_of(chatty):
 
 
 def test_a_stream_gives_the_same_text_and_takes_nothing_back(llama, chatty):
-    for tokenizer, stops in ((llama, ["stop he"]), (chatty, ["stop he", "<|im_end|>"]), (llama, [])):
+    for tokenizer, stops in (
+        (llama, ["stop he"]),
+        (chatty, ["stop he", "<|im_end|>"]),
+        (llama, []),
+    ):
         prompt = tokenizer.encode_prompt("hello")
         new = tokenizer.encode_prompt("hello 漢😀 world, stop there stop here")[len(prompt) :]
         stream, text = Stream(tokenizer, prompt, stops), ""

@@ -248,7 +248,9 @@ def test_what_cannot_be_honoured_is_told_in_one_line(arguments, told, checkpoint
     pytest.importorskip("lm_eval")
     from btx_jax.evaluation.lm_eval_model import BtxJaxLM
 
-    here = {key: checkpoints / "chat" if value == "HERE" else value for key, value in arguments.items()}
+    here = {
+        key: checkpoints / "chat" if value == "HERE" else value for key, value in arguments.items()
+    }
     with pytest.raises(UserError) as caught:
         BtxJaxLM.create_from_arg_obj(here)
     assert "\n" not in str(caught.value)
@@ -262,7 +264,9 @@ def test_arguments_that_ask_for_nothing_are_taken(checkpoints):
 
     idle = "revision=main,trust_remote_code=True,parallelize=True,backend=causal,truncation=False,peft=None"
     model = BtxJaxLM.create_from_arg_string(
-        f"pretrained={checkpoints / 'chat'},dtype=auto,max_length=64,{idle}".replace(",peft=None", ""),
+        f"pretrained={checkpoints / 'chat'},dtype=auto,max_length=64,{idle}".replace(
+            ",peft=None", ""
+        ),
         {"batch_size": "auto:4", "max_batch_size": 2, "device": "cuda:0"},
     )
     assert (model.max_length, model.max_gen_toks, model.batch_size) == (64, 256, 2)
@@ -277,7 +281,10 @@ def test_arguments_that_ask_for_nothing_are_taken(checkpoints):
     [
         ({"top_k": 5, "do_sample": True, "temperature": 1}, "top_k=5: not supported"),
         ({"min_p": 0.1, "temperature": 0.5}, "min_p=0.1: not supported"),
-        ({"num_beams": 10}, "num_beams=10: not supported; --gen_kwargs num_beams=1 goes on without"),
+        (
+            {"num_beams": 10},
+            "num_beams=10: not supported; --gen_kwargs num_beams=1 goes on without",
+        ),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2: not supported"),
         ({"suppress_tokens": [1]}, "suppress_tokens=[1]: not supported; leave it out"),
         ({"do_sample": True}, "do_sample=True: needs a temperature"),
@@ -308,7 +315,10 @@ def test_generation_settings_that_change_nothing_are_taken():
 
     idle = {"top_k": 50, "min_p": 0.1, "num_beams": 1, "length_penalty": 2.0, "use_cache": True}
     assert generation({"until": "\n", "max_new_tokens": 9, **idle}, 256) == (9, Sampling(), ("\n",))
-    assert generation({"until": None, "do_sample": False, "temperature": 0.7}, 7).sampling == Sampling()
+    assert (
+        generation({"until": None, "do_sample": False, "temperature": 0.7}, 7).sampling
+        == Sampling()
+    )
     drawn = generation({"temperature": 0.7, "top_p": 0.9, "top_k": 0}, 7)
     assert drawn == (7, Sampling(0.7, 0.9), ()), "a temperature alone asks for sampling"
 
@@ -351,7 +361,7 @@ def test_a_template_that_changes_a_given_beginning_is_refused(checkpoints, tmp_p
     model = BtxJaxLM(tmp_path / "shouting")
     messages = [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "I am"}]
     assert model.apply_chat_template(messages) == "SAYI AM"
-    with pytest.raises(UserError, match="changes the beginning of an answer.*'I am'"):
+    with pytest.raises(UserError, match=r"changes the beginning of an answer.*'I am'"):
         model.apply_chat_template(messages, add_generation_prompt=False)
 
 
@@ -360,7 +370,10 @@ def test_templates_are_chosen_by_name(checkpoints, tmp_path, caplog):
     from btx_jax.evaluation.lm_eval_model import BtxJaxLM
 
     shutil.copytree(checkpoints / "chat", tmp_path / "several")
-    named = [{"name": name, "template": f"{name}: {{{{ messages[0]['content'] }}}}"} for name in ("default", "tools")]
+    named = [
+        {"name": name, "template": f"{name}: {{{{ messages[0]['content'] }}}}"}
+        for name in ("default", "tools")
+    ]
     config = tmp_path / "several" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": named}))
     model, asked = BtxJaxLM(tmp_path / "several"), [{"role": "user", "content": "Say"}]
@@ -369,7 +382,7 @@ def test_templates_are_chosen_by_name(checkpoints, tmp_path, caplog):
     assert model.apply_chat_template(asked) == "default: Say"
     assert model.chat_template("tools") and model.apply_chat_template(asked) == "tools: Say"
     assert model.tokenizer_name != first, "prompts that lm_eval has cached are another template's"
-    with pytest.raises(UserError, match="default, tools.*'none'"):
+    with pytest.raises(UserError, match=r"default, tools.*'none'"):
         model.chat_template("none")
     alone = BtxJaxLM(checkpoints / "chat")
     assert alone.chat_template("tools").startswith("{% for m in messages %}<|im_start|>")
@@ -383,7 +396,9 @@ def test_answers_in_a_cache_are_of_one_model(checkpoints, tmp_path):
     from btx_jax.evaluation.lm_eval_model import BtxJaxLM
 
     asked = [("The quick brown", {"max_gen_toks": 4})]
-    first = ask(CachingLM(BtxJaxLM(checkpoints / "chat"), str(tmp_path / "a.db")), "generate_until", asked)
+    first = ask(
+        CachingLM(BtxJaxLM(checkpoints / "chat"), str(tmp_path / "a.db")), "generate_until", asked
+    )
     again = CachingLM(BtxJaxLM(checkpoints / "chat", batch_size=2), str(tmp_path / "a.db"))
     again.lm.generate_until = None  # answers come from the cache
     assert ask(again, "generate_until", asked) == first
@@ -456,7 +471,12 @@ def test_the_command_line_asks_as_a_chat(checkpoints, tmp_path, compiled):
     assert ran.returncode == 0, ran.stderr[-3000:]
     (file,) = (tmp_path / "out").rglob("samples_*.jsonl")
     (sample,) = map(json.loads, file.read_text().splitlines())
-    turns = [("system", "Be brief."), ("user", "2 + 2?"), ("assistant", "It is 4"), ("user", "1 + 1?")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "2 + 2?"),
+        ("assistant", "It is 4"),
+        ("user", "1 + 1?"),
+    ]
     chat = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
     asked = sample["arguments"]["gen_args_0"]["arg_0"]
     assert asked == chat + "<|im_start|>assistant\nIt is"
