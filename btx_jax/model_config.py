@@ -25,7 +25,7 @@ class RopeScaling:
 
     def __post_init__(self):
         one_of("kind", self.kind, ("none", "linear", "llama3"))
-        require(self.factor >= 1, f"factor={self.factor}: must be at least 1")
+        require(self.factor > 0, f"factor={self.factor}: must be positive")
         require(
             0 < self.low_freq_factor < self.high_freq_factor,
             f"low_freq_factor={self.low_freq_factor}: must lie between 0 and"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from btx_jax.checkpoints.huggingface import (
     is_finite,
     is_huggingface,
     read_config,
+    read_kept,
     slots,
 )
 from btx_jax.checkpoints.training_state import (
@@ -129,7 +130,8 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     ) as error:  # a name too long, a NUL in it, a loop of links
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
     if is_huggingface(path):
-        return Checkpoint(path, About(read_config(path), 0, {}), is_huggingface=True)
+        about = About(read_config(path), 0, {}, huggingface=read_kept(path))
+        return Checkpoint(path, about, is_huggingface=True)
     if adapter.is_adapter_directory(path):
         return Checkpoint(path, adapter.read_about(path), is_adapter_directory=True)
     if (path / DIRECTORY).is_dir():
@@ -147,6 +149,15 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     return Checkpoint(path, read_about(path))
 
 
+def shortest_context(checkpoints: Sequence[Checkpoint]) -> int:
+    """How long what is made of these may be used: no longer than each of them."""
+    contexts = {checkpoint.path: checkpoint.about.model.context for checkpoint in checkpoints}
+    least = min(contexts, key=lambda path: contexts[path])
+    if contexts[least] < max(contexts.values()):
+        log.warning("the context is %d, that of %s, the shortest", contexts[least], least)
+    return contexts[least]
+
+
 def open_reader(checkpoint: Checkpoint) -> Reader:
     """Raises UserError listing everything that is wrong with the checkpoint, short of its values;
     and for LoRA experts, which have no tensors of a whole model."""
@@ -156,7 +167,7 @@ def open_reader(checkpoint: Checkpoint) -> Reader:
             " btx_jax adapter merge"
         )
     return (
-        HuggingFaceReader(checkpoint.path)
+        HuggingFaceReader(checkpoint.path, checkpoint.about.model)
         if checkpoint.is_huggingface
         else StepReader(checkpoint.path)
     )
@@ -184,7 +195,7 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
         return join(load_adapter(checkpoint, abstract), base)
     if not checkpoint.is_huggingface:
         return restore_params(checkpoint.path, checkpoint.about.model, abstract)
-    reader = HuggingFaceReader(checkpoint.path)
+    reader = HuggingFaceReader(checkpoint.path, checkpoint.about.model)
     params = assemble(reader, abstract, reader.slots)
     reader.check()
     return params
@@ -349,6 +360,7 @@ def write_checkpoint(
     tokenizer: Tokenizer | None,
     *,
     history: History,
+    huggingface: Mapping[str, Any],
     card: str,
     check: Callable[[], None],
     verb: str,
@@ -394,9 +406,9 @@ def write_checkpoint(
             copy_tokenizer(tokenizer, partial if as_huggingface else partial / "tokenizer")
         if isinstance(writer, HuggingFaceWriter):
             bos, eos = (tokenizer.bos, tokenizer.eos) if tokenizer else (None, None)
-            writer.finish(bos, eos, card)
+            writer.finish(huggingface, bos, eos, card)
         else:
-            writer.finish(About(model, 0, history))
+            writer.finish(About(model, 0, history, huggingface=huggingface))
             (partial / "README.md").write_text(card, encoding="utf-8")
         inspect(partial)
 

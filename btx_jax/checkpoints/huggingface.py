@@ -6,8 +6,10 @@ is [out, in]), Mixtral's in the layout of one tensor per expert, which all versi
 read. `slots` says where each of them lies in our parameters.
 """
 
+import dataclasses
 import functools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,13 +20,17 @@ import numpy as np
 from flax import linen as nn
 
 from btx_jax.checkpoints.huggingface_config import (
+    ARCHITECTURES,
     config_from_model,
     experts_per_token,
+    kept_config,
     model_from_config,
+    needed_transformers,
 )
 from btx_jax.checkpoints.safetensors_files import (
     DTYPES,
     INDEX,
+    READABLE,
     SINGLE,
     SafetensorsFile,
     ShardWriter,
@@ -33,6 +39,8 @@ from btx_jax.errors import UserError
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.models.lora import is_adapter
+
+log = logging.getLogger(__name__)
 
 SHOWN = 12  # problems listed in full before "and n more"
 
@@ -71,19 +79,14 @@ _EXPERT = (
     _Row("ffn/down", "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight", 1),
     _Row("ffn/up", "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight", 1),
 )
-# transformers 5 stores all experts of a layer in two tensors: gate_up_proj [E, 2 F, D], gate rows
+# transformers 5 keeps all experts of a layer in two tensors: gate_up_proj [E, 2 F, D], gate rows
 # first, and down_proj [E, D, F].
-_FUSED = {
-    "model.layers.{l}.mlp.gate.weight": "model.layers.{l}.block_sparse_moe.gate.weight",
-    "model.layers.{l}.mlp.experts.gate_up_proj": None,
-    "model.layers.{l}.mlp.experts.down_proj": None,
-}
+_FUSED = ("model.layers.{l}.mlp.experts.gate_up_proj", "model.layers.{l}.mlp.experts.down_proj")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _EXPERT_NAME = re.compile(
     r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight"
 )
-_BUFFER = re.compile(
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-)  # saved by early versions, computed by all
+_BUFFER = re.compile(r"rotary_emb\.inv_freq")  # saved by early versions, computed by all
 
 
 class Slot(NamedTuple):
@@ -225,19 +228,15 @@ def is_huggingface(path: Path) -> bool:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The model of a Hugging Face directory, from its config.json alone. Raises UserError."""
+    """The model of a Hugging Face directory, from its config.json; from its weights only whether a
+    head that should be tied is. Raises UserError."""
     if (directory / "adapter_config.json").exists():
         raise UserError(
             f"{directory} is a LoRA adapter, not a model; merge it into its base first (peft:"
             " merge_and_unload)"
         )
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
+    config = _read_json(path)
     if "stage" in config and "model_type" not in config:
         if config["stage"] == "pipeline":
             raise UserError(
@@ -246,118 +245,145 @@ def read_config(directory: Path) -> ModelConfig:
             )
         raise UserError(f"{directory} is a run that has saved no checkpoint yet")
     try:
-        return model_from_config(config, str(path))
+        model = model_from_config(config, str(path))
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{path}: a value of the wrong kind: {type(error).__name__}: {error}"
         ) from error
+    if model.tied_head and _has_own_head(directory, model):
+        log.warning(
+            "%s: says tie_word_embeddings, but lm_head.weight holds other values than the"
+            " embedding; both are kept, as transformers does",
+            path,
+        )
+        return dataclasses.replace(model, tied_head=False)
+    return model
+
+
+def read_kept(directory: Path) -> dict[str, Any]:
+    """What a Hugging Face directory says beyond its model, for `About.huggingface`: of config.json,
+    and all of generation_config.json, {} where there is none. Raises UserError."""
+    generation = directory / "generation_config.json"
+    return {
+        "config": kept_config(_read_json(directory / "config.json")),
+        "generation_config": _read_json(generation) if generation.exists() else {},
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file, or a part of it: of one expert, and of that these rows."""
+
+    file: SafetensorsFile
+    name: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    @property
+    def dtype(self) -> str:
+        return self.file.tensors[self.name].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.tensors[self.name].shape
+
+    def read(self) -> np.ndarray:
+        """In the dtype it is stored in, or in float32 where that is none of ours."""
+        array = self.file.read(self.name, self.expert, self.rows)
+        if array.dtype in DTYPES.values():
+            return array
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32)
 
 
 class HuggingFaceReader:
     """Reads the tensors of a directory by their names. Everything but their values is checked at
-    once, here.
+    once, here. model: what `read_config` said of it, if that was asked already.
 
     Raises UserError listing all unknown, missing, duplicate, misshapen or mistyped tensors. `read`
     notes NaN and infinity, for `check`.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, model: ModelConfig | None = None):
         self.directory = directory
-        self.model = read_config(directory)
+        self.model = model or read_config(directory)
         self.slots = slots(self.model)
         problems: list[str] = []
-        self._stored = _locate(directory, problems)
-        self._where = {name: (name, None, None) for name in self._stored}
+        stored = _stored(directory, self.model, problems)
+        self._where = dict(stored)
         if self.model.moe:
-            self._where |= self._fused(problems)
-        self._compare(problems)
+            self._where |= self._fused(stored, problems)
+        if self.model.tied_head and _EMBEDDING not in stored and _HEAD in stored:
+            self._where[_EMBEDDING] = stored[_HEAD]
+        self._compare(stored, problems)
         raise_problems(directory, problems)
-        self.dtypes = {name: self._dtype(name) for name in self.slots}
+        self.dtypes = {
+            name: DTYPES.get(self._where[name].dtype, np.dtype(np.float32)) for name in self.slots
+        }
+        if rounded := [name for name in self.slots if self._where[name].dtype == "F64"]:
+            log.warning("%s: float64 is rounded to float32, %d tensors", directory, len(rounded))
         self._bad_values: list[str] = []
 
-    def _fused(self, problems: list[str]) -> dict[str, Any]:
+    def _fused(self, stored: Mapping[str, _Stored], problems: list[str]) -> dict[str, _Stored]:
         """Views of transformers 5's tensors under the names of single experts."""
-        found: dict[str, Any] = {}
+        found: dict[str, _Stored] = {}
         d_ff, d_model = self.model.d_ff, self.model.d_model
         for layer, spec in enumerate(self.model.layer_specs()):
-            router, gate_up, down = (name.format(l=layer) for name in _FUSED)
-            expected = {
-                gate_up: (spec.experts, 2 * d_ff, d_model),
-                down: (spec.experts, d_model, d_ff),
-            }
-            for name, shape in expected.items():
-                if name in self._stored and self._stored[name].tensors[name].shape != shape:
-                    problems.append(
-                        f"{name} is {self._stored[name].tensors[name].shape}, not {shape}"
-                    )
-            if router in self._stored:
-                found[router_name(layer)] = (router, None, None)
+            gate_up, down = (stored.get(name.format(l=layer)) for name in _FUSED)
+            for tensor, shape in (
+                (gate_up, (spec.experts, 2 * d_ff, d_model)),
+                (down, (spec.experts, d_model, d_ff)),
+            ):
+                if tensor and tensor.shape != shape:
+                    problems.append(f"{tensor.name} is {tensor.shape}, not {shape}")
             for expert in range(spec.experts):
                 gate_name, down_name, up_name = (
                     row.theirs.format(l=layer, e=expert) for row in _EXPERT
                 )
-                if gate_up in self._stored:
-                    found[gate_name] = (gate_up, expert, (0, d_ff))
-                    found[up_name] = (gate_up, expert, (d_ff, 2 * d_ff))
-                if down in self._stored:
-                    found[down_name] = (down, expert, None)
-        both = sorted(set(found) & set(self._stored))
+                if gate_up:
+                    found[gate_name] = _Stored(gate_up.file, gate_up.name, expert, (0, d_ff))
+                    found[up_name] = _Stored(gate_up.file, gate_up.name, expert, (d_ff, 2 * d_ff))
+                if down:
+                    found[down_name] = _Stored(down.file, down.name, expert)
+        both = sorted(set(found) & set(stored))
         problems += [f"{name} twice, alone and fused" for name in both]
         return found
 
-    def _compare(self, problems: list[str]) -> None:
-        used = {stored for name, (stored, *_) in self._where.items() if name in self.slots}
-        for name in self._stored:
-            if name in used or _BUFFER.fullmatch(name):
-                continue
-            if name == "lm_head.weight" and self.model.tied_head:
-                if self._is_head_tied():
-                    continue
-                problems.append(
-                    "lm_head.weight differs from the embedding, but config.json says"
-                    " tie_word_embeddings"
-                )
-            else:
-                problems.append(f"unknown {name}")
+    def _compare(self, stored: Mapping[str, _Stored], problems: list[str]) -> None:
+        before = len(problems)
+        used = {self._where[name].name for name in self.slots if name in self._where}
+        for name, tensor in stored.items():
+            is_copy = name == _HEAD and self.model.tied_head  # equal: read_config has looked
+            if not (tensor.name in used or is_copy or _BUFFER.search(name)):
+                problems.append(f"unknown {tensor.name}")
         for name, slot in self.slots.items():
             if name not in self._where:
-                hint = (
-                    "; config.json should say tie_word_embeddings?"
-                    if name == "lm_head.weight"
-                    else ""
-                )
+                hint = "; config.json should say tie_word_embeddings?" if name == _HEAD else ""
                 problems.append(f"missing {name}{hint}")
                 continue
-            stored, index, _ = self._where[name]
-            tensor = self._stored[stored].tensors[stored]
-            if tensor.dtype not in DTYPES:
-                problems.append(f"{stored} is {tensor.dtype}, not one of {', '.join(DTYPES)}")
-            elif index is None and tensor.shape != slot.shape:
-                problems.append(f"{stored} is {tensor.shape}, not {slot.shape}")
-
-    def _is_head_tied(self) -> bool:
-        head, embedding = (
-            (
-                self._stored[name].read(name)
-                if name in self._stored and self._stored[name].tensors[name].dtype in DTYPES
-                else None
-            )
-            for name in ("lm_head.weight", "model.embed_tokens.weight")
-        )
-        return (
-            head is not None
-            and embedding is not None
-            and head.dtype == embedding.dtype
-            and np.array_equal(head, embedding)
-        )
-
-    def _dtype(self, name: str) -> np.dtype:
-        stored = self._where[name][0]
-        return DTYPES[self._stored[stored].tensors[stored].dtype]
+            tensor = self._where[name]
+            if tensor.dtype not in READABLE:
+                problems.append(
+                    f"{tensor.name} is {tensor.dtype}, not one of {', '.join(READABLE)}: such"
+                    " weights are not supported"
+                )
+            elif tensor.expert is None and tensor.shape != slot.shape:
+                problems.append(f"{tensor.name} is {tensor.shape}, not {slot.shape}")
+        named = _read_json(self.directory / "config.json").get("architectures") or ()
+        if len(problems) > before and not set(named) <= set(ARCHITECTURES.values()):
+            problems.append(f"config.json says {', '.join(map(str, named))}; is it that?")
 
     def read(self, name: str) -> np.ndarray:
-        stored, index, rows = self._where[name]
-        array = self._stored[stored].read(stored, index, rows)
+        array = self._where[name].read()
         if not is_finite(array):
             self._bad_values.append(name)
         array.flags.writeable = False
@@ -378,60 +404,128 @@ def raise_problems(directory: Path, problems: Sequence[str]) -> None:
         raise UserError(f"{directory}: {count}{'; '.join(problems[:SHOWN])}{rest}")
 
 
+def _stored(directory: Path, model: ModelConfig, problems: list[str]) -> dict[str, _Stored]:
+    """The tensors of a directory under the names that `slots` and _FUSED give them; an unknown one
+    keeps its own. transformers allows `model.` to be absent or twice, and a mixture's
+    block_sparse_moe to be called mlp."""
+    fused = [name.format(l=layer) for layer in range(model.layers) for name in _FUSED]
+    known = {name: name for name in (*slots(model), _HEAD)}
+    if model.moe:
+        known = {_as_mlp(name): name for name in (*known, *fused)}
+    found: dict[str, _Stored] = {}
+    for name, file in _locate(directory, problems).items():
+        sought = _as_mlp(name) if model.moe else name
+        forms = (sought.removeprefix("model."), f"model.{sought}", sought)
+        standard = next((known[form] for form in forms if form in known), name)
+        if standard in found:
+            problems.append(f"{standard} twice, as {found[standard].name} and as {name}")
+        found[standard] = _Stored(file, name)
+    return found
+
+
+def _as_mlp(name: str) -> str:
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
+def _has_own_head(directory: Path, model: ModelConfig) -> bool:
+    """Whether a directory that says tie_word_embeddings holds a head with values of its own."""
+    try:
+        stored = _stored(directory, model, [])
+    except UserError:
+        return False  # told where the weights are read
+    head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
+    return head is not None and embedding is not None and not _are_equal(head, embedding)
+
+
+def _are_equal(a: _Stored, b: _Stored) -> bool:
+    """As float32, a few rows in memory at a time."""
+    if a.shape != b.shape or not {a.dtype, b.dtype} <= set(READABLE):
+        return a.shape == b.shape and a.dtype == b.dtype
+    if not a.shape:
+        return np.array_equal(a.read(), b.read())
+    for start in range(0, a.shape[0], 1024):
+        rows = (start, min(start + 1024, a.shape[0]))
+        x, y = (tensor._replace(rows=rows).read().astype(np.float32) for tensor in (a, b))
+        if not np.array_equal(x, y):
+            return False
+    return True
+
+
 def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
-    """Tensor name -> the file that holds it, by the index or from the single file."""
-    index_path = directory / INDEX
-    if not index_path.exists():
-        if not (directory / SINGLE).exists():
-            pickles = sorted(
-                path.name
-                for pattern in ("*.bin", "*.pt", "*.pth")
-                for path in directory.glob(pattern)
-            )
-            if pickles:
-                raise UserError(
-                    f"{directory}: {pickles[0]} is a pickle, which can run any code when it is"
-                    " read; save the model as safetensors (transformers:"
-                    " model.save_pretrained(DIR))"
-                )
-            raise UserError(f"{directory}: no {SINGLE} and no {INDEX}")
-        file = SafetensorsFile(directory / SINGLE)
+    """Tensor name -> the file that holds it. As transformers looks for them: in the file that
+    config.json names, else in model.safetensors, else in all files that the index names."""
+    weights = _weights(directory)
+    if not weights.name.endswith(".index.json"):
+        file = SafetensorsFile(weights)
         return dict.fromkeys(file.tensors, file)
     try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        items = list(weight_map.items())
-        if not all(isinstance(name, str) for name in weight_map.values()):
+        weight_map = json.loads(weights.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+        if not all(isinstance(name, str) for name in names):
             raise ValueError("weight_map must map tensors to file names")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index_path}: damaged: {error}") from error
-    if (directory / SINGLE).exists() and SINGLE not in weight_map.values():
-        raise UserError(
-            f"{directory} holds both {SINGLE} and {INDEX}, which does not name it; delete the one"
-            " that is out of date"
-        )
-    files: dict[str, SafetensorsFile] = {}
-    for name in sorted(set(weight_map.values())):
-        path = PurePosixPath(name)
-        if path.is_absolute() or len(path.parts) != 1 or name in ("", ".", "..") or "\\" in name:
+        raise UserError(f"{weights}: damaged: {error}") from error
+    located: dict[str, SafetensorsFile] = {}
+    for name in sorted(names):
+        if not _is_inside(name):
             raise UserError(
-                f"{index_path}: {name!r} is no file of this directory; refusing to read it"
+                f"{weights}: {name!r} is no file of this directory; refusing to read it"
             )
         if not (directory / name).exists():
             problems.append(f"missing shard {name}")
             continue
-        files[name] = SafetensorsFile(directory / name)
-    counts = Counter(tensor for file in files.values() for tensor in file.tensors)
-    problems += [f"{tensor} in {count} shards" for tensor, count in counts.items() if count > 1]
-    located = {tensor: file for file in files.values() for tensor in file.tensors}
-    for tensor, name in items:
-        if name in files and tensor not in files[name].tensors:
-            problems.append(f"{tensor} is not in {name}, where the index says")
-    problems += [
-        f"{tensor} is in a shard but not in the index"
-        for tensor in located
-        if tensor not in weight_map
-    ]
+        file = SafetensorsFile(directory / name)
+        for tensor in file.tensors:
+            if tensor in located and not _are_equal(
+                _Stored(located[tensor], tensor), _Stored(file, tensor)
+            ):
+                problems.append(
+                    f"{tensor} in two shards with other values, {located[tensor].path.name} and"
+                    f" {name}"
+                )
+            located[tensor] = file
     return located
+
+
+def _weights(directory: Path) -> Path:
+    """The file or index to read. Raises UserError when there is none that can be read."""
+    named = _read_json(directory / "config.json").get("transformers_weights")
+    if named is not None:
+        if not (isinstance(named, str) and _is_inside(named) and (directory / named).is_file()):
+            raise UserError(f"{directory}: transformers_weights={named!r} is no file of it")
+        if not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise UserError(f"{directory}: transformers_weights={named!r} is no safetensors file")
+        return directory / named
+    single, index = directory / SINGLE, directory / INDEX
+    if single.exists():
+        if index.exists() and SINGLE not in index.read_text("utf-8", "replace"):
+            log.warning(
+                "%s holds both %s and %s, which does not name it; the former is read, as"
+                " transformers does: delete the one that is out of date",
+                directory,
+                SINGLE,
+                INDEX,
+            )
+        return single
+    if index.exists():
+        return index
+    pickles = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)
+    )
+    if pickles:
+        raise UserError(
+            f"{directory}: {pickles[0]} is a pickle, which can run any code when it is read; save"
+            " the model as safetensors (transformers: model.save_pretrained(DIR))"
+        )
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    found = f"; found {', '.join(others[:3])}: rename it, or write its index" if others else ""
+    raise UserError(f"{directory}: no {SINGLE} and no {INDEX}{found}")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the file that an index names lies in its directory or below."""
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or name in ("", ".") or "\\" in name)
 
 
 class HuggingFaceWriter:
@@ -455,19 +549,35 @@ class HuggingFaceWriter:
         self._dtypes = dtypes
         shapes = {name: (slot.shape, dtypes[name]) for name, slot in slots(model).items()}
         self._shards = ShardWriter(directory, shapes, shard_bytes)
+        if (version := needed_transformers(model)) >= "5":
+            log.warning(
+                "a Mixtral with RoPE scaling needs transformers %s or newer; older ones refuse it,"
+                " because some would leave the scaling out without a word",
+                version,
+            )
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         self._shards.write(name, tensor)
 
-    def finish(self, bos: int | None, eos: int | None, card: str) -> None:
-        """config.json, generation_config.json and the model card; the tokenizer is the caller's."""
+    def finish(self, kept: Mapping[str, Any], bos: int | None, eos: int | None, card: str) -> None:
+        """config.json, generation_config.json and the model card; the tokenizer is the caller's.
+
+        kept: About.huggingface. bos, eos: the tokenizer's, for a model that was born here.
+        """
         self._shards.finish()
         usual = Counter(self._dtypes.values()).most_common(1)[0][0].name
-        config = config_from_model(self.model, usual, bos, eos)
-        generation = {"_from_model_config": True, "bos_token_id": bos, "eos_token_id": eos}
-        for name, values in (("config.json", config), ("generation_config.json", generation)):
-            if not (self._directory / name).exists():  # one that came with the tokenizer says more
-                (self._directory / name).write_text(
-                    json.dumps(values, indent=2) + "\n", encoding="utf-8"
-                )
-        (self._directory / "README.md").write_text(card, encoding="utf-8")
+        ids = {"bos_token_id": bos, "eos_token_id": eos}
+        config = config_from_model(self.model, usual, kept.get("config", ids))
+        self._write_json("config.json", config)
+        generation = self._directory / "generation_config.json"
+        there = _read_json(generation) if generation.exists() else {}  # came with the tokenizer
+        born_here = {} if kept or there else {"_from_model_config": True} | ids
+        wanted = kept.get("generation_config") or born_here
+        if wanted and wanted != there:
+            self._write_json(generation.name, wanted)
+        needs = f"\nNeeds transformers {needed_transformers(self.model)} or newer.\n"
+        (self._directory / "README.md").write_text(card + needs, encoding="utf-8")
+
+    def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        text = json.dumps(values, indent=2) + "\n"
+        (self._directory / name).write_text(text, encoding="utf-8")

@@ -25,19 +25,19 @@ DTYPES = {
     "F16": np.dtype(np.float16),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I16": 2,
-    "U16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
+READABLE = DTYPES | {
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_BITS = {
+    **{name: 8 * dtype.itemsize for name, dtype in READABLE.items()},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16"), 16),
+    **dict.fromkeys(("I32", "U32"), 32),
+    **dict.fromkeys(("I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
 }
 _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
@@ -86,12 +86,8 @@ class SafetensorsFile:
                         f"{self.path}: damaged header: shape or offsets of {name} are no whole"
                         " numbers"
                     )
-                itemsize = (
-                    DTYPES[entry["dtype"]].itemsize
-                    if entry["dtype"] in DTYPES
-                    else _BYTES[entry["dtype"]]
-                )
-                if begin != end or stop - begin != math.prod(shape) * itemsize:
+                bits = math.prod(shape) * _BITS[entry["dtype"]]
+                if begin != end or (stop - begin) * 8 != bits:
                     raise UserError(
                         f"{self.path}: damaged header: {name} does not lie where its shape {shape}"
                         " says"
@@ -115,7 +111,7 @@ class SafetensorsFile:
         """A tensor, or its [index], or the rows [start, stop) of that: contiguous bytes in every
         case."""
         tensor = self.tensors[name]
-        dtype, shape, start = DTYPES[tensor.dtype], tensor.shape, tensor.start
+        dtype, shape, start = READABLE[tensor.dtype], tensor.shape, tensor.start
         if index is not None:
             shape = shape[1:]
             start += index * math.prod(shape) * dtype.itemsize

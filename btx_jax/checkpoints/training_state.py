@@ -61,12 +61,15 @@ class Base:
 @dataclasses.dataclass(frozen=True)
 class About:
     """history: run id -> every training run behind these parameters, each once. step: of the last
-    of them. base: of LoRA experts; then the checkpoint holds these alone."""
+    of them. base: of LoRA experts; then the checkpoint holds these alone. huggingface: what
+    config.json and generation_config.json of the model that this came from say beyond ModelConfig,
+    as {"config": {...}, "generation_config": {...}}; {} for a model that was born here."""
 
     model: ModelConfig
     step: int
     history: History
     base: Base | None = None
+    huggingface: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def costs(self, without: History | None = None) -> dict[str, float]:
         """Of all runs but `without`. critical_seconds: of the longest chain of runs that had to
@@ -90,12 +93,17 @@ class About:
 
 def about_to_json(about: About) -> dict[str, Any]:
     base = {"base": to_dict(about.base)} if about.base else {}
-    return {
-        "format": FORMAT,
-        "model": to_dict(about.model),
-        "step": about.step,
-        "history": to_dict(about.history),
-    } | base
+    huggingface = {"huggingface": dict(about.huggingface)} if about.huggingface else {}
+    return (
+        {
+            "format": FORMAT,
+            "model": to_dict(about.model),
+            "step": about.step,
+            "history": to_dict(about.history),
+        }
+        | base
+        | huggingface
+    )
 
 
 def about_from_json(values: dict[str, Any], path: Path) -> About:
@@ -109,7 +117,11 @@ def about_from_json(values: dict[str, Any], path: Path) -> About:
     }
     base = from_dict(Base, values["base"], f"{path}: base") if "base" in values else None
     return About(
-        from_dict(ModelConfig, values["model"], f"{path}: model"), values["step"], history, base
+        from_dict(ModelConfig, values["model"], f"{path}: model"),
+        values["step"],
+        history,
+        base,
+        values.get("huggingface", {}),
     )
 
 

@@ -30,22 +30,25 @@ class Rendered(NamedTuple):
 
 
 class TemplateError(UserError):
-    """A template that cannot render a chat; the message says why."""
+    """A chat that the template cannot render; the message says why."""
 
 
 class ChatTemplate:
     """source: the jinja template. marks_answers: it says itself, by `generation` tags, what an
-    assistant says."""
+    assistant says. Raises UserError for a source that is no template."""
 
     def __init__(self, source: str, named: Mapping[str, str]):
         self.source, self._named = source, dict(named)
+        if "error" in (found := _WORKER.ask({"source": source})):
+            raise UserError(f"chat template: {found['error']}")
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any
     ) -> Rendered:
-        """Raises TemplateError, of one line, for a template that raises, loops, takes too much memory
-        or reaches for what the sandbox keeps from it."""
+        """Raises TemplateError, of one line, for a template that cannot render these messages or
+        reaches for what the sandbox keeps from it; UserError for one that loops or takes too much
+        memory."""
         told = {
             "messages": [_aliased(message) for message in messages],
             "tools": None,
@@ -55,7 +58,8 @@ class ChatTemplate:
         request = {"source": self.source, "variables": self._named | told | variables}
         found = _WORKER.ask(request)
         if "error" in found:
-            raise TemplateError(f"chat template: {found['error']}")
+            kind = UserError if found.get("ends") else TemplateError
+            raise kind(f"chat template: {found['error']}")
         return Rendered(found["text"], [(start, stop) for start, stop in found["spans"]])
 
     def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
@@ -81,7 +85,10 @@ def chat_template(tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
                 " and an answer instead"
             )
         raise UserError(f"{tokenizer.path.parent}: {told}")
-    return ChatTemplate(tokenizer.templates[name], tokenizer.named)
+    try:
+        return ChatTemplate(tokenizer.templates[name], tokenizer.named)
+    except UserError as error:
+        raise UserError(f"{tokenizer.path.parent}: {error}") from error
 
 
 def _aliased(message: Message) -> dict[str, Any]:
@@ -124,11 +131,11 @@ class _Worker:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
                 self._stop()
-                return {"error": f"ran longer than {SECONDS:.0f} seconds"}
+                return {"error": f"ran longer than {SECONDS:.0f} seconds", "ends": True}
             part = os.read(process.stdout.fileno(), 1 << 20)
             if not part:
                 self._stop()
-                return {"error": "ended the process that rendered it; it takes too much memory"}
+                return {"error": "takes too much memory", "ends": True}
             told += part
         return json.loads(told)
 

@@ -119,13 +119,17 @@ def render(source: str, variables: dict[str, Any]) -> tuple[str, list[tuple[int,
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """To a request without variables: whether the source is a template at all."""
     try:
+        if "variables" not in request:
+            compiled(request["source"])
+            return {}
         text, spans = render(request["source"], request["variables"])
         return {"text": text, "spans": spans}
     except MemoryError:
-        return {"error": "takes too much memory"}
+        return {"error": "takes too much memory", "ends": True}
     except RecursionError:
-        return {"error": "recurses without end"}
+        return {"error": "recurses without end", "ends": True}
     except Exception as error:  # whatever a template does: the line that asked is answered
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 

@@ -123,6 +123,7 @@ def _sentencepiece_alone(file: Path, templates: Mapping[str, str]) -> Files:
     proto = sentencepiece_models.read_model(file)
     backend = sentencepiece_models.pipeline(proto)
     named = _named_by_model(proto)
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in named.values()])
     if "bos_token" in named:
         frame(backend, [named["bos_token"]], [])
     return Files(backend, named, templates)

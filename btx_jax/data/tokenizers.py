@@ -43,8 +43,8 @@ class Tokenizer:
 
     def __init__(self, path: Path, files: Files):
         self.path, self.named, self.templates = path, files.named, files.templates
-        self._files, self._backend = files, files.backend
-        vocab = self._backend.get_vocab(with_added_tokens=True)
+        self._files, self._tokenizer = files, files.backend
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.bos, self.eos = (self._special(role) for role in ("bos_token", "eos_token"))
         self.prefix, self.suffix = self._around()
@@ -53,23 +53,23 @@ class Tokenizer:
         """As the tokenizer's own files name it; else as the model's config.json numbers it, which
         must not be lost for EOS; else, where no file says anything, by its usual names."""
         if role in self.named:
-            return self._backend.token_to_id(self.named[role])
+            return self._tokenizer.token_to_id(self.named[role])
         alone = not (self.path.parent / CONFIG).is_file()
         if self.path.suffix == ".json" and (alone or role == "eos_token"):
             told = tokenizer_files.read_json(self.path.parent / "config.json").get(f"{role}_id")
             told = told[0] if isinstance(told, list) and told else told
-            if isinstance(told, int) and self._backend.id_to_token(told) is not None:
+            if isinstance(told, int) and self._tokenizer.id_to_token(told) is not None:
                 return told
         if self.path.suffix != ".json" or not alone:
             return None
-        ids = map(self._backend.token_to_id, _USUAL[role])
+        ids = map(self._tokenizer.token_to_id, _USUAL[role])
         return next((i for i in ids if i is not None), None)
 
     def _around(self) -> tuple[list[int], list[int]]:
         """What the post-processor puts in front of a text and behind it."""
         for text in ("a", "0", ".", "\n"):  # one that the vocabulary knows
-            bare = self._backend.encode(text, add_special_tokens=False).ids
-            whole = self._backend.encode(text, add_special_tokens=True).ids
+            bare = self._tokenizer.encode(text, add_special_tokens=False).ids
+            whole = self._tokenizer.encode(text, add_special_tokens=True).ids
             for start in range(len(whole) - len(bare) + 1) if bare else ():
                 if whole[start : start + len(bare)] == bare:
                     return whole[:start], whole[start + len(bare) :]
@@ -85,7 +85,7 @@ class Tokenizer:
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Of tokens that decoding leaves out."""
-        added = self._backend.get_added_tokens_decoder()
+        added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
@@ -101,7 +101,7 @@ class Tokenizer:
 
     def _encode(self, text: str) -> Any:
         try:
-            return self._backend.encode(text, add_special_tokens=False)
+            return self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError as error:
             raise NotUnicode("not valid Unicode: a lone surrogate") from error
         except BaseException as error:  # the library's panics are no Exception
@@ -129,15 +129,15 @@ class Tokenizer:
         return whole[next((i for i, (a, b) in pairs if a != b), min(len(before), len(whole))) :]
 
     def _decode(self, ids: Iterable[int], special: bool) -> str:
-        text = self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+        text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special)
         return clean_up(text) if self._files.cleans_up else text
 
     def id_of(self, token: str) -> int | None:
-        return self._backend.token_to_id(token)
+        return self._tokenizer.token_to_id(token)
 
     def token_of(self, number: int) -> str:
         """ "" for an id that the vocabulary leaves out."""
-        return self._backend.id_to_token(number) or ""
+        return self._tokenizer.id_to_token(number) or ""
 
     def with_bos(self, added: bool) -> "Tokenizer":
         """The same one, but with BOS in front of every text, or without. Raises UserError when it has
@@ -146,7 +146,7 @@ class Tokenizer:
             raise UserError(f"config.data.bos: {self.path} has no BOS to put in front")
         if added == (self.prefix[:1] == [self.bos]) and len(self.prefix) == int(added):
             return self
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         bos = [self.token_of(self.bos)] if added and self.bos is not None else []
         tokenizer_files.frame(backend, bos, [self.token_of(i) for i in self.suffix])
         files = Files(backend, self.named, self.templates, self._files.cleans_up, verbatim=False)
@@ -159,7 +159,7 @@ class Tokenizer:
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
     def _function(self) -> dict[str, Any]:
-        spec = json.loads(self._backend.to_str())
+        spec = json.loads(self._tokenizer.to_str())
         return {
             "model": spec["model"],
             "normalizer": spec["normalizer"],
@@ -170,7 +170,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """tokenizer.json, with merges as libraries before 0.20 read them too."""
-        spec = json.loads(self._backend.to_str())
+        spec = json.loads(self._tokenizer.to_str())
         merges = spec["model"].get("merges")
         if merges and not any(" " in half for pair in merges for half in pair):
             spec["model"]["merges"] = [" ".join(pair) for pair in merges]
@@ -268,7 +268,7 @@ def difference(a: Tokenizer, b: Tokenizer, rows: int) -> str:
     if a.sha256 == b.sha256:
         return ""
     ours, theirs = (
-        {token: i for token, i in t._backend.get_vocab(with_added_tokens=True).items() if i < rows}
+        {token: i for token, i in t._tokenizer.get_vocab(with_added_tokens=True).items() if i < rows}
         for t in (a, b)
     )
     changed = [token for token, i in ours.items() if theirs.get(token) != i]
@@ -279,7 +279,7 @@ def difference(a: Tokenizer, b: Tokenizer, rows: int) -> str:
     if a.eos != b.eos:
         return f"its end of text is {b.eos}, not {a.eos}"
     more = sorted(set(theirs) - set(ours), key=theirs.__getitem__)
-    unread = {t for x in (a, b) for t in x._backend.get_vocab() if t not in ours}
+    unread = {t for x in (a, b) for t in x._tokenizer.get_vocab() if t not in ours}
     for text in _probes(a, 2000 if _rules(a) == _rules(b) else len(ours)):
         if a.encode(text) != b.encode(text) and not any(token in text for token in unread):
             return f"{text[:40]!r} has other ids"
@@ -287,7 +287,7 @@ def difference(a: Tokenizer, b: Tokenizer, rows: int) -> str:
 
 
 def _rules(tokenizer: Tokenizer) -> Any:
-    model = json.loads(tokenizer._backend.to_str())["model"]
+    model = json.loads(tokenizer._tokenizer.to_str())["model"]
     return [model.get("merges"), model["vocab"] if isinstance(model["vocab"], list) else None]
 
 
@@ -304,8 +304,8 @@ def _probes(tokenizer: Tokenizer, count: int) -> list[str]:
         "漢字かなカナ한국어", "مرحبا", "नमस्ते", "👩‍👩‍👧 😀", "\u00a0\u200b\ufeff", "\x00\x07", "▁a▁▁b", "Ġa", "##ing", "<0x0A>",
         "def f(x):\n    return x ** 2  # ok\n", "{\"a\": [1, 2]}", "http://a.b/c?d=e&f", "Hello, world!", "...!?--", "(a)[b]",
     ]  # fmt: skip
-    added = [token.content for token in tokenizer._backend.get_added_tokens_decoder().values()]
-    vocab = tokenizer._backend.get_vocab(with_added_tokens=False)
+    added = [token.content for token in tokenizer._tokenizer.get_added_tokens_decoder().values()]
+    vocab = tokenizer._tokenizer.get_vocab(with_added_tokens=False)
     pieces = sorted(vocab)[:: max(len(vocab) // count, 1)]
     inside = [f"a{token} b {token}c" for token in added[:64]]
     return words + inside + pieces + [f"x {piece}y" for piece in pieces]

@@ -61,7 +61,9 @@ def import_peft(source: str, base: str, target: str) -> str:
     model, tensors = adapter.read_peft(directory, under.about.model)
     with new_directory(Path(target)) as partial:
         adapter.write_directory(
-            partial, About(model, 0, under.about.history, base_of(under)), tensors
+            partial,
+            About(model, 0, under.about.history, base_of(under), under.about.huggingface),
+            tensors,
         )
         if (tokenizer := find_own_tokenizer(under)) is not None:
             copy_tokenizer(tokenizer, partial)
@@ -122,6 +124,7 @@ def merge(
         tensor,
         find_own_tokenizer(found) or find_own_tokenizer(under),
         history=about.history,
+        huggingface=about.huggingface or under.about.huggingface,
         card=(
             f"# {Path(target).name}\n\n{found.path.name} merged into {under.path.name} by btx_jax"
             f" {__version__}.\n"

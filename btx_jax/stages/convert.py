@@ -1,11 +1,15 @@
 """Convert: a Hugging Face directory -> a checkpoint of ours, or back; the direction follows from
 what the source is."""
 
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from btx_jax import __version__
 from btx_jax.checkpoints.checkpoint import (
     DTYPES,
+    Reader,
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
@@ -15,7 +19,7 @@ from btx_jax.checkpoints.checkpoint import (
 
 def run(source: str, target: str, dtype: str = "") -> str:
     """Returns a line that says what was done. dtype: of all tensors of the result; "" keeps each
-    tensor's own.
+    tensor's own, widened to float32 where tensors of one leaf here differ.
 
     Raises UserError listing everything that is wrong with the source; then there is no target.
     """
@@ -27,10 +31,11 @@ def run(source: str, target: str, dtype: str = "") -> str:
         Path(target),
         to_huggingface,
         reader.model,
-        {name: DTYPES[dtype] if dtype else own for name, own in reader.dtypes.items()},
+        dict.fromkeys(reader.slots, DTYPES[dtype]) if dtype else _dtypes(reader, to_huggingface),
         reader.read,
         find_own_tokenizer(found),
         history=found.about.history,
+        huggingface=found.about.huggingface,
         card=_card(
             found.path.name if found.is_huggingface else found.path.parent.parent.name,
             found.about.costs()["tokens"],
@@ -39,6 +44,19 @@ def run(source: str, target: str, dtype: str = "") -> str:
         verb="converting",
     )
     return f"wrote {target} ({kind}, {len(reader.slots)} tensors)"
+
+
+def _dtypes(reader: Reader, to_huggingface: bool) -> Mapping[str, np.dtype]:
+    if to_huggingface:
+        return reader.dtypes
+    by_leaf: dict[tuple[str, ...], set[np.dtype]] = {}
+    for name, slot in reader.slots.items():
+        by_leaf.setdefault(slot.path, set()).add(reader.dtypes[name])
+    wide = {path for path, held in by_leaf.items() if len(held) > 1}
+    return {
+        name: np.dtype(np.float32) if slot.path in wide else reader.dtypes[name]
+        for name, slot in reader.slots.items()
+    }
 
 
 def _card(name: str, tokens: float) -> str:

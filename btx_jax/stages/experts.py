@@ -12,6 +12,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
+    shortest_context,
     write_checkpoint,
 )
 from btx_jax.checkpoints.huggingface import (
@@ -22,7 +23,7 @@ from btx_jax.checkpoints.huggingface import (
     slots,
 )
 from btx_jax.checkpoints.huggingface_config import same_function
-from btx_jax.checkpoints.training_state import History
+from btx_jax.checkpoints.training_state import About
 from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.mixing.gates import random_gates
@@ -51,7 +52,8 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
             f"SOURCE: {source} is another kind of model than {mixture}: {'; '.join(differing)}"
         )
     reader, dense = open_reader(found), open_reader(extra)
-    larger = _with_experts(model, +1)
+    context = shortest_context([found, extra])
+    larger = _with_experts(dataclasses.replace(model, context=context), +1)
     rows = random_gates("normal", model.layers, 1, model.d_model, seed) * np.float32(
         router_std / 0.02
     )
@@ -82,7 +84,7 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
         like,
         tensor,
         tokenizers[0],
-        history,
+        dataclasses.replace(found.about, history=history),
         card,
         [reader, dense],
     )
@@ -135,7 +137,7 @@ def drop(mixture: str, expert: int, target: str) -> str:
         like,
         tensor,
         find_own_tokenizer(found),
-        found.about.history,
+        found.about,
         card,
         [reader],
     )
@@ -173,7 +175,7 @@ def _write(
     like: Callable[[str], np.dtype],
     tensor: Callable[[str], np.ndarray],
     tokenizer: Tokenizer | None,
-    history: History,
+    about: About,
     card: str,
     readers: list[Reader],
 ) -> None:
@@ -188,7 +190,8 @@ def _write(
         {name: like(name) for name in slots(model)},
         tensor,
         tokenizer,
-        history=history,
+        history=about.history,
+        huggingface=about.huggingface,
         card=f"# {Path(target).name}\n\n{card} Made by btx_jax {__version__}.\n",
         check=check,
         verb="writing",

@@ -18,6 +18,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     load_params,
+    shortest_context,
 )
 from btx_jax.checkpoints.training_state import About, Checkpoints
 from btx_jax.config import CheckpointConfig, Config, MixConfig
@@ -58,7 +59,9 @@ def run(config: Config, workdir: Path) -> None:
         return
     tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
     for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
-        if changed := differences(to_dict(first.about.model), to_dict(source.about.model)):
+        context = first.about.model.context  # how long it may be used, not what its weights mean
+        other = dataclasses.replace(source.about.model, context=context)
+        if changed := differences(to_dict(first.about.model), to_dict(other)):
             raise ConfigError(
                 f"config.mix.experts[{i}]: another model than experts[0]: {'; '.join(changed)}"
             )
@@ -72,7 +75,8 @@ def run(config: Config, workdir: Path) -> None:
             f"config.mix.experts[0]: {first.path} is a mixture already; mix dense checkpoints"
         )
 
-    model = mixed_model(first.about.model, mix)
+    dense_model = dataclasses.replace(first.about.model, context=shortest_context(sources))
+    model = mixed_model(dense_model, mix)
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
     dense = abstract_params(first.about.model)
     abstract = jax.tree.map(
@@ -109,7 +113,8 @@ def run(config: Config, workdir: Path) -> None:
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
         if checkpoints.latest_step() is None:
-            checkpoints.save(About(model, 0, history), params)
+            about = About(model, 0, history, huggingface=first.about.huggingface)
+            checkpoints.save(about, params)
     finally:
         checkpoints.close()
     finish(
@@ -191,7 +196,8 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
     try:
         if checkpoints.latest_step() is None:
             checkpoints.save(
-                About(model, 0, history, first.base), from_tensors(model, tensors, workdir)
+                About(model, 0, history, first.base, first.huggingface),
+                from_tensors(model, tensors, workdir),
             )
     finally:
         checkpoints.close()

@@ -24,6 +24,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
+    shortest_context,
     write_checkpoint,
 )
 from btx_jax.checkpoints.huggingface import (
@@ -73,7 +74,9 @@ def run(
     recipe = read_recipe(Path(recipe_path))
     check_free(Path(target))
     sources = _open(recipe)
-    model = _model(recipe, sources.readers[0].model)
+    dense = sources.readers[0].model
+    context = shortest_context(sources.checkpoints)
+    model = _model(recipe, dataclasses.replace(dense, context=context))
     as_huggingface = (
         sources.checkpoints[0].is_huggingface
         if not output_format
@@ -136,6 +139,7 @@ def run(
         tensor,
         sources.tokenizer,
         history=history,
+        huggingface=sources.checkpoints[0].about.huggingface,
         card=card,
         check=check,
         verb="mixing",
@@ -320,7 +324,7 @@ class Prompt(NamedTuple):
 
 
 def _prompts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Prompt]:
-    """Every prompt of every expert, behind what the tokenizer puts in front."""
+    """Every prompt of every expert, behind BOS where there is one, as mergekit reads them."""
     prompts = []
     for number, expert in enumerate(recipe.experts):
         for is_positive, texts in (
@@ -333,7 +337,7 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) ->
                         f"{recipe.base_model}: no tokenizer, and experts[{number}] has prompts to"
                         " be read"
                     )
-                ids = tokenizer.encode_prompt(text)
+                ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
                 if not ids:
                     raise UserError(f"experts[{number}]: prompt {text!r} has no tokens")
                 where = f"experts[{number}]: prompt {text[:40]!r}"

@@ -116,6 +116,7 @@ def run(config: Config, workdir: Path) -> None:
             init.about.history if init else {},
             text,
             base,
+            init.about.huggingface if init else {},
         )
         state = loop.run(state, batches, train_step, evaluate)
     finally:
@@ -238,8 +239,10 @@ class Loop:
         history: History,
         text: Mapping[str, str],
         base: Base | None = None,
+        huggingface: Mapping[str, Any] | None = None,
     ):
         assert config.train and config.checkpoint and config.data
+        self.huggingface = huggingface or {}
         self.train, self.every, self.mesh, self.model = (
             config.train,
             config.checkpoint.every,
@@ -337,7 +340,7 @@ class Loop:
         )
         history = {**self.history, self.run_id: this}
         self.checkpoints.save(
-            About(self.model, step, history, self.base),
+            About(self.model, step, history, self.base, self.huggingface),
             state.params,
             state.opt_state,
             {"batches": batches.get_state(), "text": self.text},

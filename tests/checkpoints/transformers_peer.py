@@ -5,6 +5,7 @@ exports.
     python tests/checkpoints/transformers_peer.py check EXPORT LOGITS.npy            # transformers
     5 or 4.42, each in its own environment python tests/checkpoints/transformers_peer.py parity DIR
     README.md               # any checkpoint: our logits against transformers'
+    python tests/checkpoints/transformers_peer.py directories tests/checkpoints/golden   # 5.23
 
 Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch
 'transformers==4.42.4' 'numpy<2'`). `check` fails on any missing or unexpected key, and when the
@@ -159,8 +160,37 @@ def parity(directory: Path, text: Path) -> None:
     )
 
 
+def directories(folder: Path) -> None:
+    """Logits of every kind in directories.TABLE, at every 128th position, as transformers 5.23 has
+    them, into FOLDER/directories.npz; and a table of what it says of the others."""
+    import tempfile
+
+    from tests.checkpoints.directories import TABLE, write
+
+    transformers.logging.set_verbosity_error()
+    tokens = np.load(folder / "llama" / "golden.npz")["tokens"]
+    logits = {}
+    for name, kind in TABLE.items():
+        with tempfile.TemporaryDirectory() as home:
+            write(name, Path(home) / "model")
+            try:
+                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    Path(home) / "model", dtype=torch.float32, output_loading_info=True
+                )
+            except Exception as error:  # whatever its libraries raise is its answer
+                print(f"{name:45} {kind.refusal or 'LOADS HERE':50} raises {error!r:.90}")
+                continue
+        wrong = {key: sorted(value)[:2] for key, value in info.items() if value}
+        with torch.no_grad():
+            logits[name] = model.eval()(torch.from_numpy(tokens)).logits[0, ::128].numpy()
+        print(f"{name:45} {kind.refusal or 'loads here':50} loads {wrong or ''}")
+    loaded = {name: values for name, values in logits.items() if not TABLE[name].refusal}
+    np.savez_compressed(folder / "directories.npz", **loaded)
+
+
 if __name__ == "__main__":
     {
+        "directories": lambda: directories(Path(sys.argv[2])),
         "parity": lambda: parity(Path(sys.argv[2]), Path(sys.argv[3])),
         "make": lambda: make(Path(sys.argv[2])),
         "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3])),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from btx_jax.config import DataConfig, FormatConfig
-from btx_jax.data.instructions import Formatter, Piece, Unusable, chat_template, encode_pieces
+from btx_jax.data.instructions import Formatter, Piece, Unusable, encode_pieces
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import is_heldout, pack, prepare, text_document
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer
@@ -77,20 +77,17 @@ def test_a_template_that_looks_ahead_is_refused(chat_tokenizer):
         "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    again = load_tokenizer(chat_tokenizer.path)
     with pytest.raises(Unusable, match="changes earlier turns"):
-        Formatter(FormatConfig(messages="m"), chat_tokenizer, 64).pieces({"m": messages})
+        Formatter(FormatConfig(messages="m"), again, 64).pieces({"m": messages})
 
 
-def test_templates_that_are_missing_broken_or_hostile(tokenizer, chat_tokenizer):
+def test_a_tokenizer_without_a_template_or_with_a_broken_one_is_refused(tokenizer, chat_tokenizer):
     with pytest.raises(UserError, match="no chat template"):
-        chat_template(tokenizer)
-    file = chat_tokenizer.path.parent / "chat_template.jinja"
-    file.write_text("{% for %}")
+        Formatter(FormatConfig(messages="m"), tokenizer, 64)
+    (chat_tokenizer.path.parent / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="chat template"):
-        chat_template(chat_tokenizer)
-    file.write_text("{{ ''.__class__.__mro__ }}")
-    with pytest.raises(Unusable, match="unsafe"):
-        chat_template(chat_tokenizer).render([], False)
+        Formatter(FormatConfig(messages="m"), load_tokenizer(chat_tokenizer.path), 64)
 
 
 def test_rows_carry_what_is_learnt_and_its_bytes(tokenizer, tmp_path):

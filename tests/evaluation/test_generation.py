@@ -126,7 +126,7 @@ def test_a_row_ends_before_eos_or_when_it_is_finished(one_device):
     params = scaled(MOE)
     free = Generator(MOE, params, COMPUTE, one_device).generate(PROMPTS, 40)
     eos = free[0][5]
-    got = Generator(MOE, params, COMPUTE, one_device, eos=eos).generate(PROMPTS, 40)
+    got = Generator(MOE, params, COMPUTE, one_device, stops=[eos]).generate(PROMPTS, 40)
     assert got == [ids[: ids.index(eos)] if eos in ids else ids for ids in free]
     stopped = Generator(MOE, params, COMPUTE, one_device).generate(
         PROMPTS, 40, is_finished=lambda row, ids: row == 2

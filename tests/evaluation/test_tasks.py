@@ -123,11 +123,6 @@ def test_the_last_number_is_the_answer(text, want):
     assert tasks.answer(text) == want
 
 
-def test_text_is_cut_at_the_first_stop():
-    assert tasks.cut("one\nQ: two\n\nthree", ["\n\n", "\nQ:"]) == "one"
-    assert tasks.cut("one", ["\n"]) == "one"
-
-
 class Parrot:
     """A generator that answers what it was given to say."""
 

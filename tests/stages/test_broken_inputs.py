@@ -66,9 +66,9 @@ def shards(
     (model / "model.safetensors").unlink()
     keys = sorted(tensors)
     parts = [keys[:10], keys[9 if twice else 10 :]]
-    for name, part in zip(names, parts, strict=True):
+    for i, (name, part) in enumerate(zip(names, parts, strict=True)):
         if name != without and not name.startswith(".."):
-            save_file({key: tensors[key] for key in part}, model / name)
+            save_file({key: tensors[key] + (i if twice else 0) for key in part}, model / name)
     weight_map = {key: name for name, part in zip(names, parts, strict=True) for key in part}
     (model / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
@@ -110,7 +110,7 @@ TABLE = [
     ("NaN", lambda home: edit(home / "b", set_value(np.nan)), f"NaN or infinity in {GATE}"),
     ("infinity", lambda home: edit(home / "b", set_value(-np.inf)), f"NaN or infinity in {GATE}"),
     ("extra tensor", lambda home: edit(home / "b", lambda t: t.update(extra=t[GATE].copy())), "unknown extra"),
-    ("duplicate", lambda home: shards(home, twice=True), "in 2 shards"),
+    ("duplicate", lambda home: shards(home, twice=True), "in two shards with other values"),
     ("wrong dtype", lambda home: edit(home / "b", lambda t: t.update({GATE: t[GATE].astype(np.int8)})), f"{GATE} is I8, not one of F32"),
     ("other heads", lambda home: edit_config(home / "b", num_key_value_heads=4), "kv_heads: 2 against 4"),
     ("other rope", lambda home: edit_config(home / "b", rope_parameters={"rope_theta": 5e5}), "rope_theta: 10000.0 against 500000.0"),

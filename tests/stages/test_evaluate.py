@@ -206,7 +206,7 @@ def test_wrong_settings_are_refused_before_any_model_is_read(config, tmp_path):
         load_tokenizer(find_tokenizer(tmp_path / "seed" / "tokenizer")),
     )
     with pytest.raises(
-        ConfigError, match=r"models\.s: .* has 320 tokens, the model 300 embeddings"
+        UserError, match=r"models\.s: domain '\w+': .* has id 3\d\d, .* only 300 embeddings"
     ):
         evaluate.run(
             dataclasses.replace(config, evaluate=EvaluateConfig({"s": small})), tmp_path / "z"
