@@ -304,7 +304,8 @@ def write_task(folder: Path, file: Path) -> str:
         }  # fmt: skip
     else:
         task |= {
-            "doc_to_text": "Question: {{context}}\nAnswer:", "doc_to_target": "{{answer}}", "generation_kwargs": GSM8K, "metric_list": match,
+            "doc_to_text": "Question: {{context}}\nAnswer:", "doc_to_target": "{{answer}}",
+            "generation_kwargs": GSM8K, "metric_list": match,
         }  # fmt: skip
     (folder / f"{name}.yaml").write_text(json.dumps(task))  # YAML reads JSON
     return name
