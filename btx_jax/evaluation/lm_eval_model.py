@@ -112,6 +112,8 @@ class BtxJaxLM(TemplateLM):
         self._checkpoint, self._model = found, found.about.model
         self._tokenizer = load_tokenizer(found.tokenizer if tokenizer is None else str(tokenizer))
         self._batch_size = batch_rows(batch_size, max_batch_size)
+        is_auto = str(batch_size).startswith("auto")
+        self.batch_sizes = {0: self._batch_size} if is_auto else {}  # what lm_eval reports of auto
         _check_device(device)
         key, context = "--model_args {}".format, self._model.context
         self._max_length = (

@@ -270,6 +270,7 @@ def test_arguments_that_ask_for_nothing_are_taken(checkpoints):
         {"batch_size": "auto:4", "max_batch_size": 2, "device": "cuda:0"},
     )
     assert (model.max_length, model.max_gen_toks, model.batch_size) == (64, 256, 2)
+    assert model.batch_sizes == {0: 2}, "what lm_eval reports of auto"
     assert (model.rank, model.world_size, model.eot_token_id) == (0, 1, 2)
     assert model.get_model_info()["model_dtype"] == "float32", "as most of it is stored"
     with pytest.raises(UserError, match="--model_args batch_size: give it as --batch_size"):
