@@ -11,7 +11,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from pathlib import Path
 
+from btx_jax.command_line import Parser, told_in_one_line
 from btx_jax.errors import UserError
+from btx_jax.output import none_left_empty
 from btx_jax.paths import expand
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -54,6 +56,8 @@ def _convert(args: argparse.Namespace) -> None:
 def _mix(args: argparse.Namespace) -> None:
     from btx_jax.stages.mix_recipe import run
 
+    if not Path(args.recipe).is_file():  # nor a device or a pipe, which may have no end
+        raise UserError(f"RECIPE.yml: no file {args.recipe}")
     run(
         args.recipe,
         args.target,
@@ -100,14 +104,14 @@ def _tokenizer(args: argparse.Namespace) -> None:
     problems = Problems()
     files = [
         (file, source.field)
-        for source in parse_sources(args.files, "FILES")
-        for file in expand_files(source)
+        for notation in args.files
+        for source in parse_sources(notation, "FILES")
+        for file in expand_files(source, "FILES")
     ]
-    train_sentencepiece(
-        (text for file, field in files for text in read_documents(file, field, problems)),
-        args.vocab_size,
-        Path(args.out),
-    )
+    texts = (text for file, field in files for text in read_documents(file, field, problems))
+    out = Path(args.out)
+    with none_left_empty(out.parent):
+        train_sentencepiece(texts, args.vocab_size, out)
     for line in problems.lines():
         logging.warning(line)
     print(f"wrote {args.out}")
@@ -173,7 +177,7 @@ def _seed(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m btx_jax",
         description="Short commands; to train, see python -m btx_jax.launch --help.",
     )
@@ -344,8 +348,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "files",
         metavar="FILES",
+        nargs="+",
         help=(
-            "comma-separated files or globs: text, .jsonl, .parquet, .gz, .zst; FILE#FIELD names a"
+            "files or globs, as several arguments or comma-separated: text, .jsonl, .parquet, .gz, .zst; FILE#FIELD names a"
             " field"
         ),
     )
@@ -360,21 +365,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
+    with told_in_one_line():
         if argv[:1] == ["lm_eval"]:  # its arguments are its own
             _lm_eval(argv[1:])
             return
         args = parser().parse_args(argv)
         args.run(args)
-    except UserError as error:
-        print(f"btx_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a disk that is full or read-only, a file where a directory should be
-        print(
-            f"btx_jax: error: {error.filename or 'cannot write'}: {error.strerror or error}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
 
 
 if __name__ == "__main__":

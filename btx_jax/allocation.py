@@ -13,6 +13,8 @@ SHAPES = {
     "diamond": (2, 8, 8, 2),
     "rectangle": (5, 5, 5, 5),
 }
+MAX_EXPERTS = 4096  # of a layer
+MAX_DIGITS = 9
 
 
 def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
@@ -28,22 +30,22 @@ def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
         return _shaped(allocation, SHAPES[name], total, layers)
     if "," in allocation:
         numbers = [part.strip() for part in allocation.split(",")]
-        if not all(number.isdecimal() for number in numbers):
-            raise UserError(f"allocation={allocation!r}: must be whole numbers, one per layer")
+        if not all(number.isdecimal() and len(number) <= MAX_DIGITS for number in numbers):
+            raise UserError(f"allocation={allocation[:80]!r}: must be whole numbers, one per layer")
         if len(numbers) != layers:
             raise UserError(
-                f"allocation={allocation!r}: {len(numbers)} numbers for {layers} layers; give one"
+                f"allocation={allocation[:80]!r}: {len(numbers)} numbers for {layers} layers; give one"
                 " per layer"
             )
         return _some([int(number) for number in numbers], allocation)
     if not allocation.isdecimal() or not allocation.isascii():
         raise UserError(
-            f"allocation={allocation!r}: must be digits such as 2468, a shape with its total such"
+            f"allocation={allocation[:80]!r}: must be digits such as 2468, a shape with its total such"
             f" as triangle:160 ({', '.join(SHAPES)}), or one number per layer"
         )
     if len(allocation) > layers:
         raise UserError(
-            f"allocation={allocation!r}: {len(allocation)} digits for {layers} layers; at most one"
+            f"allocation={allocation[:80]!r}: {len(allocation)} digits for {layers} layers; at most one"
             " per layer"
         )
     return _some(
@@ -52,31 +54,37 @@ def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
 
 
 def _shaped(allocation: str, shape: Sequence[int], total: str, layers: int) -> tuple[int, ...]:
-    if not total.isdecimal() or not int(total):
+    if not total.isdecimal() or len(total) > MAX_DIGITS or not int(total):
         raise UserError(
-            f"allocation={allocation!r}: a shape needs the number of experts in all, such as"
+            f"allocation={allocation[:80]!r}: a shape needs the number of experts in all, such as"
             f" {allocation.partition(':')[0]}:160"
         )
     if layers < len(shape):
         raise UserError(
-            f"allocation={allocation!r}: {layers} layers; a shape needs {len(shape)} at least"
+            f"allocation={allocation[:80]!r}: {layers} layers; a shape needs {len(shape)} at least"
         )
     weights = [shape[len(shape) * layer // layers] for layer in range(layers)]
     # In whole numbers: counts + remainders / sum(weights)
     counts, remainders = zip(
         *(divmod(int(total) * weight, sum(weights)) for weight in weights), strict=True
     )
-    first = sorted(range(layers), key=lambda layer: -remainders[layer])[: int(total) - sum(counts)]
+    by_remainder = sorted(range(layers), key=lambda layer: -remainders[layer])
+    first = set(by_remainder[: int(total) - sum(counts)])
     result = [count + (layer in first) for layer, count in enumerate(counts)]
     if 0 in result:
         raise UserError(
-            f"allocation={allocation!r}: too few for {layers} layers, layer {result.index(0)} would"
+            f"allocation={allocation[:80]!r}: too few for {layers} layers, layer {result.index(0)} would"
             " get none; raise the total"
         )
-    return tuple(result)
+    return _some(result, allocation)
 
 
 def _some(counts: Sequence[int], allocation: str) -> tuple[int, ...]:
     if not any(counts):
-        raise UserError(f"allocation={allocation!r}: no layer gets any expert")
+        raise UserError(f"allocation={allocation[:80]!r}: no layer gets any expert")
+    if max(counts) > MAX_EXPERTS:
+        raise UserError(
+            f"allocation={allocation[:80]!r}: {max(counts)} experts in layer"
+            f" {counts.index(max(counts))}; at most {MAX_EXPERTS}"
+        )
     return tuple(counts)

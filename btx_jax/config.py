@@ -1,16 +1,31 @@
 """The schema of every config: frozen dataclasses, checked before anything is compiled.
 
-An impossible value raises `ConfigError` with one line: the key, what is wrong, and what to do.
-config_dict.py turns configs into plain dictionaries and back.
+Every number states its range, every word its choices. An impossible value raises `ConfigError`: the
+key, what is wrong, and what to do. config_dict.py turns configs into plain dictionaries and back.
 """
 
-import dataclasses
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from btx_jax.errors import ConfigError, one_of, require, suggest
-from btx_jax.model_config import LoRAConfig, ModelConfig, MoEConfig
+from btx_jax.allocation import MAX_EXPERTS
+from btx_jax.errors import ConfigError, suggest
+from btx_jax.model_config import ROUTINGS, LoRAConfig, ModelConfig, MoEConfig
+from btx_jax.schema import (
+    Choice,
+    Count,
+    CountOrZero,
+    Experts,
+    Fraction,
+    Positive,
+    Range,
+    Section,
+    Share,
+    Weight,
+    is_missing,
+    rule,
+)
 
 DISPATCHES = ("einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
@@ -23,9 +38,15 @@ TASKS = ("multiple_choice", "exact_match", "code")
 BOS = ("auto", "always", "never")
 STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
 
+Dtype = Annotated[str, Choice(DTYPES)]
+Rows = Annotated[int, Range(1, 2**20)]  # sequences at one time
+Tokens = Annotated[int, Range(1, 2**30)]
+Axis = Annotated[int, Range(1, 2**20, also=-1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # random keys are made of 32 bits: larger ones repeat
+
 
 @dataclass(frozen=True)
-class ComputeConfig:
+class ComputeConfig(Section):
     """How a model is run. Changes speed and memory; the results only through rounding and, for
     einsum dispatch, dropped tokens.
 
@@ -46,29 +67,18 @@ class ComputeConfig:
     loss_chunk: tokens whose logits exist at one time in the loss.
     """
 
-    dtype: str = "bfloat16"
-    remat: str = "full"
-    kernels: str = "auto"
-    unroll: int = 1
-    dispatch: str = "einsum"
-    capacity_factor: float = 1.25
-    group_size: int = 512
-    loss_chunk: int = 1024
-
-    def __post_init__(self):
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("remat", self.remat, REMAT_POLICIES)
-        one_of("kernels", self.kernels, KERNELS)
-        one_of("dispatch", self.dispatch, DISPATCHES)
-        require(
-            self.capacity_factor > 0, f"capacity_factor={self.capacity_factor}: must be positive"
-        )
-        for key in ("unroll", "group_size", "loss_chunk"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+    dtype: Dtype = "bfloat16"
+    remat: Annotated[str, Choice(REMAT_POLICIES)] = "full"
+    kernels: Annotated[str, Choice(KERNELS)] = "auto"
+    unroll: Annotated[int, Range(1, 10_000)] = 1
+    dispatch: Annotated[str, Choice(DISPATCHES)] = "einsum"
+    capacity_factor: Annotated[float, Range(0, 1e3, above=True)] = 1.25
+    group_size: Annotated[int, Range(1, 65_536)] = 512
+    loss_chunk: Tokens = 1024
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Optimisation. Defaults are BTX's; what the paper leaves out (betas, clip) is Llama 2's.
 
     batch_size: sequences per step over all devices. accumulate: micro-batches it is split into, one
@@ -81,60 +91,37 @@ class TrainConfig:
         frozen is kept in it.
     """
 
-    steps: int
-    batch_size: int
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    final_lr_fraction: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    balance_weight: float = 0.01
-    z_loss_weight: float = 0.0
-    eval_every: int = 0
-    eval_rows: int = 64
-    frozen: str = ""
-    frozen_dtype: str = "float32"
+    steps: Count
+    batch_size: Rows
+    accumulate: Rows = 1
+    learning_rate: Positive = 1e-4
+    warmup_steps: CountOrZero = 100
+    final_lr_fraction: Fraction = 0.1
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Range(0, 100)] = 0.1
+    clip_norm: Positive = 1.0
+    balance_weight: Weight = 0.01
+    z_loss_weight: Weight = 0.0
+    eval_every: CountOrZero = 0
+    eval_rows: Rows = 64
+    frozen: Annotated[str, Choice(FROZEN)] = ""
+    frozen_dtype: Dtype = "float32"
 
-    def __post_init__(self):
-        one_of("frozen", self.frozen, FROZEN)
-        one_of("frozen_dtype", self.frozen_dtype, DTYPES)
-        for key in ("steps", "batch_size", "accumulate", "eval_rows"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
-        for key in (
-            "warmup_steps",
-            "eval_every",
-            "weight_decay",
-            "balance_weight",
-            "z_loss_weight",
-        ):
-            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
-        for key in ("learning_rate", "clip_norm", "eps"):
-            require(
-                0 < getattr(self, key) < math.inf,
-                f"{key}={getattr(self, key)}: must be positive and finite",
-            )
-        for key in ("beta1", "beta2"):
-            require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)}: must lie in [0, 1)")
-        require(
-            0 <= self.final_lr_fraction <= 1,
-            f"final_lr_fraction={self.final_lr_fraction}: must lie in [0, 1]",
-        )
-        require(
-            self.batch_size % self.accumulate == 0,
-            f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}",
-        )
-        require(
-            self.warmup_steps <= self.steps,
-            f"warmup_steps={self.warmup_steps}: more than steps={self.steps}; lower it",
-        )
+    @rule
+    def _accumulates(self) -> Iterator[str]:
+        if self.batch_size % self.accumulate:
+            yield f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}"
+
+    @rule
+    def _warms_up(self) -> Iterator[str]:
+        if self.warmup_steps > self.steps:
+            yield f"warmup_steps={self.warmup_steps}: more than steps={self.steps}; lower it"
 
 
 @dataclass(frozen=True)
-class FormatConfig:
+class FormatConfig(Section):
     """How an item of JSON lines becomes a document of which the answers alone are learnt.
 
     prompt, answer: format strings over the item's fields; `{choice}` is choices[gold], where an
@@ -147,18 +134,16 @@ class FormatConfig:
     prompt: str = ""
     answer: str = ""
     messages: str = ""
-    cutoff: int = 0
+    cutoff: Annotated[int, Range(0, 2**30)] = 0
 
-    def __post_init__(self):
-        require(
-            bool(self.messages) != bool(self.answer),
-            "answer: give prompt and answer, or messages, and not both",
-        )
-        require(self.cutoff >= 0, f"cutoff={self.cutoff}: must not be negative")
+    @rule
+    def _one_kind(self) -> Iterator[str]:
+        if bool(self.messages) == bool(self.answer):
+            yield "answer: give prompt and answer, or messages, and not both"
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Text and its tokenizer.
 
     train, heldout: comma-separated `WHAT[#FIELD][:WEIGHT]`, WHAT a name from domains, a file, a
@@ -179,45 +164,28 @@ class DataConfig:
     heldout: str = ""
     domains: Mapping[str, str] = field(default_factory=dict)
     tokenizer: str = ""
-    bos: str = "auto"
+    bos: Annotated[str, Choice(BOS)] = "auto"
     formats: Mapping[str, FormatConfig] = field(default_factory=dict)
-    sequence_length: int = 4096
-    heldout_fraction: float = 0.01
+    sequence_length: Annotated[int, Range(2, 2**24)] = 4096
+    heldout_fraction: Share = 0.01
     cache: str = "runs/data"
-
-    def __post_init__(self):
-        one_of("bos", self.bos, BOS)
-        require(
-            self.sequence_length >= 2, f"sequence_length={self.sequence_length}: must be at least 2"
-        )
-        require(
-            0 <= self.heldout_fraction < 1,
-            f"heldout_fraction={self.heldout_fraction}: must lie in [0, 1)",
-        )
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Section):
     """Devices along each mesh axis; -1 on at most one axis means all that remain. The batch is
     split over data, fsdp and expert."""
 
-    data: int = 1
-    fsdp: int = -1
-    expert: int = 1
-    tensor: int = 1
+    data: Axis = 1
+    fsdp: Axis = -1
+    expert: Axis = 1
+    tensor: Axis = 1
 
-    def __post_init__(self):
-        sizes = dataclasses.asdict(self)
-        for axis, size in sizes.items():
-            require(
-                size >= 1 or size == -1,
-                f"{axis}={size}: must be at least 1, or -1 for all remaining devices",
-            )
-        open_axes = [axis for axis, size in sizes.items() if size == -1]
-        require(
-            len(open_axes) <= 1,
-            f"{', '.join(open_axes)}: more than one is -1; name the size of all but one",
-        )
+    @rule
+    def _one_is_open(self) -> Iterator[str]:
+        axes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "expert", "tensor")}
+        if len(several := [axis for axis, size in axes.items() if size == -1]) > 1:
+            yield f"{', '.join(several)}: more than one is -1; name the size of all but one"
 
     def shape(self, devices: int) -> tuple[int, int, int, int]:
         """(data, fsdp, expert, tensor) on this many devices. Raises ConfigError when they do not
@@ -239,20 +207,16 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """every: steps between checkpoints. keep: how many of the newest stay; the last step is always
     saved."""
 
-    every: int = 1000
-    keep: int = 2
-
-    def __post_init__(self):
-        for key in ("every", "keep"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+    every: Count = 1000
+    keep: Annotated[int, Range(1, 10**6)] = 2
 
 
 @dataclass(frozen=True)
-class MixConfig:
+class MixConfig(Section):
     """What becomes one model: the checkpoints, in expert order. One checkpoint with copies > 1 is
     sparse upcycling.
 
@@ -265,33 +229,39 @@ class MixConfig:
     """
 
     experts: tuple[str, ...]
-    copies: int = 1
-    method: str = "btx"
-    chunks: int = 1
-    k: int = 2
-    routing: str = "top_k"
-    first_routing: str = ""
-    router_std: float = 0.02
+    copies: Experts = 1
+    method: Annotated[str, Choice(MIX_METHODS)] = "btx"
+    chunks: Experts = 1
+    k: Experts = 2
+    routing: Annotated[str, Choice(ROUTINGS)] = "top_k"
+    first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
+    router_std: Annotated[float, Range(0, 1e3, above=True)] = 0.02
 
-    def __post_init__(self):
+    @rule
+    def _chunks_of_split(self) -> Iterator[str]:
+        if (self.chunks > 1) != (self.method == "split"):
+            yield f"chunks={self.chunks}: with method='split' at least 2, with the others 1"
+
+    @rule
+    def _makes_a_mixture(self) -> Iterator[str]:
+        if not self.experts:
+            yield "experts: none named; list the checkpoints to mix"
+            return
         total = len(self.experts) * self.copies * self.chunks
-        one_of("method", self.method, MIX_METHODS)
-        require(self.copies >= 1, f"copies={self.copies}: must be at least 1")
-        require(
-            self.chunks > 1 if self.method == "split" else self.chunks == 1,
-            f"chunks={self.chunks}: with method='split' at least 2, with the others 1",
-        )
-        require(total >= 1, "experts: none named; list the checkpoints to mix")
-        require(
-            self.router_std > 0,
-            f"router_std={self.router_std}: must be positive, a zero router always picks experts"
-            " 0..k-1",
-        )
-        MoEConfig((total,), self.k, self.routing, self.first_routing)
+        if total > MAX_EXPERTS:
+            yield (
+                f"experts: {len(self.experts)} checkpoints, copies={self.copies} and"
+                f" chunks={self.chunks} make {total} experts a layer; at most {MAX_EXPERTS}"
+            )
+            return
+        try:
+            MoEConfig((total,), self.k, self.routing, self.first_routing)
+        except ConfigError as error:
+            yield from error.args
 
 
 @dataclass(frozen=True)
-class EnsembleConfig:
+class EnsembleConfig(Section):
     """Branch-Train-Merge: dense models that answer together.
 
     experts: name among evaluate.models -> the domain of data.domains (or of data.heldout) whose
@@ -301,20 +271,19 @@ class EnsembleConfig:
     """
 
     experts: Mapping[str, str]
-    weights: str = "tf_idf"
-    top: int = 2
+    weights: Annotated[str, Choice(ENSEMBLE_WEIGHTS)] = "tf_idf"
+    top: Annotated[int, Range(1, 10_000)] = 2
 
-    def __post_init__(self):
-        one_of("weights", self.weights, ENSEMBLE_WEIGHTS)
-        require(len(self.experts) >= 2, "experts: an ensemble needs two or more")
-        require(
-            1 <= self.top <= len(self.experts),
-            f"top={self.top}: there are {len(self.experts)} experts",
-        )
+    @rule
+    def _several(self) -> Iterator[str]:
+        if len(self.experts) < 2:
+            yield "experts: an ensemble needs two or more"
+        elif self.top > len(self.experts):
+            yield f"top={self.top}: there are {len(self.experts)} experts"
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Section):
     """A test set: `file` of JSON lines, `$BTX_DATA_DIR` and the like expanded. limit: its first
     items only, 0 for all.
 
@@ -329,53 +298,44 @@ class TaskConfig:
     of pass@k; seconds: CPU time of each.
     """
 
-    kind: str
+    kind: Annotated[str, Choice(TASKS)]
     file: str
     prompt: str
-    limit: int = 0
-    heldout_fraction: float = 0.0
-    shots: int = 0
+    limit: CountOrZero = 0
+    heldout_fraction: Share = 0.0
+    shots: Annotated[int, Range(0, 1000)] = 0
     shots_file: str = ""
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
+    max_tokens: Tokens = 256
+    temperature: Annotated[float, Range(0, 100)] = 0.0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
     stop: tuple[str, ...] = ()
-    samples: int = 1
-    pass_at: tuple[int, ...] = (1,)
-    seconds: int = 10
+    samples: Annotated[int, Range(1, 10_000)] = 1
+    pass_at: tuple[Annotated[int, Range(1, 10_000)], ...] = (1,)
+    seconds: Annotated[int, Range(1, 86_400)] = 10
 
-    def __post_init__(self):
-        one_of("kind", self.kind, TASKS)
-        for key in ("limit", "shots"):
-            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}: must not be negative")
-        for key in ("max_tokens", "samples", "seconds"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
-        require(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
-        require(0 < self.top_p <= 1, f"top_p={self.top_p}: must lie in (0, 1]")
-        require(
-            0 <= self.heldout_fraction < 1,
-            f"heldout_fraction={self.heldout_fraction}: must lie in [0, 1)",
-        )
-        require(
-            not self.heldout_fraction or self.kind == "multiple_choice",
-            f"heldout_fraction={self.heldout_fraction}: for kind='multiple_choice' only",
-        )
-        require(
-            bool(self.shots_file) or not self.shots, "shots_file: missing, and shots are asked for"
-        )
-        require(
-            all(1 <= k <= self.samples for k in self.pass_at),
-            f"pass_at={self.pass_at}: each must lie in 1 .. samples={self.samples}",
-        )
-        several = self.kind == "code" and self.samples > 1
-        require(
-            not several or self.temperature > 0,
-            "temperature: 0 gives the same program every time; raise it or set samples to 1",
-        )
+    @rule
+    def _holds_out_choices(self) -> Iterator[str]:
+        if self.heldout_fraction and self.kind != "multiple_choice":
+            yield f"heldout_fraction={self.heldout_fraction}: for kind='multiple_choice' only"
+
+    @rule
+    def _shots_from_a_file(self) -> Iterator[str]:
+        if self.shots and not self.shots_file:
+            yield "shots_file: missing, and shots are asked for"
+
+    @rule
+    def _passes_at(self) -> Iterator[str]:
+        if max(self.pass_at, default=1) > self.samples:
+            yield f"pass_at={self.pass_at}: each must lie in 1 .. samples={self.samples}"
+
+    @rule
+    def _samples_differ(self) -> Iterator[str]:
+        if self.kind == "code" and self.samples > 1 and not self.temperature:
+            yield "temperature: 0 gives the same program every time; raise it or set samples to 1"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Section):
     """models: name -> checkpoint, each measured on every domain of data.heldout, where there is a
     data section. rows: at most this many a domain, 0 for all.
 
@@ -390,27 +350,30 @@ class EvaluateConfig:
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     ensembles: Mapping[str, EnsembleConfig] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
-    shown_tokens: int = 160
-    rows: int = 0
-    batch_size: int = 8
+    shown_tokens: Annotated[int, Range(0, 100_000)] = 160
+    rows: CountOrZero = 0
+    batch_size: Rows = 8
 
-    def __post_init__(self):
-        require(bool(self.models), "models: none named; map a name to a checkpoint")
-        require(self.rows >= 0, f"rows={self.rows}: must not be negative")
-        require(self.shown_tokens >= 0, f"shown_tokens={self.shown_tokens}: must not be negative")
-        require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
+    @rule
+    def _some_models(self) -> Iterator[str]:
+        if not self.models:
+            yield "models: none named; map a name to a checkpoint"
+
+    @rule
+    def _ensembles_of_models(self) -> Iterator[str]:
         for name, ensemble in self.ensembles.items():
-            require(name not in self.models, f"ensembles.{name}: a model has that name already")
+            if name in self.models:
+                yield f"ensembles.{name}: a model has that name already"
             for expert in ensemble.experts:
-                require(
-                    expert in self.models,
-                    f"ensembles.{name}.experts: no model {expert!r};"
-                    f" {suggest(expert, self.models)}",
-                )
+                if expert not in self.models:
+                    yield (
+                        f"ensembles.{name}.experts: no model {expert!r};"
+                        f" {suggest(expert, self.models)}"
+                    )
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Section):
     """evaluate: directory of the evaluate stage. runs: name -> directory of every stage whose
     curves and times are shown. others: directories of the evaluate stages of the same arms with
     other seeds; with them, arms are compared in pairs. continual: `MODEL:TASK` in the order of
@@ -422,17 +385,17 @@ class ReportConfig:
     others: tuple[str, ...] = ()
     continual: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    @rule
+    def _pairs(self) -> Iterator[str]:
         for i, pair in enumerate(self.continual):
-            require(all(pair.partition(":")), f"continual[{i}]={pair!r}: must be MODEL:TASK")
-        require(
-            len(self.continual) != 1,
-            "continual: one task alone; name two or more, in the order of training",
-        )
+            if not all(pair.partition(":")):
+                yield f"continual[{i}]={pair!r}: must be MODEL:TASK"
+        if len(self.continual) == 1:
+            yield "continual: one task alone; name two or more, in the order of training"
 
 
 @dataclass(frozen=True)
-class PipelineStage:
+class PipelineStage(Section):
     """One stage of a pipeline. In its config, `@NAME` stands for the working directory of stage
     NAME, which must be in needs."""
 
@@ -441,12 +404,12 @@ class PipelineStage:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     """One run. Sections that the stage does not use are left out."""
 
-    stage: str
+    stage: Annotated[str, Choice(STAGES)]
     init: str = ""
-    rng_seed: int = 0
+    rng_seed: Seed = 0
     model: ModelConfig | None = None
     lora: LoRAConfig | None = None
     compute: ComputeConfig | None = None
@@ -459,30 +422,39 @@ class Config:
     report: ReportConfig | None = None
     pipeline: Mapping[str, PipelineStage] | None = None
 
-    def __post_init__(self):
-        one_of("stage", self.stage, STAGES)
-        require(self.rng_seed >= 0, f"rng_seed={self.rng_seed}: must not be negative")
+    @rule
+    def _has_its_sections(self) -> Iterator[str]:
         for section in _SECTIONS[self.stage]:
-            require(
-                getattr(self, section) is not None,
-                f"{section}: missing, and stage {self.stage!r} needs it",
-            )
-        if self.evaluate is not None and self.data is None:
-            require(
-                not self.evaluate.ensembles,
-                "data: missing, and evaluate.ensembles need held-out text",
-            )
-            require(
-                bool(self.evaluate.tasks),
-                "data: missing, and evaluate.tasks is empty: nothing to evaluate on",
-            )
-        if self.stage == "pipeline":
-            assert self.pipeline is not None
-            for name, stage in self.pipeline.items():
-                for need in stage.needs:
-                    require(
-                        need in self.pipeline,
-                        f"pipeline.{name}.needs: no stage {need!r}; {suggest(need, self.pipeline)}",
+            if is_missing(self, section):
+                yield f"{section}: missing, and stage {self.stage!r} needs it"
+
+    @rule
+    def _has_something_to_evaluate(self) -> Iterator[str]:
+        if self.evaluate is None or not is_missing(self, "data"):
+            return
+        if self.evaluate.ensembles:
+            yield "data: missing, and evaluate.ensembles need held-out text"
+        if not self.evaluate.tasks:
+            yield "data: missing, and evaluate.tasks is empty: nothing to evaluate on"
+
+    @rule
+    def _stages_fit(self) -> Iterator[str]:
+        if self.stage != "pipeline" or self.pipeline is None:
+            return
+        if not self.pipeline:
+            yield "pipeline: no stages"
+        for name, stage in self.pipeline.items():
+            if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+                yield (
+                    f"pipeline.{name[:100]}: no name for a stage, whose directory has it; letters,"
+                    " digits, _, - and . only"
+                )
+            if stage.config.stage == "pipeline":
+                yield f"pipeline.{name}.config.stage: a pipeline within a pipeline; list its stages"
+            for need in stage.needs:
+                if need not in self.pipeline:
+                    yield (
+                        f"pipeline.{name}.needs: no stage {need!r}; {suggest(need, self.pipeline)}"
                     )
 
 

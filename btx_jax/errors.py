@@ -1,7 +1,13 @@
 """What users are meant to read: one line that names cause and cure."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+MAX_LINE = 8000
+MAX_WORD = 100  # characters of a wrong word that are compared with the known ones
+MAX_KNOWN = 40  # known words that are listed
+MAX_TOLD = 20  # mistakes that are told at one time
 
 
 class UserError(Exception):
@@ -12,22 +18,58 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A config that cannot run. The message starts with the key."""
+    """A config that cannot run, by one mistake or by several, each of which starts with its key."""
+
+    def __str__(self) -> str:
+        if len(self.args) <= 1:
+            return super().__str__()
+        listed = " ".join(f"({i}) {told}" for i, told in enumerate(self.args[:MAX_TOLD], start=1))
+        more = len(self.args) - MAX_TOLD
+        return f"{len(self.args)} mistakes: {listed}" + (f" and {more} more" if more > 0 else "")
 
 
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError with the message unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
+class Mistakes:
+    """Gathers what is wrong, so that all of it is told at once."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, None] = {}  # in order, each once
+
+    def add(self, told: str) -> None:
+        self.found[told] = None
+
+    @contextlib.contextmanager
+    def gather(self, prefix: str = "") -> Iterator[None]:
+        """A UserError within is kept, the block left. prefix: put before keys that are not whole."""
+        try:
+            yield
+        except UserError as error:
+            for told in map(str, error.args):
+                self.add(told if told.startswith("config.") else prefix + told)
+
+    def tell(self) -> None:
+        """Raises ConfigError when there are any."""
+        if self.found:
+            raise ConfigError(*self.found)
+
+
+def one_line(told: object) -> str:
+    """Words of an error on one line: what a terminal would obey or cannot show is escaped, the middle
+    left out where it is longer than anyone reads."""
+    words = " ".join(str(told).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return (
+        line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
+    )
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises ConfigError, with the nearest allowed word, for any other."""
     if value not in allowed:
-        raise ConfigError(f"{key}={value!r}: {suggest(value, allowed)}")
+        raise ConfigError(f"{key}={value[:MAX_WORD]!r}: {suggest(value, allowed)}")
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: object, known: Iterable[str]) -> str:
     known = tuple(known)
-    close = difflib.get_close_matches(str(word), known, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known)
+    close = difflib.get_close_matches(str(word)[:MAX_WORD], known[:1000], n=1)
+    listed = ", ".join(known[:MAX_KNOWN]) + (", ..." if len(known) > MAX_KNOWN else "")
+    return (f"did you mean {close[0]!r}? " if close else "") + "known: " + listed

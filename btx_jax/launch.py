@@ -16,11 +16,14 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about the CPU it compiles for
 
+import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
 from btx_jax import stages
+from btx_jax.command_line import fail, told_in_one_line
 from btx_jax.config_dict import from_config_dict
+from btx_jax.config_file import read_config
 from btx_jax.errors import UserError
 from btx_jax.parallel import hosts
 from btx_jax.paths import expand
@@ -64,41 +67,37 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs") / "_".join(filter(None, (Path(path).stem, argument)))
 
 
-def fail(message: object) -> None:
-    """One line to stderr, exit status 2."""
-    print(f"btx_jax: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def parse(argv: list[str]) -> list[str]:
     """absl's flags, with wrong ones told in one line."""
-    try:
-        return FLAGS(argv, known_only=False)
-    except (flags.Error, UserError) as error:
-        fail(str(error).replace("flag --config=", "--config=", 1))
-    except FileNotFoundError as error:
-        fail(f"--config: no file {error.filename}")
-    except (
-        KeyError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:  # how ml_collections reports a wrong override
-        told = str(error.args[0] if error.args else error)
-        words = re.findall(r"[A-Za-z_]+", told)
-        keys = [
-            argument.partition("=")[0].removeprefix("--")
-            for argument in argv
-            if argument.startswith("--config.")
-        ]
-        if not keys:
-            raise  # a mistake in the config file itself: its author wants the traceback
-        wrong = next((key for word in words for key in keys if word in key.split(".")), "--config")
-        hint = re.search(r"Did you mean .*\?", told)
-        fail(
-            f"{wrong}: unknown key; {hint[0] if hint else 'this config has no such section or key'}"
-        )
-    return argv
+    with told_in_one_line():
+        try:
+            return FLAGS(argv, known_only=False)
+        except Exception as error:  # a config file can raise anything
+            if file := _config_file(argv):
+                read_config(file, _overrides(argv))  # raises for what is wrong with either
+            if not isinstance(error, flags.Error | UserError):
+                raise
+            raise UserError(error) from None
+
+
+def _config_file(argv: list[str]) -> str:
+    """The value of --config, "" for none."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch("--?config(?:=(.*))?", word, re.DOTALL):
+            return following if match[1] is None else match[1]
+    return ""
+
+
+def _overrides(argv: list[str]) -> list[str]:
+    """`--config.KEY=VALUE`, or `--config.KEY` and the VALUE behind it."""
+    found: list[str] = []
+    is_open = False
+    for word in argv:
+        is_override = re.match("--?(no)?config[.]", word) is not None
+        if is_override or (is_open and not word.startswith("-")):
+            found.append(word)
+        is_open = is_override and "=" not in word
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -110,33 +109,34 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "jax", "orbax", "grain", "etils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    if not Path(file.partition(":")[0]).is_file():
-        fail(f"--config: no file {file.partition(':')[0]}")
-    try:
-        config = from_config_dict(_CONFIG.value)
-        workdir = (
-            Path(expand(_WORKDIR.value, "--workdir")) if _WORKDIR.value else default_workdir(file)
-        ).resolve()
-        if _TOPOLOGY.value:
-            from btx_jax.stages import compile_check
+    with told_in_one_line():
+        if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+            read_config(file)  # raises, as its file could not be read or returns something else
+        try:
+            _run(file)
+        except KeyboardInterrupt:
+            print(
+                "btx_jax: interrupted; run the same command to go on from the last checkpoint",
+                file=sys.stderr,
+            )
+            sys.exit(128 + signal.SIGINT)
 
-            sys.exit(0 if compile_check.run(config, workdir, _TOPOLOGY.value, _SLICES.value) else 1)
-        hosts.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        if not hosts.is_first():
-            logging.disable(logging.WARNING)  # one process tells; errors are every process's own
-        if _ONLY.value and config.stage != "pipeline":
-            raise UserError(f"--only={_ONLY.value}: {file} is no pipeline")
-        stages.run(config, workdir, **({"only": _ONLY.value} if _ONLY.value else {}))
-    except UserError as error:
-        fail(error)
-    except OSError as error:  # a disk that is full or read-only, a file where a directory should be
-        fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print(
-            "btx_jax: interrupted; run the same command to go on from the last checkpoint",
-            file=sys.stderr,
-        )
-        sys.exit(128 + signal.SIGINT)
+
+def _run(file: str) -> None:
+    config = from_config_dict(_CONFIG.value)
+    workdir = (
+        Path(expand(_WORKDIR.value, "--workdir")) if _WORKDIR.value else default_workdir(file)
+    ).resolve()
+    if _TOPOLOGY.value:
+        from btx_jax.stages import compile_check
+
+        sys.exit(0 if compile_check.run(config, workdir, _TOPOLOGY.value, _SLICES.value) else 1)
+    hosts.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if not hosts.is_first():
+        logging.disable(logging.WARNING)  # one process tells; errors are every process's own
+    if _ONLY.value and config.stage != "pipeline":
+        raise UserError(f"--only={_ONLY.value}: {file} is no pipeline")
+    stages.run(config, workdir, **({"only": _ONLY.value} if _ONLY.value else {}))
 
 
 if __name__ == "__main__":

@@ -2,39 +2,51 @@
 impossible value raises ConfigError."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 from btx_jax.allocation import experts_per_layer
-from btx_jax.errors import ConfigError, UserError, one_of, require
+from btx_jax.errors import ConfigError, Mistakes, UserError, suggest
+from btx_jax.schema import Choice, Experts, Positive, Range, Section, Share, rule
 
 ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
 GATINGS = ("top_k", "sigmoid", "cosine")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
+# Far beyond any model that was ever trained: what is larger is a slip, and would hang or fill the
+# memory before anything else told so.
+MAX_PARAMETERS = 10**13
+MAX_RUNS = 128  # runs of equal layers, each a program of its own
+
+Layers = Annotated[int, Range(1, 10_000)]
+Width = Annotated[int, Range(1, 10**7)]
+Heads = Annotated[int, Range(1, 65_536)]
+Context = Annotated[int, Range(1, 2**30)]
+
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Section):
     """Longer contexts by slower rotations. `linear` divides every frequency by factor; `llama3`
     only the low ones."""
 
-    kind: str = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+    kind: Annotated[str, Choice(("none", "linear", "llama3"))] = "none"
+    factor: Positive = 1.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_context: Context = 8192
 
-    def __post_init__(self):
-        one_of("kind", self.kind, ("none", "linear", "llama3"))
-        require(self.factor > 0, f"factor={self.factor}: must be positive")
-        require(
-            0 < self.low_freq_factor < self.high_freq_factor,
-            f"low_freq_factor={self.low_freq_factor}: must lie between 0 and"
-            f" high_freq_factor={self.high_freq_factor}",
-        )
+    @rule
+    def _low_is_lower(self) -> Iterator[str]:
+        if not self.low_freq_factor < self.high_freq_factor:
+            yield (
+                f"low_freq_factor={self.low_freq_factor}: must lie between 0 and"
+                f" high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Section):
     """Which layers are mixtures, and how their tokens are routed.
 
     experts: one count per layer, 0 for a layer that stays dense.
@@ -43,32 +55,31 @@ class MoEConfig:
     with soft there).
     """
 
-    experts: tuple[int, ...]
-    k: int = 2
-    routing: str = "top_k"
-    first_routing: str = ""
+    experts: tuple[Annotated[int, Range(0, 4096)], ...]
+    k: Experts = 2
+    routing: Annotated[str, Choice(ROUTINGS)] = "top_k"
+    first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
 
-    def __post_init__(self):
-        one_of("routing", self.routing, ROUTINGS)
-        if self.first_routing:
-            one_of("first_routing", self.first_routing, ROUTINGS)
-        require(
-            any(self.experts),
-            "experts: no layer has any; leave config.model.moe out for a dense model",
-        )
-        require(self.k >= 1, f"k={self.k}: must be at least 1")
+    @rule
+    def _some_experts(self) -> Iterator[str]:
+        if not any(self.experts):
+            yield "experts: no layer has any; leave config.model.moe out for a dense model"
+
+    @rule
+    def _k_of_them(self) -> Iterator[str]:
+        if "top_k" not in (self.routing, self.first_routing):
+            return
         for layer, experts in enumerate(self.experts):
-            require(experts >= 0, f"experts: {experts} in layer {layer}; must be 0 (dense) or more")
-            if experts and "top_k" in (self.routing, self.first_routing):
-                require(
-                    self.k <= experts,
+            if 0 < experts < self.k:
+                yield (
                     f"k={self.k}: more than the {experts} experts of layer {layer}; lower k or add"
-                    " experts",
+                    " experts"
                 )
+                return
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Section):
     """Low-rank experts beside frozen linear maps (MoLA, arXiv 2402.08562): h = W x + sum of g_i
     (alpha / rank) B_i A_i dropout(x) over the k experts that a router of this layer and map
     chooses. A layer with one expert has no router: plain LoRA.
@@ -85,24 +96,22 @@ class LoRAConfig:
     """
 
     allocation: str = "2468"
-    rank: tuple[int, ...] = (8,)
-    k: tuple[int, ...] = (2,)
-    alpha: float = 16.0
-    dropout: float = 0.05
+    rank: tuple[Annotated[int, Range(1, 65_536)], ...] = (8,)
+    k: tuple[Experts, ...] = (2,)
+    alpha: Annotated[float, Range(0, 1e6, above=True)] = 16.0
+    dropout: Share = 0.05
     targets: tuple[str, ...] = LORA_TARGETS
-    gating: str = "top_k"
+    gating: Annotated[str, Choice(GATINGS)] = "top_k"
 
-    def __post_init__(self):
-        one_of("gating", self.gating, GATINGS)
-        require(bool(self.targets), "targets: none named; known: " + ", ".join(LORA_TARGETS))
+    @rule
+    def _known_targets(self) -> Iterator[str]:
+        if not self.targets:
+            yield "targets: none named; known: " + ", ".join(LORA_TARGETS)
         for i, target in enumerate(self.targets):
-            one_of(f"targets[{i}]", target, LORA_TARGETS)
-            require(target not in self.targets[:i], f"targets[{i}]={target!r}: named twice")
-        require(0 <= self.dropout < 1, f"dropout={self.dropout}: must lie in [0, 1)")
-        require(self.alpha > 0, f"alpha={self.alpha}: must be positive")
-        for key in ("rank", "k"):
-            for value in getattr(self, key):
-                require(value >= 1, f"{key}={value}: must be at least 1")
+            if target not in LORA_TARGETS:
+                yield f"targets[{i}]={target!r}: {suggest(target, LORA_TARGETS)}"
+            elif target in self.targets[:i]:
+                yield f"targets[{i}]={target!r}: named twice"
 
     def specs(self, layers: int) -> tuple["LoRASpec | None", ...]:
         """What each layer gets. Raises ConfigError when allocation, rank or k do not fit the depth
@@ -111,17 +120,17 @@ class LoRAConfig:
             counts = experts_per_layer(self.allocation, layers)
         except UserError as error:
             raise ConfigError(str(error)) from None
-        rank, k = (self._per_layer(key, layers) for key in ("rank", "k"))
+        mistakes = Mistakes()
+        rank, k = (self._per_layer(key, layers, mistakes) for key in ("rank", "k"))
         for layer, experts in enumerate(counts):
             many = f"the {experts} expert{'s' if experts > 1 else ''} of layer {layer}"
-            require(
-                k[layer] <= experts or not experts,
-                f"k={k[layer]}: more than {many}; lower k or give one k per layer",
-            )
-            require(
-                self.gating != "sigmoid" or experts <= 1,
-                f"gating='sigmoid': a gate behind one expert, not behind {many}",
-            )
+            if 0 < experts < k[layer]:
+                mistakes.add(f"k={k[layer]}: more than {many}; lower k or give one k per layer")
+            if self.gating == "sigmoid" and experts > 1:
+                mistakes.add(f"gating='sigmoid': a gate behind one expert, not behind {many}")
+            if mistakes.found:
+                break
+        mistakes.tell()
         return tuple(
             (
                 LoRASpec(
@@ -139,13 +148,16 @@ class LoRAConfig:
             for i, experts in enumerate(counts)
         )
 
-    def _per_layer(self, key: str, layers: int) -> tuple[int, ...]:
+    def _per_layer(self, key: str, layers: int, mistakes: Mistakes) -> tuple[int, ...]:
         values: tuple[int, ...] = getattr(self, key)
-        require(
-            len(values) in (1, layers),
-            f"{key}: {len(values)} numbers for {layers} layers; give one for all or one per layer",
-        )
-        return values * layers if len(values) == 1 else values
+        if len(values) == layers:
+            return values
+        if len(values) != 1:
+            mistakes.add(
+                f"{key}: {len(values)} numbers for {layers} layers; give one for all or one per"
+                " layer"
+            )
+        return (values or (1,))[:1] * layers
 
 
 @dataclass(frozen=True)
@@ -176,58 +188,97 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """A model's architecture: everything that gives its parameters their meaning. Travels inside
     every checkpoint."""
 
-    vocab_size: int
-    layers: int
-    d_model: int
-    d_ff: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
+    vocab_size: Width
+    layers: Layers
+    d_model: Width
+    d_ff: Width
+    heads: Heads
+    kv_heads: Heads
+    head_dim: Heads
+    rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Range(0, 1)] = 1e-5
     tied_head: bool = False
-    context: int = 4096
+    context: Context = 4096
     moe: MoEConfig | None = None
     lora: LoRAConfig | None = None
 
-    def __post_init__(self):
-        for key in (
-            "vocab_size",
-            "layers",
-            "d_model",
-            "d_ff",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "context",
-        ):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
-        require(
-            self.heads % self.kv_heads == 0,
-            f"heads={self.heads}: not divisible by kv_heads={self.kv_heads}; each key head serves"
-            " heads / kv_heads query heads",
-        )
-        require(
-            self.head_dim % 2 == 0, f"head_dim={self.head_dim}: must be even, RoPE rotates pairs"
-        )
-        if self.moe is not None:
-            require(
-                len(self.moe.experts) == self.layers,
-                f"moe.experts: {len(self.moe.experts)} counts for layers={self.layers}; give one"
-                " count per layer (0 for a dense layer)",
+    @rule
+    def _heads_divide(self) -> Iterator[str]:
+        if self.heads % self.kv_heads:
+            yield (
+                f"heads={self.heads}: not divisible by kv_heads={self.kv_heads}; each key head"
+                " serves heads / kv_heads query heads"
             )
-        if self.lora is not None:
+
+    @rule
+    def _head_is_even(self) -> Iterator[str]:
+        if self.head_dim % 2:
+            yield f"head_dim={self.head_dim}: must be even, RoPE rotates pairs"
+
+    @rule
+    def _counts_fit(self) -> Iterator[str]:
+        if self.moe is not None and len(self.moe.experts) != self.layers:
+            yield (
+                f"moe.experts: {len(self.moe.experts)} counts for layers={self.layers}; give one"
+                " count per layer (0 for a dense layer)"
+            )
+
+    @rule
+    def _lora_fits(self) -> Iterator[str]:
+        if self.lora is None:
+            return
+        try:
             self.lora.specs(self.layers)
-            inside = [target for target in self.lora.targets if target in ("gate", "up", "down")]
-            require(
-                not self.moe or not inside,
+        except ConfigError as error:
+            yield from (f"lora.{told}" for told in error.args)
+        inside = [target for target in self.lora.targets if target in ("gate", "up", "down")]
+        if self.moe and inside:
+            yield (
                 f"lora.targets: {', '.join(inside)} of a mixture's experts cannot be adapted, its"
-                " attention can (q, k, v, o)",
+                " attention can (q, k, v, o)"
+            )
+
+    @rule
+    def _possible(self) -> Iterator[str]:
+        """In closed form: shapes of what is too large are not even made."""
+        counts = self.moe.experts if self.moe is not None else (1,) * self.layers
+        lora = ((0, 0),) * self.layers
+        if self.lora is not None:
+            try:
+                specs = self.lora.specs(self.layers)
+            except ConfigError:
+                return  # told by another rule
+            lora = tuple((spec.experts, spec.rank) if spec else (0, 0) for spec in specs)
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        total = self.d_model * self.vocab_size * (1 if self.tied_head else 2)
+        total += 2 * self.layers * self.d_model * (queries + keys)
+        total += sum(max(count, 1) for count in counts) * 3 * self.d_model * self.d_ff
+        if self.lora is not None:
+            ends = {
+                "q": self.d_model + queries,
+                "k": self.d_model + keys,
+                "v": self.d_model + keys,
+                "o": queries + self.d_model,
+            }
+            widths = sum(ends.get(target, self.d_model + self.d_ff) for target in self.lora.targets)
+            total += sum(experts * rank for experts, rank in lora) * widths
+        if total > MAX_PARAMETERS:
+            yield (
+                f"layers={self.layers}: with d_model={self.d_model}, d_ff={self.d_ff} and"
+                f" {max(counts)} experts a layer at most, {total:.2g} parameters; lower one, at most"
+                f" {MAX_PARAMETERS:.0e} can be meant"
+            )
+        pairs = list(zip(counts, lora, strict=False))
+        runs = sum(pairs[i] != pairs[i - 1] for i in range(1, len(pairs))) + 1
+        if runs > MAX_RUNS:
+            yield (
+                f"layers={self.layers}: {runs} runs of equal layers, each compiled by itself; at"
+                f" most {MAX_RUNS}, give neighbours the same experts"
             )
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:

@@ -16,12 +16,33 @@ CONFIG, DONE = "config.json", "done.json"  # of a run: while it runs, and when i
 
 def check_free(target: Path) -> None:
     """Raises UserError when something is already there: nothing is overwritten."""
+    if "\0" in str(target):
+        raise UserError(f"cannot write {str(target)[:200]!r}: no name of a file")
     try:
         exists = target.exists()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {str(target)[:200]!r}: {error}") from error
     if exists:
         raise UserError(f"{target} exists; delete it or choose another name")
+
+
+@contextlib.contextmanager
+def none_left_empty(*directories: Path) -> Iterator[None]:
+    """When the block fails, those of the directories and of their parents that it made and left
+    empty are gone again."""
+    missing = {
+        p: None
+        for directory in directories
+        for p in (directory, *directory.parents)
+        if not p.exists()
+    }
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError, ValueError):  # not made, or not empty
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -34,6 +55,12 @@ def new_directory(target: Path) -> Iterator[Path]:
     take it.
     """
     check_free(target)
+    with none_left_empty(target.parent), _new_directory(target) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left_over in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):

@@ -21,6 +21,7 @@ from btx_jax.backends.jobs import Backend, Job, drive, jobs_of
 from btx_jax.backends.local import Local
 from btx_jax.backends.queued_resources import QueuedResources
 from btx_jax.backends.skypilot import SkyPilot
+from btx_jax.command_line import Parser, told_in_one_line
 from btx_jax.errors import UserError
 from btx_jax.paths import expand
 
@@ -28,9 +29,7 @@ CLOUD = {"queued-resources": QueuedResources, "gke": Gke, "skypilot": SkyPilot}
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--pipeline", required=True, help="config file of a pipeline, as for btx_jax.launch"
     )
@@ -88,7 +87,7 @@ def show(jobs: list[Job], backend: Backend, out: str) -> None:
 def main() -> None:
     args, overrides = parser().parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with told_in_one_line():
         if wrong := [word for word in overrides if not word.startswith("--config.")]:
             raise UserError(
                 f"unknown argument {wrong[0]!r}; overrides look like --config.rng_seed=1"
@@ -138,9 +137,6 @@ def main() -> None:
                 ask(["gcloud", "storage", "ls", f"{inside}/{job.name}/done.json"]).returncode == 0
             ),
         )
-    except (UserError, OSError) as error:
-        print(f"btx_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ there.
 """
 
 import graphlib
-import importlib.util
 import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from btx_jax.config import Config
-from btx_jax.config_dict import from_config_dict
+from btx_jax.config_file import read_config
 from btx_jax.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -55,16 +53,10 @@ class Backend(Protocol):
         ...
 
 
-def load_pipeline(file: str) -> Config:
-    """configs/btx.py[:ARG] -> its pipeline config. Raises ConfigError when it is none."""
-    path, _, argument = file.partition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"--pipeline: no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = from_config_dict(module.get_config(argument) if argument else module.get_config())
+def load_pipeline(file: str, overrides: Sequence[str] = ()) -> Config:
+    """configs/btx.py[:ARG] -> its pipeline config. Raises ConfigError when it is none, and with all
+    that is wrong with it."""
+    config = read_config(file, overrides, "--pipeline")
     if config.pipeline is None:
         raise ConfigError(
             f"--pipeline={file}: its stage is {config.stage!r}, not a pipeline; run it with"
@@ -84,7 +76,7 @@ def jobs_of(
     """One job per stage, each after its needs. topologies: stage, or "" for all others -> topology.
     Raises ConfigError for others. cache: where all of them find tokenised text, "" for what their
     configs say."""
-    pipeline = load_pipeline(file).pipeline
+    pipeline = load_pipeline(file, overrides).pipeline
     assert pipeline
     topologies = topologies or {}
     if unknown := sorted(set(topologies) - {"", *pipeline}):

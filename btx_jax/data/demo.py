@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from btx_jax.data.sentencepiece_models import train_sentencepiece
-from btx_jax.errors import UserError
+from btx_jax.errors import UserError, suggest
 from btx_jax.output import new_file
 
 CORPUS_BYTES = 1_500_000  # of each corpus
@@ -191,10 +191,15 @@ def _order(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def require(name: str) -> None:
+    """Raises UserError when there is no such corpus."""
+    if name not in CORPORA:
+        raise UserError(f"config.data: no demo corpus {name!r}; {suggest(name, CORPORA)}")
+
+
 def corpus(name: str, cache: Path) -> Path:
     """The corpus as a .jsonl.gz file in the cache, written on first use."""
-    if name not in CORPORA:
-        raise UserError(f"config.data: no demo corpus {name!r}; known: {', '.join(CORPORA)}")
+    require(name)
     target = cache / "demo" / f"{name}.jsonl.gz"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from btx_jax.config import DataConfig
+from btx_jax.config import DataConfig, FormatConfig
 from btx_jax.data import demo
 from btx_jax.data.instructions import Formatter, Piece, encode_pieces
 from btx_jax.data.sources import (
@@ -35,13 +35,14 @@ from btx_jax.data.sources import (
     read_tfds,
 )
 from btx_jax.data.tokenizers import NotUnicode, Tokenizer, load_tokenizer
-from btx_jax.errors import UserError, suggest
+from btx_jax.errors import Mistakes, UserError, suggest
 from btx_jax.output import new_directory
 from btx_jax.paths import expand
 
 FORMAT = 3  # changes whenever the rows that the same text gives change
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
+DEMO = "demo:"  # as a tokenizer: the one that is made for the demo corpora
 
 log = logging.getLogger(__name__)
 
@@ -275,13 +276,18 @@ def find_format(source: Source, tokenizer: Tokenizer, config: DataConfig) -> For
     """That of `FILE#@NAME`. Raises UserError for an unknown name."""
     if not source.field.startswith("@"):
         return None
+    return Formatter(require_format(source, config), tokenizer, config.sequence_length)
+
+
+def require_format(source: Source, config: DataConfig) -> FormatConfig:
+    """That of `FILE#@NAME`. Raises UserError for an unknown name."""
     name = source.field[1:]
     if name not in config.formats:
         raise UserError(
             f"config.data.formats: no format {name!r} for {source.where};"
             f" {suggest(name, config.formats)}"
         )
-    return Formatter(config.formats[name], tokenizer, config.sequence_length)
+    return config.formats[name]
 
 
 def _write(
@@ -422,7 +428,7 @@ def cache_of(config: DataConfig) -> Path:
 def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> Tokenizer:
     """The config's tokenizer, else that of the checkpoint the run starts from. Raises UserError
     when there is neither."""
-    if config.tokenizer == "demo:":
+    if config.tokenizer == DEMO:
         found = load_tokenizer(demo.tokenizer(cache_of(config)))
     elif config.tokenizer:
         found = load_tokenizer(expand(config.tokenizer, "config.data.tokenizer"))
@@ -434,6 +440,33 @@ def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> 
     else:
         found = load_tokenizer(checkpoint_tokenizer)
     return found if config.bos == "auto" else found.with_bos(config.bos == "always")
+
+
+def texts(config: DataConfig) -> list[tuple[str, str]]:
+    """(key, text as it names it) of all that is trained on and of what is held out."""
+    named = [("config.data.train", config.train), ("config.data.heldout", config.heldout)]
+    return [(key, notation) for key, notation in named if notation or key == "config.data.train"]
+
+
+def check_text(config: DataConfig, notations: Iterable[tuple[str, str]]) -> None:
+    """notations: as `texts` gives them. Raises ConfigError with all that is known to be wrong
+    before any of it is read: names, formats and files that are not there."""
+    mistakes = Mistakes()
+    for key, notation in notations:
+        domains: tuple[Domain, ...] = ()
+        with mistakes.gather():
+            domains = parse_domains(notation, config.domains, key)
+        for domain in domains:
+            named = f"config.data.domains.{domain.name}" if domain.name in config.domains else key
+            for source in domain.sources:
+                with mistakes.gather():
+                    if source.field.startswith("@"):
+                        require_format(source, config)
+                    if source.where.startswith("demo:"):
+                        demo.require(source.where.removeprefix("demo:"))
+                    elif not source.where.startswith("tfds:"):
+                        expand_files(source, named)
+    mistakes.tell()
 
 
 def prepare(

@@ -130,7 +130,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> 
                 max_sentence_length=2**20,
                 minloglevel=2,
             )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot train a tokenizer of {vocab_size} pieces on this text:"
             f" {str(error).splitlines()[-1]}"

@@ -24,6 +24,7 @@ from btx_jax.errors import UserError
 from btx_jax.paths import expand
 
 MAX_SHOWN_FIELDS = 8
+MAX_LINE = 2**28  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +100,13 @@ class Problems:
         ]
 
 
-def expand_files(source: Source) -> list[Path]:
-    """The files of a path or glob, sorted. Raises UserError when there are none."""
+def expand_files(source: Source, key: str = "config.data") -> list[Path]:
+    """The files of a path or glob, sorted. Raises UserError, naming the key, when there are
+    none."""
     files = sorted(Path(p) for p in glob.glob(source.where, recursive=True) if os.path.isfile(p))
     if not files:
         raise UserError(
-            f"config.data: no file matches {source.where!r}; check the path (globs are allowed,"
+            f"{key}: no file matches {source.where!r}; check the path (globs are allowed,"
             " quote them in a shell)"
         )
     return files
@@ -141,17 +143,23 @@ def read_documents(file: Path, field: str, problems: Problems) -> Iterator[str]:
         problems.add("file without documents", str(file))
 
 
-def read_json_lines(path: str, key: str, limit: int = 0) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file (also .gz, .zst), at most `limit`, 0 for all. Raises UserError,
-    naming the key and the line."""
+def read_json_lines(
+    path: str, key: str, limit: int = 0, max_bytes: int = 0
+) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file (also .gz, .zst), at most `limit`, 0 for all. max_bytes: of its
+    unpacked lines, 0 for any. Raises UserError, naming the key and the line."""
     file = Path(expand(path, key))
     if not file.is_file():
         raise UserError(f"{key}: no file {file}")
     rows: list[dict[str, Any]] = []
+    size = 0
     try:
-        for number, line in enumerate(_open(file), start=1):
+        for number, line in enumerate(_lines(file), start=1):
             if limit and len(rows) == limit:
                 break
+            size += len(line)
+            if max_bytes and size > max_bytes:
+                raise UserError(f"{key}: {file} holds more than {max_bytes >> 20} MiB; split it")
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
@@ -159,7 +167,7 @@ def read_json_lines(path: str, key: str, limit: int = 0) -> list[dict[str, Any]]
                         f"{key}: {file}, line {number}: {type(row).__name__}, not an object"
                     )
                 rows.append(row)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{key}: {file}, line {number}: {error}") from error
     except (EOFError, OSError, zstandard.ZstdError) as error:
         raise UserError(
@@ -184,6 +192,16 @@ def _text(value: Any, place: str, field: str, problems: Problems) -> str | None:
     return value
 
 
+def _lines(file: Path) -> Iterator[bytes]:
+    """Raises UserError for a line beyond all bounds: a small packed file can hold one that fills
+    the memory."""
+    with _open(file) as opened:
+        while line := opened.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise UserError(f"{file}: a line of more than {MAX_LINE >> 20} MiB is no document")
+            yield line
+
+
 def _open(file: Path) -> BinaryIO:
     if file.suffix == ".gz":
         return gzip.open(file)  # type: ignore[return-value]
@@ -195,7 +213,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _json_rows(file: Path, field: str, problems: Problems) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_open(file), start=1):
+    for number, line in enumerate(_lines(file), start=1):
         place = f"{file}, line {number}"
         if not line.strip():
             continue

@@ -268,7 +268,11 @@ def difference(a: Tokenizer, b: Tokenizer, rows: int) -> str:
     if a.sha256 == b.sha256:
         return ""
     ours, theirs = (
-        {token: i for token, i in t._tokenizer.get_vocab(with_added_tokens=True).items() if i < rows}
+        {
+            token: i
+            for token, i in t._tokenizer.get_vocab(with_added_tokens=True).items()
+            if i < rows
+        }
         for t in (a, b)
     )
     changed = [token for token, i in ours.items() if theirs.get(token) != i]

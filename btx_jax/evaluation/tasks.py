@@ -7,6 +7,7 @@ got for every item.
 
 import re
 import statistics
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
 from btx_jax.evaluation.sandbox import Limits, pass_at_k, run_programs
 from btx_jax.parallel.hosts import is_first
+from btx_jax.schema import shown
 
 Item = dict[str, Any]
 FIELDS = {
@@ -30,8 +32,8 @@ FIELDS = {
 
 
 def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
-    """Raises UserError, naming the item, when a field is missing or a gold choice does not
-    exist."""
+    """Raises UserError, naming the item, when a field is missing or of another type, or a gold
+    choice does not exist."""
     if not items:
         raise UserError(f"{key}.file: {task.file} holds no item")
     for number, item in enumerate(items):
@@ -39,15 +41,33 @@ def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
         for name in FIELDS[task.kind]:
             if name not in item:
                 raise UserError(f"{where} has no field {name!r}; it has {', '.join(sorted(item))}")
-        if task.kind == "multiple_choice" and item["gold"] not in range(len(item["choices"])):
-            raise UserError(
-                f"{where}: gold={item['gold']!r} of {len(item['choices'])} choices; must be a"
-                " number from 0"
-            )
+        if wrong := _wrong_field(item, task.kind):
+            raise UserError(f"{where}: {wrong}")
+        for _, field, _, _ in string.Formatter().parse(task.prompt):
+            if field in item and item[field] is None:
+                raise UserError(f"{key}.prompt={task.prompt!r}: {where}: {field} is null")
         try:
             task.prompt.format_map(item)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{key}.prompt={task.prompt!r}: {where} has no {error}") from error
+
+
+def _wrong_field(item: Item, kind: str) -> str:
+    """What is wrong with the types of an item's fields, "" for nothing."""
+    if kind == "multiple_choice":
+        choices, gold = item["choices"], item["gold"]
+        if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+            return f"choices={shown(choices)}: must be a list of texts"
+        if type(gold) is not int or gold not in range(len(choices)):
+            return f"gold={shown(gold)} of {len(choices)} choices; must be a number from 0"
+    elif kind == "exact_match":
+        if not isinstance(item["answer"], str | int | float) or isinstance(item["answer"], bool):
+            return f"answer={shown(item['answer'])}: must be a text or a number"
+    else:
+        for name in FIELDS["code"]:
+            if not isinstance(item[name], str):
+                return f"{name}={shown(item[name])}: must be a text"
+    return ""
 
 
 def solved(item: Item, task: TaskConfig) -> str:

@@ -44,39 +44,48 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`_claim` by all processes. Raises UserError also when they do not share the directory, or the
+def look_up(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """`done_of` by all processes. Raises UserError also when they do not share the directory, or the
     cache of their text."""
-    done = first_then_others(_claim, workdir, config)
+    done = first_then_others(done_of, workdir, config)
     require_shared(workdir, "--workdir")
     if config.data:
         require_shared(Path(expand(config.data.cache, "config.data.cache")), "config.data.cache")
     return done
 
 
-def _claim(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """Write the resolved config on the first run; on a later one check that it is the same, unless
-    the run before, wrong from the start, left nothing. Returns done.json if finished.
+def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """done.json if the run has finished there. Writes nothing.
 
-    Raises UserError, with the differences, when the directory belongs to a run with another config.
+    Raises UserError, with the differences, when the directory belongs to a run with another config,
+    unless that run, wrong from the start, left nothing.
     """
-    new = to_dict(config)
-    path = workdir / CONFIG
+    path, done = workdir / CONFIG, workdir / DONE
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
+            new = to_dict(config)
             changed = [d for d in differences(read_json(path), new) if not is_resumable(d)]
             if changed and _holds_results(workdir):
                 raise UserError(
                     f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose"
                     " another --workdir or undo the change"
                 )
-        if is_first():
-            write_json(path, new)
+        return read_json(done) if done.exists() else None
     except OSError as error:
-        raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
-    done = workdir / DONE
-    return read_json(done) if done.exists() else None
+        raise UserError(f"--workdir: cannot read {workdir}: {error.strerror}") from error
+
+
+def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """`look_up`, and from here on the directory is this run's: it holds its resolved config. Called
+    once nothing can refuse the run any more."""
+    done = look_up(workdir, config)
+    if is_first():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(workdir / CONFIG, to_dict(config))
+        except OSError as error:
+            raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
+    return done
 
 
 def _holds_results(workdir: Path) -> bool:

@@ -1,14 +1,37 @@
 """The stages: each reads checkpoints and text and writes one directory. Each is idempotent and
-resumable."""
+resumable.
+
+A stage module has `run(config, workdir)` and `check(config, coming, mistakes)`, which gathers all
+that is known to be wrong before any work, reads no more than it must for that and writes nothing.
+"""
 
 import contextlib
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from btx_jax.config import Config
-from btx_jax.errors import UserError
-from btx_jax.output import locked
+from btx_jax.errors import Mistakes, UserError
+from btx_jax.model_config import ModelConfig
+from btx_jax.output import locked, none_left_empty
 from btx_jax.parallel.hosts import is_first
+
+# Of a pipeline, what stages that have not run yet will write: `@NAME` -> its model, None if unknown.
+Coming = Mapping[str, ModelConfig | None]
+
+
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
+    """The model that config.stage will write, None if none or unknown. What is wrong goes to
+    mistakes."""
+    stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
+    return stage.check(config, coming, mistakes)
+
+
+def require_right(config: Config) -> None:
+    """`check`, for a stage that runs at once. Raises ConfigError with all that is wrong."""
+    mistakes = Mistakes()
+    check(config, {}, mistakes)
+    mistakes.tell()
 
 
 def run(config: Config, workdir: Path, **options: str) -> None:
@@ -16,18 +39,20 @@ def run(config: Config, workdir: Path, **options: str) -> None:
     pipeline stage alone.
 
     Raises UserError when another process of this machine is running there, or nothing can be
-    written there.
+    written there. A run that is refused leaves no directory behind.
     """
     stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
     with contextlib.ExitStack() as held:
         if (
             is_first() and not options
         ):  # one stage of a pipeline runs beside others: it takes its own directory
+            held.enter_context(none_left_empty(workdir / "checkpoints"))
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise UserError(
-                    f"--workdir: cannot write to {workdir}: {error.strerror}"
+                    f"--workdir: cannot write to {str(workdir)[:200]!r}:"
+                    f" {getattr(error, 'strerror', error)}"
                 ) from error
             try:
                 held.enter_context(locked(workdir))

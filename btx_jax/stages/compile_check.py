@@ -80,7 +80,6 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
         else adapted_model(config.model, config.lora)
     )
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-    workdir.mkdir(parents=True, exist_ok=True)
     console.print(
         f"compiling the step of {workdir.name} for {len(devices)} chips of {topology}; a model of"
         " 7B takes some minutes ..."
@@ -424,6 +423,7 @@ def print_check(result: Check, console: Console) -> None:
 
 
 def write(path: Path, result: Check, changes: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as partial:
         partial.write_text(
             json.dumps(dataclasses.asdict(result) | {"changes": changes}, indent=1) + "\n"

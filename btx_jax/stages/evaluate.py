@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,17 @@ from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_for
 from btx_jax.checkpoints.training_state import About
 from btx_jax.config import Config, EnsembleConfig, TaskConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
-from btx_jax.data.prepare import PreparedDomain, is_heldout, prepare, resolve_tokenizer
+from btx_jax.data.prepare import (
+    PreparedDomain,
+    check_text,
+    is_heldout,
+    prepare,
+    resolve_tokenizer,
+    texts,
+)
 from btx_jax.data.sources import read_json_lines
 from btx_jax.data.tokenizers import Tokenizer, check_ids, difference, load_tokenizer
-from btx_jax.errors import ConfigError, UserError
+from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.evaluation import btm, lora, routing
 from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.explain import explain
@@ -36,21 +43,26 @@ from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
 from btx_jax.evaluation.likelihood import Scorer
 from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice, solved
+from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh
-from btx_jax.reporting.workdir import claim, finish, read_json, write_json
+from btx_jax.reporting.workdir import claim, finish, look_up, read_json, write_json
+from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)
 
 RESULTS, PARTS, INPUTS = "results.json", "parts", "inputs.json"
+MAX_TEST_SET = 2**28  # bytes, unpacked
 PROFILE_ROWS = 128  # training rows behind an expert's tf-idf profile
 
 
 def run(config: Config, workdir: Path) -> None:
     assert config.evaluate and config.compute and config.mesh
     start = time.monotonic()
-    done = claim(workdir, config)
+    done = look_up(workdir, config)
+    if done is None:
+        first_then_others(require_right, config)
     found = {
         name: find_checkpoint(path, f"config.evaluate.models.{name}")
         for name, path in config.evaluate.models.items()
@@ -63,20 +75,6 @@ def run(config: Config, workdir: Path) -> None:
         log.info("%s: already finished", workdir)
         return
     tokenizers = {name: load_tokenizer(checkpoint.tokenizer) for name, checkpoint in found.items()}
-    for name in tokenizers:
-        context = found[name].about.model.context
-        if config.data and config.data.sequence_length > context:
-            key = f"config.data.sequence_length={config.data.sequence_length}"
-            raise ConfigError(
-                f"{key}: config.evaluate.models.{name} has a context of {context}; lower it"
-            )
-        for task_name, task in config.evaluate.tasks.items():
-            if task.kind != "multiple_choice" and task.max_tokens >= context:
-                key = f"config.evaluate.tasks.{task_name}.max_tokens={task.max_tokens}"
-                raise ConfigError(
-                    f"{key}: config.evaluate.models.{name} has a context of {context}; leave the"
-                    " task or the model out"
-                )
     shape = config.mesh.shape(jax.device_count())
     shards = math.prod(shape[:3])
     spread = dataclasses.replace(
@@ -89,6 +87,7 @@ def run(config: Config, workdir: Path) -> None:
         for name, rows in heldout.items()
     }
     require_same(workdir / INPUTS, inputs)
+    claim(workdir, config)
     if is_first():
         write_json(workdir / INPUTS, inputs)
     mesh = make_mesh(shape)
@@ -128,6 +127,53 @@ def run(config: Config, workdir: Path) -> None:
     if is_first():
         write_json(workdir / RESULTS, {"domains": list(heldout), "models": models})
     finish(workdir, seconds=time.monotonic() - start)
+
+
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
+    assert config.evaluate and config.mesh
+    for name, path in config.evaluate.models.items():
+        with mistakes.gather():
+            if path in coming:
+                model = coming[path]
+            else:
+                found = find_checkpoint(path, f"config.evaluate.models.{name}")
+                model = found.about.model
+                load_tokenizer(found.tokenizer)
+            if model is not None:
+                for told in _too_long(config, name, model.context):
+                    mistakes.add(told)
+    for name, task in config.evaluate.tasks.items():
+        with mistakes.gather():
+            read_items(name, task)
+    if config.data:
+        profiles = [
+            (f"config.evaluate.ensembles.{name}.experts.{expert}", domain)
+            for name, ensemble in config.evaluate.ensembles.items()
+            for expert, domain in ensemble.experts.items()
+            if ensemble.weights == "tf_idf"
+        ]
+        with mistakes.gather():
+            check_text(config.data, [texts(config.data)[-1], *profiles])
+    with mistakes.gather():
+        config.mesh.shape(jax.device_count())
+    return None
+
+
+def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
+    """What does not fit the context of a model."""
+    assert config.evaluate
+    if config.data and config.data.sequence_length > context:
+        yield (
+            f"config.data.sequence_length={config.data.sequence_length}:"
+            f" config.evaluate.models.{name} has a context of {context}; lower it"
+        )
+    for task_name, task in config.evaluate.tasks.items():
+        if task.kind != "multiple_choice" and task.max_tokens >= context:
+            yield (
+                f"config.evaluate.tasks.{task_name}.max_tokens={task.max_tokens}:"
+                f" config.evaluate.models.{name} has a context of {context}; leave the task or the"
+                " model out"
+            )
 
 
 def require_same(file: Path, inputs: Mapping[str, str]) -> None:
@@ -260,7 +306,8 @@ def evaluate_model(
 def read_items(name: str, task: TaskConfig) -> tuple[list[Any], list[Any]]:
     """(the test set's items, its solved examples)."""
     key = f"config.evaluate.tasks.{name}"
-    items = read_json_lines(task.file, f"{key}.file", 0 if task.heldout_fraction else task.limit)
+    limit = 0 if task.heldout_fraction else task.limit
+    items = read_json_lines(task.file, f"{key}.file", limit, MAX_TEST_SET)
     if task.heldout_fraction:
         check_items(items, task, key)
         kept = [item for item in items if is_heldout(solved(item, task), task.heldout_fraction)]
@@ -271,7 +318,9 @@ def read_items(name: str, task: TaskConfig) -> tuple[list[Any], list[Any]]:
             )
         items = kept[: task.limit or None]
     examples = (
-        read_json_lines(task.shots_file, f"{key}.shots_file", task.shots) if task.shots else []
+        read_json_lines(task.shots_file, f"{key}.shots_file", task.shots, MAX_TEST_SET)
+        if task.shots
+        else []
     )
     for each in (items, examples) if task.shots else (items,):
         check_items(each, task, key)

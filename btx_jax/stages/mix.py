@@ -24,7 +24,7 @@ from btx_jax.checkpoints.training_state import About, Checkpoints
 from btx_jax.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config_dict import differences, to_dict
 from btx_jax.data.tokenizers import copy_tokenizer, difference, load_tokenizer
-from btx_jax.errors import ConfigError
+from btx_jax.errors import ConfigError, Mistakes
 from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers
@@ -33,7 +33,8 @@ from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.hosts import is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
-from btx_jax.reporting.workdir import claim, finish
+from btx_jax.reporting.workdir import claim, finish, look_up
+from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,10 @@ log = logging.getLogger(__name__)
 def run(config: Config, workdir: Path) -> None:
     assert config.mix and config.mesh
     start = time.monotonic()
-    if claim(workdir, config) is not None:
+    if look_up(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
+    require_right(config)
     mix = config.mix
     sources = [
         find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)
@@ -58,23 +60,12 @@ def run(config: Config, workdir: Path) -> None:
         )
         return
     tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
-    for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
-        context = first.about.model.context  # how long it may be used, not what its weights mean
-        other = dataclasses.replace(source.about.model, context=context)
-        if changed := differences(to_dict(first.about.model), to_dict(other)):
-            raise ConfigError(
-                f"config.mix.experts[{i}]: another model than experts[0]: {'; '.join(changed)}"
-            )
+    for i, tokenizer in enumerate(tokenizers):
         if told := difference(tokenizers[0], tokenizer, first.about.model.vocab_size):
             raise ConfigError(
                 f"config.mix.experts[{i}]: {tokenizer.path} is another tokenizer than"
                 f" {tokenizers[0].path}: {told}"
             )
-    if first.about.model.moe:
-        raise ConfigError(
-            f"config.mix.experts[0]: {first.path} is a mixture already; mix dense checkpoints"
-        )
-
     dense_model = dataclasses.replace(first.about.model, context=shortest_context(sources))
     model = mixed_model(dense_model, mix)
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
@@ -108,6 +99,7 @@ def run(config: Config, workdir: Path) -> None:
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
     history = {run: counts for source in sources for run, counts in source.about.history.items()}
+    claim(workdir, config)
     if is_first():
         copy_tokenizer(tokenizers[0], workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
@@ -122,6 +114,42 @@ def run(config: Config, workdir: Path) -> None:
         seconds=time.monotonic() - start,
         experts=[str(source.path) for source in sources for _ in range(mix.copies)],
     )
+
+
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
+    assert config.mix and config.mesh
+    models: dict[int, ModelConfig | None] = {}
+    for i, path in enumerate(config.mix.experts):
+        with mistakes.gather():
+            models[i] = (
+                coming[path]
+                if path in coming
+                else find_checkpoint(path, f"config.mix.experts[{i}]").about.model
+            )
+    with mistakes.gather():
+        config.mesh.shape(jax.device_count())
+    known = {i: model for i, model in models.items() if model is not None}
+    mixed = None
+    if known and not any(model.lora for model in known.values()):
+        n, first = next(iter(known.items()))
+        for i, model in known.items():
+            # How long it may be used, not what its weights mean.
+            other = dataclasses.replace(model, context=first.context)
+            if changed := differences(to_dict(first), to_dict(other)):
+                mistakes.add(
+                    f"config.mix.experts[{i}]: another model than experts[{n}]:"
+                    f" {'; '.join(changed)}"
+                )
+        if first.moe:
+            mistakes.add(
+                f"config.mix.experts[{n}]: {config.mix.experts[n]} is a mixture already; mix dense"
+                " checkpoints"
+            )
+        else:
+            with mistakes.gather():
+                context = min(model.context for model in known.values())
+                mixed = mixed_model(dataclasses.replace(first, context=context), config.mix)
+    return mixed
 
 
 def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> None:
@@ -190,6 +218,7 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
         lora.gating,
     )
     history = {run: counts for source in sources for run, counts in source.about.history.items()}
+    claim(workdir, config)
     if (tokenizer := find_own_tokenizer(sources[0])) is not None:
         copy_tokenizer(tokenizer, workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())

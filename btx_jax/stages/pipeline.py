@@ -2,19 +2,20 @@
 a failed branch stops only what needs it. Each stage runs in WORKDIR/NAME; what a report stage
 writes is copied to WORKDIR."""
 
-import dataclasses
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from btx_jax import stages
 from btx_jax.config import Config, PipelineStage
 from btx_jax.config_dict import from_dict, to_dict
-from btx_jax.errors import ConfigError, UserError
-from btx_jax.parallel.hosts import is_first
-from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish
+from btx_jax.errors import ConfigError, Mistakes, UserError
+from btx_jax.model_config import ModelConfig
+from btx_jax.parallel.hosts import first_then_others, is_first
+from btx_jax.reporting.workdir import CONFIG, DONE, claim, done_of, finish, look_up
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,11 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
     assert config.pipeline
     start = time.monotonic()
     order = in_order(config.pipeline)
-    resolved = {name: resolve(name, config.pipeline[name], config, workdir) for name in order}
+    mistakes, resolved = Mistakes(), dict[str, Config]()
+    for name in order:
+        with mistakes.gather():
+            resolved[name] = resolve(name, config.pipeline[name], config, workdir)
+    mistakes.tell()
     if only:
         if only not in resolved:
             raise ConfigError(f"--only={only}: no such stage; known: {', '.join(order)}")
@@ -35,6 +40,8 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
             raise UserError(f"--only={only}: needs {', '.join(missing)}, not finished in {workdir}")
         stages.run(resolved[only], workdir / only)
         return
+    look_up(workdir, config)
+    first_then_others(check_stages, config, resolved, workdir)
     claim(workdir, config)
     failed: dict[str, str] = {}
     for number, name in enumerate(order, start=1):
@@ -78,6 +85,26 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
     finish(workdir, seconds=time.monotonic() - start)
 
 
+def check_stages(config: Config, resolved: Mapping[str, Config], workdir: Path) -> None:
+    """Raises ConfigError with all that is known to be wrong with the stages that have not finished,
+    before the first of them runs."""
+    assert config.pipeline
+    mistakes = Mistakes()
+    coming: dict[str, ModelConfig | None] = {}
+    for name in resolved:
+        path = workdir / name
+        if (path / DONE).exists():
+            continue
+        with mistakes.gather():
+            done_of(path, resolved[name])
+        own = Mistakes()
+        coming[str(path)] = stages.check(resolved[name], coming, own)
+        for told in own.found:
+            within = f"config.pipeline.{name}.config."
+            mistakes.add(within + told.removeprefix("config.") if told[:7] == "config." else told)
+    mistakes.tell()
+
+
 def in_order(pipeline: Any) -> list[str]:
     """Stage names, each after its needs, otherwise as listed. Raises ConfigError on a circle."""
     order: list[str] = []
@@ -116,5 +143,6 @@ def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> C
             return str(workdir / value[1:])
         return value
 
-    parsed = from_dict(Config, replace(to_dict(stage.config)), f"config.pipeline.{name}.config")
-    return dataclasses.replace(parsed, rng_seed=config.rng_seed + parsed.rng_seed)
+    values = replace(to_dict(stage.config))
+    values["rng_seed"] += config.rng_seed
+    return from_dict(Config, values, f"config.pipeline.{name}.config")

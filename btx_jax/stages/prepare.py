@@ -7,9 +7,12 @@ from pathlib import Path
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config import Config
-from btx_jax.data.prepare import prepare, resolve_tokenizer
+from btx_jax.data.prepare import DEMO, check_text, prepare, resolve_tokenizer
+from btx_jax.errors import Mistakes
+from btx_jax.model_config import ModelConfig
 from btx_jax.parallel.hosts import first_then_others
-from btx_jax.reporting.workdir import claim, finish
+from btx_jax.reporting.workdir import claim, finish, look_up
+from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)
 
@@ -17,9 +20,10 @@ log = logging.getLogger(__name__)
 def run(config: Config, workdir: Path) -> None:
     assert config.data
     start = time.monotonic()
-    if claim(workdir, config) is not None:
+    if look_up(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
+    first_then_others(require_right, config)
     init = find_checkpoint(config.init, "config.init") if config.init else None
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     manifests = {}
@@ -33,4 +37,17 @@ def run(config: Config, workdir: Path) -> None:
                 "%s: %s: %d documents, %d tokens to train on; %d documents, %d tokens held out",
                 domain.name, source.manifest["source"], train["documents"], train["tokens"], heldout["documents"], heldout["tokens"],
             )  # fmt: skip
+    claim(workdir, config)
     finish(workdir, seconds=time.monotonic() - start, domains=manifests)
+
+
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
+    assert config.data
+    with mistakes.gather():
+        check_text(config.data, [("config.data.train", config.data.train)])
+    with mistakes.gather():
+        is_here = config.init and config.init not in coming
+        init = find_checkpoint(config.init, "config.init") if is_here else None
+        if config.data.tokenizer != DEMO and (init or config.data.tokenizer or not config.init):
+            resolve_tokenizer(config.data, init.tokenizer if init else None)
+    return None

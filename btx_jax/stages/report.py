@@ -9,19 +9,44 @@ from typing import Any
 from rich.console import Console
 
 from btx_jax.config import Config
-from btx_jax.errors import UserError
+from btx_jax.errors import Mistakes, UserError
+from btx_jax.model_config import ModelConfig
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.reporting.compare import markdown
 from btx_jax.reporting.page import render
 from btx_jax.reporting.summary import read_curves, summarise, tables
-from btx_jax.reporting.workdir import CONFIG, DONE, claim, finish, read_json, write_json, write_text
+from btx_jax.reporting.workdir import (
+    CONFIG,
+    DONE,
+    claim,
+    finish,
+    look_up,
+    read_json,
+    write_json,
+    write_text,
+)
+from btx_jax.stages import Coming, require_right
 
 
 def run(config: Config, workdir: Path) -> None:
     start = time.monotonic()
+    look_up(workdir, config)
+    require_right(config)
     claim(workdir, config)
     first_then_others(lambda: write(config, workdir) if is_first() else None)
     finish(workdir, seconds=time.monotonic() - start)
+
+
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
+    assert config.report
+    named = {"config.report.evaluate": config.report.evaluate} | {
+        f"config.report.others[{i}]": path for i, path in enumerate(config.report.others)
+    }
+    for key, path in named.items():
+        if path not in coming:
+            with mistakes.gather():
+                read_results(path, key)
+    return None
 
 
 def write(config: Config, workdir: Path) -> None:

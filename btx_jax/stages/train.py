@@ -1,8 +1,9 @@
 """Train: one loop for seed, experts, dense continuation and MoE finetune. Writes checkpoints,
 metrics and done.json.
 
-The order of a run: 1. claim the directory, 2. model and where it starts, 3. mesh and checks, 4.
-data, 5. compile, 6. state (resumed, from a checkpoint, or random), 7. the loop, 8. done.json.
+The order of a run: 1. look the directory up, 2. check all that can be known, 3. tokenizer and data,
+4. compile, 5. state (resumed, from a checkpoint, or random), 6. claim the directory, 7. the loop, 8.
+done.json.
 """
 
 import hashlib
@@ -37,9 +38,16 @@ from btx_jax.config_dict import flatten, to_dict
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_rows, training_batches
-from btx_jax.data.prepare import PreparedDomain, prepare, resolve_tokenizer
+from btx_jax.data.prepare import (
+    DEMO,
+    PreparedDomain,
+    check_text,
+    prepare,
+    resolve_tokenizer,
+    texts,
+)
 from btx_jax.data.tokenizers import Tokenizer, check_ids, copy_tokenizer
-from btx_jax.errors import ConfigError, UserError
+from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import parameter_counts
@@ -47,8 +55,9 @@ from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import MetricsWriter
-from btx_jax.reporting.workdir import claim, finish, is_resumable
-from btx_jax.training.start import checked_mesh, start_adapted, starting_point
+from btx_jax.reporting.workdir import claim, finish, is_resumable, look_up
+from btx_jax.stages import Coming, require_right
+from btx_jax.training.start import checked_mesh, start_adapted, starting_model, starting_point
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
 
 log = logging.getLogger(__name__)
@@ -65,20 +74,18 @@ class Preempted(SystemExit):
 def run(config: Config, workdir: Path) -> None:
     assert config.train and config.data and config.compute and config.mesh and config.checkpoint
     start = time.monotonic()
-    if claim(workdir, config) is not None:
+    if look_up(workdir, config) is not None:
         log.info("%s: already finished", workdir)
         return
 
+    first_then_others(require_right, config)
     init, model = starting_point(config)
     mesh = checked_mesh(config, model)
     log.info("%s: %s", workdir.name, described(model))
 
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
-    if init is None and tokenizer.vocab_size > model.vocab_size:
-        raise ConfigError(
-            f"config.model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size}"
-            " pieces"
-        )
+    if init is None:
+        require_embeddings(tokenizer, model)
     domains = first_then_others(
         prepare, config.data.train, config.data, tokenizer, "config.data.train"
     )
@@ -87,7 +94,7 @@ def run(config: Config, workdir: Path) -> None:
         heldout = first_then_others(
             prepare, config.data.heldout, config.data, tokenizer, "config.data.heldout"
         )
-    for domain in {*domains, *heldout}:
+    for domain in [*domains, *heldout]:
         check_ids([domain.largest_id()], model.vocab_size, f"domain {domain.name!r}", tokenizer)
     text = {"the tokenizer": tokenizer.sha256} | {
         domain.name: domain.identity() for domain in domains
@@ -104,6 +111,7 @@ def run(config: Config, workdir: Path) -> None:
     checkpoints = Checkpoints(workdir, config.checkpoint)
     try:
         state, base = start_state(config, model, mesh, init, checkpoints, batches, text)
+        claim(workdir, config)
         if is_first():
             copy_tokenizer(tokenizer, workdir / "tokenizer")
         evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
@@ -122,6 +130,38 @@ def run(config: Config, workdir: Path) -> None:
     finally:
         checkpoints.close()
     finish(workdir, seconds=time.monotonic() - start, steps=int(state.step))
+
+
+def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
+    assert config.data
+    init: Checkpoint | None = None
+    model: ModelConfig | None = None
+    is_coming = config.init in coming
+    with mistakes.gather():
+        if not is_coming:
+            init, model = starting_point(config)
+        elif (held := coming[config.init] or config.model) is not None:
+            model = starting_model(config, held)
+    if model is not None:
+        with mistakes.gather():
+            checked_mesh(config, model)
+    with mistakes.gather():
+        check_text(config.data, texts(config.data))
+    if config.data.tokenizer != DEMO and (init or config.data.tokenizer or not config.init):
+        with mistakes.gather():
+            tokenizer = resolve_tokenizer(config.data, init.tokenizer if init else None)
+            if model is not None and not config.init:
+                require_embeddings(tokenizer, model)
+    return model
+
+
+def require_embeddings(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Of a model that is made anew. One that comes with a larger vocabulary may never meet it."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size}"
+            " pieces"
+        )
 
 
 def described(model: ModelConfig) -> str:

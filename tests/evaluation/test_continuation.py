@@ -1,4 +1,8 @@
+import gzip
 import io
+import json
+import os
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -100,3 +104,18 @@ def test_every_end_that_the_files_name_ends_a_text(chatty):
     told = about(generation_config={"eos_token_id": [1, 3]}, config={"eos_token_id": 2})
     assert stop_ids(told, chatty) == [1, 3, 2]
     assert stop_ids(about(config={"eos_token_id": None}), chatty, [2, None]) == [1, 2]
+
+
+@pytest.mark.skipif("BTX_DATA_DIR" not in os.environ, reason="HumanEval is read from $BTX_DATA_DIR")
+def test_every_reference_solution_is_streamed_as_it_was_written(llama):
+    """HumanEval behind a Llama-2-like tokenizer, token by token."""
+    file = Path(os.environ["BTX_DATA_DIR"]) / "evals" / "humaneval.jsonl.gz"
+    items = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    assert len(items) == 164
+    for item in items:
+        prompt = llama.encode_prompt(item["prompt"])
+        whole = llama.encode_prompt(item["prompt"] + item["canonical_solution"])
+        assert whole[: len(prompt)] == prompt
+        stream, new = Stream(llama, prompt), whole[len(prompt) :]
+        parts = [stream.more(new[: count + 1]) for count in range(len(new))]
+        assert "".join([*parts, stream.more(new, is_last=True)]) == item["canonical_solution"]

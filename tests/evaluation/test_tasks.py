@@ -1,6 +1,8 @@
 import dataclasses
 import functools
+import gzip
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from btx_jax.config import ComputeConfig, TaskConfig
+from btx_jax.data import sources
 from btx_jax.data.sources import read_json_lines
 from btx_jax.errors import UserError
 from btx_jax.evaluation import tasks
@@ -219,3 +222,55 @@ def test_test_sets_with_faults_are_refused(tmp_path):
         read_json_lines(str(file), "k.file")
     with pytest.raises(UserError, match=r"k\.file: no file"):
         read_json_lines(str(tmp_path / "no"), "k.file")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "told"),
+    [
+        ("multiple_choice", {"choices": "abc"}, "choices='abc': must be a list of texts"),
+        ("multiple_choice", {"choices": {"a": 1}}, "must be a list of texts"),
+        ("multiple_choice", {"choices": ["a", None]}, "must be a list of texts"),
+        ("multiple_choice", {"choices": ["a", 3]}, "must be a list of texts"),
+        ("multiple_choice", {"choices": None}, "choices=None: must be a list of texts"),
+        ("multiple_choice", {"choices": []}, "gold=0 of 0 choices"),
+        ("multiple_choice", {"gold": True}, "gold=True of 2 choices; must be a number from 0"),
+        ("multiple_choice", {"gold": 1.0}, "gold=1.0 of 2 choices"),
+        ("multiple_choice", {"gold": "0"}, "gold='0' of 2 choices"),
+        ("multiple_choice", {"gold": -1}, "gold=-1 of 2 choices"),
+        ("multiple_choice", {"gold": [0]}, "gold=[0] of 2 choices"),
+        ("multiple_choice", {"q": None}, "q is null"),
+        ("exact_match", {"answer": None}, "answer=None: must be a text or a number"),
+        ("exact_match", {"answer": ["4"]}, "answer=['4']: must be a text or a number"),
+        ("exact_match", {"answer": True}, "answer=True: must be a text or a number"),
+        ("code", {"test": 3}, "test=3: must be a text"),
+        ("code", {"entry_point": None}, "entry_point=None: must be a text"),
+    ],
+)
+def test_fields_of_another_type_are_refused(kind, change, told):
+    item = {"q": "x", "choices": ["a", "b"], "gold": 0, "answer": "4"}
+    item |= {"prompt": "p", "test": "t", "entry_point": "e"}
+    task = TaskConfig(kind, "f", "{q}")
+    tasks.check_items([item], task, "k")
+    with pytest.raises(UserError) as error:
+        tasks.check_items([item, item | change], task, "k")
+    assert told in str(error.value) and "item 1 of f" in str(error.value)
+
+
+def test_test_sets_without_end_are_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in ("/dev/zero", tmp_path, tmp_path / "pipe.jsonl"):
+        with pytest.raises(UserError, match=r"k\.file: no file"):
+            read_json_lines(str(path), "k.file")
+    bomb = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(bomb, "wb") as packed:
+        packed.write(b" " * 3000 + b"\n" + b'{"q": 1}\n' * 1000)
+    assert len(read_json_lines(str(bomb), "k.file")) == 1000
+    with pytest.raises(UserError, match=r"k\.file: .*bomb\.jsonl\.gz holds more than 0 MiB"):
+        read_json_lines(str(bomb), "k.file", max_bytes=5000)
+    monkeypatch.setattr(sources, "MAX_LINE", 2000)
+    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: a line of more than .* is no document"):
+        read_json_lines(str(bomb), "k.file")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    monkeypatch.setattr(sources, "MAX_LINE", 2**20)
+    with pytest.raises(UserError, match=r"k\.file: .*line 1: "):
+        read_json_lines(str(tmp_path / "deep.jsonl"), "k.file")

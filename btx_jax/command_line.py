@@ -1,0 +1,46 @@
+"""How every command ends when something goes wrong that a user can mend: one line, no traceback."""
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+from btx_jax.errors import UserError, one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line as all others are, without the whole usage above."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; {self.prog} --help tells more")
+
+
+def fail(message: object) -> NoReturn:
+    """One line to stderr, exit status 2."""
+    print(f"btx_jax: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Around the body of a command. A reader of its output that has gone, as in `| head`, ends it
+    as it ends any program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # closed by the shell
+                sys.stdout.flush()
+    except UserError as error:
+        fail(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would flush once more
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:  # a disk that is full or read-only, a file where a directory should be
+        fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")

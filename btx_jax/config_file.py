@@ -1,0 +1,151 @@
+"""Config files: Python whose `get_config` returns a ConfigDict, and overrides of its keys as the
+command line has them. What is wrong with either is told in one line, all at once."""
+
+import importlib.util
+import inspect
+import re
+import traceback
+from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from btx_jax.config import Config
+from btx_jax.config_dict import from_config_dict
+from btx_jax.errors import ConfigError, Mistakes, UserError, one_line, suggest
+
+MAX_BYTES = 10**6  # of a config file
+
+
+def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config") -> Config:
+    """PATH[:ARGUMENT], with `--config.KEY=VALUE` applied. Raises ConfigError with all that is wrong
+    with the file, the overrides and what they make; flag: the name of the file's argument."""
+    made = load(file, flag)
+    mistakes = Mistakes()
+    good: list[str] = []
+    for words in _grouped(overrides):
+        try:
+            _parse(file, words)
+            good += words
+        except Exception as error:  # ml_collections raises many kinds for a wrong override
+            mistakes.add(_told(words[0], error, made))
+    config = None
+    with mistakes.gather():
+        try:
+            config = from_config_dict(_parse(file, good))
+        except flags.Error as error:  # of several overrides together
+            raise ConfigError(f"{flag}: {one_line(error)}") from None
+    mistakes.tell()
+    assert config
+    return config
+
+
+def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
+    """What get_config([ARGUMENT]) of PATH[:ARGUMENT] returns. Raises ConfigError, with the line of
+    the file, when it is no config file or raises itself."""
+    path, colon, argument = file.partition(":")
+    told = f"{flag}: {path[:200]}"
+    try:
+        if not path:
+            raise ConfigError(f"{flag}={file!r}: names no file")
+        if Path(path).is_dir():
+            raise ConfigError(f"{told} is a directory; name a config file, such as configs/demo.py")
+        if not Path(path).is_file():
+            raise ConfigError(f"{flag}: no file {path[:200]}")
+        if Path(path).stat().st_size > MAX_BYTES:
+            raise ConfigError(
+                f"{told}: {Path(path).stat().st_size} bytes; no config file is so large"
+            )
+    except (OSError, ValueError) as error:  # a name too long, a NUL in it
+        raise ConfigError(f"{flag}: {path[:200]!r}: {one_line(error)[:100]}") from None
+    arguments = [argument] if colon else []
+    try:
+        module = _module(path)
+        make = getattr(module, "get_config", None)
+        if not callable(make):
+            raise ConfigError(f"{told} has no function get_config; see configs/ for examples")
+        _require_arguments(make, arguments, told)
+        config = make(*arguments)
+    except UserError as error:
+        where = "" if str(error).startswith(flag) else f"{told}{_place(path, error)}: "
+        raise ConfigError(f"{where}{error}") from None
+    except (Exception, SystemExit) as error:  # whatever a program can do
+        raise ConfigError(f"{told}{_place(path, error)}: {_cause(error)}") from None
+    if isinstance(config, Config):
+        raise ConfigError(f"{told}: get_config returns a Config; return to_config_dict of it")
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"{told}: get_config returns {type(config).__name__}, not a ConfigDict; return"
+            " to_config_dict(Config(...))"
+        )
+    return config
+
+
+def _module(path: str) -> object:
+    loader = SourceFileLoader("btx_jax_config_file", path)
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _require_arguments(make: object, arguments: list[str], told: str) -> None:
+    try:
+        inspect.signature(make).bind(*arguments)  # type: ignore[arg-type]
+    except TypeError:
+        cure = "takes none, leave out what stands behind the colon"
+        if not arguments:
+            cure = "needs one: FILE:ARGUMENT"
+        raise ConfigError(f"{told}: argument of get_config: {cure}") from None
+
+
+def _place(path: str, error: BaseException) -> str:
+    """Where in the file."""
+    if isinstance(error, SyntaxError) and error.lineno and error.filename == path:
+        return f", line {error.lineno}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    return f", line {frames[-1].lineno}" if frames else ""
+
+
+def _cause(error: BaseException) -> str:
+    words = error.msg if isinstance(error, SyntaxError) else one_line(error)
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _grouped(overrides: Sequence[str]) -> list[list[str]]:
+    """`--config.a=1` alone, `--config.a 1` together."""
+    groups: list[list[str]] = []
+    for word in overrides:
+        if groups and not word.startswith("-") and "=" not in groups[-1][0]:
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    return groups
+
+
+def _parse(file: str, words: Sequence[str]) -> ml_collections.ConfigDict:
+    argv = ["btx_jax", f"--config={file}", *words]
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=parsed, sys_argv=argv)
+    parsed(argv)
+    return parsed["config"].value
+
+
+def _told(word: str, error: Exception, config: ml_collections.ConfigDict) -> str:
+    if isinstance(error, flags.Error):
+        return one_line(error).removeprefix("flag --")
+    key = word.partition("=")[0].removeprefix("--")
+    if hint := re.search(r"Did you mean .*\?", str(error)):
+        return f"{key}: unknown key; {hint[0]}"
+    within: object = config
+    for name in key.split(".")[1:]:
+        if not isinstance(within, ml_collections.ConfigDict):
+            return f"{key}: unknown key; there is nothing below {key.rpartition('.')[0]}"
+        if name not in within:
+            return f"{key}: unknown key; {suggest(name, within)}"
+        within = within[name]
+    return f"{key}: {one_line(error)}"

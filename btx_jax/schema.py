@@ -1,0 +1,265 @@
+"""What a section of a config may hold, declared with its fields, and all that is wrong told at once.
+
+A section is a frozen dataclass, a subclass of `Section`. `Annotated[int, Range(1, 10)]` bounds a
+number, `Annotated[str, Choice(...)]` names the words that are known, also inside
+`tuple[...]` and `Mapping[str, ...]`; a method marked `@rule` yields what is wrong with several
+fields together.
+"""
+
+import dataclasses
+import functools
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from btx_jax.errors import Mistakes, one_of, suggest
+
+T = TypeVar("T")
+
+MAX_TEXT = 100_000  # characters of a string
+MAX_NAMES = 10_000  # entries of a mapping or of a list
+MAX_UNKNOWN = 10  # unknown keys of a section that are named one by one
+HUGE = 1e30  # the largest value of a float without a bound of its own: float32 ends at 3e38
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from low to high, both included unless `above` (low is not) or `below` (high is not);
+    never NaN or infinity. also: a further number."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+    also: int | None = None
+
+    def problem(self, value: float) -> str:
+        """What the value must be; "" when it is."""
+        low = value > self.low if self.above else value >= self.low
+        high = value < self.high if self.below else value <= self.high
+        if (low and high) or value == self.also:
+            return ""
+        finite = isinstance(value, int) or math.isfinite(value)
+        if self.high <= 1:
+            brackets = "(" if self.above else "[", ")" if self.below else "]"
+            return f"must lie in {brackets[0]}{self.low:g}, {self.high:g}{brackets[1]}"
+        if finite and low:
+            return f"must be at most {self.high:.15g}"
+        if self.above and not self.low:
+            return "must be positive and finite"
+        if not finite:
+            return "must be finite"
+        other = "" if self.also is None else f", or {self.also}"
+        return (f"must be at least {self.low:g}" if self.low else "must not be negative") + other
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of these words. empty: also none, ""."""
+
+    words: tuple[str, ...]
+    empty: bool = False
+
+
+# What most numbers are.
+Count = Annotated[int, Range(1, 10**9)]
+CountOrZero = Annotated[int, Range(0, 10**9)]
+Experts = Annotated[int, Range(1, 4096)]
+Share = Annotated[float, Range(0, 1, below=True)]  # less than all
+Fraction = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(0, HUGE, above=True)]
+Weight = Annotated[float, Range(0, 1e3)]  # of a term of the loss
+
+
+class Section:
+    """A section checks itself when it is made: ConfigError, with a line for every mistake."""
+
+    def __post_init__(self) -> None:
+        mistakes = Mistakes()
+        _known(type(self), vars(self), "", mistakes)
+        mistakes.tell()
+
+
+def rule(method: Callable[[Any], Iterator[str]]) -> Callable[[Any], Iterator[str]]:
+    """Marks what several fields of a section must fulfil together. It yields lines that start with a
+    key, and reads fields of `self` alone: where one of them is wrong by itself, the rule waits."""
+    method.is_rule = True  # type: ignore[attr-defined]
+    return method
+
+
+class Unknown(Exception):
+    """A rule read a field that is wrong by itself, or missing."""
+
+
+class _Known:
+    """The fields of a section that are right by themselves, as `self` of its rules."""
+
+    def __init__(self, fields: Mapping[str, Any]):
+        self.__dict__.update(fields)
+
+    def __getattr__(self, name: str) -> Any:
+        raise Unknown(name)
+
+
+def is_missing(section: Any, name: str) -> bool:
+    """For rules: whether the optional field is left out, not merely wrong."""
+    try:
+        return getattr(section, name) is None
+    except Unknown:
+        return False
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], key: str = "config") -> T:
+    """Dict -> dataclass, strictly. Raises ConfigError with every unknown, missing, mistyped and
+    impossible value."""
+    mistakes = Mistakes()
+    made = _section(cls, values, key, mistakes)
+    mistakes.tell()
+    assert made is not None
+    return made
+
+
+def shown(value: Any) -> str:
+    """A value in one short line."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxlist = self.maxtuple = self.maxdict = 10
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**40 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def _section(cls: type[T], values: Any, key: str, mistakes: Mistakes) -> T | None:
+    """None when there are mistakes."""
+    if not isinstance(values, Mapping):
+        mistakes.add(f"{key}={shown(values)}: must be a section with keys")
+        return None
+    before = len(mistakes.found)
+    known = _known(cls, values, f"{key}.", mistakes)
+    if len(mistakes.found) > before:
+        return None
+    with mistakes.gather(f"{key}."):
+        return cls(**{name: known[name] for name in values if name in known})
+    return None
+
+
+def _known(cls: type, values: Mapping[str, Any], prefix: str, mistakes: Mistakes) -> dict[str, Any]:
+    """The fields that are right, defaults included; what is wrong, also by the rules, goes to
+    mistakes."""
+    fields, hints, rules = _declared(cls)
+    unknown = [name for name in values if name not in fields]
+    for name in unknown[:MAX_UNKNOWN]:
+        mistakes.add(f"{prefix}{str(name)[:200]}: unknown key; {suggest(name, fields)}")
+    if len(unknown) > MAX_UNKNOWN:
+        mistakes.add(f"{prefix}*: {len(unknown) - MAX_UNKNOWN} more unknown keys")
+    known: dict[str, Any] = {}
+    for name, f in fields.items():
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            if values.get(name) is None:
+                mistakes.add(f"{prefix}{name}: missing")
+                continue
+        elif name not in values:
+            made = f.default_factory is not dataclasses.MISSING
+            known[name] = f.default_factory() if made else f.default
+            continue
+        before = len(mistakes.found)
+        value = _convert(hints[name], values[name], f"{prefix}{name}", mistakes)
+        if len(mistakes.found) == before:
+            known[name] = value
+    for method in rules:
+        try:
+            for line in method(_Known(known)):
+                mistakes.add(line if line.startswith("config.") else prefix + line)
+        except Unknown:
+            pass  # what it reads is among the mistakes already
+    return known
+
+
+@functools.cache
+def _declared(cls: type) -> tuple[dict[str, Any], dict[str, Any], list[Callable]]:
+    """(fields, their types, rules)."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    rules = [method for method in vars(cls).values() if getattr(method, "is_rule", False)]
+    return fields, typing.get_type_hints(cls, include_extras=True), rules
+
+
+def _convert(hint: Any, value: Any, key: str, mistakes: Mistakes) -> Any:
+    """The value as its type has it; meaningless when a mistake was added."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # only ever `Section | None`
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, key, mistakes)
+    if dataclasses.is_dataclass(hint):
+        is_made = isinstance(value, hint)  # type: ignore[arg-type]
+        return value if is_made else _section(hint, value, key, mistakes)  # type: ignore[arg-type]
+    if origin is tuple:
+        return _convert_tuple(args[0], value, key, mistakes)
+    if origin is Mapping:
+        return _convert_mapping(args[1], value, key, mistakes)
+    bounds: tuple[Any, ...] = ()
+    if origin is Annotated:
+        hint, *bounds = args  # type: ignore[assignment]
+    if problem := _problem(hint, value, bounds):
+        mistakes.add(f"{key}={shown(value)}: {problem}")
+        return value
+    for bound in bounds:
+        if isinstance(bound, Choice) and not (bound.empty and not value):
+            with mistakes.gather():
+                one_of(key, value, bound.words)
+    return float(value) if hint is float else value
+
+
+def _problem(kind: type, value: Any, bounds: Any) -> str:
+    if value is None:
+        return f"must be {kind.__name__}, not None; leave the key out for its default"
+    wanted: Any = (int, float) if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        return f"must be {kind.__name__}, not {type(value).__name__}"
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        return f"{len(value)} characters; at most {MAX_TEXT}"
+    if kind is float and not bounds and abs(value) >= 2**1023:
+        return "must be finite"
+    return next((p for b in bounds if isinstance(b, Range) and (p := b.problem(value))), "")
+
+
+def _convert_tuple(kind: Any, value: Any, key: str, mistakes: Mistakes) -> Any:
+    if isinstance(value, str):
+        mistakes.add(f"{key}={shown(value)}: must be a list; write ({shown(value)},)")
+    elif not isinstance(value, tuple | list):
+        mistakes.add(f"{key}={shown(value)}: must be a list")
+    elif len(value) > MAX_NAMES:
+        mistakes.add(f"{key}: {len(value)} entries; at most {MAX_NAMES}")
+    else:
+        return tuple(
+            _convert(kind, item, f"{key}[{i}]" if len(value) > 1 else key, mistakes)
+            for i, item in enumerate(value)
+        )
+    return value
+
+
+def _convert_mapping(kind: Any, value: Any, key: str, mistakes: Mistakes) -> Any:
+    if not isinstance(value, Mapping):
+        mistakes.add(f"{key}={shown(value)}: must map names to values")
+    elif len(value) > MAX_NAMES:
+        mistakes.add(f"{key}: {len(value)} names; at most {MAX_NAMES}")
+    elif wrong := [name for name in value if not isinstance(name, str) or not name]:
+        mistakes.add(f"{key}: {shown(wrong[0])} is no name; names are text")
+    else:
+        return {
+            name: _convert(kind, item, f"{key}.{name[:200]}", mistakes)
+            for name, item in value.items()
+        }
+    return value

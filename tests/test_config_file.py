@@ -1,0 +1,108 @@
+"""Config files that are none, and overrides that are wrong: one line that names the place."""
+
+import pytest
+
+from btx_jax.backends.jobs import load_pipeline
+from btx_jax.config_file import read_config
+from btx_jax.errors import ConfigError
+
+MADE = "from btx_jax.config import *\nfrom ml_collections import ConfigDict\n"
+FILES = [
+    ("def get_config(:\n", "line 1: SyntaxError: invalid syntax"),
+    ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
+    ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("def get_config():\n    return open('/nowhere')\n", "line 2: FileNotFoundError: "),
+    ("def get_config():\n    return len(3)\n", "line 2: TypeError: object of type 'int' has no"),
+    ("def get_config():\n    return get_config()\n", "line 2: RecursionError: maximum recursion"),
+    ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
+    ("raise KeyError\n", "line 1: KeyError"),
+    ("x = 1\n", "has no function get_config"),
+    ("get_config = 3\n", "has no function get_config"),
+    ("def get_config():\n    pass\n", "get_config returns NoneType, not a ConfigDict"),
+    (
+        "def get_config():\n    return {'stage': 'mix'}\n",
+        "get_config returns dict, not a ConfigDict",
+    ),
+    ("def get_config(a):\n    return a\n", "argument of get_config: needs one: FILE:ARGUMENT"),
+    (
+        MADE + "def get_config():\n    return Config('report', report=ReportConfig('x'))\n",
+        "get_config returns a Config; return to_config_dict of it",
+    ),
+    (
+        MADE + "def get_config():\n    return MixConfig('a')\n",
+        "line 4: experts='a': must be a list",
+    ),
+    (
+        MADE + "def get_config():\n    return ConfigDict({'stage': 'mix', 'mesh': {'data': 0}})\n",
+        "2 mistakes: (1) config.mesh.data=0: must be at least 1, or -1 (2) config.mix: missing",
+    ),
+    (b"\0\1\2", "SyntaxError: source code string cannot contain null bytes"),
+    (b"x = '\xe9'\n", "SyntaxError: "),
+    ("#" * 2_000_000, "2000000 bytes; no config file is so large"),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), FILES, ids=[told[:40] for _, told in FILES])
+@pytest.mark.parametrize("read", [read_config, load_pipeline])
+def test_a_file_that_is_no_config(tmp_path, text, told, read):
+    file = tmp_path / "mine.py"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
+        read(str(file))
+    line = str(error.value)
+    assert told in line and "\n" not in line and "Traceback" not in line and len(line) < 400
+    if not told.startswith("2 mistakes"):
+        assert line.startswith("--config: " if read is read_config else "--pipeline: ")
+        assert str(file) in line
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("/tmp", "--config: /tmp is a directory"),
+        ("/dev/zero", "--config: no file /dev/zero"),
+        ("/nowhere.py:tiny", "--config: no file /nowhere.py"),
+        ("", "--config='': names no file"),
+        (":tiny", "--config=':tiny': names no file"),
+        ("a" * 5000, "File name too long"),
+        ("configs/demo.py:x", "argument of get_config: takes none"),
+        ("configs/seed.py:huge", "--config=...:huge: no such size"),
+    ],
+    ids=lambda x: x[:30],
+)
+def test_a_name_that_is_no_config_file(file, told):
+    with pytest.raises(ConfigError) as error:
+        read_config(file)
+    assert told in str(error.value) and len(str(error.value)) < 400
+
+
+def test_all_wrong_overrides_are_told_at_once_with_what_they_would_make():
+    overrides = (
+        "--config.train.stepz=5",
+        "--config.mix.k=3",
+        "--config.train.steps=many",
+        "--config.train.batch_size=0",
+        "--config.train.steps.x=1",
+        "--config.compute.dtype",
+        "float16",
+        "--config.train.accumulate=2",
+    )
+    with pytest.raises(ConfigError) as error:
+        read_config("configs/seed.py:tiny", overrides)
+    found = error.value.args
+    assert found[0].startswith('config.train.stepz: unknown key; Did you mean "steps"')
+    assert found[1].startswith("config.mix.k: unknown key; known: stage, init")
+    assert found[2].startswith("config.train.steps=many: ")
+    assert (
+        found[3] == "config.train.steps.x: unknown key; there is nothing below config.train.steps"
+    )
+    assert found[4].startswith("config.compute.dtype='float16': did you mean 'bfloat16'?")
+    assert found[5] == "config.train.batch_size=0: must be at least 1"
+    assert len(found) == 6
+
+
+def test_what_is_right_is_read_with_its_overrides():
+    overrides = ("--config.train.steps=50", "--config.init", "runs/a", "--noconfig.model.tied_head")
+    config = read_config("configs/seed.py:tiny", overrides)
+    assert (config.train.steps, config.init, config.model.tied_head) == (50, "runs/a", False)
+    assert len(load_pipeline("configs/btx.py:tiny", ("--config.rng_seed=3",)).pipeline) > 3
