@@ -159,10 +159,13 @@ def _lm_eval(arguments: list[str]) -> None:
         import btx_jax.evaluation.lm_eval_model  # noqa: F401  registers the model
     except ImportError as error:
         raise UserError(
-            f"lm_eval cannot be imported ({error}); pip install 'btx_jax[lm_eval]'"
+            f"lm_eval cannot be imported ({error}); pip install 'btx_jax[lm-eval]'"
         ) from error
     sys.argv = ["lm_eval", *arguments]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except OSError as error:  # a data set that is not there, a cache that cannot be written
+        raise UserError(f"lm_eval: {error}") from error
 
 
 def _fraction(text: str) -> float:

@@ -1,130 +1,475 @@
 """A model class for lm-evaluation-harness (`pip install lm_eval`): any of its tasks on any
-checkpoint, without torch.
+checkpoint, without torch. What its `hf` model does is the rule, argument by argument.
 
 lm_eval finds models by what has been imported, so `python -m btx_jax lm_eval ...` imports this
-module and hands over to its command line.
+module and hands over to its command line; in Python, import it before `lm_eval.simple_evaluate`.
 """
 
-from collections.abc import Mapping
+import bisect
+import collections
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
+from tqdm import tqdm
 
-from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
-from btx_jax.config import ComputeConfig, TaskConfig
-from btx_jax.data.tokenizers import load_tokenizer
-from btx_jax.errors import UserError
+from btx_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_for_inference,
+    open_reader,
+)
+from btx_jax.config import ComputeConfig
+from btx_jax.data.chat import ChatTemplate, TemplateError
+from btx_jax.data.chat import chat_template as find_chat_template
+from btx_jax.data.tokenizers import Tokenizer, check_ids, load_tokenizer
+from btx_jax.errors import UserError, one_of
 from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.generation import Generator
-from btx_jax.evaluation.likelihood import Scorer, encode_pair
-from btx_jax.evaluation.tasks import continuations
+from btx_jax.evaluation.likelihood import Scorer
+from btx_jax.evaluation.lm_eval_arguments import (
+    ROWS,
+    Generation,
+    batch_rows,
+    flag,
+    generation,
+    not_ours,
+    refuse_others,
+    whole,
+)
+from btx_jax.parallel.hosts import is_first
 from btx_jax.parallel.sharding import inference_mesh
+
+log = logging.getLogger(__name__)
+
+CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # stands where a rendered chat is cut, as in transformers
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of sentencepiece's byte fallback
+DEFAULT = "default"  # the template that a tokenizer need not name
+OWNER = "btx_jax"  # key in a cache of answers: whose they are
 
 
 @register_model("btx_jax")
-class BtxJaxLM(LM):
-    """--model_args checkpoint=DIR[,dtype=bfloat16][,max_gen_toks=256]; --batch_size N.
+class BtxJaxLM(TemplateLM):
+    """--model_args checkpoint=DIR[,NAME=VALUE...]; --batch_size N or auto.
 
-    checkpoint: a run's directory, one of its checkpoints, or a Hugging Face directory. Spread over
-    the process's devices.
+    checkpoint, or pretrained: a run's directory, one of its checkpoints, or a Hugging Face
+        directory. Spread over the process's devices.
+    tokenizer: a directory or file, where it is not the checkpoint's own.
+    dtype: float32, bfloat16 or auto, what most of the checkpoint is stored in.
+    max_length: tokens that prompt and continuation may have together; the model's context.
+    max_gen_toks: new tokens, where a task does not say.
+    add_bos_token: whether BOS stands before every text; by default, what the tokenizer itself does.
+    prefix_token_id: what stands before a text that is scored from its first token on; BOS, or EOS.
+    think_end_token: an id or a text; what is generated up to its last one is not answer.
+    chat_template_args, enable_thinking: variables of the chat template.
+
+    Everything else that lm_eval's hf model knows is refused, unless it asks for nothing.
     """
 
     def __init__(
         self,
-        checkpoint: str,
+        /,
+        checkpoint: Any = None,
+        pretrained: Any = None,
+        tokenizer: Any = None,
         dtype: str = "float32",
-        batch_size: int | str = 8,
-        max_gen_toks: int = 256,
-        device: Any = None,  # lm_eval passes it always
-        **unknown: Any,
+        max_length: Any = None,
+        max_gen_toks: Any = 256,
+        add_bos_token: Any = None,
+        prefix_token_id: Any = None,
+        think_end_token: Any = None,
+        enable_thinking: Any = None,
+        chat_template_args: Any = None,
+        batch_size: Any = ROWS,
+        max_batch_size: Any = None,
+        device: Any = None,
+        **others: Any,
     ):
         super().__init__()
-        unknown.pop("max_batch_size", None)
-        if unknown:
+        refuse_others(others, list(inspect.signature(type(self)).parameters)[:-1])
+        if (checkpoint is None) == (pretrained is None):
             raise UserError(
-                f"--model_args: unknown {', '.join(sorted(unknown))}; known: checkpoint, dtype,"
-                " max_gen_toks"
+                "--model_args: name the model once, checkpoint=DIR (pretrained means the same)"
             )
-        found = find_checkpoint(checkpoint, "--model_args checkpoint")
-        self._model, self._name = found.about.model, str(found.path)
-        self._max_new, self._batch_size = (
-            int(max_gen_toks),
-            int(batch_size) if str(batch_size).isdigit() else 8,
+        named = str(pretrained if checkpoint is None else checkpoint)
+        found = find_checkpoint(named, "--model_args checkpoint")
+        self._checkpoint, self._model = found, found.about.model
+        self._tokenizer = load_tokenizer(found.tokenizer if tokenizer is None else str(tokenizer))
+        self._batch_size = batch_rows(batch_size, max_batch_size)
+        is_auto = str(batch_size).startswith("auto")
+        self.batch_sizes = {0: self._batch_size} if is_auto else {}  # what lm_eval reports of auto
+        _check_device(device)
+        key, context = "--model_args {}".format, self._model.context
+        self._max_length = (
+            context if max_length is None else whole(key("max_length"), max_length, 1, context)
         )
-        self._tokenizer = load_tokenizer(found.tokenizer)
-        self._ends = stop_ids(found.about, self._tokenizer)
-        self._mesh = inference_mesh(found.about.model)
-        self._compute, self._params = (
-            ComputeConfig(dtype=dtype),
-            load_for_inference(found, self._mesh, dtype),
+        self._new_tokens = whole(key("max_gen_toks"), max_gen_toks, 1)
+        if add_bos_token is not None:
+            self._tokenizer = _with_bos(self._tokenizer, flag(key("add_bos_token"), add_bos_token))
+        self._prefix = (
+            None
+            if prefix_token_id is None
+            else whole(key("prefix_token_id"), prefix_token_id, 0, self._model.vocab_size - 1)
         )
+        is_id = isinstance(think_end_token, str) and think_end_token.isdecimal()
+        self._think_end = int(think_end_token) if is_id else think_end_token
+        self._thinks = (
+            None if enable_thinking is None else flag(key("enable_thinking"), enable_thinking)
+        )
+        if self._thinks and self._think_end is None:
+            raise UserError("--model_args enable_thinking=True: needs think_end_token")
+        if not isinstance(chat_template_args, Mapping | None):
+            raise UserError(
+                f"--model_args chat_template_args={chat_template_args}: must be a dictionary"
+            )
+        self._template_args = dict(chat_template_args or {})
+        if self._thinks is not None:
+            self._template_args["enable_thinking"] = self._thinks
+        self._template: ChatTemplate | None = None
+        self._told: set[str] = set()
+        self._settings = found.about.huggingface.get("generation_config", {})
+
+        one_of(key("dtype"), str(dtype), ("auto", "float32", "bfloat16"))
+        self._dtype = _stored_dtype(found) if dtype == "auto" else str(dtype)
+        self._mesh = inference_mesh(self._model)
+        self._compute = ComputeConfig(dtype=self._dtype)
+        self._params = load_for_inference(found, self._mesh, self._dtype)
         self._score = Scorer(self._model, self._params, self._compute, self._mesh, self._batch_size)
-        self._generator: Generator | None = None
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        """Made when first asked: it keeps a second copy of the parameters."""
+        ends = stop_ids(self._checkpoint.about, self._tokenizer)
+        return Generator(self._model, self._params, self._compute, self._mesh, ends)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict | None = None
+    ) -> "BtxJaxLM":
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict, additional_config: dict | None = None
+    ) -> "BtxJaxLM":
+        """additional_config: what lm_eval's own arguments say. Raises UserError for what both do."""
+        own = {
+            name: value for name, value in (additional_config or {}).items() if value is not None
+        }
+        for name in own.keys() & arg_dict.keys():
+            raise UserError(f"--model_args {name}: give it as --{name}")
+        return cls(**arg_dict, **own)
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self._tokenizer.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Raises UserError when there is none."""
+        for found in (self._prefix, self._tokenizer.bos, self._tokenizer.eos):
+            if found is not None:
+                return found
+        raise UserError(
+            f"{self._tokenizer.path} has neither BOS nor EOS to stand before a text; give"
+            " --model_args prefix_token_id=ID"
+        )
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self._new_tokens
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
 
     @property
     def tokenizer_name(self) -> str:
-        return self._name.replace("/", "__")
+        """Part of the name of lm_eval's cache of requests: another one for another tokenizer or
+        template."""
+        template = self._chat_template().source
+        told = hashlib.sha256((self._tokenizer.sha256 + template).encode()).hexdigest()
+        return f"{self._checkpoint.path.name}__{told[:16]}"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm_eval writes beside its results."""
+        return {
+            "model_num_parameters": sum(leaf.size for leaf in jax.tree.leaves(self._params)),
+            "model_dtype": self._dtype,
+            "model_path": str(self._checkpoint.path),
+        }
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """lm_eval's --use_cache: it looks answers up by the request alone. Raises UserError for a
+        file with those of another model."""
+        super().set_cache_hook(cache_hook)
+        answers = cache_hook.dbdict
+        if answers is None:
+            return
+        settings = [self._dtype, self._max_length, self._new_tokens, self._prefix]
+        settings += [self._think_end, self._tokenizer.sha256]
+        mine = json.dumps([self._checkpoint.identity(), *settings])
+        if len(answers) and answers.get(OWNER) != mine:
+            raise UserError(
+                f"--use_cache: {answers.filename} holds answers of another model, or with other"
+                " --model_args; name another file"
+            )
+        answers[OWNER] = mine
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """add_special_tokens: whether what the tokenizer itself puts in front is; by default unless
+        the text begins with BOS. Raises UserError for an id that has no embedding."""
+        if add_special_tokens is None:
+            bos = self._tokenizer.bos
+            first = None if bos is None else self._tokenizer.token_of(bos)
+            add_special_tokens = not has_bos_prefix(string, first)
+        encode = self._tokenizer.encode_prompt if add_special_tokens else self._tokenizer.encode
+        ids = encode(string)
+        check_ids(ids, self._model.vocab_size, f"{string[:60]!r}", self._tokenizer)
+        return ids
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        pairs = [encode_pair(self._tokenizer, *request.args) for request in requests]
+        if self._thinks:
+            raise UserError(
+                "--model_args enable_thinking=True: a task that scores given answers leaves no room"
+                " for thoughts; choose tasks that generate"
+            )
+        for request in requests:
+            if not request.args[1]:
+                raise UserError(f"nothing to score behind {request.args[0][-60:]!r}")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        """Of (texts, context ids, continuation ids), the front cut off where both are longer than
+        max_length."""
+        pairs = []
+        for texts, front, behind in requests:
+            if not front or not behind or len(behind) > self._max_length:
+                raise UserError(
+                    f"{texts}: {len(front)} tokens and {len(behind)} to be scored behind them; needs"
+                    f" one of each at least, and at most {self._max_length} to be scored"
+                )
+            whole = [*front, *behind][-(self._max_length + 1) :]
+            pairs.append((whole[: -len(behind)], behind))
+        cut = sum(
+            len(pair[0]) < len(front) for pair, (_, front, _) in zip(pairs, requests, strict=True)
+        )
+        self._tell_cut(cut, len(pairs), self._max_length + 1)
         return [(found.log_p, found.is_greedy) for found in self._score(pairs, "loglikelihood")]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, each token seen once, in windows of the model's context. The first token
-        follows BOS, or else EOS."""
-        pairs, owners = [], []
-        start = self._tokenizer.bos if self._tokenizer.bos is not None else self._tokenizer.eos
+        """Of whole texts, each token seen once, in windows of max_length. As in lm_eval's hf model,
+        what the tokenizer puts in front of a text counts as its first token."""
+        windows, owners = [], []
         for number, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                self._tokenizer.encode(request.args[0]), start, self._model.context, context_len=1
+            found = get_rolling_token_windows(
+                self.tok_encode(request.args[0]),
+                self.prefix_token_id,
+                self._max_length,
+                context_len=1,
             )
-            for window in map(make_disjoint_window, windows):
-                pairs.append(window)
+            for front, behind in map(make_disjoint_window, found):
+                windows.append((None, front, behind))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, self._score(pairs, "loglikelihood_rolling"), strict=True):
-            totals[owner] += found.log_p
+        for owner, (log_p, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += log_p
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        if self._generator is None:
-            self._generator = Generator(
-                self._model, self._params, self._compute, self._mesh, self._ends
-            )
-        alike: dict[TaskConfig, list[int]] = {}  # requests with the same settings share batches
+        alike: dict[Generation, list[int]] = {}  # requests with the same settings share batches
         for number, request in enumerate(requests):
-            alike.setdefault(self._settings(request.args[1]), []).append(number)
+            options = {"top_p": self._settings.get("top_p"), **request.args[1]}
+            settings = generation(options, self._new_tokens)
+            alike.setdefault(settings, []).append(number)
         texts = [""] * len(requests)
-        for settings, numbers in alike.items():
-            prompts = [requests[number].args[0] for number in numbers]
-            for number, text in zip(
-                numbers,
-                continuations(
-                    self._tokenizer, self._generator, prompts, settings, self._batch_size
-                ),
-                strict=True,
-            ):
-                texts[number] = text
+        with tqdm(
+            total=len(requests), desc="generate_until", disable=disable_tqdm or not is_first()
+        ) as progress:
+            for settings, numbers in alike.items():
+                prompts = [requests[number].args[0] for number in numbers]
+                for place, text in self._continued(prompts, settings):
+                    texts[numbers[place]] = text
+                    self.cache_hook.add_partial(
+                        "generate_until", requests[numbers[place]].args, text
+                    )
+                    progress.update()
         return texts
 
-    def _settings(self, options: Mapping[str, Any]) -> TaskConfig:
-        """lm_eval's generation_kwargs; greedy unless do_sample is asked for."""
-        until = options.get("until", [])
-        return TaskConfig(
-            "exact_match",
-            file="",
-            prompt="",
-            max_tokens=int(options.get("max_gen_toks", self._max_new)),
-            temperature=(
-                float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
-            ),
-            top_p=float(options.get("top_p", 1.0)),
-            stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+    def _continued(self, prompts: Sequence[str], settings: Generation) -> Iterator[tuple[int, str]]:
+        """(index of a prompt, the text generated behind it), in batches of similar length."""
+        room = self._max_length - settings.new_tokens
+        if room < 1:
+            raise UserError(
+                f"generation_kwargs max_gen_toks={settings.new_tokens}: leaves no room for a prompt"
+                f" in {self._max_length} tokens; lower it"
+            )
+        ids = [self.tok_encode(prompt) for prompt in prompts]
+        if not all(ids):
+            raise UserError("an empty prompt, and the tokenizer has no BOS to start from")
+        self._tell_cut(sum(len(row) > room for row in ids), len(ids), room)
+        if beyond := not_ours(self._settings, sampled=settings.sampling.temperature > 0):
+            told = ", ".join(f"{name}={self._settings[name]}" for name in beyond)
+            self._tell(f"{self._checkpoint.path}: its generation_config's {told}: not applied here")
+        eos = self._tokenizer.eos
+        written = None if eos is None else self._tokenizer.token_of(eos)
+        stops = (*settings.stops, written) if written else settings.stops
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        for start in range(0, len(order), self._batch_size):
+            chosen = order[start : start + self._batch_size]
+            rows = [ids[i][-room:] for i in chosen]
+            rows += rows[-1:] * (self._batch_size - len(rows))
+            fronts = [self._shown(row) for row in rows]
+            new = self._generator.generate(
+                rows,
+                settings.new_tokens,
+                settings.sampling,
+                seed=int(np.random.randint(2**32, dtype=np.uint32)),  # lm_eval's --seed sets it
+                is_finished=lambda row, ids: self._has_ended(fronts[row], ids, stops),  # noqa: B023
+            )
+            for i, front, ids_new in zip(chosen, fronts, new, strict=False):
+                yield i, self._answer(front, ids_new, stops)
+
+    def _shown(self, prompt: list[int]) -> list[int]:
+        """Behind which a continuation is decoded. Tokens of single bytes are decoded together, and
+        what follows the prompt's own, which are whole characters, would spoil them."""
+        pieces = [self._tokenizer.token_of(i) or "" for i in prompt]
+        ends = [i for i, piece in enumerate(pieces, 1) if not BYTE.fullmatch(piece)]
+        return prompt[: ends[-1]] if ends else prompt
+
+    def _has_ended(self, prompt: list[int], new: list[int], stops: Sequence[str]) -> bool:
+        """Special tokens count as their text here, though no answer shows them."""
+        shown = self._tokenizer.decode(new, behind=prompt, special=True)
+        return any(stop in shown for stop in stops)
+
+    def _answer(self, prompt: list[int], new: list[int], stops: Sequence[str]) -> str:
+        """The text of what was generated, up to the first stop."""
+        end = bisect.bisect_left(
+            range(len(new) + 1), True, key=lambda n: self._has_ended(prompt, new[:n], stops)
+        )
+        kept, thought = new[:end], 0
+        if isinstance(self._think_end, int) and self._think_end in kept:
+            thought = len(kept) - kept[::-1].index(self._think_end)
+        text = self._tokenizer.decode(kept[thought:], behind=[*prompt, *kept[:thought]])
+        if isinstance(self._think_end, int):
+            return postprocess_generated_text(text.lstrip(), list(stops), None)
+        return postprocess_generated_text(text, list(stops), self._think_end)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the template that apply_chat_template renders from now on: the default one,
+        or the one of that name. None for False. Raises UserError when there is none."""
+        if chat_template is False or chat_template is None:
+            return None
+        name = chat_template if isinstance(chat_template, str) else DEFAULT
+        if list(self._tokenizer.templates) == [DEFAULT] and name != DEFAULT:
+            self._tell(f"--apply_chat_template {name}: there is only one template, which is taken")
+            name = DEFAULT
+        self._template = find_chat_template(self._tokenizer, name)
+        return self._template.source
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text that asks for the next answer; or, without add_generation_prompt, the one that
+        the last message's own continuation follows. A template that refuses a system message gets
+        none, with a warning, as in lm_eval's hf model. Raises UserError when it refuses more."""
+        try:
+            return self._rendered(chat_history, add_generation_prompt)
+        except TemplateError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            self._tell(f"{error}: rendered without the system message instead")
+        return self._rendered(others, add_generation_prompt)
+
+    def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        template = self._chat_template()
+        if add_generation_prompt:
+            return template.render(messages, True, **self._template_args).text
+        *before, last = messages
+        marked = [*before, {**last, "content": last["content"] + CONTINUE}]
+        text = template.render(marked, False, **self._template_args).text
+        if CONTINUE.strip() not in text or last["content"].strip() not in text:
+            raise UserError(
+                "--apply_chat_template: the template changes the beginning of an answer, which the"
+                f" task gives: {last['content']!r}"
+            )
+        place = text.rindex(CONTINUE.strip())
+        if text[place:].startswith(CONTINUE):
+            return text[:place]
+        return text[:place].rstrip()
+
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = find_chat_template(self._tokenizer)
+        return self._template
+
+    def _tell(self, message: str) -> None:
+        """Once, however often it happens."""
+        if message not in self._told:
+            self._told.add(message)
+            log.warning(message)
+
+    def _tell_cut(self, cut: int, count: int, room: int) -> None:
+        if cut:
+            log.warning(
+                "%d of %d texts are longer than %d tokens: their fronts are cut off",
+                cut,
+                count,
+                room,
+            )
+
+
+def _stored_dtype(found: Checkpoint) -> str:
+    """bfloat16 where most tensors are stored so, else float32, which holds float16 exactly."""
+    if found.about.base:
+        return "float32"
+    ((commonest, _),) = collections.Counter(open_reader(found).dtypes.values()).most_common(1)
+    return "bfloat16" if commonest.name == "bfloat16" else "float32"
+
+
+def _with_bos(tokenizer: Tokenizer, added: bool) -> Tokenizer:
+    if added and tokenizer.bos is None:
+        raise UserError(f"--model_args add_bos_token=True: {tokenizer.path} has no BOS")
+    return tokenizer.with_bos(added)
+
+
+def _check_device(device: Any) -> None:
+    """lm_eval passes cuda:0 where nobody said a thing."""
+    here = jax.default_backend()
+    if device not in (None, "cuda", "cuda:0", here, f"{here}:0"):
+        raise UserError(
+            f"--device {device}: JAX runs on all devices of the platform {here}; choose them by"
+            " JAX_PLATFORMS and CUDA_VISIBLE_DEVICES"
         )
