@@ -13,6 +13,7 @@ from btx_jax.allocation import MAX_EXPERTS
 from btx_jax.errors import ConfigError, suggest
 from btx_jax.model_config import ROUTINGS, LoRAConfig, ModelConfig, MoEConfig
 from btx_jax.schema import (
+    HUGE,
     Choice,
     Count,
     CountOrZero,
@@ -108,7 +109,7 @@ class TrainConfig(Section):
     steps: Count
     batch_size: Rows
     accumulate: Rows = 1
-    learning_rate: Annotated[float, Range(0, 1e3)] = 1e-4
+    learning_rate: Annotated[float, Range(0, HUGE)] = 1e-4
     warmup_steps: CountOrZero = 100
     final_lr_fraction: Fraction = 0.1
     beta1: Share = 0.9

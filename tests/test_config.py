@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from safetensors.numpy import save_file
 
 from btx_jax import lora_recipes, recipes
 from btx_jax.config import (
@@ -110,7 +111,7 @@ def test_round_trip_and_differences():
         ({"train__beta1": 1.5}, r"config\.train\.beta1=1\.5: must lie in \[0, 1\)"),
         (
             {"train__learning_rate": float("inf")},
-            r"config\.train\.learning_rate=inf: must be positive and finite",
+            r"config\.train\.learning_rate=inf: must be finite",
         ),
         ({"train__accumulate": 3}, r"config\.train\.accumulate=3: does not divide batch_size=8"),
         ({"train__warmup_steps": 10_000}, r"config\.train\.warmup_steps=10000: more than steps"),
@@ -225,7 +226,10 @@ def test_names_that_become_files_stay_in_their_directory(name):
         (lambda: DataConfig("t", domains={name: "a"}), "domains"),
         (lambda: Config(stage="pipeline", pipeline={name: stage}), "pipeline"),
     ):
-        with pytest.raises(ConfigError, match=f"^{key}: .* becomes the name of a file"):
+        told = (
+            "no name for a stage" if key == "pipeline" else f"^{key}: .* becomes the name of a file"
+        )
+        with pytest.raises(ConfigError, match=told):
             make()
 
 
@@ -289,7 +293,7 @@ def released(tmp_path, context=4096):
     }  # fmt: skip
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps(values))
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({}, tmp_path / "model.safetensors")
     return str(tmp_path)
 
 

@@ -58,6 +58,7 @@ ODD = [math.nan, math.inf, -math.inf, -1, 0, 10**30, 10**6000, 1.5, True, "1", [
 ZERO = {
     "CountOrZero": ("warmup_steps", "eval_every", "limit", "rows", "rng_seed"),
     "off": ("cutoff", "shots", "shown_tokens", "heldout_fraction", "dropout", "temperature"),
+    "by what it starts from": ("learning_rate",),
     "weights": ("weight_decay", "balance_weight", "z_loss_weight"),
     "others": ("final_lr_fraction", "beta1", "beta2", "norm_eps", "experts"),
 }

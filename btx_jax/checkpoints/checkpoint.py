@@ -142,6 +142,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     # Tensors are checked where they are read.
     check_sums(path, [name for name in read_sums(path) if not name.endswith(".safetensors")])
     if is_huggingface(path):
+        refuse_links_out(path)  # before the first of them is read
         about = About(read_config(path), 0, _history(path), huggingface=read_kept(path))
         return Checkpoint(path, about, is_huggingface=True)
     if adapter.is_adapter_directory(path):

@@ -93,6 +93,8 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
             problems.append(f"{key} is null; give a number, or leave it out for {kind}'s default")
         elif value is not None and (type(value) is not int or value < 1):
             problems.append(f"{key}={value!r}: must be a whole number of at least 1")
+        elif value is not None and value > _LARGEST.get(key, 2**40):
+            problems.append(f"{key}={value:.3g}: more than any model has")
     if not _is_positive(values["rms_norm_eps"]):
         problems.append(f"rms_norm_eps={values['rms_norm_eps']!r}: must be a positive number")
     if type(values["tie_word_embeddings"]) is not bool:
@@ -142,6 +144,8 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: {error}") from error
 
 
+# Beyond them nothing is meant, and tuples of that length would fill the memory.
+_LARGEST = {"num_hidden_layers": 10_000, "num_local_experts": 4096}
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 

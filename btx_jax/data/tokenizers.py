@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from btx_jax.output import new_file
 
 __all__ = ["Tokenizer", "copy_tokenizer", "difference", "find_tokenizer", "load_tokenizer"]
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of sentencepiece's byte fallback
 # Guessed from where nothing names them, the likeliest first.
 _USUAL = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>"),
@@ -124,7 +126,13 @@ class Tokenizer:
         before, whole = self._decode(behind, special), self._decode([*behind, *ids], special)
         if whole.startswith(before):
             return whole[len(before) :]
-        # A character's bytes lie on both sides, or clean-up joins them: what both have is left out.
+        # Bytes that follow each other are decoded together, and one that is no character spoils the
+        # prompt's own, which are whole characters: without these.
+        ends = [
+            i for i, number in enumerate(behind, 1) if not BYTE.fullmatch(self.token_of(number))
+        ]
+        if ends and ends[-1] < len(behind):
+            return self.decode(ids, behind[: ends[-1]], special)
         pairs = enumerate(zip(before, whole, strict=False))
         return whole[next((i for i, (a, b) in pairs if a != b), min(len(before), len(whole))) :]
 

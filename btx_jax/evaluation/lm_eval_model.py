@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,8 +35,8 @@ from btx_jax.checkpoints.checkpoint import (
     open_reader,
 )
 from btx_jax.config import ComputeConfig
-from btx_jax.data.chat import ChatTemplate, TemplateError
-from btx_jax.data.chat import chat_template as find_chat_template
+from btx_jax.data.chat_template import ChatTemplate, TemplateError
+from btx_jax.data.chat_template import chat_template as find_chat_template
 from btx_jax.data.tokenizers import Tokenizer, check_ids, load_tokenizer
 from btx_jax.errors import UserError, one_of
 from btx_jax.evaluation.continuation import stop_ids
@@ -59,7 +58,6 @@ from btx_jax.parallel.sharding import inference_mesh
 log = logging.getLogger(__name__)
 
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # stands where a rendered chat is cut, as in transformers
-BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of sentencepiece's byte fallback
 DEFAULT = "default"  # the template that a tokenizer need not name
 OWNER = "btx_jax"  # key in a cache of answers: whose they are
 
@@ -350,23 +348,15 @@ class BtxJaxLM(TemplateLM):
             chosen = order[start : start + self._batch_size]
             rows = [ids[i][-room:] for i in chosen]
             rows += rows[-1:] * (self._batch_size - len(rows))
-            fronts = [self._shown(row) for row in rows]
             new = self._generator.generate(
                 rows,
                 settings.new_tokens,
                 settings.sampling,
                 seed=int(np.random.randint(2**32, dtype=np.uint32)),  # lm_eval's --seed sets it
-                is_finished=lambda row, ids: self._has_ended(fronts[row], ids, stops),  # noqa: B023
+                is_finished=lambda row, ids: self._has_ended(rows[row], ids, stops),  # noqa: B023
             )
-            for i, front, ids_new in zip(chosen, fronts, new, strict=False):
+            for i, front, ids_new in zip(chosen, rows, new, strict=False):
                 yield i, self._answer(front, ids_new, stops)
-
-    def _shown(self, prompt: list[int]) -> list[int]:
-        """Behind which a continuation is decoded. Tokens of single bytes are decoded together, and
-        what follows the prompt's own, which are whole characters, would spoil them."""
-        pieces = [self._tokenizer.token_of(i) or "" for i in prompt]
-        ends = [i for i, piece in enumerate(pieces, 1) if not BYTE.fullmatch(piece)]
-        return prompt[: ends[-1]] if ends else prompt
 
     def _has_ended(self, prompt: list[int], new: list[int], stops: Sequence[str]) -> bool:
         """Special tokens count as their text here, though no answer shows them."""

@@ -16,7 +16,7 @@ import pytest
 from btx_jax.config import DataConfig, FormatConfig
 from btx_jax.data import prepare as module
 from btx_jax.data.mixture import training_batches
-from btx_jax.data.prepare import none_heldout, prepare
+from btx_jax.data.prepare import check_text, none_heldout, prepare, texts
 from btx_jax.errors import UserError
 from tests.conftest import ROOT, sentences
 
@@ -193,7 +193,7 @@ def test_names_are_checked_before_any_text_is_read(tmp_path, tokenizer):
             prepare(c.train, c, tokenizer, "config.data.train")
         c = config(tmp_path, "math", heldout=train, domains=domains, formats=formats)
         with pytest.raises(UserError, match=message.replace("data.train", "data.heldout")):
-            prepare(c.train, c, tokenizer, "config.data.train")
+            check_text(c, texts(c))
     assert not (tmp_path / "cache").exists()
 
 

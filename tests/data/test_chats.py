@@ -22,7 +22,7 @@ PARTS = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 CALLS = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.content is none %}{% for c in m.tool_calls %}"
+    "{% for m in messages %}<{{ m.role }}>{% if not m.content %}{% for c in m.tool_calls %}"
     "CALL {{ c.function.name }}{% endfor %}{% else %}{{ m.content }}{% endif %}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )

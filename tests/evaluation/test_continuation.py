@@ -60,6 +60,15 @@ def test_a_continuation_keeps_the_space_in_front_of_it(llama):
     assert continuation(llama, prompt, new) == ("    return a + b", False)
 
 
+def test_bytes_that_are_no_character_leave_those_of_the_prompt_alone(llama):
+    prompt = llama.encode_prompt("a\n")
+    assert llama.token_of(prompt[-1]) == "<0x0A>"
+    bad, good = llama.id_of("<0xE6>"), [llama.id_of(f"<0x{b:02X}>") for b in "\u6f22".encode()]
+    assert llama.decode([bad], prompt) == "\ufffd"
+    assert llama.decode(good, prompt) == "\u6f22"
+    assert llama.decode([*good, bad], prompt).startswith("\ufffd"), "as the library has it"
+
+
 def test_a_stop_string_ends_the_text_whatever_it_is_made_of(chatty):
     prompt = chatty.encode_prompt("hello")
     new = chatty.encode(" world, stop<|im_end|>\nhere</s>")

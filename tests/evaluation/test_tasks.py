@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from btx_jax.config import ComputeConfig, TaskConfig
-from btx_jax.data import sources
+from btx_jax.data import files
 from btx_jax.data.sources import read_json_lines
 from btx_jax.errors import UserError
 from btx_jax.evaluation import tasks
@@ -267,10 +267,10 @@ def test_test_sets_without_end_are_refused(tmp_path, monkeypatch):
     assert len(read_json_lines(str(bomb), "k.file")) == 1000
     with pytest.raises(UserError, match=r"k\.file: .*bomb\.jsonl\.gz holds more than 0 MiB"):
         read_json_lines(str(bomb), "k.file", max_bytes=5000)
-    monkeypatch.setattr(sources, "MAX_LINE", 2000)
+    monkeypatch.setattr(files, "MAX_LINE", 2000)
     with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: a line of more than .* is no document"):
         read_json_lines(str(bomb), "k.file")
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
-    monkeypatch.setattr(sources, "MAX_LINE", 2**20)
+    monkeypatch.setattr(files, "MAX_LINE", 2**20)
     with pytest.raises(UserError, match=r"k\.file: .*line 1: "):
         read_json_lines(str(tmp_path / "deep.jsonl"), "k.file")

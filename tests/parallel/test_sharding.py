@@ -26,7 +26,12 @@ from tests.models.test_llama import TINY
 
 MODEL = dataclasses.replace(TINY, moe=MoEConfig((4, 4, 4)))
 COMPUTE = ComputeConfig(
-    dtype="float32", remat="full", capacity_factor=2.0, group_size=16, loss_chunk=32
+    dispatch="einsum",
+    dtype="float32",
+    remat="full",
+    capacity_factor=2.0,
+    group_size=16,
+    loss_chunk=32,
 )
 TRAIN = TrainConfig(steps=10, batch_size=8, warmup_steps=0, learning_rate=1e-2)
 

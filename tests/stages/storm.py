@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from btx_jax.data.tokenizers import train_sentencepiece
+from btx_jax.data.sentencepiece_models import train_sentencepiece
 from tests.conftest import sentences
 from tests.stages.command_line import CLI, SMALL
 

@@ -261,6 +261,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(home, to):
 
 CONFIGS = [
     ({"num_attention_heads": 0}, "num_attention_heads=0: must be a whole number"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1e+09: more than any model has"),
     ({"num_key_value_heads": "2"}, "num_key_value_heads='2': must be a whole number"),
     ({"max_position_embeddings": 128.0}, "max_position_embeddings=128.0: must be a whole number"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be a positive number"),
@@ -318,10 +319,10 @@ def test_weights_that_would_not_be_finite_are_not_written(home, capsys):
     assert not list(home.glob("*out*"))
 
 
-def test_an_index_beside_a_single_file_that_it_does_not_name(home, caplog):
+def test_an_index_beside_a_single_file_that_it_does_not_name(home, capsys):
     shutil.copyfile(home / "b" / "model.safetensors", home / "kept")
     shards(home)
     shutil.move(home / "kept", home / "b" / "model.safetensors")
     main(["convert", "b", "out"])
     assert (home / "out").exists()
-    assert "delete the one that is out of date" in caplog.text
+    assert "delete the one that is out of date" in capsys.readouterr().err
