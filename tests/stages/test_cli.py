@@ -143,7 +143,7 @@ def test_own_text_from_a_checkpoint(cli):
     _, told = cli.run(*expert("E4", folder / "fields.jsonl"))
     for problem in (
         "1 x document skipped: no field 'text'",
-        "1 x document skipped: line is not JSON",
+        "1 x line skipped: not JSON",
     ):
         assert problem in told
     assert "c.parquet has no field 'story'; it has: text, n" in cli.fails(

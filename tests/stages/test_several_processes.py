@@ -55,7 +55,7 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture)
     told = finish(cli.start_several(2, 4, *finetune(cli, mixture, "two", *MESH)))
     want, got = losses(cli, "one"), losses(cli, "two")
     assert len(want[0]) == 24
-    assert len(want[1]) == 2
+    assert len(want[1]) == 3  # before the first step too
     for a, b in zip(want, got, strict=True):
         assert b == pytest.approx(a, abs=1e-5), (
             "two processes see other rows, or sum other gradients, than one"
