@@ -7,8 +7,9 @@ Writes three random Llamas of TinyLlama's shape (1.1B parameters, bfloat16, 2.2 
 --folder, then in every round: copies the mixture's bytes (`cp -r` of the previous result, then
 fsync), mixes a frankenMoE with `python -m btx_jax mix`, and, when named, does the same with
 mergekit-moe on the same recipe (gate_mode random). Both mixtures are made again from runs of our own
-that hold the same models, with the bytes that were read (rchar of /proc/self/io). Peak resident memory is the process's own
-high-water mark; that of the interpreter with the same imports is measured beside it. Needs 32 GB of
+that hold the same models, and a mixture is converted from Hugging Face files into a run and back,
+with the bytes that were read (rchar of /proc/self/io). Peak resident memory is the process's own
+high-water mark; that of the interpreter with the same imports is measured beside it. Needs 45 GB of
 disk.
 """
 
@@ -65,7 +66,7 @@ def write_models(folder: Path) -> None:
             writer.write(
                 tensor, (rng.standard_normal(slot.shape, np.float32) * 0.02).astype(bfloat16)
             )
-        writer.finish(1, 2, "# random weights\n")
+        writer.finish({}, 1, 2, "# random weights\n")
         print(f"wrote {directory}", flush=True)
 
 
@@ -119,7 +120,7 @@ def main() -> None:
                 '{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}'
             )
 
-    out, copied = folder / "mixed", folder / "copied"
+    out, copied, run_of_out = folder / "mixed", folder / "copied", folder / "mixed-run"
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, int] = {"imports alone": int(timed([sys.executable, "-c", IMPORTS])[1])}
     read: dict[str, int] = {}
@@ -133,8 +134,18 @@ def main() -> None:
             seconds.setdefault(f"btx_jax, base: {name}", []).append(took)
             before, *_, after, peak = printed.splitlines()
             peaks[f"base: {name}"] = int(peak)
-            read[name] = int(after) - int(before)
-        shutil.rmtree(copied, ignore_errors=True)
+            read[f"base: {name}"] = int(after) - int(before)
+        for name, source, target in (
+            ("convert, from Hugging Face", out, run_of_out),
+            ("convert, from a run", run_of_out, copied),
+        ):
+            shutil.rmtree(target, ignore_errors=True)
+            took, printed = timed([sys.executable, "-c", MEASURE, "convert", source, target])
+            seconds.setdefault(name, []).append(took)
+            before, *_, after, peak = printed.splitlines()
+            peaks[name], read[name] = int(peak), int(after) - int(before)
+        shutil.rmtree(run_of_out)
+        shutil.rmtree(copied)
         took, _ = timed(["sh", "-c", f"cp -r {out} {copied} && sync {copied}/*"])
         seconds.setdefault("cp -r and sync", []).append(took)
         if args.mergekit:
@@ -148,8 +159,9 @@ def main() -> None:
     print(f"\n{size / 1e9:.2f} GB written; seconds, median of {args.rounds} rounds (min to max)")
     for name, times in seconds.items():
         print(f"{name:34} {statistics.median(times):6.1f} ({min(times):.1f} to {max(times):.1f})")
+    for name, count in read.items():
+        print(f"{name}: {count / 1e9:.2f} GB read")
     for name in names:
-        print(f"base: {name}: {read[name] / 1e9:.2f} GB read")
         for peer in ("cp -r and sync", "mergekit-moe"):
             if peer in seconds:
                 ratios = [

@@ -39,10 +39,12 @@ def _generate(args: argparse.Namespace) -> None:
     from btx_jax.stages.generate import generate
 
     said = iter(["" if args.chat else args.prompt])  # once, when there is something behind it
+    shown = terminal.plain if sys.stdout.isatty() else str  # a file gets the text itself
+
     generate(
         args.checkpoint,
         args.prompt,
-        lambda text: print(next(said, "") + text, end="", flush=True),
+        lambda text: print(shown(next(said, "") + text), end="", flush=True),
         is_chat=args.chat,
         max_tokens=args.max_tokens,
         stop=args.stop,
@@ -111,7 +113,7 @@ def _verify(args: argparse.Namespace) -> None:
     wrong = 0
     for finding in verify(args.path):
         wrong += not finding.good
-        print(f"{'ok     ' if finding.good else 'DAMAGED'} {finding.name}: {finding.told}")
+        terminal.say(f"{'ok     ' if finding.good else 'DAMAGED'} {finding.name}: {finding.told}")
     if wrong:
         sys.exit(1)
 

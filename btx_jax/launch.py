@@ -33,9 +33,12 @@ from btx_jax.parallel import hosts
 from btx_jax.paths import expand
 
 FLAGS = flags.FLAGS
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, e.g. configs/demo.py or configs/math_expert.py:tiny."
-)
+try:
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", None, "Config file, e.g. configs/demo.py or configs/math_expert.py:tiny."
+    )
+except flags.Error as error:  # a --flagfile, which this reads already
+    fail(error)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run keeps everything it writes. Default: runs/NAME-OF-CONFIG."
 )

@@ -164,6 +164,7 @@ def test_wrong_commands_are_one_line(cli):
     assert "no such size; known: llama2_7b" in cli.fails("--config=configs/seed.py:huge")
     assert "configs/nothing.py" in cli.fails("--config=configs/nothing.py")
     assert "--config is missing" in cli.fails()
+    assert "Unable to open flagfile" in cli.fails("--flagfile=/missing")
     line = cli.fails("--config=configs/math_expert.py:tiny", f"--workdir={cli.home / 'x'}")
     assert "config.init: not set; name the checkpoint to start from" in line
     line = cli.fails(
