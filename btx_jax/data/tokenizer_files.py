@@ -10,15 +10,16 @@ model was trained with the ids that came of that, so the same is done here.
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, models, normalizers, processors
 
 from btx_jax.data import sentencepiece_models
 from btx_jax.data.sentencepiece_models import SPACE
+from btx_jax.data.tokenizer_classes import AS_IT_IS, CLASSES, class_of
 from btx_jax.errors import UserError
 
 CONFIG = "tokenizer_config.json"
@@ -29,24 +30,6 @@ TEMPLATES = "additional_chat_templates"  # a directory of NAME.jinja
 NAMES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# Classes that take tokenizer.json as it is.
-AS_IT_IS = ("", "PreTrainedTokenizer", "TokenizersBackend")
-# Families whose tokenizer.json transformers takes as it is, whatever class their files name.
-_FAMILIES_AS_THEY_ARE = (
-    "mistral",
-    "mixtral",
-    "ministral",
-    "phi3",
-    "phimoe",
-    "internlm2",
-    "internlm3",
-)
-# The class that transformers takes for a family that names none.
-_FAMILY_CLASS = {"qwen2": "Qwen2Tokenizer", "qwen2_moe": "Qwen2Tokenizer"} | {
-    "qwen3": "Qwen2Tokenizer",
-    "qwen3_moe": "Qwen2Tokenizer",
-}
-
 log = logging.getLogger(__name__)
 
 
@@ -72,8 +55,7 @@ def read_files(file: Path) -> Files:
     try:
         if file.suffix == ".model" and not (companions and (folder / CONFIG).is_file()):
             return _sentencepiece_alone(file, _templates(folder, {}) if companions else {})
-        family = str(read_json(folder / "config.json").get("model_type") or "")
-        return _Reading(file, config, family).files()
+        return _Reading(file, config).files()
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -155,168 +137,39 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return dict(told or {})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
-    """What a class of transformers builds anew. build: (vocab, merges, flags) -> pipeline without
-    added tokens. named: its special tokens where the files name none."""
-
-    build: Callable[
-        [dict[str, int], list[tuple[str, str]], Mapping[str, Any]], tokenizers.Tokenizer
-    ]
-    named: Mapping[str, str | None]
-    adds_bos: bool | None = None  # its own default, or None to ask the files
-    updates_frame: bool = False
-
-
-def _bpe(
-    vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any
-) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
-
-
-def _metaspace(made: tokenizers.Tokenizer, scheme: str, strips: bool) -> tokenizers.Tokenizer:
-    made.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
-    made.decoder = sentencepiece_models.decoder(strips=strips)
-    return made
-
-
-def _llama(vocab: Any, merges: Any, flags: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    prefix = flags.get("add_prefix_space")
-    prefix = True if prefix is None else bool(prefix)
-    scheme = "never" if not prefix else "always" if flags.get("legacy", False) else "first"
-    return _metaspace(_bpe(vocab, merges, fuse_unk=True, byte_fallback=True), scheme, prefix)
-
-
-def _code_llama(vocab: Any, merges: Any, flags: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    prefix = flags.get("add_prefix_space")
-    scheme = "never" if prefix is not None and not prefix else "first"
-    unknown = str(flags.get("unk_token") or "<unk>")
-    made = _bpe(vocab, merges, fuse_unk=True, byte_fallback=True, unk_token=unknown)
-    return _metaspace(made, scheme, strips=True)
-
-
-def _gemma(vocab: Any, merges: Any, flags: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    unknown = str(flags.get("unk_token") or "<unk>")
-    made = _bpe(vocab, merges, fuse_unk=True, byte_fallback=True, unk_token=unknown)
-    made.normalizer = normalizers.Replace(" ", SPACE)
-    made.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous", invert=False)
-    made.decoder = sentencepiece_models.decoder(strips=False)
-    return made
-
-
-def _byte_level(vocab: Any, merges: Any, fuse_unk: bool = False) -> tokenizers.Tokenizer:
-    made = _bpe(
-        vocab, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=fuse_unk
-    )
-    made.decoder = decoders.ByteLevel()
-    return made
-
-
-def _gpt2(vocab: Any, merges: Any, flags: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    made = _byte_level(vocab, merges)
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=bool(flags.get("add_prefix_space", False))
-    )
-    return made
-
-
-def _gpt_neox(vocab: Any, merges: Any, flags: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    made = _gpt2(vocab, merges, flags)
-    made.normalizer = normalizers.NFC()
-    return made
-
-
-_QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _qwen2(vocab: Any, merges: Any, flags: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    made = _byte_level(vocab, merges)
-    made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(
-                add_prefix_space=bool(flags.get("add_prefix_space") or False), use_regex=False
-            ),
-        ]
-    )
-    return made
-
-
-_END_OF_TEXT = "<|endoftext|>"
-_LLAMA_NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-_GPT_NAMED = {f"{role}_token": _END_OF_TEXT for role in ("unk", "bos", "eos")}
-_CLASSES = {
-    "LlamaTokenizer": _Recipe(_llama, _LLAMA_NAMED),
-    "CodeLlamaTokenizer": _Recipe(
-        _code_llama,
-        _LLAMA_NAMED
-        | {
-            "prefix_token": "▁<PRE>",
-            "middle_token": "▁<MID>",
-            "suffix_token": "▁<SUF>",
-            "eot_token": "▁<EOT>",
-            "fill_token": "<FILL_ME>",
-        },
-        adds_bos=True,
-    ),
-    "GemmaTokenizer": _Recipe(
-        _gemma,
-        {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
-        | {"pad_token": "<pad>", "mask_token": "<mask>"},
-    ),
-    "GPT2Tokenizer": _Recipe(_gpt2, _GPT_NAMED),
-    "GPTNeoXTokenizer": _Recipe(
-        _gpt_neox, _GPT_NAMED | {"pad_token": "<|padding|>"}, updates_frame=True
-    ),
-    "Qwen2Tokenizer": _Recipe(
-        _qwen2, {f"{role}_token": _END_OF_TEXT for role in ("unk", "eos", "pad")}
-    ),
-}
-
-
 class _Reading:
     """One directory, in the order in which transformers goes through it."""
 
-    def __init__(self, file: Path, config: Mapping[str, Any], family: str):
+    def __init__(self, file: Path, config: Mapping[str, Any]):
         self.file, self.config = file, dict(config)
         self.read: tokenizers.Tokenizer | None = None
         self.spec: dict[str, Any] = {}
+        self.further_roles: list[str] = []  # such as "image": tokens under names of their own
         if file.suffix == ".json" and file.name != "vocab.json":
             self.read = load_backend(file)
             self.spec = read_json(file)
             # The post-processor of tokenizer.json decides, whatever these say.
             self.config.pop("add_bos_token", None)
             self.config.pop("add_eos_token", None)
-        declared = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
-        self.name = self._class_name(declared, family)
-        self.recipe = _CLASSES.get(self.name)
-
-    def _class_name(self, declared: str, family: str) -> str:
-        if family in _FAMILIES_AS_THEY_ARE:
-            return ""
-        if declared == "LlamaTokenizer" and self._is_byte_level():
-            return ""
-        name = declared or _FAMILY_CLASS.get(family, "")
-        if name not in _CLASSES and name not in AS_IT_IS:
+        model = read_json(file.parent / "config.json")
+        declared = self.config.get("tokenizer_class") or model.get("tokenizer_class") or ""
+        self.name = class_of(
+            str(model.get("model_type") or ""),
+            str(declared).removesuffix("Fast"),
+            '"ByteLevel"' in json.dumps(self.spec),
+        )
+        if self.name not in CLASSES and self.name not in AS_IT_IS:
             log.warning(
                 "%s: tokenizer_class %s is not known here; %s is taken as it is",
-                self.file.parent, name, self.file.name,
+                file.parent, self.name, file.name,
             )  # fmt: skip
-        return name
-
-    def _is_byte_level(self) -> bool:
-        return any(
-            '"ByteLevel"' in json.dumps(self.spec.get(part))
-            for part in ("pre_tokenizer", "decoder")
-        )
+        self.recipe = CLASSES.get(self.name)
 
     def files(self) -> Files:
         values = self._values()
         decoder_of_added = self._added(values)
+        if self.file.suffix == ".json" and not values.get("extra_special_tokens"):
+            values["extra_special_tokens"] = values.pop("additional_special_tokens", None)
         backend, extra = self._backend(values)
         named = self._named(values, {token.content: token for token in decoder_of_added.values()})
         tokens = self._to_add(backend, decoder_of_added, named, extra)
@@ -343,6 +196,7 @@ class _Reading:
         if "additional_special_tokens" in values and not values.get("extra_special_tokens"):
             values["extra_special_tokens"] = values.pop("additional_special_tokens")
         if isinstance(values.get("extra_special_tokens"), dict):
+            self.further_roles = list(values["extra_special_tokens"])
             values |= values.pop("extra_special_tokens")
         if "added_tokens_decoder" not in values:
             for key, value in read_json(self.file.parent / SPECIAL_MAP).items():
@@ -385,7 +239,9 @@ class _Reading:
                 )
             merges_file = self.file.parent / "merges.txt"
             lines = merges_file.read_text(encoding="utf-8").splitlines()
-            merges = [_pair(line) for line in lines if line.strip() and not line.startswith("#")]
+            merges = [
+                _pair(line) for line in lines if line.strip() and not line.startswith("#version")
+            ]
             return self.recipe.build(read_json(self.file), merges, values), extra
         proto = sentencepiece_models.read_model(self.file)
         if "extra_special_tokens" not in values:
@@ -403,7 +259,9 @@ class _Reading:
         defaults: dict[str, Any] = dict(self.recipe.named) if self.recipe else {}
         if self.recipe is None and self.file.suffix == ".model":
             defaults = _named_by_model(sentencepiece_models.read_model(self.file))
-        roles = [key for key in {**defaults, **values} if key.endswith("_token")]
+        told = {**defaults, **values}
+        further = [key for key in told if key.endswith("_token") or key in self.further_roles]
+        roles = [role for role in dict.fromkeys([*ROLES, *further]) if role in told]
         named: dict[str, str | AddedToken] = {}
         for role in roles:
             value = values[role] if role in values else defaults[role]
@@ -429,9 +287,8 @@ class _Reading:
         texts = [str(t.content) for t in backend.get_added_tokens_decoder().values()]
         texts += [_content(token) for token in tokens]
         for token in [*named.values(), *map(_token, extra)]:
-            if _content(token) not in texts:
+            if _content(token) not in texts and token not in tokens:
                 tokens.append(token)
-                texts.append(_content(token))
         names = {_content(token) for token in named.values()}
         made = []
         for token in tokens:

@@ -13,9 +13,9 @@ from typing import Any
 import tokenizers
 
 from btx_jax.data import tokenizer_files
+from btx_jax.data.tokenizer_classes import AS_IT_IS
 from btx_jax.data.tokenizer_files import (
     ADDED,
-    AS_IT_IS,
     CONFIG,
     NAMES,
     SPECIAL_MAP,
@@ -155,6 +155,7 @@ class Tokenizer:
         if added == (self.prefix[:1] == [self.bos]) and len(self.prefix) == int(added):
             return self
         backend = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        backend.encode_special_tokens = self._tokenizer.encode_special_tokens  # not in to_str
         bos = [self.token_of(self.bos)] if added and self.bos is not None else []
         tokenizer_files.frame(backend, bos, [self.token_of(i) for i in self.suffix])
         files = Files(backend, self.named, self.templates, self._files.cleans_up, verbatim=False)
@@ -219,7 +220,7 @@ class Tokenizer:
         """tokenizer_config.json beside a tokenizer.json that says all."""
         said = (
             "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy",
-            "sp_model_kwargs", "from_slow", "split_special_tokens", "auto_map",
+            "sp_model_kwargs", "from_slow", "auto_map",
         )  # fmt: skip
         kept = {key: value for key, value in config.items() if key not in said}
         eos = {} if self.eos is None else {"eos_token": self.token_of(self.eos)}

@@ -43,6 +43,7 @@ TEXT = (
 The quick brown fox jumps over the lazy dog. Hello world, how are you today? Don't we'll I've.
 user and assistant say hello. What is two plus two? It is four. system prompt here
 INST yes no maybe the answer is here and there, numbers 1 2 3 4 5 6 7 8 9 0 12 345 2024
+# heading ## smaller ### and #### more # # a ## b
 é ü ß ñ 漢字 かな 한국어 привет العربية
 """.splitlines()
     * 5
@@ -442,10 +443,56 @@ class Shapes:
         }  # fmt: skip
         return self.files("llama", told, tokenizer__model=sp)
 
+    def digits(self, family: str, told: dict | None, special=("<|endoftext|>",), **more) -> dict:
+        """A tokenizer.json that no class's own pipeline equals."""
+        made = byte_level(list(special), pre_tokenizers.Digits(individual_digits=True))
+        made.post_processor = template(special[0], made)
+        return self.files(family, told, tokenizer__json=made.to_str(), **more)
+
+    def shape_starcoder(self):
+        """A family whose file is taken as it is, whatever class it names."""
+        return self.digits("gpt_bigcode", {"tokenizer_class": "GPT2Tokenizer"})
+
+    def shape_qwen_distilled(self):
+        """A family whose class is taken whatever its files name."""
+        told = self.llama(bos_token="<a>", eos_token="<b>", unk_token=None)
+        return self.digits("qwen2", told, ("<a>", "<b>"))
+
+    def shape_gpt_neox_unnamed(self):
+        return self.digits("gpt_neox", None)
+
+    def shape_class_in_config(self):
+        files = self.digits("llama", {"eos_token": "<|endoftext|>"})
+        files["config.json"]["tokenizer_class"] = "GPT2Tokenizer"
+        return files
+
+    def plain(self, **told) -> dict:
+        named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+        return self.digits("llama", named | told)
+
+    def shape_named_unsorted(self):
+        roles = ("bos", "cls", "eos", "image", "mask", "pad", "sep", "unk")  # as JSON is sorted
+        return self.plain(**{f"{role}_token": f"[{role.upper()}]" for role in roles})
+
+    def shape_named_freely(self):
+        return self.plain(extra_special_tokens={"image": "<image>", "audio_token": "<audio>"})
+
+    def shape_named_twice(self):
+        flags = {"lstrip": True, "rstrip": True, "normalized": False, "__type": "AddedToken"}
+        return self.plain(eos_token={"content": "[E]", **flags}, pad_token="[E]")
+
+    def shape_chatml_special_map(self):
+        names = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+        return self.plain(chat_template=CHATML) | {"special_tokens_map.json": names}
+
+    def shape_special_split(self):
+        return self.plain(split_special_tokens=True)
+
     def shape_vocabulary_and_merges(self):
         made = byte_level(["<|endoftext|>"])
         spec = json.loads(made.to_str())
         merges = "\n".join(" ".join(pair) for pair in spec["model"]["merges"])
+        assert "\n# #" in merges, "a merge that looks like a comment"
         told = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
         return self.files(
             "llama",
