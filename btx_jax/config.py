@@ -343,6 +343,11 @@ class TaskConfig(Section):
             yield "shots_file: missing, and shots are asked for"
 
     @rule
+    def _stops_at_text(self) -> Iterator[str]:
+        if "" in self.stop:
+            yield "stop: an empty string would end every text at once; leave it out"
+
+    @rule
     def _passes_at(self) -> Iterator[str]:
         if max(self.pass_at, default=1) > self.samples:
             yield f"pass_at={self.pass_at}: each must lie in 1 .. samples={self.samples}"

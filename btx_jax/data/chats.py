@@ -43,7 +43,7 @@ class Chats:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
         if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
             raise Unusable("no list of messages")
@@ -54,7 +54,7 @@ class Chats:
         message = {name: value for name, value in said.items() if value is not None}
         if "role" not in message and "from" in message:
             speaker = message.pop("from")
-            message["role"] = SPEAKERS.get(speaker, speaker)
+            message["role"] = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else None
             message["content"] = message.pop("value", None)
         if not isinstance(message.get("role"), str):
             raise Unusable("a message without a role")
@@ -111,7 +111,10 @@ def says_something(message: Message) -> bool:
 
 def check_calls(message: Message, rendered: str) -> None:
     """Raises Unusable when the template has left a turn's tool calls out."""
-    for call in message.get("tool_calls", ()):
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise Unusable("tool calls that are no list")
+    for call in calls:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str):

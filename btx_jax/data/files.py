@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -81,11 +82,11 @@ def read_rows(file: Path, field: str | None = None) -> Iterator[Row]:
     elif os.path.getsize(file):
         try:
             yield from _parquet_rows(file, field) if kind == "parquet" else _rows(file, kind, field)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno:
                 raise UserError(f"{file}: cannot be read: {error.strerror}") from error
             raise UserError(
-                f"{file}: cannot be read to its end ({error}); is it truncated?"
+                f"{file}: cannot be read to its end ({error}); is it truncated or damaged?"
             ) from error
 
 
@@ -177,11 +178,20 @@ def _a_value_a_line(head: bytes) -> bool:
     except json.JSONDecodeError as error:
         if not newline:
             return text[0] == "{"
-        # What goes on in the next line breaks off between two tokens, what is damaged within one.
-        return error.pos < len(first.rstrip())
+        # What goes on in the next line breaks off between two tokens, what is damaged within one, or
+        # what follows is whole by itself.
+        return error.pos < len(first.rstrip()) or (text[0] == "{" and _is_object(rest))
     except (ValueError, RecursionError):
         return True
     return text[0] == "{" or bool(rest.strip())
+
+
+def _is_object(text: str) -> bool:
+    """Whether the first line that is not blank is an object as JSON."""
+    try:
+        return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_lines(file: Path, stream: BinaryIO) -> Iterator[Row]:
@@ -343,6 +353,9 @@ def _batch_rows(batch: Any) -> list[Mapping[str, Any] | Problem]:
     except UnicodeDecodeError:
         if len(batch) == 1:
             return [Problem("row skipped: invalid UTF-8")]
+    except (KeyError, OverflowError, ValueError) as error:  # dates and zones that Python has not
+        if len(batch) == 1:
+            return [Problem("row skipped: a value that Python has no place for", str(error))]
     return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1))]
 
 

@@ -2,6 +2,7 @@
 learnt: prompt and answer from format strings, or a chat through the tokenizer's own chat
 template."""
 
+import json
 import string
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from btx_jax.data.chats import Chats, Unusable, check_calls, says_something
 from btx_jax.data.files import Problem, Row, find_field, shown_fields
 from btx_jax.data.sources import Problems, is_unicode
 from btx_jax.data.tokenizers import Tokenizer
+
+GIVEN = ("tools", "documents")  # fields of an item that a chat template gets
 
 
 class Piece(NamedTuple):
@@ -66,15 +69,20 @@ class Formatter:
     def _filled(self, item: Mapping[str, Any]) -> list[Piece]:
         fields = dict(item)
         try:
-            if isinstance(item.get("choices"), list) and "gold" in item:
-                fields["choice"] = item["choices"][item["gold"]]
+            if isinstance(choices := item.get("choices"), list) and "gold" in item:
+                gold = item["gold"]
+                if type(gold) is not int or not 0 <= gold < len(choices):
+                    raise Unusable("gold is not the number of a choice", str(gold))
+                fields["choice"] = choices[gold]
             prompt = _Fill(null="").vformat(self._config.prompt, (), fields)
             answer = _Fill(null=None).vformat(self._config.answer, (), fields)
         except KeyError as error:
             raise _no_field(error.args[0], item) from error
         except Unusable:
             raise
-        except (IndexError, TypeError, AttributeError, ValueError) as error:
+        except (
+            IndexError, TypeError, AttributeError, ValueError, MemoryError, RecursionError
+        ) as error:  # fmt: skip
             raise Unusable("does not fit the format", str(error)) from error
         if not answer.strip():
             raise Unusable("empty answer")
@@ -89,15 +97,17 @@ class Formatter:
         except KeyError:
             raise _no_field(self._config.messages, item) from None
         messages = self._chats.messages(said)
+        given = {name: _objects(name, item[name]) for name in GIVEN if item.get(name)}
+        pieces = self._marked if self._template.marks_answers else self._turns
         try:
-            return self._marked(messages) if self._template.marks_answers else self._turns(messages)
+            return pieces(messages, given)
         except TemplateError as error:
             raise Unusable(str(error)) from error
 
-    def _marked(self, messages: list[Any]) -> list[Piece]:
+    def _marked(self, messages: list[Any], given: Mapping[str, Any]) -> list[Piece]:
         """The template's `generation` tags say what is learnt."""
         assert self._template is not None
-        text, spans = self._template.render(messages)
+        text, spans = self._template.render(messages, **given)
         for message in messages:
             check_calls(message, text)
         pieces, done = [], 0
@@ -108,17 +118,20 @@ class Formatter:
             raise Unusable("no assistant's turn")
         return [piece for piece in [*pieces, Piece(text[done:], False)] if piece.text]
 
-    def _turns(self, messages: list[Any]) -> list[Piece]:
+    def _turns(self, messages: list[Any], given: Mapping[str, Any]) -> list[Piece]:
         assert self._template is not None
         pieces: list[Piece] = []
         done = ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._template.render(messages[:number], add_generation_prompt=True).text
-            answered = self._template.render(messages[: number + 1]).text
-            if not asked.startswith(done) or not answered.startswith(asked):
+            asked = self._template.render(messages[:number], True, **given).text
+            answered = self._template.render(messages[: number + 1], **given).text
+            if not asked.startswith(done):
                 raise Unusable("the chat template changes earlier turns when later ones come")
+            if not answered.startswith(asked):
+                told = "the chat template renders an answer that does not begin with its prompt"
+                raise Unusable(told)
             answer = Piece(answered[len(asked) :], says_something(message))
             check_calls(message, answer.text)
             pieces += [Piece(asked[len(done) :], False), answer]
@@ -139,9 +152,31 @@ class _Fill(string.Formatter):
             if self._null is None:
                 raise Unusable("a field of the answer is null")
             return self._null
+        if self._null is None and isinstance(value, Mapping | list):
+            told = "a field of the answer is no text; name a part of it, as {field[0]}"
+            raise Unusable(told, type(value).__name__)
         if isinstance(value, bytes):  # as Parquet and tensorflow_datasets may hold text
             value = value.decode("utf-8")
         return super().format_field(value, format_spec)
+
+
+def _objects(name: str, value: Any) -> list[Any]:
+    """Of `tools` or `documents`, which may be JSON text. Raises Unusable."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, list):
+        raise Unusable(f"{name} is no list")
+    return [_without_null(entry) for entry in value]
+
+
+def _without_null(value: Any) -> Any:
+    """Parquet gives each object all fields that any has."""
+    if isinstance(value, Mapping):
+        return {key: _without_null(part) for key, part in value.items() if part is not None}
+    return [_without_null(part) for part in value] if isinstance(value, list) else value
 
 
 def _no_field(field: Any, item: Mapping[str, Any]) -> Unusable:
@@ -152,7 +187,10 @@ def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int],
     """(ids of the whole text, which of them are learnt). The text is encoded as one, as it is when a
     model is asked; a token that reaches into a learnt piece is learnt, as in transformers'
     assistant masks."""
-    ids, offsets = tokenizer.encode_with_offsets("".join(piece.text for piece in pieces))
+    ids, told = tokenizer.encode_with_offsets("".join(piece.text for piece in pieces))
+    # Some tokenizers leave spaces out of a token's place in the text: what no token has is the next's.
+    ends = [0, *(end for _, end in told)]
+    offsets = [(min(start, before), end) for (start, end), before in zip(told, ends, strict=False)]
     learnt = [False] * len(ids)
     at = number = 0
     for piece in pieces:

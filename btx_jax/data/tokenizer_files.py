@@ -10,7 +10,7 @@ model was trained with the ids that came of that, so the same is done here.
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,21 @@ def read_json(path: Path) -> dict[str, Any]:
 def load_backend(path: Path) -> tokenizers.Tokenizer:
     """A tokenizer.json. Cutting and padding that it asks for are for batches of a classifier, and
     turned off: text is never cut in silence."""
-    try:
-        made = tokenizers.Tokenizer.from_file(str(path))
-    except (
-        BaseException
-    ) as error:  # the Rust library raises bare Exception, and panics as BaseException
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise UserError(f"{path} is not a tokenizer.json: {str(error).splitlines()[0]}") from error
+    made = _whole(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
     made.no_truncation()
     made.no_padding()
     return made
+
+
+def _whole(path: Path, make: Callable[[], tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
+    """Raises UserError when the library cannot make a tokenizer of the file: it raises bare
+    Exception, and panics as BaseException."""
+    try:
+        return make()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(f"{path} is no tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def frame(backend: tokenizers.Tokenizer, before: list[str], behind: list[str]) -> None:
@@ -238,11 +242,15 @@ class _Reading:
                     " vocab.json and merges.txt; save the tokenizer as tokenizer.json"
                 )
             merges_file = self.file.parent / "merges.txt"
-            lines = merges_file.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = merges_file.read_text(encoding="utf-8").splitlines()
+            except ValueError as error:
+                raise UserError(f"{merges_file}: damaged: {error}") from error
             merges = [
                 _pair(line) for line in lines if line.strip() and not line.startswith("#version")
             ]
-            return self.recipe.build(read_json(self.file), merges, values), extra
+            vocab, build = read_json(self.file), self.recipe.build
+            return _whole(self.file, lambda: build(vocab, merges, values)), extra
         proto = sentencepiece_models.read_model(self.file)
         if "extra_special_tokens" not in values:
             extra = sentencepiece_models.added_pieces(proto)

@@ -140,6 +140,11 @@ class Tokenizer:
         text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special)
         return clean_up(text) if self._files.cleans_up else text
 
+    @property
+    def cleaned(self) -> Sequence[str]:
+        """The strings that decoding changes where a text has them."""
+        return CLEANED if self._files.cleans_up else ()
+
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
@@ -227,17 +232,17 @@ class Tokenizer:
         return kept | eos | dict(self.named) | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
+CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+
 class NotUnicode(UserError):
     """A text that no tokenizer can read."""
 
 
 def clean_up(text: str) -> str:
     """Spaces in front of punctuation, as transformers' clean_up_tokenization_spaces takes them out."""
-    for mark in (" .", " ?", " !", " ,"):
-        text = text.replace(mark, mark[1:])
-    text = text.replace(" ' ", "'")
-    for ending in (" n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(ending, ending[1:])
+    for part in CLEANED:
+        text = text.replace(part, part.strip())
     return text
 
 

@@ -25,10 +25,9 @@ def continuation(
     whether there was one). A stop string may be, or hold, a token that decoding leaves out."""
     text = tokenizer.decode(new, prompt)
     ends = [text.find(stop) for stop in stops if stop in text]
-    hidden = [stop for stop in stops if stop not in text]
-    if hidden and not tokenizer.special_ids.isdisjoint(new):
+    if stops and not tokenizer.special_ids.isdisjoint(new):
         written = tokenizer.decode(new, prompt, special=True)
-        for start in (written.find(stop) for stop in hidden if stop in written):
+        for start in (written.find(stop) for stop in stops if stop in written):
             ends.append(_shown(tokenizer, prompt, new, start))
     return (text[: min(ends)], True) if ends else (text, False)
 
@@ -54,11 +53,13 @@ class Stream:
 
     def more(self, new: Sequence[int], is_last: bool = False) -> str:
         """What can be said after all ids so far, beyond what has been given out. Bytes of a character
-        that is not whole yet, and what may become a stop string, wait."""
+        that is not whole yet, what may become a stop string, and what the tokenizer may still clean
+        up, wait."""
         text, self.is_finished = continuation(self._tokenizer, self._prompt, new, self._stops)
         if not is_last and not self.is_finished:
             text = text.rstrip("\ufffd")
-            wait = max((_overlap(text, stop) for stop in self._stops), default=0)
+            open_ends = (*self._stops, *self._tokenizer.cleaned)
+            wait = max((_overlap(text, end) for end in open_ends), default=0)
             text = text[: len(text) - wait]
         part = text[len(self.given) :]
         self.given += part

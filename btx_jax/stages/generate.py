@@ -45,6 +45,8 @@ def generate(
     if not ids:
         raise UserError("--prompt: empty, and the tokenizer puts nothing in front to start from")
     check_ids(ids, found.about.model.vocab_size, "--prompt", tokenizer)
+    if "" in stop:
+        raise UserError("--stop: an empty string would end every text at once; leave it out")
     if max_tokens < 1:
         raise UserError(f"--max_tokens={max_tokens}: must be at least 1")
     context = found.about.model.context

@@ -100,6 +100,10 @@ def test_a_tool_call_is_learnt_where_the_template_has_a_place_for_it(read):
         (chat("\ud800", "x"), "no valid Unicode"),
         (chat("x", text("\udfff")), "no valid Unicode"),
         (chat("x", "y", tool_calls=["z"]), "without the function's name"),
+        (chat("x", "y", tool_calls=True), "tool calls that are no list"),
+        ([{"from": ["human"], "value": "x"}], "a message without a role"),
+        ([{"from": {}, "value": "x"}], "a message without a role"),
+        ("[" * 100_000, "no list of messages"),
     ],
 )
 def test_chats_that_cannot_be_read_say_why(messages, why, read):
@@ -133,6 +137,8 @@ def test_what_parquet_fills_with_nulls_is_absent(tmp_path):
         ({"q": "\udfff", "a": "x"}, "no valid Unicode"),
         ({"q": "x", "a": b"\xff"}, "does not fit"),
         ({"q": "x"}, "no field 'a'"),
+        ({"q": "x", "a": ["b"]}, "no text; name a part of it"),
+        ({"q": "x", "a": {"text": "b"}}, "no text; name a part of it"),
     ],
 )
 def test_fields_that_hold_no_text_say_why(item, why, tokenizer):

@@ -43,7 +43,10 @@ def test_a_prompt_is_read_and_an_answer_learnt(tokenizer):
     ("item", "why"),
     [
         ({}, "no field 'query'"),
-        ({"query": "x", "choices": ["a"], "gold": 3}, "format"),
+        ({"query": "x", "choices": ["a"], "gold": 3}, "not the number of a choice"),
+        ({"query": "x", "choices": ["a", "b"], "gold": -1}, "not the number of a choice"),
+        ({"query": "x", "choices": ["a", "b"], "gold": True}, "not the number of a choice"),
+        ({"query": "x", "choices": [["a"]], "gold": 0}, "no text; name a part of it"),
         ({"query": "x", "choices": [" "], "gold": 0}, "empty"),
     ],
 )
@@ -78,8 +81,53 @@ def test_a_template_that_looks_ahead_is_refused(chat_tokenizer):
     )
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
     again = load_tokenizer(chat_tokenizer.path)
-    with pytest.raises(Unusable, match="changes earlier turns"):
+    with pytest.raises(Unusable, match="does not begin with its prompt"):
         Formatter(FormatConfig(messages="m"), again, 64).pieces({"m": messages})
+
+
+def test_a_template_that_drops_what_it_said_is_refused(chat_tokenizer):
+    (chat_tokenizer.path.parent / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}<{{ m.content }}>{% endif %}"
+        "{% endfor %}"
+    )
+    formatter = Formatter(FormatConfig(messages="m"), load_tokenizer(chat_tokenizer.path), 64)
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    assert [piece.text for piece in formatter.pieces({"m": messages})] == ["<x>", "<x>"]
+    with pytest.raises(Unusable, match="changes earlier turns"):
+        formatter.pieces({"m": messages * 2})
+
+
+def test_a_template_whose_prompt_is_no_part_of_its_answer_is_refused(chat_tokenizer):
+    (chat_tokenizer.path.parent / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    again = load_tokenizer(chat_tokenizer.path)
+    with pytest.raises(Unusable, match="does not begin with its prompt"):
+        Formatter(FormatConfig(messages="m"), again, 64).pieces({"m": messages})
+
+
+def test_what_an_item_gives_its_template_reaches_it(chat_tokenizer):
+    (chat_tokenizer.path.parent / "chat_template.jinja").write_text(
+        "{{ tools | tojson if tools else '-' }}{{ documents | tojson if documents else '-' }}"
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    )
+    formatter = Formatter(FormatConfig(messages="m"), load_tokenizer(chat_tokenizer.path), 64)
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+
+    def prompt(**given):
+        return formatter.pieces({"m": messages, **given})[0].text
+
+    tool = {"name": "look", "parameters": {"a": None, "b": [{"c": None, "d": 1}]}}
+    bare = '[{"name": "look", "parameters": {"b": [{"d": 1}]}}]'
+    assert prompt() == prompt(tools=None, documents=[]) == "--<x>"
+    assert prompt(tools=[tool]) == bare + "-<x>", "Parquet's nulls are absent"
+    assert prompt(tools=bare) == bare + "-<x>", "as JSON text"
+    assert prompt(documents=[{"text": "y"}]) == '-[{"text": "y"}]<x>'
+    for bad in ("look", {"name": "look"}, 5):
+        with pytest.raises(Unusable, match="tools is no list"):
+            prompt(tools=bad)
 
 
 def test_a_tokenizer_without_a_template_or_with_a_broken_one_is_refused(tokenizer, chat_tokenizer):

@@ -105,6 +105,30 @@ def test_a_stream_gives_the_same_text_and_takes_nothing_back(llama, chatty):
         assert (text, stream.is_finished) == continuation(tokenizer, prompt, new, stops)
 
 
+def test_a_stop_string_that_is_first_a_token_and_then_text_cuts_at_the_first(chatty):
+    new = chatty.encode("ab") + [chatty.id_of("</s>")] + chatty.encode("cd</s>")
+    assert continuation(chatty, [], new, ["</s>"]) == ("ab", True)
+    plain = chatty.encode("ab<|eot|>cd") + [i for part in "<|eot|>" for i in chatty.encode(part)]
+    assert chatty.decode(plain) == "abcd<|eot|>"
+    assert continuation(chatty, [], plain, ["<|eot|>"]) == ("ab", True)
+
+
+def test_a_stream_takes_nothing_back_that_decoding_cleans_up(tmp_path):
+    words = ["Don", "'", "t", "stop", "n't", "'s", ".", ",", "a", "I", "'m"]
+    vocab = {"[UNK]": 0} | {word: i for i, word in enumerate(dict.fromkeys(words), 1)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"clean_up_tokenization_spaces": true}')
+    tokenizer = load_tokenizer(tmp_path)
+    new = tokenizer.encode("Don ' t stop . I 'm a , Don n't ' t 's ' s")
+    stream = Stream(tokenizer, [])
+    parts = [stream.more(new[: count + 1]) for count in range(len(new))]
+    whole = continuation(tokenizer, [], new)[0]
+    assert "Don't" in whole
+    assert "".join([*parts, stream.more(new, is_last=True)]) == whole
+
+
 def test_every_end_that_the_files_name_ends_a_text(chatty):
     def about(**huggingface):
         return About(TINY, 0, {}, huggingface=huggingface)
