@@ -91,8 +91,8 @@ def test_a_template_that_drops_what_it_said_is_refused(chat_tokenizer):
         "{% endfor %}"
     )
     formatter = Formatter(FormatConfig(messages="m"), load_tokenizer(chat_tokenizer.path), 64)
-    messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
-    assert [piece.text for piece in formatter.pieces({"m": messages})] == ["<x>", "<x>"]
+    messages = [{"role": role, "content": role} for role in ("user", "assistant")]
+    assert [piece.text for piece in formatter.pieces({"m": messages})] == ["<user>", "<assistant>"]
     with pytest.raises(Unusable, match="changes earlier turns"):
         formatter.pieces({"m": messages * 2})
 
