@@ -62,6 +62,7 @@ _INITIALISATIONS_OF_LORA_ALONE = (None, True, False, "gaussian", "orthogonal", "
 _NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
 _PATTERNS, _LENGTH = 1000, 10_000  # of one setting: how many, and characters of each
 _SECONDS = 10  # for matching all of them: a regular expression may take years
+_TOO_LONG = f"takes too long to match (all together may take {_SECONDS} s): simplify it"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _OF_TRAINING = ".lora_velora_embed"  # a buffer for VeLoRA's backward pass
 _LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.(.+))?\.weight")
@@ -259,6 +260,8 @@ def _targeted(
                     rank = _by_pattern(config, "rank_pattern", module, config["r"])
                     alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
                     found[module] = rank, alpha * (rank**0.5 if config.get("use_rslora") else 1)
+    except TimeoutError as error:  # between two matches
+        raise UserError(f"{where}: rank_pattern, alpha_pattern or *_modules {_TOO_LONG}") from error
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     return found
@@ -276,29 +279,29 @@ def _limited(seconds: float) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 _compiled = functools.lru_cache(maxsize=4 * _PATTERNS)(re.compile)
 
 
-def _match(key: str, pattern: str, module: str, whole: bool = False) -> re.Match | None:
-    """key: the setting that the pattern comes from. Raises ValueError naming it."""
+def _match(key: str, pattern: str, module: str, within: str = "") -> re.Match | None:
+    """key: the setting that the pattern comes from. within: the expression that peft puts it into;
+    else it must match the whole name. Raises ValueError naming setting and pattern."""
     try:
-        compiled = _compiled(pattern)
-        return compiled.fullmatch(module) if whole else compiled.match(module)
+        if within:
+            return _compiled(within % pattern).match(module)
+        return _compiled(pattern).fullmatch(module)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{key}: {_short(pattern)} is no regular expression: {error}") from error
     except TimeoutError as error:
-        raise ValueError(
-            f"{key}: {_short(pattern)} takes too long to match (more than {_SECONDS} s for all"
-            " patterns together); simplify it"
-        ) from error
+        raise ValueError(f"{key}: {_short(pattern)} {_TOO_LONG}") from error
 
 
 def _ends_with(module: str, names: Any) -> bool:
@@ -307,18 +310,16 @@ def _ends_with(module: str, names: Any) -> bool:
 
 def _is_excluded(config: Mapping[str, Any], module: str) -> bool:
     excluded, saved = config.get("exclude_modules") or (), config.get("modules_to_save") or ()
-    if isinstance(excluded, str) and _match("exclude_modules", excluded, module, whole=True):
+    if isinstance(excluded, str) and _match("exclude_modules", excluded, module):
         return True
     if not isinstance(excluded, str) and _ends_with(module, excluded):
         return True
-    return any(_match("modules_to_save", rf"(^|.*\.){name}($|\..*)", module) for name in saved)
+    return any(_match("modules_to_save", name, module, r"(^|.*\.)%s($|\..*)") for name in saved)
 
 
 def _is_named(config: Mapping[str, Any], names: Any, module: str) -> bool:
     if isinstance(names, str):
-        return names.lower() == "all-linear" or bool(
-            _match("target_modules", names, module, whole=True)
-        )
+        return names.lower() == "all-linear" or bool(_match("target_modules", names, module))
     if module in names:
         return True
     some = config.get("layers_to_transform")
@@ -326,15 +327,15 @@ def _is_named(config: Mapping[str, Any], names: Any, module: str) -> bool:
         return _ends_with(module, names)
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        by_layer = rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\."
-        if match := _match("layers_pattern", by_layer, module):
+        within = r"(?:^|.*?\.)%s\.(?P<layer>\d+)\."
+        if match := _match("layers_pattern", pattern, module, within):
             return int(match["layer"]) in (some if isinstance(some, list) else [some])
     return False
 
 
 def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     for pattern, value in (config.get(key) or {}).items():
-        if _match(key, rf"(.*\.)?({pattern})$", module):
+        if _match(key, pattern, module, r"(.*\.)?(%s)$"):
             return value
     return default
 
@@ -417,22 +418,22 @@ def _fit(
     alpha = sizes.most_common(1)[0][0]
     targets = tuple(t for t in LORA_TARGETS if t in {target for _, target in found})
     ranks = tuple(largest.get(layer, max(largest.values())) for layer in range(base.layers))
-    lora = LoRAConfig(
-        allocation=(
-            ",".join(str(int(layer in largest)) for layer in range(base.layers))
-            if base.layers > 1
-            else "1"
-        ),
-        rank=ranks if len(set(ranks)) > 1 else ranks[:1],
-        k=(1,),
-        alpha=alpha,
-        dropout=float(config.get("lora_dropout") or 0.0),
-        targets=targets,
-    )
     try:
+        lora = LoRAConfig(
+            allocation=(
+                ",".join(str(int(layer in largest)) for layer in range(base.layers))
+                if base.layers > 1
+                else "1"
+            ),
+            rank=ranks if len(set(ranks)) > 1 else ranks[:1],
+            k=(1,),
+            alpha=alpha,
+            dropout=float(config.get("lora_dropout") or 0.0),
+            targets=targets,
+        )
         model = ModelConfig(**{**vars(base), "lora": lora})
     except ConfigError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: r, lora_alpha and use_rslora give {error}") from error
 
     shapes = {name: slot.shape for name, slot in slots(base).items()}
     tensors: dict[str, np.ndarray] = {}

@@ -364,6 +364,10 @@ def test_files_that_are_cut_off_are_refused(tmp_path):
         ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern: q_proj: lora_alpha=1000"),
         ({"alpha_pattern": {"q_proj": 1e300}}, "alpha_pattern: q_proj: lora_alpha=1e.300: must be"),
         (
+            {"lora_alpha": 2e6},
+            "adapter_config.json: .*alpha.* give alpha=2000000.0: must be at most",
+        ),
+        (
             {"alpha_pattern": {"layers.0.self_attn.q_proj": 3e38}, "lora_alpha": 1e-30},
             r"adapter_config.json: lora_alpha and alpha_pattern scale model.layers.0.*q_proj bey",
         ),
@@ -427,10 +431,15 @@ def test_what_float32_does_not_hold_is_told_by_pefts_name(tmp_path):
         adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "out"))
 
 
-def test_the_initialisations_case_does_not_matter(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [{"init_lora_weights": "MICA"}, {"target_modules": r"(?i).*\.(DOWN|Q|O)_proj|none"}],
+    ids=str,
+)
+def test_what_peft_reads_in_any_case_is_read_so(tmp_path, change):
     shutil.copytree(GOLDEN / "peft", tmp_path / "peft")
     config = json.loads((tmp_path / "peft" / PEFT_CONFIG).read_text())
-    (tmp_path / "peft" / PEFT_CONFIG).write_text(json.dumps(config | {"init_lora_weights": "MICA"}))
+    (tmp_path / "peft" / PEFT_CONFIG).write_text(json.dumps(config | change))
     adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "out"))
 
 
