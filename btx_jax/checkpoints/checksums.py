@@ -56,24 +56,28 @@ def read_sums(directory: Path) -> dict[str, str]:
         return {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return {name: total for total, name in (line.split("  ", 1) for line in lines)}
+        sums = {name: total for total, name in (line.split("  ", 1) for line in lines)}
+        if not sums:
+            raise ValueError("empty")
+        return sums
     except ValueError as error:
         raise UserError(f"{path} is damaged; delete it to do without its checksums") from error
 
 
-def check_sums(directory: Path, names: Iterable[str] | None = None) -> list[str]:
-    """The files, of `names` or of all, that are there and were checked against SHA256SUMS. Raises
-    UserError when one is not what it says."""
+def check_sums(directory: Path, names: Iterable[str] | None = None) -> None:
+    """Compares the files, of `names` or all, with SHA256SUMS, as far as it names them. Raises
+    UserError when one is gone, or not what it says."""
     sums = read_sums(directory)
-    checked = [
-        name
-        for name in (sums if names is None else names)
-        if name in sums and (directory / name).is_file()
-    ]
-    wrong = [name for name in checked if file_sha256(directory / name) != sums[name]]
-    if wrong:
-        raise UserError(
-            f"{directory / wrong[0]} is damaged (sha256, {SUMS}): download or export it again; or,"
-            f" if it was changed on purpose, delete its line there"
-        )
-    return checked
+    for name in sums if names is None else names:
+        if name not in sums:
+            continue
+        if not (directory / name).is_file():
+            raise UserError(
+                f"{directory / name} is gone, though {SUMS} names it: download or export it again,"
+                " or delete its line there"
+            )
+        if file_sha256(directory / name) != sums[name]:
+            raise UserError(
+                f"{directory / name} is damaged (sha256, {SUMS}): download or export it again; or,"
+                " if it was changed on purpose, delete its line there"
+            )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import linen as nn
 
+from btx_jax.checkpoints.checksums import check_sums, read_sums
 from btx_jax.checkpoints.huggingface_config import (
     ARCHITECTURES,
     config_from_model,
@@ -336,6 +337,9 @@ class HuggingFaceReader:
         if self.model.tied_head and _EMBEDDING not in stored and _HEAD in stored:
             self._where[_EMBEDDING] = stored[_HEAD]
         self._compare(stored, problems)
+        if problems:  # damage, in a header, comes first
+            names = [name for name in read_sums(directory) if name.endswith(".safetensors")]
+            check_sums(directory, names)
         raise_problems(directory, problems)
         self.dtypes = {
             name: DTYPES.get(self._where[name].dtype, np.dtype(np.float32)) for name in self.slots

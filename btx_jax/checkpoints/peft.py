@@ -7,11 +7,15 @@ adapted ones holds zeros, a lower rank is padded with zeros, and a scale of its 
 Writing leaves zeros out again.
 """
 
+import contextlib
+import functools
 import json
 import math
 import re
+import signal
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +24,7 @@ from safetensors.numpy import save
 
 from btx_jax.checkpoints.adapter import MODULES, from_tensors, load_tensors
 from btx_jax.checkpoints.checksums import check_sums
-from btx_jax.checkpoints.huggingface import SHOWN, raise_problems, slots
+from btx_jax.checkpoints.huggingface import SHOWN, is_finite, raise_problems, slots
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.model_config import LORA_TARGETS, LoRAConfig, ModelConfig
 
@@ -55,6 +59,11 @@ _READ = {
     "init_lora_weights",
 }  # fmt: skip
 _INITIALISATIONS_OF_LORA_ALONE = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+_NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
+_PATTERNS, _LENGTH = 1000, 10_000  # of one setting: how many, and characters of each
+_SECONDS = 10  # for matching all of them: a regular expression may take years
+_TOO_LONG = f"takes too long to match (all together may take {_SECONDS} s): simplify it"
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _OF_TRAINING = ".lora_velora_embed"  # a buffer for VeLoRA's backward pass
 _LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.(.+))?\.weight")
 _BASE_TENSOR = re.compile(
@@ -95,7 +104,7 @@ def read(directory: Path, base: ModelConfig) -> PeftLoRA:
     problems: list[str] = []
     unknown: dict[str, list[str]] = {}
     known = slots(base)
-    for key, array in load_tensors(_tensors_file(directory)).items():
+    for key, array in sorted(load_tensors(_tensors_file(directory)).items()):
         lora, tensor = _LORA.fullmatch(key), _BASE_TENSOR.fullmatch(key)
         if lora and lora[1] in modules and lora[3] in (None, "default"):
             if lora[2] in factors.setdefault(lora[1], {}):
@@ -158,7 +167,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         if config.get(key) not in (None, False, {}, [])
     ]
     how = config.get("init_lora_weights")
-    if how not in _INITIALISATIONS_OF_LORA_ALONE:
+    if (how.lower() if isinstance(how, str) else how) not in _INITIALISATIONS_OF_LORA_ALONE:
         problems.append(
             f"init_lora_weights={_short(how)}: changed the base itself; save it with"
             f" path_initial_model_for_weight_conversion, or {MERGE}"
@@ -177,17 +186,23 @@ def _read_config(directory: Path) -> dict[str, Any]:
             problems.append(f"{key}={_short(pattern)}: must map names to numbers")
             continue
         for name, value in pattern.items():
-            problems += [f"{key}: {name}: {line}" for line in _wrong_number(of, value)]
+            problems += [
+                f"{key}: {_short(name)[1:-1]}: {line}" for line in _wrong_number(of, value)
+            ]
+        problems += _too_much(key, list(pattern))
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         problems.append(
             f"lora_dropout={_short(dropout)}: must lie in [0, 1); it acts in training only"
         )
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+    for key in _NAMES:
         value = config.get(key)
-        if not isinstance(value, str | None) and not (
-            isinstance(value, list) and all(isinstance(name, str) for name in value)
-        ):
+        names = [value] if isinstance(value, str) else value
+        if isinstance(value, str) and key == "modules_to_save":
+            problems.append(f"{key}={_short(value)}: must be a list of names")
+        elif isinstance(names, list) and all(isinstance(name, str) for name in names):
+            problems += _too_much(key, names)
+        elif value is not None:
             problems.append(f"{key}={_short(value)}: must be names")
     some = config.get("layers_to_transform")
     if some is not None and not all(
@@ -198,13 +213,21 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def _too_much(key: str, patterns: Sequence[str]) -> list[str]:
+    if len(patterns) > _PATTERNS:
+        return [f"{key}: {len(patterns)} patterns; at most {_PATTERNS} are read"]
+    longest = max(map(len, patterns), default=0)
+    too_long = f"{key}: a pattern of {longest} characters; at most {_LENGTH} are read"
+    return [too_long] if longest > _LENGTH else []
+
+
 def _wrong_number(key: str, value: Any) -> list[str]:
-    """r is a rank, lora_alpha any number but NaN and infinity."""
+    """r is a rank, lora_alpha any number of float32 but NaN and infinity."""
     if key == "r":
-        right = type(value) is int and value >= 1
+        right = type(value) is int and 1 <= value < 1 << 31
         return [] if right else [f"r={_short(value)}: must be a whole number of at least 1"]
-    right = type(value) in (int, float) and math.isfinite(value)
-    return [] if right else [f"lora_alpha={_short(value)}: must be a number"]
+    right = type(value) in (int, float) and abs(value) <= _FLOAT32_MAX
+    return [] if right else [f"lora_alpha={_short(value)}: must be a number that float32 holds"]
 
 
 def _short(value: Any) -> str:
@@ -231,14 +254,54 @@ def _targeted(
     names = _DEFAULT_MODULES if names is None else names
     found: dict[str, tuple[int, float]] = {}
     try:
-        for module in modules:
-            if not _is_excluded(config, module) and _is_named(config, names, module):
-                rank = _by_pattern(config, "rank_pattern", module, config["r"])
-                alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
-                found[module] = rank, alpha * (rank**0.5 if config.get("use_rslora") else 1)
-    except re.error as error:
-        raise UserError(f"{where}: {error.pattern!r} is no regular expression: {error}") from error
+        with _limited(_SECONDS):
+            for module in modules:
+                if not _is_excluded(config, module) and _is_named(config, names, module):
+                    rank = _by_pattern(config, "rank_pattern", module, config["r"])
+                    alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
+                    found[module] = rank, alpha * (rank**0.5 if config.get("use_rslora") else 1)
+    except TimeoutError as error:  # between two matches
+        raise UserError(f"{where}: rank_pattern, alpha_pattern or *_modules {_TOO_LONG}") from error
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
     return found
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError within, where a regular expression is matched, too. Only the main thread
+    can have that."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+_compiled = functools.lru_cache(maxsize=4 * _PATTERNS)(re.compile)
+
+
+def _match(key: str, pattern: str, module: str, within: str = "") -> re.Match | None:
+    """key: the setting that the pattern comes from. within: the expression that peft puts it into;
+    else it must match the whole name. Raises ValueError naming setting and pattern."""
+    try:
+        if within:
+            return _compiled(within % pattern).match(module)
+        return _compiled(pattern).fullmatch(module)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{key}: {_short(pattern)} is no regular expression: {error}") from error
+    except TimeoutError as error:
+        raise ValueError(f"{key}: {_short(pattern)} {_TOO_LONG}") from error
 
 
 def _ends_with(module: str, names: Any) -> bool:
@@ -247,16 +310,16 @@ def _ends_with(module: str, names: Any) -> bool:
 
 def _is_excluded(config: Mapping[str, Any], module: str) -> bool:
     excluded, saved = config.get("exclude_modules") or (), config.get("modules_to_save") or ()
-    if isinstance(excluded, str) and re.fullmatch(excluded, module):
+    if isinstance(excluded, str) and _match("exclude_modules", excluded, module):
         return True
     if not isinstance(excluded, str) and _ends_with(module, excluded):
         return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved)
+    return any(_match("modules_to_save", name, module, r"(^|.*\.)%s($|\..*)") for name in saved)
 
 
 def _is_named(config: Mapping[str, Any], names: Any, module: str) -> bool:
     if isinstance(names, str):
-        return names.lower() == "all-linear" or re.fullmatch(names, module) is not None
+        return names.lower() == "all-linear" or bool(_match("target_modules", names, module))
     if module in names:
         return True
     some = config.get("layers_to_transform")
@@ -264,14 +327,15 @@ def _is_named(config: Mapping[str, Any], names: Any, module: str) -> bool:
         return _ends_with(module, names)
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module):
+        within = r"(?:^|.*?\.)%s\.(?P<layer>\d+)\."
+        if match := _match("layers_pattern", pattern, module, within):
             return int(match["layer"]) in (some if isinstance(some, list) else [some])
     return False
 
 
 def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _match(key, pattern, module, r"(.*\.)?(%s)$"):
             return value
     return default
 
@@ -284,11 +348,19 @@ def _compare(module: str, found: Mapping[str, np.ndarray], rank: int | None) -> 
             problems.append(f"{module}.lora_{factor} is {array.dtype.name}, no floating point")
         elif array.ndim != 2:
             problems.append(f"{module}.lora_{factor} is {array.shape}, no matrix")
+        elif not is_finite(_float32(array)):
+            problems.append(f"{module}.lora_{factor} holds NaN, infinity or what float32 does not")
     if not problems and rank not in (None, len(found["A"])):
         problems.append(f"{module} has rank {len(found['A'])}, but r and rank_pattern say {rank}")
     if not problems and found["A"].shape[0] != found["B"].shape[1]:
         problems.append(f"{module}: A is {found['A'].shape}, B {found['B'].shape}")
     return problems
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    """What is beyond float32 becomes infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(np.float32)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -346,22 +418,22 @@ def _fit(
     alpha = sizes.most_common(1)[0][0]
     targets = tuple(t for t in LORA_TARGETS if t in {target for _, target in found})
     ranks = tuple(largest.get(layer, max(largest.values())) for layer in range(base.layers))
-    lora = LoRAConfig(
-        allocation=(
-            ",".join(str(int(layer in largest)) for layer in range(base.layers))
-            if base.layers > 1
-            else "1"
-        ),
-        rank=ranks if len(set(ranks)) > 1 else ranks[:1],
-        k=(1,),
-        alpha=alpha,
-        dropout=float(config.get("lora_dropout") or 0.0),
-        targets=targets,
-    )
     try:
+        lora = LoRAConfig(
+            allocation=(
+                ",".join(str(int(layer in largest)) for layer in range(base.layers))
+                if base.layers > 1
+                else "1"
+            ),
+            rank=ranks if len(set(ranks)) > 1 else ranks[:1],
+            k=(1,),
+            alpha=alpha,
+            dropout=float(config.get("lora_dropout") or 0.0),
+            targets=targets,
+        )
         model = ModelConfig(**{**vars(base), "lora": lora})
     except ConfigError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: r, lora_alpha and use_rslora give {error}") from error
 
     shapes = {name: slot.shape for name, slot in slots(base).items()}
     tensors: dict[str, np.ndarray] = {}
@@ -373,7 +445,13 @@ def _fit(
             b = factors.get("B", np.zeros((outputs, 0), np.float32)).astype(np.float32)
             factor = wanted.get((layer, target), alpha) / alpha
             if factor != 1:
-                b = (b.astype(np.float64) * factor).astype(np.float32)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    b = _float32(b.astype(np.float64) * factor)
+                if not is_finite(b):
+                    raise UserError(
+                        f"{where}: lora_alpha and alpha_pattern scale model.layers.{layer}."
+                        f"{MODULES[target]} beyond float32"
+                    )
             more = largest[layer] - len(a)
             tensors[f"layers.{layer}.{target}.a"] = np.pad(a, ((0, more), (0, 0)))[None]
             tensors[f"layers.{layer}.{target}.b"] = np.pad(b, ((0, 0), (0, more)))[None]

@@ -43,7 +43,7 @@ from btx_jax.models.lora import is_adapter, partition
 from btx_jax.parallel.hosts import is_first
 
 DIRECTORY = "checkpoints"
-ITEMS = ("about", "params", "opt_state", "data")
+DESCRIBED, RESUMED = ("about", "params"), ("opt_state", "data")
 FORMAT = 3
 UNSEALED = 2  # still read: as earlier versions wrote it, without checksums
 _LEAVES_HELD = 2  # of a step in large chunks: the one being read, and the next
@@ -292,12 +292,9 @@ class Checkpoints:
         Raises UserError when it is damaged, or holds moments of other leaves than opt_state."""
         path = self.path(step)
         read_about(path)
-        data, known = _read_data(path)
-        names = lambda tree: set(named_leaves(tree))  # noqa: E731
-        held = names(_item_metadata(path, "opt_state"))
-        if known is not None and held != known:
-            raise damaged(path, f"opt_state/, {sorted(held ^ known)[0]}")
-        if wrong := sorted(held ^ names(opt_state)):
+        data, _ = _read_data(path)
+        held = _opt_state_leaves(path)
+        if wrong := sorted(held ^ set(named_leaves(opt_state))):
             whose = (
                 "the stored optimizer holds, and this run does not train,"
                 if wrong[0] in held
@@ -356,12 +353,13 @@ def damaged(path: Path, what: str) -> UserError:
 
 
 def _read_json(path: Path, item: str) -> dict[str, Any]:
-    """A JSON item of a step, its seal checked and taken off; earlier versions wrote none."""
+    """A JSON item of a step, its seal checked; earlier versions wrote none."""
     try:
         values = json.loads((path / item / "metadata").read_text(encoding="utf-8"))
-        bare = SEAL not in values and _is_unsealed(path)
-        return values if bare else unsealed(values)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        if SEAL in values or not _is_unsealed(path):
+            unsealed(values)
+        return values
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"{item}/, {_short(error)}") from error
 
 
@@ -377,6 +375,17 @@ def _read_data(path: Path) -> tuple[dict[str, Any], set[str] | None]:
     return (values["data"], set(values["opt_state"])) if "opt_state" in values else (values, None)
 
 
+def _opt_state_leaves(path: Path) -> set[str]:
+    """Names of the optimizer's stored leaves. Raises UserError when they are not those that were
+    saved."""
+    _, known = _read_data(path)
+    held = set(named_leaves(_item_metadata(path, "opt_state")))
+    if known is not None and (wrong := sorted(held ^ known)):
+        which = "unknown" if wrong[0] in held else "missing"
+        raise damaged(path, f"opt_state/, {which} {wrong[0]}")
+    return held
+
+
 def read_about(path: Path) -> About:
     """Of a step's directory."""
     values = _read_json(path, "about")
@@ -387,14 +396,16 @@ def read_about(path: Path) -> About:
 
 
 def _item_metadata(path: Path, item: str) -> Any:
-    """Opens the store itself first: Orbax would report a damaged one as empty."""
+    """Opens the store itself first: Orbax would report a damaged one, and a relative path, as
+    empty."""
+    place = (path / item).resolve()
     try:
-        json.loads((path / item / "_METADATA").read_text(encoding="utf-8"))
-        tensorstore.KvStore.open(
-            {"driver": "ocdbt", "base": f"file://{(path / item).resolve()}/"}
-        ).result().list().result()
+        json.loads((place / "_METADATA").read_text(encoding="utf-8"))
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{place}/"}).result()
+        if not store.list().result():
+            raise FileNotFoundError("its manifest is gone, or names no array")
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.metadata(path / item).item_metadata
+            return checkpointer.metadata(place).item_metadata
     except Exception as error:  # Orbax passes on whatever its storage raises
         raise _unreadable(path, item, error) from error
 
@@ -566,18 +577,17 @@ def _read(path: Path, item: str, store: Any) -> np.ndarray:
 
 
 def items_of(path: Path) -> list[str]:
-    """Of a step: those that it holds."""
-    return [item for item in ITEMS if item == "about" or (path / item).is_dir()]
+    """Of a step: those that it should hold. What a run resumes from is there as a whole or, in what
+    was mixed or converted, not at all."""
+    resumable = any((path / item).is_dir() for item in RESUMED)
+    return [*DESCRIBED, *(RESUMED if resumable else ())]
 
 
 def verify_item(path: Path, item: str) -> str:
     """Reads all of one item of a step; says what was checked. Raises UserError when it is
     damaged."""
     if item in ("about", "data"):
-        _read_json(path, item)
-        return "no checksum was written" if _is_unsealed(path) else "checksum"
-    if item == "params":
-        _check_stored(path, read_about(path).model)
+        return "checksum" if SEAL in _read_json(path, item) else "no checksum was written"
     names, nbytes, problems = list(named_leaves(_item_metadata(path, item))), 0, []
     for name in tqdm(names, desc=f"{path.name}/{item}", unit="array", disable=None, leave=False):
         store = _open(path, item, name)
@@ -587,6 +597,10 @@ def verify_item(path: Path, item: str) -> str:
             if values.dtype.kind not in "iub" and not is_finite(values):
                 problems.append(f"NaN or infinity in {name}")
     raise_problems(path / item, list(dict.fromkeys(problems)))
+    if item == "params":
+        _check_stored(path, read_about(path).model)
+    else:
+        _opt_state_leaves(path)
     zarr3 = _array_spec(path / item, "")["driver"] == "zarr3"
     how = "checksums" if zarr3 else "no checksums were written; structure"
     return f"{how}, finite values: {len(names)} arrays, {nbytes / 2**20:,.1f} MiB"

@@ -191,6 +191,8 @@ def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int,
                 raise UserError(
                     f"--gates={gates}: must be `mean` or numbers, comma-separated"
                 ) from error
+            if not (abs(result[experts]) <= np.finfo(np.float32).max).all():
+                raise UserError(f"--gates={gates}: must be finite")
             if len(result[experts]) != experts:
                 raise UserError(
                     f"--gates={gates}: {len(result[experts])} numbers, but some layers have"

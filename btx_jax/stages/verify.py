@@ -35,7 +35,7 @@ def verify(path: str) -> Iterator[Finding]:
     if not directory.is_dir():
         raise UserError(f"PATH: {directory} is no directory")
     found = False
-    for finding in _verify(directory):
+    for finding in _verify(directory.resolve()):
         found = True
         yield finding
     if not found:
@@ -46,11 +46,10 @@ def verify(path: str) -> Iterator[Finding]:
 
 
 def _verify(directory: Path) -> Iterator[Finding]:
+    yield from _sums(directory)
     if (directory / peft.CONFIG).is_file():
-        yield from _sums(directory)
         yield _check(peft.TENSORS, lambda: _tensors(directory / peft.TENSORS))
-    elif adapter.is_adapter_directory(directory):
-        yield from _sums(directory)
+    elif any((directory / name).is_file() for name in (adapter.ABOUT, adapter.TENSORS)):
         yield _check(adapter.TENSORS, lambda: _adapter(directory))
     elif (directory / DIRECTORY).is_dir():
         yield from _run(directory)
@@ -59,7 +58,6 @@ def _verify(directory: Path) -> Iterator[Finding]:
     elif is_huggingface(directory) and '"model_type"' in (directory / CONFIG).read_text(
         "utf-8", "replace"
     ):
-        yield from _sums(directory)
         yield _check("tensors", lambda: _model(directory))
     else:
         for run in sorted(path for path in directory.iterdir() if (path / DIRECTORY).is_dir()):
@@ -77,10 +75,22 @@ def _check(name: str, check: Callable[[], str]) -> Finding:
 def _run(directory: Path) -> Iterator[Finding]:
     for step in steps_of(directory / DIRECTORY):
         yield from _step(directory / DIRECTORY / str(step), f"step {step}")
+    if not (directory / "tokenizer").is_dir() and _is_training(directory):
+        cure = "put there that of what the run started from, or of an export of the run"
+        yield Finding("tokenizer", f"{directory / 'tokenizer'} is gone: {cure}", False)
     for finding in _sums(directory / "tokenizer"):
         yield finding._replace(name=f"tokenizer/{finding.name}")
     if (directory / METRICS).is_file():
         yield _check(METRICS, lambda: _metrics(directory / METRICS))
+
+
+def _is_training(directory: Path) -> bool:
+    """Whether it is known to be a training run, which keeps its tokenizer: what was converted, or
+    mixed of adapters, may never have had one."""
+    try:
+        return json.loads((directory / CONFIG).read_text(encoding="utf-8"))["stage"] == "train"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _step(path: Path, name: str) -> Iterator[Finding]:
@@ -96,8 +106,7 @@ def _metrics(path: Path) -> str:
 
 def _sums(directory: Path) -> Iterator[Finding]:
     def check(name: str) -> str:
-        if not check_sums(directory, [name]):
-            raise UserError(f"{directory / name} is gone, though {SUMS} names it")
+        check_sums(directory, [name])
         return "sha256"
 
     try:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from btx_jax.checkpoints import peft
 from btx_jax.checkpoints.adapter import (
     ABOUT,
     TENSORS,
@@ -35,6 +36,7 @@ from btx_jax.stages import adapter, convert
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = GOLDEN / "llama"
+SLOW = r"(\w+[._]?)+!"
 
 
 def logits_of(path, tokens):
@@ -358,7 +360,24 @@ def test_files_that_are_cut_off_are_refused(tmp_path):
         ({"lora_alpha": 0}, "lora_alpha=0: computes what the base does"),
         ({"lora_alpha": float("inf")}, "lora_alpha=inf: must be a number"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: lm_head is missing"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000.*: must be a number that float32 holds"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern: q_proj: lora_alpha=1000"),
+        ({"alpha_pattern": {"q_proj": 1e300}}, "alpha_pattern: q_proj: lora_alpha=1e.300: must be"),
+        (
+            {"lora_alpha": 2e6},
+            "adapter_config.json: .*alpha.* give alpha=2000000.0: must be at most",
+        ),
+        (
+            {"alpha_pattern": {"layers.0.self_attn.q_proj": 3e38}, "lora_alpha": 1e-30},
+            r"adapter_config.json: lora_alpha and alpha_pattern scale model.layers.0.*q_proj bey",
+        ),
+        ({"r": 10**400, "use_rslora": True}, "r=1000.*: must be a whole number"),
         ({"modules_to_save": 3}, "modules_to_save=3: must be names"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': must be a list of names"),
+        ({"rank_pattern": dict.fromkeys(map(str, range(1001)), 4)}, "rank_pattern: 1001 patterns"),
+        ({"exclude_modules": "a" * 10_001}, "exclude_modules: a pattern of 10001 characters"),
+        ({"exclude_modules": "(" * 5000}, "exclude_modules: .* is no regular expression"),
+        ({"exclude_modules": "a{99999999999}"}, "exclude_modules: .* is no regular expression"),
         ({"exclude_modules": "(("}, "is no regular expression"),
         ({"exclude_modules": ["down_proj"]}, "leave out what the file holds LoRA for: .*down_proj"),
         ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers_to_transform leave out"),
@@ -381,6 +400,47 @@ def test_what_lora_here_cannot_be_is_refused(tmp_path, change, told):
     with pytest.raises(UserError, match=told):
         adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", SLOW),
+        ("exclude_modules", SLOW),
+        ("modules_to_save", [SLOW]),
+        ("rank_pattern", {SLOW: 4}),
+        ("alpha_pattern", {SLOW: 4}),
+    ],
+)
+def test_a_pattern_that_would_match_for_years_is_told(tmp_path, monkeypatch, key, value):
+    monkeypatch.setattr(peft, "_SECONDS", 0.2)
+    shutil.copytree(GOLDEN / "peft", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / PEFT_CONFIG).read_text())
+    (tmp_path / "peft" / PEFT_CONFIG).write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=f"{PEFT_CONFIG}: {key}: .* takes too long to match"):
+        adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "out"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_float32_does_not_hold_is_told_by_pefts_name(tmp_path):
+    shutil.copytree(GOLDEN / "peft", tmp_path / "peft")
+    held = load_file(tmp_path / "peft" / PEFT_TENSORS)
+    large = {name: array.astype(np.float64) * 1e300 for name, array in held.items()}
+    save_file(large, tmp_path / "peft" / PEFT_TENSORS)
+    with pytest.raises(UserError, match=r"self_attn.q_proj.lora_A holds NaN, infinity or what fl"):
+        adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"init_lora_weights": "MICA"}, {"target_modules": r"(?i).*\.(DOWN|Q|O)_proj|none"}],
+    ids=str,
+)
+def test_what_peft_reads_in_any_case_is_read_so(tmp_path, change):
+    shutil.copytree(GOLDEN / "peft", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / PEFT_CONFIG).read_text())
+    (tmp_path / "peft" / PEFT_CONFIG).write_text(json.dumps(config | change))
+    adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "out"))
 
 
 def test_a_file_that_lacks_what_its_config_speaks_of_is_refused(tmp_path):
@@ -409,6 +469,9 @@ def test_what_cannot_be_exported_or_merged_is_refused(tmp_path):
             "2 numbers, but some layers have 3 experts",
         ),
         (lambda: adapter.merge(folder, out, gates="a,b"), "must be `mean`"),
+        (lambda: adapter.merge(folder, out, gates="nan"), "--gates=nan: must be finite"),
+        (lambda: adapter.merge(folder, out, gates="1,inf"), "--gates=1,inf: must be finite"),
+        (lambda: adapter.merge(folder, out, gates="0,1e39"), "--gates=0,1e39: must be finite"),
         (lambda: adapter.merge(folder, out, expert=0, gates="mean"), "one of the two"),
         (lambda: adapter.merge(str(BASE), out), "no LoRA experts"),
         (

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from btx_jax.__main__ import main
 from btx_jax.checkpoints import adapter
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params, open_reader
-from btx_jax.checkpoints.checksums import SUMS, write_sums
+from btx_jax.checkpoints.checksums import SUMS, sealed, write_sums
 from btx_jax.checkpoints.training_state import (
     About,
     Base,
@@ -183,7 +184,91 @@ def test_verify_names_what_is_damaged_and_nothing_else(stored, capsys):
         assert {line[8:].partition(":")[0] for line in bad} <= {name, "tensors"}
         assert bad
     with pytest.raises(UserError, match="holds nothing to verify"):
-        list(verify(str(stored / "run" / "tokenizer")))
+        list(verify(str(stored / "run" / "checkpoints")))
+    assert {finding.told for finding in verify(str(stored / "run" / "tokenizer"))} == {"sha256"}
+
+
+def test_verify_takes_a_path_from_here(stored, monkeypatch):
+    for path in stored.iterdir():
+        monkeypatch.chdir(path)
+        assert all(finding.good for finding in verify(".")), path
+        monkeypatch.chdir(stored)
+        assert all(finding.good for finding in verify(path.name)), path
+
+
+@pytest.mark.parametrize(
+    ("gone", "names"),
+    [
+        ("checkpoints/4/params", ["step 4, params"]),
+        ("checkpoints/4/params/manifest.ocdbt", ["step 4, params"]),
+        ("checkpoints/4/opt_state", ["step 4, opt_state"]),
+        ("checkpoints/4/opt_state/manifest.ocdbt", ["step 4, opt_state"]),
+        ("checkpoints/4/data", ["step 4, opt_state", "step 4, data"]),
+        ("checkpoints/4/about", ["step 4, about", "step 4, params"]),
+        ("checkpoints/2/about/metadata", ["step 2, about", "step 2, params"]),
+        ("tokenizer/tokenizer.model", ["tokenizer/tokenizer.model"]),
+        ("tokenizer", ["tokenizer"]),
+    ],
+)
+def test_verify_misses_what_is_gone_of_a_run_and_goes_on(stored, tmp_path, gone, names):
+    run = tmp_path / "run"
+    shutil.copytree(stored / "run", run)
+    (run / "config.json").write_text('{"stage": "train"}')
+    place = run / gone
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    findings = list(verify(str(run)))
+    assert [finding.name for finding in findings if not finding.good] == names
+    assert {"step 2, opt_state", "step 4, opt_state"} <= {finding.name for finding in findings}
+
+
+def test_verify_tells_what_is_cut_off_or_of_other_leaves(stored, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(stored / "run", run)
+    about, data = (run / "checkpoints" / "4" / item / "metadata" for item in ("about", "data"))
+    held = json.loads(data.read_text())
+    leaves = {"data": held["data"], "opt_state": [*held["opt_state"], "more"]}
+    data.write_text(json.dumps(sealed(leaves)))
+    (bad,) = (finding for finding in verify(str(run)) if not finding.good)
+    assert bad.name == "step 4, opt_state"
+    assert "(opt_state/, missing more): delete it to go on from step 2" in bad.told
+    for text in (about.read_text()[:50], "", "5"):
+        about.write_text(text)
+        bad_names = {finding.name for finding in verify(str(run)) if not finding.good}
+        assert {"step 4, about", "step 4, params", "step 4, opt_state"} == bad_names
+
+
+def test_a_tokenizer_is_missed_only_where_a_run_must_have_had_one(stored, tmp_path):
+    shutil.copytree(stored / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    assert all(finding.good for finding in verify(str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "adapter"])
+def test_every_file_of_an_export_that_is_gone_or_empty_is_told(stored, tmp_path, kind):
+    folder = tmp_path / kind
+    shutil.copytree(stored / kind, folder)
+    for file in sorted(folder.iterdir()):
+        original = file.read_bytes()
+        if file.name == "README.md":
+            continue
+        for change in (file.unlink, lambda file=file: file.write_bytes(b"")):
+            change()
+            if file.exists() or file.name != SUMS:  # sums are free to go
+                assert not all(finding.good for finding in verify(str(folder))), file
+                with pytest.raises(UserError, match=re.escape(str(folder))):
+                    values(folder)
+            file.write_bytes(original)
+
+
+def test_a_flip_in_a_tensors_name_is_told_as_damage(stored, tmp_path):
+    shutil.copytree(stored / "huggingface", tmp_path / "huggingface")
+    file = tmp_path / "huggingface" / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"model.norm.weight", b"model.oorm.weight", 1))
+    with pytest.raises(UserError, match=r"model.safetensors is damaged \(sha256"):
+        values(tmp_path / "huggingface")
+    (tmp_path / "huggingface" / SUMS).unlink()
+    with pytest.raises(UserError, match=r"unknown model.oorm.weight; missing model.norm.weight"):
+        values(tmp_path / "huggingface")
 
 
 def test_sha256sum_itself_checks_an_export(stored):
