@@ -186,6 +186,23 @@ def test_verify_names_what_is_damaged_and_nothing_else(stored, capsys):
         list(verify(str(stored / "run" / "tokenizer")))
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "5", "[]"], ids=["deep", "number", "list"])
+def test_what_a_step_says_of_itself_may_be_any_json(stored, text):
+    file = stored / "run" / "checkpoints" / "4" / "about" / "metadata"
+    original = file.read_bytes()
+    file.write_text(text)
+    try:
+        found = {finding.name: finding for finding in verify(str(stored / "run"))}
+        assert (
+            not found["step 4, about"].good
+            and "is damaged (about/, " in found["step 4, about"].told
+        )
+        with pytest.raises(UserError, match="is damaged"):
+            find_checkpoint(stored / "run")
+    finally:
+        file.write_bytes(original)
+
+
 def test_sha256sum_itself_checks_an_export(stored):
     for kind in ("huggingface", "adapter"):
         done = subprocess.run(
