@@ -12,7 +12,10 @@ from typing import Any
 import ml_collections
 
 from btx_jax.config import Config
+from btx_jax.errors import ConfigError
 from btx_jax.schema import from_dict
+
+MAX_DEPTH = 20  # of sections within sections, twice what a pipeline's stages need
 
 
 def to_dict(config: Any) -> Any:
@@ -57,7 +60,29 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    require_tree(config)
     return from_dict(Config, config.to_dict())
+
+
+def require_tree(config: Any) -> None:
+    """Raises ConfigError for a required_placeholder that is left unset, and for what is nested so
+    deeply that only a value within itself can be."""
+    todo = [("config", config, 0)]
+    while todo:
+        key, value, depth = todo.pop()
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{key[:100]}...: nested too deeply, or within itself; make it flat")
+        if isinstance(value, tuple | list):
+            todo += [(f"{key}[{i}]", part, depth + 1) for i, part in enumerate(value)]
+        elif isinstance(value, Mapping | ml_collections.ConfigDict):
+            for name in value:
+                try:
+                    todo.append((f"{key}.{name}", value[name], depth + 1))
+                except ml_collections.config_dict.RequiredValueError:
+                    raise ConfigError(
+                        f"{key}.{name}: a required_placeholder without a value; give it one in the"
+                        " file"
+                    ) from None
 
 
 def flatten(values: Any, key: str = "") -> dict[str, Any]:

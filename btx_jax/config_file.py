@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from btx_jax.config import Config
-from btx_jax.config_dict import from_config_dict
+from btx_jax.config_dict import from_config_dict, require_tree
 from btx_jax.errors import ConfigError, Mistakes, UserError, one_line, suggest
 
 MAX_BYTES = 10**6  # of a config file
@@ -36,8 +36,12 @@ def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config"
     with mistakes.gather():
         try:
             config = from_config_dict(_parse(file, good))
+        except UserError:
+            raise
         except flags.Error as error:  # of several overrides together
             raise ConfigError(f"{flag}: {one_line(error)}") from None
+        except Exception as error:  # ml_collections, of what the file returns
+            raise ConfigError(f"{flag}: {file[:200]}: {_cause(error)}") from None
     mistakes.tell()
     assert config
     return config
@@ -69,10 +73,13 @@ def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
             raise ConfigError(f"{told} has no function get_config; see configs/ for examples")
         _require_arguments(make, arguments, told)
         config = make(*arguments)
+        require_tree(config)
     except UserError as error:
         where = "" if str(error).startswith(flag) else f"{told}{_place(path, error)}: "
         raise ConfigError(f"{where}{error}") from None
-    except (Exception, SystemExit) as error:  # whatever a program can do
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a program can do
         raise ConfigError(f"{told}{_place(path, error)}: {_cause(error)}") from None
     if isinstance(config, Config):
         raise ConfigError(f"{told}: get_config returns a Config; return to_config_dict of it")
@@ -112,7 +119,10 @@ def _place(path: str, error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    words = error.msg if isinstance(error, SyntaxError) else one_line(error)
+    try:
+        words = one_line(error.msg if isinstance(error, SyntaxError) else error)
+    except Exception:  # of a class of the file's own
+        words = ""
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 

@@ -81,7 +81,9 @@ def parse(argv: list[str]) -> list[str]:
     with told_in_one_line():
         try:
             return FLAGS(argv, known_only=False)
-        except Exception as error:  # a config file can raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a config file can raise anything
             if file := _config_file(argv):
                 read_config(file, _overrides(argv))  # raises for what is wrong with either
             if not isinstance(error, flags.Error | UserError):

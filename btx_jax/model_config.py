@@ -17,6 +17,7 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # Far beyond any model that was ever trained: what is larger is a slip, and would hang or fill the
 # memory before anything else told so.
 MAX_PARAMETERS = 10**13
+MAX_EXPERTS = 100_000  # of all layers together: each is three tensors of a Hugging Face directory
 MAX_RUNS = 128  # runs of equal layers, each a program of its own
 
 Layers = Annotated[int, Range(1, 10_000)]
@@ -272,6 +273,11 @@ class ModelConfig(Section):
                 f"layers={self.layers}: with d_model={self.d_model}, d_ff={self.d_ff} and"
                 f" {max(counts)} experts a layer at most, {total:.2g} parameters; lower one, at most"
                 f" {MAX_PARAMETERS:.0e} can be meant"
+            )
+        if self.moe is not None and sum(counts) > MAX_EXPERTS:
+            yield (
+                f"moe.experts: {sum(counts)} in layers={self.layers} together; lower one, at most"
+                f" {MAX_EXPERTS} can be meant"
             )
         pairs = list(zip(counts, lora, strict=False))
         runs = sum(pairs[i] != pairs[i - 1] for i in range(1, len(pairs))) + 1

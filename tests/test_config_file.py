@@ -1,5 +1,8 @@
 """Config files that are none, and overrides that are wrong: one line that names the place."""
 
+import subprocess
+import sys
+
 import pytest
 
 from btx_jax.backends.jobs import load_pipeline
@@ -7,6 +10,10 @@ from btx_jax.config_file import read_config
 from btx_jax.errors import ConfigError
 
 MADE = "from btx_jax.config import *\nfrom ml_collections import ConfigDict\n"
+SEED = (
+    "from btx_jax import recipes\nfrom ml_collections import ConfigDict, config_dict\n"
+    "def get_config():\n    c = recipes.seed('tiny')\n    c.unlock()\n"
+)
 FILES = [
     ("def get_config(:\n", "line 1: SyntaxError: invalid syntax"),
     ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
@@ -15,6 +22,22 @@ FILES = [
     ("def get_config():\n    return len(3)\n", "line 2: TypeError: object of type 'int' has no"),
     ("def get_config():\n    return get_config()\n", "line 2: RecursionError: maximum recursion"),
     ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
+    ("raise BaseException('x')\n", "line 1: BaseException: x"),
+    ("def get_config():\n    raise GeneratorExit\n", "line 2: GeneratorExit"),
+    (
+        "class Odd(Exception):\n    def __str__(self):\n        return 1 / 0\n\nraise Odd\n",
+        "line 5: Odd",
+    ),
+    (
+        SEED + "    c.init = config_dict.required_placeholder(str)\n    return c\n",
+        "config.init: a required_placeholder without a value; give it one in the file",
+    ),
+    (SEED + "    c.within = c\n    return c\n", "nested too deeply, or within itself"),
+    (SEED + "    c.x = [c]\n    return c\n", "nested too deeply, or within itself"),
+    (
+        SEED + "    for _ in range(300):\n        c = ConfigDict({'a': c})\n    return c\n",
+        "nested too deeply, or within itself",
+    ),
     ("raise KeyError\n", "line 1: KeyError"),
     ("x = 1\n", "has no function get_config"),
     ("get_config = 3\n", "has no function get_config"),
@@ -54,6 +77,29 @@ def test_a_file_that_is_no_config(tmp_path, text, told, read):
     if not told.startswith("2 mistakes"):
         assert line.startswith("--config: " if read is read_config else "--pipeline: ")
         assert str(file) in line
+
+
+def test_ctrl_c_while_a_file_is_read_is_no_mistake_of_the_file(tmp_path):
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        read_config(str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "raise BaseException('x')\n",
+        "import sys\nsys.exit(0)\n",
+        SEED + "    c.init = config_dict.required_placeholder(str)\n    return c\n",
+        SEED + "    c.x = c\n    return c\n",
+    ],
+)
+def test_the_command_tells_it_in_one_line(tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    command = [sys.executable, "-m", "btx_jax.launch", f"--config={tmp_path / 'mine.py'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("btx_jax: error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

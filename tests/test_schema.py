@@ -270,6 +270,9 @@ def test_models_as_large_as_the_largest_real_ones_are_possible_and_no_larger():
         dataclasses.replace(llama, layers=1000, moe=MoEConfig((38,) * 1000))
     with pytest.raises(ConfigError, match="parameters; lower one"):
         dataclasses.replace(llama, lora=LoRAConfig(",".join(["4096"] * 126), rank=(4096,)))
+    many = MoEConfig((4096,) * 10_000)
+    with pytest.raises(ConfigError, match=r"moe\.experts: 40960000 in layers=10000 together"):
+        ModelConfig(16, 10_000, 8, 1, 1, 1, 2, moe=many)
     with pytest.raises(ConfigError, match="200 runs of equal layers"):
         ModelConfig(320, 200, 32, 64, 2, 2, 16, moe=MoEConfig((4, 0) * 100))
     with pytest.raises(ConfigError, match=r"lora\.allocation=.*experts in layer 0; at most 4096"):

@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 
 from btx_jax.checkpoints.checksums import SEAL, sealed, unsealed
 from btx_jax.checkpoints.huggingface import is_finite, raise_problems
+from btx_jax.checkpoints.safetensors_files import require_regular
 from btx_jax.checkpoints.training_state import (
     UNSEALED,
     About,
@@ -176,14 +177,15 @@ def read_directory(directory: Path, model: ModelConfig) -> dict[str, Any]:
 
 
 def load_tensors(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file. Raises UserError when it cannot be read, or its bytes have
-    another sha256."""
+    """All tensors of a safetensors file, in the order of their names. Raises UserError when it
+    cannot be read, or its bytes have another sha256."""
+    require_regular(file)
     try:
         data = file.read_bytes()
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise _damaged(file, "checksum")
-        return load(data)
-    except (OSError, SafetensorError, ValueError, AttributeError) as error:  # no such dtype
+        return dict(sorted(load(data).items()))
+    except (OSError, SafetensorError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 

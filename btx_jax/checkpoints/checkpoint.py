@@ -183,7 +183,7 @@ def _history(directory: Path) -> History:
         return elsewhere(directory)
     try:
         return history_from_json(json.loads(text), files[0])
-    except (ValueError, TypeError, AttributeError, UserError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(f"{files[0]}: damaged history: {error}") from error
 
 

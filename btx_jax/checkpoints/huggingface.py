@@ -22,6 +22,7 @@ from flax import linen as nn
 from btx_jax.checkpoints.checksums import check_sums, read_sums
 from btx_jax.checkpoints.huggingface_config import (
     ARCHITECTURES,
+    class_names,
     config_from_model,
     experts_per_token,
     kept_config,
@@ -84,6 +85,10 @@ _EXPERT = (
 # first, and down_proj [E, D, F].
 _FUSED = ("model.layers.{l}.mlp.experts.gate_up_proj", "model.layers.{l}.mlp.experts.down_proj")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEADLESS = (
+    " (a base model was saved, without its head: save what AutoModelForCausalLM loads; or, if the"
+    " head is the embedding, let config.json say tie_word_embeddings)"
+)
 _EXPERT_NAME = re.compile(
     r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight"
 )
@@ -278,7 +283,7 @@ def read_kept(directory: Path) -> dict[str, Any]:
     generation = directory / "generation_config.json"
     return {
         "config": kept_config(_read_json(directory / "config.json")),
-        "generation_config": _read_json(generation) if generation.exists() else {},
+        "generation_config": _read_json(generation) if generation.is_file() else {},
     }
 
 
@@ -381,8 +386,7 @@ class HuggingFaceReader:
                 problems.append(f"unknown {tensor.name}")
         for name, slot in self.slots.items():
             if name not in self._where:
-                hint = "; config.json should say tie_word_embeddings?" if name == _HEAD else ""
-                problems.append(f"missing {name}{hint}")
+                problems.append(f"missing {name}{_HEADLESS if name == _HEAD else ''}")
                 continue
             tensor = self._where[name]
             if tensor.dtype not in READABLE:
@@ -392,9 +396,9 @@ class HuggingFaceReader:
                 )
             elif tensor.expert is None and tensor.shape != slot.shape:
                 problems.append(f"{tensor.name} is {tensor.shape}, not {slot.shape}")
-        named = _read_json(self.directory / "config.json").get("architectures") or ()
+        named = class_names(_read_json(self.directory / "config.json"))
         if problems and not set(named) <= set(ARCHITECTURES.values()):
-            problems.insert(0, f"config.json says {', '.join(map(str, named))}: is it that?")
+            problems.insert(0, f"config.json says {', '.join(named)}: is it that?")
 
     def read(self, name: str) -> np.ndarray:
         array = self._where[name].read()
@@ -485,7 +489,7 @@ def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
             raise UserError(
                 f"{weights}: {name!r} is no file of this directory; refusing to read it"
             )
-        if not (directory / name).exists():
+        if not (directory / name).is_file():
             problems.append(f"missing shard {name}")
             continue
         file = SafetensorsFile(directory / name)
@@ -511,8 +515,8 @@ def _weights(directory: Path) -> Path:
             raise UserError(f"{directory}: transformers_weights={named!r} is no safetensors file")
         return directory / named
     single, index = directory / SINGLE, directory / INDEX
-    if single.exists():
-        if index.exists() and SINGLE not in index.read_text("utf-8", "replace"):
+    if single.is_file():
+        if index.is_file() and SINGLE not in index.read_text("utf-8", "replace"):
             log.warning(
                 "%s holds both %s and %s, which does not name it; the former is read, as"
                 " transformers does: delete the one that is out of date",
@@ -521,7 +525,7 @@ def _weights(directory: Path) -> Path:
                 INDEX,
             )
         return single
-    if index.exists():
+    if index.is_file():
         return index
     pickles = sorted(
         path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)
@@ -589,7 +593,7 @@ class HuggingFaceWriter:
         config = config_from_model(self.model, usual, kept.get("config", ids))
         self._write_json("config.json", config)
         generation = self._directory / "generation_config.json"
-        there = _read_json(generation) if generation.exists() else {}  # came with the tokenizer
+        there = _read_json(generation) if generation.is_file() else {}  # came with the tokenizer
         born_here = {} if kept or there else {"_from_model_config": True} | ids
         wanted = kept.get("generation_config") or born_here
         if wanted and wanted != there:

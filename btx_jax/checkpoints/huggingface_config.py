@@ -3,12 +3,12 @@ every transformers version."""
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.model_config import ModelConfig, MoEConfig, RopeScaling
+from btx_jax.schema import HUGE, shown
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
 }
+_POSITIVE = f"must be a positive number, at most {HUGE:g}"
 _SILU = ("silu", "swish")  # two names of one function
 # Keys that are not carried from config.json to config.json: what ModelConfig says itself, and what
 # only holds for the files beside it.
@@ -92,11 +93,11 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
         if value is None and key in values and key not in _MAY_BE_NULL:
             problems.append(f"{key} is null; give a number, or leave it out for {kind}'s default")
         elif value is not None and (type(value) is not int or value < 1):
-            problems.append(f"{key}={value!r}: must be a whole number of at least 1")
+            problems.append(f"{key}={shown(value)}: must be a whole number of at least 1")
         elif value is not None and value > _LARGEST.get(key, 2**40):
-            problems.append(f"{key}={value:.3g}: more than any model has")
+            problems.append(f"{key}={shown(value)}: more than any model has")
     if not _is_positive(values["rms_norm_eps"]):
-        problems.append(f"rms_norm_eps={values['rms_norm_eps']!r}: must be a positive number")
+        problems.append(f"rms_norm_eps={shown(values['rms_norm_eps'])}: {_POSITIVE}")
     if type(values["tie_word_embeddings"]) is not bool:
         problems.append(
             f"tie_word_embeddings={values['tie_word_embeddings']!r}: must be true or false"
@@ -152,18 +153,25 @@ _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 def _family(config: Mapping[str, Any], where: str) -> str:
     """By model_type alone, as transformers' Auto classes have it: `architectures` may name the
     model without its head, or a finetune's own class."""
-    named = config.get("architectures") or ()
+    named = class_names(config)
     kind = config.get("model_type")
     if kind is None:
         by_class = {name: family for family, name in ARCHITECTURES.items()}
         kind = next((by_class[name] for name in named if name in by_class), None)
-    if kind not in ARCHITECTURES:
-        classes = f" ({', '.join(map(str, named))})" if named else ""
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        classes = f" ({', '.join(named)})" if named else ""
         raise UserError(
             f"{where}: model_type {kind}{classes} is not supported; readable are"
             f" {', '.join(ARCHITECTURES)}"
         )
     return kind
+
+
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """What config.json names as `architectures`; none where that is no list of names."""
+    named = config.get("architectures")
+    is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    return named if is_list else []  # type: ignore[return-value]
 
 
 def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], kind: str) -> list[str]:
@@ -220,11 +228,13 @@ def _rope(
     _warn_of_contradictions(config, rope, where)
     for key in ("rope_theta", *_ROPE_NUMBERS, "original_max_position_embeddings"):
         if key in rope and not _is_positive(rope[key]):
-            raise ConfigError(f"{key}={rope[key]!r}: must be a positive number")
+            raise ConfigError(f"{key}={shown(rope[key])}: {_POSITIVE}")
     theta, name = float(rope["rope_theta"]), rope["rope_type"]
     needed = {"default": (), "linear": ("factor",), "llama3": _ROPE_NUMBERS}
-    if name not in needed:
-        raise ConfigError(f"rope scaling {name!r} is not supported; known: {', '.join(needed)}")
+    if not isinstance(name, str) or name not in needed:
+        raise ConfigError(
+            f"rope scaling {shown(name)} is not supported; known: {', '.join(needed)}"
+        )
     for key in needed[name]:
         if key not in rope:
             raise ConfigError(f"rope scaling {name} without {key}")
@@ -244,7 +254,7 @@ def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], 
             for place in (config, config.get("rope_parameters"), config.get("rope_scaling"))
             if place
         ]
-        others = {value for value in said if value is not None and value != taken}
+        others = {str(value) for value in said if value is not None and value != taken}
         if others:
             log.warning(
                 "%s: says %s %s and %s; %s is taken, as transformers 5 does, and older ones may"
@@ -252,7 +262,7 @@ def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], 
                 where,
                 key,
                 taken,
-                " and ".join(sorted(map(str, others))),
+                " and ".join(sorted(others)),
                 taken,
             )
 
@@ -265,7 +275,7 @@ def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= HUGE
 
 
 def experts_per_token(model: ModelConfig) -> int:

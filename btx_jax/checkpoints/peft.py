@@ -237,7 +237,7 @@ def _short(value: Any) -> str:
 
 def _tensors_file(directory: Path) -> Path:
     file = directory / TENSORS
-    if not file.exists() and (directory / PICKLE).exists():
+    if not file.is_file() and (directory / PICKLE).is_file():
         raise UserError(
             f"{directory}: {PICKLE} is a pickle, which can run any code when it is read; save the"
             " adapter as safetensors (peft: model.save_pretrained(DIR))"

@@ -67,6 +67,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        require_regular(path)
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
@@ -144,6 +145,12 @@ class SafetensorsFile:
         return array
 
 
+def require_regular(path: Path) -> None:
+    """Raises UserError for a pipe, a device or a directory: reading one may never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: no regular file")
+
+
 def read_checksums(directory: Path) -> dict[str, str]:
     """Tensor name -> xxh3 of its bytes; empty where there is no file of them. Raises UserError."""
     path = directory / CHECKSUMS
@@ -151,7 +158,7 @@ def read_checksums(directory: Path) -> dict[str, str]:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}; download or export it again") from error
 
 

@@ -353,19 +353,25 @@ def damaged(path: Path, what: str) -> UserError:
 
 
 def _read_json(path: Path, item: str) -> dict[str, Any]:
-    """A JSON item of a step, its seal checked; earlier versions wrote none."""
+    """A JSON item of a step, its seal checked and taken off; earlier versions wrote none."""
+    values = _json(path, item)
     try:
-        values = json.loads((path / item / "metadata").read_text(encoding="utf-8"))
-        if SEAL in values or not _is_unsealed(path):
-            unsealed(values)
-        return values
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        bare = SEAL not in values and _is_unsealed(path)
+        return values if bare else unsealed(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise damaged(path, f"{item}/, {_short(error)}") from error
+
+
+def _json(path: Path, item: str) -> Any:
+    try:
+        return json.loads((path / item / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, f"{item}/, {_short(error)}") from error
 
 
 def _is_unsealed(path: Path) -> bool:
-    about = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))
-    return about.get("format") == UNSEALED
+    about = _json(path, "about")
+    return isinstance(about, dict) and about.get("format") == UNSEALED
 
 
 def _read_data(path: Path) -> tuple[dict[str, Any], set[str] | None]:
@@ -565,7 +571,7 @@ class StepReader:
 def _open(path: Path, item: str, name: str) -> Any:
     try:
         return tensorstore.open(_array_spec(path / item, name), read=True).result()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unreadable(path, item, error) from error
 
 

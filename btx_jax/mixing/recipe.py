@@ -19,7 +19,7 @@ PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
 HIDDEN_LAST = "hidden_last"  # mergekit's other name for hidden
 GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST)
 MAX_EXPERTS = 1024
-MAX_RECIPE, MAX_PROMPTS = 1 << 18, 1 << 24  # bytes of a file
+MAX_RECIPE, MAX_PROMPTS = 1 << 18, 1 << 24  # bytes of a recipe, of its files of prompts together
 MAX_NODES = 100_000  # of a recipe, with its aliases written out
 KEPT = "mergekit_moe_config.yml"  # a mixture's recipe beside its weights, as mergekit-moe keeps it
 DIFFERENCES = (
@@ -39,9 +39,9 @@ DIFFERENCES = (
 class ExpertSource(Section):
     """One expert: a dense model and, for gate modes that read prompts, what should be routed to it.
 
-    positive_prompts_file, negative_prompts_file: more prompts, one a line. noise_scale: standard
-    deviation of normal noise added to its feed-forward weights. residual_scale: factor on its down
-    projection.
+    positive_prompts_file, negative_prompts_file: more prompts, one a line, which `read_recipe` puts
+    behind the others. noise_scale: standard deviation of normal noise added to its feed-forward
+    weights. residual_scale: factor on its down projection.
     """
 
     source_model: str
@@ -51,16 +51,6 @@ class ExpertSource(Section):
     negative_prompts_file: str = ""
     noise_scale: Annotated[float, Range(0, 1e3)] = 0.0
     residual_scale: Annotated[float, Range(-HUGE, HUGE)] = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        mistakes = Mistakes()
-        for kind in ("positive_prompts", "negative_prompts"):
-            if file := getattr(self, f"{kind}_file"):
-                with mistakes.gather():
-                    more = _prompts(file, f"{kind}_file={file!r}")
-                    object.__setattr__(self, kind, (*getattr(self, kind), *more))
-        mistakes.tell()
 
 
 def _prompts(file: str, key: str) -> list[str]:
@@ -176,17 +166,18 @@ class Recipe(Section):
                 f"gate_mode={mode!r}: experts of method {self.method!r} belong to no source; use"
                 " normal"
             )
-        missing = [str(i) for i, expert in enumerate(self.experts) if not expert.positive_prompts]
+        missing = [
+            str(i)
+            for i, expert in enumerate(self.experts)
+            if not (expert.positive_prompts or expert.positive_prompts_file)
+        ]
         if missing:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             yield (
                 f"experts[{'], ['.join(missing[:10])}]{more}: no positive_prompts, and"
                 f" gate_mode={mode!r} reads them"
             )
-        elif (
-            len(self.experts) > 1
-            and len({(e.positive_prompts, e.negative_prompts) for e in self.experts}) == 1
-        ):
+        elif len(self.experts) > 1 and len({_prompts_of(expert) for expert in self.experts}) == 1:
             yield (
                 "experts: all have the same prompts, so that all router rows would be equal; use"
                 " gate_mode: normal"
@@ -195,6 +186,15 @@ class Recipe(Section):
     @property
     def expert_count(self) -> int:
         return expert_count(self)
+
+
+def _prompts_of(expert: ExpertSource) -> tuple:
+    return (
+        expert.positive_prompts,
+        expert.negative_prompts,
+        expert.positive_prompts_file,
+        expert.negative_prompts_file,
+    )
 
 
 def expert_count(recipe: Recipe) -> int:
@@ -251,12 +251,40 @@ def read_recipe(path: Path) -> Recipe:
     recipe = None
     with mistakes.gather():
         recipe = from_dict(Recipe, values, "recipe")
+    if recipe:
+        with mistakes.gather("recipe."):
+            recipe = _with_files_read(recipe)
     try:
         mistakes.tell()
     except ConfigError as error:
         raise UserError(f"{path}: {error}") from None
     assert recipe is not None
     return recipe
+
+
+def _with_files_read(recipe: Recipe) -> Recipe:
+    """With the lines of the files of prompts in place of their names, each read once. Raises
+    ConfigError."""
+    read: dict[str, list[str]] = {}
+    total = 0
+    experts = []
+    for i, expert in enumerate(recipe.experts):
+        changes: dict[str, Any] = {}
+        for kind in ("positive_prompts", "negative_prompts"):
+            if not (file := getattr(expert, f"{kind}_file")):
+                continue
+            key = f"experts[{i}].{kind}_file={shown(file)}"
+            if file not in read:
+                read[file] = _prompts(file, key)
+            total += sum(len(prompt) + 1 for prompt in read[file])
+            if total > MAX_PROMPTS:
+                raise ConfigError(
+                    f"{key}: with the files before it, more than {MAX_PROMPTS} bytes of prompts;"
+                    " choose some"
+                )
+            changes |= {kind: (*getattr(expert, kind), *read[file]), f"{kind}_file": ""}
+        experts.append(dataclasses.replace(expert, **changes) if changes else expert)
+    return dataclasses.replace(recipe, experts=tuple(experts))
 
 
 def expert_sources(mixture: Path) -> list[str]:

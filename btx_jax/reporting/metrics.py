@@ -85,7 +85,7 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
             if type(line["step"]) is not int:
                 raise TypeError("step")
             lines.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             bad[number] = text
     return lines, bad
 

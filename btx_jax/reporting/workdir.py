@@ -38,7 +38,7 @@ def read_json(path: Path) -> Any:
     """Raises UserError when it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged: {error}; delete it, or the directory it lies in"
         ) from error

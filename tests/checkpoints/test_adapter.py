@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -337,6 +338,10 @@ def test_files_that_are_cut_off_are_refused(tmp_path):
     whole = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="is damaged"):
+        adapter_tensors(find_checkpoint(folder))
+    (folder / TENSORS).unlink()
+    os.mkfifo(folder / TENSORS)
+    with pytest.raises(UserError, match="no regular file"):
         adapter_tensors(find_checkpoint(folder))
     (folder / ABOUT).write_text((folder / ABOUT).read_text()[:50])
     with pytest.raises(UserError, match="damaged"):

@@ -271,6 +271,23 @@ def test_a_flip_in_a_tensors_name_is_told_as_damage(stored, tmp_path):
         values(tmp_path / "huggingface")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "5", "[]"], ids=["deep", "number", "list"])
+def test_what_a_step_says_of_itself_may_be_any_json(stored, text):
+    file = stored / "run" / "checkpoints" / "4" / "about" / "metadata"
+    original = file.read_bytes()
+    file.write_text(text)
+    try:
+        found = {finding.name: finding for finding in verify(str(stored / "run"))}
+        assert (
+            not found["step 4, about"].good
+            and "is damaged (about/, " in found["step 4, about"].told
+        )
+        with pytest.raises(UserError, match="is damaged"):
+            find_checkpoint(stored / "run")
+    finally:
+        file.write_bytes(original)
+
+
 def test_sha256sum_itself_checks_an_export(stored):
     for kind in ("huggingface", "adapter"):
         done = subprocess.run(

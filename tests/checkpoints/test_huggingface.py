@@ -4,6 +4,7 @@ transformers_peer.py)."""
 import dataclasses
 import functools
 import json
+import os
 import shutil
 
 import jax
@@ -185,6 +186,12 @@ def test_config_json_of_either_age_is_read_and_what_we_lack_is_named():
         (base | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (base | {"rope_scaling": {"rope_type": "linear"}}, "rope scaling linear without factor"),
         (base | {"rope_theta": None}, "rope_theta=None: must be a positive number"),
+        (base | {"rope_theta": 10**400}, "rope_theta=an integer of 1329 bits: must be a positive"),
+        (base | {"rms_norm_eps": 10**400}, "rms_norm_eps=an integer of 1329 bits: must be a"),
+        (base | {"max_position_embeddings": 10**400}, "max_position_embeddings=an integer of 1329"),
+        (base | {"rope_scaling": {"rope_type": ["linear"]}}, r"rope scaling \['linear'\] is not"),
+        (base | {"model_type": ["llama"]}, r"model_type \['llama'\]"),
+        (base | {"model_type": None, "architectures": 5}, "model_type None is not supported"),
         (base | {"num_hidden_layers": None}, "num_hidden_layers is null; give a number"),
         (base | {"tie_word_embeddings": None}, "tie_word_embeddings=None: must be true or false"),
         (
@@ -535,6 +542,58 @@ def test_values_are_checked_and_a_failed_conversion_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan"]
     with pytest.raises(UserError, match="NaN or infinity"):
         load_params(find_checkpoint(source))
+
+
+@pytest.mark.parametrize("named", [5, [["a"]], "LlamaForCausalLM", None])
+def test_architectures_that_are_no_names_say_nothing(tmp_path, named):
+    shutil.copytree(GOLDEN / "llama", tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    stored = tensors(tmp_path / "odd")
+    del stored["model.norm.weight"]
+    save_file(stored, tmp_path / "odd" / "model.safetensors")
+    with pytest.raises(UserError, match=r"odd: missing model\.norm\.weight$"):
+        open_reader(find_checkpoint(tmp_path / "odd"))
+
+
+def test_a_model_without_its_head_is_told_as_such(tmp_path):
+    shutil.copytree(GOLDEN / "llama", tmp_path / "base")
+    stored = {name.removeprefix("model."): x for name, x in tensors(tmp_path / "base").items()}
+    del stored["lm_head.weight"]
+    save_file(stored, tmp_path / "base" / "model.safetensors")
+    told = r"missing lm_head.weight \(a base model was saved, .*AutoModelForCausalLM.*tie_word_emb"
+    with pytest.raises(UserError, match=told):
+        open_reader(find_checkpoint(tmp_path / "base"))
+
+
+DEEP = "[" * 100_000
+
+
+def deep_history(directory):
+    save_file(
+        tensors(directory), directory / "model.safetensors", metadata={"btx_jax.history": DEEP}
+    )
+
+
+def pipe(directory):
+    (directory / "model.safetensors").unlink()
+    os.mkfifo(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (deep_history, "model.safetensors: damaged history: maximum recursion"),
+        (lambda d: (d / "model.xxh3.json").write_text(DEEP), "model.xxh3.json is damaged: maximum"),
+        (pipe, "model.safetensors: no regular file"),
+    ],
+    ids=["history", "checksums", "pipe"],
+)
+def test_what_cannot_be_read_to_its_end_is_told(tmp_path, change, told):
+    shutil.copytree(GOLDEN / "llama", tmp_path / "odd")
+    change(tmp_path / "odd")
+    with pytest.raises(UserError, match=told):
+        open_reader(find_checkpoint(tmp_path / "odd"))
 
 
 def test_all_problems_of_a_checkpoint_are_told_at_once(tmp_path):

@@ -89,7 +89,15 @@ def test_metrics_of_lost_steps_are_removed_on_resume_and_a_torn_line_is_ignored(
 
 @pytest.mark.parametrize(
     "damage",
-    [b'{"step": 2, "lo\x00s": 1.0', b"\xff\xfe", b"", b"7", b'{"loss": 1.0}', b'{"step": "2"}'],
+    [
+        b'{"step": 2, "lo\x00s": 1.0',
+        b"\xff\xfe",
+        b"",
+        b"7",
+        b'{"loss": 1.0}',
+        b'{"step": "2"}',
+        b"[" * 10**5,
+    ],
 )
 def test_a_damaged_line_of_metrics_is_set_aside_and_all_others_are_kept(tmp_path, damage, caplog):
     file = tmp_path / "metrics.jsonl"

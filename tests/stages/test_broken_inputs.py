@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(home, to):
 
 CONFIGS = [
     ({"num_attention_heads": 0}, "num_attention_heads=0: must be a whole number"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1e+09: more than any model has"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: more than any model has"),
     ({"num_key_value_heads": "2"}, "num_key_value_heads='2': must be a whole number"),
     ({"max_position_embeddings": 128.0}, "max_position_embeddings=128.0: must be a whole number"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be a positive number"),
