@@ -617,3 +617,14 @@ def test_all_problems_of_a_checkpoint_are_told_at_once(tmp_path):
         "up_proj.weight is I8",
     ):
         assert part in message
+
+
+def test_matrices_of_any_size_come_back_as_they_were():
+    """Larger than the squares in which they are transposed, and no multiple of them."""
+    model = ModelConfig(
+        vocab_size=70, layers=1, d_model=130, d_ff=201, heads=2, kv_heads=1, head_dim=70, context=8
+    )
+    for name, slot in slots(model).items():
+        tensor = np.arange(np.prod(slot.shape), dtype=np.float32).reshape(slot.shape)
+        again = slot.to_theirs(slot.to_ours(tensor))
+        np.testing.assert_array_equal(again, tensor, err_msg=name)
