@@ -339,3 +339,6 @@ def test_every_byte_of_a_run_is_read_once_when_it_streams(tmp_path, as_before):
 
 def read_so_far() -> int:
     return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+    told = {finding.name: finding.told for finding in verify(str(stored / "run"))}
+    assert told["step 4, about"] == told["step 4, data"] == "checksum"
+    assert told["step 4, params"].startswith("checksums, finite values")
