@@ -194,8 +194,10 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 
 def _raised_unseen(raised: Any) -> None:
-    """Writes that end when Orbax has given up the save, because another one failed."""
-    if str(raised.exc_value) != "Event loop is closed":
+    """Reads and writes that end when Orbax has given up, because another one failed."""
+    code = getattr(raised.object, "cr_code", None)
+    of_orbax = code is not None and "orbax" in Path(code.co_filename).parts
+    if not of_orbax and str(raised.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(raised)
 
 
@@ -448,9 +450,12 @@ def _check_finite(params: Params, path: Path) -> None:
 def _unreadable(path: Path, item: str, error: Exception) -> UserError:
     """What storage raised for an item of a step, in one line. What is no fault of the stored bytes
     is not told as damage."""
-    told = " ".join(str(error).split())
     if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
         raise error
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # Orbax's own words tell where in its code, not what
+        cause = cause.__cause__
+    told = " ".join(str(cause).split())
     if reason := _system_reason(told):
         return UserError(f"{path}: {item}/ cannot be read: {reason}")
     leaf = re.search(r'Error reading "([\w.]+)/(?:c/|zarr|\.zarray|\d)', told)

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -35,6 +36,7 @@ from btx_jax.parallel.sharding import make_mesh
 from btx_jax.stages.convert import run as convert
 from btx_jax.stages.verify import verify
 from btx_jax.training.step import init_state, state_shardings
+from tests.conftest import ROOT
 from tests.models.test_llama import MOE, TINY
 
 TRAIN = TrainConfig(steps=10, batch_size=8, warmup_steps=1)
@@ -186,6 +188,23 @@ def test_verify_names_what_is_damaged_and_nothing_else(stored, capsys):
     with pytest.raises(UserError, match="holds nothing to verify"):
         list(verify(str(stored / "run" / "checkpoints")))
     assert {finding.told for finding in verify(str(stored / "run" / "tokenizer"))} == {"sha256"}
+
+
+def test_damage_is_one_line_and_names_the_leaf(stored, tmp_path):
+    """In a process of its own: what Orbax's unfinished reads say at its end is part of it."""
+    step = tmp_path / "run" / "checkpoints" / "4"
+    shutil.copytree(stored / "run", tmp_path / "run")
+    for file in (step / "params" / "ocdbt.process_0" / "d").iterdir():
+        data = bytearray(file.read_bytes())
+        for at in range(200, len(data), 500):
+            data[at] ^= 4
+        file.write_bytes(data)
+    command = [sys.executable, "-m", "btx_jax", "digest", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "4 is damaged (params/" in done.stderr, done.stderr
+    assert "TensorStore details" not in done.stderr, done.stderr
 
 
 def test_verify_takes_a_path_from_here(stored, monkeypatch):
