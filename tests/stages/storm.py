@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from btx_jax.data.sentencepiece_models import train_sentencepiece
 from tests.conftest import sentences
 from tests.stages.command_line import CLI, SMALL
@@ -142,8 +144,8 @@ class Storm:
             want[kind] = self.outcome(kind)
             assert want[kind], (kind, told[-2000:])
             self.clear(kind)
-        sent = 0
-        while sent < signals:
+        progress = tqdm(total=signals, unit="signal")
+        while progress.n < signals:
             kind = self.rng.choice(list(self.commands))
             for _ in range(1 + 2 * (kind in ("train", "pipeline"))):
                 number = self.rng.choice(SIGNALS)
@@ -154,7 +156,7 @@ class Storm:
                     process.send_signal(number)
                 told = process.communicate(timeout=HANG)[1]
                 ended = process.returncode
-                sent += 1
+                progress.update()
                 table[kind, number.name, ended] += 1
                 # By the signal itself: before our first line, or behind our last one.
                 assert ended in (0, -number, 128 + number), (kind, number, ended, told)
