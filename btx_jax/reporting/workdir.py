@@ -23,6 +23,16 @@ def is_resumable(key: str) -> bool:
     return re.sub(r"^pipeline\.[^.]+\.config\.", "", key).startswith(RESUMABLE)
 
 
+# What a config leaves to us (`training.start.settled`), and how it says so. The run has recorded what
+# was decided.
+LEFT_OPEN = {"compute.dispatch": "'auto'", "train.learning_rate": "0.0"}
+
+
+def _is_left_open(difference: str) -> bool:
+    key, _, change = difference.partition(": ")
+    return key in LEFT_OPEN and change.endswith(f"-> {LEFT_OPEN[key]}")
+
+
 def write_json(path: Path, values: Any) -> None:
     """Whole or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")
@@ -64,7 +74,11 @@ def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
     try:
         if path.exists():
             new = to_dict(config)
-            changed = [d for d in differences(read_json(path), new) if not is_resumable(d)]
+            changed = [
+                d
+                for d in differences(read_json(path), new)
+                if not is_resumable(d) and not _is_left_open(d)
+            ]
             if changed and _holds_results(workdir):
                 raise UserError(
                     f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose"

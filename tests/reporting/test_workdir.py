@@ -8,7 +8,8 @@ from btx_jax.config_dict import from_config_dict
 from btx_jax.errors import UserError
 from btx_jax.output import locked
 from btx_jax.recipes import expert
-from btx_jax.reporting.workdir import claim
+from btx_jax.reporting.workdir import claim, done_of
+from btx_jax.training.start import settled
 
 
 @pytest.mark.parametrize("result", ["metrics.jsonl", "expert_math/checkpoints/10/about/metadata"])
@@ -30,6 +31,31 @@ def test_a_directory_is_a_configs_own_once_it_holds_more_than_that(tmp_path, res
         claim(tmp_path, config)
     less = dataclasses.replace(other, compute=dataclasses.replace(other.compute, remat="attention"))
     claim(tmp_path, less)  # costs other memory, computes the same
+
+
+def test_what_a_config_leaves_open_is_no_other_config_once_it_is_decided(tmp_path):
+    config: Config = from_config_dict(expert("math", "tiny"))
+    assert config.compute
+    assert config.train
+    open_ = dataclasses.replace(
+        config,
+        compute=dataclasses.replace(config.compute, dispatch="auto"),
+        train=dataclasses.replace(config.train, learning_rate=0.0),
+    )
+    decided = settled(
+        dataclasses.replace(open_, init=""), {"init": "", "train": {"learning_rate": 1e-3}}
+    )
+    assert decided.compute
+    assert decided.compute.dispatch in ("einsum", "ragged")
+    claim(tmp_path, dataclasses.replace(decided, init=open_.init))
+    (tmp_path / "metrics.jsonl").touch()
+    assert done_of(tmp_path, open_) is None, "as a pipeline looks before it starts"
+    for change in (
+        {"compute": dataclasses.replace(config.compute, dispatch="einsum")},
+        {"train": dataclasses.replace(config.train, learning_rate=1.0)},
+    ):
+        with pytest.raises(UserError, match="another config"):
+            done_of(tmp_path, dataclasses.replace(open_, **change))
 
 
 def test_a_pipeline_s_runs_may_go_on_on_another_mesh(tmp_path):
