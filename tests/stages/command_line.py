@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,12 @@ SMALL = (
 )
 
 
+def heed_ctrl_c():
+    """A shell's background jobs ignore Ctrl-C, and what they start would, too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class CLI:
     def __init__(self, tmp_path, tokenizer_file, compiled):
         self.home = tmp_path
@@ -38,6 +45,7 @@ class CLI:
 
     def start(self, *arguments, module="btx_jax.launch"):
         command = [sys.executable, "-m", module, *map(str, arguments)]
+        heed_ctrl_c()
         return subprocess.Popen(
             command,
             cwd=ROOT,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from btx_jax.data.sentencepiece_models import train_sentencepiece
 from tests.conftest import sentences
-from tests.stages.command_line import CLI, SMALL
+from tests.stages.command_line import CLI, SMALL, heed_ctrl_c
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 LITTER = ("*.partial-*", "*orbax-checkpoint-tmp*", "*.__lock*")
@@ -96,14 +96,13 @@ class Storm:
 
     def start(self, kind: str) -> subprocess.Popen:
         command, _ = self.commands[kind]
+        heed_ctrl_c()
         return subprocess.Popen(
             [sys.executable, "-m", *command],
             env=self.cli.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell's background jobs ignore Ctrl-C, and so would we.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def outcome(self, kind: str) -> dict[str, str]:
