@@ -117,6 +117,10 @@ class Storm:
                     {key: x[key] for key in ("step", "loss", "heldout") if key in x} for x in lines
                 ]
                 found[name] = json.dumps(kept)
+            elif file.name == "about" and int(file.parent.name) < max(
+                int(step.name) for step in file.parents[1].iterdir() if step.name.isdigit()
+            ):
+                pass  # a step that a signal saved may be kept in another one's place
             elif file.name == "about" or file.name.endswith(".safetensors"):
                 found[name] = (
                     self.cli.digest(file.parent)
