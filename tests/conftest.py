@@ -1,12 +1,14 @@
-"""Eight simulated devices for the whole test process; whatever wants one device takes the first."""
+"""Eight simulated devices for the whole test process; whatever wants one device takes the first.
+The processes that tests start are on CPUs, too: where libtpu is installed it would look for TPUs,
+and say so."""
 
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update(
     "jax_disable_most_optimizations", True
