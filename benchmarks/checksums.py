@@ -22,8 +22,8 @@ import numpy as np
 import xxhash
 
 from btx_jax.checkpoints import safetensors_files, training_state
-from btx_jax.config import CheckpointConfig
-from btx_jax.model_config import ModelConfig
+from btx_jax.config.config import CheckpointConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.models.llama import init_params
 
 CHECKED = training_state.tensorstore_utils._build_zarr3_metadata
@@ -87,7 +87,7 @@ def main() -> None:
 
     def save() -> None:
         checkpoints = training_state.Checkpoints(folder / "run", CheckpointConfig())
-        checkpoints.save(training_state.About(model, 1, {}), params)
+        checkpoints.save(training_state.CheckpointMetadata(model, 1, {}), params)
         checkpoints.close()
 
     def load() -> None:

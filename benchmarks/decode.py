@@ -36,14 +36,17 @@ def prompts_of(batch: int) -> list[list[int]]:
 
 def ours(path: str, dtype: str, new_tokens: int):
     from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
-    from btx_jax.config import ComputeConfig
+    from btx_jax.config.config import ComputeConfig
     from btx_jax.evaluation.generation import Generator
     from btx_jax.parallel.sharding import inference_mesh
 
     found = find_checkpoint(path)
-    mesh = inference_mesh(found.about.model)
+    mesh = inference_mesh(found.metadata.model)
     generator = Generator(
-        found.about.model, load_for_inference(found, mesh, dtype), ComputeConfig(dtype=dtype), mesh
+        found.metadata.model,
+        load_for_inference(found, mesh, dtype),
+        ComputeConfig(dtype=dtype),
+        mesh,
     )
     return lambda prompts: generator.generate(prompts, new_tokens)
 

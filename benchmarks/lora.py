@@ -19,8 +19,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 import jax.numpy as jnp
 
-from btx_jax.config import ComputeConfig, TrainConfig
-from btx_jax.model_config import LoRAConfig, ModelConfig
+from btx_jax.config.config import ComputeConfig, TrainConfig
+from btx_jax.config.model_config import LoRAConfig, ModelConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.training.step import init_state, make_train_step

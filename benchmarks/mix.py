@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from btx_jax.checkpoints.huggingface import HuggingFaceWriter, slots
-from btx_jax.model_config import ModelConfig
+from btx_jax.config.model_config import ModelConfig
 
 TINYLLAMA = ModelConfig(
     vocab_size=32000,
@@ -47,9 +47,9 @@ PEAK = (
     "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
 )
 READ = "print(next(line for line in open('/proc/self/io') if line.startswith('rchar')).split()[1])"
-IMPORTED = f"import sys, btx_jax.stages.mix_recipe; from btx_jax.__main__ import main; {READ}"
+IMPORTED = f"import sys, btx_jax.commands.mix; from btx_jax.__main__ import main; {READ}"
 MEASURE = f"{IMPORTED}; main(sys.argv[1:]); {READ}; {PEAK}"
-IMPORTS = f"import btx_jax.stages.mix_recipe; {PEAK}"
+IMPORTS = f"import btx_jax.commands.mix; {PEAK}"
 
 
 def write_models(folder: Path) -> None:

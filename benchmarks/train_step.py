@@ -51,8 +51,8 @@ def jax_step(program: str):
 
     import jax
 
-    from btx_jax.config import ComputeConfig, TrainConfig
-    from btx_jax.model_config import ModelConfig, MoEConfig
+    from btx_jax.config.config import ComputeConfig, TrainConfig
+    from btx_jax.config.model_config import ModelConfig, MoEConfig
     from btx_jax.models.llama import parameter_counts
     from btx_jax.parallel.sharding import make_mesh
     from btx_jax.training.step import init_state, make_train_step

@@ -35,8 +35,8 @@ def _digest(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from btx_jax.commands.generate import generate
     from btx_jax.evaluation.generation import Sampling
-    from btx_jax.stages.generate import generate
 
     said = iter(["" if args.chat else args.prompt])  # once, when there is something behind it
     shown = terminal.plain if sys.stdout.isatty() else str  # a file gets the text itself
@@ -56,13 +56,13 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from btx_jax.stages.convert import run
+    from btx_jax.commands.convert import run
 
     terminal.say(run(args.source, args.target, args.dtype))
 
 
 def _mix(args: argparse.Namespace) -> None:
-    from btx_jax.stages.mix_recipe import run
+    from btx_jax.commands.mix import run
 
     if not Path(args.recipe).is_file():  # nor a device or a pipe, which may have no end
         raise UserError(f"RECIPE.yml: no file {args.recipe}")
@@ -76,7 +76,7 @@ def _mix(args: argparse.Namespace) -> None:
 
 
 def _expert_add(args: argparse.Namespace) -> None:
-    from btx_jax.stages.experts import add
+    from btx_jax.commands.experts import add
 
     terminal.say(
         add(args.mixture, args.source, args.target, router_std=args.router_std, seed=args.seed)
@@ -84,31 +84,31 @@ def _expert_add(args: argparse.Namespace) -> None:
 
 
 def _expert_drop(args: argparse.Namespace) -> None:
-    from btx_jax.stages.experts import drop
+    from btx_jax.commands.experts import drop
 
     terminal.say(drop(args.mixture, args.index, args.target))
 
 
 def _adapter_export(args: argparse.Namespace) -> None:
-    from btx_jax.stages.adapter import export
+    from btx_jax.commands.adapter import export
 
     terminal.say(export(args.source, args.target, args.format))
 
 
 def _adapter_import(args: argparse.Namespace) -> None:
-    from btx_jax.stages.adapter import import_peft
+    from btx_jax.commands.adapter import import_peft
 
     terminal.say(import_peft(args.source, args.base, args.target))
 
 
 def _adapter_merge(args: argparse.Namespace) -> None:
-    from btx_jax.stages.adapter import merge
+    from btx_jax.commands.adapter import merge
 
     terminal.say(merge(args.source, args.target, args.base, args.expert, args.gates))
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from btx_jax.stages.verify import verify
+    from btx_jax.commands.verify import verify
 
     wrong = 0
     for finding in verify(args.path):
@@ -139,7 +139,8 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from btx_jax import recipes, stages
+    from btx_jax import stages
+    from btx_jax.presets import recipes
 
     models = dict(
         pair.partition("=")[::2] if "=" in pair else (Path(os.path.abspath(pair)).name, pair)

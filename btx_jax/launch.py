@@ -26,8 +26,8 @@ from ml_collections import config_flags
 
 from btx_jax import stages, terminal
 from btx_jax.command_line import fail, told_in_one_line
-from btx_jax.config_dict import from_config_dict
-from btx_jax.config_file import read_config
+from btx_jax.config.config_dict import from_config_dict
+from btx_jax.config.config_file import read_config
 from btx_jax.errors import UserError
 from btx_jax.parallel import hosts
 from btx_jax.paths import expand

@@ -9,7 +9,7 @@ Expected (paper): code tasks from 16.8 to the level of BTM's 36.6. `:tiny`: held
 the seed's.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(size: str = "llama2_7b"):

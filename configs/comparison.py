@@ -13,7 +13,7 @@ Expected (paper): seed 40.7, dense 44.5, BTM 43.4, sparse upcycling 46.3 to 47.3
 tasks.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(what: str = "llama2_7b"):

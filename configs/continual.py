@@ -12,7 +12,7 @@ Cost: SmolLM2-135M, three tasks of 300 steps: about six hours on 2 CPU cores.
 Expected: the page's table of scores, with OP, PD and BWT in summary.json.
 """
 
-from btx_jax import lora_recipes
+from btx_jax.presets import lora_recipes
 
 
 def get_config(tasks: str = "arc_easy,openbook_qa,commonsense_qa"):

@@ -9,7 +9,7 @@ loss than the seed and every expert, and forgets less prose than any expert. run
 and runs/demo/report.html.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config():

@@ -10,7 +10,7 @@ Expected (paper): 44.5 on 12 tasks, between the seed's 40.7 and BTX's 47.9. Doma
 interleaved, not in sequence.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(size: str = "llama2_7b"):

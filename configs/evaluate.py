@@ -9,7 +9,7 @@ Cost: forward passes over the held-out text; under a minute at `:tiny`.
 Expected: runs/evaluate_tiny/results.json.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(size: str = "llama2_7b"):

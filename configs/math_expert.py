@@ -10,7 +10,7 @@ arithmetic. `:tiny` a minute on 2 cores. Expected (paper): 8.6 -> 18 or more on 
 `:tiny`: held-out maths well below the seed's.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(size: str = "llama2_7b"):

@@ -13,7 +13,7 @@ Expected (paper): 47.9 on 12 tasks, seed 40.7. `:tiny`: mean held-out loss below
 every expert's.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(size: str = "llama2_7b"):

@@ -15,7 +15,7 @@ Expected: held-out loss of the answers falls; the base stays as it is, a checkpo
 experts alone.
 """
 
-from btx_jax import lora_recipes
+from btx_jax.presets import lora_recipes
 
 
 def get_config(task: str = "arc_easy"):

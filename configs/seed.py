@@ -9,7 +9,7 @@ instead.
 Expected (`:tiny`): held-out prose below 3.9 nats per token.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(size: str = "llama2_7b"):

@@ -11,7 +11,7 @@ Expected (paper): 46.3 on 12 tasks with the same data as BTX's 47.9. Before the 
 the seed.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(size: str = "llama2_7b"):

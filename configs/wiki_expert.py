@@ -8,7 +8,7 @@ Cost: unadorned 42B tokens, 1.7e21 FLOPs; `:tiny` a minute on 2 cores.
 Expected: held-out text of the domain well below the seed's.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(size: str = "llama2_7b"):

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from btx_jax.config import Config
-from btx_jax.config_file import read_config
+from btx_jax.config.config import Config
+from btx_jax.config.config_file import read_config
 from btx_jax.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)

@@ -23,13 +23,13 @@ from btx_jax.checkpoints.huggingface import is_finite, raise_problems
 from btx_jax.checkpoints.safetensors_files import require_regular
 from btx_jax.checkpoints.training_state import (
     UNSEALED,
-    About,
-    about_from_json,
-    about_to_json,
+    CheckpointMetadata,
+    metadata_from_json,
+    metadata_to_json,
     stored,
 )
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import abstract_params
 
 TENSORS, ABOUT = "adapter.safetensors", "adapter.json"
@@ -159,15 +159,15 @@ def _damaged(file: Path, what: str) -> UserError:
     return UserError(f"{file} is damaged ({what}): download or export it again")
 
 
-def read_about(directory: Path) -> About:
+def read_metadata(directory: Path) -> CheckpointMetadata:
     file, values = directory / ABOUT, _read_json(directory)
     try:
-        about = about_from_json(values, file)
+        metadata = metadata_from_json(values, file)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
-    if about.base is None or about.model.lora is None:
+    if metadata.base is None or metadata.model.lora is None:
         raise UserError(f"{file}: names no base or no LoRA experts")
-    return about
+    return metadata
 
 
 def read_directory(directory: Path, model: ModelConfig) -> dict[str, Any]:
@@ -189,13 +189,17 @@ def load_tensors(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
-def write_directory(directory: Path, about: About, tensors: Mapping[str, np.ndarray]) -> None:
+def write_directory(
+    directory: Path, metadata: CheckpointMetadata, tensors: Mapping[str, np.ndarray]
+) -> None:
     """Into a directory that exists."""
     data = save(dict(tensors), metadata={"format": "btx_jax"})
     (directory / TENSORS).write_bytes(data)
-    assert about.model.lora
-    experts = [spec.experts if spec else 0 for spec in about.model.lora.specs(about.model.layers)]
-    values = about_to_json(about) | {
+    assert metadata.model.lora
+    experts = [
+        spec.experts if spec else 0 for spec in metadata.model.lora.specs(metadata.model.layers)
+    ]
+    values = metadata_to_json(metadata) | {
         "experts": experts,
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }

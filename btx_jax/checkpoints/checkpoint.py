@@ -34,8 +34,8 @@ from btx_jax.checkpoints.huggingface import (
 )
 from btx_jax.checkpoints.training_state import (
     DIRECTORY,
-    About,
     Base,
+    CheckpointMetadata,
     History,
     StepReader,
     StepWriter,
@@ -43,14 +43,14 @@ from btx_jax.checkpoints.training_state import (
     history_from_json,
     named_leaves,
     quiet,
-    read_about,
+    read_metadata,
     restore_params,
     stored,
 )
-from btx_jax.config_dict import differences, to_dict
+from btx_jax.config.config_dict import differences, to_dict
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.output import CONFIG, DONE, new_directory
@@ -70,7 +70,7 @@ class Checkpoint:
     """One model's directory, found and described but not read."""
 
     path: Path
-    about: About
+    metadata: CheckpointMetadata
     is_huggingface: bool = False
     is_adapter_directory: bool = False
 
@@ -143,10 +143,12 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     check_sums(path, [name for name in read_sums(path) if not name.endswith(".safetensors")])
     if is_huggingface(path):
         refuse_links_out(path)  # before the first of them is read
-        about = About(read_config(path), 0, _history(path), huggingface=read_kept(path))
-        return Checkpoint(path, about, is_huggingface=True)
+        metadata = CheckpointMetadata(
+            read_config(path), 0, _history(path), huggingface=read_kept(path)
+        )
+        return Checkpoint(path, metadata, is_huggingface=True)
     if adapter.is_adapter_directory(path):
-        return Checkpoint(path, adapter.read_about(path), is_adapter_directory=True)
+        return Checkpoint(path, adapter.read_metadata(path), is_adapter_directory=True)
     if (path / DIRECTORY).is_dir():
         steps = [int(p.name) for p in (path / DIRECTORY).iterdir() if p.name.isdigit()]
         if not steps:
@@ -159,14 +161,14 @@ def _find(path: str | Path, key: str) -> Checkpoint:
             f"{key}: {path} is no checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, a"
             f" Hugging Face directory (config.json) or an adapter ({adapter.ABOUT})"
         )
-    found = Checkpoint(path, read_about(path))
+    found = Checkpoint(path, read_metadata(path))
     check_sums(found.tokenizer)
     return found
 
 
 def shortest_context(checkpoints: Sequence[Checkpoint]) -> int:
     """How long what is made of these may be used: no longer than each of them."""
-    contexts = {checkpoint.path: checkpoint.about.model.context for checkpoint in checkpoints}
+    contexts = {checkpoint.path: checkpoint.metadata.model.context for checkpoint in checkpoints}
     least = min(contexts, key=lambda path: contexts[path])
     if contexts[least] < max(contexts.values()):
         log.warning("the context is %d, that of %s, the shortest", contexts[least], least)
@@ -190,13 +192,13 @@ def _history(directory: Path) -> History:
 def open_reader(checkpoint: Checkpoint) -> Reader:
     """Raises UserError listing everything that is wrong with the checkpoint, short of its values;
     and for LoRA experts, which have no tensors of a whole model."""
-    if checkpoint.about.base:
+    if checkpoint.metadata.base:
         raise UserError(
             f"{checkpoint.path} holds LoRA experts, no whole model; merge them first: python -m"
             " btx_jax adapter merge"
         )
     return (
-        HuggingFaceReader(checkpoint.path, checkpoint.about.model)
+        HuggingFaceReader(checkpoint.path, checkpoint.metadata.model)
         if checkpoint.is_huggingface
         else StepReader(checkpoint.path)
     )
@@ -215,21 +217,21 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
     """
     if abstract is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        expected = nn.unbox(abstract_params(checkpoint.about.model))
+        expected = nn.unbox(abstract_params(checkpoint.metadata.model))
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), expected
         )
-    if checkpoint.about.base:
+    if checkpoint.metadata.base:
         base, _ = load_base(
-            checkpoint.about.base,
-            checkpoint.about.model,
+            checkpoint.metadata.base,
+            checkpoint.metadata.model,
             partition(abstract, is_adapter)[1],
             checkpoint.path,
         )
         return join(load_adapter(checkpoint, abstract), base)
     if not checkpoint.is_huggingface:
-        return restore_params(checkpoint.path, checkpoint.about.model, abstract)
-    reader = HuggingFaceReader(checkpoint.path, checkpoint.about.model)
+        return restore_params(checkpoint.path, checkpoint.metadata.model, abstract)
+    reader = HuggingFaceReader(checkpoint.path, checkpoint.metadata.model)
     params = assemble(reader, abstract, reader.slots)
     reader.check()
     return params
@@ -238,7 +240,7 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
 def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params:
     """The parameters of a model that is not trained, spread over the mesh: what matmuls read in
     `dtype`, all else in float32."""
-    boxed = abstract_params(checkpoint.about.model)
+    boxed = abstract_params(checkpoint.metadata.model)
 
     def place(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         in_float32 = path[-1].key in ("scale", "router", "embedding")
@@ -254,7 +256,7 @@ def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params
 
 def load_adapter(checkpoint: Checkpoint, abstract: Any) -> Params:
     """The LoRA experts of a checkpoint alone, onto the shardings of `abstract`."""
-    model = checkpoint.about.model
+    model = checkpoint.metadata.model
     if not checkpoint.is_adapter_directory:
         return restore_params(checkpoint.path, model, abstract)
     tree = adapter.read_directory(checkpoint.path, model)
@@ -267,7 +269,7 @@ def load_adapter(checkpoint: Checkpoint, abstract: Any) -> Params:
 
 def adapter_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """The LoRA experts of a checkpoint, named and laid out as in an adapter directory."""
-    model = checkpoint.about.model
+    model = checkpoint.metadata.model
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = nn.unbox(abstract_params(model))
     abstract = jax.tree.map(
@@ -296,7 +298,7 @@ def load_base(
         )
     found = find_checkpoint(base.path, f"{whose}: its base")
     reader = open_reader(found)
-    if changed := differences(to_dict(model.base()), to_dict(found.about.model)):
+    if changed := differences(to_dict(model.base()), to_dict(found.metadata.model)):
         raise UserError(f"{whose}: its base {base.path} is another model: {'; '.join(changed)}")
     hashes: dict[str, str] = {}
     params = assemble(reader, abstract, slots(model), hashes)
@@ -453,7 +455,7 @@ def write_checkpoint(
             writer.finish(huggingface, bos, eos, card)
             write_sums(partial, writer.sha256)
         else:
-            writer.finish(About(model, 0, history, huggingface=huggingface))
+            writer.finish(CheckpointMetadata(model, 0, history, huggingface=huggingface))
             (partial / "README.md").write_text(card, encoding="utf-8")
             if tokenizer is not None:
                 write_sums(partial / "tokenizer")

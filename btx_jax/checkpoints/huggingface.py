@@ -37,8 +37,8 @@ from btx_jax.checkpoints.safetensors_files import (
     SafetensorsFile,
     ShardWriter,
 )
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.models.lora import is_adapter
 
@@ -278,7 +278,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def read_kept(directory: Path) -> dict[str, Any]:
-    """What a Hugging Face directory says beyond its model, for `About.huggingface`: of config.json,
+    """What a Hugging Face directory says beyond its model, for `CheckpointMetadata.huggingface`: of config.json,
     and all of generation_config.json, {} where there is none. Raises UserError."""
     generation = directory / "generation_config.json"
     return {
@@ -585,7 +585,7 @@ class HuggingFaceWriter:
     def finish(self, kept: Mapping[str, Any], bos: int | None, eos: int | None, card: str) -> None:
         """config.json, generation_config.json and the model card; the tokenizer is the caller's.
 
-        kept: About.huggingface. bos, eos: the tokenizer's, for a model that was born here.
+        kept: CheckpointMetadata.huggingface. bos, eos: the tokenizer's, for a model that was born here.
         """
         self._shards.finish()
         usual = Counter(self._dtypes.values()).most_common(1)[0][0].name

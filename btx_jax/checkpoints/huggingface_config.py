@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from btx_jax.config.model_config import ModelConfig, MoEConfig, RopeScaling
+from btx_jax.config.schema import HUGE, shown
 from btx_jax.errors import ConfigError, UserError
-from btx_jax.model_config import ModelConfig, MoEConfig, RopeScaling
-from btx_jax.schema import HUGE, shown
 
 log = logging.getLogger(__name__)
 

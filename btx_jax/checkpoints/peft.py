@@ -25,8 +25,8 @@ from safetensors.numpy import save
 from btx_jax.checkpoints.adapter import MODULES, from_tensors, load_tensors
 from btx_jax.checkpoints.checksums import check_sums
 from btx_jax.checkpoints.huggingface import SHOWN, is_finite, raise_problems, slots
+from btx_jax.config.model_config import LORA_TARGETS, LoRAConfig, ModelConfig
 from btx_jax.errors import ConfigError, UserError
-from btx_jax.model_config import LORA_TARGETS, LoRAConfig, ModelConfig
 
 TENSORS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 MERGE = (

@@ -34,10 +34,10 @@ from tqdm import tqdm
 
 from btx_jax.checkpoints.checksums import SEAL, sealed, unsealed
 from btx_jax.checkpoints.huggingface import Slot, is_finite, raise_problems, slots
-from btx_jax.config import CheckpointConfig
-from btx_jax.config_dict import from_dict, to_dict
+from btx_jax.config.config import CheckpointConfig
+from btx_jax.config.config_dict import from_dict, to_dict
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, partition
 from btx_jax.parallel.hosts import is_first
@@ -95,7 +95,7 @@ class Base:
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
+class CheckpointMetadata:
     """history: run id -> every training run behind these parameters, each once, and the models made
     elsewhere that they come from. step: of the last of them. base: of LoRA experts; then the
     checkpoint holds these alone. huggingface: what
@@ -131,22 +131,22 @@ class About:
         }
 
 
-def about_to_json(about: About) -> dict[str, Any]:
-    base = {"base": to_dict(about.base)} if about.base else {}
-    huggingface = {"huggingface": dict(about.huggingface)} if about.huggingface else {}
+def metadata_to_json(metadata: CheckpointMetadata) -> dict[str, Any]:
+    base = {"base": to_dict(metadata.base)} if metadata.base else {}
+    huggingface = {"huggingface": dict(metadata.huggingface)} if metadata.huggingface else {}
     return (
         {
             "format": FORMAT,
-            "model": to_dict(about.model),
-            "step": about.step,
-            "history": to_dict(about.history),
+            "model": to_dict(metadata.model),
+            "step": metadata.step,
+            "history": to_dict(metadata.history),
         }
         | base
         | huggingface
     )
 
 
-def about_from_json(values: dict[str, Any], path: Path) -> About:
+def metadata_from_json(values: dict[str, Any], path: Path) -> CheckpointMetadata:
     if values.get("format") not in (FORMAT, UNSEALED):
         raise UserError(
             f"{path}: checkpoint format {values.get('format')!r}; this version reads {UNSEALED} and"
@@ -154,7 +154,7 @@ def about_from_json(values: dict[str, Any], path: Path) -> About:
         )
     history = history_from_json(values["history"], path)
     base = from_dict(Base, values["base"], f"{path}: base") if "base" in values else None
-    return About(
+    return CheckpointMetadata(
         from_dict(ModelConfig, values["model"], f"{path}: model"),
         values["step"],
         history,
@@ -268,7 +268,7 @@ class Checkpoints:
 
     def save(
         self,
-        about: About,
+        metadata: CheckpointMetadata,
         params: Params,
         opt_state: Any = None,
         data: dict[str, Any] | None = None,
@@ -276,8 +276,8 @@ class Checkpoints:
         """Start saving about.step. Arrays may be donated afterwards: they are copied to the host
         first."""
         items = {
-            "params": _save_params(params, about.model),
-            "about": ocp.args.JsonSave(sealed(about_to_json(about))),
+            "params": _save_params(params, metadata.model),
+            "about": ocp.args.JsonSave(sealed(metadata_to_json(metadata))),
         }
         if opt_state is not None:
             held = {"data": data, "opt_state": sorted(named_leaves(opt_state))}
@@ -285,7 +285,7 @@ class Checkpoints:
                 "opt_state": ocp.args.PyTreeSave(opt_state),
                 "data": ocp.args.JsonSave(sealed(held)),
             }
-        self._told(lambda: self._manager.save(about.step, args=ocp.args.Composite(**items)))
+        self._told(lambda: self._manager.save(metadata.step, args=ocp.args.Composite(**items)))
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
         """(params, opt_state, data) of a step, onto the shardings of the abstract arguments: any
@@ -293,7 +293,7 @@ class Checkpoints:
 
         Raises UserError when it is damaged, or holds moments of other leaves than opt_state."""
         path = self.path(step)
-        read_about(path)
+        read_metadata(path)
         data, _ = _read_data(path)
         held = _opt_state_leaves(path)
         if wrong := sorted(held ^ set(named_leaves(opt_state))):
@@ -372,8 +372,8 @@ def _json(path: Path, item: str) -> Any:
 
 
 def _is_unsealed(path: Path) -> bool:
-    about = _json(path, "about")
-    return isinstance(about, dict) and about.get("format") == UNSEALED
+    metadata = _json(path, "about")
+    return isinstance(metadata, dict) and metadata.get("format") == UNSEALED
 
 
 def _read_data(path: Path) -> tuple[dict[str, Any], set[str] | None]:
@@ -394,11 +394,11 @@ def _opt_state_leaves(path: Path) -> set[str]:
     return held
 
 
-def read_about(path: Path) -> About:
+def read_metadata(path: Path) -> CheckpointMetadata:
     """Of a step's directory."""
     values = _read_json(path, "about")
     try:
-        return about_from_json(values, path)
+        return metadata_from_json(values, path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, f"about/, {type(error).__name__}: {error}") from error
 
@@ -526,7 +526,7 @@ class StepReader:
 
     def __init__(self, path: Path):
         self._path = path
-        self.model = read_about(path).model
+        self.model = read_metadata(path).model
         _check_stored(path, self.model)
         self.slots = slots(self.model)
         axes = {slot.path: len(slot.indices) for slot in self.slots.values()}
@@ -610,7 +610,7 @@ def verify_item(path: Path, item: str) -> str:
                 problems.append(f"NaN or infinity in {name}")
     raise_problems(path / item, list(dict.fromkeys(problems)))
     if item == "params":
-        _check_stored(path, read_about(path).model)
+        _check_stored(path, read_metadata(path).model)
     else:
         _opt_state_leaves(path)
     zarr3 = _array_spec(path / item, "")["driver"] == "zarr3"
@@ -698,7 +698,7 @@ class StepWriter:
         (self._path / "params").mkdir(parents=True)
         (self._path / "params" / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
 
-    def finish(self, about: About) -> None:
+    def finish(self, metadata: CheckpointMetadata) -> None:
         """What the checkpoint says about itself."""
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            checkpointer.save(self._path / "about", sealed(about_to_json(about)))
+            checkpointer.save(self._path / "about", sealed(metadata_to_json(metadata)))

@@ -1,7 +1,7 @@
 """FLOPs of the TPU kernels, which the compiler cannot see into, from their operands' shapes."""
 
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.hlo import Kernel
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.splash import block_size
 
 # Matmuls of [T, T] by head width in each splash kernel: scores and sum; scores, probabilities'

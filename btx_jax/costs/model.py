@@ -1,6 +1,6 @@
 """What a model's training costs by its formulas, without compiling anything."""
 
-from btx_jax.model_config import ModelConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.models.llama import parameter_counts
 
 

@@ -7,8 +7,8 @@ import string
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from btx_jax.config import FormatConfig
-from btx_jax.config_dict import to_dict
+from btx_jax.config.config import FormatConfig
+from btx_jax.config.config_dict import to_dict
 from btx_jax.data.chat_template import TemplateError, chat_template
 from btx_jax.data.chats import Chats, Unusable, check_calls, says_something
 from btx_jax.data.files import Problem, Row, find_field, shown_fields

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from btx_jax.config import DataConfig, FormatConfig
+from btx_jax.config.config import DataConfig, FormatConfig
 from btx_jax.data import demo
 from btx_jax.data.files import COMPRESSIONS
 from btx_jax.data.instructions import Formatter, Piece, encode_pieces

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from btx_jax.checkpoints.checkpoint import Reader
-from btx_jax.model_config import ModelConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import FeedForward, RMSNorm, exact_matmuls
 

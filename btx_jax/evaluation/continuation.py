@@ -4,16 +4,18 @@ with the same files."""
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from btx_jax.checkpoints.training_state import About
+from btx_jax.checkpoints.training_state import CheckpointMetadata
 from btx_jax.data.tokenizers import Tokenizer
 
 
-def stop_ids(about: About, tokenizer: Tokenizer, further: Iterable[int | None] = ()) -> list[int]:
+def stop_ids(
+    metadata: CheckpointMetadata, tokenizer: Tokenizer, further: Iterable[int | None] = ()
+) -> list[int]:
     """Every id that ends a text: the tokenizer's EOS, all of generation_config.json and config.json,
     and `further` ones, such as a chat's end of turn. In that order, each once."""
     told: list[Any] = [tokenizer.eos]
     for file in ("generation_config", "config"):
-        ids = about.huggingface.get(file, {}).get("eos_token_id")
+        ids = metadata.huggingface.get(file, {}).get("eos_token_id")
         told += ids if isinstance(ids, list) else [ids]
     return list(dict.fromkeys(i for i in [*told, *further] if isinstance(i, int) and i >= 0))
 

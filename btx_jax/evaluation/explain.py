@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.layers import exact_matmuls
 from btx_jax.models.llama import Llama, Params
 from btx_jax.models.routing import feed_forward_routing

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import check_ids
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.decoding import Cache, empty_cache, forward, next_logits, unstack
 from btx_jax.models.layers import exact_matmuls
 from btx_jax.models.llama import Params

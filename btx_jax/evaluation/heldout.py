@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.evaluation.lora import GateSums
 from btx_jax.evaluation.routing import RoutingSums, routing_sums
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.layers import exact_matmuls, platform_kernels
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.models.routing import feed_forward_routing, lora_routing

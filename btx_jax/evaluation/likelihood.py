@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer, check_ids
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.layers import exact_matmuls
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.parallel.hosts import is_first, put

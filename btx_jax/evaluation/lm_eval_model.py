@@ -34,7 +34,7 @@ from btx_jax.checkpoints.checkpoint import (
     load_for_inference,
     open_reader,
 )
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
 from btx_jax.data.chat_template import ChatTemplate, TemplateError
 from btx_jax.data.chat_template import chat_template as find_chat_template
 from btx_jax.data.tokenizers import Tokenizer, check_ids, load_tokenizer
@@ -107,7 +107,7 @@ class BtxJaxLM(TemplateLM):
             )
         named = str(pretrained if checkpoint is None else checkpoint)
         found = find_checkpoint(named, "--model_args checkpoint")
-        self._checkpoint, self._model = found, found.about.model
+        self._checkpoint, self._model = found, found.metadata.model
         self._tokenizer = load_tokenizer(found.tokenizer if tokenizer is None else str(tokenizer))
         self._batch_size = batch_rows(batch_size, max_batch_size)
         is_auto = str(batch_size).startswith("auto")
@@ -141,7 +141,7 @@ class BtxJaxLM(TemplateLM):
             self._template_args["enable_thinking"] = self._thinks
         self._template: ChatTemplate | None = None
         self._told: set[str] = set()
-        self._settings = found.about.huggingface.get("generation_config", {})
+        self._settings = found.metadata.huggingface.get("generation_config", {})
 
         one_of(key("dtype"), str(dtype), ("auto", "float32", "bfloat16"))
         self._dtype = _stored_dtype(found) if dtype == "auto" else str(dtype)
@@ -153,7 +153,7 @@ class BtxJaxLM(TemplateLM):
     @functools.cached_property
     def _generator(self) -> Generator:
         """Made when first asked: it keeps a second copy of the parameters."""
-        ends = stop_ids(self._checkpoint.about, self._tokenizer)
+        ends = stop_ids(self._checkpoint.metadata, self._tokenizer)
         return Generator(self._model, self._params, self._compute, self._mesh, ends)
 
     @classmethod
@@ -443,7 +443,7 @@ class BtxJaxLM(TemplateLM):
 
 def _stored_dtype(found: Checkpoint) -> str:
     """bfloat16 where most tensors are stored so, else float32, which holds float16 exactly."""
-    if found.about.base:
+    if found.metadata.base:
         return "float32"
     ((commonest, _),) = collections.Counter(open_reader(found).dtypes.values()).most_common(1)
     return "bfloat16" if commonest.name == "bfloat16" else "float32"

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from btx_jax.checkpoints.adapter import to_tensors
-from btx_jax.model_config import ModelConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.models.routing import RoutingStats
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from btx_jax.config import TaskConfig
+from btx_jax.config.config import TaskConfig
+from btx_jax.config.schema import shown
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import UserError
 from btx_jax.evaluation.continuation import continuation
@@ -21,7 +22,6 @@ from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
 from btx_jax.evaluation.sandbox import Limits, UnitTests, pass_at_k, run_programs
 from btx_jax.parallel.hosts import is_first
-from btx_jax.schema import shown
 
 Item = dict[str, Any]
 FIELDS = {

@@ -12,8 +12,18 @@ from typing import Annotated, Any
 
 import yaml
 
+from btx_jax.config.schema import (
+    HUGE,
+    MAX_NAMES,
+    Choice,
+    Experts,
+    Range,
+    Section,
+    from_dict,
+    rule,
+    shown,
+)
 from btx_jax.errors import ConfigError, Mistakes, UserError
-from btx_jax.schema import HUGE, MAX_NAMES, Choice, Experts, Range, Section, from_dict, rule, shown
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
 HIDDEN_LAST = "hidden_last"  # mergekit's other name for hidden

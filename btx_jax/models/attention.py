@@ -10,11 +10,11 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.model_config import LoRASpec, ModelConfig, RopeScaling
+from btx_jax.config.model_config import LoRASpec, ModelConfig, RopeScaling
 from btx_jax.models.layers import Kernel, matmul, normal_param, platform_kernels
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.models.splash import block_size, splash_attend
-from btx_jax.parallel.sharding import gather, per_device, scatter_sum
+from btx_jax.parallel.sharding import all_gather, psum, shard_map
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -87,7 +87,7 @@ def attend(
 
 # Keys so far [B, N, K, S], so that CPUs sum side by side as with the values; these [B, N, S, K];
 # how many slots of each row are filled [B].
-Past = tuple[jax.Array, jax.Array, jax.Array]
+KVCache = tuple[jax.Array, jax.Array, jax.Array]
 WEIGHTS = (
     ("embed", "heads"),
     ("embed", "kv_heads"),
@@ -155,13 +155,13 @@ class Attention(nn.Module):
             (("batch",), ("batch",), *WEIGHTS, *adapters.names),
             (("batch",),) * (1 + len(adapters.routed)),
         )
-        y_BTD, *logits = per_device(local, names, outputs)(
+        y_BTD, *logits = shard_map(local, names, outputs)(
             x_BTD, segments_BT, *self._weights(x_BTD.dtype), *adapters.arrays
         )
         return y_BTD, dict(zip(adapters.routed, logits, strict=True))
 
     def continued(
-        self, x_BTD: jax.Array, past: Past
+        self, x_BTD: jax.Array, past: KVCache
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """x behind its past -> (y [B, T, D], (keys, values) of both). A row of x begins at slot
         length_B."""
@@ -191,7 +191,7 @@ class Attention(nn.Module):
             (("batch",), cached, cached, ("batch",), *WEIGHTS, *adapters.names),
             (("batch",), cached, cached),
         )
-        y_BTD, keys, values = per_device(local, inputs, outputs)(
+        y_BTD, keys, values = shard_map(local, inputs, outputs)(
             x_BTD, *past, *self._weights(x_BTD.dtype), *adapters.arrays
         )
         return y_BTD, (keys, values)
@@ -212,7 +212,7 @@ class Attention(nn.Module):
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
 
         def project(kernel, target):  # [D, N, K] -> [B, T, N K]
-            kernel = gather(kernel, "embed", axis=0)
+            kernel = all_gather(kernel, "embed", axis=0)
             return lora.plus(
                 target,
                 x_BTD,
@@ -231,11 +231,9 @@ class Attention(nn.Module):
         """Heads -> [B, T, D], summed over the devices that share them."""
         batch, length = y_BNGTK.shape[0], y_BNGTK.shape[3]
         y_MD = _side_by_side(y_BNGTK)
-        out_HKD = gather(out_HKD, "embed", axis=2)
-        y_BTD = scatter_sum(
-            (y_MD @ out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1),
-            "heads",
-            axis=None,
+        out_HKD = all_gather(out_HKD, "embed", axis=2)
+        y_BTD = psum(
+            (y_MD @ out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads"
         )
         return lora.plus("o", y_MD.reshape(batch, length, -1), y_BTD)
 
@@ -290,7 +288,7 @@ def _attend_past(
 
 
 def joint_attention(
-    config: ModelConfig, x_BTD: jax.Array, past: Past, query_key_value: Kernel, out: Kernel
+    config: ModelConfig, x_BTD: jax.Array, past: KVCache, query_key_value: Kernel, out: Kernel
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention.continued on one device and without LoRA, its first three matmuls as one: columns
     of queries, then keys, then values."""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from btx_jax.config import ComputeConfig
-from btx_jax.model_config import LayerSpec, ModelConfig
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention, joint_attention
 from btx_jax.models.layers import FeedForward, Kernel, RMSNorm, Transposed, joint_swiglu, matmul
 from btx_jax.models.llama import Params, head_kernel

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.model_config import LoRASpec
+from btx_jax.config.model_config import LoRASpec
 from btx_jax.models.lora import Adapted, adapter_params, cut
-from btx_jax.parallel.sharding import gather, per_device, scatter_sum
+from btx_jax.parallel.sharding import all_gather, psum, shard_map
 
 INIT_STD = 0.02
 
@@ -217,29 +217,21 @@ class FeedForward(nn.Module):
 
         def local(x_BTD, gate_DF, up_DF, down_FD, *adapter_arrays):
             gate_DF, up_DF, down_FD = (
-                gather(gate_DF, "embed", 0),
-                gather(up_DF, "embed", 0),
-                gather(down_FD, "embed", 1),
+                all_gather(gate_DF, "embed", 0),
+                all_gather(up_DF, "embed", 0),
+                all_gather(down_FD, "embed", 1),
             )
             # Two-dimensional operands: XLA's CPU matmul is a third slower on [B, T, D].
             x_MD = x_BTD.reshape(-1, d_model)
             if not adapter_arrays:
-                return (
-                    scatter_sum(
-                        swiglu(x_MD, gate_DF, up_DF, down_FD).reshape(x_BTD.shape),
-                        "hidden",
-                        axis=None,
-                    ),
-                )
+                return (psum(swiglu(x_MD, gate_DF, up_DF, down_FD).reshape(x_BTD.shape), "hidden"),)
             lora = Adapted(self.lora, adapters.restore(adapter_arrays))
             into = lambda name, w: lora.plus(name, x_BTD, (x_MD @ w).reshape(*x_BTD.shape[:2], -1))  # noqa: E731
             h_BTF = jax.nn.silu(checkpoint_name(into("gate", gate_DF), "ffn")) * checkpoint_name(
                 into("up", up_DF), "ffn"
             )
             y_MD = h_BTF.reshape(-1, h_BTF.shape[-1]) @ down_FD
-            y_BTD = lora.plus(
-                "down", h_BTF, scatter_sum(y_MD.reshape(x_BTD.shape), "hidden", axis=None)
-            )
+            y_BTD = lora.plus("down", h_BTF, psum(y_MD.reshape(x_BTD.shape), "hidden"))
             return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
         names = (
@@ -251,5 +243,5 @@ class FeedForward(nn.Module):
         )
         outputs = (("batch",),) * (1 + len(adapters.routed))
         weights = (w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD))
-        y_BTD, *logits = per_device(local, names, outputs)(x_BTD, *weights, *adapters.arrays)
+        y_BTD, *logits = shard_map(local, names, outputs)(x_BTD, *weights, *adapters.arrays)
         return y_BTD, dict(zip(adapters.routed, logits, strict=True))

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.config import ComputeConfig
-from btx_jax.model_config import LayerSpec, ModelConfig
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import Embed, FeedForward, Head, RMSNorm
 from btx_jax.models.lora import is_adapter, router_statistics

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from btx_jax.model_config import LoRASpec
+from btx_jax.config.model_config import LoRASpec
 from btx_jax.models.routing import RoutingStats
-from btx_jax.parallel.sharding import gather, scatter_sum
+from btx_jax.parallel.sharding import all_gather, psum
 
 NAME = "lora"  # of the sub-tree that holds a module's adapters, by target
 
@@ -97,7 +97,7 @@ def adapter_params(
 
 
 class Cut(NamedTuple):
-    """A module's adapters as the arguments of `per_device`: arrays, the logical axes of each, and
+    """A module's adapters as the arguments of `shard_map`: arrays, the logical axes of each, and
     the way back. routed: which targets have a router."""
 
     arrays: tuple[jax.Array, ...]
@@ -162,9 +162,9 @@ def adapt(
     or None). x's dtype, logits float32."""
     into, out = PLACES[target]
     a_IER, b_ERO = adapter["a"], adapter["b"]
-    a_IER = gather(a_IER, "embed", 0) if into == "embed" else a_IER
-    b_ERO = gather(b_ERO, "embed", 2) if out == "embed" else b_ERO
-    whole = lambda x: x if into == "embed" else scatter_sum(x, into, axis=None)  # noqa: E731  summed over the devices that share I
+    a_IER = all_gather(a_IER, "embed", 0) if into == "embed" else a_IER
+    b_ERO = all_gather(b_ERO, "embed", 2) if out == "embed" else b_ERO
+    whole = lambda x: x if into == "embed" else psum(x, into)  # noqa: E731  summed over the devices that share I
     dropped = x_BTI
     if "mask" in adapter:
         dropped = jnp.where(adapter["mask"], x_BTI / (1 - spec.dropout), 0)
@@ -172,7 +172,9 @@ def adapt(
     z_ME = whole(dropped.reshape(-1, x_BTI.shape[-1]) @ a_IER.reshape(a_IER.shape[0], -1))
     logits_BTE = None
     if "router" in adapter:
-        router_IE = gather(adapter["router"], "embed", 0) if into == "embed" else adapter["router"]
+        router_IE = (
+            all_gather(adapter["router"], "embed", 0) if into == "embed" else adapter["router"]
+        )
         logits_ME = (
             _cosine_logits(x_BTI, router_IE, whole)
             if spec.gating == "cosine"

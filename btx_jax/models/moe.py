@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from btx_jax.config import ComputeConfig
-from btx_jax.model_config import LayerSpec
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import LayerSpec
 from btx_jax.models.layers import (
     Kernel,
     joint_swiglu,
@@ -16,9 +16,9 @@ from btx_jax.models.layers import (
     platform_kernels,
     scaled_swiglu,
 )
-from btx_jax.models.ragged import expert_answers, ragged_experts, weighted_sum
+from btx_jax.models.ragged import expert_outputs, ragged_experts, weighted_sum
 from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics
-from btx_jax.parallel.sharding import gather, per_device, scatter_sum, shard
+from btx_jax.parallel.sharding import all_gather, psum, shard, shard_map
 
 
 def einsum_experts(
@@ -35,20 +35,20 @@ def einsum_experts(
     gate_EGC = shard(gate_GEC.swapaxes(0, 1), "expert", "expert_group", None)
 
     def local(x_EGCD, gate_EGC, gate_EDF, up_EDF, down_EFD):
-        gate_EDF, up_EDF = (gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
-        down_EFD = gather(down_EFD, "expert_embed", axis=2)
+        gate_EDF, up_EDF = (all_gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
+        down_EFD = all_gather(down_EFD, "expert_embed", axis=2)
         own = x_EGCD.shape[0]
         y_EMD = scaled_swiglu(
             x_EGCD.reshape(own, -1, d_model), gate_EGC.reshape(own, -1), gate_EDF, up_EDF, down_EFD
         )
-        return scatter_sum(y_EMD.reshape(x_EGCD.shape), "hidden", axis=None)
+        return psum(y_EMD.reshape(x_EGCD.shape), "hidden")
 
     into, out, rows = (
         ("expert", "expert_embed", "hidden"),
         ("expert", "hidden", "expert_embed"),
         ("expert", "expert_group"),
     )
-    y_EGCD = per_device(local, (rows, rows, into, into, out), rows)(
+    y_EGCD = shard_map(local, (rows, rows, into, into, out), rows)(
         x_EGCD, gate_EGC, gate_EDF, up_EDF, down_EFD
     )
     y_EGCD = shard(y_EGCD, "expert", "expert_group", None, None)
@@ -78,7 +78,7 @@ def separate_experts(
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     if one_token:
         return _few_tokens(x_MD, gate_MK, index_MK, experts)[:, None]
-    y_MKD = expert_answers(
+    y_MKD = expert_outputs(
         x_MD, index_MK, len(experts), tuple(experts), platform_kernels(compute.kernels)
     )
     return weighted_sum(y_MKD, gate_MK).reshape(x_BTD.shape)

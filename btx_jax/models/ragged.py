@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from btx_jax.models.grouped import grouped_swiglu
-from btx_jax.parallel.sharding import gather, per_device, position, scatter_sum
+from btx_jax.parallel.sharding import all_gather, axis_index, psum, psum_scatter, shard_map
 
 
 def ragged_experts(
@@ -34,29 +34,29 @@ def ragged_experts(
     def local(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD):
         # Gathered here and not by the compiler: the transpose is then a reduce-scatter, where
         # shard_map would all-reduce whole gradients.
-        gate_EDF, up_EDF = (gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
-        down_EFD = gather(down_EFD, "expert_embed", axis=2)
+        gate_EDF, up_EDF = (all_gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
+        down_EFD = all_gather(down_EFD, "expert_embed", axis=2)
         own = len(gate_EDF)
         if own < experts:
             x_MD, gate_MK, index_MK = (
-                gather(x, "expert", axis=0) for x in (x_MD, gate_MK, index_MK)
+                all_gather(x, "expert", axis=0) for x in (x_MD, gate_MK, index_MK)
             )
-            index_MK = index_MK - position("expert") * own
+            index_MK = index_MK - axis_index("expert") * own
         is_own_MK = (index_MK >= 0) & (index_MK < own)
-        y_MKD = expert_answers(
+        y_MKD = expert_outputs(
             x_MD, jnp.where(is_own_MK, index_MK, own), own, (gate_EDF, up_EDF, down_EFD), kernels
         )
         if own < experts:
-            y_MD = scatter_sum(
+            y_MD = psum_scatter(
                 jnp.einsum("mkd,mk->md", y_MKD, gate_MK.astype(y_MKD.dtype)), "expert", axis=0
             )
         else:
             y_MD = weighted_sum(y_MKD, gate_MK)
-        return scatter_sum(y_MD, "hidden", axis=None)
+        return psum(y_MD, "hidden")
 
     rows = ("batch",)
     into, out = ("expert", "expert_embed", "hidden"), ("expert", "hidden", "expert_embed")
-    return per_device(local, (rows, rows, rows, into, into, out), rows)(
+    return shard_map(local, (rows, rows, rows, into, into, out), rows)(
         x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD
     )
 
@@ -73,7 +73,7 @@ def weighted_sum(y_MKD: jax.Array, gate_MK: jax.Array) -> jax.Array:
     return first_MD + jnp.einsum("mkd,mk->md", y_MKD[:, 1:] - first_MD[:, None], gate_MK[:, 1:])
 
 
-def expert_answers(
+def expert_outputs(
     x_MD: jax.Array, index_MK: jax.Array, experts: int, weights, kernels: str
 ) -> jax.Array:
     """FF_index[m, k](x[m]), [M, K, D]; zero where the index is `experts`, which sorts behind them

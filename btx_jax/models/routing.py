@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from btx_jax.model_config import LayerSpec
+from btx_jax.config.model_config import LayerSpec
 from btx_jax.parallel.sharding import shard
 
 

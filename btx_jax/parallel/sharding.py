@@ -16,8 +16,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
-from btx_jax.model_config import ModelConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -98,7 +98,7 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, resolve(names, mesh.axis_names))
 
 
-def per_device(
+def shard_map(
     function: Callable, in_names: Sequence[Names], out_names: Names | tuple[Names, ...]
 ) -> Callable:
     """`function` run by each device on its own part of every argument (jax.shard_map), under the
@@ -131,29 +131,30 @@ def _axes(name: str) -> tuple[str, ...]:
     )
 
 
-def gather(x: jax.Array, name: str, axis: int) -> jax.Array:
-    """Inside `per_device`: all parts of an array axis that is cut over logical axis `name`. Its
+def all_gather(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Inside `shard_map`: all parts of an array axis that is cut over logical axis `name`. Its
     gradient is reduce-scattered."""
     axes = _axes(name)
     return _gather(x, axes, axis) if axes else x
 
 
-def scatter_sum(x: jax.Array, name: str, axis: int | None) -> jax.Array:
-    """Inside `per_device`: the sum over the devices of logical axis `name`; cut along `axis` again,
-    or whole where that is None."""
-    axes = _axes(name)
-    if not axes:
-        return x
-    return jax.lax.psum(x, axes) if axis is None else _scatter(x, axes, axis)
+def psum(x: jax.Array, name: str) -> jax.Array:
+    """Inside `shard_map`: the sum over the devices of logical axis `name`, whole on each."""
+    return jax.lax.psum(x, axes) if (axes := _axes(name)) else x
 
 
-def largest(x: jax.Array, name: str) -> jax.Array:
-    """Inside `per_device`: the elementwise maximum over the devices of logical axis `name`."""
+def psum_scatter(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Inside `shard_map`: the sum over the devices of logical axis `name`, cut along `axis`."""
+    return _scatter(x, axes, axis) if (axes := _axes(name)) else x
+
+
+def pmax(x: jax.Array, name: str) -> jax.Array:
+    """Inside `shard_map`: the elementwise maximum over the devices of logical axis `name`."""
     return jax.lax.pmax(x, axes) if (axes := _axes(name)) else x
 
 
-def position(name: str) -> jax.Array | int:
-    """Inside `per_device`: this device's place along logical axis `name`."""
+def axis_index(name: str) -> jax.Array | int:
+    """Inside `shard_map`: this device's place along logical axis `name`."""
     return jax.lax.axis_index(axes) if (axes := _axes(name)) else 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from btx_jax.experiments import CLAIMS, LORA_CLAIMS
+from btx_jax.presets.experiments import CLAIMS, LORA_CLAIMS
 
 CONFIDENCE = 0.95
 SAME = 0.02  # nats per token: an interval inside +-SAME means that two arms do equally well

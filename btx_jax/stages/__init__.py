@@ -10,9 +10,9 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from btx_jax.config import Config
+from btx_jax.config.config import Config
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import Mistakes, UserError
-from btx_jax.model_config import ModelConfig
 from btx_jax.output import locked, none_left_empty
 from btx_jax.parallel.hosts import is_first
 

@@ -23,14 +23,14 @@ import jax
 from jax.sharding import Mesh
 from rich.table import Table
 
-from btx_jax.config import Config
+from btx_jax.config.config import Config
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs import hlo
 from btx_jax.costs.chips import GIB, Chip, chip
 from btx_jax.costs.kernels import kernel_flops, rows_in_use
 from btx_jax.costs.model import attention_flops, train_flops
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import lower_heldout_step
-from btx_jax.model_config import ModelConfig
 from btx_jax.output import new_file
 from btx_jax.terminal import Console
 from btx_jax.training.start import adapted_model, checked_mesh, starting_point

@@ -22,8 +22,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_for_inference
-from btx_jax.checkpoints.training_state import About, together
-from btx_jax.config import Config, EnsembleConfig, TaskConfig
+from btx_jax.checkpoints.training_state import CheckpointMetadata, together
+from btx_jax.config.config import Config, EnsembleConfig, TaskConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepare import (
     PreparedDomain,
@@ -44,12 +45,11 @@ from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
 from btx_jax.evaluation.likelihood import Scorer
 from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice, solved
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.reporting.summary import loss_table, print_tables, task_table
-from btx_jax.reporting.workdir import claim, finish, look_up, read_json, write_json
+from btx_jax.rundir import claim, finish, look_up, read_json, write_json
 from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
                 model = coming[path]
             else:
                 found = find_checkpoint(path, f"config.evaluate.models.{name}")
-                model = found.about.model
+                model = found.metadata.model
                 load_tokenizer(found.tokenizer)
             if model is not None:
                 for told in _too_long(config, name, model.context):
@@ -220,7 +220,7 @@ def read_heldout(
         resolve_tokenizer, config.data, next(iter(tokenizers.values())).path.parent
     )
     for name, own in tokenizers.items():
-        rows_of_model = found[name].about.model.vocab_size
+        rows_of_model = found[name].metadata.model.vocab_size
         if told := difference(tokenizer, own, rows_of_model):
             if not told.startswith("adds "):
                 raise ConfigError(
@@ -241,7 +241,7 @@ def read_heldout(
             raise ConfigError(f"config.data: {none_heldout(domain)}")
         for model, checkpoint in found.items():
             where = f"config.evaluate.models.{model}: domain {domain.name!r}"
-            check_ids([int(tokens.max())], checkpoint.about.model.vocab_size, where, tokenizer)
+            check_ids([int(tokens.max())], checkpoint.metadata.model.vocab_size, where, tokenizer)
     return rows, first_then_others(read_profiles, config, tokenizer)
 
 
@@ -268,9 +268,9 @@ def evaluate_model(
     """One model's entry in results.json; the losses of every held-out token go to
     FOLDER/DOMAIN.npy."""
     assert config.evaluate and config.compute
-    model, batch_size = checkpoint.about.model, config.evaluate.batch_size
+    model, batch_size = checkpoint.metadata.model, config.evaluate.batch_size
     total, active = parameter_counts(model)
-    counts = checkpoint.about.costs() | {"params_total": total, "params_active": active}
+    counts = checkpoint.metadata.costs() | {"params_total": total, "params_active": active}
     if not config.data:
         return loss_entries({}) | counts
     params = load_for_inference(
@@ -354,9 +354,9 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Metrics of every task; what the model said to each item goes to FOLDER/TASK.json."""
     assert config.evaluate and config.compute
-    model, size, compute = checkpoint.about.model, config.evaluate.batch_size, config.compute
+    model, size, compute = checkpoint.metadata.model, config.evaluate.batch_size, config.compute
     params = functools.cache(lambda: load_for_inference(checkpoint, mesh, compute.dtype))
-    ends = stop_ids(checkpoint.about, tokenizer)
+    ends = stop_ids(checkpoint.metadata, tokenizer)
     generator = functools.cache(lambda: Generator(model, params(), compute, mesh, ends))
 
     def run_task(task_name: str, task: TaskConfig) -> dict[str, Any]:
@@ -450,9 +450,11 @@ def ensemble_result(
         loss = mean_loss(btm.ensemble_nll(nll, weights), rows, eos)
         assert loss is not None
         losses[domain] = loss
-    experts = [found[expert].about for expert in ensemble.experts]
-    whole = About(experts[0].model, 0, together(about.history for about in experts))
-    counts = [parameter_counts(about.model) for about in experts]
+    experts = [found[expert].metadata for expert in ensemble.experts]
+    whole = CheckpointMetadata(
+        experts[0].model, 0, together(metadata.history for metadata in experts)
+    )
+    counts = [parameter_counts(metadata.model) for metadata in experts]
     answering = ensemble.top if ensemble.weights == "tf_idf" else len(experts)
     total, active = (
         sum(total for total, _ in counts),

@@ -22,20 +22,20 @@ from btx_jax.checkpoints.checkpoint import (
     shortest_context,
 )
 from btx_jax.checkpoints.checksums import write_sums
-from btx_jax.checkpoints.training_state import DIRECTORY, About, Checkpoints, together
-from btx_jax.config import CheckpointConfig, Config, MixConfig
-from btx_jax.config_dict import differences, to_dict
+from btx_jax.checkpoints.training_state import DIRECTORY, CheckpointMetadata, Checkpoints, together
+from btx_jax.config.config import CheckpointConfig, Config, MixConfig
+from btx_jax.config.config_dict import differences, to_dict
+from btx_jax.config.model_config import ModelConfig, MoEConfig
 from btx_jax.data.tokenizers import copy_tokenizer, difference, load_tokenizer
 from btx_jax.errors import ConfigError, Mistakes
 from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers
 from btx_jax.mixing.split import blend_models, split_models
-from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
-from btx_jax.reporting.workdir import claim, finish, look_up
+from btx_jax.rundir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def run(config: Config, workdir: Path) -> None:
         find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)
     ]
     first = sources[0]
-    if any(source.about.base for source in sources):
+    if any(source.metadata.base for source in sources):
         mix_adapters(config, sources, workdir)
         finish(
             workdir,
@@ -65,15 +65,15 @@ def run(config: Config, workdir: Path) -> None:
         return
     tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
     for i, tokenizer in enumerate(tokenizers):
-        if told := difference(tokenizers[0], tokenizer, first.about.model.vocab_size):
+        if told := difference(tokenizers[0], tokenizer, first.metadata.model.vocab_size):
             raise ConfigError(
                 f"config.mix.experts[{i}]: {tokenizer.path} is another tokenizer than"
                 f" {tokenizers[0].path}: {told}"
             )
-    dense_model = dataclasses.replace(first.about.model, context=shortest_context(sources))
+    dense_model = dataclasses.replace(first.metadata.model, context=shortest_context(sources))
     model = mixed_model(dense_model, mix)
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
-    dense = abstract_params(first.about.model)
+    dense = abstract_params(first.metadata.model)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         nn.unbox(dense),
@@ -102,15 +102,15 @@ def run(config: Config, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
-    history = together(source.about.history for source in sources)
+    history = together(source.metadata.history for source in sources)
     claim(workdir, config)
     if is_first():
         copy_tokenizer(tokenizers[0], workdir / "tokenizer")
         write_sums(workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
-        about = About(model, 0, history, huggingface=first.about.huggingface)
-        checkpoints.save(about, params)
+        metadata = CheckpointMetadata(model, 0, history, huggingface=first.metadata.huggingface)
+        checkpoints.save(metadata, params)
     finally:
         checkpoints.close()
     # Of a blend every expert is made of all.
@@ -130,7 +130,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             models[i] = (
                 coming[path]
                 if path in coming
-                else find_checkpoint(path, f"config.mix.experts[{i}]").about.model
+                else find_checkpoint(path, f"config.mix.experts[{i}]").metadata.model
             )
     with mistakes.gather():
         config.mesh.shape(jax.device_count())
@@ -165,7 +165,7 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
     Raises ConfigError when they differ in base, rank, alpha or targets, or the config asks for what
     adapters do not have.
     """
-    mix, first = config.mix, sources[0].about
+    mix, first = config.mix, sources[0].metadata
     assert mix
     if (mix.method, mix.copies, mix.routing, mix.first_routing) != ("btx", 1, "top_k", ""):
         raise ConfigError(
@@ -175,10 +175,10 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
     counts = np.zeros(first.model.layers, int)
     gatings = set()
     for i, source in enumerate(sources):
-        about = source.about
+        metadata = source.metadata
         if (
-            about.base is None
-            or about.model.lora is None
+            metadata.base is None
+            or metadata.model.lora is None
             or first.base is None
             or first.model.lora is None
         ):
@@ -186,21 +186,21 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
                 f"config.mix.experts[{i}]: adapters and whole models cannot be mixed; merge the"
                 " adapters first"
             )
-        if about.base.digest != first.base.digest:
+        if metadata.base.digest != first.base.digest:
             raise ConfigError(
                 f"config.mix.experts[{i}]: {source.path} was trained on another base than"
                 " experts[0]"
             )
-        differ = {key: getattr(about.model.lora, key) for key in ("rank", "alpha", "targets")}
+        differ = {key: getattr(metadata.model.lora, key) for key in ("rank", "alpha", "targets")}
         if changed := differences({key: getattr(first.model.lora, key) for key in differ}, differ):
             raise ConfigError(
                 f"config.mix.experts[{i}]: other LoRA experts than those of experts[0]:"
                 f" {'; '.join(changed)}"
             )
         counts += [
-            spec.experts if spec else 0 for spec in about.model.lora.specs(about.model.layers)
+            spec.experts if spec else 0 for spec in metadata.model.lora.specs(metadata.model.layers)
         ]
-        gatings.add(about.model.lora.gating)
+        gatings.add(metadata.model.lora.gating)
     assert first.base and first.model.lora
     lora = dataclasses.replace(
         first.model.lora,
@@ -223,15 +223,15 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
         max(counts),
         lora.gating,
     )
-    history = together(source.about.history for source in sources)
+    history = together(source.metadata.history for source in sources)
     claim(workdir, config)
     if (tokenizer := find_own_tokenizer(sources[0])) is not None:
         copy_tokenizer(tokenizer, workdir / "tokenizer")
         write_sums(workdir / "tokenizer")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
-        about = About(model, 0, history, first.base, first.huggingface)
-        checkpoints.save(about, from_tensors(model, tensors, workdir))
+        metadata = CheckpointMetadata(model, 0, history, first.base, first.huggingface)
+        checkpoints.save(metadata, from_tensors(model, tensors, workdir))
     finally:
         checkpoints.close()
 

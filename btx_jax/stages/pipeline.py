@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from btx_jax import stages
-from btx_jax.config import Config, PipelineStage
-from btx_jax.config_dict import from_dict, to_dict
+from btx_jax.config.config import Config, PipelineStage
+from btx_jax.config.config_dict import from_dict, to_dict
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import ConfigError, Mistakes, UserError
-from btx_jax.model_config import ModelConfig
 from btx_jax.parallel.hosts import is_first
-from btx_jax.reporting.workdir import CONFIG, DONE, claim, done_of, finish, look_up
+from btx_jax.rundir import CONFIG, DONE, claim, done_of, finish, look_up
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint
-from btx_jax.config import Config
+from btx_jax.config.config import Config
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.prepare import DEMO, check_text, none_heldout, prepare, resolve_tokenizer
 from btx_jax.errors import Mistakes
-from btx_jax.model_config import ModelConfig
 from btx_jax.parallel.hosts import first_then_others
-from btx_jax.reporting.workdir import claim, finish, look_up
+from btx_jax.rundir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)

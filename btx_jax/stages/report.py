@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from btx_jax.checkpoints.training_state import DIRECTORY
-from btx_jax.config import Config
+from btx_jax.config.config import Config
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.mixing.recipe import expert_sources
-from btx_jax.model_config import ModelConfig
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import expand
 from btx_jax.reporting.compare import markdown
 from btx_jax.reporting.page import render
 from btx_jax.reporting.summary import print_tables, read_curves, summarise, tables
-from btx_jax.reporting.workdir import (
+from btx_jax.rundir import (
     CONFIG,
     DONE,
     claim,

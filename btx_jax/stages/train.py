@@ -29,16 +29,17 @@ from btx_jax import interrupts
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_base, load_params
 from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.training_state import (
-    About,
     Base,
+    CheckpointMetadata,
     Checkpoints,
     History,
     TrainingRun,
-    read_about,
+    read_metadata,
     stored,
 )
-from btx_jax.config import ComputeConfig, Config
-from btx_jax.config_dict import flatten, to_dict
+from btx_jax.config.config import ComputeConfig, Config
+from btx_jax.config.config_dict import flatten, to_dict
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_rows, training_batches
@@ -54,7 +55,6 @@ from btx_jax.data.prepare import (
 from btx_jax.data.tokenizers import Tokenizer, check_ids, copy_tokenizer
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.output import CONFIG
@@ -62,7 +62,7 @@ from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
-from btx_jax.reporting.workdir import claim, finish, is_resumable, look_up, read_json
+from btx_jax.rundir import claim, finish, is_resumable, look_up, read_json
 from btx_jax.stages import Coming, require_right
 from btx_jax.terminal import plain
 from btx_jax.training.start import (
@@ -146,7 +146,7 @@ def run(config: Config, workdir: Path) -> None:
             model,
             mesh,
             checkpoints,
-            init.about if init else None,
+            init.metadata if init else None,
             text,
             base,
         )
@@ -222,7 +222,7 @@ def start_state(
         params, opt_state, data = checkpoints.restore(
             latest, stored(abstract.params, model), abstract.opt_state
         )
-        base = read_about(checkpoints.path(latest)).base
+        base = read_metadata(checkpoints.path(latest)).base
         if base:
             under, _ = load_base(
                 base, model, partition(abstract.params, is_adapter)[1], checkpoints.path(latest)
@@ -304,7 +304,7 @@ class Loop:
         model: ModelConfig,
         mesh: Mesh,
         checkpoints: Checkpoints,
-        init: About | None,
+        init: CheckpointMetadata | None,
         text: Mapping[str, str],
         base: Base | None = None,
     ):
@@ -338,7 +338,9 @@ class Loop:
         identity = json.dumps([fixed, runs], sort_keys=True)
         self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.tokens_per_step = config.train.batch_size * config.data.sequence_length
-        resumed = read_about(checkpoints.path(self.last_saved)).history if self.last_saved else {}
+        resumed = (
+            read_metadata(checkpoints.path(self.last_saved)).history if self.last_saved else {}
+        )
         if resumed and self.run_id not in resumed:
             told = f"config.init={config.init!r} is another checkpoint than when this run began"
             raise UserError(f"{workdir}: {told}; choose another --workdir")
@@ -428,7 +430,7 @@ class Loop:
         )
         history = {**self.history, self.run_id: this}
         self.checkpoints.save(
-            About(self.model, step, history, self.base, self.huggingface),
+            CheckpointMetadata(self.model, step, history, self.base, self.huggingface),
             state.params,
             state.opt_state,
             {"batches": batches.get_state(), "text": self.text},

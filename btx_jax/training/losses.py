@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btx_jax.parallel.sharding import gather, largest, per_device, position, scatter_sum
+from btx_jax.parallel.sharding import all_gather, axis_index, pmax, psum, shard_map
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
@@ -43,12 +43,12 @@ def _log_softmax_parts(h_BCD: jax.Array, head_DV: jax.Array, y_BC: jax.Array):
         h_BCD.reshape(-1, h_BCD.shape[-1]), head_DV, preferred_element_type=jnp.float32
     )
     logits = logits.reshape(*h_BCD.shape[:2], -1)
-    peak = largest(logits.max(axis=-1, keepdims=True), "vocab")
+    peak = pmax(logits.max(axis=-1, keepdims=True), "vocab")
     exp = jnp.exp(logits - peak)
-    total = scatter_sum(exp.sum(axis=-1, keepdims=True), "vocab", axis=None)
-    first = position("vocab") * logits.shape[-1]
+    total = psum(exp.sum(axis=-1, keepdims=True), "vocab")
+    first = axis_index("vocab") * logits.shape[-1]
     one_hot = y_BC[..., None] == first + jnp.arange(logits.shape[-1])
-    target_BC = scatter_sum(jnp.where(one_hot, logits, 0).sum(axis=-1), "vocab", axis=None)
+    target_BC = psum(jnp.where(one_hot, logits, 0).sum(axis=-1), "vocab")
     return (jnp.log(total) + peak)[..., 0] - target_BC, exp, total, one_hot
 
 
@@ -69,14 +69,14 @@ def token_scores(
     """(-log p(target) in nats [B, T], whether no token is likelier than the target [B, T])."""
 
     def local(hidden_BTD, head_DV, targets_BT):
-        head = gather(head_DV, "embed", axis=0)
+        head = all_gather(head_DV, "embed", axis=0)
         positions = _positions_per_chunk(targets_BT, chunk)
 
         def body(_, xs):
             nll_BC, exp, _, one_hot = _log_softmax_parts(xs[0], head, xs[1])
             return None, (
                 nll_BC,
-                scatter_sum(jnp.where(one_hot, exp, 0).sum(axis=-1), "vocab", axis=None) == 1,
+                psum(jnp.where(one_hot, exp, 0).sum(axis=-1), "vocab") == 1,
             )
 
         _, scores = jax.lax.scan(
@@ -85,7 +85,7 @@ def token_scores(
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(targets_BT.shape), scores)
 
     names = (("batch",), HEAD, ("batch",))
-    return per_device(local, names, (("batch",), ("batch",)))(
+    return shard_map(local, names, (("batch",), ("batch",)))(
         hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT
     )
 
@@ -110,7 +110,7 @@ def cross_entropy(
 def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk):
     def local(hidden_BTD, head_DV, targets_BT, weights_BT):
         dtype, d_model = hidden_BTD.dtype, hidden_BTD.shape[-1]
-        head, gather_transposed = jax.vjp(lambda w: gather(w, "embed", axis=0), head_DV)
+        head, gather_transposed = jax.vjp(lambda w: all_gather(w, "embed", axis=0), head_DV)
         positions = _positions_per_chunk(targets_BT, chunk)
 
         def body(dhead_DV, xs):
@@ -121,7 +121,7 @@ def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk):
                 .astype(dtype)
                 .reshape(-1, head.shape[-1])
             )
-            dh_BCD = scatter_sum((dlogits @ head.T).reshape(h_BCD.shape), "vocab", axis=None)
+            dh_BCD = psum((dlogits @ head.T).reshape(h_BCD.shape), "vocab")
             dhead_DV += jnp.matmul(
                 h_BCD.reshape(-1, d_model).T, dlogits, preferred_element_type=jnp.float32
             )
@@ -135,11 +135,11 @@ def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk):
         return (
             loss_NB.sum(axis=0),
             dh.swapaxes(0, 1).reshape(hidden_BTD.shape),
-            scatter_sum(dhead_DV, "replica", axis=None),
+            psum(dhead_DV, "replica"),
         )
 
     names = (("batch",), HEAD, ("batch",), ("batch",))
-    compute = per_device(local, names, (("batch",), ("batch",), HEAD))
+    compute = shard_map(local, names, (("batch",), ("batch",), HEAD))
     loss_B, dh, dhead_DV = compute(
         hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT, weights_BT
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from btx_jax.config import TrainConfig
+from btx_jax.config.config import TrainConfig
 from btx_jax.models.lora import is_adapter, partition
 
 

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from btx_jax.checkpoints.adapter import from_tensors, to_tensors
 from btx_jax.checkpoints.checkpoint import Checkpoint, adapter_tensors, find_checkpoint, load_base
-from btx_jax.checkpoints.training_state import About, Base
-from btx_jax.config import Config, TrainConfig
-from btx_jax.config_dict import differences, to_dict
+from btx_jax.checkpoints.training_state import Base, CheckpointMetadata
+from btx_jax.config.config import Config, TrainConfig
+from btx_jax.config.config_dict import differences, to_dict
+from btx_jax.config.model_config import LoRAConfig, ModelConfig
 from btx_jax.errors import ConfigError, Mistakes
-from btx_jax.model_config import LoRAConfig, ModelConfig
 from btx_jax.models.layers import platform_dispatch
 from btx_jax.models.llama import Params, init_params, parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
@@ -44,7 +44,7 @@ def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
             " parameters"
         )
     init = None if config.init == SCRATCH else find_checkpoint(config.init, "config.init")
-    return init, starting_model(config, init.about.model if init else None)
+    return init, starting_model(config, init.metadata.model if init else None)
 
 
 def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
@@ -67,18 +67,20 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
     return adapted_model(held, config.lora)
 
 
-def is_pretrained(about: About) -> bool:
+def is_pretrained(metadata: CheckpointMetadata) -> bool:
     """Whether these weights hold training that a high rate would undo: somebody else's, or much of
     our own."""
-    runs = [run for run in about.history.values() if run]
+    runs = [run for run in metadata.history.values() if run]
     tokens = sum(run.tokens for run in runs)
     return (
-        len(runs) < max(len(about.history), 1)  # a part was made elsewhere
-        or tokens >= COMPUTE_OPTIMAL * parameter_counts(about.model)[1]
+        len(runs) < max(len(metadata.history), 1)  # a part was made elsewhere
+        or tokens >= COMPUTE_OPTIMAL * parameter_counts(metadata.model)[1]
     )
 
 
-def default_learning_rate(init: About | None, model: ModelConfig, train: TrainConfig) -> float:
+def default_learning_rate(
+    init: CheckpointMetadata | None, model: ModelConfig, train: TrainConfig
+) -> float:
     """What config.train.learning_rate=0 stands for. init: what the run starts from, None for random
     weights."""
     pretrained = init is not None and is_pretrained(init)
@@ -107,7 +109,7 @@ def settled(config: Config, recorded: Mapping[str, Any]) -> Config:
         rate = recorded.get("train", {}).get("learning_rate") if same else None
         if rate is None:
             init, model = starting_point(config)
-            rate = default_learning_rate(init.about if init else None, model, train)
+            rate = default_learning_rate(init.metadata if init else None, model, train)
         train = dataclasses.replace(train, learning_rate=rate)
         log.info("learning rate %g, chosen by what the run starts from", rate)
     return dataclasses.replace(config, compute=compute, train=train)
@@ -144,7 +146,7 @@ def start_adapted(
     tensors = to_tensors(
         model, jax.jit(lambda key: partition(init_params(model, key), is_adapter)[0])(key)
     )
-    if init.about.base:
+    if init.metadata.base:
         tensors |= adapter_tensors(init)
     experts = from_tensors(model, tensors, init.path)
     placed = jax.tree.map(
@@ -153,7 +155,7 @@ def start_adapted(
         abstract_experts,
     )
     params, base = load_base(
-        init.about.base or Base(str(init.path), ""), model, abstract_base, init.path
+        init.metadata.base or Base(str(init.path), ""), model, abstract_base, init.path
     )
     return join(placed, params), base
 

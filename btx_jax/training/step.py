@@ -12,8 +12,8 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from btx_jax.config import ComputeConfig, TrainConfig
-from btx_jax.model_config import ModelConfig
+from btx_jax.config.config import ComputeConfig, TrainConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.models.layers import exact_matmuls, platform_dispatch, platform_kernels
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel, init_params
 from btx_jax.models.lora import join

@@ -12,7 +12,7 @@ Expected: docs/results.md. The paper's order (2468 best) comes from Llama-2-7B a
 answering.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(what: str = ""):

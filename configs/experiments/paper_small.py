@@ -14,7 +14,7 @@ was.
 Expected: docs/results.md, made of three seeds.
 """
 
-from btx_jax import recipes
+from btx_jax.presets import recipes
 
 
 def get_config(group: str = "main"):

@@ -154,7 +154,7 @@ def test_jobs_of_a_pipeline(monkeypatch, tmp_path):
     assert jobs["mix"].command[-2:] == ("--config.rng_seed=1", "--only=mix")
     circle = tmp_path / "circle.py"
     circle.write_text(
-        "from btx_jax.config import *\nfrom btx_jax.config_dict import to_config_dict\ndef"
+        "from btx_jax.config.config import *\nfrom btx_jax.config.config_dict import to_config_dict\ndef"
         " get_config():\n    stage = lambda *needs: PipelineStage(Config('report',"
         " report=ReportConfig('x', {'a': 'b'})), needs)\n    return"
         " to_config_dict(Config('pipeline', pipeline={'a': stage('b'), 'b': stage('a')}))\n"

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.cli
 
 PIPELINE = """
 import dataclasses
-from btx_jax import recipes
-from btx_jax.config import *
-from btx_jax.config_dict import to_config_dict
+from btx_jax.presets import recipes
+from btx_jax.config.config import *
+from btx_jax.config.config_dict import to_config_dict
 def get_config():
     data = dataclasses.replace(recipes._data('tiny', {text!r}), tokenizer={tokenizer!r}, sequence_length=64, cache={cache!r},
         domains={{}}, heldout='')

@@ -12,8 +12,8 @@ import numpy as np
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, write_checkpoint
 from btx_jax.checkpoints.huggingface import slots
-from btx_jax.config import ComputeConfig
-from btx_jax.model_config import ModelConfig, MoEConfig, RopeScaling
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import ModelConfig, MoEConfig, RopeScaling
 from btx_jax.models.llama import Llama, logits
 
 MOE = {"moe": MoEConfig((4, 4))}

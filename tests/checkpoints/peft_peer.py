@@ -20,9 +20,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from btx_jax.checkpoints.checkpoint import adapter_tensors, find_checkpoint, load_params
-from btx_jax.config import ComputeConfig
+from btx_jax.commands import adapter
+from btx_jax.config.config import ComputeConfig
 from btx_jax.models.llama import Llama, logits
-from btx_jax.stages import adapter
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -31,7 +31,7 @@ def ours(path, tokens: np.ndarray) -> np.ndarray:
     found = find_checkpoint(path)
     params = load_params(found)
     model = Llama(
-        found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+        found.metadata.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
     )
     return np.asarray(
         jax.jit(lambda p: logits(p, model.apply({"params": p}, tokens, np.ones_like(tokens))[0]))(

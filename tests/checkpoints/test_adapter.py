@@ -27,13 +27,13 @@ from btx_jax.checkpoints.checkpoint import (
 )
 from btx_jax.checkpoints.peft import CONFIG as PEFT_CONFIG
 from btx_jax.checkpoints.peft import TENSORS as PEFT_TENSORS
-from btx_jax.checkpoints.training_state import About, elsewhere
-from btx_jax.config import ComputeConfig
+from btx_jax.checkpoints.training_state import CheckpointMetadata, elsewhere
+from btx_jax.commands import adapter, convert
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import LoRAConfig
 from btx_jax.errors import UserError
 from btx_jax.mixing.lora import mix_lora
-from btx_jax.model_config import LoRAConfig
 from btx_jax.models.llama import Llama, init_params, logits
-from btx_jax.stages import adapter, convert
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = GOLDEN / "llama"
@@ -42,7 +42,7 @@ SLOW = r"(\w+[._]?)+!"
 
 def logits_of(path, tokens):
     found = find_checkpoint(path)
-    params, model = load_params(found), found.about.model
+    params, model = load_params(found), found.metadata.model
     llama = Llama(model, ComputeConfig(dtype="float32", remat="none"))
     return np.asarray(
         jax.jit(lambda p: logits(p, llama.apply({"params": p}, tokens, np.ones_like(tokens))[0]))(
@@ -55,7 +55,7 @@ def mola_directory(folder, seed=0, base=BASE, **lora):
     """An adapter directory with random experts."""
     under = find_checkpoint(base)
     model = dataclasses.replace(
-        under.about.model, lora=LoRAConfig(**({"allocation": "2,3,2", "rank": (4,)} | lora))
+        under.metadata.model, lora=LoRAConfig(**({"allocation": "2,3,2", "rank": (4,)} | lora))
     )
     tensors = to_tensors(model, init_params(model, jax.random.key(seed)))
     rng = np.random.default_rng(seed)
@@ -64,7 +64,7 @@ def mola_directory(folder, seed=0, base=BASE, **lora):
         for name, x in tensors.items()
     }
     folder.mkdir()
-    write_directory(folder, About(model, 0, {}, base_of(under)), tensors)
+    write_directory(folder, CheckpointMetadata(model, 0, {}, base_of(under)), tensors)
     return folder
 
 
@@ -209,10 +209,10 @@ def test_pickles_and_folders_of_adapters_are_told_as_such(tmp_path):
 
 def test_what_peft_trained_is_an_unknown_cost_of_the_adapter(tmp_path):
     adapter.import_peft(str(GOLDEN / "peft"), str(BASE), str(tmp_path / "lora"))
-    history = find_checkpoint(tmp_path / "lora").about.history
+    history = find_checkpoint(tmp_path / "lora").metadata.history
     assert history == elsewhere(BASE) | elsewhere(GOLDEN / "peft")
     adapter.merge(str(tmp_path / "lora"), str(tmp_path / "merged"))
-    assert find_checkpoint(tmp_path / "merged").about.history == history
+    assert find_checkpoint(tmp_path / "merged").metadata.history == history
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "What was trained elsewhere is unknown: llama (" in card
 
@@ -231,7 +231,7 @@ def test_ranks_that_differ_by_layer_go_to_peft_and_back(tmp_path):
     adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "back"))
     one, other = (find_checkpoint(path) for path in (folder, tmp_path / "back"))
     ours, again = adapter_tensors(one), adapter_tensors(other)
-    assert other.about.model.lora.rank == (2, 4, 4)
+    assert other.metadata.model.lora.rank == (2, 4, 4)
     assert all(np.array_equal(ours[key], again[key]) for key in ours)
 
 
@@ -270,11 +270,11 @@ def test_one_expert_and_fixed_gates_merged_are_what_those_gates_compute(tmp_path
         ("second", alone, {"allocation": "1", "k": (1,)}),
     ):
         model = dataclasses.replace(
-            found.about.model, lora=dataclasses.replace(found.about.model.lora, **lora)
+            found.metadata.model, lora=dataclasses.replace(found.metadata.model.lora, **lora)
         )
         (tmp_path / f"as_{name}").mkdir()
         write_directory(
-            tmp_path / f"as_{name}", dataclasses.replace(found.about, model=model), tensors
+            tmp_path / f"as_{name}", dataclasses.replace(found.metadata, model=model), tensors
         )
         np.testing.assert_allclose(
             logits_of(tmp_path / f"as_{name}", tokens),
@@ -328,7 +328,7 @@ def test_a_damaged_directory_is_refused(tmp_path, break_it, told):
     folder = mola_directory(tmp_path / "mola")
     tensors = dict(load_file(folder / TENSORS))
     break_it(tensors)
-    adapter.adapter.write_directory(folder, find_checkpoint(folder).about, tensors)
+    adapter.adapter.write_directory(folder, find_checkpoint(folder).metadata, tensors)
     with pytest.raises(UserError, match=told):
         adapter_tensors(find_checkpoint(folder))
 
@@ -513,7 +513,7 @@ def test_mixed_branches_keep_their_experts_and_gates_their_experts():
 
 def test_the_tree_and_the_tensors_are_each_others_inverse():
     model = dataclasses.replace(
-        find_checkpoint(BASE).about.model, lora=LoRAConfig("2,2,1", k=(2, 2, 1), rank=(4, 2, 2))
+        find_checkpoint(BASE).metadata.model, lora=LoRAConfig("2,2,1", k=(2, 2, 1), rank=(4, 2, 2))
     )
     params = init_params(model, jax.random.key(0))
     tensors = to_tensors(model, params)

@@ -19,22 +19,22 @@ from btx_jax.checkpoints import adapter
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params, open_reader
 from btx_jax.checkpoints.checksums import SUMS, sealed, write_sums
 from btx_jax.checkpoints.training_state import (
-    About,
     Base,
+    CheckpointMetadata,
     Checkpoints,
     StepReader,
     TrainingRun,
-    about_to_json,
+    metadata_to_json,
 )
-from btx_jax.config import CheckpointConfig, TrainConfig
+from btx_jax.commands.convert import run as convert
+from btx_jax.commands.verify import verify
+from btx_jax.config.config import CheckpointConfig, TrainConfig
+from btx_jax.config.model_config import LoRAConfig
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
-from btx_jax.model_config import LoRAConfig
 from btx_jax.models.llama import init_params
 from btx_jax.models.lora import is_adapter, partition
 from btx_jax.parallel.sharding import make_mesh
-from btx_jax.stages.convert import run as convert
-from btx_jax.stages.verify import verify
 from btx_jax.training.step import init_state, state_shardings
 from tests.conftest import ROOT
 from tests.models.test_llama import MOE, TINY
@@ -56,8 +56,8 @@ def stored(tmp_path_factory, tokenizer_file):
     )
     checkpoints = Checkpoints(home / "run", CheckpointConfig())
     for step in (2, 4):
-        about = About(MOE, step, {"a": RUN})
-        checkpoints.save(about, state.params, moments, {"next_index": step})
+        metadata = CheckpointMetadata(MOE, step, {"a": RUN})
+        checkpoints.save(metadata, state.params, moments, {"next_index": step})
         checkpoints.wait()
     checkpoints.close()
     copy_tokenizer(load_tokenizer(tokenizer_file), home / "run" / "tokenizer")
@@ -66,8 +66,8 @@ def stored(tmp_path_factory, tokenizer_file):
     convert(str(home / "huggingface"), str(home / "converted"), "bfloat16")
     (home / "adapter").mkdir()
     params = partition(init_params(LORA, jax.random.key(1)), is_adapter)[0]
-    about = About(LORA, 3, {"a": RUN}, Base("/nowhere", "0" * 64))
-    adapter.write_directory(home / "adapter", about, adapter.to_tensors(LORA, params))
+    metadata = CheckpointMetadata(LORA, 3, {"a": RUN}, Base("/nowhere", "0" * 64))
+    adapter.write_directory(home / "adapter", metadata, adapter.to_tensors(LORA, params))
     write_sums(home / "adapter")
     return home
 
@@ -86,12 +86,12 @@ def values(path: Path) -> str:
         told = [digest(params), digest(opt_state), data]
     found = find_checkpoint(path)
     if path.name == "adapter":
-        told += [digest(adapter.read_directory(path, found.about.model))]
+        told += [digest(adapter.read_directory(path, found.metadata.model))]
     else:
         reader = open_reader(found)
         told += [digest({name: reader.read(name) for name in reader.slots})]
         told += [load_tokenizer(found.tokenizer).encode("the river 123")]
-    return json.dumps([about_to_json(found.about), told])
+    return json.dumps([metadata_to_json(found.metadata), told])
 
 
 def attempt(home: Path, file: Path, seed: int, want: dict[str, str]) -> str:
@@ -243,15 +243,15 @@ def test_verify_misses_what_is_gone_of_a_run_and_goes_on(stored, tmp_path, gone,
 def test_verify_tells_what_is_cut_off_or_of_other_leaves(stored, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(stored / "run", run)
-    about, data = (run / "checkpoints" / "4" / item / "metadata" for item in ("about", "data"))
+    metadata, data = (run / "checkpoints" / "4" / item / "metadata" for item in ("about", "data"))
     held = json.loads(data.read_text())
     leaves = {"data": held["data"], "opt_state": [*held["opt_state"], "more"]}
     data.write_text(json.dumps(sealed(leaves)))
     (bad,) = (finding for finding in verify(str(run)) if not finding.good)
     assert bad.name == "step 4, opt_state"
     assert "(opt_state/, missing more): delete it to go on from step 2" in bad.told
-    for text in (about.read_text()[:50], "", "5"):
-        about.write_text(text)
+    for text in (metadata.read_text()[:50], "", "5"):
+        metadata.write_text(text)
         bad_names = {finding.name for finding in verify(str(run)) if not finding.good}
         assert {"step 4, about", "step 4, params", "step 4, opt_state"} == bad_names
 
@@ -335,7 +335,7 @@ def write_unsealed(source: Path, target: Path) -> Path:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(target / "params", load_params(found))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        checkpointer.save(target / "about", about_to_json(found.about) | {"format": 2})
+        checkpointer.save(target / "about", metadata_to_json(found.metadata) | {"format": 2})
     return target
 
 
@@ -344,7 +344,7 @@ def test_every_byte_of_a_run_is_read_once_when_it_streams(tmp_path, as_before):
     """A count, not a time. Both convert's way through the tensors and assemble's."""
     model = dataclasses.replace(MOE, vocab_size=512, d_model=64, d_ff=1024)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    checkpoints.save(About(model, 1, {}), init_params(model, jax.random.key(0)))
+    checkpoints.save(CheckpointMetadata(model, 1, {}), init_params(model, jax.random.key(0)))
     checkpoints.close()
     path = tmp_path / "checkpoints" / "1"
     if as_before:

@@ -27,14 +27,18 @@ from btx_jax.checkpoints.huggingface_config import (
     model_from_config,
 )
 from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
-from btx_jax.checkpoints.training_state import About, about_from_json, about_to_json
-from btx_jax.config import ComputeConfig
+from btx_jax.checkpoints.training_state import (
+    CheckpointMetadata,
+    metadata_from_json,
+    metadata_to_json,
+)
+from btx_jax.commands import convert
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import ModelConfig, MoEConfig, RopeScaling
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
-from btx_jax.model_config import ModelConfig, MoEConfig, RopeScaling
 from btx_jax.models.llama import Llama, init_params, logits
-from btx_jax.recipes import MODELS
-from btx_jax.stages import convert
+from btx_jax.presets.recipes import MODELS
 from tests.checkpoints import directories
 from tests.conftest import ROOT
 
@@ -60,7 +64,7 @@ def our_logits(directory):
     tokens = golden["tokens"].astype(np.int32)
     found = find_checkpoint(directory)
     model = Llama(
-        found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+        found.metadata.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
     )
     params = load_params(found)
     hidden, _ = jax.jit(model.apply)({"params": params}, tokens, np.ones_like(tokens))
@@ -95,7 +99,7 @@ def test_hugging_face_to_ours_and_back_gives_every_tensor_byte_for_byte(name, tm
         load_params(find_checkpoint(source))
     )
     written = json.loads((tmp_path / name / "config.json").read_text())
-    assert model_from_config(written, "written") == find_checkpoint(source).about.model
+    assert model_from_config(written, "written") == find_checkpoint(source).metadata.model
     assert written["torch_dtype"] == written["dtype"] == "float32"
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
     of_source = {"generation_config.json"} & {path.name for path in source.iterdir()}
@@ -245,7 +249,7 @@ def test_a_directory_that_transformers_loads_gives_its_logits_or_names_what_is_m
     expected = np.load(GOLDEN / "directories.npz")[name]
     tokens = np.load(GOLDEN / "llama" / "golden.npz")["tokens"].astype(np.int32)
     params = load_params(found)
-    model = dataclasses.replace(found.about.model, context=1024)
+    model = dataclasses.replace(found.metadata.model, context=1024)
     ours = np.asarray(_forward(model)(params, tokens))[0, ::128]
     np.testing.assert_allclose(ours, expected, atol=2e-4, rtol=0)
 
@@ -278,7 +282,7 @@ def test_what_a_directory_contradicts_itself_in_is_told(tmp_path, caplog):
 )
 def test_a_window_cuts_the_context(name, context, tmp_path):
     directories.write(name, tmp_path / "model")
-    assert find_checkpoint(tmp_path / "model").about.model.context == context
+    assert find_checkpoint(tmp_path / "model").metadata.model.context == context
 
 
 def test_a_directory_in_several_dtypes_comes_to_ours_with_every_value(tmp_path):
@@ -314,7 +318,7 @@ def test_there_and_back_keeps_what_is_not_understood(tmp_path, tokenizer_file):
         convert.run(str(source), str(tmp_path / f"{name}_ours"))
         convert.run(str(tmp_path / f"{name}_ours"), str(tmp_path / f"{name}_back"))
         for place in (source, tmp_path / f"{name}_ours", tmp_path / f"{name}_back"):
-            kept = find_checkpoint(place).about.huggingface
+            kept = find_checkpoint(place).metadata.huggingface
             assert kept["config"].items() >= said.items() and "bos_token_id" not in kept["config"]
             assert kept["generation_config"] == generation
         back = json.loads((tmp_path / f"{name}_back" / "config.json").read_text())
@@ -334,11 +338,11 @@ def test_a_mixtral_that_names_no_router_settings_keeps_those_that_transformers_t
 
 
 def test_a_checkpoint_says_what_it_keeps_only_when_there_is_something():
-    plain = About(ModelConfig(61, 2, 32, 48, 4, 2, 8), 0, {})
-    assert "huggingface" not in about_to_json(plain)
-    assert about_from_json(about_to_json(plain), GOLDEN) == plain
+    plain = CheckpointMetadata(ModelConfig(61, 2, 32, 48, 4, 2, 8), 0, {})
+    assert "huggingface" not in metadata_to_json(plain)
+    assert metadata_from_json(metadata_to_json(plain), GOLDEN) == plain
     kept = dataclasses.replace(plain, huggingface={"config": {"eos_token_id": [1, 2]}})
-    assert about_from_json(json.loads(json.dumps(about_to_json(kept))), GOLDEN) == kept
+    assert metadata_from_json(json.loads(json.dumps(metadata_to_json(kept))), GOLDEN) == kept
 
 
 LINEAR = RopeScaling("linear", 4.0)

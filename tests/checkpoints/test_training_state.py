@@ -8,8 +8,8 @@ import pytest
 
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
 from btx_jax.checkpoints.checksums import SEAL, sealed
-from btx_jax.checkpoints.training_state import About, Checkpoints, TrainingRun
-from btx_jax.config import CheckpointConfig, TrainConfig
+from btx_jax.checkpoints.training_state import CheckpointMetadata, Checkpoints, TrainingRun
+from btx_jax.config.config import CheckpointConfig, TrainConfig
 from btx_jax.errors import UserError
 from btx_jax.models.llama import init_params
 from btx_jax.parallel.sharding import make_mesh
@@ -24,7 +24,7 @@ RUN = TrainingRun(5, 30.0, seconds=2.0, chips=1, peak_bytes=7)
 
 def save(workdir, params, model=TINY, step=3):
     checkpoints = Checkpoints(workdir, CheckpointConfig())
-    checkpoints.save(About(model, step, {"a": RUN}), params)
+    checkpoints.save(CheckpointMetadata(model, step, {"a": RUN}), params)
     checkpoints.close()
 
 
@@ -32,7 +32,9 @@ def test_state_comes_back_onto_another_mesh(tmp_path):
     saved = init_state(MOE, TRAIN, make_mesh((1, 2, 4, 1)), jax.random.key(0))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
     for step in (2, 4):
-        checkpoints.save(About(MOE, step, {}), saved.params, saved.opt_state, {"next_index": step})
+        checkpoints.save(
+            CheckpointMetadata(MOE, step, {}), saved.params, saved.opt_state, {"next_index": step}
+        )
     checkpoints.close()
     for shape, devices in (((1, 1, 1, 1), 1), ((1, 2, 1, 1), 2), ((2, 2, 2, 1), 8)):
         abstract, _ = state_shardings(MOE, TRAIN, make_mesh(shape, jax.devices()[:devices]))
@@ -58,11 +60,11 @@ def test_a_checkpoint_describes_itself(tmp_path):
     params = init_params(MOE, jax.random.key(0))
     save(tmp_path, params, MOE)
     found = find_checkpoint(tmp_path)
-    assert found.about.model == MOE
-    assert found.about.step == 3
-    assert found.about.costs()["tokens"] == 5
+    assert found.metadata.model == MOE
+    assert found.metadata.step == 3
+    assert found.metadata.costs()["tokens"] == 5
     assert digest(load_params(found)) == digest(params)
-    assert find_checkpoint(tmp_path / "checkpoints" / "3").about == found.about
+    assert find_checkpoint(tmp_path / "checkpoints" / "3").metadata == found.metadata
 
 
 def test_digest_sees_every_bit_name_dtype_and_shape():
@@ -132,10 +134,10 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
         find_checkpoint("mistralai/Nothing-7B", "base_model")
     save(tmp_path, init_params(TINY, jax.random.key(0)))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        about = checkpointer.restore(tmp_path / "checkpoints" / "3" / "about")
-    del about[SEAL]
-    about = sealed({**about, "format": 99})
-    (tmp_path / "checkpoints" / "3" / "about" / "metadata").write_text(json.dumps(about))
+        metadata = checkpointer.restore(tmp_path / "checkpoints" / "3" / "about")
+    del metadata[SEAL]
+    metadata = sealed({**metadata, "format": 99})
+    (tmp_path / "checkpoints" / "3" / "about" / "metadata").write_text(json.dumps(metadata))
     with pytest.raises(UserError, match="checkpoint format 99; this version reads 2 and 3"):
         find_checkpoint(tmp_path)
 
@@ -146,8 +148,8 @@ def test_costs_add_up_and_branches_wait_for_their_seed_only():
 
     seed = {"s": run(100, 10.0)}
     branches = {"a": run(10, 3.0, "s", chips=4), "b": run(20, 5.0, "s")}
-    about = About(TINY, 7, {**seed, **branches, "f": run(30, 2.0, "s", "a", "b")})
-    assert about.costs() == {
+    metadata = CheckpointMetadata(TINY, 7, {**seed, **branches, "f": run(30, 2.0, "s", "a", "b")})
+    assert metadata.costs() == {
         "tokens": 160,
         "flops": 1600.0,
         "chip_seconds": 29.0,
@@ -155,7 +157,7 @@ def test_costs_add_up_and_branches_wait_for_their_seed_only():
         "peak_bytes": 100,
         "unknown": [],
     }
-    assert about.costs(without=seed) == {
+    assert metadata.costs(without=seed) == {
         "tokens": 60,
         "flops": 600.0,
         "chip_seconds": 19.0,
@@ -163,9 +165,9 @@ def test_costs_add_up_and_branches_wait_for_their_seed_only():
         "peak_bytes": 30,
         "unknown": [],
     }
-    assert About(TINY, 0, {}).costs()["critical_seconds"] == 0
+    assert CheckpointMetadata(TINY, 0, {}).costs()["critical_seconds"] == 0
     bought = {"SmolLM2 (0)": None, "m": run(5, 1.0, "SmolLM2 (0)")}
-    costs = About(TINY, 0, bought).costs()
+    costs = CheckpointMetadata(TINY, 0, bought).costs()
     assert (costs["tokens"], costs["critical_seconds"]) == (5, 1.0)
     assert costs["unknown"] == ["SmolLM2 (0)"]
-    assert About(TINY, 0, bought).costs(without={"SmolLM2 (0)": None})["unknown"] == []
+    assert CheckpointMetadata(TINY, 0, bought).costs(without={"SmolLM2 (0)": None})["unknown"] == []

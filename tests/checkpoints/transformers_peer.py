@@ -163,7 +163,7 @@ def releases(folder: Path) -> None:
 def parity(directory: Path, text: Path) -> None:
     """The largest difference of fp32 logits over the first 512 tokens of a text."""
     from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
-    from btx_jax.config import ComputeConfig
+    from btx_jax.config.config import ComputeConfig
     from btx_jax.data.tokenizers import load_tokenizer
     from btx_jax.models.llama import Llama, logits
 
@@ -171,7 +171,7 @@ def parity(directory: Path, text: Path) -> None:
     ids = np.array([load_tokenizer(found.tokenizer).encode(text.read_text())[:LENGTH]], np.int32)
     params = load_params(found)
     hidden, _ = Llama(
-        found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+        found.metadata.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
     ).apply({"params": params}, ids, np.ones_like(ids))
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from btx_jax.costs import hlo
-from btx_jax.parallel.sharding import gather, make_mesh, per_device, resolve, scatter_sum
+from btx_jax.parallel.sharding import all_gather, make_mesh, psum_scatter, resolve, shard_map
 
 N = jax.sharding.NamedSharding
 
@@ -35,8 +35,10 @@ def test_collectives_count_with_trips_and_groups():
 
     def f(x, w):
         def one(x, w):
-            local = lambda x, w: jnp.sin(x @ gather(w, "embed", 0)) @ gather(w, "embed", 0).T  # noqa: E731
-            return per_device(local, (("batch",), ("embed",)), ("batch",))(x, w), None
+            local = lambda x, w: (
+                jnp.sin(x @ all_gather(w, "embed", 0)) @ all_gather(w, "embed", 0).T
+            )  # noqa: E731
+            return shard_map(local, (("batch",), ("embed",)), ("batch",))(x, w), None
 
         return jax.lax.scan(one, x, w)[0].sum()
 
@@ -58,16 +60,16 @@ def test_a_gather_in_one_axis_and_its_gradient_in_stages_are_right():
     mesh = make_mesh((1, 8, 1, 1))
     w = jax.random.normal(jax.random.key(0), (16, 4))
     x = jax.random.normal(jax.random.key(1), (8, 16))
-    local = lambda x, w: jnp.sin(x @ gather(w, "embed", 0))  # noqa: E731
+    local = lambda x, w: jnp.sin(x @ all_gather(w, "embed", 0))  # noqa: E731
 
     def loss(w):
-        return (per_device(local, (("batch",), ("embed",)), ("batch",))(x, w) ** 2).sum()
+        return (shard_map(local, (("batch",), ("embed",)), ("batch",))(x, w) ** 2).sum()
 
     with jax.set_mesh(mesh):
         got = jax.jit(jax.grad(loss))(w)
     np.testing.assert_allclose(got, jax.grad(lambda w: (jnp.sin(x @ w) ** 2).sum())(w), atol=1e-5)
     with jax.set_mesh(mesh):
-        summed = jax.jit(per_device(lambda x: scatter_sum(x, "embed", 0), ((None,),), ("embed",)))(
+        summed = jax.jit(shard_map(lambda x: psum_scatter(x, "embed", 0), ((None,),), ("embed",)))(
             w
         )
     np.testing.assert_allclose(summed, 8 * w, rtol=1e-6)

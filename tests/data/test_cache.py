@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from btx_jax.config import DataConfig, FormatConfig
+from btx_jax.config.config import DataConfig, FormatConfig
 from btx_jax.data import prepare as module
 from btx_jax.data.mixture import training_batches
 from btx_jax.data.prepare import check_text, none_heldout, prepare, texts
@@ -128,7 +128,7 @@ def test_text_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, monk
 
 PROGRAM = """
 import sys
-from btx_jax.config import DataConfig
+from btx_jax.config.config import DataConfig
 from btx_jax.data.prepare import prepare
 from btx_jax.data.tokenizers import load_tokenizer
 text, cache, tokenizer = sys.argv[1:]

@@ -4,7 +4,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from btx_jax.config import FormatConfig
+from btx_jax.config.config import FormatConfig
 from btx_jax.data.chats import Chats, Unusable
 from btx_jax.data.files import read_rows
 from btx_jax.data.instructions import Formatter

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from btx_jax.config import DataConfig, FormatConfig
+from btx_jax.config.config import DataConfig, FormatConfig
 from btx_jax.data.instructions import Formatter, Piece, Unusable, encode_pieces
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import is_heldout, pack, prepare, text_document

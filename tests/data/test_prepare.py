@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btx_jax.config import DataConfig
+from btx_jax.config.config import DataConfig
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import Document, is_heldout, pack, prepare, text_document
 from btx_jax.data.sentencepiece_models import train_sentencepiece
@@ -274,7 +274,7 @@ def test_two_processes_prepare_the_same_text_at_once(tmp_path, tokenizer, tokeni
     program = f"""
 import os
 os.getpid = lambda: 1  # as in two containers
-from btx_jax.config import DataConfig
+from btx_jax.config.config import DataConfig
 from btx_jax.data.prepare import prepare
 from btx_jax.data.tokenizers import load_tokenizer
 c = DataConfig(train={str(file)!r}, sequence_length=32, heldout_fraction=0.2, cache={str(tmp_path / "cache")!r})

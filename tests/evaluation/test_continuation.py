@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from btx_jax.checkpoints.training_state import About
+from btx_jax.checkpoints.training_state import CheckpointMetadata
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.evaluation.continuation import Stream, continuation, stop_ids
 from tests.models.test_llama import TINY
@@ -130,13 +130,13 @@ def test_a_stream_takes_nothing_back_that_decoding_cleans_up(tmp_path):
 
 
 def test_every_end_that_the_files_name_ends_a_text(chatty):
-    def about(**huggingface):
-        return About(TINY, 0, {}, huggingface=huggingface)
+    def metadata(**huggingface):
+        return CheckpointMetadata(TINY, 0, {}, huggingface=huggingface)
 
-    assert stop_ids(about(), chatty) == [1]
-    told = about(generation_config={"eos_token_id": [1, 3]}, config={"eos_token_id": 2})
+    assert stop_ids(metadata(), chatty) == [1]
+    told = metadata(generation_config={"eos_token_id": [1, 3]}, config={"eos_token_id": 2})
     assert stop_ids(told, chatty) == [1, 3, 2]
-    assert stop_ids(about(config={"eos_token_id": None}), chatty, [2, None]) == [1, 2]
+    assert stop_ids(metadata(config={"eos_token_id": None}), chatty, [2, None]) == [1, 2]
 
 
 @pytest.mark.skipif("BTX_DATA_DIR" not in os.environ, reason="HumanEval is read from $BTX_DATA_DIR")

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import MoEConfig
 from btx_jax.evaluation.explain import explain, pieces
-from btx_jax.model_config import MoEConfig
 from btx_jax.models.llama import Llama, init_params
 from btx_jax.parallel.sharding import make_mesh
 from tests.models.test_llama import TINY

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import LoRAConfig, MoEConfig
 from btx_jax.evaluation.generation import Generator, Sampling, sample_token
-from btx_jax.model_config import LoRAConfig, MoEConfig
 from btx_jax.models.decoding import empty_cache, forward, next_logits, unstack
 from btx_jax.models.llama import Llama, init_params, logits
 from btx_jax.parallel.sharding import make_mesh

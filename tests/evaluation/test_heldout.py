@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 from btx_jax.evaluation.routing import summarise
 from btx_jax.models.llama import Llama, init_params, logits

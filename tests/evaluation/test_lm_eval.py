@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import pytest
 import tokenizers
 
-from btx_jax.checkpoints.training_state import About, Checkpoints
-from btx_jax.config import CheckpointConfig
+from btx_jax.checkpoints.training_state import CheckpointMetadata, Checkpoints
+from btx_jax.config.config import CheckpointConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
-from btx_jax.model_config import ModelConfig
 from btx_jax.models.llama import init_params
 from tests.conftest import ROOT
 from tests.evaluation.lm_eval_peer import write_model
@@ -52,7 +52,7 @@ def uniform(tmp_path):
     params = init_params(BYTES, jax.random.key(0))
     params["head"]["kernel"] = jnp.zeros_like(params["head"]["kernel"])
     checkpoints = Checkpoints(tmp_path / "uniform", CheckpointConfig())
-    checkpoints.save(About(BYTES, 0, {}), params)
+    checkpoints.save(CheckpointMetadata(BYTES, 0, {}), params)
     checkpoints.close()
     letters = {
         letter: i for i, letter in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
@@ -142,7 +142,7 @@ def test_a_uniform_byte_model_has_eight_bits_per_byte(uniform, tmp_path):
 
 def test_the_heldout_loss_of_that_model_is_eight_bits_too(uniform, one_device):
     from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
-    from btx_jax.config import ComputeConfig
+    from btx_jax.config.config import ComputeConfig
     from btx_jax.data.prepare import pack, text_document
     from btx_jax.data.tokenizers import load_tokenizer
     from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.config import ComputeConfig, TaskConfig
+from btx_jax.config.config import ComputeConfig, TaskConfig
 from btx_jax.data import files
 from btx_jax.data.sources import read_json_lines
 from btx_jax.errors import UserError

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from btx_jax.config.model_config import MoEConfig
 from btx_jax.mixing.mix import leaf_class, mix_leaf, mix_params
 from btx_jax.mixing.router import normal_routers
-from btx_jax.model_config import MoEConfig
 from btx_jax.models.llama import abstract_params, init_params
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from tests.models.test_llama import MOE, TINY

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from btx_jax.commands.mix import ulp
+from btx_jax.config.schema import from_dict
 from btx_jax.errors import UserError
 from btx_jax.mixing.gates import condition_number, gate_row, pool, random_gates
 from btx_jax.mixing.merge import dare, mean, ties, wide
 from btx_jax.mixing.recipe import Recipe, read_recipe
-from btx_jax.schema import from_dict
-from btx_jax.stages.mix_recipe import ulp
 
 BFLOAT16 = np.dtype("bfloat16")
 

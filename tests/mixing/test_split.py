@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax.config import MixConfig
+from btx_jax.config.config import MixConfig
 from btx_jax.errors import ConfigError
 from btx_jax.mixing.mix import mix_params
 from btx_jax.mixing.split import blend_models, split_ffn, split_models

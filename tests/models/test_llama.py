@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import ModelConfig, MoEConfig, RopeScaling
 from btx_jax.mixing.mix import mix_params, restack, upcycle_params
 from btx_jax.mixing.router import normal_routers
-from btx_jax.model_config import ModelConfig, MoEConfig, RopeScaling
 from btx_jax.models.attention import attend, rope_frequencies, rotate
 from btx_jax.models.llama import Llama, abstract_params, init_params, logits, parameter_counts
 from btx_jax.models.splash import splash_attend
-from btx_jax.recipes import LLAMA2_7B
+from btx_jax.presets.recipes import LLAMA2_7B
 from tests import reference
 
 TINY = ModelConfig(

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from btx_jax.checkpoints.training_state import named_leaves
-from btx_jax.config import TrainConfig
+from btx_jax.config.config import TrainConfig
+from btx_jax.config.model_config import LoRAConfig, LoRASpec, MoEConfig
 from btx_jax.costs.model import train_flops
 from btx_jax.errors import ConfigError
 from btx_jax.mixing.mix import restack
-from btx_jax.model_config import LoRAConfig, LoRASpec, MoEConfig
 from btx_jax.models.llama import Llama, init_params, logits, parameter_counts
 from btx_jax.models.lora import PLACES, adapt, gates, is_adapter, partition, router_statistics
 from btx_jax.parallel.sharding import batch_sharding, make_mesh
-from btx_jax.recipes import LLAMA2_7B
+from btx_jax.presets.recipes import LLAMA2_7B
 from btx_jax.training.step import init_state, make_train_step, state_shardings
 from tests import reference
 from tests.models.test_llama import FP32, MOE, TINY, forward, tokens_of

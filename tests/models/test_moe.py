@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.config import ComputeConfig
-from btx_jax.model_config import LayerSpec
+from btx_jax.config.config import ComputeConfig
+from btx_jax.config.model_config import LayerSpec
 from btx_jax.models import grouped
 from btx_jax.models.layers import swiglu
 from btx_jax.models.moe import MoEFeedForward, einsum_experts

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.model_config import LayerSpec
+from btx_jax.config.model_config import LayerSpec
 from btx_jax.models import routing
 from btx_jax.models.routing import Choice, capacity, gumbel_temperature, route, statistics
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from btx_jax.config import ComputeConfig, TrainConfig
+from btx_jax.config.config import ComputeConfig, TrainConfig
+from btx_jax.config.model_config import MoEConfig
 from btx_jax.costs import hlo
 from btx_jax.errors import UserError
-from btx_jax.model_config import MoEConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.sharding import (
     MESH_AXES,

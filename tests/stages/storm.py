@@ -30,9 +30,9 @@ LITTER = ("*.partial-*", "*orbax-checkpoint-tmp*", "*.__lock*")
 HANG = 180.0  # seconds
 
 PIPELINE = """
-from btx_jax import recipes
-from btx_jax.config import *
-from btx_jax.config_dict import from_config_dict, to_config_dict
+from btx_jax.presets import recipes
+from btx_jax.config.config import *
+from btx_jax.config.config_dict import from_config_dict, to_config_dict
 import importlib.util
 def get_config():
     spec = importlib.util.spec_from_file_location('seed', 'configs/seed.py')

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from btx_jax.checkpoints.training_state import read_about
+from btx_jax.checkpoints.training_state import read_metadata
 from btx_jax.data.tokenizers import load_tokenizer
 from tests.conftest import sentences
 
@@ -70,12 +70,12 @@ def test_a_run_that_goes_on_elsewhere_is_the_same_run(cli):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 143
-    first = read_about(next((cli.home / "moved" / "checkpoints").glob("[0-9]*")))
+    first = read_metadata(next((cli.home / "moved" / "checkpoints").glob("[0-9]*")))
     (moved,) = cli.start_several(
         1, 2, *cli.seed("moved", "--config.mesh.data=2", steps=200, every=300)
     )
     assert moved.wait(timeout=300) == 0
-    ((run, costs),) = read_about(cli.home / "moved" / "checkpoints" / "200").history.items()
+    ((run, costs),) = read_metadata(cli.home / "moved" / "checkpoints" / "200").history.items()
     assert run in first.history
     assert costs.tokens == 200 * 8 * 64
     assert costs.seconds > first.history[run].seconds > 0
@@ -182,8 +182,8 @@ def test_a_failing_branch_leaves_the_others_results(cli):
     (cli.home / "empty.txt").write_text("")
     small = cli.home / "pipeline.py"
     small.write_text(
-        "import dataclasses\nfrom btx_jax import recipes\nfrom btx_jax.config import *\nfrom"
-        " btx_jax.config_dict import to_config_dict\ndef get_config():\n    data ="
+        "import dataclasses\nfrom btx_jax.presets import recipes\nfrom btx_jax.config.config import *\nfrom"
+        " btx_jax.config.config_dict import to_config_dict\ndef get_config():\n    data ="
         f" dataclasses.replace(recipes._data('tiny', {str(cli.text)!r}),"
         f" tokenizer={str(cli.tokenizer)!r}, sequence_length=64,\n       "
         f" cache={str(cli.home / 'cache')!r}, domains={{}}, heldout='')\n    model ="

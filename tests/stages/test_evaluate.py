@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax.checkpoints.training_state import About, Checkpoints, TrainingRun
-from btx_jax.config import (
+from btx_jax.checkpoints.training_state import CheckpointMetadata, Checkpoints, TrainingRun
+from btx_jax.config.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -16,9 +16,9 @@ from btx_jax.config import (
     MeshConfig,
     TaskConfig,
 )
+from btx_jax.config.model_config import ModelConfig, MoEConfig
 from btx_jax.data.tokenizers import copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import ConfigError, UserError
-from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import init_params
 from btx_jax.stages import evaluate
 from tests.conftest import sentences
@@ -31,7 +31,7 @@ def checkpoint(folder, model, seed, tokenizer):
     checkpoints = Checkpoints(folder, CheckpointConfig())
     history = {f"run{seed}": TrainingRun(100 * seed, 1.0, 2.0, 1, 3)}
     checkpoints.save(
-        About(model, 0, history),
+        CheckpointMetadata(model, 0, history),
         jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(seed))),
     )
     checkpoints.close()

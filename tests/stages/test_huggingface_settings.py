@@ -11,7 +11,9 @@ import yaml
 
 from btx_jax import stages
 from btx_jax.checkpoints.checkpoint import find_checkpoint
-from btx_jax.config import (
+from btx_jax.commands import adapter, convert, experts
+from btx_jax.commands import mix as mix_recipe
+from btx_jax.config.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -20,9 +22,8 @@ from btx_jax.config import (
     MixConfig,
     TrainConfig,
 )
-from btx_jax.model_config import LoRAConfig
+from btx_jax.config.model_config import LoRAConfig
 from btx_jax.parallel import sharding
-from btx_jax.stages import adapter, convert, experts, mix_recipe
 from tests.conftest import ROOT, sentences
 
 GOLDEN = ROOT / "tests" / "mixing" / "golden"
@@ -94,7 +95,7 @@ def test_the_shortest_window_or_context_limits_a_mixture_however_it_is_made(tmp_
     assert f"the context is 32, that of {windowed}, the shortest" in caplog.text
     made[tmp_path / "added"] = 32
     for path, context in made.items():
-        assert find_checkpoint(path).about.model.context == context, path
+        assert find_checkpoint(path).metadata.model.context == context, path
         config = written(tmp_path, path)
         assert (config["max_position_embeddings"], config["sliding_window"]) == (context, None)
 
@@ -129,6 +130,6 @@ def test_ids_and_settings_travel_through_training_mixing_and_merging(tmp_path):
     experts.drop(str(tmp_path / "added"), 1, str(tmp_path / "dropped"))
     convert.run(str(tmp_path / "mixed"), str(tmp_path / "exported"))
     for path in (*made, tmp_path / "added", tmp_path / "dropped", tmp_path / "exported"):
-        kept = find_checkpoint(path).about.huggingface
+        kept = find_checkpoint(path).metadata.huggingface
         assert kept["config"].items() >= SAID.items(), path
         assert kept["generation_config"] == GENERATION, path

@@ -14,8 +14,8 @@ import pytest
 
 from btx_jax import stages
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
-from btx_jax.checkpoints.training_state import About, Checkpoints
-from btx_jax.config import CheckpointConfig, Config, MeshConfig, MixConfig
+from btx_jax.checkpoints.training_state import CheckpointMetadata, Checkpoints
+from btx_jax.config.config import CheckpointConfig, Config, MeshConfig, MixConfig
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer
 from btx_jax.models.llama import init_params
 from btx_jax.output import new_directory, new_file
@@ -114,7 +114,9 @@ def save(workdir: Path, seed: int, tokenizer: Path, steps=(1,), keep=2) -> None:
     shutil.rmtree(workdir, ignore_errors=True)
     checkpoints = Checkpoints(workdir, CheckpointConfig(keep=keep))
     for step in steps:
-        checkpoints.save(About(TINY, step, {}), init_params(TINY, jax.random.key(seed)))
+        checkpoints.save(
+            CheckpointMetadata(TINY, step, {}), init_params(TINY, jax.random.key(seed))
+        )
     checkpoints.close()
     copy_tokenizer(load_tokenizer(tokenizer), workdir / "tokenizer")
 

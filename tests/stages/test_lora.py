@@ -13,7 +13,8 @@ import pytest
 from btx_jax import stages
 from btx_jax.checkpoints.checkpoint import adapter_tensors, digest, find_checkpoint, load_params
 from btx_jax.checkpoints.training_state import Checkpoints, stored
-from btx_jax.config import (
+from btx_jax.commands import adapter
+from btx_jax.config.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -26,12 +27,11 @@ from btx_jax.config import (
     TaskConfig,
     TrainConfig,
 )
+from btx_jax.config.model_config import LoRAConfig
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import ConfigError, UserError
-from btx_jax.model_config import LoRAConfig
 from btx_jax.models.llama import init_params
 from btx_jax.parallel import sharding
-from btx_jax.stages import adapter
 from btx_jax.stages import evaluate as evaluate_stage
 from btx_jax.training.optimizer import make_optimizer
 from tests.stages.test_evaluate import DENSE, MIXTURE, checkpoint
@@ -146,7 +146,7 @@ def test_a_resumed_run_refuses_moments_of_other_leaves_and_another_base(base, tm
     )
     with pytest.raises(ConfigError, match=r"other LoRA experts than the checkpoint's: rank"):
         stages.run(other, tmp_path / "out")
-    model = find_checkpoint(tmp_path / "run").about.model
+    model = find_checkpoint(tmp_path / "run").metadata.model
     whole = init_params(model, jax.random.key(0))
     checkpoints = Checkpoints(tmp_path / "run", CheckpointConfig())
     abstract = jax.eval_shape(make_optimizer(config.train).init, whole)
@@ -190,9 +190,9 @@ def test_branches_become_one_mixture_whose_routers_are_trained_afterwards(base, 
     )
     mixed = find_checkpoint(tmp_path / "mix")
     assert (
-        mixed.about.model.lora.gating,
-        mixed.about.model.lora.allocation,
-        mixed.about.model.lora.k,
+        mixed.metadata.model.lora.gating,
+        mixed.metadata.model.lora.allocation,
+        mixed.metadata.model.lora.k,
     ) == ("top_k", "2,2", (2,))
     held = [adapter_tensors(find_checkpoint(path)) for path in (*branches, tmp_path / "mix")]
     for name, tensor in held[0].items():
@@ -204,7 +204,7 @@ def test_branches_become_one_mixture_whose_routers_are_trained_afterwards(base, 
     tuned = adapter_tensors(find_checkpoint(tmp_path / "tuned"))
     for name, tensor in tuned.items():
         assert np.array_equal(tensor, held[2][name]) != name.endswith("router"), name
-    costs = find_checkpoint(tmp_path / "tuned").about.costs()
+    costs = find_checkpoint(tmp_path / "tuned").metadata.costs()
     assert costs["tokens"] == 100 + 3 * 4 * 2 * 48, "the base's, two branches' and the routers'"
 
     both = EvaluateConfig(
@@ -252,7 +252,10 @@ def test_gates_trained_behind_finished_experts_choose_by_cosine(base, tmp_path):
         Config("mix", mix=MixConfig(tuple(gated)), mesh=MeshConfig(fsdp=1)), tmp_path / "mix"
     )
     mixed = find_checkpoint(tmp_path / "mix")
-    assert (mixed.about.model.lora.gating, mixed.about.model.lora.allocation) == ("cosine", "3,3")
+    assert (mixed.metadata.model.lora.gating, mixed.metadata.model.lora.allocation) == (
+        "cosine",
+        "3,3",
+    )
     rows = [adapter_tensors(find_checkpoint(path))["layers.1.down.router"][0] for path in gated]
     np.testing.assert_array_equal(adapter_tensors(mixed)["layers.1.down.router"], np.stack(rows))
 

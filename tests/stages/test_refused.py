@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from btx_jax import recipes, stages
-from btx_jax.config import (
+from btx_jax import stages
+from btx_jax.config.config import (
     Config,
     EvaluateConfig,
     MeshConfig,
@@ -17,9 +17,10 @@ from btx_jax.config import (
     TaskConfig,
     TrainConfig,
 )
-from btx_jax.config_dict import from_config_dict, from_dict, to_dict
+from btx_jax.config.config_dict import from_config_dict, from_dict, to_dict
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
-from btx_jax.model_config import ModelConfig
+from btx_jax.presets import recipes
 from btx_jax.stages import pipeline
 from tests.conftest import sentences
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from btx_jax.config import Config, ReportConfig
+from btx_jax.config.config import Config, ReportConfig
 from btx_jax.errors import UserError
 from btx_jax.stages import report
 from tests.reporting.test_reporting import RESULTS, results

@@ -76,7 +76,7 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture)
 
     found = find_checkpoint(cli.home / "two")
     whole = load_params(found)
-    boxed = abstract_params(found.about.model)
+    boxed = abstract_params(found.metadata.model)
     for shape in ((1, 1, 1, 1), (1, 2, 1, 1), (1, 2, 4, 1)):
         devices = jax.devices()[: shape[1] * shape[2]]
         shardings = param_shardings(boxed, make_mesh(shape, devices))
@@ -107,8 +107,8 @@ def test_sigterm_to_one_process_saves_and_ends_both(cli, mixture):
 
 
 EVALUATE = """
-from btx_jax.config import *
-from btx_jax.config_dict import to_config_dict
+from btx_jax.config.config import *
+from btx_jax.config.config_dict import to_config_dict
 def get_config():
     models = {{'seed': '{home}/seed', 'again': '{home}/seed', 'mix': '{home}/mix'}}
     tasks = {{'choice': TaskConfig('multiple_choice', '{home}/choice.jsonl', '{{q}}'),

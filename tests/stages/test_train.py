@@ -13,7 +13,8 @@ from btx_jax import stages
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.checkpoints.checksums import SUMS
 from btx_jax.checkpoints.safetensors_files import CHECKSUMS
-from btx_jax.config import (
+from btx_jax.commands import convert
+from btx_jax.config.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -23,7 +24,6 @@ from btx_jax.config import (
     TrainConfig,
 )
 from btx_jax.parallel import sharding
-from btx_jax.stages import convert
 from btx_jax.training.start import PRETRAINED_RATE
 from tests.conftest import sentences
 from tests.stages.test_evaluate import DENSE
@@ -132,7 +132,7 @@ def test_a_released_model_is_trained_gently_and_everything_after_it(seed, traini
     save_file(load_file(file), file)  # without the history in its header, as anybody else's
     told = run(training(tmp_path / "released", 5), tmp_path / "expert")
     assert f"learning rate {PRETRAINED_RATE:g}, chosen by what the run starts from" in told
-    history = find_checkpoint(tmp_path / "expert").about.history
+    history = find_checkpoint(tmp_path / "expert").metadata.history
     assert None in history.values() and len(history) == 2
     mix = MixConfig((str(tmp_path / "expert"), str(tmp_path / "released")))
     stages.run(Config("mix", mix=mix, mesh=MeshConfig()), tmp_path / "mix")

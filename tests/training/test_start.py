@@ -3,14 +3,14 @@ import dataclasses
 import jax
 import pytest
 
-from btx_jax import recipes
-from btx_jax.checkpoints.training_state import About, TrainingRun
-from btx_jax.config import TrainConfig
-from btx_jax.config_dict import from_config_dict, to_dict
+from btx_jax.checkpoints.training_state import CheckpointMetadata, TrainingRun
+from btx_jax.config.config import TrainConfig
+from btx_jax.config.config_dict import from_config_dict, to_dict
+from btx_jax.config.model_config import ModelConfig, MoEConfig
 from btx_jax.errors import ConfigError
-from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.layers import platform_dispatch
 from btx_jax.models.llama import parameter_counts
+from btx_jax.presets import recipes
 from btx_jax.training import start
 
 TINY = recipes.MODELS["tiny"]
@@ -18,8 +18,8 @@ SIZE = parameter_counts(TINY)[1]
 TRAIN = TrainConfig(10, 2, learning_rate=0.0, warmup_steps=1)
 
 
-def about(*runs, model=TINY):
-    return About(model, 0, {str(i): run for i, run in enumerate(runs)})
+def metadata(*runs, model=TINY):
+    return CheckpointMetadata(model, 0, {str(i): run for i, run in enumerate(runs)})
 
 
 def run(tokens, **more):
@@ -29,12 +29,12 @@ def run(tokens, **more):
 @pytest.mark.parametrize(
     ("init", "pretrained"),
     [
-        (about(), True),  # Hugging Face, or mixed from there: what made it is not known
-        (about(run(1000)), False),
-        (about(None), True),  # from Hugging Face
-        (about(run(1000), None), True),
-        (about(run(19 * SIZE)), False),
-        (about(run(11 * SIZE), run(9 * SIZE)), True),
+        (metadata(), True),  # Hugging Face, or mixed from there: what made it is not known
+        (metadata(run(1000)), False),
+        (metadata(None), True),  # from Hugging Face
+        (metadata(run(1000), None), True),
+        (metadata(run(19 * SIZE)), False),
+        (metadata(run(11 * SIZE), run(9 * SIZE)), True),
     ],
 )
 def test_what_was_trained_elsewhere_or_long_is_pretrained(init, pretrained):
@@ -73,7 +73,7 @@ def config(monkeypatch):
 
 
 def test_what_is_decided_once_stays_when_a_run_goes_on_elsewhere(config, monkeypatch):
-    found = About(dataclasses.replace(TINY, moe=MoEConfig((4,) * 4)), 0, {})
+    found = CheckpointMetadata(dataclasses.replace(TINY, moe=MoEConfig((4,) * 4)), 0, {})
     monkeypatch.setattr(start, "starting_point", lambda config: (_Found(found), found.model))
     first = start.settled(config, {})
     assert (first.compute.dispatch, first.train.learning_rate) == ("ragged", 5e-5)
@@ -100,7 +100,7 @@ def test_what_is_named_wins(config, monkeypatch):
 
 
 def test_another_init_is_decided_anew(config, monkeypatch):
-    found = About(TINY, 0, {})
+    found = CheckpointMetadata(TINY, 0, {})
     monkeypatch.setattr(start, "starting_point", lambda config: (_Found(found), TINY))
     before = to_dict(config) | {"init": "elsewhere"}
     before["train"]["learning_rate"] = 2e-3
@@ -118,4 +118,4 @@ def test_a_config_for_another_model_names_the_one_that_takes_any(tmp_path, token
 
 @dataclasses.dataclass
 class _Found:
-    about: About
+    metadata: CheckpointMetadata

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from btx_jax.checkpoints.training_state import named_leaves
-from btx_jax.config import ComputeConfig, TrainConfig
+from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import train_flops
 from btx_jax.evaluation.heldout import lower_heldout_step

@@ -23,12 +23,12 @@ from btx_jax.checkpoints.huggingface import (
     slots,
 )
 from btx_jax.checkpoints.huggingface_config import same_function
-from btx_jax.checkpoints.training_state import About, together, trained_on
+from btx_jax.checkpoints.training_state import CheckpointMetadata, together, trained_on
+from btx_jax.config.model_config import ModelConfig, MoEConfig
+from btx_jax.config.schema import Range
 from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.gates import random_gates
-from btx_jax.model_config import ModelConfig, MoEConfig
-from btx_jax.schema import Range
 
 
 def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, seed: int = 0) -> str:
@@ -47,10 +47,10 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
             mistakes.add(f"{option}={value}: {problem}")
     mistakes.tell()
     found, extra = find_checkpoint(mixture, "MIXTURE"), find_checkpoint(source, "SOURCE")
-    model = _moe(found.about.model, mixture)
-    if extra.about.model.moe:
+    model = _moe(found.metadata.model, mixture)
+    if extra.metadata.model.moe:
         raise UserError(f"SOURCE: {source} is a mixture itself; name a dense model")
-    other = dataclasses.replace(extra.about.model, context=model.context)
+    other = dataclasses.replace(extra.metadata.model, context=model.context)
     differing = same_function(model.dense(), other)
     tokenizers = find_own_tokenizer(found), find_own_tokenizer(extra)
     own, others = tokenizers
@@ -81,7 +81,7 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
         wanted = expert_tensor(name)
         return reader.dtypes[expert_name(wanted.layer, 0, wanted.part) if wanted else name]
 
-    history = together([found.about.history, extra.about.history])
+    history = together([found.metadata.history, extra.metadata.history])
     card = (
         f"Expert {max(larger.moe.experts) - 1 if larger.moe else 0} is {source}, added to"
         f" {mixture}; its router rows are not trained."
@@ -93,7 +93,7 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
         like,
         tensor,
         tokenizers[0],
-        dataclasses.replace(found.about, history=history),
+        dataclasses.replace(found.metadata, history=history),
         card,
         [reader, dense],
     )
@@ -107,7 +107,7 @@ def drop(mixture: str, expert: int, target: str) -> str:
     """Remove an expert and its router rows from every MoE layer; experts after it move down by one.
     Raises UserError."""
     found = find_checkpoint(mixture, "MIXTURE")
-    model = _moe(found.about.model, mixture)
+    model = _moe(found.metadata.model, mixture)
     for layer, spec in enumerate(model.layer_specs()):
         if spec.experts and not 0 <= expert < spec.experts:
             raise UserError(
@@ -146,7 +146,7 @@ def drop(mixture: str, expert: int, target: str) -> str:
         like,
         tensor,
         find_own_tokenizer(found),
-        found.about,
+        found.metadata,
         card,
         [reader],
     )
@@ -184,7 +184,7 @@ def _write(
     like: Callable[[str], np.dtype],
     tensor: Callable[[str], np.ndarray],
     tokenizer: Tokenizer | None,
-    about: About,
+    metadata: CheckpointMetadata,
     card: str,
     readers: list[Reader],
 ) -> None:
@@ -199,10 +199,10 @@ def _write(
         {name: like(name) for name in slots(model)},
         tensor,
         tokenizer,
-        history=about.history,
-        huggingface=about.huggingface,
+        history=metadata.history,
+        huggingface=metadata.huggingface,
         card=f"# {Path(target).name}\n\n{card} Made by btx_jax {__version__}."
-        f"{trained_on(about.history)}\n",
+        f"{trained_on(metadata.history)}\n",
         check=check,
         verb="writing",
     )

@@ -16,15 +16,21 @@ from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, open_re
 from btx_jax.checkpoints.checksums import SUMS
 from btx_jax.checkpoints.huggingface import expert_tensor, router_layer
 from btx_jax.checkpoints.safetensors_files import CHECKSUMS
-from btx_jax.checkpoints.training_state import About, Checkpoints, TrainingRun, elsewhere
-from btx_jax.config import CheckpointConfig, ComputeConfig
+from btx_jax.checkpoints.training_state import (
+    CheckpointMetadata,
+    Checkpoints,
+    TrainingRun,
+    elsewhere,
+)
+from btx_jax.commands import convert, experts
+from btx_jax.commands import mix as mix_recipe
+from btx_jax.config.config import CheckpointConfig, ComputeConfig
+from btx_jax.config.model_config import MoEConfig
 from btx_jax.errors import UserError
 from btx_jax.evaluation.activations import layer_states
 from btx_jax.mixing.mix import mix_params
 from btx_jax.mixing.recipe import expert_sources
-from btx_jax.model_config import MoEConfig
 from btx_jax.models.llama import Llama, logits
-from btx_jax.stages import convert, experts, mix_recipe
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "mixing" / "golden"
@@ -113,7 +119,7 @@ def run_logits(path):
     tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 250)
     params = load_params(found)
     llama = Llama(
-        found.about.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+        found.metadata.model, ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
     )
     hidden, _ = jax.jit(llama.apply)({"params": params}, tokens, tokens * 0 + 1)
     return np.asarray(logits(params, hidden))
@@ -231,7 +237,7 @@ def test_states_are_what_the_model_computes_layer_by_layer():
     does its router's input, with the last feed-forward silenced and its norm in the place of the
     final norm."""
     reader, found = sources()["a"], find_checkpoint(GOLDEN / "a")
-    params, model = load_params(found), found.about.model
+    params, model = load_params(found), found.metadata.model
     compute = ComputeConfig(dtype="float32", remat="none")
     last = jax.tree.map(lambda leaf: leaf[-1:], params["layers_0"])
     silent = last | {"ffn": last["ffn"] | {"down": last["ffn"]["down"] * 0}}
@@ -307,7 +313,7 @@ def trained(folder, name, run, like="a"):
     """A run's checkpoint with the weights of a golden model."""
     found = find_checkpoint(GOLDEN / like)
     checkpoints = Checkpoints(folder / name, CheckpointConfig())
-    checkpoints.save(About(found.about.model, 1, run), load_params(found))
+    checkpoints.save(CheckpointMetadata(found.metadata.model, 1, run), load_params(found))
     checkpoints.close()
     shutil.copytree(found.tokenizer, folder / name / "tokenizer")
     return str(folder / name)
@@ -324,8 +330,8 @@ def test_a_mixture_has_the_histories_of_all_its_sources(tmp_path):
     mix(tmp_path, experts=experts_of, gate_mode="normal", experts_per_token=1)
     expected = seed | branch | elsewhere(GOLDEN / "base") | elsewhere(GOLDEN / "c")
     found = find_checkpoint(tmp_path / "out")
-    assert found.is_huggingface and found.about.history == expected
-    assert found.about.costs()["tokens"] == 1300
+    assert found.is_huggingface and found.metadata.history == expected
+    assert found.metadata.costs()["tokens"] == 1300
     card = (tmp_path / "out" / "README.md").read_text()
     assert "frankenMoE: 3 experts of 3 models" in card
     assert "Trained here on 1,300 tokens in all, seed included." in card
@@ -336,9 +342,9 @@ def test_a_mixture_has_the_histories_of_all_its_sources(tmp_path):
     experts.add(str(tmp_path / "back"), "a", str(tmp_path / "more"))
     experts.drop(str(tmp_path / "more"), 0, str(tmp_path / "less"))
     for name in ("ours", "back"):
-        assert find_checkpoint(tmp_path / name).about.history == expected, name
+        assert find_checkpoint(tmp_path / name).metadata.history == expected, name
     for name in ("more", "less"):
-        grown = find_checkpoint(tmp_path / name).about.history
+        grown = find_checkpoint(tmp_path / name).metadata.history
         assert grown == expected | elsewhere(GOLDEN / "a"), name
     assert "1,300 tokens" in (tmp_path / "back" / "README.md").read_text()
 
@@ -348,12 +354,12 @@ def test_weights_that_another_tool_wrote_have_no_history_of_ours(tmp_path):
         trained(tmp_path, "run", {"m": TrainingRun(300, 1e5, 2.0, 1, 1)}), str(tmp_path / "x")
     )
     file = tmp_path / "x" / "model.safetensors"
-    assert find_checkpoint(tmp_path / "x").about.history.keys() == {"m"}
+    assert find_checkpoint(tmp_path / "x").metadata.history.keys() == {"m"}
     shutil.copytree(tmp_path / "x", tmp_path / "copied")
-    assert find_checkpoint(tmp_path / "copied").about.history.keys() == {"m"}
+    assert find_checkpoint(tmp_path / "copied").metadata.history.keys() == {"m"}
     held = load_file(file)
     save_file(held, file, metadata={"format": "pt"})
-    assert find_checkpoint(tmp_path / "x").about.history == elsewhere(tmp_path / "x")
+    assert find_checkpoint(tmp_path / "x").metadata.history == elsewhere(tmp_path / "x")
     save_file(held, file, metadata={"format": "pt", "btx_jax.history": "{"})
     with pytest.raises(UserError, match=r"model.safetensors: damaged history"):
         find_checkpoint(tmp_path / "x")

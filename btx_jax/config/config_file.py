@@ -13,8 +13,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from btx_jax.config import Config
-from btx_jax.config_dict import from_config_dict, require_tree
+from btx_jax.config.config import Config
+from btx_jax.config.config_dict import from_config_dict, require_tree
 from btx_jax.errors import ConfigError, Mistakes, UserError, one_line, suggest
 
 MAX_BYTES = 10**6  # of a config file

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from btx_jax.config import Config
-from btx_jax.config_dict import differences, to_dict
+from btx_jax.config.config import Config
+from btx_jax.config.config_dict import differences, to_dict
 from btx_jax.errors import UserError
 from btx_jax.output import CONFIG, DONE, new_file
 from btx_jax.parallel.hosts import first_then_others, is_first, require_shared

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
-from btx_jax.config import ComputeConfig
+from btx_jax.config.config import ComputeConfig
 from btx_jax.data.chat_template import chat_template
 from btx_jax.data.tokenizers import NotUnicode, check_ids, load_tokenizer
 from btx_jax.errors import UserError
@@ -44,18 +44,18 @@ def generate(
         raise UserError(f"--prompt: {error}") from error
     if not ids:
         raise UserError("--prompt: empty, and the tokenizer puts nothing in front to start from")
-    check_ids(ids, found.about.model.vocab_size, "--prompt", tokenizer)
+    check_ids(ids, found.metadata.model.vocab_size, "--prompt", tokenizer)
     if "" in stop:
         raise UserError("--stop: an empty string would end every text at once; leave it out")
     if max_tokens < 1:
         raise UserError(f"--max_tokens={max_tokens}: must be at least 1")
-    context = found.about.model.context
+    context = found.metadata.model.context
     if len(ids) + max_tokens > context:
         raise UserError(
             f"--max_tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context"
             f" of {context}; lower it"
         )
-    mesh = inference_mesh(found.about.model)
+    mesh = inference_mesh(found.metadata.model)
     stream = Stream(tokenizer, ids, stop)
 
     def shown(_: int, new: list[int]) -> bool:
@@ -63,11 +63,11 @@ def generate(
         return stream.is_finished
 
     generator = Generator(
-        found.about.model,
+        found.metadata.model,
         load_for_inference(found, mesh, dtype),
         ComputeConfig(dtype=dtype),
         mesh,
-        stop_ids(found.about, tokenizer, ends),
+        stop_ids(found.metadata, tokenizer, ends),
     )
     (new,) = generator.generate([ids], max_tokens, sampling, seed, shown)
     show(stream.more(new, is_last=True))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import pytest
 
-from btx_jax.config import (
+from btx_jax.config.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -25,10 +25,10 @@ from btx_jax.config import (
     TaskConfig,
     TrainConfig,
 )
-from btx_jax.config_dict import to_dict
+from btx_jax.config.config_dict import to_dict
+from btx_jax.config.model_config import LoRAConfig, ModelConfig, MoEConfig
+from btx_jax.config.schema import Range, Section, from_dict
 from btx_jax.errors import ConfigError
-from btx_jax.model_config import LoRAConfig, ModelConfig, MoEConfig
-from btx_jax.schema import Range, Section, from_dict
 
 MODEL = ModelConfig(320, 4, 32, 64, 2, 2, 16, moe=MoEConfig((4,) * 4))
 WHOLE = to_dict(

@@ -1,8 +1,8 @@
 import pytest
 
-from btx_jax import lora_recipes
-from btx_jax.config_dict import from_config_dict
+from btx_jax.config.config_dict import from_config_dict
 from btx_jax.errors import ConfigError
+from btx_jax.presets import lora_recipes
 
 
 def test_each_task_starts_from_the_one_before_and_all_are_tried():

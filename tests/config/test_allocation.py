@@ -1,6 +1,6 @@
 import pytest
 
-from btx_jax.allocation import SHAPES, experts_per_layer
+from btx_jax.config.allocation import SHAPES, experts_per_layer
 from btx_jax.errors import UserError
 
 

@@ -6,8 +6,7 @@ import re
 import pytest
 from safetensors.numpy import save_file
 
-from btx_jax import lora_recipes, recipes
-from btx_jax.config import (
+from btx_jax.config.config import (
     Config,
     DataConfig,
     EnsembleConfig,
@@ -17,10 +16,17 @@ from btx_jax.config import (
     ReportConfig,
     TaskConfig,
 )
-from btx_jax.config_dict import differences, from_config_dict, from_dict, to_config_dict, to_dict
+from btx_jax.config.config_dict import (
+    differences,
+    from_config_dict,
+    from_dict,
+    to_config_dict,
+    to_dict,
+)
 from btx_jax.errors import ConfigError
 from btx_jax.launch import default_workdir
 from btx_jax.parallel.sharding import make_mesh
+from btx_jax.presets import lora_recipes, recipes
 from btx_jax.stages.pipeline import in_order, resolve
 from btx_jax.training.start import checked_mesh
 from tests.conftest import ROOT

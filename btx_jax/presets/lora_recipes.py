@@ -5,7 +5,7 @@ import dataclasses
 
 import ml_collections
 
-from btx_jax.config import (
+from btx_jax.config.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -17,10 +17,10 @@ from btx_jax.config import (
     ReportConfig,
     TrainConfig,
 )
-from btx_jax.config_dict import from_config_dict, to_config_dict
+from btx_jax.config.config_dict import from_config_dict, to_config_dict
+from btx_jax.config.model_config import LoRAConfig
 from btx_jax.errors import ConfigError, suggest
-from btx_jax.model_config import LoRAConfig
-from btx_jax.recipes import EVALS, SMALL, TASKS, TINY, expert
+from btx_jax.presets.recipes import EVALS, SMALL, TASKS, TINY, expert
 
 HELDOUT = 0.1
 # How the items of a test set become text; only answers are learnt.

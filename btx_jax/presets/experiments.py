@@ -10,8 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from btx_jax.allocation import SHAPES
-from btx_jax.config import (
+from btx_jax.config.allocation import SHAPES
+from btx_jax.config.config import (
     Config,
     EnsembleConfig,
     EvaluateConfig,
@@ -20,7 +20,7 @@ from btx_jax.config import (
     PipelineStage,
     ReportConfig,
 )
-from btx_jax.model_config import LORA_TARGETS, LoRAConfig
+from btx_jax.config.model_config import LORA_TARGETS, LoRAConfig
 
 
 @dataclass(frozen=True)

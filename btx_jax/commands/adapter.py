@@ -22,10 +22,10 @@ from btx_jax.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from btx_jax.checkpoints.checksums import write_sums
-from btx_jax.checkpoints.training_state import About, elsewhere, together, trained_on
+from btx_jax.checkpoints.training_state import CheckpointMetadata, elsewhere, together, trained_on
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import copy_tokenizer
 from btx_jax.errors import UserError
-from btx_jax.model_config import ModelConfig
 from btx_jax.output import check_free, new_directory
 
 FORMATS = ("btx_jax", "peft")
@@ -34,7 +34,7 @@ FORMATS = ("btx_jax", "peft")
 def find_adapter(path: str, key: str) -> Checkpoint:
     """Raises UserError when what is there holds no LoRA experts."""
     found = find_checkpoint(path, key)
-    if not found.about.base:
+    if not found.metadata.base:
         raise UserError(f"{key}: {found.path} holds a whole model and no LoRA experts")
     return found
 
@@ -43,13 +43,13 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
     """A run's LoRA experts -> an adapter directory of ours, or one that peft reads. Returns a line
     that says what was done."""
     found = find_adapter(source, "SRC")
-    about, tensors = found.about, adapter_tensors(found)
-    assert about.base
+    metadata, tensors = found.metadata, adapter_tensors(found)
+    assert metadata.base
     with new_directory(Path(target)) as partial:
         if output_format == "peft":
-            peft.write(partial, about.model, tensors, about.base.path)
+            peft.write(partial, metadata.model, tensors, metadata.base.path)
         else:
-            adapter.write_directory(partial, about, tensors)
+            adapter.write_directory(partial, metadata, tensors)
         if (tokenizer := find_own_tokenizer(found)) is not None and output_format != "peft":
             copy_tokenizer(tokenizer, partial)
         write_sums(partial)
@@ -60,16 +60,16 @@ def import_peft(source: str, base: str, target: str) -> str:
     """A LoRA saved by peft, for the model at `base` -> an adapter directory of ours."""
     check_free(Path(target))
     under = find_checkpoint(base, "BASE")
-    if under.about.base:
+    if under.metadata.base:
         raise UserError(f"BASE: {under.path} holds LoRA experts; name the model under them")
     directory = Path(source).expanduser()
-    lora = peft.read(directory, under.about.model)
+    lora = peft.read(directory, under.metadata.model)
     notes = [*_carried(lora.carried, open_reader(under), directory), *lora.notes]
-    history = together([under.about.history, elsewhere(directory.resolve())])
+    history = together([under.metadata.history, elsewhere(directory.resolve())])
     with new_directory(Path(target)) as partial:
         adapter.write_directory(
             partial,
-            About(lora.model, 0, history, base_of(under), under.about.huggingface),
+            CheckpointMetadata(lora.model, 0, history, base_of(under), under.metadata.huggingface),
             lora.tensors,
         )
         if (tokenizer := find_own_tokenizer(under)) is not None:
@@ -116,17 +116,17 @@ def merge(
     there is no target.
     """
     found = find_adapter(source, "ADAPTER")
-    about = found.about
-    assert about.base and about.model.lora
-    fixed = fixed_gates(about.model, expert, gates)
-    under = find_checkpoint(base or about.base.path, "BASE")
+    metadata = found.metadata
+    assert metadata.base and metadata.model.lora
+    fixed = fixed_gates(metadata.model, expert, gates)
+    under = find_checkpoint(base or metadata.base.path, "BASE")
     reader = open_reader(under)
-    if reader.model != about.model.base():
+    if reader.model != metadata.model.base():
         raise UserError(
             f"BASE: {under.path} is another model than the one that {found.path} was trained on"
         )
     deltas = adapter.merged_delta(
-        about.model, adapter_tensors(found), lambda experts: fixed[experts]
+        metadata.model, adapter_tensors(found), lambda experts: fixed[experts]
     )
     hashes: dict[str, str] = {}
 
@@ -141,7 +141,7 @@ def merge(
 
     def check() -> None:
         reader.check()
-        if base_digest(hashes) != about.base.digest:  # type: ignore[union-attr]
+        if base_digest(hashes) != metadata.base.digest:  # type: ignore[union-attr]
             raise UserError(
                 f"BASE: {under.path} has other weights than the model that {found.path} was"
                 " trained on"
@@ -150,15 +150,15 @@ def merge(
     write_checkpoint(
         Path(target),
         True,
-        about.model.base(),
+        metadata.model.base(),
         {name: DTYPES[own.name] for name, own in reader.dtypes.items()},
         tensor,
         find_own_tokenizer(found) or find_own_tokenizer(under),
-        history=about.history,
-        huggingface=about.huggingface or under.about.huggingface,
+        history=metadata.history,
+        huggingface=metadata.huggingface or under.metadata.huggingface,
         card=(
             f"# {Path(target).name}\n\n{found.path.name} merged into {under.path.name} by btx_jax"
-            f" {__version__}.{trained_on(about.history)}\n"
+            f" {__version__}.{trained_on(metadata.history)}\n"
         ),
         check=check,
         verb="merging",

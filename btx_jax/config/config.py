@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from btx_jax.allocation import MAX_EXPERTS
-from btx_jax.errors import ConfigError, suggest
-from btx_jax.model_config import ROUTINGS, LoRAConfig, ModelConfig, MoEConfig
-from btx_jax.schema import (
+from btx_jax.config.allocation import MAX_EXPERTS
+from btx_jax.config.model_config import ROUTINGS, LoRAConfig, ModelConfig, MoEConfig
+from btx_jax.config.schema import (
     HUGE,
     Choice,
     Count,
@@ -27,6 +26,7 @@ from btx_jax.schema import (
     is_missing,
     rule,
 )
+from btx_jax.errors import ConfigError, suggest
 
 DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")

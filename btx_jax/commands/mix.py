@@ -37,6 +37,7 @@ from btx_jax.checkpoints.huggingface import (
 )
 from btx_jax.checkpoints.huggingface_config import experts_per_token, same_function
 from btx_jax.checkpoints.training_state import History, together, trained_on
+from btx_jax.config.model_config import ModelConfig, MoEConfig
 from btx_jax.data.tokenizers import Tokenizer, check_ids, difference
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.evaluation.activations import layer_states, token_embeddings
@@ -50,7 +51,6 @@ from btx_jax.mixing.recipe import (
     describe,
     read_recipe,
 )
-from btx_jax.model_config import ModelConfig, MoEConfig
 from btx_jax.models.llama import parameter_counts
 from btx_jax.output import check_free
 from btx_jax.paths import expand
@@ -132,7 +132,7 @@ def run(
         for reader in sources.readers:
             reader.check()
 
-    history = together(checkpoint.about.history for checkpoint in sources.checkpoints)
+    history = together(checkpoint.metadata.history for checkpoint in sources.checkpoints)
     card = _card(recipe, sources, model, history)
     verdict: list[str] = []
 
@@ -149,7 +149,7 @@ def run(
         tensor,
         sources.tokenizer,
         history=history,
-        huggingface=sources.checkpoints[0].about.huggingface,
+        huggingface=sources.checkpoints[0].metadata.huggingface,
         card=card,
         check=check,
         verb="mixing",
@@ -183,22 +183,22 @@ def _open(recipe: Recipe) -> Sources:
     base = checkpoints[0]
     tokenizers = [find_own_tokenizer(checkpoint) for checkpoint in checkpoints]
     for path, checkpoint, tokenizer in zip(paths, checkpoints, tokenizers, strict=True):
-        if checkpoint.about.model.moe:
+        if checkpoint.metadata.model.moe:
             mistakes.add(
                 f"{path} is a mixture already; mix dense models, or see `python -m btx_jax expert"
                 " --help`"
             )
             continue
-        context = base.about.model.context  # how long it may be used, not what its weights mean
-        other = dataclasses.replace(checkpoint.about.model, context=context)
+        context = base.metadata.model.context  # how long it may be used, not what its weights mean
+        other = dataclasses.replace(checkpoint.metadata.model, context=context)
         differing = [
             line
-            for line in same_function(base.about.model, other)
+            for line in same_function(base.metadata.model, other)
             if line.split(":")[0] not in recipe.allow
         ]
         told = ""
         if tokenizer and tokenizers[0] and "tokenizer" not in recipe.allow:
-            told = difference(tokenizers[0], tokenizer, base.about.model.vocab_size)
+            told = difference(tokenizers[0], tokenizer, base.metadata.model.vocab_size)
         differing += [f"tokenizer: {told}"] if told else []
         if differing:
             mistakes.add(
@@ -282,9 +282,9 @@ def _check_shapes(recipe: Recipe, sources: Sources, model: ModelConfig) -> None:
 
 def _warn_of_vocabularies(sources: Sources, console: Console) -> None:
     """base_model's tokenizer and vocabulary are the mixture's."""
-    size = sources.checkpoints[0].about.model.vocab_size
+    size = sources.checkpoints[0].metadata.model.vocab_size
     for checkpoint in sources.checkpoints[1:]:
-        other = checkpoint.about.model.vocab_size
+        other = checkpoint.metadata.model.vocab_size
         if other > size:
             what = f"{other - size} more tokens than base_model, left out"
         elif other < size:

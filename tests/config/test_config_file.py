@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from btx_jax.backends.jobs import load_pipeline
-from btx_jax.config_file import read_config
+from btx_jax.config.config_file import read_config
 from btx_jax.errors import ConfigError
 
-MADE = "from btx_jax.config import *\nfrom ml_collections import ConfigDict\n"
+MADE = "from btx_jax.config.config import *\nfrom ml_collections import ConfigDict\n"
 SEED = (
-    "from btx_jax import recipes\nfrom ml_collections import ConfigDict, config_dict\n"
+    "from btx_jax.presets import recipes\nfrom ml_collections import ConfigDict, config_dict\n"
     "def get_config():\n    c = recipes.seed('tiny')\n    c.unlock()\n"
 )
 FILES = [

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from btx_jax.allocation import experts_per_layer
+from btx_jax.config.allocation import experts_per_layer
+from btx_jax.config.schema import Choice, Experts, Positive, Range, Section, Share, rule
 from btx_jax.errors import ConfigError, Mistakes, UserError, suggest
-from btx_jax.schema import Choice, Experts, Positive, Range, Section, Share, rule
 
 ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
 GATINGS = ("top_k", "sigmoid", "cosine")

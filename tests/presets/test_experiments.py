@@ -2,11 +2,11 @@ import dataclasses
 
 import pytest
 
-from btx_jax import recipes
-from btx_jax.config_dict import from_config_dict
+from btx_jax.config.config_dict import from_config_dict
 from btx_jax.errors import ConfigError
-from btx_jax.experiments import CLAIMS, GROUPS, LORA_CLAIMS, mixed_text
 from btx_jax.models.llama import parameter_counts
+from btx_jax.presets import recipes
+from btx_jax.presets.experiments import CLAIMS, GROUPS, LORA_CLAIMS, mixed_text
 from btx_jax.stages.pipeline import in_order, resolve
 
 

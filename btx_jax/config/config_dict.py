@@ -11,9 +11,9 @@ from typing import Any
 
 import ml_collections
 
-from btx_jax.config import Config
+from btx_jax.config.config import Config
+from btx_jax.config.schema import from_dict
 from btx_jax.errors import ConfigError
-from btx_jax.schema import from_dict
 
 MAX_DEPTH = 20  # of sections within sections, twice what a pipeline's stages need
 

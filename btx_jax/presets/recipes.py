@@ -9,7 +9,7 @@ import dataclasses
 import ml_collections
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint
-from btx_jax.config import (
+from btx_jax.config.config import (
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -22,12 +22,12 @@ from btx_jax.config import (
     TaskConfig,
     TrainConfig,
 )
-from btx_jax.config_dict import from_config_dict, to_config_dict
+from btx_jax.config.config_dict import from_config_dict, to_config_dict
+from btx_jax.config.model_config import LORA_TARGETS, ModelConfig, MoEConfig, RopeScaling
 from btx_jax.costs.model import train_flops
 from btx_jax.errors import ConfigError
-from btx_jax.experiments import GROUPS, Setting
-from btx_jax.experiments import comparison as arms
-from btx_jax.model_config import LORA_TARGETS, ModelConfig, MoEConfig, RopeScaling
+from btx_jax.presets.experiments import GROUPS, Setting
+from btx_jax.presets.experiments import comparison as arms
 
 LLAMA2_7B = ModelConfig(
     vocab_size=32_000,
@@ -274,7 +274,7 @@ def _starting(config: Config, init: str) -> Config:
 def _within_context(config: Config, init: str) -> Config:
     if config.data is None or config.model is not None or not init or init.startswith("@"):
         return config
-    context = find_checkpoint(init, f"--config=...:{FROM_INIT}").about.model.context
+    context = find_checkpoint(init, f"--config=...:{FROM_INIT}").metadata.model.context
     length = min(config.data.sequence_length, context)
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, sequence_length=length)
@@ -410,7 +410,7 @@ def comparison(what: str, group: str) -> ml_collections.ConfigDict:
     is_lora = group == "lora"
     if size == FROM_INIT:
         init = init or RELEASED
-        dense = find_checkpoint(init, f"--config=...:{FROM_INIT}").about.model
+        dense = find_checkpoint(init, f"--config=...:{FROM_INIT}").metadata.model
     else:
         dense = MODELS[size]
     mixture = dataclasses.replace(dense, moe=MoEConfig((4,) * dense.layers))

@@ -2,13 +2,14 @@ import dataclasses
 
 import pytest
 
-from btx_jax import recipes, stages
-from btx_jax.config import Config, MeshConfig
-from btx_jax.config_dict import from_config_dict
+from btx_jax import stages
+from btx_jax.config.config import Config, MeshConfig
+from btx_jax.config.config_dict import from_config_dict
 from btx_jax.errors import UserError
 from btx_jax.output import locked
-from btx_jax.recipes import expert
-from btx_jax.reporting.workdir import claim, done_of
+from btx_jax.presets import recipes
+from btx_jax.presets.recipes import expert
+from btx_jax.rundir import claim, done_of
 from btx_jax.training.start import settled
 
 

@@ -128,7 +128,7 @@ def _model(directory: Path) -> str:
 
 
 def _adapter(directory: Path) -> str:
-    adapter.read_directory(directory, adapter.read_about(directory).model)
+    adapter.read_directory(directory, adapter.read_metadata(directory).model)
     values = json.loads((directory / adapter.ABOUT).read_text(encoding="utf-8"))
     how = "checksums" if "tensors_sha256" in values else "no checksums were written; structure"
     return f"{how}, finite values"
