@@ -20,7 +20,7 @@ GIB = 2**30
 EXPERT, MOE = "--config=configs/math_expert.py", "--config=configs/moe_finetune.py"
 ONE_STEP = ("--config.train.batch_size=16", "--config.train.accumulate=1")
 FULL, RAGGED = "--config.compute.remat=full", "--config.compute.dispatch=ragged"
-V5P_16 = "--compile_topology=v5p:2x2x4"
+V5P_16, V5E_64 = "--compile_topology=v5p:2x2x4", "--compile_topology=v5e:8x8"
 
 # name -> (arguments, what it is); the peer's figures for the same program, GiB and FLOPs: memory,
 # dots, grouped matmuls, traffic by kind, and what is sent at least: an all-gather or all-to-all (n
@@ -57,6 +57,17 @@ CHECKS = {
     "moe_einsum_v5e_capacity_1": (
         (MOE, "--config.train.accumulate=16", FULL, "--config.compute.capacity_factor=1.0", "--compile_topology=v5e:8x8"),
         "BTX 4x7B Top-2, einsum, capacity 1.0",
+    ),
+    "qwen3_v5p": (("--config=configs/math_expert.py:qwen3_8b", "--compile_topology=v5p:2x2x2"), "Qwen3-8B expert"),
+    "qwen3_v5e": (("--config=configs/math_expert.py:qwen3_8b", V5E_64), "Qwen3-8B expert"),
+    "qwen3_moe_v5p": (("--config=configs/moe_finetune.py:qwen3_8b", V5P_16), "BTX 4xQwen3-8B Top-2, einsum"),
+    "qwen3_moe_v5e": (
+        ("--config=configs/moe_finetune.py:qwen3_8b", "--config.train.accumulate=16", FULL, V5E_64), "BTX 4xQwen3-8B Top-2, einsum",
+    ),
+    "mistral_window": (
+        ("--config=configs/math_expert.py:mistral_7b", "--config.data.sequence_length=16384", "--config.train.batch_size=256",
+         "--compile_topology=v5p:2x2x2"),
+        "Mistral-7B 0.1 expert, rows of 16384, window 4096",
     ),
     "moe_ragged_v5e": ((MOE, RAGGED, "--config.train.accumulate=16", FULL, "--compile_topology=v5e:8x8"), "BTX 4x7B Top-2, ragged"),
 }  # fmt: skip

@@ -27,7 +27,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from btx_jax.checkpoints.huggingface import HuggingFaceWriter, slots
+from btx_jax.architectures.registry import known_families
+from btx_jax.architectures.tensors import slots
+from btx_jax.checkpoints.huggingface import HuggingFaceWriter
 from btx_jax.config.model_config import ModelConfig
 
 TINYLLAMA = ModelConfig(
@@ -61,7 +63,9 @@ def write_models(folder: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(seed)
         names = slots(TINYLLAMA)
-        writer = HuggingFaceWriter(directory, TINYLLAMA, dict.fromkeys(names, bfloat16))
+        writer = HuggingFaceWriter(
+            directory, TINYLLAMA, known_families()["llama"], dict.fromkeys(names, bfloat16)
+        )
         for tensor, slot in names.items():
             writer.write(
                 tensor, (rng.standard_normal(slot.shape, np.float32) * 0.02).astype(bfloat16)

@@ -374,8 +374,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILES",
         nargs="+",
         help=(
-            "files or globs, as several arguments or comma-separated: text, .jsonl, .parquet, .gz, .zst; FILE#FIELD names a"
-            " field"
+            "files or globs, as several arguments or comma-separated: text, .jsonl, .parquet, .gz,"
+            " .zst; FILE#FIELD names a field"
         ),
     )
     command.add_argument("--vocab_size", type=int, default=32_000)

@@ -39,7 +39,8 @@ class Mistakes:
 
     @contextlib.contextmanager
     def gather(self, prefix: str = "") -> Iterator[None]:
-        """A UserError within is kept, the block left. prefix: put before keys that are not whole."""
+        """A UserError within is kept, the block left. prefix: put before keys that are not
+        whole."""
         try:
             yield
         except UserError as error:
@@ -53,8 +54,8 @@ class Mistakes:
 
 
 def one_line(told: object) -> str:
-    """Words of an error on one line: what a terminal would obey or cannot show is escaped, the middle
-    left out where it is longer than anyone reads."""
+    """Words of an error on one line: what a terminal would obey or cannot show is escaped, the
+    middle left out where it is longer than anyone reads."""
     words = " ".join(str(told).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return (

@@ -27,15 +27,15 @@ from ml_collections import config_flags
 from btx_jax import stages, terminal
 from btx_jax.command_line import fail, told_in_one_line
 from btx_jax.config.config_dict import from_config_dict
-from btx_jax.config.config_file import read_config
+from btx_jax.config.config_file import define_config, read_config
 from btx_jax.errors import UserError
 from btx_jax.parallel import hosts
 from btx_jax.paths import expand
 
 FLAGS = flags.FLAGS
 try:
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", None, "Config file, e.g. configs/demo.py or configs/math_expert.py:tiny."
+    _CONFIG = define_config(
+        FLAGS, told="Config file, e.g. configs/demo.py or configs/math_expert.py:tiny."
     )
 except flags.Error as error:  # a --flagfile, which this reads already
     fail(error)

@@ -1,8 +1,9 @@
-"""A directory or a file that appears finished or not at all."""
+"""A directory or a file that appears finished or not at all, and locks."""
 
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -13,7 +14,6 @@ from typing import Any
 from btx_jax.errors import UserError
 
 PARTIAL = ".partial-"
-CONFIG, DONE = "config.json", "done.json"  # of a run: while it runs, and when it has finished
 
 
 def check_free(target: Path) -> None:
@@ -92,6 +92,27 @@ def new_file(target: Path) -> Iterator[Path]:
         partial.chmod(0o666 & ~_umask())
         yield partial
         partial.replace(target)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged: {error}; delete it, or the directory it lies in"
+        ) from error
 
 
 def _empty_file(**at: Any) -> Path:

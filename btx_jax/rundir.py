@@ -1,17 +1,20 @@
-"""The files that every stage keeps in its directory: config.json while it runs, done.json when it
-has finished."""
+"""A run's directory: whose it is, by a lock and by config.json, which it holds from the start, and
+done.json, once it has finished."""
 
-import json
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from btx_jax.config.config import Config
-from btx_jax.config.config_dict import differences, to_dict
+from btx_jax.config.config_dict import Difference, differences, to_dict
 from btx_jax.errors import UserError
-from btx_jax.output import CONFIG, DONE, new_file
+from btx_jax.output import locked, none_left_empty, read_json, write_json
 from btx_jax.parallel.hosts import first_then_others, is_first, require_shared
 from btx_jax.paths import expand
+
+CONFIG, DONE = "config.json", "done.json"
 
 # A resumed run may change where, in how much memory and how often it looks, not what it computes.
 COMPUTE = ("compute.remat", "compute.kernels", "compute.unroll", "compute.loss_chunk")
@@ -23,40 +26,71 @@ def is_resumable(key: str) -> bool:
     return re.sub(r"^pipeline\.[^.]+\.config\.", "", key).startswith(RESUMABLE)
 
 
-# What a config leaves to us (`training.start.settled`), and how it says so. The run has recorded what
-# was decided.
-LEFT_OPEN = {"compute.dispatch": "'auto'", "train.learning_rate": "0.0"}
+# What a config leaves to us (`training.start.settled`), and how it says so. The run has recorded
+# what was decided.
+LEFT_OPEN = {"compute.dispatch": "auto", "train.learning_rate": 0.0}
 
 
-def _is_left_open(difference: str) -> bool:
-    key, _, change = difference.partition(": ")
-    return key in LEFT_OPEN and change.endswith(f"-> {LEFT_OPEN[key]}")
+def _is_left_open(difference: Difference) -> bool:
+    return difference.key in LEFT_OPEN and difference.new == LEFT_OPEN[difference.key]
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """The directory, made where it is missing, is this process's for as long as the block lasts.
+
+    Raises UserError when another process of this machine is running there, or nothing can be
+    written there. A block that fails leaves no empty directory behind that was not there before.
+    """
+    with contextlib.ExitStack() as taken:
+        taken.enter_context(none_left_empty(workdir / "checkpoints"))
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--workdir: cannot write to {str(workdir)[:200]!r}:"
+                f" {getattr(error, 'strerror', error)}"
+            ) from error
+        try:
+            taken.enter_context(locked(workdir))
+        except BlockingIOError:
+            raise UserError(
+                f"{workdir}: another process is running there; wait for it or choose another"
+                " directory"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    with new_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+def has_begun(workdir: Path) -> bool:
+    """Whether a run has claimed this directory."""
+    return (workdir / CONFIG).exists()
 
 
-def read_json(path: Path) -> Any:
-    """Raises UserError when it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged: {error}; delete it, or the directory it lies in"
-        ) from error
+def has_finished(workdir: Path) -> bool:
+    return (workdir / DONE).exists()
+
+
+def recorded_config(workdir: Path) -> dict[str, Any]:
+    """The config of the run there, as `to_dict` gives it; empty without one."""
+    return read_json(workdir / CONFIG) if has_begun(workdir) else {}
+
+
+def recorded_results(workdir: Path) -> dict[str, Any] | None:
+    """What the run there told when it finished (`finish`); None while it has not."""
+    return read_json(workdir / DONE) if has_finished(workdir) else None
+
+
+def was_made_before(workdir: Path, other: Path) -> bool:
+    """Whether the run there finished before the other did, both having finished."""
+    first, second = workdir / DONE, other / DONE
+    return second.exists() and second.stat().st_mtime > first.stat().st_mtime
 
 
 def look_up(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`done_of` by all processes. Raises UserError also when they do not share the directory, or the
-    cache of their text."""
+    """`done_of` by all processes. Raises UserError also when they do not share the directory, or
+    the cache of their text."""
     done = first_then_others(done_of, workdir, config)
     require_shared(workdir, "--workdir")
     if config.data:
@@ -70,21 +104,19 @@ def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
     Raises UserError, with the differences, when the directory belongs to a run with another config,
     unless that run, wrong from the start, left nothing.
     """
-    path, done = workdir / CONFIG, workdir / DONE
     try:
-        if path.exists():
-            new = to_dict(config)
+        if has_begun(workdir):
             changed = [
-                d
-                for d in differences(read_json(path), new)
-                if not is_resumable(d) and not _is_left_open(d)
+                difference
+                for difference in differences(recorded_config(workdir), to_dict(config))
+                if not is_resumable(difference.key) and not _is_left_open(difference)
             ]
             if changed and _holds_results(workdir):
                 raise UserError(
-                    f"{workdir} belongs to a run with another config: {'; '.join(changed)}; choose"
-                    " another --workdir or undo the change"
+                    f"{workdir} belongs to a run with another config:"
+                    f" {'; '.join(map(str, changed))}; choose another --workdir or undo the change"
                 )
-        return read_json(done) if done.exists() else None
+        return recorded_results(workdir)
     except OSError as error:
         raise UserError(f"--workdir: cannot read {workdir}: {error.strerror}") from error
 

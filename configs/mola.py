@@ -2,9 +2,10 @@
 question-answering set.
 
     python -m btx_jax.launch --config=configs/mola.py:arc_easy --config.init=HF_DIRECTORY
-    --workdir=runs/mola python -m btx_jax.launch --config=configs/mola.py:tiny
-    # on runs/seed_tiny, from configs/seed.py:tiny; or :from_init ... --config.lora.allocation=triangle:160
-    --config.lora.rank='(4,)' --config.train.steps=1000
+    --workdir=runs/mola --config.lora.allocation=triangle:160 --config.lora.rank='(4,)'
+    --config.train.steps=1000
+    python -m btx_jax.launch --config=configs/mola.py:tiny    # on runs/seed_tiny, from
+    configs/seed.py:tiny; or :from_init
 
 Also commonsense_qa, gsm8k, openbook_qa, piqa; read from $BTX_DATA_DIR/evals. For data of your own
 see data.formats.

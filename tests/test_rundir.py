@@ -4,18 +4,27 @@ import pytest
 
 from btx_jax import stages
 from btx_jax.config.config import Config, MeshConfig
-from btx_jax.config.config_dict import from_config_dict
+from btx_jax.config.config_dict import to_dict
 from btx_jax.errors import UserError
 from btx_jax.output import locked
 from btx_jax.presets import recipes
 from btx_jax.presets.recipes import expert
-from btx_jax.rundir import claim, done_of
+from btx_jax.rundir import (
+    claim,
+    done_of,
+    finish,
+    has_begun,
+    has_finished,
+    held,
+    recorded_config,
+    recorded_results,
+)
 from btx_jax.training.start import settled
 
 
 @pytest.mark.parametrize("result", ["metrics.jsonl", "expert_math/checkpoints/10/about/metadata"])
 def test_a_directory_is_a_configs_own_once_it_holds_more_than_that(tmp_path, result):
-    config: Config = from_config_dict(expert("math", "tiny"))
+    config: Config = expert("math", "tiny")
     other = dataclasses.replace(config, rng_seed=1)
     claim(tmp_path, config)
     for file in ("tokenizer/tokenizer.model", "expert_math/config.json"):
@@ -35,7 +44,7 @@ def test_a_directory_is_a_configs_own_once_it_holds_more_than_that(tmp_path, res
 
 
 def test_what_a_config_leaves_open_is_no_other_config_once_it_is_decided(tmp_path):
-    config: Config = from_config_dict(expert("math", "tiny"))
+    config: Config = expert("math", "tiny")
     assert config.compute
     assert config.train
     open_ = dataclasses.replace(
@@ -60,7 +69,7 @@ def test_what_a_config_leaves_open_is_no_other_config_once_it_is_decided(tmp_pat
 
 
 def test_a_pipeline_s_runs_may_go_on_on_another_mesh(tmp_path):
-    config = from_config_dict(recipes.demo())
+    config = recipes.demo()
     claim(tmp_path, config)
     (tmp_path / "metrics.jsonl").touch()
     name = next(name for name, stage in config.pipeline.items() if stage.config.mesh)
@@ -73,4 +82,21 @@ def test_a_pipeline_s_runs_may_go_on_on_another_mesh(tmp_path):
 
 def test_a_directory_is_one_process_s_at_a_time(tmp_path):
     with locked(tmp_path), pytest.raises(UserError, match="another process is running there"):
-        stages.run(from_config_dict(expert("math", "tiny")), tmp_path)
+        stages.run(expert("math", "tiny"), tmp_path)
+
+
+def test_a_directory_is_held_by_a_block_that_leaves_nothing_behind_when_it_fails(tmp_path):
+    place = tmp_path / "runs" / "mine"
+    with pytest.raises(UserError, match="another process is running"), held(place), held(place):
+        pass
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_directory_tells_of_its_run(tmp_path):
+    config = expert("math", "tiny")
+    assert (recorded_config(tmp_path), recorded_results(tmp_path)) == ({}, None)
+    claim(tmp_path, config)
+    assert has_begun(tmp_path) and not has_finished(tmp_path)
+    assert recorded_config(tmp_path) == to_dict(config)
+    finish(tmp_path, seconds=1.0)
+    assert has_finished(tmp_path) and recorded_results(tmp_path) == {"seconds": 1.0}

@@ -16,6 +16,7 @@ from pathlib import Path
 from btx_jax.backends.cloud import MOUNT, Place, ask, require, shell
 from btx_jax.backends.jobs import Job, parse_topology
 from btx_jax.errors import UserError
+from btx_jax.rundir import DONE
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +126,11 @@ class QueuedResources:
             )
         topology, name = parse_topology(job.topology), self.place.job_name(job.name)
         return [
-            "gcloud", "compute", "tpus", "queued-resources", "create", name, *self._where(), f"--node-id={name}",
+            "gcloud", "compute", "tpus", "queued-resources", "create", name, *self._where(),
+            f"--node-id={name}",
             f"--type={topology.kind.replace('v5e', 'v5litepod')}", f"--topology={topology.grid}",
-            f"--runtime-version={RUNTIMES[topology.kind]}", f"--metadata-from-file=startup-script={script}",
+            f"--runtime-version={RUNTIMES[topology.kind]}",
+            f"--metadata-from-file=startup-script={script}",
             *(["--spot"] if self.place.spot else []),
         ]  # fmt: skip
 
@@ -138,7 +141,7 @@ class QueuedResources:
             bucket=shlex.quote(place.bucket_name),
             source=shlex.quote(place.source),
             command=shell((".venv/bin/python", *job.command[1:])),
-            done=shlex.quote(f"{job.workdir}/{job.name}/done.json"),
+            done=shlex.quote(f"{job.workdir}/{job.name}/{DONE}"),
             name=place.job_name(job.name),
             zone=place.zone,
             project=f" --project={place.project}" if place.project else "",

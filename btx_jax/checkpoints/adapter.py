@@ -18,8 +18,11 @@ from flax import linen as nn
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from btx_jax.architectures.modules import PARTS, adapted
+from btx_jax.architectures.tensors import TensorId
+from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints.checksums import SEAL, sealed, unsealed
-from btx_jax.checkpoints.huggingface import is_finite, raise_problems
+from btx_jax.checkpoints.problems import raise_problems
 from btx_jax.checkpoints.safetensors_files import require_regular
 from btx_jax.checkpoints.training_state import (
     UNSEALED,
@@ -34,19 +37,9 @@ from btx_jax.models.llama import abstract_params
 
 TENSORS, ABOUT = "adapter.safetensors", "adapter.json"
 
-MODULES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-
 
 def block_of(target: str) -> str:
-    return "attention" if target in ("q", "k", "v", "o") else "ffn"
+    return PARTS[target].split("/")[0]
 
 
 def places(model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], int]]:
@@ -209,9 +202,8 @@ def write_directory(
 
 def merged_delta(
     model: ModelConfig, tensors: Mapping[str, np.ndarray], gates: Callable[[int], np.ndarray]
-) -> dict[str, np.ndarray]:
-    """{Hugging Face name: what is added to that weight [out, in], float32}: (alpha / rank) sum g_i
-    B_i A_i.
+) -> dict[TensorId, np.ndarray]:
+    """{tensor: what is added to that weight [out, in], float32}: (alpha / rank) sum g_i B_i A_i.
 
     gates: experts of a layer -> their fixed weights.
     """
@@ -225,7 +217,9 @@ def merged_delta(
         if not b_EOR.any():  # a map that is not adapted keeps its bits
             continue
         weight_E = gates(spec.experts).astype(np.float32) * np.float32(spec.scale)
-        deltas[f"model.layers.{layer}.{MODULES[target]}.weight"] = np.einsum(
-            "e,eor,eri->oi", weight_E, b_EOR, a_ERI, optimize=True
+        deltas[adapted(target, int(layer))] = (
+            (b_EOR[0] @ a_ERI[0]) * weight_E[0]  # the bits of peft
+            if spec.experts == 1
+            else np.einsum("e,eor,eri->oi", weight_E, b_EOR, a_ERI, optimize=True)
         )
     return deltas

@@ -8,10 +8,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,18 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from btx_jax.architectures.layout import rows
+from btx_jax.architectures.tensors import Reader, Slot, TensorId, slots
+from btx_jax.architectures.values import cast, is_finite
 from btx_jax.checkpoints import adapter, safetensors_files
 from btx_jax.checkpoints.checksums import check_sums, read_sums, write_sums
 from btx_jax.checkpoints.huggingface import (
     HuggingFaceReader,
     HuggingFaceWriter,
-    Slot,
-    is_finite,
     is_huggingface,
     read_config,
     read_kept,
-    slots,
+    written_as,
 )
 from btx_jax.checkpoints.training_state import (
     DIRECTORY,
@@ -51,11 +52,13 @@ from btx_jax.config.config_dict import differences, to_dict
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
+from btx_jax.models.leaves import stays_float32
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
-from btx_jax.output import CONFIG, DONE, new_directory
+from btx_jax.output import new_directory
 from btx_jax.parallel.sharding import param_shardings
 from btx_jax.paths import expand, refuse_links_out
+from btx_jax.rundir import has_begun, has_finished
 
 log = logging.getLogger(__name__)
 
@@ -92,23 +95,6 @@ class Checkpoint:
             if self.is_huggingface or self.is_adapter_directory
             else self.path.parent.parent / "tokenizer"
         )
-
-
-class Reader(Protocol):
-    """Tensors one at a time, under their Hugging Face names and in that layout (a Linear is [out,
-    in])."""
-
-    model: ModelConfig
-    slots: dict[str, Slot]
-    dtypes: dict[str, np.dtype]
-
-    def read(self, name: str) -> np.ndarray:
-        """Read-only: its values have been looked at, and nobody can change them."""
-        ...
-
-    def check(self) -> None:
-        """Raises UserError when a tensor that was read held NaN or infinity."""
-        ...
 
 
 def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
@@ -153,7 +139,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         steps = [int(p.name) for p in (path / DIRECTORY).iterdir() if p.name.isdigit()]
         if not steps:
             raise UserError(f"{key}: {path} holds no finished checkpoint yet")
-        if (path / CONFIG).exists() and not (path / DONE).exists():
+        if has_begun(path) and not has_finished(path):
             log.warning("%s: %s has not finished; step %d is taken", key, path, max(steps))
         path = path / DIRECTORY / str(max(steps))
     if not (path / "params").is_dir() or not (path / "about").is_dir():
@@ -164,15 +150,6 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     found = Checkpoint(path, read_metadata(path))
     check_sums(found.tokenizer)
     return found
-
-
-def shortest_context(checkpoints: Sequence[Checkpoint]) -> int:
-    """How long what is made of these may be used: no longer than each of them."""
-    contexts = {checkpoint.path: checkpoint.metadata.model.context for checkpoint in checkpoints}
-    least = min(contexts, key=lambda path: contexts[path])
-    if contexts[least] < max(contexts.values()):
-        log.warning("the context is %d, that of %s, the shortest", contexts[least], least)
-    return contexts[least]
 
 
 def _history(directory: Path) -> History:
@@ -206,7 +183,7 @@ def open_reader(checkpoint: Checkpoint) -> Reader:
 
 def reads_by_leaf(readers: Iterable[Reader]) -> bool:
     """Whether one of them reads least when tensors are asked for leaf by leaf."""
-    return any(isinstance(reader, StepReader) and reader.by_leaf for reader in readers)
+    return any(getattr(reader, "by_leaf", False) for reader in readers)
 
 
 def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
@@ -243,9 +220,8 @@ def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params
     boxed = abstract_params(checkpoint.metadata.model)
 
     def place(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        in_float32 = path[-1].key in ("scale", "router", "embedding")
         return jax.ShapeDtypeStruct(
-            x.shape, jnp.float32 if in_float32 else dtype, sharding=sharding
+            x.shape, jnp.float32 if stays_float32(path) else dtype, sharding=sharding
         )
 
     return load_params(
@@ -284,9 +260,9 @@ def load_base(
     """The model under LoRA experts onto the shardings and into the dtypes of `abstract`, in the
     runs of `model`; and base with its digest.
 
-    digest: sha256 over the lines `NAME SHA256`, sorted, of every tensor's name and values in
-    Hugging Face's layout, as little-endian
-    float32: the same for a Hugging Face directory and for its conversion.
+    digest: sha256 over the lines `NAME SHA256`, sorted, of every tensor's name (TensorId's) and
+    values in Hugging Face's layout, as little-endian float32: the same for a Hugging Face directory
+    and for its conversion.
 
     Raises UserError when there is no such checkpoint, it is another model, or base.digest is set
     and not that of its values.
@@ -299,8 +275,10 @@ def load_base(
     found = find_checkpoint(base.path, f"{whose}: its base")
     reader = open_reader(found)
     if changed := differences(to_dict(model.base()), to_dict(found.metadata.model)):
-        raise UserError(f"{whose}: its base {base.path} is another model: {'; '.join(changed)}")
-    hashes: dict[str, str] = {}
+        raise UserError(
+            f"{whose}: its base {base.path} is another model: {'; '.join(map(str, changed))}"
+        )
+    hashes: dict[TensorId, str] = {}
     params = assemble(reader, abstract, slots(model), hashes)
     reader.check()
     digest = base_digest(hashes)
@@ -312,40 +290,42 @@ def load_base(
     return params, Base(str(found.path), digest)
 
 
-def base_digest(hashes: Mapping[str, str]) -> str:
-    """That of `load_base`. hashes: tensor name -> sha256 of its values."""
-    return hashlib.sha256(
-        "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()
-    ).hexdigest()
+def base_digest(hashes: Mapping[TensorId, str]) -> str:
+    """That of `load_base`. hashes: sha256 of each tensor's values."""
+    lines = sorted(f"{tensor} {sha256}\n" for tensor, sha256 in hashes.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def base_of(checkpoint: Checkpoint) -> Base:
     """A whole model as the base of LoRA experts, one tensor in memory at a time."""
     reader = open_reader(checkpoint)
     hashes = {
-        name: hashlib.sha256(np.ascontiguousarray(reader.read(name), "<f4").data).hexdigest()
-        for name in reader.slots
+        tensor: hashlib.sha256(np.ascontiguousarray(reader.read(tensor), "<f4").data).hexdigest()
+        for tensor in reader.slots
     }
     reader.check()
     return Base(str(checkpoint.path), base_digest(hashes))
 
 
 def assemble(
-    reader: Reader, abstract: Any, slots: Mapping[str, Slot], hashes: dict[str, str] | None = None
+    reader: Reader,
+    abstract: Any,
+    slots: Mapping[TensorId, Slot],
+    hashes: dict[TensorId, str] | None = None,
 ) -> Params:
     """Our tree from a reader's tensors, one whole leaf in host memory at a time. hashes: gets
     sha256 of each tensor's float32 values."""
-    names: dict[tuple[str, ...], list[str]] = {}
-    for name, slot in slots.items():
-        names.setdefault(slot.path, []).append(name)
+    held: dict[tuple[str, ...], list[TensorId]] = {}
+    for tensor, slot in slots.items():
+        held.setdefault(slot.path, []).append(tensor)
 
     def leaf(path, target):
         host = np.empty(target.shape, target.dtype)
-        for name in names[tuple(str(key.key) for key in path)]:
-            slot, tensor = slots[name], reader.read(name)
-            host[slot.indices] = slot.to_ours(tensor)
+        for tensor in held[tuple(str(key.key) for key in path)]:
+            slot, array = slots[tensor], reader.read(tensor)
+            host[slot.indices] = slot.to_ours(array)
             if hashes is not None:
-                hashes[name] = hashlib.sha256(np.ascontiguousarray(tensor, "<f4").data).hexdigest()
+                hashes[tensor] = hashlib.sha256(np.ascontiguousarray(array, "<f4").data).hexdigest()
         return jax.make_array_from_callback(
             target.shape, target.sharding, lambda index: host[index]
         )
@@ -367,32 +347,12 @@ def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     return load_tokenizer(file)
 
 
-def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """To another storage dtype, rounding to nearest even. Raises UserError when a value does not
-    fit."""
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
-    if is_finite(array):
-        check_range(name, result)
-    return result
-
-
-def check_range(name: str, array: np.ndarray) -> None:
-    """Of a tensor rounded from finite values. Raises UserError when one became infinite."""
-    if not is_finite(array):
-        raise UserError(
-            f"{name} holds values beyond {array.dtype.name}'s range; choose bfloat16 or float32"
-        )
-
-
 def write_checkpoint(
     target: Path,
     as_huggingface: bool,
     model: ModelConfig,
-    dtypes: Mapping[str, np.dtype],
-    tensor: Callable[[str], np.ndarray],
+    dtypes: Mapping[TensorId, np.dtype],
+    make_tensor: Callable[[TensorId], np.ndarray],
     tokenizer: Tokenizer | None,
     *,
     history: History,
@@ -403,43 +363,55 @@ def write_checkpoint(
     inspect: Callable[[Path], None] = lambda written: None,
     by_leaf: bool = False,
 ) -> None:
-    """A new directory, whole or not at all: `tensor(name)` for every tensor of the model, one at a
-    time, cast to dtypes[name].
+    """A new directory, whole or not at all: `make_tensor(tensor)` for every tensor of the model,
+    one at a time, cast to dtypes[tensor].
 
     The next tensors are made while one is written. check runs when all have been, inspect on the
     finished directory before it gets its name; when either raises, nothing is left. Raises
     UserError when the target exists, cannot be written, a tensor is not finite, or its format has
     no such model.
     """
+    own, places = slots(model), slots(model)
+    if as_huggingface:
+        family, model = written_as(model, huggingface)
+        places = slots(model)
+        usual = max(dtypes.values(), key=list(dtypes.values()).count)
+        dtypes = {tensor: dtypes.get(tensor, usual) for tensor in places}
+        # What a file keeps in one piece must come together.
+        by_leaf = by_leaf and all(
+            len(part) == 1 for row in rows(family, model) for part in row.tensors
+        )
 
-    def make(name: str) -> tuple[np.ndarray, bool]:
-        array = cast(name, tensor(name), dtypes[name])
+    def make(tensor: TensorId) -> tuple[np.ndarray, bool]:
+        if tensor not in own:
+            return np.zeros(places[tensor].shape, dtypes[tensor]), True
+        array = cast(tensor, make_tensor(tensor), dtypes[tensor])
         return array, not array.flags.writeable or is_finite(
             array
         )  # a reader has seen a read-only one
 
-    places = slots(model)
-    names, bad_values = list(places), []
+    tensors, bad_values = list(places), []
     if by_leaf:
-        names.sort(key=lambda name: places[name].path)  # stable: layers stay in order
-    dtypes = {name: dtypes[name] for name in names}
+        tensors.sort(key=lambda tensor: places[tensor].path)  # stable: layers stay in order
+    dtypes = {tensor: dtypes[tensor] for tensor in tensors}
     told = {HISTORY: json.dumps(to_dict(history), sort_keys=True)} if history else {}
     with new_directory(target) as partial:
         writer = (
-            HuggingFaceWriter(partial, model, dtypes, metadata=told)
+            HuggingFaceWriter(partial, model, family, dtypes, metadata=told)
             if as_huggingface
             else StepWriter(partial, model, dtypes)
         )
         with ThreadPoolExecutor(AHEAD) as workers:
-            made = collections.deque(workers.submit(make, name) for name in names[:AHEAD])
+            made = collections.deque(workers.submit(make, tensor) for tensor in tensors[:AHEAD])
             try:
-                for number, name in enumerate(tqdm(names, desc=verb, unit="tensor", disable=None)):
+                progress = tqdm(tensors, desc=verb, unit="tensor", disable=None)
+                for number, tensor in enumerate(progress):
                     array, finite = made.popleft().result()
                     if not finite:
-                        bad_values.append(name)
-                    if number + AHEAD < len(names):
-                        made.append(workers.submit(make, names[number + AHEAD]))
-                    writer.write(name, array)
+                        bad_values.append(str(tensor))
+                    if number + AHEAD < len(tensors):
+                        made.append(workers.submit(make, tensors[number + AHEAD]))
+                    writer.write(tensor, array)
             finally:
                 workers.shutdown(cancel_futures=True)
         check()

@@ -1,170 +1,97 @@
-"""config.json of Hugging Face's Llama, Mistral and Mixtral <-> ModelConfig, in the spelling of
-every transformers version."""
+"""config.json of Hugging Face <-> ModelConfig, as the families declare it, in the spelling of every
+transformers version."""
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from btx_jax.architectures.family import KEYS, Family, MoEKeys
+from btx_jax.architectures.registry import known_families, require_held
 from btx_jax.config.model_config import ModelConfig, MoEConfig, RopeScaling
 from btx_jax.config.schema import HUGE, shown
 from btx_jax.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-}
-# What transformers 5.23 takes for a key that config.json leaves out.
-_LLAMA = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,  # as many as heads
-    "head_dim": None,  # hidden_size / heads
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "rope_theta": 10_000.0,
-    "sliding_window": None,
-}
-_MISTRAL = _LLAMA | {
-    "intermediate_size": 14_336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-    "sliding_window": 4096,
-}
-_ROUTER = {"router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0}  # of a Mixtral's training
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": _MISTRAL,
-    "mixtral": _MISTRAL
-    | {
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "sliding_window": None,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-}
 _POSITIVE = f"must be a positive number, at most {HUGE:g}"
 _SILU = ("silu", "swish")  # two names of one function
+# Keys that change what other classes compute -> the values that change nothing. transformers ignores
+# them in these; who wrote one meant it.
+_FOREIGN: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), (None, 0)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (None, 1)),
+    **dict.fromkeys(("logit_scale", "scale_emb", "attention_multiplier"), (None, 1)),
+    **dict.fromkeys(("query_pre_attn_scalar", "no_rope_layers", "attention_k_eq_v"), (None, False)),
+    **dict.fromkeys(("use_qk_norm", "qk_layernorm", "alibi", "parallel_attn"), (None, False)),
+}
+_QUANTISED = ("quantization_config", "compression_config")
 # Keys that are not carried from config.json to config.json: what ModelConfig says itself, and what
 # only holds for the files beside it.
 _NOT_KEPT = {
-    *_DEFAULTS["mixtral"],
-    *("architectures", "model_type", "attention_bias", "mlp_bias", "layer_types", "num_experts"),
-    *("rope_parameters", "rope_scaling", "original_max_position_embeddings"),
-    *("partial_rotary_factor", "use_sliding_window", "max_window_layers", "dtype", "torch_dtype"),
-    *("quantization_config", "compression_config", "auto_map", "transformers_weights"),
-    *("transformers_version", "_name_or_path", "name_or_path"),
+    *KEYS.values(),
+    *("hidden_act", "architectures", "model_type", "layer_types", "sliding_window"),
+    *("use_sliding_window", "rope_theta", "rope_parameters", "rope_scaling"),
+    *("original_max_position_embeddings", "partial_rotary_factor", "dtype", "torch_dtype"),
+    *("attention_bias", "mlp_bias", "transformers_version", "transformers_weights", "auto_map"),
+    *("_name_or_path", "name_or_path", *_QUANTISED),
 }
 
 
 def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
     """As transformers 5.23 reads it, its defaults for absent keys included. Raises UserError,
     prefixed with `where`, listing everything that this model cannot represent."""
-    kind = _family(config, where)
-    values = _DEFAULTS[kind] | {
-        key: config[key] for key in _DEFAULTS[kind] if key in config and key != "rope_theta"
+    family = family_of(config, where)
+    config = _with_standard_names(config, family)
+    values = dict(family.defaults) | {
+        key: config[key] for key in family.defaults if key in config and key != "rope_theta"
     }
-    if kind == "mixtral" and "num_experts" in config:  # transformers' other name of it
-        values["num_local_experts"] = config["num_experts"]
-    problems = _unsupported(config, values, kind)
-    for key in (
-        "vocab_size",
-        "num_hidden_layers",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "sliding_window",
-        "num_local_experts",
-        "num_experts_per_tok",
-    ):
-        value = values.get(key)
-        if value is None and key in values and key not in _MAY_BE_NULL:
-            problems.append(f"{key} is null; give a number, or leave it out for {kind}'s default")
-        elif value is not None and (type(value) is not int or value < 1):
-            problems.append(f"{key}={shown(value)}: must be a whole number of at least 1")
-        elif value is not None and value > _LARGEST.get(key, 2**40):
-            problems.append(f"{key}={shown(value)}: more than any model has")
-    if not _is_positive(values["rms_norm_eps"]):
-        problems.append(f"rms_norm_eps={shown(values['rms_norm_eps'])}: {_POSITIVE}")
-    if type(values["tie_word_embeddings"]) is not bool:
-        problems.append(
-            f"tie_word_embeddings={values['tie_word_embeddings']!r}: must be true or false"
-        )
+    problems = [*_unsupported(config, values, family), *_bad_numbers(values, family)]
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
-
-    heads, width, layers = (
-        values["num_attention_heads"],
-        values["hidden_size"],
-        values["num_hidden_layers"],
-    )
-    context, window = values["max_position_embeddings"], values["sliding_window"]
-    if kind != "llama" and window is not None and window < context:
-        log.warning(
-            "%s: sliding_window=%d: attention here is full, so the context is cut to it, where both"
-            " are equal",
-            where,
-            window,
-        )
-        context = window
+    heads, width = values["num_attention_heads"], values["hidden_size"]
     try:
-        theta, scaling = _rope(config, values, where)
-        moe = (
-            MoEConfig((values["num_local_experts"],) * layers, values["num_experts_per_tok"])
-            if kind == "mixtral"
-            else None
-        )
+        theta, scaling, rotary = _rope(config, values, family, where)
         return ModelConfig(
             vocab_size=values["vocab_size"],
-            layers=layers,
+            layers=values["num_hidden_layers"],
             d_model=width,
             d_ff=values["intermediate_size"],
             heads=heads,
             kv_heads=values["num_key_value_heads"] or heads,
-            head_dim=values["head_dim"] or width // heads,
+            head_dim=values["head_dim"] or config.get("head_dim") or width // heads,
             rope_theta=theta,
             rope_scaling=scaling,
+            rotary=rotary,
+            biases=_biases(config, values, family),
+            qk_norm=family.qk_norm,
+            window=_window(config, values, family),
             norm_eps=float(values["rms_norm_eps"]),
             tied_head=values["tie_word_embeddings"],
-            context=context,
-            moe=moe,
+            context=values["max_position_embeddings"],
+            moe=_moe(values, family.moe) if family.moe else None,
         )
     except ConfigError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-# Beyond them nothing is meant, and tuples of that length would fill the memory.
-_LARGEST = {"num_hidden_layers": 10_000, "num_local_experts": 4096}
-_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
-
-
-def _family(config: Mapping[str, Any], where: str) -> str:
+def family_of(config: Mapping[str, Any], where: str) -> Family:
     """By model_type alone, as transformers' Auto classes have it: `architectures` may name the
-    model without its head, or a finetune's own class."""
+    model without its head, or a finetune's own class. Raises UserError."""
+    families = known_families()
     named = class_names(config)
     kind = config.get("model_type")
     if kind is None:
-        by_class = {name: family for family, name in ARCHITECTURES.items()}
-        kind = next((by_class[name] for name in named if name in by_class), None)
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        by_class = {family.model_class: family for family in families.values()}
+        kind = next((by_class[name].model_type for name in named if name in by_class), None)
+    if not isinstance(kind, str) or kind not in families:
         classes = f" ({', '.join(named)})" if named else ""
         raise UserError(
             f"{where}: model_type {kind}{classes} is not supported; readable are"
-            f" {', '.join(ARCHITECTURES)}"
+            f" {', '.join(families)}"
         )
-    return kind
+    return families[kind]
 
 
 def class_names(config: Mapping[str, Any]) -> list[str]:
@@ -174,15 +101,19 @@ def class_names(config: Mapping[str, Any]) -> list[str]:
     return named if is_list else []  # type: ignore[return-value]
 
 
-def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], kind: str) -> list[str]:
+def _with_standard_names(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    synonyms = dict(family.synonyms)
+    if family.moe:
+        synonyms |= dict.fromkeys(family.moe.experts[1:], family.moe.experts[0])
+    return {**config, **{new: config[old] for old, new in synonyms.items() if old in config}}
+
+
+def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: Family) -> list[str]:
     """Features that change what the weights mean and that this model has not."""
     problems = []
     if values["hidden_act"] not in _SILU:
         problems.append(f"hidden_act={values['hidden_act']!r} is not supported, only 'silu'")
-    for key in ("attention_bias", "mlp_bias") if kind == "llama" else ():  # others ignore them
-        if config.get(key):
-            problems.append(f"{key}={config[key]!r}: biases are not supported")
-    for key in ("quantization_config", "compression_config"):
+    for key in _QUANTISED:
         if (quantization := config.get(key)) is not None:
             method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
             problems.append(
@@ -191,60 +122,245 @@ def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], kind: str
             )
     if config.get("per_layer_config"):
         problems.append("per_layer_config: layers of different sizes are not supported")
+    for key, neutral in {**_FOREIGN, **family.fixed}.items():
+        if key in config and config[key] not in neutral:
+            problems.append(f"{key}={shown(config[key])}: is not supported")
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(config.get(key), Mapping | None):
             problems.append(f"{key}={config[key]!r}: must be an object")
     return problems
 
 
-_ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor")
+# Beyond them nothing is meant, and tuples of that length would fill the memory.
+_LARGEST = {"num_hidden_layers": 10_000}
+_LARGEST_COUNT = 4096  # of experts
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window", "n_shared_experts")
+_MAY_BE_ZERO = ("shared_expert_intermediate_size", "first_k_dense_replace", "max_window_layers")
+
+
+def _bad_numbers(values: Mapping[str, Any], family: Family) -> list[str]:
+    keys = [key for key in KEYS.values() if key not in ("rms_norm_eps", "tie_word_embeddings")]
+    keys += [key for key in ("sliding_window", "max_window_layers") if key in values]
+    moe = family.moe
+    if moe:
+        named = (moe.experts[0], moe.k, moe.d_ff, moe.shared_d_ff, moe.shared_count, moe.step)
+        keys += [key for key in (*named, moe.dense_first) if key]
+    problems = []
+    for key in keys:
+        value = values.get(key)
+        least = 0 if key in _MAY_BE_ZERO else 1
+        # transformers writes a window that is switched off as 0.
+        least = 0 if key == "sliding_window" and family.window == "switched" else least
+        largest = _LARGEST_COUNT if moe and key == moe.experts[0] else _LARGEST.get(key, 2**40)
+        if value is None and key not in _MAY_BE_NULL:
+            problems.append(
+                f"{key} is null; give a number, or leave it out for {family.model_type}'s default"
+                if family.defaults[key] is not None
+                else f"{key} is missing"
+            )
+        elif value is not None and (type(value) is not int or value < least):
+            problems.append(f"{key}={shown(value)}: must be a whole number of at least {least}")
+        elif value is not None and value > largest:
+            problems.append(f"{key}={shown(value)}: more than any model has")
+    if not _is_positive(values["rms_norm_eps"]):
+        problems.append(f"rms_norm_eps={shown(values['rms_norm_eps'])}: {_POSITIVE}")
+    for key in ("tie_word_embeddings", "use_sliding_window", moe.renormalise if moe else ""):
+        if type(values.get(key, False)) is not bool:
+            problems.append(f"{key}={values[key]!r}: must be true or false")
+    return problems
+
+
+def _biases(
+    config: Mapping[str, Any], values: Mapping[str, Any], family: Family
+) -> tuple[str, ...]:
+    return tuple(
+        name
+        for key, names in family.biases.items()
+        if not key or config.get(key, values.get(key))
+        for name in names
+    )
+
+
+def _window(config: Mapping[str, Any], values: Mapping[str, Any], family: Family) -> int:
+    """Of all layers. Raises ConfigError where some have one that others have not."""
+    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
+    if not family.window or not window:
+        return 0
+    if family.window == "switched" and not values["use_sliding_window"]:
+        return 0
+    if family.window_layers == "all":
+        return window
+    types = config.get("layer_types")
+    if types is None:
+        first = values["max_window_layers"]
+        has = [
+            layer >= first if family.window_layers == "from" else layer < first and layer % 2 == 0
+            for layer in range(layers)
+        ]
+    elif isinstance(types, list) and len(types) == layers:
+        has = [name == "sliding_attention" for name in types]
+    else:
+        raise ConfigError(
+            f"layer_types={shown(types)}: must name the kind of each of {layers} layers"
+        )
+    if window >= values["max_position_embeddings"] or not any(has):
+        return 0  # as far as the context goes, they see all of it
+    if not all(has):
+        raise ConfigError(
+            f"sliding_window={window} in {sum(has)} of {layers} layers: a window in some layers is"
+            " not supported"
+        )
+    return window
+
+
+def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
+    layers, experts = values["num_hidden_layers"], values[keys.experts[0]]
+    dense = values.get(keys.dense_list) or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ConfigError(f"{keys.dense_list}={shown(dense)}: must be a list of layers")
+    step = values.get(keys.step, 1)
+    # Qwen counts from one, DeepSeek from zero.
+    offset = 1 if keys.dense_list else 0
+    first = values.get(keys.dense_first, 0)
+    counts = tuple(
+        experts if layer >= first and layer not in dense and (layer + offset) % step == 0 else 0
+        for layer in range(layers)
+    )
+    d_ff = values[keys.d_ff] if keys.d_ff else values["intermediate_size"]
+    shared = values[keys.shared_d_ff] if keys.shared_d_ff else 0
+    if keys.shared_count:
+        shared = (values[keys.shared_count] or 0) * d_ff
+    return MoEConfig(
+        counts,
+        values[keys.k],
+        renormalise=bool(values[keys.renormalise]) if keys.renormalise else True,
+        d_ff=d_ff if d_ff != values["intermediate_size"] else 0,
+        shared_d_ff=shared,
+        shared_gate=bool(shared) and keys.has_shared_gate,
+    )
+
+
+_NUMBERS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": (),
+}
+_LISTS = ("short_factor", "long_factor")
+_OF_ORIGINAL = ("llama3", "yarn", "longrope")  # kinds that depend on the original context
 
 
 def _rope(
-    config: Mapping[str, Any], values: Mapping[str, Any], where: str
-) -> tuple[float, RopeScaling]:
-    """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling. Where both are
-    there and contradict each other, what transformers 5 takes is taken, with a warning: older ones
-    take the other."""
+    config: Mapping[str, Any], values: Mapping[str, Any], family: Family, where: str
+) -> tuple[float, RopeScaling, float]:
+    """(theta, scaling, share of each head that rotates). transformers 5 writes rope_parameters, older
+    ones rope_theta and rope_scaling. Where both are there and contradict each other, what
+    transformers 5 takes is taken, with a warning: older ones take the other."""
     chosen = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if nested := [key for key, value in chosen.items() if isinstance(value, Mapping)]:
         raise ConfigError(
             f"rope_parameters for {', '.join(nested)}: a rotary embedding per kind of layer is not"
             " supported"
         )
-    if any(place.get("partial_rotary_factor") not in (None, 1, 1.0) for place in (config, chosen)):
-        raise ConfigError("partial_rotary_factor: a part of the rotary embedding is not supported")
     outside = config.get("rope_theta", values["rope_theta"])
-    rope = {
+    kind = chosen.get("rope_type") or chosen.get("type") or "default"
+    if "longrope" in family.scalings and "yarn" not in family.scalings and kind in ("su", "yarn"):
+        kind = "longrope"  # its names in the first Phi-3s
+    rope: dict[str, Any] = {
         "rope_theta": outside if chosen.get("rope_theta") is None else chosen["rope_theta"],
-        "rope_type": chosen.get("rope_type") or chosen.get("type") or "default",
-        **{key: chosen[key] for key in _ROPE_NUMBERS if key in chosen},
+        "rope_type": kind,
     }
-    if rope["rope_type"] == "llama3":
-        rope["original_max_position_embeddings"] = config.get(
-            "original_max_position_embeddings",
-            chosen.get("original_max_position_embeddings", values["max_position_embeddings"]),
-        )
+    for key in ("factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"):
+        if chosen.get(key, config.get(key) if key == "partial_rotary_factor" else None) is not None:
+            rope[key] = chosen.get(key, config.get(key))
+    if kind in _OF_ORIGINAL:
+        key = "original_max_position_embeddings"
+        rope[key] = config.get(key, values.get(key))
+        if rope[key] is None:
+            rope[key] = chosen.get(key, values["max_position_embeddings"])
     _warn_of_contradictions(config, rope, where)
-    for key in ("rope_theta", *_ROPE_NUMBERS, "original_max_position_embeddings"):
-        if key in rope and not _is_positive(rope[key]):
-            raise ConfigError(f"{key}={shown(rope[key])}: {_POSITIVE}")
-    theta, name = float(rope["rope_theta"]), rope["rope_type"]
-    needed = {"default": (), "linear": ("factor",), "llama3": _ROPE_NUMBERS}
-    if not isinstance(name, str) or name not in needed:
+    for key, value in rope.items():
+        if key != "rope_type" and not _is_positive(value):
+            raise ConfigError(f"{key}={shown(value)}: {_POSITIVE}")
+    rotary = float(rope.get("partial_rotary_factor", 1))
+    if rotary != 1 and not family.partial_rotary:
+        raise ConfigError("partial_rotary_factor: a part of the rotary embedding is not supported")
+    theta = float(rope["rope_theta"])
+    if kind == "default":
+        return theta, RopeScaling(), rotary
+    known = [name for name in _NUMBERS if name in family.scalings]
+    if not isinstance(kind, str) or kind not in known:
         raise ConfigError(
-            f"rope scaling {shown(name)} is not supported; known: {', '.join(needed)}"
+            f"rope scaling {shown(kind)} is not supported; known: {', '.join(['default', *known])}"
         )
-    for key in needed[name]:
-        if key not in rope:
-            raise ConfigError(f"rope scaling {name} without {key}")
-    if name == "default" or (name == "linear" and rope["factor"] == 1):
-        return theta, RopeScaling()
-    if name == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    factor, low, high = (float(rope[key]) for key in _ROPE_NUMBERS)
+    for key in (*_NUMBERS[kind], *(_LISTS if kind == "longrope" else ())):
+        if key not in rope and key not in chosen:
+            raise ConfigError(f"rope scaling {kind} without {key}")
+    return theta, _scaling(kind, rope, chosen, values["max_position_embeddings"]), rotary
+
+
+def _scaling(
+    kind: str, rope: Mapping[str, Any], chosen: Mapping[str, Any], context: int
+) -> RopeScaling:
+    factor = float(rope.get("factor", 1))
+    if kind in ("linear", "dynamic"):
+        is_none = kind == "linear" and factor == 1
+        return RopeScaling() if is_none else RopeScaling(kind, factor)
     original = int(rope["original_max_position_embeddings"])
-    return theta, RopeScaling("llama3", factor, low, high, original)
+    if kind == "llama3":
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        return RopeScaling(kind, factor, low, high, original)
+    if kind == "yarn":
+        return _yarn(factor, original, chosen)
+    lists = []
+    for key in _LISTS:
+        numbers = chosen[key]
+        if not isinstance(numbers, list) or not all(map(_is_positive, numbers)):
+            raise ConfigError(f"{key}={shown(numbers)}: must be a list of positive numbers")
+        lists.append(tuple(map(float, numbers)))
+    given = chosen.get("attention_factor")
+    if given is not None and not _is_positive(given):
+        raise ConfigError(f"attention_factor={shown(given)}: {_POSITIVE}")
+    attention = _longrope_attention(float(rope.get("factor", context / original)), original)
+    return RopeScaling(
+        kind,
+        original_context=original,
+        attention_factor=attention if given is None else float(given),
+        short_factors=lists[0],
+        long_factors=lists[1],
+    )
+
+
+def _yarn(factor: float, original: int, chosen: Mapping[str, Any]) -> RopeScaling:
+    if chosen.get("truncate", True) is not True:
+        raise ConfigError("rope scaling yarn with truncate=False is not supported")
+    numbers = {"beta_fast": 32, "beta_slow": 1}
+    for key in (*numbers, "attention_factor", "mscale", "mscale_all_dim"):
+        if chosen.get(key):
+            numbers[key] = chosen[key]
+            if not _is_positive(chosen[key]):
+                raise ConfigError(f"{key}={shown(chosen[key])}: {_POSITIVE}")
+
+    def grown(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
+
+    usual = grown(1)
+    if "mscale" in numbers and "mscale_all_dim" in numbers:
+        usual = grown(numbers["mscale"]) / grown(numbers["mscale_all_dim"])
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_context=original,
+        beta_fast=float(numbers["beta_fast"]),
+        beta_slow=float(numbers["beta_slow"]),
+        attention_factor=float(numbers.get("attention_factor", usual)),
+    )
+
+
+def _longrope_attention(factor: float, original: int) -> float:
+    """What queries and keys are multiplied by unless something else is said."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], where: str) -> None:
@@ -255,6 +371,8 @@ def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], 
             if place
         ]
         others = {str(value) for value in said if value is not None and value != taken}
+        if key == "rope_type" and taken == "longrope":
+            others -= {"su", "yarn"}
         if others:
             log.warning(
                 "%s: says %s %s and %s; %s is taken, as transformers 5 does, and older ones may"
@@ -270,126 +388,147 @@ def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], 
 def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says beyond ModelConfig: ids of special tokens, settings of training and
     generation, whatever else somebody wrote there."""
-    routers = _ROUTER if config.get("model_type") == "mixtral" else {}
-    return routers | {key: value for key, value in config.items() if key not in _NOT_KEPT}
+    family = family_of(config, "config.json")
+    ours = {*_NOT_KEPT, *family.biases, *family.synonyms}
+    ours -= family.defaults.keys() & {"original_max_position_embeddings"}
+    if family.moe:
+        ours |= {*family.moe.all(), "num_experts", "num_local_experts"}
+    # Of a mixture's training; what transformers takes where they are left out.
+    training = ("router_aux_loss_coef", "router_jitter_noise")
+    usual = {key: family.defaults[key] for key in training if key in family.defaults}
+    return usual | {key: value for key, value in config.items() if key not in ours}
 
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= HUGE
 
 
-def experts_per_token(model: ModelConfig) -> int:
-    """num_experts_per_tok of a Mixtral that computes the same. Raises UserError when no Mixtral
-    does.
-
-    Mixtral is SoftMax(TopK). Soft routing is that with k = E; sample_top1 at inference (argmax,
-    weight 1) is that with k = 1. Switch is
-    not: it weights its one expert by the full softmax. Every layer must be a mixture of the same
-    size.
-    """
-    specs = set(model.layer_specs())
-    routings = {spec.routing for spec in specs}
-    if (
-        len({(spec.experts, spec.k) for spec in specs}) > 1
-        or 0 in {spec.experts for spec in specs}
-        or "switch" in routings
-    ):
-        described = ", ".join(
-            sorted(f"{spec.experts or 'no'} experts {spec.routing} k={spec.k}" for spec in specs)
-        )
-        raise UserError(
-            "Hugging Face's Mixtral has the same top-k mixture in every layer, this model has"
-            f" {described}; keep it as it is"
-        )
-    return specs.pop().k
-
-
-def needed_transformers(model: ModelConfig) -> str:
-    """The oldest release that reads what `config_from_model` writes; those before it fail."""
-    if _is_scaled_mixtral(model):
+def needed_transformers(model: ModelConfig, family: Family) -> str:
+    """The oldest release that reads what `config_from_model` writes, as far as it was tried; those
+    before it fail. "" for a class that is not part of transformers."""
+    if _is_scaled_mixtral(model, family):
         return "5.0.0"
-    kind = _written_as(model)
-    if model.heads * model.head_dim != model.d_model:
-        return {"mixtral": "4.47.0", "llama": "4.45.0", "mistral": "4.43.0"}[kind]
-    return "4.43.0" if model.rope_scaling.kind == "llama3" else "4.42.0"
+    oldest = [family.since]
+    if family.since and model.heads * model.head_dim != model.d_model:
+        oldest.append({"mixtral": "4.47.0", "llama": "4.45.0"}.get(family.model_type, "4.43.0"))
+    if family.since and model.rope_scaling.kind == "llama3":
+        oldest.append("4.43.0")
+    if family.since and model.rotary != 1:
+        oldest.append("4.49.0")
+    return max(oldest, key=lambda release: [int(n) for n in release.split(".")] if release else [])
 
 
-def _written_as(model: ModelConfig) -> str:
-    """transformers' Llama refuses a width that is no multiple of the heads, its Mistral does
-    not."""
-    dense = "mistral" if model.d_model % model.heads else "llama"
-    return "mixtral" if model.moe else dense
-
-
-def _is_scaled_mixtral(model: ModelConfig) -> bool:
+def _is_scaled_mixtral(model: ModelConfig, family: Family) -> bool:
     """What releases before 4.48 read as a Mixtral without scaling."""
-    return model.moe is not None and model.rope_scaling.kind != "none"
+    return family.model_type == "mixtral" and model.rope_scaling.kind != "none"
 
 
-def config_from_model(model: ModelConfig, dtype: str, kept: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_model(
+    model: ModelConfig, family: Family, dtype: str, kept: Mapping[str, Any]
+) -> dict[str, Any]:
     """config.json, with old and new spellings: transformers 4.42 reads rope_theta and torch_dtype,
-    5 rope_parameters and dtype. kept: what `kept_config` found, or the special tokens' ids.
+    5 rope_parameters and dtype. kept: what `kept_config` found, or the special tokens' ids. Raises
+    UserError for a model that the family does not hold.
 
     A Mixtral with RoPE scaling has rope_theta null: releases before 5, some of which would leave
     the scaling out without a word, fail at that; 5 reads rope_parameters.
     """
-    kind = _written_as(model)
+    require_held(family, model)
+    values: dict[str, Any] = {
+        "architectures": [family.model_class],
+        "model_type": family.model_type,
+        "transformers_version": needed_transformers(model, family) or None,
+        **{key: getattr(model, ours) for ours, key in KEYS.items()},
+        "hidden_act": "silu",
+        **_written_rope(model, family),
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "attention_bias": False,
+    }
+    for key, names in family.biases.items():
+        if key:
+            values[key] = names[0] in model.biases
+    if family.window:
+        values["sliding_window"] = model.window or None
+    if family.window == "switched":
+        values["use_sliding_window"] = bool(model.window)
+        if model.window:
+            values["max_window_layers"] = 0
+        if family.window_layers != "all":
+            kind = "sliding_attention" if model.window else "full_attention"
+            values["layer_types"] = [kind] * model.layers
+    if family.moe:
+        values |= _written_moe(model, family.moe)
+    usual = {"attention_dropout": 0.0, "use_cache": True, **family.usual}
+    return usual | dict(kept) | values
+
+
+def _written_moe(model: ModelConfig, keys: MoEKeys) -> dict[str, Any]:
+    specs = model.layer_specs()
+    spec = next(spec for spec in specs if spec.experts)
+    dense = [layer for layer, spec in enumerate(specs) if not spec.experts]
+    values: dict[str, Any] = {keys.experts[0]: spec.experts, keys.k: spec.k}
+    if not keys.d_ff:
+        values["intermediate_size"] = spec.d_ff
+    for key, value in (
+        (keys.d_ff, spec.d_ff),
+        (keys.renormalise, spec.renormalise),
+        (keys.shared_d_ff, spec.shared_d_ff),
+        (keys.shared_count, spec.shared_d_ff // spec.d_ff or None),
+        (keys.dense_list, dense),
+        (keys.step, 1),
+        (keys.dense_first, len(dense)),
+    ):
+        if key:
+            values[key] = value
+    return values
+
+
+def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
     scaling = model.rope_scaling
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if scaling.kind == "linear":
-        rope = {"rope_type": "linear", "factor": scaling.factor}
+    rope: dict[str, Any] = {"rope_type": scaling.kind}
+    old: dict[str, Any] | None = None
+    if scaling.kind == "none":
+        rope = {"rope_type": "default"}
+    elif scaling.kind in ("linear", "dynamic"):
+        rope |= {"factor": scaling.factor}
+        old = {"type": scaling.kind, "factor": scaling.factor}
     elif scaling.kind == "llama3":
-        rope = {
-            "rope_type": "llama3",
+        rope |= {
             "factor": scaling.factor,
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_context,
         }
-    old_scaling = {"none": None, "linear": {"type": "linear", "factor": scaling.factor}}
-    is_new = _is_scaled_mixtral(model)
-    usual: dict[str, Any] = {"attention_dropout": 0.0, "use_cache": True}
-    ours: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "transformers_version": needed_transformers(model),
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.d_ff,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "max_position_embeddings": model.context,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": None if is_new else model.rope_theta,
-        "rope_scaling": None if is_new else old_scaling.get(scaling.kind, rope),
-        "rope_parameters": {**rope, "rope_theta": model.rope_theta},
-        "tie_word_embeddings": model.tied_head,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
-    if kind == "llama":
-        return usual | {"pretraining_tp": 1} | dict(kept) | ours | {"mlp_bias": False}
-    if kind == "mistral":
-        return usual | dict(kept) | ours | {"sliding_window": None}
-    usual |= {
-        "router_aux_loss_coef": 0.01,
-        "router_jitter_noise": 0.0,
-        "output_router_logits": False,
-    }
-    return (
-        usual
-        | dict(kept)
-        | ours
-        | {
-            "num_local_experts": model.layer_specs()[0].experts,
-            "num_experts_per_tok": experts_per_token(model),
-            "sliding_window": None,
+    elif scaling.kind == "yarn":
+        rope |= {
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_context,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "attention_factor": scaling.attention_factor,
         }
-    )
+    else:
+        factors = {"short_factor": scaling.short_factors, "long_factor": scaling.long_factors}
+        lists = {key: list(numbers) for key, numbers in factors.items()}
+        old = {"type": "longrope", **lists}
+        usual = _longrope_attention(
+            model.context / scaling.original_context, scaling.original_context
+        )
+        rope |= lists | {"original_max_position_embeddings": scaling.original_context}
+        if scaling.attention_factor != usual:  # older releases read three keys and no more
+            old["attention_factor"] = rope["attention_factor"] = scaling.attention_factor
+    values: dict[str, Any] = {}
+    if family.partial_rotary:
+        rope["partial_rotary_factor"] = values["partial_rotary_factor"] = model.rotary
+    if scaling.kind == "longrope":
+        values["original_max_position_embeddings"] = scaling.original_context
+    is_new = _is_scaled_mixtral(model, family)
+    return values | {
+        "rope_theta": None if is_new else model.rope_theta,
+        "rope_scaling": None if is_new or scaling.kind == "none" else old or rope,
+        "rope_parameters": {**rope, "rope_theta": model.rope_theta},
+    }
 
 
 def same_function(a: ModelConfig, b: ModelConfig) -> list[str]:

@@ -32,8 +32,10 @@ from flax import linen as nn
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from tqdm import tqdm
 
+from btx_jax.architectures.tensors import Slot, TensorId, slots
+from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints.checksums import SEAL, sealed, unsealed
-from btx_jax.checkpoints.huggingface import Slot, is_finite, raise_problems, slots
+from btx_jax.checkpoints.problems import raise_problems
 from btx_jax.config.config import CheckpointConfig
 from btx_jax.config.config_dict import from_dict, to_dict
 from btx_jax.config.model_config import ModelConfig
@@ -109,8 +111,8 @@ class CheckpointMetadata:
     huggingface: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def costs(self, without: History | None = None) -> dict[str, Any]:
-        """Of all runs but `without`. unknown: what was made elsewhere; then the numbers are those of
-        the others alone. critical_seconds: of the longest chain of runs that had to
+        """Of all runs but `without`. unknown: what was made elsewhere; then the numbers are those
+        of the others alone. critical_seconds: of the longest chain of runs that had to
         wait for each other, so with branches side by side; chip_seconds: of all together."""
         left = {name: run for name, run in self.history.items() if name not in (without or {})}
         runs = {name: run for name, run in left.items() if run}
@@ -517,8 +519,7 @@ def _array_spec(item: Path, name: str) -> dict[str, Any]:
 
 
 class StepReader:
-    """Reads a step's parameters one tensor at a time, under their Hugging Face names and in Hugging
-    Face's layout.
+    """Reads a step's parameters one tensor at a time.
 
     by_leaf: its chunks span layers or experts, as earlier versions wrote them: a whole leaf is held
     then, and read once if its tensors are asked for one behind the other.
@@ -532,7 +533,7 @@ class StepReader:
         axes = {slot.path: len(slot.indices) for slot in self.slots.values()}
         self._stores = {leaf: _open(path, "params", "/".join(leaf)) for leaf in axes}
         self.dtypes = {
-            name: self._stores[slot.path].dtype.numpy_dtype for name, slot in self.slots.items()
+            tensor: self._stores[slot.path].dtype.numpy_dtype for tensor, slot in self.slots.items()
         }
         self._whole = {
             leaf
@@ -542,17 +543,17 @@ class StepReader:
         self.by_leaf = bool(self._whole)
         self._held: OrderedDict[tuple[str, ...], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
-        self._bad_values: list[str] = []
+        self._bad_values: list[TensorId] = []
 
-    def read(self, name: str) -> np.ndarray:
-        slot = self.slots[name]
+    def read(self, tensor: TensorId) -> np.ndarray:
+        slot = self.slots[tensor]
         if slot.path in self._whole:
             part = self._leaf(slot.path)[slot.indices]
         else:
             part = _read(self._path, "params", self._stores[slot.path][slot.indices])
         array = slot.to_theirs(part)
         if not is_finite(array):
-            self._bad_values.append(name)
+            self._bad_values.append(tensor)
         array = array if array.base is not part else array.copy()
         array.flags.writeable = False
         return array
@@ -569,7 +570,8 @@ class StepReader:
     def check(self) -> None:
         """Raises UserError when a tensor that was read held NaN or infinity."""
         raise_problems(
-            self._path, [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)]
+            self._path,
+            [f"NaN or infinity in {tensor}" for tensor in dict.fromkeys(self._bad_values)],
         )
 
 
@@ -632,10 +634,10 @@ class StepWriter:
     """Writes WORKDIR/checkpoints/0 one tensor at a time, as Orbax would: one zarr chunk per layer
     and expert.
 
-    dtypes: name -> numpy dtype. Raises UserError when tensors of one leaf differ in dtype.
+    Raises UserError when tensors of one leaf differ in dtype.
     """
 
-    def __init__(self, workdir: Path, model: ModelConfig, dtypes: Mapping[str, np.dtype]):
+    def __init__(self, workdir: Path, model: ModelConfig, dtypes: Mapping[TensorId, np.dtype]):
         self.model = model
         self._path = workdir / DIRECTORY / "0"
         self._slots = slots(model)
@@ -643,16 +645,16 @@ class StepWriter:
         self._shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
         for name, leaf in named_leaves(nn.unbox(abstract_params(model))).items():
             self._shapes[tuple(name.split("/"))] = leaf.shape
-        by_leaf: dict[tuple[str, ...], dict[str, str]] = {}
-        for name, slot in self._slots.items():
-            by_leaf.setdefault(slot.path, {}).setdefault(dtypes[name].name, name)
+        by_leaf: dict[tuple[str, ...], dict[str, TensorId]] = {}
+        for tensor, slot in self._slots.items():
+            by_leaf.setdefault(slot.path, {}).setdefault(dtypes[tensor].name, tensor)
         for kinds in by_leaf.values():
             if len(kinds) > 1:
                 raise UserError(
                     f"{' but '.join(f'{name} is {dtype}' for dtype, name in kinds.items())}; choose"
                     " one dtype for all"
                 )
-        self._dtypes = {slot.path: dtypes[name] for name, slot in self._slots.items()}
+        self._dtypes = {slot.path: dtypes[tensor] for tensor, slot in self._slots.items()}
         self._write_metadata()
 
     def _store(self, slot: Slot) -> Any:
@@ -661,16 +663,17 @@ class StepWriter:
             spec["metadata"] = _chunk_metadata(
                 self._shapes[slot.path], [1] * len(slot.indices) + list(slot.part)
             )
+            spec["store_data_equal_to_fill_value"] = True  # a tensor of zeros is no missing one
             dtype = self._dtypes[slot.path].name
             self._stores[slot.path] = tensorstore.open(
                 spec, create=True, read=True, write=True, dtype=dtype
             ).result()
         return self._stores[slot.path]
 
-    def write(self, name: str, tensor: np.ndarray) -> None:
-        slot = self._slots[name]
+    def write(self, tensor: TensorId, array: np.ndarray) -> None:
+        slot = self._slots[tensor]
         try:
-            self._store(slot)[slot.indices].write(slot.to_ours(tensor)).result()
+            self._store(slot)[slot.indices].write(slot.to_ours(array)).result()
         except ValueError as error:  # TensorStore's for everything, the disk included
             reason = re.search(r": ([^:]+) \[os_error_code='(\d+)'", str(error))
             raise OSError(

@@ -1,17 +1,16 @@
 """Adapter: LoRA experts to and from files, and into the weights they stand beside."""
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from btx_jax import __version__
-from btx_jax.checkpoints import adapter, peft
+from btx_jax.architectures.tensors import TensorId
+from btx_jax.checkpoints import adapter, peft, peft_export
 from btx_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
-    Reader,
     adapter_tensors,
     base_digest,
     base_of,
@@ -22,6 +21,7 @@ from btx_jax.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from btx_jax.checkpoints.checksums import write_sums
+from btx_jax.checkpoints.merged import left_out
 from btx_jax.checkpoints.training_state import CheckpointMetadata, elsewhere, together, trained_on
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import copy_tokenizer
@@ -47,7 +47,8 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
     assert metadata.base
     with new_directory(Path(target)) as partial:
         if output_format == "peft":
-            peft.write(partial, metadata.model, tensors, metadata.base.path)
+            origin = metadata.huggingface.get("model_type", "")
+            peft_export.write(partial, metadata.model, tensors, metadata.base.path, origin)
         else:
             adapter.write_directory(partial, metadata, tensors)
         if (tokenizer := find_own_tokenizer(found)) is not None and output_format != "peft":
@@ -63,8 +64,9 @@ def import_peft(source: str, base: str, target: str) -> str:
     if under.metadata.base:
         raise UserError(f"BASE: {under.path} holds LoRA experts; name the model under them")
     directory = Path(source).expanduser()
-    lora = peft.read(directory, under.metadata.model)
-    notes = [*_carried(lora.carried, open_reader(under), directory), *lora.notes]
+    origin = under.metadata.huggingface.get("model_type", "")
+    lora = peft.read(directory, under.metadata.model, origin)
+    notes = [*left_out(lora.carried, open_reader(under), directory), *lora.notes]
     history = together([under.metadata.history, elsewhere(directory.resolve())])
     with new_directory(Path(target)) as partial:
         adapter.write_directory(
@@ -78,29 +80,6 @@ def import_peft(source: str, base: str, target: str) -> str:
     assert lora.model.lora
     ranks = "/".join(map(str, sorted(set(lora.model.lora.rank))))
     return "; ".join([f"wrote {target} ({len(lora.tensors)} tensors, rank {ranks})", *notes])
-
-
-def _carried(tensors: Sequence[tuple[str, np.ndarray]], base: Reader, directory: Path) -> list[str]:
-    """What is said of tensors of the base that lie beside a LoRA: those that equal the base's own
-    are left out. Raises UserError for others."""
-    problems = []
-    for name, array in tensors:
-        own = base.read(
-            "model.embed_tokens.weight" if name not in base.slots else name  # a tied head
-        )
-        if array.shape != own.shape:
-            problems.append(f"{name} is {array.shape}, the base's {own.shape}")
-        elif not np.array_equal(array.astype(np.float32), own.astype(np.float32)):
-            problems.append(f"{name} has other values than the base's")
-    if problems:
-        raise UserError(
-            f"{directory}: holds tensors of the base itself (modules_to_save, or resized"
-            f" embeddings), and LoRA here leaves the base as it is: {'; '.join(problems)}; if BASE"
-            f" is the model it was trained on, {peft.MERGE}"
-        )
-    if not tensors:
-        return []
-    return [f"left out, as they equal the base's: {peft.listed([name for name, _ in tensors])}"]
 
 
 def merge(
@@ -128,14 +107,14 @@ def merge(
     deltas = adapter.merged_delta(
         metadata.model, adapter_tensors(found), lambda experts: fixed[experts]
     )
-    hashes: dict[str, str] = {}
+    hashes: dict[TensorId, str] = {}
 
-    def tensor(name: str) -> np.ndarray:
-        array = reader.read(name)
-        hashes[name] = hashlib.sha256(np.ascontiguousarray(array, "<f4").data).hexdigest()
+    def make_tensor(tensor: TensorId) -> np.ndarray:
+        array = reader.read(tensor)
+        hashes[tensor] = hashlib.sha256(np.ascontiguousarray(array, "<f4").data).hexdigest()
         return (
-            (array.astype(np.float32) + deltas[name]).astype(array.dtype)
-            if name in deltas
+            (array.astype(np.float32) + deltas[tensor]).astype(array.dtype)
+            if tensor in deltas
             else array
         )
 
@@ -151,8 +130,8 @@ def merge(
         Path(target),
         True,
         metadata.model.base(),
-        {name: DTYPES[own.name] for name, own in reader.dtypes.items()},
-        tensor,
+        {tensor: DTYPES[own.name] for tensor, own in reader.dtypes.items()},
+        make_tensor,
         find_own_tokenizer(found) or find_own_tokenizer(under),
         history=metadata.history,
         huggingface=metadata.huggingface or under.metadata.huggingface,

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from btx_jax import __version__
+from btx_jax.architectures.tensors import Reader, TensorId
 from btx_jax.checkpoints.checkpoint import (
     DTYPES,
-    Reader,
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
@@ -49,16 +49,16 @@ def run(source: str, target: str, dtype: str = "") -> str:
     return f"wrote {target} ({kind}, {len(reader.slots)} tensors)"
 
 
-def _dtypes(reader: Reader, to_huggingface: bool) -> Mapping[str, np.dtype]:
+def _dtypes(reader: Reader, to_huggingface: bool) -> Mapping[TensorId, np.dtype]:
     if to_huggingface:
         return reader.dtypes
     by_leaf: dict[tuple[str, ...], set[np.dtype]] = {}
-    for name, slot in reader.slots.items():
-        by_leaf.setdefault(slot.path, set()).add(reader.dtypes[name])
+    for tensor, slot in reader.slots.items():
+        by_leaf.setdefault(slot.path, set()).add(reader.dtypes[tensor])
     wide = {path for path, held in by_leaf.items() if len(held) > 1}
     return {
-        name: np.dtype(np.float32) if slot.path in wide else reader.dtypes[name]
-        for name, slot in reader.slots.items()
+        tensor: np.dtype(np.float32) if slot.path in wide else reader.dtypes[tensor]
+        for tensor, slot in reader.slots.items()
     }
 
 

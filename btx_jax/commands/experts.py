@@ -7,28 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from btx_jax import __version__
+from btx_jax.architectures.tensors import Reader, TensorId, slots
 from btx_jax.checkpoints.checkpoint import (
-    Reader,
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
-    shortest_context,
     write_checkpoint,
-)
-from btx_jax.checkpoints.huggingface import (
-    dense_name,
-    expert_name,
-    expert_tensor,
-    router_layer,
-    slots,
 )
 from btx_jax.checkpoints.huggingface_config import same_function
 from btx_jax.checkpoints.training_state import CheckpointMetadata, together, trained_on
-from btx_jax.config.model_config import ModelConfig, MoEConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.config.schema import Range
 from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.gates import random_gates
+from btx_jax.mixing.limits import limits, within
 
 
 def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, seed: int = 0) -> str:
@@ -50,8 +43,12 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
     model = _moe(found.metadata.model, mixture)
     if extra.metadata.model.moe:
         raise UserError(f"SOURCE: {source} is a mixture itself; name a dense model")
-    other = dataclasses.replace(extra.metadata.model, context=model.context)
-    differing = same_function(model.dense(), other)
+    other = within(extra.metadata.model, model.context, model.window)
+    # Biases of the attention are the mixture's: a Qwen2-MoE made of Llamas has some, of zeros.
+    other = dataclasses.replace(other, biases=model.biases)
+    assert model.moe
+    dense_model = dataclasses.replace(model.dense(), d_ff=model.moe.d_ff or model.d_ff)
+    differing = same_function(dense_model, other)
     tokenizers = find_own_tokenizer(found), find_own_tokenizer(extra)
     own, others = tokenizers
     told = difference(own, others, model.vocab_size) if own and others else ""
@@ -61,25 +58,23 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
             f"SOURCE: {source} is another kind of model than {mixture}: {'; '.join(differing)}"
         )
     reader, dense = open_reader(found), open_reader(extra)
-    context = shortest_context([found, extra])
-    larger = _with_experts(dataclasses.replace(model, context=context), +1)
+    named = {str(found.path): model, str(extra.path): extra.metadata.model}
+    larger = _with_experts(within(model, *limits(named)), +1)
     rows = random_gates("normal", model.layers, 1, model.d_model, seed) * np.float32(
         router_std / 0.02
     )
 
-    def tensor(name: str) -> np.ndarray:
-        layer = router_layer(name)
-        if layer is not None:
-            old = reader.read(name)
-            return np.concatenate([old, rows[layer].astype(old.dtype)])
-        wanted = expert_tensor(name)
-        if wanted and wanted.expert == model.layer_specs()[wanted.layer].experts:
-            return dense.read(dense_name(wanted.layer, wanted.part))
-        return reader.read(name)
+    def make_tensor(tensor: TensorId) -> np.ndarray:
+        if tensor.is_router:
+            assert tensor.layer is not None
+            old = reader.read(tensor)
+            return np.concatenate([old, rows[tensor.layer].astype(old.dtype)])
+        if tensor not in reader.slots:
+            return dense.read(tensor.of_dense())
+        return reader.read(tensor)
 
-    def like(name: str) -> np.dtype:
-        wanted = expert_tensor(name)
-        return reader.dtypes[expert_name(wanted.layer, 0, wanted.part) if wanted else name]
+    def like(tensor: TensorId) -> np.dtype:
+        return reader.dtypes[tensor if tensor.expert is None else tensor._replace(expert=0)]
 
     history = together([found.metadata.history, extra.metadata.history])
     card = (
@@ -91,7 +86,7 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
         found.is_huggingface,
         larger,
         like,
-        tensor,
+        make_tensor,
         tokenizers[0],
         dataclasses.replace(found.metadata, history=history),
         card,
@@ -122,21 +117,17 @@ def drop(mixture: str, expert: int, target: str) -> str:
     reader = open_reader(found)
     smaller = _with_experts(model, -1)
 
-    def old_name(name: str) -> str:
-        wanted = expert_tensor(name)
-        return (
-            expert_name(wanted.layer, wanted.expert + (wanted.expert >= expert), wanted.part)
-            if wanted
-            else name
-        )
+    def before(tensor: TensorId) -> TensorId:
+        number = tensor.expert
+        return tensor if number is None else tensor._replace(expert=number + (number >= expert))
 
-    def tensor(name: str) -> np.ndarray:
-        if router_layer(name) is not None:
-            return np.delete(reader.read(name), expert, axis=0)
-        return reader.read(old_name(name))
+    def make_tensor(tensor: TensorId) -> np.ndarray:
+        if tensor.is_router:
+            return np.delete(reader.read(tensor), expert, axis=0)
+        return reader.read(before(tensor))
 
-    def like(name: str) -> np.dtype:
-        return reader.dtypes[old_name(name)]
+    def like(tensor: TensorId) -> np.dtype:
+        return reader.dtypes[before(tensor)]
 
     card = f"{mixture} without its expert {expert}."
     _write(
@@ -144,7 +135,7 @@ def drop(mixture: str, expert: int, target: str) -> str:
         found.is_huggingface,
         smaller,
         like,
-        tensor,
+        make_tensor,
         find_own_tokenizer(found),
         found.metadata,
         card,
@@ -165,9 +156,7 @@ def _with_experts(model: ModelConfig, change: int) -> ModelConfig:
     assert model.moe
     experts = tuple(count + change if count else 0 for count in model.moe.experts)
     try:
-        return dataclasses.replace(
-            model, moe=MoEConfig(experts, model.moe.k, model.moe.routing, model.moe.first_routing)
-        )
+        return dataclasses.replace(model, moe=dataclasses.replace(model.moe, experts=experts))
     except ConfigError as error:
         raise UserError(f"cannot drop an expert: {error}") from error
 
@@ -181,8 +170,8 @@ def _write(
     target: str,
     as_huggingface: bool,
     model: ModelConfig,
-    like: Callable[[str], np.dtype],
-    tensor: Callable[[str], np.ndarray],
+    like: Callable[[TensorId], np.dtype],
+    make_tensor: Callable[[TensorId], np.ndarray],
     tokenizer: Tokenizer | None,
     metadata: CheckpointMetadata,
     card: str,
@@ -196,8 +185,8 @@ def _write(
         Path(target),
         as_huggingface,
         model,
-        {name: like(name) for name in slots(model)},
-        tensor,
+        {tensor: like(tensor) for tensor in slots(model)},
+        make_tensor,
         tokenizer,
         history=metadata.history,
         huggingface=metadata.huggingface,

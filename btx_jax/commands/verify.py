@@ -7,16 +7,17 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from btx_jax.checkpoints import adapter, peft
+from btx_jax.architectures.values import is_finite
+from btx_jax.checkpoints import adapter, peft_config
 from btx_jax.checkpoints.checksums import SUMS, check_sums, read_sums
-from btx_jax.checkpoints.huggingface import HuggingFaceReader, is_finite, is_huggingface
+from btx_jax.checkpoints.huggingface import HuggingFaceReader, is_huggingface
 from btx_jax.checkpoints.safetensors_files import DTYPES, SafetensorsFile, read_checksums
 from btx_jax.checkpoints.training_state import DIRECTORY, items_of, quiet, steps_of, verify_item
 from btx_jax.errors import UserError
-from btx_jax.output import CONFIG
 from btx_jax.paths import expand
 from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import bad_lines
+from btx_jax.rundir import CONFIG
 
 
 class Finding(NamedTuple):
@@ -47,15 +48,15 @@ def verify(path: str) -> Iterator[Finding]:
 
 def _verify(directory: Path) -> Iterator[Finding]:
     yield from _sums(directory)
-    if (directory / peft.CONFIG).is_file():
-        yield _check(peft.TENSORS, lambda: _tensors(directory / peft.TENSORS))
+    if (directory / peft_config.CONFIG).is_file():
+        yield _check(peft_config.TENSORS, lambda: _tensors(directory / peft_config.TENSORS))
     elif any((directory / name).is_file() for name in (adapter.ABOUT, adapter.TENSORS)):
         yield _check(adapter.TENSORS, lambda: _adapter(directory))
     elif (directory / DIRECTORY).is_dir():
         yield from _run(directory)
     elif (directory / "params").is_dir() or (directory / "about").is_dir():
         yield from _step(directory, directory.name)
-    elif is_huggingface(directory) and '"model_type"' in (directory / CONFIG).read_text(
+    elif is_huggingface(directory) and '"model_type"' in (directory / "config.json").read_text(
         "utf-8", "replace"
     ):
         yield _check("tensors", lambda: _model(directory))
@@ -120,8 +121,8 @@ def _sums(directory: Path) -> Iterator[Finding]:
 
 def _model(directory: Path) -> str:
     reader = HuggingFaceReader(directory)
-    for name in tqdm(reader.slots, desc="reading", unit="tensor", disable=None, leave=False):
-        reader.read(name)
+    for tensor in tqdm(reader.slots, desc="reading", unit="tensor", disable=None, leave=False):
+        reader.read(tensor)
     reader.check()
     how = "checksums" if read_checksums(directory) else "no checksums are there; structure"
     return f"{how}, finite values: {len(reader.slots)} tensors"

@@ -34,19 +34,19 @@ def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
             raise UserError(f"allocation={allocation[:80]!r}: must be whole numbers, one per layer")
         if len(numbers) != layers:
             raise UserError(
-                f"allocation={allocation[:80]!r}: {len(numbers)} numbers for {layers} layers; give one"
-                " per layer"
+                f"allocation={allocation[:80]!r}: {len(numbers)} numbers for {layers} layers; give"
+                " one per layer"
             )
         return _some([int(number) for number in numbers], allocation)
     if not allocation.isdecimal() or not allocation.isascii():
         raise UserError(
-            f"allocation={allocation[:80]!r}: must be digits such as 2468, a shape with its total such"
-            f" as triangle:160 ({', '.join(SHAPES)}), or one number per layer"
+            f"allocation={allocation[:80]!r}: must be digits such as 2468, a shape with its total"
+            f" such as triangle:160 ({', '.join(SHAPES)}), or one number per layer"
         )
     if len(allocation) > layers:
         raise UserError(
-            f"allocation={allocation[:80]!r}: {len(allocation)} digits for {layers} layers; at most one"
-            " per layer"
+            f"allocation={allocation[:80]!r}: {len(allocation)} digits for {layers} layers; at most"
+            " one per layer"
         )
     return _some(
         [int(allocation[len(allocation) * layer // layers]) for layer in range(layers)], allocation
@@ -73,8 +73,8 @@ def _shaped(allocation: str, shape: Sequence[int], total: str, layers: int) -> t
     result = [count + (layer in first) for layer, count in enumerate(counts)]
     if 0 in result:
         raise UserError(
-            f"allocation={allocation[:80]!r}: too few for {layers} layers, layer {result.index(0)} would"
-            " get none; raise the total"
+            f"allocation={allocation[:80]!r}: too few for {layers} layers, layer {result.index(0)}"
+            " would get none; raise the total"
         )
     return _some(result, allocation)
 

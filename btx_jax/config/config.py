@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from btx_jax.config.allocation import MAX_EXPERTS
+from btx_jax.config.mix_methods import AVERAGE, METHODS
 from btx_jax.config.model_config import ROUTINGS, LoRAConfig, ModelConfig, MoEConfig
 from btx_jax.config.schema import (
     HUGE,
@@ -33,7 +34,6 @@ REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
 FROZEN = ("", "experts", "all_but_routers", "base")
-MIX_METHODS = ("btx", "average", "split", "blend")
 ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
 BOS = ("auto", "always", "never")
@@ -72,8 +72,8 @@ class ComputeConfig(Section):
         device, slowly.
     unroll: layers unrolled per step of the scan; 1 compiles fastest, all layers runs up to a
     quarter faster on a CPU.
-    dispatch: einsum (capacity, groups) or ragged (dropless); auto = einsum on TPUs whose mesh has an
-    expert axis, else ragged.
+    dispatch: einsum (capacity, groups) or ragged (dropless); auto = einsum on TPUs whose mesh has
+    an expert axis, else ragged.
     capacity_factor: slots per expert = factor x k x group_size / experts.
     group_size: tokens routed together; dispatch costs 2 x group_size / (3 x d_ff) of the experts'
     FLOPs.
@@ -167,7 +167,8 @@ class DataConfig(Section):
     domains: name -> sources in the same notation.
     tokenizer: a sentencepiece .model, an HF tokenizer.json, a directory with one, or `demo:`; ""
     for the init checkpoint's.
-    bos: in front of every document and prompt: what the tokenizer itself puts there (auto), BOS always,
+    bos: in front of every document and prompt: what the tokenizer itself puts there (auto), BOS
+    always,
         or never. The run's own tokenizer then does so itself.
     heldout_fraction: share of documents, chosen by a hash of their text, that no training run ever
     sees.
@@ -244,17 +245,25 @@ class MixConfig(Section):
     checkpoints, and expert n is the n-th chunk of every one. average = no experts: the mean of all
     parameters, a dense model. What is no feed-forward is averaged always.
     k, routing, first_routing: of every layer of the mixture, as in MoEConfig. router_std: of the
-    normal router initialisation.
+    normal router initialisation. shared_expert: a checkpoint, such as the seed, whose feed-forwards
+    become a shared expert that sees every token, behind a sigmoid gate that starts at one half; the
+    routed experts give the other half, so that a mixture of equals is what they are.
     """
 
     experts: tuple[str, ...]
     copies: Experts = 1
-    method: Annotated[str, Choice(MIX_METHODS)] = "btx"
+    method: Annotated[str, Choice((*METHODS, AVERAGE))] = "btx"
     chunks: Experts = 1
     k: Experts = 2
     routing: Annotated[str, Choice(ROUTINGS)] = "top_k"
     first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
     router_std: Annotated[float, Range(0, 1e3, above=True)] = 0.02
+    shared_expert: str = ""
+
+    @rule
+    def _beside_experts(self) -> Iterator[str]:
+        if self.shared_expert and self.method == "average":
+            yield f"shared_expert={self.shared_expert!r}: method='average' makes no experts"
 
     @rule
     def _chunks_of_split(self) -> Iterator[str]:

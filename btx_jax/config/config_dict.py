@@ -1,8 +1,8 @@
 """Configs as dictionaries and back, strictly.
 
-A config file returns an `ml_collections.ConfigDict` made by `to_config_dict`; the command line
-overrides leaves of it; and `from_config_dict` turns it back into a `Config`. Unknown keys and wrong
-types raise `ConfigError`, as impossible values do.
+A config file returns a `Config`, or an `ml_collections.ConfigDict` that `to_config_dict` made of
+one; the command line overrides leaves of a ConfigDict; and `from_config_dict` turns that back into
+a `Config`. Unknown keys and wrong types raise `ConfigError`, as impossible values do.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ class _Names(ml_collections.ConfigDict):
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """What a config file returns: every key is there, so that the command line can override it and
-    no other, but for the names of domains and of evaluated models, which it can add."""
+    """What can be changed by assignment, by a config file or the command line: every key is there,
+    and no other can be added, but for the names of domains and of evaluated models."""
 
     def converted(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -59,7 +59,10 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     return converted("", to_dict(config))
 
 
-def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+def from_config_dict(config: ml_collections.ConfigDict | Config) -> Config:
+    """A Config is returned as it is: presets gave ConfigDicts once."""
+    if isinstance(config, Config):
+        return config
     require_tree(config)
     return from_dict(Config, config.to_dict())
 
@@ -95,11 +98,23 @@ def flatten(values: Any, key: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for every leaf in which two `to_dict` results differ."""
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of one leaf of two `to_dict` results; None where there is no such leaf."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Every leaf in which two `to_dict` results differ."""
     old, new = flatten(old), flatten(new)
     return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        Difference(key, old.get(key), new.get(key))
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key)
     ]

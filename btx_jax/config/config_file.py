@@ -1,6 +1,11 @@
-"""Config files: Python whose `get_config` returns a ConfigDict, and overrides of its keys as the
-command line has them. What is wrong with either is told in one line, all at once."""
+"""Config files: Python whose `get_config` returns a Config or a ConfigDict, and overrides of its
+keys as the command line has them. What is wrong with either is told in one line, all at once.
 
+A Config is never changed, so that what it was checked for stays true. A file that wants to assign
+to the fields of a preset asks for `to_config_dict(recipes.seed("tiny"))`, and returns that.
+"""
+
+import dataclasses
 import importlib.util
 import inspect
 import re
@@ -8,16 +13,43 @@ import traceback
 from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from btx_jax.config.config import Config
-from btx_jax.config.config_dict import from_config_dict, require_tree
+from btx_jax.config.config_dict import from_config_dict, require_tree, to_config_dict
 from btx_jax.errors import ConfigError, Mistakes, UserError, one_line, suggest
 
 MAX_BYTES = 10**6  # of a config file
+
+
+class _ConfigFileParser(flags.ArgumentParser):
+    """The parser of ml_collections, for files that may return a Config."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self._parser = parser
+
+    def parse(self, argument: str) -> Any:
+        config = self._parser.parse(argument)
+        return to_config_dict(config).lock() if isinstance(config, Config) else config
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
+def define_config(
+    flag_values: flags.FlagValues, argv: Sequence[str] | None = None, told: str = ""
+) -> flags.FlagHolder:
+    """The flag --config=FILE[:ARGUMENT] and, once it is parsed, those of all keys. argv: None for
+    the command line. told: its line of --help."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, told, flag_values=flag_values, sys_argv=argv
+    )
+    flag_values["config"].parser = _ConfigFileParser(flag_values["config"].parser)
+    return holder
 
 
 def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config") -> Config:
@@ -73,6 +105,8 @@ def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
             raise ConfigError(f"{told} has no function get_config; see configs/ for examples")
         _require_arguments(make, arguments, told)
         config = make(*arguments)
+        if isinstance(config, Config):
+            config = to_config_dict(config)
         require_tree(config)
     except UserError as error:
         where = "" if str(error).startswith(flag) else f"{told}{_place(path, error)}: "
@@ -81,12 +115,10 @@ def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
         raise
     except BaseException as error:  # whatever a program can do
         raise ConfigError(f"{told}{_place(path, error)}: {_cause(error)}") from None
-    if isinstance(config, Config):
-        raise ConfigError(f"{told}: get_config returns a Config; return to_config_dict of it")
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
-            f"{told}: get_config returns {type(config).__name__}, not a ConfigDict; return"
-            " to_config_dict(Config(...))"
+            f"{told}: get_config returns {type(config).__name__}, neither a Config nor a"
+            " ConfigDict; return Config(...)"
         )
     return config
 
@@ -123,6 +155,8 @@ def _cause(error: BaseException) -> str:
         words = one_line(error.msg if isinstance(error, SyntaxError) else error)
     except Exception:  # of a class of the file's own
         words = ""
+    if isinstance(error, dataclasses.FrozenInstanceError):
+        words += " of a Config; change to_config_dict(...) of it, and return that"
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
@@ -140,7 +174,7 @@ def _grouped(overrides: Sequence[str]) -> list[list[str]]:
 def _parse(file: str, words: Sequence[str]) -> ml_collections.ConfigDict:
     argv = ["btx_jax", f"--config={file}", *words]
     parsed = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=parsed, sys_argv=argv)
+    define_config(parsed, argv)
     parsed(argv)
     return parsed["config"].value
 

@@ -12,7 +12,8 @@ from btx_jax.errors import ConfigError, Mistakes, UserError, suggest
 
 ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
 GATINGS = ("top_k", "sigmoid", "cosine")
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # the linear maps of a dense layer
+SCALINGS = ("none", "linear", "llama3", "longrope", "dynamic", "yarn")
 
 # Far beyond any model that was ever trained: what is larger is a slip, and would hang or fill the
 # memory before anything else told so.
@@ -22,6 +23,7 @@ MAX_RUNS = 128  # runs of equal layers, each a program of its own
 
 Layers = Annotated[int, Range(1, 10_000)]
 Width = Annotated[int, Range(1, 10**7)]
+WidthOrNone = Annotated[int, Range(0, 10**7)]
 Heads = Annotated[int, Range(1, 65_536)]
 Context = Annotated[int, Range(1, 2**30)]
 
@@ -29,13 +31,24 @@ Context = Annotated[int, Range(1, 2**30)]
 @dataclass(frozen=True)
 class RopeScaling(Section):
     """Longer contexts by slower rotations. `linear` divides every frequency by factor; `llama3`
-    only the low ones."""
+    only the low ones; `yarn` (arXiv 2309.00071) those that turn less than beta_slow times within
+    original_context, and between beta_slow and beta_fast a part of each. `longrope` (arXiv
+    2402.13753) divides frequency i by short_factors[i], and in documents longer than
+    original_context by long_factors[i]. `dynamic` changes nothing within the context.
 
-    kind: Annotated[str, Choice(("none", "linear", "llama3"))] = "none"
+    attention_factor: of yarn and longrope, what rotated queries and keys are multiplied by.
+    """
+
+    kind: Annotated[str, Choice(SCALINGS)] = "none"
     factor: Positive = 1.0
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
     original_context: Context = 8192
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive = 1.0
+    short_factors: tuple[Positive, ...] = ()
+    long_factors: tuple[Positive, ...] = ()
 
     @rule
     def _low_is_lower(self) -> Iterator[str]:
@@ -44,6 +57,12 @@ class RopeScaling(Section):
                 f"low_freq_factor={self.low_freq_factor}: must lie between 0 and"
                 f" high_freq_factor={self.high_freq_factor}"
             )
+
+    @rule
+    def _factors_of_longrope(self) -> Iterator[str]:
+        for key in ("short_factors", "long_factors"):
+            if (self.kind == "longrope") != bool(getattr(self, key)):
+                yield f"{key}: of longrope, which needs both, and of no other kind"
 
 
 @dataclass(frozen=True)
@@ -54,12 +73,26 @@ class MoEConfig(Section):
     k: experts per token (top_k only; switch and sample_top1 use 1, soft uses all).
     first_routing: another routing for the first MoE layer; "" for the same (BTX pairs sample_top1
     with soft there).
+    renormalise: of top_k, whether the gates of a token's experts sum to one, or are what the
+    softmax over all experts gives them.
+    d_ff: hidden size of an expert; 0 for that of a dense layer.
+    shared_d_ff: hidden size of a shared expert, beside the routed ones, that sees every token; 0
+    for none. shared_gate: whether it stands behind a sigmoid gate.
     """
 
     experts: tuple[Annotated[int, Range(0, 4096)], ...]
     k: Experts = 2
     routing: Annotated[str, Choice(ROUTINGS)] = "top_k"
     first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
+    renormalise: bool = True
+    d_ff: WidthOrNone = 0
+    shared_d_ff: WidthOrNone = 0
+    shared_gate: bool = False
+
+    @rule
+    def _gate_of_something(self) -> Iterator[str]:
+        if self.shared_gate and not self.shared_d_ff:
+            yield "shared_gate: of a shared expert; give its shared_d_ff"
 
     @rule
     def _some_experts(self) -> Iterator[str]:
@@ -180,18 +213,32 @@ class LoRASpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer is: experts == 0 is a dense layer. Equal neighbours share one scan."""
+    """What one layer is: experts == 0 is a dense layer. Equal neighbours share one scan.
+
+    d_ff: hidden size of the layer's feed-forward, or of each expert. renormalise, shared_d_ff,
+    shared_gate: as in MoEConfig.
+    """
 
     experts: int = 0
     k: int = 0
     routing: str = ""
+    renormalise: bool = True
+    d_ff: int = 0
+    shared_d_ff: int = 0
+    shared_gate: bool = False
     lora: LoRASpec | None = None
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """A model's architecture: everything that gives its parameters their meaning. Travels inside
-    every checkpoint."""
+    every checkpoint.
+
+    rotary: the share of each head that RoPE rotates, from its front.
+    biases: which linear maps add one, of q, k, v, o, gate, up, down.
+    qk_norm: whether an RMSNorm per head stands on queries and keys, before RoPE.
+    window: how many tokens a token sees, itself included; 0 for all before it.
+    """
 
     vocab_size: Width
     layers: Layers
@@ -202,6 +249,10 @@ class ModelConfig(Section):
     head_dim: Heads
     rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
+    rotary: Annotated[float, Range(0, 1, above=True)] = 1.0
+    biases: tuple[Annotated[str, Choice(LORA_TARGETS)], ...] = ()
+    qk_norm: bool = False
+    window: Annotated[int, Range(0, 2**30)] = 0
     norm_eps: Annotated[float, Range(0, 1)] = 1e-5
     tied_head: bool = False
     context: Context = 4096
@@ -220,6 +271,26 @@ class ModelConfig(Section):
     def _head_is_even(self) -> Iterator[str]:
         if self.head_dim % 2:
             yield f"head_dim={self.head_dim}: must be even, RoPE rotates pairs"
+        elif (size := int(self.head_dim * self.rotary)) % 2 or not size:
+            yield f"rotary={self.rotary}: {size} of head_dim={self.head_dim}; RoPE rotates pairs"
+
+    @rule
+    def _factors_fit(self) -> Iterator[str]:
+        pairs = int(self.head_dim * self.rotary) // 2
+        for key in ("short_factors", "long_factors"):
+            count = len(getattr(self.rope_scaling, key))
+            if count not in (0, pairs):
+                yield (
+                    f"rope_scaling.{key}: {count}, one for each of {pairs} rotated pairs is needed"
+                )
+
+    @rule
+    def _biases_fit(self) -> Iterator[str]:
+        if len(set(self.biases)) < len(self.biases):
+            yield f"biases={self.biases}: one is named twice"
+        inside = [name for name in self.biases if name in ("gate", "up", "down")]
+        if self.moe and inside:
+            yield f"biases: {', '.join(inside)} of a mixture's experts cannot have any"
 
     @rule
     def _counts_fit(self) -> Iterator[str]:
@@ -258,7 +329,13 @@ class ModelConfig(Section):
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         total = self.d_model * self.vocab_size * (1 if self.tied_head else 2)
         total += 2 * self.layers * self.d_model * (queries + keys)
-        total += sum(max(count, 1) for count in counts) * 3 * self.d_model * self.d_ff
+        widths = [self.d_ff] * self.layers
+        if self.moe is not None:
+            widths = [
+                count * (self.moe.d_ff or self.d_ff) + self.moe.shared_d_ff if count else self.d_ff
+                for count in counts
+            ]
+        total += sum(widths) * 3 * self.d_model
         if self.lora is not None:
             ends = {
                 "q": self.d_model + queries,
@@ -266,13 +343,13 @@ class ModelConfig(Section):
                 "v": self.d_model + keys,
                 "o": queries + self.d_model,
             }
-            widths = sum(ends.get(target, self.d_model + self.d_ff) for target in self.lora.targets)
-            total += sum(experts * rank for experts, rank in lora) * widths
+            width = sum(ends.get(target, self.d_model + self.d_ff) for target in self.lora.targets)
+            total += sum(experts * rank for experts, rank in lora) * width
         if total > MAX_PARAMETERS:
             yield (
                 f"layers={self.layers}: with d_model={self.d_model}, d_ff={self.d_ff} and"
-                f" {max(counts)} experts a layer at most, {total:.2g} parameters; lower one, at most"
-                f" {MAX_PARAMETERS:.0e} can be meant"
+                f" {max(counts)} experts a layer at most, {total:.2g} parameters; lower one, at"
+                f" most {MAX_PARAMETERS:.0e} can be meant"
             )
         if self.moe is not None and sum(counts) > MAX_EXPERTS:
             yield (
@@ -297,18 +374,28 @@ class ModelConfig(Section):
 
     def _moe_specs(self) -> tuple[LayerSpec, ...]:
         if self.moe is None:
-            return (LayerSpec(),) * self.layers
+            return (LayerSpec(d_ff=self.d_ff),) * self.layers
         specs: list[LayerSpec] = []
         first = True
         for experts in self.moe.experts:
             if not experts:
-                specs.append(LayerSpec())
+                specs.append(LayerSpec(d_ff=self.d_ff))
                 continue
             routing = (
                 self.moe.first_routing if first and self.moe.first_routing else self.moe.routing
             )
             k = {"top_k": self.moe.k, "soft": experts}.get(routing, 1)
-            specs.append(LayerSpec(experts, k, routing))
+            specs.append(
+                LayerSpec(
+                    experts,
+                    k,
+                    routing,
+                    self.moe.renormalise or routing != "top_k",
+                    self.moe.d_ff or self.d_ff,
+                    self.moe.shared_d_ff,
+                    self.moe.shared_gate,
+                )
+            )
             first = False
         return tuple(specs)
 

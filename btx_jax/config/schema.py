@@ -1,4 +1,5 @@
-"""What a section of a config may hold, declared with its fields, and all that is wrong told at once.
+"""What a section of a config may hold, declared with its fields, and all that is wrong told at
+once.
 
 A section is a frozen dataclass, a subclass of `Section`. `Annotated[int, Range(1, 10)]` bounds a
 number, `Annotated[str, Choice(...)]` names the words that are known, also inside
@@ -85,8 +86,9 @@ class Section:
 
 
 def rule(method: Callable[[Any], Iterator[str]]) -> Callable[[Any], Iterator[str]]:
-    """Marks what several fields of a section must fulfil together. It yields lines that start with a
-    key, and reads fields of `self` alone: where one of them is wrong by itself, the rule waits."""
+    """Marks what several fields of a section must fulfil together. It yields lines that start with
+    a key, and reads fields of `self` alone: where one of them is wrong by itself, the rule
+    waits."""
     method.is_rule = True  # type: ignore[attr-defined]
     return method
 

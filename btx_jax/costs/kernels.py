@@ -1,5 +1,7 @@
 """FLOPs of the TPU kernels, which the compiler cannot see into, from their operands' shapes."""
 
+import math
+
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.hlo import Kernel
 from btx_jax.models.splash import block_size
@@ -9,19 +11,17 @@ from btx_jax.models.splash import block_size
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
-def kernel_flops(kernel: Kernel) -> float:
-    """Executed by all runs of the kernel. Splash: the tiles at or below the diagonal. gmm and tgmm:
-    all rows of the buffer, the most there can be. Raises ValueError for a kernel without a
-    formula."""
+def kernel_flops(kernel: Kernel, window: int = 0) -> float:
+    """Executed by all runs of the kernel. Splash: the tiles at or below the diagonal, of a window
+    those that it touches. gmm and tgmm: all rows of the buffer, the most there can be. Raises
+    ValueError for a kernel without a formula."""
     for name, matmuls in SPLASH.items():
         if kernel.name.startswith(name):
             q = max(kernel.operands, key=lambda shape: shape.bytes).dims  # [..., H, T, K]
-            tiles = q[-2] // block_size(q[-2])
-            below = (tiles + 1) / (2 * tiles)
-            elements = 1
-            for size in q:
-                elements *= size
-            return 2.0 * matmuls * elements * q[-2] * below * kernel.trips
+            side = block_size(q[-2])
+            tiles, reach = q[-2] // side, window or q[-2]
+            met = sum(row - max(0, row * side - reach + 1) // side + 1 for row in range(tiles))
+            return 2.0 * matmuls * math.prod(q) * q[-2] * met / tiles**2 * kernel.trips
     if kernel.name == "gmm":
         rows, weights = kernel.operands[-2].dims, kernel.operands[-1].dims
         return 2.0 * rows[0] * weights[1] * weights[2] * kernel.trips

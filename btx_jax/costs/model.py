@@ -16,5 +16,7 @@ def train_flops(config: ModelConfig, tokens: int) -> float:
 
 def attention_flops(config: ModelConfig, tokens: int, length: int) -> float:
     """Scores and weighted sums of causal attention over whole sequences of this length, forward and
-    backward."""
-    return 6.0 * config.layers * config.heads * config.head_dim * length * tokens
+    backward. A token sees half of them in the mean; of a window, all of it but at the beginning."""
+    window = min(config.window or length, length)
+    seen = window * (1 - window / (2 * length))
+    return 12.0 * config.layers * config.heads * config.head_dim * seen * tokens

@@ -66,9 +66,9 @@ class Row(NamedTuple):
 def read_rows(file: Path, field: str | None = None) -> Iterator[Row]:
     """The rows of a file; field: the only one that is wanted, None for all (`shown_field`).
 
-    What cannot be read is a row of its own, a Problem, so that a damaged line costs that line. Raises
-    UserError where a file is damaged as a whole: truncated, not in its format, or, where all rows
-    have the same fields (CSV, Parquet), without the field.
+    What cannot be read is a row of its own, a Problem, so that a damaged line costs that line.
+    Raises UserError where a file is damaged as a whole: truncated, not in its format, or, where all
+    rows have the same fields (CSV, Parquet), without the field.
     """
     kind, compression = _kind(file)
     if kind in UNPACK or f".{kind}" in COMPRESSIONS:
@@ -178,8 +178,8 @@ def _a_value_a_line(head: bytes) -> bool:
     except json.JSONDecodeError as error:
         if not newline:
             return text[0] == "{"
-        # What goes on in the next line breaks off between two tokens, what is damaged within one, or
-        # what follows is whole by itself.
+        # What goes on in the next line breaks off between two tokens, what is damaged within one,
+        # or what follows is whole by itself.
         return error.pos < len(first.rstrip()) or (text[0] == "{" and _is_object(rest))
     except (ValueError, RecursionError):
         return True
@@ -228,8 +228,8 @@ def _json_values(file: Path, stream: BinaryIO) -> Iterator[Row]:
     """The items of one array, or values one after another.
 
     With the standard library's decoder, on a buffer that grows until it holds a whole item: ijson
-    reads a lone surrogate as `?` and knows neither NaN nor integers of more than 64 bits. Bytes that
-    are no UTF-8 become lone surrogates, so that they cost one item.
+    reads a lone surrogate as `?` and knows neither NaN nor integers of more than 64 bits. Bytes
+    that are no UTF-8 become lone surrogates, so that they cost one item.
     """
     text = _Buffer(stream)
     array = text.next() == "["

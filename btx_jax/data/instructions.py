@@ -184,11 +184,12 @@ def _no_field(field: Any, item: Mapping[str, Any]) -> Unusable:
 
 
 def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """(ids of the whole text, which of them are learnt). The text is encoded as one, as it is when a
-    model is asked; a token that reaches into a learnt piece is learnt, as in transformers'
+    """(ids of the whole text, which of them are learnt). The text is encoded as one, as it is when
+    a model is asked; a token that reaches into a learnt piece is learnt, as in transformers'
     assistant masks."""
     ids, told = tokenizer.encode_with_offsets("".join(piece.text for piece in pieces))
-    # Some tokenizers leave spaces out of a token's place in the text: what no token has is the next's.
+    # Some tokenizers leave spaces out of a token's place in the text: what no token has is the
+    # next's.
     ends = [0, *(end for _, end in told)]
     offsets = [(min(start, before), end) for (start, end), before in zip(told, ends, strict=False)]
     learnt = [False] * len(ids)

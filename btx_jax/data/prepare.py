@@ -141,8 +141,8 @@ def none_heldout(domain: PreparedDomain) -> str:
 
 
 ONE_DOCUMENT = (
-    "its text is one document, which is held out whole or not at all; give it as several, for example"
-    " one on each line of a .jsonl file"
+    "its text is one document, which is held out whole or not at all; give it as several, for"
+    " example one on each line of a .jsonl file"
 )
 
 
@@ -172,9 +172,9 @@ def pack(
     In front of each document stands what the tokenizer itself puts there (`Tokenizer.prefix`) and
     behind it EOS, where there is one, unless its text ends in EOS itself; in front of a chat stands
     nothing. Each gets the next segment number of its row, from 1; the last row is padded with
-    segment 0. A token that is read but not learnt, as a prompt's, has its segment's number negated. bytes:
-    of the text whose tokens are targets in the row (a document's bytes are spread evenly over its
-    tokens, but for EOS), so that the bytes of all rows add up to those of the text.
+    segment 0. A token that is read but not learnt, as a prompt's, has its segment's number negated.
+    bytes: of the text whose tokens are targets in the row (a document's bytes are spread evenly
+    over its tokens, but for EOS), so that the bytes of all rows add up to those of the text.
     """
     width = sequence_length + 1
     # token, document number, bytes, 1 if learnt else -1
@@ -217,8 +217,8 @@ def pack(
 
 
 def _ends_itself(ids: list[int], tokenizer: Tokenizer, is_chat: bool) -> bool:
-    """Whether EOS is already the last token but for blanks; of a chat, any special token, with which
-    templates end a turn."""
+    """Whether EOS is already the last token but for blanks; of a chat, any special token, with
+    which templates end a turn."""
     ends = tokenizer.special_ids if is_chat else {tokenizer.eos}
     last = ids[-1:] if ids[-1:] and ids[-1] in ends else ids[-2:-1]
     return bool(last) and last[0] in ends and not tokenizer.decode(ids[-1:]).strip()
@@ -279,8 +279,8 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare_source(source: Source, tokenizer: Tokenizer, config: DataConfig) -> PreparedSource:
-    """Tokenise one source into the cache, or find it there; one that is damaged is made anew. Raises
-    UserError when it holds no document.
+    """Tokenise one source into the cache, or find it there; one that is damaged is made anew.
+    Raises UserError when it holds no document.
 
     The cache key covers text (path, size and modification time of each file), format, tokenizer,
     sequence length and held-out share.
@@ -320,8 +320,8 @@ def _stamps(files: list[Path]) -> list[Any]:
 
 
 def _read_manifest(target: Path) -> dict[str, Any] | None:
-    """That of a prepared set; None when there is none, also because it was damaged: then a line says
-    so and the set is gone.
+    """That of a prepared set; None when there is none, also because it was damaged: then a line
+    says so and the set is gone.
 
     Small files are compared with their checksums, ArrayRecord files in size: those are checked
     wherever they are read.

@@ -1,5 +1,5 @@
-"""sentencepiece `.model` files: trained here, and turned into the pipeline of the tokenizers library,
-which finds special tokens inside a text as Hugging Face's tokenizers do."""
+"""sentencepiece `.model` files: trained here, and turned into the pipeline of the tokenizers
+library, which finds special tokens inside a text as Hugging Face's tokenizers do."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,8 +27,8 @@ def read_model(path: Path) -> Any:
         sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     except (DecodeError, RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} is not a sentencepiece model: {str(error).splitlines()[0]}; a tiktoken file of that"
-            " name needs the tokenizer.json that comes with it"
+            f"{path} is not a sentencepiece model: {str(error).splitlines()[0]}; a tiktoken file of"
+            " that name needs the tokenizer.json that comes with it"
         ) from error
     if proto.trainer_spec.model_type not in (UNIGRAM, BPE):
         raise UserError(

@@ -2,8 +2,8 @@
 
 Notation, everywhere a config names text: comma-separated `WHAT[#FIELD][:WEIGHT]`. WHAT is a file, a
 glob, `tfds:NAME[/CONFIG]` or `demo:NAME`; environment variables are expanded. FIELD is the text's
-field where rows have fields, as in JSON lines, CSV, Parquet and tfds ("text" if absent); `meta.text`
-is the field `text` of the field `meta`.
+field where rows have fields, as in JSON lines, CSV, Parquet and tfds ("text" if absent);
+`meta.text` is the field `text` of the field `meta`.
 """
 
 import dataclasses

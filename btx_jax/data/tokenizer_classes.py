@@ -1,5 +1,5 @@
-"""Classes of transformers 5.23 that build a tokenizer anew from its vocabulary, whatever pipeline its
-tokenizer.json has, and the class that it takes for a directory."""
+"""Classes of transformers 5.23 that build a tokenizer anew from its vocabulary, whatever pipeline
+its tokenizer.json has, and the class that it takes for a directory."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,8 +13,8 @@ from btx_jax.data.sentencepiece_models import SPACE
 
 # Classes that take tokenizer.json as it is.
 AS_IT_IS = ("", "PreTrainedTokenizer", "TokenizersBackend")
-# Model families (`model_type` of config.json) whose tokenizer.json is taken as it is, whatever class
-# their files name.
+# Model families (`model_type` of config.json) whose tokenizer.json is taken as it is, whatever
+# class their files name.
 _FAMILIES_AS_THEY_ARE = """
     EvollaModel aria beam bigbird_pegasus canary flex_olmo glm glm4 glm4_moe glm4_moe_lite glm4v
     glm4v_moe glm_image glmasr got_ocr2 gpt_bigcode gradium_phonon_tts granite granitemoe

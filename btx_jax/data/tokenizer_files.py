@@ -1,6 +1,7 @@
-"""How the files of a directory become one tokenizer: tokenizer.json, a sentencepiece tokenizer.model
-or vocab.json with merges.txt, and all that stands beside them (tokenizer_config.json,
-special_tokens_map.json, added_tokens.json, chat templates), read as transformers 5.23 reads them.
+"""How the files of a directory become one tokenizer: tokenizer.json, a sentencepiece
+tokenizer.model or vocab.json with merges.txt, and all that stands beside them
+(tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates), read as
+transformers 5.23 reads them.
 
 transformers does not take every tokenizer.json as it is: classes such as LlamaTokenizer keep its
 vocabulary, merges and post-processor and build the rest anew from tokenizer_config.json's flags. A

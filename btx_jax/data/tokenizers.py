@@ -118,8 +118,8 @@ class Tokenizer:
         return self.prefix + self.encode(text)
 
     def decode(self, ids: Iterable[int], behind: Sequence[int] = (), special: bool = False) -> str:
-        """The text that `ids` add to that of the ids `behind` which they stand: what a tokenizer does
-        at the beginning of a text (a Llama's takes a space away) is not done in its middle.
+        """The text that `ids` add to that of the ids `behind` which they stand: what a tokenizer
+        does at the beginning of a text (a Llama's takes a space away) is not done in its middle.
         special: special tokens are written out."""
         if not behind:
             return self._decode(ids, special)
@@ -153,8 +153,8 @@ class Tokenizer:
         return self._tokenizer.id_to_token(number) or ""
 
     def with_bos(self, added: bool) -> "Tokenizer":
-        """The same one, but with BOS in front of every text, or without. Raises UserError when it has
-        none."""
+        """The same one, but with BOS in front of every text, or without. Raises UserError when it
+        has none."""
         if added and self.bos is None:
             raise UserError(f"config.data.bos: {self.path} has no BOS to put in front")
         if added == (self.prefix[:1] == [self.bos]) and len(self.prefix) == int(added):
@@ -168,7 +168,8 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of what decides ids: the same for a file that another version of a library saved again."""
+        """Of what decides ids: the same for a file that another version of a library saved
+        again."""
         told = json.dumps(self._function(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -240,7 +241,8 @@ class NotUnicode(UserError):
 
 
 def clean_up(text: str) -> str:
-    """Spaces in front of punctuation, as transformers' clean_up_tokenization_spaces takes them out."""
+    """Spaces in front of punctuation, as transformers' clean_up_tokenization_spaces takes them
+    out."""
     for part in CLEANED:
         text = text.replace(part, part.strip())
     return text
@@ -317,10 +319,12 @@ def _probes(tokenizer: Tokenizer, count: int) -> list[str]:
     """Spaces at every place, digits, case, contractions, compositions, other scripts, emoji, code,
     bytes; and `count` pieces of the vocabulary itself, alone and in the middle of a text."""
     words = [
-        "", " ", "  ", "\n", "\t", "a", " a", "a ", "  a  b ", "A b\nC\r\n\r\nd", "\n\n  x", "don't I'LL we've",
-        "1", "12", "123", "1234567", "3.14e-5", "x1y22z333", "é", "e\u0301", "ﬁ ﬀ ²", "Ångström", "ÅNGSTRÖM", "ß ẞ",
-        "漢字かなカナ한국어", "مرحبا", "नमस्ते", "👩‍👩‍👧 😀", "\u00a0\u200b\ufeff", "\x00\x07", "▁a▁▁b", "Ġa", "##ing", "<0x0A>",
-        "def f(x):\n    return x ** 2  # ok\n", "{\"a\": [1, 2]}", "http://a.b/c?d=e&f", "Hello, world!", "...!?--", "(a)[b]",
+        "", " ", "  ", "\n", "\t", "a", " a", "a ", "  a  b ", "A b\nC\r\n\r\nd", "\n\n  x",
+        "don't I'LL we've", "1", "12", "123", "1234567", "3.14e-5", "x1y22z333", "é", "e\u0301",
+        "ﬁ ﬀ ²", "Ångström", "ÅNGSTRÖM", "ß ẞ", "漢字かなカナ한국어", "مرحبا", "नमस्ते", "👩‍👩‍👧 😀",
+        "\u00a0\u200b\ufeff", "\x00\x07", "▁a▁▁b", "Ġa", "##ing", "<0x0A>",
+        "def f(x):\n    return x ** 2  # ok\n", "{\"a\": [1, 2]}", "http://a.b/c?d=e&f",
+        "Hello, world!", "...!?--", "(a)[b]",
     ]  # fmt: skip
     added = [token.content for token in tokenizer._tokenizer.get_added_tokens_decoder().values()]
     vocab = tokenizer._tokenizer.get_vocab(with_added_tokens=False)
@@ -344,11 +348,11 @@ def _write(target: Path, text: str) -> None:
 def check_ids(
     ids: Iterable[int], rows: int, where: str, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Raises UserError for an id that has no embedding: the vocabulary may be larger than the model,
-    what is read must not. rows: embeddings of the model."""
+    """Raises UserError for an id that has no embedding: the vocabulary may be larger than the
+    model, what is read must not. rows: embeddings of the model."""
     if (largest := max(ids, default=-1)) >= rows:
         token = f"{tokenizer.token_of(largest)!r} has id" if tokenizer else "holds token"
         raise UserError(
-            f"{where}: {token} {largest}, and the model only {rows} embeddings; take that token out of"
-            " the text, or resize the model's embeddings"
+            f"{where}: {token} {largest}, and the model only {rows} embeddings; take that token out"
+            " of the text, or resize the model's embeddings"
         )

@@ -1,5 +1,5 @@
-"""What a model said: where it ends, and its text. As transformers, vLLM and lm-evaluation-harness do
-with the same files."""
+"""What a model said: where it ends, and its text. As transformers, vLLM and lm-evaluation-harness
+do with the same files."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,8 +11,8 @@ from btx_jax.data.tokenizers import Tokenizer
 def stop_ids(
     metadata: CheckpointMetadata, tokenizer: Tokenizer, further: Iterable[int | None] = ()
 ) -> list[int]:
-    """Every id that ends a text: the tokenizer's EOS, all of generation_config.json and config.json,
-    and `further` ones, such as a chat's end of turn. In that order, each once."""
+    """Every id that ends a text: the tokenizer's EOS, all of generation_config.json and
+    config.json, and `further` ones, such as a chat's end of turn. In that order, each once."""
     told: list[Any] = [tokenizer.eos]
     for file in ("generation_config", "config"):
         ids = metadata.huggingface.get(file, {}).get("eos_token_id")
@@ -54,9 +54,9 @@ class Stream:
         self.given, self.is_finished = "", False
 
     def more(self, new: Sequence[int], is_last: bool = False) -> str:
-        """What can be said after all ids so far, beyond what has been given out. Bytes of a character
-        that is not whole yet, what may become a stop string, and what the tokenizer may still clean
-        up, wait."""
+        """What can be said after all ids so far, beyond what has been given out. Bytes of a
+        character that is not whole yet, what may become a stop string, and what the tokenizer may
+        still clean up, wait."""
         text, self.is_finished = continuation(self._tokenizer, self._prompt, new, self._stops)
         if not is_last and not self.is_finished:
             text = text.rstrip("\ufffd")

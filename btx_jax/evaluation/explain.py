@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer
-from btx_jax.models.layers import exact_matmuls
+from btx_jax.models.layers import on_mesh
 from btx_jax.models.llama import Llama, Params
 from btx_jax.models.routing import feed_forward_routing
 from btx_jax.parallel.hosts import put
@@ -47,7 +47,7 @@ def explain(
         split = lambda x: x.reshape(x.shape[0], rows, width, x.shape[-1])  # noqa: E731  [L, G, S, K] -> [L, B, T, K]
         return [(split(run.choice.index_GSK), split(run.choice.gate_GSK)) for run in stats.values()]
 
-    with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
+    with on_mesh(mesh, compute.dtype):
         chosen = jax.jit(choices, out_shardings=replicated(mesh))(
             params, put(tokens, sharding), put(segments, sharding)
         )

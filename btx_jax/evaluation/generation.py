@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import check_ids
+from btx_jax.models.attention import changes_with_length
 from btx_jax.models.decoding import Cache, empty_cache, forward, next_logits, unstack
-from btx_jax.models.layers import exact_matmuls
+from btx_jax.models.layers import on_mesh
 from btx_jax.models.llama import Params
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, replicated, shard
@@ -88,11 +89,53 @@ class Generator:
         seed: int = 0,
         is_finished: Callable[[int, list[int]], bool] = lambda row, ids: False,
     ) -> list[list[int]]:
-        """The continuation of each prompt, at most new_tokens ids, ending before one of stops, or once
-        is_finished(row, its continuation so far) holds, which is asked every CHUNK tokens. What is
-        drawn for a row does not depend on the others. Raises UserError for an id without embedding.
+        """The continuation of each prompt, at most new_tokens ids, ending before one of stops, or
+        once is_finished(row, its continuation so far) holds, which is asked every CHUNK tokens.
+        What is drawn for a row does not depend on the others. Raises UserError for an id without
+        embedding.
+
+        Longrope rotates what is longer than its original context by other factors, so that all of
+        the cache changes there: a row that crosses it is read again, as transformers does.
         """
         check_ids((max(prompt) for prompt in prompts if prompt), self._model.vocab_size, "prompt")
+        scaling, longest = self._model.rope_scaling, max(map(len, prompts)) + new_tokens
+        # The last token of the short factors is drawn where a row has filled the original context.
+        room = [scaling.original_context + 1 - len(prompt) for prompt in prompts]
+        crossing = [0 < left < new_tokens for left in room]
+        if not changes_with_length(scaling, longest) or not any(crossing):
+            return self._generate(prompts, new_tokens, sampling, seed, is_finished)
+        limits = [
+            left if crosses else new_tokens for left, crosses in zip(room, crossing, strict=True)
+        ]
+        first = self._generate(prompts, max(limits), sampling, seed, is_finished, limits)
+        stopped = [
+            not crosses or len(ids) < limit or is_finished(row, ids)
+            for row, (crosses, ids, limit) in enumerate(zip(crossing, first, limits, strict=True))
+        ]
+        rest = self._generate(
+            [[*prompt, *ids] for prompt, ids in zip(prompts, first, strict=True)],
+            new_tokens - min(limits),
+            sampling,
+            seed,
+            lambda row, ids: is_finished(row, [*first[row], *ids]),
+            [
+                0 if stop else new_tokens - limit
+                for stop, limit in zip(stopped, limits, strict=True)
+            ],
+        )
+        return [[*ids, *more] for ids, more in zip(first, rest, strict=True)]
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        is_finished: Callable[[int, list[int]], bool],
+        limits: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """limits: at most that many new tokens of each row."""
+        limits = limits or [new_tokens] * len(prompts)
         batch, longest = len(prompts), max(map(len, prompts))
         width = -(-longest // BUCKET) * BUCKET
         slots = -(-(longest + new_tokens) // BUCKET) * BUCKET
@@ -101,12 +144,12 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         rows = batch_sharding(self._mesh)
-        with jax.set_mesh(self._mesh), exact_matmuls(self._compute.dtype):
+        with on_mesh(self._mesh, self._compute.dtype):
             seed_word = np.uint32(seed)
             lengths = np.array([len(prompt) for prompt in prompts], np.int32)
             token_B, cache = start(self._weights, put(tokens, rows), put(lengths, rows), seed_word)
             results: list[list[int]] = [[] for _ in prompts]
-            done = np.zeros(batch, bool)
+            done = np.array([limit == 0 for limit in limits])
             for first in range(0, new_tokens, CHUNK):
                 left = new_tokens - first
                 steps = np.int32(left - 1 if left <= CHUNK else CHUNK)  # the last token needs none
@@ -122,7 +165,7 @@ class Generator:
                     if done[row]:
                         continue
                     end = next((i for i, token in enumerate(ids) if token in self._stops), len(ids))
-                    kept = ids[:end]
+                    kept = ids[: min(end, limits[row] - len(results[row]))]
                     results[row] += kept
                     done[row] = len(kept) < len(ids) or is_finished(row, results[row])
                 if done.all():

@@ -15,7 +15,7 @@ from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.evaluation.lora import GateSums
 from btx_jax.evaluation.routing import RoutingSums, routing_sums
-from btx_jax.models.layers import exact_matmuls, platform_kernels
+from btx_jax.models.layers import on_mesh, platform_kernels
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.models.routing import feed_forward_routing, lora_routing
 from btx_jax.parallel.hosts import put
@@ -43,7 +43,7 @@ def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) ->
     jitted = _heldout_step(model, compute, mesh)
 
     def under_mesh(params: Params, tokens: jax.Array, segments: jax.Array) -> Any:
-        with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
+        with on_mesh(mesh, compute.dtype):
             return jitted(params, tokens, segments)
 
     return under_mesh
@@ -61,7 +61,7 @@ def lower_heldout_step(
     rows = jax.ShapeDtypeStruct(
         (batch_size, sequence_length + 1), np.int32, sharding=batch_sharding(mesh)
     )
-    with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
+    with on_mesh(mesh, compute.dtype):
         return _heldout_step(model, compute, mesh).lower(params, rows, rows)
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer, check_ids
-from btx_jax.models.layers import exact_matmuls
+from btx_jax.models.layers import on_mesh
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.parallel.hosts import is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
@@ -121,7 +121,7 @@ class Scorer:
             )
             counted[row, length - behind : length] = 1
         sharding = batch_sharding(self._mesh)
-        with jax.set_mesh(self._mesh), exact_matmuls(self._dtype):
+        with on_mesh(self._mesh, self._dtype):
             inputs = (put(x, sharding) for x in (tokens, segments, targets, counted.astype(bool)))
             nll, is_greedy = jax.device_get(self._scores(self._params, *inputs))
         return -nll.sum(axis=1, dtype=np.float64), is_greedy

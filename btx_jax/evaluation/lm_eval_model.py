@@ -166,7 +166,8 @@ class BtxJaxLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict, additional_config: dict | None = None
     ) -> "BtxJaxLM":
-        """additional_config: what lm_eval's own arguments say. Raises UserError for what both do."""
+        """additional_config: what lm_eval's own arguments say. Raises UserError for what both
+        do."""
         own = {
             name: value for name, value in (additional_config or {}).items() if value is not None
         }
@@ -273,8 +274,8 @@ class BtxJaxLM(TemplateLM):
         for texts, front, behind in requests:
             if not front or not behind or len(behind) > self._max_length:
                 raise UserError(
-                    f"{texts}: {len(front)} tokens and {len(behind)} to be scored behind them; needs"
-                    f" one of each at least, and at most {self._max_length} to be scored"
+                    f"{texts}: {len(front)} tokens and {len(behind)} to be scored behind them;"
+                    f" needs one of each at least, and at most {self._max_length} to be scored"
                 )
             whole = [*front, *behind][-(self._max_length + 1) :]
             pairs.append((whole[: -len(behind)], behind))

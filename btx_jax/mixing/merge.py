@@ -1,6 +1,7 @@
 """One tensor out of the same tensor of N models, in numpy, for mixing that streams. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -81,3 +82,48 @@ def dare(
         kept = rng.random(base.shape, np.float32) < density
         total += np.where(kept, (wide(tensor) - base32) / density, 0)
     return (base32 + total / len(tensors)).astype(dtype)
+
+
+def ulp(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Distance between neighbours of dtype at a float64 value."""
+    bits, least = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}[dtype.name]
+    exponent = np.where(value == 0, least, np.maximum(np.frexp(np.abs(value))[1] - 1, least))
+    return np.ldexp(1.0, exponent - bits)
+
+
+def is_mean(found: np.ndarray, tensors: Sequence[np.ndarray]) -> bool:
+    """Whether it is their mean, within one ulp of its dtype."""
+    exact_parts = [wide(tensor).astype(np.float64) for tensor in tensors]
+    exact = np.mean(exact_parts, axis=0)
+    # Sums in float32, of 16-bit tensors, round by themselves where large values cancel.
+    is_wide = any(tensor.dtype == np.float32 for tensor in tensors)
+    slack = 0.0 if is_wide else len(tensors) * 2.0**-24
+    bound = ulp(exact, found.dtype) + slack * np.max(np.abs(exact_parts), axis=0)
+    return bool((np.abs(wide(found).astype(np.float64) - exact) <= bound).all())
+
+
+class Merge(NamedTuple):
+    """A way to average. make: (base_model's tensor, the models', dtype, density, random numbers) ->
+    one. options: the recipe's keys that it reads. reads_base: whether base_model's tensor is used;
+    else it may be None. is_right: whether a tensor is what becomes of the models', checked by other
+    means; None where it is made again and compared bit for bit."""
+
+    make: Callable[[Any, Sequence[np.ndarray], np.dtype, float, np.random.Generator], np.ndarray]
+    options: tuple[str, ...] = ()
+    reads_base: bool = False
+    is_right: Callable[[np.ndarray, Sequence[np.ndarray]], bool] | None = None
+
+
+MERGES: Mapping[str, Merge] = {
+    "mean": Merge(lambda base, tensors, dtype, _, rng: mean(tensors, dtype), is_right=is_mean),
+    "ties": Merge(
+        lambda base, tensors, dtype, density, rng: ties(base, tensors, density, dtype),
+        options=("density",),
+        reads_base=True,
+    ),
+    "dare": Merge(
+        lambda base, tensors, dtype, density, rng: dare(base, tensors, density, dtype, rng),
+        options=("density",),
+        reads_base=True,
+    ),
+}

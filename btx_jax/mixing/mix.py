@@ -23,6 +23,7 @@ _CLASSES = {
     "attention_norm": SHARED,
     "ffn_norm": SHARED,
     "ffn": EXPERT,
+    "shared_expert": EXPERT,
 }
 
 
@@ -56,12 +57,18 @@ def mix_leaf(path: Sequence[str], leaves: Sequence[jax.Array], is_moe: bool = Tr
     return (total / len(leaves)).astype(leaves[0].dtype)
 
 
-def mix_params(models: Sequence[Params], routers: Mapping[str, jax.Array]) -> dict[str, Any]:
+def mix_params(
+    models: Sequence[Params], routers: Mapping[str, jax.Array], shared: Params | None = None
+) -> dict[str, Any]:
     """Branch-Train-MiX. models: dense trees of equal structure, in expert order. routers: run name
     -> [L, D, N].
 
     A run without a router stays dense and is averaged whole. Use `restack` first where the mixture
     has other runs than the models.
+
+    shared: a dense tree whose feed-forwards become shared experts. Its gate is zero, which opens it
+    by one half, and the experts' down projections are halved, exactly: models that are all equal
+    give that model.
 
     Raises ValueError, naming the leaf, when the trees differ in structure, shape or dtype, hold
     experts already, or when a router does not fit them.
@@ -97,6 +104,12 @@ def mix_params(models: Sequence[Params], routers: Mapping[str, jax.Array]) -> di
                 f"{run}: router {router_LDE.shape}, expected {(layers, width, len(models))}"
             )
         mixed[run]["ffn"]["router"] = router_LDE
+        if shared is not None:
+            mixed[run]["ffn"]["down"] /= 2
+            mixed[run]["shared_expert"] = {
+                **shared[run]["ffn"],
+                "router": jnp.zeros((layers, width, 1), router_LDE.dtype),
+            }
     return mixed
 
 

@@ -2,36 +2,19 @@
 own are ours."""
 
 import dataclasses
-import functools
-import re
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-
-from btx_jax.config.schema import (
-    HUGE,
-    MAX_NAMES,
-    Choice,
-    Experts,
-    Range,
-    Section,
-    from_dict,
-    rule,
-    shown,
-)
-from btx_jax.errors import ConfigError, Mistakes, UserError
+from btx_jax.config.mix_methods import METHODS, count
+from btx_jax.config.schema import HUGE, Choice, Experts, Range, Section, rule
+from btx_jax.mixing.homes import model_types, spellings
+from btx_jax.mixing.merge import MERGES
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
 HIDDEN_LAST = "hidden_last"  # mergekit's other name for hidden
 GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST)
 MAX_EXPERTS = 1024
-MAX_RECIPE, MAX_PROMPTS = 1 << 18, 1 << 24  # bytes of a recipe, of its files of prompts together
-MAX_NODES = 100_000  # of a recipe, with its aliases written out
-KEPT = "mergekit_moe_config.yml"  # a mixture's recipe beside its weights, as mergekit-moe keeps it
 DIFFERENCES = (
     "vocab_size",
     "heads",
@@ -63,44 +46,21 @@ class ExpertSource(Section):
     residual_scale: Annotated[float, Range(-HUGE, HUGE)] = 1.0
 
 
-def _prompts(file: str, key: str) -> list[str]:
-    """The lines of a file that are not blank. Raises ConfigError."""
-    try:
-        lines = _text(Path(file), MAX_PROMPTS).split("\n")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {error}") from error
-    prompts = [line.rstrip("\r") for line in lines if line.strip()]
-    if not prompts:
-        raise ConfigError(f"{key}: holds no prompt; write one a line")
-    if len(prompts) > MAX_NAMES:
-        raise ConfigError(f"{key}: {len(prompts)} prompts, at most {MAX_NAMES}; choose some")
-    return prompts
-
-
-def _text(path: Path, most: int) -> str:
-    """A regular file of at most `most` bytes. Raises OSError or ValueError."""
-    if path.exists() and not path.is_file():
-        raise ValueError("no regular file")
-    with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"more than {most} bytes")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"no UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
 @dataclass(frozen=True)
 class Recipe(Section):
     """A mixture of experts.
 
+    shared_experts: none, or one whose feed-forward every token passes through, besides those of its
+    routed experts.
+    architecture: the class of Hugging Face that holds the mixture: mergekit's Mixtral, DeepSeek
+    MoE, Qwen MoE, Qwen3 MoE or the first letters of these, or a model_type. Empty for the one that
+    mergekit would choose, or the first that holds it.
     base: where everything but the feed-forwards comes from: `copy` (base_model, as mergekit does)
-    or `average` (the mean of all distinct experts' models, as Branch-Train-MiX does; list the seed
-    among the experts to include it).
-    method: `stack` (one expert per source), `split` (each source's feed-forward cut into `chunks`
-    experts) or `blend` (expert n is the n-th of N chunks of every source); the latter two are
-    ablations of the BTX paper, section 4.4.
+    or `average` (the mean of all distinct experts' models, a shared one's among them, as
+    Branch-Train-MiX does; list the seed among the experts to include it).
+    method: what becomes of the feed-forwards: `btx` (one expert per source), `split` (each source's
+    cut into `chunks` experts) or `blend` (expert n is the n-th of N chunks of every source); the
+    latter two are ablations of the BTX paper, section 4.4.
     merge: how `average` averages: `mean`, `ties` (arXiv 2306.01708: keep the `density` largest
     changes from base_model, elect signs, mean of those that agree) or `dare` (arXiv 2311.03099:
     drop changes at random down to `density`, rescale, mean).
@@ -115,13 +75,15 @@ class Recipe(Section):
 
     base_model: str
     experts: tuple[ExpertSource, ...]
+    shared_experts: tuple[ExpertSource, ...] = ()
+    architecture: str = ""
     gate_mode: Annotated[str, Choice(GATE_MODES, empty=True)] = ""
     dtype: Annotated[str, Choice(("float32", "bfloat16", "float16"), empty=True)] = ""
     experts_per_token: Experts = 2
     base: Annotated[str, Choice(("copy", "average"))] = "copy"
-    method: Annotated[str, Choice(("stack", "split", "blend"))] = "stack"
+    method: Annotated[str, Choice(tuple(METHODS))] = "btx"
     chunks: Annotated[int, Range(2, MAX_EXPERTS)] = 2
-    merge: Annotated[str, Choice(("mean", "ties", "dare"))] = "mean"
+    merge: Annotated[str, Choice(tuple(MERGES))] = "mean"
     density: Annotated[float, Range(1e-6, 1)] = 0.2
     layers: tuple[Annotated[int, Range(0, 10_000)], ...] = ()
     gate_pooling: Annotated[str, Choice(("mean", "last"))] = "mean"
@@ -147,11 +109,25 @@ class Recipe(Section):
             )
 
     @rule
+    def _one_shared_expert(self) -> Iterator[str]:
+        if len(self.shared_experts) > 1:
+            yield f"shared_experts: {len(self.shared_experts)}; a mixture has at most one"
+
+    @rule
+    def _known_architecture(self) -> Iterator[str]:
+        if not model_types(self.architecture):
+            yield f"architecture={self.architecture!r}: known: {spellings()}"
+
+    @rule
     def _what_is_read(self) -> Iterator[str]:
         if self.gate_scale != Recipe.gate_scale and self.gate_mode != "router_input":
             yield f"gate_scale={self.gate_scale}: of gate_mode router_input; leave it out"
-        if self.density != Recipe.density and self.merge == "mean":
-            yield f"density={self.density}: of merge ties and dare; leave it out or name one"
+        readers = [name for name, merge in MERGES.items() if "density" in merge.options]
+        if self.density != Recipe.density and self.merge not in readers:
+            yield (
+                f"density={self.density}: of merge {' and '.join(readers)}; leave it out or name"
+                " one"
+            )
 
     @rule
     def _merge_of_average(self) -> Iterator[str]:
@@ -171,7 +147,7 @@ class Recipe(Section):
         mode = self.gate_mode or ("hidden" if self.base == "copy" else "normal")
         if mode not in (*PROMPT_MODES, HIDDEN_LAST):
             return
-        if self.method != "stack":
+        if self.method != "btx":
             yield (
                 f"gate_mode={mode!r}: experts of method {self.method!r} belong to no source; use"
                 " normal"
@@ -194,6 +170,11 @@ class Recipe(Section):
             )
 
     @property
+    def sources(self) -> tuple[ExpertSource, ...]:
+        """Of the routed experts, then of the shared one."""
+        return (*self.experts, *self.shared_experts)
+
+    @property
     def expert_count(self) -> int:
         return expert_count(self)
 
@@ -209,173 +190,7 @@ def _prompts_of(expert: ExpertSource) -> tuple:
 
 def expert_count(recipe: Recipe) -> int:
     """Also for rules, whose recipe is not whole."""
-    return len(recipe.experts) * (recipe.chunks if recipe.method == "split" else 1)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that appears twice, of which YAML would silently keep the last, and aliases
-    that stand for more than a file could hold."""
-
-    def get_single_node(self) -> Any:
-        node = super().get_single_node()
-        if node is not None and self._size(node, {}) > MAX_NODES:
-            raise ValueError(f"its aliases stand for more than {MAX_NODES} values; write them out")
-        return node
-
-    def _size(self, node: Any, known: dict[int, int]) -> int:
-        """How many nodes this is, aliases written out."""
-        if id(node) not in known:
-            known[id(node)] = MAX_NODES + 1  # within itself
-            parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
-            if isinstance(node, yaml.MappingNode):
-                parts = [part for pair in parts for part in pair]
-            known[id(node)] = 1 + sum(self._size(part, known) for part in parts)
-        return known[id(node)]
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-        seen = set()
-        for key, _ in pairs:
-            if key.tag == "tag:yaml.org,2002:merge":
-                continue
-            name = self.construct_object(key, deep=True)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {shown(name)} appears twice", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Raises UserError with one line that names keys and cures."""
-    try:
-        values = _without_none(yaml.load(_text(path, MAX_RECIPE), Loader=_Loader))
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply") from error
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())[:500]}") from error
-    mistakes = Mistakes()
-    if isinstance(values, dict):
-        values = _as_ours(values, mistakes)
-    recipe = None
-    with mistakes.gather():
-        recipe = from_dict(Recipe, values, "recipe")
-    if recipe:
-        with mistakes.gather("recipe."):
-            recipe = _with_files_read(recipe)
-    try:
-        mistakes.tell()
-    except ConfigError as error:
-        raise UserError(f"{path}: {error}") from None
-    assert recipe is not None
-    return recipe
-
-
-def _with_files_read(recipe: Recipe) -> Recipe:
-    """With the lines of the files of prompts in place of their names, each read once. Raises
-    ConfigError."""
-    read: dict[str, list[str]] = {}
-    total = 0
-    experts = []
-    for i, expert in enumerate(recipe.experts):
-        changes: dict[str, Any] = {}
-        for kind in ("positive_prompts", "negative_prompts"):
-            if not (file := getattr(expert, f"{kind}_file")):
-                continue
-            key = f"experts[{i}].{kind}_file={shown(file)}"
-            if file not in read:
-                read[file] = _prompts(file, key)
-            total += sum(len(prompt) + 1 for prompt in read[file])
-            if total > MAX_PROMPTS:
-                raise ConfigError(
-                    f"{key}: with the files before it, more than {MAX_PROMPTS} bytes of prompts;"
-                    " choose some"
-                )
-            changes |= {kind: (*getattr(expert, kind), *read[file]), f"{kind}_file": ""}
-        experts.append(dataclasses.replace(expert, **changes) if changes else expert)
-    return dataclasses.replace(recipe, experts=tuple(experts))
-
-
-def expert_sources(mixture: Path) -> list[str]:
-    """The model behind each expert of a mixture, by the recipe kept beside its weights; empty where
-    there is none, or every expert is made of all."""
-    path = mixture / KEPT
-    if not path.exists():
-        return []
-    try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        sources = [str(expert["source_model"]) for expert in recipe["experts"]]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; delete it") from error
-    if recipe.get("method") == "blend":
-        return []
-    chunks = recipe.get("chunks", Recipe.chunks) if recipe.get("method") == "split" else 1
-    return [source for source in sources for _ in range(chunks)]
-
-
-def _without_none(values: Any) -> Any:
-    """mergekit writes unset options as null."""
-    if isinstance(values, dict):
-        return {key: _without_none(value) for key, value in values.items() if value is not None}
-    return [_without_none(value) for value in values] if isinstance(values, list) else values
-
-
-def _as_ours(values: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
-    """Without the keys of mergekit that say here what is so anyway, numbers as numbers."""
-    values = _with_numbers(Recipe, values)
-    if isinstance(experts := values.get("experts"), list):
-        values["experts"] = [
-            _with_numbers(ExpertSource, expert) if isinstance(expert, dict) else expert
-            for expert in experts
-        ]
-    if isinstance(dtype := values.get("dtype"), str):
-        values["dtype"] = dtype.removeprefix("torch.")
-    architecture = values.pop("architecture", "")
-    if not isinstance(architecture, str) or not "mixtral".startswith(architecture.lower()):
-        mistakes.add(
-            f"recipe.architecture={shown(architecture)}: a mixture here is a Mixtral; say mixtral"
-            " or leave it out"
-        )
-    source = values.pop("tokenizer_source", "base")
-    if source not in ("base", values.get("base_model")):
-        mistakes.add(
-            f"recipe.tokenizer_source={shown(source)}: the mixture gets base_model's tokenizer; say"
-            " base or leave it out"
-        )
-    if shared := values.pop("shared_experts", []):
-        mistakes.add(
-            f"recipe.shared_experts={shown(shared)}: a Mixtral has none; list them under experts or"
-            " leave them out"
-        )
-    return values
-
-
-def _with_numbers(section: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Text that is a number, where one is wanted: YAML 1.1 reads 1e-4 as text, mergekit as 0.0001."""
-    kinds = _kinds(section)
-    return {
-        key: _number(value, kinds[key]) if key in kinds else value for key, value in values.items()
-    }
-
-
-@functools.cache
-def _kinds(section: type) -> dict[str, type]:
-    hints = typing.get_type_hints(section)
-    return {key: kind for key, kind in hints.items() if kind in (int, float)}
-
-
-def _number(value: Any, kind: type) -> Any:
-    """As pydantic reads it, but for booleans; the value itself where it is no number."""
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, str) or not value.isascii():
-        return value
-    text = re.sub(r"\.0+$", "", value.strip()) if kind is int else value
-    try:
-        return kind(text)
-    except ValueError:
-        return value
+    return count(recipe.method, len(recipe.experts), recipe.chunks)
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

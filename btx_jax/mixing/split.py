@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from btx_jax.config.mix_methods import Piece, cut
+
 Params = Mapping[str, Any]
 
 
@@ -21,46 +23,41 @@ def split_ffn(ffn: Mapping[str, jax.Array], chunks: int) -> dict[str, jax.Array]
     if hidden % chunks:
         raise ValueError(f"d_ff={hidden} is not divisible into {chunks} chunks")
 
-    def cut(name: str, leaf: jax.Array) -> jax.Array:
+    def chunked(name: str, leaf: jax.Array) -> jax.Array:
         if name == "down":
             return leaf.reshape(leaf.shape[0], chunks, hidden // chunks, leaf.shape[2])
         return leaf.reshape(*leaf.shape[:2], chunks, hidden // chunks).swapaxes(1, 2)
 
-    return {name: cut(name, leaf) for name, leaf in ffn.items()}
+    return {name: chunked(name, leaf) for name, leaf in ffn.items()}
 
 
-def split_models(models: Sequence[Params], chunks: int) -> list[dict[str, Any]]:
-    """N dense trees -> N C trees with d_ff / C, model by model: `mix_params` makes a mixture of N C
-    smaller experts of them."""
+def expert_models(models: Sequence[Params], method: str, chunks: int = 1) -> list[dict[str, Any]]:
+    """N dense trees -> a tree for each expert that the method makes of them, with its
+    feed-forwards; all else is the source's in whose place it stands. `mix_params` makes a mixture
+    of these.
+
+    Raises ConfigError when d_ff cannot be cut.
+    """
+    first = next(iter(_runs(models[0])))
+    d_ff = models[0][first]["ffn"]["gate"].shape[-1]
+    made = cut(method, len(models), chunks, d_ff)
+    if made.pieces == 1:
+        return [dict(model) for model in models]
     parts = [
-        {run: split_ffn(model[run]["ffn"], chunks) for run in _runs(model)} for model in models
+        {run: split_ffn(model[run]["ffn"], made.pieces) for run in _runs(model)} for model in models
     ]
-    return [
-        _with_ffn(
-            model,
-            {run: {name: leaf[:, c] for name, leaf in ffn.items()} for run, ffn in part.items()},
-        )
-        for model, part in zip(models, parts, strict=True)
-        for c in range(chunks)
-    ]
+    axes = {"gate": 2, "up": 2, "down": 1}
 
-
-def blend_models(models: Sequence[Params]) -> list[dict[str, Any]]:
-    """N dense trees -> N trees of the same shapes, the n-th with the n-th of N chunks of every
-    model's feed-forwards, in model order."""
-    count = len(models)
-    parts = [{run: split_ffn(model[run]["ffn"], count) for run in _runs(model)} for model in models]
-    axis = {"gate": 2, "up": 2, "down": 1}
-
-    def blended(n: int, run: str) -> dict[str, jax.Array]:
+    def joined(expert: Sequence[Piece], run: str) -> dict[str, jax.Array]:
         return {
-            name: jnp.concatenate([part[run][name][:, n] for part in parts], axis)
-            for name, axis in axis.items()
+            name: jnp.concatenate([parts[p.source][run][name][:, p.number] for p in expert], axis)
+            for name, axis in axes.items()
         }
 
     return [
-        _with_ffn(model, {run: blended(n, run) for run in _runs(model)})
-        for n, model in enumerate(models)
+        _with_ffn(model, {run: joined(made.made_of(expert), run) for run in _runs(model)})
+        for expert in range(made.experts)
+        for model in [models[expert * len(models) // made.experts]]
     ]
 
 

@@ -2,7 +2,8 @@
 layers.py."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,37 +12,81 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.config.model_config import LoRASpec, ModelConfig, RopeScaling
-from btx_jax.models.layers import Kernel, matmul, normal_param, platform_kernels
+from btx_jax.models.layers import (
+    Scale,
+    bias_param,
+    matmul,
+    normal_param,
+    platform_kernels,
+    rms_norm,
+)
 from btx_jax.models.lora import Adapted, adapter_params, cut
-from btx_jax.models.splash import block_size, splash_attend
+from btx_jax.models.splash import assert_heads, block_size, splash_attend
 from btx_jax.parallel.sharding import all_gather, psum, shard_map
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Radians per position, [head_dim / 2], float32. `llama3` as in Llama 3.1: wavelengths above
-    original_context / low_freq_factor are slowed by factor, those below original_context /
-    high_freq_factor kept, those between interpolated."""
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def rope_frequencies(
+    rotated: int, theta: float, scaling: RopeScaling, is_long: bool = False
+) -> np.ndarray:
+    """Radians per position of the first `rotated` elements of a head, [rotated / 2], float32.
+
+    `llama3` as in Llama 3.1: wavelengths above original_context / low_freq_factor are slowed by
+    factor, those below original_context / high_freq_factor kept, those between interpolated. `yarn`
+    interpolates linearly over the frequencies' numbers instead. is_long: longrope's for documents
+    longer than original_context.
+    """
+    frequencies = theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    turns = (
+        scaling.original_context * frequencies / (2 * math.pi)
+    )  # full rotations within the original context
     if scaling.kind == "linear":
         frequencies = frequencies / scaling.factor
     elif scaling.kind == "llama3":
-        turns = (
-            scaling.original_context * frequencies / (2 * math.pi)
-        )  # full rotations within the original context
         smooth = (turns - scaling.low_freq_factor) / (
             scaling.high_freq_factor - scaling.low_freq_factor
         )
         smooth = np.clip(smooth, 0, 1)
         frequencies = frequencies * (smooth + (1 - smooth) / scaling.factor)
+    elif scaling.kind == "yarn":
+        first, last = (
+            # the number of the frequency that turns so often within the original context
+            rotated
+            * math.log(scaling.original_context / (beta * 2 * math.pi))
+            / (2 * math.log(theta))
+            for beta in (scaling.beta_fast, scaling.beta_slow)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), rotated - 1)
+        slowed = np.clip((np.arange(rotated // 2) - first) / max(last - first, 0.001), 0, 1)
+        frequencies = frequencies * (1 - slowed + slowed / scaling.factor)
+    elif scaling.kind == "longrope":
+        # In float32 and in transformers' order: at 100,000 positions a last bit can be seen.
+        factors = np.array(scaling.long_factors if is_long else scaling.short_factors, np.float32)
+        powers = np.float32(theta) ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)
+        frequencies = 1 / (factors * powers)
     return frequencies.astype(np.float32)
 
 
-def rotate(x_BNTK: jax.Array, angles_TK: jax.Array) -> jax.Array:
-    """RoPE in Hugging Face's layout: the first half of the head rotates against the second
-    (`rotate_half`). angles: [T, K/2], or [B, 1, T, K/2] where rows differ."""
-    cos, sin = jnp.cos(angles_TK), jnp.sin(angles_TK)
-    a, b = jnp.split(x_BNTK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNTK.dtype)
+def rotate(x_BNTK: jax.Array, angles_TK: jax.Array, factor: float = 1.0) -> jax.Array:
+    """RoPE in Hugging Face's layout: the first half of what is rotated turns against the second
+    (`rotate_half`), and is multiplied by factor; what angles leave out of the head stays as it is.
+    angles: [T, rotated / 2], or [B, 1, T, rotated / 2] where rows differ."""
+    cos, sin = jnp.cos(angles_TK) * factor, jnp.sin(angles_TK) * factor
+    rotated, rest = jnp.split(x_BNTK, [2 * angles_TK.shape[-1]], axis=-1)
+    a, b = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNTK.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def changes_with_length(scaling: RopeScaling, longest: int) -> bool:
+    """Whether rows of up to `longest` tokens rotate by longrope's factors of either kind."""
+    return scaling.kind == "longrope" and longest > scaling.original_context
+
+
+def document_lengths(segments_BT: jax.Array) -> jax.Array:
+    """[B, T]: how many tokens of its row have the segment of a token."""
+    rows = jnp.arange(len(segments_BT))[:, None]
+    counts = jnp.zeros((len(segments_BT), segments_BT.shape[1] + 1), jnp.int32)
+    return counts.at[rows, segments_BT].add(1)[rows, segments_BT]
 
 
 def query_block(length: int) -> int:
@@ -50,50 +95,73 @@ def query_block(length: int) -> int:
 
 
 def attend(
-    q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BT: jax.Array
+    q_BNGTK: jax.Array,
+    k_BNSK: jax.Array,
+    v_BNSK: jax.Array,
+    segments_BT: jax.Array,
+    window: int = 0,
 ) -> jax.Array:
-    """Softmax attention of G query heads per key head; token t sees s <= t of its own segment.
-    Returns [B, N, G, T, K].
+    """Softmax attention of G query heads per key head; token t sees s <= t of its own segment, of
+    a window only t - window < s. Returns [B, N, G, T, K].
 
-    Queries go in blocks that meet only the keys up to their end: the upper triangle, 3/8 to 7/16 of
-    the work, is not computed. Scores and softmax are float32. Dividing by the sum after the second
-    matmul touches K columns instead of T.
+    Queries go in blocks that meet only the keys up to their end, and from the window's begin: the
+    upper triangle, 3/8 to 7/16 of the work, is not computed. Scores and softmax are float32.
+    Dividing by the sum after the second matmul touches K columns instead of T.
     """
+    assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BT)
     length = q_BNGTK.shape[-2]
     q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
     block = query_block(length)
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
+        first = max(0, start - window + 1) if window else 0
         scores = jnp.einsum(
             "bngtk,bnsk->bngts",
             q[..., start:end, :],
-            k_BNSK[..., :end, :],
+            k_BNSK[..., first:end, :],
             preferred_element_type=jnp.float32,
         )
-        causal = np.arange(start, end)[:, None] >= np.arange(end)[None, :]
-        allowed = causal & (segments_BT[:, start:end, None] == segments_BT[:, None, :end])
+        distance = np.arange(start, end)[:, None] - np.arange(first, end)[None, :]
+        seen = (distance >= 0) & (distance < window) if window else distance >= 0
+        allowed = seen & (segments_BT[:, start:end, None] == segments_BT[:, None, first:end])
         scores = scores + jnp.where(allowed, 0.0, -1e30)[:, None, None]
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         summed = jnp.einsum(
             "bngts,bnsk->bngtk",
             weights.astype(v_BNSK.dtype),
-            v_BNSK[..., :end, :],
+            v_BNSK[..., first:end, :],
             preferred_element_type=jnp.float32,
         )
         outputs.append((summed / weights.sum(axis=-1, keepdims=True)).astype(v_BNSK.dtype))
     return jnp.concatenate(outputs, axis=-2)
 
 
-# Keys so far [B, N, K, S], so that CPUs sum side by side as with the values; these [B, N, S, K];
-# how many slots of each row are filled [B].
-KVCache = tuple[jax.Array, jax.Array, jax.Array]
-WEIGHTS = (
-    ("embed", "heads"),
-    ("embed", "kv_heads"),
-    ("embed", "kv_heads"),
-    ("heads", "head_dim", "embed"),
-)
+class KVCache(NamedTuple):
+    """Of one layer. keys so far [B, N, K, S], so that CPUs sum side by side as with the values;
+    values [B, N, S, K]; how many slots of each row are filled [B]; how many will be once the tokens
+    at hand have been added [B]."""
+
+    keys_BNKS: jax.Array
+    values_BNSK: jax.Array
+    length_B: jax.Array
+    total_B: jax.Array
+
+
+# Logical axes of an attention's parameters; those that are not here are not cut.
+AXES: Mapping[str, tuple[str, ...]] = {
+    "query": ("embed", "heads"),
+    "key": ("embed", "kv_heads"),
+    "value": ("embed", "kv_heads"),
+    "out": ("heads", "head_dim", "embed"),
+    "query_bias": ("heads",),
+    "key_bias": ("kv_heads",),
+    "value_bias": ("kv_heads",),
+    "out_bias": ("norm",),
+    "query_norm": ("norm",),
+    "key_norm": ("norm",),
+}
+Weights = Mapping[str, jax.Array]  # by these names, on one device
 
 
 class Attention(nn.Module):
@@ -118,6 +186,18 @@ class Attention(nn.Module):
         self.out = normal_param(
             self, "out", (c.heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed")
         )
+        for name, target, heads in (
+            ("query_bias", "q", c.heads),
+            ("key_bias", "k", c.kv_heads),
+            ("value_bias", "v", c.kv_heads),
+        ):
+            if target in c.biases:
+                axes = (*AXES[name], "head_dim")
+                setattr(self, name, bias_param(self, name, (heads, c.head_dim), axes))
+        if "o" in c.biases:
+            self.out_bias = bias_param(self, "out_bias", (c.d_model,), ("norm",))
+        if c.qk_norm:
+            self.query_norm, self.key_norm = Scale(), Scale()
         heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
         widths = {
             "q": (c.d_model, heads),
@@ -133,30 +213,40 @@ class Attention(nn.Module):
         kernels = platform_kernels(self.kernels)
         adapters = cut(self, self.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
 
-        def local(x_BTD, segments_BT, query_DHK, key_DNK, value_DNK, out_HKD, *adapter_arrays):
-            lora = Adapted(self.lora, adapters.restore(adapter_arrays))
-            position_T = np.arange(x_BTD.shape[1], dtype=np.float32)
-            q_BNGTK, k_BNTK, v_BNTK = self._project(
-                x_BTD, position_T, query_DHK, key_DNK, value_DNK, lora
-            )
-            q_BNGTK, k_BNTK, v_BNTK = (
-                checkpoint_name(x, "attention") for x in (q_BNGTK, k_BNTK, v_BNTK)
-            )
-            if kernels == "xla" or not block_size(x_BTD.shape[1]):
-                y_BNGTK = checkpoint_name(attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT), "attention")
+        weights = self._weights(x_BTD.dtype)
+        length, window = x_BTD.shape[1], self.config.window
+        window = window if window < length else 0
+
+        def local(x_BTD, segments_BT, *arrays):
+            w = dict(zip(weights, arrays, strict=False))
+            lora = Adapted(self.lora, adapters.restore(arrays[len(w) :]))
+            scaling, is_long_BT = self.config.rope_scaling, None
+            if changes_with_length(scaling, length):
+                is_long_BT = document_lengths(segments_BT) > scaling.original_context
+            position_T = np.arange(length, dtype=np.float32)
+            heads = self._project(x_BTD, position_T, is_long_BT, w, lora)
+            q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in heads)
+            if kernels == "xla" or not block_size(length):
+                y_BNGTK = attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, window)
+                y_BNGTK = checkpoint_name(y_BNGTK, "attention")
             else:
                 y_BNGTK = splash_attend(
-                    q_BNGTK, k_BNTK, v_BNTK, segments_BT, interpret=kernels == "pallas_interpret"
+                    q_BNGTK,
+                    k_BNTK,
+                    v_BNTK,
+                    segments_BT,
+                    window,
+                    interpret=kernels == "pallas_interpret",
                 )
-            y_BTD = self._merge(y_BNGTK, out_HKD, lora)
+            y_BTD = self._merge(y_BNGTK, w, lora)
             return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
         names, outputs = (
-            (("batch",), ("batch",), *WEIGHTS, *adapters.names),
+            (("batch",), ("batch",), *(AXES[name] for name in weights), *adapters.names),
             (("batch",),) * (1 + len(adapters.routed)),
         )
         y_BTD, *logits = shard_map(local, names, outputs)(
-            x_BTD, segments_BT, *self._weights(x_BTD.dtype), *adapters.arrays
+            x_BTD, segments_BT, *weights.values(), *adapters.arrays
         )
         return y_BTD, dict(zip(adapters.routed, logits, strict=True))
 
@@ -166,93 +256,115 @@ class Attention(nn.Module):
         """x behind its past -> (y [B, T, D], (keys, values) of both). A row of x begins at slot
         length_B."""
         adapters = cut(self, self.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
+        weights = self._weights(x_BTD.dtype)
 
-        def local(
-            x_BTD,
-            past_keys_BNKS,
-            past_values_BNSK,
-            length_B,
-            query_DHK,
-            key_DNK,
-            value_DNK,
-            out_HKD,
-            *adapter_arrays,
-        ):
-            lora = Adapted(self.lora, adapters.restore(adapter_arrays))
+        def local(x_BTD, keys_BNKS, values_BNSK, length_B, total_B, *arrays):
+            w = dict(zip(weights, arrays, strict=False))
+            lora = Adapted(self.lora, adapters.restore(arrays[len(w) :]))
+            past = KVCache(keys_BNKS, values_BNSK, length_B, total_B)
             position_BT = length_B[:, None] + np.arange(x_BTD.shape[1])
-            heads = self._project(x_BTD, position_BT, query_DHK, key_DNK, value_DNK, lora)
+            heads = self._project(x_BTD, position_BT, _is_long(self.config, past), w, lora)
             y_BNGTK, keys_BNKS, values_BNSK = _attend_past(
-                *heads, past_keys_BNKS, past_values_BNSK, position_BT
+                *heads, past, position_BT, self.config.window
             )
-            return self._merge(y_BNGTK.astype(x_BTD.dtype), out_HKD, lora), keys_BNKS, values_BNSK
+            return self._merge(y_BNGTK.astype(x_BTD.dtype), w, lora), keys_BNKS, values_BNSK
 
         cached = ("batch", "kv_heads")
         inputs, outputs = (
-            (("batch",), cached, cached, ("batch",), *WEIGHTS, *adapters.names),
+            (
+                ("batch",),
+                cached,
+                cached,
+                ("batch",),
+                ("batch",),
+                *(AXES[name] for name in weights),
+                *adapters.names,
+            ),
             (("batch",), cached, cached),
         )
         y_BTD, keys, values = shard_map(local, inputs, outputs)(
-            x_BTD, *past, *self._weights(x_BTD.dtype), *adapters.arrays
+            x_BTD, *past, *weights.values(), *adapters.arrays
         )
         return y_BTD, (keys, values)
 
-    def _weights(self, dtype: Any) -> tuple[jax.Array, ...]:
-        return tuple(w.astype(dtype) for w in (self.query, self.key, self.value, self.out))
+    def _weights(self, dtype: Any) -> dict[str, jax.Array]:
+        """Those that the model has, scales in float32."""
+        found = {
+            name: getattr(self, name).astype(dtype)
+            for name in AXES
+            if not name.endswith("norm") and hasattr(self, name)
+        }
+        if self.config.qk_norm:
+            width = self.config.head_dim
+            found |= {"query_norm": self.query_norm(width), "key_norm": self.key_norm(width)}
+        return found
 
     def _project(
-        self,
-        x_BTD: jax.Array,
-        position: Any,
-        query_DHK: jax.Array,
-        key_DNK: jax.Array,
-        value_DNK: jax.Array,
-        lora: Adapted,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, x_BTD: jax.Array, position: Any, is_long: Any, w: Weights, lora: Adapted
+    ) -> "Heads":
         """The heads of one device, as _rotated_heads gives them."""
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
 
-        def project(kernel, target):  # [D, N, K] -> [B, T, N K]
-            kernel = all_gather(kernel, "embed", axis=0)
-            return lora.plus(
-                target,
-                x_BTD,
-                (x_MD @ kernel.reshape(len(kernel), -1)).reshape(*x_BTD.shape[:2], -1),
-            )
+        def project(name, target):  # [D, N, K] -> [B, T, N K]
+            kernel = all_gather(w[name], "embed", axis=0)
+            y_MX = x_MD @ kernel.reshape(len(kernel), -1)
+            if f"{name}_bias" in w:
+                y_MX += w[f"{name}_bias"].reshape(-1)
+            return lora.plus(target, x_BTD, y_MX.reshape(*x_BTD.shape[:2], -1))
 
-        return _rotated_heads(
-            self.config,
-            project(query_DHK, "q"),
-            project(key_DNK, "k"),
-            project(value_DNK, "v"),
-            position,
-        )
+        q_BTX, k_BTX, v_BTX = project("query", "q"), project("key", "k"), project("value", "v")
+        return _rotated_heads(self.config, q_BTX, k_BTX, v_BTX, position, is_long, w)
 
-    def _merge(self, y_BNGTK: jax.Array, out_HKD: jax.Array, lora: Adapted) -> jax.Array:
+    def _merge(self, y_BNGTK: jax.Array, w: Weights, lora: Adapted) -> jax.Array:
         """Heads -> [B, T, D], summed over the devices that share them."""
         batch, length = y_BNGTK.shape[0], y_BNGTK.shape[3]
         y_MD = _side_by_side(y_BNGTK)
-        out_HKD = all_gather(out_HKD, "embed", axis=2)
+        out_HKD = all_gather(w["out"], "embed", axis=2)
         y_BTD = psum(
             (y_MD @ out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads"
         )
+        if "out_bias" in w:
+            y_BTD += w["out_bias"]
         return lora.plus("o", y_MD.reshape(batch, length, -1), y_BTD)
 
 
 Heads = tuple[jax.Array, jax.Array, jax.Array]  # q [B, N, G, T, K], k and v [B, N, T, K]
 
 
+def _is_long(c: ModelConfig, past: KVCache) -> jax.Array | None:
+    """[B, 1]: whether a row is longer than longrope's original context, None where none can be."""
+    if not changes_with_length(c.rope_scaling, past.values_BNSK.shape[2]):
+        return None
+    return (past.total_B > c.rope_scaling.original_context)[:, None]
+
+
 def _rotated_heads(
-    c: ModelConfig, q_BTX: jax.Array, k_BTX: jax.Array, v_BTX: jax.Array, position: Any
+    c: ModelConfig,
+    q_BTX: jax.Array,
+    k_BTX: jax.Array,
+    v_BTX: jax.Array,
+    position: Any,
+    is_long: jax.Array | None,
+    w: Weights,
 ) -> Heads:
-    """Heads from projections that hold them side by side, rotated. position: [T] or [B, T]."""
+    """Heads from projections that hold them side by side, normalised and rotated. position: [T] or
+    [B, T]. is_long: [B, T] or [B, 1], None where rows are never longer than the original
+    context."""
     batch, length, _ = q_BTX.shape
-    angles = position[..., None] * rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    scaling, rotated = c.rope_scaling, int(c.head_dim * c.rotary)
+    angles = position[..., None] * rope_frequencies(rotated, c.rope_theta, scaling)
+    if is_long is not None:
+        long_angles = position[..., None] * rope_frequencies(rotated, c.rope_theta, scaling, True)
+        angles = jnp.where(is_long[..., None], long_angles, angles)
     angles = angles if angles.ndim == 2 else angles[:, None]  # the same for all heads
     q_BHTK, k_BNTK, v_BNTK = (
         x.reshape(batch, length, -1, c.head_dim).transpose(0, 2, 1, 3)
         for x in (q_BTX, k_BTX, v_BTX)
     )
-    q_BHTK, k_BNTK = rotate(q_BHTK, angles), rotate(k_BNTK, angles)
+    if c.qk_norm:
+        q_BHTK = rms_norm(q_BHTK, w["query_norm"], c.norm_eps)
+        k_BNTK = rms_norm(k_BNTK, w["key_norm"], c.norm_eps)
+    q_BHTK, k_BNTK = (rotate(x, angles, scaling.attention_factor) for x in (q_BHTK, k_BNTK))
     return q_BHTK.reshape(batch, k_BNTK.shape[1], -1, length, c.head_dim), k_BNTK, v_BNTK
 
 
@@ -266,19 +378,23 @@ def _attend_past(
     q_BNGTK: jax.Array,
     k_BNTK: jax.Array,
     v_BNTK: jax.Array,
-    keys_BNKS: jax.Array,
-    values_BNSK: jax.Array,
+    past: KVCache,
     position_BT: jax.Array,
+    window: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(answers [B, N, G, T, K], keys, values), where new keys and values stand at slots
     position_BT, in the dtype of the old."""
+    keys_BNKS, values_BNSK = past.keys_BNKS, past.values_BNSK
     write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
     q_BNGTK, k_BNTK, v_BNTK = (x.astype(keys_BNKS.dtype) for x in (q_BNGTK, k_BNTK, v_BNTK))
     keys_BNKS = write(keys_BNKS, k_BNTK.swapaxes(2, 3), position_BT[:, 0], 2)
     values_BNSK = write(values_BNSK, v_BNTK, position_BT[:, 0], 1)
     q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
     scores = jnp.einsum("bngtk,bnks->bngts", q, keys_BNKS, preferred_element_type=jnp.float32)
-    seen_BTS = jnp.arange(keys_BNKS.shape[3]) <= position_BT[..., None]
+    distance_BTS = position_BT[..., None] - jnp.arange(keys_BNKS.shape[3])
+    seen_BTS = distance_BTS >= 0
+    if window:
+        seen_BTS &= distance_BTS < window
     weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, -1e30), axis=-1)
     return (
         jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK),
@@ -288,23 +404,21 @@ def _attend_past(
 
 
 def joint_attention(
-    config: ModelConfig, x_BTD: jax.Array, past: KVCache, query_key_value: Kernel, out: Kernel
+    config: ModelConfig, x_BTD: jax.Array, past: KVCache, w: Mapping[str, Any]
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention.continued on one device and without LoRA, its first three matmuls as one: columns
-    of queries, then keys, then values."""
-    past_keys_BNKS, past_values_BNSK, length_B = past
+    of queries, then keys, then values. w: query_key_value, out and, where the model has them,
+    query_key_value_bias, out_bias, query_norm, key_norm."""
     batch, length, d_model = x_BTD.shape
     ends = np.array([config.heads, config.heads + config.kv_heads]) * config.head_dim
-    projected = matmul(x_BTD.reshape(-1, d_model), query_key_value, jnp.float32).reshape(
-        batch, length, -1
-    )
-    position_BT = length_B[:, None] + np.arange(length)
-    q_BTX, k_BTX, v_BTX = jnp.split(projected, ends, axis=-1)
-    heads = _rotated_heads(config, q_BTX, k_BTX, v_BTX, position_BT)
-    y_BNGTK, keys_BNKS, values_BNSK = _attend_past(
-        *heads, past_keys_BNKS, past_values_BNSK, position_BT
-    )
-    return matmul(_side_by_side(y_BNGTK).astype(x_BTD.dtype), out).reshape(x_BTD.shape), (
-        keys_BNKS,
-        values_BNSK,
-    )
+    projected_MX = matmul(x_BTD.reshape(-1, d_model), w["query_key_value"], jnp.float32)
+    if "query_key_value_bias" in w:
+        projected_MX += w["query_key_value_bias"]
+    position_BT = past.length_B[:, None] + np.arange(length)
+    q_BTX, k_BTX, v_BTX = jnp.split(projected_MX.reshape(batch, length, -1), ends, axis=-1)
+    heads = _rotated_heads(config, q_BTX, k_BTX, v_BTX, position_BT, _is_long(config, past), w)
+    y_BNGTK, keys_BNKS, values_BNSK = _attend_past(*heads, past, position_BT, config.window)
+    y_MD = matmul(_side_by_side(y_BNGTK).astype(x_BTD.dtype), w["out"])
+    if "out_bias" in w:
+        y_MD += w["out_bias"].astype(y_MD.dtype)
+    return y_MD.reshape(x_BTD.shape), (keys_BNKS, values_BNSK)

@@ -9,15 +9,26 @@ Layers are applied one by one on their own parameters: a scan would copy each la
 the stack for every token.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LayerSpec, ModelConfig
-from btx_jax.models.attention import Attention, joint_attention
-from btx_jax.models.layers import FeedForward, Kernel, RMSNorm, Transposed, joint_swiglu, matmul
+from btx_jax.models.attention import Attention, KVCache, joint_attention
+from btx_jax.models.layers import (
+    FeedForward,
+    Kernel,
+    RMSNorm,
+    Transposed,
+    joint_swiglu,
+    matmul,
+    sigmoid_gate,
+)
+from btx_jax.models.leaves import computes_in_float32
 from btx_jax.models.llama import Params, head_kernel
 from btx_jax.models.moe import MoEFeedForward, separate_experts
 
@@ -31,6 +42,71 @@ class Cache(NamedTuple):
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     length_B: jax.Array
+
+
+class _Leaves:
+    """A tree that is taken apart: what nobody asked for is an error, and not lost in silence."""
+
+    def __init__(self, tree: Mapping[str, Any], where: str):
+        self._tree, self._where = dict(tree), where
+
+    def take(self, key: str) -> Any:
+        return self._tree.pop(key)
+
+    def take_all(self) -> dict[str, Any]:
+        taken, self._tree = self._tree, {}
+        return taken
+
+    def inside(self, key: str) -> "_Leaves":
+        return _Leaves(self.take(key), f"{self._where}/{key}")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tree
+
+    def require_empty(self) -> None:
+        if self._tree:
+            raise ValueError(f"{self._where}: decoding has no use for {', '.join(self._tree)}")
+
+
+def _joint_attention(
+    leaves: _Leaves, model: ModelConfig, kernel: Callable[..., Kernel]
+) -> dict[str, Any]:
+    """An attention's weights as `joint_attention` reads them."""
+    inner = [leaves.take(name).reshape(model.d_model, -1) for name in ("query", "key", "value")]
+    made: dict[str, Any] = {
+        "query_key_value": kernel(*inner),
+        "out": kernel(leaves.take("out").reshape(-1, model.d_model)),
+    }
+    names = ("query_bias", "key_bias", "value_bias")
+    if any(name in leaves for name in names):
+        biases = [
+            leaves.take(name).reshape(-1) if name in leaves else jnp.zeros(part.shape[1])
+            for name, part in zip(names, inner, strict=True)
+        ]
+        made["query_key_value_bias"] = jnp.concatenate([x.astype(jnp.float32) for x in biases])
+    if "out_bias" in leaves:
+        made["out_bias"] = leaves.take("out_bias")
+    if model.qk_norm:
+        made |= {name: leaves.take(name)["scale"] for name in ("query_norm", "key_norm")}
+    leaves.require_empty()
+    return made
+
+
+def _joint_feed_forward(leaves: _Leaves, kernel: Callable[..., Kernel]) -> dict[str, Any]:
+    """A feed-forward's weights as `joint_swiglu` reads them, and the router of a shared expert."""
+    gate, up, down = leaves.take("gate"), leaves.take("up"), leaves.take("down")
+    made: dict[str, Any] = {"gate_up": kernel(gate, up), "down": kernel(down)}
+    if "gate_bias" in leaves or "up_bias" in leaves:
+        zeros = jnp.zeros(gate.shape[1])
+        biases = [
+            leaves.take(name) if name in leaves else zeros for name in ("gate_bias", "up_bias")
+        ]
+        made["gate_up_bias"] = jnp.concatenate([x.astype(jnp.float32) for x in biases])
+    for name in ("down_bias", "router"):
+        if name in leaves:
+            made[name] = leaves.take(name)
+    leaves.require_empty()
+    return made
 
 
 def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) -> Weights:
@@ -49,36 +125,39 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
         joint = jnp.concatenate(parts, axis=-1)
         return Transposed.of(joint) if transpose else joint
 
-    in_float32 = ("scale", "router")
     params = jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key in in_float32 else x.astype(dtype), params
+        lambda path, x: x if computes_in_float32(path) else x.astype(dtype), params
     )
     layers = []
     for name, length, spec in model.runs():
         for i in range(length):
-            layer = jax.tree.map(lambda x, i=i: x[i], params[name])
-            attention, ffn = layer["attention"], layer["ffn"]
+            layer = _Leaves(jax.tree.map(lambda x, i=i: x[i], params[name]), f"{name}[{i}]")
+            made = {key: layer.take(key) for key in ("attention_norm", "ffn_norm")}
             if one_device and spec.lora is None:
-                inner = [
-                    attention[name].reshape(model.d_model, -1) for name in ("query", "key", "value")
-                ]
-                attention = {
-                    "query_key_value": kernel(*inner),
-                    "out": kernel(attention["out"].reshape(-1, model.d_model)),
-                }
+                made["attention"] = _joint_attention(layer.inside("attention"), model, kernel)
+            else:
+                made["attention"] = layer.take("attention")
             if one_device and spec.experts:
-                experts = [
-                    [ffn[name][e] for name in ("gate", "up", "down")] for e in range(spec.experts)
-                ]
-                ffn = {
-                    "router": ffn["router"],
+                ffn = layer.inside("ffn")
+                gate, up, down = ffn.take("gate"), ffn.take("up"), ffn.take("down")
+                made["ffn"] = {
+                    "router": ffn.take("router"),
                     "experts": tuple(
-                        (kernel(gate, up), kernel(down)) for gate, up, down in experts
+                        (kernel(gate[e], up[e]), kernel(down[e])) for e in range(spec.experts)
                     ),
                 }
+                ffn.require_empty()
             elif one_device and spec.lora is None:
-                ffn = {"gate_up": kernel(ffn["gate"], ffn["up"]), "down": kernel(ffn["down"])}
-            layers.append({**layer, "attention": attention, "ffn": ffn})
+                made["ffn"] = _joint_feed_forward(layer.inside("ffn"), kernel)
+            else:
+                made["ffn"] = layer.take("ffn")
+            if spec.shared_d_ff:
+                shared = layer.inside("shared_expert")
+                made["shared_expert"] = (
+                    _joint_feed_forward(shared, kernel) if one_device else shared.take_all()
+                )
+            layer.require_empty()
+            layers.append(made)
     embedding = params["embed"]["embedding"]
     # XLA would convert the whole table to float32 before it takes rows; of integers it takes them
     # as they are
@@ -124,6 +203,9 @@ def forward(
     A prompt is a forward of many tokens onto an empty cache, decoding one of a single token. Rows
     with count 0 stay as they are.
     """
+    chex.assert_rank([tokens_BT, count_B, cache.length_B], [2, 1, 1])
+    chex.assert_equal_shape_prefix([tokens_BT, count_B, cache.length_B], 1)
+    chex.assert_type([tokens_BT, count_B, cache.length_B], int)
     outer, layers = weights
     x_BTD = outer["embedding"][tokens_BT]
     x_BTD = (
@@ -134,9 +216,11 @@ def forward(
     norm: Any = RMSNorm(model.norm_eps)
     for number, (spec, params) in enumerate(zip(model.layer_specs(), layers, strict=True)):
         h_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD)
-        past = (cache.keys[number], cache.values[number], cache.length_B)
+        past = KVCache(
+            cache.keys[number], cache.values[number], cache.length_B, cache.length_B + count_B
+        )
         if "query_key_value" in params["attention"]:
-            y_BTD, (key, value) = joint_attention(model, h_BTD, past, **params["attention"])
+            y_BTD, (key, value) = joint_attention(model, h_BTD, past, params["attention"])
         else:
             attention = Attention(model, compute.kernels, spec.lora)
             y_BTD, (key, value) = cast(
@@ -144,14 +228,11 @@ def forward(
                 attention.apply({"params": params["attention"]}, h_BTD, past, method="continued"),
             )
         x_BTD += y_BTD
-        x_BTD += _feed_forward(
-            model,
-            compute,
-            spec,
-            params["ffn"],
-            norm.apply({"params": params["ffn_norm"]}, x_BTD),
-            valid_BT,
-        )
+        h_BTD = norm.apply({"params": params["ffn_norm"]}, x_BTD)
+        x_BTD += _feed_forward(model, compute, spec, params["ffn"], h_BTD, valid_BT)
+        if spec.shared_d_ff:
+            shared = FeedForward(spec.shared_d_ff, gated=spec.shared_gate)
+            x_BTD += _dense(shared, params["shared_expert"], h_BTD)
         keys.append(key)
         values.append(value)
     last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -173,12 +254,19 @@ def _feed_forward(
     if spec.experts:
         return cast(
             Any,
-            MoEFeedForward(model.d_ff, spec, compute).apply(
+            MoEFeedForward(spec.d_ff, spec, compute).apply(
                 {"params": params}, x_BTD, valid_BT, jnp.int32(0)
             ),
         )[0]
-    if "gate_up" in params:
-        return joint_swiglu(
-            x_BTD.reshape(-1, model.d_model), params["gate_up"], params["down"]
-        ).reshape(x_BTD.shape)
-    return cast(Any, FeedForward(model.d_ff, spec.lora).apply({"params": params}, x_BTD))[0]
+    return _dense(FeedForward(spec.d_ff, model.biases, lora=spec.lora), params, x_BTD)
+
+
+def _dense(module: FeedForward, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """A dense feed-forward of parameters as the module has them, or as `joint_swiglu` does."""
+    if "gate_up" not in params:
+        return cast(Any, module.apply({"params": params}, x_BTD))[0]
+    weights = {name: w for name, w in params.items() if name != "router"}
+    y_BTD = joint_swiglu(x_BTD.reshape(-1, x_BTD.shape[-1]), **weights).reshape(x_BTD.shape)
+    if module.gated:
+        y_BTD = sigmoid_gate(x_BTD, params["router"]).astype(y_BTD.dtype) * y_BTD
+    return y_BTD

@@ -8,12 +8,14 @@ Shape legend for this folder (capital letters name axes, as in x_BTD):
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from btx_jax.config.model_config import LoRASpec
 from btx_jax.models.lora import Adapted, adapter_params, cut
@@ -51,19 +53,44 @@ def normal_param(
     return cast(jax.Array, module.param(name, init, shape, jnp.float32))
 
 
-class RMSNorm(nn.Module):
+def bias_param(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> jax.Array:
+    """A float32 parameter with logical axis names that starts at zero: what a linear map adds."""
+    init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+    return cast(jax.Array, module.param(name, init, shape, jnp.float32))
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale, computed in float32 and returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    return (
+        x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * scale_D
+    ).astype(x.dtype)
+
+
+def scale_param(module: nn.Module, width: int) -> jax.Array:
+    """The scale [D] of a norm, float32, that starts at one."""
+    ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    return cast(jax.Array, module.param("scale", ones, (width,), jnp.float32))
+
+
+class Scale(nn.Module):
+    """Only owns the scale of a norm, which is applied elsewhere."""
+
+    @nn.compact
+    def __call__(self, width: int) -> jax.Array:
+        return scale_param(self, width)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a scale of its own."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = cast(jax.Array, self.param("scale", ones, (x.shape[-1],), jnp.float32))
-        x32 = x.astype(jnp.float32)
-        return (
-            x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps) * scale_D
-        ).astype(x.dtype)
+        return rms_norm(x, scale_param(self, x.shape[-1]), self.eps)
 
 
 class Embed(nn.Module):
@@ -97,6 +124,13 @@ def exact_matmuls(dtype: str) -> contextlib.AbstractContextManager:
     )
 
 
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh, dtype: str) -> Iterator[None]:
+    """Within it a model compiles and runs: spread over the mesh, with `exact_matmuls`."""
+    with jax.set_mesh(mesh), exact_matmuls(dtype):
+        yield
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transposed:
@@ -125,10 +159,20 @@ def matmul(x_MD: jax.Array, kernel_DF: Kernel, out_dtype: Any = None) -> jax.Arr
     return y_MF[: len(x_MD)].astype(out_dtype or x_MD.dtype)
 
 
-def joint_swiglu(x_MD: jax.Array, gate_up_DF: Kernel, down_FD: Kernel) -> jax.Array:
+def joint_swiglu(
+    x_MD: jax.Array,
+    gate_up: Kernel,
+    down: Kernel,
+    gate_up_bias: jax.Array | None = None,
+    down_bias: jax.Array | None = None,
+) -> jax.Array:
     """swiglu for inference, its first two matmuls as one: gate's columns, then up's."""
-    a_MF, b_MF = jnp.split(matmul(x_MD, gate_up_DF, jnp.float32), 2, axis=-1)
-    return matmul((jax.nn.silu(a_MF) * b_MF).astype(x_MD.dtype), down_FD)
+    h_MF = matmul(x_MD, gate_up, jnp.float32)
+    if gate_up_bias is not None:
+        h_MF += gate_up_bias
+    a_MF, b_MF = jnp.split(h_MF, 2, axis=-1)
+    y_MD = matmul((jax.nn.silu(a_MF) * b_MF).astype(x_MD.dtype), down)
+    return y_MD if down_bias is None else y_MD + down_bias.astype(y_MD.dtype)
 
 
 @jax.custom_vjp
@@ -193,11 +237,26 @@ def _scaled_backward(saved, dy):
 scaled_swiglu.defvjp(_scaled_forward, _scaled_backward)
 
 
+def sigmoid_gate(x_BTD: jax.Array, router_D1: jax.Array) -> jax.Array:
+    """[B, T, 1], float32."""
+    logits = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_D1, precision="highest")
+    return jax.nn.sigmoid(logits)
+
+
+BIAS_AXES = {"gate": ("hidden",), "up": ("hidden",), "down": ("norm",)}
+
+
 class FeedForward(nn.Module):
     """The dense SwiGLU block: x [B, T, D] -> ([B, T, D], router logits [B, T, E] of each adapted
-    map)."""
+    map).
+
+    biases: of gate, up and down, those that have one; other names do not matter. gated: behind a
+    sigmoid gate of its own, as shared experts are.
+    """
 
     d_ff: int
+    biases: tuple[str, ...] = ()
+    gated: bool = False
     lora: LoRASpec | None = None
 
     @nn.compact
@@ -206,6 +265,13 @@ class FeedForward(nn.Module):
         gate_DF = normal_param(self, "gate", (d_model, self.d_ff), ("embed", "hidden"))
         up_DF = normal_param(self, "up", (d_model, self.d_ff), ("embed", "hidden"))
         down_FD = normal_param(self, "down", (self.d_ff, d_model), ("hidden", "embed"))
+        biases = {
+            name: bias_param(
+                self, f"{name}_bias", (d_model if name == "down" else self.d_ff,), axes
+            ).astype(x_BTD.dtype)
+            for name, axes in BIAS_AXES.items()
+            if name in self.biases
+        }
         widths = {
             "gate": (d_model, self.d_ff),
             "up": (d_model, self.d_ff),
@@ -215,7 +281,8 @@ class FeedForward(nn.Module):
             self, self.lora, adapter_params(self, self.lora, widths), x_BTD.shape[:2], x_BTD.dtype
         )
 
-        def local(x_BTD, gate_DF, up_DF, down_FD, *adapter_arrays):
+        def local(x_BTD, gate_DF, up_DF, down_FD, *others):
+            bias = dict(zip(biases, others, strict=False))
             gate_DF, up_DF, down_FD = (
                 all_gather(gate_DF, "embed", 0),
                 all_gather(up_DF, "embed", 0),
@@ -223,15 +290,22 @@ class FeedForward(nn.Module):
             )
             # Two-dimensional operands: XLA's CPU matmul is a third slower on [B, T, D].
             x_MD = x_BTD.reshape(-1, d_model)
-            if not adapter_arrays:
+            if not others:
                 return (psum(swiglu(x_MD, gate_DF, up_DF, down_FD).reshape(x_BTD.shape), "hidden"),)
-            lora = Adapted(self.lora, adapters.restore(adapter_arrays))
-            into = lambda name, w: lora.plus(name, x_BTD, (x_MD @ w).reshape(*x_BTD.shape[:2], -1))  # noqa: E731
+            lora = Adapted(self.lora, adapters.restore(others[len(bias) :]))
+
+            def into(name, w):
+                y_MF = x_MD @ w + bias[name] if name in bias else x_MD @ w
+                return lora.plus(name, x_BTD, y_MF.reshape(*x_BTD.shape[:2], -1))
+
             h_BTF = jax.nn.silu(checkpoint_name(into("gate", gate_DF), "ffn")) * checkpoint_name(
                 into("up", up_DF), "ffn"
             )
             y_MD = h_BTF.reshape(-1, h_BTF.shape[-1]) @ down_FD
-            y_BTD = lora.plus("down", h_BTF, psum(y_MD.reshape(x_BTD.shape), "hidden"))
+            y_BTD = psum(y_MD.reshape(x_BTD.shape), "hidden")
+            if "down" in bias:
+                y_BTD += bias["down"]
+            y_BTD = lora.plus("down", h_BTF, y_BTD)
             return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
         names = (
@@ -239,9 +313,15 @@ class FeedForward(nn.Module):
             ("embed", "hidden"),
             ("embed", "hidden"),
             ("hidden", "embed"),
+            *(BIAS_AXES[name] for name in biases),
             *adapters.names,
         )
         outputs = (("batch",),) * (1 + len(adapters.routed))
         weights = (w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD))
-        y_BTD, *logits = shard_map(local, names, outputs)(x_BTD, *weights, *adapters.arrays)
+        y_BTD, *logits = shard_map(local, names, outputs)(
+            x_BTD, *weights, *biases.values(), *adapters.arrays
+        )
+        if self.gated:
+            router_D1 = normal_param(self, "router", (d_model, 1), ("embed", "router"))
+            y_BTD = sigmoid_gate(x_BTD, router_D1).astype(y_BTD.dtype) * y_BTD
         return y_BTD, dict(zip(adapters.routed, logits, strict=True))

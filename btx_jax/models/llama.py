@@ -1,16 +1,18 @@
-"""The one model here: a Llama (or Mistral, or Mixtral) whose layers are dense or mixtures of
-experts. Shape legend: layers.py.
+"""The one model here: a Llama, with what its relatives add to it, whose layers are dense or
+mixtures of experts. Shape legend: layers.py.
 
 Parameters are plain nested dicts: embed/embedding [V, D]; layers_R/{attention_norm, attention,
 ffn_norm, ffn}/... with a leading layer axis, one layers_R per run of equal layers; final_norm/scale
 [D]; head/kernel [D, V] unless tied. A dense and an MoE tree
-differ only under ffn: [L, D, F] against [L, E, D, F] and a router [L, D, E].
+differ only under ffn: [L, D, F] against [L, E, D, F] and a router [L, D, E]; and, where the mixture
+has a shared expert, by shared_expert/... beside it.
 """
 
 import functools
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -20,6 +22,7 @@ from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import Embed, FeedForward, Head, RMSNorm
+from btx_jax.models.leaves import is_router
 from btx_jax.models.lora import is_adapter, router_statistics
 from btx_jax.models.moe import MoEFeedForward
 from btx_jax.models.routing import RoutingStats
@@ -56,11 +59,17 @@ class Block(nn.Module):
         h_BTD = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
         if self.spec.experts:
             y_BTD, routing = MoEFeedForward(
-                c.d_ff, self.spec, self.compute, self.keep_choices, name="ffn"
+                self.spec.d_ff, self.spec, self.compute, self.keep_choices, name="ffn"
             )(h_BTD, segments_BT > 0, step)
             stats = {"": routing}
+            if self.spec.shared_d_ff:
+                shared = FeedForward(
+                    self.spec.shared_d_ff, gated=self.spec.shared_gate, name="shared_expert"
+                )
+                y_BTD += shared(h_BTD)[0]
         else:
-            y_BTD, inner_logits = FeedForward(c.d_ff, lora, name="ffn")(h_BTD)
+            feed_forward = FeedForward(self.spec.d_ff, c.biases, lora=lora, name="ffn")
+            y_BTD, inner_logits = feed_forward(h_BTD)
             stats, logits = {}, logits | inner_logits
         for target, logits_BTE in logits.items():
             assert lora
@@ -88,6 +97,9 @@ class Llama(nn.Module):
     def __call__(
         self, tokens: jax.Array, segments: jax.Array, step: jax.Array | int = 0
     ) -> tuple[jax.Array, dict[str, RoutingStats]]:
+        chex.assert_rank([tokens, segments], 2)
+        chex.assert_equal_shape([tokens, segments])
+        chex.assert_type([tokens, segments], int)
         c = self.config
         step = jnp.asarray(step)
         x_BTD = Embed(c.vocab_size, c.d_model, name="embed")(tokens).astype(self.compute.dtype)
@@ -165,10 +177,10 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
         names = [str(key.key) for key in path]
         total += leaf.size
         spec = specs.get(names[0], LayerSpec())
-        if is_adapter(names) and names[-1] != "router":
+        if is_adapter(names) and not is_router(names):
             assert spec.lora
             active += leaf.size * spec.lora.k // spec.lora.experts
             continue
-        is_expert = spec.experts and names[1] == "ffn" and names[-1] != "router"
+        is_expert = spec.experts and names[1] == "ffn" and not is_router(names)
         active += leaf.size * spec.k // spec.experts if is_expert else leaf.size
     return total, active

@@ -3,6 +3,7 @@ Shape legend: layers.py."""
 
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -81,7 +82,7 @@ def separate_experts(
     y_MKD = expert_outputs(
         x_MD, index_MK, len(experts), tuple(experts), platform_kernels(compute.kernels)
     )
-    return weighted_sum(y_MKD, gate_MK).reshape(x_BTD.shape)
+    return weighted_sum(y_MKD, gate_MK, spec.renormalise).reshape(x_BTD.shape)
 
 
 def _few_tokens(
@@ -123,6 +124,9 @@ class MoEFeedForward(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, valid_BT: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, RoutingStats]:
+        chex.assert_rank([x_BTD, valid_BT], [3, 2])
+        chex.assert_equal_shape_prefix([x_BTD, valid_BT], 2)
+        chex.assert_type(valid_BT, bool)
         _, length, d_model = x_BTD.shape
         experts, d_ff = self.spec.experts, self.d_ff
         router_DE = normal_param(self, "router", (d_model, experts), ("embed", "router"))
@@ -153,7 +157,12 @@ class MoEFeedForward(nn.Module):
             flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
             claims = flat(x_GSD), flat(choice.gate_GSK), flat(choice.index_GSK)
             y_GSD = ragged_experts(
-                *claims, gate_EDF, up_EDF, down_EFD, platform_kernels(self.compute.kernels)
+                *claims,
+                gate_EDF,
+                up_EDF,
+                down_EFD,
+                platform_kernels(self.compute.kernels),
+                self.spec.renormalise,
             )
             dropped = jnp.zeros(())
         stats = statistics(logits_GSE, choice, valid_GS, dropped)

@@ -24,10 +24,11 @@ def ragged_experts(
     up_EDF,
     down_EFD,
     kernels: str = "xla",
+    sums_to_one: bool = True,
 ) -> jax.Array:
     """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m. Returns [M, D].
 
-    Index E (padding) contributes nothing.
+    Index E (padding) contributes nothing. sums_to_one: as in `weighted_sum`.
     """
     experts = len(gate_EDF)
 
@@ -51,7 +52,7 @@ def ragged_experts(
                 jnp.einsum("mkd,mk->md", y_MKD, gate_MK.astype(y_MKD.dtype)), "expert", axis=0
             )
         else:
-            y_MD = weighted_sum(y_MKD, gate_MK)
+            y_MD = weighted_sum(y_MKD, gate_MK, sums_to_one)
         return psum(y_MD, "hidden")
 
     rows = ("batch",)
@@ -61,12 +62,13 @@ def ragged_experts(
     )
 
 
-def weighted_sum(y_MKD: jax.Array, gate_MK: jax.Array) -> jax.Array:
-    """sum_k gate[m, k] y[m, k]. Where K > 1, the gates of a token are a softmax over its K choices:
-    they sum to one."""
+def weighted_sum(y_MKD: jax.Array, gate_MK: jax.Array, sums_to_one: bool) -> jax.Array:
+    """sum_k gate[m, k] y[m, k]. sums_to_one: whether the gates of a token do, where K > 1."""
     gate_MK = gate_MK.astype(y_MKD.dtype)
     if gate_MK.shape[1] == 1:
         return y_MKD[:, 0] * gate_MK
+    if not sums_to_one:
+        return jnp.einsum("mkd,mk->md", y_MKD, gate_MK)
     # As the gates sum to one, this is their weighted sum, and experts that agree give their common
     # answer without rounding.
     first_MD = y_MKD[:, 0]

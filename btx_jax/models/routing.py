@@ -4,6 +4,7 @@ legend: layers.py."""
 import math
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -63,15 +64,23 @@ def route(
 ) -> Choice:
     """Router logits (float32) -> Choice.
 
-    top_k: SoftMax(TopK(logits)). switch: the best expert, weighted by its full-softmax probability.
-    soft: all experts, full softmax. sample_top1: the largest of a Gumbel-softmax sample keeps its
-    weight when `sample_key` is given (training); without one (inference) the best expert, weight 1.
+    top_k: SoftMax(TopK(logits)), or TopK(SoftMax(logits)) where gates are not renormalised. switch:
+    the best expert, weighted by its full-softmax probability. soft: all experts, full softmax.
+    sample_top1: the largest of a Gumbel-softmax sample keeps its weight when `sample_key` is given
+    (training); without one (inference) the best expert, weight 1.
     """
+    chex.assert_rank([logits_GSE, valid_GS], [3, 2])
+    chex.assert_equal_shape_prefix([logits_GSE, valid_GS], 2)
+    chex.assert_type([logits_GSE, valid_GS], [jnp.float32, bool])
     experts = logits_GSE.shape[-1]
     probs_GSE = jax.nn.softmax(logits_GSE)
     if spec.routing == "top_k":
         top_GSK, index_GSK = jax.lax.top_k(logits_GSE, spec.k)
-        gate_GSK = jax.nn.softmax(top_GSK)
+        gate_GSK = (
+            jax.nn.softmax(top_GSK)
+            if spec.renormalise
+            else jnp.take_along_axis(probs_GSE, index_GSK, axis=-1)
+        )
     elif spec.routing == "soft":
         gate_GSK, index_GSK = jax.lax.top_k(probs_GSE, experts)
     elif spec.routing == "switch":
@@ -126,6 +135,9 @@ def place(choice: Choice, experts: int, slots: int) -> tuple[jax.Array, jax.Arra
     expert 0, token 1 takes expert 1, token 0 then finds expert 1 full and keeps expert 0 alone; its
     gate is not renormalised.
     """
+    chex.assert_rank([choice.gate_GSK, choice.index_GSK], 3)
+    chex.assert_equal_shape([choice.gate_GSK, choice.index_GSK])
+    chex.assert_type(choice.index_GSK, int)
     groups, tokens, k = choice.index_GSK.shape
     chosen_GSKE = jax.nn.one_hot(choice.index_GSK, experts, dtype=jnp.int32)
     flat_GNE = chosen_GSKE.swapaxes(1, 2).reshape(

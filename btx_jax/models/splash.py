@@ -1,6 +1,7 @@
 """Causal attention on a TPU without a [T, T] array: jax's splash attention kernel. Shape legend:
 layers.py."""
 
+import chex
 import jax
 import numpy as np
 
@@ -14,16 +15,21 @@ def block_size(length: int) -> int:
     return next((size for size in range(BLOCK, 0, -LANES) if length % size == 0), 0)
 
 
-def _kernel(splash, masks, heads: int, length: int, interpret: bool):
+def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool):
     size = block_size(length)
+    part = min(size, 512) if size % 512 == 0 else size
     sizes = splash.BlockSizes(
-        block_q=size, block_kv=size, block_kv_compute=min(size, 512) if size % 512 == 0 else size,
-        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=min(size, 512) if size % 512 == 0 else size,
+        block_q=size, block_kv=size, block_kv_compute=part,
+        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=part,
         block_q_dq=size, block_kv_dq=size,
     )  # fmt: skip
-    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    seen = (
+        masks.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
+        if window
+        else masks.CausalMask((length, length))
+    )
     return splash.make_splash_mha(
-        causal,
+        masks.MultiHeadMask([seen] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
@@ -32,15 +38,29 @@ def _kernel(splash, masks, heads: int, length: int, interpret: bool):
     )
 
 
+def assert_heads(
+    q_BNGTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, segments_BT: jax.Array
+) -> None:
+    """What goes into attention within rows, by whatever kernel."""
+    chex.assert_rank(q_BNGTK, 5)
+    dims = chex.Dimensions()
+    dims["BNGTK"] = q_BNGTK.shape
+    chex.assert_shape([k_BNTK, v_BNTK], dims["BNTK"])
+    chex.assert_shape(segments_BT, dims["BT"])
+    chex.assert_type(segments_BT, int)
+
+
 def splash_attend(
     q_BNGTK: jax.Array,
     k_BNSK: jax.Array,
     v_BNSK: jax.Array,
     segments_BT: jax.Array,
+    window: int,
     interpret: bool,
 ) -> jax.Array:
     """`attention.attend` by the kernel, for the rows and heads of one device. T must be a multiple
     of 128."""
+    assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BT)
     # Here, since every command would pay for the import and few need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -49,7 +69,7 @@ def splash_attend(
     q_BHTK = (q_BNGTK * np.asarray(head_dim**-0.5, q_BNGTK.dtype)).reshape(
         batch, kv_heads * groups, length, head_dim
     )
-    kernel = _kernel(splash, masks, kv_heads * groups, length, interpret)
+    kernel = _kernel(splash, masks, kv_heads * groups, length, window, interpret)
     y_BHTK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(
         q_BHTK, k_BNSK, v_BNSK, segments_BT
     )

@@ -61,7 +61,8 @@ def inference_mesh(model: ModelConfig) -> Mesh:
     """This process's devices along `tensor`, as many as divide the model: rows of any number stay
     whole, weights are spread."""
     devices = jax.local_devices()
-    widths = (model.vocab_size, model.heads, model.kv_heads, model.d_ff)
+    inner = {width for spec in model.layer_specs() for width in (spec.d_ff, spec.shared_d_ff)}
+    widths = (model.vocab_size, model.heads, model.kv_heads, *inner)
     count = max(n for n in range(1, len(devices) + 1) if all(width % n == 0 for width in widths))
     return make_mesh((1, 1, 1, count), devices[:count])
 

@@ -153,12 +153,9 @@ class Arms:
 
     def mix(self, name: str, sources: list[str], is_model: bool = False, **changes: Any) -> str:
         config = Config("mix", mix=MixConfig(tuple(sources), **changes), mesh=MeshConfig())
-        return self.add(
-            name,
-            config,
-            tuple(source[1:] for source in sources if source.startswith("@")),
-            is_model,
-        )
+        read = [*sources, changes.get("shared_expert", "")]
+        needs = tuple(source[1:] for source in read if source.startswith("@"))
+        return self.add(name, config, needs, is_model)
 
     def experts(self, prefix: str = "expert", steps: int = 0, is_model: bool = True) -> list[str]:
         """One branch a domain; the generalist, the seed itself, comes last."""
@@ -234,6 +231,9 @@ def ablations(arms: Arms, experts: list[str]) -> None:
         arms.finetune(
             f"split_top{k}", arms.mix(f"mix_split_top{k}", experts, method="split", chunks=2, k=k)
         )
+    # The seed beside the experts instead of among them.
+    shared = arms.mix("mix_shared_seed", experts[:-1], shared_expert=s.seed)
+    arms.finetune("btx_shared_seed", shared)
     switch = arms.mix("mix_switch", experts, routing="switch", k=1)
     # Dropping beyond a capacity is part of Switch.
     arms.finetune(

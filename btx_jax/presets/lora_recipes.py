@@ -3,8 +3,6 @@ learning the answers of test sets."""
 
 import dataclasses
 
-import ml_collections
-
 from btx_jax.config.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -17,7 +15,6 @@ from btx_jax.config.config import (
     ReportConfig,
     TrainConfig,
 )
-from btx_jax.config.config_dict import from_config_dict, to_config_dict
 from btx_jax.config.model_config import LoRAConfig
 from btx_jax.errors import ConfigError, suggest
 from btx_jax.presets.recipes import EVALS, SMALL, TASKS, TINY, expert
@@ -63,23 +60,21 @@ def _mola(task: str, init: str) -> Config:
     )
 
 
-def mola(task: str) -> ml_collections.ConfigDict:
+def mola(task: str) -> Config:
     """On a test set's answers; or on the demo's mathematics: `tiny`, from the tiny seed, or
     `from_init`."""
     if task.partition(",")[0] in SMALL:
-        config = from_config_dict(expert("math", task))
+        config = expert("math", task)
         assert config.train
         train = dataclasses.replace(config.train, balance_weight=0.0, frozen="base")
         init = "runs/seed_tiny" if task == TINY else config.init
-        return to_config_dict(
-            dataclasses.replace(config, init=init, lora=LoRAConfig("2468"), train=train)
-        )
+        return dataclasses.replace(config, init=init, lora=LoRAConfig("2468"), train=train)
     if task not in FORMATS:
         raise ConfigError(f"--config=...:{task}: no such task; {suggest(task, FORMATS)}")
-    return to_config_dict(_mola(task, "$BTX_DATA_DIR/seed"))
+    return _mola(task, "$BTX_DATA_DIR/seed")
 
 
-def continual(names: str) -> ml_collections.ConfigDict:
+def continual(names: str) -> Config:
     """One task after another on the same LoRA experts, tried on all of them after each (MoLA,
     section 4.4). names: comma-separated."""
     order = names.split(",")
@@ -113,4 +108,4 @@ def continual(names: str) -> ml_collections.ConfigDict:
     runs = {name: f"@{name}" for name in stages}
     report = ReportConfig("@evaluate", runs, continual=tuple(f"{task}:{task}" for task in order))
     stages["report"] = PipelineStage(Config("report", report=report), needs=tuple(runs))
-    return to_config_dict(Config("pipeline", pipeline=stages))
+    return Config("pipeline", pipeline=stages)

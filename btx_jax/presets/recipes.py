@@ -6,8 +6,6 @@ is there already, whatever its size: `from_init`, with init named by --config.in
 
 import dataclasses
 
-import ml_collections
-
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config.config import (
     CheckpointConfig,
@@ -22,7 +20,6 @@ from btx_jax.config.config import (
     TaskConfig,
     TrainConfig,
 )
-from btx_jax.config.config_dict import from_config_dict, to_config_dict
 from btx_jax.config.model_config import LORA_TARGETS, ModelConfig, MoEConfig, RopeScaling
 from btx_jax.costs.model import train_flops
 from btx_jax.errors import ConfigError
@@ -42,15 +39,26 @@ LLAMA2_7B = ModelConfig(
 MODELS = {
     "llama2_7b": LLAMA2_7B,
     "llama3_8b": ModelConfig(
-        vocab_size=128_256, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, head_dim=128, rope_theta=500_000.0, context=8192
+        vocab_size=128_256, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8,
+        head_dim=128, rope_theta=500_000.0, context=8192,
     ),
     "llama31_8b": ModelConfig(
-        vocab_size=128_256, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, head_dim=128, rope_theta=500_000.0,
-        rope_scaling=RopeScaling("llama3", factor=8.0), context=131_072,
+        vocab_size=128_256, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8,
+        head_dim=128, rope_theta=500_000.0, rope_scaling=RopeScaling("llama3", factor=8.0),
+        context=131_072,
     ),
-    # v0.1: its window of 4096 is the context, see `convert`.
-    "mistral_7b": ModelConfig(vocab_size=32_000, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, head_dim=128, context=4096),
-    "tiny": ModelConfig(vocab_size=2048, layers=4, d_model=128, d_ff=352, heads=4, kv_heads=4, head_dim=32, tied_head=True, context=256),
+    "mistral_7b": ModelConfig(
+        vocab_size=32_000, layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8,
+        head_dim=128, window=4096, context=32_768,
+    ),
+    "qwen3_8b": ModelConfig(
+        vocab_size=151_936, layers=36, d_model=4096, d_ff=12_288, heads=32, kv_heads=8,
+        head_dim=128, rope_theta=1e6, qk_norm=True, norm_eps=1e-6, context=40_960,
+    ),
+    "tiny": ModelConfig(
+        vocab_size=2048, layers=4, d_model=128, d_ff=352, heads=4, kv_heads=4, head_dim=32,
+        tied_head=True, context=256,
+    ),
 }  # fmt: skip
 TINY, FROM_INIT = "tiny", "from_init"
 SMALL = (TINY, FROM_INIT)  # on the demo corpora
@@ -281,14 +289,14 @@ def _within_context(config: Config, init: str) -> Config:
     )
 
 
-def seed(what: str) -> ml_collections.ConfigDict:
+def seed(what: str) -> Config:
     size, init = _split(what)
-    return to_config_dict(_starting(_seed(size), init))
+    return _starting(_seed(size), init)
 
 
-def expert(domain: str, what: str) -> ml_collections.ConfigDict:
+def expert(domain: str, what: str) -> Config:
     size, init = _split(what)
-    return to_config_dict(_starting(_expert(domain, size), init))
+    return _starting(_expert(domain, size), init)
 
 
 def _left_by(size: str, names: tuple[str, ...], seed: str = "") -> dict[str, str]:
@@ -301,33 +309,33 @@ def _left_by(size: str, names: tuple[str, ...], seed: str = "") -> dict[str, str
 BRANCHES = ("math_expert", "code_expert", "wiki_expert")  # configs of that name
 
 
-def mix(what: str) -> ml_collections.ConfigDict:
+def mix(what: str) -> Config:
     """The default sources are where the seed and expert configs leave their runs; the seed itself
     is the last expert."""
     size, init = _split(what)
-    return to_config_dict(_mix(tuple(_left_by(size, (*BRANCHES, "seed"), init).values())))
+    return _mix(tuple(_left_by(size, (*BRANCHES, "seed"), init).values()))
 
 
-def sparse_upcycling(what: str) -> ml_collections.ConfigDict:
+def sparse_upcycling(what: str) -> Config:
     size, init = _split(what)
-    return to_config_dict(_mix(tuple(_left_by(size, ("seed",), init).values()), copies=4))
+    return _mix(tuple(_left_by(size, ("seed",), init).values()), copies=4)
 
 
-def moe_finetune(what: str) -> ml_collections.ConfigDict:
+def moe_finetune(what: str) -> Config:
     size, init = _split(what)
-    return to_config_dict(_starting(_finetune(size), init))
+    return _starting(_finetune(size), init)
 
 
-def dense(what: str) -> ml_collections.ConfigDict:
+def dense(what: str) -> Config:
     size, init = _split(what)
-    return to_config_dict(_starting(_dense(size), init))
+    return _starting(_dense(size), init)
 
 
-def evaluate(what: str) -> ml_collections.ConfigDict:
+def evaluate(what: str) -> Config:
     size, init = _split(what)
     models = _left_by(size, ("seed", *BRANCHES, "mix", "moe_finetune"), init)
     config = _evaluate(size, models, "seed", BRANCHES, "moe_finetune")
-    return to_config_dict(_within_context(config, init))
+    return _within_context(config, init)
 
 
 def tasks(
@@ -347,7 +355,7 @@ def tasks(
     )
 
 
-def btx(what: str) -> ml_collections.ConfigDict:
+def btx(what: str) -> Config:
     """The paper's method from a released seed: three branches, mix with the seed as generalist,
     finetune, evaluate, report."""
     size, init = _split(what)
@@ -361,7 +369,7 @@ def btx(what: str) -> ml_collections.ConfigDict:
         )
         for name, domain in experts.items()
     }
-    return to_config_dict(_mixed_and_reported(size, stages, seed, init))
+    return _mixed_and_reported(size, stages, seed, init)
 
 
 def _domain(expert: str, size: str) -> str:
@@ -398,7 +406,7 @@ def _mixed_and_reported(
     return Config("pipeline", pipeline=stages)
 
 
-def comparison(what: str, group: str) -> ml_collections.ConfigDict:
+def comparison(what: str, group: str) -> Config:
     """The paper's method beside its baselines and ablations. At 7B, from a released seed in
     $BTX_DATA_DIR/seed; `tiny`, from nothing; `from_init,CHECKPOINT`, from that."""
     if group not in GROUPS:
@@ -455,18 +463,18 @@ def comparison(what: str, group: str) -> ml_collections.ConfigDict:
         setting = dataclasses.replace(
             setting, finetune=dataclasses.replace(finetune, train=lora_train, mesh=MeshConfig())
         )
-    return to_config_dict(arms(setting, group))
+    return arms(setting, group)
 
 
-def small_report(group: str) -> ml_collections.ConfigDict:
+def small_report(group: str) -> Config:
     """What configs/experiments/paper_small.py, or mola_small.py, left in runs/NAME_0 (whose curves
     and routing are shown), _1 and _2."""
-    stages = from_config_dict(comparison(TINY, group)).pipeline
+    stages = comparison(TINY, group).pipeline
     assert stages
     name = "mola_small" if group == "lora" else "paper_small"
     runs = {stage: f"runs/{name}_0/{stage}" for stage in stages if stage != "report"}
     evaluates = tuple(f"runs/{name}_{seed}/evaluate" for seed in range(3))
-    return to_config_dict(Config("report", report=ReportConfig(evaluates[0], runs, evaluates[1:])))
+    return Config("report", report=ReportConfig(evaluates[0], runs, evaluates[1:]))
 
 
 def _with_steps(config: Config, steps: int) -> Config:
@@ -476,7 +484,7 @@ def _with_steps(config: Config, steps: int) -> Config:
     )
 
 
-def demo() -> ml_collections.ConfigDict:
+def demo() -> Config:
     """Branch-Train-MiX from nothing, tiny: seed, three experts, mix with the seed as generalist,
     finetune, evaluate, report."""
     prepared = dataclasses.replace(_data(TINY, "math,code,world,prose"), tokenizer="demo:")
@@ -490,4 +498,4 @@ def demo() -> ml_collections.ConfigDict:
             for domain in EXPERTS
         },
     }
-    return to_config_dict(_mixed_and_reported(TINY, stages, "@seed"))
+    return _mixed_and_reported(TINY, stages, "@seed")

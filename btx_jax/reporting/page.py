@@ -39,8 +39,8 @@ def verdict(summary: Mapping[str, Any]) -> str:
         own, general, seed = gained[summary["shown"]], summary["gains"]["general"], summary["seed"]
         experts = mean(gained[name]["forgetting"] for name in summary["experts"])
         told += (
-            f" {summary['shown']} {_gains(mean(own['over_seed'].values()))} over {seed} in the mean;"
-            f" on {general} it lies {_apart(own['forgetting'])} {seed}, its experts"
+            f" {summary['shown']} {_gains(mean(own['over_seed'].values()))} over {seed} in the"
+            f" mean; on {general} it lies {_apart(own['forgetting'])} {seed}, its experts"
             f" {_apart(experts)} it in the mean."
         )
     return told
@@ -106,11 +106,14 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("btx_jax.reporting", "."), autoescape=True
     )
+    choices = {
+        name: {key: text[key] for key in ("experts", "gates")} for name, text in texts.items()
+    }
     return environment.get_template("page.html.j2").render(
-        title=title, verdict=verdict(summary), summary=summary, rows=rows, figures=figures, experts=experts, provenance=provenance,
-        versions=_versions(), platform=platform.platform(), command=" ".join(sys.argv), routing=routing, texts=texts,
-        colours=plots.EXPERT_COLOURS, choices={name: {key: text[key] for key in ("experts", "gates")} for name, text in texts.items()},
-        as_script=_as_script, amount=amount, scaled=scaled,
+        title=title, verdict=verdict(summary), summary=summary, rows=rows, figures=figures,
+        experts=experts, provenance=provenance, versions=_versions(), platform=platform.platform(),
+        command=" ".join(sys.argv), routing=routing, texts=texts, colours=plots.EXPERT_COLOURS,
+        choices=choices, as_script=_as_script, amount=amount, scaled=scaled,
     )  # fmt: skip
 
 

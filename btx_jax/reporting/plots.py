@@ -60,7 +60,8 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
 
 
 def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Training loss of the runs, running mean; the first CURVES of them. Empty when none trained."""
+    """Training loss of the runs, running mean; the first CURVES of them. Empty when none
+    trained."""
     drawn = {
         name: [(line["step"], line["lm_loss"]) for line in lines if "lm_loss" in line]
         for name, lines in curves.items()

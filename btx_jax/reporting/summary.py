@@ -35,13 +35,13 @@ def summarise(
     """results: of the evaluate stage; others: the same arms' with other seeds. curves: run -> its
     metrics lines. seconds: stage -> wall time.
 
-    seed, experts: the roles that the results give, "" and [] where they give none. models: the seed,
-    its experts, then as they were named. before: what the seed itself took, which is taken off all
-    costs; of a cost that is not known it is None. gains: against the seed and the experts.
+    seed, experts: the roles that the results give, "" and [] where they give none. models: the
+    seed, its experts, then as they were named. before: what the seed itself took, which is taken
+    off all costs; of a cost that is not known it is None. gains: against the seed and the experts.
     routing: of every mixture; shown: the one that the page looks into, by its role or else the
-    longest trained. dropped_fraction: mean of the last steps of the last run that trained a mixture,
-    None when none did. lora: what LoRA experts became, of every model that has some. continual:
-    scores and measures of tasks learnt in turn (ReportConfig.continual).
+    longest trained. dropped_fraction: mean of the last steps of the last run that trained a
+    mixture, None when none did. lora: what LoRA experts became, of every model that has some.
+    continual: scores and measures of tasks learnt in turn (ReportConfig.continual).
     """
     roles, found = results.get("roles", {}), results["models"]
     seed, experts = roles.get("seed", ""), list(roles.get("experts", ()))

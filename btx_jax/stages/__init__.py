@@ -12,11 +12,12 @@ from pathlib import Path
 
 from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.errors import Mistakes, UserError
-from btx_jax.output import locked, none_left_empty
+from btx_jax.errors import Mistakes
 from btx_jax.parallel.hosts import is_first
+from btx_jax.rundir import held
 
-# Of a pipeline, what stages that have not run yet will write: `@NAME` -> its model, None if unknown.
+# Of a pipeline, what stages that have not run yet will write: `@NAME` -> its model, None if
+# unknown.
 Coming = Mapping[str, ModelConfig | None]
 
 
@@ -28,8 +29,8 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def require_right(config: Config) -> None:
-    """`check`, for a stage that runs at once, by every process: a mesh is made by all of them. Raises
-    ConfigError with all that is wrong."""
+    """`check`, for a stage that runs at once, by every process: a mesh is made by all of them.
+    Raises ConfigError with all that is wrong."""
     mistakes = Mistakes()
     check(config, {}, mistakes)
     mistakes.tell()
@@ -43,27 +44,9 @@ def run(config: Config, workdir: Path, **options: str) -> None:
     written there. A run that is refused leaves no directory behind.
     """
     stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
-    with contextlib.ExitStack() as held:
-        if (
-            is_first() and not options
-        ):  # one stage of a pipeline runs beside others: it takes its own directory
-            held.enter_context(none_left_empty(workdir / "checkpoints"))
-            try:
-                workdir.mkdir(parents=True, exist_ok=True)
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"--workdir: cannot write to {str(workdir)[:200]!r}:"
-                    f" {getattr(error, 'strerror', error)}"
-                ) from error
-            try:
-                held.enter_context(locked(workdir))
-            except BlockingIOError:
-                raise UserError(
-                    f"{workdir}: another process is running there; wait for it or choose another"
-                    " directory"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+    # One stage of a pipeline runs beside others: it takes its own directory.
+    takes_directory = is_first() and not options
+    with held(workdir) if takes_directory else contextlib.nullcontext():
         stage.run(config, workdir, **options)
 
 

@@ -223,7 +223,7 @@ def count_flops(
     tokens = config.train.batch_size * config.data.sequence_length
     attention_kernels = grouped = balanced = 0.0
     for kernel in program.kernels:
-        executed = kernel_flops(kernel)
+        executed = kernel_flops(kernel, model.window)
         if "gmm" in kernel.name:
             grouped += executed
             balanced += executed * rows_in_use(kernel, model, expert_axis)
@@ -238,9 +238,16 @@ def count_flops(
     )
     compiled = program.dot_flops + balanced + attention_kernels
     return {
-        "dots": program.dot_flops, "gmm": balanced, "gmm_at_most": grouped, "attention_kernels": attention_kernels, "compiled": compiled,
-        "model": needed, "model_attention": attention, "ratio": compiled / (needed + attention), "dispatch_share": moved / compiled,
-    }  # fmt: skip
+        "dots": program.dot_flops,
+        "gmm": balanced,
+        "gmm_at_most": grouped,
+        "attention_kernels": attention_kernels,
+        "compiled": compiled,
+        "model": needed,
+        "model_attention": attention,
+        "ratio": compiled / (needed + attention),
+        "dispatch_share": moved / compiled,
+    }
 
 
 def count_collectives(program: hlo.Program) -> list[dict[str, Any]]:

@@ -46,10 +46,11 @@ from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mea
 from btx_jax.evaluation.likelihood import Scorer
 from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice, solved
 from btx_jax.models.llama import parameter_counts
+from btx_jax.output import read_json, write_json
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.reporting.summary import loss_table, print_tables, task_table
-from btx_jax.rundir import claim, finish, look_up, read_json, write_json
+from btx_jax.rundir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)

@@ -19,19 +19,20 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     load_params,
-    shortest_context,
 )
 from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.training_state import DIRECTORY, CheckpointMetadata, Checkpoints, together
 from btx_jax.config.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config.config_dict import differences, to_dict
+from btx_jax.config.mix_methods import AVERAGE, cut, owners
 from btx_jax.config.model_config import ModelConfig, MoEConfig
 from btx_jax.data.tokenizers import copy_tokenizer, difference, load_tokenizer
 from btx_jax.errors import ConfigError, Mistakes
+from btx_jax.mixing.limits import limits, within
 from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers
-from btx_jax.mixing.split import blend_models, split_models
+from btx_jax.mixing.split import expert_models
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
@@ -51,9 +52,7 @@ def run(config: Config, workdir: Path) -> None:
     mix = config.mix
     # What an interrupted attempt saved may be of sources that have been replaced since.
     first_then_others(shutil.rmtree, workdir / DIRECTORY, ignore_errors=True)
-    sources = [
-        find_checkpoint(path, f"config.mix.experts[{i}]") for i, path in enumerate(mix.experts)
-    ]
+    sources = [find_checkpoint(path, key) for key, path in _named(mix).items()]
     first = sources[0]
     if any(source.metadata.base for source in sources):
         mix_adapters(config, sources, workdir)
@@ -64,13 +63,13 @@ def run(config: Config, workdir: Path) -> None:
         )
         return
     tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
-    for i, tokenizer in enumerate(tokenizers):
+    for key, tokenizer in zip(_named(mix), tokenizers, strict=True):
         if told := difference(tokenizers[0], tokenizer, first.metadata.model.vocab_size):
             raise ConfigError(
-                f"config.mix.experts[{i}]: {tokenizer.path} is another tokenizer than"
-                f" {tokenizers[0].path}: {told}"
+                f"{key}: {tokenizer.path} is another tokenizer than {tokenizers[0].path}: {told}"
             )
-    dense_model = dataclasses.replace(first.metadata.model, context=shortest_context(sources))
+    found = {str(source.path): source.metadata.model for source in sources}
+    dense_model = within(first.metadata.model, *limits(found))
     model = mixed_model(dense_model, mix)
     mesh = make_mesh(config.mesh.shape(jax.device_count()))
     dense = abstract_params(first.metadata.model)
@@ -82,23 +81,24 @@ def run(config: Config, workdir: Path) -> None:
 
     def mixed(models):
         key = jax.random.key(config.rng_seed)
+        *models, shared = models if mix.shared_expert else [*models, None]
         models = [params for params in models for _ in range(mix.copies)]
-        if mix.method == "split":
-            models = split_models(models, mix.chunks)
-        elif mix.method == "blend":
-            models = blend_models(models)
+        if mix.method != AVERAGE:
+            models = expert_models(models, mix.method, mix.chunks)
         runs = model.runs()
         moe_runs = [(name, length, spec.experts) for name, length, spec in runs if spec.experts]
         routers = normal_routers(key, moe_runs, model.d_model, mix.router_std)
+        lengths = [length for _, length, _ in runs]
         return mix_params(
-            [restack(params, [length for _, length, _ in runs]) for params in models], routers
+            [restack(params, lengths) for params in models],
+            routers,
+            None if shared is None else restack(shared, lengths),
         )
 
-    log.info(
-        "mixing %d checkpoints into %s",
-        len(sources),
-        f"{model.moe.experts[0]} experts" if model.moe else "their mean",
-    )
+    into = "their mean"
+    if model.moe:
+        into = f"{model.moe.experts[0]} experts{' and a shared one' if mix.shared_expert else ''}"
+    log.info("mixing %d checkpoints into %s", len(sources), into)
     with jax.set_mesh(mesh):
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
@@ -113,48 +113,50 @@ def run(config: Config, workdir: Path) -> None:
         checkpoints.save(metadata, params)
     finally:
         checkpoints.close()
-    # Of a blend every expert is made of all.
-    own = sources if mix.method in ("btx", "split") else []
+    named = sources[: len(mix.experts)]  # without the shared expert
+    repeated = [str(source.path) for source in named for _ in range(mix.copies)]
     finish(
         workdir,
         seconds=time.monotonic() - start,
-        experts=[str(source.path) for source in own for _ in range(mix.copies * mix.chunks)],
+        experts=[repeated[number] for number in owners(mix.method, len(repeated), mix.chunks)],
     )
+
+
+def _named(mix: MixConfig) -> dict[str, str]:
+    """Key of the config -> the checkpoint that it names; the shared expert last."""
+    named = {f"config.mix.experts[{i}]": path for i, path in enumerate(mix.experts)}
+    return named | ({"config.mix.shared_expert": mix.shared_expert} if mix.shared_expert else {})
 
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.mix and config.mesh
-    models: dict[int, ModelConfig | None] = {}
-    for i, path in enumerate(config.mix.experts):
+    models: dict[str, ModelConfig | None] = {}
+    for key, path in _named(config.mix).items():
         with mistakes.gather():
-            models[i] = (
-                coming[path]
-                if path in coming
-                else find_checkpoint(path, f"config.mix.experts[{i}]").metadata.model
+            models[key] = (
+                coming[path] if path in coming else find_checkpoint(path, key).metadata.model
             )
     with mistakes.gather():
         config.mesh.shape(jax.device_count())
-    known = {i: model for i, model in models.items() if model is not None}
+    known = {key: model for key, model in models.items() if model is not None}
     mixed = None
     if known and not any(model.lora for model in known.values()):
-        n, first = next(iter(known.items()))
-        for i, model in known.items():
-            # How long it may be used, not what its weights mean.
-            other = dataclasses.replace(model, context=first.context)
+        name, first = next(iter(known.items()))
+        for key, model in known.items():
+            other = within(model, first.context, first.window)
             if changed := differences(to_dict(first), to_dict(other)):
                 mistakes.add(
-                    f"config.mix.experts[{i}]: another model than experts[{n}]:"
-                    f" {'; '.join(changed)}"
+                    f"{key}: another model than {name.removeprefix('config.mix.')}:"
+                    f" {'; '.join(map(str, changed))}"
                 )
         if first.moe:
             mistakes.add(
-                f"config.mix.experts[{n}]: {config.mix.experts[n]} is a mixture already; mix dense"
-                " checkpoints"
+                f"{name}: {_named(config.mix)[name]} is a mixture already; mix dense checkpoints"
             )
         else:
             with mistakes.gather():
-                context = min(model.context for model in known.values())
-                mixed = mixed_model(dataclasses.replace(first, context=context), config.mix)
+                named = {str(i): model for i, model in known.items()}
+                mixed = mixed_model(within(first, *limits(named, warn=False)), config.mix)
     return mixed
 
 
@@ -167,10 +169,11 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
     """
     mix, first = config.mix, sources[0].metadata
     assert mix
-    if (mix.method, mix.copies, mix.routing, mix.first_routing) != ("btx", 1, "top_k", ""):
+    asked = (mix.method, mix.copies, mix.routing, mix.first_routing, mix.shared_expert)
+    if asked != ("btx", 1, "top_k", "", ""):
         raise ConfigError(
-            "config.mix: LoRA experts are mixed with method='btx', routing='top_k' and copies=1"
-            " only"
+            "config.mix: LoRA experts are mixed with method='btx', routing='top_k', copies=1 and"
+            " without shared_expert only"
         )
     counts = np.zeros(first.model.layers, int)
     gatings = set()
@@ -195,7 +198,7 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
         if changed := differences({key: getattr(first.model.lora, key) for key in differ}, differ):
             raise ConfigError(
                 f"config.mix.experts[{i}]: other LoRA experts than those of experts[0]:"
-                f" {'; '.join(changed)}"
+                f" {'; '.join(map(str, changed))}"
             )
         counts += [
             spec.experts if spec else 0 for spec in metadata.model.lora.specs(metadata.model.layers)
@@ -238,14 +241,18 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
 
 def mixed_model(dense: ModelConfig, mix: MixConfig) -> ModelConfig:
     """What the mixture is. Raises ConfigError when d_ff cannot be cut as asked."""
-    experts = len(mix.experts) * mix.copies * mix.chunks
-    if mix.method == "average":
+    if mix.method == AVERAGE:
         return dense
-    cuts = {"split": mix.chunks, "blend": experts}.get(mix.method, 1)
-    if dense.d_ff % cuts:
-        raise ConfigError(
-            f"config.mix.method={mix.method!r}: d_ff={dense.d_ff} is not divisible into {cuts}"
-            " chunks"
-        )
-    moe = MoEConfig((experts,) * dense.layers, mix.k, mix.routing, mix.first_routing)
-    return dataclasses.replace(dense, d_ff=dense.d_ff // mix.chunks, moe=moe)
+    try:
+        made = cut(mix.method, len(mix.experts) * mix.copies, mix.chunks, dense.d_ff)
+    except ConfigError as error:
+        raise ConfigError(f"config.mix.{error}") from None
+    moe = MoEConfig(
+        (made.experts,) * dense.layers,
+        mix.k,
+        mix.routing,
+        mix.first_routing,
+        shared_d_ff=dense.d_ff if mix.shared_expert else 0,
+        shared_gate=bool(mix.shared_expert),
+    )
+    return dataclasses.replace(dense, d_ff=made.d_ff, moe=moe)

@@ -15,7 +15,16 @@ from btx_jax.config.config_dict import from_dict, to_dict
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.parallel.hosts import is_first
-from btx_jax.rundir import CONFIG, DONE, claim, done_of, finish, look_up
+from btx_jax.rundir import (
+    CONFIG,
+    DONE,
+    claim,
+    done_of,
+    finish,
+    has_finished,
+    look_up,
+    was_made_before,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +44,7 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
         if only not in resolved:
             raise ConfigError(f"--only={only}: no such stage; known: {', '.join(order)}")
         if missing := [
-            need for need in config.pipeline[only].needs if not (workdir / need / DONE).exists()
+            need for need in config.pipeline[only].needs if not has_finished(workdir / need)
         ]:
             raise UserError(f"--only={only}: needs {', '.join(missing)}, not finished in {workdir}")
         stages.run(resolved[only], workdir / only)
@@ -48,13 +57,11 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
         if blocked := [need for need in config.pipeline[name].needs if need in failed]:
             failed[name] = f"needs {blocked[0]}"
             continue
-        finished = (workdir / name / DONE).exists()
+        finished = has_finished(workdir / name)
         log.info("[%d/%d] %s%s", number, len(order), name, ": already finished" if finished else "")
         if finished:
             for need in config.pipeline[name].needs:
-                if (workdir / need / DONE).exists() and (workdir / need / DONE).stat().st_mtime > (
-                    workdir / name / DONE
-                ).stat().st_mtime:
+                if was_made_before(workdir / name, workdir / need):
                     log.warning(
                         "%s was made from an earlier %s: delete %s to make it again",
                         name,
@@ -93,7 +100,7 @@ def check_stages(config: Config, resolved: Mapping[str, Config], workdir: Path) 
     coming: dict[str, ModelConfig | None] = {}
     for name in resolved:
         path = workdir / name
-        if (path / DONE).exists():
+        if has_finished(path):
             continue
         with mistakes.gather():
             done_of(path, resolved[name])

@@ -35,8 +35,13 @@ def run(config: Config, workdir: Path) -> None:
             train, heldout = (source.manifest["splits"][split] for split in ("train", "heldout"))
             log.info(
                 "%s: %s: %d documents, %d tokens to train on; %d documents, %d tokens held out",
-                domain.name, source.manifest["source"], train["documents"], train["tokens"], heldout["documents"], heldout["tokens"],
-            )  # fmt: skip
+                domain.name,
+                source.manifest["source"],
+                train["documents"],
+                train["tokens"],
+                heldout["documents"],
+                heldout["tokens"],
+            )
         held_out = sum(source.rows("heldout") for source in domain.sources)
         if config.data.heldout_fraction and not held_out:
             log.warning("%s", none_heldout(domain))

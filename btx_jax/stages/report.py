@@ -11,7 +11,8 @@ from btx_jax.checkpoints.training_state import DIRECTORY
 from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import Mistakes, UserError
-from btx_jax.mixing.recipe import expert_sources
+from btx_jax.mixing.recipe_file import expert_sources
+from btx_jax.output import read_json, write_json, write_text
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import expand
 from btx_jax.reporting.compare import markdown
@@ -19,13 +20,12 @@ from btx_jax.reporting.page import render
 from btx_jax.reporting.summary import print_tables, read_curves, summarise, tables
 from btx_jax.rundir import (
     CONFIG,
-    DONE,
     claim,
     finish,
+    has_begun,
     look_up,
-    read_json,
-    write_json,
-    write_text,
+    recorded_config,
+    recorded_results,
 )
 from btx_jax.stages import Coming, require_right
 from btx_jax.terminal import plain
@@ -62,26 +62,26 @@ def write(config: Config, workdir: Path) -> None:
         for i, path in enumerate(config.report.others)
     ]
     runs = {name: Path(directory) for name, directory in config.report.runs.items()}
-    done = {name: read_json(d / DONE) for name, d in runs.items() if (d / DONE).exists()}
+    done = {name: recorded_results(directory) for name, directory in runs.items()}
     curves = read_curves(config.report.runs)
     summary = summarise(
         results,
         curves,
-        {name: values["seconds"] for name, values in done.items()},
+        {name: values["seconds"] for name, values in done.items() if values is not None},
         others,
         config.report.continual,
     )
     configs = {
-        name: (d / CONFIG).read_text(encoding="utf-8")
-        for name, d in runs.items()
-        if (d / CONFIG).exists()
+        name: (directory / CONFIG).read_text(encoding="utf-8")
+        for name, directory in runs.items()
+        if has_begun(directory)
     }
     provenance = {
         name: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         for name, text in configs.items()
     }
     # A pipeline's report lies in its directory; one of its own has its own name.
-    of = workdir.parent if (workdir.parent / CONFIG).exists() else workdir
+    of = workdir.parent if has_begun(workdir.parent) else workdir
     title = f"{of.name}: {'what was gained' if summary['gains'] else 'held-out losses'}"
     write_text(
         workdir / "report.html",
@@ -110,22 +110,23 @@ def read_results(directory: str, key: str) -> Any:
 def expert_names(evaluate: Path, shown: str) -> list[str]:
     """Of the mixture that is shown: the models it was mixed from, found by going back from its
     checkpoint to the mix, or to the recipe beside a mixture's weights. Empty when unknown."""
-    config = evaluate / CONFIG
-    path = read_json(config)["evaluate"]["models"].get(shown, "") if config.exists() else ""
+    config = recorded_config(evaluate)
+    path = config["evaluate"]["models"].get(shown, "") if config else ""
     for _ in range(LONGEST_CHAIN):
         place = Path(expand(path, f"config.evaluate.models.{shown}"))
-        run = next((d for d in (place, *place.parents) if (d / CONFIG).exists()), None)
+        run = next((d for d in (place, *place.parents) if has_begun(d)), None)
         if not path or run is None:
             break
-        done = read_json(run / DONE) if (run / DONE).exists() else {}
+        done = recorded_results(run) or {}
         if sources := done.get("experts") or expert_sources(run):
             return source_names(sources)
-        path = read_json(run / CONFIG).get("init", "")
+        path = recorded_config(run).get("init", "")
     return []
 
 
 def source_names(sources: Sequence[str]) -> list[str]:
-    """What a page calls the experts: their models' directories; one of several by its number too."""
+    """What a page calls the experts: their models' directories; one of several by its number
+    too."""
     places = [Path(source) for source in sources]
     runs = [place.parent.parent if place.parent.name == DIRECTORY else place for place in places]
     names = [run.name.removeprefix("expert_") for run in runs]

@@ -2,8 +2,8 @@
 metrics and done.json.
 
 The order of a run: 1. look the directory up, 2. check all that can be known, 3. tokenizer and data,
-4. compile, 5. state (resumed, from a checkpoint, or random), 6. claim the directory, 7. the loop, 8.
-done.json.
+4. compile, 5. state (resumed, from a checkpoint, or random), 6. claim the directory, 7. the loop,
+8. done.json.
 """
 
 import hashlib
@@ -57,12 +57,11 @@ from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
-from btx_jax.output import CONFIG
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
-from btx_jax.rundir import claim, finish, is_resumable, look_up, read_json
+from btx_jax.rundir import claim, finish, is_resumable, look_up, recorded_config
 from btx_jax.stages import Coming, require_right
 from btx_jax.terminal import plain
 from btx_jax.training.start import (
@@ -91,9 +90,8 @@ class Preempted(SystemExit):
 def run(config: Config, workdir: Path) -> None:
     assert config.train and config.data and config.compute and config.mesh and config.checkpoint
     start = time.monotonic()
-    recorded = read_json(workdir / CONFIG) if (workdir / CONFIG).exists() else {}
     try:
-        config = settled(config, recorded)
+        config = settled(config, recorded_config(workdir))
     except UserError:
         require_right(config)  # tells that, and all else that is wrong
         raise
@@ -192,11 +190,10 @@ def require_embeddings(tokenizer: Tokenizer, model: ModelConfig) -> None:
 
 def described(model: ModelConfig, compute: ComputeConfig) -> str:
     total, active = parameter_counts(model)
-    kind = (
-        f"a mixture of {max(spec.experts for spec in model.layer_specs())} experts"
-        if model.moe
-        else "a dense model"
-    )
+    kind = "a dense model"
+    if model.moe:
+        shared = " and a shared one" if model.moe.shared_d_ff else ""
+        kind = f"a mixture of {max(model.moe.experts)} experts{shared}"
     lora = " with LoRA experts" if model.lora else ""
     used = f" ({active:.3g} for a token)" if active < total else ""
     dispatch = f", {compute.dispatch} dispatch" if model.moe else ""
@@ -471,8 +468,9 @@ class Loop:
         return [*lines, f"step {steps} is kept in {self.checkpoints.path(steps)}", *self.warnings]
 
     def log(self, step: int, metrics: Metrics, progress: tqdm, state: TrainState) -> None:
-        """Write one step's metrics, and warn of what they show. state: the parameters that there are
-        now. Raises UserError when its loss or gradient is not finite: nothing later is saved."""
+        """Write one step's metrics, and warn of what they show. state: the parameters that there
+        are now. Raises UserError when its loss or gradient is not finite: nothing later is
+        saved."""
         values = jax.device_get(metrics)
         now = time.perf_counter()
         rate = self.tokens_per_step / (now - self.clock)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from btx_jax.config.config import TrainConfig
+from btx_jax.models.leaves import is_norm_or_bias, is_router
 from btx_jax.models.lora import is_adapter, partition
 
 
@@ -24,8 +25,9 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def decayed(params: Any) -> Any:
-    """Tree of bools: every kernel and the embedding are decayed, norm scales are not."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    """Tree of bools: every kernel and the embedding are decayed, biases and the scales of norms are
+    not."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not is_norm_or_bias(path), params)
 
 
 def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
@@ -46,8 +48,9 @@ def is_trained(path: tuple[str, ...], frozen: str) -> bool:
     if frozen == "base":
         return is_adapter(path)
     if frozen == "all_but_routers":
-        return path[-1] == "router"
-    return not (frozen == "experts" and "ffn" in path and path[-1] != "router")
+        return is_router(path)
+    is_expert = "ffn" in path or "shared_expert" in path
+    return not (frozen == "experts" and is_expert and not is_router(path))
 
 
 def split(params: Mapping[str, Any], frozen: str) -> tuple[dict[str, Any], dict[str, Any]]:

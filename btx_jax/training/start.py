@@ -62,7 +62,8 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
     if config.model is not None and (changed := differences(to_dict(held), to_dict(config.model))):
         cure = "choose the config for that model, or the same config's :from_init"
         raise ConfigError(
-            f"config.model: is not the model of {config.init}: {'; '.join(changed)}; {cure}"
+            f"config.model: is not the model of {config.init}: {'; '.join(map(str, changed))};"
+            f" {cure}"
         )
     return adapted_model(held, config.lora)
 
@@ -126,8 +127,8 @@ def adapted_model(model: ModelConfig, lora: LoRAConfig | None) -> ModelConfig:
         held = {key: value for key, value in to_dict(model.lora).items() if key not in used}
         if changed := differences(held, shape):
             raise ConfigError(
-                f"config.lora: are other LoRA experts than the checkpoint's: {'; '.join(changed)};"
-                " leave the section out"
+                "config.lora: are other LoRA experts than the checkpoint's:"
+                f" {'; '.join(map(str, changed))}; leave the section out"
             )
     try:
         return dataclasses.replace(model, lora=lora)

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.models.layers import exact_matmuls, platform_dispatch, platform_kernels
+from btx_jax.models.layers import on_mesh, platform_dispatch, platform_kernels
+from btx_jax.models.leaves import computes_in_float32, stays_float32
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel, init_params
 from btx_jax.models.lora import join
 from btx_jax.models.routing import RoutingStats, feed_forward_routing
@@ -81,11 +82,9 @@ def loss_function(
 def matmul_copies(params: Params, dtype: str) -> Params:
     """The parameters as matmuls see them. A gradient with respect to these is half the size of one
     with respect to the float32 parameters and what the cast's own derivative would make of it; the
-    head's, summed in float32, is rounded once. Norms, routers and the embedding compute in float32
-    and stay."""
-    in_float32 = ("scale", "router", "embedding")
+    head's, summed in float32, is rounded once."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key in in_float32 else x.astype(dtype), params
+        lambda path, x: x if stays_float32(path) else x.astype(dtype), params
     )
 
 
@@ -155,10 +154,10 @@ def state_shardings(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple
 
 
 def in_frozen_dtype(frozen: Params, train: TrainConfig) -> Params:
-    """What is frozen as it is kept. Norms and routers, which compute in float32, stay."""
-    keep = ("scale", "router")
+    """What is frozen as it is kept. A frozen embedding gets no gradient and need not stay in
+    float32."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key in keep else x.astype(train.frozen_dtype), frozen
+        lambda path, x: x if computes_in_float32(path) else x.astype(train.frozen_dtype), frozen
     )
 
 
@@ -226,6 +225,6 @@ def lower_train_step(
         (train.batch_size, sequence_length + 1), jnp.int32, sharding=batch_sharding(mesh)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    with jax.set_mesh(mesh), exact_matmuls(compute.dtype):
+    with on_mesh(mesh, compute.dtype):
         step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
         return step.lower(abstract, {"tokens": rows, "segments": rows}, key)

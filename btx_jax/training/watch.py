@@ -1,5 +1,5 @@
-"""What a run's owner should be told while there is still time: claims that find no slot, and a start
-that undoes what the weights had learnt."""
+"""What a run's owner should be told while there is still time: claims that find no slot, and a
+start that undoes what the weights had learnt."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -43,12 +43,13 @@ class FirstSteps:
     """Speaks once, when the first steps leave the loss far above where it began.
 
     The loss of step 1 is that of the weights the run started from. Batches differ, so several in a
-    row must lie above it; and where held-out losses are measured, every domain must lie as far above
-    its own start: what is learnt of one domain may well be forgotten of another.
+    row must lie above it; and where held-out losses are measured, every domain must lie as far
+    above its own start: what is learnt of one domain may well be forgotten of another.
     """
 
     def __init__(self, learning_rate: float, losses: Sequence[float] = ()):
-        """learning_rate: the peak, for the message. losses: of the steps before, of a resumed run."""
+        """learning_rate: the peak, for the message. losses: of the steps before, of a resumed
+        run."""
         self._rate, self._losses, self._said = learning_rate, list(losses), False
         self._ask_from = 0
 

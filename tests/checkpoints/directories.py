@@ -216,14 +216,29 @@ TABLE = {
         ),
     ),
     "linear, Mixtral": Kind("mixtral", rope(type="linear", factor=4.0).change),
-    "dynamic": rope("'dynamic' is not supported", type="dynamic", factor=2.0),
-    "yarn": rope("'yarn' is not supported", rope_type="yarn", factor=2.0),
-    "longrope": rope(
-        "'longrope' is not supported",
+    "dynamic": rope(type="dynamic", factor=2.0),
+    "yarn": rope(rope_type="yarn", factor=2.0),
+    "yarn with everything": rope(
+        rope_type="yarn",
+        factor=4.0,
+        original_max_position_embeddings=128,
+        beta_fast=16,
+        beta_slow=2,
+        attention_factor=1.25,
+    ),
+    "yarn as DeepSeek has it": rope(rope_type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.5),
+    "yarn of unrounded bounds": rope(
+        "truncate=False", rope_type="yarn", factor=4.0, truncate=False
+    ),
+    "longrope": rope(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4),
+    "longrope of a shorter origin": rope(
         rope_type="longrope",
         short_factor=[1.0] * 4,
-        long_factor=[2.0] * 4,
+        long_factor=[1.0, 2.0, 4.0, 8.0],
+        original_max_position_embeddings=128,
+        factor=4.0,
     ),
+    "longrope without its factors": rope("longrope without short_factor", rope_type="longrope"),
     "proportional": rope("'proportional' is not supported", rope_type="proportional", factor=2.0),
     "RoPE by kind of layer": config(
         layer_types=["full_attention"] * 3,
@@ -255,8 +270,19 @@ TABLE = {
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     ),
     "ignored biases, Mistral": config("mistral", attention_bias=True, mlp_bias=True),
-    "attention biases": Kind("llama", biases("self_attn"), "biases are not supported"),
-    "feed-forward biases": Kind("llama", biases("mlp"), "biases are not supported"),
+    "attention biases": Kind("llama", biases("self_attn")),
+    "feed-forward biases": Kind("llama", biases("mlp")),
+    "biases without their key": Kind(
+        "llama",
+        lambda d: (biases("self_attn")(d), d.config.update(attention_bias=False)),
+        "unknown model.layers.0.self_attn",
+    ),
+    "what other families compute": config(
+        final_logit_softcapping=30.0, refusal="final_logit_softcapping=30.0: is not supported"
+    ),
+    "what other families compute, switched off": config(
+        final_logit_softcapping=None, residual_multiplier=1.0
+    ),
     "layers of their own": config(
         per_layer_config={"1": {"intermediate_size": 24}}, refusal="per_layer_config"
     ),
@@ -271,10 +297,15 @@ TABLE = {
     ),
     "gptq": config(quantization_config={"quant_method": "gptq", "bits": 4}, refusal=QUANTIZED),
     "fp8": config(quantization_config={"quant_method": "fp8"}, refusal=QUANTIZED),
-    "qwen2": config(
+    "a family that is not known": config(
+        model_type="gemma2",
+        architectures=["Gemma2ForCausalLM"],
+        refusal=r"model_type gemma2 \(Gemma2ForCausalLM\) is not supported",
+    ),
+    "qwen2 without its biases": config(
         model_type="qwen2",
         architectures=["Qwen2ForCausalLM"],
-        refusal=r"model_type qwen2 \(Qwen2ForCausalLM\) is not supported",
+        refusal="missing model.layers.0.self_attn.q_proj.bias",
     ),
     # dtypes and names of tensors
     "float64": Kind("llama", lambda d: d.cast(np.float64)),

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from btx_jax.architectures.tensors import slots
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, write_checkpoint
-from btx_jax.checkpoints.huggingface import slots
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig, MoEConfig, RopeScaling
 from btx_jax.models.llama import Llama, logits

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from btx_jax.checkpoints import peft
+from btx_jax.checkpoints import peft_config
 from btx_jax.checkpoints.adapter import (
     ABOUT,
     TENSORS,
@@ -20,52 +20,20 @@ from btx_jax.checkpoints.adapter import (
 )
 from btx_jax.checkpoints.checkpoint import (
     adapter_tensors,
-    base_of,
     digest,
     find_checkpoint,
-    load_params,
 )
-from btx_jax.checkpoints.peft import CONFIG as PEFT_CONFIG
-from btx_jax.checkpoints.peft import TENSORS as PEFT_TENSORS
-from btx_jax.checkpoints.training_state import CheckpointMetadata, elsewhere
+from btx_jax.checkpoints.peft_config import CONFIG as PEFT_CONFIG
+from btx_jax.checkpoints.peft_config import TENSORS as PEFT_TENSORS
+from btx_jax.checkpoints.training_state import elsewhere
 from btx_jax.commands import adapter, convert
-from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LoRAConfig
 from btx_jax.errors import UserError
 from btx_jax.mixing.lora import mix_lora
-from btx_jax.models.llama import Llama, init_params, logits
+from btx_jax.models.llama import init_params
+from tests.checkpoints.adapters import BASE, GOLDEN, logits_of, mola_directory
 
-GOLDEN = Path(__file__).parent / "golden"
-BASE = GOLDEN / "llama"
 SLOW = r"(\w+[._]?)+!"
-
-
-def logits_of(path, tokens):
-    found = find_checkpoint(path)
-    params, model = load_params(found), found.metadata.model
-    llama = Llama(model, ComputeConfig(dtype="float32", remat="none"))
-    return np.asarray(
-        jax.jit(lambda p: logits(p, llama.apply({"params": p}, tokens, np.ones_like(tokens))[0]))(
-            params
-        )
-    )
-
-
-def mola_directory(folder, seed=0, base=BASE, **lora):
-    """An adapter directory with random experts."""
-    under = find_checkpoint(base)
-    model = dataclasses.replace(
-        under.metadata.model, lora=LoRAConfig(**({"allocation": "2,3,2", "rank": (4,)} | lora))
-    )
-    tensors = to_tensors(model, init_params(model, jax.random.key(seed)))
-    rng = np.random.default_rng(seed)
-    tensors = {
-        name: rng.normal(0, 0.2, x.shape).astype(np.float32) if name.endswith(".b") else x
-        for name, x in tensors.items()
-    }
-    folder.mkdir()
-    write_directory(folder, CheckpointMetadata(model, 0, {}, base_of(under)), tensors)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +135,7 @@ def test_names_that_peft_loads_are_loaded_and_others_named(tmp_path, golden):
             (str, {f"{q_proj}.lora_A.default.weight": one}, "twice"),
             (str, {f"{q_proj}.lora_magnitude_vector": one[0]}, "use_dora"),
             (str, {f"{q_proj}.lora_B.bias": one[:, 0]}, "lora_bias"),
-            (str, {f"{q_proj}.base_layer.bias": one[:, 0]}, "bias: no map has one here"),
+            (str, {f"{q_proj}.base_layer.bias": one[:, 0]}, "bias: the base has none there"),
             (str, {"base_model.model.lm_head.lora_A.weight": one}, "target_modules: LoRA on what"),
             (str, {"base_model.model.model.embed_tokens.lora_embedding_A": one}, "on an embedding"),
             (str, {"base_model.model.model.embed_tokens.token_adapter.x": one}, "trainable_token"),
@@ -418,7 +386,7 @@ def test_what_lora_here_cannot_be_is_refused(tmp_path, change, told):
     ],
 )
 def test_a_pattern_that_would_match_for_years_is_told(tmp_path, monkeypatch, key, value):
-    monkeypatch.setattr(peft, "_SECONDS", 0.2)
+    monkeypatch.setattr(peft_config, "_SECONDS", 0.2)
     shutil.copytree(GOLDEN / "peft", tmp_path / "peft")
     config = json.loads((tmp_path / "peft" / PEFT_CONFIG).read_text())
     (tmp_path / "peft" / PEFT_CONFIG).write_text(json.dumps(config | {key: value}))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from btx_jax.architectures.tensors import slots
 from btx_jax.checkpoints.checkpoint import (
     digest,
     find_checkpoint,
@@ -20,10 +21,9 @@ from btx_jax.checkpoints.checkpoint import (
     load_params,
     open_reader,
 )
-from btx_jax.checkpoints.huggingface import slots
+from btx_jax.checkpoints.huggingface import written_as
 from btx_jax.checkpoints.huggingface_config import (
     config_from_model,
-    experts_per_token,
     model_from_config,
 )
 from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
@@ -162,17 +162,21 @@ def test_mixtures_that_hugging_face_cannot_hold_are_refused_and_those_it_can_are
     def moe(experts, **kwargs):
         return ModelConfig(61, 2, 32, 48, 4, 2, 8, moe=MoEConfig(experts, **kwargs))
 
-    assert experts_per_token(moe((4, 4), routing="soft")) == 4
-    assert experts_per_token(moe((4, 4), routing="sample_top1")) == 1
+    def written(model):
+        family, model = written_as(model, {})
+        return config_from_model(model, family, "float32", {})
+
+    assert written(moe((4, 4), routing="soft"))["num_experts_per_tok"] == 4
+    assert written(moe((4, 4), routing="sample_top1"))["num_experts_per_tok"] == 1
     for refused in (
-        moe((4, 0)),
         moe((4, 2)),
         moe((4, 4), routing="switch"),
         moe((4, 4), routing="sample_top1", first_routing="soft"),
     ):
-        with pytest.raises(UserError, match="same top-k mixture in every layer"):
-            experts_per_token(refused)
-    assert "num_local_experts" not in config_from_model(model, "float32", {})
+        with pytest.raises(UserError, match="other than the same top-k mixture in every layer"):
+            written(refused)
+    assert written(moe((4, 0)))["mlp_only_layers"] == [1], "Qwen2Moe has dense layers, Mixtral none"
+    assert "num_local_experts" not in written(model)
 
 
 def test_config_json_of_either_age_is_read_and_what_we_lack_is_named():
@@ -200,7 +204,7 @@ def test_config_json_of_either_age_is_read_and_what_we_lack_is_named():
         (base | {"tie_word_embeddings": None}, "tie_word_embeddings=None: must be true or false"),
         (
             base | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-            r"model_type gpt2 \(GPT2LMHeadModel\) is not supported; readable are llama",
+            r"model_type gpt2 \(GPT2LMHeadModel\) is not supported; readable are deepseek, internlm3, llama",
         ),
         (
             {"architectures": ["GPT2LMHeadModel"]},
@@ -212,14 +216,14 @@ def test_config_json_of_either_age_is_read_and_what_we_lack_is_named():
     windowed = json.loads((GOLDEN / "mistral" / "config.json").read_text()) | {
         "sliding_window": 256
     }
-    assert model_from_config(windowed, "x").context == 256
-    assert model_from_config(windowed | {"use_sliding_window": False}, "x").context == 256, (
+    assert model_from_config(windowed, "x").window == 256
+    assert model_from_config(windowed | {"use_sliding_window": False}, "x").window == 256, (
         "no key of Mistral's: transformers windows"
     )
     absent = {key: value for key, value in windowed.items() if key != "sliding_window"} | {
         "max_position_embeddings": 8192
     }
-    assert model_from_config(absent, "x").context == 4096, "transformers' default"
+    assert model_from_config(absent, "x").window == 4096, "transformers' default"
 
 
 @functools.cache
@@ -263,7 +267,6 @@ def test_what_a_directory_contradicts_itself_in_is_told(tmp_path, caplog):
         ("tied and different", "lm_head.weight holds other values than the embedding"),
         ("a single file and a stale index", "delete the one that is out of date"),
         ("float64", "float64 is rounded to float32, 30 tensors"),
-        ("window", "the context is cut to it"),
     ):
         caplog.clear()
         directories.write(name, tmp_path / name)
@@ -272,17 +275,19 @@ def test_what_a_directory_contradicts_itself_in_is_told(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "context"),
+    ("name", "context", "window"),
     [
-        ("window", 700),
-        ("window, Mixtral", 700),
-        ("window left out", 1024),
-        ("context left out", 2048),
+        ("window", 1024, 700),
+        ("window, Mixtral", 1024, 700),
+        ("window left out", 1024, 4096),
+        ("context left out", 2048, 0),
+        ("keys of other families", 1024, 0),
     ],
 )
-def test_a_window_cuts_the_context(name, context, tmp_path):
+def test_a_window_is_kept_beside_the_context(name, context, window, tmp_path):
     directories.write(name, tmp_path / "model")
-    assert find_checkpoint(tmp_path / "model").metadata.model.context == context
+    model = find_checkpoint(tmp_path / "model").metadata.model
+    assert (model.context, model.window) == (context, window)
 
 
 def test_a_directory_in_several_dtypes_comes_to_ours_with_every_value(tmp_path):
@@ -368,7 +373,8 @@ def test_an_export_says_which_transformers_it_needs(change, kind, version, theta
     """Older releases fail to load these, found by trying (exports.py, transformers_peer.py releases). A null
     rope_theta is what makes them fail: some would otherwise compute another model silently."""
     model = dataclasses.replace(ModelConfig(61, 2, 32, 48, 4, 2, 8), **change)
-    config = config_from_model(model, "float32", {})
+    family, written = written_as(model, {})
+    config = config_from_model(written, family, "float32", {})
     assert (config["model_type"], config["transformers_version"], config["rope_theta"]) == (
         kind,
         version,

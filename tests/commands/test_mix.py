@@ -12,9 +12,9 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from btx_jax.architectures.tensors import EMBEDDING, HEAD, TensorId
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, open_reader
 from btx_jax.checkpoints.checksums import SUMS
-from btx_jax.checkpoints.huggingface import expert_tensor, router_layer
 from btx_jax.checkpoints.safetensors_files import CHECKSUMS
 from btx_jax.checkpoints.training_state import (
     CheckpointMetadata,
@@ -27,12 +27,14 @@ from btx_jax.commands import mix as mix_recipe
 from btx_jax.config.config import CheckpointConfig, ComputeConfig
 from btx_jax.config.model_config import MoEConfig
 from btx_jax.errors import UserError
-from btx_jax.evaluation.activations import layer_states
+from btx_jax.mixing.merge import ulp
 from btx_jax.mixing.mix import mix_params
-from btx_jax.mixing.recipe import expert_sources
+from btx_jax.mixing.recipe_file import expert_sources
+from btx_jax.mixing.states import layer_states
 from btx_jax.models.llama import Llama, logits
 from tests.conftest import ROOT
 
+TENSORS = {str(tensor): tensor for tensor in (EMBEDDING, HEAD)}
 GOLDEN = ROOT / "tests" / "mixing" / "golden"
 
 
@@ -56,7 +58,7 @@ def sources():
 
 
 def gates(reader):
-    return np.stack([reader.read(name) for name in reader.slots if router_layer(name) is not None])
+    return np.stack([reader.read(tensor) for tensor in reader.slots if tensor.is_router])
 
 
 @pytest.mark.parametrize("mode", ["cheap_embed", "hidden", "hidden_avg"])
@@ -77,13 +79,11 @@ def test_a_frankenmoe_holds_the_bases_and_the_experts_bits(tmp_path):
     mixed, dense = mix(tmp_path), sources()
     assert [Path(source).name for source in expert_sources(tmp_path / "out")] == ["a", "b", "c"]
     for name in mixed.slots:
-        wanted = expert_tensor(name)
-        if wanted:
-            part = f"model.layers.{wanted.layer}.mlp.{wanted.part}_proj.weight"
-            assert mixed.read(name).tobytes() == dense["abc"[wanted.expert]].read(part).tobytes(), (
-                name
-            )
-        elif router_layer(name) is None:
+        if name.expert is not None:
+            source = dense["abc"[name.expert]]
+            part = TensorId(name.part, name.layer)
+            assert mixed.read(name).tobytes() == source.read(part).tobytes(), name
+        elif not name.is_router:
             assert mixed.read(name).tobytes() == dense["base"].read(name).tobytes(), name
 
 
@@ -97,7 +97,7 @@ def test_branch_train_mix_equals_mix_params_and_a_float64_mean(tmp_path):
     ):
         np.testing.assert_allclose(a, b, atol=2e-7, rtol=0, err_msg=str(path))
     for name in mixed.slots:
-        if expert_tensor(name) is None and router_layer(name) is None:
+        if name.expert is None and not name.is_router:
             exact = np.mean(
                 [sources()[source].read(name).astype(np.float64) for source in "abc"], axis=0
             )
@@ -109,7 +109,7 @@ def test_branch_train_mix_equals_mix_params_and_a_float64_mean(tmp_path):
 def test_a_repeated_source_counts_once_in_the_mean(tmp_path):
     experts = [{"source_model": name} for name in ("a", "a", "b")]
     mixed = mix(tmp_path, experts=experts, base="average", gate_mode="normal")
-    name = "model.layers.0.self_attn.q_proj.weight"
+    name = TensorId("attention/query", 0)
     expected = (sources()["a"].read(name).astype(np.float64) + sources()["b"].read(name)) / 2
     np.testing.assert_allclose(mixed.read(name), expected, atol=2e-7, rtol=0)
 
@@ -142,51 +142,55 @@ def test_all_chunks_of_a_split_add_up_to_the_feed_forward(tmp_path):
     )
     assert mixed.model.d_ff == 12 and mixed.model.moe == MoEConfig((4, 4, 4))
     for part, axis in (("gate", 0), ("up", 0), ("down", 1)):
-        whole = sources()["b"].read(f"model.layers.1.mlp.{part}_proj.weight")
-        names = {
-            e: n
-            for n in mixed.slots
-            if (w := expert_tensor(n)) and (w.layer, w.part) == (1, part)
-            for e in [w.expert]
-        }
-        np.testing.assert_array_equal(
-            np.concatenate([mixed.read(names[2]), mixed.read(names[3])], axis), whole
-        )
+        whole = sources()["b"].read(TensorId(f"ffn/{part}", 1))
+        halves = [mixed.read(TensorId(f"ffn/{part}", 1, expert)) for expert in (2, 3)]
+        np.testing.assert_array_equal(np.concatenate(halves, axis), whole)
+
+
+def test_a_feed_forward_that_cannot_be_cut_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"recipe\.method='split': d_ff=24 is not divisible into 5 chunks"
+    ):
+        mix(tmp_path, method="split", chunks=5, gate_mode="normal")
 
 
 def test_a_blend_gives_every_expert_a_chunk_of_every_source(tmp_path):
     mixed = mix(tmp_path, method="blend", gate_mode="normal")
-    name = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
-    expected = [sources()[s].read("model.layers.2.mlp.down_proj.weight")[:, 8:16] for s in "abc"]
+    name = TensorId("ffn/down", 2, 1)
+    expected = [sources()[s].read(TensorId("ffn/down", 2))[:, 8:16] for s in "abc"]
     np.testing.assert_array_equal(mixed.read(name), np.concatenate(expected, axis=1))
 
 
-def test_mixtures_in_some_layers_need_our_format(tmp_path):
-    with pytest.raises(UserError, match="same top-k mixture in every layer"):
-        mix(tmp_path, layers=[0, 2])
+def test_mixtures_in_some_layers_need_our_format_or_another_class(tmp_path):
+    with pytest.raises(UserError, match="dense layers among the mixtures"):
+        mix(tmp_path, layers=[0, 2], architecture="mixtral")
     assert not (tmp_path / "out").exists()
     mixed = mix(tmp_path, layers=[0, 2], output_format="btx_jax")
-    assert mixed.model.moe == MoEConfig((3, 0, 3))
-    name = "model.layers.1.mlp.up_proj.weight"
+    assert mixed.model.moe == MoEConfig((3, 0, 3)) and not mixed.model.biases
+    name = TensorId("ffn/up", 1)
     assert mixed.read(name).tobytes() == sources()["base"].read(name).tobytes()
+    found = mix(tmp_path, "qwen", layers=[0, 2])
+    assert found.model.moe.experts == (3, 0, 3)
+    config = json.loads((tmp_path / "qwen" / "config.json").read_text())
+    assert (config["model_type"], config["mlp_only_layers"]) == ("qwen2_moe", [1])
+    np.testing.assert_allclose(
+        run_logits(tmp_path / "qwen"), run_logits(tmp_path / "out"), atol=1e-5
+    )
 
 
 def test_noise_and_residual_scale(tmp_path):
     noisy = {"source_model": "a", "positive_prompts": ["x"], "noise_scale": 0.5}
     scaled = {"source_model": "b", "positive_prompts": ["y"], "residual_scale": 0.25}
     mixed = mix(tmp_path, experts=[noisy, scaled])
-    prefix = "model.layers.0.block_sparse_moe.experts"
-    noise = mixed.read(f"{prefix}.0.w1.weight") - sources()["a"].read(
-        "model.layers.0.mlp.gate_proj.weight"
-    )
+    noise = mixed.read(TensorId("ffn/gate", 0, 0)) - sources()["a"].read(TensorId("ffn/gate", 0))
     assert abs(noise.std() - 0.5) < 0.1
     np.testing.assert_array_equal(
-        mixed.read(f"{prefix}.1.w2.weight"),
-        sources()["b"].read("model.layers.0.mlp.down_proj.weight") * 0.25,
+        mixed.read(TensorId("ffn/down", 0, 1)),
+        sources()["b"].read(TensorId("ffn/down", 0)) * 0.25,
     )
     np.testing.assert_array_equal(
-        mixed.read(f"{prefix}.1.w1.weight"),
-        sources()["b"].read("model.layers.0.mlp.gate_proj.weight"),
+        mixed.read(TensorId("ffn/gate", 0, 1)),
+        sources()["b"].read(TensorId("ffn/gate", 0)),
     )
 
 
@@ -199,7 +203,7 @@ def test_other_merges_pass_verification_and_keep_what_did_not_change(tmp_path, m
         gate_mode="normal",
         experts=[{"source_model": "base"}, {"source_model": "a"}],
     )
-    name = "model.layers.0.self_attn.k_proj.weight"
+    name = TensorId("attention/key", 0)
     assert not np.array_equal(mixed.read(name), sources()["base"].read(name))
     same = mix(
         tmp_path,
@@ -290,18 +294,19 @@ def test_our_checkpoints_mix_like_hugging_face_directories(tmp_path):
 
 
 def test_verify_notices_a_single_changed_bit(tmp_path, monkeypatch):
-    real = mix_recipe._verify
+    real = mix_recipe.verified
 
-    def damaged(recipe, sources, gates, written, dtype):
+    def damaged(mixture, reader):
+        written = reader.directory
         file = written / "model.safetensors"
         data = bytearray(file.read_bytes())
         data[-3] ^= 1
         file.write_bytes(data)
         for checksums in (CHECKSUMS, SUMS):  # they would tell first
             (written / checksums).unlink()
-        return real(recipe, sources, gates, written, dtype)
+        return real(mixture, open_reader(find_checkpoint(written)))
 
-    monkeypatch.setattr(mix_recipe, "_verify", damaged)
+    monkeypatch.setattr(mix_recipe, "verified", damaged)
     with pytest.raises(UserError, match=r"1 tensors are not what the recipe says: lm_head.weight"):
         mix(tmp_path)
     assert not (tmp_path / "out").exists(), (
@@ -370,8 +375,8 @@ def test_sources_as_mergekit_names_them_are_told_what_to_do_all_at_once(tmp_path
     with pytest.raises(UserError) as caught:
         mix(tmp_path, experts=[{"source_model": name} for name in named], gate_mode="random")
     for told in (
-        "3 mistakes", "experts[0].source_model='a+lora': a LoRA on a model is not supported yet",
-        "adapter import lora a ADAPTER", "hf download org/model --revision main --local-dir DIR",
+        "3 mistakes", "experts[0].source_model", "/lora does not exist",
+        "hf download org/model --revision main --local-dir DIR",
         "hf download org/model --local-dir org/model",
     ):  # fmt: skip
         assert told in str(caught.value)
@@ -406,12 +411,14 @@ def test_rows_of_a_vocabulary_are_averaged_over_the_models_that_have_them(tmp_pa
     if merge == "mean":
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
             a, b, c = (
-                np.asarray(open_reader(find_checkpoint(tmp_path / name)).read(key), np.float64)
+                np.asarray(
+                    open_reader(find_checkpoint(tmp_path / name)).read(TENSORS[key]), np.float64
+                )
                 for name in sizes
             )
             expected = np.concatenate([(a[:257] + b + c[:257]) / 3, (a[257:259] + c[257:]) / 2])
             np.testing.assert_allclose(
-                np.asarray(made.read(key), np.float64), expected, rtol=2.0**-7, atol=1e-6
+                np.asarray(made.read(TENSORS[key]), np.float64), expected, rtol=2.0**-7, atol=1e-6
             )
 
 
@@ -422,22 +429,20 @@ def test_an_expert_added_and_dropped_again_leaves_every_other_bit(tmp_path):
     more = open_reader(find_checkpoint(tmp_path / "more"))
     assert more.model.moe == MoEConfig((4, 4, 4))
     for name in before.slots:
-        if router_layer(name) is None:
+        if not name.is_router:
             assert more.read(name).tobytes() == before.read(name).tobytes(), name
         else:
             np.testing.assert_array_equal(more.read(name)[:3], before.read(name))
-    added = more.read("model.layers.1.block_sparse_moe.experts.3.w3.weight")
-    np.testing.assert_array_equal(
-        added, sources()["base"].read("model.layers.1.mlp.up_proj.weight")
-    )
+    added = more.read(TensorId("ffn/up", 1, 3))
+    np.testing.assert_array_equal(added, sources()["base"].read(TensorId("ffn/up", 1)))
     experts.drop(str(tmp_path / "more"), 3, str(tmp_path / "again"))
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
     experts.drop(str(tmp_path / "more"), 0, str(tmp_path / "less"))
     less = open_reader(find_checkpoint(tmp_path / "less"))
-    name = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
-    assert less.read(name.format(0)).tobytes() == more.read(name.format(1)).tobytes()
+    gate = TensorId("ffn/gate", 0, 0)
+    assert less.read(gate).tobytes() == more.read(gate._replace(expert=1)).tobytes()
     np.testing.assert_array_equal(gates(less), gates(more)[:, 1:])
 
 
@@ -474,7 +479,7 @@ def test_a_source_spelt_in_two_ways_counts_once(tmp_path):
     link.symlink_to(GOLDEN / "a")
     experts = [{"source_model": source} for source in ("a", "./a", str(link), "b")]
     mixed = mix(tmp_path, experts=experts, base="average", gate_mode="normal")
-    name = "model.norm.weight"
+    name = TensorId("final_norm/scale")
     np.testing.assert_allclose(
         mixed.read(name), (sources()["a"].read(name) + sources()["b"].read(name)) / 2, atol=2e-7
     )
@@ -483,15 +488,15 @@ def test_a_source_spelt_in_two_ways_counts_once(tmp_path):
 def test_blended_pieces_get_their_own_noise(tmp_path):
     experts = [{"source_model": source, "noise_scale": 0.5} for source in "ab"]
     mixed = mix(tmp_path, experts=experts, method="blend", gate_mode="normal")
-    gate = mixed.read("model.layers.0.block_sparse_moe.experts.0.w1.weight")
-    clean = [sources()[s].read("model.layers.0.mlp.gate_proj.weight")[:12] for s in "ab"]
+    gate = mixed.read(TensorId("ffn/gate", 0, 0))
+    clean = [sources()[s].read(TensorId("ffn/gate", 0))[:12] for s in "ab"]
     noise = [(gate[12 * i : 12 * i + 12] - clean[i]).ravel() for i in range(2)]
     assert abs(np.corrcoef(noise)[0, 1]) < 0.3
 
 
 def test_one_ulp_at_zero_is_the_smallest_one():
     for dtype in ("float32", "bfloat16", "float16"):
-        assert mix_recipe.ulp(np.zeros(1), np.dtype(dtype))[0] < 1e-7
+        assert ulp(np.zeros(1), np.dtype(dtype))[0] < 1e-7
 
 
 def test_a_base_of_two_dtypes_must_say_which(tmp_path):

@@ -12,7 +12,8 @@ from btx_jax.errors import ConfigError
 MADE = "from btx_jax.config.config import *\nfrom ml_collections import ConfigDict\n"
 SEED = (
     "from btx_jax.presets import recipes\nfrom ml_collections import ConfigDict, config_dict\n"
-    "def get_config():\n    c = recipes.seed('tiny')\n    c.unlock()\n"
+    "from btx_jax.config.config_dict import to_config_dict\n"
+    "def get_config():\n    c = to_config_dict(recipes.seed('tiny'))\n    c.unlock()\n"
 )
 FILES = [
     ("def get_config(:\n", "line 1: SyntaxError: invalid syntax"),
@@ -41,15 +42,17 @@ FILES = [
     ("raise KeyError\n", "line 1: KeyError"),
     ("x = 1\n", "has no function get_config"),
     ("get_config = 3\n", "has no function get_config"),
-    ("def get_config():\n    pass\n", "get_config returns NoneType, not a ConfigDict"),
+    ("def get_config():\n    pass\n", "get_config returns NoneType, neither a Config nor"),
     (
         "def get_config():\n    return {'stage': 'mix'}\n",
-        "get_config returns dict, not a ConfigDict",
+        "get_config returns dict, neither a Config nor a",
     ),
     ("def get_config(a):\n    return a\n", "argument of get_config: needs one: FILE:ARGUMENT"),
     (
-        MADE + "def get_config():\n    return Config('report', report=ReportConfig('x'))\n",
-        "get_config returns a Config; return to_config_dict of it",
+        "from btx_jax.presets import recipes\ndef get_config():\n    c = recipes.seed('tiny')\n"
+        "    c.train.steps = 5\n    return c\n",
+        "line 4: FrozenInstanceError: cannot assign to field 'steps' of a Config; change"
+        " to_config_dict(...) of it, and return that",
     ),
     (
         MADE + "def get_config():\n    return MixConfig('a')\n",
@@ -152,3 +155,25 @@ def test_what_is_right_is_read_with_its_overrides():
     config = read_config("configs/seed.py:tiny", overrides)
     assert (config.train.steps, config.init, config.model.tied_head) == (50, "runs/a", False)
     assert len(load_pipeline("configs/btx.py:tiny", ("--config.rng_seed=3",)).pipeline) > 3
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "return dataclasses.replace(c, train=dataclasses.replace(c.train, steps=50))",
+        "c = to_config_dict(c)\n    c.train.steps = 50\n    return c",
+        "c = to_config_dict(from_config_dict(c))\n    c.train.steps = 50\n    return c",
+    ],
+    ids=["Config", "ConfigDict", "presets_gave_ConfigDicts_once"],
+)
+def test_a_file_returns_a_config_or_what_is_made_of_one_and_changed(tmp_path, lines):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import dataclasses\nfrom btx_jax.config.config_dict import *\n"
+        "from btx_jax.presets import recipes\n"
+        f"def get_config(size):\n    c = recipes.seed(size)\n    {lines}\n"
+    )
+    config = read_config(f"{file}:tiny", ("--config.train.batch_size=4", "--config.init=x"))
+    assert (config.train.steps, config.train.batch_size, config.init) == (50, 4, "x")
+    with pytest.raises(ConfigError, match='stepz: unknown key; Did you mean "steps"'):
+        read_config(f"{file}:tiny", ("--config.train.stepz=4",))

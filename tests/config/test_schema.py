@@ -26,11 +26,14 @@ from btx_jax.config.config import (
     TrainConfig,
 )
 from btx_jax.config.config_dict import to_dict
-from btx_jax.config.model_config import LoRAConfig, ModelConfig, MoEConfig
+from btx_jax.config.model_config import LoRAConfig, ModelConfig, MoEConfig, RopeScaling
 from btx_jax.config.schema import Range, Section, from_dict
 from btx_jax.errors import ConfigError
 
-MODEL = ModelConfig(320, 4, 32, 64, 2, 2, 16, moe=MoEConfig((4,) * 4))
+LONGROPE = RopeScaling("longrope", short_factors=(1.0,) * 8, long_factors=(2.0,) * 8)
+MODEL = ModelConfig(
+    320, 4, 32, 64, 2, 2, 16, rope_scaling=LONGROPE, moe=MoEConfig((4,) * 4, shared_d_ff=8)
+)
 WHOLE = to_dict(
     Config(
         "train",
@@ -61,6 +64,8 @@ ZERO = {
     "by what it starts from": ("learning_rate",),
     "weights": ("weight_decay", "balance_weight", "z_loss_weight"),
     "others": ("final_lr_fraction", "beta1", "beta2", "norm_eps", "experts"),
+    "none": ("window", "shared_d_ff"),
+    "that of a dense layer": ("moe.d_ff",),
 }
 POSSIBLE = {
     0: {name for names in ZERO.values() for name in names},
@@ -68,9 +73,13 @@ POSSIBLE = {
     1.5: {
         *("capacity_factor", "learning_rate", "eps", "clip_norm", "weight_decay", "temperature"),
         *("balance_weight", "z_loss_weight", "router_std", "alpha", "rope_theta", "factor"),
-        *("low_freq_factor", "high_freq_factor"),
+        *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"),
+        *("short_factors", "long_factors"),
     },
-    10**30: {"learning_rate", "eps", "clip_norm", "rope_theta", "factor", "high_freq_factor"},
+    10**30: {
+        *("learning_rate", "eps", "clip_norm", "rope_theta", "factor", "high_freq_factor"),
+        *("beta_fast", "beta_slow", "attention_factor", "short_factors", "long_factors"),
+    },
 }
 
 
@@ -158,7 +167,7 @@ def test_a_number_is_in_its_range_or_refused_by_its_key(path, name):
     key = "config." + ".".join(str(part) for part in path if part != 0)
     for value in ODD:
         is_plain = isinstance(value, int | float) and value is not True
-        possible = is_plain and name in POSSIBLE.get(value, ())
+        possible = is_plain and {name, ".".join(map(str, path[-2:]))} & {*POSSIBLE.get(value, ())}
         told = mistakes(changed((path, value)))
         assert len(told) == (0 if possible else 1), f"{key}={str(value)[:40]}: {told}"
         for line in told:

@@ -35,9 +35,9 @@ def test_collectives_count_with_trips_and_groups():
 
     def f(x, w):
         def one(x, w):
-            local = lambda x, w: (
-                jnp.sin(x @ all_gather(w, "embed", 0)) @ all_gather(w, "embed", 0).T
-            )  # noqa: E731
+            def local(x, w):
+                return jnp.sin(x @ all_gather(w, "embed", 0)) @ all_gather(w, "embed", 0).T
+
             return shard_map(local, (("batch",), ("embed",)), ("batch",))(x, w), None
 
         return jax.lax.scan(one, x, w)[0].sum()

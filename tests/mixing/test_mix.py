@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import MoEConfig
 from btx_jax.mixing.mix import leaf_class, mix_leaf, mix_params
 from btx_jax.mixing.router import normal_routers
-from btx_jax.models.llama import abstract_params, init_params
+from btx_jax.models.llama import Llama, abstract_params, init_params
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from tests.models.test_llama import MOE, TINY
 
@@ -80,6 +81,28 @@ def test_under_jit_onto_a_mesh_and_leaf_by_leaf_it_is_the_same(models):
 def test_a_run_without_a_router_stays_dense(models):
     mixed = leaves(mix_params(models, {}))
     assert mixed["layers_0/ffn/gate"].shape == (3, 32, 48)
+
+
+def test_with_a_shared_expert_equal_models_mix_to_the_same_model(models):
+    """The shared one gives half through its gate of zeros, the routed ones the other half."""
+    equal = [models[0]] * 3
+    mixture = dataclasses.replace(
+        TINY, moe=MoEConfig((3, 3, 3), shared_d_ff=TINY.d_ff, shared_gate=True)
+    )
+    mixed = mix_params(equal, routers(), shared=models[0])
+    want = nn.unbox(abstract_params(mixture))
+    assert jax.tree.map(lambda x: x.shape, mixed) == jax.tree.map(lambda x: x.shape, want)
+    compute = ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+    tokens = jnp.arange(32)[None] % TINY.vocab_size
+    hidden = [
+        Llama(model, compute).apply({"params": params}, tokens, jnp.ones_like(tokens))[0]
+        for model, params in ((TINY, models[0]), (mixture, mixed))
+    ]
+    np.testing.assert_allclose(hidden[1], hidden[0], atol=1e-5)
+    other = mix_params(equal, routers(), shared=models[1])
+    np.testing.assert_array_equal(
+        other["layers_0"]["shared_expert"]["up"], models[1]["layers_0"]["ffn"]["up"]
+    )
 
 
 def test_mistakes_name_the_leaf(models):

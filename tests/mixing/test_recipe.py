@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from btx_jax.commands.mix import ulp
 from btx_jax.config.schema import from_dict
 from btx_jax.errors import UserError
 from btx_jax.mixing.gates import condition_number, gate_row, pool, random_gates
-from btx_jax.mixing.merge import dare, mean, ties, wide
-from btx_jax.mixing.recipe import Recipe, read_recipe
+from btx_jax.mixing.merge import dare, mean, ties, ulp, wide
+from btx_jax.mixing.recipe import Recipe
+from btx_jax.mixing.recipe_file import read_recipe
 
 BFLOAT16 = np.dtype("bfloat16")
 
@@ -128,16 +128,23 @@ def test_what_is_no_number_there_is_none_here(tmp_path, written):
 def test_what_mergekit_says_of_every_mixtral_is_taken_and_the_rest_named(tmp_path):
     same = read_recipe(write(tmp_path, BARE))
     for said in (
-        "architecture: mixtral", "architecture: Mix", "architecture: ~", "tokenizer_source: base",
+        "architecture: ''", "architecture: ~", "tokenizer_source: base", "shared_experts: ~",
         "shared_experts: []", "dtype: ~", "gate_mode: hidden_last",
     ):  # fmt: skip
         assert read_recipe(write(tmp_path, f"{BARE}{said}\n")) == same, said
     assert read_recipe(write(tmp_path, f"{BARE}dtype: torch.bfloat16\n")).dtype == "bfloat16"
     for said, told in (
-        ("architecture: qwen", "architecture='qwen': a mixture here is a Mixtral"),
-        ("architecture: 3", "architecture=3: a mixture here is a Mixtral"),
+        ("architecture: bert", "architecture='bert': known: Mixtral, DeepSeek MoE, Qwen MoE"),
+        ("architecture: 'mixtral '", "architecture='mixtral ': known: Mixtral"),
+        ("architecture: qwen2", "architecture='qwen2': known: .*, qwen2_moe, qwen3_moe"),
+        ("architecture: 3", "architecture=3: must be str"),
         ("tokenizer_source: union", "tokenizer_source='union': the mixture gets base_model's"),
-        ("shared_experts: [{source_model: a}]", "shared_experts=.*: a Mixtral has none"),
+        (
+            "shared_experts: [{source_model: a}, {source_model: b}]",
+            "shared_experts: 2; .* at most one",
+        ),
+        ("shared_experts: {source_model: a}", "shared_experts=.*: must be a list"),
+        ("shared_experts: [{source: a}]", "shared_experts.source: unknown key"),
         ("dtype: bf16", "did you mean 'bfloat16'"),
     ):
         with pytest.raises(UserError, match=told):
@@ -146,14 +153,14 @@ def test_what_mergekit_says_of_every_mixtral_is_taken_and_the_rest_named(tmp_pat
 
 def test_all_mistakes_are_told_at_once(tmp_path):
     text = (
-        "base_model: base\nbase: averag\nsed: 3\nseed: -1\ndensity: 2\narchitecture: qwen\nexperts:\n"
+        "base_model: base\nbase: averag\nsed: 3\nseed: -1\ndensity: 2\narchitecture: bert\nexperts:\n"
         "  - {source_model: a, noise_scale: .nan}\n  - {positive_prompts: x}\n"
     )
     with pytest.raises(UserError) as caught:
         read_recipe(write(tmp_path, text))
     for told in (
         "8 mistakes", "base='averag': did you mean 'average'", "sed: unknown key; did you mean 'seed'",
-        "seed=-1: must not be negative", "density=2: must", "architecture='qwen'",
+        "seed=-1: must not be negative", "density=2: must", "architecture='bert'",
         "experts[0].noise_scale=nan: must", "experts[1].source_model: missing",
         "experts[1].positive_prompts='x': must be a list",
     ):  # fmt: skip
@@ -242,7 +249,7 @@ def test_what_would_hang_or_fill_the_memory_is_refused_at_once(tmp_path, hostile
         read_recipe(path)
     assert told.replace("HOME", str(hostile)) in str(caught.value)
     assert len(str(caught.value)) < 3000 and "\n" not in str(caught.value)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_a_recipe_that_is_a_device_or_a_pipe_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from btx_jax.config.config import MixConfig
 from btx_jax.errors import ConfigError
 from btx_jax.mixing.mix import mix_params
-from btx_jax.mixing.split import blend_models, split_ffn, split_models
+from btx_jax.mixing.split import expert_models, split_ffn
 from btx_jax.models.llama import init_params
 from btx_jax.stages.mix import mixed_model
 from tests import reference
@@ -32,7 +32,7 @@ def test_all_chunks_at_weight_one_are_the_original_block(chunks):
 
 def test_split_models_make_smaller_experts_model_by_model():
     models = [init_params(TINY, jax.random.key(i)) for i in range(2)]
-    mixed = mix_params(split_models(models, 2), {"layers_0": jax.numpy.ones((3, 32, 4))})
+    mixed = mix_params(expert_models(models, "split", 2), {"layers_0": jax.numpy.ones((3, 32, 4))})
     ffn = mixed["layers_0"]["ffn"]
     assert ffn["gate"].shape == (3, 4, 32, 24)
     np.testing.assert_array_equal(ffn["gate"][:, 3], models[1]["layers_0"]["ffn"]["gate"][..., 24:])
@@ -43,7 +43,7 @@ def test_split_models_make_smaller_experts_model_by_model():
 
 def test_a_blend_holds_a_chunk_of_every_model_and_all_of_them_together_hold_everything():
     models = [init_params(TINY, jax.random.key(i)) for i in range(4)]
-    blended = blend_models(models)
+    blended = expert_models(models, "blend")
     assert jax.tree.map(lambda x: x.shape, blended[0]) == jax.tree.map(lambda x: x.shape, models[0])
     for n, model in enumerate(blended):
         for m, source in enumerate(models):

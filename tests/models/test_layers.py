@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from btx_jax.models.grouped import grouped_swiglu
-from btx_jax.models.layers import Transposed, joint_swiglu, matmul, swiglu
+from btx_jax.models.layers import Transposed, joint_swiglu, matmul, on_mesh, swiglu
+from btx_jax.parallel.sharding import make_mesh
 
 ROUNDING = 2.0**-8  # of bfloat16
 
@@ -67,3 +68,13 @@ def test_separate_experts_answer_as_stacked_ones(sizes, kernels):
             x, given
         )
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4 * np.abs(want).max())
+
+
+def test_on_a_mesh_float32_is_multiplied_exactly_and_nothing_is_left_behind():
+    mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    for dtype, precision in (("float32", "highest"), ("bfloat16", None)):
+        with on_mesh(mesh, dtype):
+            assert jax.sharding.get_abstract_mesh().axis_names == mesh.axis_names
+            assert jax.config.jax_default_matmul_precision == precision
+    assert jax.sharding.get_abstract_mesh().empty
+    assert jax.config.jax_default_matmul_precision is None

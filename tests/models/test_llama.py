@@ -69,8 +69,25 @@ def test_attention_in_query_blocks_equals_one_head_at_a_time():
             np.testing.assert_allclose(a, b, atol=5e-5)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_splash_attention_equals_attend(kv_heads):
+def test_a_window_is_a_mask_that_is_never_made():
+    """`attend` computes no more of the keys than its blocks see; the slow twin masks all of them."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (2, 4, 300, 8))
+    k, v = (jax.random.normal(key, (2, 2, 300, 8)) for key in keys[1:3])
+    segments = jnp.cumsum(jax.random.bernoulli(keys[3], 0.01, (2, 300)), axis=1)
+    place = np.arange(300)
+    for window in (1, 7, 64, 299, 300):
+        fast = attend(q.reshape(2, 2, 2, 300, 8), k, v, segments, window).reshape(q.shape)
+        scores = jnp.einsum("bhtk,bhsk->bhts", q, jnp.repeat(k, 2, 1)) / np.sqrt(8)
+        seen = (place[:, None] >= place) & (place[:, None] - place < window)
+        seen = seen & (segments[:, :, None] == segments[:, None])
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf))
+        slow = jnp.einsum("bhts,bhsk->bhtk", weights, jnp.repeat(v, 2, 1))
+        np.testing.assert_allclose(fast, slow, atol=2e-5, err_msg=str(window))
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, 0), (2, 0), (4, 0), (2, 100), (2, 257)])
+def test_splash_attention_equals_attend(kv_heads, window):
     keys = jax.random.split(jax.random.key(0), 5)
     q = jax.random.normal(keys[0], (2, kv_heads, 4 // kv_heads, 384, 32))
     k, v = (jax.random.normal(key, (2, kv_heads, 384, 32)) for key in keys[1:3])
@@ -80,8 +97,8 @@ def test_splash_attention_equals_attend(kv_heads):
     )  # 0, padding, at first
     results = []
     for f in (
-        lambda *a: splash_attend(*a, segments, interpret=True),
-        lambda *a: attend(*a, segments),
+        lambda *a: splash_attend(*a, segments, window, interpret=True),
+        lambda *a: attend(*a, segments, window),
     ):
         results.append(
             jax.jit(jax.value_and_grad(lambda *a, f=f: (f(*a) * probe).sum(), argnums=(0, 1, 2)))(

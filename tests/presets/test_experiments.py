@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 
-from btx_jax.config.config_dict import from_config_dict
 from btx_jax.errors import ConfigError
 from btx_jax.models.llama import parameter_counts
 from btx_jax.presets import recipes
@@ -11,7 +10,7 @@ from btx_jax.stages.pipeline import in_order, resolve
 
 
 def comparison(group, size="tiny"):
-    return from_config_dict(recipes.comparison(size, group))
+    return recipes.comparison(size, group)
 
 
 def test_texts_are_mixed_in_proportion():

@@ -1,12 +1,11 @@
 import pytest
 
-from btx_jax.config.config_dict import from_config_dict
 from btx_jax.errors import ConfigError
 from btx_jax.presets import lora_recipes
 
 
 def test_each_task_starts_from_the_one_before_and_all_are_tried():
-    pipeline = from_config_dict(lora_recipes.continual("piqa,arc_easy")).pipeline
+    pipeline = lora_recipes.continual("piqa,arc_easy").pipeline
     assert pipeline["piqa"].config.init == "$BTX_DATA_DIR/seed"
     assert pipeline["arc_easy"].config.init == "@piqa"
     assert pipeline["arc_easy"].needs == ("piqa",)

@@ -100,6 +100,18 @@ def test_the_shortest_window_or_context_limits_a_mixture_however_it_is_made(tmp_
         assert (config["max_position_embeddings"], config["sliding_window"]) == (context, None)
 
 
+def test_a_window_that_all_sources_have_stays_however_the_mixture_is_made(tmp_path):
+    windowed = {"model_type": "mistral", "sliding_window": 32}
+    a, b = (model(tmp_path / name, name, **windowed) for name in "ab")
+    made = [recipe(tmp_path, "recipe", a, b), mix(tmp_path, "mixed", a, b)]
+    experts.add(str(tmp_path / "recipe"), a, str(tmp_path / "added"))
+    for path in (*made, tmp_path / "added"):
+        found = find_checkpoint(path).metadata.model
+        assert (found.context, found.window) == (128, 32), path
+        config = written(tmp_path, path)
+        assert (config["max_position_embeddings"], config["sliding_window"]) == (128, 32)
+
+
 def test_ids_and_settings_travel_through_training_mixing_and_merging(tmp_path):
     source = model(tmp_path / "source", "a", **SAID)
     other = model(tmp_path / "other", "b", eos_token_id=7)

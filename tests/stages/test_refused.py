@@ -17,7 +17,7 @@ from btx_jax.config.config import (
     TaskConfig,
     TrainConfig,
 )
-from btx_jax.config.config_dict import from_config_dict, from_dict, to_dict
+from btx_jax.config.config_dict import from_dict, to_dict
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
 from btx_jax.presets import recipes
@@ -40,7 +40,7 @@ def home(tmp_path, tokenizer_file):
 
 def training(home, **changes):
     """A tiny run that would start, with changes such as data__train="x"."""
-    config = from_config_dict(recipes.seed("tiny"))
+    config = recipes.seed("tiny")
     data = dataclasses.replace(
         config.data,
         train=str(home / "text.jsonl"),

@@ -5,7 +5,7 @@ import pytest
 
 from btx_jax.checkpoints.training_state import CheckpointMetadata, TrainingRun
 from btx_jax.config.config import TrainConfig
-from btx_jax.config.config_dict import from_config_dict, to_dict
+from btx_jax.config.config_dict import to_dict
 from btx_jax.config.model_config import ModelConfig, MoEConfig
 from btx_jax.errors import ConfigError
 from btx_jax.models.layers import platform_dispatch
@@ -68,7 +68,7 @@ def test_einsum_is_for_tpus_that_share_experts(platform, expert_axis, dispatch):
 @pytest.fixture
 def config(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    config = from_config_dict(recipes.moe_finetune("tiny"))
+    config = recipes.moe_finetune("tiny")
     return dataclasses.replace(config, init="somewhere")
 
 
@@ -111,7 +111,7 @@ def test_a_config_for_another_model_names_the_one_that_takes_any(tmp_path, token
     from tests.stages.test_evaluate import DENSE, checkpoint
 
     init = checkpoint(tmp_path / "init", DENSE, 1, tokenizer)
-    config = dataclasses.replace(from_config_dict(recipes.seed("tiny")), init=init)
+    config = dataclasses.replace(recipes.seed("tiny"), init=init)
     with pytest.raises(ConfigError, match="or the same config's :from_init"):
         start.starting_point(config)
 

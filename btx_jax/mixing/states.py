@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 
-from btx_jax.checkpoints.checkpoint import Reader
+from btx_jax.architectures.tensors import EMBEDDING, Reader, TensorId
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import FeedForward, RMSNorm, exact_matmuls
@@ -34,12 +35,12 @@ def _block(
             Attention(model), "attention", apply(norm, "attention_norm", x_BTD), segments_BT
         )
         h_BTD = apply(norm, "ffn_norm", x_BTD)
-        return x_BTD + apply(FeedForward(model.d_ff), "ffn", h_BTD), h_BTD
+        return x_BTD + apply(FeedForward(model.d_ff, model.biases), "ffn", h_BTD), h_BTD
 
 
 def token_embeddings(reader: Reader, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """[tokens, D] of each prompt, float32."""
-    table = reader.read("model.embed_tokens.weight")
+    table = reader.read(EMBEDDING)
     return [table[np.asarray(prompt)].astype(np.float32) for prompt in prompts]
 
 
@@ -59,22 +60,22 @@ def layer_states(
         for row, states in enumerate(embedded[start : start + rows]):
             x_BTD[row, : len(states)], segments_BT[row, : len(states)] = states, 1
         batches.append((jnp.asarray(x_BTD), jnp.asarray(segments_BT)))
-    by_layer: dict[int, list[str]] = {}
-    for name, slot in reader.slots.items():
-        if slot.path[0].startswith("layers_"):
-            by_layer.setdefault(slot.indices[0], []).append(name)
+    by_layer: dict[int, list[TensorId]] = {}
+    for tensor in reader.slots:
+        if tensor.layer is not None:
+            by_layer.setdefault(tensor.layer, []).append(tensor)
 
     def unpadded(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
         flat = [row for array in arrays for row in np.asarray(array)]
         return [row[: len(prompt)] for row, prompt in zip(flat, prompts, strict=False)]
 
-    for names in by_layer.values():
-        params: dict = {}
-        for name in names:
-            slot = reader.slots[name]
-            params.setdefault(slot.path[1], {})[slot.path[2]] = jnp.asarray(
-                slot.to_ours(reader.read(name)), jnp.float32
-            )
+    for tensors in by_layer.values():
+        leaves: dict[tuple[str, ...], jax.Array] = {}
+        for tensor in tensors:
+            slot = reader.slots[tensor]
+            array = jnp.asarray(slot.to_ours(reader.read(tensor)), jnp.float32)
+            leaves[tuple(tensor.part.split("/"))] = array
+        params = unflatten_dict(leaves)
         outputs = [_block(model, params, x, segments) for x, segments in batches]
         yield unpadded([x for x, _ in batches]), unpadded([h for _, h in outputs])
         batches = [

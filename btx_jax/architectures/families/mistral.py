@@ -1,0 +1,21 @@
+"""Mistral 0.1 to Small, of which 0.1 has a window."""
+
+from btx_jax.architectures.families import llama
+from btx_jax.architectures.family import Family
+
+DEFAULTS = llama.DEFAULTS | {
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+
+FAMILY = Family(
+    "mistral",
+    "MistralForCausalLM",
+    defaults=DEFAULTS,
+    window="always",
+    home="mixtral",
+    fallback=2,
+    peft_default=("q_proj", "v_proj"),
+)

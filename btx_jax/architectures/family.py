@@ -1,0 +1,246 @@
+"""How a model family of Hugging Face is declared: its files' tensors, its config.json, and what of a
+model it can hold. One file a family lies in families/."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from btx_jax.config.model_config import ModelConfig
+
+ATTENTION_MAPS, FEED_FORWARD_MAPS = ("q", "k", "v", "o"), ("gate", "up", "down")
+ALL_SCALINGS = ("none", "linear", "llama3", "longrope", "dynamic", "yarn")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file, or one for every layer ({l}) or expert ({e}).
+
+    parts: which of our tensors it holds, their rows one below the other. stacked: those of all
+    experts of a layer, on a leading axis.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    stacked: bool = False
+
+
+def tensor(name: str, *parts: str, stacked: bool = False) -> Tensor:
+    """A tensor of a layer."""
+    return Tensor(f"model.layers.{{l}}.{name}", parts, stacked)
+
+
+OUTSIDE = (
+    Tensor("model.embed_tokens.weight", ("embed/embedding",)),
+    Tensor("model.norm.weight", ("final_norm/scale",)),
+    Tensor("lm_head.weight", ("head/kernel",)),
+)
+NORMS = (
+    tensor("input_layernorm.weight", "attention_norm/scale"),
+    tensor("post_attention_layernorm.weight", "ffn_norm/scale"),
+)
+_PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
+ATTENTION = (
+    *(tensor(f"self_attn.{name}.weight", f"attention/{our}") for name, our in _PROJECTIONS.items()),
+    *(
+        tensor(f"self_attn.{name}.bias", f"attention/{our}_bias")
+        for name, our in _PROJECTIONS.items()
+    ),
+)
+QK_NORM = (
+    tensor("self_attn.q_norm.weight", "attention/query_norm/scale"),
+    tensor("self_attn.k_norm.weight", "attention/key_norm/scale"),
+)
+
+
+def swiglu(prefix: str, into: str) -> tuple[Tensor, ...]:
+    """PREFIX.gate_proj.weight and so on for INTO/gate, up and down, with their biases."""
+    return tuple(
+        tensor(f"{prefix}.{name}_proj.{kind}", f"{into}/{name}{'_bias' * (kind == 'bias')}")
+        for name in FEED_FORWARD_MAPS
+        for kind in ("weight", "bias")
+        if kind == "weight" or (into, prefix) == ("ffn", "mlp")
+    )
+
+
+DENSE = swiglu("mlp", "ffn")
+LLAMA_TENSORS = (*OUTSIDE, *NORMS, *ATTENTION, *DENSE)
+# What transformers 5 keeps in memory, and mergekit in files: gate rows first.
+FUSED_EXPERTS = (
+    tensor("mlp.experts.gate_up_proj", "ffn/gate", "ffn/up", stacked=True),
+    tensor("mlp.experts.down_proj", "ffn/down", stacked=True),
+)
+
+SHARED_OF_ZEROS = 128  # hidden size of a shared expert that adds nothing; devices can divide it
+
+# ModelConfig's field -> config.json's key, the same in every family.
+KEYS = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tied_head": "tie_word_embeddings",
+}
+
+
+@dataclass(frozen=True)
+class MoEKeys:
+    """The keys of a mixture in config.json; "" for what this class does not ask for.
+
+    experts: its names, of which any is read and the first written. d_ff: of an expert, else as wide
+    as a dense layer. renormalise: where it says whether gates sum to one, else they do.
+    shared_d_ff: the shared expert's; shared_count: how many of d_ff it is instead. has_shared_gate:
+    whether the shared expert stands behind a sigmoid gate; needs_shared: whether there must be one.
+    dense_list, step, dense_first: keys that say which layers stay dense.
+    """
+
+    experts: tuple[str, ...]
+    k: str = "num_experts_per_tok"
+    d_ff: str = ""
+    renormalise: str = ""
+    shared_d_ff: str = ""
+    shared_count: str = ""
+    has_shared_gate: bool = False
+    needs_shared: bool = False
+    dense_list: str = ""
+    step: str = ""
+    dense_first: str = ""
+
+    @property
+    def has_shared(self) -> bool:
+        return bool(self.shared_d_ff or self.shared_count)
+
+    @property
+    def has_dense_layers(self) -> bool:
+        return bool(self.dense_list or self.dense_first)
+
+    def all(self) -> Iterator[str]:
+        """Every key."""
+        yield from self.experts
+        for key in dataclasses.astuple(self)[1:]:
+            if isinstance(key, str) and key:
+                yield key
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """What a `model_type` of Hugging Face is.
+
+    model_class: what `architectures` says. tensors: what its files hold, and what is written; also:
+    other names under which they are found. defaults: what transformers takes for keys that
+    config.json leaves out. biases: key -> the maps that add a bias where it is true; under "" those
+    that always do. synonyms: other names of keys. qk_norm: whether queries and keys have norms.
+    window: "" where `sliding_window` is ignored, "always" where it holds, "switched" where
+    `use_sliding_window` says so. window_layers: which layers then have it, unless `layer_types`
+    says: "all", those "from" `max_window_layers`, or the "even" ones below it. partial_rotary:
+    whether it can rotate a part of each head. scalings: of RoPE, those that it has. moe: the keys of
+    a mixture. home: the model_type of the class that holds a mixture of it, "" for none that is
+    known. fixed: keys that change what is computed -> the values that this model is.
+    usual: keys that are written besides. since: the first release of transformers that has it, ""
+    for code of its own. fallback: its place among the families that are tried for a model that no
+    other one holds; 0 for none. whole_heads: whether the width must be a multiple of the heads;
+    own_head_dim: whether heads may be of a size that does not follow from it.
+    peft_default: the modules that peft adapts where a LoRA's config names none, () where it must.
+    """
+
+    model_type: str
+    model_class: str
+    tensors: tuple[Tensor, ...] = LLAMA_TENSORS
+    also: tuple[Tensor, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    qk_norm: bool = False
+    window: str = ""
+    window_layers: str = "all"
+    partial_rotary: bool = False
+    scalings: tuple[str, ...] = ALL_SCALINGS
+    moe: MoEKeys | None = None
+    home: str = ""
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    since: str = "4.42.0"
+    fallback: int = 0
+    whole_heads: bool = False
+    own_head_dim: bool = True
+    peft_default: tuple[str, ...] = ()
+
+    def always_biased(self) -> tuple[str, ...]:
+        return self.biases.get("", ())
+
+    def lacks(self, model: ModelConfig) -> list[str]:
+        """What of the model no checkpoint of this class holds, each in a few words; [] when it holds
+        it, perhaps with zeros (`filled`)."""
+        told = []
+        groups = list(self.biases.values())
+        for name in model.biases:
+            group = next((group for group in groups if name in group), ())
+            if not group:
+                told.append(f"a bias on {name}")
+                continue
+            missing = [other for other in group if other not in model.biases]
+            if missing and group != self.always_biased():
+                told.append(f"a bias on {name} and none on {', '.join(missing)}")
+        if model.qk_norm != self.qk_norm:
+            has = "with" if model.qk_norm else "without"
+            told.append(f"attention {has} norms on queries and keys")
+        if model.window and not self.window:
+            told.append(f"a window of {model.window}")
+        if model.rotary != 1 and not self.partial_rotary:
+            told.append(f"heads of which {model.rotary:g} rotates")
+        if model.rope_scaling.kind not in self.scalings:
+            told.append(f"RoPE scaling {model.rope_scaling.kind}")
+        if self.whole_heads and model.d_model % model.heads:
+            told.append(f"a width of {model.d_model} with {model.heads} heads")
+        elif not self.own_head_dim and model.heads * model.head_dim != model.d_model:
+            told.append(f"heads of {model.head_dim}, {model.heads} in a width of {model.d_model}")
+        if (model.moe is None) != (self.moe is None):
+            told.append("experts" if model.moe else "a model without experts")
+        elif model.moe and self.moe:
+            told += self._lacks_of_mixture(model, self.moe)
+        return told
+
+    def _lacks_of_mixture(self, model: ModelConfig, keys: MoEKeys) -> list[str]:
+        assert model.moe
+        told = []
+        specs = [spec for spec in model.layer_specs() if spec.experts]
+        dense = [not spec.experts for spec in model.layer_specs()]
+        kinds = {(spec.experts, spec.k) for spec in specs}
+        if "switch" in {spec.routing for spec in specs} or len(kinds) > 1:
+            described = sorted({f"{s.experts} experts {s.routing} k={s.k}" for s in specs})
+            told.append(
+                f"other than the same top-k mixture in every layer ({', '.join(described)})"
+            )
+        if any(dense) and not keys.has_dense_layers:
+            told.append("dense layers among the mixtures")
+        elif keys.dense_first and not keys.dense_list and dense != sorted(dense, reverse=True):
+            told.append("dense layers behind mixtures")
+        if model.moe.d_ff not in (0, model.d_ff) and not keys.d_ff and any(dense):
+            told.append("experts of another width than dense layers")
+        if not all(spec.renormalise for spec in specs) and not keys.renormalise:
+            told.append("gates that do not sum to one")
+        shared = specs[0].shared_d_ff
+        if shared and not keys.has_shared:
+            told.append("a shared expert")
+        elif shared and model.moe.shared_gate != keys.has_shared_gate:
+            told.append(
+                f"a shared expert {'behind a' if model.moe.shared_gate else 'without'} gate"
+            )
+        elif shared and keys.shared_count and shared % specs[0].d_ff:
+            told.append(f"a shared expert of {shared}, which is no multiple of {specs[0].d_ff}")
+        return told
+
+    def filled(self, model: ModelConfig) -> ModelConfig:
+        """The model with what this class cannot leave out, which zeros fill without changing what is
+        computed: biases, a shared expert."""
+        biases = tuple(dict.fromkeys((*model.biases, *self.always_biased())))
+        moe = model.moe
+        if moe and self.moe and self.moe.needs_shared and not moe.shared_d_ff:
+            width = min(SHARED_OF_ZEROS, moe.d_ff or model.d_ff)
+            moe = dataclasses.replace(moe, shared_d_ff=width, shared_gate=self.moe.has_shared_gate)
+        return dataclasses.replace(model, biases=biases, moe=moe)

@@ -1,0 +1,81 @@
+"""The tensors of a model's files, as its family declares them."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from btx_jax.architectures.family import Family, Tensor
+from btx_jax.architectures.tensors import TensorId, slots
+from btx_jax.config.model_config import ModelConfig
+
+
+class Row(NamedTuple):
+    """One tensor of a file, and which of ours it holds: [parts], or [experts][parts] of a stacked
+    one."""
+
+    name: str
+    tensors: tuple[tuple[TensorId, ...], ...]
+    stacked: bool
+
+    def shape(self, model: ModelConfig) -> tuple[int, ...]:
+        parts = [slots(model)[part].shape for part in self.tensors[0]]
+        rows = (sum(shape[0] for shape in parts), *parts[0][1:])
+        return (len(self.tensors), *rows) if self.stacked else rows
+
+    def joined(self, read: Callable[[TensorId], np.ndarray]) -> np.ndarray:
+        """What lies in the file, of what `read` gives for each of ours."""
+        held = [
+            read(parts[0]) if len(parts) == 1 else np.concatenate([read(part) for part in parts])
+            for parts in self.tensors
+        ]
+        return np.stack(held) if self.stacked else held[0]
+
+
+@functools.lru_cache(maxsize=16)
+def rows(family: Family, model: ModelConfig) -> tuple[Row, ...]:
+    """The tensors of the model's files, in an order in which each is whole as soon as possible.
+    Every tensor of the model is in exactly one: ValueError otherwise."""
+    found = _rows(family.tensors, model)
+    order = {part: number for number, part in enumerate(slots(model))}
+    held = [part for row in found for parts in row.tensors for part in parts]
+    if len(held) > len(set(held)):
+        twice = {str(part) for part, times in Counter(held).items() if times > 1}
+        raise ValueError(f"{family.model_type}: declared twice: {', '.join(sorted(twice))}")
+    if missing := order.keys() - set(held):
+        names = ", ".join(sorted(map(str, missing)))
+        raise ValueError(f"{family.model_type}: not declared: {names}")
+    return tuple(
+        sorted(found, key=lambda row: max(order[p] for parts in row.tensors for p in parts))
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def other_rows(family: Family, model: ModelConfig) -> tuple[Row, ...]:
+    """Those of the family's other names."""
+    return tuple(_rows(family.also, model))
+
+
+def _rows(declared: tuple[Tensor, ...], model: ModelConfig) -> list[Row]:
+    known, found = slots(model), []
+    for item in declared:
+        for layer, spec in enumerate(model.layer_specs()) if "{l}" in item.name else [(None, None)]:
+            experts: list[int | None] = list(range(spec.experts)) if spec else []
+            per_expert = "{e}" in item.name or item.stacked
+            held = [
+                tuple(TensorId(part, layer, expert) for part in item.parts)
+                for expert in (experts if per_expert else [None])
+            ]
+            held = [parts for parts in held if any(part in known for part in parts)]
+            if not held:
+                continue  # of what this layer has not
+            if item.stacked:
+                found.append(Row(item.name.format(l=layer), tuple(held), True))
+            else:
+                found += [
+                    Row(item.name.format(l=layer, e=parts[0].expert), (parts,), False)
+                    for parts in held
+                ]
+    return found

@@ -1,0 +1,57 @@
+"""The linear maps of a layer that LoRA stands beside, as modules of a family: what peft speaks of."""
+
+import functools
+from collections.abc import Mapping
+
+from btx_jax.architectures.family import ATTENTION_MAPS, Family
+from btx_jax.architectures.registry import known_families
+from btx_jax.architectures.tensors import TensorId, slots
+from btx_jax.config.model_config import ModelConfig
+
+PARTS = {
+    "q": "attention/query",
+    "k": "attention/key",
+    "v": "attention/value",
+    "o": "attention/out",
+    "gate": "ffn/gate",
+    "up": "ffn/up",
+    "down": "ffn/down",
+}
+_TARGET_OF = {part: target for target, part in PARTS.items()}
+_PREFIX, _SUFFIX = "model.layers.{l}.", ".weight"
+
+
+def adapted(target: str, layer: int) -> TensorId:
+    """The weight beside which the LoRA of a target stands."""
+    return TensorId(PARTS[target], layer)
+
+
+@functools.cache
+def modules_of_layer(family: Family) -> Mapping[str, tuple[str, ...]]:
+    """{module, such as self_attn.qkv_proj: the targets that it holds, in the order of their rows}. Of
+    dense layers; experts' own maps are no targets."""
+    found = {}
+    for tensor in family.tensors:
+        targets = tuple(_TARGET_OF[part] for part in tensor.parts if part in _TARGET_OF)
+        shared = tensor.stacked or "{e}" in tensor.name
+        if targets and len(targets) == len(tensor.parts) and not shared:
+            found[tensor.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)] = targets
+    return found
+
+
+def modules(family: Family, model: ModelConfig) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """{module of the whole model: (its layer, its targets)}, of those that can have LoRA: a mixture
+    has it on its attention only."""
+    known = slots(model)
+    return {
+        f"{_PREFIX.format(l=layer)}{name}": (layer, targets)
+        for layer in range(model.layers)
+        for name, targets in modules_of_layer(family).items()
+        if (not model.moe or set(targets) <= set(ATTENTION_MAPS))
+        and all(adapted(target, layer) in known for target in targets)
+    }
+
+
+def families_with(module: str) -> list[str]:
+    """The model_types whose layers have such a module with targets in it."""
+    return [name for name, family in known_families().items() if module in modules_of_layer(family)]

@@ -1,0 +1,207 @@
+"""A model as single tensors, in the layout of Hugging Face files (a Linear's weight is [out, in]):
+what everything that streams speaks of, whatever a file calls them."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from flax import linen as nn
+
+from btx_jax.config.model_config import ModelConfig
+from btx_jax.models.llama import abstract_params
+from btx_jax.models.lora import is_adapter
+
+# Leaves that a Linear multiplies by -> how many leading axes are its inputs. All others are stored
+# alike on both sides.
+_INPUTS = {
+    **dict.fromkeys(("attention/query", "attention/key", "attention/value"), 1),
+    "attention/out": 2,
+    **dict.fromkeys(("ffn/gate", "ffn/up", "ffn/down", "ffn/router"), 1),
+    **{f"shared_expert/{name}": 1 for name in ("gate", "up", "down", "router")},
+    "head/kernel": 1,
+}
+# In the order in which a layer computes, with the names that a Llama's, a Mixtral's and a
+# Qwen2-MoE's files give them.
+_ATTENTION = {
+    "attention_norm/scale": "input_layernorm.weight",
+    "attention/query": "self_attn.q_proj.weight",
+    "attention/query_bias": "self_attn.q_proj.bias",
+    "attention/key": "self_attn.k_proj.weight",
+    "attention/key_bias": "self_attn.k_proj.bias",
+    "attention/value": "self_attn.v_proj.weight",
+    "attention/value_bias": "self_attn.v_proj.bias",
+    "attention/query_norm/scale": "self_attn.q_norm.weight",
+    "attention/key_norm/scale": "self_attn.k_norm.weight",
+    "attention/out": "self_attn.o_proj.weight",
+    "attention/out_bias": "self_attn.o_proj.bias",
+    "ffn_norm/scale": "post_attention_layernorm.weight",
+}
+_DENSE = {
+    "ffn/gate": "mlp.gate_proj.weight",
+    "ffn/gate_bias": "mlp.gate_proj.bias",
+    "ffn/up": "mlp.up_proj.weight",
+    "ffn/up_bias": "mlp.up_proj.bias",
+    "ffn/down": "mlp.down_proj.weight",
+    "ffn/down_bias": "mlp.down_proj.bias",
+}
+_SHARED = {
+    "shared_expert/gate": "mlp.shared_expert.gate_proj.weight",
+    "shared_expert/up": "mlp.shared_expert.up_proj.weight",
+    "shared_expert/down": "mlp.shared_expert.down_proj.weight",
+    "shared_expert/router": "mlp.shared_expert_gate.weight",
+}
+_EXPERT = {"ffn/gate": "w1", "ffn/down": "w2", "ffn/up": "w3"}
+_OUTSIDE = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "final_norm/scale": "model.norm.weight",
+    "head/kernel": "lm_head.weight",
+}
+
+
+class TensorId(NamedTuple):
+    """Which tensor of a model. part: its leaf, below the run of layers where it is in one, such as
+    ffn/gate. layer, expert: None for what is outside the layers, and for what is of no single expert.
+
+    As text it is what a Llama or a Mixtral calls it, whatever the model is: messages show that, and
+    the digests of models are taken over it.
+    """
+
+    part: str
+    layer: int | None = None
+    expert: int | None = None
+
+    def __str__(self) -> str:
+        if self.layer is None:
+            return _OUTSIDE[self.part]
+        if self.expert is not None:
+            name = f"block_sparse_moe.experts.{self.expert}.{_EXPERT[self.part]}.weight"
+        elif self.part == "ffn/router":
+            name = "block_sparse_moe.gate.weight"
+        else:
+            name = (_ATTENTION | _DENSE | _SHARED)[self.part]
+        return f"model.layers.{self.layer}.{name}"
+
+    @property
+    def is_router(self) -> bool:
+        """Of the routed experts."""
+        return self.part == "ffn/router"
+
+    @property
+    def is_shared(self) -> bool:
+        """Of a shared expert, its gate included."""
+        return self.part.startswith("shared_expert/")
+
+    def of_dense(self) -> "TensorId":
+        """The tensor of a dense model that an expert's, or a shared expert's, is made of."""
+        return TensorId("ffn/" + self.part.split("/")[1], self.layer)
+
+
+EMBEDDING, HEAD = TensorId("embed/embedding"), TensorId("head/kernel")
+
+
+class Slot(NamedTuple):
+    """Where one tensor lies in our parameters: leaf path, index of its leading axes (layer in its
+    run, expert), its shapes."""
+
+    path: tuple[str, ...]
+    indices: tuple[int, ...]
+    shape: tuple[int, ...]  # there
+    part: tuple[int, ...]  # here: of the leaf at index
+    transposed: bool
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        return (tensor.T if self.transposed else tensor).reshape(self.part)
+
+    def to_theirs(self, part: np.ndarray) -> np.ndarray:
+        return (
+            _transposed(part.reshape(self.shape[::-1]))
+            if self.transposed
+            else part.reshape(self.shape)
+        )
+
+
+class Reader(Protocol):
+    """Tensors of a model, one at a time."""
+
+    model: ModelConfig
+    slots: dict[TensorId, Slot]
+    dtypes: dict[TensorId, np.dtype]
+
+    def read(self, tensor: TensorId) -> np.ndarray:
+        """Read-only: its values have been looked at, and nobody can change them."""
+        ...
+
+    def check(self) -> None:
+        """Raises UserError when a tensor that was read held NaN or infinity."""
+        ...
+
+
+def _transposed(array: np.ndarray) -> np.ndarray:
+    """In squares, of which source and copy stay in a core's cache: two to three times as fast as
+    numpy's own copy of a large matrix."""
+    side = 64
+    turned = np.empty(array.shape[::-1], array.dtype)
+    for i in range(0, array.shape[0], side):
+        for j in range(0, array.shape[1], side):
+            turned[j : j + side, i : i + side] = array[i : i + side, j : j + side].T
+    return turned
+
+
+@functools.lru_cache(maxsize=8)
+def slots(model: ModelConfig) -> dict[TensorId, Slot]:
+    """Every tensor of the model, in the order in which layers are computed. LoRA experts have
+    none."""
+    leaves = _leaf_shapes(model)
+    result: dict[TensorId, Slot] = {}
+
+    def add(tensor: TensorId, prefix: tuple[str, ...], index: tuple[int, ...]) -> None:
+        path = (*prefix, *tensor.part.split("/"))
+        if path not in leaves:
+            return  # what this model has not
+        part = leaves[path][len(index) :]
+        inputs = _INPUTS.get(tensor.part, 0)
+        shape = (_size(part[inputs:]), _size(part[:inputs])) if inputs else part
+        if not inputs and tensor.part != EMBEDDING.part:
+            shape = (_size(part),)  # vectors, with heads flattened
+        result[tensor] = Slot(path, index, shape, part, bool(inputs))
+
+    add(EMBEDDING, (), ())
+    layer = 0
+    for run, length, spec in model.runs():
+        for offset in range(length):
+            for part in _ATTENTION:
+                add(TensorId(part, layer), (run,), (offset,))
+            if spec.experts:
+                add(TensorId("ffn/router", layer), (run,), (offset,))
+                for expert in range(spec.experts):
+                    for part in _EXPERT:
+                        add(TensorId(part, layer, expert), (run,), (offset, expert))
+            for part in _SHARED if spec.experts else _DENSE:
+                add(TensorId(part, layer), (run,), (offset,))
+            layer += 1
+    add(TensorId("final_norm/scale"), (), ())
+    add(HEAD, (), ())
+    missing = {path for path in leaves if not is_adapter(path)} - {
+        slot.path for slot in result.values()
+    }
+    assert not missing, f"leaves that are no tensor: {missing}"
+    return result
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=int))
+
+
+def _leaf_shapes(model: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+    def walk(tree: Any, path: tuple[str, ...]) -> None:
+        for key, value in tree.items():
+            if isinstance(value, Mapping):
+                walk(value, (*path, key))
+            else:
+                shapes[(*path, key)] = value.shape
+
+    walk(nn.unbox(abstract_params(model)), ())
+    return shapes

@@ -1,0 +1,51 @@
+"""The classes of Hugging Face that hold mixtures, by the names that recipes give them."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from btx_jax.architectures.registry import known_families
+
+
+class Home(NamedTuple):
+    """name: mergekit-moe's. sources: the dense model_types that it takes for it, all models of one.
+    has_shared, has_gate: a shared expert, and behind a gate. biases: what it writes, of
+    zeros where the sources have none."""
+
+    name: str
+    sources: tuple[str, ...]
+    has_shared: bool = False
+    has_gate: bool = False
+    biases: tuple[str, ...] = ()
+
+
+# In the order in which mergekit-moe tries them.
+MERGEKIT: Mapping[str, Home] = {
+    "mixtral": Home("Mixtral", ("llama", "mistral")),
+    "deepseek": Home("DeepSeek MoE", ("llama", "mistral"), has_shared=True),
+    "qwen2_moe": Home(
+        "Qwen MoE",
+        ("llama", "mistral", "qwen2"),
+        has_shared=True,
+        has_gate=True,
+        biases=("q", "k", "v"),
+    ),
+    "qwen3_moe": Home("Qwen3 MoE", ("qwen3",)),
+}
+
+
+def model_types(architecture: str) -> list[str]:
+    """Those that a recipe's `architecture` can mean: a model_type, or the first letters of
+    mergekit's names; all for "", none for what is unknown."""
+    mixtures = [family.model_type for family in known_families().values() if family.moe]
+    if not architecture:
+        return mixtures
+    lowered = architecture.lower()
+    if lowered in mixtures:
+        return [lowered]
+    return [kind for kind, home in MERGEKIT.items() if home.name.lower().startswith(lowered)]
+
+
+def spellings() -> str:
+    """What `architecture` may say, for messages."""
+    others = [kind for kind in model_types("") if kind not in MERGEKIT]
+    return ", ".join([*(home.name for home in MERGEKIT.values()), *MERGEKIT, *others])

@@ -1,0 +1,210 @@
+"""Recipes in files: YAML as mergekit-moe reads it, and files of prompts, with bounds on both."""
+
+import dataclasses
+import functools
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from btx_jax.config.mix_methods import owners
+from btx_jax.config.schema import MAX_NAMES, from_dict, shown
+from btx_jax.errors import ConfigError, Mistakes, UserError
+from btx_jax.mixing.recipe import ExpertSource, Recipe
+
+MAX_RECIPE, MAX_PROMPTS = 1 << 18, 1 << 24  # bytes of a recipe, of its files of prompts together
+MAX_NODES = 100_000  # of a recipe, with its aliases written out
+KEPT = "mergekit_moe_config.yml"  # a mixture's recipe beside its weights, as mergekit-moe keeps it
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that appears twice, of which YAML would silently keep the last, and aliases
+    that stand for more than a file could hold."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and self._size(node, {}) > MAX_NODES:
+            raise ValueError(f"its aliases stand for more than {MAX_NODES} values; write them out")
+        return node
+
+    def _size(self, node: Any, known: dict[int, int]) -> int:
+        """How many nodes this is, aliases written out."""
+        if id(node) not in known:
+            known[id(node)] = MAX_NODES + 1  # within itself
+            parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
+            if isinstance(node, yaml.MappingNode):
+                parts = [part for pair in parts for part in pair]
+            known[id(node)] = 1 + sum(self._size(part, known) for part in parts)
+        return known[id(node)]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        seen = set()
+        for key, _ in pairs:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {shown(name)} appears twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Raises UserError with one line that names keys and cures."""
+    try:
+        values = _without_none(yaml.load(_text(path, MAX_RECIPE), Loader=_Loader))
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply") from error
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())[:500]}") from error
+    mistakes = Mistakes()
+    if isinstance(values, dict):
+        values = _as_ours(values, mistakes)
+    recipe = None
+    with mistakes.gather():
+        recipe = from_dict(Recipe, values, "recipe")
+    if recipe:
+        with mistakes.gather("recipe."):
+            recipe = _with_files_read(recipe)
+    try:
+        mistakes.tell()
+    except ConfigError as error:
+        raise UserError(f"{path}: {error}") from None
+    assert recipe is not None
+    return recipe
+
+
+def _prompts(file: str, key: str) -> list[str]:
+    """The lines of a file that are not blank. Raises ConfigError."""
+    try:
+        lines = _text(Path(file), MAX_PROMPTS).split("\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+    prompts = [line.rstrip("\r") for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{key}: holds no prompt; write one a line")
+    if len(prompts) > MAX_NAMES:
+        raise ConfigError(f"{key}: {len(prompts)} prompts, at most {MAX_NAMES}; choose some")
+    return prompts
+
+
+def _text(path: Path, most: int) -> str:
+    """A regular file of at most `most` bytes. Raises OSError or ValueError."""
+    if path.exists() and not path.is_file():
+        raise ValueError("no regular file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _with_files_read(recipe: Recipe) -> Recipe:
+    """With the lines of the files of prompts in place of their names, each read once. Raises
+    ConfigError."""
+    read: dict[str, list[str]] = {}
+    total = 0
+
+    def with_prompts(expert: ExpertSource, where: str) -> ExpertSource:
+        nonlocal total
+        changes: dict[str, Any] = {}
+        for kind in ("positive_prompts", "negative_prompts"):
+            if not (file := getattr(expert, f"{kind}_file")):
+                continue
+            key = f"{where}.{kind}_file={shown(file)}"
+            if file not in read:
+                read[file] = _prompts(file, key)
+            total += sum(len(prompt) + 1 for prompt in read[file])
+            if total > MAX_PROMPTS:
+                raise ConfigError(
+                    f"{key}: with the files before it, more than {MAX_PROMPTS} bytes of prompts;"
+                    " choose some"
+                )
+            changes |= {kind: (*getattr(expert, kind), *read[file]), f"{kind}_file": ""}
+        return dataclasses.replace(expert, **changes) if changes else expert
+
+    def all_of(key: str) -> tuple[ExpertSource, ...]:
+        named: tuple[ExpertSource, ...] = getattr(recipe, key)
+        return tuple(with_prompts(expert, f"{key}[{i}]") for i, expert in enumerate(named))
+
+    return dataclasses.replace(
+        recipe, experts=all_of("experts"), shared_experts=all_of("shared_experts")
+    )
+
+
+def expert_sources(mixture: Path) -> list[str]:
+    """The model behind each expert of a mixture, by the recipe kept beside its weights; empty where
+    there is none, or every expert is made of all."""
+    path = mixture / KEPT
+    if not path.exists():
+        return []
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        sources = [str(expert["source_model"]) for expert in recipe["experts"]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; delete it") from error
+    method, chunks = recipe.get("method", Recipe.method), recipe.get("chunks", Recipe.chunks)
+    return [sources[number] for number in owners(method, len(sources), chunks)]
+
+
+def _without_none(values: Any) -> Any:
+    """mergekit writes unset options as null."""
+    if isinstance(values, dict):
+        return {key: _without_none(value) for key, value in values.items() if value is not None}
+    return [_without_none(value) for value in values] if isinstance(values, list) else values
+
+
+def _as_ours(values: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
+    """Without the keys of mergekit that say here what is so anyway, numbers as numbers."""
+    values = _with_numbers(Recipe, values)
+    for key in ("experts", "shared_experts"):
+        if isinstance(experts := values.get(key), list):
+            values[key] = [
+                _with_numbers(ExpertSource, expert) if isinstance(expert, dict) else expert
+                for expert in experts
+            ]
+    if isinstance(dtype := values.get("dtype"), str):
+        values["dtype"] = dtype.removeprefix("torch.")
+    source = values.pop("tokenizer_source", "base")
+    if source not in ("base", values.get("base_model")):
+        mistakes.add(
+            f"recipe.tokenizer_source={shown(source)}: the mixture gets base_model's tokenizer; say"
+            " base or leave it out"
+        )
+    return values
+
+
+def _with_numbers(section: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Text that is a number, where one is wanted: YAML 1.1 reads 1e-4 as text, mergekit as
+    0.0001."""
+    kinds = _kinds(section)
+    return {
+        key: _number(value, kinds[key]) if key in kinds else value for key, value in values.items()
+    }
+
+
+@functools.cache
+def _kinds(section: type) -> dict[str, type]:
+    hints = typing.get_type_hints(section)
+    return {key: kind for key, kind in hints.items() if kind in (int, float)}
+
+
+def _number(value: Any, kind: type) -> Any:
+    """As pydantic reads it, but for booleans; the value itself where it is no number."""
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str) or not value.isascii():
+        return value
+    text = re.sub(r"\.0+$", "", value.strip()) if kind is int else value
+    try:
+        return kind(text)
+    except ValueError:
+        return value

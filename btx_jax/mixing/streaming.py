@@ -1,0 +1,173 @@
+"""A mixture, tensor by tensor, from readers of its sources: no more of them in memory than what one
+tensor is made of."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from btx_jax.architectures.tensors import EMBEDDING, HEAD, Reader, TensorId, slots
+from btx_jax.architectures.values import cast, check_range, is_finite
+from btx_jax.config.mix_methods import Piece, cut
+from btx_jax.config.model_config import ModelConfig
+from btx_jax.errors import UserError
+from btx_jax.mixing.merge import MERGES, wide
+from btx_jax.mixing.recipe import ExpertSource, Recipe
+
+VOCABULARY = (EMBEDDING, HEAD)  # a row for each token
+SHARED_GATE = "shared_expert/router"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """model: what is made. readers: of the distinct sources, base_model's first; source_of: which
+    of them each of recipe.sources is. dtype: of every tensor. gates: [layers, rows, D], a row for
+    each routed expert, then one for the shared expert's gate where the model has one of a
+    source."""
+
+    recipe: Recipe
+    model: ModelConfig
+    readers: Sequence[Reader]
+    source_of: Sequence[int]
+    dtype: np.dtype
+    gates: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
+
+    @property
+    def base(self) -> Reader:
+        return self.readers[0]
+
+    def averaged(self) -> list[int]:
+        """Which readers the tensors of no expert come from: the base, or every distinct expert's
+        model once."""
+        return [0] if self.recipe.base == "copy" else list(dict.fromkeys(self.source_of))
+
+    def check(self) -> None:
+        """Raises UserError when a tensor that was read held NaN or infinity."""
+        for reader in self.readers:
+            reader.check()
+
+
+def is_averaged(tensor: TensorId) -> bool:
+    """Whether it belongs to no expert and no router."""
+    return tensor.expert is None and not tensor.is_router and not tensor.is_shared
+
+
+def check_shapes(mixture: Mixture, names: Sequence[str]) -> None:
+    """What `allow` lets through must still have the shapes that are read. names: of the readers.
+    Raises UserError."""
+    base = mixture.base.slots
+    averaged = [t for t in slots(mixture.model) if is_averaged(t) and t in base]
+    for number in mixture.averaged():
+        other = mixture.readers[number].slots
+        for tensor in averaged:
+            rows = (
+                1 if tensor in VOCABULARY else 0
+            )  # vocabularies may differ where they are allowed
+            if tensor not in other or other[tensor].shape[rows:] != base[tensor].shape[rows:]:
+                raise UserError(
+                    f"{names[number]}: {tensor} has another shape than in"
+                    f" {mixture.recipe.base_model}; it cannot be averaged"
+                )
+
+
+def make_tensor(mixture: Mixture, tensor: TensorId) -> np.ndarray:
+    """A tensor of the mixture, in its dtype."""
+    recipe, dtype = mixture.recipe, mixture.dtype
+    if tensor.is_router:
+        assert tensor.layer is not None
+        return mixture.gates[tensor.layer, : recipe.expert_count].astype(dtype)
+    if tensor.is_shared and not recipe.shared_experts:
+        return _zeros(mixture, tensor)
+    if tensor.part == SHARED_GATE:
+        assert tensor.layer is not None
+        return mixture.gates[tensor.layer, recipe.expert_count :].astype(dtype)
+    if is_averaged(tensor):
+        return (
+            _averaged(mixture, tensor) if tensor in mixture.base.slots else _zeros(mixture, tensor)
+        )
+
+    if tensor.is_shared:
+        pieces: Sequence[Piece] = [Piece(len(recipe.experts), 0, 1)]
+    else:
+        assert tensor.expert is not None
+        d_ff = mixture.base.model.d_ff
+        made = cut(recipe.method, len(recipe.experts), recipe.chunks, d_ff)
+        pieces = made.made_of(tensor.expert)
+    axis = 1 if tensor.part.endswith("/down") else 0  # of d_ff
+    dense, rng = tensor.of_dense(), _rng(recipe, tensor)
+    parts = [
+        _changed(_piece(mixture, piece, dense, axis), recipe.sources[piece.source], dense, rng)
+        for piece in pieces
+    ]
+    return cast(tensor, parts[0] if len(parts) == 1 else np.concatenate(parts, axis), dtype)
+
+
+def _zeros(mixture: Mixture, tensor: TensorId) -> np.ndarray:
+    """What the class of the mixture asks for and no source has."""
+    return np.zeros(slots(mixture.model)[tensor].shape, mixture.dtype)
+
+
+def _rng(recipe: Recipe, tensor: TensorId) -> np.random.Generator:
+    """Of one tensor: the same whatever the order in which tensors are made."""
+    return np.random.default_rng([recipe.seed, zlib.crc32(str(tensor).encode())])
+
+
+def _piece(mixture: Mixture, piece: Piece, dense: TensorId, axis: int) -> np.ndarray:
+    array = mixture.readers[mixture.source_of[piece.source]].read(dense)
+    if piece.pieces == 1:
+        return array
+    width = array.shape[axis] // piece.pieces
+    return array.take(range(piece.number * width, (piece.number + 1) * width), axis)
+
+
+def _changed(
+    array: np.ndarray, expert: ExpertSource, dense: TensorId, rng: np.random.Generator
+) -> np.ndarray:
+    """noise_scale on every feed-forward weight, then residual_scale on the down projection, each
+    rounded to the source's dtype, as mergekit does. Untouched bits without either."""
+    stored = array.dtype
+    if expert.noise_scale:
+        noise = rng.standard_normal(array.shape, np.float32) * np.float32(expert.noise_scale)
+        array = cast(dense, wide(array) + noise, stored)
+    if dense.part == "ffn/down" and expert.residual_scale != 1:
+        with np.errstate(over="ignore"):
+            scaled = wide(array) * np.float32(expert.residual_scale)
+        array = cast(dense, scaled, stored)
+    return array
+
+
+def _averaged(mixture: Mixture, tensor: TensorId) -> np.ndarray:
+    base, dtype = mixture.base, mixture.dtype
+    arrays = [mixture.readers[number].read(tensor) for number in mixture.averaged()]
+    if len(arrays) == 1 and arrays[0].shape == base.slots[tensor].shape:
+        return cast(tensor, arrays[0], dtype)
+    merge = MERGES[mixture.recipe.merge]
+    whole = base.read(tensor) if merge.reads_base else None
+
+    def merged(rows: slice, parts: Sequence[np.ndarray]) -> np.ndarray:
+        own = None if whole is None else whole[rows]
+        return merge.make(own, parts, dtype, mixture.recipe.density, _rng(mixture.recipe, tensor))
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        blocks = [merged(rows, parts) for rows, parts in by_rows(mixture, arrays, tensor)]
+        result = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    if is_finite(result):
+        result.flags.writeable = False  # as from a reader: looked at once is enough
+    elif all(map(is_finite, arrays)):
+        check_range(tensor, result)
+    return result
+
+
+def by_rows(
+    mixture: Mixture, arrays: Sequence[np.ndarray], tensor: TensorId
+) -> list[tuple[slice, list[np.ndarray]]]:
+    """Blocks of rows of base_model's tensor, and those parts of the sources' that have them: one
+    block but where vocabularies differ. Rows that none of them has are base_model's."""
+    rows = mixture.base.slots[tensor].shape[0]
+    ends = sorted({min(len(array), rows) for array in arrays} | {rows})
+    blocks = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        having = [array[start:end] for array in arrays if len(array) >= end]
+        blocks.append((slice(start, end), having or [mixture.base.read(tensor)[start:end]]))
+    return blocks

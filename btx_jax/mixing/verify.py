@@ -1,0 +1,47 @@
+"""A finished mixture against its sources."""
+
+import numpy as np
+from tqdm import tqdm
+
+from btx_jax.architectures.tensors import Reader, TensorId
+from btx_jax.errors import UserError
+from btx_jax.mixing.merge import MERGES
+from btx_jax.mixing.streaming import Mixture, by_rows, is_averaged, make_tensor
+
+
+def verify(mixture: Mixture, written: Reader) -> str:
+    """Compares every tensor with what the recipe makes of the sources: bit for bit, or as the merge
+    says. Returns a line that says so. Raises UserError, naming the tensors that differ."""
+    merge = MERGES[mixture.recipe.merge]
+    by_itself = merge.is_right is not None and len(mixture.averaged()) > 1
+    wrong, means = [], 0
+    for tensor in tqdm(written.slots, desc="verifying", unit="tensor", disable=None):
+        found = written.read(tensor)
+        if by_itself and is_averaged(tensor) and tensor in mixture.base.slots:
+            means += 1
+            right = _is_merged(mixture, tensor, found)
+        else:
+            expected = make_tensor(mixture, tensor)
+            right = found.dtype == expected.dtype and found.shape == expected.shape
+            right = right and found.tobytes() == expected.tobytes()
+        if not right:
+            wrong.append(tensor)
+    if wrong:
+        raise UserError(
+            f"the output was not kept: {len(wrong)} tensors are not what the recipe says:"
+            f" {', '.join(map(str, wrong[:5]))}"
+        )
+    count = len(written.slots)
+    rest = f"{count - means} equal what the recipe makes of their sources, bit for bit"
+    return f"verified {count} tensors: {rest}, {means} means within one ulp of {mixture.dtype.name}"
+
+
+def _is_merged(mixture: Mixture, tensor: TensorId, found: np.ndarray) -> bool:
+    is_right = MERGES[mixture.recipe.merge].is_right
+    assert is_right
+    arrays = [mixture.readers[number].read(tensor) for number in mixture.averaged()]
+    return (
+        found.dtype == mixture.dtype
+        and found.shape == mixture.base.slots[tensor].shape
+        and all(is_right(found[rows], parts) for rows, parts in by_rows(mixture, arrays, tensor))
+    )

@@ -1,0 +1,88 @@
+"""The golden checkpoints of golden/, each a tiny random model that transformers saved: what peer.py
+wrote beside its weights, and what both sides agree on. Needs no torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+FOLDER = Path(__file__).parent / "golden"
+NEW_TOKENS = 24
+SAMPLES = 32  # of each tensor after a step
+SHORT = 128  # the original context of models with longrope: their short factors up to here
+TOLERANCE = 1e-4  # of logits in float32
+
+# One step of AdamW. With a small eps the first step would show a gradient's signs alone.
+LEARNING_RATE, BETA1, BETA2, EPS, WEIGHT_DECAY = 0.1, 0.9, 0.95, 1e-2, 0.1
+
+
+def names() -> list[str]:
+    return sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
+
+
+def positions(length: int) -> np.ndarray:
+    """Whose logits are kept: every 16th and the last 16."""
+    return np.array(sorted({*range(0, length, 16), *range(length - 16, length)}))
+
+
+def sample(tensor: np.ndarray) -> np.ndarray:
+    """SAMPLES values of a tensor, evenly spread; some twice where it has fewer."""
+    flat = np.asarray(tensor, np.float32).reshape(-1)
+    return flat[np.linspace(0, flat.size - 1, SAMPLES).round().astype(int)]
+
+
+def sampled(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[tensors, SAMPLES], in the order of their names."""
+    return np.stack([sample(tensors[name]) for name in sorted(tensors)])
+
+
+def tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of a directory, read by the safetensors library."""
+    return {
+        name: array
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, array in load_file(file).items()
+    }
+
+
+def expected(name: str) -> dict[str, np.ndarray]:
+    """What transformers computed:
+
+    tokens [1, T]; logits [positions(T), V]; for longrope short_logits of the first SHORT tokens
+    alone. prompt_0, generated_0 and so on: a prompt and its greedy continuation. batch_tokens,
+    batch_segments [B, T + 1]: packed rows of a step; loss, grad_norm, and `after`, the tensors that
+    it made, as `sampled` has them.
+    """
+    with np.load(FOLDER / name / "expected.npz") as saved:
+        return dict(saved)
+
+
+def prompts(saved: Mapping[str, np.ndarray]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, greedy continuation), each."""
+    count = sum(key.startswith("prompt_") for key in saved)
+    return [(saved[f"prompt_{i}"].tolist(), saved[f"generated_{i}"].tolist()) for i in range(count)]
+
+
+# Other spellings that transformers reads as the same key.
+_ALIASES = {
+    "internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+    "mixtral": {"num_experts": "num_local_experts"},
+    "qwen3_moe": {"num_experts": "num_local_experts"},
+}
+
+
+def effective(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as transformers takes it: one spelling of each key, no window that is off, the
+    width of a head that follows from others, and without its version."""
+    aliases = _ALIASES.get(config["model_type"], {})
+    result = {aliases.get(key, key): value for key, value in config.items()}
+    if result.get("use_sliding_window") is False:
+        result["sliding_window"] = None
+    if result.get("head_dim", 0) is None:
+        result["head_dim"] = result["hidden_size"] // result["num_attention_heads"]
+    if "torch_dtype" in result:
+        result.setdefault("dtype", result.pop("torch_dtype"))
+    result.pop("transformers_version", None)
+    return result

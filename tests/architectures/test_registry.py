@@ -1,0 +1,202 @@
+"""Declarations are strict: every tensor of a model in exactly one place, every key of config.json
+read, fixed or known to change nothing."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from btx_jax.architectures.family import KEYS, Family, tensor
+from btx_jax.architectures.layout import rows
+from btx_jax.architectures.registry import family_for, known_families
+from btx_jax.architectures.tensors import TensorId, slots
+from btx_jax.checkpoints.checkpoint import find_checkpoint, open_reader
+from btx_jax.checkpoints.huggingface_config import model_from_config
+from btx_jax.commands import convert
+from btx_jax.config.model_config import ModelConfig, MoEConfig
+from btx_jax.errors import UserError
+from tests.architectures import goldens
+
+NAMES = goldens.names()
+DECLARED = json.loads((goldens.FOLDER.parent / "config_keys.json").read_text())
+# Of training and generation: nothing that is computed here with a model's weights depends on them.
+HARMLESS = {
+    *("attention_dropout", "resid_pdrop", "embd_pdrop", "initializer_range", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "output_router_logits"),
+    *("router_aux_loss_coef", "router_jitter_noise"),
+}
+COMMON = {*KEYS.values(), "hidden_act", "rope_parameters"}
+WINDOW = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+
+
+def golden_model(name):
+    return find_checkpoint(goldens.FOLDER / name).metadata.model
+
+
+@pytest.mark.parametrize("kind", DECLARED)
+def test_every_key_that_transformers_declares_is_read_or_changes_nothing(kind):
+    family = known_families()[kind]
+    read = {*COMMON, *family.biases, *family.fixed, "original_max_position_embeddings"}
+    read |= WINDOW if family.window else set()
+    read |= set(family.moe.all()) if family.moe else set()
+    assert set(DECLARED[kind]) <= read | HARMLESS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_of_a_model_lies_in_exactly_one_of_its_files(name):
+    model = golden_model(name)
+    config = json.loads((goldens.FOLDER / name / "config.json").read_text())
+    family = known_families()[config["model_type"]]
+    held = [part for row in rows(family, model) for parts in row.tensors for part in parts]
+    assert sorted(held, key=str) == sorted(slots(model), key=str)
+    assert {row.name for row in rows(family, model)} == set(goldens.tensors(goldens.FOLDER / name))
+
+
+def test_a_declaration_with_a_gap_or_an_overlap_is_refused():
+    model, llama = golden_model("llama_plain"), known_families()["llama"]
+    less = dataclasses.replace(llama, tensors=llama.tensors[:-2])
+    with pytest.raises(ValueError, match=r"not declared: model\.layers\.0\.mlp\.down_proj"):
+        rows(less, model)
+    more = dataclasses.replace(llama, tensors=(*llama.tensors, tensor("x", "ffn/down")))
+    with pytest.raises(ValueError, match=r"declared twice: model\.layers\.0\.mlp\.down_proj"):
+        rows(more, model)
+
+
+def test_names_are_what_published_digests_were_taken_over():
+    model = dataclasses.replace(golden_model("mixtral_plain"), layers=1, moe=MoEConfig((2,)))
+    assert [str(part) for part in slots(model)][:9] == [
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.layers.0.self_attn.v_proj.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+    ]
+    assert str(TensorId("ffn/down", 3)) == "model.layers.3.mlp.down_proj.weight"
+
+
+LLAMA = ModelConfig(61, 2, 32, 48, 4, 2, 8)
+TWO = MoEConfig((3, 3))
+
+
+@pytest.mark.parametrize(
+    ("origin", "changes", "written"),
+    [
+        ("", {}, "llama"),
+        ("", {"d_model": 30}, "mistral"),
+        ("", {"window": 8}, "mistral"),
+        ("", {"moe": TWO}, "mixtral"),
+        ("llama", {"moe": TWO}, "mixtral"),
+        ("mistral", {}, "mistral"),
+        ("qwen2", {"biases": ("q", "k", "v")}, "qwen2"),
+        ("qwen2", {"biases": ("q", "k", "v"), "moe": TWO}, "qwen2_moe"),
+        ("qwen3", {"qk_norm": True, "moe": TWO}, "qwen3_moe"),
+        ("phi3", {}, "phi3"),
+        ("phi3", {"moe": TWO}, "mixtral"),
+        ("internlm3", {"moe": TWO}, "mixtral"),
+        ("mixtral", {}, "llama"),
+        ("qwen3_moe", {"qk_norm": True}, "qwen3"),
+        ("deepseek", {"moe": TWO}, "deepseek"),
+        ("llama", {"moe": MoEConfig((3, 3), shared_d_ff=96)}, "deepseek"),
+        ("llama", {"moe": MoEConfig((3, 3), shared_d_ff=16, shared_gate=True)}, "qwen2_moe"),
+        ("llama", {"moe": MoEConfig((0, 3))}, "qwen2_moe"),
+        ("llama", {"moe": TWO, "biases": ("q", "k", "v", "o")}, "deepseek"),
+        ("llama", {"moe": MoEConfig((3, 3), renormalise=False)}, "qwen2_moe"),
+    ],
+)
+def test_a_model_is_written_as_what_it_came_from_its_home_or_what_holds_it(
+    origin, changes, written
+):
+    assert family_for(dataclasses.replace(LLAMA, **changes), origin).model_type == written
+
+
+@pytest.mark.parametrize(
+    ("origin", "changes", "told"),
+    [
+        (
+            "phi3",
+            {"rotary": 0.75, "moe": TWO},
+            r"MixtralForCausalLM cannot hold heads of which 0\.75 rotates",
+        ),
+        ("llama", {"biases": ("down",)}, "LlamaForCausalLM cannot hold a bias on down and none on"),
+        ("qwen3", {"qk_norm": True, "moe": MoEConfig((3, 3), shared_d_ff=8)}, "a shared expert"),
+        ("llama", {"biases": ("q", "k", "v"), "qk_norm": True}, "norms on queries and keys"),
+    ],
+)
+def test_a_model_that_nothing_holds_is_refused_with_what_is_lacking(origin, changes, told):
+    with pytest.raises(UserError, match=told) as refused:
+        family_for(dataclasses.replace(LLAMA, **changes), origin)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        (
+            "qwen3",
+            {"attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping=50.0: is not supported",
+        ),
+        ("qwen2", {"logit_scale": 0.0625}, "logit_scale=0.0625: is not supported"),
+        ("phi3", {"hidden_act": "gelu_new"}, "hidden_act='gelu_new' is not supported"),
+        ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window='yes': must be true or false"),
+        (
+            "qwen2_window",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "sliding_window=100 in 1 of 2 layers: a window in some layers is not supported",
+        ),
+        ("qwen2_window", {"layer_types": ["full_attention"]}, "must name the kind of each of 2"),
+        ("qwen3_moe", {"mlp_only_layers": "1"}, "mlp_only_layers='1': must be a list of layers"),
+        ("qwen3_moe", {"num_local_experts": 10**6}, "num_experts=1000000: more than any model has"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob=1: must be true or false"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be a whole number"),
+        ("qwen2_moe", {"num_experts_per_tok": 9}, "k=9: more than the 5 experts"),
+        ("phi35", {"rope_parameters": {"rope_type": "longrope"}}, "longrope without short_factor"),
+        (
+            "phi4_mini",
+            {"partial_rotary_factor": 0.5, "rope_parameters": None},
+            "original_max_position_embeddings|short_factor|rotary",
+        ),
+    ],
+)
+def test_a_key_that_changes_the_function_is_read_or_refused_by_name(name, change, told):
+    config = json.loads((goldens.FOLDER / name / "config.json").read_text())
+    if name == "phi4_mini":  # what it says is obeyed
+        assert model_from_config(config | change, "config.json").rotary == 0.5
+        return
+    with pytest.raises(UserError, match=told) as refused:
+        model_from_config(config | change, "config.json")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "qwen2_moe"])
+def test_an_unmapped_a_missing_and_a_misshapen_tensor_are_told_together(name, tmp_path):
+    shutil.copytree(goldens.FOLDER / name, tmp_path / name)
+    tensors = goldens.tensors(tmp_path / name)
+    first, second, *_ = sorted(key for key in tensors if ".layers.1." in key)
+    del tensors[first]
+    tensors[second] = tensors[second][:-1].copy()
+    tensors["model.layers.1.mlp.surprise.weight"] = np.zeros(3, np.float32)
+    save_file(tensors, tmp_path / name / "model.safetensors")
+    with pytest.raises(UserError) as refused:
+        open_reader(find_checkpoint(tmp_path / name))
+    told = str(refused.value)
+    assert "3 problems" in told and "\n" not in told
+    assert (
+        f"missing {first}" in told and f"{second} is" in told and "unknown model.layers.1" in told
+    )
+
+
+def test_a_mixture_without_a_home_is_refused_before_anything_is_written(tmp_path):
+    source = goldens.FOLDER / "phi4_mini"
+    convert.run(str(source), str(tmp_path / "ours"))
+    model = dataclasses.replace(golden_model("phi4_mini"), moe=MoEConfig((2, 2)))
+    with pytest.raises(UserError, match=r"MixtralForCausalLM cannot hold heads of which 0\.75"):
+        family_for(model, "phi3")
+    assert isinstance(known_families()["phi3"], Family)

@@ -1,0 +1,30 @@
+"""FLOPs of the TPU's kernels, by their formulas."""
+
+import pytest
+
+from btx_jax.config.model_config import ModelConfig
+from btx_jax.costs.hlo import Kernel, Shape
+from btx_jax.costs.kernels import kernel_flops
+from btx_jax.costs.model import attention_flops
+
+
+@pytest.mark.parametrize(
+    ("window", "tiles"),
+    [(0, 10), (4096, 10), (1024, 7), (1025, 7), (1026, 9), (1, 4)],
+    ids=str,
+)
+def test_splash_computes_the_tiles_that_a_window_touches(window, tiles):
+    """Of 4 x 4 tiles of 1024 at or below the diagonal."""
+    q = Shape("bf16", (2, 8, 4096, 128))
+    kernel = Kernel("splash_mha_fwd_residuals", (q,), (q,), 3)
+    one_tile = 2 * 2 * (2 * 8 * 128) * 1024 * 1024
+    assert kernel_flops(kernel, window) == pytest.approx(3 * tiles * one_tile)
+
+
+def test_a_window_bounds_what_attention_costs():
+    model = ModelConfig(61, 2, 32, 48, 4, 2, 8)
+    windowed = ModelConfig(61, 2, 32, 48, 4, 2, 8, window=64)
+    whole, part = (attention_flops(m, 4096, 512) for m in (model, windowed))
+    pairs = sum(min(t + 1, 64) for t in range(512)) / sum(t + 1 for t in range(512))
+    assert part / whole == pytest.approx(pairs, rel=0.01)
+    assert attention_flops(windowed, 4096, 64) == attention_flops(model, 4096, 64)
