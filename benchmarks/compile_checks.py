@@ -59,7 +59,9 @@ CHECKS = {
         "BTX 4x7B Top-2, einsum, capacity 1.0",
     ),
     "qwen3_v5p": (("--config=configs/math_expert.py:qwen3_8b", "--compile_topology=v5p:2x2x2"), "Qwen3-8B expert"),
-    "qwen3_v5e": (("--config=configs/math_expert.py:qwen3_8b", V5E_64), "Qwen3-8B expert"),
+    "qwen3_v5e": (
+        ("--config=configs/math_expert.py:qwen3_8b", "--config.train.accumulate=16", V5E_64), "Qwen3-8B expert",
+    ),
     "qwen3_moe_v5p": (("--config=configs/moe_finetune.py:qwen3_8b", V5P_16), "BTX 4xQwen3-8B Top-2, einsum"),
     "qwen3_moe_v5e": (
         ("--config=configs/moe_finetune.py:qwen3_8b", "--config.train.accumulate=16", FULL, V5E_64), "BTX 4xQwen3-8B Top-2, einsum",

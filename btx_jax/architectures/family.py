@@ -96,7 +96,8 @@ class MoEKeys:
     as a dense layer. renormalise: where it says whether gates sum to one, else they do.
     shared_d_ff: the shared expert's; shared_count: how many of d_ff it is instead. has_shared_gate:
     whether the shared expert stands behind a sigmoid gate; needs_shared: whether there must be one.
-    dense_list, step, dense_first: keys that say which layers stay dense.
+    dense_list, step, dense_first: keys that say which layers stay dense. renormalises_one: whether
+    the gate of a token's only expert can be one, too.
     """
 
     experts: tuple[str, ...]
@@ -110,6 +111,7 @@ class MoEKeys:
     dense_list: str = ""
     step: str = ""
     dense_first: str = ""
+    renormalises_one: bool = True
 
     @property
     def has_shared(self) -> bool:
@@ -137,8 +139,8 @@ class Family:
     that always do. synonyms: other names of keys. qk_norm: whether queries and keys have norms.
     window: "" where `sliding_window` is ignored, "always" where it holds, "switched" where
     `use_sliding_window` says so. window_layers: which layers then have it, unless `layer_types`
-    says: "all", those "from" `max_window_layers`, or the "even" ones below it. partial_rotary:
-    whether it can rotate a part of each head. scalings: of RoPE, those that it has. moe: the keys of
+    says: "all", whatever that says; all, "typed"; those "from" `max_window_layers`; or the "even"
+    ones below it. partial_rotary: whether it can rotate a part of each head. scalings: of RoPE, those that it has. moe: the keys of
     a mixture. home: the model_type of the class that holds a mixture of it, "" for none that is
     known. fixed: keys that change what is computed -> the values that this model is.
     usual: keys that are written besides. since: the first release of transformers that has it, ""
@@ -224,6 +226,8 @@ class Family:
             told.append("experts of another width than dense layers")
         if not all(spec.renormalise for spec in specs) and not keys.renormalise:
             told.append("gates that do not sum to one")
+        if any(spec.k == 1 and spec.renormalise for spec in specs) and not keys.renormalises_one:
+            told.append("one expert for a token with a gate of one")
         shared = specs[0].shared_d_ff
         if shared and not keys.has_shared:
             told.append("a shared expert")

@@ -135,7 +135,7 @@ def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: F
 _LARGEST = {"num_hidden_layers": 10_000}
 _LARGEST_COUNT = 4096  # of experts
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window", "n_shared_experts")
-_MAY_BE_ZERO = ("shared_expert_intermediate_size", "first_k_dense_replace", "max_window_layers")
+_MAY_BE_ZERO = ("first_k_dense_replace", "max_window_layers")
 
 
 def _bad_numbers(values: Mapping[str, Any], family: Family) -> list[str]:
@@ -191,6 +191,8 @@ def _window(config: Mapping[str, Any], values: Mapping[str, Any], family: Family
     if family.window_layers == "all":
         return window
     types = config.get("layer_types")
+    if types is None and family.window_layers == "typed":
+        return window
     if types is None:
         first = values["max_window_layers"]
         has = [
@@ -226,6 +228,9 @@ def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
         experts if layer >= first and layer not in dense and (layer + offset) % step == 0 else 0
         for layer in range(layers)
     )
+    if not any(counts):
+        named = " and ".join(filter(None, (keys.dense_list, keys.dense_first, keys.step)))
+        raise ConfigError(f"{named}: leave no layer with experts; such a model is not supported")
     d_ff = values[keys.d_ff] if keys.d_ff else values["intermediate_size"]
     shared = values[keys.shared_d_ff] if keys.shared_d_ff else 0
     if keys.shared_count:
@@ -233,7 +238,8 @@ def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
     return MoEConfig(
         counts,
         values[keys.k],
-        renormalise=bool(values[keys.renormalise]) if keys.renormalise else True,
+        renormalise=(values[keys.k] > 1 or keys.renormalises_one)
+        and (bool(values[keys.renormalise]) if keys.renormalise else True),
         d_ff=d_ff if d_ff != values["intermediate_size"] else 0,
         shared_d_ff=shared,
         shared_gate=bool(shared) and keys.has_shared_gate,
@@ -279,6 +285,10 @@ def _rope(
         rope[key] = config.get(key, values.get(key))
         if rope[key] is None:
             rope[key] = chosen.get(key, values["max_position_embeddings"])
+    if kind == "yarn" and "factor" in chosen and chosen["factor"] is None:
+        original = rope["original_max_position_embeddings"]
+        if _is_positive(original):  # else told below
+            rope["factor"] = values["max_position_embeddings"] / original
     _warn_of_contradictions(config, rope, where)
     for key, value in rope.items():
         if key != "rope_type" and not _is_positive(value):
@@ -295,7 +305,7 @@ def _rope(
             f"rope scaling {shown(kind)} is not supported; known: {', '.join(['default', *known])}"
         )
     for key in (*_NUMBERS[kind], *(_LISTS if kind == "longrope" else ())):
-        if key not in rope and key not in chosen:
+        if rope.get(key, chosen.get(key)) is None:
             raise ConfigError(f"rope scaling {kind} without {key}")
     return theta, _scaling(kind, rope, chosen, values["max_position_embeddings"]), rotary
 
@@ -337,7 +347,9 @@ def _yarn(factor: float, original: int, chosen: Mapping[str, Any]) -> RopeScalin
         raise ConfigError("rope scaling yarn with truncate=False is not supported")
     numbers = {"beta_fast": 32, "beta_slow": 1}
     for key in (*numbers, "attention_factor", "mscale", "mscale_all_dim"):
-        if chosen.get(key):
+        # As transformers has it, 0 is a value of the first of these, and for the others none.
+        given = chosen.get(key)
+        if given is not None if key == "attention_factor" else given:
             numbers[key] = chosen[key]
             if not _is_positive(chosen[key]):
                 raise ConfigError(f"{key}={shown(chosen[key])}: {_POSITIVE}")
@@ -472,7 +484,8 @@ def _written_moe(model: ModelConfig, keys: MoEKeys) -> dict[str, Any]:
         values["intermediate_size"] = spec.d_ff
     for key, value in (
         (keys.d_ff, spec.d_ff),
-        (keys.renormalise, spec.renormalise),
+        # Of one expert a class that never renormalises one says it as its mixtures do.
+        (keys.renormalise, spec.renormalise or (spec.k == 1 and not keys.renormalises_one)),
         (keys.shared_d_ff, spec.shared_d_ff),
         (keys.shared_count, spec.shared_d_ff // spec.d_ff or None),
         (keys.dense_list, dense),

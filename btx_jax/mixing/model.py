@@ -134,6 +134,8 @@ def mixture_of(recipe: Recipe, dense: ModelConfig, family: Family | None) -> Mod
         recipe.experts_per_token,
         shared_d_ff=dense.d_ff if shared else 0,
         shared_gate=has_gate,
+        renormalise=recipe.experts_per_token > 1
+        or not (family and family.moe and not family.moe.renormalises_one),
     )
     try:
         return dataclasses.replace(dense, d_ff=made.d_ff, moe=moe)

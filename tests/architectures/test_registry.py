@@ -14,7 +14,7 @@ from btx_jax.architectures.layout import rows
 from btx_jax.architectures.registry import family_for, known_families
 from btx_jax.architectures.tensors import TensorId, slots
 from btx_jax.checkpoints.checkpoint import find_checkpoint, open_reader
-from btx_jax.checkpoints.huggingface_config import model_from_config
+from btx_jax.checkpoints.huggingface_config import config_from_model, model_from_config
 from btx_jax.commands import convert
 from btx_jax.config.model_config import ModelConfig, MoEConfig
 from btx_jax.errors import UserError
@@ -127,6 +127,11 @@ def test_a_model_is_written_as_what_it_came_from_its_home_or_what_holds_it(
         ("llama", {"biases": ("down",)}, "LlamaForCausalLM cannot hold a bias on down and none on"),
         ("qwen3", {"qk_norm": True, "moe": MoEConfig((3, 3), shared_d_ff=8)}, "a shared expert"),
         ("llama", {"biases": ("q", "k", "v"), "qk_norm": True}, "norms on queries and keys"),
+        (
+            "deepseek",
+            {"moe": MoEConfig((3, 3), k=1, shared_d_ff=48)},
+            "one expert for a token with a gate of one",
+        ),
     ],
 )
 def test_a_model_that_nothing_holds_is_refused_with_what_is_lacking(origin, changes, told):
@@ -157,6 +162,16 @@ def test_a_model_that_nothing_holds_is_refused_with_what_is_lacking(origin, chan
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob=1: must be true or false"),
         ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be a whole number"),
         ("qwen2_moe", {"num_experts_per_tok": 9}, "k=9: more than the 5 experts"),
+        (
+            "qwen2_moe",
+            {"decoder_sparse_step": 9},
+            "decoder_sparse_step: leave no layer with experts",
+        ),
+        (
+            "qwen2_moe",
+            {"shared_expert_intermediate_size": 0},
+            "size=0: must be a whole number of at",
+        ),
         ("phi35", {"rope_parameters": {"rope_type": "longrope"}}, "longrope without short_factor"),
         (
             "phi4_mini",
@@ -200,3 +215,20 @@ def test_a_mixture_without_a_home_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(UserError, match=r"MixtralForCausalLM cannot hold heads of which 0\.75"):
         family_for(model, "phi3")
     assert isinstance(known_families()["phi3"], Family)
+
+
+def test_what_one_class_ignores_another_reads():
+    """transformers reads num_local_experts in a Qwen3Moe, and not in a Qwen2Moe."""
+    for name, experts in (("qwen2_moe", 5), ("qwen3_moe_norm", 3)):
+        config = json.loads((goldens.FOLDER / name / "config.json").read_text())
+        model = model_from_config(config | {"num_local_experts": 3}, name)
+        assert max(model.moe.experts) == experts
+
+
+def test_deepseek_never_renormalises_the_gate_of_one_expert():
+    family = known_families()["deepseek"]
+    model = dataclasses.replace(LLAMA, moe=MoEConfig((3, 3), k=1, renormalise=False))
+    assert not family.lacks(model)
+    written = config_from_model(model, family, "float32", {})
+    assert (written["norm_topk_prob"], written["num_experts_per_tok"]) == (True, 1)
+    assert model_from_config(written, "x") == model

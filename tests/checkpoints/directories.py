@@ -218,6 +218,16 @@ TABLE = {
     "linear, Mixtral": Kind("mixtral", rope(type="linear", factor=4.0).change),
     "dynamic": rope(type="dynamic", factor=2.0),
     "yarn": rope(rope_type="yarn", factor=2.0),
+    "yarn without its factor": rope(
+        rope_type="yarn", factor=None, original_max_position_embeddings=128
+    ),
+    "yarn of no attention": rope(
+        "attention_factor=0.0: must be a positive",
+        rope_type="yarn",
+        factor=2.0,
+        attention_factor=0.0,
+    ),
+    "linear by null": rope("rope scaling linear without factor", type="linear", factor=None),
     "yarn with everything": rope(
         rope_type="yarn",
         factor=4.0,
@@ -268,6 +278,13 @@ TABLE = {
         "mistral",
         sliding_window=700,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
+        refusal="sliding_window=700 in 1 of 3 layers: a window in some layers is not supported",
+    ),
+    "one kind of layers, Mistral": config(
+        "mistral", sliding_window=100, layer_types=["sliding_attention"] * 3
+    ),
+    "no window by kind, Mistral": config(
+        "mistral", sliding_window=100, layer_types=["full_attention"] * 3
     ),
     "ignored biases, Mistral": config("mistral", attention_bias=True, mlp_bias=True),
     "attention biases": Kind("llama", biases("self_attn")),

@@ -35,6 +35,7 @@ FAMILY = Family(
         shared_count="n_shared_experts",
         step="moe_layer_freq",
         dense_first="first_k_dense_replace",
+        renormalises_one=False,
     ),
     fixed={"scoring_func": ("softmax",)},
     usual={

@@ -15,6 +15,7 @@ FAMILY = Family(
     "MistralForCausalLM",
     defaults=DEFAULTS,
     window="always",
+    window_layers="typed",  # transformers takes a Mistral with layer_types as a Ministral
     home="mixtral",
     fallback=2,
     peft_default=("q_proj", "v_proj"),

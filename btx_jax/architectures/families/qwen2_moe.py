@@ -14,7 +14,7 @@ from btx_jax.architectures.family import (
 
 ROUTED = (tensor("mlp.gate.weight", "ffn/router"), *swiglu("mlp.experts.{e}", "ffn"))
 KEYS = MoEKeys(
-    ("num_experts", "num_local_experts"),
+    ("num_experts",),
     d_ff="moe_intermediate_size",
     renormalise="norm_topk_prob",
     dense_list="mlp_only_layers",

@@ -1,5 +1,7 @@
 """Qwen3-MoE, such as Qwen3-30B-A3B."""
 
+import dataclasses
+
 from btx_jax.architectures.families import qwen2_moe
 from btx_jax.architectures.family import (
     ATTENTION_MAPS,
@@ -27,7 +29,7 @@ FAMILY = Family(
     biases={"attention_bias": ATTENTION_MAPS},
     qk_norm=True,
     window="switched",
-    moe=qwen2_moe.KEYS,
+    moe=dataclasses.replace(qwen2_moe.KEYS, experts=("num_experts", "num_local_experts")),
     usual={"output_router_logits": False},
     since="4.51.0",
     fallback=3,

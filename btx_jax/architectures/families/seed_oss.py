@@ -23,5 +23,6 @@ FAMILY = Family(
         "mlp_bias": FEED_FORWARD_MAPS,
     },
     home="qwen2_moe",
+    usual={"attention_dropout": 0.1, "residual_dropout": 0.1},
     since="4.56.0",
 )
