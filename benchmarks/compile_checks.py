@@ -67,7 +67,7 @@ CHECKS = {
         ("--config=configs/moe_finetune.py:qwen3_8b", "--config.train.accumulate=16", FULL, V5E_64), "BTX 4xQwen3-8B Top-2, einsum",
     ),
     "mistral_window": (
-        ("--config=configs/math_expert.py:mistral_7b", "--config.data.sequence_length=16384", "--config.train.batch_size=256",
+        ("--config=configs/math_expert.py:mistral_7b", "--config.data.sequence_length=16384", "--config.train.batch_size=512",
          "--compile_topology=v5p:2x2x2"),
         "Mistral-7B 0.1 expert, rows of 16384, window 4096",
     ),
