@@ -1,5 +1,5 @@
-"""How a model family of Hugging Face is declared: its files' tensors, its config.json, and what of a
-model it can hold. One file a family lies in families/."""
+"""How a model family of Hugging Face is declared: its files' tensors, its config.json, and what of
+a model it can hold. One file a family lies in families/."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -140,15 +140,15 @@ class Family:
     window: "" where `sliding_window` is ignored, "always" where it holds, "switched" where
     `use_sliding_window` says so. window_layers: which layers then have it, unless `layer_types`
     says: "all", whatever that says; all, "typed"; those "from" `max_window_layers`; or the "even"
-    ones below it. partial_rotary: whether it can rotate a part of each head. scalings: of RoPE, those that it has. moe: the keys of
-    a mixture. home: the model_type of the class that holds a mixture of it, "" for none that is
-    known. fixed: keys that change what is computed -> the values that this model is.
-    usual: keys that are written besides. since: the first release of transformers that has it, ""
-    for code of its own. fallback: its place among the families that are tried for a model that no
-    other one holds; 0 for none. whole_heads: whether the width must be a multiple of the heads;
-    own_head_dim: whether heads may be of a size that does not follow from it.
-    peft_default: the modules that peft adapts where a LoRA's config names none, () where it must.
-    """
+    ones below it. partial_rotary: whether it can rotate a part of each head. scalings: of RoPE,
+    those that it has. moe: the keys of a mixture. home: the model_type of the class that holds a
+    mixture of it, "" for none that is known. fixed: keys that change what is computed -> the values
+    that this model is. usual: keys that are written besides. since: the first release of
+    transformers that has it, "" for code of its own. fallback: its place among the families that
+    are tried for a model that no other one holds; 0 for none. whole_heads: whether the width must
+    be a multiple of the heads; own_head_dim: whether heads may be of a size that does not follow
+    from it. peft_default: the modules that peft adapts where a LoRA's config names none, () where
+    it must."""
 
     model_type: str
     model_class: str
@@ -176,8 +176,8 @@ class Family:
         return self.biases.get("", ())
 
     def lacks(self, model: ModelConfig) -> list[str]:
-        """What of the model no checkpoint of this class holds, each in a few words; [] when it holds
-        it, perhaps with zeros (`filled`)."""
+        """What of the model no checkpoint of this class holds, each in a few words; [] when it
+        holds it, perhaps with zeros (`filled`)."""
         told = []
         groups = list(self.biases.values())
         for name in model.biases:
@@ -240,8 +240,8 @@ class Family:
         return told
 
     def filled(self, model: ModelConfig) -> ModelConfig:
-        """The model with what this class cannot leave out, which zeros fill without changing what is
-        computed: biases, a shared expert."""
+        """The model with what this class cannot leave out, which zeros fill without changing what
+        is computed: biases, a shared expert."""
         biases = tuple(dict.fromkeys((*model.biases, *self.always_biased())))
         moe = model.moe
         if moe and self.moe and self.moe.needs_shared and not moe.shared_d_ff:

@@ -1,4 +1,5 @@
-"""The linear maps of a layer that LoRA stands beside, as modules of a family: what peft speaks of."""
+"""The linear maps of a layer that LoRA stands beside, as modules of a family: what peft speaks
+of."""
 
 import functools
 from collections.abc import Mapping
@@ -28,8 +29,8 @@ def adapted(target: str, layer: int) -> TensorId:
 
 @functools.cache
 def modules_of_layer(family: Family) -> Mapping[str, tuple[str, ...]]:
-    """{module, such as self_attn.qkv_proj: the targets that it holds, in the order of their rows}. Of
-    dense layers; experts' own maps are no targets."""
+    """{module, such as self_attn.qkv_proj: the targets that it holds, in the order of their rows}.
+    Of dense layers; experts' own maps are no targets."""
     found = {}
     for tensor in family.tensors:
         targets = tuple(_TARGET_OF[part] for part in tensor.parts if part in _TARGET_OF)

@@ -45,9 +45,9 @@ def candidates(is_mixture: bool, origin: str = "") -> list[Family]:
 
 
 def family_for(model: ModelConfig, origin: str = "") -> Family:
-    """The family to write the model as: that of the directory it came from (its model_type), the home
-    of its mixtures, or the first other one that holds it. Raises UserError, with what the preferred
-    one lacks, when there is none."""
+    """The family to write the model as: that of the directory it came from (its model_type), the
+    home of its mixtures, or the first other one that holds it. Raises UserError, with what the
+    preferred one lacks, when there is none."""
     tried = candidates(model.moe is not None, origin)
     for family in tried:
         if not family.lacks(model):

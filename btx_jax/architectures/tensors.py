@@ -61,7 +61,8 @@ _OUTSIDE = {
 
 class TensorId(NamedTuple):
     """Which tensor of a model. part: its leaf, below the run of layers where it is in one, such as
-    ffn/gate. layer, expert: None for what is outside the layers, and for what is of no single expert.
+    ffn/gate. layer, expert: None for what is outside the layers, and for what is of no single
+    expert.
 
     As text it is what a Llama or a Mixtral calls it, whatever the model is: messages show that, and
     the digests of models are taken over it.

@@ -93,8 +93,8 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def read_kept(directory: Path) -> dict[str, Any]:
-    """What a Hugging Face directory says beyond its model, for `CheckpointMetadata.huggingface`: of config.json,
-    and all of generation_config.json, {} where there is none. Raises UserError."""
+    """What a Hugging Face directory says beyond its model, for `CheckpointMetadata.huggingface`: of
+    config.json, and all of generation_config.json, {} where there is none. Raises UserError."""
     generation = directory / "generation_config.json"
     config = _read_json(directory / "config.json")
     return {
@@ -141,8 +141,8 @@ class _Stored(NamedTuple):
 
 
 class HuggingFaceReader:
-    """Reads the tensors of a directory. Everything but their values is checked at once, here. model:
-    what `read_config` said of it, if that was asked already.
+    """Reads the tensors of a directory. Everything but their values is checked at once, here.
+    model: what `read_config` said of it, if that was asked already.
 
     Raises UserError listing all unknown, missing, duplicate, misshapen or mistyped tensors. `read`
     notes NaN and infinity, for `check`.
@@ -429,8 +429,8 @@ class HuggingFaceWriter:
         needs = (
             f"Needs transformers {needed} or newer."
             if needed
-            else f"{self._family.model_class} is not part of transformers: it is loaded from its own"
-            " code (trust_remote_code)."
+            else f"{self._family.model_class} is not part of transformers: it is loaded from its"
+            " own code (trust_remote_code)."
         )
         (self._directory / "README.md").write_text(f"{card}\n{needs}\n", encoding="utf-8")
 

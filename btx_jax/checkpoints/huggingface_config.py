@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 _POSITIVE = f"must be a positive number, at most {HUGE:g}"
 _SILU = ("silu", "swish")  # two names of one function
-# Keys that change what other classes compute -> the values that change nothing. transformers ignores
-# them in these; who wrote one meant it.
+# Keys that change what other classes compute -> the values that change nothing. transformers
+# ignores them in these; who wrote one meant it.
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), (None, 0)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (None, 1)),
@@ -260,8 +260,8 @@ _OF_ORIGINAL = ("llama3", "yarn", "longrope")  # kinds that depend on the origin
 def _rope(
     config: Mapping[str, Any], values: Mapping[str, Any], family: Family, where: str
 ) -> tuple[float, RopeScaling, float]:
-    """(theta, scaling, share of each head that rotates). transformers 5 writes rope_parameters, older
-    ones rope_theta and rope_scaling. Where both are there and contradict each other, what
+    """(theta, scaling, share of each head that rotates). transformers 5 writes rope_parameters,
+    older ones rope_theta and rope_scaling. Where both are there and contradict each other, what
     transformers 5 takes is taken, with a warning: older ones take the other."""
     chosen = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if nested := [key for key, value in chosen.items() if isinstance(value, Mapping)]:
