@@ -1,5 +1,5 @@
 """The short commands: python -m btx_jax
-{digest,generate,convert,evaluate,mix,expert,adapter,verify,tokenizer,lm_eval} --help."""
+{digest,generate,convert,evaluate,mix,expert,adapter,verify,push,tokenizer,lm_eval} --help."""
 
 from btx_jax import interrupts
 
@@ -24,7 +24,8 @@ from btx_jax.paths import expand
 
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINT = (
-    "a run's directory, one of its checkpoints/STEP, a Hugging Face directory, or an adapter's"
+    "a run's directory, one of its checkpoints/STEP, a Hugging Face directory, an adapter's, or"
+    " org/name[@REVISION] of the Hub"
 )
 
 
@@ -136,6 +137,19 @@ def _tokenizer(args: argparse.Namespace) -> None:
     for line in problems.lines():
         logging.warning(line)
     terminal.say(f"wrote {args.out}")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from btx_jax.commands.push import push
+
+    told = push(
+        args.directory,
+        args.repository,
+        is_private=args.private,
+        revision=args.revision,
+        message=args.message,
+    )
+    terminal.say(told)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -365,6 +379,20 @@ def parser() -> argparse.ArgumentParser:
         "path", metavar="PATH", help="a pipeline's directory (all its runs), or " + CHECKPOINT
     )
     command.set_defaults(run=_verify)
+
+    command = commands.add_parser(
+        "push", help="a Hugging Face directory -> a repository of the Hub"
+    )
+    command.add_argument(
+        "directory",
+        metavar="DIR",
+        help="an export, a mixture, a merged model, or an adapter of peft",
+    )
+    command.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
+    command.add_argument("--private", action="store_true", help="seen by you and your org alone")
+    command.add_argument("--revision", default="", help="a branch, made where it is missing (main)")
+    command.add_argument("--message", default="", help="of the commit")
+    command.set_defaults(run=_push)
 
     command = commands.add_parser(
         "tokenizer", help="train a sentencepiece model that gives back any text exactly"

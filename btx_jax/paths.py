@@ -22,6 +22,10 @@ def expand(path: str, key: str) -> str:
     return expanded
 
 
+_BLOB = re.compile(r"/(?:models|datasets|spaces)--[^/]+/blobs/[0-9a-f]{40,64}$")
+_SHARED_BLOB = re.compile(r"/blobs/[0-9a-f]{2}/[0-9a-f]{64}$")  # of all repositories of a cache
+
+
 def refuse_links_out(directory: Path) -> None:
     """Raises UserError for a link in a directory from elsewhere that leads out of it: what it names
     would be read, and copied, as if it had come along. Blobs of a Hugging Face cache, to which the
@@ -33,8 +37,9 @@ def refuse_links_out(directory: Path) -> None:
             if not path.is_symlink():
                 continue
             target = Path(os.path.realpath(path))
-            blob = re.search(
-                r"/(?:models|datasets|spaces)--[^/]+/blobs/[0-9a-f]{40,64}$", str(target)
+            named = os.path.normpath(path.parent.resolve() / os.readlink(path))
+            blob = _BLOB.search(str(target)) or (
+                _BLOB.search(named) and _SHARED_BLOB.search(str(target))
             )
             if not target.is_relative_to(root) and not blob:
                 raise UserError(

@@ -1,20 +1,24 @@
 """A run's directory: whose it is, by a lock and by config.json, which it holds from the start, and
-done.json, once it has finished."""
+done.json, once it has finished. hub.json says which commits names of the Hub stood for."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from btx_jax import hub, hub_names
 from btx_jax.config.config import Config
 from btx_jax.config.config_dict import Difference, differences, to_dict
 from btx_jax.errors import UserError
 from btx_jax.output import locked, none_left_empty, read_json, write_json
-from btx_jax.parallel.hosts import first_then_others, is_first, require_shared
+from btx_jax.parallel.hosts import first_then_others, is_first, require_shared, text_of_first
 from btx_jax.paths import expand
 
-CONFIG, DONE = "config.json", "done.json"
+CONFIG, DONE, COMMITS = "config.json", "done.json", "hub.json"
 
 # A resumed run may change where, in how much memory and how often it looks, not what it computes.
 COMPUTE = ("compute.remat", "compute.kernels", "compute.unroll", "compute.loss_chunk")
@@ -88,6 +92,51 @@ def was_made_before(workdir: Path, other: Path) -> bool:
     return second.exists() and second.stat().st_mtime > first.stat().st_mtime
 
 
+def settle_names(workdir: Path, config: Config) -> None:
+    """What the config names on the Hub stands for the commits that the run there took, if it has
+    begun. Of several processes the first one downloads, and the others take the same commits."""
+    if (workdir / COMMITS).is_file():
+        hub.pin(read_json(workdir / COMMITS))
+    if jax.process_count() == 1:
+        return
+    if not is_first():
+        hub.without_bars()
+    first_then_others(lambda: _fetch_names(config) if is_first() else None)
+    hub.pin(json.loads(text_of_first(json.dumps(hub.pins()))))
+
+
+def _fetch_names(config: Config) -> None:
+    for stage in (config, *(stage.config for stage in (config.pipeline or {}).values())):
+        for key, name, kind in _names(stage):
+            if name.startswith("@") or not (found := hub_names.named(name, key)):
+                continue
+            if found.type == "dataset":
+                hub.commit(found, key)
+            else:
+                hub.resolve(name, key, kind)
+
+
+def _names(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(key, what may be a name of the Hub, kind) of all that a config reads."""
+    yield "config.init", config.init or "", hub.MODEL
+    if mix := config.mix:
+        for i, expert in enumerate(mix.experts):
+            yield f"config.mix.experts[{i}]", expert, hub.MODEL
+        yield "config.mix.shared_expert", mix.shared_expert, hub.MODEL
+    if evaluate := config.evaluate:
+        for name, path in evaluate.models.items():
+            yield f"config.evaluate.models.{name}", path, hub.MODEL
+        for name, task in evaluate.tasks.items():
+            for key in ("file", "shots_file"):
+                yield f"config.evaluate.tasks.{name}.{key}", getattr(task, key), ""
+    if data := config.data:
+        yield "config.data.tokenizer", data.tokenizer, hub.TOKENIZER
+        for notation in (data.train, data.heldout, *data.domains.values()):
+            for where in map(str.strip, notation.split(",")):
+                if where.startswith(hub_names.PROTOCOL):
+                    yield "config.data", where.partition("#")[0], ""
+
+
 def look_up(workdir: Path, config: Config) -> dict[str, Any] | None:
     """`done_of` by all processes. Raises UserError also when they do not share the directory, or
     the cache of their text."""
@@ -129,6 +178,8 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(workdir / CONFIG, to_dict(config))
+            if commits := hub.pins():
+                write_json(workdir / COMMITS, commits)
         except OSError as error:
             raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
     return done
@@ -137,7 +188,7 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 def _holds_results(workdir: Path) -> bool:
     """Whether a run, or a pipeline's runs, got further than its config and tokenizer."""
     return any(
-        p.is_file() and p.name != CONFIG and p.parent.name != "tokenizer"
+        p.is_file() and p.name not in (CONFIG, COMMITS) and p.parent.name != "tokenizer"
         for p in workdir.rglob("*")
     )
 

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"  # those that test the Hub have one of their own
 
 import jax
 
@@ -82,3 +83,14 @@ def cli(tmp_path, tokenizer_file, compiled):
     from tests.stages.command_line import CLI
 
     return CLI(tmp_path, tokenizer_file, compiled)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A Hub of this test's own, for a process in an empty folder."""
+    from tests.hub_process import point_at
+    from tests.hub_server import serving
+
+    with serving() as server:
+        point_at(server.url, tmp_path, monkeypatch)
+        yield server

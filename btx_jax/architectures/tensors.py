@@ -2,7 +2,7 @@
 what everything that streams speaks of, whatever a file calls them."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -101,18 +101,47 @@ class TensorId(NamedTuple):
 EMBEDDING, HEAD = TensorId("embed/embedding"), TensorId("head/kernel")
 
 
+Range = tuple[int, int]  # [start, stop)
+Region = tuple[Range, ...]  # of an array: of each of its axes
+
+
 class Slot(NamedTuple):
     """Where one tensor lies in our parameters: leaf path, index of its leading axes (layer in its
-    run, expert), its shapes."""
+    run, expert), its shapes. inputs: how many leading axes of `part` a Linear multiplies by, 0 for
+    what is stored alike on both sides."""
 
     path: tuple[str, ...]
     indices: tuple[int, ...]
     shape: tuple[int, ...]  # there
     part: tuple[int, ...]  # here: of the leaf at index
-    transposed: bool
+    inputs: int
+
+    @property
+    def transposed(self) -> bool:
+        return self.inputs > 0
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         return (tensor.T if self.transposed else tensor).reshape(self.part)
+
+    def region_to_ours(
+        self, region: Region, read: Callable[[Range, Range | None], np.ndarray]
+    ) -> np.ndarray:
+        """A region of our part. read: (rows, columns) -> those of the tensor; columns is None for a
+        vector."""
+        first = self.inputs or len(self.part) - len(self.shape) + 1
+        axes = [slice(first), slice(first, None)]  # of the part, that are one of the tensor
+        flat = [_flat(self.part[group], region[group]) for group in axes]
+        if len(self.shape) == 1:
+            tensor = read(flat[0], None)
+        elif self.transposed:
+            tensor = read(flat[1], flat[0]).T
+        else:
+            tensor = read(flat[0], flat[1])
+        # What `read` gives is cut along the first axis of each group: along the others, here.
+        sizes, rest = list(self.part), [slice(*along) for along in region]
+        for axis in {0, first} & set(range(len(sizes))):
+            sizes[axis], rest[axis] = region[axis][1] - region[axis][0], slice(None)
+        return tensor.reshape(sizes)[tuple(rest)]
 
     def to_theirs(self, part: np.ndarray) -> np.ndarray:
         return (
@@ -131,6 +160,10 @@ class Reader(Protocol):
 
     def read(self, tensor: TensorId) -> np.ndarray:
         """Read-only: its values have been looked at, and nobody can change them."""
+        ...
+
+    def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
+        """That of the tensor's part of our leaf (`Slot.to_ours`), of as few bytes as can be."""
         ...
 
     def check(self) -> None:
@@ -165,7 +198,7 @@ def slots(model: ModelConfig) -> dict[TensorId, Slot]:
         shape = (_size(part[inputs:]), _size(part[:inputs])) if inputs else part
         if not inputs and tensor.part != EMBEDDING.part:
             shape = (_size(part),)  # vectors, with heads flattened
-        result[tensor] = Slot(path, index, shape, part, bool(inputs))
+        result[tensor] = Slot(path, index, shape, part, inputs)
 
     add(EMBEDDING, (), ())
     layer = 0
@@ -188,6 +221,12 @@ def slots(model: ModelConfig) -> dict[TensorId, Slot]:
     }
     assert not missing, f"leaves that are no tensor: {missing}"
     return result
+
+
+def _flat(shape: tuple[int, ...], region: Region) -> Range:
+    """Of the axes of a shape as one: where the region's first axis lies, whole along the others."""
+    inner = _size(shape[1:])
+    return (region[0][0] * inner, region[0][1] * inner) if shape else (0, 1)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +19,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from btx_jax import hub
 from btx_jax.architectures.layout import rows
-from btx_jax.architectures.tensors import Reader, Slot, TensorId, slots
+from btx_jax.architectures.tensors import Reader, TensorId, slots
 from btx_jax.architectures.values import cast, is_finite
 from btx_jax.checkpoints import adapter, safetensors_files
 from btx_jax.checkpoints.checksums import check_sums, read_sums, write_sums
@@ -33,6 +33,7 @@ from btx_jax.checkpoints.huggingface import (
     read_kept,
     written_as,
 )
+from btx_jax.checkpoints.shardwise import assemble
 from btx_jax.checkpoints.training_state import (
     DIRECTORY,
     Base,
@@ -52,12 +53,13 @@ from btx_jax.config.config_dict import differences, to_dict
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
+from btx_jax.hub_names import PROTOCOL, may_be_named, origin, title
 from btx_jax.models.leaves import stays_float32
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.output import new_directory
 from btx_jax.parallel.sharding import param_shardings
-from btx_jax.paths import expand, refuse_links_out
+from btx_jax.paths import refuse_links_out
 from btx_jax.rundir import has_begun, has_finished
 
 log = logging.getLogger(__name__)
@@ -79,13 +81,24 @@ class Checkpoint:
 
     def identity(self) -> str:
         """A hash of its files' names, sizes and times: another one where it was trained on,
-        replaced or converted anew."""
+        replaced or converted anew. Of one from the Hub, its name and commit."""
+        if found := origin(self.path):
+            return str(found)
         files = sorted(file for file in self.path.rglob("*") if file.is_file())
         told = [
             [str(file.relative_to(self.path)), file.stat().st_size, file.stat().st_mtime_ns]
             for file in files
         ]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """What a model card calls it."""
+        return (
+            title(self.path)
+            if self.is_huggingface or self.is_adapter_directory
+            else self.path.parent.parent.name
+        )
 
     @functools.cached_property
     def tokenizer(self) -> Path:
@@ -107,17 +120,11 @@ def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
 
 def _find(path: str | Path, key: str) -> Checkpoint:
     quiet()
-    named = path
+    named = str(path)
     try:
-        path = Path(expand(str(path), key)).resolve()
+        path = _again(hub.resolve(named, key).resolve(), key)
         if not path.exists():
-            hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)) is not None
-            cure = (
-                f"; if it is a model of the Hugging Face Hub: hf download {named} --local-dir"
-                f" {named}"
-                if hub
-                else ""
-            )
+            cure = f"; if the Hub has it: {PROTOCOL}{named}" if may_be_named(named) else ""
             raise UserError(f"{key}: {path} does not exist{cure}")
     except (
         OSError,
@@ -126,7 +133,10 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     ) as error:  # a name too long, a NUL in it, a loop of links
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
     # Tensors are checked where they are read.
-    check_sums(path, [name for name in read_sums(path) if not name.endswith(".safetensors")])
+    sums = [name for name in read_sums(path) if not name.endswith(".safetensors")]
+    if origin(path):  # from where only what is read was fetched
+        sums = [name for name in sums if (path / name).exists()]
+    check_sums(path, sums)
     if is_huggingface(path):
         refuse_links_out(path)  # before the first of them is read
         metadata = CheckpointMetadata(
@@ -150,6 +160,14 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     found = Checkpoint(path, read_metadata(path))
     check_sums(found.tokenizer)
     return found
+
+
+def _again(path: Path, key: str) -> Path:
+    """A path that was recorded in a snapshot of the Hub's cache, which may have been emptied
+    since."""
+    if path.exists() or not (found := origin(path)):
+        return path
+    return hub.resolve(f"{PROTOCOL}{found}", key)
 
 
 def _history(directory: Path) -> History:
@@ -209,9 +227,7 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
     if not checkpoint.is_huggingface:
         return restore_params(checkpoint.path, checkpoint.metadata.model, abstract)
     reader = HuggingFaceReader(checkpoint.path, checkpoint.metadata.model)
-    params = assemble(reader, abstract, reader.slots)
-    reader.check()
-    return params
+    return assemble(reader, abstract, reader.slots)
 
 
 def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params:
@@ -267,7 +283,7 @@ def load_base(
     Raises UserError when there is no such checkpoint, it is another model, or base.digest is set
     and not that of its values.
     """
-    if not Path(base.path).exists():
+    if not Path(base.path).exists() and not origin(base.path):
         raise UserError(
             f"{whose}: its base {base.path} is gone; put it there again, or export the adapter and"
             f" write the new place into base.path of its {adapter.ABOUT} (the digest is checked)"
@@ -280,7 +296,6 @@ def load_base(
         )
     hashes: dict[TensorId, str] = {}
     params = assemble(reader, abstract, slots(model), hashes)
-    reader.check()
     digest = base_digest(hashes)
     if base.digest and base.digest != digest:
         raise UserError(
@@ -305,32 +320,6 @@ def base_of(checkpoint: Checkpoint) -> Base:
     }
     reader.check()
     return Base(str(checkpoint.path), base_digest(hashes))
-
-
-def assemble(
-    reader: Reader,
-    abstract: Any,
-    slots: Mapping[TensorId, Slot],
-    hashes: dict[TensorId, str] | None = None,
-) -> Params:
-    """Our tree from a reader's tensors, one whole leaf in host memory at a time. hashes: gets
-    sha256 of each tensor's float32 values."""
-    held: dict[tuple[str, ...], list[TensorId]] = {}
-    for tensor, slot in slots.items():
-        held.setdefault(slot.path, []).append(tensor)
-
-    def leaf(path, target):
-        host = np.empty(target.shape, target.dtype)
-        for tensor in held[tuple(str(key.key) for key in path)]:
-            slot, array = slots[tensor], reader.read(tensor)
-            host[slot.indices] = slot.to_ours(array)
-            if hashes is not None:
-                hashes[tensor] = hashlib.sha256(np.ascontiguousarray(array, "<f4").data).hexdigest()
-        return jax.make_array_from_callback(
-            target.shape, target.sharding, lambda index: host[index]
-        )
-
-    return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
 def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:

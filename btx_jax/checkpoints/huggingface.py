@@ -15,7 +15,7 @@ import numpy as np
 from btx_jax.architectures.family import Family
 from btx_jax.architectures.layout import Row, other_rows, rows
 from btx_jax.architectures.registry import family_for, known_families
-from btx_jax.architectures.tensors import EMBEDDING, HEAD, TensorId, slots
+from btx_jax.architectures.tensors import EMBEDDING, HEAD, Range, Region, TensorId, slots
 from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints.checksums import check_sums, read_sums
 from btx_jax.checkpoints.huggingface_config import (
@@ -131,9 +131,12 @@ class _Stored(NamedTuple):
         """Of the whole tensor."""
         return self.file.tensors[self.name].shape
 
-    def read(self) -> np.ndarray:
-        """In the dtype it is stored in, or in float32 where that is none of ours."""
-        array = self.file.read(self.name, self.expert, self.rows)
+    def read(self, rows: Range | None = None, columns: Range | None = None) -> np.ndarray:
+        """In the dtype it is stored in, or in float32 where that is none of ours. rows, columns:
+        of the part."""
+        if rows is not None and self.rows is not None:
+            rows = (self.rows[0] + rows[0], self.rows[0] + rows[1])
+        array = self.file.read(self.name, self.expert, rows or self.rows, columns)
         if array.dtype in DTYPES.values():
             return array
         with np.errstate(over="ignore"):
@@ -217,10 +220,19 @@ class HuggingFaceReader:
             problems.insert(0, f"config.json says {', '.join(named)}: is it that?")
 
     def read(self, tensor: TensorId) -> np.ndarray:
-        array = self._where[tensor].read()
+        array = self._seen(tensor, self._where[tensor].read())
+        array.flags.writeable = False
+        return array
+
+    def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
+        def read(rows: Range, columns: Range | None) -> np.ndarray:
+            return self._seen(tensor, self._where[tensor].read(rows, columns))
+
+        return self.slots[tensor].region_to_ours(region, read)
+
+    def _seen(self, tensor: TensorId, array: np.ndarray) -> np.ndarray:
         if not is_finite(array):
             self._bad_values.append(self._where[tensor].name)
-        array.flags.writeable = False
         return array
 
     def check(self) -> None:

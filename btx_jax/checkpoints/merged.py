@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from btx_jax import hub, hub_names
 from btx_jax.architectures.layout import Row
-from btx_jax.architectures.tensors import Reader, TensorId
+from btx_jax.architectures.tensors import Reader, Region, TensorId
 from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints import adapter, peft, peft_config
 from btx_jax.checkpoints.checkpoint import (
@@ -52,10 +53,10 @@ class Source:
 
 
 def find_source(path: str, key: str) -> Source:
-    """A directory of a model, or MODEL+LORA, of which LORA is a directory of peft or an adapter of
-    ours.
-    A directory whose own name holds a + is itself. Raises UserError for what is none, a name of the
-    Hub among it, and for a LoRA that does not fit its model or cannot be merged."""
+    """A directory of a model or its name on the Hub, or MODEL+LORA, of which LORA is a directory of
+    peft, an adapter of ours, or the name of one. A directory whose own name holds a + is itself.
+    Raises UserError for what is none, and for a LoRA that does not fit its model or cannot be
+    merged."""
     if not _exists(path, key):
         parts = path.split("+")
         splits = [("+".join(parts[:i]), "+".join(parts[i:])) for i in range(1, len(parts))]
@@ -65,19 +66,13 @@ def find_source(path: str, key: str) -> Source:
         if splits:  # told below, of the one that is not there
             model, lora = splits[0]
             path = lora if _exists(model, key) else model
-        name, at, revision = path.partition("@")
-        if at:
-            raise UserError(
-                f"{key}={path!r}: no directory; download that revision and name the directory: hf"
-                f" download {name} --revision {revision} --local-dir DIR"
-            )
     return Source(find_checkpoint(path, key))
 
 
 def _exists(path: str, key: str) -> bool:
     try:
-        return Path(expand(path, key)).exists()
-    except (OSError, ValueError):  # a name too long, a NUL in it
+        return hub_names.named(path, key) is not None or Path(expand(path, key)).exists()
+    except (OSError, ValueError, UserError):  # a name too long, a NUL in it, hf:// before a +
         return False
 
 
@@ -85,7 +80,7 @@ def _with_lora(model: str, lora: str, key: str) -> Source:
     found = find_checkpoint(model, key)
     if found.metadata.base:
         raise UserError(f"{key}: {model} holds LoRA experts; name the model under them")
-    directory = Path(expand(lora, key)).resolve()
+    directory = hub.resolve(lora, key).resolve()
     if (directory / peft_config.CONFIG).is_file():
         origin = found.metadata.huggingface.get("model_type", "")
         read = peft.read(directory, found.metadata.model, origin)
@@ -178,6 +173,13 @@ class MergedReader:
             self._bad_values.append(tensor)
         merged.flags.writeable = False
         return merged
+
+    def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
+        """Cut from the whole, which a LoRA is merged into."""
+        if tensor not in self._names:
+            return self._reader.read_region(tensor, region)
+        whole = self.slots[tensor].to_ours(self.read(tensor))
+        return whole[tuple(slice(*along) for along in region)]
 
     def check(self) -> None:
         """Raises UserError when a tensor that was read held NaN or infinity."""

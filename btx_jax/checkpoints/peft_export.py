@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from btx_jax import hub_names
 from btx_jax.architectures.modules import adapted, modules
 from btx_jax.architectures.tensors import slots
 from btx_jax.checkpoints.peft_config import CONFIG, TENSORS, family_of
@@ -60,12 +61,14 @@ def write(
     if not tensors:
         raise UserError("every map of this adapter is zero: there is no LoRA to write")
     (directory / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    on_hub = hub_names.origin(base)
     usual_rank = Counter(ranks.values()).most_common(1)[0][0]
     usual_alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": on_hub.repo if on_hub else base,
+        "revision": on_hub.revision if on_hub else None,
         "r": usual_rank,
         "lora_alpha": usual_alpha,
         "rank_pattern": {name: value for name, value in ranks.items() if value != usual_rank},

@@ -6,7 +6,8 @@ gaps. Files are read with pread instead of mapped: mapped pages would count as t
 until it ends.
 
 Beside files of ours lies model.xxh3.json: {tensor: xxh3 of its bytes}, so that a tensor is checked
-where it is read, at the speed of memory, not of sha256 over whole files.
+where it is read whole, at the speed of memory, not of sha256 over whole files. Where several
+processes read parts of tensors, those are not checked: `python -m btx_jax verify` checks all.
 """
 
 import hashlib
@@ -49,6 +50,8 @@ _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHECKSUMS = "model.xxh3.json"
+_WORTH_A_CALL = 1024  # bytes; of fewer, reading what lies between is faster
+_BLOCK = 2**22  # bytes of rows of which columns are cut
 
 
 class Tensor(NamedTuple):
@@ -117,10 +120,16 @@ class SafetensorsFile:
         return tensors
 
     def read(
-        self, name: str, index: int | None = None, rows: tuple[int, int] | None = None
+        self,
+        name: str,
+        index: int | None = None,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """A tensor, or its [index], or the rows [start, stop) of that: contiguous bytes in every
-        case."""
+        """A tensor, or its [index], or of that the rows and columns [start, stop).
+
+        Only a tensor that is read whole is compared with its checksum: no part of one can be.
+        """
         tensor = self.tensors[name]
         dtype, shape, start = READABLE[tensor.dtype], tensor.shape, tensor.start
         if index is not None:
@@ -129,20 +138,49 @@ class SafetensorsFile:
         if rows is not None:
             start += rows[0] * math.prod(shape[1:]) * dtype.itemsize
             shape = (rows[1] - rows[0], *shape[1:])
+        if columns is not None and columns != (0, shape[1]):
+            return self._columns(start, shape, dtype, columns)
         array = np.empty(shape, dtype)
-        view, done = array.reshape(-1).view(np.uint8).data, 0
-        while done < len(view):
-            count = os.preadv(self._fd, [view[done:]], start + done)
-            if not count:
-                raise UserError(f"{self.path}: shorter than when it was opened")
-            done += count
-        known = self._checksums.get(name) if index is None and rows is None else None
-        if known is not None and known != xxhash.xxh3_64_hexdigest(view):
+        self._fill(array, start)
+        whole = array.nbytes == tensor.nbytes
+        known = self._checksums.get(name) if whole else None
+        if known is not None and known != xxhash.xxh3_64_hexdigest(_bytes(array)):
             raise UserError(
                 f"{self.path} is damaged ({name}, checksum): download or export it again; or, if it"
                 f" was changed on purpose, delete {CHECKSUMS} and {SUMS} beside it"
             )
         return array
+
+    def _fill(self, array: np.ndarray, start: int) -> None:
+        view, done = _bytes(array), 0
+        while done < len(view):
+            count = os.preadv(self._fd, [view[done:]], start + done)
+            if not count:
+                raise UserError(f"{self.path}: shorter than when it was opened")
+            done += count
+
+    def _columns(
+        self, start: int, shape: tuple[int, ...], dtype: np.dtype, columns: tuple[int, int]
+    ) -> np.ndarray:
+        """Of the [rows, columns] that begin at byte `start`. Row by row where a row's part is worth
+        a call, else cut from blocks of whole rows."""
+        first, last = columns
+        stride = shape[1] * dtype.itemsize
+        array = np.empty((shape[0], last - first), dtype)
+        if array[:1].nbytes >= _WORTH_A_CALL:
+            for number, row in enumerate(array):
+                self._fill(row, start + number * stride + first * dtype.itemsize)
+            return array
+        step = max(1, _BLOCK // max(stride, 1))
+        for row in range(0, shape[0], step):
+            block = np.empty((min(step, shape[0] - row), shape[1]), dtype)
+            self._fill(block, start + row * stride)
+            array[row : row + step] = block[:, first:last]
+        return array
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def require_regular(path: Path) -> None:

@@ -32,7 +32,8 @@ from flax import linen as nn
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from tqdm import tqdm
 
-from btx_jax.architectures.tensors import Slot, TensorId, slots
+from btx_jax import hub_names
+from btx_jax.architectures.tensors import Region, Slot, TensorId, slots
 from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints.checksums import SEAL, sealed, unsealed
 from btx_jax.checkpoints.problems import raise_problems
@@ -69,7 +70,10 @@ History = Mapping[str, TrainingRun | None]  # None: made elsewhere, so that its 
 
 
 def elsewhere(path: Path) -> History:
-    """That of what was not trained here and has no history of ours: known by its place alone."""
+    """That of what was not trained here and has no history of ours: known by its place alone, which
+    on the Hub is a commit."""
+    if found := hub_names.origin(path):
+        return {str(found): None}
     return {f"{path.name} ({hashlib.sha256(str(path).encode()).hexdigest()[:8]})": None}
 
 
@@ -557,6 +561,17 @@ class StepReader:
         array = array if array.base is not part else array.copy()
         array.flags.writeable = False
         return array
+
+    def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
+        slot = self.slots[tensor]
+        index: Any = (*slot.indices, *(slice(*along) for along in region))
+        if slot.path in self._whole:
+            part = self._leaf(slot.path)[index]
+        else:
+            part = _read(self._path, "params", self._stores[slot.path][index])
+        if not is_finite(np.ascontiguousarray(part)):
+            self._bad_values.append(tensor)
+        return part
 
     def _leaf(self, leaf: tuple[str, ...]) -> np.ndarray:
         with self._lock:

@@ -26,6 +26,7 @@ from btx_jax.checkpoints.training_state import CheckpointMetadata, elsewhere, to
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import copy_tokenizer
 from btx_jax.errors import UserError
+from btx_jax.hub import resolve
 from btx_jax.output import check_free, new_directory
 
 FORMATS = ("btx_jax", "peft")
@@ -63,7 +64,7 @@ def import_peft(source: str, base: str, target: str) -> str:
     under = find_checkpoint(base, "BASE")
     if under.metadata.base:
         raise UserError(f"BASE: {under.path} holds LoRA experts; name the model under them")
-    directory = Path(source).expanduser()
+    directory = resolve(source, "PEFT_DIR")
     origin = under.metadata.huggingface.get("model_type", "")
     lora = peft.read(directory, under.metadata.model, origin)
     notes = [*left_out(lora.carried, open_reader(under), directory), *lora.notes]
@@ -136,7 +137,7 @@ def merge(
         history=metadata.history,
         huggingface=metadata.huggingface or under.metadata.huggingface,
         card=(
-            f"# {Path(target).name}\n\n{found.path.name} merged into {under.path.name} by btx_jax"
+            f"# {Path(target).name}\n\n{found.name} merged into {under.name} by btx_jax"
             f" {__version__}.{trained_on(metadata.history)}\n"
         ),
         check=check,

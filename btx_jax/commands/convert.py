@@ -39,7 +39,7 @@ def run(source: str, target: str, dtype: str = "") -> str:
         history=found.metadata.history,
         huggingface=found.metadata.huggingface,
         card=_card(
-            found.path.name if found.is_huggingface else found.path.parent.parent.name,
+            found.name,
             trained_on(found.metadata.history),
         ),
         check=reader.check,

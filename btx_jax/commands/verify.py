@@ -1,20 +1,21 @@
 """Verify: read all of what is stored and compare it with the checksums it carries."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from btx_jax import hub, hub_names
 from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints import adapter, peft_config
-from btx_jax.checkpoints.checksums import SUMS, check_sums, read_sums
+from btx_jax.checkpoints.checksums import SUMS, check_sums, file_sha256, read_sums
 from btx_jax.checkpoints.huggingface import HuggingFaceReader, is_huggingface
 from btx_jax.checkpoints.safetensors_files import DTYPES, SafetensorsFile, read_checksums
 from btx_jax.checkpoints.training_state import DIRECTORY, items_of, quiet, steps_of, verify_item
 from btx_jax.errors import UserError
-from btx_jax.paths import expand
 from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import bad_lines
 from btx_jax.rundir import CONFIG
@@ -32,7 +33,7 @@ def verify(path: str) -> Iterator[Finding]:
     """A pipeline's or a run's directory (all its steps), a step, a Hugging Face directory, an
     adapter of ours or of peft's. Raises UserError for anything else."""
     quiet()
-    directory = Path(expand(path, "PATH"))
+    directory = hub.resolve(path, "PATH")
     if not directory.is_dir():
         raise UserError(f"PATH: {directory} is no directory")
     found = False
@@ -47,7 +48,7 @@ def verify(path: str) -> Iterator[Finding]:
 
 
 def _verify(directory: Path) -> Iterator[Finding]:
-    yield from _sums(directory)
+    yield from _blobs(directory) if hub_names.origin(directory) else _sums(directory)
     if (directory / peft_config.CONFIG).is_file():
         yield _check(peft_config.TENSORS, lambda: _tensors(directory / peft_config.TENSORS))
     elif any((directory / name).is_file() for name in (adapter.ABOUT, adapter.TENSORS)):
@@ -117,6 +118,22 @@ def _sums(directory: Path) -> Iterator[Finding]:
         return
     for name in tqdm(names, desc=SUMS, unit="file", disable=None, leave=False):
         yield _check(name, lambda name=name: check(name))  # type: ignore[misc]
+
+
+def _blobs(directory: Path) -> Iterator[Finding]:
+    """Of a snapshot of the Hub: large files are named by their sha256."""
+
+    def check(path: Path) -> str:
+        if file_sha256(path) != os.path.basename(os.readlink(path)):
+            raise UserError(
+                f"{path} is damaged (sha256): delete {path.resolve()} and load it again"
+            )
+        return "sha256 of the Hub"
+
+    links = [path for path in directory.iterdir() if path.is_symlink()]
+    large = [path for path in links if len(os.path.basename(os.readlink(path))) == 64]
+    for path in tqdm(sorted(large), desc="sha256", unit="file", disable=None, leave=False):
+        yield _check(path.name, lambda path=path: check(path))  # type: ignore[misc]
 
 
 def _model(directory: Path) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from btx_jax.data.hub_files import File
 from btx_jax.errors import UserError
 
 JSON = ("jsonl", "ndjson", "json")
@@ -63,7 +64,7 @@ class Row(NamedTuple):
     value: Mapping[str, Any] | str | Problem
 
 
-def read_rows(file: Path, field: str | None = None) -> Iterator[Row]:
+def read_rows(file: File, field: str | None = None) -> Iterator[Row]:
     """The rows of a file; field: the only one that is wanted, None for all (`shown_field`).
 
     What cannot be read is a row of its own, a Problem, so that a damaged line costs that line.
@@ -79,7 +80,7 @@ def read_rows(file: Path, field: str | None = None) -> Iterator[Row]:
     elif kind == "parquet" and compression:
         told = f"file skipped: Parquet inside {compression} is not read; unpack it"
         yield Row(str(file), Problem(told))
-    elif os.path.getsize(file):
+    elif size_of(file):
         try:
             yield from _parquet_rows(file, field) if kind == "parquet" else _rows(file, kind, field)
         except (EOFError, OSError, zlib.error) as error:
@@ -88,6 +89,10 @@ def read_rows(file: Path, field: str | None = None) -> Iterator[Row]:
             raise UserError(
                 f"{file}: cannot be read to its end ({error}); is it truncated or damaged?"
             ) from error
+
+
+def size_of(file: File) -> int:
+    return os.path.getsize(file) if isinstance(file, Path) else file.size
 
 
 def find_field(row: Mapping[str, Any], field: str) -> Any:
@@ -105,28 +110,33 @@ def shown_fields(fields: Any) -> str:
     return ", ".join(names[:MAX_SHOWN_FIELDS]) + (", ..." if len(names) > MAX_SHOWN_FIELDS else "")
 
 
-def _kind(file: Path) -> tuple[str, str | None]:
+def _kind(file: File) -> tuple[str, str | None]:
     """(ending without the compression's, in lower case; compression)."""
     name, ending = os.path.splitext(file.name.lower())
     compression = COMPRESSIONS.get(ending)
     return (os.path.splitext(name)[1] if compression else ending)[1:], compression
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: File) -> BinaryIO:
     """A stream that raises EOFError or OSError, not ends, where a compressed file is cut, and where
     something else stands behind its end."""
     _, compression = _kind(file)
     if compression == "gzip":
-        return gzip.open(file)  # type: ignore[return-value]
+        return gzip.open(_plain(file))  # type: ignore[return-value]
     if compression:
         import pyarrow
 
         # Not bz2 and zstandard: the former ignores what follows a stream, the latter a missing end.
-        return io.BufferedReader(pyarrow.input_stream(str(file), compression, HEAD), HEAD)
-    return file.open("rb")
+        return io.BufferedReader(pyarrow.input_stream(_plain(file), compression, HEAD), HEAD)
+    return file.open("rb") if isinstance(file, Path) else file.open()
 
 
-def _rows(file: Path, kind: str, field: str | None) -> Iterator[Row]:
+def _plain(file: File) -> Any:
+    """A path, or a stream where there is none."""
+    return str(file) if isinstance(file, Path) else file.open()
+
+
+def _rows(file: File, kind: str, field: str | None) -> Iterator[Row]:
     with _open(file) as stream:
         head = stream.read(HEAD)
     if problem := _no_utf8(head, file):
@@ -143,7 +153,7 @@ def _rows(file: Path, kind: str, field: str | None) -> Iterator[Row]:
             yield from _json_values(file, stream)
 
 
-def _no_utf8(head: bytes, file: Path) -> Problem | None:
+def _no_utf8(head: bytes, file: File) -> Problem | None:
     """What a file holds that does not begin as text in UTF-8 does."""
     for magic, ending in MAGIC.items():
         if head.startswith(magic):
@@ -194,7 +204,7 @@ def _is_object(text: str) -> bool:
         return False
 
 
-def _json_lines(file: Path, stream: BinaryIO) -> Iterator[Row]:
+def _json_lines(file: File, stream: BinaryIO) -> Iterator[Row]:
     # As bytes, a line ends at \n, \r or both, and not at U+2028, which JSON strings may hold.
     blocks = iter(lambda: stream.readline(MAX_LINE + 1), b"")
     lines = itertools.chain.from_iterable(_lines(block, file) for block in blocks)
@@ -212,7 +222,7 @@ def _json_lines(file: Path, stream: BinaryIO) -> Iterator[Row]:
             yield Row(place, _object(value, "line"))
 
 
-def _lines(block: bytes, file: Path) -> list[bytes]:
+def _lines(block: bytes, file: File) -> list[bytes]:
     if len(block) > MAX_LINE:
         raise UserError(f"{file}: a line of more than {MAX_LINE >> 20} MiB is no document")
     return block.splitlines()
@@ -224,7 +234,7 @@ def _object(value: Any, noun: str) -> Mapping[str, Any] | Problem:
     return Problem(f"{noun} skipped: not an object with fields", f"{type(value).__name__}")
 
 
-def _json_values(file: Path, stream: BinaryIO) -> Iterator[Row]:
+def _json_values(file: File, stream: BinaryIO) -> Iterator[Row]:
     """The items of one array, or values one after another.
 
     With the standard library's decoder, on a buffer that grows until it holds a whole item: ijson
@@ -302,7 +312,7 @@ class _Buffer:
 # Tables
 
 
-def _table_rows(file: Path, stream: BinaryIO, delimiter: str, field: str | None) -> Iterator[Row]:
+def _table_rows(file: File, stream: BinaryIO, delimiter: str, field: str | None) -> Iterator[Row]:
     """Of CSV and TSV as spreadsheets write them: a header, quotes where they are needed."""
     csv.field_size_limit(MAX_LINE)
     # Bytes that are no UTF-8 become lone surrogates, so that they cost one row.
@@ -328,12 +338,13 @@ def _table_rows(file: Path, stream: BinaryIO, delimiter: str, field: str | None)
         ) from error
 
 
-def _parquet_rows(file: Path, field: str | None) -> Iterator[Row]:
+def _parquet_rows(file: File, field: str | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    opened = file if isinstance(file, Path) else file.open(in_pieces=True)
     try:
-        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
+        with pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True) as table:
             schema = table.schema_arrow
             if field is not None and not _has(schema, field):
                 raise _without(field, file, schema.names)
@@ -371,7 +382,7 @@ def _has(fields: Any, field: str) -> bool:
     )
 
 
-def _without(field: str, file: Path, fields: Any) -> UserError:
+def _without(field: str, file: File, fields: Any) -> UserError:
     return UserError(
         f"{file} has no field {field!r}; it has: {shown_fields(fields)}; name the field as"
         " FILE#FIELD"
@@ -381,7 +392,7 @@ def _without(field: str, file: Path, fields: Any) -> UserError:
 # Plain text
 
 
-def _documents(file: Path, stream: BinaryIO) -> Iterator[Row]:
+def _documents(file: File, stream: BinaryIO) -> Iterator[Row]:
     """The file as one document; as many, cut where a paragraph ends, when it is long.
 
     Where it is cut depends on the file alone, so that every run holds out the same text.

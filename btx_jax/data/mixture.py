@@ -7,7 +7,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from btx_jax.data.prepare import PreparedDomain
+from btx_jax.data.prepared import PreparedDomain
 from btx_jax.errors import UserError
 
 Row = dict[str, np.ndarray]

@@ -1,9 +1,9 @@
 """Where text comes from: files, tensorflow_datasets, and the demo corpora.
 
 Notation, everywhere a config names text: comma-separated `WHAT[#FIELD][:WEIGHT]`. WHAT is a file, a
-glob, `tfds:NAME[/CONFIG]` or `demo:NAME`; environment variables are expanded. FIELD is the text's
-field where rows have fields, as in JSON lines, CSV, Parquet and tfds ("text" if absent);
-`meta.text` is the field `text` of the field `meta`.
+glob, `hf://datasets/org/name[@REVISION]/GLOB`, `tfds:NAME[/CONFIG]` or `demo:NAME`; environment
+variables are expanded. FIELD is the text's field where rows have fields, as in JSON lines, CSV,
+Parquet and tfds ("text" if absent); `meta.text` is the field `text` of the field `meta`.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_jax.data.files import Problem, Row, find_field, read_rows, shown_fields
+from btx_jax.data.hub_files import File, find_files, is_on_hub
 from btx_jax.errors import UserError, suggest
 from btx_jax.paths import expand
 
@@ -25,7 +26,8 @@ TEXT = "text"  # the field of a text, where none is named
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One weighted place that text comes from. where: a path, a glob, tfds:NAME or demo:NAME."""
+    """One weighted place that text comes from. where: a path, a glob, hf://..., tfds:NAME or
+    demo:NAME."""
 
     where: str
     field: str = TEXT
@@ -46,7 +48,8 @@ def parse_sources(notation: str, key: str) -> tuple[Source, ...]:
     for entry in notation.split(","):
         where, weight = _split_weight(entry.strip(), key)
         where, _, field = where.partition("#")
-        sources.append(Source(expand(where, key), field or TEXT, weight))
+        where = where if is_on_hub(where) else expand(where, key)
+        sources.append(Source(where, field or TEXT, weight))
     return tuple(sources)
 
 
@@ -101,11 +104,13 @@ class Problems:
         ]
 
 
-def expand_files(source: Source, key: str = "config.data") -> list[Path]:
-    """The files of a path or glob, sorted. Raises UserError, naming the key, when there are
-    none."""
+def expand_files(source: Source, key: str = "config.data") -> list[File]:
+    """The files of a path or glob, here or on the Hub, sorted. Raises UserError, naming the key,
+    when there are none."""
+    if is_on_hub(source.where):
+        return [*find_files(source.where, key)]
     found = glob.glob(source.where, recursive=True)
-    files = sorted(Path(p) for p in found if os.path.isfile(p))
+    files: list[File] = [*sorted(Path(p) for p in found if os.path.isfile(p))]
     if not files and any(os.path.isdir(p) for p in found):
         folder = source.where.rstrip("/")
         raise UserError(
@@ -120,7 +125,7 @@ def expand_files(source: Source, key: str = "config.data") -> list[Path]:
     return files
 
 
-def source_rows(source: Source, files: Iterable[Path]) -> Iterator[Row]:
+def source_rows(source: Source, files: Iterable[File]) -> Iterator[Row]:
     """All rows of a source. files: of one that is no tensorflow_datasets set; of each, only the
     source's field is read, unless that names a format."""
     field = None if source.field.startswith("@") else source.field
@@ -181,7 +186,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def read_documents(file: Path, field: str, problems: Problems) -> Iterator[str]:
+def read_documents(file: File, field: str, problems: Problems) -> Iterator[str]:
     """The texts of one file; what gives none is counted in `problems`. Raises UserError when the
     file itself is broken."""
     rows = source_rows(Source(str(file), field), [file])
@@ -194,9 +199,7 @@ def read_json_lines(
     """The rows of a file that has fields (JSON lines, a JSON array, CSV, Parquet), at most `limit`,
     0 for all. max_bytes: of all of them as JSON, 0 for any. Raises UserError, naming the key and
     the place, for the first that cannot be read."""
-    file = Path(expand(path, key))
-    if not file.is_file():
-        raise UserError(f"{key}: no file {file}")
+    file = _one_file(path, key)
     items: list[dict[str, Any]] = []
     size = 0
     for place, value in read_rows(file):
@@ -214,6 +217,18 @@ def read_json_lines(
             raise UserError(f"{key}: {file} holds more than {max_bytes >> 20} MiB; split it")
         items.append(dict(value))
     return items
+
+
+def _one_file(path: str, key: str) -> File:
+    if is_on_hub(path):
+        first, *others = find_files(path, key)
+        if others:
+            raise UserError(f"{key}: {path} names {len(others) + 1} files; name one of them")
+        return first
+    file = Path(expand(path, key))
+    if not file.is_file():
+        raise UserError(f"{key}: no file {file}")
+    return file
 
 
 def tfds_rows(name: str, field: str | None) -> Iterator[Row]:

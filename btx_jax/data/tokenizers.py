@@ -51,6 +51,14 @@ class Tokenizer:
         self.bos, self.eos = (self._special(role) for role in ("bos_token", "eos_token"))
         self.prefix, self.suffix = self._around()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"verbatim": self._tokenizer.encode_special_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        verbatim = state.pop("verbatim")  # which the library does not pickle
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = verbatim
+
     def _special(self, role: str) -> int | None:
         """As the tokenizer's own files name it; else as the model's config.json numbers it, which
         must not be lost for EOS; else, where no file says anything, by its usual names."""

@@ -23,9 +23,7 @@ _SPREAD = Elsewhere((), "weights are spread over all devices that JAX finds; lea
 _QUANTISED = Elsewhere((False,), "weights are not quantised here; leave it out")
 _ARGUMENTS = {
     "backend": Elsewhere(("default", "causal"), "only decoders are read; leave it out"),
-    "revision": Elsewhere(
-        ("main",), "only directories are read: hf download NAME --revision ... --local-dir DIR"
-    ),
+    "revision": Elsewhere(("main",), "name it behind the model: checkpoint=org/name@REVISION"),
     "subfolder": Elsewhere(("",), "name the folder itself: checkpoint=DIR/SUBFOLDER"),
     "peft": Elsewhere(
         (), "make a checkpoint of it: python -m btx_jax adapter import, then adapter merge"

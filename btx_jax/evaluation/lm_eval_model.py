@@ -52,6 +52,7 @@ from btx_jax.evaluation.lm_eval_arguments import (
     refuse_others,
     whole,
 )
+from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.parallel.hosts import is_first
 from btx_jax.parallel.sharding import inference_mesh
 
@@ -108,7 +109,11 @@ class BtxJaxLM(TemplateLM):
         named = str(pretrained if checkpoint is None else checkpoint)
         found = find_checkpoint(named, "--model_args checkpoint")
         self._checkpoint, self._model = found, found.metadata.model
-        self._tokenizer = load_tokenizer(found.tokenizer if tokenizer is None else str(tokenizer))
+        self._tokenizer = load_tokenizer(
+            found.tokenizer
+            if tokenizer is None
+            else resolve(str(tokenizer), "--model_args tokenizer", TOKENIZER)
+        )
         self._batch_size = batch_rows(batch_size, max_batch_size)
         is_auto = str(batch_size).startswith("auto")
         self.batch_sizes = {0: self._batch_size} if is_auto else {}  # what lm_eval reports of auto

@@ -99,9 +99,48 @@ def first_then_others(function: Callable[P, R], *args: P.args, **kwargs: P.kwarg
     return result
 
 
+def by_all(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """function(...) by every process, which must not speak to the others. A UserError of any of
+    them is raised by all."""
+    if jax.process_count() == 1:
+        return function(*args, **kwargs)
+    try:
+        result = function(*args, **kwargs)
+    except UserError as error:
+        told = _all_told(str(error))
+    except BaseException:
+        _all_told(f"process {jax.process_index()} failed; its log says why")
+        raise
+    else:
+        told = _all_told("")
+        if not told:
+            return result
+    raise UserError("; ".join(told))
+
+
+def _all_told(text: str) -> list[str]:
+    """What the processes say, each text once, "" left out."""
+    said = np.zeros(4096, np.uint8)
+    data = np.frombuffer(text.encode("utf-8", "replace")[: len(said)], np.uint8)
+    said[: len(data)] = data
+    rows = multihost_utils.process_allgather(said).reshape(-1, len(said))
+    texts = [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in rows]
+    return list(dict.fromkeys(filter(None, texts)))
+
+
 def _agreed(value: bool) -> bool:
     """The first process's value."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def text_of_first(text: str) -> str:
+    """The first process's text, in every process."""
+    if jax.process_count() == 1:
+        return text
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data))))
+    held = np.resize(data, size) if is_first() else np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(held), np.uint8)).decode()
 
 
 def require_shared(directory: Path, key: str) -> None:

@@ -14,7 +14,7 @@ from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import Mistakes
 from btx_jax.parallel.hosts import is_first
-from btx_jax.rundir import held
+from btx_jax.rundir import held, settle_names
 
 # Of a pipeline, what stages that have not run yet will write: `@NAME` -> its model, None if
 # unknown.
@@ -46,6 +46,7 @@ def run(config: Config, workdir: Path, **options: str) -> None:
     stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
     # One stage of a pipeline runs beside others: it takes its own directory.
     takes_directory = is_first() and not options
+    settle_names(workdir, config)
     with held(workdir) if takes_directory else contextlib.nullcontext():
         stage.run(config, workdir, **options)
 

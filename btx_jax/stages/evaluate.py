@@ -25,16 +25,16 @@ from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_for
 from btx_jax.checkpoints.training_state import CheckpointMetadata, together
 from btx_jax.config.config import Config, EnsembleConfig, TaskConfig
 from btx_jax.config.model_config import ModelConfig
+from btx_jax.data.documents import is_heldout
 from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepare import (
-    PreparedDomain,
     check_text,
-    is_heldout,
-    none_heldout,
     prepare,
+    prepare_by_all,
     resolve_tokenizer,
     texts,
 )
+from btx_jax.data.prepared import PreparedDomain, none_heldout
 from btx_jax.data.sources import read_json_lines
 from btx_jax.data.tokenizers import Tokenizer, check_ids, difference, load_tokenizer
 from btx_jax.errors import ConfigError, Mistakes, UserError
@@ -230,8 +230,8 @@ def read_heldout(
                 )
             log.warning("%s: its tokenizer %s; text is read without them", name, told)
     key = "heldout" if config.data.heldout else "train"
-    domains = first_then_others(
-        prepare, getattr(config.data, key), config.data, tokenizer, f"config.data.{key}"
+    domains = prepare_by_all(
+        getattr(config.data, key), config.data, tokenizer, f"config.data.{key}"
     )
     rows: dict[str, Rows] = {
         domain.name: heldout_rows(domain, config.evaluate.rows) for domain in domains

@@ -8,7 +8,8 @@ from pathlib import Path
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.data.prepare import DEMO, check_text, none_heldout, prepare, resolve_tokenizer
+from btx_jax.data.prepare import DEMO, check_text, prepare_by_all, resolve_tokenizer
+from btx_jax.data.prepared import none_heldout
 from btx_jax.errors import Mistakes
 from btx_jax.parallel.hosts import first_then_others
 from btx_jax.rundir import claim, finish, look_up
@@ -27,9 +28,7 @@ def run(config: Config, workdir: Path) -> None:
     init = find_checkpoint(config.init, "config.init") if config.init else None
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     manifests = {}
-    for domain in first_then_others(
-        prepare, config.data.train, config.data, tokenizer, "config.data.train"
-    ):
+    for domain in prepare_by_all(config.data.train, config.data, tokenizer, "config.data.train"):
         manifests[domain.name] = [source.manifest for source in domain.sources]
         for source in domain.sources:
             train, heldout = (source.manifest["splits"][split] for split in ("train", "heldout"))

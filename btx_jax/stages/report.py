@@ -11,6 +11,7 @@ from btx_jax.checkpoints.training_state import DIRECTORY
 from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import Mistakes, UserError
+from btx_jax.hub_names import PROTOCOL
 from btx_jax.mixing.recipe_file import expert_sources
 from btx_jax.output import read_json, write_json, write_text
 from btx_jax.parallel.hosts import first_then_others, is_first
@@ -113,6 +114,8 @@ def expert_names(evaluate: Path, shown: str) -> list[str]:
     config = recorded_config(evaluate)
     path = config["evaluate"]["models"].get(shown, "") if config else ""
     for _ in range(LONGEST_CHAIN):
+        if path.startswith(PROTOCOL):
+            break
         place = Path(expand(path, f"config.evaluate.models.{shown}"))
         run = next((d for d in (place, *place.parents) if has_begun(d)), None)
         if not path or run is None:

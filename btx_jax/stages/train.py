@@ -45,13 +45,12 @@ from btx_jax.costs.model import train_flops
 from btx_jax.data.mixture import heldout_rows, training_batches
 from btx_jax.data.prepare import (
     DEMO,
-    PreparedDomain,
     check_text,
-    none_heldout,
-    prepare,
+    prepare_by_all,
     resolve_tokenizer,
     texts,
 )
+from btx_jax.data.prepared import PreparedDomain, none_heldout
 from btx_jax.data.tokenizers import Tokenizer, check_ids, copy_tokenizer
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
@@ -108,14 +107,10 @@ def run(config: Config, workdir: Path) -> None:
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     if init is None:
         require_embeddings(tokenizer, model)
-    domains = first_then_others(
-        prepare, config.data.train, config.data, tokenizer, "config.data.train"
-    )
+    domains = prepare_by_all(config.data.train, config.data, tokenizer, "config.data.train")
     heldout = domains
     if config.data.heldout:
-        heldout = first_then_others(
-            prepare, config.data.heldout, config.data, tokenizer, "config.data.heldout"
-        )
+        heldout = prepare_by_all(config.data.heldout, config.data, tokenizer, "config.data.heldout")
     for domain in [*domains, *heldout]:
         check_ids([domain.largest_id()], model.vocab_size, f"domain {domain.name!r}", tokenizer)
     text = {"the tokenizer": tokenizer.sha256} | {

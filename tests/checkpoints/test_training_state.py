@@ -130,7 +130,9 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
         UserError, match=r"config\.init='gs://b/seed': gs:// is not read; mount the bucket"
     ):
         find_checkpoint("gs://b/seed", "config.init")
-    with pytest.raises(UserError, match=r"does not exist; .*hf download mistralai/Nothing-7B"):
+    with pytest.raises(
+        UserError, match=r"mistralai/Nothing-7B does not exist here .* HF_HUB_OFFLINE"
+    ):
         find_checkpoint("mistralai/Nothing-7B", "base_model")
     save(tmp_path, init_params(TINY, jax.random.key(0)))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:

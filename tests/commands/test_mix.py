@@ -370,14 +370,15 @@ def test_weights_that_another_tool_wrote_have_no_history_of_ours(tmp_path):
         find_checkpoint(tmp_path / "x")
 
 
-def test_sources_as_mergekit_names_them_are_told_what_to_do_all_at_once(tmp_path):
-    named = ["a+lora", "org/model@main", "org/model", "a"]
+def test_sources_as_mergekit_names_them_are_told_what_to_do_all_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    named = ["a+lora", "org/model@main", "org/other+org/lora", "a"]
     with pytest.raises(UserError) as caught:
         mix(tmp_path, experts=[{"source_model": name} for name in named], gate_mode="random")
     for told in (
         "3 mistakes", "experts[0].source_model", "/lora does not exist",
-        "hf download org/model --revision main --local-dir DIR",
-        "hf download org/model --local-dir org/model",
+        "experts[1].source_model: org/model does not exist here and is not, or not all of it, in",
+        "experts[2].source_model: org/other does not exist here", "HF_HUB_OFFLINE is set",
     ):  # fmt: skip
         assert told in str(caught.value)
     shutil.copytree(GOLDEN / "a", tmp_path / "a+b@c")

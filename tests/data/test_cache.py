@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from btx_jax.config.config import DataConfig, FormatConfig
-from btx_jax.data import prepare as module
+from btx_jax.data import prepared as module
 from btx_jax.data.mixture import training_batches
-from btx_jax.data.prepare import check_text, none_heldout, prepare, texts
+from btx_jax.data.prepare import check_text, prepare, texts
+from btx_jax.data.prepared import none_heldout
 from btx_jax.errors import UserError
 from tests.conftest import ROOT, sentences
 

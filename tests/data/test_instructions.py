@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from btx_jax.config.config import DataConfig, FormatConfig
+from btx_jax.data.documents import is_heldout, pack, text_document
 from btx_jax.data.instructions import Formatter, Piece, Unusable, encode_pieces
 from btx_jax.data.mixture import heldout_rows, training_batches
-from btx_jax.data.prepare import is_heldout, pack, prepare, text_document
+from btx_jax.data.prepare import prepare
 from btx_jax.data.tokenizers import copy_tokenizer, load_tokenizer
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.training.losses import next_token_targets

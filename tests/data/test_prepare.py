@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btx_jax.config.config import DataConfig
+from btx_jax.data.documents import Document, is_heldout, pack, text_document
 from btx_jax.data.mixture import heldout_rows, training_batches
-from btx_jax.data.prepare import Document, is_heldout, pack, prepare, text_document
+from btx_jax.data.prepare import prepare
 from btx_jax.data.sentencepiece_models import train_sentencepiece
 from btx_jax.data.sources import (
     Problems,

@@ -143,7 +143,7 @@ def test_a_uniform_byte_model_has_eight_bits_per_byte(uniform, tmp_path):
 def test_the_heldout_loss_of_that_model_is_eight_bits_too(uniform, one_device):
     from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
     from btx_jax.config.config import ComputeConfig
-    from btx_jax.data.prepare import pack, text_document
+    from btx_jax.data.documents import pack, text_document
     from btx_jax.data.tokenizers import load_tokenizer
     from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 
@@ -237,7 +237,7 @@ def test_answers_are_those_of_lm_evals_own_model(number, models):
         ({"pretrained": "HERE", "enable_thinking": True}, ["enable_thinking", "think_end_token"]),
         ({"pretrained": "HERE", "chat_template_args": "x"}, ["chat_template_args=x", "dictionary"]),
         ({"pretrained": "HERE", "device": "mps"}, ["--device mps", "cpu", "JAX_PLATFORMS"]),
-        ({"pretrained": "HERE", "revision": "v2"}, ["revision=v2", "hf download"]),
+        ({"pretrained": "HERE", "revision": "v2"}, ["revision=v2", "org/name@REVISION"]),
         ({"pretrained": "HERE", "peft": "a/b"}, ["peft=a/b", "adapter import"]),
         ({"pretrained": "HERE", "load_in_4bit": True}, ["load_in_4bit=True", "quantised"]),
         ({"pretrained": "HERE", "backend": "seq2seq"}, ["backend=seq2seq", "decoders"]),

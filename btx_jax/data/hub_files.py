@@ -1,0 +1,141 @@
+"""Files of data sets on the Hugging Face Hub, read where they lie: of a Parquet file only the
+columns that are wanted, of lines only as many as are asked for."""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from btx_jax.errors import UserError
+from btx_jax.hub import commit, download_file, listing
+from btx_jax.hub_errors import told
+from btx_jax.hub_names import PROTOCOL, Name, matches, named
+
+AHEAD = 2**20  # bytes that are fetched at a time where a file is read from end to end
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFile:
+    """at: with the commit as its revision. blob: git's hash of its content. local: where it was
+    downloaded to, None for one that is read over the network."""
+
+    at: Name
+    size: int
+    blob: str
+    local: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{PROTOCOL}{self.at}"
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.at.path).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.at.path).suffix
+
+    def open(self, in_pieces: bool = False) -> BinaryIO:
+        """in_pieces: only what is read is fetched, for a reader that knows what it wants."""
+        if self.local:
+            return self.local.open("rb")
+        stream = _Stream(self)
+        return stream if in_pieces else io.BufferedReader(stream, AHEAD)  # type: ignore[return-value]
+
+    def downloaded(self) -> "HubFile":
+        """The same in the cache: for a file that is read whole and more than once."""
+        return dataclasses.replace(self, local=download_file(self.at, str(self)))
+
+    def stamp(self) -> list[Any]:
+        """What changes when its content does, whatever the commit."""
+        return [f"{PROTOCOL}{self.at._replace(revision='')}", self.size, self.blob]
+
+    def sha256(self) -> str:
+        """Of its content, as the Hub tells it of large files."""
+        from huggingface_hub import HfApi
+
+        if self.local is None:
+            with told(self.at, str(self)):
+                (info,) = HfApi().get_paths_info(
+                    self.at.repo, self.at.path, revision=self.at.revision, repo_type=self.at.type
+                )
+            if lfs := getattr(info, "lfs", None):
+                return str(lfs.sha256)
+        with self.open() as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+File = Path | HubFile
+
+
+def is_on_hub(where: str) -> bool:
+    return where.startswith(PROTOCOL)
+
+
+def find_files(where: str, key: str) -> list[HubFile]:
+    """Those that `hf://datasets/org/name[@REVISION]/GLOB` names, sorted. Raises UserError, naming
+    the key, when there are none."""
+    found = named(where, key)
+    if found is None or found.type != "dataset" or not found.path:
+        raise UserError(
+            f"{key}: {where!r} names no files; write hf://datasets/org/name/GLOB, for example"
+            " 'hf://datasets/org/name/data/*.parquet'"
+        )
+    at = found._replace(revision=commit(found, key))
+    files = listing(at, key)
+    chosen = sorted(path for path in files if matches(path, found.path))
+    if chosen:
+        return [HubFile(at._replace(path=path), *files[path]) for path in chosen]
+    shown = [path for path in sorted(files) if not os.path.basename(path).startswith(".")]
+    raise UserError(
+        f"{key}: no file of {found.repository} matches {found.path!r}; it has"
+        f" {', '.join(shown[:8])}{', ...' if shown[8:] else ''}"
+    )
+
+
+class _Stream(io.RawIOBase):
+    """Read by ranges. Raises UserError when the Hub, or the way to it, fails."""
+
+    def __init__(self, file: HubFile):
+        self._file = file
+        with told(file.at, str(file)):
+            self._remote = _file_system().open(str(file), block_size=AHEAD, cache_type="none")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._remote.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._remote.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), self._file.size - self.tell())
+        if count <= 0:
+            return 0
+        with told(self._file.at, str(self._file)):
+            data = self._remote.read(count)
+        if not data:
+            raise UserError(f"{self._file}: ends before its end; run the same command again")
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _file_system() -> Any:
+    from huggingface_hub import constants
+
+    return _file_system_of(constants.ENDPOINT)
+
+
+@functools.cache
+def _file_system_of(endpoint: str) -> Any:
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem(endpoint=endpoint)

@@ -1,0 +1,282 @@
+"""Prepared sets on disk: an ArrayRecord TFDS data set of rows with a manifest, and the domains that
+they make up."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer
+from tensorflow_datasets.proto import tf_feature_pb2
+
+from btx_jax.errors import UserError
+from btx_jax.output import new_directory, sweep
+
+MANIFEST = "manifest.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+    """A tokenised source on disk. manifest: tokenizer and source hashes, counts by split, problems,
+    `heldout_from`: the shares of the source that would hold out its first and its last document."""
+
+    directory: Path
+    weight: float
+    manifest: dict[str, Any]
+
+    def rows(self, split: str) -> int:
+        return self.manifest["splits"][split]["rows"]
+
+    def open(self, split: str) -> Any:
+        """Random access to {tokens, segments: [sequence + 1] int32, bytes: []}, for grain. A row
+        that is damaged raises UserError when it is read."""
+        builder = tfds.builder_from_directory(str(self.directory))
+        return _Rows(builder.as_data_source(split=split), self.directory.parent)
+
+
+class _Rows:
+    """A split of a prepared set."""
+
+    def __init__(self, rows: Any, directory: Path):
+        self._rows, self._directory = rows, directory
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if index >= len(self):
+            raise IndexError(index)
+        try:
+            return self._rows[index]
+        except (RuntimeError, OSError) as error:  # ArrayRecord checks a hash of whatever it reads
+            raise UserError(
+                f"{self._directory}: row {index} cannot be read ({str(error).splitlines()[0]});"
+                " delete that directory and run the same command again: its text is prepared anew"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedDomain:
+    name: str
+    weight: float
+    sources: tuple[PreparedSource, ...]
+
+    def largest_id(self) -> int:
+        """Of all tokens of its rows; -1 when there are none."""
+        splits = (s for source in self.sources for s in source.manifest["splits"].values())
+        return max(split["largest_id"] for split in splits)
+
+    def identity(self) -> str:
+        """A hash of what the domain's rows are made of, wherever its files lie."""
+        made = [(source.manifest, source.weight) for source in self.sources]
+        told = [
+            [[file["sha256"] for file in m["files"]], m["field"], m["splits"], weight]
+            for m, weight in made
+        ]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def none_heldout(domain: PreparedDomain) -> str:
+    """Why a domain without held-out rows has none, and what helps."""
+    manifests = [source.manifest for source in domain.sources]
+    told = f"domain {domain.name!r} has no held-out document"
+    fraction = manifests[0]["heldout_fraction"]
+    if any(m["splits"]["heldout"]["documents"] for m in manifests):
+        return f"{told} with a token to predict: those that it has are empty or of one token"
+    count = sum(m["splits"]["train"]["documents"] for m in manifests)
+    first = min(m["heldout_from"][0] for m in manifests)
+    if first == max(m["heldout_from"][1] for m in manifests):
+        return f"{told}: {ONE_DOCUMENT}"
+    return (
+        f"{told}: config.data.heldout_fraction={fraction:g} holds out none of its {count}; from"
+        f" {_above(first):g} on, in every run that reads this text, it holds one out"
+    )
+
+
+ONE_DOCUMENT = (
+    "its text is one document, which is held out whole or not at all; give it as several, for"
+    " example one on each line of a .jsonl file"
+)
+
+
+def _above(share: float) -> float:
+    """A number a little larger, of few digits, below 1."""
+    digits = 1 - math.floor(math.log10(max(share, 1e-9)))
+    above = (math.floor(share * 10**digits) + 1) / 10**digits
+    return above if above < 1 else (share + 1) / 2
+
+
+def all_heldout(orders: list[int], fraction: float) -> str:
+    if orders[0] == orders[1]:
+        return f"all is held out: {ONE_DOCUMENT}"
+    below = math.floor(orders[1] / 2**64 * 1e4) / 1e4
+    return (
+        f"config.data.heldout_fraction={fraction:g} holds out every document; lower it to less than"
+        f" {below:g}"
+    )
+
+
+class PackedText(tfds.core.GeneratorBasedBuilder):
+    """The TFDS builder behind `write_set`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = None
+
+    def __init__(
+        self, rows: dict[str, Iterator[dict[str, np.ndarray]]], sequence_length: int, **kwargs: Any
+    ):
+        self._rows, self._width = rows, sequence_length + 1
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self):
+        row = tfds.features.Tensor(shape=(self._width,), dtype=np.int32)
+        features = tfds.features.FeaturesDict({"tokens": row, "segments": row, "bytes": np.int32})
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, description="Tokenised, packed text."
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self._rows}
+
+    def _generate_examples(self, split):
+        yield from enumerate(self._rows[split])
+
+
+class Serializer:
+    """Rows of integers as tf.train.Example. TFDS's own takes three times as long, most of what
+    writing costs, and leaves the order of a row's features, and so its bytes, to chance."""
+
+    def __init__(self, example_specs: Any):
+        self.example_specs = example_specs
+
+    def serialize_example(self, example: Mapping[str, np.ndarray]) -> bytes:
+        """Features by name."""
+        entries = (
+            _field(1, name.encode()) + _field(2, _field(3, _integers(np.ravel(example[name]))))
+            for name in sorted(example)
+        )
+        return _field(1, b"".join(_field(1, entry) for entry in entries))
+
+
+def _integers(values: np.ndarray) -> bytes:
+    """As tf.train.Int64List."""
+    if values.size and values.min() >= 0 and values.max() < 128:
+        return _field(1, values.astype(np.uint8).tobytes())
+    return tf_feature_pb2.Int64List(value=values.tolist()).SerializeToString()
+
+
+def _field(number: int, data: bytes) -> bytes:
+    """Bytes, a string, a message or packed numbers, in a protobuf message."""
+    size, length = len(data), bytearray()
+    while size > 127:
+        length.append(size & 127 | 128)
+        size >>= 7
+    return bytes([number << 3 | 2, *length, size]) + data
+
+
+def write_set(
+    target: Path,
+    rows: Mapping[str, Iterator[dict[str, np.ndarray]]],
+    sequence_length: int,
+    manifest: Callable[[], dict[str, Any]],
+) -> None:
+    """A prepared set, whole or not at all. manifest: what it says besides `rows`, asked when all
+    rows are written. Raises UserError as the rows or the manifest do, and for a full disk."""
+    failed: list[UserError] = []
+
+    def watched(of_split: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+        try:
+            yield from of_split
+        except UserError as error:
+            failed.append(error)
+            raise
+
+    sweep(target.parent)
+    with new_directory(target) as temporary:
+        builder = PackedText(
+            {split: watched(of_split) for split, of_split in rows.items()},
+            sequence_length,
+            data_dir=str(temporary / "build"),
+        )
+        try:
+            _quietly(builder.download_and_prepare)
+        except Exception as error:
+            if failed:  # TFDS wraps what its generator raises in pages of its own
+                raise failed[0] from None
+            if cause := re.search(r"write\(\) failed: ([^;]*)", str(error)):  # in ArrayRecord
+                raise UserError(f"cannot write {target}: {cause[1]}") from error
+            raise
+        told = manifest()
+        rows_at = shutil.move(builder.data_path, temporary / "rows")
+        shutil.rmtree(temporary / "build")
+        told["rows"] = {
+            f.name: {"bytes": f.stat().st_size, "sha256": sha256_of_file(f)}
+            for f in sorted(Path(rows_at).iterdir())
+        }
+        told["sha256"] = sha256_of(told)
+        (temporary / MANIFEST).write_text(json.dumps(told, indent=2), encoding="utf-8")
+
+
+def _quietly(prepare: Any) -> None:
+    """TFDS with our serializer, without its own progress bars and advice: our bar and log speak for
+    it."""
+    tfds.disable_progress_bar()
+    absl = logging.getLogger("absl")
+    previous = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            mock.patch.object(example_serializer, "ExampleSerializer", Serializer),
+        ):
+            prepare()
+    finally:
+        absl.setLevel(previous)
+
+
+def read_manifest(target: Path) -> dict[str, Any] | None:
+    """That of a prepared set; None when there is none, also because it was damaged: then a line
+    says so and the set is gone.
+
+    Small files are compared with their checksums, ArrayRecord files in size: those are checked
+    wherever they are read.
+    """
+    if not target.exists():
+        return None
+    try:
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("sha256", None) != sha256_of(manifest):
+            raise ValueError(f"{MANIFEST} is not as it was written")
+        for name, written in manifest["rows"].items():
+            file = target / "rows" / name
+            if file.stat().st_size != written["bytes"] or (
+                file.suffix == ".json" and sha256_of_file(file) != written["sha256"]
+            ):
+                raise ValueError(f"rows/{name} is not as it was written")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s is damaged (%s); its text is prepared anew", target, error)
+        shutil.rmtree(target)
+        return None
+    return manifest
+
+
+def sha256_of(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,287 @@
+"""A source's rows -> tokens, by all cores and all processes of a run.
+
+One reader cuts the rows into shards of about a mebibyte of text, wherever and by how many they are
+tokenised. A source of a few shards is tokenised where it is read. Of a larger one every finished
+shard is a file, so that a killed preparation goes on behind the last of them, and so that several
+hosts can share the work.
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from btx_jax.config.config import DataConfig
+from btx_jax.data.documents import Columns
+from btx_jax.data.files import Row
+from btx_jax.data.sources import Source
+from btx_jax.data.tokenise_worker import receive, send
+from btx_jax.data.tokenised import Counts, Tokenised, Tokeniser, load_columns, load_counts
+from btx_jax.data.tokenizers import Tokenizer
+from btx_jax.errors import UserError
+
+SHARD_CHARACTERS, SHARD_ROWS = 2**20, 4096  # of text, about
+FEW = 8  # shards that are tokenised sooner than workers start
+SILENCE = 60.0  # seconds after which what other hosts have not made is made here
+FOLDER = "tokenised"  # in the cache
+STALE = 7 * 86_400  # seconds after which what a killed preparation left is removed
+
+log = logging.getLogger(__name__)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shards_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Where they are cut depends on the rows alone."""
+    shard: list[Row] = []
+    size = 0
+    for row in rows:
+        shard.append(row)
+        size += _characters(row.value)
+        if size >= SHARD_CHARACTERS or len(shard) == SHARD_ROWS:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
+class WorkerEnded(UserError):
+    """A worker was killed; what has been tokenised so far is kept."""
+
+
+class Shards:
+    """A context: a source's rows, tokenised while the block lasts.
+
+    read: gives the rows, whenever it is asked. folder: where the finished shards of a large source
+    lie, which the caller removes (`discard`). host: (number, count) among those that share the
+    work: each makes the shards of its number, and the first also what it waits for in vain.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        read: Callable[[], Iterable[Row]],
+        folder: Path,
+        host: tuple[int, int] = (0, 1),
+    ):
+        self._job, self._read, self._folder = (source, tokenizer, config), read, folder
+        self._host, self._host_count = host
+        self._few: list[list[Row]] | None = None
+        self._made: dict[int, Tokenised] = {}  # of a small source
+        self._counts: dict[int, Counts] = {}
+        self._failed: dict[int, BaseException] = {}
+        self._end: int | None = None  # how many there are
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._reader: threading.Thread | None = None
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._of_thread = threading.local()
+        self._room = threading.Semaphore(2 * cores())
+
+    def __enter__(self) -> "Shards":
+        shards = shards_of(self._read())
+        first = list(itertools.islice(shards, FEW + 1))
+        if len(first) <= FEW:
+            self._few, self._tokenise = first, Tokeniser(*self._job)
+            return self
+        with _writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        shards = itertools.chain(first, shards)
+        self._reader = threading.Thread(target=self._run, args=(shards,), daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        for worker in self._workers:
+            worker.kill()
+        if self._reader:
+            self._reader.join()
+        for worker in self._workers:
+            worker.communicate()
+
+    def each(self, split: str) -> Iterator[tuple[Counts, Columns]]:
+        """In the order of the rows, each as soon as it is finished. Raises UserError where the
+        source cannot be read or tokenised."""
+        for number in itertools.count():
+            if not self._wait(number):
+                return
+            if self._few is not None:
+                yield self._made[number].counts, self._made[number].columns[split]
+            else:
+                yield self._counts[number], load_columns(self._file(number), split)
+
+    def finish_own(self) -> None:
+        """Until this host's shards are made."""
+        if self._reader:
+            self._reader.join()
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number:06}.npz"
+
+    def _is_own(self, number: int) -> bool:
+        return number % self._host_count == self._host
+
+    def _wait(self, number: int) -> bool:
+        """Until a shard is finished; False when there is none of that number."""
+        if self._few is not None:
+            if number < len(self._few) and number not in self._made:
+                self._made[number] = self._tokenise(self._few[number])
+            return number < len(self._few)
+        with self._changed:
+            while True:
+                if number in self._failed:
+                    raise self._failed[number]
+                if number in self._counts:
+                    return True
+                if self._end is not None and number >= self._end:
+                    return False
+                if self._failed and not (self._reader and self._reader.is_alive()):
+                    raise self._failed[min(self._failed)]  # nobody will make it
+                if self._is_own(number):
+                    self._changed.wait(1.0)
+                elif (found := load_counts(self._file(number))) is not None:
+                    self._counts[number] = found
+                else:
+                    self._changed.wait(0.2)
+
+    def _note(self, number: int, result: Counts | BaseException) -> None:
+        with self._changed:
+            if isinstance(result, Counts):
+                self._counts[number] = result
+            else:
+                self._failed[number] = result
+            self._changed.notify_all()
+
+    def _run(self, shards: Iterable[list[Row]]) -> None:
+        """The reader's thread: makes this host's shards, then what other hosts should have."""
+        with ThreadPoolExecutor(cores()) as pool:
+            end = self._submit(pool, shards, self._is_own)
+            with self._changed:
+                self._end = end
+                self._changed.notify_all()
+        if end is not None and self._host == 0 and (missing := self._still_missing(end)):
+            log.warning("other processes are silent; their text is tokenised here")
+            with ThreadPoolExecutor(cores()) as pool:
+                self._submit(pool, shards_of(self._read()), missing.__contains__)
+
+    def _submit(
+        self, pool: Executor, shards: Iterable[list[Row]], is_wanted: Callable[[int], bool]
+    ) -> int | None:
+        """How many shards there are; None when they cannot be read or nobody asks any more."""
+        number = 0
+        try:
+            for rows in shards:
+                if self._stopped:
+                    return None
+                if is_wanted(number):
+                    if (found := load_counts(self._file(number))) is not None:
+                        self._note(number, found)
+                    else:
+                        self._room.acquire()
+                        pool.submit(self._make, number, rows)
+                number += 1
+        except BaseException as error:
+            self._note(number, error)
+            return None
+        return number
+
+    def _still_missing(self, end: int) -> set[int]:
+        """Of other hosts' shards, once nobody has made one for long."""
+        missing, since = {n for n in range(end) if not self._is_own(n)}, time.monotonic()
+        while missing and not self._stopped:
+            made = {number for number in missing if self._file(number).exists()}
+            if made:
+                missing, since = missing - made, time.monotonic()
+            elif time.monotonic() - since > SILENCE:
+                return missing
+            time.sleep(0.2)
+        return set()
+
+    def _make(self, number: int, rows: list[Row]) -> None:
+        try:
+            if self._stopped:
+                return
+            worker = self._worker()
+            assert worker.stdin and worker.stdout
+            try:
+                send(worker.stdin, (self._file(number), rows))
+                answer = receive(worker.stdout)
+            except (EOFError, OSError):
+                worker.kill()
+                answer = WorkerEnded(
+                    f"a process that tokenises ended with status {worker.wait()}; if memory ran"
+                    " out, run the same command again with fewer cores (taskset)"
+                )
+            if isinstance(answer, OSError):
+                answer = UserError(f"cannot write {self._folder}: {answer.strerror or answer}")
+            self._note(number, answer)
+        except BaseException as error:
+            self._note(number, error)
+        finally:
+            self._room.release()
+
+    def _worker(self) -> subprocess.Popen[bytes]:
+        """That of this thread."""
+        if not hasattr(self._of_thread, "worker"):
+            root = str(Path(__file__).parent.parent.parent)
+            path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+            worker = subprocess.Popen(
+                [sys.executable, "-P", "-m", "btx_jax.data.tokenise_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is this process's to answer
+            )
+            self._workers.append(worker)
+            assert worker.stdin
+            send(worker.stdin, self._job)
+            self._of_thread.worker = worker
+        return self._of_thread.worker
+
+
+def discard(folder: Path) -> None:
+    """The shards of a source, and the folder of all sources' when it is the last."""
+    if not folder.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
+
+
+def sweep_stale(cache: Path) -> None:
+    """What was killed long ago and never gone on with."""
+    for folder in (cache / FOLDER).glob("*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > STALE:
+                discard(folder)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error

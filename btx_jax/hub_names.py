@@ -1,0 +1,93 @@
+"""Names of the Hugging Face Hub, as users write them and as paths of its cache hold them."""
+
+import fnmatch
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from btx_jax.errors import UserError, one_line
+
+PROTOCOL = "hf://"
+# A repository, a revision and a folder, none of which begins with a dot.
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.%/-]+?)?(/\w[\w.-]*)*", re.ASCII)
+_SNAPSHOT = re.compile(
+    r"/(?P<type>model|dataset)s--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?P<path>(/.*)?)$"
+)
+
+
+class Name(NamedTuple):
+    """type: model or dataset. revision: a branch, a tag or a commit, "" for the main branch. path:
+    of a folder in it, or of files."""
+
+    type: str
+    repo: str
+    revision: str = ""
+    path: str = ""
+
+    def __str__(self) -> str:
+        folder = f"/{self.path}" if self.path else ""
+        return f"{'datasets/' if self.type == 'dataset' else ''}{self.repository}{folder}"
+
+    @property
+    def repository(self) -> str:
+        return f"{self.repo}{f'@{self.revision}' if self.revision else ''}"
+
+
+def named(text: str, key: str) -> Name | None:
+    """What a text names on the Hub. None for a path: whatever exists here, or would lie in a folder
+    that does. Raises UserError for hf:// with no name behind it."""
+    if not text.startswith(PROTOCOL):
+        if _NAME.fullmatch(text) is None or os.path.lexists(text):
+            return None
+        if os.path.isdir(text.partition("/")[0]):
+            return None
+    from huggingface_hub.utils import parse_hf_uri
+
+    body = text.removeprefix(PROTOCOL)
+    typed = body.startswith(("datasets/", "models/")) and text.startswith(PROTOCOL)
+    try:
+        found = parse_hf_uri(PROTOCOL + (body if typed else f"models/{body}"))
+    except ValueError as error:
+        if not text.startswith(PROTOCOL):
+            return None
+        raise UserError(f"{key}: {one_line(error)}") from error
+    return Name(str(found.type), found.id, found.revision or "", found.path_in_repo.strip("/"))
+
+
+def may_be_named(text: str) -> bool:
+    """Whether the Hub could have such a name."""
+    return _NAME.fullmatch(text) is not None
+
+
+def matches(path: str, pattern: str) -> bool:
+    """As a shell sees it: * stays within a folder, ** goes over any number of them."""
+
+    def match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+        if not patterns:
+            return not parts
+        if patterns[0] == "**":
+            return any(match(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
+        return (
+            bool(parts)
+            and fnmatch.fnmatchcase(parts[0], patterns[0])
+            and match(parts[1:], patterns[1:])
+        )
+
+    return match(path.split("/"), pattern.split("/"))
+
+
+def origin(path: Path | str) -> Name | None:
+    """Of a path in a snapshot of the Hub's cache: what it is there, with its commit as revision."""
+    match = _SNAPSHOT.search(str(path))
+    if match is None:
+        return None
+    repo = match["repo"].replace("--", "/", 1)
+    return Name(match["type"], repo, match["commit"], match["path"].strip("/"))
+
+
+def title(path: Path) -> str:
+    """How a model's directory is called: by its name on the Hub, where it comes from there."""
+    found = origin(path)
+    return str(found._replace(revision="")) if found else path.name
