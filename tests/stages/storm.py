@@ -37,7 +37,7 @@ import importlib.util
 def get_config():
     spec = importlib.util.spec_from_file_location('seed', 'configs/seed.py')
     module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
-    seed = module.get_config('tiny')
+    seed = to_config_dict(module.get_config('tiny'))
     for override in {small!r}:
         key, _, value = override.removeprefix('--config.').partition('=')
         *sections, last = key.split('.')
