@@ -20,7 +20,7 @@ from btx_jax import terminal
 from btx_jax.command_line import Parser, told_in_one_line
 from btx_jax.errors import UserError
 from btx_jax.output import none_left_empty
-from btx_jax.paths import expand
+from btx_jax.paths import to_path
 
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINT = (
@@ -65,7 +65,9 @@ def _convert(args: argparse.Namespace) -> None:
 def _mix(args: argparse.Namespace) -> None:
     from btx_jax.commands.mix import run
 
-    if not Path(args.recipe).is_file():  # nor a device or a pipe, which may have no end
+    if not to_path(
+        args.recipe, "RECIPE.yml"
+    ).is_file():  # nor a device or a pipe, which may have no end
         raise UserError(f"RECIPE.yml: no file {args.recipe}")
     run(
         args.recipe,
@@ -131,7 +133,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
         for file in expand_files(source, "FILES")
     ]
     texts = (text for file, field in files for text in read_documents(file, field, problems))
-    out = Path(args.out)
+    out = to_path(args.out, "--out")
     with none_left_empty(out.parent):
         train_sentencepiece(texts, args.vocab_size, out)
     for line in problems.lines():
@@ -165,7 +167,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     config = recipes.tasks(
         models, tuple(args.tasks.split(",")), args.limit, args.dtype, args.batch_size
     )
-    stages.run(config, Path(expand(args.out, "--out")))
+    stages.run(config, to_path(args.out, "--out"))
 
 
 def _lm_eval(arguments: list[str]) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 from btx_jax.errors import UserError
 from btx_jax.hub_errors import told
 from btx_jax.hub_names import Name, matches, named
-from btx_jax.paths import expand
+from btx_jax.paths import to_path
 
 MODEL, TOKENIZER = "model", "tokenizer"  # kinds of what is wanted
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja",
     "additional_chat_templates/*.jinja", "config.json", "generation_config.json",
@@ -52,11 +52,11 @@ def resolve(name: str, key: str, kind: str = MODEL) -> Path:
     """
     found = named(name, key)
     if found is None:
-        return Path(expand(name, key))
+        return to_path(name, key)
     if found.type != "model":
         raise UserError(f"{key}: {name} is a data set; name a model, as org/name")
     if kind == TOKENIZER:
-        return _download(found, key, _TOKENIZER_FILES)
+        return _download(found, key, TOKENIZER_FILES)
     folder = _download(found, key, _MODEL_FILES)
     return _download(found, key, map(glob.escape, _weights(found, key, folder)))
 

@@ -30,7 +30,7 @@ from btx_jax.config.config_dict import from_config_dict
 from btx_jax.config.config_file import define_config, read_config
 from btx_jax.errors import UserError
 from btx_jax.parallel import hosts
-from btx_jax.paths import expand
+from btx_jax.paths import to_path
 
 FLAGS = flags.FLAGS
 try:
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
         fail("--config is missing; for example --config=configs/demo.py (--help lists all flags)")
     file = str(config_flags.get_config_filename(FLAGS["config"]))
     terminal.log_to(sys.stderr, logging.INFO)
-    for noisy in ("absl", "jax", "orbax", "grain", "etils"):
+    for noisy in ("absl", "jax", "orbax", "grain", "etils", "gcsfs", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with told_in_one_line():
         if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
 def _run(file: str) -> None:
     config = from_config_dict(_CONFIG.value)
     workdir = (
-        Path(expand(_WORKDIR.value, "--workdir")) if _WORKDIR.value else default_workdir(file)
+        to_path(_WORKDIR.value, "--workdir") if _WORKDIR.value else default_workdir(file)
     ).resolve()
     if _TOPOLOGY.value:
         from btx_jax.stages import compile_check

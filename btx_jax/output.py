@@ -1,4 +1,4 @@
-"""A directory or a file that appears finished or not at all, and locks."""
+"""A directory or a file that appears finished or not at all, and locks; on a disk or a bucket."""
 
 import contextlib
 import fcntl
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from btx_jax import buckets
+from btx_jax.claims import claimed
 from btx_jax.errors import UserError
 
 PARTIAL = ".partial-"
@@ -21,7 +23,7 @@ def check_free(target: Path) -> None:
     if "\0" in str(target):
         raise UserError(f"cannot write {str(target)[:200]!r}: no name of a file")
     try:
-        exists = target.exists()
+        exists = buckets.is_taken(target) if buckets.is_on_bucket(target) else target.exists()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {str(target)[:200]!r}: {error}") from error
     if exists:
@@ -38,6 +40,7 @@ def none_left_empty(*directories: Path) -> Iterator[None]:
     missing = {
         p: None
         for directory in directories
+        if not buckets.is_on_bucket(directory)  # which has no empty ones
         for p in (directory, *directory.parents)
         if not p.exists()
     }
@@ -53,15 +56,48 @@ def none_left_empty(*directories: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A hidden directory beside the target, renamed to it at the end of the block, or deleted when
-    the block fails.
+    the block fails; for a target on a bucket a temporary directory of this machine, uploaded.
 
-    A killed process leaves `.NAME.partial-*`, which the next attempt removes; those of living
-    processes are locked and left alone. Raises UserError when the target exists or the disk cannot
-    take it.
+    A killed process leaves `.NAME.partial-*`, or an upload that is marked as unfinished, which the
+    next attempt removes; those of living processes are locked and left alone. Raises UserError when
+    the target exists or the disk or bucket cannot take it.
     """
     check_free(target)
+    if buckets.is_on_bucket(target):
+        with _new_on_bucket(target) as partial:
+            yield partial
+        return
     with none_left_empty(target.parent), _new_directory(target) as partial:
         yield partial
+
+
+@contextlib.contextmanager
+def _new_on_bucket(target: Path) -> Iterator[Path]:
+    buckets.require(target, "cannot write")
+    with buckets.explained(), temporary_directory("btx_jax-") as directory:
+        yield directory
+        try:
+            with claimed(target):
+                check_free(target)
+                buckets.remove_unfinished(target)
+                (target / buckets.UNFINISHED).write_bytes(b"")
+                buckets.upload(directory, target)
+                buckets.remove(target / buckets.UNFINISHED)
+        except BlockingIOError as error:
+            raise UserError(f"cannot write {target}: another process is writing there") from error
+
+
+@contextlib.contextmanager
+def filled(directory: Path) -> Iterator[Path]:
+    """The directory, made where it is missing; for one on a bucket, a temporary directory whose
+    files are uploaded at the end of the block, over those of the same names."""
+    if not buckets.is_on_bucket(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+        return
+    with temporary_directory("btx_jax-") as local:
+        yield local
+        buckets.upload(local, directory)
 
 
 @contextlib.contextmanager
@@ -84,10 +120,16 @@ def _new_directory(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """A hidden file beside the target, renamed to it at the end of the block, whatever is there, or
-    deleted when the block fails; what killed processes left of it is removed.
+    deleted when the block fails; what killed processes left of it is removed. For a target on a
+    bucket, a temporary file that is uploaded.
 
     Its name is nobody else's: process ids are not enough, in containers every run is process 1.
     """
+    if buckets.is_on_bucket(target):
+        with temporary_directory("btx_jax-") as directory:
+            yield directory / target.name
+            buckets.upload(directory, target.parent)
+        return
     with _partial(target, _empty_file) as partial:
         partial.chmod(0o666 & ~_umask())
         yield partial
@@ -140,12 +182,15 @@ def _partial(target: Path, make: Callable[..., Path]) -> Iterator[Path]:
         try:
             yield partial
         finally:
-            _remove(partial)
+            remove(partial)
             _unfinished.discard(partial)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """A file or a directory, if it is there."""
+    if buckets.is_on_bucket(path):
+        buckets.remove(path)
+    elif path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -159,7 +204,7 @@ def temporary_directory(prefix: str) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        _remove(directory)
+        remove(directory)
         _unfinished.discard(directory)
 
 
@@ -167,7 +212,7 @@ def abandon() -> None:
     """Remove what this process has not finished; threads that still write there cannot keep it."""
     for path in list(_unfinished):
         for _ in range(100):
-            _remove(path)
+            remove(path)
             if not path.exists():
                 break
 
@@ -175,15 +220,21 @@ def abandon() -> None:
 def sweep(directory: Path, name: str | None = None) -> None:
     """Remove what killed processes left of new files and directories of this name, None for all.
     Those of living processes are locked and left alone."""
+    if buckets.is_on_bucket(directory):
+        return  # nothing hidden is written there
     for left_over in directory.glob(f".{'*' if name is None else glob.escape(name)}{PARTIAL}*"):
         with contextlib.suppress(OSError), locked(left_over):
-            _remove(left_over)
+            remove(left_over)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Raises BlockingIOError, an OSError, when another process of this machine holds it. The lock
-    ends with the process."""
+    """Raises BlockingIOError, an OSError, when another process holds it: of this machine, or of any
+    for a directory on a bucket. The lock ends with the process."""
+    if buckets.is_on_bucket(path):
+        with claimed(path):
+            yield
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,17 +4,20 @@ import os
 import re
 from pathlib import Path
 
+from btx_jax import buckets
 from btx_jax.errors import UserError
+
+
+def to_path(path: str, key: str) -> Path:
+    """A path as users write it: as `expand` reads it, or a URL of a bucket. Raises UserError,
+    naming the key, for what is neither."""
+    expanded = expand(path, key)
+    return buckets.at(expanded, key) if buckets.is_url(expanded) else Path(expanded)
 
 
 def expand(path: str, key: str) -> str:
     """A path as a shell reads it: with `~` and `$NAME`. Raises UserError for a variable that is not
-    set, and for an URL."""
-    if scheme := re.match(r"\w+://", path):
-        raise UserError(
-            f"{key}={path!r}: {scheme[0]} is not read; mount the bucket (Cloud Storage FUSE) and"
-            " name the path there"
-        )
+    set."""
     expanded = os.path.expandvars(os.path.expanduser(path))
     unset = re.search(r"\$\{?(\w+)", expanded)
     if unset and not os.path.lexists(expanded):
@@ -30,6 +33,8 @@ def refuse_links_out(directory: Path) -> None:
     """Raises UserError for a link in a directory from elsewhere that leads out of it: what it names
     would be read, and copied, as if it had come along. Blobs of a Hugging Face cache, to which the
     files of its snapshots and of older downloads are links, are no way out."""
+    if buckets.is_on_bucket(directory):
+        return  # which has no links
     root = directory.resolve()
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):

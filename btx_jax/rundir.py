@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 
-from btx_jax import hub, hub_names
+from btx_jax import buckets, claims, hub, hub_names
 from btx_jax.config.config import Config
 from btx_jax.config.config_dict import Difference, differences, to_dict
 from btx_jax.errors import UserError
 from btx_jax.output import locked, none_left_empty, read_json, write_json
 from btx_jax.parallel.hosts import first_then_others, is_first, require_shared, text_of_first
-from btx_jax.paths import expand
+from btx_jax.paths import to_path
 
 CONFIG, DONE, COMMITS = "config.json", "done.json", "hub.json"
 
@@ -43,9 +43,11 @@ def _is_left_open(difference: Difference) -> bool:
 def held(workdir: Path) -> Iterator[None]:
     """The directory, made where it is missing, is this process's for as long as the block lasts.
 
-    Raises UserError when another process of this machine is running there, or nothing can be
-    written there. A block that fails leaves no empty directory behind that was not there before.
+    Raises UserError when another process is running there, of this machine or, on a bucket, of any,
+    or nothing can be written there. A block that fails leaves no empty directory behind that was
+    not there before.
     """
+    buckets.require(workdir, "--workdir")
     with contextlib.ExitStack() as taken:
         taken.enter_context(none_left_empty(workdir / "checkpoints"))
         try:
@@ -143,7 +145,7 @@ def look_up(workdir: Path, config: Config) -> dict[str, Any] | None:
     done = first_then_others(done_of, workdir, config)
     require_shared(workdir, "--workdir")
     if config.data:
-        require_shared(Path(expand(config.data.cache, "config.data.cache")), "config.data.cache")
+        require_shared(to_path(config.data.cache, "config.data.cache"), "config.data.cache")
     return done
 
 
@@ -187,8 +189,9 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 def _holds_results(workdir: Path) -> bool:
     """Whether a run, or a pipeline's runs, got further than its config and tokenizer."""
+    own = (CONFIG, COMMITS)
     return any(
-        p.is_file() and p.name not in (CONFIG, COMMITS) and p.parent.name != "tokenizer"
+        p.is_file() and p.name not in own and p.parent.name not in ("tokenizer", claims.FOLDER)
         for p in workdir.rglob("*")
     )
 

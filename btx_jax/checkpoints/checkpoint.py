@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from btx_jax import hub
+from btx_jax import buckets, hub
 from btx_jax.architectures.layout import rows
 from btx_jax.architectures.tensors import Reader, TensorId, slots
 from btx_jax.architectures.values import cast, is_finite
@@ -47,6 +47,7 @@ from btx_jax.checkpoints.training_state import (
     quiet,
     read_metadata,
     restore_params,
+    steps_of,
     stored,
 )
 from btx_jax.config.config_dict import differences, to_dict
@@ -59,7 +60,7 @@ from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.output import new_directory
 from btx_jax.parallel.sharding import param_shardings
-from btx_jax.paths import refuse_links_out
+from btx_jax.paths import refuse_links_out, to_path
 from btx_jax.rundir import has_begun, has_finished
 
 log = logging.getLogger(__name__)
@@ -84,11 +85,14 @@ class Checkpoint:
         replaced or converted anew. Of one from the Hub, its name and commit."""
         if found := origin(self.path):
             return str(found)
-        files = sorted(file for file in self.path.rglob("*") if file.is_file())
-        told = [
-            [str(file.relative_to(self.path)), file.stat().st_size, file.stat().st_mtime_ns]
-            for file in files
-        ]
+        if buckets.is_on_bucket(self.path):
+            told = buckets.stamps(self.path)
+        else:
+            files = sorted(file for file in self.path.rglob("*") if file.is_file())
+            told = [
+                [str(file.relative_to(self.path)), file.stat().st_size, file.stat().st_mtime_ns]
+                for file in files
+            ]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     @property
@@ -123,6 +127,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     named = str(path)
     try:
         path = _again(hub.resolve(named, key).resolve(), key)
+        buckets.require(path, key)
         if not path.exists():
             cure = f"; if the Hub has it: {PROTOCOL}{named}" if may_be_named(named) else ""
             raise UserError(f"{key}: {path} does not exist{cure}")
@@ -146,7 +151,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     if adapter.is_adapter_directory(path):
         return Checkpoint(path, adapter.read_metadata(path), is_adapter_directory=True)
     if (path / DIRECTORY).is_dir():
-        steps = [int(p.name) for p in (path / DIRECTORY).iterdir() if p.name.isdigit()]
+        steps = steps_of(path / DIRECTORY)
         if not steps:
             raise UserError(f"{key}: {path} holds no finished checkpoint yet")
         if has_begun(path) and not has_finished(path):
@@ -283,7 +288,7 @@ def load_base(
     Raises UserError when there is no such checkpoint, it is another model, or base.digest is set
     and not that of its values.
     """
-    if not Path(base.path).exists() and not origin(base.path):
+    if not to_path(base.path, "base").exists() and not origin(base.path):
         raise UserError(
             f"{whose}: its base {base.path} is gone; put it there again, or export the adapter and"
             f" write the new place into base.path of its {adapter.ABOUT} (the digest is checked)"

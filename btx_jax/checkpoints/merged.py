@@ -24,7 +24,7 @@ from btx_jax.checkpoints.problems import listed, raise_problems
 from btx_jax.checkpoints.training_state import elsewhere, together
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
-from btx_jax.paths import expand
+from btx_jax.paths import to_path
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def find_source(path: str, key: str) -> Source:
 
 def _exists(path: str, key: str) -> bool:
     try:
-        return hub_names.named(path, key) is not None or Path(expand(path, key)).exists()
+        return hub_names.named(path, key) is not None or to_path(path, key).exists()
     except (OSError, ValueError, UserError):  # a name too long, a NUL in it, hf:// before a +
         return False
 

@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
+from btx_jax import buckets
 from btx_jax.checkpoints.checksums import SUMS
 from btx_jax.errors import UserError
 
@@ -50,7 +51,7 @@ _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHECKSUMS = "model.xxh3.json"
-_WORTH_A_CALL = 1024  # bytes; of fewer, reading what lies between is faster
+_PIECE = 2**26  # bytes of an object that are asked for at a time
 _BLOCK = 2**22  # bytes of rows of which columns are cut
 
 
@@ -64,6 +65,53 @@ class Tensor(NamedTuple):
     nbytes: int
 
 
+class _OnDisk:
+    """The bytes of a file. worth_a_call: of fewer, reading what lies between is faster."""
+
+    worth_a_call = 1024
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb", buffering=0)
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, start: int, stop: int) -> bytes:
+        return os.pread(self._file.fileno(), stop - start, start)
+
+    def fill(self, view: memoryview, start: int) -> bool:
+        """False where the file ends before."""
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._file.fileno(), [view[done:]], start + done)
+            if not count:
+                return False
+            done += count
+        return True
+
+
+class _OnBucket:
+    """The bytes of an object, by ranges."""
+
+    worth_a_call = 2**22
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.size = path.stat().st_size
+
+    def read(self, start: int, stop: int) -> bytes:
+        with buckets.explained():
+            return buckets.read_range(self._path, start, stop) if stop > start else b""
+
+    def fill(self, view: memoryview, start: int) -> bool:
+        """False where the object ends before."""
+        for at in range(0, len(view), _PIECE):
+            part = view[at : at + _PIECE]
+            data = self.read(start + at, start + at + len(part))
+            if len(data) != len(part):
+                return False
+            part[:] = data
+        return True
+
+
 class SafetensorsFile:
     """The header of one file, checked; tensors are read on demand. Raises UserError for a file that
     is damaged in any way."""
@@ -72,23 +120,22 @@ class SafetensorsFile:
         self.path = path
         require_regular(path)
         try:
-            self._file = path.open("rb", buffering=0)
+            self._stored = _OnBucket(path) if buckets.is_on_bucket(path) else _OnDisk(path)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
-        self._fd = self._file.fileno()
         self.metadata: dict[str, str] = {}
         self.tensors = self._read_header()
         self._checksums = read_checksums(path.parent)
 
     def _read_header(self) -> dict[str, Tensor]:
-        size = os.fstat(self._fd).st_size
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        size = self._stored.size
+        length = int.from_bytes(self._stored.read(0, min(size, 8)), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise UserError(
                 f"{self.path}: truncated or no safetensors file ({size} bytes, header of {length})"
             )
         try:
-            header = json.loads(os.pread(self._fd, length, 8), object_pairs_hook=_unique)
+            header = json.loads(self._stored.read(8, 8 + length), object_pairs_hook=_unique)
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             self.metadata = dict(header.get("__metadata__") or {})
             tensors, end = {}, 0
@@ -152,12 +199,8 @@ class SafetensorsFile:
         return array
 
     def _fill(self, array: np.ndarray, start: int) -> None:
-        view, done = _bytes(array), 0
-        while done < len(view):
-            count = os.preadv(self._fd, [view[done:]], start + done)
-            if not count:
-                raise UserError(f"{self.path}: shorter than when it was opened")
-            done += count
+        if not self._stored.fill(_bytes(array), start):
+            raise UserError(f"{self.path}: shorter than when it was opened")
 
     def _columns(
         self, start: int, shape: tuple[int, ...], dtype: np.dtype, columns: tuple[int, int]
@@ -167,7 +210,7 @@ class SafetensorsFile:
         first, last = columns
         stride = shape[1] * dtype.itemsize
         array = np.empty((shape[0], last - first), dtype)
-        if array[:1].nbytes >= _WORTH_A_CALL:
+        if array[:1].nbytes >= self._stored.worth_a_call:
             for number, row in enumerate(array):
                 self._fill(row, start + number * stride + first * dtype.itemsize)
             return array

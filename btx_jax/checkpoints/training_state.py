@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import re
-import shutil
 import sys
 import threading
 from collections import OrderedDict
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from btx_jax import hub_names
 from btx_jax.architectures.tensors import Region, Slot, TensorId, slots
 from btx_jax.architectures.values import is_finite
+from btx_jax.buckets import is_on_bucket
 from btx_jax.checkpoints.checksums import SEAL, sealed, unsealed
 from btx_jax.checkpoints.problems import raise_problems
 from btx_jax.config.config import CheckpointConfig
@@ -43,9 +43,11 @@ from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, partition
+from btx_jax.output import remove
 from btx_jax.parallel.hosts import is_first
 
 DIRECTORY = "checkpoints"
+FINISHED = "commit_success.txt"  # Orbax writes it into a step on a bucket, last
 DESCRIBED, RESUMED = ("about", "params"), ("opt_state", "data")
 FORMAT = 3
 UNSEALED = 2  # still read: as earlier versions wrote it, without checksums
@@ -253,13 +255,14 @@ class Checkpoints:
         self._directory = (workdir / DIRECTORY).resolve()
         if is_first():
             _sweep(self._directory, config.keep)
+            _mark_finished(self._directory)
         registry = ocp.DefaultCheckpointHandlerRegistry()
         for item in ("params", "opt_state"):
             registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_zarr3=True))
         for item in ("data", "about"):
             registry.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         self._manager = ocp.CheckpointManager(
-            self._directory,
+            str(self._directory),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep, enable_async_checkpointing=True, create=True
             ),
@@ -333,8 +336,30 @@ class Checkpoints:
 
 
 def steps_of(directory: Path) -> list[int]:
-    """The steps in a run's checkpoints/, oldest first."""
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+    """The finished steps in a run's checkpoints/, oldest first."""
+    steps = [path for path in directory.iterdir() if path.name.isdigit()]
+    return sorted(int(path.name) for path in steps if _is_finished(path))
+
+
+def _is_finished(step: Path) -> bool:
+    """On a disk whatever has its name; on a bucket, where nothing is renamed, what says so: Orbax's
+    file for that, or its metadata, of a step that was copied there from a disk."""
+    if not is_on_bucket(step) or (step / FINISHED).exists():
+        return True
+    try:
+        metadata = json.loads((step / "_CHECKPOINT_METADATA").read_bytes())
+        return bool(metadata["commit_timestamp_nsecs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _mark_finished(directory: Path) -> None:
+    """The steps that were copied to a bucket, as Orbax looks for them there."""
+    if is_on_bucket(directory) and directory.exists():
+        for step in steps_of(directory):
+            mark = directory / str(step) / FINISHED
+            if not mark.exists():
+                mark.write_text("Copied from a disk.", encoding="utf-8")
 
 
 def _sweep(directory: Path, keep: int) -> None:
@@ -344,8 +369,9 @@ def _sweep(directory: Path, keep: int) -> None:
         return
     surplus = [str(step) for step in steps_of(directory)[:-keep]]
     for path in directory.iterdir():
-        if path.name in surplus or ".orbax-checkpoint-tmp" in path.name:
-            shutil.rmtree(path, ignore_errors=True)
+        is_cut = path.name.isdigit() and not _is_finished(path)
+        if path.name in surplus or is_cut or ".orbax-checkpoint-tmp" in path.name:
+            remove(path)
 
 
 def damaged(path: Path, what: str) -> UserError:
@@ -415,11 +441,11 @@ def _item_metadata(path: Path, item: str) -> Any:
     place = (path / item).resolve()
     try:
         json.loads((place / "_METADATA").read_text(encoding="utf-8"))
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{place}/"}).result()
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": _url(place)}).result()
         if not store.list().result():
             raise FileNotFoundError("its manifest is gone, or names no array")
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.metadata(place).item_metadata
+            return checkpointer.metadata(str(place)).item_metadata
     except Exception as error:  # Orbax passes on whatever its storage raises
         raise _unreadable(path, item, error) from error
 
@@ -427,7 +453,7 @@ def _item_metadata(path: Path, item: str) -> Any:
 def _restore_item(path: Path, item: str, abstract: Any) -> Any:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path / item, abstract)
+            return checkpointer.restore(str((path / item).resolve()), abstract)
     except Exception as error:  # Orbax passes on whatever its storage raises
         raise _unreadable(path, item, error) from error
 
@@ -507,6 +533,11 @@ def _check_stored(path: Path, model: ModelConfig) -> None:
         raise damaged(path, "params/, not its model's: " + "; ".join(problems))
 
 
+def _url(directory: Path) -> str:
+    """As TensorStore names it."""
+    return f"{directory}/" if is_on_bucket(directory) else f"file://{directory.resolve()}/"
+
+
 def _array_spec(item: Path, name: str) -> dict[str, Any]:
     """Orbax keeps every leaf as a zarr array in one OCDBT key-value store: version 3, or 2 as
     earlier versions wrote it. What is missing is an error, never zeros."""
@@ -515,7 +546,7 @@ def _array_spec(item: Path, name: str) -> dict[str, Any]:
         "driver": "zarr3" if zarr3 else "zarr",
         "kvstore": {
             "driver": "ocdbt",
-            "base": f"file://{item.resolve()}/",
+            "base": _url(item),
             "path": name.replace("/", ".") + "/",
         },
         "fill_missing_data_reads": False,
@@ -720,3 +751,4 @@ class StepWriter:
         """What the checkpoint says about itself."""
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             checkpointer.save(self._path / "about", sealed(metadata_to_json(metadata)))
+        (self._path / FINISHED).write_text("Written whole.", encoding="utf-8")

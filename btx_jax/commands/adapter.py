@@ -1,7 +1,6 @@
 """Adapter: LoRA experts to and from files, and into the weights they stand beside."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from btx_jax.data.tokenizers import copy_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.hub import resolve
 from btx_jax.output import check_free, new_directory
+from btx_jax.paths import to_path
 
 FORMATS = ("btx_jax", "peft")
 
@@ -46,7 +46,7 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
     found = find_adapter(source, "SRC")
     metadata, tensors = found.metadata, adapter_tensors(found)
     assert metadata.base
-    with new_directory(Path(target)) as partial:
+    with new_directory(to_path(target, "DST")) as partial:
         if output_format == "peft":
             origin = metadata.huggingface.get("model_type", "")
             peft_export.write(partial, metadata.model, tensors, metadata.base.path, origin)
@@ -60,7 +60,7 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
 
 def import_peft(source: str, base: str, target: str) -> str:
     """A LoRA saved by peft, for the model at `base` -> an adapter directory of ours."""
-    check_free(Path(target))
+    check_free(to_path(target, "DST"))
     under = find_checkpoint(base, "BASE")
     if under.metadata.base:
         raise UserError(f"BASE: {under.path} holds LoRA experts; name the model under them")
@@ -69,7 +69,7 @@ def import_peft(source: str, base: str, target: str) -> str:
     lora = peft.read(directory, under.metadata.model, origin)
     notes = [*left_out(lora.carried, open_reader(under), directory), *lora.notes]
     history = together([under.metadata.history, elsewhere(directory.resolve())])
-    with new_directory(Path(target)) as partial:
+    with new_directory(to_path(target, "DST")) as partial:
         adapter.write_directory(
             partial,
             CheckpointMetadata(lora.model, 0, history, base_of(under), under.metadata.huggingface),
@@ -128,7 +128,7 @@ def merge(
             )
 
     write_checkpoint(
-        Path(target),
+        to_path(target, "DST"),
         True,
         metadata.model.base(),
         {tensor: DTYPES[own.name] for tensor, own in reader.dtypes.items()},
@@ -137,7 +137,7 @@ def merge(
         history=metadata.history,
         huggingface=metadata.huggingface or under.metadata.huggingface,
         card=(
-            f"# {Path(target).name}\n\n{found.name} merged into {under.name} by btx_jax"
+            f"# {to_path(target, 'DST').name}\n\n{found.name} merged into {under.name} by btx_jax"
             f" {__version__}.{trained_on(metadata.history)}\n"
         ),
         check=check,

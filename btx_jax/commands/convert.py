@@ -2,7 +2,6 @@
 what the source is."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from btx_jax.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from btx_jax.checkpoints.training_state import trained_on
+from btx_jax.paths import to_path
 
 
 def run(source: str, target: str, dtype: str = "") -> str:
@@ -30,7 +30,7 @@ def run(source: str, target: str, dtype: str = "") -> str:
     to_huggingface = not found.is_huggingface
     kind = "Hugging Face" if to_huggingface else "btx_jax"
     write_checkpoint(
-        Path(target),
+        to_path(target, "DST"),
         to_huggingface,
         reader.model,
         dict.fromkeys(reader.slots, DTYPES[dtype]) if dtype else _dtypes(reader, to_huggingface),

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.gates import random_gates
 from btx_jax.mixing.limits import limits, within
+from btx_jax.paths import to_path
 
 
 def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, seed: int = 0) -> str:
@@ -182,7 +182,7 @@ def _write(
             reader.check()
 
     write_checkpoint(
-        Path(target),
+        to_path(target, "OUT"),
         as_huggingface,
         model,
         {tensor: like(tensor) for tensor in slots(model)},
@@ -190,7 +190,7 @@ def _write(
         tokenizer,
         history=metadata.history,
         huggingface=metadata.huggingface,
-        card=f"# {Path(target).name}\n\n{card} Made by btx_jax {__version__}."
+        card=f"# {to_path(target, 'OUT').name}\n\n{card} Made by btx_jax {__version__}."
         f"{trained_on(metadata.history)}\n",
         check=check,
         verb="writing",

@@ -2,7 +2,6 @@
 time."""
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from btx_jax.mixing.recipe_file import KEPT, read_recipe
 from btx_jax.mixing.streaming import Mixture, check_shapes, make_tensor
 from btx_jax.mixing.verify import verify as verified
 from btx_jax.output import check_free
+from btx_jax.paths import to_path
 from btx_jax.reporting.mixtures import card, plan, routing_table
 from btx_jax.terminal import Console
 
@@ -67,8 +67,8 @@ def run(
 
     Raises UserError for anything wrong, before anything is written or with nothing left of it.
     """
-    recipe = read_recipe(Path(recipe_path))
-    check_free(Path(target))
+    recipe = read_recipe(to_path(recipe_path, "RECIPE.yml"))
+    check_free(to_path(target, "OUT"))
     sources = _open(recipe)
     base = sources.checkpoints[0]
     as_huggingface = base.is_huggingface if not output_format else output_format == "huggingface"
@@ -91,12 +91,12 @@ def run(
     verdict: list[str] = []
 
     def inspect(written: Path) -> None:
-        shutil.copyfile(recipe_path, written / KEPT)
+        (written / KEPT).write_bytes(to_path(recipe_path, "RECIPE.yml").read_bytes())
         if verify:
             verdict.append(verified(mixture, open_reader(find_checkpoint(written))))
 
     write_checkpoint(
-        Path(target),
+        to_path(target, "OUT"),
         as_huggingface,
         model,
         dict.fromkeys(slots(model), dtype),

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from btx_jax import __version__, hub
+from btx_jax.buckets import local_copy
 from btx_jax.checkpoints import adapter, peft_config
 from btx_jax.checkpoints.checkpoint import find_checkpoint, open_reader
 from btx_jax.checkpoints.checksums import SUMS, check_sums
@@ -15,7 +16,7 @@ from btx_jax.errors import UserError
 from btx_jax.hub_errors import told
 from btx_jax.hub_names import PROTOCOL, Name, named
 from btx_jax.output import read_json
-from btx_jax.paths import expand, refuse_links_out
+from btx_jax.paths import refuse_links_out, to_path
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def push(
     Raises UserError when the directory is none that transformers or peft read, or is damaged, and
     when the Hub refuses; then there is no commit.
     """
-    source = Path(expand(directory, "DIR"))
+    source = local_copy(to_path(directory, "DIR"))
     name = named(PROTOCOL + repository.removeprefix(PROTOCOL), "ORG/NAME")
     if name is None or name.type != "model" or name.path or name.revision:
         raise UserError(f"ORG/NAME: {repository!r}: write org/name (a branch goes to --revision)")

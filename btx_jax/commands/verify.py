@@ -17,7 +17,7 @@ from btx_jax.checkpoints.safetensors_files import DTYPES, SafetensorsFile, read_
 from btx_jax.checkpoints.training_state import DIRECTORY, items_of, quiet, steps_of, verify_item
 from btx_jax.errors import UserError
 from btx_jax.reporting.metrics import FILE as METRICS
-from btx_jax.reporting.metrics import bad_lines
+from btx_jax.reporting.metrics import bad_lines, parts
 from btx_jax.rundir import CONFIG
 
 
@@ -82,8 +82,8 @@ def _run(directory: Path) -> Iterator[Finding]:
         yield Finding("tokenizer", f"{directory / 'tokenizer'} is gone: {cure}", False)
     for finding in _sums(directory / "tokenizer"):
         yield finding._replace(name=f"tokenizer/{finding.name}")
-    if (directory / METRICS).is_file():
-        yield _check(METRICS, lambda: _metrics(directory / METRICS))
+    if parts(directory):
+        yield _check(METRICS, lambda: _metrics(directory))
 
 
 def _is_training(directory: Path) -> bool:
@@ -100,9 +100,12 @@ def _step(path: Path, name: str) -> Iterator[Finding]:
         yield _check(f"{name}, {item}", lambda item=item: verify_item(path, item))  # type: ignore[misc]
 
 
-def _metrics(path: Path) -> str:
-    if bad := bad_lines(path):
-        raise UserError(f"{path} is damaged (line {bad[0]}): the run sets it aside when it goes on")
+def _metrics(directory: Path) -> str:
+    if bad := bad_lines(directory):
+        raise UserError(
+            f"{directory / METRICS} is damaged (line {bad[0]}): the run sets it aside when it goes"
+            " on"
+        )
     return "every line is one"
 
 

@@ -235,7 +235,7 @@ def tokenizer(cache: Path) -> Path:
         def texts() -> Iterator[str]:
             for path in corpora:
                 size = 0
-                with gzip.open(path, "rt", encoding="utf-8") as file:
+                with path.open("rb") as raw, gzip.open(raw, "rt", encoding="utf-8") as file:
                     for line in file:
                         text = json.loads(line)["text"]
                         size += len(text)

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from btx_jax.data.hub_files import File
+from btx_jax.data.bucket_files import BucketFile
+from btx_jax.data.hub_files import HubFile
 from btx_jax.errors import UserError
 
 JSON = ("jsonl", "ndjson", "json")
@@ -36,6 +37,7 @@ MAGIC = {
 }
 UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # before UTF-16, whose mark begins one of them
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+File = Path | HubFile | BucketFile
 HEAD = 2**16  # bytes that are looked at to tell what a file holds
 BATCH = 1024  # rows of a Parquet file at a time
 # A plain text longer than the first is no document but many: it is cut into pieces of at least the

@@ -68,9 +68,6 @@ class HubFile:
             return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-File = Path | HubFile
-
-
 def is_on_hub(where: str) -> bool:
     return where.startswith(PROTOCOL)
 

@@ -23,8 +23,7 @@ from tqdm import tqdm
 from btx_jax.config.config import DataConfig
 from btx_jax.data import demo, documents
 from btx_jax.data.documents import Columns
-from btx_jax.data.files import COMPRESSIONS, size_of
-from btx_jax.data.hub_files import File, HubFile
+from btx_jax.data.files import COMPRESSIONS, File, size_of
 from btx_jax.data.prepared import (
     PreparedDomain,
     PreparedSource,
@@ -55,7 +54,7 @@ from btx_jax.data.tokenizers import Tokenizer, load_tokenizer
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.parallel.hosts import first_then_others, is_first
-from btx_jax.paths import expand
+from btx_jax.paths import to_path
 from btx_jax.terminal import plain
 
 FORMAT = 3  # changes whenever the rows that the same text gives change
@@ -158,15 +157,15 @@ def _stamp(file: Path) -> list[Any]:
 
 
 def _at_hand(file: File) -> File:
-    """As it is best read: of the Hub's files, columns of Parquet over the network, all else
-    downloaded."""
+    """As it is best read: of files of the Hub and of buckets, columns of Parquet over the network,
+    all else downloaded."""
     if isinstance(file, Path) or file.suffix == ".parquet":
         return file
     return file.downloaded()
 
 
 def _sha256(file: File) -> str:
-    return file.sha256() if isinstance(file, HubFile) else sha256_of_file(file)
+    return sha256_of_file(file) if isinstance(file, Path) else file.sha256()
 
 
 def _write(task: _Task, hosts: int) -> None:
@@ -293,7 +292,7 @@ class _Merged:
 
 
 def cache_of(config: DataConfig) -> Path:
-    return Path(expand(config.cache, "config.data.cache"))
+    return to_path(config.cache, "config.data.cache")
 
 
 def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> Tokenizer:

@@ -20,8 +20,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.proto import tf_feature_pb2
 
+from btx_jax.buckets import local_copy
 from btx_jax.errors import UserError
-from btx_jax.output import new_directory, sweep
+from btx_jax.output import new_directory, remove, sweep
 
 MANIFEST = "manifest.json"
 
@@ -43,7 +44,7 @@ class PreparedSource:
     def open(self, split: str) -> Any:
         """Random access to {tokens, segments: [sequence + 1] int32, bytes: []}, for grain. A row
         that is damaged raises UserError when it is read."""
-        builder = tfds.builder_from_directory(str(self.directory))
+        builder = tfds.builder_from_directory(str(local_copy(self.directory)))
         return _Rows(builder.as_data_source(split=split), self.directory.parent)
 
 
@@ -268,7 +269,7 @@ def read_manifest(target: Path) -> dict[str, Any] | None:
                 raise ValueError(f"rows/{name} is not as it was written")
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s is damaged (%s); its text is prepared anew", target, error)
-        shutil.rmtree(target)
+        remove(target)
         return None
     return manifest
 

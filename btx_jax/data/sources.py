@@ -1,9 +1,10 @@
 """Where text comes from: files, tensorflow_datasets, and the demo corpora.
 
 Notation, everywhere a config names text: comma-separated `WHAT[#FIELD][:WEIGHT]`. WHAT is a file, a
-glob, `hf://datasets/org/name[@REVISION]/GLOB`, `tfds:NAME[/CONFIG]` or `demo:NAME`; environment
-variables are expanded. FIELD is the text's field where rows have fields, as in JSON lines, CSV,
-Parquet and tfds ("text" if absent); `meta.text` is the field `text` of the field `meta`.
+glob, `gs://BUCKET/GLOB`, `hf://datasets/org/name[@REVISION]/GLOB`, `tfds:NAME[/CONFIG]` or
+`demo:NAME`; environment variables are expanded. FIELD is the text's field where rows have fields,
+as in JSON lines, CSV, Parquet and tfds ("text" if absent); `meta.text` is the field `text` of the
+field `meta`.
 """
 
 import dataclasses
@@ -16,8 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from btx_jax.data.files import Problem, Row, find_field, read_rows, shown_fields
-from btx_jax.data.hub_files import File, find_files, is_on_hub
+from btx_jax.buckets import is_url
+from btx_jax.data import bucket_files
+from btx_jax.data.files import File, Problem, Row, find_field, read_rows, shown_fields
+from btx_jax.data.hub_files import find_files, is_on_hub
 from btx_jax.errors import UserError, suggest
 from btx_jax.paths import expand
 
@@ -26,8 +29,8 @@ TEXT = "text"  # the field of a text, where none is named
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One weighted place that text comes from. where: a path, a glob, hf://..., tfds:NAME or
-    demo:NAME."""
+    """One weighted place that text comes from. where: a path, a glob, gs://..., hf://...,
+    tfds:NAME or demo:NAME."""
 
     where: str
     field: str = TEXT
@@ -105,10 +108,12 @@ class Problems:
 
 
 def expand_files(source: Source, key: str = "config.data") -> list[File]:
-    """The files of a path or glob, here or on the Hub, sorted. Raises UserError, naming the key,
-    when there are none."""
+    """The files of a path or glob, here, on the Hub or a bucket, sorted. Raises UserError, naming
+    the key, when there are none."""
     if is_on_hub(source.where):
         return [*find_files(source.where, key)]
+    if is_url(source.where):
+        return [*bucket_files.find_files(source.where, key)]
     found = glob.glob(source.where, recursive=True)
     files: list[File] = [*sorted(Path(p) for p in found if os.path.isfile(p))]
     if not files and any(os.path.isdir(p) for p in found):
@@ -220,8 +225,8 @@ def read_json_lines(
 
 
 def _one_file(path: str, key: str) -> File:
-    if is_on_hub(path):
-        first, *others = find_files(path, key)
+    if is_on_hub(path) or is_url(path):
+        first, *others = (find_files if is_on_hub(path) else bucket_files.find_files)(path, key)
         if others:
             raise UserError(f"{key}: {path} names {len(others) + 1} files; name one of them")
         return first

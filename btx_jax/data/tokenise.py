@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from btx_jax.buckets import is_on_bucket
 from btx_jax.config.config import DataConfig
 from btx_jax.data.documents import Columns
 from btx_jax.data.files import Row
@@ -28,6 +28,7 @@ from btx_jax.data.tokenise_worker import receive, send
 from btx_jax.data.tokenised import Counts, Tokenised, Tokeniser, load_columns, load_counts
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import UserError
+from btx_jax.output import remove
 
 SHARD_CHARACTERS, SHARD_ROWS = 2**20, 4096  # of text, about
 FEW = 8  # shards that are tokenised sooner than workers start
@@ -266,16 +267,24 @@ def discard(folder: Path) -> None:
     """The shards of a source, and the folder of all sources' when it is the last."""
     if not folder.exists():
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
+    remove(folder)
+    if not is_on_bucket(folder):
+        with contextlib.suppress(OSError):  # others are there
+            folder.parent.rmdir()
+
+
+def _changed(folder: Path) -> float:
+    """Seconds since the epoch."""
+    if is_on_bucket(folder):  # whose folders have no times
+        return max((file.stat().st_mtime for file in folder.glob("*")), default=time.time())
+    return folder.stat().st_mtime
 
 
 def sweep_stale(cache: Path) -> None:
     """What was killed long ago and never gone on with."""
     for folder in (cache / FOLDER).glob("*"):
         with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > STALE:
+            if time.time() - _changed(folder) > STALE:
                 discard(folder)
 
 

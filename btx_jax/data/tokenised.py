@@ -187,5 +187,5 @@ def load_columns(file: Path, split: str) -> Columns:
 
 
 def _load(file: Path, name: str) -> np.ndarray:
-    with np.load(file, allow_pickle=False) as arrays:
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
         return arrays[name]

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from btx_jax.buckets import explained, is_on_bucket, local_copy
 from btx_jax.data import tokenizer_files
 from btx_jax.data.tokenizer_classes import AS_IT_IS
 from btx_jax.data.tokenizer_files import (
@@ -24,7 +24,9 @@ from btx_jax.data.tokenizer_files import (
     Files,
 )
 from btx_jax.errors import UserError
-from btx_jax.output import new_file
+from btx_jax.hub import TOKENIZER_FILES
+from btx_jax.hub_names import matches
+from btx_jax.output import filled, new_file
 
 __all__ = ["Tokenizer", "copy_tokenizer", "difference", "find_tokenizer", "load_tokenizer"]
 
@@ -204,7 +206,10 @@ class Tokenizer:
 
         What transformers would build anew, differently for another family, is written out, so that
         it means the same beside any model."""
-        directory.mkdir(parents=True, exist_ok=True)
+        with filled(directory) as local:
+            self._save(local)
+
+    def _save(self, directory: Path) -> None:
         folder = self.path.parent
         named = self.path.name in NAMES or self.path.suffix == ".json"
         kept = [*_TEMPLATE_FILES, *(["tokenizer.model"] if named else [])]
@@ -256,10 +261,10 @@ def clean_up(text: str) -> str:
     return text
 
 
-def find_tokenizer(path: str | os.PathLike) -> Path:
+def find_tokenizer(path: Path) -> Path:
     """The tokenizer file: the path itself, or the one in that directory. Raises UserError when
     there is none."""
-    path = Path(path)
+    path = _at_hand(path)
     if path.is_dir():
         for name in NAMES:
             if (path / name).is_file() and (
@@ -272,7 +277,23 @@ def find_tokenizer(path: str | os.PathLike) -> Path:
     return path
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def _at_hand(path: Path) -> Path:
+    """The path itself, or a copy of what a tokenizer is read from on a bucket."""
+    if not is_on_bucket(path):
+        return path
+    is_file = path.suffix in (".model", ".json")
+    folder, name = (path.parent, path.name) if is_file else (path, "")
+    with explained():
+        try:
+            copy = local_copy(
+                folder, lambda at: at == name or any(matches(at, each) for each in TOKENIZER_FILES)
+            )
+        except FileNotFoundError as error:
+            raise UserError(f"no tokenizer in {path}") from error
+    return copy / name
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
     found = find_tokenizer(path)
     return Tokenizer(found, tokenizer_files.read_files(found))
 

@@ -13,6 +13,7 @@ from btx_jax.config.mix_methods import owners
 from btx_jax.config.schema import MAX_NAMES, from_dict, shown
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.recipe import ExpertSource, Recipe
+from btx_jax.paths import to_path
 
 MAX_RECIPE, MAX_PROMPTS = 1 << 18, 1 << 24  # bytes of a recipe, of its files of prompts together
 MAX_NODES = 100_000  # of a recipe, with its aliases written out
@@ -82,7 +83,7 @@ def read_recipe(path: Path) -> Recipe:
 def _prompts(file: str, key: str) -> list[str]:
     """The lines of a file that are not blank. Raises ConfigError."""
     try:
-        lines = _text(Path(file), MAX_PROMPTS).split("\n")
+        lines = _text(to_path(file, key), MAX_PROMPTS).split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {error}") from error
     prompts = [line.rstrip("\r") for line in lines if line.strip()]

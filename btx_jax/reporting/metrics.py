@@ -1,20 +1,34 @@
-"""What a run says about itself while it runs: metrics.jsonl, TensorBoard."""
+"""What a run says about itself while it runs: metrics.jsonl, TensorBoard.
 
+A bucket takes whole objects only. There both are written on the local disk and uploaded whenever
+nothing of them may be lost; a metrics.jsonl that has grown large is continued in
+metrics.0001.jsonl and so on, and TensorBoard's file in another one, so that what was uploaded
+before is not sent again.
+"""
+
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from btx_jax.output import new_file
+from btx_jax import buckets
+from btx_jax.output import new_file, remove, temporary_directory
 
 log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 ASIDE = "metrics.damaged.jsonl"
+BOARD = "tensorboard"
+_PART = re.compile(r"metrics(\.\d{4})?\.jsonl")
+PART_BYTES = 2**22  # of a file on a bucket, after which another one is begun
+UPLOADED = 30.0  # seconds after which a bucket gets what is new
 
 
 class MetricsWriter:
@@ -31,54 +45,159 @@ class MetricsWriter:
         self._enabled = enabled
         if not enabled:
             return
-        path = workdir / FILE
-        if path.exists():
-            lines, bad = _parse(path)
+        self._files = _OnBucket(workdir) if buckets.is_on_bucket(workdir) else _OnDisk(workdir)
+        kept = None
+        if parts(workdir):
+            lines, bad = _parse(workdir)
             kept = [line for line in lines if line["step"] <= first_step]
             if bad:
                 _set_aside(workdir / ASIDE, bad)
-            with new_file(path) as partial:
-                partial.write_text(
-                    "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
-                )
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self._files.open(kept, first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        if not self._enabled:
-            return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in _scalars(values):
-            self._board.add_scalar(name, value, step)
+        if self._enabled:
+            self._files.write({"step": step, **values})
 
     def sync(self) -> None:
-        """Nothing written so far is lost to a kill, in a mounted bucket either, which takes a file
-        when it is synced or closed."""
+        """Nothing written so far is lost to a kill, on a bucket either, mounted or not: a mounted
+        one takes a file when it is synced or closed."""
         if self._enabled:
-            os.fsync(self._file.fileno())
-            self._board.flush()
+            self._files.sync()
 
     def close(self) -> None:
         if self._enabled:
-            self._file.close()
+            self._files.close()
+
+
+class _OnDisk:
+    """A run's files, in its directory."""
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+
+    def open(self, kept: Sequence[Mapping[str, Any]] | None, first_step: int) -> None:
+        """kept: the lines that stay, None where there are none yet."""
+        path = self._workdir / FILE
+        if kept is not None:
+            with new_file(path) as partial:
+                partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(self._workdir / BOARD), purge_step=first_step + 1)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(_line(line))
+        _add(self._board, line)
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class _OnBucket:
+    """A run's files, as parts: the last one of each kind is written on this machine and uploaded
+    over what the bucket has of it."""
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+        self._held = contextlib.ExitStack()
+        self._local = self._held.enter_context(temporary_directory("btx_jax-metrics-"))
+        self._text: list[str] = []  # of the part
+        self._size, self._number = 0, 0
+        self._uploaded = time.monotonic()
+
+    def open(self, kept: Sequence[Mapping[str, Any]] | None, first_step: int) -> None:
+        """kept: the lines that stay, None where there are none yet."""
+        self._start = first_step + 1
+        self._open_board()
+        stale = set(parts(self._workdir))
+        for line in kept or ():
+            self._append(line)
+        self._send_part()
+        for path in stale - {self._part(number) for number in range(self._number + 1)}:
+            buckets.remove(path)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._append(line)
+        _add(self._board, line)
+        if time.monotonic() - self._uploaded > UPLOADED:
+            self.sync()
+
+    def sync(self) -> None:
+        try:
+            self._send()
+        except Exception as error:  # what the way to a bucket fails with; the next one sends it too
+            log.warning("%s: metrics wait to be uploaded: %s", self._workdir, error)
+
+    def close(self) -> None:
+        with self._held:
+            self._send()
             self._board.close()
 
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self._size > PART_BYTES:
+            self._send_part()
+            self._text, self._size, self._number = [], 0, self._number + 1
+        self._text.append(_line(line))
+        self._size += len(self._text[-1])
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; damaged ones, and a last one cut short by a kill, are left
+    def _part(self, number: int) -> Path:
+        return self._workdir / (f"metrics.{number:04}.jsonl" if number else FILE)
+
+    def _send_part(self) -> None:
+        if self._text:
+            self._part(self._number).write_text("".join(self._text), encoding="utf-8")
+
+    def _send(self) -> None:
+        self._uploaded = time.monotonic()
+        self._send_part()
+        self._board.flush()
+        buckets.upload(self._local / BOARD, self._workdir / BOARD)
+        if sum(file.stat().st_size for file in (self._local / BOARD).iterdir()) > PART_BYTES:
+            self._board.close()
+            buckets.upload(self._local / BOARD, self._workdir / BOARD)
+            remove(self._local / BOARD)
+            self._open_board()
+
+    def _open_board(self) -> None:
+        self._board = SummaryWriter(str(self._local / BOARD), purge_step=self._start)
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values) + "\n"
+
+
+def _add(board: SummaryWriter, line: Mapping[str, Any]) -> None:
+    for name, value in _scalars({key: line[key] for key in line if key != "step"}):
+        board.add_scalar(name, value, line["step"])
+
+
+def parts(workdir: Path) -> list[Path]:
+    """The files that hold the metrics of a run, in order: one on a disk."""
+    return sorted(
+        (file for file in workdir.glob("metrics*.jsonl") if _PART.fullmatch(file.name)),
+        key=lambda file: (len(file.name), file.name),
+    )
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines that a run wrote; damaged ones, and a last one cut short by a kill, are left
     out."""
-    return _parse(path)[0]
+    return _parse(workdir)[0]
 
 
-def bad_lines(path: Path) -> list[int]:
+def bad_lines(workdir: Path) -> list[int]:
     """The numbers, from 1, of damaged lines."""
-    return list(_parse(path)[1])
+    return list(_parse(workdir)[1])
 
 
-def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+def _parse(workdir: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
     """(lines, number -> damaged line). A last line without its end is neither: a kill cut it."""
     lines, bad = [], {}
-    *whole, _ = path.read_bytes().split(b"\n")
+    *whole, _ = b"".join(file.read_bytes() for file in parts(workdir)).split(b"\n")
     for number, text in enumerate(whole, start=1):
         try:
             line = json.loads(text)
@@ -91,8 +210,9 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
 
 
 def _set_aside(path: Path, bad: Mapping[int, bytes]) -> None:
-    with path.open("ab") as file:
-        file.writelines(text + b"\n" for text in bad.values())
+    before = path.read_bytes() if path.exists() else b""
+    with new_file(path) as partial:
+        partial.write_bytes(before + b"".join(text + b"\n" for text in bad.values()))
     numbers = ", ".join(map(str, list(bad)[:5]))
     log.warning(
         "%s: damaged lines (%s) are set aside in %s; the others are kept", FILE, numbers, path

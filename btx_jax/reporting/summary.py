@@ -1,7 +1,6 @@
 """The summary of a pipeline: one dictionary, one table, made from what its stages left on disk."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -9,8 +8,9 @@ from rich.text import Text
 
 from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.continual import measures
+from btx_jax.paths import to_path
 from btx_jax.reporting.compare import compare
-from btx_jax.reporting.metrics import FILE, read_metrics
+from btx_jax.reporting.metrics import parts, read_metrics
 from btx_jax.terminal import Console, plain
 
 WINDOW, SHOWN_POINTS = 10, 6  # of loss curves given as numbers
@@ -164,8 +164,8 @@ def curve_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
 
 def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     """The metrics of every run that trained."""
-    files = {name: Path(path) / FILE for name, path in runs.items()}
-    return {name: read_metrics(file) for name, file in files.items() if file.exists()}
+    homes = {name: to_path(path, f"runs.{name}") for name, path in runs.items()}
+    return {name: read_metrics(home) for name, home in homes.items() if parts(home)}
 
 
 def _shown(name: str) -> Text:

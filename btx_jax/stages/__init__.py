@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from btx_jax.buckets import explained
 from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import Mistakes
@@ -40,15 +41,16 @@ def run(config: Config, workdir: Path, **options: str) -> None:
     """Run config.stage in workdir. A stage that has finished there returns at once. options: of the
     pipeline stage alone.
 
-    Raises UserError when another process of this machine is running there, or nothing can be
-    written there. A run that is refused leaves no directory behind.
+    Raises UserError when another process is running there, or nothing can be written there. A run
+    that is refused leaves no directory behind.
     """
     stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
     # One stage of a pipeline runs beside others: it takes its own directory.
     takes_directory = is_first() and not options
-    settle_names(workdir, config)
-    with held(workdir) if takes_directory else contextlib.nullcontext():
-        stage.run(config, workdir, **options)
+    with explained():
+        settle_names(workdir, config)
+        with held(workdir) if takes_directory else contextlib.nullcontext():
+            stage.run(config, workdir, **options)
 
 
 def next_command(config: Config, workdir: Path) -> str:

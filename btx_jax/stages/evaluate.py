@@ -46,7 +46,7 @@ from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mea
 from btx_jax.evaluation.likelihood import Scorer
 from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice, solved
 from btx_jax.models.llama import parameter_counts
-from btx_jax.output import read_json, write_json
+from btx_jax.output import new_file, read_json, write_json
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.reporting.summary import loss_table, print_tables, task_table
@@ -257,6 +257,11 @@ def part(file: Path, make: Callable[..., Any], *args: Any) -> Any:
     return read_json(file)
 
 
+def load_losses(file: Path) -> np.ndarray:
+    with file.open("rb") as opened:
+        return np.load(opened)
+
+
 def evaluate_model(
     checkpoint: Checkpoint,
     config: Config,
@@ -285,7 +290,8 @@ def evaluate_model(
         nll, sums, gates = token_losses(step, params, rows, batch_size, mesh)
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / f"{domain}.npy", nll)
+            with new_file(folder / f"{domain}.npy") as partial, partial.open("wb") as opened:
+                np.save(opened, nll)
         loss = mean_loss(nll, rows, tokenizer.eos)
         assert loss is not None
         losses[domain] = loss
@@ -441,7 +447,9 @@ def ensemble_result(
     """From the token losses of its experts. Its costs are those of all of them."""
     losses = {}
     for domain, rows in all_rows.items():
-        nll = np.stack([np.load(parts / expert / f"{domain}.npy") for expert in ensemble.experts])
+        nll = np.stack(
+            [load_losses(parts / expert / f"{domain}.npy") for expert in ensemble.experts]
+        )
         if profiles is not None:
             weights = btm.tf_idf_weights(profiles, rows["tokens"], rows["segments"], ensemble.top)
         else:

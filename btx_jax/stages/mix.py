@@ -4,7 +4,6 @@ LoRA experts."""
 
 import dataclasses
 import logging
-import shutil
 import time
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers
 from btx_jax.mixing.split import expert_models
 from btx_jax.models.llama import abstract_params
+from btx_jax.output import remove
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.rundir import claim, finish, look_up
@@ -51,7 +51,7 @@ def run(config: Config, workdir: Path) -> None:
     require_right(config)
     mix = config.mix
     # What an interrupted attempt saved may be of sources that have been replaced since.
-    first_then_others(shutil.rmtree, workdir / DIRECTORY, ignore_errors=True)
+    first_then_others(remove, workdir / DIRECTORY)
     sources = [find_checkpoint(path, key) for key, path in _named(mix).items()]
     first = sources[0]
     if any(source.metadata.base for source in sources):

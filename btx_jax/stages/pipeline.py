@@ -3,7 +3,6 @@ a failed branch stops only what needs it. Each stage runs in WORKDIR/NAME; what 
 writes is copied to WORKDIR."""
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,7 +86,7 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
     for name in (name for name in order if resolved[name].stage == "report" and is_first()):
         for file in (workdir / name).glob("*.*"):
             if file.name not in (CONFIG, DONE):
-                shutil.copyfile(file, workdir / file.name)
+                (workdir / file.name).write_bytes(file.read_bytes())
                 log.info("wrote %s", workdir / file.name)
     finish(workdir, seconds=time.monotonic() - start)
 

@@ -15,7 +15,7 @@ from btx_jax.hub_names import PROTOCOL
 from btx_jax.mixing.recipe_file import expert_sources
 from btx_jax.output import read_json, write_json, write_text
 from btx_jax.parallel.hosts import first_then_others, is_first
-from btx_jax.paths import expand
+from btx_jax.paths import to_path
 from btx_jax.reporting.compare import markdown
 from btx_jax.reporting.page import render
 from btx_jax.reporting.summary import print_tables, read_curves, summarise, tables
@@ -62,7 +62,10 @@ def write(config: Config, workdir: Path) -> None:
         read_results(path, f"config.report.others[{i}]")
         for i, path in enumerate(config.report.others)
     ]
-    runs = {name: Path(directory) for name, directory in config.report.runs.items()}
+    runs = {
+        name: to_path(directory, f"config.report.runs.{name}")
+        for name, directory in config.report.runs.items()
+    }
     done = {name: recorded_results(directory) for name, directory in runs.items()}
     curves = read_curves(config.report.runs)
     summary = summarise(
@@ -81,6 +84,7 @@ def write(config: Config, workdir: Path) -> None:
         name: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         for name, text in configs.items()
     }
+    evaluated = to_path(config.report.evaluate, "config.report.evaluate")
     # A pipeline's report lies in its directory; one of its own has its own name.
     of = workdir.parent if has_begun(workdir.parent) else workdir
     title = f"{of.name}: {'what was gained' if summary['gains'] else 'held-out losses'}"
@@ -90,7 +94,7 @@ def write(config: Config, workdir: Path) -> None:
             title,
             summary,
             curves,
-            expert_names(Path(config.report.evaluate), summary["shown"]),
+            expert_names(evaluated, summary["shown"]),
             provenance,
         ),
     )
@@ -102,7 +106,7 @@ def write(config: Config, workdir: Path) -> None:
 
 
 def read_results(directory: str, key: str) -> Any:
-    path = Path(directory) / "results.json"
+    path = to_path(directory, key) / "results.json"
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; run the evaluate stage first")
     return read_json(path)
@@ -116,7 +120,7 @@ def expert_names(evaluate: Path, shown: str) -> list[str]:
     for _ in range(LONGEST_CHAIN):
         if path.startswith(PROTOCOL):
             break
-        place = Path(expand(path, f"config.evaluate.models.{shown}"))
+        place = to_path(path, f"config.evaluate.models.{shown}")
         run = next((d for d in (place, *place.parents) if has_begun(d)), None)
         if not path or run is None:
             break

@@ -58,7 +58,6 @@ from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
-from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
 from btx_jax.rundir import claim, finish, is_resumable, look_up, recorded_config
 from btx_jax.stages import Coming, require_right
@@ -348,8 +347,7 @@ class Loop:
             memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         )
         self.peak_bytes = int(held - memory.alias_size_in_bytes)
-        file = self.workdir / METRICS
-        earlier = read_metrics(file) if file.exists() else []
+        earlier = read_metrics(self.workdir)
         earlier = [line for line in earlier if line["step"] <= first]
         self.losses = {line["step"]: line["lm_loss"] for line in earlier if "lm_loss" in line}
         self.heldout = {line["step"]: line["heldout"] for line in earlier if "heldout" in line}

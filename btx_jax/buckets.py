@@ -1,0 +1,237 @@
+"""Buckets of Cloud Storage and S3, by their URLs: gs://BUCKET/PATH and s3://BUCKET/PATH.
+
+A path on a bucket is a `upath.UPath`, which speaks as a pathlib.Path does and is typed as one here.
+Objects appear whole or not at all; nothing can be renamed, appended to or locked. So a directory is
+filled on the local disk and uploaded (`upload`), and one that only local libraries can read is
+copied to the local disk first (`local_copy`).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+from typing import Any, cast
+
+from btx_jax.errors import UserError
+
+LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec reads it with
+UNFINISHED = ".unfinished"  # lies in a directory for as long as it is not whole
+AT_ONCE = 8  # objects that are sent or fetched at the same time
+_URL = re.compile(r"(?P<scheme>\w+)://(?P<bucket>[^/]*)/?(?P<path>.*)", re.DOTALL)
+
+_required: set[str] = set()  # buckets that this process has found to be there
+
+
+def is_url(text: str) -> bool:
+    """Whether it names something on a bucket, or on what else has a scheme."""
+    return re.match(r"\w+://", text) is not None
+
+
+def is_on_bucket(path: Path) -> bool:
+    return not isinstance(path, PurePath)
+
+
+def at(url: str, key: str) -> Path:
+    """The path of a URL. Raises UserError for another scheme than gs and s3, a URL that names no
+    bucket or is not in its plainest form, and when the library for it is not installed."""
+    match = _URL.match(url)
+    if match is None or match["scheme"] not in LIBRARIES:
+        raise UserError(f"{key}={url!r}: neither a path nor gs:// or s3://")
+    names = [match["bucket"], *match["path"].rstrip("/").split("/")]
+    if not names[0] or any(name in (".", "..") for name in names) or "" in names[1:-1]:
+        raise UserError(f"{key}={url!r}: write {match['scheme']}://BUCKET/PATH, without . or ..")
+    _configure()
+    try:
+        __import__(LIBRARIES[match["scheme"]])
+        from upath import UPath
+    except ImportError as error:
+        extra = {"gs": "gcs", "s3": "s3"}[match["scheme"]]
+        raise UserError(f"{key}={url!r}: {error}; pip install 'btx_jax[{extra}]'") from error
+    return cast(Path, UPath(f"{match['scheme']}://{'/'.join(filter(None, names))}"))
+
+
+def _configure() -> None:
+    """Before the libraries are imported: nothing that another process writes may be missed."""
+    import fsspec.config
+
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for more rights
+    for scheme in ("gcs", *LIBRARIES):
+        fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+
+
+def require(path: Path, key: str) -> None:
+    """Raises UserError when the bucket of a path on one is not there, or may not be read."""
+    if not is_on_bucket(path):
+        return
+    where = _URL.match(str(path))
+    assert where
+    bucket = f"{where['scheme']}://{where['bucket']}"
+    if bucket in _required:
+        return
+    try:
+        _files(path).ls(where["bucket"], detail=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{key}: no bucket {bucket}, or none that you may see") from error
+    except Exception as error:
+        raise UserError(f"{key}: {told(error) or error}") from error
+    _required.add(bucket)
+
+
+def _files(path: Path) -> Any:
+    """fsspec's file system of a path."""
+    return cast(Any, path).fs
+
+
+def key_of(path: Path) -> str:
+    """As fsspec's file system names it: BUCKET/PATH."""
+    return str(path).split("://", 1)[1]
+
+
+def told(error: BaseException) -> str:
+    """What a library for buckets raised, in one line; "" for what is none of theirs."""
+    kind, text = type(error), " ".join(str(error).split())[:300]
+    library = kind.__module__.partition(".")[0]
+    status = getattr(error, "code", None) or getattr(error, "status", None)
+    if kind.__module__.startswith("google.auth"):
+        return (
+            "no credentials for Google Cloud: run `gcloud auth application-default login`, or name"
+            f" a key's file in GOOGLE_APPLICATION_CREDENTIALS ({text})"
+        )
+    if kind.__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        return f"no credentials for S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({text})"
+    if library in ("gcsfs", "aiohttp", "botocore", "aiobotocore", "s3fs"):
+        return f"the bucket cannot be reached: {status or ''} {text}".replace("  ", " ")
+    refusals = ("Forbidden", "Anonymous", "Invalid Credentials")
+    if isinstance(error, OSError) and (text.startswith(refusals) or "/storage/v1/b/" in text):
+        return f"the bucket refuses: {text}"
+    return ""
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Around work on buckets: what their libraries raise becomes a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if text := told(error):
+            raise UserError(text) from error
+        raise
+
+
+def create(path: Path, data: bytes) -> bool:
+    """Writes an object where there is none; False, and nothing is written, where there is one. Of
+    several that try at the same time one succeeds."""
+    try:
+        _files(path).pipe_file(key_of(path), data, mode="create")
+    except FileExistsError:
+        return path.read_bytes() == data  # a lost answer was asked for again
+    return True
+
+
+def size(path: Path) -> int:
+    """Bytes of an object."""
+    return int(_files(path).info(key_of(path))["size"])
+
+
+def read_range(path: Path, start: int, stop: int) -> bytes:
+    return bytes(_files(path).cat_file(key_of(path), start=start, end=stop))
+
+
+def objects(directory: Path) -> dict[str, dict[str, Any]]:
+    """All below a directory: relative name -> what the store tells of it."""
+    root = key_of(directory).rstrip("/") + "/"
+    found = _files(directory).find(root, detail=True)
+    return {name.removeprefix(root): info for name, info in sorted(found.items()) if name != root}
+
+
+def stamps(directory: Path) -> list[list[Any]]:
+    """[relative name, bytes, version] of all below a directory."""
+    found = objects(directory).items()
+    return [
+        [name, each["size"], each.get("generation") or each.get("ETag")] for name, each in found
+    ]
+
+
+def remove(path: Path) -> None:
+    """A directory or an object, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        _files(path).rm(key_of(path), recursive=True)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether an object, or a directory of them, is there; one that is not whole, or that a process
+    has only claimed, is not."""
+    return path.is_file() or (
+        any(not name.startswith(".") for name in objects(path)) and not (path / UNFINISHED).exists()
+    )
+
+
+def remove_unfinished(directory: Path) -> None:
+    """What a killed upload left of a directory that only it has written to, claims aside."""
+    if (directory / UNFINISHED).exists():
+        for name in objects(directory):
+            if name != UNFINISHED and not name.startswith("."):
+                remove(directory / name)
+
+
+def upload(source: Path, target: Path) -> None:
+    """A local directory's files, over those of the same names, the largest first: what describes
+    the others, and is looked for by who reads the directory, comes last."""
+    files = sorted(
+        (file for file in source.rglob("*") if file.is_file()),
+        key=lambda file: (-file.stat().st_size, file),
+    )
+
+    def send(file: Path) -> None:
+        _files(target).put_file(str(file), key_of(target / file.relative_to(source).as_posix()))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(send, files[:-1]))
+    for last in files[-1:]:
+        send(last)
+
+
+def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Path:
+    """The directory itself, or of one on a bucket a copy on the local disk, in the user's cache: of
+    its objects as they are now, those whose relative names are wanted. What is there already is not
+    fetched again."""
+    if not is_on_bucket(directory):
+        return directory
+    wanted = [stamp for stamp in stamps(directory) if is_wanted(stamp[0])]
+    if not wanted:
+        raise FileNotFoundError(f"{directory} holds nothing")
+    identity = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+    place = cache() / str(directory).replace("://", "/") / f"@{identity}"
+    if place.exists():
+        return place
+    partial = place.with_name(f"{place.name}.{os.getpid()}")
+    try:
+        _fetch(directory, [name for name, *_ in wanted], partial)
+        with contextlib.suppress(OSError):  # another process was faster
+            partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return place
+
+
+def _fetch(directory: Path, names: Sequence[str], target: Path) -> None:
+    def fetch(name: str) -> None:
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _files(directory).get_file(key_of(directory / name), str(file))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(fetch, names))
+
+
+def cache() -> Path:
+    """Where copies of what lies on buckets are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "btx_jax" / "buckets"

