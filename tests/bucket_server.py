@@ -21,12 +21,14 @@ _OWN = {"host", "content-length", "transfer-encoding", "content-encoding", "conn
 
 @dataclasses.dataclass
 class Door:
-    """url: of the server. requests: `METHOD PATH?QUERY`, all so far. fault: called with each; what
+    """url: of the server. requests: `METHOD PATH?QUERY`, all so far, and the object's name where it
+    is sent in the body. fault: called with each; what
     it returns, an HTTP status, is the answer, and 0 lets the request through."""
 
     url: str
     requests: list[str] = dataclasses.field(default_factory=list)
     fault: Callable[[str], int] = lambda request: 0
+    received: int = 0  # bytes of answers, so far
 
     def environment(self) -> dict[str, str]:
         """In which gcsfs and TensorStore speak to this server."""
@@ -82,26 +84,29 @@ def running(bucket: str = "bucket") -> Iterator[Door]:
 async def _pass_on(
     request: web.Request, session: aiohttp.ClientSession, url: str, door: Door
 ) -> web.Response:
-    line = f"{request.method} {request.rel_url}"
+    body = await request.read()
+    name = re.search(rb'"name": "([^"]*)"', body[:1000]) if request.method == "POST" else None
+    line = f"{request.method} {request.rel_url}" + (f" {name[1].decode()}" if name else "")
     door.requests.append(line)
     if status := door.fault(line):
-        return web.Response(status=status, text=f'{{"error": {{"message": "told to fail"}}}}')
+        return web.Response(status=status, text='{"error": {"message": "told to fail"}}')
     headers = {k: v for k, v in request.headers.items() if k.lower() not in _OWN}
     async with session.request(
         request.method,
-        url + str(request.raw_path if hasattr(request, "raw_path") else request.rel_url),
+        url + request.raw_path,
         headers=headers,
-        data=await request.read(),
+        data=body,
         allow_redirects=False,
     ) as answer:
-        body = await answer.read()
+        content = await answer.read()
+        door.received += len(content)
         kept = {k: v for k, v in answer.headers.items() if k.lower() not in _OWN}
         if "Content-Encoding" in answer.headers:
             kept["Content-Encoding"] = answer.headers["Content-Encoding"]
         for name in ("Location", "location"):
             if name in kept:  # of an upload in pieces: through this door too
                 kept[name] = re.sub(re.escape(url), door.url, kept[name])
-        return web.Response(status=answer.status, body=body, headers=kept)
+        return web.Response(status=answer.status, body=content, headers=kept)
 
 
 if __name__ == "__main__":

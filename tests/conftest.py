@@ -94,3 +94,29 @@ def server(tmp_path, monkeypatch):
     with serving() as server:
         point_at(server.url, tmp_path, monkeypatch)
         yield server
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """Cloud Storage on 127.0.0.1, for this process and those that it starts."""
+    from tests.bucket_server import running
+
+    with running() as door:
+        os.environ.update(door.environment())
+        yield door
+        for name in door.environment():
+            del os.environ[name]
+
+
+@pytest.fixture
+def bucket(bucket_server, tmp_path, monkeypatch):
+    """An empty directory of a bucket."""
+    import uuid
+
+    from btx_jax import buckets
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bucket_server.fault = lambda request: 0
+    bucket_server.requests.clear()
+    buckets._required.clear()
+    return buckets.at(f"gs://bucket/{uuid.uuid4().hex[:8]}", "bucket")

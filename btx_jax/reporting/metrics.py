@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -163,7 +164,10 @@ class _OnBucket:
             self._open_board()
 
     def _open_board(self) -> None:
-        self._board = SummaryWriter(str(self._local / BOARD), purge_step=self._start)
+        suffix = f".{secrets.token_hex(4)}"  # its own name tells only host and second
+        self._board = SummaryWriter(
+            str(self._local / BOARD), purge_step=self._start, filename_suffix=suffix
+        )
 
 
 def _line(values: Mapping[str, Any]) -> str:
