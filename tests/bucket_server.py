@@ -58,7 +58,9 @@ def running(bucket: str = "bucket") -> Iterator[Door]:
     async def serve() -> None:
         async with aiohttp.ClientSession(auto_decompress=False) as session:
             app = web.Application(client_max_size=2**31)
-            app.router.add_route("*", "/{path:.*}", lambda r: _pass_on(r, session, server.url, door))
+            app.router.add_route(
+                "*", "/{path:.*}", lambda r: _pass_on(r, session, server.url, door)
+            )
             runner = web.AppRunner(app, access_log=None)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -73,7 +73,10 @@ def test_a_directory_appears_whole_or_is_marked(bucket, bucket_server):
     assert not buckets.is_taken(bucket / "out")
     bucket_server.fault = lambda line: 0
     write(3)
-    assert sorted(buckets.objects(bucket / "out")) == ["config.json", *(f"sub/{i}" for i in range(3))]
+    assert sorted(buckets.objects(bucket / "out")) == [
+        "config.json",
+        *(f"sub/{i}" for i in range(3)),
+    ]
     with pytest.raises(UserError, match="exists; delete it or choose another name"):
         write(3)
 
@@ -90,7 +93,10 @@ def test_a_local_copy_is_fetched_once_and_anew_when_the_bucket_changes(bucket, b
     for name in ("a", "sub/b", "c.bin"):
         (bucket / name).write_text(name)
     copy = buckets.local_copy(bucket, lambda name: name != "c.bin")
-    assert sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()) == ["a", "sub/b"]
+    assert sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()) == [
+        "a",
+        "sub/b",
+    ]
     before = len(bucket_server.fetched())
     assert buckets.local_copy(bucket, lambda name: name != "c.bin") == copy
     assert len(bucket_server.fetched()) == before
@@ -289,7 +295,8 @@ def test_a_few_refusals_in_the_middle_are_asked_again(bucket, bucket_server):
 
 
 @pytest.mark.parametrize(
-    ("status", "told"), [(403, "bucket refuses: Forbidden"), (401, "bucket refuses|cannot be reached")]
+    ("status", "told"),
+    [(403, "bucket refuses: Forbidden"), (401, "bucket refuses|cannot be reached")],
 )
 def test_a_bucket_that_may_not_be_read_is_one_line(bucket, bucket_server, status, told):
     bucket_server.fault = lambda line: status
@@ -299,7 +306,9 @@ def test_a_bucket_that_may_not_be_read_is_one_line(bucket, bucket_server, status
 
 
 def test_a_missing_bucket_is_one_line(bucket):
-    with pytest.raises(UserError, match=r"--workdir: no bucket gs://nowhere, or none that you may see"):
+    with pytest.raises(
+        UserError, match=r"--workdir: no bucket gs://nowhere, or none that you may see"
+    ):
         with held(buckets.at("gs://nowhere/run", "k")):
             pass
 

@@ -751,4 +751,5 @@ class StepWriter:
         """What the checkpoint says about itself."""
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             checkpointer.save(self._path / "about", sealed(metadata_to_json(metadata)))
-        (self._path / FINISHED).write_text("Written whole.", encoding="utf-8")
+        for directory in (self._path / "params", self._path):  # Orbax wants it of both, on a bucket
+            (directory / FINISHED).write_text("Written whole.", encoding="utf-8")

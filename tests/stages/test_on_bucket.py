@@ -1,0 +1,141 @@
+"""The real command line with every path on a bucket: the same weights as on a disk, whatever is
+killed on the way."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from btx_jax import buckets
+from tests.stages.command_line import CLI
+from tests.stages.storm import PIPELINE, SMALL
+
+pytestmark = pytest.mark.cli
+
+RECIPE = """
+base_model: {home}/seed
+gate_mode: random
+experts:
+  - source_model: {home}/seed
+  - source_model: {home}/seed
+"""
+
+
+class Home:
+    """Where a test's paths lie: a folder of the disk or of a bucket."""
+
+    def __init__(self, cli, home):
+        self.cli, self.home = cli, home
+
+    def seed(self, workdir, *more, steps=6):
+        return self.cli.seed(
+            "unused", *more, f"--workdir={self.home}/{workdir}", f"--config.data.train={self.home}/text.jsonl",
+            f"--config.data.tokenizer={self.home}/small.model", f"--config.data.cache={self.home}/cache", steps=steps,
+        )  # fmt: skip
+
+    def btx(self, *arguments):
+        return self.cli.run(*arguments, module="btx_jax")[0].strip()
+
+    def digest(self, path):
+        return self.btx("digest", f"{self.home}/{path}").splitlines()[-1]
+
+
+@pytest.fixture
+def homes(tmp_path, tokenizer_file, bucket, bucket_server, tmp_path_factory):
+    cli = CLI(tmp_path, tokenizer_file, tmp_path_factory.getbasetemp() / "compiled")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for home in (disk, bucket):
+        (home / "text.jsonl").write_bytes(cli.text.read_bytes())
+        (home / "small.model").write_bytes(tokenizer_file.read_bytes())
+    return Home(cli, disk), Home(cli, bucket)
+
+
+def test_all_that_runs_on_a_disk_runs_on_a_bucket_and_gives_the_same(homes):
+    def everything(home):
+        at = home.home
+        home.cli.run(
+            *home.seed("seed", "--config.train.eval_every=3", "--config.train.eval_rows=4")
+        )
+        (at / "mix.yml").write_text(RECIPE.format(home=at))
+        home.btx("mix", f"{at}/mix.yml", f"{at}/mixed")
+        home.btx("convert", f"{at}/seed", f"{at}/huggingface")
+        home.btx("convert", f"{at}/huggingface", f"{at}/back")
+        home.cli.run(
+            "--config=configs/mola.py:tiny", f"--workdir={at}/lora", f"--config.init={at}/seed",
+            f"--config.data.train={at}/text.jsonl", f"--config.data.cache={at}/cache",
+            "--config.train.steps=2", "--config.train.eval_every=0", "--config.train.warmup_steps=1",
+            "--config.data.sequence_length=64", "--config.data.tokenizer=", "--config.lora.allocation=22",
+        )  # fmt: skip
+        home.btx("adapter", "export", f"{at}/lora", f"{at}/adapter")
+        home.btx("adapter", "merge", f"{at}/adapter", f"{at}/merged", "--expert", "0")
+        assert "DAMAGED" not in home.btx("verify", f"{at}/seed") + home.btx(
+            "verify", f"{at}/huggingface"
+        )
+        told = [home.digest(name) for name in ("seed", "mixed", "huggingface", "back", "merged")]
+        return [*told, home.btx("generate", f"{at}/huggingface", "--prompt", "the river")]
+
+    disk, bucket = homes
+    assert everything(bucket) == everything(disk)
+    on_bucket = {name for name in buckets.objects(bucket.home) if "/params/" not in name}
+    on_disk = {str(path.relative_to(disk.home)) for path in disk.home.rglob("*") if path.is_file()}
+    kept = lambda names: {
+        n
+        for n in names
+        if not any(p in n for p in ("/params/", "opt_state/", "tfevents", "cache/packed"))
+    }  # noqa: E731
+    assert kept(on_bucket) == kept(on_disk)
+
+
+def test_two_runs_do_not_share_a_directory_of_a_bucket(homes):
+    _, bucket = homes
+    run = bucket.seed("run", steps=4000)
+    first = bucket.cli.start(*run)
+    try:
+        wait(lambda: (bucket.home / "run" / "config.json").exists(), first)
+        assert "another process is running there" in bucket.cli.fails(*run)
+        assert first.poll() is None
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+
+
+def wait(condition, process, seconds=180):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_pipeline_on_a_bucket_survives_kills_at_random_moments(homes, tmp_path):
+    """Ten kills; what they leave half written is never taken for finished."""
+    outcomes = []
+    for home, kills in zip(homes, (0, 10), strict=True):
+        at, rng = home.home, random.Random(3)
+        config = tmp_path / f"pipeline_{kills}.py"
+        config.write_text(
+            PIPELINE.format(
+                small=[s for s in SMALL if "eval_every" not in s],
+                text=f"{at}/text.jsonl",
+                tokenizer=f"{at}/small.model",
+                cache=f"{at}/cache",
+            )
+        )
+        command = (f"--config={config}", f"--workdir={at}/pipeline")
+        start = time.monotonic()
+        for _ in range(kills):
+            process = home.cli.start(*command)
+            time.sleep(rng.uniform(2, 2 + seconds))
+            process.kill()
+            process.communicate()
+            if (at / "pipeline" / "done.json").exists():
+                buckets.remove(at / "pipeline")
+                buckets.remove(at / "cache")
+        home.cli.run(*command)
+        seconds = min(time.monotonic() - start, 30)
+        outcomes.append([home.digest("pipeline/seed"), home.digest("pipeline/mix")])
+        assert "DAMAGED" not in home.btx("verify", f"{at}/pipeline")
+    assert outcomes[0] == outcomes[1]
