@@ -9,6 +9,7 @@ copied to the local disk first (`local_copy`).
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,10 @@ from btx_jax.errors import UserError
 
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec reads it with
 UNFINISHED = ".unfinished"  # lies in a directory for as long as it is not whole
+LOG_IN = (
+    "run `gcloud auth application-default login`, or name a key's file in"
+    " GOOGLE_APPLICATION_CREDENTIALS"
+)
 AT_ONCE = 8  # objects that are sent or fetched at the same time
 _URL = re.compile(r"(?P<scheme>\w+)://(?P<bucket>[^/]*)/?(?P<path>.*)", re.DOTALL)
 
@@ -59,6 +64,7 @@ def _configure() -> None:
     """Before the libraries are imported: nothing that another process writes may be missed."""
     import fsspec.config
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it tells, it raises as well
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for more rights
     for scheme in ("gcs", *LIBRARIES):
         fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
@@ -98,15 +104,12 @@ def told(error: BaseException) -> str:
     library = kind.__module__.partition(".")[0]
     status = getattr(error, "code", None) or getattr(error, "status", None)
     if kind.__module__.startswith("google.auth"):
-        return (
-            "no credentials for Google Cloud: run `gcloud auth application-default login`, or name"
-            f" a key's file in GOOGLE_APPLICATION_CREDENTIALS ({text})"
-        )
+        return f"no credentials: {LOG_IN} ({text})"
     if kind.__name__ in ("NoCredentialsError", "PartialCredentialsError"):
         return f"no credentials for S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({text})"
     if library in ("gcsfs", "aiohttp", "botocore", "aiobotocore", "s3fs"):
         return f"the bucket cannot be reached: {status or ''} {text}".replace("  ", " ")
-    refusals = ("Forbidden", "Anonymous", "Invalid Credentials")
+    refusals = ("Forbidden", "Invalid Credentials")
     if isinstance(error, OSError) and (text.startswith(refusals) or "/storage/v1/b/" in text):
         return f"the bucket refuses: {text}"
     return ""

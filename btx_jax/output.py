@@ -22,6 +22,7 @@ def check_free(target: Path) -> None:
     """Raises UserError when something is already there: nothing is overwritten."""
     if "\0" in str(target):
         raise UserError(f"cannot write {str(target)[:200]!r}: no name of a file")
+    buckets.require(target, f"cannot write {target}")
     try:
         exists = buckets.is_taken(target) if buckets.is_on_bucket(target) else target.exists()
     except (OSError, ValueError) as error:
@@ -73,7 +74,6 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _new_on_bucket(target: Path) -> Iterator[Path]:
-    buckets.require(target, "cannot write")
     with buckets.explained(), temporary_directory("btx_jax-") as directory:
         yield directory
         try:

@@ -12,6 +12,8 @@ def to_path(path: str, key: str) -> Path:
     """A path as users write it: as `expand` reads it, or a URL of a bucket. Raises UserError,
     naming the key, for what is neither."""
     expanded = expand(path, key)
+    if re.match(r"(gs|s3):(?!//)", expanded) and not os.path.lexists(expanded):
+        raise UserError(f"{key}={path!r}: no such path; a bucket's begins with {expanded[:2]}://")
     return buckets.at(expanded, key) if buckets.is_url(expanded) else Path(expanded)
 
 

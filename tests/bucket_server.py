@@ -65,7 +65,7 @@ def running(bucket: str = "bucket") -> Iterator[Door]:
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
-            door.url = "http://127.0.0.1:%d" % site._server.sockets[0].getsockname()[1]
+            door.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
             async with session.post(f"{server.url}/storage/v1/b", json={"name": bucket}) as answer:
                 assert answer.status == 200, await answer.text()
             started.set()

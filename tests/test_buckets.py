@@ -27,7 +27,7 @@ from tests.conftest import ROOT
     [
         ("gs://", "BUCKET"), ("gs:///x", "BUCKET"), ("gs://b/../x", "without"), ("gs://b//x", "without"),
         ("gs://b/./x", "without"), ("http://b/x", "neither a path nor gs://"), ("file:///x", "neither"),
-        ("gcs://b/x", "neither"),
+        ("gcs://b/x", "neither"), ("gs:/b/x", "begins with gs://"), ("s3:b", "begins with s3://"),
     ],
 )  # fmt: skip
 def test_what_is_no_plain_url_is_refused(url, told):
@@ -306,11 +306,12 @@ def test_a_bucket_that_may_not_be_read_is_one_line(bucket, bucket_server, status
 
 
 def test_a_missing_bucket_is_one_line(bucket):
-    with pytest.raises(
-        UserError, match=r"--workdir: no bucket gs://nowhere, or none that you may see"
-    ):
-        with held(buckets.at("gs://nowhere/run", "k")):
-            pass
+    nowhere = buckets.at("gs://nowhere/run", "k")
+    told = "no bucket gs://nowhere, or none that you may see"
+    with pytest.raises(UserError, match=f"--workdir: {told}"), held(nowhere):
+        pass
+    with pytest.raises(UserError, match=f"cannot write gs://nowhere/run: {told}"):
+        output.check_free(nowhere)
 
 
 def test_a_claim_tells_whose_it_is(bucket):
