@@ -172,3 +172,12 @@ def test_rights_that_are_taken_away_in_the_middle_are_one_line_and_lose_nothing(
     bucket.cli.run(*bucket.seed("run", "--config.checkpoint.every=3"))
     disk.cli.run(*disk.seed("run", "--config.checkpoint.every=3"))
     assert bucket.digest("run") == disk.digest("run")
+
+
+def test_two_processes_run_on_a_bucket_as_one(homes):
+    disk, bucket = homes
+    mesh = ("--config.mesh.fsdp=4", "--config.train.batch_size=4")
+    for home in (disk, bucket):
+        for process in home.cli.start_several(2, 2, *home.seed("run", *mesh)):
+            assert process.wait(timeout=300) == 0, process.communicate()[1][-3000:]
+    assert bucket.digest("run") == disk.digest("run")
