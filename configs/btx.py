@@ -12,8 +12,6 @@ Cost: at 7B 453B tokens in branches and 80B in the finetune, 2.4e22 FLOPs (launc
 $BTX_DATA_DIR/seed, a Hugging Face directory or a checkpoint.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.btx(size)
+get_config = PRESETS["btx"].make

@@ -9,8 +9,6 @@ Expected (paper): code tasks from 16.8 to the level of BTM's 36.6. `:tiny`: held
 the seed's.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.expert("code", size)
+get_config = PRESETS["code_expert"].make

@@ -13,10 +13,6 @@ Expected (paper): seed 40.7, dense 44.5, BTM 43.4, sparse upcycling 46.3 to 47.3
 tasks.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(what: str = "llama2_7b"):
-    size, *rest = what.split(",")
-    start = [rest.pop(0)] if size == recipes.FROM_INIT and rest else []
-    return recipes.comparison(",".join([size, *start]), ",".join(rest) or "main")
+get_config = PRESETS["comparison"].make

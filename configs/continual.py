@@ -12,8 +12,6 @@ Cost: SmolLM2-135M, three tasks of 300 steps: about six hours on 2 CPU cores.
 Expected: the page's table of scores, with OP, PD and BWT in summary.json.
 """
 
-from btx_jax.presets import lora_recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(tasks: str = "arc_easy,openbook_qa,commonsense_qa"):
-    return lora_recipes.continual(tasks)
+get_config = PRESETS["continual"].make

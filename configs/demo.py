@@ -9,8 +9,6 @@ loss than the seed and every expert, and forgets less prose than any expert. run
 and runs/demo/report.html.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config():
-    return recipes.demo()
+get_config = PRESETS["demo"].make

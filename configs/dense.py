@@ -10,8 +10,6 @@ Expected (paper): 44.5 on 12 tasks, between the seed's 40.7 and BTX's 47.9. Doma
 interleaved, not in sequence.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.dense(size)
+get_config = PRESETS["dense"].make

@@ -9,8 +9,6 @@ Cost: forward passes over the held-out text; under a minute at `:tiny`.
 Expected: runs/evaluate_tiny/results.json.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.evaluate(size)
+get_config = PRESETS["evaluate"].make

@@ -10,8 +10,6 @@ arithmetic. `:tiny` a minute on 2 cores. Expected (paper): 8.6 -> 18 or more on 
 `:tiny`: held-out maths well below the seed's.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.expert("math", size)
+get_config = PRESETS["math_expert"].make

@@ -10,8 +10,6 @@ Expected: 4 x 7B gives 19.72B parameters, 11.07B active with Top-2. Not useful b
 finetuned: the router is random.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.mix(size)
+get_config = PRESETS["mix"].make

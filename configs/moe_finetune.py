@@ -13,8 +13,6 @@ Expected (paper): 47.9 on 12 tasks, seed 40.7. `:tiny`: mean held-out loss below
 every expert's.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.moe_finetune(size)
+get_config = PRESETS["moe_finetune"].make

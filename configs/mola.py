@@ -16,8 +16,6 @@ Expected: held-out loss of the answers falls; the base stays as it is, a checkpo
 experts alone.
 """
 
-from btx_jax.presets import lora_recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(task: str = "arc_easy"):
-    return lora_recipes.mola(task)
+get_config = PRESETS["mola"].make

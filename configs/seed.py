@@ -9,8 +9,6 @@ instead.
 Expected (`:tiny`): held-out prose below 3.9 nats per token.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.seed(size)
+get_config = PRESETS["seed"].make

@@ -11,8 +11,6 @@ Expected (paper): 46.3 on 12 tasks with the same data as BTX's 47.9. Before the 
 the seed.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.sparse_upcycling(size)
+get_config = PRESETS["sparse_upcycling"].make

@@ -8,8 +8,6 @@ Cost: unadorned 42B tokens, 1.7e21 FLOPs; `:tiny` a minute on 2 cores.
 Expected: held-out text of the domain well below the seed's.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.expert("wiki", size)
+get_config = PRESETS["wiki_expert"].make

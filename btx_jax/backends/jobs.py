@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from btx_jax.config.config import Config
-from btx_jax.config.config_file import read_config
 from btx_jax.errors import ConfigError, UserError
+from btx_jax.presets.config_file import read_config
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk;
 with other seeds, comparison.md."""
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
@@ -8,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from btx_jax.checkpoints.training_state import DIRECTORY
-from btx_jax.config.config import Config
+from btx_jax.config.config import Config, ReportConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.hub_names import PROTOCOL
 from btx_jax.mixing.recipe_file import expert_sources
-from btx_jax.output import read_json, write_json, write_text
+from btx_jax.output import none_left_empty, read_json, write_json, write_text
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import expand
 from btx_jax.reporting.compare import markdown
@@ -41,6 +42,40 @@ def run(config: Config, workdir: Path) -> None:
     claim(workdir, config)
     first_then_others(lambda: write(config, workdir) if is_first() else None)
     finish(workdir, seconds=time.monotonic() - start)
+
+
+def report(workdirs: Sequence[str], out: str) -> Path:
+    """A report of what finished runs left on disk, anew at each call: of the first, beside the
+    others, if any. Returns the page's path. Raises UserError for a directory without an
+    evaluation."""
+    first, *others = (_evaluated(Path(expand(path, "WORKDIRS")).resolve()) for path in workdirs)
+    config = dataclasses.replace(first, others=tuple(other.evaluate for other in others))
+    target = Path(expand(out, "--out")).resolve()
+    for other in (first, *others):
+        read_results(other.evaluate, "WORKDIRS")
+    with none_left_empty(target):
+        target.mkdir(parents=True, exist_ok=True)
+        write(Config("report", report=config), target)
+    return target / "report.html"
+
+
+def _evaluated(workdir: Path) -> ReportConfig:
+    """Of a pipeline's directory, what its own report shows; of an evaluation's, that alone."""
+    stages = recorded_config(workdir).get("pipeline") or {}
+    kinds = {stage["config"]["stage"]: name for name, stage in stages.items()}
+    if "report" in kinds:
+        own = stages[kinds["report"]]["config"]["report"]
+        return ReportConfig(
+            evaluate=_within(workdir, own["evaluate"]),
+            runs={name: _within(workdir, path) for name, path in own["runs"].items()},
+            continual=tuple(own["continual"]),
+        )
+    return ReportConfig(str(workdir / kinds["evaluate"] if "evaluate" in kinds else workdir))
+
+
+def _within(workdir: Path, path: str) -> str:
+    """`@NAME` of a pipeline there."""
+    return str(workdir / path[1:]) if path.startswith("@") else path
 
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:

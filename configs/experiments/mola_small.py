@@ -12,8 +12,6 @@ Expected: docs/results.md. The paper's order (2468 best) comes from Llama-2-7B a
 answering.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(what: str = ""):
-    return recipes.small_report("lora") if what == "report" else recipes.comparison("tiny", "lora")
+get_config = PRESETS["mola_small"].make

@@ -14,8 +14,6 @@ was.
 Expected: docs/results.md, made of three seeds.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(group: str = "main"):
-    return recipes.small_report("all") if group == "report" else recipes.comparison("tiny", group)
+get_config = PRESETS["paper_small"].make
