@@ -13,7 +13,7 @@ MAX_TOLD = 20  # mistakes that are told at one time
 class UserError(Exception):
     """Something the user can mend: the message is one line that names the cause and the cure.
 
-    `btx_jax.launch` and `python -m btx_jax` print it without a traceback and exit with status 2.
+    `btx` and `btx_jax.launch` print it without a traceback and exit with status 2.
     """
 
 

@@ -24,11 +24,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from btx_jax.cli import runs
+from btx_jax.cli.configs import split_overrides
 from btx_jax.command_line import fail, told_in_one_line
 from btx_jax.config.config_dict import from_config_dict
 from btx_jax.errors import UserError
 from btx_jax.parallel.accelerators import leave_absent_tpu
-from btx_jax.presets.config_file import define_config, read_config, split_overrides
+from btx_jax.presets.config_file import define_config, read_config
 
 FLAGS = flags.FLAGS
 try:
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unknown argument {argv[1]!r}; overrides look like --config.train.steps=100")
     if not FLAGS["config"].present:
-        fail("--config is missing; for example --config=configs/demo.py (--help lists all flags)")
+        fail("--config is missing; for example --config=demo (--help lists all flags)")
     file = str(config_flags.get_config_filename(FLAGS["config"]))
     runs.log_to_terminal()
     with told_in_one_line():

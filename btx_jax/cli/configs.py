@@ -1,5 +1,7 @@
 """Commands that take a config: by its file or by a preset's name, with overrides."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import rich_click as click
@@ -39,11 +41,23 @@ class WithOverrides(Command):
         super().__init__(*args, options_metavar="[OPTIONS] [--config.KEY=VALUE]...", **options)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        from btx_jax.presets.config_file import split_overrides
-
         others, overrides = split_overrides(args)
         ctx.params["overrides"] = overrides
         return super().parse_args(ctx, others)
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line -> all other words, and its overrides: `--config.KEY=VALUE`, or `--config.KEY`
+    and the VALUE behind it."""
+    others: list[str] = []
+    overrides: list[str] = []
+    is_open = False
+    for word in words:
+        is_override = re.match("--?(no)?config[.]", word) is not None
+        is_value = is_open and not word.startswith("-")
+        (overrides if is_override or is_value else others).append(word)
+        is_open = is_override and "=" not in word
+    return others, overrides
 
 
 class TellsPresets(WithOverrides):

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import rich_click as click
 from click.exceptions import Exit, NoArgsIsHelpError
@@ -36,7 +37,7 @@ btx completion zsh >> ~/.zshrc
 btx completion fish > ~/.config/fish/completions/btx.fish
 """,
 )
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="which is yours")
 def completion(shell: str) -> None:
     """A script that completes commands, options, presets and paths in your shell."""
     made = get_completion_class(shell)
@@ -68,5 +69,14 @@ def run(words: Sequence[str]) -> None:
             print(error.format_message())
             sys.exit(error.exit_code)
         except click.UsageError as error:
-            path = error.ctx.command_path if error.ctx else NAME
-            fail(f"{error.format_message().rstrip('.')}; {path} --help tells more")
+            fail(f"{error.format_message().rstrip('.')}; {_named(words)} --help tells more")
+
+
+def _named(words: Sequence[str]) -> str:
+    """The command that these words call."""
+    named, command = NAME, cast(click.Command, btx)
+    for word in words:
+        if not isinstance(command, click.Group) or word not in command.commands:
+            break
+        named, command = f"{named} {word}", command.commands[word]
+    return named

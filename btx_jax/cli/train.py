@@ -5,7 +5,7 @@ import sys
 import rich_click as click
 
 from btx_jax import interrupts
-from btx_jax.cli.configs import CONFIG, CONFIG_TOLD, WithOverrides
+from btx_jax.cli.configs import CONFIG, CONFIG_TOLD, TellsPresets, WithOverrides
 from btx_jax.cli.parts import TRAIN, WHERE, command, text
 
 CLUSTER = "Several processes"
@@ -18,7 +18,7 @@ WORKDIR = text(
 
 
 @command(
-    cls=WithOverrides,
+    cls=TellsPresets,
     panel=TRAIN,
     no_args_is_help=True,
     examples="""

@@ -48,11 +48,11 @@ def generate(
     if "" in stop:
         raise UserError("--stop: an empty string would end every text at once; leave it out")
     if max_tokens < 1:
-        raise UserError(f"--max_tokens={max_tokens}: must be at least 1")
+        raise UserError(f"--max-tokens={max_tokens}: must be at least 1")
     context = found.metadata.model.context
     if len(ids) + max_tokens > context:
         raise UserError(
-            f"--max_tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context"
+            f"--max-tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context"
             f" of {context}; lower it"
         )
     mesh = inference_mesh(found.metadata.model)

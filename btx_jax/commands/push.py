@@ -81,7 +81,7 @@ def _checked(directory: Path) -> list[str]:
         )
     is_run = (directory / DIRECTORY).is_dir() or (directory / "params").is_dir()
     if is_run or not is_huggingface(directory):
-        cure = f"python -m btx_jax convert {directory} HF_DIR"
+        cure = f"btx convert {directory} HF_DIR"
         raise UserError(f"DIR: {directory} is no Hugging Face directory; make one: {cure}")
     refuse_links_out(directory)
     check_sums(directory)

@@ -21,19 +21,24 @@ def has_tpu_device() -> bool:
 
 
 def may_have_tpu() -> bool:
-    """False where nothing hints at a TPU: no chip on the PCI bus, no device file, and no variable
-    of the environment that speaks of TPUs, as those of TPU VMs, GKE and Colab do."""
+    """False where nothing hints at a TPU: no device file, and no variable of the environment that
+    speaks of TPUs, as those of TPU VMs, GKE and Colab do."""
     return has_tpu_device() or any(
         {"TPU", "LIBTPU"} & set(name.split("_")) for name in os.environ if name != SET_BY_JAX
     )
+
+
+def chosen_platforms() -> str:
+    """By JAX_PLATFORMS, or by JAX, which asks for `tpu,cpu` where it sees a chip on the PCI bus and
+    has libtpu."""
+    return jax.config.jax_platforms or ""  # type: ignore[attr-defined]
 
 
 def leave_absent_tpu() -> None:
     """Where there can be no TPU, JAX does not load libtpu to look for one; GPUs are found as ever.
     Must run before anything touches a device. Compiling for a TPU that is not there
     (`compile_check`) is no matter of this."""
-    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]  # by JAX, if it saw a TPU
-    is_chosen = "JAX_PLATFORMS" in os.environ or chosen
+    is_chosen = "JAX_PLATFORMS" in os.environ or chosen_platforms()
     if not is_chosen and not may_have_tpu():
         register_backend_factory("tpu", _absent, priority=300, fail_quietly=True)
 

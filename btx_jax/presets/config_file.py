@@ -173,20 +173,6 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
-def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line -> all other words, and its overrides: `--config.KEY=VALUE`, or `--config.KEY`
-    and the VALUE behind it."""
-    others: list[str] = []
-    overrides: list[str] = []
-    is_open = False
-    for word in words:
-        is_override = re.match("--?(no)?config[.]", word) is not None
-        is_value = is_open and not word.startswith("-")
-        (overrides if is_override or is_value else others).append(word)
-        is_open = is_override and "=" not in word
-    return others, overrides
-
-
 def _grouped(overrides: Sequence[str]) -> list[list[str]]:
     """`--config.a=1` alone, `--config.a 1` together."""
     groups: list[list[str]] = []

@@ -3,6 +3,7 @@ with other seeds, comparison.md."""
 
 import dataclasses
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from btx_jax.checkpoints.training_state import DIRECTORY
 from btx_jax.config.config import Config, ReportConfig
+from btx_jax.config.config_dict import from_dict
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.hub_names import PROTOCOL
@@ -48,9 +50,9 @@ def report(workdirs: Sequence[str], out: str) -> Path:
     """A report of what finished runs left on disk, anew at each call: of the first, beside the
     others, if any. Returns the page's path. Raises UserError for a directory without an
     evaluation."""
-    first, *others = (_evaluated(Path(expand(path, "WORKDIRS")).resolve()) for path in workdirs)
+    first, *others = (_evaluated(_absolute(path, "WORKDIRS")) for path in workdirs)
     config = dataclasses.replace(first, others=tuple(other.evaluate for other in others))
-    target = Path(expand(out, "--out")).resolve()
+    target = _absolute(out, "--out")
     for other in (first, *others):
         read_results(other.evaluate, "WORKDIRS")
     with none_left_empty(target):
@@ -59,18 +61,21 @@ def report(workdirs: Sequence[str], out: str) -> Path:
     return target / "report.html"
 
 
+def _absolute(path: str, key: str) -> Path:
+    return Path(os.path.abspath(expand(path, key)))
+
+
 def _evaluated(workdir: Path) -> ReportConfig:
     """Of a pipeline's directory, what its own report shows; of an evaluation's, that alone."""
-    stages = recorded_config(workdir).get("pipeline") or {}
-    kinds = {stage["config"]["stage"]: name for name, stage in stages.items()}
-    if "report" in kinds:
-        own = stages[kinds["report"]]["config"]["report"]
-        return ReportConfig(
-            evaluate=_within(workdir, own["evaluate"]),
-            runs={name: _within(workdir, path) for name, path in own["runs"].items()},
-            continual=tuple(own["continual"]),
-        )
-    return ReportConfig(str(workdir / kinds["evaluate"] if "evaluate" in kinds else workdir))
+    recorded = recorded_config(workdir)
+    if "pipeline" not in recorded:
+        return ReportConfig(str(workdir))
+    pipeline = from_dict(Config, recorded, str(workdir / CONFIG)).pipeline or {}
+    kinds = {stage.config.stage: name for name, stage in pipeline.items()}
+    if own := pipeline[kinds["report"]].config.report if "report" in kinds else None:
+        runs = {name: _within(workdir, path) for name, path in own.runs.items()}
+        return dataclasses.replace(own, evaluate=_within(workdir, own.evaluate), runs=runs)
+    return ReportConfig(str(workdir / kinds.get("evaluate", "evaluate")))
 
 
 def _within(workdir: Path, path: str) -> str:

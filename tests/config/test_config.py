@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 from safetensors.numpy import save_file
 
+from btx_jax.cli.runs import default_workdir
 from btx_jax.config.config import (
     Config,
     DataConfig,
@@ -26,7 +27,6 @@ from btx_jax.config.config_dict import (
     to_dict,
 )
 from btx_jax.errors import ConfigError
-from btx_jax.launch import default_workdir
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.presets import lora_recipes, recipes
 from btx_jax.presets.config_file import define_config
