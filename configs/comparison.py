@@ -1,10 +1,10 @@
 """Branch-Train-MiX beside its baselines and ablations from a seed of your own: every arm from the
 same checkpoint, on the same domains.
 
-    python -m btx_jax.launch --config=configs/comparison.py
-    python -m btx_jax.launch --config=configs/comparison.py:llama2_7b,ablations
-    python -m btx_jax.launch --config=configs/comparison.py:from_init,RELEASED_MODEL,main
-    python launch/submit.py --pipeline=configs/comparison.py --backend=gke ...
+    btx run comparison
+    btx run comparison:llama2_7b,ablations
+    btx run comparison:from_init,RELEASED_MODEL,main
+    btx submit --pipeline=comparison --backend=gke ...
 
 The arms are `main`, `ablations` or `all`; `submit.py` makes every arm a job of its own.
 

@@ -1,8 +1,8 @@
 """Tasks learnt one after another on the same LoRA experts, each tried on all of them after each:
 overall performance, performance drop and backward transfer (MoLA, section 4.4).
 
-    python -m btx_jax.launch --config=configs/continual.py:arc_easy,openbook_qa,commonsense_qa
-        --workdir=runs/continual \\ --config.pipeline.arc_easy.config.init=HF_DIRECTORY
+    btx run continual:arc_easy,openbook_qa,commonsense_qa --workdir=runs/continual \\
+        --config.pipeline.arc_easy.config.init=HF_DIRECTORY
 
 The first task starts from the model named there ($BTX_DATA_DIR/seed by default), every other from
 the one before. Items come from $BTX_DATA_DIR/evals; a tenth of each, chosen by a hash, is held out

@@ -1,10 +1,9 @@
 """MoE finetune: the mixture trained on all domains together (BTX section 3.2), Top-2 with load
 balancing.
 
-    python -m btx_jax.launch --config=configs/moe_finetune.py --config.init=runs/mix
-    python -m btx_jax.launch --config=configs/moe_finetune.py:from_init --config.init=MIXTURE
-    python -m btx_jax.launch --config=configs/moe_finetune.py:tiny
-    --config.init=runs/mix_tiny
+    btx run moe_finetune --config.init=runs/mix
+    btx run moe_finetune:from_init --config.init=MIXTURE
+    btx run moe_finetune:tiny --config.init=runs/mix_tiny
 
 `from_init` takes a mixture of any size and number of experts, on one machine.
 

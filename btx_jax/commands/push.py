@@ -76,8 +76,8 @@ def _checked(directory: Path) -> list[str]:
         raise UserError(f"DIR: {directory} is no directory")
     if (directory / adapter.ABOUT).is_file():
         raise UserError(
-            f"DIR: {directory} is an adapter of btx_jax's own; write it for peft first: python -m"
-            f" btx_jax adapter export {directory} PEFT_DIR --format=peft"
+            f"DIR: {directory} is an adapter of btx_jax's own; write it for peft first: btx"
+            f" adapter export {directory} PEFT_DIR --format=peft"
         )
     is_run = (directory / DIRECTORY).is_dir() or (directory / "params").is_dir()
     if is_run or not is_huggingface(directory):

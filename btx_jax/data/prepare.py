@@ -56,6 +56,7 @@ from btx_jax.errors import Mistakes, UserError
 from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import expand
+from btx_jax.progress import bar
 from btx_jax.terminal import plain
 
 FORMAT = 3  # changes whenever the rows that the same text gives change
@@ -204,12 +205,13 @@ def _write(task: _Task, hosts: int) -> None:
     try:
         with (
             task.shards((0, hosts)) as shards,
-            tqdm(
+            bar(
                 total=None if unknown else total,
                 unit="B",
                 unit_scale=True,
                 desc=f"tokenise {plain(Path(source.where).name)}",
                 leave=False,
+                shown=is_first(),
             ) as progress,
         ):
             # TFDS refuses a split without rows.

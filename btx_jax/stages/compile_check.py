@@ -32,6 +32,7 @@ from btx_jax.costs.model import attention_flops, train_flops
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.output import new_file
+from btx_jax.progress import clock
 from btx_jax.terminal import Console
 from btx_jax.training.start import adapted_model, checked_mesh, starting_point
 from btx_jax.training.step import lower_train_step, state_shardings
@@ -150,7 +151,8 @@ def check(
         model, config.compute, config.train, mesh, config.data.sequence_length
     )
     try:
-        compiled = lowered.compile()
+        with clock("compiling"):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not _is_refused(error):
             raise

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from btx_jax import interrupts
@@ -58,6 +57,7 @@ from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
+from btx_jax.progress import Steps
 from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
 from btx_jax.rundir import claim, finish, is_resumable, look_up, recorded_config
@@ -361,13 +361,7 @@ class Loop:
             self.measure(0, state)
         elif evaluate and first not in self.heldout and self.is_evaluated(first):
             self.measure(first, state)  # the run was killed behind the save of this step
-        progress = tqdm(
-            total=train.steps,
-            initial=first,
-            desc=plain(self.workdir.name),
-            unit="step",
-            disable=not is_first(),
-        )
+        progress = Steps(plain(self.workdir.name), first, train.steps, is_first())
         sharding = batch_sharding(self.mesh)
         pending: tuple[int, Metrics] | None = None
         self.clock = time.perf_counter()
@@ -462,7 +456,7 @@ class Loop:
             lines = []
         return [*lines, f"step {steps} is kept in {self.checkpoints.path(steps)}", *self.warnings]
 
-    def log(self, step: int, metrics: Metrics, progress: tqdm, state: TrainState) -> None:
+    def log(self, step: int, metrics: Metrics, progress: Steps, state: TrainState) -> None:
         """Write one step's metrics, and warn of what they show. state: the parameters that there
         are now. Raises UserError when its loss or gradient is not finite: nothing later is
         saved."""
@@ -507,8 +501,7 @@ class Loop:
             share = mean(line["routing"]["dropped"])
             shown["dropped"] = f"{share:.1%}"
             self.tell(self.dropped.add(share))
-        progress.update(1)
-        progress.set_postfix(shown, refresh=False)
+        progress.update(shown)
 
         def heldout() -> dict[str, tuple[float, float]]:
             if not self.evaluate or 0 not in self.heldout:

@@ -78,7 +78,7 @@ def test_configs_parse_unadorned_and_tiny_and_say_command_cost_and_result(name):
     if name not in ("demo", "continual"):  # the one is tiny already, the other learns test sets
         tiny = module.get_config("tiny")
         assert tiny.stage == config.stage
-    for word in ("python -m btx_jax.launch --config=configs/" + name, "Cost:", "Expected"):
+    for word in (f"btx run {name}", "Cost:", "Expected"):
         assert word in module.__doc__, f"configs/{name}.py does not say {word!r}"
 
 
