@@ -12,7 +12,8 @@ import jax
 from jax.extend.backend import register_backend_factory
 
 DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # Cloud TPU VMs, GKE and Colab: v2 to v4; v5 on
-SET_BY_JAX = "TPU_SKIP_MDS_QUERY"  # where it finds no TPU on the PCI bus
+# By JAX, where it finds no TPU on the PCI bus, and by libtpu, wherever it is imported.
+SET_WITHOUT_ONE = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
 
 
 def has_tpu_device() -> bool:
@@ -24,7 +25,9 @@ def may_have_tpu() -> bool:
     """False where nothing hints at a TPU: no device file, and no variable of the environment that
     speaks of TPUs, as those of TPU VMs, GKE and Colab do."""
     return has_tpu_device() or any(
-        {"TPU", "LIBTPU"} & set(name.split("_")) for name in os.environ if name != SET_BY_JAX
+        {"TPU", "LIBTPU"} & set(name.split("_"))
+        for name in os.environ
+        if name not in SET_WITHOUT_ONE
     )
 
 

@@ -11,16 +11,13 @@ from btx_jax.parallel import accelerators
 from tests.conftest import ROOT
 
 
-def without_platforms():
-    return {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and "TPU" not in k}
-
-
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
     """A machine without any sign of a TPU."""
     for name in [name for name in os.environ if "TPU" in name.split("_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # as JAX sets it there
+    for name in accelerators.SET_WITHOUT_ONE:
+        monkeypatch.setenv(name, "x")
     devices = (str(tmp_path / "accel[0-9]*"), str(tmp_path / "vfio" / "[0-9]*"))
     monkeypatch.setattr(accelerators, "DEVICES", devices)
     (tmp_path / "vfio").mkdir()
@@ -89,10 +86,12 @@ GOLDEN = str(ROOT / "tests" / "checkpoints" / "golden" / "llama")
 def test_stderr_holds_nothing_but_our_line(tmp_path, module, arguments, lines):
     """With libtpu installed, as for development and on TPU machines."""
     pytest.importorskip("libtpu")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    del environment["JAX_PLATFORMS"]
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=tmp_path,
-        env={**without_platforms(), "PYTHONPATH": str(ROOT)},
+        env=environment,
         capture_output=True,
         text=True,
     )
@@ -100,3 +99,24 @@ def test_stderr_holds_nothing_but_our_line(tmp_path, module, arguments, lines):
     assert done.stderr.count("\n") == lines, done.stderr
     assert done.stderr.startswith("btx_jax: error: " if lines else "")
     assert not list(tmp_path.iterdir())
+
+
+LOADED = """
+from btx_jax.parallel.accelerators import leave_absent_tpu
+import jax
+if {leave}: leave_absent_tpu()
+assert jax.devices()[0].platform == "cpu"
+print("libtpu.so" in open("/proc/self/maps").read())
+"""
+
+
+@pytest.mark.cli
+@pytest.mark.skipif(accelerators.may_have_tpu(), reason="libtpu is to be loaded here")
+@pytest.mark.parametrize("leave", [True, False])
+def test_libtpu_is_not_even_loaded(leave):
+    pytest.importorskip("libtpu")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    del environment["JAX_PLATFORMS"]
+    command = [sys.executable, "-c", LOADED.format(leave=leave)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{not leave}\n"
