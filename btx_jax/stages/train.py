@@ -57,7 +57,7 @@ from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
-from btx_jax.progress import Steps
+from btx_jax.progress import Steps, clock
 from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
 from btx_jax.rundir import claim, finish, is_resumable, look_up, recorded_config
@@ -121,9 +121,10 @@ def run(config: Config, workdir: Path) -> None:
     )
 
     log.info("compiling the step of %s", workdir.name)
-    train_step = make_train_step(
-        model, config.compute, config.train, mesh, config.data.sequence_length
-    )
+    with clock("compiling", is_first()):
+        train_step = make_train_step(
+            model, config.compute, config.train, mesh, config.data.sequence_length
+        )
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
     try:
