@@ -31,12 +31,15 @@ def clock(told: str, shown: bool = True) -> Iterator[None]:
             while not over.wait(1):
                 running.refresh()
 
+        ticking = threading.Thread(target=tick, daemon=True)
         if not running.disable:
-            threading.Thread(target=tick, daemon=True).start()
+            ticking.start()
         try:
             yield
         finally:
             over.set()
+            if not running.disable:
+                ticking.join()
 
 
 class Steps:

@@ -1,5 +1,6 @@
 """Generate: sample text from a checkpoint."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
@@ -10,6 +11,7 @@ from btx_jax.errors import UserError
 from btx_jax.evaluation.continuation import Stream, stop_ids
 from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.parallel.sharding import inference_mesh
+from btx_jax.progress import clock
 
 
 def generate(
@@ -58,7 +60,10 @@ def generate(
     mesh = inference_mesh(found.metadata.model)
     stream = Stream(tokenizer, ids, stop)
 
+    waiting = contextlib.ExitStack()
+
     def shown(_: int, new: list[int]) -> bool:
+        waiting.close()
         show(stream.more(new))
         return stream.is_finished
 
@@ -69,5 +74,7 @@ def generate(
         mesh,
         stop_ids(found.metadata, tokenizer, ends),
     )
-    (new,) = generator.generate([ids], max_tokens, sampling, seed, shown)
+    with waiting:
+        waiting.enter_context(clock("compiling"))
+        (new,) = generator.generate([ids], max_tokens, sampling, seed, shown)
     show(stream.more(new, is_last=True))

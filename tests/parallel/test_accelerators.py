@@ -102,10 +102,14 @@ def test_stderr_holds_nothing_but_our_line(tmp_path, module, arguments, lines):
 
 
 LOADED = """
+from jax.extend.backend import register_backend_factory
+asked = []
+register_backend_factory("like_a_gpu", lambda: asked.append(1) or 1 / 0, priority=400)
 from btx_jax.parallel.accelerators import leave_absent_tpu
 import jax
 if {leave}: leave_absent_tpu()
 assert jax.devices()[0].platform == "cpu"
+assert asked
 print("libtpu.so" in open("/proc/self/maps").read())
 """
 
@@ -113,7 +117,7 @@ print("libtpu.so" in open("/proc/self/maps").read())
 @pytest.mark.cli
 @pytest.mark.skipif(accelerators.may_have_tpu(), reason="libtpu is to be loaded here")
 @pytest.mark.parametrize("leave", [True, False])
-def test_libtpu_is_not_even_loaded(leave):
+def test_libtpu_is_not_even_loaded_and_other_backends_are_asked_as_ever(leave):
     pytest.importorskip("libtpu")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     del environment["JAX_PLATFORMS"]
