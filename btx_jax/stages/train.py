@@ -102,7 +102,9 @@ def run(config: Config, workdir: Path) -> None:
     assert config.train and config.data and config.compute and config.mesh and config.checkpoint
     init, model = starting_point(config)
     mesh = checked_mesh(config, model)
-    log.info("%s: %s", workdir.name, described(model, config.compute))
+    kind = mesh.devices.flat[0].device_kind  # a TPU that was not found shows here
+    told = described(model, config.compute)
+    log.info("%s: %s, on %d x %s", workdir.name, told, mesh.size, kind)
 
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     if init is None:
