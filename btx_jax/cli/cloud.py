@@ -115,6 +115,7 @@ def submit(
 @command(panel=CLOUD, examples="btx push mixture org/my-mixture --private")
 @click.argument(
     "directory",
+    metavar="DIR",
     type=WHERE,
     help="an export, a mixture, a merged model, or an adapter of peft",
 )

@@ -31,12 +31,16 @@ HELP: dict[str, Any] = {
 }
 
 
-TRAIN, MIX, USE, CLOUD, SHELL = PANELS = (
-    *("Train", "Mix and convert", "Use and measure", "Cloud", "Shell"),
-)  # of commands
+PANELS = TRAIN, MIX, USE, CLOUD, SHELL = (  # of commands
+    "Train",
+    "Mix and convert",
+    "Use and measure",
+    "Cloud",
+    "Shell",
+)
 
 
-class Command(click.RichCommand):
+class Light(click.RichCommand):
     """A command whose help ends in examples."""
 
     def __init__(self, *args: Any, examples: str = "", **options: Any):
@@ -52,6 +56,10 @@ class Command(click.RichCommand):
             shown = Text(self.examples, overflow="fold")
             formatter.write(Panel(shown, title="Examples", title_align="left"))
 
+
+class Command(Light):
+    """One that may use JAX."""
+
     def invoke(self, ctx: click.Context) -> Any:
         from btx_jax.parallel.accelerators import leave_absent_tpu
 
@@ -60,14 +68,7 @@ class Command(click.RichCommand):
 
 
 command = functools.partial(click.command, cls=Command)
-text = functools.partial(click.option, default="", show_default=False)
-
-
-class Light(Command):
-    """A command that needs no JAX."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        return click.RichCommand.invoke(self, ctx)
+text = functools.partial(click.option, default="", show_default=False)  # an option that may be ""
 
 
 class HandedOver(Command):

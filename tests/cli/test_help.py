@@ -26,6 +26,14 @@ def commands(group=btx, words=()):
 COMMANDS = dict(commands())
 
 
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch):
+    """Whatever the terminal of the tests is like."""
+    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 def help_of(capsys, *words):
     with pytest.raises(SystemExit) as stopped:
         run([*words, "--help"])
