@@ -28,7 +28,8 @@ class ConfigName(Where):
             for name, preset in PRESETS.items()
             if name.startswith(incomplete)
         ]
-        return [*names, *super().shell_complete(ctx, param, incomplete)]
+        # In bash a file takes back what came before it.
+        return [*super().shell_complete(ctx, param, incomplete), *names]
 
 
 CONFIG = ConfigName()

@@ -158,6 +158,30 @@ def test_commands_options_presets_and_paths_are_completed(monkeypatch, capsys, w
     assert set(capsys.readouterr().out.split()) == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("btx run mat", "math_expert"), ("btx conv", "convert"), ("btx run no_such", "")],
+)
+def test_bash_itself_completes(tmp_path, words, expected):
+    program = tmp_path / "btx"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m btx_jax "$@"\n')
+    program.chmod(0o755)
+    *_, last = words.split()
+    script = (
+        'eval "$(btx completion bash)"; compopt() { :; }\n'
+        f"COMP_WORDS=({words}) COMP_CWORD={words.count(' ')}\n"
+        f"_btx_completion btx {last} x; echo ${{COMPREPLY[@]}}"
+    )
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys\nfrom btx_jax.cli.program import run\n"
