@@ -5,7 +5,7 @@ mergekit-moe, in one run.
 
 Writes three random Llamas of TinyLlama's shape (1.1B parameters, bfloat16, 2.2 GB each) under
 --folder, then in every round: copies the mixture's bytes (`cp -r` of the previous result, then
-fsync), mixes a frankenMoE with `python -m btx_jax mix`, and, when named, does the same with
+fsync), mixes a frankenMoE with `btx mix`, and, when named, does the same with
 mergekit-moe on the same recipe (gate_mode random). Both mixtures are made again from runs of our
 own that hold the same models, and a mixture is converted from Hugging Face files into a run and
 back, with the bytes that were read (rchar of /proc/self/io). Peak resident memory is the process's own

@@ -1,6 +1,5 @@
 """How every command ends when something goes wrong that a user can mend: one line, no traceback."""
 
-import argparse
 import contextlib
 import io
 import os
@@ -11,13 +10,6 @@ from typing import NoReturn
 
 from btx_jax import terminal
 from btx_jax.errors import UserError, one_line
-
-
-class Parser(argparse.ArgumentParser):
-    """Whose errors are one line as all others are, without the whole usage above."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message}; {self.prog} --help tells more")
 
 
 def fail(message: object) -> NoReturn:

@@ -13,7 +13,7 @@ MAX_TOLD = 20  # mistakes that are told at one time
 class UserError(Exception):
     """Something the user can mend: the message is one line that names the cause and the cure.
 
-    `btx_jax.launch` and `python -m btx_jax` print it without a traceback and exit with status 2.
+    `btx` and `btx_jax.launch` print it without a traceback and exit with status 2.
     """
 
 
@@ -70,7 +70,8 @@ def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def suggest(word: object, known: Iterable[str]) -> str:
-    known = tuple(known)
-    close = difflib.get_close_matches(str(word)[:MAX_WORD], known[:1000], n=1)
+    known, word = tuple(known), str(word)[:MAX_WORD]
+    begun = [other for other in known if word and other.startswith(word)]
+    close = begun or difflib.get_close_matches(word, known[:1000], n=1)
     listed = ", ".join(known[:MAX_KNOWN]) + (", ..." if len(known) > MAX_KNOWN else "")
     return (f"did you mean {close[0]!r}? " if close else "") + "known: " + listed

@@ -1,10 +1,11 @@
 """Run one config: python -m btx_jax.launch --config=configs/demo.py[:ARG] [--workdir=DIR]
 [--config.SECTION.KEY=VALUE ...]
 
-Every key of the config can be overridden on the command line. A directory that holds an unfinished
-run of the same config is resumed; a finished one is left as it is. Exit status: 0 finished, 1
---compile_topology does not fit, 2 wrong input (one line says what and how to mend it), 130 and 143
-ended by Ctrl-C and SIGTERM, in training with the step saved; a second one ends at once.
+`btx run demo[:ARG] ...` is the same, without absl's flags. Every key of the config can be
+overridden on the command line. A directory that holds an unfinished run of the same config is
+resumed; a finished one is left as it is. Exit status: 0 finished, 1 --compile_topology does not
+fit, 2 wrong input (one line says what and how to mend it), 130 and 143 ended by Ctrl-C and SIGTERM,
+in training with the step saved; a second one ends at once.
 """
 
 from btx_jax import interrupts
@@ -12,11 +13,9 @@ from btx_jax import interrupts
 if __name__ == "__main__":  # the imports below take seconds
     interrupts.end_at_once("run the same command to go on from the last checkpoint")
 
-import logging
 import os
 import re
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about the CPU it compiles for
 
@@ -24,18 +23,18 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from btx_jax import stages, terminal
+from btx_jax.cli import runs
+from btx_jax.cli.configs import split_overrides
 from btx_jax.command_line import fail, told_in_one_line
 from btx_jax.config.config_dict import from_config_dict
-from btx_jax.config.config_file import define_config, read_config
 from btx_jax.errors import UserError
-from btx_jax.parallel import hosts
-from btx_jax.paths import to_path
+from btx_jax.parallel.accelerators import leave_absent_tpu
+from btx_jax.presets.config_file import define_config, read_config
 
 FLAGS = flags.FLAGS
 try:
     _CONFIG = define_config(
-        FLAGS, told="Config file, e.g. configs/demo.py or configs/math_expert.py:tiny."
+        FLAGS, told="Config file or preset: configs/demo.py, configs/math_expert.py:tiny, btx:tiny."
     )
 except flags.Error as error:  # a --flagfile, which this reads already
     fail(error)
@@ -68,16 +67,9 @@ _PROCESS = flags.DEFINE_integer(
 )
 
 
-def default_workdir(config_file: str) -> Path:
-    """configs/math_expert.py:tiny -> runs/math_expert_tiny, and the same for `:tiny,A/B`: a path is
-    no part of the name."""
-    path, _, argument = config_file.partition(":")
-    named = ",".join(part for part in argument.split(",") if "/" not in part)
-    return Path("runs") / "_".join(filter(None, (Path(path).stem, named)))
-
-
 def parse(argv: list[str]) -> list[str]:
     """absl's flags, with wrong ones told in one line."""
+    leave_absent_tpu()
     with told_in_one_line():
         try:
             return FLAGS(argv, known_only=False)
@@ -85,7 +77,7 @@ def parse(argv: list[str]) -> list[str]:
             raise
         except BaseException as error:  # a config file can raise anything
             if file := _config_file(argv):
-                read_config(file, _overrides(argv))  # raises for what is wrong with either
+                read_config(file, split_overrides(argv)[1])  # raises for what is wrong with either
             if not isinstance(error, flags.Error | UserError):
                 raise
             raise UserError(error) from None
@@ -99,50 +91,30 @@ def _config_file(argv: list[str]) -> str:
     return ""
 
 
-def _overrides(argv: list[str]) -> list[str]:
-    """`--config.KEY=VALUE`, or `--config.KEY` and the VALUE behind it."""
-    found: list[str] = []
-    is_open = False
-    for word in argv:
-        is_override = re.match("--?(no)?config[.]", word) is not None
-        if is_override or (is_open and not word.startswith("-")):
-            found.append(word)
-        is_open = is_override and "=" not in word
-    return found
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unknown argument {argv[1]!r}; overrides look like --config.train.steps=100")
     if not FLAGS["config"].present:
-        fail("--config is missing; for example --config=configs/demo.py (--help lists all flags)")
+        fail("--config is missing; for example --config=demo (--help lists all flags)")
     file = str(config_flags.get_config_filename(FLAGS["config"]))
-    terminal.log_to(sys.stderr, logging.INFO)
-    for noisy in ("absl", "jax", "orbax", "grain", "etils"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    runs.log_to_terminal()
     with told_in_one_line():
         if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
             read_config(file)  # raises, as its file could not be read or returns something else
-        _run(file)
-
-
-def _run(file: str) -> None:
-    config = from_config_dict(_CONFIG.value)
-    workdir = (
-        to_path(_WORKDIR.value, "--workdir") if _WORKDIR.value else default_workdir(file)
-    ).resolve()
-    if _TOPOLOGY.value:
-        from btx_jax.stages import compile_check
-
-        sys.exit(0 if compile_check.run(config, workdir, _TOPOLOGY.value, _SLICES.value) else 1)
-    hosts.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    if not hosts.is_first():
-        logging.disable(logging.WARNING)  # one process tells; errors are every process's own
-    if _ONLY.value and config.stage != "pipeline":
-        raise UserError(f"--only={_ONLY.value}: {file} is no pipeline")
-    stages.run(config, workdir, **({"only": _ONLY.value} if _ONLY.value else {}))
-    if not _ONLY.value and (command := stages.next_command(config, workdir)):
-        logging.info("next: %s", command)
+        config = from_config_dict(_CONFIG.value)
+        workdir = _WORKDIR.value or ""
+        if _TOPOLOGY.value:
+            fits = runs.compiles(config, file, workdir, _TOPOLOGY.value, _SLICES.value)
+            sys.exit(0 if fits else 1)
+        runs.run(
+            config,
+            file,
+            workdir,
+            _ONLY.value,
+            _COORDINATOR.value,
+            _PROCESSES.value,
+            _PROCESS.value,
+        )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Code expert: the seed continued on source code (BTX section 4.1).
 
-    python -m btx_jax.launch --config=configs/code_expert.py --config.init=CHECKPOINT
-    python -m btx_jax.launch --config=configs/code_expert.py:tiny --config.init=runs/seed_tiny
-    python -m btx_jax.launch --config=configs/code_expert.py:from_init --config.init=RELEASED_MODEL
+    btx run code_expert --config.init=CHECKPOINT
+    btx run code_expert:tiny --config.init=runs/seed_tiny
+    btx run code_expert:from_init --config.init=RELEASED_MODEL
 
 Cost: unadorned 210B tokens, 8.5e21 FLOPs; `:tiny` a minute on 2 cores.
 Expected (paper): code tasks from 16.8 to the level of BTM's 36.6. `:tiny`: held-out code well below
 the seed's.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.expert("code", size)
+get_config = PRESETS["code_expert"].make

@@ -1,10 +1,10 @@
 """Branch-Train-MiX beside its baselines and ablations from a seed of your own: every arm from the
 same checkpoint, on the same domains.
 
-    python -m btx_jax.launch --config=configs/comparison.py
-    python -m btx_jax.launch --config=configs/comparison.py:llama2_7b,ablations
-    python -m btx_jax.launch --config=configs/comparison.py:from_init,RELEASED_MODEL,main
-    python launch/submit.py --pipeline=configs/comparison.py --backend=gke ...
+    btx run comparison
+    btx run comparison:llama2_7b,ablations
+    btx run comparison:from_init,RELEASED_MODEL,main
+    btx submit --pipeline=comparison --backend=gke ...
 
 The arms are `main`, `ablations` or `all`; `submit.py` makes every arm a job of its own.
 
@@ -13,10 +13,6 @@ Expected (paper): seed 40.7, dense 44.5, BTM 43.4, sparse upcycling 46.3 to 47.3
 tasks.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(what: str = "llama2_7b"):
-    size, *rest = what.split(",")
-    start = [rest.pop(0)] if size == recipes.FROM_INIT and rest else []
-    return recipes.comparison(",".join([size, *start]), ",".join(rest) or "main")
+get_config = PRESETS["comparison"].make

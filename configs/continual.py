@@ -1,8 +1,8 @@
 """Tasks learnt one after another on the same LoRA experts, each tried on all of them after each:
 overall performance, performance drop and backward transfer (MoLA, section 4.4).
 
-    python -m btx_jax.launch --config=configs/continual.py:arc_easy,openbook_qa,commonsense_qa
-        --workdir=runs/continual \\ --config.pipeline.arc_easy.config.init=HF_DIRECTORY
+    btx run continual:arc_easy,openbook_qa,commonsense_qa --workdir=runs/continual \\
+        --config.pipeline.arc_easy.config.init=HF_DIRECTORY
 
 The first task starts from the model named there ($BTX_DATA_DIR/seed by default), every other from
 the one before. Items come from $BTX_DATA_DIR/evals; a tenth of each, chosen by a hash, is held out
@@ -12,8 +12,6 @@ Cost: SmolLM2-135M, three tasks of 300 steps: about six hours on 2 CPU cores.
 Expected: the page's table of scores, with OP, PD and BWT in summary.json.
 """
 
-from btx_jax.presets import lora_recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(tasks: str = "arc_easy,openbook_qa,commonsense_qa"):
-    return lora_recipes.continual(tasks)
+get_config = PRESETS["continual"].make

@@ -1,7 +1,7 @@
 """Branch-Train-MiX from nothing to a report on a laptop CPU, on corpora that pip can install
 anywhere.
 
-    python -m btx_jax.launch --config=configs/demo.py [--config.rng_seed=1 --workdir=runs/demo-1]
+    btx run demo [--config.rng_seed=1 --workdir=runs/demo-1]
 
 Cost: under ten minutes on 2 CPU cores. About 2M tokens in all, 1.1M parameters a branch.
 Expected: every expert is the best of the three on its own domain; `btx` has a lower mean held-out
@@ -9,8 +9,6 @@ loss than the seed and every expert, and forgets less prose than any expert. run
 and runs/demo/report.html.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config():
-    return recipes.demo()
+get_config = PRESETS["demo"].make

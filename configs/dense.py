@@ -1,17 +1,15 @@
 """Dense baseline: the seed continued on all the data that BTX saw, without branches (BTX section
 4.2).
 
-    python -m btx_jax.launch --config=configs/dense.py --config.init=CHECKPOINT
-    python -m btx_jax.launch --config=configs/dense.py:tiny --config.init=runs/seed_tiny
-    python -m btx_jax.launch --config=configs/dense.py:from_init --config.init=RELEASED_MODEL
+    btx run dense --config.init=CHECKPOINT
+    btx run dense:tiny --config.init=runs/seed_tiny
+    btx run dense:from_init --config.init=RELEASED_MODEL
 
 Cost: unadorned 533B tokens, 2.2e22 FLOPs; `:tiny` four minutes on 2 cores.
 Expected (paper): 44.5 on 12 tasks, between the seed's 40.7 and BTX's 47.9. Domain text and mix are
 interleaved, not in sequence.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.dense(size)
+get_config = PRESETS["dense"].make

@@ -1,16 +1,13 @@
 """Evaluate: held-out loss of every model on every domain.
 
-    python -m btx_jax.launch --config=configs/evaluate.py:tiny
-    python -m btx_jax.launch --config=configs/evaluate.py:tiny
-    --config.evaluate.models.seed=CHECKPOINT
-    python -m btx_jax.launch --config=configs/evaluate.py:from_init,RELEASED_MODEL
+    btx run evaluate:tiny
+    btx run evaluate:tiny --config.evaluate.models.seed=CHECKPOINT
+    btx run evaluate:from_init,RELEASED_MODEL
 
 Cost: forward passes over the held-out text; under a minute at `:tiny`.
 Expected: runs/evaluate_tiny/results.json.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.evaluate(size)
+get_config = PRESETS["evaluate"].make

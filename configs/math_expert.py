@@ -1,17 +1,14 @@
 """Maths expert: the seed continued on mathematical text (BTX section 4.1).
 
-    python -m btx_jax.launch --config=configs/math_expert.py --config.init=CHECKPOINT
-    python -m btx_jax.launch --config=configs/math_expert.py:tiny --config.init=runs/seed_tiny
-    [--config.data.train=FILES]
-    python -m btx_jax.launch --config=configs/math_expert.py:from_init --config.init=RELEASED_MODEL
+    btx run math_expert --config.init=CHECKPOINT
+    btx run math_expert:tiny --config.init=runs/seed_tiny [--config.data.train=FILES]
+    btx run math_expert:from_init --config.init=RELEASED_MODEL
 
 Cost: unadorned 201B tokens, 8.1e21 FLOPs: about 65 hours on 256 TPU v5p chips at 30 % MFU, by
 arithmetic. `:tiny` a minute on 2 cores. Expected (paper): 8.6 -> 18 or more on its maths tasks.
 `:tiny`: held-out maths well below the seed's.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.expert("math", size)
+get_config = PRESETS["math_expert"].make

@@ -1,17 +1,14 @@
 """Mix: three experts and their seed become one MoE (BTX section 3.1).
 
-    python -m btx_jax.launch --config=configs/mix.py
-    python -m btx_jax.launch --config=configs/mix.py:from_init,RELEASED_MODEL
-    python -m btx_jax.launch --config=configs/mix.py:tiny
-    --config.mix.experts="('A','B','C','SEED')"
+    btx run mix
+    btx run mix:from_init,RELEASED_MODEL
+    btx run mix:tiny --config.mix.experts="('A','B','C','SEED')"
 
 Cost: seconds at `:tiny`; at 7B, reading four checkpoints of 27 GB onto the mesh.
 Expected: 4 x 7B gives 19.72B parameters, 11.07B active with Top-2. Not useful before it is
 finetuned: the router is random.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.mix(size)
+get_config = PRESETS["mix"].make

@@ -1,10 +1,9 @@
 """MoE finetune: the mixture trained on all domains together (BTX section 3.2), Top-2 with load
 balancing.
 
-    python -m btx_jax.launch --config=configs/moe_finetune.py --config.init=runs/mix
-    python -m btx_jax.launch --config=configs/moe_finetune.py:from_init --config.init=MIXTURE
-    python -m btx_jax.launch --config=configs/moe_finetune.py:tiny
-    --config.init=runs/mix_tiny
+    btx run moe_finetune --config.init=runs/mix
+    btx run moe_finetune:from_init --config.init=MIXTURE
+    btx run moe_finetune:tiny --config.init=runs/mix_tiny
 
 `from_init` takes a mixture of any size and number of experts, on one machine.
 
@@ -13,8 +12,6 @@ Expected (paper): 47.9 on 12 tasks, seed 40.7. `:tiny`: mean held-out loss below
 every expert's.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.moe_finetune(size)
+get_config = PRESETS["moe_finetune"].make

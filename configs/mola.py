@@ -1,11 +1,9 @@
 """MoLA: LoRA experts, more of them in higher layers, on a frozen Hugging Face Llama, trained on a
 question-answering set.
 
-    python -m btx_jax.launch --config=configs/mola.py:arc_easy --config.init=HF_DIRECTORY
-    --workdir=runs/mola --config.lora.allocation=triangle:160 --config.lora.rank='(4,)'
-    --config.train.steps=1000
-    python -m btx_jax.launch --config=configs/mola.py:tiny    # on runs/seed_tiny, from
-    configs/seed.py:tiny; or :from_init
+    btx run mola:arc_easy --config.init=HF_DIRECTORY --config.train.steps=1000 \\
+        --config.lora.allocation=triangle:160 --config.lora.rank='(4,)'
+    btx run mola:tiny    # on runs/seed_tiny, from btx run seed:tiny; or :from_init
 
 Also commonsense_qa, gsm8k, openbook_qa, piqa; read from $BTX_DATA_DIR/evals. For data of your own
 see data.formats.
@@ -16,8 +14,6 @@ Expected: held-out loss of the answers falls; the base stays as it is, a checkpo
 experts alone.
 """
 
-from btx_jax.presets import lora_recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(task: str = "arc_easy"):
-    return lora_recipes.mola(task)
+get_config = PRESETS["mola"].make

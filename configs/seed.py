@@ -1,7 +1,7 @@
 """Seed: a Llama trained from scratch.
 
-    python -m btx_jax.launch --config=configs/seed.py:tiny
-    python -m btx_jax.launch --config=configs/seed.py:from_init --config.init=CHECKPOINT
+    btx run seed:tiny
+    btx run seed:from_init --config.init=CHECKPOINT
 
 Cost: `:tiny` (1.1M parameters, 0.8M tokens) two to three minutes on 2 CPU cores. Unadorned:
 Llama-2-7B on 2T tokens, which nobody should repeat; start the experts from a released checkpoint
@@ -9,8 +9,6 @@ instead.
 Expected (`:tiny`): held-out prose below 3.9 nats per token.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.seed(size)
+get_config = PRESETS["seed"].make

@@ -1,15 +1,13 @@
 """Knowledge expert: the seed continued on Wikipedia (BTX section 4.1); tiny, on the World Factbook.
 
-    python -m btx_jax.launch --config=configs/wiki_expert.py --config.init=CHECKPOINT
-    python -m btx_jax.launch --config=configs/wiki_expert.py:tiny --config.init=runs/seed_tiny
-    python -m btx_jax.launch --config=configs/wiki_expert.py:from_init --config.init=RELEASED_MODEL
+    btx run wiki_expert --config.init=CHECKPOINT
+    btx run wiki_expert:tiny --config.init=runs/seed_tiny
+    btx run wiki_expert:from_init --config.init=RELEASED_MODEL
 
 Cost: unadorned 42B tokens, 1.7e21 FLOPs; `:tiny` a minute on 2 cores.
 Expected: held-out text of the domain well below the seed's.
 """
 
-from btx_jax.presets import recipes
+from btx_jax.presets.registry import PRESETS
 
-
-def get_config(size: str = "llama2_7b"):
-    return recipes.expert("wiki", size)
+get_config = PRESETS["wiki_expert"].make

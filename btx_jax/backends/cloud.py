@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 from btx_jax.errors import UserError
 
-MOUNT = "/mnt/btx"  # the bucket, on every machine of every job
-
 
 @dataclass(frozen=True)
 class Place:
-    """bucket: gs://NAME, mounted with Cloud Storage FUSE at MOUNT; text and checkpoints are read
-    from it, runs are written to it.
+    """bucket: gs://NAME, or a directory of it; text and checkpoints are read from its data/, runs
+    are written to its runs/.
     source: the git URL that machines install btx_jax from. run: a name for this pipeline's jobs.
     spot: machines that may be taken away.
     """
@@ -34,18 +32,16 @@ class Place:
                 " finished-markers live"
             )
 
-    @property
-    def bucket_name(self) -> str:
-        return self.bucket.removeprefix("gs://").rstrip("/")
+    def path(self, *names: str) -> str:
+        return "/".join((self.bucket.rstrip("/"), *names))
+
+    def shell(self, command: Sequence[str]) -> str:
+        """The command with its environment, as one line of shell."""
+        return f"BTX_DATA_DIR={shlex.quote(self.path('data'))} {shlex.join(command)}"
 
     def job_name(self, stage: str) -> str:
         """Lower case and dashes: what every engine takes as a name."""
         return f"{self.run}-{stage}".lower().replace("_", "-")
-
-
-def shell(command: Sequence[str]) -> str:
-    """The command with its environment, as one line of shell."""
-    return f"BTX_DATA_DIR={MOUNT}/data {shlex.join(command)}"
 
 
 def ask(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess:

@@ -2,14 +2,13 @@
 when a queue is named.
 
 JobSet restarts a slice as a whole when one of its hosts is taken away; the run resumes from its
-last checkpoint. TPU node labels and
-Cloud Storage FUSE annotations: cloud.google.com/kubernetes-engine/docs, "TPUs in GKE" and "Cloud
-Storage FUSE CSI driver".
+last checkpoint. TPU node labels: cloud.google.com/kubernetes-engine/docs, "TPUs in GKE". The pods'
+service account gives them the bucket.
 """
 
 import yaml
 
-from btx_jax.backends.cloud import MOUNT, Place, ask, require, shell
+from btx_jax.backends.cloud import Place, ask, require
 from btx_jax.backends.jobs import CHIPS_PER_HOST, Job, parse_topology
 
 ACCELERATORS = {
@@ -55,10 +54,9 @@ class Gke:
             "command": [
                 "bash",
                 "-c",
-                f"exec env {shell(job.command)}",
+                f"exec env {place.shell(job.command)}",
             ],  # exec: SIGTERM reaches the run, which saves its step
             "resources": resources,
-            "volumeMounts": [{"name": "bucket", "mountPath": MOUNT}],
         }
         pod = {
             "restartPolicy": "Never",
@@ -66,25 +64,13 @@ class Gke:
             "terminationGracePeriodSeconds": 300,
             "serviceAccountName": "btx",
             "containers": [container],
-            "volumes": [
-                {
-                    "name": "bucket",
-                    "csi": {
-                        "driver": "gcsfuse.csi.storage.gke.io",
-                        "volumeAttributes": {
-                            "bucketName": place.bucket_name,
-                            "mountOptions": "implicit-dirs",
-                        },
-                    },
-                }
-            ],
         }
         job_spec = {
             "parallelism": hosts,
             "completions": hosts,
             "completionMode": "Indexed",
             "backoffLimit": 0,
-            "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod},
+            "template": {"spec": pod},
         }
         metadata: dict = {
             "name": name,

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from btx_jax.config.config import Config
-from btx_jax.config.config_file import read_config
 from btx_jax.errors import ConfigError, UserError
+from btx_jax.presets.config_file import read_config
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,12 @@ class Backend(Protocol):
 
 
 def load_pipeline(file: str, overrides: Sequence[str] = ()) -> Config:
-    """configs/btx.py[:ARG] -> its pipeline config. Raises ConfigError when it is none, and with all
-    that is wrong with it."""
+    """A config file or preset -> its pipeline config. Raises ConfigError when it is none, and with
+    all that is wrong with it."""
     config = read_config(file, overrides, "--pipeline")
     if config.pipeline is None:
         raise ConfigError(
-            f"--pipeline={file}: its stage is {config.stage!r}, not a pipeline; run it with"
-            " btx_jax.launch"
+            f"--pipeline={file}: its stage is {config.stage!r}, not a pipeline; run it with btx run"
         )
     return config
 

@@ -1,8 +1,7 @@
 """One queued resource per stage (gcloud compute tpus queued-resources): a TPU VM slice that comes
 when there is room for it.
 
-Every host of the slice runs a start-up script: mount the bucket, install btx_jax, run the stage,
-and, once done.json is there, delete the slice. The script runs again when a machine restarts, and
+Every host of the slice runs a start-up script: install btx_jax, run the stage, and, once done.json is there, delete the slice. The script runs again when a machine restarts, and
 the run resumes. A slice that is taken away leaves its request SUSPENDED; the submitter, while it
 runs, makes the request anew. A stage that fails leaves its slice up, to be looked at: the bill runs
 on.
@@ -13,7 +12,7 @@ import shlex
 import tempfile
 from pathlib import Path
 
-from btx_jax.backends.cloud import MOUNT, Place, ask, require, shell
+from btx_jax.backends.cloud import Place, ask, require
 from btx_jax.backends.jobs import Job, parse_topology
 from btx_jax.errors import UserError
 from btx_jax.rundir import DONE
@@ -30,24 +29,15 @@ RUNTIMES = {
 
 STARTUP = """#!/bin/bash
 set -euo pipefail
-export DEBIAN_FRONTEND=noninteractive
-if ! command -v gcsfuse > /dev/null; then
-  echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -c -s) main" \\
-    > /etc/apt/sources.list.d/gcsfuse.list
-  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg > /usr/share/keyrings/cloud.google.asc
-  apt-get update -q && apt-get install -q -y gcsfuse git
-fi
 # The machines' own Python is 3.10.
 command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR=/usr/local/bin sh
-mkdir -p {mount}
-mountpoint -q {mount} || gcsfuse --implicit-dirs --rename-dir-limit 100000 {bucket} {mount}
 [ -d /opt/btx_jax ] || git clone {source} /opt/btx_jax
 cd /opt/btx_jax
 [ -x .venv/bin/python ] || uv venv -q --python 3.11 .venv
-uv pip install -q --python .venv/bin/python -e '.[tpu]'
+uv pip install -q --python .venv/bin/python -e '.[tpu,gcs]'
 {command}
 # Process 0 writes the mark; the slice must not go before it has.
-until [ -f {done} ]; do sleep 10; done
+until gcloud storage ls {done} > /dev/null 2>&1; do sleep 10; done
 gcloud compute tpus queued-resources delete {name} --zone={zone}{project} --force --quiet --async
 """
 
@@ -137,10 +127,8 @@ class QueuedResources:
     def _startup(self, job: Job) -> str:
         place = self.place
         return STARTUP.format(
-            mount=MOUNT,
-            bucket=shlex.quote(place.bucket_name),
             source=shlex.quote(place.source),
-            command=shell((".venv/bin/python", *job.command[1:])),
+            command=place.shell((".venv/bin/python", *job.command[1:])),
             done=shlex.quote(f"{job.workdir}/{job.name}/{DONE}"),
             name=place.job_name(job.name),
             zone=place.zone,

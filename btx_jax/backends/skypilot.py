@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from btx_jax.backends.cloud import MOUNT, Place, ask, require, shell
+from btx_jax.backends.cloud import Place, ask, require
 from btx_jax.backends.jobs import Job, parse_topology
 from btx_jax.errors import UserError
 
@@ -31,7 +31,7 @@ cd btx_jax
 export PATH="$HOME/.local/bin:$PATH"
 command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR="$HOME/.local/bin" sh
 [ -x .venv/bin/python ] || uv venv -q --python 3.11 .venv
-uv pip install -q --python .venv/bin/python -e '.[tpu]'
+uv pip install -q --python .venv/bin/python -e '.[tpu,gcs]'
 """
 
 
@@ -93,7 +93,6 @@ class SkyPilot:
         return {
             "name": place.job_name(job.name),
             "resources": resources,
-            "file_mounts": {MOUNT: {"source": place.bucket, "mode": "MOUNT"}},
             "setup": SETUP.format(source=shlex.quote(place.source)),
-            "run": f"cd btx_jax\n{shell(('.venv/bin/python', *job.command[1:]))}\n",
+            "run": f"cd btx_jax\n{place.shell(('.venv/bin/python', *job.command[1:]))}\n",
         }

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from btx_jax import buckets, hub
 from btx_jax.architectures.layout import rows
@@ -61,6 +60,7 @@ from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.output import new_directory
 from btx_jax.parallel.sharding import param_shardings
 from btx_jax.paths import refuse_links_out, to_path
+from btx_jax.progress import bar
 from btx_jax.rundir import has_begun, has_finished
 
 log = logging.getLogger(__name__)
@@ -321,7 +321,7 @@ def base_of(checkpoint: Checkpoint) -> Base:
     reader = open_reader(checkpoint)
     hashes = {
         tensor: hashlib.sha256(np.ascontiguousarray(reader.read(tensor), "<f4").data).hexdigest()
-        for tensor in reader.slots
+        for tensor in bar(reader.slots, desc="digest of the base", unit="tensor", leave=False)
     }
     reader.check()
     return Base(str(checkpoint.path), base_digest(hashes))
@@ -398,7 +398,7 @@ def write_checkpoint(
         with ThreadPoolExecutor(AHEAD) as workers:
             made = collections.deque(workers.submit(make, tensor) for tensor in tensors[:AHEAD])
             try:
-                progress = tqdm(tensors, desc=verb, unit="tensor", disable=None)
+                progress = bar(tensors, desc=verb, unit="tensor")
                 for number, tensor in enumerate(progress):
                     array, finite = made.popleft().result()
                     if not finite:
@@ -433,7 +433,7 @@ def digest(params: Params) -> str:
     (little-endian, C order) of each."""
     leaves = named_leaves(params)
     total = hashlib.sha256()
-    for name in sorted(leaves):
+    for name in bar(sorted(leaves), desc="digest", unit="array", leave=False):
         array = np.ascontiguousarray(np.asarray(leaves[name]))
         total.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
         total.update(array.tobytes())

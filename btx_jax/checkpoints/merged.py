@@ -106,7 +106,7 @@ def _with_lora(model: str, lora: str, key: str) -> Source:
         if spec.lora and spec.lora.has_router:
             raise UserError(
                 f"{key}: what the routers of {lora} choose cannot be merged into weights; fix it"
-                f" first: python -m btx_jax adapter merge {lora} MERGED --gates=mean, and name"
+                f" first: btx adapter merge {lora} MERGED --gates=mean, and name"
                 " MERGED"
             )
     for note in notes:

@@ -7,7 +7,7 @@ until it ends.
 
 Beside files of ours lies model.xxh3.json: {tensor: xxh3 of its bytes}, so that a tensor is checked
 where it is read whole, at the speed of memory, not of sha256 over whole files. Where several
-processes read parts of tensors, those are not checked: `python -m btx_jax verify` checks all.
+processes read parts of tensors, those are not checked: `btx verify` checks all.
 """
 
 import hashlib

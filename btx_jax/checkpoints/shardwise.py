@@ -12,7 +12,8 @@ from jax.experimental import multihost_utils
 
 from btx_jax.architectures.tensors import Range, Reader, Region, Slot, TensorId
 from btx_jax.models.llama import Params
-from btx_jax.parallel.hosts import by_all
+from btx_jax.parallel.hosts import by_all, is_first
+from btx_jax.progress import bar
 
 _ALIGNMENT = 64  # bytes: XLA takes what lies so on the CPU without a copy
 
@@ -43,6 +44,9 @@ def assemble(
 
     def read_all() -> Params:
         held: dict[tuple[str, ...], list[TensorId]] = {}
+        progress = bar(
+            total=len(slots), desc="reading", unit="tensor", leave=False, shown=is_first()
+        )
         for tensor, slot in slots.items():
             held.setdefault(slot.path, []).append(tensor)
 
@@ -60,6 +64,7 @@ def assemble(
                     data = np.ascontiguousarray(whole, "<f4").data
                     own[tensor] = hashlib.sha256(data).hexdigest()
                 _fill(parts, reader, tensor, slots[tensor], whole)
+                progress.update()
             return jax.make_array_from_callback(
                 target.shape,
                 target.sharding,
@@ -67,7 +72,8 @@ def assemble(
                 target.dtype,
             )
 
-        params = jax.tree_util.tree_map_with_path(leaf, abstract)
+        with progress:
+            params = jax.tree_util.tree_map_with_path(leaf, abstract)
         reader.check()
         return params
 

@@ -29,7 +29,6 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import linen as nn
 from orbax.checkpoint._src.serialization import tensorstore_utils
-from tqdm import tqdm
 
 from btx_jax import hub_names
 from btx_jax.architectures.tensors import Region, Slot, TensorId, slots
@@ -45,6 +44,8 @@ from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, partition
 from btx_jax.output import remove
 from btx_jax.parallel.hosts import is_first
+from btx_jax.progress import bar, clock
+from btx_jax.terminal import plain
 
 DIRECTORY = "checkpoints"
 FINISHED = "commit_success.txt"  # Orbax writes it into a step on a bucket, last
@@ -452,7 +453,8 @@ def _item_metadata(path: Path, item: str) -> Any:
 
 def _restore_item(path: Path, item: str, abstract: Any) -> Any:
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        told = plain(f"reading {path / item}")
+        with clock(told, is_first()), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(str((path / item).resolve()), abstract)
     except Exception as error:  # Orbax passes on whatever its storage raises
         raise _unreadable(path, item, error) from error
@@ -649,7 +651,7 @@ def verify_item(path: Path, item: str) -> str:
         _read_json(path, item)
         return "checksum" if SEAL in _json(path, item) else "no checksum was written"
     names, nbytes, problems = list(named_leaves(_item_metadata(path, item))), 0, []
-    for name in tqdm(names, desc=f"{path.name}/{item}", unit="array", disable=None, leave=False):
+    for name in bar(names, desc=f"{path.name}/{item}", unit="array", leave=False):
         store = _open(path, item, name)
         nbytes += store.size * store.dtype.numpy_dtype.itemsize
         for part in _parts(store):

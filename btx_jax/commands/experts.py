@@ -33,7 +33,7 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
     """
     mistakes = Mistakes()
     for option, value, bound in (
-        ("--router_std", router_std, Range(0, 1e3)),
+        ("--router-std", router_std, Range(0, 1e3)),
         ("--seed", seed, Range(0, 2**63 - 1)),
     ):
         if problem := bound.problem(value):
@@ -146,9 +146,7 @@ def drop(mixture: str, expert: int, target: str) -> str:
 
 def _moe(model: ModelConfig, path: str) -> ModelConfig:
     if model.moe is None:
-        raise UserError(
-            f"MIXTURE: {path} is a dense model; make a mixture with `python -m btx_jax mix`"
-        )
+        raise UserError(f"MIXTURE: {path} is a dense model; make a mixture with `btx mix`")
     return model
 
 

@@ -1,5 +1,6 @@
 """Generate: sample text from a checkpoint."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_for_inference
@@ -10,6 +11,7 @@ from btx_jax.errors import UserError
 from btx_jax.evaluation.continuation import Stream, stop_ids
 from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.parallel.sharding import inference_mesh
+from btx_jax.progress import clock
 
 
 def generate(
@@ -48,17 +50,20 @@ def generate(
     if "" in stop:
         raise UserError("--stop: an empty string would end every text at once; leave it out")
     if max_tokens < 1:
-        raise UserError(f"--max_tokens={max_tokens}: must be at least 1")
+        raise UserError(f"--max-tokens={max_tokens}: must be at least 1")
     context = found.metadata.model.context
     if len(ids) + max_tokens > context:
         raise UserError(
-            f"--max_tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context"
+            f"--max-tokens: {len(ids)} prompt tokens and {max_tokens} new ones exceed the context"
             f" of {context}; lower it"
         )
     mesh = inference_mesh(found.metadata.model)
     stream = Stream(tokenizer, ids, stop)
 
+    waiting = contextlib.ExitStack()
+
     def shown(_: int, new: list[int]) -> bool:
+        waiting.close()
         show(stream.more(new))
         return stream.is_finished
 
@@ -69,5 +74,7 @@ def generate(
         mesh,
         stop_ids(found.metadata, tokenizer, ends),
     )
-    (new,) = generator.generate([ids], max_tokens, sampling, seed, shown)
+    with waiting:
+        waiting.enter_context(clock("compiling"))
+        (new,) = generator.generate([ids], max_tokens, sampling, seed, shown)
     show(stream.more(new, is_last=True))

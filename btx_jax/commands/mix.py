@@ -206,8 +206,7 @@ def _require_alike(
     path, model = checkpoint.path, base.metadata.model
     if checkpoint.metadata.model.moe:
         raise UserError(
-            f"{path} is a mixture already; mix dense models, or see `python -m btx_jax expert"
-            " --help`"
+            f"{path} is a mixture already; mix dense models, or see `btx expert --help`"
         )
     other = within(checkpoint.metadata.model, model.context, model.window)
     differing = [

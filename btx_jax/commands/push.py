@@ -77,12 +77,12 @@ def _checked(directory: Path) -> list[str]:
         raise UserError(f"DIR: {directory} is no directory")
     if (directory / adapter.ABOUT).is_file():
         raise UserError(
-            f"DIR: {directory} is an adapter of btx_jax's own; write it for peft first: python -m"
-            f" btx_jax adapter export {directory} PEFT_DIR --format=peft"
+            f"DIR: {directory} is an adapter of btx_jax's own; write it for peft first: btx"
+            f" adapter export {directory} PEFT_DIR --format=peft"
         )
     is_run = (directory / DIRECTORY).is_dir() or (directory / "params").is_dir()
     if is_run or not is_huggingface(directory):
-        cure = f"python -m btx_jax convert {directory} HF_DIR"
+        cure = f"btx convert {directory} HF_DIR"
         raise UserError(f"DIR: {directory} is no Hugging Face directory; make one: {cure}")
     refuse_links_out(directory)
     check_sums(directory)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from btx_jax import hub, hub_names
 from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints import adapter, peft_config
@@ -16,6 +14,7 @@ from btx_jax.checkpoints.huggingface import HuggingFaceReader, is_huggingface
 from btx_jax.checkpoints.safetensors_files import DTYPES, SafetensorsFile, read_checksums
 from btx_jax.checkpoints.training_state import DIRECTORY, items_of, quiet, steps_of, verify_item
 from btx_jax.errors import UserError
+from btx_jax.progress import bar
 from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import bad_lines, parts
 from btx_jax.rundir import CONFIG
@@ -119,7 +118,7 @@ def _sums(directory: Path) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(SUMS, str(error), False)
         return
-    for name in tqdm(names, desc=SUMS, unit="file", disable=None, leave=False):
+    for name in bar(names, desc=SUMS, unit="file", leave=False):
         yield _check(name, lambda name=name: check(name))  # type: ignore[misc]
 
 
@@ -135,13 +134,13 @@ def _blobs(directory: Path) -> Iterator[Finding]:
 
     links = [path for path in directory.iterdir() if path.is_symlink()]
     large = [path for path in links if len(os.path.basename(os.readlink(path))) == 64]
-    for path in tqdm(sorted(large), desc="sha256", unit="file", disable=None, leave=False):
+    for path in bar(sorted(large), desc="sha256", unit="file", leave=False):
         yield _check(path.name, lambda path=path: check(path))  # type: ignore[misc]
 
 
 def _model(directory: Path) -> str:
     reader = HuggingFaceReader(directory)
-    for tensor in tqdm(reader.slots, desc="reading", unit="tensor", disable=None, leave=False):
+    for tensor in bar(reader.slots, desc="reading", unit="tensor", leave=False):
         reader.read(tensor)
     reader.check()
     how = "checksums" if read_checksums(directory) else "no checksums are there; structure"

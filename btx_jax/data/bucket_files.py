@@ -1,5 +1,4 @@
-"""Files of text on a bucket: of a Parquet file only the columns that are wanted are fetched, all
-else is copied to the local disk."""
+"""Files of text on a bucket, read where they lie: of Parquet only the columns that are wanted."""
 
 import dataclasses
 import glob
@@ -10,18 +9,16 @@ from typing import Any, BinaryIO, cast
 from btx_jax import buckets
 from btx_jax.errors import UserError
 
-AHEAD = 2**20  # bytes that are fetched at a time
+AHEAD = 2**23  # bytes that are fetched at a time where a file is read from end to end
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketFile:
-    """version: another one whenever its content is. local: where it was copied to, None for one
-    that is read over the network."""
+    """version: another one whenever its content is."""
 
     path: Path
     size: int
     version: str
-    local: Path | None = None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -36,18 +33,11 @@ class BucketFile:
 
     def open(self, in_pieces: bool = False) -> BinaryIO:
         """in_pieces: only what is read is fetched, for a reader that knows what it wants."""
-        if self.local:
-            return self.local.open("rb")
         kind = "none" if in_pieces else "readahead"
         opened = cast(Any, self.path).fs.open(
             buckets.key_of(self.path), "rb", block_size=AHEAD, cache_type=kind
         )
         return cast(BinaryIO, opened)
-
-    def downloaded(self) -> "BucketFile":
-        """The same on the local disk: for a file that is read whole and more than once."""
-        copy = buckets.local_copy(self.path.parent, lambda name: name == self.name)
-        return dataclasses.replace(self, local=copy / self.name)
 
     def stamp(self) -> list[Any]:
         """What changes when its content does."""

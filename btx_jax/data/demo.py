@@ -23,6 +23,7 @@ from pathlib import Path
 from btx_jax.data.sentencepiece_models import train_sentencepiece
 from btx_jax.errors import UserError, suggest
 from btx_jax.output import new_file
+from btx_jax.progress import bar
 
 CORPUS_BYTES = 1_500_000  # of each corpus
 VOCAB_SIZE = 2048
@@ -215,6 +216,7 @@ def _write(texts: Iterator[str], target: Path) -> None:
         new_file(target) as partial,
         partial.open("wb") as raw,
         gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,
+        bar(total=CORPUS_BYTES, desc=f"making {target.name}", unit="B", leave=False) as progress,
     ):
         size = 0
         for text in texts:
@@ -222,6 +224,7 @@ def _write(texts: Iterator[str], target: Path) -> None:
                 break
             size += len(text.encode())
             file.write(json.dumps({"text": text}).encode() + b"\n")
+            progress.update(len(text.encode()))
 
 
 def tokenizer(cache: Path) -> Path:

@@ -24,6 +24,7 @@ from btx_jax.config.config import DataConfig
 from btx_jax.data import demo, documents
 from btx_jax.data.documents import Columns
 from btx_jax.data.files import COMPRESSIONS, File, size_of
+from btx_jax.data.hub_files import HubFile
 from btx_jax.data.prepared import (
     PreparedDomain,
     PreparedSource,
@@ -55,6 +56,7 @@ from btx_jax.errors import Mistakes, UserError
 from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import to_path
+from btx_jax.progress import bar
 from btx_jax.terminal import plain
 
 FORMAT = 3  # changes whenever the rows that the same text gives change
@@ -157,11 +159,9 @@ def _stamp(file: Path) -> list[Any]:
 
 
 def _at_hand(file: File) -> File:
-    """As it is best read: of files of the Hub and of buckets, columns of Parquet over the network,
-    all else downloaded."""
-    if isinstance(file, Path) or file.suffix == ".parquet":
-        return file
-    return file.downloaded()
+    """As it is best read: of the Hub's files, columns of Parquet over the network, all else
+    downloaded."""
+    return file.downloaded() if isinstance(file, HubFile) and file.suffix != ".parquet" else file
 
 
 def _sha256(file: File) -> str:
@@ -203,12 +203,13 @@ def _write(task: _Task, hosts: int) -> None:
     try:
         with (
             task.shards((0, hosts)) as shards,
-            tqdm(
+            bar(
                 total=None if unknown else total,
                 unit="B",
                 unit_scale=True,
                 desc=f"tokenise {plain(Path(source.where).name)}",
                 leave=False,
+                shown=is_first(),
             ) as progress,
         ):
             # TFDS refuses a split without rows.

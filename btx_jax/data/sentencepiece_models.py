@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from btx_jax.errors import UserError
 from btx_jax.output import new_file
+from btx_jax.progress import clock
 
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2  # of trainer_spec.model_type; 3 and 4 are words and characters
@@ -114,7 +115,11 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> 
         raise UserError(f"{target} exists; delete it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with new_file(target) as partial, partial.open("wb") as writer:
+        with (
+            clock("training the tokenizer"),
+            new_file(target) as partial,
+            partial.open("wb") as writer,
+        ):
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_pieces(texts),
                 model_writer=writer,

@@ -18,8 +18,9 @@ from btx_jax.evaluation.routing import RoutingSums, routing_sums
 from btx_jax.models.layers import on_mesh, platform_kernels
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.models.routing import feed_forward_routing, lora_routing
-from btx_jax.parallel.hosts import put
+from btx_jax.parallel.hosts import is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
+from btx_jax.progress import bar
 from btx_jax.training.losses import next_token_targets, token_nll
 
 Rows = Mapping[str, np.ndarray]  # tokens, segments: [rows, T + 1] int32; bytes: [rows]
@@ -99,7 +100,8 @@ def token_losses(
     count = len(rows["tokens"])
     losses, total = [], None
     gates: dict[str, GateSums] = {}
-    for start in range(0, count, batch_size):
+    starts = range(0, count, batch_size)
+    for start in bar(starts, desc="held-out", unit="batch", leave=False, shown=is_first()):
         batch = [rows[name][start : start + batch_size] for name in ("tokens", "segments")]
         batch = [np.pad(x, ((0, batch_size - len(x)), (0, 0))) for x in batch]
         nll, runs, chosen = jax.device_get(

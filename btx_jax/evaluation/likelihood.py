@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
@@ -17,6 +16,7 @@ from btx_jax.models.layers import on_mesh
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.parallel.hosts import is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
+from btx_jax.progress import bar
 from btx_jax.training.losses import token_scores
 
 BUCKET = 64  # widths are multiples of it, so that few shapes are compiled
@@ -97,7 +97,7 @@ class Scorer:
             range(len(rows)), key=lambda i: -len(rows[i][0])
         )  # longest first: what does not fit fails at once
         results: list[Any] = [None] * len(rows)
-        with tqdm(total=len(rows), desc=name, unit="pair", disable=not is_first()) as progress:
+        with bar(total=len(rows), desc=name, unit="pair", shown=is_first()) as progress:
             for start in range(0, len(order), self._batch_size):
                 chosen = order[start : start + self._batch_size]
                 for i, log_p, greedy in zip(

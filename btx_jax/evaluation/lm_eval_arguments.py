@@ -25,9 +25,7 @@ _ARGUMENTS = {
     "backend": Elsewhere(("default", "causal"), "only decoders are read; leave it out"),
     "revision": Elsewhere(("main",), "name it behind the model: checkpoint=org/name@REVISION"),
     "subfolder": Elsewhere(("",), "name the folder itself: checkpoint=DIR/SUBFOLDER"),
-    "peft": Elsewhere(
-        (), "make a checkpoint of it: python -m btx_jax adapter import, then adapter merge"
-    ),
+    "peft": Elsewhere((), "make a checkpoint of it: btx adapter import, then adapter merge"),
     "delta": Elsewhere((), "add the weights first and name the result as checkpoint"),
     "gguf_file": Elsewhere((), "only safetensors are read; convert it first"),
     "autogptq": _QUANTISED,

@@ -1,7 +1,7 @@
 """A model class for lm-evaluation-harness (`pip install lm_eval`): any of its tasks on any
 checkpoint, without torch. What its `hf` model does is the rule, argument by argument.
 
-lm_eval finds models by what has been imported, so `python -m btx_jax lm_eval ...` imports this
+lm_eval finds models by what has been imported, so `btx lm-eval ...` imports this
 module and hands over to its command line; in Python, import it before `lm_eval.simple_evaluate`.
 """
 
@@ -26,7 +26,6 @@ from lm_eval.utils import (
     make_disjoint_window,
     simple_parse_args_string,
 )
-from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import (
     Checkpoint,
@@ -55,6 +54,7 @@ from btx_jax.evaluation.lm_eval_arguments import (
 from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.parallel.hosts import is_first
 from btx_jax.parallel.sharding import inference_mesh
+from btx_jax.progress import bar
 
 log = logging.getLogger(__name__)
 
@@ -318,8 +318,10 @@ class BtxJaxLM(TemplateLM):
             settings = generation(options, self._new_tokens)
             alike.setdefault(settings, []).append(number)
         texts = [""] * len(requests)
-        with tqdm(
-            total=len(requests), desc="generate_until", disable=disable_tqdm or not is_first()
+        with bar(
+            total=len(requests),
+            desc="generate_until",
+            shown=is_first() and not disable_tqdm,
         ) as progress:
             for settings, numbers in alike.items():
                 prompts = [requests[number].args[0] for number in numbers]

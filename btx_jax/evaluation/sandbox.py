@@ -34,11 +34,10 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from btx_jax.errors import UserError
 from btx_jax.evaluation.sandbox_walls import NAME_SPACES, OTHER_USER, readable
 from btx_jax.output import locked
+from btx_jax.progress import bar
 
 log = logging.getLogger(__name__)
 BUBBLEWRAP = "bubblewrap"  # may make name spaces where this process may not
@@ -247,9 +246,7 @@ def run_programs(
         outcomes = pool.map(
             lambda pair: run_program(pair[0], limits, pair[1]), zip(programs, judged, strict=True)
         )
-        return list(
-            tqdm(outcomes, total=len(programs), desc="sandbox", unit="program", disable=not show)
-        )
+        return list(bar(outcomes, total=len(programs), desc="sandbox", unit="program", shown=show))
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

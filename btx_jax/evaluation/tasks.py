@@ -11,8 +11,6 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from btx_jax.config.config import TaskConfig
 from btx_jax.config.schema import shown
 from btx_jax.data.tokenizers import Tokenizer
@@ -22,6 +20,7 @@ from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
 from btx_jax.evaluation.sandbox import Limits, UnitTests, pass_at_k, run_programs
 from btx_jax.parallel.hosts import is_first
+from btx_jax.progress import bar
 
 Item = dict[str, Any]
 FIELDS = {
@@ -196,7 +195,7 @@ def continuations(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     texts = [""] * len(ids)
     batches = range(0, len(order), batch_size)
-    for start in tqdm(batches, desc="generate", unit="batch", disable=not is_first()):
+    for start in bar(batches, desc="generate", unit="batch", shown=is_first()):
         chosen = order[start : start + batch_size]
         rows = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (batch_size - len(chosen))
 

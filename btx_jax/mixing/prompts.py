@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from btx_jax.architectures.tensors import Reader
 from btx_jax.config.model_config import ModelConfig
@@ -13,6 +12,7 @@ from btx_jax.errors import UserError
 from btx_jax.mixing.gates import gate_row, pool, random_gates
 from btx_jax.mixing.recipe import PROMPT_MODES, Recipe
 from btx_jax.mixing.states import layer_states, token_embeddings
+from btx_jax.progress import bar
 
 
 class Prompt(NamedTuple):
@@ -107,7 +107,7 @@ def make_gates(
     shares = np.zeros((len(prompts), model.layers, experts), np.float32)
     states = layer_states(base, [prompt.ids for prompt in prompts])
     for layer, (inputs, router_inputs) in enumerate(
-        tqdm(states, total=model.layers, desc="prompts", unit="layer", disable=None)
+        bar(states, total=model.layers, desc="prompts", unit="layer")
     ):
         if mode != "cheap_embed":
             gates[layer] = rows_of(router_inputs if mode == "router_input" else inputs)

@@ -1,12 +1,12 @@
 """A finished mixture against its sources."""
 
 import numpy as np
-from tqdm import tqdm
 
 from btx_jax.architectures.tensors import Reader, TensorId
 from btx_jax.errors import UserError
 from btx_jax.mixing.merge import MERGES
 from btx_jax.mixing.streaming import Mixture, by_rows, is_averaged, make_tensor
+from btx_jax.progress import bar
 
 
 def verify(mixture: Mixture, written: Reader) -> str:
@@ -15,7 +15,7 @@ def verify(mixture: Mixture, written: Reader) -> str:
     merge = MERGES[mixture.recipe.merge]
     by_itself = merge.is_right is not None and len(mixture.averaged()) > 1
     wrong, means = [], 0
-    for tensor in tqdm(written.slots, desc="verifying", unit="tensor", disable=None):
+    for tensor in bar(written.slots, desc="verifying", unit="tensor"):
         found = written.read(tensor)
         if by_itself and is_averaged(tensor) and tensor in mixture.base.slots:
             means += 1

@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 from numpy.typing import ArrayLike
 
 from btx_jax.errors import UserError
+from btx_jax.parallel.accelerators import has_tpu_device
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +61,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
 
 
 def _has_tpu() -> bool:
-    return (
-        any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
-        and "COLAB_RELEASE_TAG" not in os.environ
-    )
+    return has_tpu_device() and "COLAB_RELEASE_TAG" not in os.environ
 
 
 def _expects_others() -> bool:

@@ -60,7 +60,7 @@ def _mola(task: str, init: str) -> Config:
     )
 
 
-def mola(task: str) -> Config:
+def mola(task: str = "arc_easy") -> Config:
     """On a test set's answers; or on the demo's mathematics: `tiny`, from the tiny seed, or
     `from_init`."""
     if task.partition(",")[0] in SMALL:
@@ -70,20 +70,18 @@ def mola(task: str) -> Config:
         init = "runs/seed_tiny" if task == TINY else config.init
         return dataclasses.replace(config, init=init, lora=LoRAConfig("2468"), train=train)
     if task not in FORMATS:
-        raise ConfigError(f"--config=...:{task}: no such task; {suggest(task, FORMATS)}")
+        raise ConfigError(f"{task}: no such task; {suggest(task, FORMATS)}")
     return _mola(task, "$BTX_DATA_DIR/seed")
 
 
-def continual(names: str) -> Config:
+def continual(names: str = "arc_easy,openbook_qa,commonsense_qa") -> Config:
     """One task after another on the same LoRA experts, tried on all of them after each (MoLA,
     section 4.4). names: comma-separated."""
     order = names.split(",")
     choices = [name for name in FORMATS if TASKS[name].kind == "multiple_choice"]
     for task in order:
         if task not in choices:
-            raise ConfigError(
-                f"--config=...:{names}: no such task as {task!r}; {suggest(task, choices)}"
-            )
+            raise ConfigError(f"{names}: no such task as {task!r}; {suggest(task, choices)}")
     stages: dict[str, PipelineStage] = {}
     before = "$BTX_DATA_DIR/seed"
     for task in order:

@@ -60,7 +60,7 @@ MODELS = {
         tied_head=True, context=256,
     ),
 }  # fmt: skip
-TINY, FROM_INIT = "tiny", "from_init"
+LLAMA2, TINY, FROM_INIT = "llama2_7b", "tiny", "from_init"
 SMALL = (TINY, FROM_INIT)  # on the demo corpora
 RELEASED = "$BTX_DATA_DIR/seed"  # where a pipeline looks for the model that it starts from
 FROM_INIT_LENGTH = 512  # tokens; less where the model named has a shorter context
@@ -123,7 +123,7 @@ def _split(what: str) -> tuple[str, str]:
     size, _, init = what.partition(",")
     if size not in (*MODELS, FROM_INIT) or (init and size != FROM_INIT):
         known = ", ".join([*MODELS, FROM_INIT, f"{FROM_INIT},CHECKPOINT"])
-        raise ConfigError(f"--config=...:{what}: no such size; known: {known}")
+        raise ConfigError(f"{what}: no such size; known: {known}")
     return size, init
 
 
@@ -282,19 +282,19 @@ def _starting(config: Config, init: str) -> Config:
 def _within_context(config: Config, init: str) -> Config:
     if config.data is None or config.model is not None or not init or init.startswith("@"):
         return config
-    context = find_checkpoint(init, f"--config=...:{FROM_INIT}").metadata.model.context
+    context = find_checkpoint(init, FROM_INIT).metadata.model.context
     length = min(config.data.sequence_length, context)
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, sequence_length=length)
     )
 
 
-def seed(what: str) -> Config:
+def seed(what: str = LLAMA2) -> Config:
     size, init = _split(what)
     return _starting(_seed(size), init)
 
 
-def expert(domain: str, what: str) -> Config:
+def expert(domain: str, what: str = LLAMA2) -> Config:
     size, init = _split(what)
     return _starting(_expert(domain, size), init)
 
@@ -309,29 +309,29 @@ def _left_by(size: str, names: tuple[str, ...], seed: str = "") -> dict[str, str
 BRANCHES = ("math_expert", "code_expert", "wiki_expert")  # configs of that name
 
 
-def mix(what: str) -> Config:
+def mix(what: str = LLAMA2) -> Config:
     """The default sources are where the seed and expert configs leave their runs; the seed itself
     is the last expert."""
     size, init = _split(what)
     return _mix(tuple(_left_by(size, (*BRANCHES, "seed"), init).values()))
 
 
-def sparse_upcycling(what: str) -> Config:
+def sparse_upcycling(what: str = LLAMA2) -> Config:
     size, init = _split(what)
     return _mix(tuple(_left_by(size, ("seed",), init).values()), copies=4)
 
 
-def moe_finetune(what: str) -> Config:
+def moe_finetune(what: str = LLAMA2) -> Config:
     size, init = _split(what)
     return _starting(_finetune(size), init)
 
 
-def dense(what: str) -> Config:
+def dense(what: str = LLAMA2) -> Config:
     size, init = _split(what)
     return _starting(_dense(size), init)
 
 
-def evaluate(what: str) -> Config:
+def evaluate(what: str = LLAMA2) -> Config:
     size, init = _split(what)
     models = _left_by(size, ("seed", *BRANCHES, "mix", "moe_finetune"), init)
     config = _evaluate(size, models, "seed", BRANCHES, "moe_finetune")
@@ -355,7 +355,7 @@ def tasks(
     )
 
 
-def btx(what: str) -> Config:
+def btx(what: str = LLAMA2) -> Config:
     """The paper's method from a released seed: three branches, mix with the seed as generalist,
     finetune, evaluate, report."""
     size, init = _split(what)
@@ -406,19 +406,25 @@ def _mixed_and_reported(
     return Config("pipeline", pipeline=stages)
 
 
-def comparison(what: str, group: str) -> Config:
+def comparison(what: str = LLAMA2) -> Config:
     """The paper's method beside its baselines and ablations. At 7B, from a released seed in
-    $BTX_DATA_DIR/seed; `tiny`, from nothing; `from_init,CHECKPOINT`, from that."""
+    $BTX_DATA_DIR/seed; `tiny`, from nothing; `from_init,CHECKPOINT`, from that. Behind a further
+    comma the arms, `main` where none are named."""
+    size, *rest = what.split(",")
+    start = [rest.pop(0)] if size == FROM_INIT and rest else []
+    return compared(",".join([size, *start]), ",".join(rest) or "main")
+
+
+def compared(what: str, group: str) -> Config:
+    """The arms of `group`, one of experiments.GROUPS, from a seed of this size."""
     if group not in GROUPS:
-        raise ConfigError(
-            f"--config=...:{group}: no such group of arms; known: {', '.join(GROUPS)}"
-        )
+        raise ConfigError(f"{group}: no such group of arms; known: {', '.join(GROUPS)}")
     size, init = _split(what)
     tiny, small = size == TINY, size in SMALL
     is_lora = group == "lora"
     if size == FROM_INIT:
         init = init or RELEASED
-        dense = find_checkpoint(init, f"--config=...:{FROM_INIT}").metadata.model
+        dense = find_checkpoint(init, FROM_INIT).metadata.model
     else:
         dense = MODELS[size]
     mixture = dataclasses.replace(dense, moe=MoEConfig((4,) * dense.layers))
@@ -466,10 +472,22 @@ def comparison(what: str, group: str) -> Config:
     return arms(setting, group)
 
 
-def small_report(group: str) -> Config:
-    """What configs/experiments/paper_small.py, or mola_small.py, left in runs/NAME_0 (whose curves
-    and routing are shown), _1 and _2."""
-    stages = comparison(TINY, group).pipeline
+def paper_small(what: str = "main") -> Config:
+    """The comparison at a million parameters; `report`: of three seeds of it."""
+    return _small_report("all") if what == "report" else compared(TINY, what)
+
+
+def mola_small(what: str = "") -> Config:
+    """MoLA's shapes at a million parameters; `report`: of three seeds of it."""
+    if what not in ("", "report"):
+        raise ConfigError(f"{what}: must be `report`, or nothing behind the colon")
+    return _small_report("lora") if what == "report" else compared(TINY, "lora")
+
+
+def _small_report(group: str) -> Config:
+    """What paper_small, or mola_small, left in runs/NAME_0 (whose curves and routing are shown), _1
+    and _2."""
+    stages = compared(TINY, group).pipeline
     assert stages
     name = "mola_small" if group == "lora" else "paper_small"
     runs = {stage: f"runs/{name}_0/{stage}" for stage in stages if stage != "report"}

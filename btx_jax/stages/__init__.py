@@ -58,8 +58,7 @@ def next_command(config: Config, workdir: Path) -> str:
     if (workdir / "report.html").exists():
         return f"open {workdir / 'report.html'}"
     if config.stage == "mix":
-        finetune = "python -m btx_jax.launch --config=configs/moe_finetune.py:from_init"
-        return f"{finetune} --config.init={workdir}"
+        return f"btx run moe_finetune:from_init --config.init={workdir}"
     if config.stage == "train":
-        return f"python -m btx_jax generate {workdir} --prompt '...'"
+        return f"btx generate {workdir} --prompt '...'"
     return ""

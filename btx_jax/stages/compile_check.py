@@ -32,6 +32,7 @@ from btx_jax.costs.model import attention_flops, train_flops
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.output import new_file
+from btx_jax.progress import clock
 from btx_jax.terminal import Console
 from btx_jax.training.start import adapted_model, checked_mesh, starting_point
 from btx_jax.training.step import lower_train_step, state_shardings
@@ -70,8 +71,8 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
     unknown topology."""
     if config.stage != "train":
         raise ConfigError(
-            f"config.stage={config.stage!r}: --compile_topology compiles the step of a training"
-            " config, such as math_expert.py"
+            f"config.stage={config.stage!r}: only the step of a training config, such as"
+            " math_expert's, is compiled"
         )
     devices = topology_devices(topology, num_slices)
     model = (
@@ -100,7 +101,7 @@ def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     if find_spec("libtpu") is None:
-        raise UserError("--compile_topology needs libtpu: pip install 'btx_jax[tpu]'")
+        raise UserError("compiling for a TPU needs libtpu: pip install 'btx_jax[tpu]'")
     os.environ.update(
         {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     )
@@ -117,7 +118,7 @@ def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     ) as error:  # jaxlib raises several kinds; all mean that there is no such topology to be had
         first = str(error).splitlines()[0]
         raise UserError(
-            f"--compile_topology={topology}: libtpu knows no such topology ({first}); for example"
+            f"topology {topology}: libtpu knows no such one ({first}); for example"
             " v5p:2x2x4 or v5e:4x4"
         ) from None
     return description.devices
@@ -131,9 +132,7 @@ def check(
     kind = devices[0].device_kind
     limits = chip(kind)
     if limits is None:
-        raise UserError(
-            f"--compile_topology={topology}: no data sheet for {kind!r} in costs/chips.py"
-        )
+        raise UserError(f"topology {topology}: no data sheet for {kind!r} in costs/chips.py")
     result = Check(
         topology,
         len(devices),
@@ -152,7 +151,8 @@ def check(
         model, config.compute, config.train, mesh, config.data.sequence_length
     )
     try:
-        compiled = lowered.compile()
+        with clock("compiling"):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not _is_refused(error):
             raise

@@ -49,6 +49,7 @@ from btx_jax.models.llama import parameter_counts
 from btx_jax.output import new_file, read_json, write_json
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh
+from btx_jax.progress import bar
 from btx_jax.reporting.summary import loss_table, print_tables, task_table
 from btx_jax.rundir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
@@ -97,11 +98,11 @@ def run(config: Config, workdir: Path) -> None:
     mesh = make_mesh(shape)
 
     models: dict[str, Any] = {}
-    progress = tqdm(
+    progress = bar(
         total=len(found) * len(heldout),
         desc="evaluate",
         unit="domain",
-        disable=not is_first() or not heldout,
+        shown=is_first() and bool(heldout),
     )
     for name, checkpoint in found.items():
         folder = workdir / PARTS / name

@@ -1,6 +1,7 @@
 """Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk;
 with other seeds, comparison.md."""
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
@@ -8,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from btx_jax.checkpoints.training_state import DIRECTORY
-from btx_jax.config.config import Config
+from btx_jax.config.config import Config, ReportConfig
+from btx_jax.config.config_dict import from_dict
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.hub_names import PROTOCOL
 from btx_jax.mixing.recipe_file import expert_sources
-from btx_jax.output import read_json, write_json, write_text
+from btx_jax.output import none_left_empty, read_json, write_json, write_text
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import to_path
 from btx_jax.reporting.compare import markdown
@@ -41,6 +43,43 @@ def run(config: Config, workdir: Path) -> None:
     claim(workdir, config)
     first_then_others(lambda: write(config, workdir) if is_first() else None)
     finish(workdir, seconds=time.monotonic() - start)
+
+
+def report(workdirs: Sequence[str], out: str) -> Path:
+    """A report of what finished runs left on disk, anew at each call: of the first, beside the
+    others, if any. Returns the page's path. Raises UserError for a directory without an
+    evaluation."""
+    first, *others = (_evaluated(_absolute(path, "WORKDIRS")) for path in workdirs)
+    config = dataclasses.replace(first, others=tuple(other.evaluate for other in others))
+    target = _absolute(out, "--out")
+    for other in (first, *others):
+        read_results(other.evaluate, "WORKDIRS")
+    with none_left_empty(target):
+        target.mkdir(parents=True, exist_ok=True)
+        write(Config("report", report=config), target)
+    return target / "report.html"
+
+
+def _absolute(path: str, key: str) -> Path:
+    return to_path(path, key).absolute()
+
+
+def _evaluated(workdir: Path) -> ReportConfig:
+    """Of a pipeline's directory, what its own report shows; of an evaluation's, that alone."""
+    recorded = recorded_config(workdir)
+    if "pipeline" not in recorded:
+        return ReportConfig(str(workdir))
+    pipeline = from_dict(Config, recorded, str(workdir / CONFIG)).pipeline or {}
+    kinds = {stage.config.stage: name for name, stage in pipeline.items()}
+    if own := pipeline[kinds["report"]].config.report if "report" in kinds else None:
+        runs = {name: _within(workdir, path) for name, path in own.runs.items()}
+        return dataclasses.replace(own, evaluate=_within(workdir, own.evaluate), runs=runs)
+    return ReportConfig(str(workdir / kinds.get("evaluate", "evaluate")))
+
+
+def _within(workdir: Path, path: str) -> str:
+    """`@NAME` of a pipeline there."""
+    return str(workdir / path[1:]) if path.startswith("@") else path
 
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:

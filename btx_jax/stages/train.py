@@ -22,7 +22,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from btx_jax import interrupts
@@ -58,6 +57,7 @@ from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
+from btx_jax.progress import Steps, clock
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
 from btx_jax.rundir import claim, finish, is_resumable, look_up, recorded_config
 from btx_jax.stages import Coming, require_right
@@ -101,7 +101,9 @@ def run(config: Config, workdir: Path) -> None:
     assert config.train and config.data and config.compute and config.mesh and config.checkpoint
     init, model = starting_point(config)
     mesh = checked_mesh(config, model)
-    log.info("%s: %s", workdir.name, described(model, config.compute))
+    kind = mesh.devices.flat[0].device_kind  # a TPU that was not found shows here
+    told = described(model, config.compute)
+    log.info("%s: %s, on %d x %s", workdir.name, told, mesh.size, kind)
 
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
     if init is None:
@@ -120,9 +122,10 @@ def run(config: Config, workdir: Path) -> None:
     )
 
     log.info("compiling the step of %s", workdir.name)
-    train_step = make_train_step(
-        model, config.compute, config.train, mesh, config.data.sequence_length
-    )
+    with clock("compiling", is_first()):
+        train_step = make_train_step(
+            model, config.compute, config.train, mesh, config.data.sequence_length
+        )
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
     try:
@@ -359,13 +362,7 @@ class Loop:
             self.measure(0, state)
         elif evaluate and first not in self.heldout and self.is_evaluated(first):
             self.measure(first, state)  # the run was killed behind the save of this step
-        progress = tqdm(
-            total=train.steps,
-            initial=first,
-            desc=plain(self.workdir.name),
-            unit="step",
-            disable=not is_first(),
-        )
+        progress = Steps(plain(self.workdir.name), first, train.steps, is_first())
         sharding = batch_sharding(self.mesh)
         pending: tuple[int, Metrics] | None = None
         self.clock = time.perf_counter()
@@ -460,7 +457,7 @@ class Loop:
             lines = []
         return [*lines, f"step {steps} is kept in {self.checkpoints.path(steps)}", *self.warnings]
 
-    def log(self, step: int, metrics: Metrics, progress: tqdm, state: TrainState) -> None:
+    def log(self, step: int, metrics: Metrics, progress: Steps, state: TrainState) -> None:
         """Write one step's metrics, and warn of what they show. state: the parameters that there
         are now. Raises UserError when its loss or gradient is not finite: nothing later is
         saved."""
@@ -505,8 +502,7 @@ class Loop:
             share = mean(line["routing"]["dropped"])
             shown["dropped"] = f"{share:.1%}"
             self.tell(self.dropped.add(share))
-        progress.update(1)
-        progress.set_postfix(shown, refresh=False)
+        progress.update(shown)
 
         def heldout() -> dict[str, tuple[float, float]]:
             if not self.evaluate or 0 not in self.heldout:

@@ -1,6 +1,6 @@
 """SkyPilot's own parser on what --backend=skypilot writes.
 
-python launch/submit.py --backend=skypilot ... --dry-run --out=DIR
+btx submit --backend=skypilot ... --dry-run --out=DIR
 python tests/backends/skypilot_peer.py DIR        # in an environment with skypilot==0.14.1
 """
 

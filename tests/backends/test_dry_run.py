@@ -52,7 +52,7 @@ BACKENDS = {
 
 def dry_run(*arguments):
     return subprocess.run(
-        [sys.executable, "launch/submit.py", *arguments, "--dry-run"],
+        [sys.executable, "-m", "btx_jax", "submit", *arguments, "--dry-run"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -196,7 +196,7 @@ def test_commands_inside_manifests_pass_shellcheck(tmp_path):
         ),
         (
             ("--backend=local", "--pipeline=configs/btx.py:tiny", "--confg.rng_seed=1"),
-            "unknown argument '--confg.rng_seed=1'",
+            "No such option '--confg.rng_seed'",
         ),
     ],
 )
@@ -205,6 +205,22 @@ def test_wrong_arguments_are_one_line(arguments, told):
     assert result.returncode == 2
     assert told in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_script_of_a_checkout_is_the_same_program():
+    done = subprocess.run(
+        [sys.executable, "launch/submit.py", *BACKENDS["local"], "--dry-run"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == dry_run(*BACKENDS["local"]).stdout != ""
+
+
+def test_a_preset_is_submitted_by_its_name_and_found_by_it_elsewhere():
+    result = dry_run("--backend=local", "--pipeline=btx:tiny", "--workdir=/data/x")
+    assert "-m btx_jax.launch --config=btx:tiny --workdir=/data/x --only=seed" in result.stdout
 
 
 if __name__ == "__main__":

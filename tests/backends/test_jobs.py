@@ -55,7 +55,7 @@ def job(name, *needs, topology="v5p:2x2x2"):
         name,
         needs,
         ("python", "-m", "btx_jax.launch", f"--only={name}"),
-        "/mnt/btx/runs/p",
+        "gs://b/runs/p",
         topology,
     )
 
@@ -105,7 +105,7 @@ def test_a_queued_resource_that_was_taken_away_is_asked_for_again(gcloud):
     assert (created(), read()["is"]) == (2, {"p-a": "ACTIVE"})
     script = read()["scripts"]["p-a"]
     wait, delete = (
-        script.index("until [ -f /mnt/btx/runs/p/a/done.json ]"),
+        script.index("until gcloud storage ls gs://b/runs/p/a/done.json"),
         script.index("queued-resources delete p-a"),
     )
     assert script.index("--only=a") < wait < delete, (

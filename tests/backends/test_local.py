@@ -51,7 +51,9 @@ def test_branches_run_together_and_one_that_is_killed_touches_no_other(cli):
     work = cli.home / "together"
     submit = [
         sys.executable,
-        "launch/submit.py",
+        "-m",
+        "btx_jax",
+        "submit",
         f"--pipeline={config}",
         "--backend=local",
         f"--workdir={work}",

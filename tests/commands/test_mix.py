@@ -457,7 +457,7 @@ def test_dropping_below_k_or_adding_a_stranger_is_refused(tmp_path):
         experts.add("base", "a", str(tmp_path / "x"))
     for wrong in (-1.0, float("nan"), float("inf"), 1e300):
         with pytest.raises(
-            UserError, match=rf"--router_std={re.escape(str(wrong))}: must.*--seed=-1: must not be"
+            UserError, match=rf"--router-std={re.escape(str(wrong))}: must.*--seed=-1: must not be"
         ):
             experts.add(str(tmp_path / "out"), "a", str(tmp_path / "x"), router_std=wrong, seed=-1)
     with pytest.raises(UserError, match="--seed=9223372036854775808: must be at most"):

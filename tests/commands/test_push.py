@@ -54,7 +54,7 @@ def test_what_cannot_be_pushed_is_told(server, export, monkeypatch):
             push(*arguments, **options)
         return str(caught.value)
 
-    assert "python -m btx_jax convert run HF_DIR" in told("run", "me/model")
+    assert "btx convert run HF_DIR" in told("run", "me/model")
     assert "write org/name" in told("export", "me/model@v2")
     assert "hf auth login" in told("export", "me/model")
     monkeypatch.setenv("HF_TOKEN", READ)

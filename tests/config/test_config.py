@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 from safetensors.numpy import save_file
 
+from btx_jax.cli.runs import default_workdir
 from btx_jax.config.config import (
     Config,
     DataConfig,
@@ -25,11 +26,10 @@ from btx_jax.config.config_dict import (
     to_config_dict,
     to_dict,
 )
-from btx_jax.config.config_file import define_config
 from btx_jax.errors import ConfigError
-from btx_jax.launch import default_workdir
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.presets import lora_recipes, recipes
+from btx_jax.presets.config_file import define_config
 from btx_jax.stages.pipeline import in_order, resolve
 from btx_jax.training.start import checked_mesh
 from tests.conftest import ROOT
@@ -78,7 +78,7 @@ def test_configs_parse_unadorned_and_tiny_and_say_command_cost_and_result(name):
     if name not in ("demo", "continual"):  # the one is tiny already, the other learns test sets
         tiny = module.get_config("tiny")
         assert tiny.stage == config.stage
-    for word in ("python -m btx_jax.launch --config=configs/" + name, "Cost:", "Expected"):
+    for word in (f"btx run {name}", "Cost:", "Expected"):
         assert word in module.__doc__, f"configs/{name}.py does not say {word!r}"
 
 
@@ -306,7 +306,7 @@ def released(tmp_path, context=4096):
 @pytest.mark.parametrize(("context", "length"), [(4096, 512), (128, 128)])
 def test_pipelines_take_a_released_model_by_its_path(tmp_path, context, length):
     seed = released(tmp_path / "seed", context)
-    for made in (recipes.btx(f"from_init,{seed}"), recipes.comparison(f"from_init,{seed}", "all")):
+    for made in (recipes.btx(f"from_init,{seed}"), recipes.compared(f"from_init,{seed}", "all")):
         config = made
         for name in in_order(config.pipeline):
             resolve(name, config.pipeline[name], config, tmp_path)
@@ -336,7 +336,7 @@ def test_an_unknown_size_is_told_with_those_that_are_known(what):
 def test_runs_of_the_papers_size_keep_the_dispatch_that_was_measured():
     assert recipes.moe_finetune("llama2_7b").compute.dispatch == "einsum"
     assert recipes.moe_finetune("tiny").compute.dispatch == "auto"
-    arms = recipes.comparison("tiny", "ablations").pipeline
+    arms = recipes.compared("tiny", "ablations").pipeline
     assert arms["switch"].config.compute.dispatch == "einsum", "dropping is part of Switch"
 
 

@@ -40,9 +40,9 @@ import atexit, sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec  # torch, where it is installed, is hidden: lm_eval takes it when it can
 PathFinder.find_spec = lambda name, *where: None if name == "torch" else find(name, *where)
-from btx_jax.__main__ import main
+from btx_jax.cli.program import run
 atexit.register(lambda: print("torch was imported:", "torch" in sys.modules))
-main()
+run(sys.argv[1:])
 """
 
 
@@ -112,7 +112,7 @@ def test_a_uniform_byte_model_has_eight_bits_per_byte(uniform, tmp_path):
     )  # fmt: skip
     command = [sys.executable, "-c", COMMAND]
     command += [
-        "lm_eval",
+        "lm-eval",
         "--model",
         "btx_jax",
         "--model_args",
@@ -455,7 +455,7 @@ def test_the_command_line_asks_as_a_chat(checkpoints, tmp_path, compiled):
         fewshot_split="test", fewshot_config={"sampler": "first_n"}, gen_prefix="It is",
     )  # fmt: skip
     arguments = [
-        "lm_eval", "--model", "btx_jax", "--model_args", f"pretrained={checkpoints / 'chat'},max_length=120", "--tasks", "own_chat",
+        "lm-eval", "--model", "btx_jax", "--model_args", f"pretrained={checkpoints / 'chat'},max_length=120", "--tasks", "own_chat",
         "--include_path", str(tasks), "--output_path", str(tmp_path / "out"), "--log_samples", "--batch_size", "auto", "--limit", "1",
         "--num_fewshot", "1", "--apply_chat_template", "--system_instruction", "Be brief.", "--fewshot_as_multiturn",
     ]  # fmt: skip
@@ -486,7 +486,7 @@ def test_the_command_line_asks_as_a_chat(checkpoints, tmp_path, compiled):
 
 def test_what_lm_eval_cannot_read_is_told_in_its_own_words(monkeypatch, capsys):
     pytest.importorskip("lm_eval")
-    from btx_jax.__main__ import main
+    from btx_jax.cli.program import run
 
     def missing():
         raise FileNotFoundError("Unable to find\n '/a/file.jsonl'")
@@ -494,7 +494,7 @@ def test_what_lm_eval_cannot_read_is_told_in_its_own_words(monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", missing)
     monkeypatch.setattr(sys, "argv", ["btx_jax"])
     with pytest.raises(SystemExit):
-        main(["lm_eval", "--tasks", "x"])
+        run(["lm-eval", "--tasks", "x"])
     told = capsys.readouterr().err
     assert told == "btx_jax: error: lm_eval: Unable to find '/a/file.jsonl'\n"
 
@@ -505,5 +505,5 @@ def test_extras_have_names_that_every_pip_finds():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = config["project"]["optional-dependencies"]
     assert all(name == re.sub(r"[-_.]+", "-", name).lower() for name in extras)
-    (asked,) = re.findall(r"btx_jax\[([\w-]+)\]", (ROOT / "btx_jax" / "__main__.py").read_text())
+    (asked,) = re.findall(r"btx_jax\[([\w-]+)\]", (ROOT / "btx_jax" / "cli" / "use.py").read_text())
     assert asked in extras

@@ -10,7 +10,7 @@ from btx_jax.stages.pipeline import in_order, resolve
 
 
 def comparison(group, size="tiny"):
-    return recipes.comparison(size, group)
+    return recipes.compared(size, group)
 
 
 def test_texts_are_mixed_in_proportion():
@@ -85,4 +85,4 @@ def test_random_branches_differ_in_nothing_but_their_seed():
 
 def test_an_unknown_group_is_refused():
     with pytest.raises(ConfigError, match="no such group of arms; known: main, ablations, all"):
-        recipes.comparison("tiny", "most")
+        recipes.compared("tiny", "most")

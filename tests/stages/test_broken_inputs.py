@@ -20,7 +20,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from btx_jax.__main__ import main
+from btx_jax.cli.program import run
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "mixing" / "golden"
@@ -145,7 +145,7 @@ def home(tmp_path, monkeypatch):
 
 def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
+        run([str(argument) for argument in arguments])
     error = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("btx_jax: error: ")
     ]
@@ -281,7 +281,7 @@ def test_impossible_values_in_config_json(home, capsys, values, message):
 
 @pytest.mark.parametrize("damage", ["about", "params/_METADATA", "params/manifest.ocdbt"])
 def test_a_damaged_checkpoint_of_ours(home, capsys, damage):
-    main(["convert", "b", "ours"])
+    run(["convert", "b", "ours"])
     path = home / "ours" / "checkpoints" / "0" / damage
     for file in path.iterdir() if path.is_dir() else [path]:
         file.write_bytes(b"{")
@@ -323,6 +323,6 @@ def test_an_index_beside_a_single_file_that_it_does_not_name(home, capsys):
     shutil.copyfile(home / "b" / "model.safetensors", home / "kept")
     shards(home)
     shutil.move(home / "kept", home / "b" / "model.safetensors")
-    main(["convert", "b", "out"])
+    run(["convert", "b", "out"])
     assert (home / "out").exists()
     assert "delete the one that is out of date" in capsys.readouterr().err

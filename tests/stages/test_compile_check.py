@@ -127,14 +127,14 @@ def test_what_does_not_fit_says_what_would(cli):
     ("arguments", "told"),
     [
         ((*MOE, "--compile_topology=v5p:2x2x3"), "do not divide over the 12 devices"),
-        ((*MOE, "--compile_topology=h100:8"), "libtpu knows no such topology"),
+        ((*MOE, "--compile_topology=h100:8"), "topology h100:8: libtpu knows no such one"),
         (
             (*MOE, "--config.train.batch_size=32", "--compile_topology=v5e:4x4", "--num_slices=2"),
             "must be a multiple of the 2 slices",
         ),
         (
             ("--config=configs/mix.py", "--compile_topology=v5e:4x4"),
-            "compiles the step of a training config",
+            "only the step of a training config",
         ),
         (
             (*MOE, "--config.train.batch_size=12", "--compile_topology=v5p:2x2x4"),

@@ -4,7 +4,9 @@ import re
 import pytest
 
 from btx_jax.config.config import Config, ReportConfig
+from btx_jax.config.config_dict import to_dict
 from btx_jax.errors import UserError
+from btx_jax.presets import recipes
 from btx_jax.stages import report
 from tests.reporting.test_reporting import RESULTS, results
 
@@ -72,6 +74,44 @@ def test_other_seeds_are_compared(tmp_path, capsys):
             Config("report", report=ReportConfig(evaluate, others=(str(tmp_path / "no"),))),
             tmp_path / "out2",
         )
+
+
+def pipeline(directory, number):
+    """What a pipeline of two stages and a report leaves there."""
+    config = to_dict(recipes.demo())
+    for name in ("seed", "evaluate", "report"):
+        (directory / name).mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "evaluate" / "results.json").write_text(json.dumps(results(number / 10)))
+    (directory / "seed" / "done.json").write_text('{"seconds": 12.5}')
+    return str(directory)
+
+
+def test_a_finished_pipeline_is_reported_again_and_several_are_compared(tmp_path, capsys):
+    runs = [pipeline(tmp_path / f"demo_{number}", number) for number in range(3)]
+    page = report.report(runs[:1], runs[0])
+    assert page == tmp_path / "demo_0" / "report.html"
+    assert "<h1>demo_0: what was gained</h1>" in page.read_text()
+    summary = json.loads((tmp_path / "demo_0" / "summary.json").read_text())
+    assert summary["wall_seconds"] == {"seed": 12.5}
+    assert not summary["comparison"]
+    for _ in range(2):  # as often as one likes
+        report.report([*runs[:2], f"{runs[2]}/evaluate"], str(tmp_path / "three"))
+    told = (tmp_path / "three" / "comparison.md").read_text()
+    assert "| BTX beats its seed (btx < seed, mean) | -0.600 ± 0.000 | 3 | held |" in told
+    assert "BTX beats its seed" in capsys.readouterr().out
+
+
+def test_a_directory_without_an_evaluation_is_refused_and_nothing_made(tmp_path):
+    good = pipeline(tmp_path / "good", 0)
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "config.json").write_text(json.dumps(to_dict(recipes.seed("tiny"))))
+    with pytest.raises(UserError, match=r"WORKDIRS: .*/seed/results.json does not exist"):
+        report.report([good, str(tmp_path / "seed")], str(tmp_path / "deep" / "out"))
+    (tmp_path / "good" / "evaluate" / "results.json").unlink()
+    with pytest.raises(UserError, match=r"good/evaluate/results.json does not exist; run the"):
+        report.report([good], good)
+    assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.parametrize(

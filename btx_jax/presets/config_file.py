@@ -1,5 +1,6 @@
-"""Config files: Python whose `get_config` returns a Config or a ConfigDict, and overrides of its
-keys as the command line has them. What is wrong with either is told in one line, all at once.
+"""Config files: Python whose `get_config` returns a Config or a ConfigDict; presets by name; and
+overrides of their keys as the command line has them. What is wrong is told in one line, all at
+once.
 
 A Config is never changed, so that what it was checked for stays true. A file that wants to assign
 to the fields of a preset asks for `to_config_dict(recipes.seed("tiny"))`, and returns that.
@@ -22,18 +23,21 @@ from ml_collections import config_flags
 from btx_jax.config.config import Config
 from btx_jax.config.config_dict import from_config_dict, require_tree, to_config_dict
 from btx_jax.errors import ConfigError, Mistakes, UserError, one_line, suggest
+from btx_jax.presets.registry import PRESETS
 
 MAX_BYTES = 10**6  # of a config file
 
 
 class _ConfigFileParser(flags.ArgumentParser):
-    """The parser of ml_collections, for files that may return a Config."""
+    """The parser of ml_collections, for presets by name and for files that may return a Config."""
 
     def __init__(self, parser: flags.ArgumentParser):
         self._parser = parser
 
     def parse(self, argument: str) -> Any:
-        config = self._parser.parse(argument)
+        name, *rest = argument.split(":", 1)
+        preset = PRESETS.get(name)
+        config = preset.make(*rest) if preset else self._parser.parse(argument)
         return to_config_dict(config).lock() if isinstance(config, Config) else config
 
     def flag_type(self) -> str:
@@ -43,8 +47,8 @@ class _ConfigFileParser(flags.ArgumentParser):
 def define_config(
     flag_values: flags.FlagValues, argv: Sequence[str] | None = None, told: str = ""
 ) -> flags.FlagHolder:
-    """The flag --config=FILE[:ARGUMENT] and, once it is parsed, those of all keys. argv: None for
-    the command line. told: its line of --help."""
+    """The flag --config=FILE_OR_PRESET[:ARGUMENT] and, once it is parsed, those of all keys. argv:
+    None for the command line. told: its line of --help."""
     holder = config_flags.DEFINE_config_file(
         "config", None, told, flag_values=flag_values, sys_argv=argv
     )
@@ -53,8 +57,9 @@ def define_config(
 
 
 def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config") -> Config:
-    """PATH[:ARGUMENT], with `--config.KEY=VALUE` applied. Raises ConfigError with all that is wrong
-    with the file, the overrides and what they make; flag: the name of the file's argument."""
+    """FILE_OR_PRESET[:ARGUMENT], with `--config.KEY=VALUE` applied. Raises ConfigError with all
+    that is wrong with the file, the overrides and what they make; flag: the name of the file's
+    argument."""
     made = load(file, flag)
     mistakes = Mistakes()
     good: list[str] = []
@@ -80,27 +85,16 @@ def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config"
 
 
 def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
-    """What get_config([ARGUMENT]) of PATH[:ARGUMENT] returns. Raises ConfigError, with the line of
-    the file, when it is no config file or raises itself."""
+    """What get_config([ARGUMENT]) of FILE[:ARGUMENT] returns, or the preset of that name. Raises
+    ConfigError, with the line of the file, when it is neither or raises itself."""
     path, colon, argument = file.partition(":")
     told = f"{flag}: {path[:200]}"
-    try:
-        if not path:
-            raise ConfigError(f"{flag}={file!r}: names no file")
-        if Path(path).is_dir():
-            raise ConfigError(f"{told} is a directory; name a config file, such as configs/demo.py")
-        if not Path(path).is_file():
-            raise ConfigError(f"{flag}: no file {path[:200]}")
-        if Path(path).stat().st_size > MAX_BYTES:
-            raise ConfigError(
-                f"{told}: {Path(path).stat().st_size} bytes; no config file is so large"
-            )
-    except (OSError, ValueError) as error:  # a name too long, a NUL in it
-        raise ConfigError(f"{flag}: {path[:200]!r}: {one_line(error)[:100]}") from None
+    preset = PRESETS.get(path)
+    if not preset:
+        _require_file(path, file, flag)
     arguments = [argument] if colon else []
     try:
-        module = _module(path)
-        make = getattr(module, "get_config", None)
+        make = preset.make if preset else getattr(_module(path), "get_config", None)
         if not callable(make):
             raise ConfigError(f"{told} has no function get_config; see configs/ for examples")
         _require_arguments(make, arguments, told)
@@ -121,6 +115,25 @@ def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
             " ConfigDict; return Config(...)"
         )
     return config
+
+
+def _require_file(path: str, file: str, flag: str) -> None:
+    """Raises ConfigError for what cannot be a config file, with the presets for a mere word."""
+    try:
+        if not path:
+            raise ConfigError(f"{flag}={file!r}: names no file")
+        if Path(path).is_dir():
+            raise ConfigError(
+                f"{flag}: {path[:200]} is a directory; name a config file, such as configs/demo.py"
+            )
+        if not Path(path).is_file():
+            is_word = not {"/", "."} & set(path)
+            hint = f", and no preset; {suggest(path, PRESETS)}" if is_word else ""
+            raise ConfigError(f"{flag}: no file {path[:200]}{hint}")
+        if (size := Path(path).stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"{flag}: {path[:200]}: {size} bytes; no config file is so large")
+    except (OSError, ValueError) as error:  # a name too long, a NUL in it
+        raise ConfigError(f"{flag}: {path[:200]!r}: {one_line(error)[:100]}") from None
 
 
 def _module(path: str) -> object:

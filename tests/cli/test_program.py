@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from btx_jax.__main__ import main
+from btx_jax.cli.program import run
 from tests.conftest import ROOT
 
 ODD = [
@@ -16,6 +16,10 @@ ODD = [
 ]
 COMMANDS = [
     "digest {}",
+    "run {}",
+    "compile {} v5p:2x2x2",
+    "report {} --out out",
+    "submit --backend local --pipeline {}",
     "generate {} --prompt x",
     "convert {} out",
     "mix {} out",
@@ -29,11 +33,11 @@ COMMANDS = [
     "nonsense {}",
 ]
 NUMBERS = [
-    *("generate x --prompt p --max_tokens={}", "generate x --prompt p --temperature={}"),
-    *("generate x --prompt p --top_p={}", "generate x --prompt p --seed={}"),
-    *("evaluate a=b --limit={} --out out", "evaluate a=b --batch_size={} --out out"),
-    *("expert drop x {} out", "expert add x y out --router_std={}"),
-    *("adapter merge x out --expert={}", "tokenizer empty --vocab_size={} --out out.model"),
+    *("generate x --prompt p --max-tokens={}", "generate x --prompt p --temperature={}"),
+    *("generate x --prompt p --top-p={}", "generate x --prompt p --seed={}"),
+    *("evaluate a=b --limit={} --out out", "evaluate a=b --batch-size={} --out out"),
+    *("expert drop x {} out", "expert add x y out --router-std={}"),
+    *("adapter merge x out --expert={}", "tokenizer empty --vocab-size={} --out out.model"),
 ]
 
 
@@ -50,7 +54,7 @@ def here(tmp_path, monkeypatch):
 
 def refused(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        run(arguments)
     error = capsys.readouterr().err
     assert stopped.value.code == 2, error
     lines = error.splitlines()
@@ -84,7 +88,7 @@ def test_a_tokenizer_is_trained_on_several_files_however_they_are_named(here, ca
         "2": ["a.txt,b.txt", "c.txt"],
         "3": ["*.txt"],
     }.items():
-        main(["tokenizer", *files, "--vocab_size=275", f"--out=deep/{target}.model"])
+        run(["tokenizer", *files, "--vocab-size=275", f"--out=deep/{target}.model"])
         made[target] = (here / "deep" / f"{target}.model").read_bytes()
     assert made["1"] == made["2"] == made["3"]
     assert "FILES: no file matches 'd.txt'" in refused(
@@ -104,7 +108,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly():
 
 def test_what_cannot_be_printed_is_escaped(here):
     (here / "a.txt").write_text("some words " * 100)
-    command = [sys.executable, "-m", "btx_jax", "tokenizer", "a.txt", "--vocab_size=280"]
+    command = [sys.executable, "-m", "btx_jax", "tokenizer", "a.txt", "--vocab-size=280"]
     done = subprocess.run(
         [*command, os.fsdecode(b"--out=\xff.model")],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

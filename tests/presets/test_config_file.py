@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from btx_jax.backends.jobs import load_pipeline
-from btx_jax.config.config_file import read_config
 from btx_jax.errors import ConfigError
+from btx_jax.presets.config_file import read_config
 
 MADE = "from btx_jax.config.config import *\nfrom ml_collections import ConfigDict\n"
 SEED = (
@@ -115,7 +115,7 @@ def test_the_command_tells_it_in_one_line(tmp_path, text):
         (":tiny", "--config=':tiny': names no file"),
         ("a" * 5000, "File name too long"),
         ("configs/demo.py:x", "argument of get_config: takes none"),
-        ("configs/seed.py:huge", "--config=...:huge: no such size"),
+        ("configs/seed.py:huge", "--config: configs/seed.py: huge: no such size"),
     ],
     ids=lambda x: x[:30],
 )

@@ -1,0 +1,131 @@
+"""Commands that hand something to machines elsewhere: submit, push."""
+
+import logging
+import sys
+from typing import Any
+
+import rich_click as click
+
+from btx_jax import terminal
+from btx_jax.cli.configs import CONFIG, CONFIG_TOLD, WithOverrides
+from btx_jax.cli.parts import CLOUD, WHERE, command, text
+from btx_jax.errors import UserError
+
+MACHINES = "Machines in the cloud"
+
+
+@command(
+    panel=CLOUD,
+    cls=WithOverrides,
+    examples="""
+btx submit --pipeline=btx:tiny --backend=local --parallel=3
+btx submit --pipeline=btx --backend=gke --bucket=gs://NAME --image=IMAGE \\
+    --topology=v5p:2x2x2 --slice=finetune=v5p:2x2x4 --dry-run
+""",
+)
+@click.option("--pipeline", type=CONFIG, metavar="CONFIG", required=True, help=CONFIG_TOLD)
+@click.option(
+    "--backend",
+    type=click.Choice(["local", "queued-resources", "gke", "skypilot"]),
+    required=True,
+    help="processes of this machine, TPU VMs, GKE (JobSet, Kueue), or SkyPilot's managed jobs",
+)
+@text(
+    "--workdir",
+    type=WHERE,
+    metavar="DIR",
+    help="where the runs go; by default runs/RUN, on cloud machines /mnt/btx/runs/RUN",
+)
+@click.option("--run", metavar="NAME", default="btx", help="a name for this pipeline's jobs")
+@click.option("--dry-run", is_flag=True, help="write down exactly what the engine would be handed")
+@text("--out", type=WHERE, metavar="DIR", help="with --dry-run: write it there")
+@click.option(
+    "--parallel",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=2,
+    help="of --backend=local: jobs at a time",
+)
+@text(
+    "--topology",
+    panel=MACHINES,
+    metavar="KIND:GRID",
+    help="TPU slice of every job, such as v5p:2x2x2; none: machines without TPUs",
+)
+@click.option(
+    "--slice",
+    "slices",
+    panel=MACHINES,
+    multiple=True,
+    metavar="STAGE=TOPOLOGY",
+    help="another slice for one stage; may be repeated",
+)
+@text("--bucket", panel=MACHINES, metavar="gs://NAME", help="which holds text and runs")
+@text("--source", panel=MACHINES, metavar="URL", help="of btx_jax, for TPU VMs")
+@click.option(
+    "--image",
+    panel=MACHINES,
+    metavar="IMAGE",
+    default="btx-jax:latest",
+    help="gke: container image with btx_jax installed (launch/Dockerfile)",
+)
+@text("--queue", panel=MACHINES, metavar="NAME", help="gke: Kueue's local queue")
+@text("--zone", panel=MACHINES, metavar="ZONE", help="of Google Cloud")
+@text("--project", panel=MACHINES, metavar="ID", help="of Google Cloud")
+@click.option(
+    "--spot",
+    panel=MACHINES,
+    is_flag=True,
+    help="machines that may be taken away, at a fraction of the price",
+)
+def submit(
+    pipeline: str,
+    overrides: list[str],
+    backend: str,
+    workdir: str,
+    run: str,
+    dry_run: bool,
+    out: str,
+    parallel: int,
+    topology: str,
+    slices: tuple[str, ...],
+    **place: Any,
+) -> None:
+    """Run a pipeline with every stage as a job of its own.
+
+    Branches train at the same time and apart. Start it again after any interruption: what has
+    finished is skipped, what runs is left alone. launch/README.md goes from a fresh Google Cloud
+    project to a finished mixture.
+    """
+    from btx_jax.backends.cloud import Place
+    from btx_jax.backends.submit import in_the_cloud, on_this_machine
+
+    terminal.log_to(sys.stderr, logging.INFO)
+    if wrong := [word for word in slices if "=" not in word]:
+        raise UserError(f"--slice={wrong[0]}: must be STAGE=TOPOLOGY")
+    if backend == "local":
+        where = workdir or f"runs/{run}"
+        on_this_machine(pipeline, overrides, where, parallel, dry_run, out)
+        return
+    topologies = {"": topology} | dict(word.split("=", 1) for word in slices)
+    made = Place(run=run, **place)
+    in_the_cloud(backend, made, pipeline, overrides, workdir, topologies, dry_run, out)
+
+
+@command(panel=CLOUD, examples="btx push mixture org/my-mixture --private")
+@click.argument(
+    "directory",
+    metavar="DIR",
+    type=WHERE,
+    help="an export, a mixture, a merged model, or an adapter of peft",
+)
+@click.argument("repository", metavar="ORG/NAME", help="made where it is missing")
+@click.option("--private", is_flag=True, help="seen by you and your org alone")
+@text("--revision", metavar="BRANCH", help="a branch, made where it is missing; by default main")
+@text("--message", metavar="TEXT", help="of the commit")
+def push(directory: str, repository: str, private: bool, revision: str, message: str) -> None:
+    """A Hugging Face directory to a repository of the Hub."""
+    from btx_jax.commands.push import push as upload
+
+    told = upload(directory, repository, is_private=private, revision=revision, message=message)
+    terminal.say(told)

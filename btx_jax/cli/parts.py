@@ -1,0 +1,119 @@
+"""What the commands of `btx` are made of: help with examples, arguments that a shell completes,
+numbers in ranges. Nothing here, nor in the modules that define them, imports more than help and
+completion need: what a command does is imported when it runs."""
+
+import functools
+import math
+from typing import Any
+
+import rich_click as click
+from click.shell_completion import CompletionItem
+from rich.panel import Panel
+from rich.text import Text
+
+CHECKPOINT = (
+    "a run's directory, one of its checkpoints/STEP, a Hugging Face directory, an adapter's, or"
+    " org/name[@REVISION] of the Hub"
+)
+HELP: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "show_default": True,
+    "rich_help_config": {
+        "commands_before_options": True,
+        "options_table_column_types": [
+            "required",
+            "opt_long",
+            "opt_short",
+            "metavar_short",
+            "help",
+        ],
+    },
+}
+
+
+PANELS = TRAIN, MIX, USE, CLOUD, SHELL = (  # of commands
+    "Train",
+    "Mix and convert",
+    "Use and measure",
+    "Cloud",
+    "Shell",
+)
+
+
+class Light(click.RichCommand):
+    """A command whose help ends in examples."""
+
+    def __init__(self, *args: Any, examples: str = "", **options: Any):
+        """examples: a command a line; what goes on in the next line is indented there."""
+        options["context_settings"] = HELP
+        options["panels"] = [click.RichOptionPanel(name) for name in ("Arguments", "Options")]
+        super().__init__(*args, **options)
+        self.examples = examples.strip("\n")
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        if self.examples:
+            shown = Text(self.examples, overflow="fold")
+            formatter.write(Panel(shown, title="Examples", title_align="left"))
+
+
+class Command(Light):
+    """One that may use JAX."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from btx_jax.parallel.accelerators import leave_absent_tpu
+
+        leave_absent_tpu()
+        return super().invoke(ctx)
+
+
+command = functools.partial(click.command, cls=Command)
+text = functools.partial(click.option, default="", show_default=False)  # an option that may be ""
+
+
+class HandedOver(Command):
+    """A command that hands all its arguments, --help too, to another program."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.params["arguments"] = tuple(args)
+        return []
+
+
+class Group(click.RichGroup):
+    command_class = Command
+
+    def __init__(self, *args: Any, **options: Any):
+        options["context_settings"] = HELP
+        options["panels"] = [click.RichCommandPanel(name) for name in PANELS]
+        super().__init__(*args, **options)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which one may want them
+
+
+class Where(click.ParamType):
+    """A path, or a name of the Hub, or an URL: whoever reads it says what is wrong with it."""
+
+    name = ""  # help has a column for it
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+class Number(click.FloatRange):
+    """A finite one."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not finite.", param, ctx)
+        return number
+
+
+WHERE = Where()
+SEED = click.IntRange(0, 2**32 - 1)
+NOT_NEGATIVE = Number(min=0)

@@ -1,0 +1,82 @@
+"""The program `btx`: all commands under one name, and how it ends."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+import rich_click as click
+from click.exceptions import Exit, NoArgsIsHelpError
+from click.shell_completion import get_completion_class, shell_complete
+
+from btx_jax import __version__, terminal
+from btx_jax.cli import cloud, mix, train, use
+from btx_jax.cli.parts import SHELL, Group, Light
+from btx_jax.command_line import fail, told_in_one_line
+
+NAME, COMPLETE = "btx", "_BTX_COMPLETE"
+
+
+@click.group(cls=Group)
+@click.version_option(__version__, prog_name=NAME)
+def btx() -> None:
+    """Branch-Train-MiX: train domain experts of a checkpoint apart, mix them into one
+    Mixture-of-Experts, finetune it, and see what was gained.
+
+    Start with `btx run demo`; every command tells more with --help.
+    """
+
+
+@btx.command(
+    cls=Light,
+    panel=SHELL,
+    examples="""
+btx completion bash >> ~/.bashrc
+btx completion zsh >> ~/.zshrc
+btx completion fish > ~/.config/fish/completions/btx.fish
+""",
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="which is yours")
+def completion(shell: str) -> None:
+    """A script that completes commands, options, presets and paths in your shell."""
+    made = get_completion_class(shell)
+    assert made
+    print(made(btx, {}, NAME, COMPLETE).source())
+
+
+for command in (
+    *(train.run, train.compile_step),
+    *(mix.mix, mix.convert, mix.expert, mix.adapter, mix.tokenizer),
+    *(use.generate, use.evaluate, use.lm_eval, use.report, use.digest, use.verify),
+    *(cloud.submit, cloud.push),
+):
+    btx.add_command(command)
+
+
+def run(words: Sequence[str]) -> None:
+    """A command, to its end. What is wrong is one line on stderr and exit status 2."""
+    terminal.log_to(sys.stderr, logging.WARNING)
+    with told_in_one_line():
+        if asked := os.environ.get(COMPLETE):  # by the script that `btx completion` prints
+            sys.exit(shell_complete(btx, {}, NAME, COMPLETE, asked))
+        try:
+            with btx.make_context(NAME, list(words)) as context:
+                btx.invoke(context)
+        except Exit as end:  # --help, --version
+            sys.exit(end.exit_code)
+        except NoArgsIsHelpError as error:
+            print(error.format_message())
+            sys.exit(error.exit_code)
+        except click.UsageError as error:
+            fail(f"{error.format_message().rstrip('.')}; {_named(words)} --help tells more")
+
+
+def _named(words: Sequence[str]) -> str:
+    """The command that these words call."""
+    named, command = NAME, cast(click.Command, btx)
+    for word in words:
+        if not isinstance(command, click.Group) or word not in command.commands:
+            break
+        named, command = f"{named} {word}", command.commands[word]
+    return named

@@ -1,0 +1,59 @@
+"""A config, and what is done with it: what `btx run`, `btx compile` and btx_jax.launch share."""
+
+import logging
+import sys
+from pathlib import Path
+
+from btx_jax import stages, terminal
+from btx_jax.config.config import Config
+from btx_jax.errors import UserError
+from btx_jax.parallel import hosts
+from btx_jax.paths import to_path
+
+
+def log_to_terminal() -> None:
+    terminal.log_to(sys.stderr, logging.INFO)
+    for noisy in ("absl", "jax", "orbax", "grain", "etils"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def default_workdir(named: str) -> Path:
+    """configs/math_expert.py:tiny -> runs/math_expert_tiny, and the same for the preset
+    math_expert:tiny and for `:tiny,A/B`: a path is no part of the name."""
+    path, _, argument = named.partition(":")
+    words = ",".join(part for part in argument.split(",") if "/" not in part)
+    return Path("runs") / "_".join(filter(None, (Path(path).stem, words)))
+
+
+def _directory(workdir: str, named: str) -> Path:
+    return (to_path(workdir, "--workdir") if workdir else default_workdir(named)).resolve()
+
+
+def run(
+    config: Config,
+    named: str,
+    workdir: str = "",
+    only: str = "",
+    coordinator: str = "",
+    processes: int = 0,
+    process: int = -1,
+) -> None:
+    """named: the config's file or preset, as the user wrote it. workdir: "" for the default.
+    Raises UserError."""
+    where = _directory(workdir, named)
+    hosts.start(coordinator, processes, process)
+    if not hosts.is_first():
+        logging.disable(logging.WARNING)  # one process tells; errors are every process's own
+    if only and config.stage != "pipeline":
+        raise UserError(f"--only={only}: {named} is no pipeline")
+    stages.run(config, where, **({"only": only} if only else {}))
+    if not only and (command := stages.next_command(config, where)):
+        logging.info("next: %s", command)
+
+
+def compiles(config: Config, named: str, workdir: str, topology: str, slices: int) -> bool:
+    """Whether the step of a training config fits that many slices of a TPU topology; tells what it
+    takes. Raises UserError."""
+    from btx_jax.stages import compile_check
+
+    return compile_check.run(config, _directory(workdir, named), topology, slices)

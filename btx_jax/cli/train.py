@@ -1,0 +1,119 @@
+"""Commands that run a config, or see what it would take."""
+
+import sys
+
+import rich_click as click
+
+from btx_jax import interrupts
+from btx_jax.cli.configs import CONFIG, CONFIG_TOLD, TellsPresets, WithOverrides
+from btx_jax.cli.parts import TRAIN, WHERE, command, text
+
+CLUSTER = "Several processes"
+WORKDIR = text(
+    "--workdir",
+    type=WHERE,
+    metavar="DIR",
+    help="where the run keeps everything it writes; by default runs/NAME-OF-CONFIG",
+)
+
+
+@command(
+    cls=TellsPresets,
+    panel=TRAIN,
+    no_args_is_help=True,
+    examples="""
+btx run demo
+btx run seed:tiny
+btx run math_expert:tiny --config.init=runs/seed_tiny
+btx run my.py:large --workdir=runs/mine
+btx run btx:from_init,org/name --workdir=runs/mine
+btx run btx:tiny --only=expert_math
+""",
+)
+@click.argument("config", type=CONFIG, help=CONFIG_TOLD)
+@WORKDIR
+@text(
+    "--only",
+    metavar="STAGE",
+    help="of a pipeline: this stage alone, in DIR/STAGE; what it needs must have finished",
+)
+@text(
+    "--coordinator",
+    panel=CLUSTER,
+    metavar="HOST:PORT",
+    help="of process 0; by default $JAX_COORDINATOR_ADDRESS, else what JAX detects",
+)
+@click.option(
+    "--num-processes",
+    panel=CLUSTER,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="how many there are; by default $JAX_NUM_PROCESSES",
+)
+@click.option(
+    "--process-id",
+    panel=CLUSTER,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="which one this is, from 0; by default $JAX_PROCESS_ID",
+)
+def run(
+    config: str,
+    overrides: list[str],
+    workdir: str,
+    only: str,
+    coordinator: str,
+    num_processes: int | None,
+    process_id: int | None,
+) -> None:
+    """Run a config: train, mix, evaluate, or a whole pipeline.
+
+    Every key of the config can be set on the command line. A directory that holds an unfinished run
+    of the same config is resumed; a finished one is left as it is. Ctrl-C and SIGTERM save the step
+    and end; a second one ends at once.
+    """
+    interrupts.end_at_once("run the same command to go on from the last checkpoint")
+    from btx_jax.cli import runs
+    from btx_jax.presets.config_file import read_config
+
+    runs.log_to_terminal()
+    runs.run(
+        read_config(config, overrides, "CONFIG"),
+        config,
+        workdir,
+        only,
+        coordinator,
+        num_processes or 0,
+        -1 if process_id is None else process_id,
+    )
+
+
+@command(
+    "compile",
+    cls=WithOverrides,
+    panel=TRAIN,
+    examples="""
+btx compile moe_finetune v5p:2x2x4
+btx compile math_expert v6e:8x8 --num-slices=2 --config.mesh.fsdp=64
+""",
+)
+@click.argument("config", type=CONFIG, help=CONFIG_TOLD)
+@click.argument("topology", help="of a TPU slice: v5p:2x2x4, v5e:4x4, v6e:8x8, v4:2x2x2")
+@click.option(
+    "--num-slices", type=click.IntRange(min=1), metavar="N", default=1, help="this many of them"
+)
+@WORKDIR
+def compile_step(
+    config: str, overrides: list[str], topology: str, num_slices: int, workdir: str
+) -> None:
+    """Compile a training step for TPUs, without one: memory, FLOPs, traffic, least time.
+
+    Needs libtpu (pip install 'btx_jax[tpu]'). Exit status 1, with the cheapest change that helps,
+    when the step does not fit.
+    """
+    from btx_jax.cli import runs
+    from btx_jax.presets.config_file import read_config
+
+    runs.log_to_terminal()
+    made = read_config(config, overrides, "CONFIG")
+    sys.exit(0 if runs.compiles(made, config, workdir, topology, num_slices) else 1)

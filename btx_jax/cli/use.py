@@ -1,0 +1,238 @@
+"""Commands that use a checkpoint, measure it, or look after it."""
+
+import os
+import sys
+from pathlib import Path
+
+import rich_click as click
+
+from btx_jax import terminal
+from btx_jax.cli.parts import (
+    CHECKPOINT,
+    NOT_NEGATIVE,
+    SEED,
+    USE,
+    WHERE,
+    HandedOver,
+    Number,
+    command,
+    text,
+)
+from btx_jax.errors import UserError
+
+SAMPLING = "Sampling"
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="of weights and activations",
+)
+
+
+@command(
+    panel=USE,
+    examples="""
+btx generate runs/demo --prompt "def fibonacci(n):"
+btx generate org/name --chat --prompt "Who wrote Faust?" --temperature=0.8
+""",
+)
+@click.argument("checkpoint", type=WHERE, help=CHECKPOINT)
+@click.option("--prompt", required=True, metavar="TEXT", help="what the text begins with")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="the prompt is a user's message, for the tokenizer's chat template",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), metavar="N", default=64, help="new tokens at most"
+)
+@click.option(
+    "--stop", multiple=True, metavar="TEXT", help="a string that ends the text; may be repeated"
+)
+@click.option(
+    "--temperature", panel=SAMPLING, type=NOT_NEGATIVE, metavar="T", default=0.0, help="0 is greedy"
+)
+@click.option(
+    "--top-p",
+    panel=SAMPLING,
+    type=Number(0, 1, min_open=True),
+    metavar="P",
+    default=1.0,
+    help="nucleus: keep the likeliest tokens up to this probability",
+)
+@click.option("--seed", panel=SAMPLING, type=SEED, metavar="N", default=0, help="of what is drawn")
+@DTYPE
+def generate(
+    checkpoint: str,
+    prompt: str,
+    chat: bool,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    temperature: float,
+    top_p: float,
+    seed: int,
+    dtype: str,
+) -> None:
+    """Sample text from a checkpoint."""
+    from btx_jax.commands.generate import generate as sample
+    from btx_jax.evaluation.generation import Sampling
+
+    said = iter(["" if chat else prompt])  # once, when there is something behind it
+    shown = terminal.plain if sys.stdout.isatty() else str  # a file gets the text itself
+    sample(
+        checkpoint,
+        prompt,
+        lambda text: print(shown(next(said, "") + text), end="", flush=True),
+        is_chat=chat,
+        max_tokens=max_tokens,
+        stop=stop,
+        sampling=Sampling(temperature, top_p),
+        seed=seed,
+        dtype=dtype,
+    )
+    print()
+
+
+@command(
+    panel=USE,
+    examples="""
+btx evaluate runs/demo org/name --out=results
+btx evaluate a=runs/mine b=org/name --tasks=gsm8k --limit=100 --out=results
+""",
+)
+@click.argument(
+    "models", metavar="[NAME=]CHECKPOINT...", type=WHERE, nargs=-1, required=True, help=CHECKPOINT
+)
+@click.option(
+    "--tasks",
+    metavar="TASK,TASK...",
+    default="arc_easy,piqa",
+    help=(
+        "among arc_easy, piqa, openbook_qa, commonsense_qa, gsm8k, humaneval; read from"
+        " $BTX_DATA_DIR/evals"
+    ),
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=0,
+    help="only the first items of each; 0 for all",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), metavar="N", default=8, help="prompts at a time"
+)
+@DTYPE
+@click.option(
+    "--out",
+    type=WHERE,
+    required=True,
+    metavar="DIR",
+    help="results.json and every answer; run again to go on",
+)
+def evaluate(
+    models: tuple[str, ...], tasks: str, limit: int, batch_size: int, dtype: str, out: str
+) -> None:
+    """Test sets on checkpoints, side by side."""
+    from btx_jax import stages
+    from btx_jax.paths import to_path
+    from btx_jax.presets import recipes
+
+    named = dict(
+        pair.partition("=")[::2] if "=" in pair else (Path(os.path.abspath(pair)).name, pair)
+        for pair in models
+    )
+    if len(named) < len(models):
+        raise UserError("two checkpoints have the same name; name them: NAME=CHECKPOINT")
+    config = recipes.tasks(named, tuple(tasks.split(",")), limit, dtype, batch_size)
+    stages.run(config, to_path(out, "--out"))
+
+
+@command(
+    "lm-eval",
+    cls=HandedOver,
+    panel=USE,
+    add_help_option=False,
+    options_metavar="[OPTIONS of lm_eval]...",
+)
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """lm-evaluation-harness's tasks, on our model class."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import btx_jax.evaluation.lm_eval_model  # noqa: F401  registers the model
+    except ImportError as error:
+        raise UserError(
+            f"lm_eval cannot be imported ({error}); pip install 'btx_jax[lm-eval]'"
+        ) from error
+    sys.argv = ["lm_eval", *arguments]
+    try:
+        cli_evaluate()
+    except OSError as error:  # a data set that is not there, a cache that cannot be written
+        raise UserError(f"lm_eval: {error}") from error
+
+
+@command(
+    panel=USE,
+    examples="""
+btx report runs/demo
+btx report runs/demo runs/demo-1 runs/demo-2 --out=runs/three
+""",
+)
+@click.argument(
+    "workdirs",
+    type=WHERE,
+    nargs=-1,
+    required=True,
+    help="a pipeline's directory, or that of its evaluation",
+)
+@text(
+    "--out",
+    type=WHERE,
+    metavar="DIR",
+    help="where the report goes; by default, of one, its own directory",
+)
+def report(workdirs: tuple[str, ...], out: str) -> None:
+    """Report of a finished run, or of several of the same arms with other seeds.
+
+    Writes report.html (one file, no network) and summary.json from what the run left on disk. Of
+    several, the first one's curves and routing are shown, and the arms compared in pairs
+    (comparison.md).
+    """
+    from btx_jax.stages.report import report as write
+
+    if not out and len(workdirs) > 1:
+        raise UserError("--out=DIR: name it, where several runs are compared")
+    terminal.say(f"wrote {write(workdirs, out or workdirs[0])}")
+
+
+@command(panel=USE, examples="btx digest runs/demo/finetune")
+@click.argument("checkpoint", type=WHERE, help=CHECKPOINT)
+def digest(checkpoint: str) -> None:
+    """Fingerprint of a checkpoint: sha256 over all its parameters."""
+    from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
+
+    print(digest(load_params(find_checkpoint(checkpoint))))
+
+
+@command(
+    panel=USE,
+    examples="""
+btx verify runs/demo
+btx verify mixture
+""",
+)
+@click.argument("path", type=WHERE, help="a pipeline's directory (all its runs), or " + CHECKPOINT)
+def verify(path: str) -> None:
+    """Read all of what is stored and compare it with its checksums.
+
+    Exit status 1 when something is damaged.
+    """
+    from btx_jax.commands.verify import verify as findings
+
+    wrong = 0
+    for finding in findings(path):
+        wrong += not finding.good
+        terminal.say(f"{'ok     ' if finding.good else 'DAMAGED'} {finding.name}: {finding.told}")
+    if wrong:
+        sys.exit(1)
