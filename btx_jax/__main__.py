@@ -16,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from pathlib import Path
 
-from btx_jax import terminal
+from btx_jax import environment, terminal
 from btx_jax.command_line import Parser, told_in_one_line
 from btx_jax.errors import UserError
 from btx_jax.output import none_left_empty
@@ -418,6 +418,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     terminal.log_to(sys.stderr, logging.WARNING)
     with told_in_one_line():
+        environment.check()
         if argv[:1] == ["lm_eval"]:  # its arguments are its own
             _lm_eval(argv[1:])
             return

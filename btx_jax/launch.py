@@ -7,10 +7,13 @@ run of the same config is resumed; a finished one is left as it is. Exit status:
 ended by Ctrl-C and SIGTERM, in training with the step saved; a second one ends at once.
 """
 
-from btx_jax import interrupts
+from btx_jax import environment, interrupts
+from btx_jax.command_line import fail, told_in_one_line
 
-if __name__ == "__main__":  # the imports below take seconds
+if __name__ == "__main__":  # the imports below take seconds, and some need the right jax
     interrupts.end_at_once("run the same command to go on from the last checkpoint")
+    with told_in_one_line():
+        environment.check()
 
 import logging
 import os
@@ -25,7 +28,6 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from btx_jax import stages, terminal
-from btx_jax.command_line import fail, told_in_one_line
 from btx_jax.config.config_dict import from_config_dict
 from btx_jax.config.config_file import define_config, read_config
 from btx_jax.errors import UserError

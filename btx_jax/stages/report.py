@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from btx_jax import environment
 from btx_jax.checkpoints.training_state import DIRECTORY
 from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
@@ -17,7 +18,6 @@ from btx_jax.output import read_json, write_json, write_text
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import expand
 from btx_jax.reporting.compare import markdown
-from btx_jax.reporting.page import render
 from btx_jax.reporting.summary import print_tables, read_curves, summarise, tables
 from btx_jax.rundir import (
     CONFIG,
@@ -45,6 +45,8 @@ def run(config: Config, workdir: Path) -> None:
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.report
+    with mistakes.gather():  # before a pipeline's first stage, not behind its last
+        environment.require("report", "config.stage='report'")
     named = {"config.report.evaluate": config.report.evaluate} | {
         f"config.report.others[{i}]": path for i, path in enumerate(config.report.others)
     }
@@ -56,6 +58,8 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def write(config: Config, workdir: Path) -> None:
+    from btx_jax.reporting.page import render  # matplotlib comes with an extra
+
     assert config.report
     results = read_results(config.report.evaluate, "config.report.evaluate")
     others = [
