@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.source_tree import copy_source
 
 pytestmark = pytest.mark.cli
 
@@ -30,12 +31,9 @@ for name in names:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with both distributions. They are made from a copy, as building leaves files."""
+    """A folder with both distributions."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "btx_jax", source / "btx_jax", ignore=ignored)
+    copy_source(source)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", built, source]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # of which setuptools would warn
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
