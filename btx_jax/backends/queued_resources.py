@@ -37,14 +37,14 @@ if ! command -v gcsfuse > /dev/null; then
   curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg > /usr/share/keyrings/cloud.google.asc
   apt-get update -q && apt-get install -q -y gcsfuse git
 fi
-# The machines' own Python is 3.10.
+# The machines' own Python is 3.10; docs/tpu.md was compiled on 3.11.
 command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR=/usr/local/bin sh
 mkdir -p {mount}
 mountpoint -q {mount} || gcsfuse --implicit-dirs --rename-dir-limit 100000 {bucket} {mount}
 [ -d /opt/btx_jax ] || git clone {source} /opt/btx_jax
 cd /opt/btx_jax
 [ -x .venv/bin/python ] || uv venv -q --python 3.11 .venv
-uv pip install -q --python .venv/bin/python -e '.[tpu]'
+uv pip install -q --python .venv/bin/python -c requirements.txt -e '.[demo,report,tpu]'
 {command}
 # Process 0 writes the mark; the slice must not go before it has.
 until [ -f {done} ]; do sleep 10; done
