@@ -7,8 +7,9 @@ from importlib import metadata
 
 import pytest
 
-from btx_jax import environment, stages
+from btx_jax import environment, hub_names, stages
 from btx_jax.config.config_file import read_config
+from btx_jax.data import demo
 from btx_jax.errors import UserError
 from tests.conftest import ROOT
 
@@ -114,6 +115,22 @@ def test_a_pipeline_whose_report_cannot_be_drawn_is_refused_before_it_trains(ins
         stages.run(config, tmp_path / "run")
     assert "config.pipeline.report.config.stage='report' needs matplotlib" in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_needs_no_hub_and_a_name_says_what_it_needs(installed, tmp_path, monkeypatch):
+    installed(["huggingface_hub>=2.4; extra == 'hub'"], {"huggingface_hub": "0.36.0"})
+    (tmp_path / "models" / "seed").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_names.named("models/seed", "config.init") is None
+    for name in ("org/name", "hf://org/name@main"):
+        with pytest.raises(UserError, match=rf"^config.init: {name} .* needs huggingface_hub>=2.4"):
+            hub_names.named(name, "config.init")
+
+
+def test_a_corpus_of_the_demo_says_what_it_needs(installed):
+    installed(["sympy>=1.14; extra == 'demo'"], {})
+    with pytest.raises(UserError, match=r"demo:math needs sympy.*'btx_jax\[demo\]'"):
+        demo.require("math")
 
 
 def test_a_checkout_that_was_never_installed_is_not_compared(monkeypatch, capsys):
