@@ -1,17 +1,22 @@
-# Needs nothing but Python 3.11 or newer with venv.
+# Needs nothing but Python 3.11 to 3.13 with venv. requirements.txt pins whatever is installed here.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Huge pages save a CPU step up to a fifth of its time (glibc; ignored elsewhere).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint install install-dev
+.PHONY: demo test test-fast lint install install-dev pins
 
 demo: install
 	$(BIN)/python -m btx_jax.launch --config=configs/demo.py
 
 test: install-dev
 	$(BIN)/python -m pytest -n 2 --dist=worksteal
+
+# What another jax could change: numbers, compiled programs, files; and the wheel.
+FAST := $(addprefix tests/,checkpoints data mixing models parallel training test_environment.py test_wheel.py)
+test-fast: install-dev
+	$(BIN)/python -m pytest -n 2 --dist=worksteal $(FAST)
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -22,11 +27,20 @@ lint: install-dev
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt
+
 $(VENV)/.installed: pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) -e '.[demo,report]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
+
+# requirements.txt made anew from pyproject.toml's ranges; a pin changes only where it must (delete
+# its line for the newest). Needs uv. Markers of other systems than Linux are left out.
+pins:
+	uv pip compile --quiet --universal --python-version=3.11 --extra=dev --no-annotate \
+	  --custom-compile-command='make pins' --output-file=requirements.txt pyproject.toml
+	sed -i '/python_full_version/! s/ ;.*//' requirements.txt

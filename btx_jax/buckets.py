@@ -50,8 +50,8 @@ def at(url: str, key: str) -> Path:
     names = [match["bucket"], *match["path"].rstrip("/").split("/")]
     if not names[0] or any(name in (".", "..") for name in names) or "" in names[1:-1]:
         raise UserError(f"{key}={url!r}: write {match['scheme']}://BUCKET/PATH, without . or ..")
-    _configure()
     try:
+        _configure()
         __import__(LIBRARIES[match["scheme"]])
         from upath import UPath
     except ImportError as error:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from btx_jax import environment
 from btx_jax.errors import UserError, one_line
 
 PROTOCOL = "hf://"
@@ -43,6 +44,7 @@ def named(text: str, key: str) -> Name | None:
             return None
         if os.path.isdir(text.partition("/")[0]):
             return None
+    environment.require("hub", f"{key}: {text} (no path here, so a name of the Hub)")
     from huggingface_hub.utils import parse_hf_uri
 
     body = text.removeprefix(PROTOCOL)

@@ -8,10 +8,13 @@ fit, 2 wrong input (one line says what and how to mend it), 130 and 143 ended by
 in training with the step saved; a second one ends at once.
 """
 
-from btx_jax import interrupts
+from btx_jax import environment, interrupts
+from btx_jax.command_line import fail, told_in_one_line
 
-if __name__ == "__main__":  # the imports below take seconds
+if __name__ == "__main__":  # the imports below take seconds, and some need the right jax
     interrupts.end_at_once("run the same command to go on from the last checkpoint")
+    with told_in_one_line():
+        environment.check()
 
 import os
 import re
@@ -25,7 +28,6 @@ from ml_collections import config_flags
 
 from btx_jax.cli import runs
 from btx_jax.cli.configs import split_overrides
-from btx_jax.command_line import fail, told_in_one_line
 from btx_jax.config.config_dict import from_config_dict
 from btx_jax.errors import UserError
 from btx_jax.parallel.accelerators import leave_absent_tpu

@@ -28,6 +28,11 @@ def error(message: object) -> None:
     print(f"btx_jax: error: {plain(' '.join(str(message).split()))}", file=sys.stderr)
 
 
+def warn(message: str) -> None:
+    """`btx_jax: warning: ...` on stderr."""
+    print(f"btx_jax: warning: {plain(message)}", file=sys.stderr)
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return plain(super().format(record))

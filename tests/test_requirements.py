@@ -1,24 +1,28 @@
 """An installation without the tests' own tools must hold all that the package imports; where tests
-run, those tools would hide a gap."""
+run, those tools would hide a gap. And what is pinned must be what is asked for."""
 
 import ast
 import re
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
 
-EXTRAS = {"lm_eval"}  # imported where the user asks for it, and told when it is missing
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# Extras whose packages are imported where they are needed, and told when they are missing.
+IMPORTED = ("demo", "gcs", "hub", "lm-eval", "mlflow", "report", "wandb")
+PINNED = ("dev", "tpu", *IMPORTED)
+PYTHONS = ("3.11", "3.12", "3.13")
 
 
-def distributions(lines):
-    return {
-        re.sub(r"[-_.]+", "-", re.split(r"[=<>\[;\s]", line, maxsplit=1)[0]).lower()
-        for line in lines
-        if line and line[0] not in "#\n"
-    }
+def names(requirements):
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
 
 
 def imported(file):
@@ -31,15 +35,40 @@ def imported(file):
 
 @pytest.mark.parametrize("folder", ["btx_jax", "configs", "launch"])
 def test_whatever_is_imported_is_required(folder):
-    required = distributions((ROOT / "requirements.txt").read_text().splitlines())
+    required = names(PROJECT["dependencies"]).union(*(names(EXTRAS[extra]) for extra in IMPORTED))
     known = packages_distributions()
-    own = {"btx_jax", "configs", "launch", *EXTRAS, *sys.stdlib_module_names}
+    own = {"btx_jax", "configs", "launch", *sys.stdlib_module_names}
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     for file in files:
         for name in imported(file):
             top = name.partition(".")[0]
             if top not in own:
-                assert distributions(known.get(top, [])) & required, (
-                    f"{file.relative_to(ROOT)} imports {top}: not in requirements.txt"
+                assert {canonicalize_name(name) for name in known.get(top, [])} & required, (
+                    f"{file.relative_to(ROOT)} imports {top}: not in pyproject.toml"
                 )
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_pin_is_exact_and_within_the_range_that_is_asked_for(python):
+    pins = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            pin = Requirement(line)
+            assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), line
+            if pin.marker is None or pin.marker.evaluate({"python_full_version": f"{python}.0"}):
+                assert canonicalize_name(pin.name) not in pins, line
+                pins[canonicalize_name(pin.name)] = str(pin.specifier).removeprefix("==")
+    asked = PROJECT["dependencies"] + [text for extra in PINNED for text in EXTRAS[extra]]
+    for requirement in map(Requirement, asked):
+        name = canonicalize_name(requirement.name)
+        if name != "btx-jax":
+            assert requirement.specifier.contains(pins[name]), (
+                f"{requirement}, but requirements.txt pins {pins[name]}: make pins"
+            )
+
+
+def test_every_python_that_is_named_is_one_that_the_pins_are_for():
+    said = [text for text in PROJECT["classifiers"] if re.search(r":: 3[.]\d+$", text)]
+    assert [text.rpartition(" ")[2] for text in said] == list(PYTHONS)
+    assert PROJECT["requires-python"] == f">={PYTHONS[0]}"

@@ -29,12 +29,12 @@ RUNTIMES = {
 
 STARTUP = """#!/bin/bash
 set -euo pipefail
-# The machines' own Python is 3.10.
+# The machines' own Python is 3.10; docs/tpu.md was compiled on 3.11.
 command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR=/usr/local/bin sh
 [ -d /opt/btx_jax ] || git clone {source} /opt/btx_jax
 cd /opt/btx_jax
 [ -x .venv/bin/python ] || uv venv -q --python 3.11 .venv
-uv pip install -q --python .venv/bin/python -e '.[tpu,gcs]'
+uv pip install -q --python .venv/bin/python -c requirements.txt -e '.[demo,gcs,report,tpu]'
 {command}
 # Process 0 writes the mark; the slice must not go before it has.
 until gcloud storage ls {done} > /dev/null 2>&1; do sleep 10; done

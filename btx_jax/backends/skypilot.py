@@ -27,11 +27,11 @@ RUNTIMES = {
 
 SETUP = """[ -d btx_jax ] || git clone {source} btx_jax
 cd btx_jax
-# The machines' own Python is 3.10.
+# The machines' own Python is 3.10; docs/tpu.md was compiled on 3.11.
 export PATH="$HOME/.local/bin:$PATH"
 command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR="$HOME/.local/bin" sh
 [ -x .venv/bin/python ] || uv venv -q --python 3.11 .venv
-uv pip install -q --python .venv/bin/python -e '.[tpu,gcs]'
+uv pip install -q --python .venv/bin/python -c requirements.txt -e '.[demo,gcs,report,tpu]'
 """
 
 

