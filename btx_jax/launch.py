@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
         fail("--config is missing; for example --config=configs/demo.py (--help lists all flags)")
     file = str(config_flags.get_config_filename(FLAGS["config"]))
     terminal.log_to(sys.stderr, logging.INFO)
-    for noisy in ("absl", "jax", "orbax", "grain", "etils"):
+    for noisy in ("absl", "jax", "orbax", "grain", "etils", "wandb", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with told_in_one_line():
         if not isinstance(_CONFIG.value, ml_collections.ConfigDict):

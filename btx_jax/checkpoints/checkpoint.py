@@ -60,11 +60,12 @@ from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.output import new_directory
 from btx_jax.parallel.sharding import param_shardings
 from btx_jax.paths import refuse_links_out
-from btx_jax.rundir import has_begun, has_finished
+from btx_jax.rundir import has_begun, has_finished, recorded_results
 
 log = logging.getLogger(__name__)
 
 HISTORY = "btx_jax.history"  # in the headers of exports: the History as JSON
+BEST = "best"  # in place of a step
 AHEAD = 2  # tensors being made while one is written
 
 DTYPES = {dtype.name: dtype for dtype in safetensors_files.DTYPES.values()}
@@ -111,8 +112,9 @@ class Checkpoint:
 
 
 def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
-    """A run's working directory (its last step), one step's directory, a Hugging Face directory or
-    an adapter directory. Raises UserError if none of these, and for links out of it."""
+    """A run's working directory (its last step), one step's directory (`checkpoints/best`: the one
+    that CheckpointConfig.best kept), a Hugging Face directory or an adapter directory. Raises
+    UserError if none of these, and for links out of it."""
     found = _find(path, key)
     refuse_links_out(found.tokenizer)  # of a Hugging Face or adapter directory, all of it
     return found
@@ -122,7 +124,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     quiet()
     named = str(path)
     try:
-        path = _again(hub.resolve(named, key).resolve(), key)
+        path = _best(_again(hub.resolve(named, key).resolve(), key), key)
         if not path.exists():
             cure = f"; if the Hub has it: {PROTOCOL}{named}" if may_be_named(named) else ""
             raise UserError(f"{key}: {path} does not exist{cure}")
@@ -160,6 +162,24 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     found = Checkpoint(path, read_metadata(path))
     check_sums(found.tokenizer)
     return found
+
+
+def _best(path: Path, key: str) -> Path:
+    """Of RUN/checkpoints/best, the step that the run named so."""
+    if (path.parent.name, path.name) != (DIRECTORY, BEST):
+        return path
+    run = path.parent.parent
+    results = recorded_results(run) if run.is_dir() else {}
+    if results is None:
+        raise UserError(
+            f"{key}: {path}: known once {run} has finished; until then name a step of {path.parent}"
+        )
+    if run.is_dir() and "best" not in results:
+        raise UserError(
+            f"{key}: {path}: nothing was measured at a step that {run} kept; name one of"
+            f" {path.parent}"
+        )
+    return path.parent / str(results["best"]["step"]) if results else path
 
 
 def _again(path: Path, key: str) -> Path:

@@ -1,15 +1,16 @@
-"""What a run says about itself while it runs: metrics.jsonl, TensorBoard."""
+"""What a run says about itself while it runs: metrics.jsonl, TensorBoard, trackers."""
 
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
 from btx_jax.output import new_file
+from btx_jax.reporting.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ ASIDE = "metrics.damaged.jsonl"
 
 class MetricsWriter:
     """Appends one JSON object a line to WORKDIR/metrics.jsonl and the numbers among them to
-    WORKDIR/tensorboard.
+    WORKDIR/tensorboard and to the trackers, which the caller opens and closes.
 
     A resumed run starts at `first_step`: lines of later steps, written after the checkpoint it
     resumes from, are removed; one that is damaged is set aside in metrics.damaged.jsonl. With
@@ -27,13 +28,21 @@ class MetricsWriter:
     written.
     """
 
-    def __init__(self, workdir: Path, first_step: int, enabled: bool = True):
-        self._enabled = enabled
+    def __init__(
+        self,
+        workdir: Path,
+        first_step: int,
+        enabled: bool = True,
+        trackers: Trackers | None = None,
+    ):
+        self._enabled, self._trackers = enabled, trackers
         if not enabled:
             return
         path = workdir / FILE
         if path.exists():
             lines, bad = _parse(path)
+            if trackers:
+                trackers.begin((line["step"], numbers(line)) for line in lines)
             kept = [line for line in lines if line["step"] <= first_step]
             if bad:
                 _set_aside(workdir / ASIDE, bad)
@@ -48,8 +57,11 @@ class MetricsWriter:
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in _scalars(values):
+        told = numbers(values)
+        for name, value in told.items():
             self._board.add_scalar(name, value, step)
+        if self._trackers:
+            self._trackers.write(step, told)
 
     def sync(self) -> None:
         """Nothing written so far is lost to a kill, in a mounted bucket either, which takes a file
@@ -99,8 +111,12 @@ def _set_aside(path: Path, bad: Mapping[int, bytes]) -> None:
     )
 
 
-def _scalars(values: Any, name: str = ""):
-    """Leaves of nested dicts and lists as `a/b/layer_0`-style names."""
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """Those of a line but its step, by `a/b/0`-style names: what curves and trackers show."""
+    return dict(_scalars({key: value for key, value in line.items() if key != "step"}))
+
+
+def _scalars(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(values, Mapping):
         for key, value in values.items():
             yield from _scalars(value, f"{name}/{key}" if name else key)

@@ -131,8 +131,8 @@ def in_order(pipeline: Any) -> list[str]:
 
 
 def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> Config:
-    """The stage's config with `@NAME` replaced by directories, and the pipeline's rng_seed added to
-    its own.
+    """The stage's config with `@NAME` replaced by directories, the pipeline's rng_seed added to
+    its own, and told to the pipeline's trackers where it names none.
 
     Raises ConfigError for an @NAME not in needs."""
 
@@ -152,4 +152,9 @@ def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> C
 
     values = replace(to_dict(stage.config))
     values["rng_seed"] += config.rng_seed
+    log = to_dict(config.log)
+    if any(log.values()):
+        values["log"] = {key: values["log"][key] or value for key, value in log.items()}
+    if any(values["log"].values()):
+        values["log"]["group"] = values["log"]["group"] or workdir.name
     return from_dict(Config, values, f"config.pipeline.{name}.config")

@@ -60,6 +60,7 @@ ODD = [math.nan, math.inf, -math.inf, -1, 0, 10**30, 10**6000, 1.5, True, "1", [
 # What of ODD is meant to be possible; all else is refused.
 ZERO = {
     "CountOrZero": ("warmup_steps", "eval_every", "limit", "rows", "rng_seed"),
+    "test sets": ("eval_tasks_every", "eval_tasks_limit"),
     "off": ("cutoff", "shots", "shown_tokens", "heldout_fraction", "dropout", "temperature"),
     "by what it starts from": ("learning_rate",),
     "weights": ("weight_decay", "balance_weight", "z_loss_weight"),
