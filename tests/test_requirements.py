@@ -10,7 +10,11 @@ import pytest
 
 from tests.conftest import ROOT
 
-EXTRAS = {"lm_eval"}  # imported where the user asks for it, and told when it is missing
+EXTRAS = {
+    "lm_eval",
+    "mlflow",
+    "wandb",
+}  # imported where the user asks for it, and told when it is missing
 
 
 def distributions(lines):

@@ -17,6 +17,7 @@ from btx_jax.config.config import (
     EvaluateConfig,
     LogConfig,
     MeshConfig,
+    PipelineStage,
     ProfileConfig,
     TaskConfig,
 )
@@ -87,12 +88,13 @@ def of_steps(workdir):
     return found
 
 
-def in_mlflow(workdir):
+def in_mlflow(workdir, name="experiment"):
     client = MlflowClient(tracking_uri=(workdir / "mlflow").as_uri())
-    (experiment,) = [e for e in client.search_experiments() if e.name == "experiment"]
+    (experiment,) = [e for e in client.search_experiments() if e.name == name]
     (found,) = client.search_runs([experiment.experiment_id])
-    names = found.data.metrics
-    return found, {name: client.get_metric_history(found.info.run_id, name) for name in names}
+    return found, {
+        name: client.get_metric_history(found.info.run_id, name) for name in found.data.metrics
+    }
 
 
 def in_wandb(workdir):
@@ -434,3 +436,54 @@ def test_trackers_lack_nothing_after_a_kill_that_nobody_hears(offline, cli):
     assert [step for step, _ in in_wandb(cli.home / "run")[1]] == list(range(1, 41))
     _, histories = in_mlflow(cli.home / "run")
     assert [m.step for m in histories["loss"]] == list(range(1, 41))
+
+
+def test_a_pipelines_stages_are_one_group_and_evaluation_tells_what_it_measured(
+    fresh, tmp_path, offline
+):
+    train = fresh(3, every=3)
+    evaluate = Config(
+        "evaluate",
+        evaluate=EvaluateConfig({"seed": "@seed"}, rows=4),
+        data=dataclasses.replace(train.data, tokenizer=""),
+        compute=train.compute,
+        mesh=MeshConfig(),
+    )
+    own = dataclasses.replace(evaluate, log=LogConfig(mlflow="another", group="own"))
+    config = Config(
+        "pipeline",
+        pipeline={
+            "seed": PipelineStage(train),
+            "evaluate": PipelineStage(evaluate, needs=("seed",)),
+            "again": PipelineStage(own, needs=("seed",)),
+        },
+        log=LogConfig(mlflow="experiment"),
+    )
+    stages.run(config, tmp_path / "all")
+    groups = {}
+    for name, experiment in (
+        ("seed", "experiment"),
+        ("evaluate", "experiment"),
+        ("again", "another"),
+    ):
+        found, _ = in_mlflow(tmp_path / "all" / name, experiment)
+        groups[found.info.run_name] = found.data.tags["group"]
+        results = tmp_path / "all" / name / "results.json"
+        if results.exists():
+            loss = json.loads(results.read_text())["models"]["seed"]["nats_per_token"]["words"]
+            assert found.data.metrics["seed/nats_per_token/words"] == loss
+    assert groups == {"seed": "all", "evaluate": "all", "again": "own"}
+
+
+@pytest.mark.cli
+def test_of_several_processes_the_first_tells_and_each_profiles(cli, offline):
+    """Both on this machine, whose part of the profile has one name: the later one's stays."""
+    cli.run(*cli.seed("other", steps=2))  # makes the cache of the text
+    seed = cli.seed("run", "--config.log.mlflow=experiment", "--config.profile.steps=3:5", steps=6)
+    processes = cli.start_several(2, 2, *seed)
+    told = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told[0][-3000:]
+    _, histories = in_mlflow(cli.home / "run")
+    assert [m.step for m in histories["loss"]] == list(range(1, 7)), "once"
+    assert profiled(cli.home / "run") == {"steps_3_to_4": [3, 4]}
+    assert "profiled" in told[0]
