@@ -558,7 +558,10 @@ class Config(Section):
         if chosen and self.stage != "train":
             yield f"profile.steps={self.profile.steps!r}: of stage 'train' only"
         elif chosen and self.train and chosen[-1] > self.train.steps:
-            yield f"profile.steps={self.profile.steps!r}: train.steps={self.train.steps}"
+            yield (
+                f"profile.steps={self.profile.steps!r}: train.steps={self.train.steps} is the last"
+                " one; END may be one more"
+            )
 
     @rule
     def _has_a_best(self) -> Iterator[str]:

@@ -113,7 +113,10 @@ def run(config: Config, workdir: Path) -> None:
     mesh = checked_mesh(config, model)
     log.info("%s: %s", workdir.name, described(model, config.compute))
 
-    tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
+    with goodput.doing("data"):
+        tokenizer = first_then_others(
+            resolve_tokenizer, config.data, init.tokenizer if init else None
+        )
     if init is None:
         require_embeddings(tokenizer, model)
     with goodput.doing("data"):
