@@ -65,7 +65,7 @@ from btx_jax.rundir import has_begun, has_finished, recorded_results
 log = logging.getLogger(__name__)
 
 HISTORY = "btx_jax.history"  # in the headers of exports: the History as JSON
-BEST = "best"  # in place of a step
+BEST = "best"  # in place of a step, and what a run's results call it
 AHEAD = 2  # tensors being made while one is written
 
 DTYPES = {dtype.name: dtype for dtype in safetensors_files.DTYPES.values()}
@@ -166,20 +166,20 @@ def _find(path: str | Path, key: str) -> Checkpoint:
 
 def _best(path: Path, key: str) -> Path:
     """Of RUN/checkpoints/best, the step that the run named so."""
-    if (path.parent.name, path.name) != (DIRECTORY, BEST):
-        return path
     run = path.parent.parent
-    results = recorded_results(run) if run.is_dir() else {}
+    if (path.parent.name, path.name) != (DIRECTORY, BEST) or not run.is_dir():
+        return path
+    results = recorded_results(run)
     if results is None:
         raise UserError(
             f"{key}: {path}: known once {run} has finished; until then name a step of {path.parent}"
         )
-    if run.is_dir() and "best" not in results:
+    if BEST not in results:
         raise UserError(
             f"{key}: {path}: nothing was measured at a step that {run} kept; name one of"
             f" {path.parent}"
         )
-    return path.parent / str(results["best"]["step"]) if results else path
+    return path.parent / str(results[BEST]["step"])
 
 
 def _again(path: Path, key: str) -> Path:

@@ -152,9 +152,6 @@ def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> C
 
     values = replace(to_dict(stage.config))
     values["rng_seed"] += config.rng_seed
-    log = to_dict(config.log)
-    if any(log.values()):
-        values["log"] = {key: values["log"][key] or value for key, value in log.items()}
-    if any(values["log"].values()):
-        values["log"]["group"] = values["log"]["group"] or workdir.name
+    told = {key: own or getattr(config.log, key) for key, own in values["log"].items()}
+    values["log"] = told | {"group": told["group"] or (workdir.name if any(told.values()) else "")}
     return from_dict(Config, values, f"config.pipeline.{name}.config")
