@@ -20,9 +20,11 @@ from btx_jax.paths import to_path
 
 CONFIG, DONE, COMMITS = "config.json", "done.json", "hub.json"
 
-# A resumed run may change where, in how much memory and how often it looks, not what it computes.
+# A resumed run may change where, in how much memory, how often it looks and whom it tells, not what
+# it computes.
 COMPUTE = ("compute.remat", "compute.kernels", "compute.unroll", "compute.loss_chunk")
-RESUMABLE = ("mesh.", "checkpoint.", *COMPUTE, "data.cache", "train.eval_every", "train.eval_rows")
+LOOKS = ("train.eval_every", "train.eval_rows", "train.eval_tasks", "data.tasks", "profile.")
+RESUMABLE = ("mesh.", "checkpoint.", *COMPUTE, "data.cache", *LOOKS, "log.")
 
 
 def is_resumable(key: str) -> bool:

@@ -61,11 +61,12 @@ from btx_jax.output import new_directory
 from btx_jax.parallel.sharding import param_shardings
 from btx_jax.paths import refuse_links_out, to_path
 from btx_jax.progress import bar
-from btx_jax.rundir import has_begun, has_finished
+from btx_jax.rundir import has_begun, has_finished, recorded_results
 
 log = logging.getLogger(__name__)
 
 HISTORY = "btx_jax.history"  # in the headers of exports: the History as JSON
+BEST = "best"  # in place of a step, and what a run's results call it
 AHEAD = 2  # tensors being made while one is written
 
 DTYPES = {dtype.name: dtype for dtype in safetensors_files.DTYPES.values()}
@@ -115,8 +116,9 @@ class Checkpoint:
 
 
 def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
-    """A run's working directory (its last step), one step's directory, a Hugging Face directory or
-    an adapter directory. Raises UserError if none of these, and for links out of it."""
+    """A run's working directory (its last step), one step's directory (`checkpoints/best`: the one
+    that CheckpointConfig.best kept), a Hugging Face directory or an adapter directory. Raises
+    UserError if none of these, and for links out of it."""
     found = _find(path, key)
     refuse_links_out(found.tokenizer)  # of a Hugging Face or adapter directory, all of it
     return found
@@ -126,7 +128,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     quiet()
     named = str(path)
     try:
-        path = _again(hub.resolve(named, key).resolve(), key)
+        path = _best(_again(hub.resolve(named, key).resolve(), key), key)
         buckets.require(path, key)
         if not path.exists():
             cure = f"; if the Hub has it: {PROTOCOL}{named}" if may_be_named(named) else ""
@@ -165,6 +167,24 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     found = Checkpoint(path, read_metadata(path))
     check_sums(found.tokenizer)
     return found
+
+
+def _best(path: Path, key: str) -> Path:
+    """Of RUN/checkpoints/best, the step that the run named so."""
+    run = path.parent.parent
+    if (path.parent.name, path.name) != (DIRECTORY, BEST) or not run.is_dir():
+        return path
+    results = recorded_results(run)
+    if results is None:
+        raise UserError(
+            f"{key}: {path}: known once {run} has finished; until then name a step of {path.parent}"
+        )
+    if BEST not in results:
+        raise UserError(
+            f"{key}: {path}: nothing was measured at a step that {run} kept; name one of"
+            f" {path.parent}"
+        )
+    return path.parent / str(results[BEST]["step"])
 
 
 def _again(path: Path, key: str) -> Path:

@@ -247,15 +247,37 @@ def _save_params(params: Params, model: ModelConfig) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(held, save_args=jax.tree_util.tree_map_with_path(chunks, held))
 
 
+BestOf = Callable[[Iterable[int]], int | None]  # of steps, the best one, if that is known
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """The newest steps, and the best."""
+
+    newest: int
+    best: BestOf
+
+    def of(self, steps: Sequence[int]) -> set[int | None]:
+        """steps: oldest first."""
+        return {*steps[-self.newest :], self.best(steps)}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        kept = self.of([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run. Saves in the background; a save that was interrupted does not
-    exist. What killed processes of the same run left behind is swept."""
+    exist. What killed processes of the same run left behind is swept.
 
-    def __init__(self, workdir: Path, config: CheckpointConfig):
+    best: asked at every save, and here, which step stays besides the newest ones."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, best: BestOf = lambda steps: None):
         quiet()
         self._directory = (workdir / DIRECTORY).resolve()
+        kept = _Kept(config.keep, best)
         if is_first():
-            _sweep(self._directory, config.keep)
+            _sweep(self._directory, kept.of)
             _mark_finished(self._directory)
         registry = ocp.DefaultCheckpointHandlerRegistry()
         for item in ("params", "opt_state"):
@@ -265,13 +287,17 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             str(self._directory),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep, enable_async_checkpointing=True, create=True
+                preservation_policy=kept, enable_async_checkpointing=True, create=True
             ),
             handler_registry=registry,
         )
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Those that are kept, oldest first."""
+        return sorted(self._manager.all_steps())
 
     def path(self, step: int) -> Path:
         return self._directory / str(step)
@@ -327,7 +353,7 @@ class Checkpoints:
             save()
         except Exception as error:  # Orbax passes on whatever its storage raises
             if is_first():
-                _sweep(self._directory, keep=len(steps_of(self._directory)) or 1)
+                _sweep(self._directory, keep=set)
             good = [str(step) for step in steps_of(self._directory)]
             rest = f"step {good[-1]} there is good" if good else "no step was saved there yet"
             raise UserError(f"cannot save to {self._directory}: {_short(error)}; {rest}") from error
@@ -363,12 +389,13 @@ def _mark_finished(directory: Path) -> None:
                 mark.write_text("Copied from a disk.", encoding="utf-8")
 
 
-def _sweep(directory: Path, keep: int) -> None:
-    """Unfinished saves, and steps whose deletion was cut short: older than those that are kept. The
+def _sweep(directory: Path, keep: Callable[[list[int]], set[Any]]) -> None:
+    """Unfinished saves, and steps whose deletion was cut short: those that `keep` leaves out. The
     caller holds the run's directory, so that no living process owns them."""
     if not directory.is_dir():
         return
-    surplus = [str(step) for step in steps_of(directory)[:-keep]]
+    steps = steps_of(directory)
+    surplus = [str(step) for step in {*steps} - keep(steps)]
     for path in directory.iterdir():
         is_cut = path.name.isdigit() and not _is_finished(path)
         if path.name in surplus or is_cut or ".orbax-checkpoint-tmp" in path.name:

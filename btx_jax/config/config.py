@@ -36,6 +36,7 @@ DTYPES = ("float32", "bfloat16")
 FROZEN = ("", "experts", "all_but_routers", "base")
 ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
+BEST = r"|heldout|heldout/.+/(nats_per_token|bits_per_byte)|tasks/[^/]+/[^/]+"
 BOS = ("auto", "always", "never")
 STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
 
@@ -101,6 +102,9 @@ class TrainConfig(Section):
     balance_weight: alpha of the load-balance loss. z_loss_weight: of the router z-loss (ST-MoE), 0
     to leave it out.
     eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
+    eval_tasks: test sets, of data.tasks or of those that `btx_jax evaluate` knows, tried on the
+        model as it is before the first step, every eval_tasks_every steps (0: not in between) and
+        after the last. eval_tasks_limit: the first items of each only, 0 for all.
     frozen: what is not trained and has no optimizer state: nothing (""), the experts'
         feed-forwards, all but the routers, or the base under LoRA experts. frozen_dtype: what is
         frozen is kept in it.
@@ -121,6 +125,9 @@ class TrainConfig(Section):
     z_loss_weight: Weight = 0.0
     eval_every: CountOrZero = 0
     eval_rows: Rows = 64
+    eval_tasks: tuple[str, ...] = ()
+    eval_tasks_every: CountOrZero = 0
+    eval_tasks_limit: CountOrZero = 0
     frozen: Annotated[str, Choice(FROZEN)] = ""
     frozen_dtype: Dtype = "float32"
 
@@ -158,13 +165,70 @@ class FormatConfig(Section):
 
 
 @dataclass(frozen=True)
+class TaskConfig(Section):
+    """A test set: `file` of JSON lines, `$BTX_DATA_DIR` and the like expanded. limit: its first
+    items only, 0 for all.
+
+    kind: multiple_choice (fields choices, gold: the likeliest choice behind the prompt),
+    exact_match (field answer: the last number of what is generated, or its text) or code
+    (HumanEval's fields: what is generated passes the item's tests).
+    heldout_fraction: above 0, of multiple_choice, only the items whose prompt and right choice no
+        training run with that data.heldout_fraction has seen.
+    prompt: a format string over an item's fields. shots: solved examples in front, from the
+    beginning of shots_file.
+    max_tokens, temperature, top_p, stop: of generation. samples: programs per item; pass_at: the k
+    of pass@k; seconds: CPU time of each.
+    """
+
+    kind: Annotated[str, Choice(TASKS)]
+    file: str
+    prompt: str
+    limit: CountOrZero = 0
+    heldout_fraction: Share = 0.0
+    shots: Annotated[int, Range(0, 1000)] = 0
+    shots_file: str = ""
+    max_tokens: Tokens = 256
+    temperature: Annotated[float, Range(0, 100)] = 0.0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
+    stop: tuple[str, ...] = ()
+    samples: Annotated[int, Range(1, 10_000)] = 1
+    pass_at: tuple[Annotated[int, Range(1, 10_000)], ...] = (1,)
+    seconds: Annotated[int, Range(1, 86_400)] = 10
+
+    @rule
+    def _holds_out_choices(self) -> Iterator[str]:
+        if self.heldout_fraction and self.kind != "multiple_choice":
+            yield f"heldout_fraction={self.heldout_fraction}: for kind='multiple_choice' only"
+
+    @rule
+    def _shots_from_a_file(self) -> Iterator[str]:
+        if self.shots and not self.shots_file:
+            yield "shots_file: missing, and shots are asked for"
+
+    @rule
+    def _stops_at_text(self) -> Iterator[str]:
+        if "" in self.stop:
+            yield "stop: an empty string would end every text at once; leave it out"
+
+    @rule
+    def _passes_at(self) -> Iterator[str]:
+        if max(self.pass_at, default=1) > self.samples:
+            yield f"pass_at={self.pass_at}: each must lie in 1 .. samples={self.samples}"
+
+    @rule
+    def _samples_differ(self) -> Iterator[str]:
+        if self.kind == "code" and self.samples > 1 and not self.temperature:
+            yield "temperature: 0 gives the same program every time; raise it or set samples to 1"
+
+
+@dataclass(frozen=True)
 class DataConfig(Section):
     """Text and its tokenizer.
 
     train, heldout: comma-separated `WHAT[#FIELD][:WEIGHT]`, WHAT a name from domains, a file, a
         glob, `tfds:NAME` or `demo:NAME`. `FILE#@NAME` names one of formats.
     heldout: domains whose held-out documents are measured; "" for those of train.
-    domains: name -> sources in the same notation.
+    domains: name -> sources in the same notation. tasks: name -> test set, for train.eval_tasks.
     tokenizer: a sentencepiece .model, an HF tokenizer.json, a directory with one, or `demo:`; ""
     for the init checkpoint's.
     bos: in front of every document and prompt: what the tokenizer itself puts there (auto), BOS
@@ -182,6 +246,7 @@ class DataConfig(Section):
     tokenizer: str = ""
     bos: Annotated[str, Choice(BOS)] = "auto"
     formats: Mapping[str, FormatConfig] = field(default_factory=dict)
+    tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     sequence_length: Annotated[int, Range(2, 2**24)] = 4096
     heldout_fraction: Share = 0.01
     cache: str = "runs/data"
@@ -189,6 +254,7 @@ class DataConfig(Section):
     @rule
     def _names(self) -> Iterator[str]:
         yield from _no_file_names("domains", self.domains)
+        yield from _no_file_names("tasks", self.tasks)
 
 
 @dataclass(frozen=True)
@@ -229,10 +295,65 @@ class MeshConfig(Section):
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
     """every: steps between checkpoints. keep: how many of the newest stay; the last step is always
-    saved."""
+    saved.
+
+    best: the metric by which one more stays, the best of the steps that were both saved and
+        measured; "" for none. The lowest is best of `heldout` (the mean of all domains' nats per
+        token), `heldout/DOMAIN/nats_per_token` and `heldout/DOMAIN/bits_per_byte`, the highest of
+        `tasks/NAME/METRIC`.
+    """
 
     every: Count = 1000
     keep: Annotated[int, Range(1, 10**6)] = 2
+    best: str = "heldout"
+
+    @rule
+    def _is_measured(self) -> Iterator[str]:
+        if not re.fullmatch(BEST, self.best, re.DOTALL):
+            yield (
+                f"best={self.best[:100]!r}: must be heldout, heldout/DOMAIN/nats_per_token,"
+                " heldout/DOMAIN/bits_per_byte, tasks/NAME/METRIC, or '' for none"
+            )
+
+
+@dataclass(frozen=True)
+class LogConfig(Section):
+    """Where a run's numbers go besides metrics.jsonl and TensorBoard.
+
+    wandb: a project of Weights & Biases, `[ENTITY/]PROJECT`; WANDB_MODE=offline and the like hold.
+    mlflow: an experiment of MLflow, at MLFLOW_TRACKING_URI or else in WORKDIR/mlflow.
+    group: what belongs together is found there by it; of a pipeline's stages its directory's name.
+    """
+
+    wandb: str = ""
+    mlflow: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class ProfileConfig(Section):
+    """steps: `FIRST:END`, the steps FIRST to END - 1 are profiled into WORKDIR/profile; "" for
+    none."""
+
+    steps: str = ""
+
+    @rule
+    def _is_a_range(self) -> Iterator[str]:
+        if self.steps and not _steps(self.steps):
+            yield (
+                f"steps={self.steps[:100]!r}: must be FIRST:END with 1 <= FIRST < END, such as"
+                " 10:13 for the steps 10, 11 and 12"
+            )
+
+    @property
+    def chosen(self) -> range:
+        return _steps(self.steps)
+
+
+def _steps(notation: str) -> range:
+    """FIRST:END; empty where it is none."""
+    found = re.fullmatch(r"([1-9]\d{0,8}):(\d{1,10})", notation, re.ASCII)
+    return range(int(found[1]), int(found[2])) if found else range(0)
 
 
 @dataclass(frozen=True)
@@ -308,63 +429,6 @@ class EnsembleConfig(Section):
             yield "experts: an ensemble needs two or more"
         elif self.top > len(self.experts):
             yield f"top={self.top}: there are {len(self.experts)} experts"
-
-
-@dataclass(frozen=True)
-class TaskConfig(Section):
-    """A test set: `file` of JSON lines, `$BTX_DATA_DIR` and the like expanded. limit: its first
-    items only, 0 for all.
-
-    kind: multiple_choice (fields choices, gold: the likeliest choice behind the prompt),
-    exact_match (field answer: the last number of what is generated, or its text) or code
-    (HumanEval's fields: what is generated passes the item's tests).
-    heldout_fraction: above 0, of multiple_choice, only the items whose prompt and right choice no
-        training run with that data.heldout_fraction has seen.
-    prompt: a format string over an item's fields. shots: solved examples in front, from the
-    beginning of shots_file.
-    max_tokens, temperature, top_p, stop: of generation. samples: programs per item; pass_at: the k
-    of pass@k; seconds: CPU time of each.
-    """
-
-    kind: Annotated[str, Choice(TASKS)]
-    file: str
-    prompt: str
-    limit: CountOrZero = 0
-    heldout_fraction: Share = 0.0
-    shots: Annotated[int, Range(0, 1000)] = 0
-    shots_file: str = ""
-    max_tokens: Tokens = 256
-    temperature: Annotated[float, Range(0, 100)] = 0.0
-    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
-    stop: tuple[str, ...] = ()
-    samples: Annotated[int, Range(1, 10_000)] = 1
-    pass_at: tuple[Annotated[int, Range(1, 10_000)], ...] = (1,)
-    seconds: Annotated[int, Range(1, 86_400)] = 10
-
-    @rule
-    def _holds_out_choices(self) -> Iterator[str]:
-        if self.heldout_fraction and self.kind != "multiple_choice":
-            yield f"heldout_fraction={self.heldout_fraction}: for kind='multiple_choice' only"
-
-    @rule
-    def _shots_from_a_file(self) -> Iterator[str]:
-        if self.shots and not self.shots_file:
-            yield "shots_file: missing, and shots are asked for"
-
-    @rule
-    def _stops_at_text(self) -> Iterator[str]:
-        if "" in self.stop:
-            yield "stop: an empty string would end every text at once; leave it out"
-
-    @rule
-    def _passes_at(self) -> Iterator[str]:
-        if max(self.pass_at, default=1) > self.samples:
-            yield f"pass_at={self.pass_at}: each must lie in 1 .. samples={self.samples}"
-
-    @rule
-    def _samples_differ(self) -> Iterator[str]:
-        if self.kind == "code" and self.samples > 1 and not self.temperature:
-            yield "temperature: 0 gives the same program every time; raise it or set samples to 1"
 
 
 @dataclass(frozen=True)
@@ -479,12 +543,34 @@ class Config(Section):
     evaluate: EvaluateConfig | None = None
     report: ReportConfig | None = None
     pipeline: Mapping[str, PipelineStage] | None = None
+    log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @rule
     def _has_its_sections(self) -> Iterator[str]:
         for section in _SECTIONS[self.stage]:
             if is_missing(self, section):
                 yield f"{section}: missing, and stage {self.stage!r} needs it"
+
+    @rule
+    def _profiles_its_steps(self) -> Iterator[str]:
+        chosen = self.profile.chosen
+        if chosen and self.stage != "train":
+            yield f"profile.steps={self.profile.steps!r}: of stage 'train' only"
+        elif chosen and self.train and chosen[-1] > self.train.steps:
+            yield (
+                f"profile.steps={self.profile.steps!r}: train.steps={self.train.steps} is the last"
+                " one; END may be one more"
+            )
+
+    @rule
+    def _has_a_best(self) -> Iterator[str]:
+        if not (self.checkpoint and self.train and self.checkpoint.best.startswith("tasks/")):
+            return
+        _, name, _ = self.checkpoint.best.split("/")
+        if name not in self.train.eval_tasks:
+            known = suggest(name, self.train.eval_tasks) if self.train.eval_tasks else "none"
+            yield f"checkpoint.best: no {name!r} in train.eval_tasks; {known}"
 
     @rule
     def _has_something_to_evaluate(self) -> Iterator[str]:

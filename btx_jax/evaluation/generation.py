@@ -55,8 +55,7 @@ def sample_token(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax
 
 
 class Generator:
-    """Continues prompts. Keeps a second copy of the parameters, layer by layer, and its programs
-    for the shapes it has met.
+    """Continues prompts. Keeps a second copy of the parameters, layer by layer.
 
     mesh: where batches are spread; their size must divide over its data, fsdp and expert axes.
     stops: ids that end a text.
@@ -79,7 +78,6 @@ class Generator:
                     unstack, model=model, dtype=compute.dtype, one_device=mesh.size == 1
                 )
             )(params)
-        self._programs: dict[tuple[int, int, int, Sampling], tuple[Any, Any]] = {}
 
     def generate(
         self,
@@ -139,7 +137,16 @@ class Generator:
         batch, longest = len(prompts), max(map(len, prompts))
         width = -(-longest // BUCKET) * BUCKET
         slots = -(-(longest + new_tokens) // BUCKET) * BUCKET
-        start, proceed = self._compiled(batch, width, max(slots, width), sampling)
+        start, proceed = _programs(
+            self._model,
+            self._compute,
+            self._mesh,
+            self._stops,
+            batch,
+            width,
+            max(slots, width),
+            sampling,
+        )
         tokens = np.zeros((batch, width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
@@ -172,62 +179,69 @@ class Generator:
                     break
         return results
 
-    def _compiled(self, batch: int, width: int, slots: int, sampling: Sampling) -> tuple[Any, Any]:
-        shape = (batch, width, slots, sampling)
-        if shape not in self._programs:
-            model, compute, stops = self._model, self._compute, self._stops
-            row_B = jnp.arange(batch)
 
-            def draw(weights, hidden_BD, seed, position_B):
-                key, logits_BV = jax.random.key(seed), next_logits(weights, hidden_BD)
-                key_B = jax.vmap(
-                    lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position)
-                )(row_B, position_B)
-                return jax.vmap(lambda values, key: sample_token(values, key, sampling))(
-                    logits_BV, key_B
-                )
+@functools.lru_cache(maxsize=64)
+def _programs(
+    model: ModelConfig,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    stops: tuple[int, ...],
+    batch: int,
+    width: int,
+    slots: int,
+    sampling: Sampling,
+) -> tuple[Any, Any]:
+    """The same ones for the same shapes, whatever the parameters: a model in training is asked
+    again and again. mesh: under which they are traced."""
+    row_B = jnp.arange(batch)
 
-            @jax.jit
-            def start(weights, tokens_BT, length_B, seed):
-                cache = empty_cache(model, compute.dtype, batch, slots)
-                hidden_BD, cache = forward(model, compute, weights, tokens_BT, length_B, cache)
-                return draw(weights, hidden_BD, seed, cache.length_B), cache
+    def draw(weights, hidden_BD, seed, position_B):
+        key, logits_BV = jax.random.key(seed), next_logits(weights, hidden_BD)
+        key_B = jax.vmap(
+            lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position)
+        )(row_B, position_B)
+        return jax.vmap(lambda values, key: sample_token(values, key, sampling))(logits_BV, key_B)
 
-            @functools.partial(jax.jit, donate_argnums=3)
-            def proceed(weights, token_B, done_B, cache: Cache, seed, steps):
-                """A known token and one for each step, of which CHUNK fit; fewer when every row has
-                met its end. Also the last of them."""
+    @jax.jit
+    def start(weights, tokens_BT, length_B, seed):
+        cache = empty_cache(model, compute.dtype, batch, slots)
+        hidden_BD, cache = forward(model, compute, weights, tokens_BT, length_B, cache)
+        return draw(weights, hidden_BD, seed, cache.length_B), cache
 
-                def wanted(state):
-                    i, _, _, done_B, _ = state
-                    return (i < steps) & ~done_B.all()
+    @functools.partial(jax.jit, donate_argnums=3)
+    def proceed(weights, token_B, done_B, cache: Cache, seed, steps):
+        """A known token and one for each step, of which CHUNK fit; fewer when every row has
+        met its end. Also the last of them."""
 
-                def body(state):
-                    i, new_BC, token_B, done_B, cache = state
-                    new_BC = new_BC.at[:, i].set(token_B)
-                    done_B = done_B | jnp.isin(token_B, jnp.array(stops))
-                    hidden_BD, cache = forward(
-                        model,
-                        compute,
-                        weights,
-                        token_B[:, None],
-                        1 - done_B.astype(jnp.int32),
-                        cache,
-                    )
-                    return (
-                        i + 1,
-                        new_BC,
-                        draw(weights, hidden_BD, seed, cache.length_B),
-                        done_B,
-                        cache,
-                    )
+        def wanted(state):
+            i, _, _, done_B, _ = state
+            return (i < steps) & ~done_B.all()
 
-                empty_BC = jnp.full((batch, CHUNK), stops[0], jnp.int32)
-                i, new_BC, token_B, _, cache = jax.lax.while_loop(
-                    wanted, body, (jnp.int32(0), empty_BC, token_B, done_B, cache)
-                )
-                new_BC = new_BC.at[:, i].set(token_B, mode="drop")
-                return shard(new_BC, None, None), token_B, cache  # every process reads all rows
+        def body(state):
+            i, new_BC, token_B, done_B, cache = state
+            new_BC = new_BC.at[:, i].set(token_B)
+            done_B = done_B | jnp.isin(token_B, jnp.array(stops))
+            hidden_BD, cache = forward(
+                model,
+                compute,
+                weights,
+                token_B[:, None],
+                1 - done_B.astype(jnp.int32),
+                cache,
+            )
+            return (
+                i + 1,
+                new_BC,
+                draw(weights, hidden_BD, seed, cache.length_B),
+                done_B,
+                cache,
+            )
 
-            self._programs[shape] = start, proceed
-        return self._programs[shape]
+        empty_BC = jnp.full((batch, CHUNK), stops[0], jnp.int32)
+        i, new_BC, token_B, _, cache = jax.lax.while_loop(
+            wanted, body, (jnp.int32(0), empty_BC, token_B, done_B, cache)
+        )
+        new_BC = new_BC.at[:, i].set(token_B, mode="drop")
+        return shard(new_BC, None, None), token_B, cache  # every process reads all rows
+
+    return start, proceed

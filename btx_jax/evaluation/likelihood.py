@@ -1,6 +1,7 @@
 """Log-likelihood of continuations, in batches of similar length. Shape legend: models/layers.py."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,20 +60,7 @@ class Scorer:
     ):
         self._model, self._params, self._mesh, self._batch_size = model, params, mesh, batch_size
         self._dtype = compute.dtype
-        llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"))
-
-        def scores(
-            params: Params,
-            tokens: jax.Array,
-            segments: jax.Array,
-            targets: jax.Array,
-            counted: jax.Array,
-        ):
-            hidden, _ = llama.apply({"params": params}, tokens, segments)
-            nll, is_best = token_scores(hidden, head_kernel(params), targets, compute.loss_chunk)
-            return jnp.where(counted, nll, 0), (is_best | ~counted).all(1)
-
-        self._scores: Any = jax.jit(scores, out_shardings=replicated(mesh))
+        self._scores: Any = _scores(model, compute, mesh)
 
     def __call__(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], name: str = "likelihood"
@@ -125,3 +113,23 @@ class Scorer:
             inputs = (put(x, sharding) for x in (tokens, segments, targets, counted.astype(bool)))
             nll, is_greedy = jax.device_get(self._scores(self._params, *inputs))
         return -nll.sum(axis=1, dtype=np.float64), is_greedy
+
+
+@functools.lru_cache(maxsize=8)
+def _scores(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
+    """The same program for the same model, whatever its parameters: a model in training is scored
+    again and again."""
+    llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"))
+
+    def scores(
+        params: Params,
+        tokens: jax.Array,
+        segments: jax.Array,
+        targets: jax.Array,
+        counted: jax.Array,
+    ):
+        hidden, _ = llama.apply({"params": params}, tokens, segments)
+        nll, is_best = token_scores(hidden, head_kernel(params), targets, compute.loss_chunk)
+        return jnp.where(counted, nll, 0), (is_best | ~counted).all(1)
+
+    return jax.jit(scores, out_shardings=replicated(mesh))

@@ -1,8 +1,9 @@
 """A model class for lm-evaluation-harness (`pip install lm_eval`): any of its tasks on any
 checkpoint, without torch. What its `hf` model does is the rule, argument by argument.
 
-lm_eval finds models by what has been imported, so `btx lm-eval ...` imports this
-module and hands over to its command line; in Python, import it before `lm_eval.simple_evaluate`.
+lm_eval up to 0.4.13 finds models by what has been imported, so `btx lm-eval ...`
+imports this module and hands over to its command line; in Python, import it before
+`lm_eval.simple_evaluate`. Later versions find it by themselves, by its entry point.
 """
 
 import bisect

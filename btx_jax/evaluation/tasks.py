@@ -5,22 +5,31 @@ same for dense models, mixtures and checkpoints of any format; each returns its 
 got for every item.
 """
 
+import functools
 import re
 import statistics
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from btx_jax.config.config import TaskConfig
+from jax.sharding import Mesh
+
+from btx_jax.config.config import ComputeConfig, TaskConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.config.schema import shown
+from btx_jax.data.documents import is_heldout
+from btx_jax.data.sources import read_json_lines
 from btx_jax.data.tokenizers import Tokenizer
-from btx_jax.errors import UserError
+from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.continuation import continuation
 from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.evaluation.likelihood import Scorer, encode_pair
 from btx_jax.evaluation.sandbox import Limits, UnitTests, pass_at_k, run_programs
+from btx_jax.models.llama import Params
 from btx_jax.parallel.hosts import is_first
 from btx_jax.progress import bar
+
+MAX_TEST_SET = 2**28  # bytes, unpacked
 
 Item = dict[str, Any]
 FIELDS = {
@@ -28,6 +37,80 @@ FIELDS = {
     "exact_match": ("answer",),
     "code": ("prompt", "test", "entry_point"),
 }
+
+
+class TestSet(NamedTuple):
+    """What is asked, and the solved examples in front of every question."""
+
+    items: list[Item]
+    examples: list[Item]
+
+
+def read_test_set(task: TaskConfig, key: str) -> TestSet:
+    """key: of the task, for what is wrong. Raises UserError when a file cannot be read or its items
+    do not fit the task."""
+    limit = 0 if task.heldout_fraction else task.limit
+    items = read_json_lines(task.file, f"{key}.file", limit, MAX_TEST_SET)
+    if task.heldout_fraction:
+        check_items(items, task, key)
+        kept = [item for item in items if is_heldout(solved(item, task), task.heldout_fraction)]
+        if not kept:
+            raise ConfigError(
+                f"{key}.heldout_fraction={task.heldout_fraction}: holds out none of the"
+                f" {len(items)} items of {task.file}"
+            )
+        items = kept[: task.limit or None]
+    examples = (
+        read_json_lines(task.shots_file, f"{key}.shots_file", task.shots, MAX_TEST_SET)
+        if task.shots
+        else []
+    )
+    for each in (items, examples) if task.shots else (items,):
+        check_items(each, task, key)
+    return TestSet(items, examples)
+
+
+def too_long(task: TaskConfig, context: int) -> bool:
+    """Whether what the task generates leaves a model of this context no room for a prompt."""
+    return task.kind != "multiple_choice" and task.max_tokens >= context
+
+
+class Candidate:
+    """One model, to be tried on any test sets.
+
+    params: as trained, or as `load_for_inference` gives them; not copied but where text is
+    generated. stops: ids that end a text. batch_size must divide over the mesh's data, fsdp and
+    expert axes; what is measured does not depend on it.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Params,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        stops: Sequence[int],
+        batch_size: int,
+    ):
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._scorer = Scorer(model, params, compute, mesh, batch_size)
+        self._generator = functools.cache(lambda: Generator(model, params, compute, mesh, stops))
+
+    def try_on(self, test_set: TestSet, task: TaskConfig, name: str) -> dict[str, Any]:
+        """Metrics, and `items`: what it got for each. name: beside the progress."""
+        items, examples = test_set
+        if task.kind == "multiple_choice":
+            return multiple_choice(items, examples, task, self._tokenizer, self._scorer, name)
+        generator, size = self._generator(), self._batch_size
+        if task.kind == "exact_match":
+            return exact_match(items, examples, task, self._tokenizer, generator, size)
+        return code(items, task, self._tokenizer, generator, size)
+
+
+def scores(result: dict[str, Any]) -> dict[str, float]:
+    """A test set's metrics alone."""
+    return {metric: value for metric, value in result.items() if metric != "items"}
 
 
 def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:

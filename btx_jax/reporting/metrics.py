@@ -1,4 +1,5 @@
-"""What a run says about itself while it runs: metrics.jsonl, TensorBoard.
+"""What a run says about itself while it runs: metrics.jsonl, TensorBoard,
+trackers.
 
 A bucket takes whole objects only. There both are written on the local disk and uploaded whenever
 nothing of them may be lost; a metrics.jsonl that has grown large is continued in
@@ -13,7 +14,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tensorboardX import SummaryWriter
 
 from btx_jax import buckets
 from btx_jax.output import new_file, remove, temporary_directory
+from btx_jax.reporting.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ UPLOADED = 30.0  # seconds after which a bucket gets what is new
 
 class MetricsWriter:
     """Appends one JSON object a line to WORKDIR/metrics.jsonl and the numbers among them to
-    WORKDIR/tensorboard.
+    WORKDIR/tensorboard and to the trackers, which the caller opens and closes.
 
     A resumed run starts at `first_step`: lines of later steps, written after the checkpoint it
     resumes from, are removed; one that is damaged is set aside in metrics.damaged.jsonl. With
@@ -42,22 +44,34 @@ class MetricsWriter:
     written.
     """
 
-    def __init__(self, workdir: Path, first_step: int, enabled: bool = True):
-        self._enabled = enabled
+    def __init__(
+        self,
+        workdir: Path,
+        first_step: int,
+        enabled: bool = True,
+        trackers: Trackers | None = None,
+    ):
+        self._enabled, self._trackers = enabled, trackers
         if not enabled:
             return
         self._files = _OnBucket(workdir) if buckets.is_on_bucket(workdir) else _OnDisk(workdir)
         kept = None
         if parts(workdir):
             lines, bad = _parse(workdir)
+            if trackers:
+                trackers.begin((line["step"], numbers(line)) for line in lines)
             kept = [line for line in lines if line["step"] <= first_step]
             if bad:
                 _set_aside(workdir / ASIDE, bad)
         self._files.open(kept, first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        if self._enabled:
-            self._files.write({"step": step, **values})
+        if not self._enabled:
+            return
+        told = numbers(values)
+        self._files.write({"step": step, **values}, told)
+        if self._trackers:
+            self._trackers.write(step, told)
 
     def sync(self) -> None:
         """Nothing written so far is lost to a kill, on a bucket either, mounted or not: a mounted
@@ -85,9 +99,9 @@ class _OnDisk:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(self._workdir / BOARD), purge_step=first_step + 1)
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         self._file.write(_line(line))
-        _add(self._board, line)
+        _add(self._board, line["step"], numbers)
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -121,9 +135,9 @@ class _OnBucket:
         for path in stale - {self._part(number) for number in range(self._number + 1)}:
             buckets.remove(path)
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         self._append(line)
-        _add(self._board, line)
+        _add(self._board, line["step"], numbers)
         if time.monotonic() - self._uploaded > UPLOADED:
             self.sync()
 
@@ -174,9 +188,9 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(values) + "\n"
 
 
-def _add(board: SummaryWriter, line: Mapping[str, Any]) -> None:
-    for name, value in _scalars({key: line[key] for key in line if key != "step"}):
-        board.add_scalar(name, value, line["step"])
+def _add(board: SummaryWriter, step: int, numbers: Mapping[str, float]) -> None:
+    for name, value in numbers.items():
+        board.add_scalar(name, value, step)
 
 
 def parts(workdir: Path) -> list[Path]:
@@ -223,8 +237,12 @@ def _set_aside(path: Path, bad: Mapping[int, bytes]) -> None:
     )
 
 
-def _scalars(values: Any, name: str = ""):
-    """Leaves of nested dicts and lists as `a/b/layer_0`-style names."""
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """Those of a line but its step, by `a/b/0`-style names: what curves and trackers show."""
+    return dict(_scalars({key: value for key, value in line.items() if key != "step"}))
+
+
+def _scalars(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(values, Mapping):
         for key, value in values.items():
             yield from _scalars(value, f"{name}/{key}" if name else key)

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from btx_jax.reporting import plots
+from btx_jax.reporting.goodput import ACTIVITIES
 from btx_jax.reporting.summary import amount, mean, scaled
 
 PACKAGES = ("btx_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -86,6 +87,7 @@ def render(
             plots.loss_against_compute(summary["models"], summary["seed"]) if domains else ""
         ),
         "curves": plots.loss_curves(curves),
+        "test_sets": plots.test_set_curves(summary["test_sets"]),
     }
     texts: dict[str, Any] = {}
     if routing:
@@ -113,7 +115,7 @@ def render(
         title=title, verdict=verdict(summary), summary=summary, rows=rows, figures=figures,
         experts=experts, provenance=provenance, versions=_versions(), platform=platform.platform(),
         command=" ".join(sys.argv), routing=routing, texts=texts, colours=plots.EXPERT_COLOURS,
-        choices=choices, as_script=_as_script, amount=amount, scaled=scaled,
+        choices=choices, as_script=_as_script, amount=amount, scaled=scaled, activities=ACTIVITIES,
     )  # fmt: skip
 
 

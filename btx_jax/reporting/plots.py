@@ -87,6 +87,27 @@ def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return _svg(figure)
 
 
+def test_set_curves(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+    """run -> TASK/METRIC -> (step, value): one line each, the first CURVES of them. Empty when
+    nothing was tried."""
+    drawn = [
+        (f"{run}: {metric}", points)
+        for run, metrics in found.items()
+        for metric, points in metrics.items()
+    ]
+    if not drawn:
+        return ""
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    for number, (name, points) in enumerate(drawn[:CURVES]):
+        style = ("-", "--")[number // 10 % 2]
+        axes.plot(*zip(*points, strict=True), style, marker=".", label=short(name), linewidth=1.3)
+    axes.set(xlabel="step", ylabel="share of items", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    return _svg(figure)
+
+
 def _heat_map(
     axes: Any,
     values: np.ndarray,

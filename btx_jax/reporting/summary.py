@@ -1,6 +1,7 @@
 """The summary of a pipeline: one dictionary, one table, made from what its stages left on disk."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
@@ -10,6 +11,7 @@ from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.continual import measures
 from btx_jax.paths import to_path
 from btx_jax.reporting.compare import compare
+from btx_jax.reporting.goodput import ACTIVITIES
 from btx_jax.reporting.metrics import parts, read_metrics
 from btx_jax.terminal import Console, plain
 
@@ -31,9 +33,10 @@ def summarise(
     seconds: Mapping[str, float],
     others: Sequence[Mapping[str, Any]] = (),
     continual: Sequence[str] = (),
+    done: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """results: of the evaluate stage; others: the same arms' with other seeds. curves: run -> its
-    metrics lines. seconds: stage -> wall time.
+    metrics lines. seconds: stage -> wall time. done: run -> what it told when it finished.
 
     seed, experts: the roles that the results give, "" and [] where they give none. models: the
     seed, its experts, then as they were named. before: what the seed itself took, which is taken
@@ -41,7 +44,9 @@ def summarise(
     routing: of every mixture; shown: the one that the page looks into, by its role or else the
     longest trained. dropped_fraction: mean of the last steps of the last run that trained a
     mixture, None when none did. lora: what LoRA experts became, of every model that has some.
-    continual: scores and measures of tasks learnt in turn (ReportConfig.continual).
+    continual: scores and measures of tasks learnt in turn (ReportConfig.continual). test_sets: run
+    -> TASK/METRIC -> [(step, value)], as it went. goodput: run -> shares of its wall time. best:
+    run -> the step that it kept as the best.
     """
     roles, found = results.get("roles", {}), results["models"]
     seed, experts = roles.get("seed", ""), list(roles.get("experts", ()))
@@ -84,7 +89,16 @@ def summarise(
         "curves": {
             name: points for name, lines in curves.items() if (points := curve_points(lines))
         },
+        "test_sets": {
+            name: tried for name, lines in curves.items() if (tried := test_set_curves(lines))
+        },
         "wall_seconds": dict(seconds),
+        "goodput": {
+            name: {key: told[key] for key in ("wall_seconds", "goodput")}
+            for name, told in done.items()
+            if "goodput" in told
+        },
+        "best": {name: told["best"] for name, told in done.items() if "best" in told},
         "lora": {name: found[name]["lora"] for name in names if "lora" in found[name]},
         "continual": learnt_in_turn(found, continual) if continual else None,
         "comparison": (
@@ -162,6 +176,17 @@ def curve_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     ]
 
 
+def test_set_curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """TASK/METRIC -> (step, value) wherever the run was tried on it; standard errors left out."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for task, metrics in line.get("tasks", {}).items():
+            for metric, value in metrics.items():
+                if not metric.endswith("_stderr"):
+                    found.setdefault(f"{task}/{metric}", []).append((line["step"], value))
+    return found
+
+
 def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     """The metrics of every run that trained."""
     homes = {name: to_path(path, f"runs.{name}") for name, path in runs.items()}
@@ -227,9 +252,19 @@ def scaled(value: float | None, unit: float) -> float | None:
     return None if value is None else value / unit
 
 
+def goodput_table(summary: Mapping[str, Any]) -> Table:
+    """Shares of every run's wall time, over all its starts, in percent."""
+    made = _table("where the time went, % of wall time", ("run", "wall s", *ACTIVITIES))
+    for name, told in summary["goodput"].items():
+        shares = (f"{100 * told['goodput'][activity]:.1f}" for activity in ACTIVITIES)
+        made.add_row(_shown(name), f"{told['wall_seconds']:.0f}", *shares)
+    return made
+
+
 def tables(summary: Mapping[str, Any]) -> list[Table]:
     losses = [loss_table(summary["models"], summary["domains"])] if summary["domains"] else []
-    return [*losses, cost_table(summary)]
+    goodput = [goodput_table(summary)] if summary["goodput"] else []
+    return [*losses, cost_table(summary), *goodput]
 
 
 def task_table(models: Mapping[str, Any]) -> Table:

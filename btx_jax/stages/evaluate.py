@@ -25,7 +25,6 @@ from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_for
 from btx_jax.checkpoints.training_state import CheckpointMetadata, together
 from btx_jax.config.config import Config, EnsembleConfig, TaskConfig
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.data.documents import is_heldout
 from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepare import (
     check_text,
@@ -35,21 +34,20 @@ from btx_jax.data.prepare import (
     texts,
 )
 from btx_jax.data.prepared import PreparedDomain, none_heldout
-from btx_jax.data.sources import read_json_lines
 from btx_jax.data.tokenizers import Tokenizer, check_ids, difference, load_tokenizer
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.evaluation import btm, lora, routing
 from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.explain import explain
-from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
-from btx_jax.evaluation.likelihood import Scorer
-from btx_jax.evaluation.tasks import check_items, code, exact_match, multiple_choice, solved
+from btx_jax.evaluation.tasks import Candidate, TestSet, read_test_set, scores, too_long
 from btx_jax.models.llama import parameter_counts
 from btx_jax.output import new_file, read_json, write_json
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.progress import bar
+from btx_jax.reporting import trackers
+from btx_jax.reporting.metrics import numbers
 from btx_jax.reporting.summary import loss_table, print_tables, task_table
 from btx_jax.rundir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
@@ -57,7 +55,6 @@ from btx_jax.stages import Coming, require_right
 log = logging.getLogger(__name__)
 
 RESULTS, PARTS, INPUTS = "results.json", "parts", "inputs.json"
-MAX_TEST_SET = 2**28  # bytes, unpacked
 PROFILE_ROWS = 128  # training rows behind an expert's tf-idf profile
 
 
@@ -71,7 +68,10 @@ def run(config: Config, workdir: Path) -> None:
         name: find_checkpoint(path, f"config.evaluate.models.{name}")
         for name, path in config.evaluate.models.items()
     }
-    items = {name: read_items(name, task) for name, task in config.evaluate.tasks.items()}
+    items = {
+        name: read_test_set(task, f"config.evaluate.tasks.{name}")
+        for name, task in config.evaluate.tasks.items()
+    }
     inputs = {f"models.{name}": checkpoint.identity() for name, checkpoint in found.items()}
     inputs |= {f"tasks.{name}": _hash(of_task) for name, of_task in items.items()}
     require_same(workdir / INPUTS, inputs)
@@ -133,8 +133,20 @@ def run(config: Config, workdir: Path) -> None:
         roles = {key: getattr(config.evaluate, key) for key in ("seed", "experts", "mixture")}
         results = {"domains": list(heldout), "models": models, "roles": roles}
         write_json(workdir / RESULTS, results)
+        tell(config, workdir, models)
     finish(workdir, seconds=time.monotonic() - start)
     show(workdir)
+
+
+def tell(config: Config, workdir: Path, models: Mapping[str, Any]) -> None:
+    """The trackers: what was measured of every model."""
+    keys = ("nats_per_token", "bits_per_byte", "tasks")
+    measured = {
+        name: {key: model[key] for key in keys if key in model} for name, model in models.items()
+    }
+    told = trackers.Trackers(config, workdir)
+    told.finish(0, numbers(measured))
+    told.close()
 
 
 def show(workdir: Path) -> None:
@@ -165,7 +177,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
                     mistakes.add(told)
     for name, task in config.evaluate.tasks.items():
         with mistakes.gather():
-            read_items(name, task)
+            read_test_set(task, f"config.evaluate.tasks.{name}")
     if config.data:
         profiles = [
             (f"config.evaluate.ensembles.{name}.experts.{expert}", domain)
@@ -175,6 +187,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
         ]
         with mistakes.gather():
             check_text(config.data, [texts(config.data)[-1], *profiles])
+    trackers.check(config.log, mistakes)
     with mistakes.gather():
         config.mesh.shape(jax.device_count())
     return None
@@ -189,7 +202,7 @@ def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
             f" config.evaluate.models.{name} has a context of {context}; lower it"
         )
     for task_name, task in config.evaluate.tasks.items():
-        if task.kind != "multiple_choice" and task.max_tokens >= context:
+        if too_long(task, context):
             yield (
                 f"config.evaluate.tasks.{task_name}.max_tokens={task.max_tokens}:"
                 f" config.evaluate.models.{name} has a context of {context}; leave the task or the"
@@ -327,62 +340,32 @@ def evaluate_model(
     return result
 
 
-def read_items(name: str, task: TaskConfig) -> tuple[list[Any], list[Any]]:
-    """(the test set's items, its solved examples)."""
-    key = f"config.evaluate.tasks.{name}"
-    limit = 0 if task.heldout_fraction else task.limit
-    items = read_json_lines(task.file, f"{key}.file", limit, MAX_TEST_SET)
-    if task.heldout_fraction:
-        check_items(items, task, key)
-        kept = [item for item in items if is_heldout(solved(item, task), task.heldout_fraction)]
-        if not kept:
-            raise ConfigError(
-                f"{key}.heldout_fraction={task.heldout_fraction}: holds out none of the"
-                f" {len(items)} items of {task.file}"
-            )
-        items = kept[: task.limit or None]
-    examples = (
-        read_json_lines(task.shots_file, f"{key}.shots_file", task.shots, MAX_TEST_SET)
-        if task.shots
-        else []
-    )
-    for each in (items, examples) if task.shots else (items,):
-        check_items(each, task, key)
-    return items, examples
-
-
 def run_tasks(
     name: str,
     checkpoint: Checkpoint,
     config: Config,
     tokenizer: Tokenizer,
-    items: Mapping[str, Any],
+    test_sets: Mapping[str, TestSet],
     mesh: Mesh,
     folder: Path,
 ) -> dict[str, Any]:
     """Metrics of every task; what the model said to each item goes to FOLDER/TASK.json."""
     assert config.evaluate and config.compute
-    model, size, compute = checkpoint.metadata.model, config.evaluate.batch_size, config.compute
-    params = functools.cache(lambda: load_for_inference(checkpoint, mesh, compute.dtype))
-    ends = stop_ids(checkpoint.metadata, tokenizer)
-    generator = functools.cache(lambda: Generator(model, params(), compute, mesh, ends))
+    size, compute = config.evaluate.batch_size, config.compute
 
-    def run_task(task_name: str, task: TaskConfig) -> dict[str, Any]:
-        asked, examples = items[task_name]
-        if task.kind == "multiple_choice":
-            score = Scorer(model, params(), compute, mesh, size)
-            return multiple_choice(asked, examples, task, tokenizer, score, f"{name}: {task_name}")
-        if task.kind == "exact_match":
-            return exact_match(asked, examples, task, tokenizer, generator(), size)
-        return code(asked, task, tokenizer, generator(), size)
+    @functools.cache
+    def candidate() -> Candidate:
+        params = load_for_inference(checkpoint, mesh, compute.dtype)
+        stops = stop_ids(checkpoint.metadata, tokenizer)
+        model = checkpoint.metadata.model
+        return Candidate(model, params, compute, mesh, tokenizer, stops, size)
 
-    results = {
-        key: part(folder / f"{key}.json", run_task, key, task)
-        for key, task in config.evaluate.tasks.items()
-    }
+    def run_task(key: str, task: TaskConfig) -> dict[str, Any]:
+        return candidate().try_on(test_sets[key], task, f"{name}: {key}")
+
     return {
-        key: {metric: value for metric, value in result.items() if metric != "items"}
-        for key, result in results.items()
+        key: scores(part(folder / f"{key}.json", run_task, key, task))
+        for key, task in config.evaluate.tasks.items()
     }
 
 

@@ -130,8 +130,8 @@ def in_order(pipeline: Any) -> list[str]:
 
 
 def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> Config:
-    """The stage's config with `@NAME` replaced by directories, and the pipeline's rng_seed added to
-    its own.
+    """The stage's config with `@NAME` replaced by directories, the pipeline's rng_seed added to
+    its own, and told to the pipeline's trackers where it names none.
 
     Raises ConfigError for an @NAME not in needs."""
 
@@ -151,4 +151,6 @@ def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> C
 
     values = replace(to_dict(stage.config))
     values["rng_seed"] += config.rng_seed
+    told = {key: own or getattr(config.log, key) for key, own in values["log"].items()}
+    values["log"] = told | {"group": told["group"] or (workdir.name if any(told.values()) else "")}
     return from_dict(Config, values, f"config.pipeline.{name}.config")

@@ -109,14 +109,16 @@ def write(config: Config, workdir: Path) -> None:
         name: to_path(directory, f"config.report.runs.{name}")
         for name, directory in config.report.runs.items()
     }
-    done = {name: recorded_results(directory) for name, directory in runs.items()}
+    recorded = {name: recorded_results(directory) for name, directory in runs.items()}
+    done = {name: values for name, values in recorded.items() if values is not None}
     curves = read_curves(config.report.runs)
     summary = summarise(
         results,
         curves,
-        {name: values["seconds"] for name, values in done.items() if values is not None},
+        {name: values["seconds"] for name, values in done.items()},
         others,
         config.report.continual,
+        done,
     )
     configs = {
         name: (directory / CONFIG).read_text(encoding="utf-8")

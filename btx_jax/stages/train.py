@@ -6,14 +6,15 @@ The order of a run: 1. look the directory up, 2. check all that can be known, 3.
 8. done.json.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,7 +37,7 @@ from btx_jax.checkpoints.training_state import (
     read_metadata,
     stored,
 )
-from btx_jax.config.config import ComputeConfig, Config
+from btx_jax.config.config import ComputeConfig, Config, TaskConfig
 from btx_jax.config.config_dict import flatten, to_dict
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.chips import peak_flops_per_device
@@ -51,14 +52,22 @@ from btx_jax.data.prepare import (
 )
 from btx_jax.data.prepared import PreparedDomain, none_heldout
 from btx_jax.data.tokenizers import Tokenizer, check_ids, copy_tokenizer
-from btx_jax.errors import ConfigError, Mistakes, UserError
+from btx_jax.errors import ConfigError, Mistakes, UserError, suggest
+from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
+from btx_jax.evaluation.tasks import Candidate, read_test_set, scores, too_long
 from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
+from btx_jax.presets.recipes import TASKS
 from btx_jax.progress import Steps, clock
-from btx_jax.reporting.metrics import MetricsWriter, read_metrics
+from btx_jax.reporting import trackers
+from btx_jax.reporting.best import Best
+from btx_jax.reporting.goodput import Goodput
+from btx_jax.reporting.metrics import MetricsWriter, numbers, read_metrics
+from btx_jax.reporting.profile import Profile, annotated
+from btx_jax.reporting.trackers import Trackers
 from btx_jax.rundir import claim, finish, is_resumable, look_up, recorded_config
 from btx_jax.stages import Coming, require_right
 from btx_jax.terminal import plain
@@ -87,7 +96,7 @@ class Preempted(SystemExit):
 
 def run(config: Config, workdir: Path) -> None:
     assert config.train and config.data and config.compute and config.mesh and config.checkpoint
-    start = time.monotonic()
+    start, goodput = time.monotonic(), Goodput()
     try:
         config = settled(config, recorded_config(workdir))
     except UserError:
@@ -105,13 +114,17 @@ def run(config: Config, workdir: Path) -> None:
     told = described(model, config.compute)
     log.info("%s: %s, on %d x %s", workdir.name, told, mesh.size, kind)
 
-    tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
+    with goodput.doing("data"):
+        tokenizer = first_then_others(
+            resolve_tokenizer, config.data, init.tokenizer if init else None
+        )
     if init is None:
         require_embeddings(tokenizer, model)
-    domains = prepare_by_all(config.data.train, config.data, tokenizer, "config.data.train")
-    heldout = domains
-    if config.data.heldout:
-        heldout = prepare_by_all(config.data.heldout, config.data, tokenizer, "config.data.heldout")
+    with goodput.doing("data"):
+        domains = prepare_by_all(config.data.train, config.data, tokenizer, "config.data.train")
+        heldout = domains
+        if others := config.data.heldout:
+            heldout = prepare_by_all(others, config.data, tokenizer, "config.data.heldout")
     for domain in [*domains, *heldout]:
         check_ids([domain.largest_id()], model.vocab_size, f"domain {domain.name!r}", tokenizer)
     text = {"the tokenizer": tokenizer.sha256} | {
@@ -122,19 +135,24 @@ def run(config: Config, workdir: Path) -> None:
     )
 
     log.info("compiling the step of %s", workdir.name)
-    with clock("compiling", is_first()):
+    with goodput.doing("compile"), clock("compiling", is_first()):
         train_step = make_train_step(
             model, config.compute, config.train, mesh, config.data.sequence_length
         )
 
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    try:
-        state, base = start_state(config, model, mesh, init, checkpoints, batches, text)
+    lines = read_metrics(workdir)
+    best = Best(config.checkpoint.best, lines)
+    checkpoints = Checkpoints(workdir, config.checkpoint, best)
+    with contextlib.ExitStack() as opened:
+        opened.callback(checkpoints.close)
+        with goodput.doing("restore"):
+            state, base = start_state(config, model, mesh, init, checkpoints, batches, text)
+        goodput.go_on(workdir, lines, int(state.step))
         claim(workdir, config)
         if is_first():
             copy_tokenizer(tokenizer, workdir / "tokenizer")
             write_sums(workdir / "tokenizer")
-        evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
+            goodput.keep(workdir)
         loop = Loop(
             config,
             workdir,
@@ -144,12 +162,19 @@ def run(config: Config, workdir: Path) -> None:
             init.metadata if init else None,
             text,
             base,
+            goodput,
+            best,
         )
-        state = loop.run(state, batches, train_step, evaluate)
-    finally:
-        checkpoints.close()
-    finish(workdir, seconds=time.monotonic() - start, steps=int(state.step))
-    for line in loop.reached(int(state.step)):
+        evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
+        try_tasks = make_tests(loop.metadata(int(state.step)), config, mesh, tokenizer)
+        watching = Trackers(config, workdir, enabled=is_first())
+        opened.callback(watching.close)
+        state = loop.run(state, batches, train_step, evaluate, try_tasks, lines, watching)
+        steps = int(state.step)
+        results = {"seconds": time.monotonic() - start, "steps": steps, **loop.results()}
+        watching.finish(steps, numbers(results))
+    finish(workdir, **results)
+    for line in loop.reached(steps):
         log.info("%s: %s", workdir.name, line)
 
 
@@ -173,7 +198,34 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             tokenizer = resolve_tokenizer(config.data, init.tokenizer if init else None)
             if model is not None and not config.init:
                 require_embeddings(tokenizer, model)
+    with mistakes.gather():
+        for name, task in chosen_tasks(config).items():
+            key = f"config.train.eval_tasks.{name}"
+            with mistakes.gather():
+                read_test_set(task, key)
+            if model is not None and too_long(task, model.context):
+                mistakes.add(
+                    f"{key}.max_tokens={task.max_tokens}: the model has a context of"
+                    f" {model.context}; leave the test set out"
+                )
+    trackers.check(config.log, mistakes)
     return model
+
+
+def chosen_tasks(config: Config) -> dict[str, TaskConfig]:
+    """The test sets of config.train.eval_tasks. Raises ConfigError for a name that is none."""
+    assert config.train and config.data
+    known = {**TASKS, **config.data.tasks}
+    for name in config.train.eval_tasks:
+        if name not in known:
+            raise ConfigError(
+                f"config.train.eval_tasks: no test set {name!r}; {suggest(name, known)}"
+            )
+    limit = config.train.eval_tasks_limit
+    return {
+        name: dataclasses.replace(known[name], limit=limit or known[name].limit)
+        for name in config.train.eval_tasks
+    }
 
 
 def require_embeddings(tokenizer: Tokenizer, model: ModelConfig) -> None:
@@ -287,6 +339,26 @@ def make_evaluation(
     return evaluate
 
 
+def make_tests(
+    metadata: CheckpointMetadata, config: Config, mesh: Mesh, tokenizer: Tokenizer
+) -> Callable[[Any], dict[str, Any]] | None:
+    """params -> {test set: its metrics}, or None when the config asks for none. metadata: of the
+    model that trains."""
+    assert config.train and config.compute
+    compute, size = config.compute, config.train.batch_size // config.train.accumulate
+    chosen = [
+        (name, task, read_test_set(task, f"config.train.eval_tasks.{name}"))
+        for name, task in chosen_tasks(config).items()
+    ]
+    stops = stop_ids(metadata, tokenizer)
+
+    def try_tasks(params: Any) -> dict[str, Any]:
+        model = Candidate(metadata.model, params, compute, mesh, tokenizer, stops, size)
+        return {name: scores(model.try_on(test_set, task, name)) for name, task, test_set in chosen}
+
+    return try_tasks if chosen else None
+
+
 class Loop:
     """Steps, metrics one step late, checkpoints, and a clean end on Ctrl-C, SIGTERM or a
     non-finite loss."""
@@ -300,7 +372,9 @@ class Loop:
         checkpoints: Checkpoints,
         init: CheckpointMetadata | None,
         text: Mapping[str, str],
-        base: Base | None = None,
+        base: Base | None,
+        goodput: Goodput,
+        best: Best,
     ):
         assert config.train and config.checkpoint and config.data and config.compute
         self.huggingface = init.huggingface if init else {}
@@ -319,6 +393,8 @@ class Loop:
             base,
         )
         self.dispatch, self.dropped = config.compute.dispatch, Dropped(config.train.steps)
+        self.goodput, self.best = goodput, best
+        self.profile = Profile(config.profile.chosen, workdir)
         self.warnings: list[str] = []
         self.key = jax.jit(
             lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh)
@@ -342,68 +418,122 @@ class Loop:
         self.seconds = before.seconds if before else 0.0
 
     def run(
-        self, state: TrainState, batches: Iterator[Any], train_step: Any, evaluate: Any
+        self,
+        state: TrainState,
+        batches: Iterator[Any],
+        train_step: Any,
+        evaluate: Callable[[Any], dict[str, Any]] | None,
+        try_tasks: Callable[[Any], dict[str, Any]] | None,
+        lines: Sequence[Mapping[str, Any]],
+        trackers: Trackers,
     ) -> TrainState:
+        """lines: what metrics.jsonl holds."""
         train, first = self.train, int(state.step)
         memory = train_step.memory_analysis()
         held = (
             memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         )
         self.peak_bytes = int(held - memory.alias_size_in_bytes)
-        earlier = read_metrics(self.workdir)
-        earlier = [line for line in earlier if line["step"] <= first]
+        earlier = [line for line in lines if line["step"] <= first]
         self.losses = {line["step"]: line["lm_loss"] for line in earlier if "lm_loss" in line}
         self.heldout = {line["step"]: line["heldout"] for line in earlier if "heldout" in line}
+        self.tried = {line["step"]: line["tasks"] for line in earlier if "tasks" in line}
         self.first_steps = FirstSteps(train.learning_rate, list(self.losses.values()))
-        self.evaluate = evaluate
-        self.writer = MetricsWriter(self.workdir, first, enabled=is_first())
-        if evaluate and not first and not self.heldout:
-            log.info("measuring the held-out losses before the first step")
-            self.measure(0, state)
-        elif evaluate and first not in self.heldout and self.is_evaluated(first):
-            self.measure(first, state)  # the run was killed behind the save of this step
+        self.evaluate, self.try_tasks = evaluate, try_tasks
+        self.writer = MetricsWriter(self.workdir, first, is_first(), trackers)
+        # Before the first step; or the run was killed behind the save of this one.
+        if self.is_evaluated(first) and first not in self.heldout:
+            if not first:
+                log.info("measuring the held-out losses before the first step")
+            self.measure(first, state)
+        if self.is_tried(first) and first not in self.tried:
+            self.measure_tasks(first, state)
         progress = Steps(plain(self.workdir.name), first, train.steps, is_first())
         sharding = batch_sharding(self.mesh)
         pending: tuple[int, Metrics] | None = None
         self.clock = time.perf_counter()
-        with logging_redirect_tqdm(), stop_signal() as stop, progress:
+        with (
+            logging_redirect_tqdm(),
+            stop_signal() as stop,
+            progress,
+            self.goodput.doing("step"),
+            self.profile,
+        ):
             for step in range(first + 1, train.steps + 1):
-                local = next(batches)
+                if self.profile.starts(step):
+                    if pending:
+                        self.log(*pending, progress, state)
+                        pending = None
+                    with self.aside("other"):
+                        self.profile.start(step)
+                local = self.next_batch(batches, pending)
                 batch = {
                     name: jax.make_array_from_process_local_data(sharding, rows)
                     for name, rows in local.items()
                 }
-                state, metrics = train_step(state, batch, self.key)
+                with annotated(step):
+                    state, metrics = train_step(state, batch, self.key)
                 if pending:  # read while the device works on this step
                     self.log(*pending, progress, state)
                 pending = (step, metrics)
                 stopping = stop(
                     step
                 )  # asked once a step: a signal that comes later falls into the next step
-                evaluating = evaluate and self.is_evaluated(step)
+                evaluating, trying = self.is_evaluated(step), self.is_tried(step)
                 saving = step % self.every == 0 or step == train.steps or stopping
-                if evaluating or saving:
+                profiled = self.profile.ends(step)
+                if evaluating or trying or saving or profiled:
                     self.log(*pending, progress, state)
                     pending = None
+                if profiled:
+                    with self.aside("other"):
+                        self.profile.stop()
                 if saving:
                     self.writer.sync()
-                    self.save(step, state, batches)
-                    self.clock = time.perf_counter()
+                    with self.aside("save"):
+                        self.save(step, state, batches)
                 if evaluating:
                     self.measure(step, state)
                     self.tell(self.first_steps.compare(step, self.since_start(step)))
+                if trying:
+                    self.measure_tasks(step, state)
                 if stopping:
                     self.checkpoints.wait()
                     self.writer.close()
                     name = signal.Signals(stopping).name
                     log.warning("%s: saved step %d; run the same command to go on", name, step)
                     raise Preempted(stopping)
-        self.checkpoints.wait()
+        with self.goodput.doing("save"):
+            self.checkpoints.wait()
         self.writer.close()
         return state
 
+    @contextlib.contextmanager
+    def aside(self, activity: str) -> Iterator[None]:
+        """What a step's own time leaves out."""
+        with self.goodput.doing(activity):
+            yield
+        self.clock = time.perf_counter()
+
+    def next_batch(self, batches: Iterator[Any], pending: tuple[int, Metrics] | None) -> Any:
+        """Reading it is waiting for data where the step before had ended by then: else the device
+        was busy all the time."""
+        start = time.perf_counter()
+        batch = next(batches)
+        if pending is None or pending[1].loss.is_ready():  # type: ignore[attr-defined]
+            self.goodput.move("step", "data", time.perf_counter() - start)
+        return batch
+
     def is_evaluated(self, step: int) -> bool:
+        if self.evaluate is None:
+            return False
         return step % self.train.eval_every == 0 or step == self.train.steps
+
+    def is_tried(self, step: int) -> bool:
+        if self.try_tasks is None:
+            return False
+        every = self.train.eval_tasks_every
+        return step in (0, self.train.steps) or bool(every and step % every == 0)
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         tokens = step * self.tokens_per_step
@@ -415,20 +545,38 @@ class Loop:
             self.peak_bytes,
             tuple(self.history),
         )
-        history = {**self.history, self.run_id: this}
         self.checkpoints.save(
-            CheckpointMetadata(self.model, step, history, self.base, self.huggingface),
+            self.metadata(step, {self.run_id: this}),
             state.params,
             state.opt_state,
             {"batches": batches.get_state(), "text": self.text},
         )
         self.last_saved = step
+        if is_first():
+            self.goodput.keep(self.workdir)
+
+    def metadata(self, step: int, run: History | None = None) -> CheckpointMetadata:
+        """run: this one, so far."""
+        history = {**self.history, **(run or {})}
+        return CheckpointMetadata(self.model, step, history, self.base, self.huggingface)
 
     def measure(self, step: int, state: TrainState) -> None:
         """Held-out losses of these parameters, written as those of this step."""
-        self.heldout[step] = self.evaluate(state.params)
-        self.writer.write(step, {"heldout": self.heldout[step]})
-        self.clock = time.perf_counter()
+        assert self.evaluate
+        with self.aside("evaluate"):
+            self.heldout[step] = self.evaluate(state.params)
+        self.write_measured(step, {"heldout": self.heldout[step]})
+
+    def measure_tasks(self, step: int, state: TrainState) -> None:
+        """How these parameters do on the test sets, written as of this step."""
+        assert self.try_tasks
+        with self.aside("evaluate"):
+            self.tried[step] = self.try_tasks(state.params)
+        self.write_measured(step, {"tasks": self.tried[step]})
+
+    def write_measured(self, step: int, values: Mapping[str, Any]) -> None:
+        self.writer.write(step, values)
+        self.best.add(step, values)
 
     def since_start(self, step: int) -> dict[str, tuple[float, float]]:
         """Domain -> held-out nats per token at the start and at this step, where both are known."""
@@ -455,7 +603,16 @@ class Loop:
             lines = [f"training loss, first -> last steps: {first:.3f} -> {last:.3f}"]
         else:  # resumed at its end, its metrics deleted
             lines = []
-        return [*lines, f"step {steps} is kept in {self.checkpoints.path(steps)}", *self.warnings]
+        kept = [f"step {steps} is kept in {self.checkpoints.path(steps)}"]
+        if (best := self.best(self.checkpoints.steps())) is not None and best != steps:
+            kept.append(f"step {best}, the best, is kept in {self.checkpoints.path(best)}")
+        return [*lines, *kept, str(self.goodput), *self.warnings]
+
+    def results(self) -> dict[str, Any]:
+        """For done.json: goodput, and which of the steps that are kept is the best."""
+        best = self.best(self.checkpoints.steps())
+        told = {} if best is None else {"best": {"step": best, "score": self.best.of(best)}}
+        return told | self.goodput.told()
 
     def log(self, step: int, metrics: Metrics, progress: Steps, state: TrainState) -> None:
         """Write one step's metrics, and warn of what they show. state: the parameters that there
@@ -485,7 +642,7 @@ class Loop:
                 for name in layers[0]._fields
                 if name != "choice"
             }
-        self.writer.write(step, line)
+        self.writer.write(step, line | self.goodput.told())
         if not all(math.isfinite(line[name]) for name in ("loss", "grad_norm")):
             saved = (
                 f"the checkpoint of step {self.last_saved} is good"
@@ -507,14 +664,14 @@ class Loop:
         def heldout() -> dict[str, tuple[float, float]]:
             if not self.evaluate or 0 not in self.heldout:
                 return {}
-            self.heldout[step] = self.evaluate(state.params)
-            self.clock = time.perf_counter()
+            with self.aside("evaluate"):
+                self.heldout[step] = self.evaluate(state.params)
             return self.since_start(step)
 
         self.tell(self.first_steps.add(step, line["lm_loss"], heldout))
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[int], int]]:
     """Within it SIGTERM and, in a run of one process, Ctrl-C end nothing at once; the yielded
     function tells, of a step, the signal after which to stop there, or 0. All processes hear the

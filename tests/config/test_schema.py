@@ -60,6 +60,7 @@ ODD = [math.nan, math.inf, -math.inf, -1, 0, 10**30, 10**6000, 1.5, True, "1", [
 # What of ODD is meant to be possible; all else is refused.
 ZERO = {
     "CountOrZero": ("warmup_steps", "eval_every", "limit", "rows", "rng_seed"),
+    "test sets": ("eval_tasks_every", "eval_tasks_limit"),
     "off": ("cutoff", "shots", "shown_tokens", "heldout_fraction", "dropout", "temperature"),
     "by what it starts from": ("learning_rate",),
     "weights": ("weight_decay", "balance_weight", "z_loss_weight"),
@@ -296,3 +297,31 @@ def test_a_section_made_directly_checks_itself_too():
     assert len(error.value.args) == 3
     with pytest.raises(ConfigError, match="steps: missing"):
         TrainConfig(None, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            [(("profile", "steps"), "13:10"), (("checkpoint", "best"), "lowest")],
+            [
+                "config.checkpoint.best='lowest': must be heldout, heldout/DOMAIN/nats_per_token,"
+                " heldout/DOMAIN/bits_per_byte, tasks/NAME/METRIC, or '' for none",
+                "config.profile.steps='13:10': must be FIRST:END with 1 <= FIRST < END, such as"
+                " 10:13 for the steps 10, 11 and 12",
+            ],
+        ),
+        ([(("profile", "steps"), "3:5"), (("stage",), "mix")], ["config.profile.steps='3:5': of"]),
+        ([(("profile", "steps"), "99:102")], ["config.profile.steps='99:102': train.steps="]),
+        (
+            [(("checkpoint", "best"), "tasks/arc/accuracy")],
+            ["config.checkpoint.best: no 'arc' in train.eval_tasks; none"],
+        ),
+        ([(("checkpoint", "best"), "tasks/a/b/c")], ["config.checkpoint.best='tasks/a/b/c': must"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_looked_at_is_told_with_its_whole_key(changes, told):
+    steps = [(("train", "steps"), 100), (("train", "warmup_steps"), 1), (("stage",), "train")]
+    found = mistakes(changed(*steps, *changes))
+    assert len(found) == len(told) and all(map(str.startswith, found, told)), found

@@ -3,6 +3,7 @@ own kinds from local files, and our model class beside the answers of its own (g
 by lm_eval_peer.py)."""
 
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -507,3 +508,53 @@ def test_extras_have_names_that_every_pip_finds():
     assert all(name == re.sub(r"[-_.]+", "-", name).lower() for name in extras)
     (asked,) = re.findall(r"btx_jax\[([\w-]+)\]", (ROOT / "btx_jax" / "cli" / "use.py").read_text())
     assert asked in extras
+
+
+FOUND = """
+import sys
+import lm_eval.models
+from lm_eval.api.registry import get_model, model_registry
+model_registry.register("btx_jax", target=sys.argv[1])
+assert "btx_jax.evaluation.lm_eval_model" not in sys.modules, "not before it is asked for"
+print(get_model("btx_jax").__name__)
+"""
+
+
+def test_the_entry_point_names_what_lm_evals_registry_can_load_when_it_is_asked_for():
+    """As lm_eval's plug-ins will: a placeholder, which our own registration must fit."""
+    pytest.importorskip("lm_eval")
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    (value,) = points["lm_eval.models"].values()
+    assert list(points["lm_eval.models"]) == ["btx_jax"]
+    told = subprocess.run(
+        [sys.executable, "-c", FOUND, value],
+        env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert told.stdout == "BtxJaxLM\n", told.stderr[-3000:]
+
+
+def test_lm_evals_own_command_finds_the_model_where_lm_eval_has_plug_ins(uniform, tmp_path):
+    """With the entry points of an installation, made here from pyproject.toml."""
+    registry = pytest.importorskip("lm_eval.api.registry")
+    if not hasattr(registry, "import_plugins"):
+        pytest.skip(f"lm_eval {importlib.metadata.version('lm_eval')} has no plug-ins for models")
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    info = tmp_path / "site" / "btx_jax-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: btx_jax\nVersion: 0\n")
+    lines = [f"{name} = {value}" for name, value in points["lm_eval.models"].items()]
+    (info / "entry_points.txt").write_text("\n".join(["[lm_eval.models]", *lines]) + "\n")
+    rows = [{"q": "1 + 1 =", "choices": ["2", "eleven"], "gold": 0}]
+    write_task(
+        tmp_path, "own_choice", rows, output_type="multiple_choice", doc_to_text="{{q}}",
+        doc_to_choice="choices", doc_to_target="gold", metric_list=[{"metric": "acc"}],
+    )  # fmt: skip
+    told = subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "--model", "btx_jax", "--tasks", "own_choice"),
+            *("--model_args", f"checkpoint={uniform}", "--include_path", str(tmp_path)),
+        ],
+        env={**ENVIRONMENT, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{ROOT}"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert told.returncode == 0 and "own_choice" in told.stdout, told.stderr[-3000:]

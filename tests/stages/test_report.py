@@ -7,6 +7,7 @@ from btx_jax.config.config import Config, ReportConfig
 from btx_jax.config.config_dict import to_dict
 from btx_jax.errors import UserError
 from btx_jax.presets import recipes
+from btx_jax.reporting.goodput import ACTIVITIES
 from btx_jax.stages import report
 from tests.reporting.test_reporting import RESULTS, results
 
@@ -25,10 +26,19 @@ def test_a_report_is_made_from_what_stages_left_behind(tmp_path, capsys):
     (tmp_path / "finetune" / "config.json").write_text(json.dumps({"init": str(tmp_path / "mix")}))
     (tmp_path / "finetune" / "done.json").write_text('{"seconds": 2.0}')
     (tmp_path / "mix" / "config.json").write_text("{}")
+    tried = [
+        {"step": s, "tasks": {"arc": {"accuracy": s / 10, "accuracy_stderr": 0.1}}} for s in (0, 8)
+    ]
     (tmp_path / "seed" / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": s, "lm_loss": 5.0}) + "\n" for s in range(1, 9))
+        "".join(
+            json.dumps(x) + "\n"
+            for x in [*({"step": s, "lm_loss": 5.0} for s in range(1, 9)), *tried]
+        )
     )
-    (tmp_path / "seed" / "done.json").write_text('{"seconds": 12.5}')
+    shares = dict.fromkeys(ACTIVITIES, 0.0) | {"step": 0.75, "compile": 0.25}
+    done = {"seconds": 12.5, "wall_seconds": 20.0, "goodput": shares}
+    done["best"] = {"step": 5, "score": 1.25}
+    (tmp_path / "seed" / "done.json").write_text(json.dumps(done))
     sources = [f"{tmp_path}/{name}/checkpoints/9" for name in ("expert_math", "seed")]
     (tmp_path / "mix" / "done.json").write_text(json.dumps({"seconds": 1.0, "experts": sources}))
     runs = {name: str(tmp_path / name) for name in ("seed", "mix")}
@@ -37,13 +47,19 @@ def test_a_report_is_made_from_what_stages_left_behind(tmp_path, capsys):
     )
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["wall_seconds"] == {"seed": 12.5, "mix": 1.0}
+    assert summary["goodput"] == {"seed": {"wall_seconds": 20.0, "goodput": shares}}
+    assert summary["best"] == {"seed": {"step": 5, "score": 1.25}}
+    assert summary["test_sets"] == {"seed": {"arc/accuracy": [[0, 0.0], [8, 0.8]]}}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<svg" in page
     assert re.search(r"<th>domain</th><th>layer</th><th>math</th><th>seed</th>", page), (
         "the experts have the names of their runs"
     )
     assert "<h1>out: what was gained</h1>" in page
-    assert "expert_math" in capsys.readouterr().out
+    assert "<td>seed</td><td>20.0</td><td>75.0</td>" in page
+    assert "0.000 (0), 0.800 (8)" in page and "step 5 of seed (1.250)" in page
+    said = capsys.readouterr().out
+    assert "expert_math" in said and "where the time went" in said
     assert (tmp_path / "out" / "done.json").exists()
 
 

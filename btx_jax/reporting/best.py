@@ -1,0 +1,40 @@
+"""Which step was the best so far (`config.checkpoint.best`)."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from btx_jax.reporting.metrics import numbers
+
+HELDOUT, LOSS = "heldout", "nats_per_token"
+
+
+class Best:
+    """By a metric of metrics.jsonl's lines, as CheckpointConfig has it."""
+
+    def __init__(self, metric: str, lines: Iterable[Mapping[str, Any]]):
+        self._metric = metric
+        self._scores: dict[int, float] = {}
+        for line in lines:
+            self.add(line["step"], line)
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """What was measured at a step; nothing where the metric is not among it."""
+        found = self._value(values)
+        if found is not None and math.isfinite(found):
+            self._scores[step] = found
+
+    def __call__(self, steps: Iterable[int]) -> int | None:
+        """The best of these steps, the first among equals; None where none was measured."""
+        sign = -1 if self._metric.startswith("tasks/") else 1
+        measured = [step for step in steps if step in self._scores]
+        return min(measured, key=lambda step: (sign * self._scores[step], step), default=None)
+
+    def of(self, step: int) -> float:
+        return self._scores[step]
+
+    def _value(self, values: Mapping[str, Any]) -> float | None:
+        if self._metric == HELDOUT:
+            losses = [domain[LOSS] for domain in values.get(HELDOUT, {}).values()]
+            return sum(losses) / len(losses) if losses else None
+        return numbers(values).get(self._metric) if self._metric else None

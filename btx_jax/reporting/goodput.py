@@ -1,0 +1,88 @@
+"""Goodput: where the wall time of a run went, over all its starts."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from btx_jax.output import read_json, write_json
+
+FILE = "goodput.json"
+# step: training steps, the numbers of each written included. lost: those behind the last checkpoint
+# before a kill, which were done again. compile: the step, ahead of time. restore: putting the state
+# onto the devices, from a checkpoint or anew. save: what a save keeps the run waiting. data: text
+# prepared, and batches that the device waited for. evaluate: held-out losses and test sets, their
+# own compiling included. other: everything else, such as the checks before a run.
+ACTIVITIES = ("step", "lost", "compile", "restore", "save", "data", "evaluate", "other")
+
+
+class Goodput:
+    """Counts from when it is made. Every moment belongs to one activity, so that the shares add up
+    to 1. What a start did behind the last line that it wrote before it was killed is not known, and
+    not counted; nor is the time between two starts."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
+        self._activity, self._since = "other", time.perf_counter()
+
+    @contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Within it time belongs to this activity, but for what a block within it names."""
+        outer = self._change(activity)
+        try:
+            yield
+        finally:
+            self._change(outer)
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Some time turns out to have been another activity's."""
+        self._change(self._activity)
+        self._seconds[source] -= seconds
+        self._seconds[target] += seconds
+
+    def go_on(self, workdir: Path, lines: Sequence[Mapping[str, Any]], first: int) -> None:
+        """Count the run's earlier starts too. lines: all of metrics.jsonl, those behind step
+        `first`, from which this start goes on, included: theirs is what was lost."""
+        told = [_of_line(line) for line in lines if "goodput" in line]
+        file = workdir / FILE
+        ledger = [read_json(file)] if file.exists() else []
+        known = [*told, *ledger]
+        before = max(known, key=lambda x: sum(x.values())) if known else {}
+        for activity, seconds in before.items():
+            self._seconds[activity] += seconds
+        kept = [_of_line(x)["step"] for x in lines if "goodput" in x and x["step"] <= first]
+        if kept or not first:
+            useful = kept[-1] if kept else 0.0
+            self.move("step", "lost", max(self._seconds["step"] - useful, 0.0))
+
+    def keep(self, workdir: Path) -> None:
+        """For the next start."""
+        self._change(self._activity)
+        write_json(workdir / FILE, self._seconds)
+
+    def told(self) -> dict[str, Any]:
+        """{goodput: activity -> its share of wall_seconds, wall_seconds}, so far."""
+        self._change(self._activity)
+        total = sum(self._seconds.values())
+        shares = {name: seconds / total for name, seconds in self._seconds.items()}
+        return {"goodput": shares, "wall_seconds": total}
+
+    def __str__(self) -> str:
+        """The largest shares first, what is below half a percent left out."""
+        told = self.told()
+        shares = sorted(told["goodput"].items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
+        return f"{told['wall_seconds']:.0f} s of wall time: {parts}"
+
+    def _change(self, activity: str) -> str:
+        """The activity before."""
+        before, now = self._activity, time.perf_counter()
+        self._seconds[before] += now - self._since
+        self._activity, self._since = activity, now
+        return before
+
+
+def _of_line(line: Mapping[str, Any]) -> dict[str, float]:
+    """Activity -> seconds, of what `told` told."""
+    return {name: share * line["wall_seconds"] for name, share in line["goodput"].items()}

@@ -1,0 +1,61 @@
+"""A profile of chosen steps (`config.profile.steps`), for TensorBoard and xprof."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+import jax
+
+from btx_jax.output import filled
+
+DIRECTORY = "profile"
+STEP = "train_step"  # what each step is called there, with its number
+
+log = logging.getLogger(__name__)
+
+
+class Profile:
+    """Steps from the first to the last chosen one that this start takes. Every process writes its
+    own host's part, of the same session. As a context, it stops what is left running."""
+
+    def __init__(self, steps: range, workdir: Path):
+        self._steps, self._directory = steps, workdir / DIRECTORY
+        self._runs = contextlib.ExitStack()  # what ends with the profile
+        self._is_on = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def starts(self, step: int) -> bool:
+        """Whether the profile begins with this step."""
+        return step in self._steps and not self._is_on
+
+    def ends(self, step: int) -> bool:
+        """Whether it ends behind this step."""
+        return self._is_on and step >= self._steps[-1]
+
+    def start(self, step: int) -> None:
+        """To be called when no earlier step is running any more."""
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # every call of Python would be more than the step itself
+        options.session_id = f"steps_{step}_to_{self._steps[-1]}"
+        local = self._runs.enter_context(filled(self._directory))
+        jax.profiler.start_trace(local, profiler_options=options)
+        self._is_on = True
+
+    def stop(self) -> None:
+        """To be called when the last step has finished; else nothing happens."""
+        if not self._is_on:
+            return
+        self._is_on, self._steps = False, range(0)
+        with self._runs:
+            jax.profiler.stop_trace()
+        log.info("profiled; to look at it: pip install xprof; xprof --logdir=%s", self._directory)
+
+
+def annotated(step: int) -> jax.profiler.StepTraceAnnotation:
+    """Around a step."""
+    return jax.profiler.StepTraceAnnotation(STEP, step_num=step)

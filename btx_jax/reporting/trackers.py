@@ -1,0 +1,245 @@
+"""Where else a run's numbers go: Weights & Biases and MLflow (`config.log`).
+
+metrics.jsonl and TensorBoard stay the record. A tracker that fails is told once and left alone; it
+never ends a run.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from btx_jax.buckets import is_on_bucket
+from btx_jax.config.config import Config, LogConfig
+from btx_jax.config.config_dict import flatten, to_dict
+from btx_jax.errors import Mistakes, one_line
+from btx_jax.output import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+FILE = "trackers.json"  # NAME:PROJECT -> the id of this run there, in which a resumed one goes on
+FINISH_SECONDS = 300  # for what W&B has not sent yet when a run ends; it stays in WORKDIR/wandb
+MAX_PARAMETER = 6000  # characters of a value that MLflow takes
+NO_CREDENTIALS = (
+    "config.log.wandb: no credentials of Weights & Biases; run `wandb login`, or set"
+    " WANDB_MODE=offline and `wandb sync` the run later"
+)
+
+
+class Tracker(Protocol):
+    """A run as a service keeps it. Any method may raise whatever the service's client raises.
+
+    id: its name there. lacks_from: the first step of which it may lack what was told before.
+    """
+
+    id: str
+    lacks_from: int
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def finish(self, step: int, results: Mapping[str, float]) -> None:
+        """What the run came to."""
+
+    def close(self, finished: bool) -> None: ...
+
+
+def _on_disk(workdir: Path) -> Path:
+    """Where a tracker without a server keeps its files: in the run's directory, or for one on a
+    bucket, which none of them can write to, in runs/ on this machine."""
+    if not is_on_bucket(workdir):
+        return workdir
+    local = Path("runs", workdir.name)
+    local.mkdir(parents=True, exist_ok=True)
+    return local
+
+
+class WandB:
+    """Rows of one step are one row there, and what comes for an earlier step is ignored there.
+    W&B's own process may lose its last rows in a kill; offline, every start writes a file of its
+    own: so that all that the service does not have yet is told again."""
+
+    def __init__(self, config: Config, workdir: Path, run_id: str):
+        import wandb
+
+        entity, _, project = config.log.wandb.rpartition("/")
+        self.id = run_id or secrets.token_hex(8)
+        self._run = wandb.init(
+            entity=entity or None,
+            project=project,
+            group=config.log.group or None,
+            name=workdir.name,
+            id=self.id,
+            resume="allow",
+            config=to_dict(config),
+            allow_val_change=True,  # what a resumed run may change
+            dir=str(_on_disk(workdir)),
+            settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_SECONDS),
+        )
+        self.lacks_from = self._run.step
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def finish(self, step: int, results: Mapping[str, float]) -> None:
+        self._run.summary.update(dict(results))
+
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+class MLflow:
+    """What was told is there at once. The config is its parameters, as the run's first start had
+    it."""
+
+    def __init__(self, config: Config, workdir: Path, run_id: str):
+        # Without a server the store is a directory, which MLflow 3 keeps for those who ask for it;
+        # with one, a step must not wait for it as long as MLflow would by default.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        own = (_on_disk(workdir) / "mlflow").resolve().as_uri()
+        self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or own)
+        self.id, self.lacks_from = run_id, sys.maxsize if run_id else 0
+        if run_id:
+            self._client.update_run(run_id, status="RUNNING")
+            return
+        experiment = self._client.get_experiment_by_name(config.log.mlflow)
+        experiment_id = (
+            experiment.experiment_id
+            if experiment
+            else self._client.create_experiment(config.log.mlflow)
+        )
+        tags = {"group": config.log.group} if config.log.group else {}
+        run = self._client.create_run(experiment_id, run_name=workdir.name, tags=tags)
+        self.id = run.info.run_id
+        values = flatten(to_dict(config)).items()
+        parameters = [Param(mlflow_name(key), str(value)[:MAX_PARAMETER]) for key, value in values]
+        for start in range(0, len(parameters), 100):  # as many as one request takes
+            self._client.log_batch(self.id, params=parameters[start : start + 100])
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(mlflow_name(key), x, now, step) for key, x in scalars.items()]
+        for start in range(0, len(metrics), 1000):  # as many as one request takes
+            self._client.log_batch(self.id, metrics=metrics[start : start + 1000])
+
+    def finish(self, step: int, results: Mapping[str, float]) -> None:
+        self.write(step, results)
+
+    def close(self, finished: bool) -> None:
+        self._client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
+
+
+def mlflow_name(name: str) -> str:
+    """MLflow takes no other characters: pass@1 -> pass_1."""
+    return re.sub(r"[^\w. :/-]", "_", name, flags=re.ASCII)
+
+
+KINDS: Mapping[str, Callable[[Config, Path, str], Tracker]] = {"wandb": WandB, "mlflow": MLflow}
+
+
+def check(config: LogConfig, mistakes: Mistakes) -> None:
+    """Whether the packages of the trackers that are named are there, and W&B's credentials."""
+    for name in KINDS:
+        if getattr(config, name) and importlib.util.find_spec(name) is None:
+            mistakes.add(f"config.log.{name}: needs a package: pip install 'btx_jax[{name}]'")
+        elif name == "wandb" and config.wandb and not _has_credentials():
+            mistakes.add(NO_CREDENTIALS)
+
+
+def _has_credentials() -> bool:
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "run", "shared"):
+        return True
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except Exception:  # of a key that is none, or settings that W&B cannot read
+        return False
+
+
+class Trackers:
+    """Those that config.log names, as one. With `enabled` False (every process but the first)
+    there are none.
+
+    A resumed run goes on in the runs that its workdir names, which are told all that they lack of
+    what metrics.jsonl held when it was resumed, and none of that again: the steps between the last
+    checkpoint and a kill keep the numbers of the first time.
+    """
+
+    def __init__(self, config: Config, workdir: Path, enabled: bool = True):
+        self._trackers: dict[str, Tracker] = {}
+        self._told: dict[str, int] = {}  # scalar -> the last step at which it was told before
+        self._finished = False
+        if not enabled or not any(getattr(config.log, name) for name in KINDS):
+            return
+        file = workdir / FILE
+        ids: dict[str, str] = read_json(file) if file.exists() else {}
+        for name, kind in KINDS.items():
+            if not (project := getattr(config.log, name)):
+                continue
+            known = ids.get(f"{name}:{project}", "")
+            try:
+                tracker = kind(config, workdir, known)
+            except Exception as error:  # whatever its client raises
+                _failed(name, error)
+                continue
+            self._trackers[name] = tracker
+            ids[f"{name}:{project}"] = tracker.id
+        write_json(file, ids)
+
+    def begin(self, written: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """written: the (step, scalars) of metrics.jsonl, before those behind the checkpoint that
+        this start goes on from are removed."""
+        for step, scalars in written if self._trackers else ():
+            self._each(functools.partial(_write_lacking, step, scalars))
+            self._told |= {name: max(step, self._told.get(name, step)) for name in scalars}
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        late = {name: x for name, x in scalars.items() if step > self._told.get(name, -1)}
+        if late:
+            self._each(lambda tracker: tracker.write(step, late))
+
+    def finish(self, step: int, results: Mapping[str, float]) -> None:
+        """The run has come to these results."""
+        self._finished = True
+        self._each(lambda tracker: tracker.finish(step, results))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close(self._finished))
+        self._trackers.clear()
+
+    def _each(self, tell: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tell(tracker)
+            except Exception as error:  # whatever its client raises
+                _failed(name, error)
+                del self._trackers[name]
+
+
+def _write_lacking(step: int, scalars: Mapping[str, float], tracker: Tracker) -> None:
+    if step >= tracker.lacks_from:
+        tracker.write(step, scalars)
+
+
+def _failed(name: str, error: Exception) -> None:
+    told = one_line(error)[:300] or type(error).__name__
+    log.warning(
+        "config.log.%s: %s; it is told no more until this run starts again, and metrics.jsonl and"
+        " TensorBoard go on",
+        name,
+        told,
+    )
