@@ -49,6 +49,11 @@ def held(workdir: Path) -> Iterator[None]:
     or nothing can be written there. A block that fails leaves no empty directory behind that was
     not there before.
     """
+    if str(workdir).startswith("s3://"):
+        raise UserError(
+            f"--workdir={str(workdir)!r}: Orbax finishes a checkpoint by a rename there, which S3"
+            " lacks; keep runs on a disk or on gs://"
+        )
     buckets.require(workdir, "--workdir")
     with contextlib.ExitStack() as taken:
         taken.enter_context(none_left_empty(workdir / "checkpoints"))

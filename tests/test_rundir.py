@@ -100,3 +100,12 @@ def test_what_a_directory_tells_of_its_run(tmp_path):
     assert recorded_config(tmp_path) == to_dict(config)
     finish(tmp_path, seconds=1.0)
     assert has_finished(tmp_path) and recorded_results(tmp_path) == {"seconds": 1.0}
+
+
+def test_a_run_on_s3_is_refused():
+    class OnS3:
+        def __str__(self):
+            return "s3://bucket/run"
+
+    with pytest.raises(UserError, match="keep runs on a disk or on gs://"), held(OnS3()):
+        pass
