@@ -264,16 +264,16 @@ def clean_up(text: str) -> str:
 def find_tokenizer(path: Path) -> Path:
     """The tokenizer file: the path itself, or the one in that directory. Raises UserError when
     there is none."""
-    path = _at_hand(path)
+    named, path = path, _at_hand(path)
     if path.is_dir():
         for name in NAMES:
             if (path / name).is_file() and (
                 name != "vocab.json" or (path / "merges.txt").is_file()
             ):
                 return path / name
-        raise UserError(f"no tokenizer in {path}: expected {' or '.join(NAMES[:2])}; put one there")
+        raise UserError(f"no tokenizer in {named}: expected {' or '.join(NAMES[:2])}; put one there")
     if not path.is_file():
-        raise UserError(f"config.data.tokenizer: {path} does not exist")
+        raise UserError(f"config.data.tokenizer: {named} does not exist")
     return path
 
 
