@@ -12,8 +12,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 CHECKPOINT = (
-    "a run's directory, one of its checkpoints/STEP, a Hugging Face directory, an adapter's, or"
-    " org/name[@REVISION] of the Hub"
+    "a run's directory, one of its checkpoints/STEP, a Hugging Face directory or an adapter's, here"
+    " or at gs://..., or org/name[@REVISION] of the Hub"
 )
 HELP: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],

@@ -13,7 +13,7 @@ from btx_jax.paths import to_path
 
 def log_to_terminal() -> None:
     terminal.log_to(sys.stderr, logging.INFO)
-    for noisy in ("absl", "jax", "orbax", "grain", "etils"):
+    for noisy in ("absl", "jax", "orbax", "grain", "etils", "wandb", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

@@ -271,7 +271,8 @@ def find_tokenizer(path: Path) -> Path:
                 name != "vocab.json" or (path / "merges.txt").is_file()
             ):
                 return path / name
-        raise UserError(f"no tokenizer in {named}: expected {' or '.join(NAMES[:2])}; put one there")
+        wanted = " or ".join(NAMES[:2])
+        raise UserError(f"no tokenizer in {named}: expected {wanted}; put one there")
     if not path.is_file():
         raise UserError(f"config.data.tokenizer: {named} does not exist")
     return path
