@@ -210,7 +210,7 @@ def _raised_unseen(raised: Any) -> None:
         sys.__unraisablehook__(raised)
 
 
-def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int], _: bool = True) -> dict[str, Any]:
+def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int]) -> dict[str, Any]:
     """zarr3's, of an array whose every chunk carries its CRC-32C."""
     return {
         "shape": list(shape),
@@ -223,8 +223,19 @@ def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int], _: bool = True)
     }
 
 
-# Orbax has no setting for codecs; with its own, chunks carry no checksum.
-tensorstore_utils._build_zarr3_metadata = _chunk_metadata
+class _Checksummed(tensorstore_utils.ArrayWriteSpec):
+    """Orbax has no setting for codecs; with its own, chunks carry no checksum."""
+
+    @property
+    def json(self) -> dict[str, Any]:
+        spec = super().json
+        array = spec["base"] if spec["driver"] == "cast" else spec
+        if array["driver"] == "zarr3":
+            array["metadata"] = _chunk_metadata(self.metadata.shape, self.metadata.chunk_shape)
+        return spec
+
+
+tensorstore_utils.ArrayWriteSpec = _Checksummed
 
 
 def _leading_axes(model: ModelConfig) -> dict[str, int]:
