@@ -223,6 +223,16 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
     assert (tmp_path / "seed" / "done.json").exists()
 
 
+def test_a_tracker_that_cannot_be_reached_is_told_once_and_the_run_goes_on(
+    fresh, run, tmp_path, offline, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    told = run(fresh(3, log=LogConfig(mlflow="experiment")), tmp_path / "seed")
+    (line,) = [line for line in told if "config.log.mlflow" in line]
+    assert "127.0.0.1" in line and "\n" not in line and len(line) < 500
+    assert (tmp_path / "seed" / "done.json").exists()
+
+
 def test_what_cannot_be_looked_at_is_refused_with_everything_else_before_any_work(
     fresh, tmp_path, monkeypatch
 ):
