@@ -13,12 +13,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any, cast
 
 from btx_jax.errors import UserError
+from btx_jax.progress import bar
 
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec reads it with
 UNFINISHED = ".unfinished"  # lies in a directory for as long as it is not whole
@@ -26,6 +27,7 @@ LOG_IN = (
     "run `gcloud auth application-default login`, or name a key's file in"
     " GOOGLE_APPLICATION_CREDENTIALS"
 )
+LARGE = 2**26  # bytes from which a bar shows how many have gone
 AT_ONCE = 8  # objects that are sent or fetched at the same time
 _URL = re.compile(r"(?P<scheme>\w+)://(?P<bucket>[^/]*)/?(?P<path>.*)", re.DOTALL)
 
@@ -192,13 +194,23 @@ def upload(source: Path, target: Path) -> None:
         key=lambda file: (-file.stat().st_size, file),
     )
 
-    def send(file: Path) -> None:
-        _files(target).put_file(str(file), key_of(target / file.relative_to(source).as_posix()))
+    sizes = {file: file.stat().st_size for file in files}
+    with _counted(f"upload {target}", sum(sizes.values())) as counted:
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(send, files[:-1]))
-    for last in files[-1:]:
-        send(last)
+        def send(file: Path) -> None:
+            _files(target).put_file(str(file), key_of(target / file.relative_to(source).as_posix()))
+            counted.update(sizes[file])
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(send, files[:-1]))
+        for last in files[-1:]:
+            send(last)
+
+
+def _counted(told: str, total: int) -> Any:
+    """A bar of so many bytes, where they may take a while."""
+    shown = total > LARGE
+    return bar(desc=told, total=total, unit="B", unit_scale=True, leave=False, shown=shown)
 
 
 def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Path:
@@ -216,7 +228,7 @@ def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: 
         return place
     partial = place.with_name(f"{place.name}.{os.getpid()}")
     try:
-        _fetch(directory, [name for name, *_ in wanted], partial)
+        _fetch(directory, {name: size for name, size, _ in wanted}, partial)
         with contextlib.suppress(OSError):  # another process was faster
             partial.rename(place)
     finally:
@@ -224,14 +236,17 @@ def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: 
     return place
 
 
-def _fetch(directory: Path, names: Sequence[str], target: Path) -> None:
-    def fetch(name: str) -> None:
-        file = target / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _files(directory).get_file(key_of(directory / name), str(file))
+def _fetch(directory: Path, sizes: Mapping[str, int], target: Path) -> None:
+    with _counted(f"fetch {directory}", sum(sizes.values())) as counted:
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(fetch, names))
+        def fetch(name: str) -> None:
+            file = target / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _files(directory).get_file(key_of(directory / name), str(file))
+            counted.update(sizes[name])
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(fetch, sizes))
 
 
 def cache() -> Path:
