@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import hashlib
+import io
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -33,11 +34,9 @@ class BucketFile:
 
     def open(self, in_pieces: bool = False) -> BinaryIO:
         """in_pieces: only what is read is fetched, for a reader that knows what it wants."""
-        kind = "none" if in_pieces else "readahead"
-        opened = cast(Any, self.path).fs.open(
-            buckets.key_of(self.path), "rb", block_size=AHEAD, cache_type=kind
-        )
-        return cast(BinaryIO, opened)
+        key = buckets.key_of(self.path)
+        stream = cast(Any, self.path).fs.open(key, "rb", block_size=AHEAD, cache_type="none")
+        return stream if in_pieces else io.BufferedReader(stream, AHEAD)  # type: ignore[return-value]
 
     def stamp(self) -> list[Any]:
         """What changes when its content does."""
