@@ -1,6 +1,7 @@
 """Buckets, against an emulator of Cloud Storage: what is written there appears whole, is read as on
 a disk, and belongs to one process at a time."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -223,6 +224,11 @@ def test_text_is_found_by_globs_and_of_parquet_only_a_column_is_fetched(
 
     assert [row["text"] for row in texts("*.jsonl")] == ["one", "two"]
     assert texts("deep/*.txt") == ["three"]
+    lines = b'{"text": "packed"}\n' * 5
+    (bucket / "z.jsonl.gz").write_bytes(gzip.compress(lines))
+    (bucket / "z.jsonl.zst").write_bytes(pa.compress(lines, "zstd", asbytes=True))
+    for packed in ("z.jsonl.gz", "z.jsonl.zst"):
+        assert [row["text"] for row in texts(packed)] == ["packed"] * 5
     bucket_server.received = 0
     assert len(texts("*.parquet")) == 2000
     assert 0 < bucket_server.received < file.stat().st_size / 10

@@ -36,7 +36,7 @@ class BucketFile:
         """in_pieces: only what is read is fetched, for a reader that knows what it wants."""
         key = buckets.key_of(self.path)
         stream = cast(Any, self.path).fs.open(key, "rb", block_size=AHEAD, cache_type="none")
-        return stream if in_pieces else io.BufferedReader(stream, AHEAD)  # type: ignore[return-value]
+        return stream if in_pieces else io.BufferedReader(stream, AHEAD)
 
     def stamp(self) -> list[Any]:
         """What changes when its content does."""
