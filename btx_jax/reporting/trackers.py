@@ -4,15 +4,13 @@ metrics.jsonl and TensorBoard stay the record. A tracker that fails is told once
 never ends a run.
 """
 
-import functools
 import importlib.util
 import logging
 import os
 import re
 import secrets
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +21,8 @@ from btx_jax.errors import Mistakes, one_line
 from btx_jax.output import read_json, write_json
 
 log = logging.getLogger(__name__)
+
+Lines = Sequence[tuple[int, Mapping[str, float]]]  # (step, scalars) in order
 
 FILE = "trackers.json"  # NAME:PROJECT -> the id of this run there, in which a resumed one goes on
 FINISH_SECONDS = 300  # for what W&B has not sent yet when a run ends; it stays in WORKDIR/wandb
@@ -36,11 +36,13 @@ NO_CREDENTIALS = (
 class Tracker(Protocol):
     """A run as a service keeps it. Any method may raise whatever the service's client raises.
 
-    id: its name there. lacks_from: the first step of which it may lack what was told before.
+    id: its name there.
     """
 
     id: str
-    lacks_from: int
+
+    def catch_up(self, written: Lines) -> None:
+        """Tell what it lacks of the lines that were written before this start."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
@@ -82,7 +84,12 @@ class WandB:
             dir=str(_on_disk(workdir)),
             settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_SECONDS),
         )
-        self.lacks_from = self._run.step
+
+    def catch_up(self, written: Lines) -> None:
+        has = self._run.step
+        for step, scalars in written:
+            if step >= has:
+                self.write(step, scalars)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
@@ -95,8 +102,8 @@ class WandB:
 
 
 class MLflow:
-    """What was told is there at once. The config is its parameters, as the run's first start had
-    it."""
+    """What was told is there at once, so that a kill can only have kept the last line from it. The
+    config is its parameters, as the run's first start had it."""
 
     def __init__(self, config: Config, workdir: Path, run_id: str):
         # Without a server the store is a directory, which MLflow 3 keeps for those who ask for it;
@@ -109,7 +116,7 @@ class MLflow:
 
         own = (_on_disk(workdir) / "mlflow").resolve().as_uri()
         self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or own)
-        self.id, self.lacks_from = run_id, sys.maxsize if run_id else 0
+        self.id, self._is_new = run_id, not run_id
         if run_id:
             self._client.update_run(run_id, status="RUNNING")
             return
@@ -126,6 +133,16 @@ class MLflow:
         parameters = [Param(mlflow_name(key), str(value)[:MAX_PARAMETER]) for key, value in values]
         for start in range(0, len(parameters), 100):  # as many as one request takes
             self._client.log_batch(self.id, params=parameters[start : start + 100])
+
+    def catch_up(self, written: Lines) -> None:
+        for step, scalars in written if self._is_new else written[-1:]:
+            if self._is_new or not self._has(step, scalars):
+                self.write(step, scalars)
+
+    def _has(self, step: int, scalars: Mapping[str, float]) -> bool:
+        names = [mlflow_name(name) for name in scalars][:1]  # of one request
+        history = [m for name in names for m in self._client.get_metric_history(self.id, name)]
+        return step in {metric.step for metric in history}
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -203,8 +220,9 @@ class Trackers:
     def begin(self, written: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """written: the (step, scalars) of metrics.jsonl, before those behind the checkpoint that
         this start goes on from are removed."""
-        for step, scalars in written if self._trackers else ():
-            self._each(functools.partial(_write_lacking, step, scalars))
+        lines = list(written) if self._trackers else []
+        self._each(lambda tracker: tracker.catch_up(lines))
+        for step, scalars in lines:
             self._told |= {name: max(step, self._told.get(name, step)) for name in scalars}
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -228,11 +246,6 @@ class Trackers:
             except Exception as error:  # whatever its client raises
                 _failed(name, error)
                 del self._trackers[name]
-
-
-def _write_lacking(step: int, scalars: Mapping[str, float], tracker: Tracker) -> None:
-    if step >= tracker.lacks_from:
-        tracker.write(step, scalars)
 
 
 def _failed(name: str, error: Exception) -> None:

@@ -182,6 +182,28 @@ def test_a_killed_run_goes_on_in_its_trackers_runs_no_step_twice_none_missing(
     assert rows_2[:8] == rows_1, "the steps that were done twice keep the first numbers"
 
 
+def test_a_line_that_a_kill_kept_from_a_tracker_is_made_up(
+    fresh, run, tmp_path, offline, monkeypatch
+):
+    """Behind the line in metrics.jsonl, before what the trackers are told."""
+    real = trackers.Trackers.write
+
+    def write(self, step, scalars):
+        if step == 5:
+            raise Killed
+        real(self, step, scalars)
+
+    monkeypatch.setattr(trackers.Trackers, "write", write)
+    with pytest.raises(Killed):
+        run(fresh(7, every=2, log=LOG), tmp_path / "seed")
+    assert metrics(tmp_path / "seed")[-1]["step"] == 5
+    monkeypatch.setattr(trackers.Trackers, "write", real)
+    run(fresh(7, every=2, log=LOG), tmp_path / "seed")
+    _, histories = in_mlflow(tmp_path / "seed")
+    assert [m.step for m in histories["loss"]] == list(range(1, 8))
+    assert [step for step, _ in in_wandb(tmp_path / "seed")[1]] == list(range(8))
+
+
 def test_a_tracker_that_is_named_later_is_told_from_the_first_step(
     fresh,
     run,
