@@ -110,7 +110,7 @@ def decoder(strips: bool, byte_fallback: bool = True) -> decoders.Decoder:
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> None:
     """Train a byte-fallback BPE that gives back any text exactly: no normalisation, every space
-    kept, digits apart."""
+    kept, digits apart. U+2581 alone, its own sign for a space, comes back as one."""
     if target.exists():
         raise UserError(f"{target} exists; delete it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)

