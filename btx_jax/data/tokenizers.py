@@ -261,10 +261,10 @@ def clean_up(text: str) -> str:
     return text
 
 
-def find_tokenizer(path: Path) -> Path:
+def find_tokenizer(path: str | Path) -> Path:
     """The tokenizer file: the path itself, or the one in that directory. Raises UserError when
     there is none."""
-    named, path = path, _at_hand(path)
+    named, path = path, _at_hand(Path(path) if isinstance(path, str) else path)
     if path.is_dir():
         for name in NAMES:
             if (path / name).is_file() and (
@@ -294,7 +294,7 @@ def _at_hand(path: Path) -> Path:
     return copy / name
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     found = find_tokenizer(path)
     return Tokenizer(found, tokenizer_files.read_files(found))
 

@@ -167,7 +167,7 @@ def test_columns_are_cut_row_by_row_or_from_blocks(stored, monkeypatch):
     name = "model.layers.0.self_attn.q_proj.weight"
     whole = file.read(name)
     for worth, block in ((1, 1), (10**9, 1), (10**9, 5000), (10**9, 10**9)):
-        monkeypatch.setattr("btx_jax.checkpoints.safetensors_files._WORTH_A_CALL", worth)
+        monkeypatch.setattr("btx_jax.checkpoints.safetensors_files._OnDisk.worth_a_call", worth)
         monkeypatch.setattr("btx_jax.checkpoints.safetensors_files._BLOCK", block)
         got = file.read(name, rows=(3, 90), columns=(7, 801))
         np.testing.assert_array_equal(got, whole[3:90, 7:801])

@@ -127,9 +127,9 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
     ):
         find_checkpoint("$NOT_SET/seed", "config.init")
     with pytest.raises(
-        UserError, match=r"config\.init='gs://b/seed': gs:// is not read; mount the bucket"
+        UserError, match=r"config\.init='ftp://b/seed': neither a path nor gs:// or s3://"
     ):
-        find_checkpoint("gs://b/seed", "config.init")
+        find_checkpoint("ftp://b/seed", "config.init")
     with pytest.raises(
         UserError, match=r"mistralai/Nothing-7B does not exist here .* HF_HUB_OFFLINE"
     ):

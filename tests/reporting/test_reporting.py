@@ -83,7 +83,7 @@ def test_metrics_of_lost_steps_are_removed_on_resume_and_a_torn_line_is_ignored(
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     MetricsWriter(tmp_path, 3).close()
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -104,9 +104,9 @@ def test_a_damaged_line_of_metrics_is_set_aside_and_all_others_are_kept(tmp_path
     lines = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(1, 6)]
     lines[1] = damage
     file.write_bytes(b"\n".join(lines) + b"\n")
-    assert bad_lines(file) == [2]
+    assert bad_lines(file.parent) == [2]
     MetricsWriter(tmp_path, 4).close()
-    assert [line["step"] for line in read_metrics(file)] == [1, 3, 4]
+    assert [line["step"] for line in read_metrics(file.parent)] == [1, 3, 4]
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"
     assert "damaged lines (2) are set aside" in caplog.text
     MetricsWriter(tmp_path, 4).close()
