@@ -8,9 +8,9 @@ from importlib import metadata
 import pytest
 
 from btx_jax import environment, hub_names, stages
-from btx_jax.config.config_file import read_config
 from btx_jax.data import demo
 from btx_jax.errors import UserError
+from btx_jax.presets.config_file import read_config
 from tests.conftest import ROOT
 
 # What extras bring, and the modules of ours that stand on it: each is imported where it is needed.
