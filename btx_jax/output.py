@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from btx_jax.claims import claimed
 from btx_jax.errors import UserError
 
 PARTIAL = ".partial-"
+WAIT = 1.0  # seconds between two looks whether another process has finished an upload
 
 
 def check_free(target: Path) -> None:
@@ -24,11 +26,16 @@ def check_free(target: Path) -> None:
         raise UserError(f"cannot write {str(target)[:200]!r}: no name of a file")
     buckets.require(target, f"cannot write {target}")
     try:
-        exists = buckets.is_taken(target) if buckets.is_on_bucket(target) else target.exists()
+        exists = is_there(target)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {str(target)[:200]!r}: {error}") from error
     if exists:
         raise UserError(f"{target} exists; delete it or choose another name")
+
+
+def is_there(target: Path) -> bool:
+    """Whether what `new_directory` or `new_file` made is there, whole."""
+    return buckets.is_taken(target) if buckets.is_on_bucket(target) else target.exists()
 
 
 _unfinished: set[Path] = set()  # of this process
@@ -76,15 +83,25 @@ def new_directory(target: Path) -> Iterator[Path]:
 def _new_on_bucket(target: Path) -> Iterator[Path]:
     with buckets.explained(), temporary_directory("btx_jax-") as directory:
         yield directory
-        try:
-            with claimed(target):
-                check_free(target)
-                buckets.remove_unfinished(target)
-                (target / buckets.UNFINISHED).write_bytes(b"")
-                buckets.upload(directory, target)
-                buckets.remove(target / buckets.UNFINISHED)
-        except BlockingIOError as error:
-            raise UserError(f"cannot write {target}: another process is writing there") from error
+        with _claimed_when_free(target):
+            check_free(target)
+            buckets.remove_unfinished(target)
+            (target / buckets.UNFINISHED).write_bytes(b"")
+            buckets.upload(directory, target)
+            buckets.remove(target / buckets.UNFINISHED)
+
+
+@contextlib.contextmanager
+def _claimed_when_free(target: Path) -> Iterator[None]:
+    """Waits for another process that is writing there: it may be killed before it has finished."""
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(claimed(target))
+                break
+            except BlockingIOError:
+                time.sleep(WAIT)
+        yield
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pytest
 
 from btx_jax import buckets, claims, output
 from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
+from btx_jax.data.prepared import read_manifest
 from btx_jax.data.sources import expand_files, parse_sources, source_rows
 from btx_jax.errors import UserError
 from btx_jax.paths import to_path
@@ -80,6 +81,33 @@ def test_a_directory_appears_whole_or_is_marked(bucket, bucket_server):
     ]
     with pytest.raises(UserError, match="exists; delete it or choose another name"):
         write(3)
+
+
+def test_what_another_process_is_uploading_is_neither_taken_nor_removed_but_waited_for(bucket):
+    target, refused = bucket / "out", []
+
+    def write():
+        with output.new_directory(target) as partial:
+            (partial / "ours").write_text("{}")
+
+    def second():
+        with pytest.raises(UserError, match="exists; delete it") as raised:
+            write()
+        refused.append(raised)
+
+    thread = threading.Thread(target=second)
+    with claims.claimed(target):
+        for name in (buckets.UNFINISHED, "theirs"):
+            (target / name).write_bytes(b"")
+        assert read_manifest(target) is None
+        thread.start()
+        thread.join(2 * output.WAIT)
+        assert thread.is_alive()
+        assert {buckets.UNFINISHED, "theirs"} < set(buckets.objects(target))
+        buckets.remove(target / buckets.UNFINISHED)
+    thread.join(20)
+    assert refused
+    assert list(buckets.objects(target)) == ["theirs"]
 
 
 def test_what_describes_a_directory_is_sent_last(bucket, bucket_server, tmp_path):
