@@ -66,7 +66,8 @@ def _configure() -> None:
     """Before the libraries are imported: nothing that another process writes may be missed."""
     import fsspec.config
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it tells, it raises as well
+    for library in ("fsspec", "gcsfs"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what they tell, they raise as well
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for more rights
     for scheme in ("gcs", *LIBRARIES):
         fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
