@@ -179,6 +179,20 @@ def is_taken(path: Path) -> bool:
     )
 
 
+def require_whole(directory: Path, key: str) -> None:
+    """Raises UserError for a directory of a bucket that is still being filled, or was left half
+    filled by a killed process."""
+    if is_on_bucket(directory) and (directory / UNFINISHED).exists():
+        raise _not_whole(directory, key)
+
+
+def _not_whole(directory: Path, key: str) -> UserError:
+    return UserError(
+        f"{key}: {directory} is not whole: a command is filling it, or was killed; run that command"
+        " again, or delete the directory"
+    )
+
+
 def remove_unfinished(directory: Path) -> None:
     """What a killed upload left of a directory that only it has written to, claims aside."""
     if (directory / UNFINISHED).exists():
@@ -217,10 +231,13 @@ def _counted(told: str, total: int) -> Any:
 def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Path:
     """The directory itself, or of one on a bucket a copy on the local disk, in the user's cache: of
     its objects as they are now, those whose relative names are wanted. What is there already is not
-    fetched again."""
+    fetched again. Raises UserError for one that is not whole."""
     if not is_on_bucket(directory):
         return directory
-    wanted = [stamp for stamp in stamps(directory) if is_wanted(stamp[0])]
+    found = stamps(directory)
+    if any(name == UNFINISHED for name, *_ in found):
+        raise _not_whole(directory, "cannot read it")
+    wanted = [stamp for stamp in found if is_wanted(stamp[0])]
     if not wanted:
         raise FileNotFoundError(f"{directory} holds nothing")
     identity = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]

@@ -55,6 +55,7 @@ def held(workdir: Path) -> Iterator[None]:
             " lacks; keep runs on a disk or on gs://"
         )
     buckets.require(workdir, "--workdir")
+    buckets.require_whole(workdir, "--workdir")
     with contextlib.ExitStack() as taken:
         taken.enter_context(none_left_empty(workdir / "checkpoints"))
         try:
