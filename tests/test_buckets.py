@@ -9,19 +9,27 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from btx_jax import buckets, claims, output
+from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
 from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
+from btx_jax.checkpoints.training_state import CheckpointMetadata, Checkpoints
+from btx_jax.commands.verify import verify
+from btx_jax.config.config import CheckpointConfig
 from btx_jax.data.prepared import read_manifest
 from btx_jax.data.sources import expand_files, parse_sources, source_rows
+from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
+from btx_jax.models.llama import init_params
 from btx_jax.paths import to_path
 from btx_jax.reporting import metrics
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
 from btx_jax.rundir import held
 from tests.conftest import ROOT
+from tests.models.test_llama import TINY
 
 
 @pytest.mark.parametrize(
@@ -41,6 +49,22 @@ def test_a_url_may_end_in_a_slash_and_hold_variables(monkeypatch):
     monkeypatch.setenv("RUN", "a")
     assert str(to_path("gs://bucket/$RUN/b/", "k")) == "gs://bucket/a/b"
     assert to_path("gs://bucket/$RUN/b/", "k") == to_path("gs://bucket/a/b", "k")
+
+
+@pytest.mark.parametrize("name", ["a#1", "a?", "a*", "a[1]", "100%", "a%20b"])
+def test_what_libraries_would_read_as_another_name_is_refused(name):
+    with pytest.raises(UserError, match="as more than a character"):
+        to_path(f"gs://b/{name}/run", "k")
+
+
+@pytest.mark.parametrize("name", ["a b", "ünï", "a+b", "a@b", "a:b", "a,b", "a'b"])
+def test_other_names_are_themselves_for_all_libraries(bucket, name):
+    run = to_path(f"{bucket}/{name}", "k")
+    params = init_params(TINY, jax.random.key(0))
+    checkpoints = Checkpoints(run, CheckpointConfig())
+    checkpoints.save(CheckpointMetadata(TINY, 1, {}), params)
+    checkpoints.close()
+    assert digest(load_params(find_checkpoint(run))) == digest(params)
 
 
 def test_a_missing_library_is_told_with_its_extra(monkeypatch):
@@ -81,6 +105,24 @@ def test_a_directory_appears_whole_or_is_marked(bucket, bucket_server):
     ]
     with pytest.raises(UserError, match="exists; delete it or choose another name"):
         write(3)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        find_checkpoint,
+        lambda path: find_checkpoint(path / "checkpoints" / "0"),
+        lambda path: list(verify(str(path))),
+        load_tokenizer,
+        lambda path: held(path).__enter__(),
+    ],
+    ids=["checkpoint", "step", "verify", "tokenizer", "workdir"],
+)
+def test_what_is_half_there_is_read_by_none(bucket, read):
+    for name in (buckets.UNFINISHED, "checkpoints/0/params/x", "config.json", "tokenizer.json"):
+        (bucket / name).write_text("{}")
+    with pytest.raises(UserError, match="is not whole: a command is filling it, or was killed"):
+        read(bucket)
 
 
 def test_what_another_process_is_uploading_is_neither_taken_nor_removed_but_waited_for(bucket):
