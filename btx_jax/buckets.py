@@ -119,15 +119,16 @@ def told(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Around work on buckets: what their libraries raise becomes a UserError of one line."""
+def explained(what: str = "") -> Iterator[None]:
+    """Around work on buckets: what their libraries raise becomes a UserError of one line. what: was
+    being read or written."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         if text := told(error):
-            raise UserError(text) from error
+            raise UserError(f"{what}: {text}" if what else text) from error
         raise
 
 

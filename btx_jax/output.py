@@ -81,7 +81,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _new_on_bucket(target: Path) -> Iterator[Path]:
-    with buckets.explained(), temporary_directory("btx_jax-") as directory:
+    with buckets.explained(f"cannot write {target}"), temporary_directory("btx_jax-") as directory:
         yield directory
         with _claimed_when_free(target):
             check_free(target)

@@ -17,6 +17,7 @@ from btx_jax import buckets, claims, output
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
 from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
 from btx_jax.checkpoints.training_state import CheckpointMetadata, Checkpoints
+from btx_jax.cli import program
 from btx_jax.commands.verify import verify
 from btx_jax.config.config import CheckpointConfig
 from btx_jax.data.prepared import read_manifest
@@ -378,6 +379,46 @@ def test_a_bucket_that_may_not_be_read_is_one_line(bucket, bucket_server, status
     with pytest.raises(UserError, match=f"--workdir: .*{told}") as raised, held(bucket):
         pass
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("digest", "{x}"),
+        ("verify", "{x}"),
+        ("mix", "{x}", "out"),
+        ("report", "{x}"),
+        ("push", "{x}", "a/b"),
+        ("adapter", "export", "{x}", "{x}2"),
+        ("generate", "{x}", "--prompt=a"),
+        ("tokenizer", "{x}", "--vocab-size=300", "--out=a.model"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_bucket_that_refuses_is_one_line_of_every_command(
+    bucket, bucket_server, capsys, command, monkeypatch
+):
+    monkeypatch.setattr(buckets, "_required", set())
+    bucket_server.fault = lambda line: 401
+    with pytest.raises(SystemExit) as ended:
+        program.run([word.format(x=bucket / "x") for word in command])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the bucket" in line and "401" in line
+
+
+def test_a_bucket_that_takes_nothing_is_told_before_a_run_begins(bucket, bucket_server):
+    bucket_server.fault = lambda line: 403 if line.startswith("POST") else 0
+    refused = "--workdir: cannot write to gs://.*: the bucket refuses"
+    with pytest.raises(UserError, match=refused), held(bucket / "run"):
+        pytest.fail("began")
+
+
+def test_whether_a_bucket_is_there_is_asked_without_listing_it(bucket, bucket_server, monkeypatch):
+    monkeypatch.setattr(buckets, "_required", set())
+    buckets.require(bucket, "k")
+    (asked,) = bucket_server.requests
+    assert "maxResults=1" in asked.split("&")
 
 
 def test_a_missing_bucket_is_one_line(bucket):
