@@ -82,8 +82,9 @@ def require(path: Path, key: str) -> None:
     bucket = f"{where['scheme']}://{where['bucket']}"
     if bucket in _required:
         return
+    few = {"max_results": 1} if where["scheme"] == "gs" else {}
     try:
-        _files(path).ls(where["bucket"], detail=False)
+        _files(path).ls(where["bucket"], detail=False, **few)
     except FileNotFoundError as error:
         raise UserError(f"{key}: no bucket {bucket}, or none that you may see") from error
     except Exception as error:
