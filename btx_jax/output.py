@@ -81,7 +81,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _new_on_bucket(target: Path) -> Iterator[Path]:
-    with buckets.explained(f"cannot write {target}"), temporary_directory("btx_jax-") as directory:
+    with buckets.explained(f"cannot write {target}"), temporary_directory() as directory:
         yield directory
         with _claimed_when_free(target):
             check_free(target)
@@ -112,7 +112,7 @@ def filled(directory: Path) -> Iterator[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
         return
-    with temporary_directory("btx_jax-") as local:
+    with temporary_directory() as local:
         yield local
         buckets.upload(local, directory)
 
@@ -143,7 +143,7 @@ def new_file(target: Path) -> Iterator[Path]:
     Its name is nobody else's: process ids are not enough, in containers every run is process 1.
     """
     if buckets.is_on_bucket(target):
-        with temporary_directory("btx_jax-") as directory:
+        with temporary_directory() as directory:
             yield directory / target.name
             buckets.upload(directory, target.parent)
         return
@@ -214,15 +214,12 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def temporary_directory(prefix: str) -> Iterator[Path]:
-    """Of the system's temporary files; gone after the block."""
-    directory = Path(tempfile.mkdtemp(prefix=prefix))
-    _unfinished.add(directory)
-    try:
+def temporary_directory() -> Iterator[Path]:
+    """Of the system's temporary files; gone after the block. What killed processes left of theirs
+    is removed: it may be a whole model."""
+    target = Path(tempfile.gettempdir(), "btx_jax")
+    with _partial(target, lambda **at: Path(tempfile.mkdtemp(**at))) as directory:
         yield directory
-    finally:
-        remove(directory)
-        _unfinished.discard(directory)
 
 
 def abandon() -> None:

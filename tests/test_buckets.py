@@ -4,6 +4,7 @@ a disk, and belongs to one process at a time."""
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -151,6 +152,29 @@ def test_what_another_process_is_uploading_is_neither_taken_nor_removed_but_wait
     thread.join(20)
     assert refused
     assert list(buckets.objects(target)) == ["theirs"]
+
+
+FILL = """
+import os, signal, sys
+from btx_jax import buckets, output
+with output.new_directory(buckets.at(sys.argv[1], "k")) as partial:
+    (partial / "large").write_bytes(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_on_this_disk_goes_with_the_next_that_writes(
+    bucket, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    command = [sys.executable, "-c", FILL, str(bucket / "out")]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("*/large"))
+    with output.temporary_directory() as held:
+        output.write_json(bucket / "a.json", [1])
+        assert list(tmp_path.iterdir()) == [held]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_describes_a_directory_is_sent_last(bucket, bucket_server, tmp_path):
