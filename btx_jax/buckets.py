@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
@@ -246,7 +247,8 @@ def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: 
     place = cache() / str(directory).replace("://", "/") / f"@{identity}"
     if place.exists():
         return place
-    partial = place.with_name(f"{place.name}.{os.getpid()}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=place.parent))
     try:
         _fetch(directory, {name: size for name, size, _ in wanted}, partial)
         with contextlib.suppress(OSError):  # another process was faster

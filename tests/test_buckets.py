@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -198,6 +199,26 @@ def test_a_local_copy_is_fetched_once_and_anew_when_the_bucket_changes(bucket, b
     assert len(bucket_server.fetched()) == before
     (bucket / "a").write_text("z")
     assert (buckets.local_copy(bucket) / "a").read_text() == "z"
+
+
+def test_who_fetches_the_same_at_the_same_time_does_not_write_over_the_other(bucket, monkeypatch):
+    """Threads here; in containers processes too have the same number."""
+    (bucket / "d" / "x").write_bytes(b"1")
+    both, fetch, targets = threading.Barrier(2, timeout=20), buckets._fetch, set()
+
+    def fetch_beside(directory, sizes, target):
+        targets.add(target)
+        both.wait()
+        fetch(directory, sizes, target)
+        both.wait()
+
+    monkeypatch.setattr(buckets, "_fetch", fetch_beside)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(buckets.local_copy, [bucket / "d"] * 2)
+    assert len(targets) == 2
+    assert first == second
+    assert (first / "x").read_bytes() == b"1"
+    assert list(first.parent.iterdir()) == [first]
 
 
 def test_a_cut_download_leaves_no_copy(bucket, bucket_server):
