@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
@@ -66,7 +67,8 @@ def _configure() -> None:
     """Before the libraries are imported: nothing that another process writes may be missed."""
     import fsspec.config
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it tells, it raises as well
+    for library in ("fsspec", "gcsfs"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what they tell, they raise as well
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for more rights
     for scheme in ("gcs", *LIBRARIES):
         fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
@@ -81,8 +83,9 @@ def require(path: Path, key: str) -> None:
     bucket = f"{where['scheme']}://{where['bucket']}"
     if bucket in _required:
         return
+    few = {"max_results": 1} if where["scheme"] == "gs" else {}
     try:
-        _files(path).ls(where["bucket"], detail=False)
+        _files(path).ls(where["bucket"], detail=False, **few)
     except FileNotFoundError as error:
         raise UserError(f"{key}: no bucket {bucket}, or none that you may see") from error
     except Exception as error:
@@ -118,15 +121,16 @@ def told(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Around work on buckets: what their libraries raise becomes a UserError of one line."""
+def explained(what: str = "") -> Iterator[None]:
+    """Around work on buckets: what their libraries raise becomes a UserError of one line. what: was
+    being read or written."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         if text := told(error):
-            raise UserError(text) from error
+            raise UserError(f"{what}: {text}" if what else text) from error
         raise
 
 
@@ -178,6 +182,20 @@ def is_taken(path: Path) -> bool:
     )
 
 
+def require_whole(directory: Path, key: str) -> None:
+    """Raises UserError for a directory of a bucket that is still being filled, or was left half
+    filled by a killed process."""
+    if is_on_bucket(directory) and (directory / UNFINISHED).exists():
+        raise _not_whole(directory, key)
+
+
+def _not_whole(directory: Path, key: str) -> UserError:
+    return UserError(
+        f"{key}: {directory} is not whole: a command is filling it, or was killed; run that command"
+        " again, or delete the directory"
+    )
+
+
 def remove_unfinished(directory: Path) -> None:
     """What a killed upload left of a directory that only it has written to, claims aside."""
     if (directory / UNFINISHED).exists():
@@ -216,17 +234,21 @@ def _counted(told: str, total: int) -> Any:
 def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Path:
     """The directory itself, or of one on a bucket a copy on the local disk, in the user's cache: of
     its objects as they are now, those whose relative names are wanted. What is there already is not
-    fetched again."""
+    fetched again. Raises UserError for one that is not whole."""
     if not is_on_bucket(directory):
         return directory
-    wanted = [stamp for stamp in stamps(directory) if is_wanted(stamp[0])]
+    found = stamps(directory)
+    if any(name == UNFINISHED for name, *_ in found):
+        raise _not_whole(directory, "cannot read it")
+    wanted = [stamp for stamp in found if is_wanted(stamp[0])]
     if not wanted:
         raise FileNotFoundError(f"{directory} holds nothing")
     identity = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
     place = cache() / str(directory).replace("://", "/") / f"@{identity}"
     if place.exists():
         return place
-    partial = place.with_name(f"{place.name}.{os.getpid()}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=place.parent))
     try:
         _fetch(directory, {name: size for name, size, _ in wanted}, partial)
         with contextlib.suppress(OSError):  # another process was faster

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from btx_jax import terminal
+from btx_jax import buckets, terminal
 from btx_jax.errors import UserError, one_line
 
 
@@ -35,5 +35,10 @@ def told_in_one_line() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would flush once more
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:  # a disk that is full or read-only, a file where a directory should be
+    except Exception as error:
+        if of_bucket := buckets.told(error):
+            fail(of_bucket)
+        if not isinstance(error, OSError):
+            raise
+        # a disk that is full or read-only, a file where a directory should be
         fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")

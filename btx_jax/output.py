@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from btx_jax.claims import claimed
 from btx_jax.errors import UserError
 
 PARTIAL = ".partial-"
+WAIT = 1.0  # seconds between two looks whether another process has finished an upload
 
 
 def check_free(target: Path) -> None:
@@ -24,11 +26,16 @@ def check_free(target: Path) -> None:
         raise UserError(f"cannot write {str(target)[:200]!r}: no name of a file")
     buckets.require(target, f"cannot write {target}")
     try:
-        exists = buckets.is_taken(target) if buckets.is_on_bucket(target) else target.exists()
+        exists = is_there(target)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {str(target)[:200]!r}: {error}") from error
     if exists:
         raise UserError(f"{target} exists; delete it or choose another name")
+
+
+def is_there(target: Path) -> bool:
+    """Whether what `new_directory` or `new_file` made is there, whole."""
+    return buckets.is_taken(target) if buckets.is_on_bucket(target) else target.exists()
 
 
 _unfinished: set[Path] = set()  # of this process
@@ -74,17 +81,27 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _new_on_bucket(target: Path) -> Iterator[Path]:
-    with buckets.explained(), temporary_directory("btx_jax-") as directory:
+    with buckets.explained(f"cannot write {target}"), temporary_directory() as directory:
         yield directory
-        try:
-            with claimed(target):
-                check_free(target)
-                buckets.remove_unfinished(target)
-                (target / buckets.UNFINISHED).write_bytes(b"")
-                buckets.upload(directory, target)
-                buckets.remove(target / buckets.UNFINISHED)
-        except BlockingIOError as error:
-            raise UserError(f"cannot write {target}: another process is writing there") from error
+        with _claimed_when_free(target):
+            check_free(target)
+            buckets.remove_unfinished(target)
+            (target / buckets.UNFINISHED).write_bytes(b"")
+            buckets.upload(directory, target)
+            buckets.remove(target / buckets.UNFINISHED)
+
+
+@contextlib.contextmanager
+def _claimed_when_free(target: Path) -> Iterator[None]:
+    """Waits for another process that is writing there: it may be killed before it has finished."""
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(claimed(target))
+                break
+            except BlockingIOError:
+                time.sleep(WAIT)
+        yield
 
 
 @contextlib.contextmanager
@@ -95,7 +112,7 @@ def filled(directory: Path) -> Iterator[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
         return
-    with temporary_directory("btx_jax-") as local:
+    with temporary_directory() as local:
         yield local
         buckets.upload(local, directory)
 
@@ -126,7 +143,7 @@ def new_file(target: Path) -> Iterator[Path]:
     Its name is nobody else's: process ids are not enough, in containers every run is process 1.
     """
     if buckets.is_on_bucket(target):
-        with temporary_directory("btx_jax-") as directory:
+        with temporary_directory() as directory:
             yield directory / target.name
             buckets.upload(directory, target.parent)
         return
@@ -197,15 +214,12 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def temporary_directory(prefix: str) -> Iterator[Path]:
-    """Of the system's temporary files; gone after the block."""
-    directory = Path(tempfile.mkdtemp(prefix=prefix))
-    _unfinished.add(directory)
-    try:
+def temporary_directory() -> Iterator[Path]:
+    """Of the system's temporary files; gone after the block. What killed processes left of theirs
+    is removed: it may be a whole model."""
+    target = Path(tempfile.gettempdir(), "btx_jax")
+    with _partial(target, lambda **at: Path(tempfile.mkdtemp(**at))) as directory:
         yield directory
-    finally:
-        remove(directory)
-        _unfinished.discard(directory)
 
 
 def abandon() -> None:

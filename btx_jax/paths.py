@@ -14,7 +14,14 @@ def to_path(path: str, key: str) -> Path:
     expanded = expand(path, key)
     if re.match(r"(gs|s3):(?!//)", expanded) and not os.path.lexists(expanded):
         raise UserError(f"{key}={path!r}: no such path; a bucket's begins with {expanded[:2]}://")
-    return buckets.at(expanded, key) if buckets.is_url(expanded) else Path(expanded)
+    if not buckets.is_url(expanded):
+        return Path(expanded)
+    if misread := re.search(r"[][*?#%]", expanded):
+        raise UserError(
+            f"{key}={path!r}: libraries for buckets read {misread[0]!r} as more than a character;"
+            " choose a name without it"
+        )
+    return buckets.at(expanded, key)
 
 
 def expand(path: str, key: str) -> str:

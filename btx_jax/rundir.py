@@ -55,6 +55,7 @@ def held(workdir: Path) -> Iterator[None]:
             " lacks; keep runs on a disk or on gs://"
         )
     buckets.require(workdir, "--workdir")
+    buckets.require_whole(workdir, "--workdir")
     with contextlib.ExitStack() as taken:
         taken.enter_context(none_left_empty(workdir / "checkpoints"))
         try:
@@ -71,8 +72,11 @@ def held(workdir: Path) -> Iterator[None]:
                 f"{workdir}: another process is running there; wait for it or choose another"
                 " directory"
             ) from None
-        except OSError:  # a file system without locks
-            pass
+        except Exception as error:
+            if refused := buckets.told(error):
+                raise UserError(f"--workdir: cannot write to {workdir}: {refused}") from error
+            if not isinstance(error, OSError):  # which a file system without locks raises
+                raise
         yield
 
 
@@ -176,7 +180,7 @@ def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
                 )
         return recorded_results(workdir)
     except OSError as error:
-        raise UserError(f"--workdir: cannot read {workdir}: {error.strerror}") from error
+        raise UserError(f"--workdir: cannot read {workdir}: {error.strerror or error}") from error
 
 
 def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
@@ -190,7 +194,9 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
             if commits := hub.pins():
                 write_json(workdir / COMMITS, commits)
         except OSError as error:
-            raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
+            raise UserError(
+                f"--workdir: cannot write to {workdir}: {error.strerror or error}"
+            ) from error
     return done
 
 

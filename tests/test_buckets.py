@@ -4,23 +4,35 @@ a disk, and belongs to one process at a time."""
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
 from btx_jax import buckets, claims, output
+from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
 from btx_jax.checkpoints.safetensors_files import SafetensorsFile, ShardWriter
+from btx_jax.checkpoints.training_state import CheckpointMetadata, Checkpoints
+from btx_jax.cli import program
+from btx_jax.commands.verify import verify
+from btx_jax.config.config import CheckpointConfig
+from btx_jax.data.prepared import read_manifest
 from btx_jax.data.sources import expand_files, parse_sources, source_rows
+from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
+from btx_jax.models.llama import init_params
 from btx_jax.paths import to_path
 from btx_jax.reporting import metrics
 from btx_jax.reporting.metrics import MetricsWriter, read_metrics
 from btx_jax.rundir import held
 from tests.conftest import ROOT
+from tests.models.test_llama import TINY
 
 
 @pytest.mark.parametrize(
@@ -40,6 +52,22 @@ def test_a_url_may_end_in_a_slash_and_hold_variables(monkeypatch):
     monkeypatch.setenv("RUN", "a")
     assert str(to_path("gs://bucket/$RUN/b/", "k")) == "gs://bucket/a/b"
     assert to_path("gs://bucket/$RUN/b/", "k") == to_path("gs://bucket/a/b", "k")
+
+
+@pytest.mark.parametrize("name", ["a#1", "a?", "a*", "a[1]", "100%", "a%20b"])
+def test_what_libraries_would_read_as_another_name_is_refused(name):
+    with pytest.raises(UserError, match="as more than a character"):
+        to_path(f"gs://b/{name}/run", "k")
+
+
+@pytest.mark.parametrize("name", ["a b", "ünï", "a+b", "a@b", "a:b", "a,b", "a'b"])
+def test_other_names_are_themselves_for_all_libraries(bucket, name):
+    run = to_path(f"{bucket}/{name}", "k")
+    params = init_params(TINY, jax.random.key(0))
+    checkpoints = Checkpoints(run, CheckpointConfig())
+    checkpoints.save(CheckpointMetadata(TINY, 1, {}), params)
+    checkpoints.close()
+    assert digest(load_params(find_checkpoint(run))) == digest(params)
 
 
 def test_a_missing_library_is_told_with_its_extra(monkeypatch):
@@ -82,6 +110,74 @@ def test_a_directory_appears_whole_or_is_marked(bucket, bucket_server):
         write(3)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        find_checkpoint,
+        lambda path: find_checkpoint(path / "checkpoints" / "0"),
+        lambda path: list(verify(str(path))),
+        load_tokenizer,
+        lambda path: held(path).__enter__(),
+    ],
+    ids=["checkpoint", "step", "verify", "tokenizer", "workdir"],
+)
+def test_what_is_half_there_is_read_by_none(bucket, read):
+    for name in (buckets.UNFINISHED, "checkpoints/0/params/x", "config.json", "tokenizer.json"):
+        (bucket / name).write_text("{}")
+    with pytest.raises(UserError, match="is not whole: a command is filling it, or was killed"):
+        read(bucket)
+
+
+def test_what_another_process_is_uploading_is_neither_taken_nor_removed_but_waited_for(bucket):
+    target, refused = bucket / "out", []
+
+    def write():
+        with output.new_directory(target) as partial:
+            (partial / "ours").write_text("{}")
+
+    def second():
+        with pytest.raises(UserError, match="exists; delete it") as raised:
+            write()
+        refused.append(raised)
+
+    thread = threading.Thread(target=second)
+    with claims.claimed(target):
+        for name in (buckets.UNFINISHED, "theirs"):
+            (target / name).write_bytes(b"")
+        assert read_manifest(target) is None
+        thread.start()
+        thread.join(2 * output.WAIT)
+        assert thread.is_alive()
+        assert {buckets.UNFINISHED, "theirs"} < set(buckets.objects(target))
+        buckets.remove(target / buckets.UNFINISHED)
+    thread.join(20)
+    assert refused
+    assert list(buckets.objects(target)) == ["theirs"]
+
+
+FILL = """
+import os, signal, sys
+from btx_jax import buckets, output
+with output.new_directory(buckets.at(sys.argv[1], "k")) as partial:
+    (partial / "large").write_bytes(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_on_this_disk_goes_with_the_next_that_writes(
+    bucket, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    command = [sys.executable, "-c", FILL, str(bucket / "out")]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("*/large"))
+    with output.temporary_directory() as held:
+        output.write_json(bucket / "a.json", [1])
+        assert list(tmp_path.iterdir()) == [held]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_describes_a_directory_is_sent_last(bucket, bucket_server, tmp_path):
     for size in (100_000, 10, 1000):
         (tmp_path / f"of_{size}").write_bytes(bytes(size))
@@ -103,6 +199,26 @@ def test_a_local_copy_is_fetched_once_and_anew_when_the_bucket_changes(bucket, b
     assert len(bucket_server.fetched()) == before
     (bucket / "a").write_text("z")
     assert (buckets.local_copy(bucket) / "a").read_text() == "z"
+
+
+def test_who_fetches_the_same_at_the_same_time_does_not_write_over_the_other(bucket, monkeypatch):
+    """Threads here; in containers processes too have the same number."""
+    (bucket / "d" / "x").write_bytes(b"1")
+    both, fetch, targets = threading.Barrier(2, timeout=20), buckets._fetch, set()
+
+    def fetch_beside(directory, sizes, target):
+        targets.add(target)
+        both.wait()
+        fetch(directory, sizes, target)
+        both.wait()
+
+    monkeypatch.setattr(buckets, "_fetch", fetch_beside)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(buckets.local_copy, [bucket / "d"] * 2)
+    assert len(targets) == 2
+    assert first == second
+    assert (first / "x").read_bytes() == b"1"
+    assert list(first.parent.iterdir()) == [first]
 
 
 def test_a_cut_download_leaves_no_copy(bucket, bucket_server):
@@ -308,6 +424,46 @@ def test_a_bucket_that_may_not_be_read_is_one_line(bucket, bucket_server, status
     with pytest.raises(UserError, match=f"--workdir: .*{told}") as raised, held(bucket):
         pass
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("digest", "{x}"),
+        ("verify", "{x}"),
+        ("mix", "{x}", "out"),
+        ("report", "{x}"),
+        ("push", "{x}", "a/b"),
+        ("adapter", "export", "{x}", "{x}2"),
+        ("generate", "{x}", "--prompt=a"),
+        ("tokenizer", "{x}", "--vocab-size=300", "--out=a.model"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_bucket_that_refuses_is_one_line_of_every_command(
+    bucket, bucket_server, capsys, command, monkeypatch
+):
+    monkeypatch.setattr(buckets, "_required", set())
+    bucket_server.fault = lambda line: 401
+    with pytest.raises(SystemExit) as ended:
+        program.run([word.format(x=bucket / "x") for word in command])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the bucket" in line and "401" in line
+
+
+def test_a_bucket_that_takes_nothing_is_told_before_a_run_begins(bucket, bucket_server):
+    bucket_server.fault = lambda line: 403 if line.startswith("POST") else 0
+    refused = "--workdir: cannot write to gs://.*: the bucket refuses"
+    with pytest.raises(UserError, match=refused), held(bucket / "run"):
+        pytest.fail("began")
+
+
+def test_whether_a_bucket_is_there_is_asked_without_listing_it(bucket, bucket_server, monkeypatch):
+    monkeypatch.setattr(buckets, "_required", set())
+    buckets.require(bucket, "k")
+    (asked,) = bucket_server.requests
+    assert "maxResults=1" in asked.split("&")
 
 
 def test_a_missing_bucket_is_one_line(bucket):

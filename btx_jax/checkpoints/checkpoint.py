@@ -133,6 +133,8 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         if not path.exists():
             cure = f"; if the Hub has it: {PROTOCOL}{named}" if may_be_named(named) else ""
             raise UserError(f"{key}: {path} does not exist{cure}")
+        for directory in (path, path.parent.parent):  # of a run, or of one of its steps
+            buckets.require_whole(directory, key)
     except (
         OSError,
         ValueError,

@@ -98,7 +98,7 @@ class _OnBucket:
         self.size = path.stat().st_size
 
     def read(self, start: int, stop: int) -> bytes:
-        with buckets.explained():
+        with buckets.explained(str(self._path)):
             return buckets.read_range(self._path, start, stop) if stop > start else b""
 
     def fill(self, view: memoryview, start: int) -> bool:

@@ -4,7 +4,7 @@ import logging
 
 import rich_click as click
 
-from btx_jax import terminal
+from btx_jax import buckets, terminal
 from btx_jax.cli.parts import CHECKPOINT, MIX, NOT_NEGATIVE, SEED, WHERE, Group, command, text
 from btx_jax.errors import UserError
 from btx_jax.paths import to_path
@@ -37,7 +37,9 @@ def mix(recipe: str, out: str, dry_run: bool, verify: bool, format: str | None) 
     """Mix dense models into one Mixture-of-Experts, from a recipe."""
     from btx_jax.commands.mix import run
 
-    if not to_path(recipe, "RECIPE.yml").is_file():  # nor a device or a pipe, which may have no end
+    file = to_path(recipe, "RECIPE.yml")
+    buckets.require(file, "RECIPE")
+    if not file.is_file():  # nor a device or a pipe, which may have no end
         raise UserError(f"RECIPE: no file {recipe}")
     run(recipe, out, dry_run=dry_run, verify=verify, output_format=format or "")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from btx_jax import hub, hub_names
+from btx_jax import buckets, hub, hub_names
 from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints import adapter, peft_config
 from btx_jax.checkpoints.checksums import SUMS, check_sums, file_sha256, read_sums
@@ -35,6 +35,7 @@ def verify(path: str) -> Iterator[Finding]:
     directory = hub.resolve(path, "PATH")
     if not directory.is_dir():
         raise UserError(f"PATH: {directory} is no directory")
+    buckets.require_whole(directory, "PATH")
     found = False
     for finding in _verify(directory.resolve()):
         found = True

@@ -53,7 +53,7 @@ def find_files(where: str, key: str) -> list[BucketFile]:
     path = buckets.at(where, key)
     buckets.require(path, key)
     files = cast(Any, path).fs
-    with buckets.explained():
+    with buckets.explained(key):
         pattern = buckets.key_of(path)
         if not glob.has_magic(pattern) and files.isdir(pattern):
             raise UserError(

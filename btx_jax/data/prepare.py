@@ -54,6 +54,7 @@ from btx_jax.data.tokenised import (
 from btx_jax.data.tokenizers import Tokenizer, load_tokenizer
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.hub import TOKENIZER, resolve
+from btx_jax.output import is_there
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import to_path
 from btx_jax.progress import bar
@@ -119,7 +120,7 @@ def prepare_source(
         try:
             _write(task, hosts if _is_shared(source) else 1)
         except UserError:
-            if not target.exists():  # otherwise another process has just prepared the same text
+            if not is_there(target):  # otherwise another process has just prepared the same text
                 raise
         manifest = read_manifest(target)
         if manifest is None:
@@ -137,10 +138,10 @@ def tokenise_share(
         for domain in parse_domains(notation, config.domains, key):
             for source in filter(_is_shared, domain.sources):
                 task = _task(source, tokenizer, config)
-                if not task.target.exists():
+                if not is_there(task.target):
                     with task.shards(host) as shards:
                         shards.finish_own()
-                    if task.target.exists():  # the others have not waited
+                    if is_there(task.target):  # the others have not waited
                         discard(task.folder)
 
 

@@ -22,7 +22,7 @@ from tensorflow_datasets.proto import tf_feature_pb2
 
 from btx_jax.buckets import local_copy
 from btx_jax.errors import UserError
-from btx_jax.output import new_directory, remove, sweep
+from btx_jax.output import is_there, new_directory, remove, sweep
 
 MANIFEST = "manifest.json"
 
@@ -249,13 +249,13 @@ def _quietly(prepare: Any) -> None:
 
 
 def read_manifest(target: Path) -> dict[str, Any] | None:
-    """That of a prepared set; None when there is none, also because it was damaged: then a line
+    """That of a prepared set; None when there is none yet, also because it was damaged: then a line
     says so and the set is gone.
 
     Small files are compared with their checksums, ArrayRecord files in size: those are checked
     wherever they are read.
     """
-    if not target.exists():
+    if not is_there(target):
         return None
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))

@@ -284,7 +284,7 @@ def _at_hand(path: Path) -> Path:
         return path
     is_file = path.suffix in (".model", ".json")
     folder, name = (path.parent, path.name) if is_file else (path, "")
-    with explained():
+    with explained(str(path)):
         try:
             copy = local_copy(
                 folder, lambda at: at == name or any(matches(at, each) for each in TOKENIZER_FILES)

@@ -119,7 +119,7 @@ class _OnBucket:
     def __init__(self, workdir: Path):
         self._workdir = workdir
         self._held = contextlib.ExitStack()
-        self._local = self._held.enter_context(temporary_directory("btx_jax-metrics-"))
+        self._local = self._held.enter_context(temporary_directory())
         self._text: list[str] = []  # of the part
         self._size, self._number = 0, 0
         self._uploaded = time.monotonic()

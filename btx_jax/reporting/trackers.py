@@ -102,8 +102,9 @@ class WandB:
 
 
 class MLflow:
-    """What was told is there at once, so that a kill can only have kept the last line from it. The
-    config is its parameters, as the run's first start had it."""
+    """What was told is there at once, but for the line that a kill fell into. The config is its
+    parameters, as the run's first start had it. A store that does not have the run, such as the
+    directory of another machine, gets a new one and is told all."""
 
     def __init__(self, config: Config, workdir: Path, run_id: str):
         # Without a server the store is a directory, which MLflow 3 keeps for those who ask for it;
@@ -116,9 +117,9 @@ class MLflow:
 
         own = (_on_disk(workdir) / "mlflow").resolve().as_uri()
         self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or own)
-        self.id, self._is_new = run_id, not run_id
-        if run_id:
-            self._client.update_run(run_id, status="RUNNING")
+        self._held: dict[str, int] = {}  # metric -> the last step of which it is there
+        if run_id and self._goes_on(run_id):
+            self.id = run_id
             return
         experiment = self._client.get_experiment_by_name(config.log.mlflow)
         experiment_id = (
@@ -135,20 +136,32 @@ class MLflow:
             self._client.log_batch(self.id, params=parameters[start : start + 100])
 
     def catch_up(self, written: Lines) -> None:
-        for step, scalars in written if self._is_new else written[-1:]:
-            if self._is_new or not self._has(step, scalars):
-                self.write(step, scalars)
+        for step, scalars in written:
+            self.write(step, scalars)
 
-    def _has(self, step: int, scalars: Mapping[str, float]) -> bool:
-        names = [mlflow_name(name) for name in scalars][:1]  # of one request
-        history = [m for name in names for m in self._client.get_metric_history(self.id, name)]
-        return step in {metric.step for metric in history}
+    def _goes_on(self, run_id: str) -> bool:
+        """Whether it is there."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        self._client.update_run(run_id, status="RUNNING")
+        self._held = {metric.key: metric.step for metric in found.data.to_proto().metrics}
+        return True
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(mlflow_name(key), x, now, step) for key, x in scalars.items()]
+        metrics = [
+            Metric(name, x, now, step)
+            for name, x in ((mlflow_name(key), x) for key, x in scalars.items())
+            if step > self._held.get(name, -1)
+        ]
         for start in range(0, len(metrics), 1000):  # as many as one request takes
             self._client.log_batch(self.id, metrics=metrics[start : start + 1000])
 

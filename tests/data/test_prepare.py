@@ -275,11 +275,12 @@ def test_two_processes_prepare_the_same_text_at_once(tmp_path, tokenizer, tokeni
     program = f"""
 import os
 os.getpid = lambda: 1  # as in two containers
+from pathlib import Path
 from btx_jax.config.config import DataConfig
 from btx_jax.data.prepare import prepare
 from btx_jax.data.tokenizers import load_tokenizer
 c = DataConfig(train={str(file)!r}, sequence_length=32, heldout_fraction=0.2, cache={str(tmp_path / "cache")!r})
-print(len(prepare(c.train, c, load_tokenizer({str(tokenizer_file)!r}), "k")[0].sources[0].open("train")))
+print(len(prepare(c.train, c, load_tokenizer(Path({str(tokenizer_file)!r})), "k")[0].sources[0].open("train")))
 """
     both = [
         subprocess.Popen(

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import shutil
 
 import jax
 import pytest
@@ -218,6 +219,49 @@ def test_a_tracker_that_is_named_later_is_told_from_the_first_step(
     run(fresh(6, every=2, log=LogConfig(mlflow="experiment")), tmp_path / "seed")
     _, histories = in_mlflow(tmp_path / "seed")
     assert [m.step for m in histories["loss"]] == list(range(1, 7))
+
+
+def test_a_line_that_a_kill_kept_from_a_tracker_is_told_by_the_next_start(
+    fresh, run, tmp_path, offline, monkeypatch
+):
+    """metrics.jsonl had it, MLflow some of it."""
+    config = fresh(6, every=3, log=LogConfig(mlflow="experiment"))
+    write = trackers.MLflow.write
+
+    def cut(self, step, scalars):
+        if step == 4:
+            write(self, step, {"loss": scalars["loss"]})
+            raise Killed
+        write(self, step, scalars)
+
+    monkeypatch.setattr(trackers.MLflow, "write", cut)
+    with pytest.raises(Killed):
+        run(config, tmp_path / "seed")
+    monkeypatch.setattr(trackers.MLflow, "write", write)
+    run(config, tmp_path / "seed")
+    _, histories = in_mlflow(tmp_path / "seed")
+    for name in ("loss", "learning_rate"):
+        assert [m.step for m in histories[name]] == list(range(1, 7))
+
+
+def test_a_store_that_does_not_have_the_run_is_told_all_in_a_new_one(
+    fresh, run, tmp_path, offline, kill_at, caplog
+):
+    """As the directory of another machine, where a run on a bucket goes on."""
+    config = fresh(6, every=3, log=LogConfig(mlflow="experiment"))
+    alive = kill_at(4)
+    with pytest.raises(Killed):
+        run(config, tmp_path / "seed")
+    alive()
+    (lost,) = (tmp_path / "seed" / "mlflow").glob("*/*/metrics")
+    shutil.rmtree(lost.parent)
+    run(config, tmp_path / "seed")
+    assert "not found" not in caplog.text
+    found, history = in_mlflow(tmp_path / "seed")
+    assert found.info.status == "FINISHED"
+    assert [metric.step for metric in history["loss"]] == list(range(1, 7))
+    told = json.loads((tmp_path / "seed" / "trackers.json").read_text())
+    assert told == {"mlflow:experiment": found.info.run_id}
 
 
 def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
