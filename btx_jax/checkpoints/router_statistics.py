@@ -108,7 +108,7 @@ class RouterStatistics:
             raise UserError(f"{path}: no router statistics that this version reads")
         try:
             self.about = _about(json.loads(told["about"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError, UserError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
         shapes = {name: list(tensor.shape) for name, tensor in self._file.tensors.items()}
         kinds = {tensor.dtype for tensor in self._file.tensors.values()}

@@ -151,17 +151,11 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def _router_texts(config: Config, tokenizer: Tokenizer, model: ModelConfig) -> list[Rows]:
-    """Of each expert. Raises ConfigError for text of another tokenizer, or longer than the
-    context."""
+    """Of each expert. Raises ConfigError for text of another tokenizer."""
     assert config.mix and config.data
     reads = first_then_others(resolve_tokenizer, config.data, tokenizer.path.parent)
     if told := difference(tokenizer, reads, model.vocab_size):
         raise ConfigError(f"config.data.tokenizer: another one than the experts': {told}")
-    if config.data.sequence_length > model.context:
-        raise ConfigError(
-            f"config.data.sequence_length={config.data.sequence_length}: the context is"
-            f" {model.context}"
-        )
     texts = []
     for i, notation in enumerate(config.mix.router_text):
         key = f"config.mix.router_text[{i}]"
@@ -252,6 +246,10 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             with mistakes.gather():
                 named = {str(i): model for i, model in known.items()}
                 mixed = mixed_model(within(first, *limits(named, warn=False)), config.mix)
+    if mixed and config.mix.router_text and config.data:
+        length = config.data.sequence_length
+        if length > mixed.context:
+            mistakes.add(f"config.data.sequence_length={length}: the context is {mixed.context}")
     return mixed
 
 
