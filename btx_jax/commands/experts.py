@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from btx_jax import __version__
 from btx_jax.architectures.tensors import Reader, TensorId, slots
+from btx_jax.architectures.values import cast
 from btx_jax.checkpoints.checkpoint import (
     base_digest,
     find_checkpoint,
@@ -104,11 +105,13 @@ def add(
     own_tokenizer = tokenizers[0]
     history = together([found.metadata.history, extra.metadata.history])
 
-    def unrouted(tensor: TensorId) -> np.ndarray:
-        return reader.read(tensor) if tensor in reader.slots else dense.read(tensor.of_dense())
-
     def like(tensor: TensorId) -> np.dtype:
         return reader.dtypes[tensor if tensor.expert is None else tensor._replace(expert=0)]
+
+    def unrouted(tensor: TensorId) -> np.ndarray:
+        if tensor in reader.slots:
+            return reader.read(tensor)
+        return cast(tensor, dense.read(tensor.of_dense()), like(tensor))
 
     stored = _statistics(found.path, model, mixture)
     _check_told(mixture, stored, text, statistics)
@@ -121,7 +124,8 @@ def add(
         else:
             check_free(to_path(target, "OUT"))
             file = held.enter_context(tempfile.TemporaryFile())
-            solver = _Solver(stored, larger, unrouted, own_tokenizer, mixture)
+            readers = [reader, dense]
+            solver = _Solver(stored, larger, unrouted, readers, own_tokenizer, mixture)
             if text:
                 rows = solver.with_text(source, text, file)
             else:
@@ -185,7 +189,8 @@ def drop(mixture: str, expert: int, target: str) -> str:
         if stored is not None:
             check_free(to_path(target, "OUT"))
             file = held.enter_context(tempfile.TemporaryFile())
-            rows = _Solver(stored, model, reader.read, tokenizer, mixture).without(expert, file)
+            solver = _Solver(stored, model, reader.read, [reader], tokenizer, mixture)
+            rows = solver.without(expert, file)
             told = "; all router rows were solved again"
 
         def make_tensor(tensor: TensorId) -> np.ndarray:
@@ -214,8 +219,8 @@ def drop(mixture: str, expert: int, target: str) -> str:
 class _Solver:
     """Solves the routers of a mixture again from its stored statistics and what comes or goes.
 
-    model, read: of the mixture with what comes; routers are not asked for. Raises UserError when
-    the statistics are not the mixture's.
+    model, read: of the mixture with what comes, read from `readers` and in the dtypes that are
+    written; routers are not asked for. Raises UserError when the statistics are not the mixture's.
     """
 
     def __init__(
@@ -223,11 +228,12 @@ class _Solver:
         stored: RouterStatistics,
         model: ModelConfig,
         read: Read,
+        readers: Sequence[Reader],
         tokenizer: Tokenizer | None,
         mixture: str,
     ):
         self._stored, self._model, self._read = stored, model, Hashed(read)
-        self._tokenizer, self._mixture = tokenizer, mixture
+        self._readers, self._tokenizer, self._mixture = readers, tokenizer, mixture
         self._check(stored, stored.about.base)
 
     def with_text(self, source: str, text: str, file: BinaryIO) -> np.ndarray:
@@ -236,12 +242,17 @@ class _Solver:
         number = len(about.experts)
         rows = read_text(text, "--text", self._tokenizer, self._model, about.ridge.tokens)
         writer = self._writer(file, (*about.experts, Expert(source)))
+
+        def keep(layer: int, sums: Moments) -> None:
+            _check_values(self._readers)  # NaN in a model is told as such
+            writer.write(layer, *sums)
+
         routers = solve_routers(
             self._model,
             self._read,
             [(number, rows)],
             about.ridge,
-            keep=lambda layer, sums: writer.write(layer, *sums),
+            keep=keep,
             before=lambda layer: Moments(*self._stored.read(layer)),
         )
         self._check(self._stored, base_digest(self._read.of_expert(None)))
@@ -338,6 +349,11 @@ def _statistics(path: Path, model: ModelConfig, mixture: str) -> RouterStatistic
     return stored
 
 
+def _check_values(readers: Sequence[Reader]) -> None:
+    for reader in readers:
+        reader.check()
+
+
 def _check_told(mixture: str, stored: RouterStatistics | None, text: str, statistics: str) -> None:
     """What is known of the new expert's domain must be what its rows are solved from."""
     if stored is None and (text or statistics):
@@ -387,10 +403,6 @@ def _write(
 ) -> None:
     """statistics: what the routers were solved from, to be kept beside the weights."""
 
-    def check() -> None:
-        for reader in readers:
-            reader.check()
-
     def inspect(written: Path) -> None:
         if statistics:
             with (written / FILE).open("wb") as file:
@@ -407,7 +419,7 @@ def _write(
         huggingface=metadata.huggingface,
         card=f"# {to_path(target, 'OUT').name}\n\n{card} Made by btx_jax {__version__}."
         f"{trained_on(metadata.history)}\n",
-        check=check,
+        check=lambda: _check_values(readers),
         verb="writing",
         inspect=inspect,
     )

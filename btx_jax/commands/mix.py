@@ -38,6 +38,7 @@ from btx_jax.mixing.model import choose
 from btx_jax.mixing.prompts import Prompt, make_gates, read_prompts
 from btx_jax.mixing.recipe import Recipe
 from btx_jax.mixing.recipe_file import KEPT, read_recipe
+from btx_jax.mixing.ridge import Moments
 from btx_jax.mixing.streaming import Mixture, check_shapes, make_tensor
 from btx_jax.mixing.text import Rows, expert_texts
 from btx_jax.mixing.verify import verify as verified
@@ -199,10 +200,12 @@ def _solved(
     writer = Writer(statistics, about)
     unrouted = dataclasses.replace(mixture, gates=gates)
     read = Hashed(lambda tensor: make_tensor(unrouted, tensor))
-    solved = solve_routers(
-        model, read, [*enumerate(texts)], recipe.ridge, lambda n, sums: writer.write(n, *sums)
-    )
-    mixture.check()
+
+    def keep(layer: int, sums: Moments) -> None:
+        mixture.check()  # NaN in a source is told as such
+        writer.write(layer, *sums)
+
+    solved = solve_routers(model, read, [*enumerate(texts)], recipe.ridge, keep)
     writer.finish(
         base_digest(read.of_expert(None)),
         [base_digest(read.of_expert(number)) for number in range(len(experts))],

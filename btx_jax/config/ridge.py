@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from btx_jax.config.schema import HUGE, Choice, Positive, Range, Section
+from btx_jax.config.schema import HUGE, Choice, Range, Section
 
 RIDGE = "ridge"  # in recipes and configs, for how routers start
 WEIGHTS = ("equal", "share")
@@ -25,6 +25,6 @@ class RidgeConfig(Section):
     """
 
     penalty: Annotated[float, Range(0, HUGE)] = 1e-2
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Range(1e-4, 1e4)] = 1.0
     weights: Annotated[str, Choice(WEIGHTS)] = "equal"
     tokens: Annotated[int, Range(16, 10**9)] = 8192

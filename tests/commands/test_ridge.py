@@ -15,6 +15,7 @@ from btx_jax.checkpoints.checkpoint import find_checkpoint, find_own_tokenizer, 
 from btx_jax.checkpoints.router_statistics import FILE, RouterStatistics, Writer
 from btx_jax.commands import experts
 from btx_jax.commands import mix as mix_recipe
+from btx_jax.commands.verify import verify
 from btx_jax.config.ridge import RidgeConfig
 from btx_jax.errors import UserError
 from btx_jax.mixing import closed_form
@@ -274,6 +275,41 @@ def test_damaged_statistics_are_one_line_and_nothing_is_written(tmp_path, text, 
             make()
         assert "\n" not in str(error.value) and str(out / FILE) in str(error.value)
     assert not (tmp_path / "x").exists()
+
+
+def test_verify_reads_the_statistics_too(tmp_path, text):
+    out = mix(tmp_path, text)
+    assert (FILE, "checksum: 3 experts in 3 layers", True) in [*verify(str(out))]
+    flip(out / FILE, -3)
+    (bad,) = (finding for finding in verify(str(out)) if not finding.good)
+    assert bad.name == FILE and "is damaged (checksum)" in bad.told
+
+
+def test_experts_come_and_go_in_bfloat16(tmp_path, text):
+    """What is added is float32: sums are of the weights as they are written."""
+    whole = mix(tmp_path, text, dtype="bfloat16")
+    experts.drop(str(whole), 2, str(tmp_path / "less"))
+    for how, given in (("text", text("c")), ("statistics", str(whole / FILE))):
+        experts.add(str(tmp_path / "less"), "c", str(tmp_path / how), **{how: given})
+        again = gates(tmp_path / how)
+        assert again.dtype.name == "bfloat16"
+        assert again.tobytes() == gates(whole).tobytes()
+
+
+def test_nan_in_a_source_is_told_as_such(tmp_path, text):
+    folder = tmp_path / "broken"
+    shutil.copytree(GOLDEN / "b", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    named = [{"source_model": n, "text": text(n)} for n in "ac"]
+    broken = [*named, {"source_model": str(folder), "text": text("b")}]
+    with pytest.raises(UserError, match=r"NaN .* model\.layers\.1\.mlp\.up_proj\.weight"):
+        mix(tmp_path, text, experts=broken)
+    less = mix(tmp_path, text, "less", experts=named)
+    with pytest.raises(UserError, match=r"NaN .* model\.layers\.1\.mlp\.up_proj\.weight"):
+        experts.add(str(less), str(folder), str(tmp_path / "out"), text=text("b"))
+    assert not (tmp_path / "out").exists()
 
 
 def flip(file, at):

@@ -145,7 +145,7 @@ def test_packing_keeps_documents_apart_and_holds_out_the_last_eighth():
 
 
 def test_settings_are_checked():
-    with pytest.raises(UserError, match=r"temperature=0.*positive"):
+    with pytest.raises(UserError, match=r"temperature=0.*at least 0.0001"):
         RidgeConfig(temperature=0.0)
     with pytest.raises(UserError, match="weights='both'"):
         dataclasses.replace(RidgeConfig(), weights="both")
