@@ -52,7 +52,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHECKSUMS = "model.xxh3.json"
 _PIECE = 2**26  # bytes of an object that are asked for at a time
-_BLOCK = 2**22  # bytes of rows of which columns are cut
+_BLOCK = 2**22  # bytes that are read at a time: to be hashed, of rows of which columns are cut
 
 
 class Tensor(NamedTuple):
@@ -197,6 +197,14 @@ class SafetensorsFile:
                 f" was changed on purpose, delete {CHECKSUMS} and {SUMS} beside it"
             )
         return array
+
+    def sha256(self) -> str:
+        """Of the bytes of all tensors, in the order in which they lie there."""
+        total = hashlib.sha256()
+        start = min((tensor.start for tensor in self.tensors.values()), default=self._stored.size)
+        for begin in range(start, self._stored.size, _BLOCK):
+            total.update(self._stored.read(begin, min(begin + _BLOCK, self._stored.size)))
+        return total.hexdigest()
 
     def _fill(self, array: np.ndarray, start: int) -> None:
         if not self._stored.fill(_bytes(array), start):

@@ -75,7 +75,13 @@ MIXTURE = click.argument("mixture", type=WHERE, help=CHECKPOINT)
 OUT = click.argument("out", type=WHERE, help=NEW)
 
 
-@expert.command("add", examples="btx expert add mixture models/law larger --router-std=0.01")
+@expert.command(
+    "add",
+    examples="""
+btx expert add mixture models/law larger --router-std=0.01
+btx expert add mixture models/law larger --text='law/*.jsonl#body'
+""",
+)
 @MIXTURE
 @click.argument("source", type=WHERE, help="the dense model: " + CHECKPOINT)
 @OUT
@@ -83,11 +89,39 @@ OUT = click.argument("out", type=WHERE, help=NEW)
     "--router-std", type=NOT_NEGATIVE, metavar="STD", default=0.02, help="of the new router rows"
 )
 @click.option("--seed", type=SEED, metavar="N", default=0, help="of the new router rows")
-def expert_add(mixture: str, source: str, out: str, router_std: float, seed: int) -> None:
+@text(
+    "--text",
+    metavar="FILES",
+    help="of its domain, where the routers were solved: all are solved again",
+)
+@text(
+    "--statistics",
+    type=WHERE,
+    metavar="FILE",
+    help="of its domain, instead of its text, made where that lies",
+)
+def expert_add(
+    mixture: str,
+    source: str,
+    out: str,
+    router_std: float,
+    seed: int,
+    text: str,
+    statistics: str,
+) -> None:
     """A dense model's feed-forwards become the last expert of every MoE layer."""
     from btx_jax.commands.experts import add
 
-    terminal.say(add(mixture, source, out, router_std=router_std, seed=seed))
+    told = add(
+        mixture,
+        source,
+        out,
+        router_std=router_std,
+        seed=seed,
+        text=text,
+        statistics=statistics,
+    )
+    terminal.say(told)
 
 
 @expert.command("drop", examples="btx expert drop mixture 2 smaller")

@@ -1,35 +1,77 @@
 """Add an expert to a finished mixture, or drop one: all other tensors keep their bits."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from btx_jax import __version__
 from btx_jax.architectures.tensors import Reader, TensorId, slots
+from btx_jax.architectures.values import cast
 from btx_jax.checkpoints.checkpoint import (
+    base_digest,
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
     write_checkpoint,
 )
 from btx_jax.checkpoints.huggingface_config import same_function
+from btx_jax.checkpoints.router_statistics import (
+    FILE,
+    About,
+    Expert,
+    RouterStatistics,
+    Writer,
+    find_statistics,
+)
 from btx_jax.checkpoints.training_state import CheckpointMetadata, together, trained_on
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.config.schema import Range
 from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import ConfigError, Mistakes, UserError
+from btx_jax.mixing.closed_form import (
+    Hashed,
+    joined,
+    mixture_layers,
+    seen_tensors,
+    solve_routers,
+    solved,
+)
 from btx_jax.mixing.gates import random_gates
 from btx_jax.mixing.limits import limits, within
+from btx_jax.mixing.ridge import Moments
+from btx_jax.mixing.states import Read
+from btx_jax.mixing.text import read_text
+from btx_jax.output import check_free
 from btx_jax.paths import to_path
+from btx_jax.reporting.mixtures import own_table
+from btx_jax.terminal import Console
 
 
-def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, seed: int = 0) -> str:
+def add(
+    mixture: str,
+    source: str,
+    target: str,
+    *,
+    router_std: float = 0.02,
+    seed: int = 0,
+    text: str = "",
+    statistics: str = "",
+) -> str:
     """A dense model's feed-forwards become the last expert of every MoE layer; its router rows are
     normal(router_std).
 
+    Where the mixture's routers were solved and the statistics lie beside it, all rows are solved
+    again instead, with the sums over text of the new expert's domain: over `text`
+    (`WHAT[#FIELD][:WEIGHT]`), or those in `statistics`, a file that was made where the text lies.
+
     Only the feed-forwards are taken: attention, norms and embeddings stay the mixture's. Raises
-    UserError when the models do not fit.
+    UserError when the models, or the statistics, do not fit.
     """
     mistakes = Mistakes()
     for option, value, bound in (
@@ -60,42 +102,58 @@ def add(mixture: str, source: str, target: str, *, router_std: float = 0.02, see
     reader, dense = open_reader(found), open_reader(extra)
     named = {str(found.path): model, str(extra.path): extra.metadata.model}
     larger = _with_experts(within(model, *limits(named)), +1)
-    rows = random_gates("normal", model.layers, 1, model.d_model, seed) * np.float32(
-        router_std / 0.02
-    )
-
-    def make_tensor(tensor: TensorId) -> np.ndarray:
-        if tensor.is_router:
-            assert tensor.layer is not None
-            old = reader.read(tensor)
-            return np.concatenate([old, rows[tensor.layer].astype(old.dtype)])
-        if tensor not in reader.slots:
-            return dense.read(tensor.of_dense())
-        return reader.read(tensor)
+    own_tokenizer = tokenizers[0]
+    history = together([found.metadata.history, extra.metadata.history])
 
     def like(tensor: TensorId) -> np.dtype:
         return reader.dtypes[tensor if tensor.expert is None else tensor._replace(expert=0)]
 
-    history = together([found.metadata.history, extra.metadata.history])
-    card = (
-        f"Expert {max(larger.moe.experts) - 1 if larger.moe else 0} is {source}, added to"
-        f" {mixture}; its router rows are not trained."
-    )
-    _write(
-        target,
-        found.is_huggingface,
-        larger,
-        like,
-        make_tensor,
-        tokenizers[0],
-        dataclasses.replace(found.metadata, history=history),
-        card,
-        [reader, dense],
-    )
-    return (
-        f"wrote {target}: {_count(larger)} experts; the new one's router rows are"
-        f" normal({router_std:g}) and want training"
-    )
+    def unrouted(tensor: TensorId) -> np.ndarray:
+        if tensor in reader.slots:
+            return reader.read(tensor)
+        return cast(tensor, dense.read(tensor.of_dense()), like(tensor))
+
+    stored = _statistics(found.path, model, mixture)
+    _check_told(mixture, stored, text, statistics)
+    number = _count(larger) - 1
+    with contextlib.ExitStack() as held:
+        if stored is None:
+            fresh = random_gates("normal", model.layers, 1, model.d_model, seed)
+            rows, file = fresh * np.float32(router_std / 0.02), None
+            told = f"the new one's router rows are normal({router_std:g}) and want training"
+        else:
+            check_free(to_path(target, "OUT"))
+            file = held.enter_context(tempfile.TemporaryFile())
+            readers = [reader, dense]
+            solver = _Solver(stored, larger, unrouted, readers, own_tokenizer, mixture)
+            if text:
+                rows = solver.with_text(source, text, file)
+            else:
+                rows = solver.with_statistics(source, statistics, file)
+            told = "all router rows were solved again"
+
+        def make_tensor(tensor: TensorId) -> np.ndarray:
+            if not tensor.is_router:
+                return unrouted(tensor)
+            assert tensor.layer is not None
+            dtype = reader.dtypes[tensor]
+            if file:
+                return rows[tensor.layer].astype(dtype)
+            return np.concatenate([reader.read(tensor), rows[tensor.layer].astype(dtype)])
+
+        _write(
+            target,
+            found.is_huggingface,
+            larger,
+            like,
+            make_tensor,
+            own_tokenizer,
+            dataclasses.replace(found.metadata, history=history),
+            f"Expert {number} is {source}, added to {mixture}; {told}.",
+            [reader, dense],
+            file,
+        )
+    return f"wrote {target}: {number + 1} experts; {told}"
 
 
 def drop(mixture: str, expert: int, target: str) -> str:
@@ -116,32 +174,199 @@ def drop(mixture: str, expert: int, target: str) -> str:
             )
     reader = open_reader(found)
     smaller = _with_experts(model, -1)
+    tokenizer = find_own_tokenizer(found)
 
     def before(tensor: TensorId) -> TensorId:
         number = tensor.expert
         return tensor if number is None else tensor._replace(expert=number + (number >= expert))
 
-    def make_tensor(tensor: TensorId) -> np.ndarray:
-        if tensor.is_router:
-            return np.delete(reader.read(tensor), expert, axis=0)
-        return reader.read(before(tensor))
-
     def like(tensor: TensorId) -> np.dtype:
         return reader.dtypes[before(tensor)]
 
-    card = f"{mixture} without its expert {expert}."
-    _write(
-        target,
-        found.is_huggingface,
-        smaller,
-        like,
-        make_tensor,
-        find_own_tokenizer(found),
-        found.metadata,
-        card,
-        [reader],
-    )
-    return f"wrote {target}: {_count(smaller)} experts"
+    stored = _statistics(found.path, model, mixture)
+    with contextlib.ExitStack() as held:
+        file, rows, told = None, None, ""
+        if stored is not None:
+            check_free(to_path(target, "OUT"))
+            file = held.enter_context(tempfile.TemporaryFile())
+            solver = _Solver(stored, model, reader.read, [reader], tokenizer, mixture)
+            rows = solver.without(expert, file)
+            told = "; all router rows were solved again"
+
+        def make_tensor(tensor: TensorId) -> np.ndarray:
+            if not tensor.is_router:
+                return reader.read(before(tensor))
+            assert tensor.layer is not None
+            if rows is not None:
+                return rows[tensor.layer].astype(reader.dtypes[tensor])
+            return np.delete(reader.read(tensor), expert, axis=0)
+
+        _write(
+            target,
+            found.is_huggingface,
+            smaller,
+            like,
+            make_tensor,
+            tokenizer,
+            found.metadata,
+            f"{mixture} without its expert {expert}{told}.",
+            [reader],
+            file,
+        )
+    return f"wrote {target}: {_count(smaller)} experts{told}"
+
+
+class _Solver:
+    """Solves the routers of a mixture again from its stored statistics and what comes or goes.
+
+    model, read: of the mixture with what comes, read from `readers` and in the dtypes that are
+    written; routers are not asked for. Raises UserError when the statistics are not the mixture's.
+    """
+
+    def __init__(
+        self,
+        stored: RouterStatistics,
+        model: ModelConfig,
+        read: Read,
+        readers: Sequence[Reader],
+        tokenizer: Tokenizer | None,
+        mixture: str,
+    ):
+        self._stored, self._model, self._read = stored, model, Hashed(read)
+        self._readers, self._tokenizer, self._mixture = readers, tokenizer, mixture
+        self._check(stored, stored.about.base)
+
+    def with_text(self, source: str, text: str, file: BinaryIO) -> np.ndarray:
+        """[layers, experts, D]. Prints how the new expert's text is routed."""
+        about = self._stored.about
+        number = len(about.experts)
+        rows = read_text(text, "--text", self._tokenizer, self._model, about.ridge.tokens)
+        writer = self._writer(file, (*about.experts, Expert(source)))
+
+        def keep(layer: int, sums: Moments) -> None:
+            _check_values(self._readers)  # NaN in a model is told as such
+            writer.write(layer, *sums)
+
+        routers = solve_routers(
+            self._model,
+            self._read,
+            [(number, rows)],
+            about.ridge,
+            keep=keep,
+            before=lambda layer: Moments(*self._stored.read(layer)),
+        )
+        self._check(self._stored, base_digest(self._read.of_expert(None)))
+        writer.finish(about.base, [*self._digests(), base_digest(self._read.of_expert(number))])
+        Console().print(own_table([source], routers.own))
+        return routers.rows
+
+    def with_statistics(self, source: str, path: str, file: BinaryIO) -> np.ndarray:
+        """[layers, experts, D]. path: of a file that has the new expert's among others."""
+        given = RouterStatistics(to_path(path, "--statistics"))
+        self._check(given, self._base())
+        about = self._stored.about
+        number = len(about.experts)
+        for tensor in slots(self._model):
+            if tensor.expert == number:
+                self._read(tensor)
+        digest = base_digest(self._read.of_expert(number))
+        digests = [expert.digest for expert in given.about.experts]
+        if digest not in digests:
+            raise UserError(
+                f"--statistics: {path} has none of {source}: no expert there has its feed-forwards"
+            )
+        at = digests.index(digest)
+
+        def parts(layer: int) -> Moments:
+            theirs = Moments(*given.read(layer))
+            new = Moments(*(part[at : at + 1] for part in theirs))
+            return joined([Moments(*self._stored.read(layer)), new])
+
+        return self._solve(file, (*about.experts, Expert(source, digest)), parts)
+
+    def without(self, expert: int, file: BinaryIO) -> np.ndarray:
+        """[layers, experts, D]."""
+        self._base()
+        experts = self._stored.about.experts
+        return self._solve(
+            file,
+            (*experts[:expert], *experts[expert + 1 :]),
+            lambda layer: Moments(*self._stored.read(layer)).without(expert),
+        )
+
+    def _solve(
+        self, file: BinaryIO, experts: tuple[Expert, ...], parts: Callable[[int], Moments]
+    ) -> np.ndarray:
+        about = self._stored.about
+        rows = np.zeros((self._model.layers, len(experts), about.width), np.float32)
+        writer = self._writer(file, experts)
+        for layer in about.layers:
+            whole = parts(layer)
+            writer.write(layer, *whole)
+            rows[layer] = solved(layer, whole, about.ridge)
+        writer.finish(about.base, [expert.digest for expert in experts])
+        return rows
+
+    def _writer(self, file: BinaryIO, experts: tuple[Expert, ...]) -> Writer:
+        return Writer(file, dataclasses.replace(self._stored.about, experts=experts))
+
+    def _digests(self) -> list[str]:
+        return [expert.digest for expert in self._stored.about.experts]
+
+    def _base(self) -> str:
+        """The mixture's own, which the stored statistics must have."""
+        for tensor in seen_tensors(self._model):
+            self._read(tensor)
+        base = base_digest(self._read.of_expert(None))
+        self._check(self._stored, base)
+        return base
+
+    def _check(self, statistics: RouterStatistics, base: str) -> None:
+        own = About(
+            (),
+            tuple(mixture_layers(self._model)),
+            self._model.d_model,
+            self._tokenizer.sha256 if self._tokenizer else "",
+            statistics.about.ridge,
+            base,
+        )
+        if differing := own.differences(statistics.about):
+            raise UserError(
+                f"{statistics.path}: not of {self._mixture}: {', '.join(differing)}; put its own"
+                " there, or delete it"
+            )
+
+
+def _statistics(path: Path, model: ModelConfig, mixture: str) -> RouterStatistics | None:
+    """Those beside a mixture, of as many experts as it has. Raises UserError."""
+    stored = find_statistics(path)
+    counts = {spec.experts for spec in model.layer_specs() if spec.experts}
+    if stored is not None and counts != {len(stored.about.experts)}:
+        raise UserError(
+            f"{stored.path}: of {len(stored.about.experts)} experts, and {mixture} has"
+            f" {' and '.join(map(str, sorted(counts)))}; put its own there, or delete it"
+        )
+    return stored
+
+
+def _check_values(readers: Sequence[Reader]) -> None:
+    for reader in readers:
+        reader.check()
+
+
+def _check_told(mixture: str, stored: RouterStatistics | None, text: str, statistics: str) -> None:
+    """What is known of the new expert's domain must be what its rows are solved from."""
+    if stored is None and (text or statistics):
+        option = "--text" if text else "--statistics"
+        raise UserError(
+            f"{option}: {mixture} has no {FILE} beside it to solve its routers from; leave it out"
+        )
+    if stored is not None and bool(text) == bool(statistics):
+        raise UserError(
+            f"the routers of {mixture} were solved from text: give either --text of the new"
+            f" expert's domain or --statistics of it; or delete {stored.path} for rows of random"
+            " numbers"
+        )
 
 
 def _moe(model: ModelConfig, path: str) -> ModelConfig:
@@ -174,10 +399,14 @@ def _write(
     metadata: CheckpointMetadata,
     card: str,
     readers: list[Reader],
+    statistics: BinaryIO | None,
 ) -> None:
-    def check() -> None:
-        for reader in readers:
-            reader.check()
+    """statistics: what the routers were solved from, to be kept beside the weights."""
+
+    def inspect(written: Path) -> None:
+        if statistics:
+            with (written / FILE).open("wb") as file:
+                shutil.copyfileobj(statistics, file)
 
     write_checkpoint(
         to_path(target, "OUT"),
@@ -190,6 +419,7 @@ def _write(
         huggingface=metadata.huggingface,
         card=f"# {to_path(target, 'OUT').name}\n\n{card} Made by btx_jax {__version__}."
         f"{trained_on(metadata.history)}\n",
-        check=check,
+        check=lambda: _check_values(readers),
         verb="writing",
+        inspect=inspect,
     )

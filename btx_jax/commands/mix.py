@@ -1,10 +1,13 @@
 """Mix from a recipe: dense models -> one MoE, streaming: one tensor of each source in memory at a
 time."""
 
+import contextlib
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from rich.text import Text
@@ -14,6 +17,7 @@ from btx_jax.architectures.tensors import Reader, slots
 from btx_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
+    base_digest,
     find_checkpoint,
     find_own_tokenizer,
     open_reader,
@@ -22,20 +26,25 @@ from btx_jax.checkpoints.checkpoint import (
 )
 from btx_jax.checkpoints.huggingface_config import same_function
 from btx_jax.checkpoints.merged import Source, find_source, open_source
+from btx_jax.checkpoints.router_statistics import FILE, About, Expert, Writer
 from btx_jax.checkpoints.training_state import together
+from btx_jax.config.ridge import RIDGE
 from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import Mistakes, UserError
+from btx_jax.mixing.closed_form import Hashed, mixture_layers, solve_routers
 from btx_jax.mixing.gates import condition_number
 from btx_jax.mixing.limits import limits, within
 from btx_jax.mixing.model import choose
 from btx_jax.mixing.prompts import Prompt, make_gates, read_prompts
 from btx_jax.mixing.recipe import Recipe
 from btx_jax.mixing.recipe_file import KEPT, read_recipe
+from btx_jax.mixing.ridge import Moments
 from btx_jax.mixing.streaming import Mixture, check_shapes, make_tensor
+from btx_jax.mixing.text import Rows, expert_texts
 from btx_jax.mixing.verify import verify as verified
 from btx_jax.output import check_free
 from btx_jax.paths import to_path
-from btx_jax.reporting.mixtures import card, plan, routing_table
+from btx_jax.reporting.mixtures import card, own_table, plan, routing_table
 from btx_jax.terminal import Console
 
 CONDITION_LIMIT = 5.0
@@ -83,34 +92,45 @@ def run(
     console.print(plan(recipe, model, dtype, family if as_huggingface else None))
     _warn_of_vocabularies(sources, console)
     prompts = read_prompts(recipe, sources.tokenizer, model)
+    texts = expert_texts(recipe, sources.tokenizer, model) if recipe.gate_mode == RIDGE else []
     if dry_run:
         return
-    mixture = dataclasses.replace(mixture, gates=_gates(mixture, prompts, console))
     history = together(checkpoint.metadata.history for checkpoint in sources.checkpoints)
     kept = base.metadata.huggingface
     verdict: list[str] = []
+    with contextlib.ExitStack() as held:
+        if recipe.gate_mode == RIDGE:
+            # Nameless: nothing of it is left whatever happens.
+            statistics = held.enter_context(tempfile.TemporaryFile())
+            rows = _solved(mixture, texts, sources.tokenizer, statistics, console)
+        else:
+            rows = _gates(mixture, prompts, console)
+        mixture = dataclasses.replace(mixture, gates=rows)
 
-    def inspect(written: Path) -> None:
-        (written / KEPT).write_bytes(to_path(recipe_path, "RECIPE.yml").read_bytes())
-        if verify:
-            verdict.append(verified(mixture, open_reader(find_checkpoint(written))))
+        def inspect(written: Path) -> None:
+            (written / KEPT).write_bytes(to_path(recipe_path, "RECIPE.yml").read_bytes())
+            if recipe.gate_mode == RIDGE:
+                with (written / FILE).open("wb") as file:
+                    shutil.copyfileobj(statistics, file)
+            if verify:
+                verdict.append(verified(mixture, open_reader(find_checkpoint(written))))
 
-    write_checkpoint(
-        to_path(target, "OUT"),
-        as_huggingface,
-        model,
-        dict.fromkeys(slots(model), dtype),
-        lambda tensor: make_tensor(mixture, tensor),
-        sources.tokenizer,
-        history=history,
-        # The class that it is written as, now or by an export later.
-        huggingface={**kept, "model_type": family.model_type} if family else kept,
-        card=card(mixture, history),
-        check=mixture.check,
-        verb="mixing",
-        by_leaf=reads_by_leaf(sources.readers),
-        inspect=inspect,
-    )
+        write_checkpoint(
+            to_path(target, "OUT"),
+            as_huggingface,
+            model,
+            dict.fromkeys(slots(model), dtype),
+            lambda tensor: make_tensor(mixture, tensor),
+            sources.tokenizer,
+            history=history,
+            # The class that it is written as, now or by an export later.
+            huggingface={**kept, "model_type": family.model_type} if family else kept,
+            card=card(mixture, history),
+            check=mixture.check,
+            verb="mixing",
+            by_leaf=reads_by_leaf(sources.readers),
+            inspect=inspect,
+        )
     console.print(
         f"wrote {target} ({'Hugging Face' if as_huggingface else 'btx_jax'}, {len(slots(model))}"
         " tensors)"
@@ -158,6 +178,41 @@ def _gates(mixture: Mixture, prompts: Sequence[Prompt], console: Console) -> np.
     is_drawn = recipe.gate_mode != "normal"  # then a shared expert's row is one like the others
     _warn_of_similar_rows(rows if is_drawn else rows[:, : recipe.expert_count], console)
     return rows
+
+
+def _solved(
+    mixture: Mixture,
+    texts: Sequence[Rows],
+    tokenizer: Tokenizer | None,
+    statistics: BinaryIO,
+    console: Console,
+) -> np.ndarray:
+    """Prints how the rows route. A shared expert's gate is half open: zeros. statistics: a file
+    for what the rows are solved from."""
+    recipe, model = mixture.recipe, mixture.model
+    assert model.moe and tokenizer
+    gates = np.zeros(
+        (model.layers, recipe.expert_count + model.moe.shared_gate, model.d_model), np.float32
+    )
+    experts = tuple(Expert(expert.source_model) for expert in recipe.experts)
+    layers = tuple(mixture_layers(model))
+    about = About(experts, layers, model.d_model, tokenizer.sha256, recipe.ridge)
+    writer = Writer(statistics, about)
+    unrouted = dataclasses.replace(mixture, gates=gates)
+    read = Hashed(lambda tensor: make_tensor(unrouted, tensor))
+
+    def keep(layer: int, sums: Moments) -> None:
+        mixture.check()  # NaN in a source is told as such
+        writer.write(layer, *sums)
+
+    solved = solve_routers(model, read, [*enumerate(texts)], recipe.ridge, keep)
+    writer.finish(
+        base_digest(read.of_expert(None)),
+        [base_digest(read.of_expert(number)) for number in range(len(experts))],
+    )
+    console.print(own_table([expert.name for expert in experts], solved.own))
+    gates[:, : recipe.expert_count] = solved.rows
+    return gates
 
 
 def _open(recipe: Recipe) -> Sources:

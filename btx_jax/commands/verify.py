@@ -11,6 +11,8 @@ from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints import adapter, peft_config
 from btx_jax.checkpoints.checksums import SUMS, check_sums, file_sha256, read_sums
 from btx_jax.checkpoints.huggingface import HuggingFaceReader, is_huggingface
+from btx_jax.checkpoints.router_statistics import FILE as STATISTICS
+from btx_jax.checkpoints.router_statistics import RouterStatistics
 from btx_jax.checkpoints.safetensors_files import DTYPES, SafetensorsFile, read_checksums
 from btx_jax.checkpoints.training_state import DIRECTORY, items_of, quiet, steps_of, verify_item
 from btx_jax.errors import UserError
@@ -49,6 +51,8 @@ def verify(path: str) -> Iterator[Finding]:
 
 def _verify(directory: Path) -> Iterator[Finding]:
     yield from _blobs(directory) if hub_names.origin(directory) else _sums(directory)
+    if (directory / STATISTICS).is_file():
+        yield _check(STATISTICS, lambda: _statistics(directory / STATISTICS))
     if (directory / peft_config.CONFIG).is_file():
         yield _check(peft_config.TENSORS, lambda: _tensors(directory / peft_config.TENSORS))
     elif any((directory / name).is_file() for name in (adapter.ABOUT, adapter.TENSORS)):
@@ -153,6 +157,11 @@ def _adapter(directory: Path) -> str:
     values = json.loads((directory / adapter.ABOUT).read_text(encoding="utf-8"))
     how = "checksums" if "tensors_sha256" in values else "no checksums were written; structure"
     return f"{how}, finite values"
+
+
+def _statistics(path: Path) -> str:
+    about = RouterStatistics(path).about
+    return f"checksum: {len(about.experts)} experts in {len(about.layers)} layers"
 
 
 def _tensors(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated
 from btx_jax.config.allocation import MAX_EXPERTS
 from btx_jax.config.mix_methods import AVERAGE, METHODS
 from btx_jax.config.model_config import ROUTINGS, LoRAConfig, ModelConfig, MoEConfig
+from btx_jax.config.ridge import RIDGE, RidgeConfig
 from btx_jax.config.schema import (
     HUGE,
     Choice,
@@ -29,6 +30,7 @@ from btx_jax.config.schema import (
 )
 from btx_jax.errors import ConfigError, suggest
 
+ROUTERS = ("normal", RIDGE)
 DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
@@ -365,8 +367,13 @@ class MixConfig(Section):
     and each chunk becomes an expert. blend = each is cut into as many chunks as there are
     checkpoints, and expert n is the n-th chunk of every one. average = no experts: the mean of all
     parameters, a dense model. What is no feed-forward is averaged always.
-    k, routing, first_routing: of every layer of the mixture, as in MoEConfig. router_std: of the
-    normal router initialisation. shared_expert: a checkpoint, such as the seed, whose feed-forwards
+    k, routing, first_routing: of every layer of the mixture, as in MoEConfig.
+    router: how routers start. normal = random, with router_std. ridge = solved from router_text, as
+    `ridge` says; what they are solved from is kept beside the checkpoint, and adds and drops
+    experts without any text.
+    router_text: of each expert's domain, in expert order, in data's notation. Its training
+    documents are read, and its held-out ones tell how the routers do.
+    shared_expert: a checkpoint, such as the seed, whose feed-forwards
     become a shared expert that sees every token, behind a sigmoid gate that starts at one half; the
     routed experts give the other half, so that a mixture of equals is what they are.
     """
@@ -378,7 +385,10 @@ class MixConfig(Section):
     k: Experts = 2
     routing: Annotated[str, Choice(ROUTINGS)] = "top_k"
     first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
+    router: Annotated[str, Choice(ROUTERS)] = "normal"
     router_std: Annotated[float, Range(0, 1e3, above=True)] = 0.02
+    router_text: tuple[str, ...] = ()
+    ridge: RidgeConfig = field(default_factory=RidgeConfig)
     shared_expert: str = ""
 
     @rule
@@ -390,6 +400,26 @@ class MixConfig(Section):
     def _chunks_of_split(self) -> Iterator[str]:
         if (self.chunks > 1) != (self.method == "split"):
             yield f"chunks={self.chunks}: with method='split' at least 2, with the others 1"
+
+    @rule
+    def _text_of_ridge(self) -> Iterator[str]:
+        if self.router != RIDGE:
+            for key, value in (("router_text", self.router_text), ("ridge", self.ridge)):
+                if value != (() if key == "router_text" else RidgeConfig()):
+                    yield f"{key}: router={self.router!r} reads none; say 'ridge', or leave it out"
+            return
+        if len(self.router_text) != len(self.experts):
+            yield (
+                f"router_text: {len(self.router_text)} texts of {len(self.experts)} experts; list"
+                " one for each, in their order"
+            )
+        elif len(self.experts) > 1 and len(set(self.router_text)) == 1:
+            yield "router_text: all experts have the same; their router rows would be equal"
+        if self.method != "btx" or self.copies > 1:
+            yield (
+                f"router='ridge': with method={self.method!r} and copies={self.copies} experts have"
+                " no domains of their own; needs method='btx' and copies=1"
+            )
 
     @rule
     def _makes_a_mixture(self) -> Iterator[str]:
@@ -571,6 +601,11 @@ class Config(Section):
         if name not in self.train.eval_tasks:
             known = suggest(name, self.train.eval_tasks) if self.train.eval_tasks else "none"
             yield f"checkpoint.best: no {name!r} in train.eval_tasks; {known}"
+
+    @rule
+    def _has_text_of_routers(self) -> Iterator[str]:
+        if self.mix and self.mix.router_text and is_missing(self, "data"):
+            yield "data: missing, and mix.router_text is read with its domains, cache and lengths"
 
     @rule
     def _has_something_to_evaluate(self) -> Iterator[str]:

@@ -3,17 +3,18 @@ own are ours."""
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from btx_jax.config.mix_methods import METHODS, count
+from btx_jax.config.ridge import RIDGE, RidgeConfig
 from btx_jax.config.schema import HUGE, Choice, Experts, Range, Section, rule
 from btx_jax.mixing.homes import model_types, spellings
 from btx_jax.mixing.merge import MERGES
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
 HIDDEN_LAST = "hidden_last"  # mergekit's other name for hidden
-GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST)
+GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST, RIDGE)
 MAX_EXPERTS = 1024
 DIFFERENCES = (
     "vocab_size",
@@ -33,8 +34,10 @@ class ExpertSource(Section):
     """One expert: a dense model and, for gate modes that read prompts, what should be routed to it.
 
     positive_prompts_file, negative_prompts_file: more prompts, one a line, which `read_recipe` puts
-    behind the others. noise_scale: standard deviation of normal noise added to its feed-forward
-    weights. residual_scale: factor on its down projection.
+    behind the others. text: of its domain, for gate_mode ridge: comma-separated
+    `WHAT[#FIELD][:WEIGHT]`, as in a config's data; where there is none, the prompts are the text.
+    noise_scale: standard deviation of normal noise added to its feed-forward weights.
+    residual_scale: factor on its down projection.
     """
 
     source_model: str
@@ -42,6 +45,7 @@ class ExpertSource(Section):
     negative_prompts: tuple[str, ...] = ()
     positive_prompts_file: str = ""
     negative_prompts_file: str = ""
+    text: str = ""
     noise_scale: Annotated[float, Range(0, 1e3)] = 0.0
     residual_scale: Annotated[float, Range(-HUGE, HUGE)] = 1.0
 
@@ -68,7 +72,8 @@ class Recipe(Section):
     gate_mode: how routers start; `hidden` when base is copy, `normal` (std 0.02, to be trained)
     when it is average.
     gate_pooling, gate_scale: of router_input: `mean` over tokens or `last`; the length of every
-    router row.
+    router row. ridge: of ridge, which solves rows from text of every expert's domain, and keeps
+    what they are solved from.
     allow: settings in which sources may differ from base_model although it changes what their
     weights mean.
     """
@@ -88,6 +93,7 @@ class Recipe(Section):
     layers: tuple[Annotated[int, Range(0, 10_000)], ...] = ()
     gate_pooling: Annotated[str, Choice(("mean", "last"))] = "mean"
     gate_scale: Annotated[float, Range(0, 1e6, above=True)] = 1.0
+    ridge: RidgeConfig = field(default_factory=RidgeConfig)
     allow: tuple[Annotated[str, Choice(DIFFERENCES)], ...] = ()
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
 
@@ -122,6 +128,8 @@ class Recipe(Section):
     def _what_is_read(self) -> Iterator[str]:
         if self.gate_scale != Recipe.gate_scale and self.gate_mode != "router_input":
             yield f"gate_scale={self.gate_scale}: of gate_mode router_input; leave it out"
+        if self.ridge != RidgeConfig() and self.gate_mode != RIDGE:
+            yield f"ridge: of gate_mode {RIDGE}; leave it out"
         readers = [name for name, merge in MERGES.items() if "density" in merge.options]
         if self.density != Recipe.density and self.merge not in readers:
             yield (
@@ -145,7 +153,7 @@ class Recipe(Section):
     @rule
     def _gates_of_sources(self) -> Iterator[str]:
         mode = self.gate_mode or ("hidden" if self.base == "copy" else "normal")
-        if mode not in (*PROMPT_MODES, HIDDEN_LAST):
+        if mode not in (*PROMPT_MODES, HIDDEN_LAST, RIDGE):
             return
         if self.method != "btx":
             yield (
@@ -155,19 +163,37 @@ class Recipe(Section):
         missing = [
             str(i)
             for i, expert in enumerate(self.experts)
-            if not (expert.positive_prompts or expert.positive_prompts_file)
+            if not (
+                expert.positive_prompts
+                or expert.positive_prompts_file
+                or (mode == RIDGE and expert.text)
+            )
         ]
         if missing:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             yield (
-                f"experts[{'], ['.join(missing[:10])}]{more}: no positive_prompts, and"
-                f" gate_mode={mode!r} reads them"
+                f"experts[{'], ['.join(missing[:10])}]{more}: no"
+                f" {'text' if mode == RIDGE else 'positive_prompts'}, and gate_mode={mode!r} reads"
+                f" {'it' if mode == RIDGE else 'them'}"
             )
         elif len(self.experts) > 1 and len({_prompts_of(expert) for expert in self.experts}) == 1:
             yield (
-                "experts: all have the same prompts, so that all router rows would be equal; use"
-                " gate_mode: normal"
+                f"experts: all have the same {'text' if mode == RIDGE else 'prompts'}, so that all"
+                " router rows would be equal; use gate_mode: normal"
             )
+
+    @rule
+    def _what_ridge_reads(self) -> Iterator[str]:
+        for i, expert in enumerate(self.experts):
+            if expert.text and self.gate_mode != RIDGE:
+                yield f"experts[{i}].text: gate_mode={RIDGE!r} reads it; say that, or leave it out"
+            if self.gate_mode == RIDGE and (
+                expert.negative_prompts or expert.negative_prompts_file
+            ):
+                yield f"experts[{i}].negative_prompts: gate_mode={RIDGE!r} reads none"
+        for i, expert in enumerate(self.shared_experts):
+            if expert.text:
+                yield f"shared_experts[{i}].text: nothing is routed to it; leave it out"
 
     @property
     def sources(self) -> tuple[ExpertSource, ...]:
@@ -185,6 +211,7 @@ def _prompts_of(expert: ExpertSource) -> tuple:
         expert.negative_prompts,
         expert.positive_prompts_file,
         expert.negative_prompts_file,
+        expert.text,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from btx_jax.config.mix_methods import owners
+from btx_jax.config.ridge import RidgeConfig
 from btx_jax.config.schema import MAX_NAMES, from_dict, shown
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.recipe import ExpertSource, Recipe
@@ -172,6 +173,8 @@ def _as_ours(values: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
                 _with_numbers(ExpertSource, expert) if isinstance(expert, dict) else expert
                 for expert in experts
             ]
+    if isinstance(ridge := values.get("ridge"), dict):
+        values["ridge"] = _with_numbers(RidgeConfig, ridge)
     if isinstance(dtype := values.get("dtype"), str):
         values["dtype"] = dtype.removeprefix("torch.")
     source = values.pop("tokenizer_source", "base")

@@ -170,3 +170,17 @@ def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
     """A host array that every process has whole -> its parts on this process's devices."""
     whole = np.asarray(array)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """All of an array in every process, which all ask for it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def of_first(array: np.ndarray) -> np.ndarray:
+    """The first process's array, in every process; all have one of that shape."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))

@@ -11,6 +11,7 @@ from btx_jax import __version__
 from btx_jax.architectures.family import Family
 from btx_jax.checkpoints.training_state import History, trained_on
 from btx_jax.config.model_config import ModelConfig
+from btx_jax.config.ridge import RIDGE
 from btx_jax.mixing.prompts import Prompt
 from btx_jax.mixing.recipe import PROMPT_MODES, Recipe, describe
 from btx_jax.mixing.streaming import Mixture
@@ -44,6 +45,19 @@ def routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.ndar
             prompt.text.replace("\n", " "),
             *cells,
         )
+    return table
+
+
+def own_table(names: Sequence[str], own: np.ndarray) -> Table:
+    """How routers solved from text route what was held out of it. names: of the texts' experts.
+    own: [layers, texts], NaN for dense layers."""
+    table = Table(title="held-out tokens that choose their own expert first")
+    table.add_column("layer", justify="right")
+    for name in names:
+        table.add_column(name.rstrip("/").rpartition("/")[2] or name, justify="right")
+    for layer, shares in enumerate(own):
+        if not np.isnan(shares).all():
+            table.add_row(str(layer), *(f"{share:.1%}" for share in shares))
     return table
 
 
@@ -95,11 +109,11 @@ def card(mixture: Mixture, history: History) -> str:
     experts, models = recipe.expert_count, len(set(mixture.source_of))
     lines = [f"- {expert.source_model}" for expert in recipe.experts]
     lines += [f"- {expert.source_model} (shared)" for expert in recipe.shared_experts]
-    trained = (
-        "Its routers have not been trained."
-        if recipe.gate_mode not in PROMPT_MODES
-        else "Its routers come from prompts, untrained."
-    )
+    trained = "Its routers have not been trained."
+    if recipe.gate_mode in PROMPT_MODES:
+        trained = "Its routers come from prompts, untrained."
+    if recipe.gate_mode == RIDGE:
+        trained = "Its routers are solved from text of each expert's domain, untrained."
     return (
         f"# {kind}: {experts} expert{'s' * (experts > 1)} of {models} model{'s' * (models > 1)}\n\n"
         f"Mixed by btx_jax {__version__}: {total:,} parameters, {active:,} active for a token."

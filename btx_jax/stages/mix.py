@@ -2,39 +2,57 @@
 one checkpoint copied N times is sparse upcycling. N adapters of one base -> one mixture of their
 LoRA experts."""
 
+import contextlib
 import dataclasses
+import functools
 import logging
+import shutil
+import tempfile
 import time
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 from flax import linen as nn
 
+from btx_jax.architectures.tensors import TensorId, slots
 from btx_jax.checkpoints.adapter import from_tensors
 from btx_jax.checkpoints.checkpoint import (
     Checkpoint,
     adapter_tensors,
+    base_digest,
     find_checkpoint,
     find_own_tokenizer,
     load_params,
 )
 from btx_jax.checkpoints.checksums import write_sums
+from btx_jax.checkpoints.router_statistics import FILE, About, Expert, Writer
 from btx_jax.checkpoints.training_state import DIRECTORY, CheckpointMetadata, Checkpoints, together
 from btx_jax.config.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config.config_dict import differences, to_dict
 from btx_jax.config.mix_methods import AVERAGE, cut, owners
 from btx_jax.config.model_config import ModelConfig, MoEConfig
-from btx_jax.data.tokenizers import copy_tokenizer, difference, load_tokenizer
+from btx_jax.config.ridge import RIDGE
+from btx_jax.data.prepare import check_text, prepare_by_all, resolve_tokenizer
+from btx_jax.data.tokenizers import (
+    Tokenizer,
+    check_ids,
+    copy_tokenizer,
+    difference,
+    load_tokenizer,
+)
 from btx_jax.errors import ConfigError, Mistakes
+from btx_jax.mixing.closed_form import Hashed, mixture_layers, solve_routers
 from btx_jax.mixing.limits import limits, within
 from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_params, restack
 from btx_jax.mixing.router import normal_routers
 from btx_jax.mixing.split import expert_models
-from btx_jax.models.llama import abstract_params
-from btx_jax.output import remove
-from btx_jax.parallel.hosts import first_then_others, is_first
+from btx_jax.mixing.text import Rows, prepared_rows
+from btx_jax.models.llama import Params, abstract_params
+from btx_jax.output import new_file, remove
+from btx_jax.parallel.hosts import first_then_others, is_first, of_first, put, whole
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.rundir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
@@ -52,6 +70,7 @@ def run(config: Config, workdir: Path) -> None:
     mix = config.mix
     # What an interrupted attempt saved may be of sources that have been replaced since.
     first_then_others(remove, workdir / DIRECTORY)
+    first_then_others(remove, workdir / FILE)
     sources = [find_checkpoint(path, key) for key, path in _named(mix).items()]
     first = sources[0]
     if any(source.metadata.base for source in sources):
@@ -103,10 +122,19 @@ def run(config: Config, workdir: Path) -> None:
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
     history = together(source.metadata.history for source in sources)
-    claim(workdir, config)
-    if is_first():
-        copy_tokenizer(tokenizers[0], workdir / "tokenizer")
-        write_sums(workdir / "tokenizer")
+    with contextlib.ExitStack() as held:
+        statistics = None
+        if mix.router == RIDGE:
+            statistics = held.enter_context(tempfile.TemporaryFile())
+            texts = _router_texts(config, tokenizers[0], model)
+            params = _with_solved(params, model, mix, tokenizers[0], texts, statistics)
+        claim(workdir, config)
+        if is_first():
+            copy_tokenizer(tokenizers[0], workdir / "tokenizer")
+            write_sums(workdir / "tokenizer")
+            if statistics:
+                with new_file(workdir / FILE) as partial, partial.open("wb") as file:
+                    shutil.copyfileobj(statistics, file)
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     try:
         metadata = CheckpointMetadata(model, 0, history, huggingface=first.metadata.huggingface)
@@ -120,6 +148,63 @@ def run(config: Config, workdir: Path) -> None:
         seconds=time.monotonic() - start,
         experts=[repeated[number] for number in owners(mix.method, len(repeated), mix.chunks)],
     )
+
+
+def _router_texts(config: Config, tokenizer: Tokenizer, model: ModelConfig) -> list[Rows]:
+    """Of each expert. Raises ConfigError for text of another tokenizer."""
+    assert config.mix and config.data
+    reads = first_then_others(resolve_tokenizer, config.data, tokenizer.path.parent)
+    if told := difference(tokenizer, reads, model.vocab_size):
+        raise ConfigError(f"config.data.tokenizer: another one than the experts': {told}")
+    texts = []
+    for i, notation in enumerate(config.mix.router_text):
+        key = f"config.mix.router_text[{i}]"
+        domains = prepare_by_all(notation, config.data, reads, key)
+        texts.append(prepared_rows(domains, config.mix.ridge.tokens))
+        check_ids([int(texts[-1].tokens_RT.max())], model.vocab_size, key, reads)
+    return texts
+
+
+def _with_solved(
+    params: Params,
+    model: ModelConfig,
+    mix: MixConfig,
+    tokenizer: Tokenizer,
+    texts: list[Rows],
+    statistics: BinaryIO,
+) -> Params:
+    """The same with solved routers, in every process. statistics: a file for what they are solved
+    from."""
+
+    def tensor(which: TensorId) -> np.ndarray:
+        slot = slots(model)[which]
+        leaf: Any = functools.reduce(lambda tree, key: tree[key], slot.path, params)
+        return slot.to_theirs(whole(leaf[slot.indices]))
+
+    layers = mixture_layers(model)
+    experts = tuple(map(Expert, mix.experts))
+    about = About(experts, tuple(layers), model.d_model, tokenizer.sha256, mix.ridge)
+    writer, read = Writer(statistics, about), Hashed(tensor)
+    solved = solve_routers(
+        model, read, [*enumerate(texts)], mix.ridge, lambda n, sums: writer.write(n, *sums)
+    )
+    writer.finish(
+        base_digest(read.of_expert(None)),
+        [base_digest(read.of_expert(number)) for number in range(len(experts))],
+    )
+    for layer in layers:
+        shares = ", ".join(f"{share:.1%}" for share in solved.own[layer])
+        log.info("router of layer %d: held-out tokens that choose their expert: %s", layer, shares)
+    rows = of_first(solved.rows)
+    start, routed = 0, dict(params)
+    for name, length, spec in model.runs():
+        if spec.experts:
+            ffn = params[name]["ffn"]
+            router_LDE = rows[start : start + length].swapaxes(1, 2)
+            router = put(router_LDE, ffn["router"].sharding)
+            routed[name] = {**params[name], "ffn": {**ffn, "router": router}}
+        start += length
+    return routed
 
 
 def _named(mix: MixConfig) -> dict[str, str]:
@@ -138,6 +223,10 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             )
     with mistakes.gather():
         config.mesh.shape(jax.device_count())
+    if config.data:
+        with mistakes.gather():
+            texts = enumerate(config.mix.router_text)
+            check_text(config.data, [(f"config.mix.router_text[{i}]", text) for i, text in texts])
     known = {key: model for key, model in models.items() if model is not None}
     mixed = None
     if known and not any(model.lora for model in known.values()):
@@ -157,6 +246,10 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             with mistakes.gather():
                 named = {str(i): model for i, model in known.items()}
                 mixed = mixed_model(within(first, *limits(named, warn=False)), config.mix)
+    if mixed and config.mix.router_text and config.data:
+        length = config.data.sequence_length
+        if length > mixed.context:
+            mistakes.add(f"config.data.sequence_length={length}: the context is {mixed.context}")
     return mixed
 
 
@@ -169,11 +262,18 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
     """
     mix, first = config.mix, sources[0].metadata
     assert mix
-    asked = (mix.method, mix.copies, mix.routing, mix.first_routing, mix.shared_expert)
-    if asked != ("btx", 1, "top_k", "", ""):
+    asked = (
+        mix.method,
+        mix.copies,
+        mix.routing,
+        mix.first_routing,
+        mix.router,
+        mix.shared_expert,
+    )
+    if asked != ("btx", 1, "top_k", "", "normal", ""):
         raise ConfigError(
-            "config.mix: LoRA experts are mixed with method='btx', routing='top_k', copies=1 and"
-            " without shared_expert only"
+            "config.mix: LoRA experts are mixed with method='btx', routing='top_k',"
+            " router='normal', copies=1 and without shared_expert only"
         )
     counts = np.zeros(first.model.layers, int)
     gatings = set()

@@ -45,7 +45,7 @@ WHOLE = to_dict(
         data=DataConfig("a.txt", formats={"f": FormatConfig("{q}", "{a}")}),
         mesh=MeshConfig(fsdp=1),
         checkpoint=CheckpointConfig(),
-        mix=MixConfig(("a", "b")),
+        mix=MixConfig(("a", "b"), router="ridge", router_text=("c", "d")),
         evaluate=EvaluateConfig(
             {"m": "a", "n": "b"},
             tasks={"t": TaskConfig("exact_match", "t.jsonl", "{q}")},
@@ -61,10 +61,10 @@ ODD = [math.nan, math.inf, -math.inf, -1, 0, 10**30, 10**6000, 1.5, True, "1", [
 ZERO = {
     "CountOrZero": ("warmup_steps", "eval_every", "limit", "rows", "rng_seed"),
     "test sets": ("eval_tasks_every", "eval_tasks_limit"),
-    "off": ("cutoff", "shots", "shown_tokens", "heldout_fraction", "dropout", "temperature"),
+    "off": ("cutoff", "shots", "shown_tokens", "heldout_fraction", "dropout", "t.temperature"),
     "by what it starts from": ("learning_rate",),
     "weights": ("weight_decay", "balance_weight", "z_loss_weight"),
-    "others": ("final_lr_fraction", "beta1", "beta2", "norm_eps", "experts"),
+    "others": ("final_lr_fraction", "beta1", "beta2", "norm_eps", "experts", "penalty"),
     "none": ("window", "shared_d_ff"),
     "that of a dense layer": ("moe.d_ff",),
 }
@@ -75,11 +75,12 @@ POSSIBLE = {
         *("capacity_factor", "learning_rate", "eps", "clip_norm", "weight_decay", "temperature"),
         *("balance_weight", "z_loss_weight", "router_std", "alpha", "rope_theta", "factor"),
         *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"),
-        *("short_factors", "long_factors"),
+        *("short_factors", "long_factors", "penalty"),
     },
     10**30: {
         *("learning_rate", "eps", "clip_norm", "rope_theta", "factor", "high_freq_factor"),
         *("beta_fast", "beta_slow", "attention_factor", "short_factors", "long_factors"),
+        "penalty",
     },
 }
 

@@ -49,6 +49,40 @@ def finish(processes, statuses=(0, 0)):
     return told
 
 
+RIDGE = """
+from btx_jax.config.config import *
+from btx_jax.config.config_dict import to_config_dict
+def get_config():
+    data = DataConfig('text', domains={{'text': {text!r}, 'other': {other!r}}}, cache={cache!r},
+                      sequence_length=64, heldout_fraction=0.2)
+    mix = MixConfig(({seed!r}, {seed!r}), router='ridge', router_text=('text', 'other'))
+    return to_config_dict(Config('mix', mix=mix, data=data, mesh=MeshConfig(fsdp=4, expert=2)))
+"""
+
+
+def test_two_processes_solve_the_routers_that_one_does(cli):
+    cli.run(*cli.seed("seed", steps=3))
+    other = cli.home / "other.jsonl"
+    lines = (json.dumps({"text": f"{n} + {n} = {2 * n}, " * 9}) + "\n" for n in range(300))
+    other.write_text("".join(lines))
+    places = {
+        "text": cli.text,
+        "other": other,
+        "cache": cli.home / "cache",
+        "seed": cli.home / "seed",
+    }
+    told = RIDGE.format(**{key: str(place) for key, place in places.items()})
+    (cli.home / "ridge.py").write_text(told)
+    for name, count in (("one", 1), ("two", 2)):
+        arguments = (f"--config={cli.home / 'ridge.py'}", f"--workdir={cli.home / name}")
+        finish(cli.start_several(count, 8 // count, *arguments), (0,) * count)
+    one, two = (load_params(find_checkpoint(cli.home / name)) for name in ("one", "two"))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert float(abs(a - b).max()) < 1e-5
+    files = [cli.home / name / "router_statistics.safetensors" for name in ("one", "two")]
+    assert files[0].stat().st_size == files[1].stat().st_size > 0
+
+
 def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture):
     one = cli.start_several(1, 8, *finetune(cli, mixture, "one", *MESH))
     finish(one, (0,))

@@ -1,0 +1,79 @@
+"""Router rows by ridge regression on sums over tokens (DUME, arXiv 2603.29765). Pure numpy.
+
+Of each domain a layer needs the sum of x x^T, the sum of x, and the number of tokens, where x is
+what the router sees. Sums of several texts of a domain add up; those of other domains stand beside
+each other, so that an expert comes or goes without any text.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from btx_jax.config.ridge import RidgeConfig
+from btx_jax.errors import UserError
+
+
+class Moments(NamedTuple):
+    """Of E domains in one layer. gram: sum of x x^T. total: sum of x. count: of tokens."""
+
+    gram_EDD: np.ndarray  # float64
+    total_ED: np.ndarray  # float64
+    count_E: np.ndarray  # float64
+
+    def without(self, expert: int) -> "Moments":
+        return Moments(*(np.delete(part, expert, axis=0) for part in self))
+
+
+def moments(states: Iterable[np.ndarray]) -> Moments:
+    """Of one domain. states: some of its tokens at a time, [tokens, D]; summed in float64."""
+    gram_DD, total_D, count = np.zeros(()), np.zeros(()), 0
+    for state in states:
+        x_MD = state.astype(np.float64)
+        gram_DD, total_D = gram_DD + x_MD.T @ x_MD, total_D + x_MD.sum(0)
+        count += len(x_MD)
+    return Moments(gram_DD[None], total_D[None], np.array([float(count)]))
+
+
+def domain_weights(count_E: np.ndarray, weights: str) -> np.ndarray:
+    """How much a token of each domain counts: with `equal` all domains weigh the same, and together
+    as many tokens as there are."""
+    return count_E.mean() / count_E if weights == "equal" else np.ones(len(count_E))
+
+
+def solve(layer: Moments, ridge: RidgeConfig) -> np.ndarray:
+    """Rows [E, D], float64: those of (A + penalty I)^-1 [b_1 ... b_E], each divided by its length
+    and the temperature. A is the sum of w_e gram_e, b_e is w_e total_e; w: `domain_weights`.
+
+    DUME puts a constant 1 behind x, which gives the logits a bias. Routers here have none: solved
+    without it, the rows are the best that do without, which rows of a solution with a bias, cut
+    off, are not. Raises UserError where there is no single solution.
+    """
+    weight_E = domain_weights(layer.count_E, ridge.weights)
+    a_DD = np.einsum("e,eij->ij", weight_E, layer.gram_EDD)
+    a_DD[np.diag_indices_from(a_DD)] += ridge.penalty
+    try:
+        least = np.linalg.cholesky(a_DD).diagonal().min() ** 2
+    except np.linalg.LinAlgError:
+        least = 0.0
+    rows_ED = np.linalg.solve(a_DD, (weight_E[:, None] * layer.total_ED).T).T if least else None
+    bound = len(a_DD) * np.finfo(np.float64).eps * a_DD.diagonal().max()
+    if rows_ED is None or least <= bound or not np.isfinite(rows_ED).all():
+        raise UserError(
+            f"what it sees of {layer.count_E.sum():.0f} tokens does not determine its rows of"
+            f" {len(a_DD)} numbers with ridge.penalty={ridge.penalty:g}; raise that, or give more"
+            " text"
+        )
+    length_E = np.linalg.norm(rows_ED, axis=1)
+    if not length_E.all():
+        raise UserError(
+            f"what it sees of the text of expert {int(length_E.argmin())} adds up to zero; give"
+            " that expert other text"
+        )
+    return rows_ED / (length_E * ridge.temperature)[:, None]
+
+
+def own_share(states: Iterable[np.ndarray], rows_ED: np.ndarray, expert: int) -> float:
+    """The share of tokens that choose this expert first; NaN of none."""
+    hits = [(state @ rows_ED.T).argmax(-1) == expert for state in states]
+    return float(np.concatenate(hits).mean()) if sum(map(len, hits)) else float("nan")

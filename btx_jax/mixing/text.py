@@ -1,0 +1,144 @@
+"""Text of the experts' domains, as rows of tokens that a model reads."""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from btx_jax.config.model_config import ModelConfig
+from btx_jax.data.mixture import first_rows, heldout_rows
+from btx_jax.data.prepared import PreparedDomain
+from btx_jax.data.sources import (
+    Problems,
+    Source,
+    documents,
+    expand_files,
+    parse_sources,
+    source_rows,
+)
+from btx_jax.data.tokenizers import Tokenizer, check_ids
+from btx_jax.errors import UserError
+from btx_jax.mixing.recipe import Recipe
+
+HELD_OUT = 8  # one token of so many
+LENGTH = 512  # tokens of a row, where the model's context is not shorter
+LEAST = 2 * HELD_OUT  # tokens of a text
+
+log = logging.getLogger(__name__)
+
+
+class Rows(NamedTuple):
+    """Documents behind each other, cut into rows. segments: 0 for padding, equal within a row for
+    the same document. is_heldout: of tokens that routers are measured on, and not made from."""
+
+    tokens_RT: np.ndarray
+    segments_RT: np.ndarray
+    is_heldout_RT: np.ndarray
+
+
+def pack(texts: Iterable[Sequence[int]], length: int, limit: int) -> Rows:
+    """Rows of the first `limit` tokens, of which the last eighth is held out."""
+    ids: list[int] = []
+    numbers: list[int] = []  # of each token's document, from 1
+    for number, text in enumerate(texts, start=1):
+        part = text[: limit - len(ids)]
+        ids += part
+        numbers += [number] * len(part)
+        if len(ids) == limit:
+            break
+    count = len(ids)
+    shape = (-(-count // length), length)
+    padding = shape[0] * length - count
+
+    def rows(values: Sequence[int]) -> np.ndarray:
+        return np.pad(np.array(values, np.int32), (0, padding)).reshape(shape)
+
+    numbers_RT = rows(numbers)
+    segments_RT = np.where(numbers_RT > 0, numbers_RT - numbers_RT[:, :1] + 1, 0)
+    places_RT = np.arange(shape[0] * length).reshape(shape)
+    is_heldout_RT = (places_RT >= count - count // HELD_OUT) & (segments_RT > 0)
+    return Rows(rows(ids), segments_RT.astype(np.int32), is_heldout_RT)
+
+
+def prepared_rows(domains: Sequence[PreparedDomain], limit: int) -> Rows:
+    """About `limit` tokens: an eighth of documents that are held out, if there are as many, the
+    others not. Domains by their weights."""
+    total = sum(domain.weight for domain in domains)
+    parts: list[Rows] = []
+    for domain in domains:
+        share = limit * domain.weight / total
+        for first, count, is_heldout in (
+            (first_rows, share - share / HELD_OUT, False),
+            (heldout_rows, share / HELD_OUT, True),
+        ):
+            length = max(1, first(domain, 1)["tokens"].shape[1] - 1)
+            rows = first(domain, math.ceil(count / length))
+            tokens_RT, segments_RT = rows["tokens"][:, :-1], rows["segments"][:, :-1]
+            if len(tokens_RT):
+                parts.append(Rows(tokens_RT, segments_RT, (segments_RT > 0) & is_heldout))
+    return Rows(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def expert_texts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Rows]:
+    """Of each expert: its text, or its prompts where it has none."""
+    return [
+        read_text(
+            expert.text or expert.positive_prompts,
+            f"recipe.experts[{i}].{'text' if expert.text else 'positive_prompts'}",
+            tokenizer,
+            model,
+            recipe.ridge.tokens,
+        )
+        for i, expert in enumerate(recipe.experts)
+    ]
+
+
+def read_text(
+    text: str | Sequence[str], key: str, tokenizer: Tokenizer | None, model: ModelConfig, limit: int
+) -> Rows:
+    """The first `limit` tokens. text: `WHAT[#FIELD][:WEIGHT]`, comma-separated, or documents
+    themselves. Raises UserError, naming the key, for text that cannot be had, is too short, or
+    holds tokens that the model has not."""
+    if tokenizer is None:
+        raise UserError(f"{key}: cannot be read without a tokenizer, and none is beside the model")
+    if isinstance(text, str):
+        found: Iterable[list[int]] = _of_sources(text, key, tokenizer, limit)
+    else:
+        found = map(tokenizer.encode_prompt, text)
+    rows = pack(found, min(LENGTH, model.context), limit)
+    if (count := int((rows.segments_RT > 0).sum())) < LEAST:
+        raise UserError(f"{key}: {count} tokens in all; give at least {LEAST}, better thousands")
+    check_ids([int(rows.tokens_RT.max())], model.vocab_size, key, tokenizer)
+    return rows
+
+
+def _of_sources(notation: str, key: str, tokenizer: Tokenizer, limit: int) -> Iterator[list[int]]:
+    """The first documents of each source, as many tokens as its weight asks for."""
+    sources = parse_sources(notation, key)
+    total = sum(source.weight for source in sources)
+    problems = Problems()
+    for source in sources:
+        left = -(-limit * source.weight // total)
+        for text in _documents(source, key, problems):
+            ids = tokenizer.encode_prompt(text)
+            yield ids
+            left -= len(ids)
+            if left <= 0:
+                break
+    for line in problems.lines():
+        log.warning("%s: %s", key, line)
+
+
+def _documents(source: Source, key: str, problems: Problems) -> Iterator[str]:
+    if source.field.startswith("@"):
+        raise UserError(f"{key}: {source.where}#{source.field}: no chats here; name a field")
+    if source.where.startswith("demo:"):
+        raise UserError(f"{key}: {source.where}: is for configs; name files")
+    files = [] if source.where.startswith("tfds:") else expand_files(source, key)
+    found = (text for _, text in documents(source_rows(source, files), source.field, problems))
+    if (first := next(found, None)) is None:
+        raise UserError(f"{key}: {source.where} gives no text: {'; '.join(problems.lines())}")
+    return itertools.chain([first], found)
