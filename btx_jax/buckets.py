@@ -144,12 +144,8 @@ def create(path: Path, data: bytes) -> bool:
     return True
 
 
-def size(path: Path) -> int:
-    """Bytes of an object."""
-    return int(_files(path).info(key_of(path))["size"])
-
-
 def read_range(path: Path, start: int, stop: int) -> bytes:
+    """Of an object: bytes [start, stop)."""
     return bytes(_files(path).cat_file(key_of(path), start=start, end=stop))
 
 
@@ -211,7 +207,6 @@ def upload(source: Path, target: Path) -> None:
         (file for file in source.rglob("*") if file.is_file()),
         key=lambda file: (-file.stat().st_size, file),
     )
-
     sizes = {file: file.stat().st_size for file in files}
     with _counted(f"upload {target}", sum(sizes.values())) as counted:
 
