@@ -16,9 +16,10 @@ import yaml
 from huggingface_hub import constants
 
 from btx_jax import hub, hub_names, rundir, stages
+from btx_jax.checkpoints import router_statistics
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
 from btx_jax.checkpoints.training_state import elsewhere
-from btx_jax.commands import adapter, convert, mix
+from btx_jax.commands import adapter, convert, experts, mix
 from btx_jax.commands.verify import verify
 from btx_jax.config.config import DataConfig
 from btx_jax.config.config_dict import from_config_dict
@@ -49,6 +50,26 @@ def refused(name, key="config.init"):
 
 
 # Models
+
+
+def test_statistics_of_routers_are_fetched_where_they_are_used(server, tmp_path):
+    recipe = {
+        "base_model": str(MIXED / "base"),
+        "gate_mode": "ridge",
+        "experts": [
+            {"source_model": str(MIXED / name), "positive_prompts": [text * 9]}
+            for name, text in (("a", "1 + 2 "), ("b", "a river "), ("c", "def f "))
+        ],
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    mix.run(str(tmp_path / "recipe.yml"), str(tmp_path / "mixed"))
+    files = files_of(tmp_path / "mixed")
+    server.add("org/mixed", {f"inside/{name}": data for name, data in files.items()})
+    find_checkpoint("org/mixed/inside")
+    assert not server.asked(router_statistics.FILE)
+    told = experts.drop("org/mixed/inside", 0, str(tmp_path / "less"))
+    assert told.endswith("2 experts; all router rows were solved again")
+    assert (tmp_path / "less" / router_statistics.FILE).exists()
 
 
 def test_a_model_by_its_name_is_the_directory_itself(server):

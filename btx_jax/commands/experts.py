@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from btx_jax import __version__
+from btx_jax import __version__, hub, hub_names
 from btx_jax.architectures.tensors import Reader, TensorId, slots
 from btx_jax.architectures.values import cast
 from btx_jax.checkpoints.checkpoint import (
@@ -158,7 +158,8 @@ def add(
 
 def drop(mixture: str, expert: int, target: str) -> str:
     """Remove an expert and its router rows from every MoE layer; experts after it move down by one.
-    Raises UserError."""
+    Where the routers were solved and the statistics lie beside the mixture, all rows are solved
+    again without it. Raises UserError."""
     found = find_checkpoint(mixture, "MIXTURE")
     model = _moe(found.metadata.model, mixture)
     for layer, spec in enumerate(model.layer_specs()):
@@ -339,6 +340,10 @@ class _Solver:
 
 def _statistics(path: Path, model: ModelConfig, mixture: str) -> RouterStatistics | None:
     """Those beside a mixture, of as many experts as it has. Raises UserError."""
+    if name := hub_names.named(mixture, "MIXTURE"):  # of which no more than the model is there
+        file = name._replace(path=f"{name.path}/{FILE}".lstrip("/"))
+        if file.path in hub.listing(name, "MIXTURE"):
+            hub.download_file(file, "MIXTURE")
     stored = find_statistics(path)
     counts = {spec.experts for spec in model.layer_specs() if spec.experts}
     if stored is not None and counts != {len(stored.about.experts)}:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -18,7 +21,6 @@ from btx_jax.commands import mix as mix_recipe
 from btx_jax.commands.verify import verify
 from btx_jax.config.ridge import RidgeConfig
 from btx_jax.errors import UserError
-from btx_jax.mixing import closed_form
 from btx_jax.mixing.ridge import Moments, solve
 from tests.conftest import ROOT
 
@@ -407,22 +409,37 @@ def test_a_singular_layer_is_named(tmp_path, text):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_fails_during_the_pass_leaves_nothing(tmp_path, text, monkeypatch):
-    real, seen = closed_form.solved, []
+KILLED = """
+import sys, time
+from btx_jax.commands import mix
+from btx_jax.mixing import closed_form
+real = closed_form.solved
+def slow(layer, *rest):
+    if layer == 1:
+        print("ready", flush=True)
+        time.sleep(600)
+    return real(layer, *rest)
+closed_form.solved = slow
+mix.run(sys.argv[1], sys.argv[2])
+"""
 
-    def interrupted(layer, *rest):
-        seen.append(layer)
-        if layer == 1:
-            raise KeyboardInterrupt
-        return real(layer, *rest)
 
-    monkeypatch.setattr(closed_form, "solved", interrupted)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+def test_a_kill_during_the_pass_leaves_nothing(tmp_path, text):
+    mix(tmp_path, text)
+    shutil.rmtree(tmp_path / "out")
     (tmp_path / "tmp").mkdir()
-    with pytest.raises(KeyboardInterrupt):
-        mix(tmp_path, text)
-    assert seen == [0, 1] and not (tmp_path / "out").exists()
-    assert not list((tmp_path / "tmp").iterdir())
+    before = sorted(tmp_path.iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "out.yml"), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert any(line == "ready\n" for line in process.stdout)
+    process.kill()
+    process.communicate()
+    assert sorted(tmp_path.iterdir()) == before and not list((tmp_path / "tmp").iterdir())
 
 
 def test_one_experts_layer_is_in_memory_at_a_time(tmp_path, text, monkeypatch):
