@@ -51,6 +51,18 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def own_log_handlers():
+    """A command that is called here logs to the stderr of its test, which ends with it."""
+    import logging
+
+    before = logging.root.handlers[:]
+    yield
+    for handler in logging.root.handlers[:]:
+        if handler not in before:
+            logging.root.removeHandler(handler)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("tokenizer") / "small.model"
