@@ -35,6 +35,7 @@ EXTRAS = "demo,report"
 NO_INDEX = ("NewConnectionError", "NameResolutionError", "ConnectTimeout")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", STACKS)
 def test_no_package_of_colab_is_replaced(tmp_path, stack):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "colab"], check=True)

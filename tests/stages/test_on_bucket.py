@@ -142,6 +142,7 @@ def test_a_pipeline_on_a_bucket_survives_kills_at_random_moments(homes, tmp_path
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_overloaded_for_a_while_costs_a_run_nothing(homes, bucket_server):
     _, bucket = homes
     until = []
@@ -174,6 +175,7 @@ def test_rights_that_are_taken_away_in_the_middle_are_one_line_and_lose_nothing(
     assert bucket.digest("run") == disk.digest("run")
 
 
+@pytest.mark.slow
 def test_two_processes_run_on_a_bucket_as_one(homes):
     disk, bucket = homes
     mesh = ("--config.mesh.fsdp=4", "--config.train.batch_size=4")
