@@ -30,7 +30,7 @@ from btx_jax.config.schema import (
 )
 from btx_jax.errors import ConfigError, suggest
 
-ROUTERS = ("normal", RIDGE)
+ROUTERS = ("normal", "uniform", RIDGE)
 DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
@@ -368,9 +368,12 @@ class MixConfig(Section):
     checkpoints, and expert n is the n-th chunk of every one. average = no experts: the mean of all
     parameters, a dense model. What is no feed-forward is averaged always.
     k, routing, first_routing: of every layer of the mixture, as in MoEConfig.
-    router: how routers start. normal = random, with router_std. ridge = solved from router_text, as
-    `ridge` says; what they are solved from is kept beside the checkpoint, and adds and drops
-    experts without any text.
+    reinit: of copies, the share of each one's hidden units that are drawn anew, others in each
+    (Drop-Upcycling, arXiv 2502.19261: 0.5): the columns of gate and up and the rows of down that
+    belong to them, from normal with the mean and standard deviation of what they replace.
+    router: how routers start. normal, uniform = random, with standard deviation router_std. ridge =
+    solved from router_text, as `ridge` says; what they are solved from is kept beside the
+    checkpoint, and adds and drops experts without any text.
     router_text: of each expert's domain, in expert order, in data's notation. Its training
     documents are read, and its held-out ones tell how the routers do.
     shared_expert: a checkpoint, such as the seed, whose feed-forwards
@@ -380,6 +383,7 @@ class MixConfig(Section):
 
     experts: tuple[str, ...]
     copies: Experts = 1
+    reinit: Annotated[float, Range(0, 1)] = 0.0
     method: Annotated[str, Choice((*METHODS, AVERAGE))] = "btx"
     chunks: Experts = 1
     k: Experts = 2
@@ -400,6 +404,15 @@ class MixConfig(Section):
     def _chunks_of_split(self) -> Iterator[str]:
         if (self.chunks > 1) != (self.method == "split"):
             yield f"chunks={self.chunks}: with method='split' at least 2, with the others 1"
+
+    @rule
+    def _reinit_of_copies(self) -> Iterator[str]:
+        if self.reinit and (self.method != "btx" or self.copies == 1):
+            yield (
+                f"reinit={self.reinit:g}: draws parts of copies anew, and there are none with"
+                f" method={self.method!r} and copies={self.copies}; needs method='btx' and"
+                " copies=2 or more"
+            )
 
     @rule
     def _text_of_ridge(self) -> Iterator[str]:

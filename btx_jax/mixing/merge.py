@@ -1,7 +1,8 @@
 """One tensor out of the same tensor of N models, in numpy, for mixing that streams. Pure."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,7 @@ _STEP = (
     # Elements at a time: the accumulator stays in a core's cache, and memory does not grow with the
     # tensor
 )
+_LEAST_NORM, _PARALLEL = 1e-8, 0.9995  # mergekit's: a length below is none, a |cosine| above is 1
 
 
 def wide(array: np.ndarray) -> np.ndarray:
@@ -21,6 +23,10 @@ def wide(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32)  # a copy, always: callers add into it
 
 
+def _parts(size: int) -> Iterator[slice]:
+    return (slice(start, start + _STEP) for start in range(0, size, _STEP))
+
+
 def mean(tensors: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     """Unweighted mean. Sums in float32, and in float64 where the tensors are float32, then rounds
     once to dtype."""
@@ -29,8 +35,7 @@ def mean(tensors: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     accumulator = (
         np.float64 if any(tensor.dtype == np.float32 for tensor in tensors) else np.float32
     )
-    for start in range(0, result.size, _STEP):
-        part = slice(start, start + _STEP)
+    for part in _parts(result.size):
         total = wide(flat[0][part]).astype(accumulator, copy=False)
         for tensor in flat[1:]:
             np.add(total, wide(tensor[part]), out=total)
@@ -84,6 +89,50 @@ def dare(
     return (base32 + total / len(tensors)).astype(dtype)
 
 
+def task_arithmetic(
+    base: np.ndarray, tensors: Sequence[np.ndarray], scale: float, dtype: np.dtype
+) -> np.ndarray:
+    """Task arithmetic (arXiv 2212.04089): base plus scale times the sum of the changes from it, in
+    float64. mergekit's, with every weight 1 and its lambda as scale."""
+    base_flat, flat = base.reshape(-1), [tensor.reshape(-1) for tensor in tensors]
+    result = np.empty(base_flat.shape, dtype)
+    for part in _parts(result.size):
+        start = wide(base_flat[part]).astype(np.float64)
+        total = np.zeros_like(start)
+        for tensor in flat:
+            total += wide(tensor[part]) - start
+        result[part] = (start + scale * total).astype(dtype)
+    return result.reshape(base.shape)
+
+
+def slerp(tensors: Sequence[np.ndarray], t: float, dtype: np.dtype) -> np.ndarray:
+    """Spherical interpolation, as mergekit's: from the first (t = 0) to the second (t = 1) at a
+    constant angular rate, each tensor one vector; a straight line where the two are nearly parallel
+    or opposite. In float64. One tensor alone stays what it is."""
+    if len(tensors) == 1:
+        return tensors[0].astype(dtype)
+    first, second = (tensor.reshape(-1) for tensor in tensors)
+    squares, product = np.zeros(2), 0.0
+    for part in _parts(first.size):
+        a, b = (wide(tensor[part]).astype(np.float64) for tensor in (first, second))
+        squares += np.sum(a * a), np.sum(b * b)
+        product += np.sum(a * b)
+    lengths = [length if length > _LEAST_NORM else 1.0 for length in np.sqrt(squares)]
+    weights = _slerp_weights(product / (lengths[0] * lengths[1]), t)
+    result = np.empty(first.shape, dtype)
+    for part in _parts(first.size):
+        a, b = (wide(tensor[part]).astype(np.float64) for tensor in (first, second))
+        result[part] = (weights[0] * a + weights[1] * b).astype(dtype)
+    return result.reshape(tensors[0].shape)
+
+
+def _slerp_weights(cosine: float, t: float) -> tuple[float, float]:
+    if not abs(cosine) <= _PARALLEL:  # NaN as well: what is not finite is told elsewhere
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
 def ulp(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Distance between neighbours of dtype at a float64 value."""
     bits, least = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}[dtype.name]
@@ -103,27 +152,37 @@ def is_mean(found: np.ndarray, tensors: Sequence[np.ndarray]) -> bool:
 
 
 class Merge(NamedTuple):
-    """A way to average. make: (base_model's tensor, the models', dtype, density, random numbers) ->
+    """A way to average. make: (base_model's tensor, the models', dtype, random numbers, options) ->
     one. options: the recipe's keys that it reads. reads_base: whether base_model's tensor is used;
-    else it may be None. is_right: whether a tensor is what becomes of the models', checked by other
-    means; None where it is made again and compared bit for bit."""
+    else it may be None. models: how many distinct ones it is for; None: any number. is_right:
+    whether a tensor is what becomes of the models', checked by other means; None where it is made
+    again and compared bit for bit."""
 
-    make: Callable[[Any, Sequence[np.ndarray], np.dtype, float, np.random.Generator], np.ndarray]
+    make: Callable[..., np.ndarray]
     options: tuple[str, ...] = ()
     reads_base: bool = False
+    models: int | None = None
     is_right: Callable[[np.ndarray, Sequence[np.ndarray]], bool] | None = None
 
 
 MERGES: Mapping[str, Merge] = {
-    "mean": Merge(lambda base, tensors, dtype, _, rng: mean(tensors, dtype), is_right=is_mean),
+    "mean": Merge(lambda base, tensors, dtype, rng: mean(tensors, dtype), is_right=is_mean),
     "ties": Merge(
-        lambda base, tensors, dtype, density, rng: ties(base, tensors, density, dtype),
+        lambda base, tensors, dtype, rng, density: ties(base, tensors, density, dtype),
         options=("density",),
         reads_base=True,
     ),
     "dare": Merge(
-        lambda base, tensors, dtype, density, rng: dare(base, tensors, density, dtype, rng),
+        lambda base, tensors, dtype, rng, density: dare(base, tensors, density, dtype, rng),
         options=("density",),
         reads_base=True,
+    ),
+    "task_arithmetic": Merge(
+        lambda base, tensors, dtype, rng, scale: task_arithmetic(base, tensors, scale, dtype),
+        options=("scale",),
+        reads_base=True,
+    ),
+    "slerp": Merge(
+        lambda base, tensors, dtype, rng, t: slerp(tensors, t, dtype), options=("t",), models=2
     ),
 }

@@ -66,8 +66,10 @@ class Recipe(Section):
     cut into `chunks` experts) or `blend` (expert n is the n-th of N chunks of every source); the
     latter two are ablations of the BTX paper, section 4.4.
     merge: how `average` averages: `mean`, `ties` (arXiv 2306.01708: keep the `density` largest
-    changes from base_model, elect signs, mean of those that agree) or `dare` (arXiv 2311.03099:
-    drop changes at random down to `density`, rescale, mean).
+    changes from base_model, elect signs, mean of those that agree), `dare` (arXiv 2311.03099:
+    drop changes at random down to `density`, rescale, mean), `task_arithmetic` (arXiv 2212.04089:
+    base_model plus `scale` times the sum of all changes from it) or `slerp` (of two models: each
+    tensor on the arc between them, at `t` of the way from the first one named to the second).
     layers: the layers that become mixtures; the others stay dense. Empty for all.
     gate_mode: how routers start; `hidden` when base is copy, `normal` (std 0.02, to be trained)
     when it is average.
@@ -90,6 +92,8 @@ class Recipe(Section):
     chunks: Annotated[int, Range(2, MAX_EXPERTS)] = 2
     merge: Annotated[str, Choice(tuple(MERGES))] = "mean"
     density: Annotated[float, Range(1e-6, 1)] = 0.2
+    scale: Annotated[float, Range(-HUGE, HUGE)] = 1.0
+    t: Annotated[float, Range(0, 1)] = 0.5
     layers: tuple[Annotated[int, Range(0, 10_000)], ...] = ()
     gate_pooling: Annotated[str, Choice(("mean", "last"))] = "mean"
     gate_scale: Annotated[float, Range(0, 1e6, above=True)] = 1.0
@@ -130,17 +134,22 @@ class Recipe(Section):
             yield f"gate_scale={self.gate_scale}: of gate_mode router_input; leave it out"
         if self.ridge != RidgeConfig() and self.gate_mode != RIDGE:
             yield f"ridge: of gate_mode {RIDGE}; leave it out"
-        readers = [name for name, merge in MERGES.items() if "density" in merge.options]
-        if self.density != Recipe.density and self.merge not in readers:
-            yield (
-                f"density={self.density}: of merge {' and '.join(readers)}; leave it out or name"
-                " one"
-            )
+        for key in dict.fromkeys(key for merge in MERGES.values() for key in merge.options):
+            readers = [name for name, merge in MERGES.items() if key in merge.options]
+            value = getattr(self, key)
+            if value != getattr(Recipe, key) and self.merge not in readers:
+                yield f"{key}={value}: of merge {' and '.join(readers)}; leave it out or name one"
 
     @rule
     def _merge_of_average(self) -> Iterator[str]:
         if self.merge != "mean" and self.base != "average":
             yield f"merge={self.merge!r}: says how to average, so it needs base: average"
+        wanted, named = MERGES[self.merge].models, len(_models(self))
+        if wanted and named != wanted:
+            yield (
+                f"merge={self.merge!r}: of {wanted} models, and the experts' are {named}; name"
+                " that many, or another merge"
+            )
 
     @rule
     def _split_of_all_layers(self) -> Iterator[str]:
@@ -203,6 +212,11 @@ class Recipe(Section):
     @property
     def expert_count(self) -> int:
         return expert_count(self)
+
+
+def _models(recipe: Recipe) -> set[str]:
+    """Also for rules, whose recipe is not whole."""
+    return {expert.source_model for expert in (*recipe.experts, *recipe.shared_experts)}
 
 
 def _prompts_of(expert: ExpertSource) -> tuple:

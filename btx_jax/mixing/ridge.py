@@ -52,18 +52,14 @@ def solve(layer: Moments, ridge: RidgeConfig) -> np.ndarray:
     weight_E = domain_weights(layer.count_E, ridge.weights)
     a_DD = np.einsum("e,eij->ij", weight_E, layer.gram_EDD)
     a_DD[np.diag_indices_from(a_DD)] += ridge.penalty
-    try:
-        least = np.linalg.cholesky(a_DD).diagonal().min() ** 2
-    except np.linalg.LinAlgError:
-        least = 0.0
-    rows_ED = np.linalg.solve(a_DD, (weight_E[:, None] * layer.total_ED).T).T if least else None
-    bound = len(a_DD) * np.finfo(np.float64).eps * a_DD.diagonal().max()
-    if rows_ED is None or least <= bound or not np.isfinite(rows_ED).all():
+    rows_DE = solve_positive(a_DD, (weight_E[:, None] * layer.total_ED).T)
+    if rows_DE is None:
         raise UserError(
             f"what it sees of {layer.count_E.sum():.0f} tokens does not determine its rows of"
             f" {len(a_DD)} numbers with ridge.penalty={ridge.penalty:g}; raise that, or give more"
             " text"
         )
+    rows_ED = rows_DE.T
     length_E = np.linalg.norm(rows_ED, axis=1)
     if not length_E.all():
         raise UserError(
@@ -71,6 +67,18 @@ def solve(layer: Moments, ridge: RidgeConfig) -> np.ndarray:
             " that expert other text"
         )
     return rows_ED / (length_E * ridge.temperature)[:, None]
+
+
+def solve_positive(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    """a^-1 b of a symmetric a; None where a is not positive definite beyond what float64 tells."""
+    try:
+        least = np.linalg.cholesky(a).diagonal().min() ** 2
+    except np.linalg.LinAlgError:
+        return None
+    if least <= len(a) * np.finfo(np.float64).eps * a.diagonal().max():
+        return None
+    result = np.linalg.solve(a, b)
+    return result if np.isfinite(result).all() else None
 
 
 def own_share(states: Iterable[np.ndarray], rows_ED: np.ndarray, expert: int) -> float:

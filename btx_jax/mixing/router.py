@@ -19,3 +19,16 @@ def normal_routers(
         * jax.random.normal(jax.random.fold_in(key, i), (layers, d_model, experts), jnp.float32)
         for i, (name, layers, experts) in enumerate(runs)
     }
+
+
+def uniform_routers(
+    key: jax.Array, runs: Sequence[tuple[str, int, int]], d_model: int, std: float = 0.02
+) -> dict[str, jax.Array]:
+    """The same, uniform around zero with this standard deviation."""
+    most = std * 3**0.5
+    return {
+        name: jax.random.uniform(
+            jax.random.fold_in(key, i), (layers, d_model, experts), jnp.float32, -most, most
+        )
+        for i, (name, layers, experts) in enumerate(runs)
+    }

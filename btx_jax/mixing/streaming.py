@@ -140,14 +140,16 @@ def _changed(
 def _averaged(mixture: Mixture, tensor: TensorId) -> np.ndarray:
     base, dtype = mixture.base, mixture.dtype
     arrays = [mixture.readers[number].read(tensor) for number in mixture.averaged()]
-    if len(arrays) == 1 and arrays[0].shape == base.slots[tensor].shape:
-        return cast(tensor, arrays[0], dtype)
     merge = MERGES[mixture.recipe.merge]
+    same_shape = arrays[0].shape == base.slots[tensor].shape
+    if len(arrays) == 1 and same_shape and not merge.reads_base:
+        return cast(tensor, arrays[0], dtype)
+    options = {key: getattr(mixture.recipe, key) for key in merge.options}
     whole = base.read(tensor) if merge.reads_base else None
 
     def merged(rows: slice, parts: Sequence[np.ndarray]) -> np.ndarray:
         own = None if whole is None else whole[rows]
-        return merge.make(own, parts, dtype, mixture.recipe.density, _rng(mixture.recipe, tensor))
+        return merge.make(own, parts, dtype, _rng(mixture.recipe, tensor), **options)
 
     with np.errstate(over="ignore", invalid="ignore"):
         blocks = [merged(rows, parts) for rows, parts in by_rows(mixture, arrays, tensor)]

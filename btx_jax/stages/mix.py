@@ -44,10 +44,11 @@ from btx_jax.data.tokenizers import (
 )
 from btx_jax.errors import ConfigError, Mistakes
 from btx_jax.mixing.closed_form import Hashed, mixture_layers, solve_routers
+from btx_jax.mixing.drop_upcycling import redrawn
 from btx_jax.mixing.limits import limits, within
 from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_params, restack
-from btx_jax.mixing.router import normal_routers
+from btx_jax.mixing.router import normal_routers, uniform_routers
 from btx_jax.mixing.split import expert_models
 from btx_jax.mixing.text import Rows, prepared_rows
 from btx_jax.models.llama import Params, abstract_params
@@ -106,13 +107,17 @@ def run(config: Config, workdir: Path) -> None:
             models = expert_models(models, mix.method, mix.chunks)
         runs = model.runs()
         moe_runs = [(name, length, spec.experts) for name, length, spec in runs if spec.experts]
-        routers = normal_routers(key, moe_runs, model.d_model, mix.router_std)
+        random_routers = uniform_routers if mix.router == "uniform" else normal_routers
+        routers = random_routers(key, moe_runs, model.d_model, mix.router_std)
         lengths = [length for _, length, _ in runs]
-        return mix_params(
+        mixture = mix_params(
             [restack(params, lengths) for params in models],
             routers,
             None if shared is None else restack(shared, lengths),
         )
+        if not mix.reinit:
+            return mixture
+        return redrawn(mixture, jax.random.fold_in(key, len(runs)), mix.reinit)
 
     into = "their mean"
     if model.moe:

@@ -27,7 +27,7 @@ from btx_jax.commands import mix as mix_recipe
 from btx_jax.config.config import CheckpointConfig, ComputeConfig
 from btx_jax.config.model_config import MoEConfig
 from btx_jax.errors import UserError
-from btx_jax.mixing.merge import ulp
+from btx_jax.mixing.merge import MERGES, ulp
 from btx_jax.mixing.mix import mix_params
 from btx_jax.mixing.recipe_file import expert_sources
 from btx_jax.mixing.states import layer_states
@@ -112,6 +112,39 @@ def test_a_repeated_source_counts_once_in_the_mean(tmp_path):
     name = TensorId("attention/query", 0)
     expected = (sources()["a"].read(name).astype(np.float64) + sources()["b"].read(name)) / 2
     np.testing.assert_allclose(mixed.read(name), expected, atol=2e-7, rtol=0)
+
+
+def float64(name, tensor):
+    return sources()[name].read(tensor).astype(np.float64)
+
+
+def test_task_arithmetic_and_slerp_reach_every_tensor_that_is_merged(tmp_path):
+    pair = [{"source_model": "a"}, {"source_model": "b"}]
+    average = {"base": "average", "gate_mode": "normal", "experts": pair}
+    added = mix(tmp_path, "added", **average, merge="task_arithmetic", scale=0.4)
+    arc = mix(tmp_path, "arc", **average, merge="slerp", t=0.25)
+    for tensor in sources()["base"].slots:
+        if tensor.part.startswith("ffn/"):
+            continue
+        base, a, b = (float64(name, tensor) for name in ("base", "a", "b"))
+        np.testing.assert_allclose(
+            added.read(tensor), base + 0.4 * (a + b - 2 * base), rtol=1e-6, atol=1e-9
+        )
+        cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+        angle = np.arccos(min(cosine, 1.0))
+        weights = np.array([0.75, 0.25])
+        if cosine <= 0.9995:
+            weights = np.sin(weights * angle) / np.sin(angle)
+        expected = weights[0] * a + weights[1] * b
+        np.testing.assert_allclose(arc.read(tensor), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_changes_of_one_model_are_merged_into_base_model_too(tmp_path):
+    tensor = TensorId("attention/query", 0)
+    one = {"experts": [{"source_model": "a"}] * 2, "base": "average", "gate_mode": "normal"}
+    half = mix(tmp_path, **one, merge="task_arithmetic", scale=0.5)
+    expected = (float64("base", tensor) + float64("a", tensor)) / 2
+    np.testing.assert_allclose(half.read(tensor), expected, rtol=1e-6, atol=1e-9)
 
 
 def run_logits(path):
@@ -385,7 +418,7 @@ def test_sources_as_mergekit_names_them_are_told_what_to_do_all_at_once(tmp_path
     mix(tmp_path, experts=[{"source_model": str(tmp_path / "a+b@c")}] * 2, gate_mode="random")
 
 
-@pytest.mark.parametrize("merge", ["mean", "ties", "dare"])
+@pytest.mark.parametrize("merge", [name for name in MERGES if MERGES[name].models is None])
 def test_rows_of_a_vocabulary_are_averaged_over_the_models_that_have_them(tmp_path, merge, capsys):
     sizes = {"a": 261, "b": 257, "c": 259}  # base_model: 259
     for name, rows in sizes.items():
@@ -396,13 +429,14 @@ def test_rows_of_a_vocabulary_are_averaged_over_the_models_that_have_them(tmp_pa
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
             held[key] = np.resize(held[key], (rows, held[key].shape[1]))
         save_file(held, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    changes = {} if merge == "mean" else {"merge": merge, "density": 0.9}
+    changes = {"density": 0.9} if "density" in MERGES[merge].options else {}
     made = mix(
         tmp_path,
         experts=[{"source_model": str(tmp_path / name)} for name in sizes],
         base="average",
         gate_mode="normal",
         allow=["vocab_size", "tokenizer"],
+        merge=merge,
         **changes,
     )
     assert made.model.vocab_size == 259

@@ -65,7 +65,7 @@ ZERO = {
     "by what it starts from": ("learning_rate",),
     "weights": ("weight_decay", "balance_weight", "z_loss_weight"),
     "others": ("final_lr_fraction", "beta1", "beta2", "norm_eps", "experts", "penalty"),
-    "none": ("window", "shared_d_ff"),
+    "none": ("window", "shared_d_ff", "reinit"),
     "that of a dense layer": ("moe.d_ff",),
 }
 POSSIBLE = {

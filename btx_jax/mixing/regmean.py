@@ -1,0 +1,56 @@
+"""What models share, merged in closed form (RegMean, arXiv 2212.09849). Pure numpy.
+
+Of a linear layer: the one that answers on every model's inputs as nearly as that model did, by
+least squares. Of an embedding, whose inputs are one-hot, that is a mean of rows by token counts.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from btx_jax.errors import UserError
+from btx_jax.mixing.ridge import solve_positive
+
+ALPHA = 0.9  # the paper's
+
+
+def regmean(
+    weights: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: float = ALPHA
+) -> np.ndarray:
+    """[in, out], float64: (sum of G')^-1 (sum of G' W), with G' = alpha G + (1 - alpha) diag(G).
+
+    weights: W of each model, [in, out]. grams: G of each, the sum of x x^T over its layer's inputs,
+    [in, in]; scaled all alike they give the same. Models that are equal give that model. Raises
+    UserError where the inputs do not determine the layer.
+    """
+    wide = [weight.astype(np.float64) for weight in weights]
+    mean = np.mean(wide, axis=0)
+    left, right = np.zeros((len(mean), len(mean))), np.zeros(mean.shape)
+    for weight, gram in zip(wide, grams, strict=True):
+        shrunk = alpha * gram
+        np.fill_diagonal(shrunk, gram.diagonal())
+        left += shrunk
+        right += shrunk @ (weight - mean)  # nothing is added to the mean of equal models
+    added = solve_positive(left, right)
+    if added is None:
+        raise UserError(
+            f"inputs of {len(mean)} numbers do not determine with alpha={alpha:g} how the layer is"
+            " merged; lower alpha, or give more text"
+        )
+    return mean + added
+
+
+def weighted_rows(tables: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> np.ndarray:
+    """[tokens, D], float64: each row the mean of the models' rows, weighted by how often each
+    model's text holds the token; unweighted where none does.
+
+    tables: the embedding of each model, [tokens, D]. counts: of each, [tokens].
+    """
+    count_NV = np.stack(counts).astype(np.float64)
+    count_NV[:, count_NV.sum(0) == 0] = 1
+    share_NV = count_NV / count_NV.sum(0)
+    rows = tables[0].astype(np.float64)
+    return rows + sum(
+        share_V[:, None] * (table - rows)
+        for share_V, table in zip(share_NV[1:], tables[1:], strict=True)
+    )
