@@ -81,18 +81,19 @@ def main() -> None:
     args = parser.parse_args()
     model = model_of(args.megabytes)
     params = init_params(model, jax.random.key(0))
+    metadata = training_state.CheckpointMetadata(model, 1, {})
     tensors = {name: np.asarray(leaf) for name, leaf in training_state.named_leaves(params).items()}
     announced = {name: (leaf.shape, leaf.dtype) for name, leaf in tensors.items()}
     folder = Path(tempfile.mkdtemp(prefix="btx_jax-checksums-"))
 
     def save() -> None:
         checkpoints = training_state.Checkpoints(folder / "run", CheckpointConfig())
-        checkpoints.save(training_state.CheckpointMetadata(model, 1, {}), params)
+        checkpoints.save(metadata, params)
         checkpoints.close()
 
     def load() -> None:
         step = folder / "run" / "checkpoints" / "1"
-        jax.block_until_ready(training_state.restore_params(step, model, params))
+        jax.block_until_ready(training_state.restore_params(step, metadata, params))
 
     def write() -> None:
         writer = safetensors_files.ShardWriter(folder, announced)

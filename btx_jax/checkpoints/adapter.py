@@ -29,11 +29,11 @@ from btx_jax.checkpoints.training_state import (
     CheckpointMetadata,
     metadata_from_json,
     metadata_to_json,
-    stored,
 )
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
 from btx_jax.models.llama import abstract_params
+from btx_jax.models.lora import is_adapter, partition
 
 TENSORS, ABOUT = "adapter.safetensors", "adapter.json"
 
@@ -99,7 +99,7 @@ def from_tensors(
 ) -> dict[str, Any]:
     """The adapter's tree, numpy float32. Raises UserError listing every tensor that is missing,
     unknown, misshapen or not finite."""
-    shapes = stored(nn.unbox(abstract_params(model)), model)
+    shapes = partition(nn.unbox(abstract_params(model)), is_adapter)[0]
     tree: dict[str, Any] = {}
     problems, known = [], set()
     for name, path, offset in places(model):

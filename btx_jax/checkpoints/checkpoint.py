@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from btx_jax import buckets, hub
 from btx_jax.architectures.layout import rows
-from btx_jax.architectures.tensors import Reader, TensorId, slots
+from btx_jax.architectures.tensors import Reader, Slot, TensorId, slots
 from btx_jax.architectures.values import cast, is_finite
 from btx_jax.checkpoints import adapter, safetensors_files
+from btx_jax.checkpoints.base import base_digest, require_digest, tensor_digest
+from btx_jax.checkpoints.branch import BranchReader
 from btx_jax.checkpoints.checksums import check_sums, read_sums, write_sums
 from btx_jax.checkpoints.huggingface import (
     HuggingFaceReader,
@@ -54,9 +57,9 @@ from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.hub_names import PROTOCOL, may_be_named, origin, title
-from btx_jax.models.leaves import stays_float32
+from btx_jax.models.leaves import is_feed_forward, stays_float32
 from btx_jax.models.llama import Params, abstract_params
-from btx_jax.models.lora import is_adapter, join, partition
+from btx_jax.models.lora import join, partition
 from btx_jax.output import new_directory
 from btx_jax.parallel.sharding import param_shardings
 from btx_jax.paths import refuse_links_out, to_path
@@ -214,16 +217,20 @@ def _history(directory: Path) -> History:
 def open_reader(checkpoint: Checkpoint) -> Reader:
     """Raises UserError listing everything that is wrong with the checkpoint, short of its values;
     and for LoRA experts, which have no tensors of a whole model."""
-    if checkpoint.metadata.base:
+    metadata = checkpoint.metadata
+    if metadata.model.lora:
         raise UserError(
             f"{checkpoint.path} holds LoRA experts, no whole model; merge them first: python -m"
             " btx_jax adapter merge"
         )
-    return (
-        HuggingFaceReader(checkpoint.path, checkpoint.metadata.model)
-        if checkpoint.is_huggingface
-        else StepReader(checkpoint.path)
-    )
+    if checkpoint.is_huggingface:
+        return HuggingFaceReader(checkpoint.path, metadata.model)
+    reader = StepReader(checkpoint.path)
+    if metadata.base is None:
+        return reader
+    under = _find_base(metadata.base, metadata.model, checkpoint.path)
+    base = Base(str(under.path), metadata.base.digest)
+    return BranchReader(reader, open_reader(under), base, checkpoint.path)
 
 
 def reads_by_leaf(readers: Iterable[Reader]) -> bool:
@@ -243,18 +250,26 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), expected
         )
-    if checkpoint.metadata.base:
-        base, _ = load_base(
-            checkpoint.metadata.base,
-            checkpoint.metadata.model,
-            partition(abstract, is_adapter)[1],
-            checkpoint.path,
-        )
-        return join(load_adapter(checkpoint, abstract), base)
+    metadata = checkpoint.metadata
+    if metadata.base:
+        under = partition(abstract, metadata.holds)[1]
+        base, _ = load_base(metadata.base, metadata.model, under, checkpoint.path)
+        return join(_load_stored(checkpoint, abstract), base)
     if not checkpoint.is_huggingface:
-        return restore_params(checkpoint.path, checkpoint.metadata.model, abstract)
-    reader = HuggingFaceReader(checkpoint.path, checkpoint.metadata.model)
-    return assemble(reader, abstract, reader.slots)
+        return restore_params(checkpoint.path, metadata, abstract)
+    return load_part(checkpoint, abstract)
+
+
+def load_part(checkpoint: Checkpoint, abstract: Any) -> Params:
+    """Those parameters of a whole model that `abstract` names, onto its shardings."""
+    reader = open_reader(checkpoint)
+    return assemble(reader, abstract, _slots_of(abstract, checkpoint.metadata.model))
+
+
+def _slots_of(abstract: Any, model: ModelConfig) -> dict[TensorId, Slot]:
+    """The tensors that these parameters are made of."""
+    paths = flatten_dict(abstract).keys()
+    return {tensor: slot for tensor, slot in slots(model).items() if slot.path in paths}
 
 
 def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params:
@@ -273,16 +288,16 @@ def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params
     )
 
 
-def load_adapter(checkpoint: Checkpoint, abstract: Any) -> Params:
-    """The LoRA experts of a checkpoint alone, onto the shardings of `abstract`."""
-    model = checkpoint.metadata.model
+def _load_stored(checkpoint: Checkpoint, abstract: Any) -> Params:
+    """What a checkpoint holds itself, without its base, onto the shardings of `abstract`."""
+    metadata = checkpoint.metadata
     if not checkpoint.is_adapter_directory:
-        return restore_params(checkpoint.path, model, abstract)
-    tree = adapter.read_directory(checkpoint.path, model)
+        return restore_params(checkpoint.path, metadata, abstract)
+    tree = adapter.read_directory(checkpoint.path, metadata.model)
     return jax.tree.map(
         lambda x, a: jax.make_array_from_callback(a.shape, a.sharding, lambda i: x[i]),
         tree,
-        stored(abstract, model),
+        stored(abstract, metadata),
     )
 
 
@@ -294,59 +309,92 @@ def adapter_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
     )
-    return adapter.to_tensors(model, load_adapter(checkpoint, abstract))
+    return adapter.to_tensors(model, _load_stored(checkpoint, abstract))
 
 
 def load_base(
     base: Base, model: ModelConfig, abstract: Any, whose: Path | str
 ) -> tuple[Params, Base]:
-    """The model under LoRA experts onto the shardings and into the dtypes of `abstract`, in the
-    runs of `model`; and base with its digest.
+    """What `abstract` names of the model under LoRA experts, or under a branch, onto its shardings
+    and into its dtypes, in the runs of `model`; and base with its digest.
 
-    digest: sha256 over the lines `NAME SHA256`, sorted, of every tensor's name (TensorId's) and
-    values in Hugging Face's layout, as little-endian float32: the same for a Hugging Face directory
-    and for its conversion.
+    digest: sha256 over the lines `NAME SHA256`, sorted, of the name (TensorId's) of every tensor
+    that is taken, and its values in Hugging Face's layout, as little-endian float32: the same for a
+    Hugging Face directory and for its conversion.
 
     Raises UserError when there is no such checkpoint, it is another model, or base.digest is set
     and not that of its values.
     """
-    if not to_path(base.path, "base").exists() and not origin(base.path):
-        raise UserError(
-            f"{whose}: its base {base.path} is gone; put it there again, or export the adapter and"
-            f" write the new place into base.path of its {adapter.ABOUT} (the digest is checked)"
-        )
-    found = find_checkpoint(base.path, f"{whose}: its base")
-    reader = open_reader(found)
+    found = _find_base(base, model, whose)
+    hashes: dict[TensorId, str] = {}
+    params = assemble(open_reader(found), abstract, _slots_of(abstract, model), hashes)
+    held = Base(str(found.path), base_digest(hashes))
+    if base.digest:
+        require_digest(held, base.digest, whose)
+    return params, held
+
+
+def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
+    """At base.path, or where that is now if both were moved together. Raises UserError when there
+    is no such checkpoint, or it is another model."""
+    path = base.path
+    if not to_path(path, "base").exists() and not origin(path):
+        path = _moved(path, to_path(str(whose), "base"))
+    if not path:
+        cure = "put it there again, or to where it was beside this run"
+        if model.lora:
+            cure = (
+                "put it there again, or export the adapter and write the new place into base.path"
+                f" of its {adapter.ABOUT}"
+            )
+        raise UserError(f"{whose}: its base {base.path} is gone; {cure} (the digest is checked)")
+    found = find_checkpoint(path, f"{whose}: its base")
     if changed := differences(to_dict(model.base()), to_dict(found.metadata.model)):
         raise UserError(
             f"{whose}: its base {base.path} is another model: {'; '.join(map(str, changed))}"
         )
-    hashes: dict[TensorId, str] = {}
-    params = assemble(reader, abstract, slots(model), hashes)
-    digest = base_digest(hashes)
-    if base.digest and base.digest != digest:
-        raise UserError(
-            f"{whose}: was trained on a base with digest {base.digest[:16]}..., but {base.path} has"
-            f" {digest[:16]}...: other weights; put the right base there"
-        )
-    return params, Base(str(found.path), digest)
+    return found
 
 
-def base_digest(hashes: Mapping[TensorId, str]) -> str:
-    """That of `load_base`. hashes: sha256 of each tensor's values."""
-    lines = sorted(f"{tensor} {sha256}\n" for tensor, sha256 in hashes.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def _moved(path: str, whose: Path) -> str:
+    """The end of a path, found under one of the directories around what names it: the nearest of
+    these, and the longest such end; "" if there is none. A step is known with its run alone."""
+    parts = to_path(path, "base").parts
+    least = 3 if parts[-2:-1] == (DIRECTORY,) else 1
+    ends = [parts[start:] for start in range(1, len(parts) - least + 1)]
+    places = (around.joinpath(*end) for around in whose.parents for end in ends)
+    return next((str(place) for place in places if place.exists()), "")
 
 
 def base_of(checkpoint: Checkpoint) -> Base:
     """A whole model as the base of LoRA experts, one tensor in memory at a time."""
+    return Base(str(checkpoint.path), _digest_of(checkpoint, lambda path: True))
+
+
+def off_base(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Of models with branches of a base among them, those that have not what the first such branch
+    keeps of its base: they do not mix exactly with it."""
+    digests = [c.metadata.base.digest for c in checkpoints if c.metadata.base]
+    if not digests:
+        return []
+
+    def digest_of(checkpoint: Checkpoint) -> str:
+        base = checkpoint.metadata.base
+        return base.digest if base else _digest_of(checkpoint, lambda p: not is_feed_forward(p))
+
+    return [checkpoint for checkpoint in checkpoints if digest_of(checkpoint) != digests[0]]
+
+
+def _digest_of(checkpoint: Checkpoint, wanted: Callable[[tuple[str, ...]], bool]) -> str:
+    """That of `load_base`, over the tensors of the leaves that are wanted."""
     reader = open_reader(checkpoint)
+    tensors = [tensor for tensor, slot in reader.slots.items() if wanted(slot.path)]
     hashes = {
-        tensor: hashlib.sha256(np.ascontiguousarray(reader.read(tensor), "<f4").data).hexdigest()
-        for tensor in bar(reader.slots, desc="digest of the base", unit="tensor", leave=False)
+        tensor: tensor_digest(reader.read(tensor))
+        for tensor in bar(tensors, desc="digest of the base", unit="tensor", leave=False)
     }
     reader.check()
-    return Base(str(checkpoint.path), base_digest(hashes))
+    return base_digest(hashes)
 
 
 def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:

@@ -78,7 +78,7 @@ def _exists(path: str, key: str) -> bool:
 
 def _with_lora(model: str, lora: str, key: str) -> Source:
     found = find_checkpoint(model, key)
-    if found.metadata.base:
+    if found.metadata.model.lora:
         raise UserError(f"{key}: {model} holds LoRA experts; name the model under them")
     directory = hub.resolve(lora, key).resolve()
     if (directory / peft_config.CONFIG).is_file():
@@ -91,7 +91,7 @@ def _with_lora(model: str, lora: str, key: str) -> Source:
         history = elsewhere(directory)
     else:
         trained = find_checkpoint(lora, key)
-        if trained.metadata.base is None:
+        if trained.metadata.base is None or trained.metadata.model.lora is None:
             raise UserError(f"{key}: {lora} holds no LoRA; name a directory of peft or an adapter")
         if trained.metadata.model.base() != found.metadata.model:
             raise UserError(f"{key}: {lora} was trained on another model than {model}")

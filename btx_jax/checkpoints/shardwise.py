@@ -1,7 +1,6 @@
 """A reader's tensors -> parameters spread over devices: each process reads what its own devices
 hold, and no other has to."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from btx_jax.architectures.tensors import Range, Reader, Region, Slot, TensorId
+from btx_jax.checkpoints.base import tensor_digest
 from btx_jax.models.llama import Params
 from btx_jax.parallel.hosts import by_all, is_first
 from btx_jax.progress import bar
@@ -61,8 +61,7 @@ def assemble(
                 whole = None
                 if tensor in mine:
                     whole = reader.read(tensor)
-                    data = np.ascontiguousarray(whole, "<f4").data
-                    own[tensor] = hashlib.sha256(data).hexdigest()
+                    own[tensor] = tensor_digest(whole)
                 _fill(parts, reader, tensor, slots[tensor], whole)
                 progress.update()
             return jax.make_array_from_callback(

@@ -40,6 +40,7 @@ from btx_jax.config.config import CheckpointConfig
 from btx_jax.config.config_dict import from_dict, to_dict
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
+from btx_jax.models.leaves import is_feed_forward
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import is_adapter, partition
 from btx_jax.output import remove
@@ -96,7 +97,7 @@ def trained_on(history: History) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model under LoRA experts: where it was found, and sha256 over its values
+    """What a checkpoint leaves out: where it was found, and sha256 over its values
     (`checkpoint.load_base`)."""
 
     path: str
@@ -106,8 +107,9 @@ class Base:
 @dataclasses.dataclass(frozen=True)
 class CheckpointMetadata:
     """history: run id -> every training run behind these parameters, each once, and the models made
-    elsewhere that they come from. step: of the last of them. base: of LoRA experts; then the
-    checkpoint holds these alone. huggingface: what
+    elsewhere that they come from. step: of the last of them. base: the model under LoRA experts,
+    or the one whose attention, norms and embeddings a branch has kept; then the checkpoint holds
+    the LoRA experts, or the branch's feed-forwards, alone. huggingface: what
     config.json and generation_config.json of the model that this came from say beyond ModelConfig,
     as {"config": {...}, "generation_config": {...}}; {} for a model that was born here."""
 
@@ -116,6 +118,12 @@ class CheckpointMetadata:
     history: History
     base: Base | None = None
     huggingface: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def holds(self, path: Sequence[str]) -> bool:
+        """Whether a checkpoint of it holds the parameter of this path itself, and not its base."""
+        if self.model.lora:
+            return is_adapter(path)
+        return self.base is None or is_feed_forward(path)
 
     def costs(self, without: History | None = None) -> dict[str, Any]:
         """Of all runs but `without`. unknown: what was made elsewhere; then the numbers are those
@@ -180,9 +188,9 @@ def history_from_json(values: Mapping[str, Any], path: Path) -> History:
     }
 
 
-def stored(params: Any, model: ModelConfig) -> Any:
-    """What a checkpoint holds of these parameters: all, or the LoRA experts alone."""
-    return partition(params, is_adapter)[0] if model.lora else params
+def stored(params: Any, metadata: CheckpointMetadata) -> Any:
+    """What a checkpoint holds of these parameters."""
+    return partition(params, metadata.holds)[0]
 
 
 def quiet() -> None:
@@ -246,15 +254,15 @@ def _leading_axes(model: ModelConfig) -> dict[str, int]:
     return axes
 
 
-def _save_params(params: Params, model: ModelConfig) -> ocp.args.PyTreeSave:
+def _save_params(params: Params, metadata: CheckpointMetadata) -> ocp.args.PyTreeSave:
     """In chunks of one layer and expert: what streaming reads at a time."""
-    axes = _leading_axes(model)
+    axes = _leading_axes(metadata.model)
 
     def chunks(path: Any, _: Any) -> ocp.SaveArgs:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return ocp.SaveArgs(shard_axes=tuple(range(axes.get(name, 0))))
 
-    held = stored(params, model)
+    held = stored(params, metadata)
     return ocp.args.PyTreeSave(held, save_args=jax.tree_util.tree_map_with_path(chunks, held))
 
 
@@ -323,7 +331,7 @@ class Checkpoints:
         """Start saving about.step. Arrays may be donated afterwards: they are copied to the host
         first."""
         items = {
-            "params": _save_params(params, metadata.model),
+            "params": _save_params(params, metadata),
             "about": ocp.args.JsonSave(sealed(metadata_to_json(metadata))),
         }
         if opt_state is not None:
@@ -498,15 +506,15 @@ def _restore_item(path: Path, item: str, abstract: Any) -> Any:
         raise _unreadable(path, item, error) from error
 
 
-def restore_params(path: Path, model: ModelConfig, abstract: Any) -> Params:
+def restore_params(path: Path, metadata: CheckpointMetadata, abstract: Any) -> Params:
     """What a step holds of the parameters (`stored`), onto the shardings and into the dtypes of
     `abstract`.
 
     Raises UserError listing every leaf that is unknown, missing or misshapen against the model, or
     holds NaN or infinity.
     """
-    _check_stored(path, model)
-    params = _restore_item(path, "params", stored(abstract, model))
+    _check_stored(path, metadata)
+    params = _restore_item(path, "params", stored(abstract, metadata))
     _check_finite(params, path)
     return params
 
@@ -556,8 +564,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     }
 
 
-def _check_stored(path: Path, model: ModelConfig) -> None:
-    expected = stored(nn.unbox(abstract_params(model)), model)
+def _check_stored(path: Path, metadata: CheckpointMetadata) -> None:
+    expected = stored(nn.unbox(abstract_params(metadata.model)), metadata)
     want, have = (
         {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
         for tree in (expected, _item_metadata(path, "params"))
@@ -594,7 +602,7 @@ def _array_spec(item: Path, name: str) -> dict[str, Any]:
 
 
 class StepReader:
-    """Reads a step's parameters one tensor at a time.
+    """Reads a step's parameters one tensor at a time. slots: of what the step holds.
 
     by_leaf: its chunks span layers or experts, as earlier versions wrote them: a whole leaf is held
     then, and read once if its tensors are asked for one behind the other.
@@ -602,9 +610,11 @@ class StepReader:
 
     def __init__(self, path: Path):
         self._path = path
-        self.model = read_metadata(path).model
-        _check_stored(path, self.model)
-        self.slots = slots(self.model)
+        metadata = read_metadata(path)
+        self.model = metadata.model
+        _check_stored(path, metadata)
+        held = slots(self.model).items()
+        self.slots = {tensor: slot for tensor, slot in held if metadata.holds(slot.path)}
         axes = {slot.path: len(slot.indices) for slot in self.slots.values()}
         self._stores = {leaf: _open(path, "params", "/".join(leaf)) for leaf in axes}
         self.dtypes = {
@@ -698,7 +708,7 @@ def verify_item(path: Path, item: str) -> str:
                 problems.append(f"NaN or infinity in {name}")
     raise_problems(path / item, list(dict.fromkeys(problems)))
     if item == "params":
-        _check_stored(path, read_metadata(path).model)
+        _check_stored(path, read_metadata(path))
     else:
         _opt_state_leaves(path)
     zarr3 = _array_spec(path / item, "")["driver"] == "zarr3"

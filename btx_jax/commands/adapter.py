@@ -1,17 +1,15 @@
 """Adapter: LoRA experts to and from files, and into the weights they stand beside."""
 
-import hashlib
-
 import numpy as np
 
 from btx_jax import __version__
 from btx_jax.architectures.tensors import TensorId
 from btx_jax.checkpoints import adapter, peft, peft_export
+from btx_jax.checkpoints.base import base_digest, tensor_digest
 from btx_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
     adapter_tensors,
-    base_digest,
     base_of,
     find_checkpoint,
     find_own_tokenizer,
@@ -35,7 +33,7 @@ FORMATS = ("btx_jax", "peft")
 def find_adapter(path: str, key: str) -> Checkpoint:
     """Raises UserError when what is there holds no LoRA experts."""
     found = find_checkpoint(path, key)
-    if not found.metadata.base:
+    if not found.metadata.model.lora:
         raise UserError(f"{key}: {found.path} holds a whole model and no LoRA experts")
     return found
 
@@ -62,7 +60,7 @@ def import_peft(source: str, base: str, target: str) -> str:
     """A LoRA saved by peft, for the model at `base` -> an adapter directory of ours."""
     check_free(to_path(target, "DST"))
     under = find_checkpoint(base, "BASE")
-    if under.metadata.base:
+    if under.metadata.model.lora:
         raise UserError(f"BASE: {under.path} holds LoRA experts; name the model under them")
     directory = resolve(source, "PEFT_DIR")
     origin = under.metadata.huggingface.get("model_type", "")
@@ -112,7 +110,7 @@ def merge(
 
     def make_tensor(tensor: TensorId) -> np.ndarray:
         array = reader.read(tensor)
-        hashes[tensor] = hashlib.sha256(np.ascontiguousarray(array, "<f4").data).hexdigest()
+        hashes[tensor] = tensor_digest(array)
         return (
             (array.astype(np.float32) + deltas[tensor]).astype(array.dtype)
             if tensor in deltas

@@ -13,10 +13,11 @@ import numpy as np
 from btx_jax import __version__, hub, hub_names
 from btx_jax.architectures.tensors import Reader, TensorId, slots
 from btx_jax.architectures.values import cast
+from btx_jax.checkpoints.base import base_digest
 from btx_jax.checkpoints.checkpoint import (
-    base_digest,
     find_checkpoint,
     find_own_tokenizer,
+    off_base,
     open_reader,
     write_checkpoint,
 )
@@ -131,6 +132,8 @@ def add(
             else:
                 rows = solver.with_statistics(source, statistics, file)
             told = "all router rows were solved again"
+        if off_base([extra, found]):
+            told += "; it was trained on another base than the mixture's"
 
         def make_tensor(tensor: TensorId) -> np.ndarray:
             if not tensor.is_router:

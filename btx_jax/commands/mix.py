@@ -14,12 +14,13 @@ from rich.text import Text
 
 from btx_jax.architectures.registry import family_for
 from btx_jax.architectures.tensors import Reader, slots
+from btx_jax.checkpoints.base import base_digest
 from btx_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
-    base_digest,
     find_checkpoint,
     find_own_tokenizer,
+    off_base,
     open_reader,
     reads_by_leaf,
     write_checkpoint,
@@ -91,6 +92,9 @@ def run(
     console = Console()
     console.print(plan(recipe, model, dtype, family if as_huggingface else None))
     _warn_of_vocabularies(sources, console)
+    for other in off_base(sources.checkpoints):
+        told = f"{other.path} is on another base than the branches: they do not mix exactly"
+        console.print(Text("warning:", "yellow"), told)
     prompts = read_prompts(recipe, sources.tokenizer, model)
     texts = expert_texts(recipe, sources.tokenizer, model) if recipe.gate_mode == RIDGE else []
     if dry_run:

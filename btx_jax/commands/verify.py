@@ -9,12 +9,21 @@ from typing import NamedTuple
 from btx_jax import buckets, hub, hub_names
 from btx_jax.architectures.values import is_finite
 from btx_jax.checkpoints import adapter, peft_config
+from btx_jax.checkpoints.checkpoint import find_checkpoint, open_reader
 from btx_jax.checkpoints.checksums import SUMS, check_sums, file_sha256, read_sums
 from btx_jax.checkpoints.huggingface import HuggingFaceReader, is_huggingface
 from btx_jax.checkpoints.router_statistics import FILE as STATISTICS
 from btx_jax.checkpoints.router_statistics import RouterStatistics
 from btx_jax.checkpoints.safetensors_files import DTYPES, SafetensorsFile, read_checksums
-from btx_jax.checkpoints.training_state import DIRECTORY, items_of, quiet, steps_of, verify_item
+from btx_jax.checkpoints.training_state import (
+    DIRECTORY,
+    Base,
+    items_of,
+    quiet,
+    read_metadata,
+    steps_of,
+    verify_item,
+)
 from btx_jax.errors import UserError
 from btx_jax.progress import bar
 from btx_jax.reporting.metrics import FILE as METRICS
@@ -102,6 +111,18 @@ def _is_training(directory: Path) -> bool:
 def _step(path: Path, name: str) -> Iterator[Finding]:
     for item in items_of(path):
         yield _check(f"{name}, {item}", lambda item=item: verify_item(path, item))  # type: ignore[misc]
+    try:
+        metadata = read_metadata(path)
+    except UserError:  # told above
+        return
+    if (base := metadata.base) and not metadata.model.lora:
+        yield _check(f"{name}, base", lambda: _base(path, base))
+
+
+def _base(path: Path, base: Base) -> str:
+    """Of a branch."""
+    open_reader(find_checkpoint(path, "PATH")).check()
+    return f"digest of {base.path}"
 
 
 def _metrics(directory: Path) -> str:

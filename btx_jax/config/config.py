@@ -35,7 +35,7 @@ DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
-FROZEN = ("", "experts", "all_but_routers", "base")
+FROZEN = ("", "experts", "all_but_routers", "base", "shared")
 ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
 BEST = r"|heldout|heldout/.+/(nats_per_token|bits_per_byte)|tasks/[^/]+/[^/]+"
@@ -108,8 +108,10 @@ class TrainConfig(Section):
         model as it is before the first step, every eval_tasks_every steps (0: not in between) and
         after the last. eval_tasks_limit: the first items of each only, 0 for all.
     frozen: what is not trained and has no optimizer state: nothing (""), the experts'
-        feed-forwards, all but the routers, or the base under LoRA experts. frozen_dtype: what is
-        frozen is kept in it.
+        feed-forwards, all but the routers, the base under LoRA experts, or `shared`: of a dense
+        model all but its feed-forwards, so that branches of one checkpoint mix exactly, with
+        nothing to average. With `base` and `shared` checkpoints hold what is trained alone, and
+        name what is under it. frozen_dtype: what is frozen is kept in it.
     """
 
     steps: Count

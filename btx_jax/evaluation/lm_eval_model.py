@@ -452,7 +452,7 @@ class BtxJaxLM(TemplateLM):
 
 def _stored_dtype(found: Checkpoint) -> str:
     """bfloat16 where most tensors are stored so, else float32, which holds float16 exactly."""
-    if found.metadata.base:
+    if found.metadata.model.lora:
         return "float32"
     ((commonest, _),) = collections.Counter(open_reader(found).dtypes.values()).most_common(1)
     return "bfloat16" if commonest.name == "bfloat16" else "float32"

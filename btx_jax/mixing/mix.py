@@ -6,6 +6,7 @@ averaged. Both functions run under jit with out_shardings; `mix_leaf` is the sam
 for models larger than memory.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,8 +44,9 @@ def mix_leaf(path: Sequence[str], leaves: Sequence[jax.Array], is_moe: bool = Tr
     """One leaf of the mixture from the same leaf of N models.
 
     A feed-forward leaf [L, ...] of an MoE run becomes [L, N, ...]; every other one is the mean,
-    taken in float32 and cast back. Raises ValueError, naming the leaf, when shapes or dtypes
-    differ.
+    taken in float32 and cast back. Numbers that are the same in all models keep their bits, which
+    a sum divided by their count would not always give back. Raises ValueError, naming the leaf,
+    when shapes or dtypes differ.
     """
     kinds = {(leaf.shape, str(leaf.dtype)) for leaf in leaves}
     if len(kinds) > 1:
@@ -54,7 +56,9 @@ def mix_leaf(path: Sequence[str], leaves: Sequence[jax.Array], is_moe: bool = Tr
     total = leaves[0].astype(jnp.float32)
     for leaf in leaves[1:]:
         total += leaf.astype(jnp.float32)
-    return (total / len(leaves)).astype(leaves[0].dtype)
+    mean = (total / len(leaves)).astype(leaves[0].dtype)
+    is_common = functools.reduce(jnp.logical_and, (leaf == leaves[0] for leaf in leaves))
+    return jnp.where(is_common, leaves[0], mean)
 
 
 def mix_params(

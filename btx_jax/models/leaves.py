@@ -19,6 +19,13 @@ def is_router(path: Path) -> bool:
     return leaf_name(path) == "router"
 
 
+def is_feed_forward(path: Path) -> bool:
+    """Of the part of a layer that mixing makes an expert of, or keeps as a shared one; their
+    routers too. All other leaves mixing shares."""
+    names = [str(getattr(key, "key", key)) for key in path]
+    return "ffn" in names or "shared_expert" in names
+
+
 def is_norm_or_bias(path: Path) -> bool:
     """The scales of norms and what is added to a map's answers, for which weight decay has no
     use."""

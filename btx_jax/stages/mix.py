@@ -18,13 +18,14 @@ from flax import linen as nn
 
 from btx_jax.architectures.tensors import TensorId, slots
 from btx_jax.checkpoints.adapter import from_tensors
+from btx_jax.checkpoints.base import base_digest
 from btx_jax.checkpoints.checkpoint import (
     Checkpoint,
     adapter_tensors,
-    base_digest,
     find_checkpoint,
     find_own_tokenizer,
     load_params,
+    off_base,
 )
 from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.router_statistics import FILE, About, Expert, Writer
@@ -74,7 +75,7 @@ def run(config: Config, workdir: Path) -> None:
     first_then_others(remove, workdir / FILE)
     sources = [find_checkpoint(path, key) for key, path in _named(mix).items()]
     first = sources[0]
-    if any(source.metadata.base for source in sources):
+    if any(source.metadata.model.lora for source in sources):
         mix_adapters(config, sources, workdir)
         finish(
             workdir,
@@ -82,6 +83,8 @@ def run(config: Config, workdir: Path) -> None:
             experts=[str(source.path) for source in sources],
         )
         return
+    for other in off_base(sources):
+        log.warning("%s is on another base than the branches: they do not mix exactly", other.path)
     tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
     for key, tokenizer in zip(_named(mix), tokenizers, strict=True):
         if told := difference(tokenizers[0], tokenizer, first.metadata.model.vocab_size):

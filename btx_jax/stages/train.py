@@ -57,7 +57,7 @@ from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losses
 from btx_jax.evaluation.tasks import Candidate, read_test_set, scores, too_long
 from btx_jax.models.llama import parameter_counts
-from btx_jax.models.lora import is_adapter, join, partition
+from btx_jax.models.lora import join, partition
 from btx_jax.parallel.hosts import first_then_others, is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.presets.recipes import TASKS
@@ -75,6 +75,7 @@ from btx_jax.training.start import (
     checked_mesh,
     settled,
     start_adapted,
+    start_branch,
     starting_model,
     starting_point,
 )
@@ -259,20 +260,21 @@ def start_state(
     text: Mapping[str, str],
 ) -> tuple[TrainState, Base | None]:
     """The run's own latest checkpoint (and its place in the data), else the init checkpoint's
-    parameters, else random ones; and the base under LoRA experts. text: name -> identity of what is
-    read. Raises UserError when the checkpoint's run read something else."""
+    parameters, else random ones; and the base that its checkpoints leave the rest to. text: name ->
+    identity of what is read. Raises UserError when the checkpoint's run read something else."""
     assert config.train
     abstract, _ = state_shardings(model, config.train, mesh)
     latest, key = checkpoints.latest_step(), jax.random.key(config.rng_seed)
     if latest is not None:
+        path = checkpoints.path(latest)
+        metadata = read_metadata(path)
         params, opt_state, data = checkpoints.restore(
-            latest, stored(abstract.params, model), abstract.opt_state
+            latest, stored(abstract.params, metadata), abstract.opt_state
         )
-        base = read_metadata(checkpoints.path(latest)).base
+        base = metadata.base
         if base:
-            under, _ = load_base(
-                base, model, partition(abstract.params, is_adapter)[1], checkpoints.path(latest)
-            )
+            shared = partition(abstract.params, metadata.holds)[1]
+            under, base = load_base(base, model, shared, path)
             params = join(params, under)
         if changed := [
             name
@@ -283,21 +285,21 @@ def start_state(
                 f"{', '.join(changed)} changed since step {latest} was saved, and with it what the"
                 " run learns"
             )
-            raise UserError(
-                f"{checkpoints.path(latest)}: {told}; put it back or choose another --workdir"
-            )
+            raise UserError(f"{path}: {told}; put it back or choose another --workdir")
         batches.set_state(data["batches"])
         log.info("resuming at step %d", latest)
-        return TrainState(put(np.int32(latest), abstract.step.sharding), params, opt_state), base
-    if init is not None and model.lora:
+        step = put(np.int32(latest), abstract.step.sharding)
+        return TrainState(step, params, opt_state), base
+    if init is None:
+        return init_state(model, config.train, mesh, key=key), None
+    base = None
+    if model.lora:
         params, base = start_adapted(init, model, abstract.params, key)
-        return init_state(model, config.train, mesh, params=params), base
-    if init is not None:
-        return (
-            init_state(model, config.train, mesh, params=load_params(init, abstract.params)),
-            None,
-        )
-    return init_state(model, config.train, mesh, key=key), None
+    elif config.train.frozen == "shared":
+        params, base = start_branch(init, abstract.params)
+    else:
+        params = load_params(init, abstract.params)
+    return init_state(model, config.train, mesh, params=params), base
 
 
 def make_evaluation(

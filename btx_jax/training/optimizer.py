@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from btx_jax.config.config import TrainConfig
-from btx_jax.models.leaves import is_norm_or_bias, is_router
+from btx_jax.models.leaves import is_feed_forward, is_norm_or_bias, is_router
 from btx_jax.models.lora import is_adapter, partition
 
 
@@ -49,8 +49,9 @@ def is_trained(path: tuple[str, ...], frozen: str) -> bool:
         return is_adapter(path)
     if frozen == "all_but_routers":
         return is_router(path)
-    is_expert = "ffn" in path or "shared_expert" in path
-    return not (frozen == "experts" and is_expert and not is_router(path))
+    if frozen == "shared":
+        return is_feed_forward(path)
+    return not (frozen == "experts" and is_feed_forward(path) and not is_router(path))
 
 
 def split(params: Mapping[str, Any], frozen: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,13 +10,20 @@ import jax
 from jax.sharding import Mesh
 
 from btx_jax.checkpoints.adapter import from_tensors, to_tensors
-from btx_jax.checkpoints.checkpoint import Checkpoint, adapter_tensors, find_checkpoint, load_base
+from btx_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    adapter_tensors,
+    find_checkpoint,
+    load_base,
+    load_part,
+)
 from btx_jax.checkpoints.training_state import Base, CheckpointMetadata
 from btx_jax.config.config import Config, TrainConfig
 from btx_jax.config.config_dict import differences, to_dict
 from btx_jax.config.model_config import LoRAConfig, ModelConfig
 from btx_jax.errors import ConfigError, Mistakes
 from btx_jax.models.layers import platform_dispatch
+from btx_jax.models.leaves import is_feed_forward
 from btx_jax.models.llama import Params, init_params, parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.sharding import make_mesh
@@ -57,6 +64,11 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
         if config.lora or config.model.lora:
             raise ConfigError(
                 "config.init='scratch': LoRA experts need a base; name its checkpoint"
+            )
+        if config.train and config.train.frozen == "shared":
+            raise ConfigError(
+                "config.train.frozen='shared': random weights are no base that branches share; name"
+                " a checkpoint in config.init"
             )
         return config.model
     if config.model is not None and (changed := differences(to_dict(held), to_dict(config.model))):
@@ -161,6 +173,15 @@ def start_adapted(
     return join(placed, params), base
 
 
+def start_branch(init: Checkpoint, abstract: Any) -> tuple[Params, Base]:
+    """Step 0 of a branch of which the feed-forwards alone are trained: (all parameters, the base
+    whose other ones it keeps). That of a branch of a branch is the first one's."""
+    own, shared = partition(abstract, is_feed_forward)
+    base = init.metadata.base or Base(str(init.path), "")
+    params, base = load_base(base, init.metadata.model, shared, init.path)
+    return join(load_part(init, own), params), base
+
+
 def checked_mesh(
     config: Config, model: ModelConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
@@ -218,6 +239,11 @@ def _misfits(
         yield (
             "config.train.frozen='base': there are no LoRA experts to train; add a lora section to"
             " the config"
+        )
+    if train.frozen == "shared" and model.moe:
+        yield (
+            "config.train.frozen='shared': the model is a mixture already; branches are dense (or"
+            " set it to 'experts' or 'all_but_routers')"
         )
     if (
         train.frozen == "all_but_routers"

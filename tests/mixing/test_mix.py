@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import MoEConfig
+from btx_jax.mixing import merge
 from btx_jax.mixing.mix import leaf_class, mix_leaf, mix_params
 from btx_jax.mixing.router import normal_routers
 from btx_jax.models.llama import Llama, abstract_params, init_params
@@ -51,6 +52,20 @@ def test_the_mixture_has_the_tree_of_its_model(models):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(
         lambda x: (x.shape, x.dtype), want
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_equal_numbers_are_their_mean_bit_for_bit(dtype):
+    """Which sums divided by their count are not: seven times 0.1 is no multiple of it."""
+    rng = np.random.default_rng(0)
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    odd = [0.0, -0.0, tiny, -tiny, float(jnp.finfo(dtype).tiny), 0.1, 1 / 3]
+    leaf = np.append(rng.standard_normal(10_000, np.float32), odd)[None].astype(jnp.dtype(dtype))
+    for count in range(1, 17):
+        mean = jax.jit(lambda *leaves: mix_leaf(("final_norm", "scale"), leaves))(*[leaf] * count)
+        assert np.asarray(mean).tobytes() == leaf.tobytes(), count
+        streamed = merge.mean([leaf] * count, leaf.dtype)
+        assert streamed.tobytes() == leaf.tobytes(), count
 
 
 def test_means_of_bfloat16_are_accumulated_in_float32():

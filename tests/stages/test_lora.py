@@ -146,12 +146,12 @@ def test_a_resumed_run_refuses_moments_of_other_leaves_and_another_base(base, tm
     )
     with pytest.raises(ConfigError, match=r"other LoRA experts than the checkpoint's: rank"):
         stages.run(other, tmp_path / "out")
-    model = find_checkpoint(tmp_path / "run").metadata.model
-    whole = init_params(model, jax.random.key(0))
+    metadata = find_checkpoint(tmp_path / "run").metadata
+    whole = init_params(metadata.model, jax.random.key(0))
     checkpoints = Checkpoints(tmp_path / "run", CheckpointConfig())
     abstract = jax.eval_shape(make_optimizer(config.train).init, whole)
     with pytest.raises(UserError, match=r"this run trains, unstored, .*embedding"):
-        checkpoints.restore(2, stored(whole, model), abstract)
+        checkpoints.restore(2, stored(whole, metadata), abstract)
     checkpoints.close()
     (tmp_path / "run" / "done.json").unlink()
     checkpoint(tmp_path / "else", DENSE, 5, load_tokenizer(tmp_path / "base" / "tokenizer"))

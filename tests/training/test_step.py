@@ -133,7 +133,7 @@ def test_clipping_is_optaxs_up_to_rounding():
     )
 
 
-@pytest.mark.parametrize("frozen", ["experts", "all_but_routers"])
+@pytest.mark.parametrize("frozen", ["experts", "all_but_routers", "shared"])
 def test_what_is_frozen_keeps_its_bits_and_has_no_moments(frozen, one_device):
     train = dataclasses.replace(TRAIN, frozen=frozen)
     before = jax.device_get(init_state(MOE, train, one_device, jax.random.key(0)).params)
@@ -142,7 +142,9 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_moments(frozen, one_device):
     trained = {name: is_trained(tuple(name.split("/")), frozen) for name in after}
     for name, was in named_leaves(before).items():
         assert trained[name] == (
-            ("router" in name) or (frozen == "experts" and "/ffn/" not in name)
+            "router" in name
+            or (frozen == "experts" and "/ffn/" not in name)
+            or (frozen == "shared" and "/ffn/" in name)
         )
         assert np.array_equal(after[name], was) != trained[name], name
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
@@ -150,3 +152,19 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_moments(frozen, one_device):
     _, free = steps(MOE, TRAIN, one_device, 1)
     assert lines[0].lm_loss == free[0].lm_loss, "the forward pass is the same"
     assert lines[0].grad_norm < free[0].grad_norm
+
+
+def test_a_branchs_step_holds_no_gradients_and_no_moments_of_what_is_shared(one_device):
+    def needs(frozen):
+        train = dataclasses.replace(TRAIN, frozen=frozen)
+        memory = make_train_step(TINY, COMPUTE, train, one_device, 16).memory_analysis()
+        return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+    (held, temporary), (free_held, free_temporary) = needs("shared"), needs("")
+    shared = sum(
+        leaf.nbytes
+        for name, leaf in named_leaves(init_params(TINY, jax.random.key(0))).items()
+        if "/ffn/" not in name
+    )
+    assert free_held - held == 2 * shared
+    assert free_temporary - temporary > shared / 2

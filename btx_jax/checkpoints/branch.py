@@ -1,0 +1,52 @@
+"""A branch of which the feed-forwards alone were trained, read as the whole model that it is."""
+
+from pathlib import Path
+
+import numpy as np
+
+from btx_jax.architectures.tensors import Reader, Region, TensorId, slots
+from btx_jax.checkpoints.base import base_digest, require_digest, tensor_digest
+from btx_jax.checkpoints.training_state import Base, StepReader
+
+
+class BranchReader:
+    """Its own tensors from its step, all others from its base. All in float32, as they are trained,
+    whatever the base is kept in."""
+
+    def __init__(self, own: StepReader, under: Reader, base: Base, path: Path):
+        """base: where `under` reads, and what its digest must be. path: of the branch."""
+        self.model, self.slots = own.model, slots(own.model)
+        self.dtypes = dict.fromkeys(self.slots, np.dtype(np.float32))
+        self.by_leaf = own.by_leaf or getattr(under, "by_leaf", False)
+        self._own, self._under, self._base, self._path = own, under, base, path
+        self._hashes: dict[TensorId, str] = {}
+
+    def read(self, tensor: TensorId) -> np.ndarray:
+        if tensor in self._own.slots:
+            return _float32(self._own.read(tensor))
+        array = _float32(self._under.read(tensor))
+        self._hashes[tensor] = tensor_digest(array)
+        return array
+
+    def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
+        reader = self._own if tensor in self._own.slots else self._under
+        return _float32(reader.read_region(tensor, region))
+
+    def check(self) -> None:
+        """Reads what was not yet read of the base. Raises UserError when it is not the one that the
+        branch was trained on, or a tensor that was read held NaN or infinity."""
+        for tensor in self.slots:
+            if tensor not in self._own.slots and tensor not in self._hashes:
+                self.read(tensor)
+        self._own.check()
+        self._under.check()
+        held = Base(self._base.path, base_digest(self._hashes))
+        require_digest(held, self._base.digest, self._path)
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.float32:
+        return array
+    array = array.astype(np.float32)
+    array.flags.writeable = False
+    return array
