@@ -244,7 +244,7 @@ class _Solver:
         """[layers, experts, D]. Prints how the new expert's text is routed."""
         about = self._stored.about
         number = len(about.experts)
-        rows = read_text(text, "--text", self._tokenizer, self._model, about.ridge.tokens)
+        rows = read_text(text, "--text", self._tokenizer, self._model, about.tokens)
         writer = self._writer(file, (*about.experts, Expert(source)))
 
         def keep(layer: int, sums: Moments) -> None:
@@ -332,6 +332,7 @@ class _Solver:
             self._model.d_model,
             self._tokenizer.sha256 if self._tokenizer else "",
             statistics.about.ridge,
+            statistics.about.tokens,
             base,
         )
         if differing := own.differences(statistics.about):

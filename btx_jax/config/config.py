@@ -10,6 +10,18 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from btx_jax.config.allocation import MAX_EXPERTS
+from btx_jax.config.merges import (
+    COPY,
+    MERGE_SETTINGS,
+    READ_BASE,
+    REGMEAN,
+    Alpha,
+    Arc,
+    Density,
+    Scale,
+    TextTokens,
+    unread,
+)
 from btx_jax.config.mix_methods import AVERAGE, METHODS
 from btx_jax.config.model_config import ROUTINGS, LoRAConfig, ModelConfig, MoEConfig
 from btx_jax.config.ridge import RIDGE, RidgeConfig
@@ -368,16 +380,20 @@ class MixConfig(Section):
     method: btx = each feed-forward becomes an expert. split = each is cut into `chunks` along d_ff,
     and each chunk becomes an expert. blend = each is cut into as many chunks as there are
     checkpoints, and expert n is the n-th chunk of every one. average = no experts: the mean of all
-    parameters, a dense model. What is no feed-forward is averaged always.
+    parameters, a dense model.
+    merge: what becomes of everything else. mean; copy, from `base`; ties, dare, task_arithmetic,
+    which measure changes from `base`; slerp, of two; regmean, solved from `text`. density, scale,
+    t, alpha: of these, as in recipes, and so is a model that is named twice counted once, but in
+    the mean.
     k, routing, first_routing: of every layer of the mixture, as in MoEConfig.
     reinit: of copies, the share of each one's hidden units that are drawn anew, others in each
     (Drop-Upcycling, arXiv 2502.19261: 0.5): the columns of gate and up and the rows of down that
     belong to them, from normal with the mean and standard deviation of what they replace.
     router: how routers start. normal, uniform = random, with standard deviation router_std. ridge =
-    solved from router_text, as `ridge` says; what they are solved from is kept beside the
-    checkpoint, and adds and drops experts without any text.
-    router_text: of each expert's domain, in expert order, in data's notation. Its training
-    documents are read, and its held-out ones tell how the routers do.
+    solved from text, as `ridge` says; what they are solved from is kept beside the checkpoint, and
+    adds and drops experts without any text.
+    text: of each expert's domain, in expert order, in data's notation. Its training documents are
+    read, `tokens` of them, and its held-out ones tell how the routers do.
     shared_expert: a checkpoint, such as the seed, whose feed-forwards
     become a shared expert that sees every token, behind a sigmoid gate that starts at one half; the
     routed experts give the other half, so that a mixture of equals is what they are.
@@ -393,7 +409,14 @@ class MixConfig(Section):
     first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
     router: Annotated[str, Choice(ROUTERS)] = "normal"
     router_std: Annotated[float, Range(0, 1e3, above=True)] = 0.02
-    router_text: tuple[str, ...] = ()
+    merge: Annotated[str, Choice((*MERGE_SETTINGS, COPY))] = "mean"
+    base: str = ""
+    density: Density = 0.2
+    scale: Scale = 1.0
+    t: Arc = 0.5
+    alpha: Alpha = 0.99
+    text: tuple[str, ...] = ()
+    tokens: TextTokens = 8192
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     shared_expert: str = ""
 
@@ -417,23 +440,39 @@ class MixConfig(Section):
             )
 
     @rule
-    def _text_of_ridge(self) -> Iterator[str]:
-        if self.router != RIDGE:
-            for key, value in (("router_text", self.router_text), ("ridge", self.ridge)):
-                if value != (() if key == "router_text" else RidgeConfig()):
-                    yield f"{key}: router={self.router!r} reads none; say 'ridge', or leave it out"
+    def _merge_of_a_mixture(self) -> Iterator[str]:
+        yield from unread(self, MixConfig)
+        if self.merge != "mean" and self.method == AVERAGE:
+            yield f"merge={self.merge!r}: of mixtures; method='average' makes a dense model"
+        if self.base and self.merge not in (COPY, *READ_BASE):
+            yield f"base={self.base!r}: merge={self.merge!r} reads none; leave it out"
+        if not self.base and self.merge in (COPY, *READ_BASE):
+            yield f"base: missing, and merge={self.merge!r} reads it; name a checkpoint, the seed"
+        if self.merge == "slerp" and len(set(self.experts)) != 2:
+            yield f"merge='slerp': of 2 models, and experts names {len(set(self.experts))}"
+
+    @rule
+    def _text_is_read(self) -> Iterator[str]:
+        readers = [f"router={RIDGE!r}"] * (self.router == RIDGE)
+        readers += [f"merge={REGMEAN!r}"] * (self.merge == REGMEAN)
+        if self.ridge != RidgeConfig() and self.router != RIDGE:
+            yield f"ridge: router={self.router!r} reads none; say {RIDGE!r}, or leave it out"
+        if not readers:
+            for key, default in (("text", ()), ("tokens", MixConfig.tokens)):
+                if getattr(self, key) != default:
+                    yield f"{key}: router={RIDGE!r} and merge={REGMEAN!r} read it; leave it out"
             return
-        if len(self.router_text) != len(self.experts):
+        if len(self.text) != len(self.experts):
             yield (
-                f"router_text: {len(self.router_text)} texts of {len(self.experts)} experts; list"
-                " one for each, in their order"
+                f"text: {len(self.text)} texts of {len(self.experts)} experts; list one for each,"
+                " in their order"
             )
-        elif len(self.experts) > 1 and len(set(self.router_text)) == 1:
-            yield "router_text: all experts have the same; their router rows would be equal"
+        elif self.router == RIDGE and len(self.experts) > 1 and len(set(self.text)) == 1:
+            yield "text: all experts have the same; their router rows would be equal"
         if self.method != "btx" or self.copies > 1:
             yield (
-                f"router='ridge': with method={self.method!r} and copies={self.copies} experts have"
-                " no domains of their own; needs method='btx' and copies=1"
+                f"{' and '.join(readers)}: with method={self.method!r} and copies={self.copies}"
+                " experts have no domains of their own; needs method='btx' and copies=1"
             )
 
     @rule
@@ -619,8 +658,8 @@ class Config(Section):
 
     @rule
     def _has_text_of_routers(self) -> Iterator[str]:
-        if self.mix and self.mix.router_text and is_missing(self, "data"):
-            yield "data: missing, and mix.router_text is read with its domains, cache and lengths"
+        if self.mix and self.mix.text and is_missing(self, "data"):
+            yield "data: missing, and mix.text is read with its domains, cache and lengths"
 
     @rule
     def _has_something_to_evaluate(self) -> Iterator[str]:

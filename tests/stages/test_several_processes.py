@@ -55,7 +55,7 @@ from btx_jax.config.config_dict import to_config_dict
 def get_config():
     data = DataConfig('text', domains={{'text': {text!r}, 'other': {other!r}}}, cache={cache!r},
                       sequence_length=64, heldout_fraction=0.2)
-    mix = MixConfig(({seed!r}, {seed!r}), router='ridge', router_text=('text', 'other'))
+    mix = MixConfig(({seed!r}, {seed!r}), router='ridge', text=('text', 'other'))
     return to_config_dict(Config('mix', mix=mix, data=data, mesh=MeshConfig(fsdp=4, expert=2)))
 """
 
