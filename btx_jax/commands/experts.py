@@ -37,6 +37,7 @@ from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.closed_form import (
     Hashed,
+    by_ridge,
     joined,
     mixture_layers,
     seen_tensors,
@@ -255,9 +256,7 @@ class _Solver:
             self._model,
             self._read,
             [(number, rows)],
-            about.ridge,
-            keep=keep,
-            before=lambda layer: Moments(*self._stored.read(layer)),
+            by_ridge(about.ridge, keep, lambda layer: Moments(*self._stored.read(layer))),
         )
         self._check(self._stored, base_digest(self._read.of_expert(None)))
         writer.finish(about.base, [*self._digests(), base_digest(self._read.of_expert(number))])

@@ -31,12 +31,15 @@ from btx_jax.checkpoints.merged import Source, find_source, open_source
 from btx_jax.checkpoints.router_statistics import FILE, About, Expert, Writer
 from btx_jax.checkpoints.training_state import together
 from btx_jax.config.merges import REGMEAN
-from btx_jax.config.ridge import RIDGE
+from btx_jax.config.ridge import LOGISTIC, RIDGE
 from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import Mistakes, UserError
 from btx_jax.mixing.closed_form import (
+    Fit,
     Hashed,
     Merging,
+    by_logistic,
+    by_ridge,
     mixture_layers,
     solve_routers,
     solve_shared,
@@ -48,6 +51,7 @@ from btx_jax.mixing.prompts import Prompt, make_gates, read_prompts
 from btx_jax.mixing.recipe import Recipe, reads_text
 from btx_jax.mixing.recipe_file import KEPT, read_recipe
 from btx_jax.mixing.ridge import Moments
+from btx_jax.mixing.states import Read
 from btx_jax.mixing.streaming import Mixture, check_shapes, make_tensor
 from btx_jax.mixing.text import COUNTED, Rows, expert_texts, token_counts
 from btx_jax.mixing.verify import verify as verified
@@ -124,7 +128,10 @@ def run(
             mixture = dataclasses.replace(mixture, solved=merging.solved)
         if recipe.gate_mode == RIDGE:
             statistics = held.enter_context(tempfile.TemporaryFile())
-            rows = _solved(mixture, texts, merging, sources.tokenizer, statistics, console)
+            rows = _by_ridge(mixture, texts, merging, sources.tokenizer, statistics, console)
+        elif recipe.gate_mode == LOGISTIC:
+            read = functools.partial(make_tensor, _unrouted(mixture))
+            rows = _solved(mixture, texts, read, by_logistic, merging, console)
         else:
             if merging:
                 unrouted = _unrouted(mixture)
@@ -236,7 +243,7 @@ def _passing(recipe: Recipe, texts: Sequence[Rows]) -> list[tuple[int | None, Ro
     return [(n if n < routed else None, text) for n, text in enumerate(texts)]
 
 
-def _solved(
+def _by_ridge(
     mixture: Mixture,
     texts: Sequence[Rows],
     merging: Merging | None,
@@ -244,27 +251,41 @@ def _solved(
     statistics: BinaryIO,
     console: Console,
 ) -> np.ndarray:
-    """Prints how the rows route. statistics: a file for what the rows are solved from."""
-    recipe, model, unrouted = mixture.recipe, mixture.model, _unrouted(mixture)
+    """statistics: a file for what the rows are solved from."""
+    recipe, model = mixture.recipe, mixture.model
     assert tokenizer
     experts = tuple(Expert(expert.source_model) for expert in recipe.experts)
     layers = tuple(mixture_layers(model))
     about = About(experts, layers, model.d_model, tokenizer.sha256, recipe.ridge, recipe.tokens)
     writer = Writer(statistics, about)
-    read = Hashed(functools.partial(make_tensor, unrouted))
+    read = Hashed(functools.partial(make_tensor, _unrouted(mixture)))
 
     def keep(layer: int, sums: Moments) -> None:
         mixture.check()  # NaN in a source is told as such
         writer.write(layer, *sums)
 
-    passing = _passing(recipe, texts)
-    solved = solve_routers(model, read, passing, recipe.ridge, keep, merging=merging)
+    gates = _solved(mixture, texts, read, by_ridge(recipe.ridge, keep), merging, console)
     writer.finish(
         base_digest(read.of_expert(None)),
         [base_digest(read.of_expert(number)) for number in range(len(experts))],
     )
-    console.print(own_table([expert.name for expert in experts], solved.own))
-    gates = unrouted.gates.copy()
+    return gates
+
+
+def _solved(
+    mixture: Mixture,
+    texts: Sequence[Rows],
+    read: Read,
+    fit: Fit,
+    merging: Merging | None,
+    console: Console,
+) -> np.ndarray:
+    """Prints how the rows route."""
+    recipe = mixture.recipe
+    solved = solve_routers(mixture.model, read, _passing(recipe, texts), fit, merging)
+    mixture.check()
+    console.print(own_table([expert.source_model for expert in recipe.experts], solved.own))
+    gates = _unrouted(mixture).gates
     gates[:, : recipe.expert_count] = solved.rows
     return gates
 

@@ -24,7 +24,7 @@ from btx_jax.config.merges import (
 )
 from btx_jax.config.mix_methods import AVERAGE, METHODS
 from btx_jax.config.model_config import ROUTINGS, LoRAConfig, ModelConfig, MoEConfig
-from btx_jax.config.ridge import RIDGE, RidgeConfig
+from btx_jax.config.ridge import RIDGE, SOLVED, RidgeConfig
 from btx_jax.config.schema import (
     HUGE,
     Choice,
@@ -42,7 +42,7 @@ from btx_jax.config.schema import (
 )
 from btx_jax.errors import ConfigError, suggest
 
-ROUTERS = ("normal", "uniform", RIDGE)
+ROUTERS = ("normal", "uniform", *SOLVED)
 DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
@@ -372,6 +372,9 @@ def _steps(notation: str) -> range:
     return range(int(found[1]), int(found[2])) if found else range(0)
 
 
+_TEXT_READERS = f"router={SOLVED[0]!r} or {SOLVED[1]!r} and merge={REGMEAN!r}"
+
+
 @dataclass(frozen=True)
 class MixConfig(Section):
     """What becomes one model: the checkpoints, in expert order. One checkpoint with copies > 1 is
@@ -391,7 +394,7 @@ class MixConfig(Section):
     belong to them, from normal with the mean and standard deviation of what they replace.
     router: how routers start. normal, uniform = random, with standard deviation router_std. ridge =
     solved from text, as `ridge` says; what they are solved from is kept beside the checkpoint, and
-    adds and drops experts without any text.
+    adds and drops experts without any text. logistic = fitted to text.
     text: of each expert's domain, in expert order, in data's notation. Its training documents are
     read, `tokens` of them, and its held-out ones tell how the routers do.
     shared_expert: a checkpoint, such as the seed, whose feed-forwards
@@ -453,21 +456,21 @@ class MixConfig(Section):
 
     @rule
     def _text_is_read(self) -> Iterator[str]:
-        readers = [f"router={RIDGE!r}"] * (self.router == RIDGE)
+        readers = [f"router={self.router!r}"] * (self.router in SOLVED)
         readers += [f"merge={REGMEAN!r}"] * (self.merge == REGMEAN)
         if self.ridge != RidgeConfig() and self.router != RIDGE:
             yield f"ridge: router={self.router!r} reads none; say {RIDGE!r}, or leave it out"
         if not readers:
             for key, default in (("text", ()), ("tokens", MixConfig.tokens)):
                 if getattr(self, key) != default:
-                    yield f"{key}: router={RIDGE!r} and merge={REGMEAN!r} read it; leave it out"
+                    yield f"{key}: {_TEXT_READERS} read it; leave it out"
             return
         if len(self.text) != len(self.experts):
             yield (
                 f"text: {len(self.text)} texts of {len(self.experts)} experts; list one for each,"
                 " in their order"
             )
-        elif self.router == RIDGE and len(self.experts) > 1 and len(set(self.text)) == 1:
+        elif self.router in SOLVED and len(self.experts) > 1 and len(set(self.text)) == 1:
             yield "text: all experts have the same; their router rows would be equal"
         if self.method != "btx" or self.copies > 1:
             yield (

@@ -5,7 +5,9 @@ from typing import Annotated
 
 from btx_jax.config.schema import HUGE, Choice, Range, Section
 
-RIDGE = "ridge"  # in recipes and configs, for how routers start
+# In recipes and configs, for how routers start.
+RIDGE, LOGISTIC = "ridge", "logistic"
+SOLVED = (RIDGE, LOGISTIC)
 WEIGHTS = ("equal", "share")
 
 
@@ -23,5 +25,5 @@ class RidgeConfig(Section):
     """
 
     penalty: Annotated[float, Range(0, HUGE)] = 1e-2
-    temperature: Annotated[float, Range(1e-4, 1e4)] = 1.0
+    temperature: Annotated[float, Range(1e-4, 1e4)] = 0.1
     weights: Annotated[str, Choice(WEIGHTS)] = "equal"

@@ -3,8 +3,9 @@ pass through it: sums are gathered, weights follow from them, and the held-out t
 the routers route."""
 
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from btx_jax.architectures.tensors import EMBEDDING, TensorId, slots
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.config.ridge import RidgeConfig
 from btx_jax.errors import UserError
+from btx_jax.mixing.logistic import logistic_rows
 from btx_jax.mixing.ridge import Moments, moments, own_share, solve
 from btx_jax.mixing.states import Read, forced_states
 from btx_jax.mixing.text import Rows
@@ -31,19 +33,45 @@ def mixture_layers(model: ModelConfig) -> list[int]:
     return [layer for layer, spec in enumerate(model.layer_specs()) if spec.experts]
 
 
+# (layer, of each text what the router sees, some tokens [., D] at a time) -> rows [experts, D].
+Fit = Callable[[int, Sequence[Iterable[np.ndarray]]], np.ndarray]
+
+
+def by_ridge(
+    ridge: RidgeConfig,
+    keep: Callable[[int, Moments], None],
+    before: Callable[[int], Moments] | None = None,
+) -> Fit:
+    """keep: is given the sums of each mixture layer, in order. before: those of a layer's experts
+    that have no text here, which come first."""
+
+    def fit(layer: int, states: Sequence[Iterable[np.ndarray]]) -> np.ndarray:
+        whole = joined([*([before(layer)] if before else []), *map(moments, states)])
+        keep(layer, whole)
+        return solved(layer, whole, ridge)
+
+    return fit
+
+
+def by_logistic(layer: int, states: Sequence[Iterable[np.ndarray]]) -> np.ndarray:
+    return logistic_rows([np.concatenate([*parts]) for parts in states])
+
+
+def _used(states: Iterable[np.ndarray], text: Rows) -> Iterable[np.ndarray]:
+    """Of rows [length, D], those tokens that something is made from."""
+    return (row[use] for row, use in zip(states, text.is_used, strict=True))
+
+
 def solve_routers(
     model: ModelConfig,
     read: Read,
     texts: Sequence[tuple[int | None, Rows]],
-    ridge: RidgeConfig,
-    keep: Callable[[int, Moments], None],
-    before: Callable[[int], Moments] | None = None,
+    fit: Fit,
     merging: "Merging | None" = None,
 ) -> Routers:
     """read: a tensor of the mixture; routers are not asked for. texts: (expert, its text); those of
-    no routed expert are merging's alone, which solves what is shared in the same pass. keep: is
-    given the sums of each mixture layer, in order. before: those of a layer's experts that have no
-    text here, which come first. Raises UserError, naming the layer, where rows cannot be solved."""
+    no routed expert are merging's alone, which solves what is shared in the same pass. Raises
+    UserError, naming the layer, where rows cannot be solved."""
     experts = max(spec.experts for spec in model.layer_specs())
     rows = np.zeros((model.layers, experts, model.d_model), np.float32)
     routed = [(n, expert, text) for n, (expert, text) in enumerate(texts) if expert is not None]
@@ -52,12 +80,7 @@ def solve_routers(
     for layer, seen in enumerate(_passed(model, read, texts, merging)):
         if layer not in mixtures:
             continue
-        parts = [] if before is None else [before(layer)]
-        for n, _, text in routed:
-            parts.append(moments(row[use] for row, use in zip(seen[n], text.is_used, strict=True)))
-        whole = joined(parts)
-        keep(layer, whole)
-        rows[layer] = solved(layer, whole, ridge)
+        rows[layer] = fit(layer, [_used(seen[n], text) for n, _, text in routed])
         for column, (n, expert, text) in enumerate(routed):
             own[layer, column] = own_share([seen[n][text.is_heldout_RT]], rows[layer], expert)
     return Routers(rows, own)
@@ -100,11 +123,10 @@ class Merging:
         self._make, self._texts, self.solved = make, texts, _Kept(file)
         self._solve(EMBEDDING, [count / count.sum() for count in counts])
 
-    def __call__(self, tensors: Sequence[TensorId], states: Sequence[np.ndarray]) -> None:
+    def __call__(self, tensors: Sequence[TensorId], states: Sequence[Sequence[np.ndarray]]) -> None:
         grams = []
-        for (_, text), state in zip(self._texts, states, strict=True):
-            used = (row[use] for row, use in zip(state, text.is_used, strict=True))
-            gram_EDD, _, count_E = moments(used)
+        for (_, text), batches in zip(self._texts, states, strict=True):
+            gram_EDD, _, count_E = moments(_used(itertools.chain.from_iterable(batches), text))
             grams.append(gram_EDD[0] / count_E[0])
         for tensor in tensors:
             self._solve(tensor, grams)

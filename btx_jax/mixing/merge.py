@@ -14,6 +14,7 @@ _STEP = (
     # Elements at a time: the accumulator stays in a core's cache, and memory does not grow with the
     # tensor
 )
+_ROWS = 8192  # of a tensor that are solved at a time, in float64
 _LEAST_NORM, _PARALLEL = 1e-8, 0.9995  # mergekit's: a length below is none, a |cosine| above is 1
 
 
@@ -142,10 +143,15 @@ def solved(
     """RegMean of one tensor [out, in]. seen: of each model, the sum of x x^T over what the linear
     layer gets, [in, in]; or of an embedding, [tokens, D], how often its text holds each token,
     [tokens]."""
-    if seen[0].ndim == 1:
-        return weighted_rows(tensors, seen).astype(dtype)
-    weights = [wide(tensor).T for tensor in tensors]
-    return np.ascontiguousarray(regmean(weights, seen, alpha).T, dtype)
+    result = np.empty(tensors[0].shape, dtype)
+    for start in range(0, len(result), _ROWS):
+        rows = slice(start, start + _ROWS)
+        parts = [wide(tensor[rows]) for tensor in tensors]
+        if seen[0].ndim == 1:
+            result[rows] = weighted_rows(parts, [count[rows] for count in seen])
+        else:
+            result[rows] = regmean([part.T for part in parts], seen, alpha).T
+    return result
 
 
 def ulp(value: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -17,16 +17,16 @@ from btx_jax.config.merges import (
     unread,
 )
 from btx_jax.config.mix_methods import METHODS, count
-from btx_jax.config.ridge import RIDGE, RidgeConfig
+from btx_jax.config.ridge import RIDGE, SOLVED, RidgeConfig
 from btx_jax.config.schema import HUGE, Choice, Experts, Range, Section, rule
 from btx_jax.mixing.homes import model_types, spellings
 from btx_jax.mixing.merge import MERGES
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
 HIDDEN_LAST = "hidden_last"  # mergekit's other name for hidden
-GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST, RIDGE)
+GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST, *SOLVED)
 MAX_EXPERTS = 1024
-_READ_TEXT = f"gate_mode={RIDGE!r} and merge={REGMEAN!r}"
+_READ_TEXT = f"gate_mode={SOLVED[0]!r} or {SOLVED[1]!r} and merge={REGMEAN!r}"
 DIFFERENCES = (
     "vocab_size",
     "heads",
@@ -45,8 +45,9 @@ class ExpertSource(Section):
     """One expert: a dense model and, for gate modes that read prompts, what should be routed to it.
 
     positive_prompts_file, negative_prompts_file: more prompts, one a line, which `read_recipe` puts
-    behind the others. text: of its domain, for gate_mode ridge and merge regmean: comma-separated
-    `WHAT[#FIELD][:WEIGHT]`, as in a config's data; where there is none, the prompts are the text.
+    behind the others. text: of its domain, for gate_mode ridge or logistic and merge regmean:
+    comma-separated `WHAT[#FIELD][:WEIGHT]`, as in a config's data; where there is none, the prompts
+    are the text.
     noise_scale: standard deviation of normal noise added to its feed-forward weights.
     residual_scale: factor on its down projection.
     """
@@ -90,7 +91,7 @@ class Recipe(Section):
     when it is average.
     gate_pooling, gate_scale: of router_input: `mean` over tokens or `last`; the length of every
     router row. ridge: of ridge, which solves rows from text of every expert's domain, and keeps
-    what they are solved from.
+    what they are solved from; `logistic` fits them to the same text.
     allow: settings in which sources may differ from base_model although it changes what their
     weights mean.
     """
@@ -177,7 +178,7 @@ class Recipe(Section):
     @rule
     def _gates_of_sources(self) -> Iterator[str]:
         mode = self.gate_mode or ("hidden" if self.base == "copy" else "normal")
-        if mode not in (*PROMPT_MODES, HIDDEN_LAST, RIDGE):
+        if mode not in (*PROMPT_MODES, HIDDEN_LAST, *SOLVED):
             return
         if self.method != "btx":
             yield (
@@ -190,19 +191,19 @@ class Recipe(Section):
             if not (
                 expert.positive_prompts
                 or expert.positive_prompts_file
-                or (mode == RIDGE and expert.text)
+                or (mode in SOLVED and expert.text)
             )
         ]
         if missing:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             yield (
                 f"experts[{'], ['.join(missing[:10])}]{more}: no"
-                f" {'text' if mode == RIDGE else 'positive_prompts'}, and gate_mode={mode!r} reads"
-                f" {'it' if mode == RIDGE else 'them'}"
+                f" {'text' if mode in SOLVED else 'positive_prompts'}, and gate_mode={mode!r} reads"
+                f" {'it' if mode in SOLVED else 'them'}"
             )
         elif len(self.experts) > 1 and len({_prompts_of(expert) for expert in self.experts}) == 1:
             yield (
-                f"experts: all have the same {'text' if mode == RIDGE else 'prompts'}, so that all"
+                f"experts: all have the same {'text' if mode in SOLVED else 'prompts'}, so that all"
                 " router rows would be equal; use gate_mode: normal"
             )
 
@@ -211,10 +212,10 @@ class Recipe(Section):
         for i, expert in enumerate(self.experts):
             if expert.text and not reads_text(self):
                 yield f"experts[{i}].text: {_READ_TEXT} read it; say one, or leave it out"
-            if self.gate_mode == RIDGE and (
+            if self.gate_mode in SOLVED and (
                 expert.negative_prompts or expert.negative_prompts_file
             ):
-                yield f"experts[{i}].negative_prompts: gate_mode={RIDGE!r} reads none"
+                yield f"experts[{i}].negative_prompts: gate_mode={self.gate_mode!r} reads none"
         for i, expert in enumerate(self.shared_experts):
             if expert.text and self.merge != REGMEAN:
                 yield f"shared_experts[{i}].text: merge={REGMEAN!r} alone reads it; leave it out"
@@ -245,7 +246,7 @@ class Recipe(Section):
 
 def reads_text(recipe: Recipe) -> bool:
     """Of experts' domains. Also for rules, whose recipe is not whole."""
-    return recipe.gate_mode == RIDGE or recipe.merge == REGMEAN
+    return recipe.gate_mode in SOLVED or recipe.merge == REGMEAN
 
 
 def _models(recipe: Recipe) -> set[str]:

@@ -22,8 +22,8 @@ Read = Callable[[TensorId], np.ndarray]
 
 
 # Called with linear layers that get one input, before their weights are read, and with what they
-# get of each text: [rows, length, width], float32.
-Inputs = Callable[[Sequence[TensorId], Sequence[np.ndarray]], None]
+# get: of each text batches of [rows, length, width], float32.
+Inputs = Callable[[Sequence[TensorId], Sequence[Sequence[np.ndarray]]], None]
 
 _INTO_HEADS = ("attention/query", "attention/key", "attention/value")
 
@@ -132,7 +132,7 @@ def forced_states(
 
     def tell(tensors: Sequence[TensorId], states: Sequence[Sequence[jax.Array]]) -> None:
         if inputs:
-            inputs(tensors, [np.concatenate(batches) for batches in states])
+            inputs(tensors, [[np.asarray(batch) for batch in batches] for batches in states])
 
     for layer in range(model.layers):
         own = [t for t in slots(model) if t.layer == layer and not t.is_router]
@@ -148,6 +148,7 @@ def forced_states(
             [_heads(dense, attention, *batch) for batch in zip(*text, strict=True)]
             for text in zip(h, segments, strict=True)
         ]
+        del h
         tell([out], y)
         attention |= _params(model, read, [out])["attention"]
         seen = []

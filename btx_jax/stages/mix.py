@@ -39,7 +39,7 @@ from btx_jax.config.config_dict import differences, to_dict
 from btx_jax.config.merges import COPY, MERGE_SETTINGS, REGMEAN
 from btx_jax.config.mix_methods import AVERAGE, cut, owners
 from btx_jax.config.model_config import ModelConfig, MoEConfig
-from btx_jax.config.ridge import RIDGE
+from btx_jax.config.ridge import LOGISTIC, RIDGE
 from btx_jax.data.prepare import check_text, prepare_by_all, resolve_tokenizer
 from btx_jax.data.tokenizers import (
     Tokenizer,
@@ -51,8 +51,11 @@ from btx_jax.data.tokenizers import (
 from btx_jax.errors import ConfigError, Mistakes
 from btx_jax.mixing.averaging import Shared
 from btx_jax.mixing.closed_form import (
+    Fit,
     Hashed,
     Merging,
+    by_logistic,
+    by_ridge,
     mixture_layers,
     solve_routers,
     solve_shared,
@@ -156,8 +159,12 @@ def run(config: Config, workdir: Path) -> None:
         if mix.router == RIDGE:
             statistics = held.enter_context(tempfile.TemporaryFile())
         if mix.text:
-            kept = held.enter_context(tempfile.TemporaryFile())
-            params = _solved(config, params, model, tokenizers[0], shared, statistics, kept)
+            solving = _Solving(config, model, tokenizers[0])
+            if shared and mix.merge == REGMEAN:
+                kept = held.enter_context(tempfile.TemporaryFile())
+                places = [str(source.path) for source in sources[: len(mix.experts)]]
+                solving.merge(shared, places, kept)
+            params = solving.run(params, statistics)
         claim(workdir, config)
         if is_first():
             copy_tokenizer(tokenizers[0], workdir / "tokenizer")
@@ -209,81 +216,71 @@ def _texts(config: Config, tokenizer: Tokenizer, model: ModelConfig, limit: int)
     return texts
 
 
-def _solved(
-    config: Config,
-    params: Params,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    shared: Shared | None,
-    statistics: BinaryIO | None,
-    kept: BinaryIO,
-) -> Params:
-    """The same with what is solved from text, in every process: for regmean what experts share,
-    for ridge the routers. statistics: a file for what routers are solved from; None where they
-    are not. kept: a file for what is solved."""
-    mix = config.mix
-    assert mix
-    texts = _texts(config, tokenizer, model, mix.tokens)
-    merging = None
-    if shared and mix.merge == REGMEAN:
-        names = list(dict.fromkeys(mix.experts))
-        models = [names.index(name) for name in mix.experts]
-        counted = _texts(config, tokenizer, model, COUNTED)
-        merging = Merging(
+class _Solving:
+    """What is solved from text, in every process: routers, and for regmean what experts share."""
+
+    def __init__(self, config: Config, model: ModelConfig, tokenizer: Tokenizer):
+        assert config.mix
+        self._config, self._mix, self._model, self._tokenizer = config, config.mix, model, tokenizer
+        self._texts = _texts(config, tokenizer, model, config.mix.tokens)
+        self._merging: Merging | None = None
+
+    def merge(self, shared: Shared, places: Sequence[str], file: BinaryIO) -> None:
+        """places: of the experts, equal where they are one model. file: for what is solved."""
+        distinct = list(dict.fromkeys(places))
+        models = [distinct.index(place) for place in places]
+        counted = _texts(self._config, self._tokenizer, self._model, COUNTED)
+        self._merging = Merging(
             lambda tensor, seen: of_first(shared.make(tensor, seen)),
-            list(zip(models, texts, strict=True)),
-            [token_counts(rows, model.vocab_size) for rows in counted],
-            kept,
+            list(zip(models, self._texts, strict=True)),
+            [token_counts(rows, self._model.vocab_size) for rows in counted],
+            file,
         )
 
-    def read(tensor: TensorId) -> np.ndarray:
-        if merging and tensor in merging.solved:
-            return merging.solved[tensor]
-        slot = slots(model)[tensor]
-        leaf: Any = functools.reduce(lambda tree, key: tree[key], slot.path, params)
-        return slot.to_theirs(whole(leaf[slot.indices]))
+    def run(self, params: Params, statistics: BinaryIO | None) -> Params:
+        """The mixture with all that. statistics: a file for what ridge's routers follow from."""
+        model, merging = self._model, self._merging
 
-    if statistics is None:
-        assert merging
-        solve_shared(model, read, [*enumerate(texts)], merging)
-    else:
-        rows = _router_rows(mix, model, tokenizer, read, texts, merging, statistics)
-        params = _with_routers(params, model, rows)
-    if merging:
-        params = _replaced(params, model, merging.solved.__getitem__, merging.solved)
-    return params
+        def read(tensor: TensorId) -> np.ndarray:
+            if merging and tensor in merging.solved:
+                return merging.solved[tensor]
+            slot = slots(model)[tensor]
+            leaf: Any = functools.reduce(lambda tree, key: tree[key], slot.path, params)
+            return slot.to_theirs(whole(leaf[slot.indices]))
 
+        if statistics:
+            params = _with_routers(params, model, self._by_ridge(read, statistics))
+        elif self._mix.router == LOGISTIC:
+            params = _with_routers(params, model, self._rows(read, by_logistic))
+        elif merging:
+            solve_shared(model, read, [*enumerate(self._texts)], merging)
+        if merging:
+            params = _replaced(params, model, merging.solved.__getitem__, merging.solved)
+        return params
 
-def _router_rows(
-    mix: MixConfig,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    read: Read,
-    texts: Sequence[Rows],
-    merging: Merging | None,
-    statistics: BinaryIO,
-) -> np.ndarray:
-    """[layers, experts, D], the same in every process. Logs how they route."""
-    layers = mixture_layers(model)
-    experts = tuple(map(Expert, mix.experts))
-    about = About(experts, tuple(layers), model.d_model, tokenizer.sha256, mix.ridge, mix.tokens)
-    writer, hashed = Writer(statistics, about), Hashed(read)
-    solved = solve_routers(
-        model,
-        hashed,
-        [*enumerate(texts)],
-        mix.ridge,
-        lambda n, sums: writer.write(n, *sums),
-        merging=merging,
-    )
-    writer.finish(
-        base_digest(hashed.of_expert(None)),
-        [base_digest(hashed.of_expert(number)) for number in range(len(experts))],
-    )
-    for layer in layers:
-        shares = ", ".join(f"{share:.1%}" for share in solved.own[layer])
-        log.info("router of layer %d: held-out tokens that choose their expert: %s", layer, shares)
-    return of_first(solved.rows)
+    def _by_ridge(self, read: Read, statistics: BinaryIO) -> np.ndarray:
+        mix, experts = self._mix, tuple(map(Expert, self._mix.experts))
+        layers, sha256 = tuple(mixture_layers(self._model)), self._tokenizer.sha256
+        about = About(experts, layers, self._model.d_model, sha256, mix.ridge, mix.tokens)
+        writer, hashed = Writer(statistics, about), Hashed(read)
+        rows = self._rows(hashed, by_ridge(mix.ridge, lambda n, sums: writer.write(n, *sums)))
+        writer.finish(
+            base_digest(hashed.of_expert(None)),
+            [base_digest(hashed.of_expert(number)) for number in range(len(experts))],
+        )
+        return rows
+
+    def _rows(self, read: Read, fit: Fit) -> np.ndarray:
+        """[layers, experts, D], the same in every process. Logs how they route."""
+        texts = [*enumerate(self._texts)]
+        solved = solve_routers(self._model, read, texts, fit, self._merging)
+        for layer in mixture_layers(self._model):
+            log.info(
+                "router of layer %d: held-out tokens that choose their expert: %s",
+                layer,
+                ", ".join(f"{share:.1%}" for share in solved.own[layer]),
+            )
+        return of_first(solved.rows)
 
 
 def _with_routers(params: Params, model: ModelConfig, rows: np.ndarray) -> Params:

@@ -9,9 +9,10 @@ from safetensors.numpy import load_file, save_file
 
 from btx_jax.architectures.tensors import EMBEDDING, HEAD
 from btx_jax.checkpoints.checkpoint import find_checkpoint, find_own_tokenizer, open_reader
+from btx_jax.checkpoints.router_statistics import FILE
 from btx_jax.commands import experts
 from btx_jax.errors import UserError
-from tests.commands.test_ridge import GOLDEN, TOKENS, _in_golden, mix, rms, text, turned
+from tests.commands.test_ridge import GOLDEN, TOKENS, _in_golden, gates, mix, rms, text, turned
 
 __all__ = ["_in_golden", "text"]  # fixtures
 ALPHA = 0.7
@@ -139,6 +140,25 @@ def test_routers_and_what_experts_share_are_solved_in_one_pass(tmp_path, text):
             assert array.tobytes() == made[whose].tobytes()
 
 
+def test_fitted_routers_come_from_the_same_pass(tmp_path, text):
+    """They find the domains, and leave no statistics."""
+    out = regmean(tmp_path, text, gate_mode="logistic")
+    made, alone = read_all(out), read_all(regmean(tmp_path, text, "alone"))
+    for tensor in made:
+        same = made[tensor].tobytes() == alone[tensor].tobytes()
+        assert same is not tensor.is_router, tensor
+    assert not (out / FILE).exists()
+    ridge = regmean(tmp_path, text, "ridge", gate_mode="ridge")
+    cosine = np.einsum("led,led->le", *(unit(gates(path)) for path in (out, ridge)))
+    assert cosine.min() > 0.5
+
+
+def unit(rows):
+    """Without what all experts have in common, which changes no choice."""
+    rows = rows - rows.mean(1, keepdims=True)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
 def test_one_model_in_several_places_counts_once(tmp_path, text):
     """Its texts count together, as one that is of both."""
     named = [{"source_model": n, "text": text(t)} for n, t in ("aa", "ab", "cc")]
@@ -213,7 +233,10 @@ def test_what_is_not_finite_in_a_source_is_told_as_that(tmp_path, text):
         ({"shared_experts": [{"source_model": "c"}]}, "shared_experts.0.: no text, and merge="),
         ({"alpha": 1.5}, "alpha=1.5: must lie in"),
         ({"merge": "mean"}, "alpha=0.7: of merge regmean; leave it out"),
-        ({"merge": "mean", "alpha": 0.99}, "tokens=800: of gate_mode='ridge' and merge='regmean'"),
+        (
+            {"merge": "mean", "alpha": 0.99},
+            "tokens=800: of gate_mode='ridge' or 'logistic' and merge='regmean'",
+        ),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(tmp_path, text, changes, told):

@@ -59,7 +59,7 @@ def mix(tmp_path, text, name="out", *, names="abc", output_format="", ridge=None
         "experts": [{"source_model": n, "text": text(n)} for n in names],
     } | changes
     if ridge is not None or recipe["gate_mode"] == "ridge":
-        recipe |= {"tokens": TOKENS, "ridge": ridge or {}}
+        recipe |= {"tokens": TOKENS, "ridge": {"temperature": 1.0} | (ridge or {})}
     (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(recipe))
     out = str(tmp_path / name)
     mix_recipe.run(str(tmp_path / f"{name}.yml"), out, verify=True, output_format=output_format)
@@ -376,7 +376,10 @@ def test_text_that_is_none_is_told_before_anything_is_done(tmp_path, text, monke
     [
         ({"experts": [{"source_model": "a"}]}, "experts.0.: no text, and gate_mode='ridge'"),
         ({"experts": [{"source_model": n, "text": "x"} for n in "ab"]}, "all have the same text"),
-        ({"gate_mode": "normal"}, "experts.0..text: gate_mode='ridge' and merge='regmean' read it"),
+        (
+            {"gate_mode": "normal"},
+            "experts.0..text: gate_mode='ridge' or 'logistic' and merge='regmean' read it",
+        ),
         (
             {"gate_mode": "normal", "experts": UNTAUGHT, "ridge": {"penalty": 1}},
             "ridge: of gate_mode ridge",

@@ -9,6 +9,7 @@ import pytest
 
 from btx_jax import stages
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, open_reader
+from btx_jax.checkpoints.router_statistics import FILE
 from btx_jax.checkpoints.training_state import CheckpointMetadata, Checkpoints
 from btx_jax.commands import experts
 from btx_jax.commands import mix as mix_recipe
@@ -117,6 +118,17 @@ def test_routers_and_what_experts_share_are_solved_together(home):
     assert all(array.tobytes() == again[tensor].tobytes() for tensor, array in both.items())
 
 
+@pytest.mark.parametrize("merge", ["mean", "regmean"])
+def test_fitted_routers_find_their_domains(home, caplog, merge):
+    caplog.set_level("INFO")
+    stages.run(config(home, ("a", "b"), tokens=1600, router="logistic", merge=merge), home / "mix")
+    told = [line for line in caplog.messages if "held-out tokens that choose" in line]
+    assert len(told) == MODEL.layers
+    shares = [float(part.rstrip("%")) for part in told[-1].split(": ")[-1].split(", ")]
+    assert min(shares) > 80, "words of the two texts are others"
+    assert not (home / "mix" / FILE).exists()
+
+
 def test_biased_attention_and_a_tied_head(home, tokenizer_file):
     """A family with more leaves: each is merged, or is the mean."""
     model = dataclasses.replace(
@@ -146,7 +158,7 @@ def test_biased_attention_and_a_tied_head(home, tokenizer_file):
         ({"merge": "copy"}, "base: missing, and merge='copy' reads it"),
         ({"base": "seed"}, "base='seed': merge='mean' reads none"),
         ({"alpha": 0.5}, "alpha=0.5: of merge regmean; leave it out"),
-        ({"tokens": 100}, "tokens: router='ridge' and merge='regmean' read it"),
+        ({"tokens": 100}, "tokens: router='ridge' or 'logistic' and merge='regmean' read it"),
         (
             {"merge": "regmean", "text": ("a", "b"), "copies": 2},
             "merge='regmean': with method='btx'",

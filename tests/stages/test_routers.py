@@ -146,7 +146,10 @@ def test_statistics_of_a_mixture_that_was_changed_are_refused(home):
     [
         ({"text": ("a",)}, "text: 1 texts of 2 experts"),
         ({"text": ("a", "a")}, "text: all experts have the same"),
-        ({"router": "normal"}, "text: router='ridge' and merge='regmean' read it; leave it out"),
+        (
+            {"router": "normal"},
+            "text: router='ridge' or 'logistic' and merge='regmean' read it; leave it out",
+        ),
         ({"copies": 2}, "with method='btx' and copies=2 experts have no domains"),
         ({"method": "blend"}, "with method='blend' and copies=1"),
     ],
