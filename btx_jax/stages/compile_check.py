@@ -7,6 +7,7 @@ chips' data sheets allow (a bound on the step time); nothing is timed.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.output import new_file
 from btx_jax.progress import clock
 from btx_jax.terminal import Console
+from btx_jax.training.optimizer import is_trained
 from btx_jax.training.start import adapted_model, checked_mesh, starting_point
 from btx_jax.training.step import lower_train_step, state_shardings
 
@@ -229,8 +231,9 @@ def count_flops(
             balanced += executed * rows_in_use(kernel, model, expert_axis)
         else:
             attention_kernels += executed
-    needed = train_flops(model, tokens) / devices
-    attention = attention_flops(model, tokens, config.data.sequence_length) / devices
+    trained = functools.partial(is_trained, frozen=config.train.frozen)
+    needed = train_flops(model, tokens, trained) / devices
+    attention = attention_flops(model, tokens, config.data.sequence_length, trained) / devices
     moved = sum(
         flops
         for place, flops in program.by_place.items()
@@ -400,7 +403,7 @@ def print_check(result: Check, console: Console) -> None:
     )
     table.add_row(
         "FLOPs of the model",
-        f"{flops['model']:.3e} (6 N D; 4 N D of a frozen base), attention"
+        f"{flops['model']:.3e} (6 N D, less what frozen parts need not), attention"
         f" {flops['model_attention']:.3e}: compiled / model {flops['ratio']:.2f}",
     )
     table.add_row("einsum dispatch", f"{flops['dispatch_share']:.1%} of the FLOPs")

@@ -8,6 +8,7 @@ The order of a run: 1. look the directory up, 2. check all that can be known, 3.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -71,6 +72,7 @@ from btx_jax.reporting.trackers import Trackers
 from btx_jax.rundir import claim, finish, is_resumable, look_up, recorded_config
 from btx_jax.stages import Coming, require_right
 from btx_jax.terminal import plain
+from btx_jax.training.optimizer import is_trained
 from btx_jax.training.start import (
     checked_mesh,
     settled,
@@ -410,6 +412,8 @@ class Loop:
         identity = json.dumps([fixed, runs], sort_keys=True)
         self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.tokens_per_step = config.train.batch_size * config.data.sequence_length
+        trained = functools.partial(is_trained, frozen=config.train.frozen)
+        self.flops_per_token = train_flops(model, 1, trained)
         resumed = (
             read_metadata(checkpoints.path(self.last_saved)).history if self.last_saved else {}
         )
@@ -541,7 +545,7 @@ class Loop:
         tokens = step * self.tokens_per_step
         this = TrainingRun(
             tokens,
-            train_flops(self.model, tokens),
+            tokens * self.flops_per_token,
             self.seconds,
             jax.device_count(),
             self.peak_bytes,
@@ -629,7 +633,7 @@ class Loop:
             name: float(getattr(values, name)) for name in Metrics._fields if name != "routing"
         }
         peak = peak_flops_per_device() * jax.device_count()
-        line |= {"tokens_per_second": rate, "mfu": train_flops(self.model, 1) * rate / peak}
+        line |= {"tokens_per_second": rate, "mfu": self.flops_per_token * rate / peak}
         if values.routing:
             layers = [
                 stats
