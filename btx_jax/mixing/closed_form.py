@@ -121,27 +121,25 @@ class Merging:
         file: BinaryIO,
     ):
         self._make, self._texts, self.solved = make, texts, _Kept(file)
-        self._solve(EMBEDDING, [count / count.sum() for count in counts])
+        self._solve([EMBEDDING], [count / count.sum() for count in counts])
 
     def __call__(self, tensors: Sequence[TensorId], states: Sequence[Sequence[np.ndarray]]) -> None:
         grams = []
         for (_, text), batches in zip(self._texts, states, strict=True):
             gram_EDD, _, count_E = moments(_used(itertools.chain.from_iterable(batches), text))
             grams.append(gram_EDD[0] / count_E[0])
-        for tensor in tensors:
-            self._solve(tensor, grams)
+        self._solve(tensors, grams)
 
-    def _solve(self, tensor: TensorId, of_texts: Sequence[np.ndarray]) -> None:
-        """Of a model with several texts, their mean."""
-        models = [model for model, _ in self._texts]
-        seen = [
-            np.mean([part for model, part in zip(models, of_texts, strict=True) if model == n], 0)
-            for n in range(max(models) + 1)
-        ]
-        try:
-            self.solved.keep(tensor, self._make(tensor, seen))
-        except UserError as error:
-            raise UserError(f"{tensor}: {error}") from None
+    def _solve(self, tensors: Sequence[TensorId], of_texts: Sequence[np.ndarray]) -> None:
+        of_models: dict[int, list[np.ndarray]] = {}
+        for (model, _), part in zip(self._texts, of_texts, strict=True):
+            of_models.setdefault(model, []).append(part)
+        seen = [sum(parts[1:], parts[0]) / len(parts) for _, parts in sorted(of_models.items())]
+        for tensor in tensors:
+            try:
+                self.solved.keep(tensor, self._make(tensor, seen))
+            except UserError as error:
+                raise UserError(f"{tensor}: {error}") from None
 
 
 class _Kept(Mapping[TensorId, np.ndarray]):
