@@ -104,6 +104,9 @@ class TrainConfig(Section):
     balance_weight: alpha of the load-balance loss. z_loss_weight: of the router z-loss (ST-MoE), 0
     to leave it out.
     eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
+    mixing_probe: of a dense branch of `init`, measure each time what mixing would do to it: the
+        held-out loss where what mixing shares is the mean of the branch's and the seed's, and the
+        barrier (docs/watching.md). Not where nothing shared moves, with LoRA or frozen='shared'.
     eval_tasks: test sets, of data.tasks or of those that `btx_jax evaluate` knows, tried on the
         model as it is before the first step, every eval_tasks_every steps (0: not in between) and
         after the last. eval_tasks_limit: the first items of each only, 0 for all.
@@ -111,7 +114,8 @@ class TrainConfig(Section):
         feed-forwards, all but the routers, the base under LoRA experts, or `shared`: of a dense
         model all but its feed-forwards, so that branches of one checkpoint mix exactly, with
         nothing to average. With `base` and `shared` checkpoints hold what is trained alone, and
-        name what is under it. frozen_dtype: what is frozen is kept in it.
+        name what is under it. frozen_dtype: what is frozen is kept in it, as is mixing_probe's
+        seed.
     """
 
     steps: Count
@@ -129,6 +133,7 @@ class TrainConfig(Section):
     z_loss_weight: Weight = 0.0
     eval_every: CountOrZero = 0
     eval_rows: Rows = 64
+    mixing_probe: bool = False
     eval_tasks: tuple[str, ...] = ()
     eval_tasks_every: CountOrZero = 0
     eval_tasks_limit: CountOrZero = 0

@@ -245,6 +245,16 @@ def _misfits(
             "config.train.frozen='shared': the model is a mixture already; branches are dense (or"
             " set it to 'experts' or 'all_but_routers')"
         )
+    if train.mixing_probe and config.init == SCRATCH:
+        yield (
+            "config.train.mixing_probe: random weights are no seed that branches share; name a"
+            " checkpoint in config.init, or set it to False"
+        )
+    if train.mixing_probe and model.moe:
+        yield (
+            "config.train.mixing_probe: the model is a mixture already, and no branch that will"
+            " be mixed; set it to False"
+        )
     if (
         train.frozen == "all_but_routers"
         and model.lora
