@@ -7,8 +7,8 @@ text is seen twice: seed, branches and finetunes have parts of their own of the 
 `python -m btx_jax.data.corpora` makes. All rates are shares of the seed's peak.
 
 What an arm is stands in its name, in parts between dashes: `expert-BRANCH-EXPERT`,
-`midpoint-BRANCH-EXPERT`, `untuned-BRANCH-ROUTER-MERGE`, `oracle-BRANCH-MERGE`,
-`tuned-BRANCH-ROUTER-MERGE-WHAT`, `tried-PEER-RATE`; rates there in percent.
+`untuned-BRANCH-ROUTER-MERGE`, `oracle-BRANCH-MERGE`, `tuned-BRANCH-ROUTER-MERGE-WHAT`,
+`tried-PEER-RATE`; rates there in percent.
 """
 
 import dataclasses
@@ -150,22 +150,18 @@ def _setting() -> Setting:
 
 
 def _branches(arms: Arms) -> dict[str, list[str]]:
-    """Branches of every kind, their midpoints with the seed, mixtures of them that are not trained,
-    and those told where tokens go. Returns kind -> its experts."""
+    """Branches of every kind, mixtures of them that are not trained, and those told where tokens
+    go. Returns kind -> its experts."""
     s = arms.setting
     arms.models["seed"] = s.seed
     experts: dict[str, list[str]] = {}
     for kind, branch in BRANCHES.items():
-        base = _training("", BRANCH_STEPS, branch.rate, **branch.train)
+        probed = {"mixing_probe": not branch.is_exact}
+        base = _training("", BRANCH_STEPS, branch.rate, **probed, **branch.train)
         experts[kind] = [
             arms.train(f"expert-{kind}-{name}", base, s.seed, text, BRANCH_STEPS)
             for name, text in s.texts.items()
         ]
-        if not branch.is_exact:
-            for name, expert in zip(s.texts, experts[kind], strict=True):
-                arms.mix(
-                    f"midpoint-{kind}-{name}", [s.seed, expert], is_model=True, method="average"
-                )
         experts[kind].append(s.seed)
         for merge in _merges(kind):
             for router in ROUTERS:

@@ -1,17 +1,22 @@
-"""When does mixing pay? The tables of presets.study, from the results of its evaluations, one per
-seed value. An arm that is not there is left out, so that a part of the study has its tables too."""
+"""When does mixing pay? The tables of presets.study, from its evaluations, one per seed value, and
+from what its branches measured while they trained. An arm that is not there is left out, so that a
+part of the study has its tables too."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from btx_jax.paths import to_path
 from btx_jax.presets.experiments import SHARES
-from btx_jax.presets.study import BEST_RATE, BRANCHES, DOMAIN_OF, ROUTERS
+from btx_jax.presets.study import BEST_RATE, BRANCHES, DOMAIN_OF, ROUTERS, TOKENS
 from btx_jax.reporting.compare import CONFIDENCE, interval, mean_loss
+from btx_jax.reporting.metrics import read_metrics
+from btx_jax.rundir import recorded_config
 
-Models = Mapping[str, Any]  # of one results.json
+Models = Mapping[str, Any]  # of one results.json; of branches also `barriers`, step -> nats
 RESAMPLES = 10_000  # of the points of a rank correlation
 PEERS = (
     *("dense", "dense_flops", "dense_time"),
@@ -21,11 +26,11 @@ PEERS = (
 
 
 class Point(NamedTuple):
-    """One branch of one seed value, nats per token on its own domain.
+    """One branch of one seed value, nats per token.
 
-    barrier: of the model halfway between seed and branch, above the mean of the two. gain: of the
-    branch over the seed. above_oracle: of its untuned mixture with random routers, above the same
-    mixture told where tokens go; above_expert: above the branch itself.
+    barrier: of its mixing probe, at its end. On its own domain, gain: over the seed; above_oracle:
+    of the untuned mixture with random routers, above the same mixture told where tokens go;
+    above_expert: above the branch itself.
     """
 
     barrier: float
@@ -36,8 +41,8 @@ class Point(NamedTuple):
 
 def tables(seeds: Sequence[Models]) -> str:
     """All tables that these results hold, as Markdown; "" where they are none of the study's."""
-    parts = (barrier_table, kept_table, correlation_table, peer_table, tuned_table, rate_table)
-    made = (part(seeds) for part in (*parts, split_table))
+    parts = (barrier_table, loss_table, correlation_table, kept_table, peer_table, tuned_table)
+    made = (part(seeds) for part in (*parts, rate_table, split_table))
     return "\n".join(table for table in made if table)
 
 
@@ -45,19 +50,32 @@ def loss(models: Models, name: str, domain: str) -> float:
     return float(models[name]["nats_per_token"][domain])
 
 
+def with_barriers(models: Models, evaluate: Path) -> Models:
+    """The models of the evaluation there, with the barriers that their runs measured. At step 0,
+    where a branch is its seed, there is none."""
+    found = dict(models)
+    paths = recorded_config(evaluate).get("evaluate", {}).get("models", {})
+    for name in models:
+        if name.startswith("expert-"):
+            lines = read_metrics(to_path(paths[name], f"config.evaluate.models.{name}"))
+            barriers = {line["step"]: line["barrier"] for line in lines if line.get("barrier")}
+            found[name] = models[name] | {"barriers": barriers}
+    return found
+
+
 def points(models: Models, kind: str) -> dict[str, Point]:
-    """Expert -> its point, of every branch of a kind that has a midpoint with the seed."""
+    """Expert -> its point, of every branch of a kind that measured its barrier."""
     found = {}
     mixture, oracle = f"untuned-{kind}-{ROUTERS[0]}-mean", f"oracle-{kind}-mean"
     for expert, domain in DOMAIN_OF.items():
-        branch, midpoint = f"expert-{kind}-{expert}", f"midpoint-{kind}-{expert}"
-        if not {branch, midpoint, mixture, oracle} <= set(models):
+        branch = f"expert-{kind}-{expert}"
+        barriers = models.get(branch, {}).get("barriers")
+        if not barriers or not {mixture, oracle} <= set(models):
             continue
-        seed, own = loss(models, "seed", domain), loss(models, branch, domain)
-        mixed = loss(models, mixture, domain)
+        own, mixed = loss(models, branch, domain), loss(models, mixture, domain)
         found[expert] = Point(
-            loss(models, midpoint, domain) - (seed + own) / 2,
-            seed - own,
+            barriers[max(barriers)],
+            loss(models, "seed", domain) - own,
             mixed - loss(models, oracle, domain),
             mixed - own,
         )
@@ -65,27 +83,40 @@ def points(models: Models, kind: str) -> dict[str, Point]:
 
 
 def barrier_table(seeds: Sequence[Models]) -> str:
-    """Of every kind of branch, means over its experts."""
+    """Against learning rate and length: of every kind of branch, means over its experts."""
     rows = []
     for kind, branch in BRANCHES.items():
+        by_step: dict[int, list[float]] = {}
+        for models in seeds:
+            own = [models.get(f"expert-{kind}-{expert}", {}) for expert in DOMAIN_OF]
+            barriers = [model["barriers"] for model in own if model.get("barriers")]
+            for step in barriers[0] if barriers else ():
+                by_step.setdefault(step, []).append(
+                    float(np.mean([each[step] for each in barriers if step in each]))
+                )
+        for step, values in sorted(by_step.items()):
+            tokens = f"{step * TOKENS / 1e6:.2f}M"
+            rows.append([kind, f"{branch.rate:g} x", tokens, number(values)])
+    return table("Barrier", ("branch", "rate, of the seed's peak", "tokens", "barrier"), rows)
+
+
+def loss_table(seeds: Sequence[Models]) -> str:
+    """What experts gain and their untuned mixture loses, of every kind of branch, means over its
+    experts."""
+    rows = []
+    for kind in BRANCHES:
         found = [list(points(models, kind).values()) for models in seeds]
-        columns = [
-            number([float(np.mean([p[i] for p in own])) for own in found if own]) for i in range(4)
-        ]
         if any(found):
-            rows.append([kind, f"{branch.rate:g} x", *columns])
-    return table(
-        "Barrier",
-        (
-            "branch",
-            "rate, of the seed's peak",
-            "barrier",
-            "gain of the experts",
-            "mixture above its oracle",
-            "mixture above the experts",
-        ),
-        rows,
+            means = [np.mean(own, axis=0) for own in found if own]
+            rows.append([kind, *(number([float(m[i]) for m in means]) for i in range(4))])
+    columns = (
+        "branch",
+        "barrier",
+        "gain of the experts",
+        "mixture above its oracle",
+        "mixture above the experts",
     )
+    return table("What mixing loses", columns, rows)
 
 
 def kept(models: Models, name: str, kind: str) -> dict[str, float]:

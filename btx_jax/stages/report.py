@@ -149,7 +149,12 @@ def write(config: Config, workdir: Path) -> None:
     if summary["comparison"]:
         write_text(workdir / "comparison.md", markdown(summary["comparison"], summary["models"]))
         print(plain((workdir / "comparison.md").read_text(encoding="utf-8")))
-    if told := study.tables([models["models"] for models in (results, *others)]):
+    paths = (config.report.evaluate, *config.report.others)
+    values = [
+        study.with_barriers(each["models"], to_path(path, "config.report.evaluate"))
+        for each, path in zip((results, *others), paths, strict=True)
+    ]
+    if told := study.tables(values):
         write_text(workdir / "study.md", told)
         print(plain(told))
 

@@ -1,4 +1,3 @@
-import dataclasses
 import re
 
 import pytest
@@ -115,8 +114,13 @@ def test_an_unknown_group_is_refused():
         study.paper_small("most")
 
 
-def test_branches_that_share_nothing_new_have_no_midpoint():
-    models = study.paper_small("branches").pipeline["evaluate"].config.evaluate.models
-    for kind, branch in study.BRANCHES.items():
-        assert (f"midpoint-{kind}-math" in models) != branch.is_exact
-    assert dataclasses.replace(study.BRANCHES["full_10"], train={"frozen": "shared"}).is_exact
+def test_branches_of_which_shared_parts_move_are_probed():
+    stages = study.paper_small("tuning").pipeline
+    probed = {
+        name for name, stage in stages.items() if (t := stage.config.train) and t.mixing_probe
+    }
+    assert probed == {
+        f"expert-{kind}-{expert}"
+        for kind in ("full_100", "full_30", "full_10")
+        for expert in study.TEXTS
+    }

@@ -1,5 +1,7 @@
 """The study's tables, from results made so that the numbers are known."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -21,8 +23,8 @@ def branches(barriers):
     for kind, barrier in barriers.items():
         for expert, domain in DOMAIN_OF.items():
             own = dict.fromkeys(DOMAINS, 5.0) | {domain: 3.0}
-            models[f"expert-{kind}-{expert}"] = model(**own)
-            models[f"midpoint-{kind}-{expert}"] = model(**{domain: 3.5 + barrier})
+            measured = {"barriers": {250: barrier / 2, 500: barrier}}
+            models[f"expert-{kind}-{expert}"] = model(**own) | measured
         sent = dict.fromkeys(DOMAIN_OF.values(), 3.0 + barrier / 2)
         models[f"oracle-{kind}-mean"] = model(**sent)
         mixed = {domain: loss + 2 * barrier for domain, loss in sent.items()}
@@ -36,7 +38,30 @@ def test_a_branch_has_its_barrier_and_what_its_mixture_loses():
     for point in found.values():
         assert point == pytest.approx((0.2, 1.0, 0.4, 0.5))
     told = study.barrier_table([branches({"full_30": 0.2}), branches({"full_30": 0.4})])
-    assert "| full_30 | 0.3 x | 0.300 ± " in told and "full_100" not in told
+    assert "| full_30 | 0.3 x | 0.51M | 0.150 ± " in told and "full_100" not in told
+    assert "| full_30 | 0.3 x | 1.02M | 0.300 ± " in told
+    assert "| full_30 | 0.200 | 1.000 | 0.400 | 0.500 |" in study.loss_table(
+        [branches({"full_30": 0.2})]
+    )
+
+
+def test_barriers_are_what_the_branches_runs_measured(tmp_path):
+    run, evaluate = tmp_path / "branch", tmp_path / "evaluate"
+    run.mkdir()
+    evaluate.mkdir()
+    lines = [
+        {"step": 0, "barrier": 0.0},
+        {"step": 1, "loss": 2.0},
+        {"step": 250, "barrier": 0.1},
+        {"step": 500, "barrier": 0.2},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"evaluate": {"models": {"expert-full_30-math": str(run), "seed": "x"}}}
+    (evaluate / "config.json").write_text(json.dumps(config))
+    models = {"expert-full_30-math": model(), "seed": model()}
+    found = study.with_barriers(models, evaluate)
+    assert found["expert-full_30-math"]["barriers"] == {250: 0.1, 500: 0.2}
+    assert found["seed"] == models["seed"]
 
 
 def test_what_is_kept_is_a_share_of_the_experts_own_gain():
