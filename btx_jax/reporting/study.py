@@ -18,6 +18,7 @@ from btx_jax.rundir import recorded_config
 
 Models = Mapping[str, Any]  # of one results.json; of branches also `barriers`, step -> nats
 RESAMPLES = 10_000  # of the points of a rank correlation
+BRANCH = "expert-"  # how the name of a branch begins, in the study alone
 PEERS = (
     *("dense", "dense_flops", "dense_time"),
     *("upcycling_tokens", "upcycling_flops", "upcycling_time", "drop_upcycling"),
@@ -41,6 +42,8 @@ class Point(NamedTuple):
 
 def tables(seeds: Sequence[Models]) -> str:
     """All tables that these results hold, as Markdown; "" where they are none of the study's."""
+    if not names(seeds, (BRANCH,)):
+        return ""
     parts = (barrier_table, loss_table, correlation_table, kept_table, peer_table, tuned_table)
     made = (part(seeds) for part in (*parts, rate_table, split_table))
     return "\n".join(table for table in made if table)
@@ -56,7 +59,7 @@ def with_barriers(models: Models, evaluate: Path) -> Models:
     found = dict(models)
     paths = recorded_config(evaluate).get("evaluate", {}).get("models", {})
     for name in models:
-        if name.startswith("expert-"):
+        if name.startswith(BRANCH):
             lines = read_metrics(to_path(paths[name], f"config.evaluate.models.{name}"))
             barriers = {line["step"]: line["barrier"] for line in lines if line.get("barrier")}
             found[name] = models[name] | {"barriers": barriers}
@@ -152,7 +155,8 @@ def kept_table(seeds: Sequence[Models]) -> str:
 
 
 def correlation_table(seeds: Sequence[Models]) -> str:
-    """Spearman's, over all branches of all seed values, with a percentile bootstrap interval."""
+    """Spearman's, over all branches of all seed values, with a percentile bootstrap interval, as if
+    the branches of a seed value did not depend on each other."""
     found = [
         point for models in seeds for kind in BRANCHES for point in points(models, kind).values()
     ]
@@ -273,7 +277,7 @@ def percent(shares: Sequence[float]) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """ "" without rows."""
+    """Nothing without rows."""
     if not rows:
         return ""
     lines = [columns, ["---"] * len(columns), *rows]
