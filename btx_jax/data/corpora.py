@@ -10,7 +10,7 @@ branches, and branches and finetune, share no document.
 math, code and world are the demo's, whole; code goes on with the sources of libraries that btx_jax
 needs, prose with the docstrings of others. What BTX_DATA_DIR holds under text/ is added where it is
 set: short problems and grade-school word problems to math, chapters of books to prose. Without it
-prose is a fifth as long, and a seed of 20M tokens sees it several times.
+prose is a third as long, and a seed of 20M tokens sees it three times.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from btx_jax.output import new_directory
 from btx_jax.progress import bar
 
 DIRECTORY = "runs/corpora"
-MATHS_BYTES = 9_000_000  # of the endless ones
+MATHS_BYTES = 18_000_000  # of the endless ones; half of it where BTX_DATA_DIR adds to them
 LONGEST = 60_000  # bytes of a module of code; longer ones are mostly tables
 TOKENIZER, VOCAB_SIZE = "tokenizer.model", 2048
 TOKENIZER_BYTES = 2_000_000  # of each domain that the tokenizer is trained on
@@ -56,12 +56,13 @@ SHARES = {
 
 def texts(domain: str) -> Iterator[str]:
     """Every document of a domain; some may come twice."""
+    folder = os.environ.get("BTX_DATA_DIR")
     if domain == "math":
         size = 0
         for text in demo.maths():
             yield text
             size += len(text.encode())
-            if size >= MATHS_BYTES:
+            if size >= MATHS_BYTES // (2 if folder else 1):
                 break
     else:
         yield from demo.CORPORA[domain]()
@@ -69,7 +70,7 @@ def texts(domain: str) -> Iterator[str]:
         yield from itertools.chain.from_iterable(map(_modules, CODE))
     if domain == "prose":
         yield from itertools.chain.from_iterable(map(demo.docstrings, DOCSTRINGS))
-    if folder := os.environ.get("BTX_DATA_DIR"):
+    if folder:
         for name in MORE.get(domain, ()):
             path = Path(folder) / "text" / f"{name}.jsonl.gz"
             if not path.exists():
