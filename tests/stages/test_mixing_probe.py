@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from btx_jax import stages
+from btx_jax import progress, stages
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
 from btx_jax.checkpoints.training_state import CheckpointMetadata, Checkpoints
 from btx_jax.config.config import CheckpointConfig, Config, EvaluateConfig, MeshConfig, MixConfig
@@ -50,7 +50,10 @@ def probed(workdir):
     }
 
 
-def test_the_probe_is_the_loss_of_the_averaged_checkpoint(branch, run, tmp_path, tokenizer_file):
+def test_the_probe_is_the_loss_of_the_averaged_checkpoint(
+    branch, run, tmp_path, tokenizer_file, monkeypatch
+):
+    monkeypatch.setattr(progress, "SECONDS", 0)
     config = branch()
     told = run(config, tmp_path / "branch")
     found = probed(tmp_path / "branch")
@@ -91,6 +94,7 @@ def test_the_probe_is_the_loss_of_the_averaged_checkpoint(branch, run, tmp_path,
         assert found[step][2] == pytest.approx(mixed["nats_per_token"] - middle, abs=1e-12)
     line = f"branch: mixing barrier at the end: {found[6][2]:.3f} nats per token"
     assert line in told
+    assert any(f", barrier {found[2][2]:.3f}" in line for line in told), "beside the loss"
 
 
 def test_a_run_goes_on_with_the_same_probe(branch, run, tmp_path):
