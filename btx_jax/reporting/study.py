@@ -14,6 +14,7 @@ from btx_jax.presets.experiments import SHARES
 from btx_jax.presets.study import BEST_RATE, BRANCHES, DOMAIN_OF, ROUTERS, TOKENS
 from btx_jax.reporting.compare import CONFIDENCE, interval, mean_loss
 from btx_jax.reporting.metrics import read_metrics
+from btx_jax.reporting.summary import probe_points
 from btx_jax.rundir import recorded_config
 
 Models = Mapping[str, Any]  # of one results.json; of branches also `barriers`, step -> nats
@@ -61,7 +62,7 @@ def with_barriers(models: Models, evaluate: Path) -> Models:
     for name in models:
         if name.startswith(BRANCH):
             lines = read_metrics(to_path(paths[name], f"config.evaluate.models.{name}"))
-            barriers = {line["step"]: line["barrier"] for line in lines if line.get("barrier")}
+            barriers = {step: barrier for step, *_, barrier in probe_points(lines) if step}
             found[name] = models[name] | {"barriers": barriers}
     return found
 

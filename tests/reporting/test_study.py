@@ -49,11 +49,10 @@ def test_barriers_are_what_the_branches_runs_measured(tmp_path):
     run, evaluate = tmp_path / "branch", tmp_path / "evaluate"
     run.mkdir()
     evaluate.mkdir()
-    lines = [
-        {"step": 0, "barrier": 0.0},
-        {"step": 1, "loss": 2.0},
-        {"step": 250, "barrier": 0.1},
-        {"step": 500, "barrier": 0.2},
+    heldout = {"math": {"nats_per_token": 2.0}}
+    lines = [{"step": 1, "loss": 2.0}] + [
+        {"step": step, "heldout": heldout, "heldout_mixed": heldout, "barrier": barrier}
+        for step, barrier in ((0, 0.0), (250, 0.1), (500, 0.2))
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {"evaluate": {"models": {"expert-full_30-math": str(run), "seed": "x"}}}
