@@ -7,9 +7,9 @@ branches lose when they are mixed, and the mixture at its best beside tuned peer
     btx run paper_small:all --config.rng_seed=2 --workdir=runs/paper_small_2
     btx run paper_small:report               # of all three
 
-Cost on 2 quiet cores: the seed 40 minutes, `branches` (what branches lose) 1.5 hours with it,
-`main` (BTX and its peers) 2.5, `all` (the paper's other arms, the split of compute) 4, `tuning`
-(every finetune, every rate) 6. A killed run goes on where it was, and `--only=STAGE` does a part.
+Cost on 2 quiet cores: the seed 30 minutes, `branches` (what branches lose) an hour with it, `main`
+(BTX and its peers) 2, `all` (the paper's other arms, the split of compute) 3, `tuning` (every
+finetune, every rate) 4.5. A killed run goes on where it was, and `--only=STAGE` does a part.
 Expected: docs/results.md.
 """
 
