@@ -18,8 +18,9 @@ def small(monkeypatch):
     """Short corpora of words, in which every third document comes twice."""
 
     def texts(domain):
-        for i in range(300):
-            yield f"{domain} {i - i % 3 // 2}: " + " ".join(f"{domain}{j}" for j in range(i % 40))
+        for number in range(300):
+            i = number - number % 3 // 2
+            yield f"{domain} {i}: " + " ".join(f"{domain}{j}" for j in range(i % 40))
 
     monkeypatch.setattr(corpora, "texts", texts)
     monkeypatch.setattr(corpora, "VOCAB_SIZE", 320)
