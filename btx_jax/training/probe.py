@@ -21,9 +21,9 @@ Heldout = Mapping[str, Mapping[str, float]]  # domain -> nats_per_token and othe
 
 
 def is_probed(model: ModelConfig, train: TrainConfig) -> bool:
-    """Whether a run measures it. Where nothing shared moves there is no barrier to measure: of
-    LoRA experts, and of branches with frozen shared parts."""
-    moves = not model.lora and train.frozen != "shared"
+    """Whether a run measures it: of a dense branch. Where nothing shared moves there is no barrier
+    to measure: of LoRA experts, and of branches with frozen shared parts."""
+    moves = not (model.moe or model.lora) and train.frozen != "shared"
     return train.mixing_probe and bool(train.eval_every) and moves
 
 
