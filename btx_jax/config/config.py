@@ -524,6 +524,18 @@ class EnsembleConfig(Section):
 
 
 @dataclass(frozen=True)
+class OracleConfig(Section):
+    """A mixture that is told where its tokens go.
+
+    mixture: name among evaluate.models. experts: every domain of data.heldout -> the number, from
+    0, of the expert that all its tokens go to.
+    """
+
+    mixture: str
+    experts: Mapping[str, CountOrZero]
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(Section):
     """models: name -> checkpoint, each measured on every domain of data.heldout, where there is a
     data section. rows: at most this many a domain, 0 for all.
@@ -532,7 +544,8 @@ class EvaluateConfig(Section):
     started from, what was trained on one domain alone, what a report looks into. With a seed its
     costs are left out of the others'; with experts too, what was gained over it is told.
     tasks: name -> test set, each tried with every model. ensembles: name -> models that answer
-    together, by their losses alone.
+    together, by their losses alone. oracles: name -> a mixture that is told where tokens go,
+    likewise.
     shown_tokens: of each domain's held-out text, kept with the experts that every mixture chose for
     them; texts: name -> further text to keep so. batch_size: sequences at a time over all devices,
     at least; what is measured does not depend on it.
@@ -544,6 +557,7 @@ class EvaluateConfig(Section):
     mixture: str = ""
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     ensembles: Mapping[str, EnsembleConfig] = field(default_factory=dict)
+    oracles: Mapping[str, OracleConfig] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     shown_tokens: Annotated[int, Range(0, 100_000)] = 160
     rows: CountOrZero = 0
@@ -551,7 +565,7 @@ class EvaluateConfig(Section):
 
     @rule
     def _names(self) -> Iterator[str]:
-        for key in ("models", "tasks", "ensembles"):
+        for key in ("models", "tasks", "ensembles", "oracles"):
             yield from _no_file_names(key, getattr(self, key))
         if "result" in self.tasks:
             yield "tasks.result: the name is taken; choose another"
@@ -580,6 +594,17 @@ class EvaluateConfig(Section):
                         f"ensembles.{name}.experts: no model {expert!r};"
                         f" {suggest(expert, self.models)}"
                     )
+
+    @rule
+    def _oracles_of_models(self) -> Iterator[str]:
+        for name, oracle in self.oracles.items():
+            if name in self.models or name in self.ensembles:
+                yield f"oracles.{name}: a model or an ensemble has that name already"
+            if oracle.mixture not in self.models:
+                yield (
+                    f"oracles.{name}.mixture: no model {oracle.mixture!r};"
+                    f" {suggest(oracle.mixture, self.models)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -675,6 +700,8 @@ class Config(Section):
             return
         if self.evaluate.ensembles:
             yield "data: missing, and evaluate.ensembles need held-out text"
+        if self.evaluate.oracles:
+            yield "data: missing, and evaluate.oracles need held-out text"
         if not self.evaluate.tasks:
             yield "data: missing, and evaluate.tasks is empty: nothing to evaluate on"
 

@@ -160,22 +160,34 @@ def world() -> Iterator[str]:
 
 
 def prose() -> Iterator[str]:
-    """Python's help topics, then numpy's longer docstrings."""
+    """Python's help topics and numpy's longer docstrings."""
     import pydoc_data.topics
 
-    texts = list(pydoc_data.topics.topics.values())
-    spec = importlib.util.find_spec("numpy")
-    assert spec is not None and spec.origin is not None
-    root = Path(spec.origin).parent
-    for file in sorted(root.rglob("*.py"), key=lambda f: _order(str(f.relative_to(root)))):
-        if "tests" in file.parts:
-            continue
+    yield from sorted([*pydoc_data.topics.topics.values(), *docstrings("numpy")], key=_order)
+
+
+def docstrings(package: str) -> Iterator[str]:
+    """The longer ones of an installed package; none where it is not installed."""
+    for file in sources(package):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
                 text = ast.get_docstring(node)
                 if text and len(text) > 400:
-                    texts.append(text)
-    yield from sorted(texts, key=_order)
+                    yield text
+
+
+def sources(package: str) -> list[Path]:
+    """The modules of an installed package, in an order of no meaning, without its tests; none where
+    it is not installed."""
+    spec = importlib.util.find_spec(package)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    files = [
+        (_order(str(file.relative_to(folder))), file)
+        for folder in folders
+        for file in folder.rglob("*.py")
+        if not {"tests", "test"} & set(file.relative_to(folder).parts)
+    ]
+    return [file for _, file in sorted(files)]
 
 
 CORPORA: dict[str, Callable[[], Iterator[str]]] = {

@@ -13,10 +13,12 @@ from typing import Any
 from btx_jax.config.allocation import SHAPES
 from btx_jax.config.config import (
     Config,
+    DataConfig,
     EnsembleConfig,
     EvaluateConfig,
     MeshConfig,
     MixConfig,
+    OracleConfig,
     PipelineStage,
     ReportConfig,
 )
@@ -85,6 +87,18 @@ class Setting:
         """Of experts and finetune together, in dense steps."""
         return self.domain_steps + self.finetune_steps * self.moe_cost
 
+    @property
+    def budgets(self) -> dict[str, tuple[int, int]]:
+        """What BTX takes -> steps of a dense model and of a mixture that take as much: tokens,
+        FLOPs, or time, when branches side by side take that of one."""
+        tokens = self.domain_steps + self.finetune_steps
+        time = self.expert_steps + self.finetune_steps * self.moe_cost
+        dense = {"tokens": tokens, "flops": self.flops, "time": time}
+        return {
+            name: (round(steps), round(steps if name == "tokens" else steps / self.moe_cost))
+            for name, steps in dense.items()
+        }
+
 
 def mixed_text(shares: dict[str, float]) -> str:
     """`name:weight,...` texts in proportion to their shares -> one such text, weights adding up to
@@ -110,6 +124,7 @@ class Arms:
     stages: dict[str, PipelineStage] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     ensembles: dict[str, EnsembleConfig] = field(default_factory=dict)
+    oracles: dict[str, OracleConfig] = field(default_factory=dict)
 
     def add(
         self, name: str, config: Config, needs: tuple[str, ...] = (), is_model: bool = True
@@ -158,8 +173,17 @@ class Arms:
         )
         return self.add(name, config, (init[1:],) if init.startswith("@") else (), is_model)
 
-    def mix(self, name: str, sources: list[str], is_model: bool = False, **changes: Any) -> str:
-        config = Config("mix", mix=MixConfig(tuple(sources), **changes), mesh=MeshConfig())
+    def mix(
+        self,
+        name: str,
+        sources: list[str],
+        is_model: bool = False,
+        data: DataConfig | None = None,
+        **changes: Any,
+    ) -> str:
+        """data: where the text that a closed form reads is found."""
+        mix = MixConfig(tuple(sources), **changes)
+        config = Config("mix", mix=mix, data=data, mesh=MeshConfig())
         read = [*sources, changes.get("shared_expert", "")]
         needs = tuple(source[1:] for source in read if source.startswith("@"))
         return self.add(name, config, needs, is_model)
@@ -203,15 +227,15 @@ def main(arms: Arms) -> list[str]:
     arms.train("dense", s.dense, on_domains, s.mixed, s.finetune_steps)
 
     upcycled = arms.mix("upcycled", [s.seed], copies=len(experts))
-    budgets = {
-        "tokens": s.domain_steps + s.finetune_steps,
-        "flops": round(s.flops / s.moe_cost),
-        # The branches side by side take one expert's time.
-        "time": round(s.expert_steps / s.moe_cost) + s.finetune_steps,
-    }
-    for budget, steps in budgets.items():
+    for budget, (_, steps) in s.budgets.items():
         arms.train(f"upcycling_{budget}", s.finetune, upcycled, s.everything, steps)
+    btm(arms)
+    return experts
 
+
+def btm(arms: Arms) -> None:
+    """Branch-Train-Merge's ensembles of the experts and the seed."""
+    s = arms.setting
     members = {
         **{f"expert_{name}": domain for name, domain in s.domains.items()},
         "seed": s.general,
@@ -222,14 +246,12 @@ def main(arms: Arms) -> list[str]:
         "btm_bayes": EnsembleConfig(members, "bayes_uniform"),
         "btm_bayes_updating": EnsembleConfig(members, "bayes_updating"),
     }
-    return experts
 
 
-def ablations(arms: Arms, experts: list[str]) -> None:
-    """What each part of the method is worth. The routing variants are compared without balancing,
-    as in the paper."""
+def ablations(arms: Arms, experts: list[str], mixture: str = "@btx_untuned") -> None:
+    """What each part of the method is worth. mixture: the experts', before it is finetuned. The
+    routing variants are compared without balancing, as in the paper."""
     s = arms.setting
-    mixture = "@btx_untuned"
     arms.finetune("no_balance", mixture, balance_weight=0.0)
     arms.finetune("frozen_experts", mixture, frozen="experts")
     arms.finetune("only_routers", mixture, frozen="all_but_routers")
@@ -267,7 +289,13 @@ def ablations(arms: Arms, experts: list[str]) -> None:
         for i in range(len(s.texts))
     ]
     arms.finetune("random_split", arms.mix("mix_random", [*random, s.seed]))
-    arms.train("dense_throughout", s.dense, s.seed, s.everything, s.domain_steps + s.finetune_steps)
+
+
+def dense_throughout(arms: Arms) -> None:
+    """Dense training with one schedule, on everything at once."""
+    s = arms.setting
+    steps, _ = s.budgets["tokens"]
+    arms.train("dense_throughout", s.dense, s.seed, s.everything, steps)
 
 
 def lora_shapes(arms: Arms, total: int, plain_rank: int, targets: tuple[str, ...]) -> None:
@@ -324,17 +352,31 @@ def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
         experts = main(arms)
     if group in ("ablations", "all"):
         ablations(arms, experts)
+        dense_throughout(arms)
     if group == "all":
         compute_split(arms)
+    has_experts = group != "lora"
+    return evaluated(
+        arms,
+        tuple(f"expert_{name}" for name in setting.texts) if has_experts else (),
+        "btx" if has_experts else "",
+        rng_seed,
+    )
+
+
+def evaluated(arms: Arms, experts: tuple[str, ...], mixture: str, rng_seed: int = 0) -> Config:
+    """The pipeline of what was added, evaluated and reported. experts, mixture: of these roles."""
+    setting = arms.setting
     assert setting.expert.data
     heldout = ",".join([*setting.domains.values(), setting.general])
     data = dataclasses.replace(setting.expert.data, train=setting.everything, heldout=heldout)
     evaluate = EvaluateConfig(
         arms.models,
         seed="seed",
-        experts=tuple(f"expert_{name}" for name in setting.texts) if group != "lora" else (),
-        mixture="btx" if group != "lora" else "",
+        experts=experts,
+        mixture=mixture,
         ensembles=arms.ensembles,
+        oracles=arms.oracles,
         rows=setting.rows,
     )
     stages = {**setting.before, **arms.stages}

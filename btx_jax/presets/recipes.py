@@ -471,26 +471,21 @@ def compared(what: str, group: str) -> Config:
     return arms(setting, group)
 
 
-def paper_small(what: str = "main") -> Config:
-    """The comparison at a million parameters; `report`: of three seeds of it."""
-    return _small_report("all") if what == "report" else compared(TINY, what)
-
-
 def mola_small(what: str = "") -> Config:
-    """MoLA's shapes at a million parameters; `report`: of three seeds of it."""
+    """MoLA's shapes at a million parameters; `report`: of three seeds of it, left in
+    runs/mola_small_0 (whose curves and routing are shown), _1 and _2."""
     if what not in ("", "report"):
         raise ConfigError(f"{what}: must be `report`, or nothing behind the colon")
-    return _small_report("lora") if what == "report" else compared(TINY, "lora")
+    pipeline = compared(TINY, "lora")
+    return reported("mola_small", pipeline) if what else pipeline
 
 
-def _small_report(group: str) -> Config:
-    """What paper_small, or mola_small, left in runs/NAME_0 (whose curves and routing are shown), _1
-    and _2."""
-    stages = compared(TINY, group).pipeline
-    assert stages
-    name = "mola_small" if group == "lora" else "paper_small"
-    runs = {stage: f"runs/{name}_0/{stage}" for stage in stages if stage != "report"}
-    evaluates = tuple(f"runs/{name}_{seed}/evaluate" for seed in range(3))
+def reported(name: str, pipeline: Config) -> Config:
+    """A report of what a pipeline left in runs/NAME_0, whose curves and routing are shown, beside
+    those of the seed values 1 and 2."""
+    assert pipeline.pipeline
+    runs = {stage: f"runs/{name}_0/{stage}" for stage in pipeline.pipeline if stage != "report"}
+    evaluates = tuple(f"runs/{name}_{value}/evaluate" for value in range(3))
     return Config("report", report=ReportConfig(evaluates[0], runs, evaluates[1:]))
 
 

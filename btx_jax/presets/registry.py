@@ -59,7 +59,7 @@ PRESETS = {
         argument="TASK,TASK...",
     ),
     "paper_small": Preset(
-        "the comparison at a million parameters", "recipes.paper_small", argument="ARMS or report"
+        "when mixing pays, at a million parameters", "study.paper_small", argument="ARMS or report"
     ),
     "mola_small": Preset(
         "MoLA's five shapes and plain LoRA, small", "recipes.mola_small", argument="report"

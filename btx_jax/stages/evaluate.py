@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from btx_jax.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_for_inference
 from btx_jax.checkpoints.training_state import CheckpointMetadata, together
-from btx_jax.config.config import Config, EnsembleConfig, TaskConfig
+from btx_jax.config.config import Config, EnsembleConfig, OracleConfig, TaskConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepare import (
@@ -34,9 +34,10 @@ from btx_jax.data.prepare import (
     texts,
 )
 from btx_jax.data.prepared import PreparedDomain, none_heldout
+from btx_jax.data.sources import Domain, parse_domains
 from btx_jax.data.tokenizers import Tokenizer, check_ids, difference, load_tokenizer
 from btx_jax.errors import ConfigError, Mistakes, UserError
-from btx_jax.evaluation import btm, lora, routing
+from btx_jax.evaluation import btm, lora, oracle, routing
 from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.explain import explain
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
@@ -128,6 +129,18 @@ def run(config: Config, workdir: Path) -> None:
         models[name] = ensemble_result(
             ensemble, heldout, workdir / PARTS, profiles.get(name), found, eos
         )
+    for name, sent in spread.oracles.items():
+        folder = workdir / PARTS / name
+        models[name] = part(
+            folder / "result.json",
+            oracle_result,
+            sent,
+            found[sent.mixture],
+            config,
+            tokenizers[sent.mixture],
+            heldout,
+            mesh,
+        )
     progress.close()
     if is_first():
         roles = {key: getattr(config.evaluate, key) for key in ("seed", "experts", "mixture")}
@@ -164,6 +177,7 @@ def show(workdir: Path) -> None:
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.evaluate and config.mesh
+    models: dict[str, ModelConfig] = {}
     for name, path in config.evaluate.models.items():
         with mistakes.gather():
             if path in coming:
@@ -173,6 +187,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
                 model = found.metadata.model
                 load_tokenizer(found.tokenizer)
             if model is not None:
+                models[name] = model
                 for told in _too_long(config, name, model.context):
                     mistakes.add(told)
     for name, task in config.evaluate.tasks.items():
@@ -185,8 +200,13 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             for expert, domain in ensemble.experts.items()
             if ensemble.weights == "tf_idf"
         ]
+        domains: tuple[Domain, ...] = ()
         with mistakes.gather():
             check_text(config.data, [texts(config.data)[-1], *profiles])
+            domains = parse_domains(texts(config.data)[-1][1], config.data.domains, "config.data")
+        for key, sent in config.evaluate.oracles.items():
+            for told in _no_oracle(key, sent, models, [domain.name for domain in domains]):
+                mistakes.add(told)
     trackers.check(config.log, mistakes)
     with mistakes.gather():
         config.mesh.shape(jax.device_count())
@@ -208,6 +228,21 @@ def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
                 f" config.evaluate.models.{name} has a context of {context}; leave the task or the"
                 " model out"
             )
+
+
+def _no_oracle(
+    name: str, sent: OracleConfig, models: Mapping[str, ModelConfig], domains: Sequence[str]
+) -> Iterator[str]:
+    """Why a mixture cannot be told so."""
+    key = f"config.evaluate.oracles.{name}"
+    if domains and (others := set(domains) ^ set(sent.experts)):
+        yield f"{key}.experts: {', '.join(sorted(others))}: must be the domains of held-out text"
+    if model := models.get(sent.mixture):
+        for domain, expert in sent.experts.items():
+            try:
+                oracle.check(model, expert, f"{key}.experts.{domain}: {sent.mixture}")
+            except ConfigError as error:
+                yield from error.args
 
 
 def require_same(file: Path, inputs: Mapping[str, str]) -> None:
@@ -454,3 +489,29 @@ def ensemble_result(
         sum(sorted(active for _, active in counts)[-answering:]),
     )
     return loss_entries(losses) | whole.costs() | {"params_total": total, "params_active": active}
+
+
+def oracle_result(
+    sent: OracleConfig,
+    checkpoint: Checkpoint,
+    config: Config,
+    tokenizer: Tokenizer,
+    all_rows: Mapping[str, Rows],
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """The losses of a mixture that is told where the tokens of every domain go. Its costs are the
+    mixture's."""
+    assert config.evaluate and config.compute
+    model = checkpoint.metadata.model
+    params = load_for_inference(checkpoint, mesh, "float32")
+    step = make_heldout_step(model, config.compute, mesh)
+    losses = {}
+    for domain, rows in all_rows.items():
+        own = oracle.told(params, sent.experts[domain])
+        nll, *_ = token_losses(step, own, rows, config.evaluate.batch_size, mesh)
+        loss = mean_loss(nll, rows, tokenizer.eos)
+        assert loss is not None
+        losses[domain] = loss
+    total, active = parameter_counts(model)
+    counts = checkpoint.metadata.costs() | {"params_total": total, "params_active": active}
+    return loss_entries(losses) | counts

@@ -1,5 +1,5 @@
 """Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk;
-with other seeds, comparison.md."""
+with other seeds, comparison.md, and of the study its tables, study.md."""
 
 import dataclasses
 import hashlib
@@ -19,6 +19,7 @@ from btx_jax.mixing.recipe_file import expert_sources
 from btx_jax.output import none_left_empty, read_json, write_json, write_text
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import to_path
+from btx_jax.reporting import study
 from btx_jax.reporting.compare import markdown
 from btx_jax.reporting.summary import print_tables, read_curves, summarise, tables
 from btx_jax.rundir import (
@@ -148,6 +149,14 @@ def write(config: Config, workdir: Path) -> None:
     if summary["comparison"]:
         write_text(workdir / "comparison.md", markdown(summary["comparison"], summary["models"]))
         print(plain((workdir / "comparison.md").read_text(encoding="utf-8")))
+    paths = (config.report.evaluate, *config.report.others)
+    values = [
+        study.with_barriers(each["models"], to_path(path, "config.report.evaluate"))
+        for each, path in zip((results, *others), paths, strict=True)
+    ]
+    if told := study.tables(values):
+        write_text(workdir / "study.md", told)
+        print(plain(told))
 
 
 def read_results(directory: str, key: str) -> Any:

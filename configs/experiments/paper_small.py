@@ -1,13 +1,16 @@
-"""The paper's comparison at a million parameters: Branch-Train-MiX beside its baselines and
-ablations, on corpora that pip can install.
+"""When does mixing pay? Branch-Train-MiX at a million parameters, behind a seed of 20M tokens: what
+branches lose when they are mixed, and the mixture at its best beside tuned peers.
 
-    btx run paper_small:all --workdir=runs/paper_small_0
-    btx run paper_small:ablations --config.rng_seed=1 --workdir=runs/paper_small_1
-    btx run paper_small:report               # of seeds 0, 1 and 2
+    python -m btx_jax.data.corpora           # 88 MB of text in runs/corpora, a minute
+    btx run paper_small:tuning --workdir=runs/paper_small_0
+    btx run paper_small:all --config.rng_seed=1 --workdir=runs/paper_small_1
+    btx run paper_small:all --config.rng_seed=2 --workdir=runs/paper_small_2
+    btx run paper_small:report               # of all three
 
-Cost: `main` about 15 minutes on 2 cores, `ablations` 30, `all` 40. A killed run goes on where it
-was.
-Expected: docs/results.md, made of three seeds.
+Cost on 2 quiet cores: the seed 30 minutes, `branches` (what branches lose) an hour with it, `main`
+(BTX and its peers) 2, `all` (the paper's other arms, the split of compute) 3, `tuning` (every
+finetune, every rate) 4.5. A killed run goes on where it was, and `--only=STAGE` does a part.
+Expected: docs/results.md.
 """
 
 from btx_jax.presets.registry import PRESETS

@@ -20,6 +20,7 @@ from btx_jax.config.config import (
     FormatConfig,
     MeshConfig,
     MixConfig,
+    OracleConfig,
     PipelineStage,
     ReportConfig,
     TaskConfig,
@@ -51,6 +52,7 @@ WHOLE = to_dict(
             {"m": "a", "n": "b"},
             tasks={"t": TaskConfig("exact_match", "t.jsonl", "{q}")},
             ensembles={"e": EnsembleConfig({"m": "x", "n": "y"})},
+            oracles={"o": OracleConfig("m", {"x": 0})},
         ),
         report=ReportConfig("a"),
         pipeline={"s": PipelineStage(Config("report", report=ReportConfig("a")))},
@@ -115,12 +117,13 @@ def numbers(hint):
 
 
 def leaves(values, section, key=()):
-    """(path, class, field) of every number of a section's values; of a list, its first entry."""
+    """(path, class, field) of every number of a section's values; of several, the first."""
     for name, value in values.items():
         hint = hints(section)[name]
         within = [part for part in parts(hint) if dataclasses.is_dataclass(part)]
         if numbers(hint):
-            yield (*key, name, 0) if isinstance(value, list) else (*key, name), section, name
+            places = [*value] if isinstance(value, dict) else [0] * isinstance(value, list)
+            yield (*key, name, *places[:1]), section, name
         elif within and any(typing.get_origin(part) is Mapping for part in parts(hint)):
             for entry, inner in value.items():
                 yield from leaves(inner, within[0], (*key, name, entry))

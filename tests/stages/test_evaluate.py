@@ -14,6 +14,7 @@ from btx_jax.config.config import (
     EnsembleConfig,
     EvaluateConfig,
     MeshConfig,
+    OracleConfig,
     TaskConfig,
 )
 from btx_jax.config.model_config import ModelConfig, MoEConfig
@@ -88,6 +89,7 @@ def config(tmp_path, tokenizer):
                 "btm": EnsembleConfig(members, "tf_idf", 1),
                 "bayes": EnsembleConfig(members, "bayes_updating"),
             },
+            oracles={"told": OracleConfig("btx", {"a": 0, "b": 3})},
             texts={"own": "the river <script>"},
             shown_tokens=10,
         ),
@@ -108,12 +110,14 @@ def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(
     mean = np.mean(list(results["models"]["btx"]["nats_per_token"].values()))
     assert f"{mean:.3f}" in shown
     models = results["models"]
-    assert list(models) == ["seed", "expert_a", "btx", "btm", "bayes"]
+    assert list(models) == ["seed", "expert_a", "btx", "btm", "bayes", "told"]
     for name, model in models.items():
         assert set(model["nats_per_token"]) == {"a", "b"}
         assert all(np.isfinite(list(model["nats_per_token"].values()))), name
     assert models["btm"]["tokens"] == 300
     assert models["btm"]["params_active"] == models["seed"]["params_active"]
+    assert models["told"]["tokens"] == models["btx"]["tokens"]
+    assert models["told"]["nats_per_token"] != models["btx"]["nats_per_token"]
     for name in ("seed", "expert_a", "btx"):
         assert set(models[name]["tasks"]) == {"choice", "number", "code"}
         assert models[name]["tasks"]["choice"]["accuracy"] in (0, 1)
@@ -175,6 +179,19 @@ def test_wrong_settings_are_refused_before_any_model_is_read(config, tmp_path):
         )
     with pytest.raises(ConfigError, match=r"pass_at=\(1, 5\): each must lie in 1 .. samples=2"):
         TaskConfig("code", "f", "p", samples=2, temperature=1.0, pass_at=(1, 5))
+    for oracle, said in (
+        (OracleConfig("bt", {}), r"oracles\.x\.mixture: no model 'bt'; did you mean 'btx'"),
+        (OracleConfig("btx", {"a": 0}), r"oracles\.x\.experts: b: must be the domains of held-out"),
+        (OracleConfig("btx", {"a": 0, "b": 4}), r"oracles\.x\.experts\.b: btx: has no expert 4"),
+        (OracleConfig("seed", {"a": 0, "b": 0}), r"seed: is no mixture"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            evaluate.run(
+                dataclasses.replace(
+                    config, evaluate=dataclasses.replace(config.evaluate, oracles={"x": oracle})
+                ),
+                tmp_path / "x",
+            )
     task = TaskConfig("multiple_choice", str(tmp_path / "nothing.jsonl"), "{q}")
     with pytest.raises(UserError, match=r"config\.evaluate\.tasks\.t\.file: no file"):
         evaluate.run(

@@ -1,0 +1,262 @@
+"""When does mixing pay? The study behind docs/results.md, at a million parameters: what branches
+lose when they are mixed, by how far they went and how they are mixed, and Branch-Train-MiX at its
+best beside tuned peers.
+
+A seed is trained on 20M tokens, so that branches of 1M start from a model that has learnt much. No
+text is seen twice: seed, branches and finetunes have parts of their own of the corpora that
+`python -m btx_jax.data.corpora` makes. All rates are shares of the seed's peak.
+
+What an arm is stands in its name, in parts between dashes: `expert-BRANCH-EXPERT`,
+`untuned-BRANCH-ROUTER-MERGE`, `oracle-BRANCH-MERGE`, `tuned-BRANCH-ROUTER-MERGE-WHAT`,
+`tried-PEER-RATE`; rates there in percent.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from btx_jax.config.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    OracleConfig,
+    PipelineStage,
+    TrainConfig,
+)
+from btx_jax.config.model_config import MoEConfig
+from btx_jax.config.ridge import RIDGE
+from btx_jax.costs.model import train_flops
+from btx_jax.data.corpora import DIRECTORY, PARTS, SHARES, TOKENIZER
+from btx_jax.errors import ConfigError
+from btx_jax.presets.experiments import (
+    Arms,
+    Setting,
+    ablations,
+    btm,
+    compute_split,
+    evaluated,
+)
+from btx_jax.presets.recipes import MODELS, TINY, reported
+
+MODEL = MODELS[TINY]
+DOMAINS = tuple(SHARES)
+SEED_TEXT = "prose_seed:42,code_seed:33,math_seed:22.5,world_seed:2.5"
+# Expert -> its text, of which a little is everybody's, as in the paper; and its domain.
+TEXTS = {
+    "math": "math_branch:94.99,prose_branch:5.01",
+    "code": "code_branch:93.07,prose_branch:6.93",
+    "wiki": "world_branch:90.91,prose_branch:9.09",
+}
+DOMAIN_OF = {"math": "math", "code": "code", "wiki": "world"}
+GENERAL = "prose"  # of the seed, which stays an expert
+# Every domain counts the same in what is measured, and so in what is trained on.
+MIXED = ",".join(f"{domain}_finetune:25" for domain in DOMAINS)
+
+TOKENS = 8 * 256  # of a step
+SEED_STEPS = 9800
+SEED_RATE = 1.5e-3  # 4.73 nats behind 200 steps of 400; half of it 4.87, twice 4.83
+BRANCH_STEPS = FINETUNE_STEPS = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """rate: of its peak, in peaks of the seed. train: other changes of its train section."""
+
+    rate: float
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing that branches share has moved, so that there is nothing to merge."""
+        return bool(self.train)
+
+
+BRANCHES = {
+    "full_100": Branch(1.0),
+    "full_30": Branch(0.3),
+    "full_10": Branch(0.1),
+    "ffn_100": Branch(1.0, {"frozen": "shared"}),
+    "ffn_30": Branch(0.3, {"frozen": "shared"}),
+}
+ROUTERS = ("normal", RIDGE)
+MERGES = ("mean",)
+# What is trained of a mixture.
+WHAT: Mapping[str, Mapping[str, Any]] = {"all": {}, "routers": {"frozen": "all_but_routers"}}
+
+# For the first seed value to choose: `tried-PEER-RATE` and the untuned mixtures tell.
+RATES = (1.0, 0.3, 0.1)
+BEST_RATE = {"btx": 0.3, "dense": 0.3, "upcycling": 0.3}
+# The name among the paper's arms of each, on as many tokens as BTX.
+PEERS = {"btx": "btx", "dense": "dense", "upcycling": "upcycling_tokens"}
+BEST = "full_30"  # branches of btx
+UNTUNED = f"@untuned-{BEST}-{ROUTERS[0]}-{MERGES[0]}"  # as in the paper
+
+GROUPS = ("branches", "main", "all", "tuning")
+
+
+def _data(train: str) -> DataConfig:
+    files = {
+        domain: {f"{domain}_{part}": f"{DIRECTORY}/{part}/{domain}.jsonl.gz" for part in PARTS}
+        for domain in DOMAINS
+    }
+    # A domain by its own name is measured on what all its parts hold out.
+    whole = {domain: ",".join(parts.values()) for domain, parts in files.items()}
+    return DataConfig(
+        train,
+        heldout=",".join(DOMAINS),
+        domains=whole | {name: file for parts in files.values() for name, file in parts.items()},
+        tokenizer=f"{DIRECTORY}/{TOKENIZER}",
+        sequence_length=256,
+        heldout_fraction=0.05,
+    )
+
+
+def _training(train: str, steps: int, rate: float, **changes: Any) -> Config:
+    """rate: in peaks of the seed."""
+    given = {"batch_size": 8, "warmup_steps": 20, "eval_every": 125, "eval_rows": 32} | changes
+    return Config(
+        "train",
+        compute=ComputeConfig(
+            dtype="float32", remat="none", unroll=4, group_size=64, loss_chunk=512
+        ),
+        train=TrainConfig(steps, learning_rate=rate * SEED_RATE, **given),
+        data=_data(train),
+        mesh=MeshConfig(),
+        checkpoint=CheckpointConfig(every=250),
+    )
+
+
+def _seed() -> Config:
+    config = _training(SEED_TEXT, SEED_STEPS, 1.0, warmup_steps=200, eval_every=500)
+    return dataclasses.replace(config, init="scratch", model=MODEL)
+
+
+def _setting() -> Setting:
+    mixture = dataclasses.replace(MODEL, moe=MoEConfig((4,) * MODEL.layers))
+    return Setting(
+        seed="@seed",
+        texts=TEXTS,
+        domains=DOMAIN_OF,
+        general=GENERAL,
+        mixed=MIXED,
+        expert=_training("", BRANCH_STEPS, BRANCHES[BEST].rate, **BRANCHES[BEST].train),
+        finetune=_training(MIXED, FINETUNE_STEPS, BEST_RATE["btx"]),
+        moe_cost=train_flops(mixture, 1) / train_flops(MODEL, 1),
+        rows=128,
+        before={"seed": PipelineStage(_seed())},
+    )
+
+
+def _branches(arms: Arms) -> dict[str, list[str]]:
+    """Branches of every kind, mixtures of them that are not trained, and those told where tokens
+    go. Returns kind -> its experts."""
+    s = arms.setting
+    arms.models["seed"] = s.seed
+    experts: dict[str, list[str]] = {}
+    for kind, branch in BRANCHES.items():
+        probed = {"mixing_probe": not branch.is_exact}
+        base = _training("", BRANCH_STEPS, branch.rate, **probed, **branch.train)
+        experts[kind] = [
+            arms.train(f"expert-{kind}-{name}", base, s.seed, text, BRANCH_STEPS)
+            for name, text in s.texts.items()
+        ]
+        experts[kind].append(s.seed)
+        for merge in _merges(kind):
+            for router in ROUTERS:
+                _mixture(arms, f"untuned-{kind}-{router}-{merge}", experts[kind], router)
+            sent = {domain: number for number, domain in enumerate(DOMAIN_OF.values())}
+            arms.oracles[f"oracle-{kind}-{merge}"] = OracleConfig(
+                f"untuned-{kind}-{ROUTERS[0]}-{merge}", sent | {GENERAL: len(sent)}
+            )
+    return experts
+
+
+def _merges(kind: str) -> tuple[str, ...]:
+    """Ways to merge what branches of this kind share; where it has not moved, all are the same."""
+    return MERGES[:1] if BRANCHES[kind].is_exact else MERGES
+
+
+def _mixture(arms: Arms, name: str, experts: list[str], router: str) -> str:
+    if router != RIDGE:
+        return arms.mix(name, experts, is_model=True, router=router)
+    text = tuple(f"{domain}_branch" for domain in (*DOMAIN_OF.values(), GENERAL))
+    return arms.mix(
+        name, experts, is_model=True, data=_data(MIXED), router=router, router_text=text
+    )
+
+
+def _peers(arms: Arms) -> None:
+    """BTX at its best, and dense training, sparse upcycling and Drop-Upcycling at theirs: on as
+    many tokens, for as many FLOPs, in as much time as BTX with its branches side by side."""
+    s = arms.setting
+    copies = len(s.texts) + 1
+    upcycled = arms.mix("upcycled", [s.seed], copies=copies)
+    dropped = arms.mix("drop_upcycled", [s.seed], copies=copies, reinit=0.5)
+    # By the names that the paper's arms have everywhere.
+    for name in s.texts:
+        arms.models[f"expert_{name}"] = f"@expert-{BEST}-{name}"
+    arms.models["btx_untuned"] = UNTUNED
+    for peer, name in PEERS.items():
+        arms.models[name] = _at_rate(arms, peer, BEST_RATE[peer])
+    arms.finetune("btx_closed", f"@untuned-{BEST}-{RIDGE}-{_merges(BEST)[-1]}")
+    dense, upcycling = (
+        _training("", BRANCH_STEPS, BEST_RATE[peer]) for peer in ("dense", "upcycling")
+    )
+    for budget in ("flops", "time"):
+        steps, mixture_steps = s.budgets[budget]
+        arms.train(f"dense_{budget}", dense, s.seed, s.everything, steps)
+        arms.train(f"upcycling_{budget}", upcycling, upcycled, s.everything, mixture_steps)
+    arms.train("drop_upcycling", upcycling, dropped, s.everything, s.budgets["tokens"][1])
+    btm(arms)
+
+
+def _at_rate(arms: Arms, peer: str, rate: float) -> str:
+    """BTX, or a peer of it on as many tokens; as it is where it is there already."""
+    s = arms.setting
+    name = f"tried-{peer}-{round(100 * rate)}"
+    if name in arms.stages:
+        return f"@{name}"
+    if peer == "btx":
+        return arms.finetune(name, UNTUNED, learning_rate=rate * SEED_RATE)
+    init, number = (s.seed, 0) if peer == "dense" else ("@upcycled", 1)
+    base = _training("", BRANCH_STEPS, rate)
+    return arms.train(name, base, init, s.everything, s.budgets["tokens"][number])
+
+
+def _finetunes(arms: Arms) -> None:
+    """Every kind of branch, mixed in every way, trained: all of it, or its routers alone."""
+    for untuned in [name for name in arms.models if name.startswith("untuned-")]:
+        for what, train in WHAT.items():
+            name = f"tuned{untuned.removeprefix('untuned')}-{what}"
+            if f"@{untuned}" == UNTUNED and not train:
+                arms.models[name] = arms.models["btx"]
+            else:
+                arms.finetune(name, f"@{untuned}", **train)
+
+
+def paper_small(group: str = "main") -> Config:
+    """The arms of a group, each holding those before it. branches: what branches lose when they are
+    mixed; main: BTX and its peers; all: the paper's other arms and the split of compute; tuning:
+    every finetune and every rate. `report`: of three seed values of `all`, the first `tuning`."""
+    if group == "report":
+        return reported("paper_small", paper_small(GROUPS[-1]))
+    if group not in GROUPS:
+        raise ConfigError(f"{group}: no such group of arms; known: {', '.join(GROUPS)}, report")
+    arms = Arms(_setting())
+    wanted = GROUPS[: GROUPS.index(group) + 1]
+    experts = _branches(arms)
+    if "main" in wanted:
+        _peers(arms)
+    if "all" in wanted:
+        ablations(arms, experts[BEST], UNTUNED)
+        compute_split(arms)
+    if "tuning" in wanted:
+        _finetunes(arms)
+        for peer in PEERS:
+            for rate in RATES:
+                _at_rate(arms, peer, rate)
+    if "main" not in wanted:
+        return evaluated(arms, (), "")
+    return evaluated(arms, tuple(f"expert_{name}" for name in TEXTS), "btx")
