@@ -25,8 +25,9 @@ from btx_jax.config.config import (
     PipelineStage,
     TrainConfig,
 )
+from btx_jax.config.merges import COPY, REGMEAN
 from btx_jax.config.model_config import MoEConfig
-from btx_jax.config.ridge import RIDGE
+from btx_jax.config.ridge import RIDGE, SOLVED
 from btx_jax.costs.model import train_flops
 from btx_jax.data.corpora import DIRECTORY, PARTS, SHARES, TOKENIZER
 from btx_jax.errors import ConfigError
@@ -80,8 +81,11 @@ BRANCHES = {
     "ffn_100": Branch(1.0, {"frozen": "shared"}),
     "ffn_30": Branch(0.3, {"frozen": "shared"}),
 }
-ROUTERS = ("normal", RIDGE)
-MERGES = ("mean",)
+ROUTERS = ("normal", *SOLVED)
+MERGES = ("mean", REGMEAN, "ties", COPY)
+FROM_SEED = ("ties", COPY)  # merges that read the seed
+# Of mixtures that are trained on: what is left out of these is told by the untuned ones.
+TUNED_ROUTERS, TUNED_MERGES = ("normal", RIDGE), ("mean", REGMEAN)
 # What is trained of a mixture.
 WHAT: Mapping[str, Mapping[str, Any]] = {"all": {}, "routers": {"frozen": "all_but_routers"}}
 
@@ -165,7 +169,7 @@ def _branches(arms: Arms) -> dict[str, list[str]]:
         experts[kind].append(s.seed)
         for merge in _merges(kind):
             for router in ROUTERS:
-                _mixture(arms, f"untuned-{kind}-{router}-{merge}", experts[kind], router)
+                _mixture(arms, kind, experts[kind], router, merge)
             sent = {domain: number for number, domain in enumerate(DOMAIN_OF.values())}
             arms.oracles[f"oracle-{kind}-{merge}"] = OracleConfig(
                 f"untuned-{kind}-{ROUTERS[0]}-{merge}", sent | {GENERAL: len(sent)}
@@ -178,13 +182,13 @@ def _merges(kind: str) -> tuple[str, ...]:
     return MERGES[:1] if BRANCHES[kind].is_exact else MERGES
 
 
-def _mixture(arms: Arms, name: str, experts: list[str], router: str) -> str:
-    if router != RIDGE:
-        return arms.mix(name, experts, is_model=True, router=router)
-    text = tuple(f"{domain}_branch" for domain in (*DOMAIN_OF.values(), GENERAL))
-    return arms.mix(
-        name, experts, is_model=True, data=_data(MIXED), router=router, router_text=text
-    )
+def _mixture(arms: Arms, kind: str, experts: list[str], router: str, merge: str) -> None:
+    read: dict[str, Any] = {"base": arms.setting.seed} if merge in FROM_SEED else {}
+    if router in SOLVED or merge == REGMEAN:
+        read["data"] = _data(MIXED)
+        read["text"] = tuple(f"{domain}_branch" for domain in (*DOMAIN_OF.values(), GENERAL))
+    name = f"untuned-{kind}-{router}-{merge}"
+    arms.mix(name, experts, is_model=True, router=router, merge=merge, **read)
 
 
 def _peers(arms: Arms) -> None:
@@ -200,7 +204,8 @@ def _peers(arms: Arms) -> None:
     arms.models["btx_untuned"] = UNTUNED
     for peer, name in PEERS.items():
         arms.models[name] = _at_rate(arms, peer, BEST_RATE[peer])
-    arms.finetune("btx_closed", f"@untuned-{BEST}-{RIDGE}-{_merges(BEST)[-1]}")
+    closed = REGMEAN if REGMEAN in _merges(BEST) else MERGES[0]
+    arms.finetune("btx_closed", f"@untuned-{BEST}-{RIDGE}-{closed}")
     dense, upcycling = (
         _training("", BRANCH_STEPS, BEST_RATE[peer]) for peer in ("dense", "upcycling")
     )
@@ -226,8 +231,15 @@ def _at_rate(arms: Arms, peer: str, rate: float) -> str:
 
 
 def _finetunes(arms: Arms) -> None:
-    """Every kind of branch, mixed in every way, trained: all of it, or its routers alone."""
-    for untuned in [name for name in arms.models if name.startswith("untuned-")]:
+    """Every kind of branch, mixed in the ways that are trained on: all of it, or its routers
+    alone."""
+    mixtures = {
+        f"untuned-{kind}-{router}-{merge}"
+        for kind in BRANCHES
+        for router in TUNED_ROUTERS
+        for merge in TUNED_MERGES
+    }
+    for untuned in [name for name in arms.models if name in mixtures]:
         for what, train in WHAT.items():
             name = f"tuned{untuned.removeprefix('untuned')}-{what}"
             if f"@{untuned}" == UNTUNED and not train:
