@@ -5,6 +5,7 @@ is there already, whatever its size: `from_init`, with init named by --config.in
 `from_init,CHECKPOINT`."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config.config import (
@@ -20,10 +21,12 @@ from btx_jax.config.config import (
     TaskConfig,
     TrainConfig,
 )
+from btx_jax.config.merges import REGMEAN
 from btx_jax.config.model_config import LORA_TARGETS, ModelConfig, MoEConfig, RopeScaling
+from btx_jax.config.ridge import RIDGE
 from btx_jax.costs.model import train_flops
 from btx_jax.errors import ConfigError
-from btx_jax.presets.experiments import GROUPS, Setting
+from btx_jax.presets.experiments import GROUPS, Setting, mixed_text
 from btx_jax.presets.experiments import comparison as arms
 
 LLAMA2_7B = ModelConfig(
@@ -377,15 +380,23 @@ def _domain(expert: str, size: str) -> str:
 
 
 def _mixed_and_reported(
-    size: str, before: dict[str, PipelineStage], seed: str, init: str = ""
+    size: str,
+    before: dict[str, PipelineStage],
+    seed: str,
+    init: str = "",
+    mix: Config | None = None,
+    peers: Mapping[str, PipelineStage] | None = None,
 ) -> Config:
     """A pipeline: what trains the experts (`expert_*`), then mix, finetune, evaluate, report.
-    init: a checkpoint of which the context is known."""
+    init: a checkpoint of which the context is known. mix: how; as in the paper where none is
+    given. peers: what is evaluated beside the mixture."""
+    peers = peers or {}
     experts = tuple(name for name in before if name.startswith("expert_"))
     branches = tuple(f"@{name}" for name in experts)
     models = {
         "seed": seed,
         **dict(zip(experts, branches, strict=True)),
+        **{name: f"@{name}" for name in peers},
         "btx_untuned": "@mix",
         "btx": "@finetune",
     }
@@ -394,9 +405,10 @@ def _mixed_and_reported(
     evaluate = _within_context(_evaluate(size, models, "seed", experts, "btx"), init)
     stages = {
         **before,
-        "mix": PipelineStage(_mix((*branches, seed)), needs=(*first, *experts)),
+        "mix": PipelineStage(mix or _mix((*branches, seed)), needs=(*first, *experts)),
         "finetune": PipelineStage(finetune, needs=("mix",)),
-        "evaluate": PipelineStage(evaluate, needs=(*first, *experts, "mix", "finetune")),
+        **peers,
+        "evaluate": PipelineStage(evaluate, needs=(*first, *experts, "mix", "finetune", *peers)),
     }
     runs = {name: f"@{name}" for name in stages}
     stages["report"] = PipelineStage(
@@ -498,7 +510,8 @@ def _with_steps(config: Config, steps: int) -> Config:
 
 def demo() -> Config:
     """Branch-Train-MiX from nothing, tiny: seed, three experts, mix with the seed as generalist,
-    finetune, evaluate, report."""
+    finetune, evaluate beside dense training on as many tokens of the same, report. What experts
+    share and the routers are solved from text."""
     prepared = dataclasses.replace(_data(TINY, "math,code,world,prose"), tokenizer="demo:")
     stages = {
         "prepare": PipelineStage(Config("prepare", data=prepared)),
@@ -510,4 +523,30 @@ def demo() -> Config:
             for domain in EXPERTS
         },
     }
-    return _mixed_and_reported(TINY, stages, "@seed")
+    domains = tuple(_domain(domain, TINY) for domain in EXPERTS)
+    solved = Config(
+        "mix",
+        mix=MixConfig(
+            (*(f"@expert_{domain}" for domain in domains), "@seed"),
+            merge=REGMEAN,
+            router=RIDGE,
+            text=(*domains, "prose"),
+        ),
+        data=_data(TINY, ",".join((*domains, "prose"))),
+        mesh=MeshConfig(),
+    )
+    expert, finetune = _expert("math", TINY), _finetune(TINY)
+    assert expert.train and expert.data and finetune.train
+    steps = len(EXPERTS) * expert.train.steps, finetune.train.steps
+    text = mixed_text(
+        {
+            mixed_text({text: 1.0 for text, _ in EXPERTS.values()}): steps[0],
+            MIX_TINY: steps[1],
+        }
+    )
+    train = dataclasses.replace(expert.train, steps=sum(steps), mixing_probe=False)
+    dense = dataclasses.replace(
+        expert, init="@seed", train=train, data=dataclasses.replace(expert.data, train=text)
+    )
+    peers = {"dense": PipelineStage(dense, needs=("seed",))}
+    return _mixed_and_reported(TINY, stages, "@seed", mix=solved, peers=peers)
