@@ -79,6 +79,12 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
             f"config.model: is not the model of {config.init}: {'; '.join(map(str, changed))};"
             f" {cure}"
         )
+    return trained_model(config, held)
+
+
+def trained_model(config: Config, held: ModelConfig) -> ModelConfig:
+    """The model that trains from this one: with the config's LoRA experts, or beside its anchor.
+    Raises ConfigError."""
     adapted = adapted_model(held, config.lora)
     return anchored_model(adapted) if config.train and config.train.anchor else adapted
 

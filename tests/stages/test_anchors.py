@@ -1,6 +1,7 @@
 """Branches that train beside an anchor, through the real stages: what they keep, that they mix
 exactly, and that their experts come and go."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,16 +13,27 @@ import pytest
 from btx_jax import stages
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params, open_reader
 from btx_jax.checkpoints.training_state import StepReader, named_leaves
-from btx_jax.commands import experts
+from btx_jax.commands import convert, experts
+from btx_jax.commands import mix as mix_recipe
+from btx_jax.commands.generate import generate
 from btx_jax.commands.verify import verify
-from btx_jax.config.config import Config, MeshConfig, MixConfig
+from btx_jax.config.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    MeshConfig,
+    MixConfig,
+    ReportConfig,
+    TrainConfig,
+)
 from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, token_losses
 from btx_jax.parallel import sharding
 from tests.conftest import sentences
 from tests.stages import test_branches
-from tests.stages.test_branches import COMPUTE, params
-from tests.stages.test_evaluate import DENSE, checkpoint
+from tests.stages.test_branches import COMPUTE, params, same
+from tests.stages.test_evaluate import DENSE, MIXTURE, checkpoint
 
 NAMES = "abc"
 OWN, ANCHOR = "/ffn/", "/anchor/"
@@ -146,3 +158,168 @@ def test_an_expert_comes_and_goes(number, made, tmp_path):
 
 def digests(home, name):
     return digest(load_params(find_checkpoint(home / name)))
+
+
+def test_a_run_goes_on_exactly(made, tmp_path):
+    config = training(made, "a")
+    stages.run(config, tmp_path / "run")
+    (tmp_path / "run" / "done.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    stages.run(config, tmp_path / "run")
+    assert same(params(tmp_path / "run"), params(made / "a"))
+
+
+def test_a_branch_starts_as_its_base(made, tmp_path):
+    """And names the first one's base when it goes on."""
+    config = training(made, "b", eval_every=4)
+    stages.run(config, tmp_path / "run")
+    dense = test_branches.training(made, "b", eval_every=4)
+    stages.run(dense, tmp_path / "dense")
+    first, other = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["heldout"]
+        for name in ("run", "dense")
+    )
+    assert first == other
+    stages.run(training(made, "b", "a", anchor=False), tmp_path / "longer")
+    one, longer = (find_checkpoint(place).metadata for place in (made / "a", tmp_path / "longer"))
+    assert longer.base == one.base
+    assert longer.model == one.model
+
+
+def test_less_and_less_frozen_from_one_run_to_the_next(home, tmp_path):
+    """BAR's schedule: what moved is averaged, what did not keeps its bits."""
+    for name in "ab":
+        stages.run(training(home, name, name, frozen="shared_layers"), home / f"{name}2")
+        stages.run(training(home, name, f"{name}2", frozen="anchor"), home / f"{name}3")
+    seed = {name.replace(OWN, ANCHOR): leaf for name, leaf in params(home / "seed").items()}
+    for stage, moved in (("2", ("embed", "head")), ("3", ("embed", "head", "norm", "attention"))):
+        branches = [params(home / f"{name}{stage}") for name in "ab"]
+        assert find_checkpoint(home / f"a{stage}").metadata.base is None
+        for name, leaf in mixed(home, [f"a{stage}", f"b{stage}"], tmp_path / stage).items():
+            if OWN in name:
+                continue
+            one, other = (np.asarray(branch[name]) for branch in branches)
+            if any(part in name for part in moved):
+                assert np.all((one != seed[name]).any()) and (one != other).any(), name
+                np.testing.assert_allclose(leaf, (one + other) / 2, rtol=1e-6, atol=1e-8)
+            else:
+                assert np.asarray(leaf).tobytes() == np.asarray(seed[name]).tobytes(), name
+
+
+def test_a_mixture_s_routers_are_trained_alone(home):
+    mixed(home, "ab", home / "mix")
+    before = params(home / "mix")
+    config = test_branches.training(home, "c", "mix", frozen="all_but_routers", anchor=False)
+    stages.run(config, home / "routed")
+    after = params(home / "routed")
+    changed = {name for name in after if not np.array_equal(after[name], before[name])}
+    assert changed == {"layers_0/ffn/router", "layers_0/ffn/router_bias"}
+    assert find_checkpoint(home / "routed").metadata.base is None
+
+
+def test_another_anchor_is_refused(home, tmp_path):
+    checkpoint(home / "other", DENSE, 2, load_tokenizer(home / "seed" / "tokenizer"))
+    stages.run(training(home, "c", "other"), home / "stranger")
+    stages.run(training(home, "c", "stranger", frozen="anchor"), home / "far")
+    mixed(home, "ab", home / "mix")
+    for name in ("stranger", "far"):
+        told = (
+            rf"experts\[2\]: .*{name}.* was trained beside another anchor than .*; branches of one"
+        )
+        with pytest.raises(ConfigError, match=told):
+            mixed(home, ["a", "b", name], tmp_path / "out")
+        with pytest.raises(
+            UserError, match=r"SOURCE: .* was trained beside another anchor than the"
+        ):
+            experts.add(str(home / "mix"), str(home / name), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_with_other_weights_is_refused(home, made):
+    shutil.move(made / "seed", made / "away")
+    try:
+        assert same(params(home / "a"), params(home / "a"))
+        shutil.rmtree(home / "seed")
+        checkpoint(home / "seed", DENSE, 2, load_tokenizer(made / "away" / "tokenizer"))
+        with pytest.raises(UserError, match=r"was trained on a base with digest .* other weights"):
+            load_params(find_checkpoint(home / "a"))
+        bad = {finding.name for finding in verify(str(home / "a")) if not finding.good}
+        assert bad == {"step 2, base", "step 4, base"}
+    finally:
+        shutil.move(made / "away", made / "seed")
+
+
+def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
+    checkpoint(home / "mixture", MIXTURE, 2, load_tokenizer(home / "seed" / "tokenizer"))
+    mixed(home, "abc", home / "mix")
+    seed, a, mix = (str(home / name) for name in ("seed", "a", "mix"))
+    out = str(tmp_path / "out")
+
+    def mixing(*names, **options):
+        return lambda: mixed(home, names, tmp_path / "out", **options)
+
+    def train(**changes):
+        return lambda: stages.run(
+            dataclasses.replace(training(home, "a"), **changes), tmp_path / "out"
+        )
+
+    def recipe():
+        told = {"base_model": seed, "gate_mode": "random", "experts": [{"source_model": a}] * 2}
+        (tmp_path / "recipe.yml").write_text(json.dumps(told))
+        mix_recipe.run(str(tmp_path / "recipe.yml"), out)
+
+    two = dataclasses.replace(training(home, "a").train, balance_weight=0.01)
+    long = dataclasses.replace(training(home, "a").data, sequence_length=500)
+    bare = dataclasses.replace(training(home, "a").train, anchor=False, frozen="anchor")
+    for function, told in (
+        (lambda: convert.run(a, out), "cannot hold .*an anchor, beside which the router adds a bias"),
+        (lambda: convert.run(mix, out), "an anchor, beside which the router adds a bias"),
+        (recipe, "is a mixture already"),
+        (lambda: experts.add(mix, seed, out), "is no branch beside an anchor, as the experts of"),
+        (lambda: experts.add(str(home / "mixture"), a, out), "is a mixture itself"),
+        (lambda: experts.drop(mix, 3, out), "no expert 3 in layer 0, which has experts 0 to 2"),
+        (lambda: experts.drop(a, 0, out), "cannot drop the only expert"),
+        (mixing("a", "seed"), "another model than experts"),
+        (mixing("a", "mix"), "another model than experts"),
+        (mixing("mix", "mix"), "is a mixture already"),
+        (mixing("a", "b", copies=2, router="uniform"), "2 mistakes: .*copies=2: .*router='uniform'"),
+        (mixing("a", "b", method="average"), r"config.mix.method='average': branches that were"),
+        (mixing("a", "b", shared_expert=seed), "config.mix.shared_expert="),
+        (train(init="scratch", model=DENSE), "config.train.anchor: random weights are no base"),
+        (train(init=str(home / "mixture")), "config.train.anchor: the model is a mixture already"),
+        (train(train=two, data=long, mesh=MeshConfig(2)), "3 mistakes: .*mesh.*500.*balance_weight"),
+        (train(train=bare), "config.train.frozen='anchor': the model has none"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            function()
+        assert not (tmp_path / "out").exists(), told
+    for frozen in ("", "experts", "all_but_routers", "base"):
+        with pytest.raises(ConfigError, match=r"anchor: with frozen=.* set frozen to 'shared'"):
+            TrainConfig(4, 2, anchor=True, frozen=frozen, warmup_steps=1)
+
+
+def test_they_are_evaluated_and_reported_as_any_model(home, tmp_path):
+    mixed(home, "ab", home / "mix")
+    text = {name: str(home / f"{name}.jsonl") for name in "ab"}
+    names = ("seed", "a", "b", "mix")
+    models = {name: str(home / name) for name in names}
+    data = DataConfig(
+        "a,b", heldout="a,b", domains=text, sequence_length=48, heldout_fraction=0.2,
+        cache=str(home / "cache"),
+    )  # fmt: skip
+    evaluate = EvaluateConfig(models, "seed", ("a", "b"), "mix", rows=4)
+    config = Config("evaluate", data=data, compute=COMPUTE, mesh=MeshConfig(), evaluate=evaluate)
+    stages.run(config, tmp_path / "evaluate")
+    found = json.loads((tmp_path / "evaluate" / "results.json").read_text())["models"]
+    load = found["mix"]["routing"]["domains"]["a"]["load"]
+    assert np.shape(load) == (2, 3)
+    np.testing.assert_allclose(np.sum(load, 1), 1, rtol=1e-5)
+    assert found["seed"]["params_active"] < found["a"]["params_active"]
+    assert found["a"]["params_active"] < found["mix"]["params_active"]
+    stages.run(Config("report", report=ReportConfig(str(tmp_path / "evaluate"))), tmp_path / "page")
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "anchor" in page
+    for name in ("a", "mix"):
+        shown: list[str] = []
+        generate(str(home / name), "the river", shown.append, max_tokens=5)
+        assert "".join(shown)
