@@ -216,24 +216,37 @@ def start_branch(init: Checkpoint, model: ModelConfig, abstract: Any) -> tuple[P
     is_new = model.has_anchor and not init.metadata.model.has_anchor
     before = None if is_new else init.metadata.base
     params, base = load_base(before or Base(str(init.path), ""), model, shared, init.path)
-    return join(_beside_anchor(own, params) if is_new else load_part(init, own), params), base
+    return join(_beside_anchor(init, abstract) if is_new else load_part(init, own), params), base
 
 
-def _beside_anchor(own: Any, shared: Params) -> Params:
-    """An anchor's copy as the only expert, and the router between the two."""
+def _beside_anchor(init: Checkpoint, abstract: Any) -> Params:
+    """A dense model's feed-forwards as the only expert of each layer, whatever dtype the anchor is
+    kept in, and the router between the two."""
+    own = partition(abstract, is_feed_forward)[0]
+    copies = {
+        run: {
+            "ffn": {
+                name: jax.ShapeDtypeStruct(
+                    x.shape, own[run]["ffn"][name].dtype, sharding=x.sharding
+                )
+                for name, x in tree["anchor"].items()
+            }
+        }
+        for run, tree in partition(abstract, is_anchor)[0].items()
+    }
 
-    def make(shared):
+    def make(copies):
         return jax.tree_util.tree_map_with_path(
             lambda path, x: (
                 jnp.zeros(x.shape, x.dtype)
                 if is_router(path)
-                else shared[path[0].key]["anchor"][path[-1].key][:, None].astype(x.dtype)
+                else copies[path[0].key]["ffn"][path[-1].key][:, None]
             ),
             own,
         )
 
-    anchors = partition(shared, is_anchor)[0]
-    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, own))(anchors)
+    shardings = jax.tree.map(lambda x: x.sharding, own)
+    return jax.jit(make, out_shardings=shardings)(load_part(init, copies))
 
 
 def checked_mesh(

@@ -30,6 +30,8 @@ from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, token_losses
 from btx_jax.parallel import sharding
+from btx_jax.training.start import anchored_model, start_branch
+from btx_jax.training.step import state_shardings
 from tests.conftest import sentences
 from tests.stages import test_branches
 from tests.stages.test_branches import COMPUTE, params, same
@@ -184,6 +186,17 @@ def test_a_branch_starts_as_its_base(made, tmp_path):
     one, longer = (find_checkpoint(place).metadata for place in (made / "a", tmp_path / "longer"))
     assert longer.base == one.base
     assert longer.model == one.model
+
+
+def test_an_anchor_kept_in_bfloat16_rounds_nothing_of_its_copy(made, one_device):
+    train = training(made, "a", frozen_dtype="bfloat16").train
+    model = anchored_model(DENSE)
+    abstract, _ = state_shardings(model, train, one_device)
+    started, _ = start_branch(find_checkpoint(made / "seed"), model, abstract.params)
+    layers, seed = started["layers_0"], params(made / "seed")
+    for name in ("gate", "up", "down"):
+        assert layers["anchor"][name].dtype == jnp.bfloat16
+        assert np.array_equal(layers["ffn"][name][:, 0], seed[f"layers_0/ffn/{name}"])
 
 
 def test_less_and_less_frozen_from_one_run_to_the_next(home, tmp_path):
