@@ -31,8 +31,6 @@ from btx_jax.models.routing import (
 )
 from btx_jax.parallel.sharding import all_gather, psum, shard, shard_map
 
-BLOCK = 8  # columns of a router beside an anchor
-
 
 def einsum_experts(
     x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate_EDF, up_EDF, down_EFD
@@ -78,11 +76,9 @@ def router_logits(
     """
     if bias_E is None:
         return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
-    # In whole blocks, of which kernels compute every column alike: an expert's logits are then the
-    # same beside any number of others.
-    columns = -(-(len(bias_E) + 1) // BLOCK) * BLOCK
-    padded_DE = jnp.pad(router_DE, ((0, 0), (0, columns - len(bias_E))))
-    return router_logits(x_GSD, padded_DE)[..., : len(bias_E) + 1] + jnp.pad(bias_E, (0, 1))
+    # Padded before the product: that of a lone row, as a branch has it, would round otherwise than
+    # the same row's beside others.
+    return router_logits(x_GSD, jnp.pad(router_DE, ((0, 0), (0, 1)))) + jnp.pad(bias_E, (0, 1))
 
 
 Expert = tuple[Kernel, Kernel]  # gate_up [D, 2 F] and down [F, D], of joint_swiglu
