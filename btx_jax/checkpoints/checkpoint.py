@@ -355,7 +355,7 @@ def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
             )
         raise UserError(f"{whose}: its base {base.path} is gone; {cure} (the digest is checked)")
     found = find_checkpoint(path, f"{whose}: its base")
-    under = model.base() if model.lora else model.dense()
+    under = model.dense() if model.has_anchor and not model.lora else model.base()
     if changed := differences(to_dict(under), to_dict(found.metadata.model)):
         raise UserError(
             f"{whose}: its base {base.path} is another model: {'; '.join(map(str, changed))}"
