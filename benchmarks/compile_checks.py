@@ -26,7 +26,10 @@ V5P_16, V5E_64 = "--compile_topology=v5p:2x2x4", "--compile_topology=v5e:8x8"
 # dots, grouped matmuls, traffic by kind, and what is sent at least: an all-gather or all-to-all (n
 # - 1) / n of its bytes, an all-reduce twice that, n the smallest group there is
 PEERS = {
-    "d8": ((EXPERT, *ONE_STEP, "--compile_topology=v5p:2x2x2"), "Llama-2-7B, fsdp=8", (22.27, 4.072e14, 0, "9.6 / 0.0 / 30.4", 38.8)),
+    "d8": (
+        (EXPERT, *ONE_STEP, "--config.train.mixing_probe=False", "--compile_topology=v5p:2x2x2"), "Llama-2-7B, fsdp=8",
+        (22.27, 4.072e14, 0, "9.6 / 0.0 / 30.4", 38.8),
+    ),
     "e16": (
         (MOE, *ONE_STEP, FULL, "--config.mesh.expert=1", V5P_16), "MoE einsum, fsdp=16", (27.87, 4.942e14, 0, "40.6 / 0.0 / 77.3", 115.4),
     ),

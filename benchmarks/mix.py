@@ -2,6 +2,7 @@
 mergekit-moe, in one run.
 
     python benchmarks/mix.py [--mergekit=PATH/TO/mergekit-moe] [--rounds=3] [--folder=DIR]
+    python benchmarks/mix.py --solved
 
 Writes three random Llamas of TinyLlama's shape (1.1B parameters, bfloat16, 2.2 GB each) under
 --folder, then in every round: copies the mixture's bytes (`cp -r` of the previous result, then
@@ -11,6 +12,9 @@ own that hold the same models, and a mixture is converted from Hugging Face file
 back, with the bytes that were read (rchar of /proc/self/io). Peak resident memory is the process's own
 high-water mark; that of the interpreter with the same imports is measured beside it. Needs 45 GB of
 disk.
+
+With --solved instead, once: the same models with what they share and their routers solved from text
+(merge: regmean, gate_mode: ridge; 8192 tokens of each), against their plain mean.
 """
 
 import argparse
@@ -80,6 +84,44 @@ def timed(command: list[str], **kwargs) -> tuple[float, str]:
     return time.perf_counter() - start, result.stdout
 
 
+def write_texts(folder: Path) -> None:
+    """Of each model a tokenizer of words, and words of its own and common ones."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, TINYLLAMA.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    for seed, name in enumerate(SOURCES):
+        tokenizer.save(str(folder / name / "tokenizer.json"))
+        (folder / name / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}'
+        )
+        drawn = np.random.default_rng(seed).integers(1, 8000, 20_000) + 4000 * seed
+        (folder / f"{name}.txt").write_text(" ".join(f"w{i}" for i in drawn))
+
+
+def measure_solved(folder: Path) -> None:
+    write_texts(folder)
+    named = [
+        {"source_model": str(folder / name), "text": str(folder / f"{name}.txt")}
+        for name in SOURCES
+    ]
+    common = {"base_model": named[0]["source_model"], "base": "average", "dtype": "bfloat16"}
+    untaught = [{"source_model": expert["source_model"]} for expert in named]
+    imports = int(timed([sys.executable, "-c", IMPORTS])[1])
+    for kind, recipe in {
+        "mean": {"gate_mode": "normal", "experts": untaught},
+        "ridge": {"gate_mode": "ridge", "experts": named},
+        "ridge and regmean": {"gate_mode": "ridge", "merge": "regmean", "experts": named},
+    }.items():
+        (folder / "solved.yml").write_text(json.dumps(common | recipe))
+        shutil.rmtree(folder / "mixed", ignore_errors=True)
+        command = ["mix", str(folder / "solved.yml"), str(folder / "mixed")]
+        took, printed = timed([sys.executable, "-c", MEASURE, *command])
+        peak = int(printed.splitlines()[-1])
+        print(f"{kind:18} {took:7.1f} s, {(peak - imports) / 1024:6.0f} MiB above the imports")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,9 +133,13 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "btx_jax_mix_benchmark"
     )
+    parser.add_argument("--solved", action="store_true", help="time regmean and ridge instead")
     args = parser.parse_args()
     folder: Path = args.folder
     write_models(folder)
+    if args.solved:
+        measure_solved(folder)
+        return
     experts = [{"source_model": str(folder / name), "positive_prompts": [name]} for name in SOURCES]
     recipe = {
         "base_model": str(folder / SOURCES[0]),

@@ -23,7 +23,10 @@ CONFIG, DONE, COMMITS = "config.json", "done.json", "hub.json"
 # A resumed run may change where, in how much memory, how often it looks and whom it tells, not what
 # it computes.
 COMPUTE = ("compute.remat", "compute.kernels", "compute.unroll", "compute.loss_chunk")
-LOOKS = ("train.eval_every", "train.eval_rows", "train.eval_tasks", "data.tasks", "profile.")
+LOOKS = (
+    "train.eval_every", "train.eval_rows", "train.eval_tasks", "train.mixing_probe", "data.tasks",
+    "profile.",
+)  # fmt: skip
 RESUMABLE = ("mesh.", "checkpoint.", *COMPUTE, "data.cache", *LOOKS, "log.")
 
 

@@ -41,13 +41,15 @@ class Expert:
 @dataclasses.dataclass(frozen=True)
 class About:
     """layers: those that are mixtures. width: of the model. tokenizer: its sha256. base: digest of
-    what belongs to no single expert and comes before a router. ridge: how rows were solved."""
+    what belongs to no single expert and comes before a router. ridge: how rows were solved.
+    tokens: that were read of each text at most."""
 
     experts: tuple[Expert, ...]
     layers: tuple[int, ...]
     width: int
     tokenizer: str
     ridge: RidgeConfig
+    tokens: int
     base: str = LATER
 
     def differences(self, other: "About") -> list[str]:
@@ -144,12 +146,15 @@ def find_statistics(checkpoint: Path) -> RouterStatistics | None:
 
 
 def _about(values: dict[str, Any]) -> About:
+    if (tokens := int(values["tokens"])) <= 0:
+        raise ValueError(f"tokens={tokens}")
     return About(
         experts=tuple(Expert(str(e["name"]), str(e["digest"])) for e in values["experts"]),
         layers=tuple(int(layer) for layer in values["layers"]),
         width=int(values["width"]),
         tokenizer=str(values["tokenizer"]),
         ridge=from_dict(RidgeConfig, values["ridge"], "ridge"),
+        tokens=tokens,
         base=str(values["base"]),
     )
 

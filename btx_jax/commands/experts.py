@@ -39,6 +39,7 @@ from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.closed_form import (
     Hashed,
+    by_ridge,
     joined,
     mixture_layers,
     seen_tensors,
@@ -268,7 +269,7 @@ class _Solver:
         """[layers, experts, D]. Prints how the new expert's text is routed."""
         about = self._stored.about
         number = len(about.experts)
-        rows = read_text(text, "--text", self._tokenizer, self._model, about.ridge.tokens)
+        rows = read_text(text, "--text", self._tokenizer, self._model, about.tokens)
         writer = self._writer(file, (*about.experts, Expert(source)))
 
         def keep(layer: int, sums: Moments) -> None:
@@ -279,9 +280,7 @@ class _Solver:
             self._model,
             self._read,
             [(number, rows)],
-            about.ridge,
-            keep=keep,
-            before=lambda layer: Moments(*self._stored.read(layer)),
+            by_ridge(about.ridge, keep, lambda layer: Moments(*self._stored.read(layer))),
         )
         self._check(self._stored, base_digest(self._read.of_expert(None)))
         writer.finish(about.base, [*self._digests(), base_digest(self._read.of_expert(number))])
@@ -356,6 +355,7 @@ class _Solver:
             self._model.d_model,
             self._tokenizer.sha256 if self._tokenizer else "",
             statistics.about.ridge,
+            statistics.about.tokens,
             base,
         )
         if differing := own.differences(statistics.about):

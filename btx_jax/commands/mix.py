@@ -3,6 +3,7 @@ time."""
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from rich.text import Text
 
 from btx_jax.architectures.registry import family_for
-from btx_jax.architectures.tensors import Reader, slots
+from btx_jax.architectures.tensors import Reader, TensorId, slots
 from btx_jax.checkpoints.base import base_digest
 from btx_jax.checkpoints.checkpoint import (
     DTYPES,
@@ -29,19 +30,30 @@ from btx_jax.checkpoints.huggingface_config import same_function
 from btx_jax.checkpoints.merged import Source, find_source, open_source
 from btx_jax.checkpoints.router_statistics import FILE, About, Expert, Writer
 from btx_jax.checkpoints.training_state import together
-from btx_jax.config.ridge import RIDGE
+from btx_jax.config.merges import REGMEAN
+from btx_jax.config.ridge import LOGISTIC, RIDGE
 from btx_jax.data.tokenizers import Tokenizer, difference
 from btx_jax.errors import Mistakes, UserError
-from btx_jax.mixing.closed_form import Hashed, mixture_layers, solve_routers
+from btx_jax.mixing.closed_form import (
+    Fit,
+    Hashed,
+    Merging,
+    by_logistic,
+    by_ridge,
+    mixture_layers,
+    solve_routers,
+    solve_shared,
+)
 from btx_jax.mixing.gates import condition_number
 from btx_jax.mixing.limits import limits, within
 from btx_jax.mixing.model import choose
 from btx_jax.mixing.prompts import Prompt, make_gates, read_prompts
-from btx_jax.mixing.recipe import Recipe
+from btx_jax.mixing.recipe import Recipe, reads_text
 from btx_jax.mixing.recipe_file import KEPT, read_recipe
 from btx_jax.mixing.ridge import Moments
+from btx_jax.mixing.states import Read
 from btx_jax.mixing.streaming import Mixture, check_shapes, make_tensor
-from btx_jax.mixing.text import Rows, expert_texts
+from btx_jax.mixing.text import COUNTED, Rows, expert_texts, token_counts
 from btx_jax.mixing.verify import verify as verified
 from btx_jax.output import check_free
 from btx_jax.paths import to_path
@@ -96,18 +108,35 @@ def run(
         told = f"{other.path} is on another base than the branches: they do not mix exactly"
         console.print(Text("warning:", "yellow"), told)
     prompts = read_prompts(recipe, sources.tokenizer, model)
-    texts = expert_texts(recipe, sources.tokenizer, model) if recipe.gate_mode == RIDGE else []
+    texts = counts = []
+    if reads_text(recipe):
+        texts = expert_texts(recipe, sources.tokenizer, model, recipe.tokens)
+    if recipe.merge == REGMEAN:
+        whole = expert_texts(recipe, sources.tokenizer, model, COUNTED)
+        counts = [token_counts(rows, model.vocab_size) for rows in whole]
     if dry_run:
         return
     history = together(checkpoint.metadata.history for checkpoint in sources.checkpoints)
     kept = base.metadata.huggingface
     verdict: list[str] = []
     with contextlib.ExitStack() as held:
+        # Nameless files: nothing of them is left whatever happens.
+        merging = None
+        if recipe.merge == REGMEAN:
+            file = held.enter_context(tempfile.TemporaryFile())
+            merging = _merging(mixture, texts, counts, file)
+            mixture = dataclasses.replace(mixture, solved=merging.solved)
         if recipe.gate_mode == RIDGE:
-            # Nameless: nothing of it is left whatever happens.
             statistics = held.enter_context(tempfile.TemporaryFile())
-            rows = _solved(mixture, texts, sources.tokenizer, statistics, console)
+            rows = _by_ridge(mixture, texts, merging, sources.tokenizer, statistics, console)
+        elif recipe.gate_mode == LOGISTIC:
+            read = functools.partial(make_tensor, _unrouted(mixture))
+            rows = _solved(mixture, texts, read, by_logistic, merging, console)
         else:
+            if merging:
+                unrouted = _unrouted(mixture)
+                read = functools.partial(make_tensor, unrouted)
+                solve_shared(model, read, _passing(recipe, texts), merging)
             rows = _gates(mixture, prompts, console)
         mixture = dataclasses.replace(mixture, gates=rows)
 
@@ -184,37 +213,79 @@ def _gates(mixture: Mixture, prompts: Sequence[Prompt], console: Console) -> np.
     return rows
 
 
-def _solved(
+def _unrouted(mixture: Mixture) -> Mixture:
+    """With rows of zeros, by which a shared expert's gate is half open."""
+    assert mixture.model.moe
+    rows = mixture.recipe.expert_count + mixture.model.moe.shared_gate
+    shape = (mixture.model.layers, rows, mixture.model.d_model)
+    return dataclasses.replace(mixture, gates=np.zeros(shape, np.float32))
+
+
+def _merging(
+    mixture: Mixture, texts: Sequence[Rows], counts: Sequence[np.ndarray], file: BinaryIO
+) -> Merging:
+    models = mixture.averaged()
+    sources = [models.index(source) for source in mixture.source_of]
+
+    def make(tensor: TensorId, seen: Sequence[np.ndarray]) -> np.ndarray:
+        try:
+            return mixture.shared.make(tensor, seen)
+        except UserError:
+            mixture.check()  # NaN in a source is told as such
+            raise
+
+    return Merging(make, list(zip(sources, texts, strict=True)), counts, file)
+
+
+def _passing(recipe: Recipe, texts: Sequence[Rows]) -> list[tuple[int | None, Rows]]:
+    """Each through its expert; that of a shared expert, which comes last, through no other."""
+    routed = len(recipe.experts)
+    return [(n if n < routed else None, text) for n, text in enumerate(texts)]
+
+
+def _by_ridge(
     mixture: Mixture,
     texts: Sequence[Rows],
+    merging: Merging | None,
     tokenizer: Tokenizer | None,
     statistics: BinaryIO,
     console: Console,
 ) -> np.ndarray:
-    """Prints how the rows route. A shared expert's gate is half open: zeros. statistics: a file
-    for what the rows are solved from."""
+    """statistics: a file for what the rows are solved from."""
     recipe, model = mixture.recipe, mixture.model
-    assert model.moe and tokenizer
-    gates = np.zeros(
-        (model.layers, recipe.expert_count + model.moe.shared_gate, model.d_model), np.float32
-    )
+    assert tokenizer
     experts = tuple(Expert(expert.source_model) for expert in recipe.experts)
     layers = tuple(mixture_layers(model))
-    about = About(experts, layers, model.d_model, tokenizer.sha256, recipe.ridge)
+    about = About(experts, layers, model.d_model, tokenizer.sha256, recipe.ridge, recipe.tokens)
     writer = Writer(statistics, about)
-    unrouted = dataclasses.replace(mixture, gates=gates)
-    read = Hashed(lambda tensor: make_tensor(unrouted, tensor))
+    read = Hashed(functools.partial(make_tensor, _unrouted(mixture)))
 
     def keep(layer: int, sums: Moments) -> None:
         mixture.check()  # NaN in a source is told as such
         writer.write(layer, *sums)
 
-    solved = solve_routers(model, read, [*enumerate(texts)], recipe.ridge, keep)
+    gates = _solved(mixture, texts, read, by_ridge(recipe.ridge, keep), merging, console)
     writer.finish(
         base_digest(read.of_expert(None)),
         [base_digest(read.of_expert(number)) for number in range(len(experts))],
     )
-    console.print(own_table([expert.name for expert in experts], solved.own))
+    return gates
+
+
+def _solved(
+    mixture: Mixture,
+    texts: Sequence[Rows],
+    read: Read,
+    fit: Fit,
+    merging: Merging | None,
+    console: Console,
+) -> np.ndarray:
+    """Prints how the rows route."""
+    recipe = mixture.recipe
+    solved = solve_routers(mixture.model, read, _passing(recipe, texts), fit, merging)
+    mixture.check()
+    console.print(own_table([expert.source_model for expert in recipe.experts], solved.own))
+    gates = _unrouted(mixture).gates
     gates[:, : recipe.expert_count] = solved.rows
     return gates
 

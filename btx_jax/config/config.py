@@ -10,9 +10,21 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from btx_jax.config.allocation import MAX_EXPERTS
+from btx_jax.config.merges import (
+    COPY,
+    MERGE_SETTINGS,
+    READ_BASE,
+    REGMEAN,
+    Alpha,
+    Arc,
+    Density,
+    Scale,
+    TextTokens,
+    unread,
+)
 from btx_jax.config.mix_methods import AVERAGE, METHODS
 from btx_jax.config.model_config import ROUTINGS, LoRAConfig, ModelConfig, MoEConfig
-from btx_jax.config.ridge import RIDGE, RidgeConfig
+from btx_jax.config.ridge import RIDGE, SOLVED, RidgeConfig
 from btx_jax.config.schema import (
     HUGE,
     Choice,
@@ -30,7 +42,7 @@ from btx_jax.config.schema import (
 )
 from btx_jax.errors import ConfigError, suggest
 
-ROUTERS = ("normal", "uniform", RIDGE)
+ROUTERS = ("normal", "uniform", *SOLVED)
 DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
@@ -105,6 +117,10 @@ class TrainConfig(Section):
     balance_weight: alpha of the load-balance loss. z_loss_weight: of the router z-loss (ST-MoE), 0
     to leave it out.
     eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
+    mixing_probe: of a dense branch of `init`, measure each time what mixing would do to it: the
+        held-out loss where what mixing shares is the mean of the branch's and the seed's, and the
+        barrier (docs/watching.md). Not where nothing shared moves, with LoRA or frozen='shared',
+        and not beside an anchor.
     eval_tasks: test sets, of data.tasks or of those that `btx_jax evaluate` knows, tried on the
         model as it is before the first step, every eval_tasks_every steps (0: not in between) and
         after the last. eval_tasks_limit: the first items of each only, 0 for all.
@@ -113,7 +129,8 @@ class TrainConfig(Section):
         model all but its feed-forwards, so that branches of one checkpoint mix exactly, with
         nothing to average; `shared_layers`: all but those, embeddings and head; or a branch's
         anchor alone. With `base` and `shared` checkpoints hold what is trained alone, and
-        name what is under it. frozen_dtype: what is frozen is kept in it.
+        name what is under it. frozen_dtype: what is frozen is kept in it, as is mixing_probe's
+        seed.
     anchor: the branch trains beside its anchor (FlexOlmo, arXiv 2507.07024): a frozen copy of the
         feed-forwards that it starts from, with a router between the two in every layer. A
         checkpoint that has an anchor keeps it, whatever is said here.
@@ -134,6 +151,7 @@ class TrainConfig(Section):
     z_loss_weight: Weight = 0.0
     eval_every: CountOrZero = 0
     eval_rows: Rows = 64
+    mixing_probe: bool = False
     eval_tasks: tuple[str, ...] = ()
     eval_tasks_every: CountOrZero = 0
     eval_tasks_limit: CountOrZero = 0
@@ -374,6 +392,9 @@ def _steps(notation: str) -> range:
     return range(int(found[1]), int(found[2])) if found else range(0)
 
 
+_TEXT_READERS = f"router={SOLVED[0]!r} or {SOLVED[1]!r} and merge={REGMEAN!r}"
+
+
 @dataclass(frozen=True)
 class MixConfig(Section):
     """What becomes one model: the checkpoints, in expert order. One checkpoint with copies > 1 is
@@ -382,16 +403,20 @@ class MixConfig(Section):
     method: btx = each feed-forward becomes an expert. split = each is cut into `chunks` along d_ff,
     and each chunk becomes an expert. blend = each is cut into as many chunks as there are
     checkpoints, and expert n is the n-th chunk of every one. average = no experts: the mean of all
-    parameters, a dense model. What is no feed-forward is averaged always.
+    parameters, a dense model.
+    merge: what becomes of everything else. mean; copy, from `base`; ties, dare, task_arithmetic,
+    which measure changes from `base`; slerp, of two; regmean, solved from `text`. density, scale,
+    t, alpha: of these, as in recipes, and so is a model that is named twice counted once, but in
+    the mean.
     k, routing, first_routing: of every layer of the mixture, as in MoEConfig.
     reinit: of copies, the share of each one's hidden units that are drawn anew, others in each
     (Drop-Upcycling, arXiv 2502.19261: 0.5): the columns of gate and up and the rows of down that
     belong to them, from normal with the mean and standard deviation of what they replace.
     router: how routers start. normal, uniform = random, with standard deviation router_std. ridge =
-    solved from router_text, as `ridge` says; what they are solved from is kept beside the
-    checkpoint, and adds and drops experts without any text.
-    router_text: of each expert's domain, in expert order, in data's notation. Its training
-    documents are read, and its held-out ones tell how the routers do.
+    solved from text, as `ridge` says; what they are solved from is kept beside the checkpoint, and
+    adds and drops experts without any text. logistic = fitted to text.
+    text: of each expert's domain, in expert order, in data's notation. Its training documents are
+    read, `tokens` of them, and its held-out ones tell how the routers do.
     shared_expert: a checkpoint, such as the seed, whose feed-forwards
     become a shared expert that sees every token, behind a sigmoid gate that starts at one half; the
     routed experts give the other half, so that a mixture of equals is what they are.
@@ -407,7 +432,14 @@ class MixConfig(Section):
     first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
     router: Annotated[str, Choice(ROUTERS)] = "normal"
     router_std: Annotated[float, Range(0, 1e3, above=True)] = 0.02
-    router_text: tuple[str, ...] = ()
+    merge: Annotated[str, Choice((*MERGE_SETTINGS, COPY))] = "mean"
+    base: str = ""
+    density: Density = 0.2
+    scale: Scale = 1.0
+    t: Arc = 0.5
+    alpha: Alpha = 0.99
+    text: tuple[str, ...] = ()
+    tokens: TextTokens = 8192
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     shared_expert: str = ""
 
@@ -431,23 +463,39 @@ class MixConfig(Section):
             )
 
     @rule
-    def _text_of_ridge(self) -> Iterator[str]:
-        if self.router != RIDGE:
-            for key, value in (("router_text", self.router_text), ("ridge", self.ridge)):
-                if value != (() if key == "router_text" else RidgeConfig()):
-                    yield f"{key}: router={self.router!r} reads none; say 'ridge', or leave it out"
+    def _merge_of_a_mixture(self) -> Iterator[str]:
+        yield from unread(self, MixConfig)
+        if self.merge != "mean" and self.method == AVERAGE:
+            yield f"merge={self.merge!r}: of mixtures; method='average' makes a dense model"
+        if self.base and self.merge not in (COPY, *READ_BASE):
+            yield f"base={self.base!r}: merge={self.merge!r} reads none; leave it out"
+        if not self.base and self.merge in (COPY, *READ_BASE):
+            yield f"base: missing, and merge={self.merge!r} reads it; name a checkpoint, the seed"
+        if self.merge == "slerp" and len(set(self.experts)) != 2:
+            yield f"merge='slerp': of 2 models, and experts names {len(set(self.experts))}"
+
+    @rule
+    def _text_is_read(self) -> Iterator[str]:
+        readers = [f"router={self.router!r}"] * (self.router in SOLVED)
+        readers += [f"merge={REGMEAN!r}"] * (self.merge == REGMEAN)
+        if self.ridge != RidgeConfig() and self.router != RIDGE:
+            yield f"ridge: router={self.router!r} reads none; say {RIDGE!r}, or leave it out"
+        if not readers:
+            for key, default in (("text", ()), ("tokens", MixConfig.tokens)):
+                if getattr(self, key) != default:
+                    yield f"{key}: {_TEXT_READERS} read it; leave it out"
             return
-        if len(self.router_text) != len(self.experts):
+        if len(self.text) != len(self.experts):
             yield (
-                f"router_text: {len(self.router_text)} texts of {len(self.experts)} experts; list"
-                " one for each, in their order"
+                f"text: {len(self.text)} texts of {len(self.experts)} experts; list one for each,"
+                " in their order"
             )
-        elif len(self.experts) > 1 and len(set(self.router_text)) == 1:
-            yield "router_text: all experts have the same; their router rows would be equal"
+        elif self.router in SOLVED and len(self.experts) > 1 and len(set(self.text)) == 1:
+            yield "text: all experts have the same; their router rows would be equal"
         if self.method != "btx" or self.copies > 1:
             yield (
-                f"router='ridge': with method={self.method!r} and copies={self.copies} experts have"
-                " no domains of their own; needs method='btx' and copies=1"
+                f"{' and '.join(readers)}: with method={self.method!r} and copies={self.copies}"
+                " experts have no domains of their own; needs method='btx' and copies=1"
             )
 
     @rule
@@ -633,8 +681,8 @@ class Config(Section):
 
     @rule
     def _has_text_of_routers(self) -> Iterator[str]:
-        if self.mix and self.mix.router_text and is_missing(self, "data"):
-            yield "data: missing, and mix.router_text is read with its domains, cache and lengths"
+        if self.mix and self.mix.text and is_missing(self, "data"):
+            yield "data: missing, and mix.text is read with its domains, cache and lengths"
 
     @rule
     def _has_something_to_evaluate(self) -> Iterator[str]:

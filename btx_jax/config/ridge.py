@@ -5,7 +5,9 @@ from typing import Annotated
 
 from btx_jax.config.schema import HUGE, Choice, Range, Section
 
-RIDGE = "ridge"  # in recipes and configs, for how routers start
+# In recipes and configs, for how routers start.
+RIDGE, LOGISTIC = "ridge", "logistic"
+SOLVED = (RIDGE, LOGISTIC)
 WEIGHTS = ("equal", "share")
 
 
@@ -20,11 +22,8 @@ class RidgeConfig(Section):
     1 / temperature, so that no other program needs to know of it.
     weights: how much each domain counts: `equal`, as if it had the mean number of tokens of all, or
     `share`, as many as it has.
-    tokens: read of each domain. The last eighth of them is held out, to measure the rows on. More
-    than the model's width want to be left.
     """
 
     penalty: Annotated[float, Range(0, HUGE)] = 1e-2
-    temperature: Annotated[float, Range(1e-4, 1e4)] = 1.0
+    temperature: Annotated[float, Range(1e-4, 1e4)] = 0.1
     weights: Annotated[str, Choice(WEIGHTS)] = "equal"
-    tokens: Annotated[int, Range(16, 10**9)] = 8192

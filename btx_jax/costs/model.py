@@ -1,22 +1,100 @@
 """What a model's training costs by its formulas, without compiling anything."""
 
+import math
+from collections.abc import Callable
+
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.models.llama import parameter_counts
+from btx_jax.models.leaves import is_router
+from btx_jax.models.llama import leaf_counts
+from btx_jax.models.lora import is_adapter
+
+Path = tuple[str, ...]
+IsTrained = Callable[[Path], bool]  # of a parameter, by its path
+Place = tuple[float, float]  # (layer, row in it): the larger, the later in the forward pass
+
+# The products of a layer in the order of its forward pass. Those of one row get the same input.
+ROWS = (
+    ("attention_norm",),
+    ("query", "key", "value", "query_norm", "key_norm", "q", "k", "v"),
+    ("out", "o"),
+    ("ffn_norm",),
+    ("gate", "up", "router"),
+    ("down",),
+)
+SCORES = 2.0  # of attention: made of the row before, what `out` gets
 
 
-def train_flops(config: ModelConfig, tokens: int) -> float:
-    """6 x active parameters x tokens: forward and backward, without attention scores and without
-    rematerialisation. A frozen base under
-    LoRA experts needs no gradient of its own: 4 x."""
-    base = parameter_counts(config.base())[1]
-    return (4.0 if config.lora else 6.0) * base * tokens + 6.0 * (
-        parameter_counts(config)[1] - base
-    ) * tokens
+def everything(_: Path) -> bool:
+    return True
 
 
-def attention_flops(config: ModelConfig, tokens: int, length: int) -> float:
-    """Scores and weighted sums of causal attention over whole sequences of this length, forward and
-    backward. A token sees half of them in the mean; of a window, all of it but at the beginning."""
+def train_flops(config: ModelConfig, tokens: int, is_trained: IsTrained = everything) -> float:
+    """What training needs, without attention scores and without rematerialisation: tokens times
+    the sum, over all active parameters, of
+
+        2 (forward)  +  2 where it is trained  +  2 where a parameter below it is trained.
+
+    The backward pass of a product is two more of its size: one gives its weight's gradient, which
+    what is frozen has no use for; the other its input's, for which parameters that had a part in
+    that input have one. Below the lowest that is trained nothing is gone back through.
+
+    The embedding is counted as a product by its table, as in 6 N D, though it is a lookup. With all
+    trained this is 6 x active parameters; with frozen experts 4 x theirs and 6 x the others; with a
+    frozen base under LoRA experts, or with frozen shared parts, 4 x what is frozen and 6 x the
+    others, less a part of layer 0, of which nobody needs the input's gradient.
+    """
+    return tokens * sum(flops_by_leaf(config, is_trained).values())
+
+
+def flops_by_leaf(config: ModelConfig, is_trained: IsTrained = everything) -> dict[Path, float]:
+    """Path of a parameter -> its part of `train_flops`, for one token."""
+    lowest, flops = _lowest(config, is_trained), {}
+    for path, (_, active) in leaf_counts(config).items():
+        entered = [enters for enters, _ in _places(config, path)]
+        passed = sum(lowest < place for place in entered) / len(entered)
+        flops[path] = active * (2.0 + 2.0 * is_trained(path) + 2.0 * passed)
+    return flops
+
+
+def attention_flops(
+    config: ModelConfig, tokens: int, length: int, is_trained: IsTrained = everything
+) -> float:
+    """Scores and weighted sums of causal attention over whole sequences of this length, forward,
+    and backward in the layers that `train_flops` goes back through. A token sees half of them in
+    the mean; of a window, all of it but at the beginning."""
     window = min(config.window or length, length)
     seen = window * (1 - window / (2 * length))
-    return 12.0 * config.layers * config.heads * config.head_dim * seen * tokens
+    lowest = _lowest(config, is_trained)
+    passes = sum(12.0 if lowest < (layer, SCORES) else 4.0 for layer in range(config.layers))
+    return passes * config.heads * config.head_dim * seen * tokens
+
+
+def _lowest(config: ModelConfig, is_trained: IsTrained) -> Place:
+    """Where the first parameter that is trained acts."""
+    trained = filter(is_trained, leaf_counts(config))
+    acts = (acts for path in trained for _, acts in _places(config, path))
+    return min(acts, default=(math.inf, 0.0))
+
+
+def _places(config: ModelConfig, path: Path) -> list[tuple[Place, Place]]:
+    """Of each layer of a leaf: (where its input is taken, where what it makes of it acts)."""
+    top = float(config.layers)
+    if path[0] == "embed":
+        table = (-1.0, 0.0)
+        return [((top, 1.0) if config.tied_head else table, (-2.0, 0.0))]
+    if path[0] in ("final_norm", "head"):
+        place = (top, float(path[0] == "head"))
+        return [(place, place)]
+    names = [name.removesuffix("_bias") for name in path[1:]]
+    row = next(float(i) for name in names for i, row in enumerate(ROWS) if name in row)
+    acts = row
+    if is_router(path):
+        acts = row + 0.5  # its gates scale what B, or the down product, gets
+    elif is_adapter(path) and path[-1] == "b":
+        row = acts = row + 0.75  # behind A and the router
+    first = 0
+    for name, length, _ in config.runs():
+        if name == path[0]:
+            break
+        first += length
+    return [((layer, row), (layer, acts)) for layer in range(first, first + length)]

@@ -1,9 +1,12 @@
-"""Routers of a mixture, solved layer by layer while its experts' texts pass through it: sums are
-gathered, rows follow from them, and the held-out tokens tell how well they route."""
+"""Routers of a mixture, and what its experts share, solved layer by layer while the experts' texts
+pass through it: sums are gathered, weights follow from them, and the held-out tokens tell how well
+the routers route."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -11,6 +14,7 @@ from btx_jax.architectures.tensors import EMBEDDING, TensorId, slots
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.config.ridge import RidgeConfig
 from btx_jax.errors import UserError
+from btx_jax.mixing.logistic import logistic_rows
 from btx_jax.mixing.ridge import Moments, moments, own_share, solve
 from btx_jax.mixing.states import Read, forced_states
 from btx_jax.mixing.text import Rows
@@ -29,37 +33,142 @@ def mixture_layers(model: ModelConfig) -> list[int]:
     return [layer for layer, spec in enumerate(model.layer_specs()) if spec.experts]
 
 
-def solve_routers(
-    model: ModelConfig,
-    read: Read,
-    texts: Sequence[tuple[int, Rows]],
+# (layer, of each text what the router sees, some tokens [., D] at a time) -> rows [experts, D].
+Fit = Callable[[int, Sequence[Iterable[np.ndarray]]], np.ndarray]
+
+
+def by_ridge(
     ridge: RidgeConfig,
     keep: Callable[[int, Moments], None],
     before: Callable[[int], Moments] | None = None,
+) -> Fit:
+    """keep: is given the sums of each mixture layer, in order. before: those of a layer's experts
+    that have no text here, which come first."""
+
+    def fit(layer: int, states: Sequence[Iterable[np.ndarray]]) -> np.ndarray:
+        whole = joined([*([before(layer)] if before else []), *map(moments, states)])
+        keep(layer, whole)
+        return solved(layer, whole, ridge)
+
+    return fit
+
+
+def by_logistic(layer: int, states: Sequence[Iterable[np.ndarray]]) -> np.ndarray:
+    return logistic_rows([np.concatenate([*parts]) for parts in states])
+
+
+def _used(states: Iterable[np.ndarray], text: Rows) -> Iterable[np.ndarray]:
+    """Of rows [length, D], those tokens that something is made from."""
+    return (row[use] for row, use in zip(states, text.is_used, strict=True))
+
+
+def solve_routers(
+    model: ModelConfig,
+    read: Read,
+    texts: Sequence[tuple[int | None, Rows]],
+    fit: Fit,
+    merging: "Merging | None" = None,
 ) -> Routers:
-    """read: a tensor of the mixture; routers are not asked for. texts: (expert, its text). keep: is
-    given the sums of each mixture layer, in order. before: those of a layer's experts that have no
-    text here, which come first. Raises UserError, naming the layer, where rows cannot be solved."""
+    """read: a tensor of the mixture; routers are not asked for. texts: (expert, its text); those of
+    no routed expert are merging's alone, which solves what is shared in the same pass. Raises
+    UserError, naming the layer, where rows cannot be solved."""
     experts = max(spec.experts for spec in model.layer_specs())
     rows = np.zeros((model.layers, experts, model.d_model), np.float32)
-    own = np.full((model.layers, len(texts)), np.nan)
+    routed = [(n, expert, text) for n, (expert, text) in enumerate(texts) if expert is not None]
+    own = np.full((model.layers, len(routed)), np.nan)
     mixtures = mixture_layers(model)
-    states = bar(
-        forced_states(model, read, texts), total=model.layers, desc="routers", unit="layer"
-    )
-    for layer, seen in enumerate(states):
+    for layer, seen in enumerate(_passed(model, read, texts, merging)):
         if layer not in mixtures:
             continue
-        parts = [] if before is None else [before(layer)]
-        for (_, text), state in zip(texts, seen, strict=True):
-            is_solved_from = (text.segments_RT > 0) & ~text.is_heldout_RT
-            parts.append(moments(row[use] for row, use in zip(state, is_solved_from, strict=True)))
-        whole = joined(parts)
-        keep(layer, whole)
-        rows[layer] = solved(layer, whole, ridge)
-        for number, ((expert, text), state) in enumerate(zip(texts, seen, strict=True)):
-            own[layer, number] = own_share([state[text.is_heldout_RT]], rows[layer], expert)
+        rows[layer] = fit(layer, [_used(seen[n], text) for n, _, text in routed])
+        for column, (n, expert, text) in enumerate(routed):
+            own[layer, column] = own_share([seen[n][text.is_heldout_RT]], rows[layer], expert)
     return Routers(rows, own)
+
+
+def _passed(
+    model: ModelConfig,
+    read: Read,
+    texts: Sequence[tuple[int | None, Rows]],
+    merging: "Merging | None",
+) -> Iterator[list[np.ndarray]]:
+    states = forced_states(model, read, texts, merging)
+    return iter(bar(states, total=model.layers, desc="reading text", unit="layer"))
+
+
+def solve_shared(
+    model: ModelConfig, read: Read, texts: Sequence[tuple[int | None, Rows]], merging: "Merging"
+) -> None:
+    """All that merging solves. Other arguments: as `solve_routers` takes them."""
+    for _ in _passed(model, read, texts, merging):
+        pass
+
+
+class Merging:
+    """Solves what experts share: the embedding at once, all else before `forced_states` reads it.
+
+    make: (tensor, of each model what its merge is solved from) -> the tensor. texts: (which of the
+    models it is of, the text), in the order in which they pass. counts: how often each text holds
+    each token, [vocab_size]. Each model weighs the same, however much text it has. file: to keep
+    what is solved, which can be sought in. solved: all of that.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[TensorId, Sequence[np.ndarray]], np.ndarray],
+        texts: Sequence[tuple[int, Rows]],
+        counts: Sequence[np.ndarray],
+        file: BinaryIO,
+    ):
+        self._make, self._texts, self.solved = make, texts, _Kept(file)
+        self._solve(EMBEDDING, [count / count.sum() for count in counts])
+
+    def __call__(self, tensors: Sequence[TensorId], states: Sequence[Sequence[np.ndarray]]) -> None:
+        grams = []
+        for (_, text), batches in zip(self._texts, states, strict=True):
+            gram_EDD, _, count_E = moments(_used(itertools.chain.from_iterable(batches), text))
+            grams.append(gram_EDD[0] / count_E[0])
+        for tensor in tensors:
+            self._solve(tensor, grams)
+
+    def _solve(self, tensor: TensorId, of_texts: Sequence[np.ndarray]) -> None:
+        """Of a model with several texts, their mean."""
+        models = [model for model, _ in self._texts]
+        seen = [
+            np.mean([part for model, part in zip(models, of_texts, strict=True) if model == n], 0)
+            for n in range(max(models) + 1)
+        ]
+        try:
+            self.solved.keep(tensor, self._make(tensor, seen))
+        except UserError as error:
+            raise UserError(f"{tensor}: {error}") from None
+
+
+class _Kept(Mapping[TensorId, np.ndarray]):
+    """Arrays in a file, which several threads may read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._places: dict[TensorId, tuple[int, np.dtype, tuple[int, ...]]] = {}
+
+    def keep(self, tensor: TensorId, array: np.ndarray) -> None:
+        start = self._file.seek(0, os.SEEK_END)
+        self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
+        self._file.flush()
+        self._places[tensor] = start, array.dtype, array.shape
+
+    def __getitem__(self, tensor: TensorId) -> np.ndarray:
+        start, dtype, shape = self._places[tensor]
+        return np.array(np.memmap(self._file, dtype, "r", start, shape))
+
+    def __contains__(self, tensor: object) -> bool:
+        return tensor in self._places
+
+    def __iter__(self) -> Iterator[TensorId]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def joined(parts: Sequence[Moments]) -> Moments:
@@ -78,9 +187,12 @@ def solved(layer: int, whole: Moments, ridge: RidgeConfig) -> np.ndarray:
 def seen_tensors(model: ModelConfig) -> Iterator[TensorId]:
     """Those of no single expert that what routers see depends on, besides the experts."""
     for tensor in slots(model):
-        inside = tensor.layer is not None or tensor == EMBEDDING
-        if inside and tensor.expert is None and not tensor.is_router:
+        if _is_before_routers(tensor) and tensor.expert is None and not tensor.is_router:
             yield tensor
+
+
+def _is_before_routers(tensor: TensorId) -> bool:
+    return tensor.layer is not None or tensor == EMBEDDING
 
 
 class Hashed:
@@ -98,9 +210,9 @@ class Hashed:
 
     def of_expert(self, expert: int | None) -> dict[TensorId, str]:
         """Of what was read of an expert, whatever its number, as of a dense model; None: of what is
-        no expert's."""
+        no expert's and comes before a router."""
         return {
             tensor if expert is None else tensor.of_dense(): sha256
             for tensor, sha256 in self._hashes.items()
-            if tensor.expert == expert
+            if tensor.expert == expert and _is_before_routers(tensor)
         }

@@ -6,11 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from btx_jax.config.merges import MERGE_SETTINGS, REGMEAN
+from btx_jax.mixing.regmean import regmean, weighted_rows
+
 _STEP = (
     1 << 16
     # Elements at a time: the accumulator stays in a core's cache, and memory does not grow with the
     # tensor
 )
+_ROWS = 8192  # of a tensor that are solved at a time, in float64
 _LEAST_NORM, _PARALLEL = 1e-8, 0.9995  # mergekit's: a length below is none, a |cosine| above is 1
 
 
@@ -133,6 +137,23 @@ def _slerp_weights(cosine: float, t: float) -> tuple[float, float]:
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
+def solved(
+    tensors: Sequence[np.ndarray], seen: Sequence[np.ndarray], alpha: float, dtype: np.dtype
+) -> np.ndarray:
+    """RegMean of one tensor [out, in]. seen: of each model, the sum of x x^T over what the linear
+    layer gets, [in, in]; or of an embedding, [tokens, D], how often its text holds each token,
+    [tokens]."""
+    result = np.empty(tensors[0].shape, dtype)
+    for start in range(0, len(result), _ROWS):
+        rows = slice(start, start + _ROWS)
+        parts = [wide(tensor[rows]) for tensor in tensors]
+        if seen[0].ndim == 1:
+            result[rows] = weighted_rows(parts, [count[rows] for count in seen])
+        else:
+            result[rows] = regmean([part.T for part in parts], seen, alpha).T
+    return result
+
+
 def ulp(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Distance between neighbours of dtype at a float64 value."""
     bits, least = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}[dtype.name]
@@ -152,37 +173,31 @@ def is_mean(found: np.ndarray, tensors: Sequence[np.ndarray]) -> bool:
 
 
 class Merge(NamedTuple):
-    """A way to average. make: (base_model's tensor, the models', dtype, random numbers, options) ->
-    one. options: the recipe's keys that it reads. reads_base: whether base_model's tensor is used;
-    else it may be None. models: how many distinct ones it is for; None: any number. is_right:
-    whether a tensor is what becomes of the models', checked by other means; None where it is made
-    again and compared bit for bit."""
+    """A way to average. make: (base's tensor, the models', dtype, random numbers, its settings) ->
+    one; the base's is None where the merge reads none. regmean's takes besides what it is solved
+    from (`solved`). models: how many distinct ones it is for; None: any number. is_right: whether a
+    tensor is what becomes of the models', checked by other means; None where it is made again and
+    compared bit for bit."""
 
     make: Callable[..., np.ndarray]
-    options: tuple[str, ...] = ()
-    reads_base: bool = False
     models: int | None = None
     is_right: Callable[[np.ndarray, Sequence[np.ndarray]], bool] | None = None
 
 
 MERGES: Mapping[str, Merge] = {
     "mean": Merge(lambda base, tensors, dtype, rng: mean(tensors, dtype), is_right=is_mean),
-    "ties": Merge(
-        lambda base, tensors, dtype, rng, density: ties(base, tensors, density, dtype),
-        options=("density",),
-        reads_base=True,
-    ),
+    "ties": Merge(lambda base, tensors, dtype, rng, density: ties(base, tensors, density, dtype)),
     "dare": Merge(
-        lambda base, tensors, dtype, rng, density: dare(base, tensors, density, dtype, rng),
-        options=("density",),
-        reads_base=True,
+        lambda base, tensors, dtype, rng, density: dare(base, tensors, density, dtype, rng)
     ),
     "task_arithmetic": Merge(
-        lambda base, tensors, dtype, rng, scale: task_arithmetic(base, tensors, scale, dtype),
-        options=("scale",),
-        reads_base=True,
+        lambda base, tensors, dtype, rng, scale: task_arithmetic(base, tensors, scale, dtype)
     ),
-    "slerp": Merge(
-        lambda base, tensors, dtype, rng, t: slerp(tensors, t, dtype), options=("t",), models=2
+    "slerp": Merge(lambda base, tensors, dtype, rng, t: slerp(tensors, t, dtype), models=2),
+    REGMEAN: Merge(
+        lambda base, tensors, dtype, rng, alpha, seen=None: (
+            mean(tensors, dtype) if seen is None else solved(tensors, seen, alpha, dtype)
+        )
     ),
 }
+assert MERGES.keys() == MERGE_SETTINGS.keys()

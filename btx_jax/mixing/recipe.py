@@ -6,16 +6,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from btx_jax.config.merges import (
+    MERGE_SETTINGS,
+    REGMEAN,
+    Alpha,
+    Arc,
+    Density,
+    Scale,
+    TextTokens,
+    unread,
+)
 from btx_jax.config.mix_methods import METHODS, count
-from btx_jax.config.ridge import RIDGE, RidgeConfig
+from btx_jax.config.ridge import RIDGE, SOLVED, RidgeConfig
 from btx_jax.config.schema import HUGE, Choice, Experts, Range, Section, rule
 from btx_jax.mixing.homes import model_types, spellings
 from btx_jax.mixing.merge import MERGES
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
 HIDDEN_LAST = "hidden_last"  # mergekit's other name for hidden
-GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST, RIDGE)
+GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST, *SOLVED)
 MAX_EXPERTS = 1024
+_READ_TEXT = f"gate_mode={SOLVED[0]!r} or {SOLVED[1]!r} and merge={REGMEAN!r}"
 DIFFERENCES = (
     "vocab_size",
     "heads",
@@ -34,8 +45,9 @@ class ExpertSource(Section):
     """One expert: a dense model and, for gate modes that read prompts, what should be routed to it.
 
     positive_prompts_file, negative_prompts_file: more prompts, one a line, which `read_recipe` puts
-    behind the others. text: of its domain, for gate_mode ridge: comma-separated
-    `WHAT[#FIELD][:WEIGHT]`, as in a config's data; where there is none, the prompts are the text.
+    behind the others. text: of its domain, for gate_mode ridge or logistic and merge regmean:
+    comma-separated `WHAT[#FIELD][:WEIGHT]`, as in a config's data; where there is none, the prompts
+    are the text.
     noise_scale: standard deviation of normal noise added to its feed-forward weights.
     residual_scale: factor on its down projection.
     """
@@ -68,14 +80,18 @@ class Recipe(Section):
     merge: how `average` averages: `mean`, `ties` (arXiv 2306.01708: keep the `density` largest
     changes from base_model, elect signs, mean of those that agree), `dare` (arXiv 2311.03099:
     drop changes at random down to `density`, rescale, mean), `task_arithmetic` (arXiv 2212.04089:
-    base_model plus `scale` times the sum of all changes from it) or `slerp` (of two models: each
-    tensor on the arc between them, at `t` of the way from the first one named to the second).
+    base_model plus `scale` times the sum of all changes from it), `slerp` (of two models: each
+    tensor on the arc between them, at `t` of the way from the first one named to the second) or
+    `regmean` (arXiv 2212.09849: linear layers solved so that they answer on each model's own text
+    as that model did, with `alpha` of what inputs have in common; docs/inputs.md).
+    tokens: read of each expert's text for `ridge` and `regmean`. The last eighth of them is held
+    out, to measure routers on. More than the model's width want to be left.
     layers: the layers that become mixtures; the others stay dense. Empty for all.
     gate_mode: how routers start; `hidden` when base is copy, `normal` (std 0.02, to be trained)
     when it is average.
     gate_pooling, gate_scale: of router_input: `mean` over tokens or `last`; the length of every
     router row. ridge: of ridge, which solves rows from text of every expert's domain, and keeps
-    what they are solved from.
+    what they are solved from; `logistic` fits them to the same text.
     allow: settings in which sources may differ from base_model although it changes what their
     weights mean.
     """
@@ -90,10 +106,12 @@ class Recipe(Section):
     base: Annotated[str, Choice(("copy", "average"))] = "copy"
     method: Annotated[str, Choice(tuple(METHODS))] = "btx"
     chunks: Annotated[int, Range(2, MAX_EXPERTS)] = 2
-    merge: Annotated[str, Choice(tuple(MERGES))] = "mean"
-    density: Annotated[float, Range(1e-6, 1)] = 0.2
-    scale: Annotated[float, Range(-HUGE, HUGE)] = 1.0
-    t: Annotated[float, Range(0, 1)] = 0.5
+    merge: Annotated[str, Choice(tuple(MERGE_SETTINGS))] = "mean"
+    density: Density = 0.2
+    scale: Scale = 1.0
+    t: Arc = 0.5
+    alpha: Alpha = 0.99
+    tokens: TextTokens = 8192
     layers: tuple[Annotated[int, Range(0, 10_000)], ...] = ()
     gate_pooling: Annotated[str, Choice(("mean", "last"))] = "mean"
     gate_scale: Annotated[float, Range(0, 1e6, above=True)] = 1.0
@@ -134,11 +152,9 @@ class Recipe(Section):
             yield f"gate_scale={self.gate_scale}: of gate_mode router_input; leave it out"
         if self.ridge != RidgeConfig() and self.gate_mode != RIDGE:
             yield f"ridge: of gate_mode {RIDGE}; leave it out"
-        for key in dict.fromkeys(key for merge in MERGES.values() for key in merge.options):
-            readers = [name for name, merge in MERGES.items() if key in merge.options]
-            value = getattr(self, key)
-            if value != getattr(Recipe, key) and self.merge not in readers:
-                yield f"{key}={value}: of merge {' and '.join(readers)}; leave it out or name one"
+        if self.tokens != Recipe.tokens and not reads_text(self):
+            yield f"tokens={self.tokens}: of {_READ_TEXT}, which read text; leave it out"
+        yield from unread(self, Recipe)
 
     @rule
     def _merge_of_average(self) -> Iterator[str]:
@@ -162,7 +178,7 @@ class Recipe(Section):
     @rule
     def _gates_of_sources(self) -> Iterator[str]:
         mode = self.gate_mode or ("hidden" if self.base == "copy" else "normal")
-        if mode not in (*PROMPT_MODES, HIDDEN_LAST, RIDGE):
+        if mode not in (*PROMPT_MODES, HIDDEN_LAST, *SOLVED):
             return
         if self.method != "btx":
             yield (
@@ -175,34 +191,48 @@ class Recipe(Section):
             if not (
                 expert.positive_prompts
                 or expert.positive_prompts_file
-                or (mode == RIDGE and expert.text)
+                or (mode in SOLVED and expert.text)
             )
         ]
         if missing:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             yield (
                 f"experts[{'], ['.join(missing[:10])}]{more}: no"
-                f" {'text' if mode == RIDGE else 'positive_prompts'}, and gate_mode={mode!r} reads"
-                f" {'it' if mode == RIDGE else 'them'}"
+                f" {'text' if mode in SOLVED else 'positive_prompts'}, and gate_mode={mode!r} reads"
+                f" {'it' if mode in SOLVED else 'them'}"
             )
         elif len(self.experts) > 1 and len({_prompts_of(expert) for expert in self.experts}) == 1:
             yield (
-                f"experts: all have the same {'text' if mode == RIDGE else 'prompts'}, so that all"
+                f"experts: all have the same {'text' if mode in SOLVED else 'prompts'}, so that all"
                 " router rows would be equal; use gate_mode: normal"
             )
 
     @rule
-    def _what_ridge_reads(self) -> Iterator[str]:
+    def _texts_are_read(self) -> Iterator[str]:
         for i, expert in enumerate(self.experts):
-            if expert.text and self.gate_mode != RIDGE:
-                yield f"experts[{i}].text: gate_mode={RIDGE!r} reads it; say that, or leave it out"
-            if self.gate_mode == RIDGE and (
+            if expert.text and not reads_text(self):
+                yield f"experts[{i}].text: {_READ_TEXT} read it; say one, or leave it out"
+            if self.gate_mode in SOLVED and (
                 expert.negative_prompts or expert.negative_prompts_file
             ):
-                yield f"experts[{i}].negative_prompts: gate_mode={RIDGE!r} reads none"
+                yield f"experts[{i}].negative_prompts: gate_mode={self.gate_mode!r} reads none"
         for i, expert in enumerate(self.shared_experts):
-            if expert.text:
-                yield f"shared_experts[{i}].text: nothing is routed to it; leave it out"
+            if expert.text and self.merge != REGMEAN:
+                yield f"shared_experts[{i}].text: merge={REGMEAN!r} alone reads it; leave it out"
+
+    @rule
+    def _texts_of_regmean(self) -> Iterator[str]:
+        if self.merge != REGMEAN:
+            return
+        if self.method != "btx":
+            yield (
+                f"merge={REGMEAN!r}: experts of method {self.method!r} belong to no source; use"
+                " method btx, or another merge"
+            )
+        for key in ("experts", "shared_experts"):
+            for i, expert in enumerate(getattr(self, key)):
+                if not (expert.text or expert.positive_prompts or expert.positive_prompts_file):
+                    yield f"{key}[{i}]: no text, and merge={REGMEAN!r} reads it"
 
     @property
     def sources(self) -> tuple[ExpertSource, ...]:
@@ -212,6 +242,11 @@ class Recipe(Section):
     @property
     def expert_count(self) -> int:
         return expert_count(self)
+
+
+def reads_text(recipe: Recipe) -> bool:
+    """Of experts' domains. Also for rules, whose recipe is not whole."""
+    return recipe.gate_mode in SOLVED or recipe.merge == REGMEAN
 
 
 def _models(recipe: Recipe) -> set[str]:

@@ -11,12 +11,8 @@ import numpy as np
 from btx_jax.errors import UserError
 from btx_jax.mixing.ridge import solve_positive
 
-ALPHA = 0.9  # the paper's
 
-
-def regmean(
-    weights: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: float = ALPHA
-) -> np.ndarray:
+def regmean(weights: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: float) -> np.ndarray:
     """[in, out], float64: (sum of G')^-1 (sum of G' W), with G' = alpha G + (1 - alpha) diag(G).
 
     weights: W of each model, [in, out]. grams: G of each, the sum of x x^T over its layer's inputs,

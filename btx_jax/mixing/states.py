@@ -8,10 +8,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from btx_jax.architectures.tensors import EMBEDDING, Reader, TensorId, slots
+from btx_jax.architectures.tensors import EMBEDDING, HEAD, Reader, TensorId, slots
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.mixing.text import Rows
 from btx_jax.models.attention import Attention
@@ -22,28 +21,50 @@ TOKENS_PER_BATCH = 4096
 Read = Callable[[TensorId], np.ndarray]
 
 
+# Called with linear layers that get one input, before their weights are read, and with what they
+# get: of each text batches of [rows, length, width], float32.
+Inputs = Callable[[Sequence[TensorId], Sequence[Sequence[np.ndarray]]], None]
+
+_INTO_HEADS = ("attention/query", "attention/key", "attention/value")
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _block(
-    model: ModelConfig, params, x_BTD: jax.Array, segments_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """One layer in float32, with one feed-forward, and a shared expert beside it where params have
-    one: (its output, what the feed-forward block or router gets)."""
-
-    def apply(module: nn.Module, name: str, *inputs: jax.Array) -> jax.Array:
-        y = module.apply({"params": params[name]}, *inputs)
-        return cast(jax.Array, y[0] if isinstance(y, tuple) else y)
-
-    norm = RMSNorm(model.norm_eps)
+def _normed(model: ModelConfig, scale_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
     with exact_matmuls("float32"):
-        x_BTD += apply(
-            Attention(model), "attention", apply(norm, "attention_norm", x_BTD), segments_BT
-        )
-        h_BTD = apply(norm, "ffn_norm", x_BTD)
+        return cast(jax.Array, RMSNorm(model.norm_eps).apply({"params": {"scale": scale_D}}, x_BTD))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _heads(model: ModelConfig, attention, h_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """What the output projection, which need not be there, gets: [B, T, heads * head_dim]."""
+    out = jnp.zeros((model.heads, model.head_dim, model.d_model))
+    params = {"params": {"out": out} | attention}
+    with exact_matmuls("float32"):
+        y_BTX = Attention(model).apply(params, h_BTD, segments_BT, method="heads")
+    return cast(jax.Array, y_BTX)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _after_heads(
+    model: ModelConfig, attention, scale_D: jax.Array, x_BTD: jax.Array, y_BTX: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(x with the attention's answer, what the feed-forward block or router gets)."""
+    with exact_matmuls("float32"):
+        x_BTD += y_BTX @ attention["out"].reshape(y_BTX.shape[-1], -1)
+        x_BTD += attention.get("out_bias", 0)
+    return x_BTD, _normed(model, scale_D, x_BTD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _after_ffn(model: ModelConfig, params, x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+    """x with the answer of one feed-forward, and of a shared expert, where params have them."""
+    with exact_matmuls("float32"):
         for name in (part for part in ("ffn", "shared_expert") if part in params):
-            biases = tuple(bias for bias in model.biases if f"{bias}_bias" in params[name])
-            gated, d_ff = "router" in params[name], params[name]["gate"].shape[1]
-            x_BTD += apply(FeedForward(d_ff, biases, gated), name, h_BTD)
-        return x_BTD, h_BTD
+            own = params[name]
+            biases = tuple(bias for bias in model.biases if f"{bias}_bias" in own)
+            ffn = FeedForward(own["gate"].shape[1], biases, gated="router" in own)
+            x_BTD += cast(Any, ffn.apply({"params": own}, h_BTD))[0]
+    return x_BTD
 
 
 def token_embeddings(reader: Reader, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -75,7 +96,12 @@ def layer_states(
 
     for layer in range(model.layers):
         params = _params(model, reader.read, (t for t in reader.slots if t.layer == layer))
-        outputs = [_block(model, params, x, segments) for x, segments in batches]
+        outputs = []
+        for x, segments in batches:
+            h = _normed(model, params["attention_norm"]["scale"], x)
+            y = _heads(model, params["attention"], h, segments)
+            x, h = _after_heads(model, params["attention"], params["ffn_norm"]["scale"], x, y)
+            outputs.append((_after_ffn(model, params, x, h), h))
         yield unpadded([x for x, _ in batches]), unpadded([h for _, h in outputs])
         batches = [
             (output, segments) for (output, _), (_, segments) in zip(outputs, batches, strict=True)
@@ -83,32 +109,62 @@ def layer_states(
 
 
 def forced_states(
-    model: ModelConfig, read: Read, texts: Sequence[tuple[int, Rows]]
+    model: ModelConfig,
+    read: Read,
+    texts: Sequence[tuple[int | None, Rows]],
+    inputs: Inputs | None = None,
 ) -> Iterator[list[np.ndarray]]:
     """For each layer of a mixture, of each text: what the router, or a dense layer's feed-forward,
     gets, [rows, length, D], float32. In mixtures every token of a text passes through one expert,
     with weight 1.
 
-    read: a tensor of the mixture. texts: (expert, its text). In memory: the states of one layer,
-    and of its parameters what is no expert's and one expert's.
+    read: a tensor of the mixture. texts: (expert, its text); None: through no routed expert.
+    inputs: of attention's projections and the head. In memory: the states of one layer, and of its
+    parameters what is no expert's and one expert's.
     """
-    table = read(EMBEDDING)
+    dense, table = model.dense(), read(EMBEDDING)
+    segments = [[segments for _, segments in _batches(rows)] for _, rows in texts]
     states = [
-        [(jnp.asarray(table[tokens], jnp.float32), segments) for tokens, segments in _batches(rows)]
+        [jnp.asarray(table[tokens], jnp.float32) for tokens, _ in _batches(rows)]
         for _, rows in texts
     ]
     del table
+
+    def tell(tensors: Sequence[TensorId], states: Sequence[Sequence[jax.Array]]) -> None:
+        if inputs:
+            inputs(tensors, [[np.asarray(batch) for batch in batches] for batches in states])
+
     for layer in range(model.layers):
-        own = [tensor for tensor in slots(model) if tensor.layer == layer]
-        common = _params(model, read, (t for t in own if t.expert is None and not t.is_router))
+        own = [t for t in slots(model) if t.layer == layer and not t.is_router]
+        into = [TensorId(part, layer) for part in _INTO_HEADS]
+        out = TensorId("attention/out", layer)
+        common = (t for t in own if t.expert is None and t not in (*into, out))
+        params = _params(model, read, common)
+        attention, scale = params.pop("attention", {}), params["attention_norm"]["scale"]
+        h = [[_normed(dense, scale, x) for x in batches] for batches in states]
+        tell(into, h)
+        attention |= _params(model, read, into)["attention"]
+        y = [
+            [_heads(dense, attention, *batch) for batch in zip(*text, strict=True)]
+            for text in zip(h, segments, strict=True)
+        ]
+        del h
+        tell([out], y)
+        attention |= _params(model, read, [out])["attention"]
         seen = []
         for number, (expert, _) in enumerate(texts):
-            params = common | _params(model, read, (t for t in own if t.expert == expert))
-            outputs = [_block(model.dense(), params, *batch) for batch in states[number]]
-            segments = [segments for _, segments in states[number]]
-            states[number] = [(x, s) for (x, _), s in zip(outputs, segments, strict=True)]
-            seen.append(np.concatenate([h for _, h in outputs]))
+            of_expert = (t for t in own if t.expert is not None and t.expert == expert)
+            ffn = params | _params(model, read, of_expert)
+            after = [
+                _after_heads(dense, attention, params["ffn_norm"]["scale"], *batch)
+                for batch in zip(states[number], y[number], strict=True)
+            ]
+            states[number] = [_after_ffn(dense, ffn, *batch) for batch in after]
+            seen.append(np.concatenate([h for _, h in after]))
         yield seen
+    if inputs and HEAD in slots(model):
+        scale = jnp.asarray(read(TensorId("final_norm/scale")), jnp.float32)
+        tell([HEAD], [[_normed(dense, scale, x) for x in batches] for batches in states])
 
 
 def _batches(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:

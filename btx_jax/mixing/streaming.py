@@ -1,18 +1,19 @@
 """A mixture, tensor by tensor, from readers of its sources: no more of them in memory than what one
 tensor is made of."""
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from btx_jax.architectures.tensors import EMBEDDING, HEAD, Reader, TensorId, slots
-from btx_jax.architectures.values import cast, check_range, is_finite
+from btx_jax.architectures.values import cast
+from btx_jax.config.merges import MERGE_SETTINGS
 from btx_jax.config.mix_methods import Piece, cut
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
-from btx_jax.mixing.merge import MERGES, wide
+from btx_jax.mixing.averaging import Shared, generator
+from btx_jax.mixing.merge import wide
 from btx_jax.mixing.recipe import ExpertSource, Recipe
 
 VOCABULARY = (EMBEDDING, HEAD)  # a row for each token
@@ -23,8 +24,8 @@ SHARED_GATE = "shared_expert/router"
 class Mixture:
     """model: what is made. readers: of the distinct sources, base_model's first; source_of: which
     of them each of recipe.sources is. dtype: of every tensor. gates: [layers, rows, D], a row for
-    each routed expert, then one for the shared expert's gate where the model has one of a
-    source."""
+    each routed expert, then one for the shared expert's gate where the model has one of a source.
+    solved: what has been made from text already, of what experts share."""
 
     recipe: Recipe
     model: ModelConfig
@@ -32,6 +33,7 @@ class Mixture:
     source_of: Sequence[int]
     dtype: np.dtype
     gates: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
+    solved: Mapping[TensorId, np.ndarray] = field(default_factory=dict)
 
     @property
     def base(self) -> Reader:
@@ -41,6 +43,13 @@ class Mixture:
         """Which readers the tensors of no expert come from: the base, or every distinct expert's
         model once."""
         return [0] if self.recipe.base == "copy" else list(dict.fromkeys(self.source_of))
+
+    @property
+    def shared(self) -> Shared:
+        """What belongs to no expert."""
+        recipe, readers = self.recipe, [self.readers[number] for number in self.averaged()]
+        settings = {key: getattr(recipe, key) for key in MERGE_SETTINGS[recipe.merge]}
+        return Shared(recipe.merge, settings, self.base, readers, self.dtype, recipe.seed)
 
     def check(self) -> None:
         """Raises UserError when a tensor that was read held NaN or infinity."""
@@ -83,9 +92,11 @@ def make_tensor(mixture: Mixture, tensor: TensorId) -> np.ndarray:
         assert tensor.layer is not None
         return mixture.gates[tensor.layer, recipe.expert_count :].astype(dtype)
     if is_averaged(tensor):
-        return (
-            _averaged(mixture, tensor) if tensor in mixture.base.slots else _zeros(mixture, tensor)
-        )
+        if tensor in mixture.solved:
+            return mixture.solved[tensor]
+        if tensor not in mixture.base.slots:
+            return _zeros(mixture, tensor)
+        return mixture.shared.make(tensor)
 
     if tensor.is_shared:
         pieces: Sequence[Piece] = [Piece(len(recipe.experts), 0, 1)]
@@ -95,7 +106,7 @@ def make_tensor(mixture: Mixture, tensor: TensorId) -> np.ndarray:
         made = cut(recipe.method, len(recipe.experts), recipe.chunks, d_ff)
         pieces = made.made_of(tensor.expert)
     axis = 1 if tensor.part.endswith("/down") else 0  # of d_ff
-    dense, rng = tensor.of_dense(), _rng(recipe, tensor)
+    dense, rng = tensor.of_dense(), generator(recipe.seed, tensor)
     parts = [
         _changed(_piece(mixture, piece, dense, axis), recipe.sources[piece.source], dense, rng)
         for piece in pieces
@@ -106,11 +117,6 @@ def make_tensor(mixture: Mixture, tensor: TensorId) -> np.ndarray:
 def _zeros(mixture: Mixture, tensor: TensorId) -> np.ndarray:
     """What the class of the mixture asks for and no source has."""
     return np.zeros(slots(mixture.model)[tensor].shape, mixture.dtype)
-
-
-def _rng(recipe: Recipe, tensor: TensorId) -> np.random.Generator:
-    """Of one tensor: the same whatever the order in which tensors are made."""
-    return np.random.default_rng([recipe.seed, zlib.crc32(str(tensor).encode())])
 
 
 def _piece(mixture: Mixture, piece: Piece, dense: TensorId, axis: int) -> np.ndarray:
@@ -135,41 +141,3 @@ def _changed(
             scaled = wide(array) * np.float32(expert.residual_scale)
         array = cast(dense, scaled, stored)
     return array
-
-
-def _averaged(mixture: Mixture, tensor: TensorId) -> np.ndarray:
-    base, dtype = mixture.base, mixture.dtype
-    arrays = [mixture.readers[number].read(tensor) for number in mixture.averaged()]
-    merge = MERGES[mixture.recipe.merge]
-    same_shape = arrays[0].shape == base.slots[tensor].shape
-    if len(arrays) == 1 and same_shape and not merge.reads_base:
-        return cast(tensor, arrays[0], dtype)
-    options = {key: getattr(mixture.recipe, key) for key in merge.options}
-    whole = base.read(tensor) if merge.reads_base else None
-
-    def merged(rows: slice, parts: Sequence[np.ndarray]) -> np.ndarray:
-        own = None if whole is None else whole[rows]
-        return merge.make(own, parts, dtype, _rng(mixture.recipe, tensor), **options)
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        blocks = [merged(rows, parts) for rows, parts in by_rows(mixture, arrays, tensor)]
-        result = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-    if is_finite(result):
-        result.flags.writeable = False  # as from a reader: looked at once is enough
-    elif all(map(is_finite, arrays)):
-        check_range(tensor, result)
-    return result
-
-
-def by_rows(
-    mixture: Mixture, arrays: Sequence[np.ndarray], tensor: TensorId
-) -> list[tuple[slice, list[np.ndarray]]]:
-    """Blocks of rows of base_model's tensor, and those parts of the sources' that have them: one
-    block but where vocabularies differ. Rows that none of them has are base_model's."""
-    rows = mixture.base.slots[tensor].shape[0]
-    ends = sorted({min(len(array), rows) for array in arrays} | {rows})
-    blocks = []
-    for start, end in zip([0, *ends], ends, strict=False):
-        having = [array[start:end] for array in arrays if len(array) >= end]
-        blocks.append((slice(start, end), having or [mixture.base.read(tensor)[start:end]]))
-    return blocks

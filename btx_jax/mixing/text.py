@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from btx_jax.config.merges import REGMEAN
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.mixture import first_rows, heldout_rows
 from btx_jax.data.prepared import PreparedDomain
@@ -26,17 +27,24 @@ from btx_jax.mixing.recipe import Recipe
 HELD_OUT = 8  # one token of so many
 LENGTH = 512  # tokens of a row, where the model's context is not shorter
 LEAST = 2 * HELD_OUT  # tokens of a text
+COUNTED = 1 << 20  # tokens of a text, at most, that are counted by kind
 
 log = logging.getLogger(__name__)
 
 
 class Rows(NamedTuple):
     """Documents behind each other, cut into rows. segments: 0 for padding, equal within a row for
-    the same document. is_heldout: of tokens that routers are measured on, and not made from."""
+    the same document. is_heldout: of tokens that routers are measured on, and nothing is made
+    from."""
 
     tokens_RT: np.ndarray
     segments_RT: np.ndarray
     is_heldout_RT: np.ndarray
+
+    @property
+    def is_used(self) -> np.ndarray:
+        """[R, T], of tokens that something is made from."""
+        return (self.segments_RT > 0) & ~self.is_heldout_RT
 
 
 def pack(texts: Iterable[Sequence[int]], length: int, limit: int) -> Rows:
@@ -63,6 +71,11 @@ def pack(texts: Iterable[Sequence[int]], length: int, limit: int) -> Rows:
     return Rows(rows(ids), segments_RT.astype(np.int32), is_heldout_RT)
 
 
+def token_counts(rows: Rows, vocab_size: int) -> np.ndarray:
+    """How often each token stands there, of those that are not held out, [vocab_size], float64."""
+    return np.bincount(rows.tokens_RT[rows.is_used], minlength=vocab_size).astype(np.float64)
+
+
 def prepared_rows(domains: Sequence[PreparedDomain], limit: int) -> Rows:
     """About `limit` tokens: an eighth of documents that are held out, if there are as many, the
     others not. Domains by their weights."""
@@ -82,17 +95,23 @@ def prepared_rows(domains: Sequence[PreparedDomain], limit: int) -> Rows:
     return Rows(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def expert_texts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Rows]:
-    """Of each expert: its text, or its prompts where it has none."""
+def expert_texts(
+    recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig, limit: int
+) -> list[Rows]:
+    """Of each routed expert, and for regmean of a shared one, the first `limit` tokens of its text,
+    or of its prompts where it has none."""
+    named = {f"recipe.experts[{i}]": expert for i, expert in enumerate(recipe.experts)}
+    if recipe.merge == REGMEAN:
+        named |= {f"recipe.shared_experts[{i}]": e for i, e in enumerate(recipe.shared_experts)}
     return [
         read_text(
             expert.text or expert.positive_prompts,
-            f"recipe.experts[{i}].{'text' if expert.text else 'positive_prompts'}",
+            f"{key}.{'text' if expert.text else 'positive_prompts'}",
             tokenizer,
             model,
-            recipe.ridge.tokens,
+            limit,
         )
-        for i, expert in enumerate(recipe.experts)
+        for key, expert in named.items()
     ]
 
 

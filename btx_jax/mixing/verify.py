@@ -1,11 +1,9 @@
 """A finished mixture against its sources."""
 
-import numpy as np
-
-from btx_jax.architectures.tensors import Reader, TensorId
+from btx_jax.architectures.tensors import Reader
 from btx_jax.errors import UserError
 from btx_jax.mixing.merge import MERGES
-from btx_jax.mixing.streaming import Mixture, by_rows, is_averaged, make_tensor
+from btx_jax.mixing.streaming import Mixture, is_averaged, make_tensor
 from btx_jax.progress import bar
 
 
@@ -19,7 +17,7 @@ def verify(mixture: Mixture, written: Reader) -> str:
         found = written.read(tensor)
         if by_itself and is_averaged(tensor) and tensor in mixture.base.slots:
             means += 1
-            right = _is_merged(mixture, tensor, found)
+            right = mixture.shared.is_right(tensor, found)
         else:
             expected = make_tensor(mixture, tensor)
             right = found.dtype == expected.dtype and found.shape == expected.shape
@@ -34,14 +32,3 @@ def verify(mixture: Mixture, written: Reader) -> str:
     count = len(written.slots)
     rest = f"{count - means} equal what the recipe makes of their sources, bit for bit"
     return f"verified {count} tensors: {rest}, {means} means within one ulp of {mixture.dtype.name}"
-
-
-def _is_merged(mixture: Mixture, tensor: TensorId, found: np.ndarray) -> bool:
-    is_right = MERGES[mixture.recipe.merge].is_right
-    assert is_right
-    arrays = [mixture.readers[number].read(tensor) for number in mixture.averaged()]
-    return (
-        found.dtype == mixture.dtype
-        and found.shape == mixture.base.slots[tensor].shape
-        and all(is_right(found[rows], parts) for rows, parts in by_rows(mixture, arrays, tensor))
-    )

@@ -210,35 +210,13 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, segments_BT: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        kernels = platform_kernels(self.kernels)
         adapters = cut(self, self.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
-
         weights = self._weights(x_BTD.dtype)
-        length, window = x_BTD.shape[1], self.config.window
-        window = window if window < length else 0
 
         def local(x_BTD, segments_BT, *arrays):
             w = dict(zip(weights, arrays, strict=False))
             lora = Adapted(self.lora, adapters.restore(arrays[len(w) :]))
-            scaling, is_long_BT = self.config.rope_scaling, None
-            if changes_with_length(scaling, length):
-                is_long_BT = document_lengths(segments_BT) > scaling.original_context
-            position_T = np.arange(length, dtype=np.float32)
-            heads = self._project(x_BTD, position_T, is_long_BT, w, lora)
-            q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in heads)
-            if kernels == "xla" or not block_size(length):
-                y_BNGTK = attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, window)
-                y_BNGTK = checkpoint_name(y_BNGTK, "attention")
-            else:
-                y_BNGTK = splash_attend(
-                    q_BNGTK,
-                    k_BNTK,
-                    v_BNTK,
-                    segments_BT,
-                    window,
-                    interpret=kernels == "pallas_interpret",
-                )
-            y_BTD = self._merge(y_BNGTK, w, lora)
+            y_BTD = self._merge(self._attend(x_BTD, segments_BT, w, lora), w, lora)
             return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
         names, outputs = (
@@ -249,6 +227,11 @@ class Attention(nn.Module):
             x_BTD, segments_BT, *weights.values(), *adapters.arrays
         )
         return y_BTD, dict(zip(adapters.routed, logits, strict=True))
+
+    def heads(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """What `out` multiplies, [B, T, N G K]. On one device, without LoRA."""
+        y_BNGTK = self._attend(x_BTD, segments_BT, self._weights(x_BTD.dtype), Adapted(None, {}))
+        return _side_by_side(y_BNGTK).reshape(*x_BTD.shape[:2], -1)
 
     def continued(
         self, x_BTD: jax.Array, past: KVCache
@@ -298,6 +281,25 @@ class Attention(nn.Module):
             width = self.config.head_dim
             found |= {"query_norm": self.query_norm(width), "key_norm": self.key_norm(width)}
         return found
+
+    def _attend(
+        self, x_BTD: jax.Array, segments_BT: jax.Array, w: Weights, lora: Adapted
+    ) -> jax.Array:
+        """The answers of one device's heads, [B, N, G, T, K]."""
+        kernels = platform_kernels(self.kernels)
+        length, window = x_BTD.shape[1], self.config.window
+        window = window if window < length else 0
+        scaling, is_long_BT = self.config.rope_scaling, None
+        if changes_with_length(scaling, length):
+            is_long_BT = document_lengths(segments_BT) > scaling.original_context
+        position_T = np.arange(length, dtype=np.float32)
+        heads = self._project(x_BTD, position_T, is_long_BT, w, lora)
+        q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in heads)
+        if kernels == "xla" or not block_size(length):
+            y_BNGTK = attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, window)
+            return checkpoint_name(y_BNGTK, "attention")
+        is_interpreted = kernels == "pallas_interpret"
+        return splash_attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, window, interpret=is_interpreted)
 
     def _project(
         self, x_BTD: jax.Array, position: Any, is_long: Any, w: Weights, lora: Adapted

@@ -172,20 +172,26 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     )
 
 
-def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """(all, active for one token): active counts k of the E experts, their anchor besides, which
-    answers every token, and the whole router."""
+def leaf_counts(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, int]]:
+    """Path of a parameter -> (all its numbers, those active for one token): active counts k of the
+    E experts, their anchor besides, which answers every token, and the whole router."""
     shapes = nn.unbox(abstract_params(config))
     specs = {name: spec for name, _, spec in config.runs()}
-    total = active = 0
+    counts = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        names = [str(key.key) for key in path]
-        total += leaf.size
+        names = tuple(str(key.key) for key in path)
+        active = leaf.size
         spec = specs.get(names[0], LayerSpec())
         if is_adapter(names) and not is_router(names):
             assert spec.lora
-            active += leaf.size * spec.lora.k // spec.lora.experts
-            continue
-        is_expert = spec.experts and names[1] == "ffn" and not is_router(names)
-        active += leaf.size * min(spec.k, spec.experts) // spec.experts if is_expert else leaf.size
-    return total, active
+            active = leaf.size * spec.lora.k // spec.lora.experts
+        elif spec.experts and names[1] == "ffn" and not is_router(names):
+            active = leaf.size * min(spec.k, spec.experts) // spec.experts
+        counts[names] = leaf.size, active
+    return counts
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """(all, active for one token), as `leaf_counts` has them."""
+    total, active = zip(*leaf_counts(config).values(), strict=True)
+    return sum(total), sum(active)

@@ -64,6 +64,13 @@ class Setting:
         return mixed_text({self.domain_text: self.domain_steps, self.mixed: self.finetune_steps})
 
     @property
+    def dense(self) -> Config:
+        """As a branch is trained, but never mixed."""
+        assert self.expert.train
+        train = dataclasses.replace(self.expert.train, mixing_probe=False)
+        return dataclasses.replace(self.expert, train=train)
+
+    @property
     def expert_steps(self) -> int:
         assert self.expert.train
         return self.expert.train.steps
@@ -191,9 +198,9 @@ def main(arms: Arms) -> list[str]:
     arms.mix("average", experts, is_model=True, method="average")
 
     on_domains = arms.train(
-        "dense_domains", s.expert, s.seed, s.domain_text, s.domain_steps, is_model=False
+        "dense_domains", s.dense, s.seed, s.domain_text, s.domain_steps, is_model=False
     )
-    arms.train("dense", s.expert, on_domains, s.mixed, s.finetune_steps)
+    arms.train("dense", s.dense, on_domains, s.mixed, s.finetune_steps)
 
     upcycled = arms.mix("upcycled", [s.seed], copies=len(experts))
     budgets = {
@@ -260,9 +267,7 @@ def ablations(arms: Arms, experts: list[str]) -> None:
         for i in range(len(s.texts))
     ]
     arms.finetune("random_split", arms.mix("mix_random", [*random, s.seed]))
-    arms.train(
-        "dense_throughout", s.expert, s.seed, s.everything, s.domain_steps + s.finetune_steps
-    )
+    arms.train("dense_throughout", s.dense, s.seed, s.everything, s.domain_steps + s.finetune_steps)
 
 
 def lora_shapes(arms: Arms, total: int, plain_rank: int, targets: tuple[str, ...]) -> None:

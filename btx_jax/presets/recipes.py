@@ -221,9 +221,8 @@ def _seed(size: str) -> Config:
 
 def _expert(domain: str, size: str) -> Config:
     tiny_text, tokens = EXPERTS[domain]
-    return _training(
-        size, _train(size, tokens, 130), _data(size, tiny_text if size in SMALL else domain)
-    )
+    train = dataclasses.replace(_train(size, tokens, 130), mixing_probe=True)
+    return _training(size, train, _data(size, tiny_text if size in SMALL else domain))
 
 
 def _finetune(size: str) -> Config:

@@ -11,7 +11,7 @@ from btx_jax import __version__
 from btx_jax.architectures.family import Family
 from btx_jax.checkpoints.training_state import History, trained_on
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.config.ridge import RIDGE
+from btx_jax.config.ridge import SOLVED
 from btx_jax.mixing.prompts import Prompt
 from btx_jax.mixing.recipe import PROMPT_MODES, Recipe, describe
 from btx_jax.mixing.streaming import Mixture
@@ -112,7 +112,7 @@ def card(mixture: Mixture, history: History) -> str:
     trained = "Its routers have not been trained."
     if recipe.gate_mode in PROMPT_MODES:
         trained = "Its routers come from prompts, untrained."
-    if recipe.gate_mode == RIDGE:
+    if recipe.gate_mode in SOLVED:
         trained = "Its routers are solved from text of each expert's domain, untrained."
     return (
         f"# {kind}: {experts} expert{'s' * (experts > 1)} of {models} model{'s' * (models > 1)}\n\n"

@@ -13,6 +13,7 @@ import jinja2
 from btx_jax.reporting import plots
 from btx_jax.reporting.goodput import ACTIVITIES
 from btx_jax.reporting.summary import amount, mean, scaled
+from btx_jax.training.watch import BARRIER
 
 PACKAGES = ("btx_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Redundancy maps beside each other; of deeper models every n-th layer is drawn, all are in the
@@ -88,6 +89,7 @@ def render(
         ),
         "curves": plots.loss_curves(curves),
         "test_sets": plots.test_set_curves(summary["test_sets"]),
+        "probes": plots.mixing_probes(summary["probes"]),
     }
     texts: dict[str, Any] = {}
     if routing:
@@ -116,6 +118,7 @@ def render(
         experts=experts, provenance=provenance, versions=_versions(), platform=platform.platform(),
         command=" ".join(sys.argv), routing=routing, texts=texts, colours=plots.EXPERT_COLOURS,
         choices=choices, as_script=_as_script, amount=amount, scaled=scaled, activities=ACTIVITIES,
+        limit=BARRIER,
     )  # fmt: skip
 
 

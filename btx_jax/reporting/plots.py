@@ -20,9 +20,11 @@ matplotlib.rcParams.update(
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from btx_jax.reporting.compare import mean_loss
+from btx_jax.training.watch import BARRIER
 
 WINDOW = 10  # steps of a running mean
 LABEL = 24  # characters of a name in a figure; the tables beside it hold it whole
@@ -105,6 +107,32 @@ def test_set_curves(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
+    return _svg(figure)
+
+
+def mixing_probes(probes: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> str:
+    """branch -> (step, its held-out loss, that of its average with the seed, barrier): the losses,
+    and the barriers beside them; the first CURVES of them. Empty when none was probed."""
+    if not probes:
+        return ""
+    figure, (losses, barriers) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for number, (name, points) in enumerate(list(probes.items())[:CURVES]):
+        steps, own, mixed, height = zip(*points, strict=True)
+        line = {"color": f"C{number % 10}", "marker": ".", "linewidth": 1.3}
+        losses.plot(steps, own, "-", **line)
+        losses.plot(steps, mixed, "--", **line)
+        barriers.plot(steps, height, ("-", ":")[number // 10], label=short(name), **line)
+    barriers.axhline(0, color="grey", linewidth=0.8)
+    barriers.axhline(BARRIER, color="grey", linewidth=0.8, linestyle="--")
+    kinds = [Line2D([], [], color="grey", linestyle=style) for style in ("-", "--")]
+    losses.legend(kinds, ["branch", "averaged with the seed"], fontsize=7)
+    barriers.legend(fontsize=7, ncols=2)
+    losses.set(xlabel="step", ylabel="held-out loss, nats per token")
+    barriers.set(xlabel="step", ylabel="barrier, nats per token")
+    for axes in (losses, barriers):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
     return _svg(figure)
 
 

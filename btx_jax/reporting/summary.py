@@ -45,8 +45,9 @@ def summarise(
     longest trained. dropped_fraction: mean of the last steps of the last run that trained a
     mixture, None when none did. lora: what LoRA experts became, of every model that has some.
     continual: scores and measures of tasks learnt in turn (ReportConfig.continual). test_sets: run
-    -> TASK/METRIC -> [(step, value)], as it went. goodput: run -> shares of its wall time. best:
-    run -> the step that it kept as the best.
+    -> TASK/METRIC -> [(step, value)], as it went. probes: branch -> [(step, its held-out loss, that
+    of the average with its seed, barrier)], means over domains. goodput: run -> shares of its wall
+    time. best: run -> the step that it kept as the best.
     """
     roles, found = results.get("roles", {}), results["models"]
     seed, experts = roles.get("seed", ""), list(roles.get("experts", ()))
@@ -91,6 +92,9 @@ def summarise(
         },
         "test_sets": {
             name: tried for name, lines in curves.items() if (tried := test_set_curves(lines))
+        },
+        "probes": {
+            name: probed for name, lines in curves.items() if (probed := probe_points(lines))
         },
         "wall_seconds": dict(seconds),
         "goodput": {
@@ -185,6 +189,26 @@ def test_set_curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[
                 if not metric.endswith("_stderr"):
                     found.setdefault(f"{task}/{metric}", []).append((line["step"], value))
     return found
+
+
+def probe_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float, float]]:
+    """(step, held-out loss of the branch, of its average with the seed, barrier) wherever mixing
+    was probed."""
+    return [
+        (
+            line["step"],
+            over_domains(line["heldout"]),
+            over_domains(line["heldout_mixed"]),
+            line["barrier"],
+        )
+        for line in lines
+        if "barrier" in line
+    ]
+
+
+def over_domains(heldout: Mapping[str, Mapping[str, float]]) -> float:
+    """Mean of their nats per token."""
+    return mean(domain["nats_per_token"] for domain in heldout.values())
 
 
 def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ chips' data sheets allow (a bound on the step time); nothing is timed.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -31,9 +32,13 @@ from btx_jax.costs.kernels import kernel_flops, rows_in_use
 from btx_jax.costs.model import attention_flops, train_flops
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import lower_heldout_step
+from btx_jax.models.leaves import is_feed_forward
+from btx_jax.models.lora import partition
 from btx_jax.output import new_file
 from btx_jax.progress import clock
 from btx_jax.terminal import Console
+from btx_jax.training.optimizer import is_trained
+from btx_jax.training.probe import abstract_seed, is_probed
 from btx_jax.training.start import checked_mesh, starting_point, trained_model
 from btx_jax.training.step import lower_train_step, state_shardings
 
@@ -160,6 +165,10 @@ def check(
         result.compile_seconds = time.monotonic() - start
         result.host_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     result.memory |= _memory(compiled)
+    if is_probed(model, config.train):
+        params = state_shardings(model, config.train, mesh)[0].params
+        result.memory["seed"] = _shard_bytes(abstract_seed(params, config.train))
+        result.memory["total"] += result.memory["seed"]
     result.memory |= (
         {"heldout": _heldout_memory(config, model, mesh)} if config.train.eval_every else {}
     )
@@ -182,8 +191,9 @@ def _memory(compiled: Any) -> dict[str, float]:
 
 
 def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
-    """Bytes while a held-out loss is measured between two steps, the optimizer's moments included;
-    infinite when the compiler refuses."""
+    """Bytes while a held-out loss is measured between two steps, with the optimizer's moments and,
+    where mixing is probed, the seed and its average with the branch; infinite when the compiler
+    refuses."""
     assert config.train and config.data and config.compute
     state = state_shardings(model, config.train, mesh)[0]
     micro_batch = config.train.batch_size // config.train.accumulate
@@ -196,11 +206,19 @@ def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
         if not _is_refused(error):
             raise
         return _refused(str(error)).get("total", math.inf)
-    shards = [
+    beside = _shard_bytes(state.opt_state)
+    if is_probed(model, config.train):
+        shared = partition(state.params, is_feed_forward)[1]
+        beside += _shard_bytes(abstract_seed(state.params, config.train)) + _shard_bytes(shared)
+    return used + beside
+
+
+def _shard_bytes(abstract: Any) -> float:
+    """What one device holds of these arrays."""
+    return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(state.opt_state)
-    ]
-    return used + sum(shards)
+        for x in jax.tree.leaves(abstract)
+    )
 
 
 def _is_refused(error: jax.errors.JaxRuntimeError) -> bool:
@@ -227,8 +245,9 @@ def count_flops(
             balanced += executed * rows_in_use(kernel, model, expert_axis)
         else:
             attention_kernels += executed
-    needed = train_flops(model, tokens) / devices
-    attention = attention_flops(model, tokens, config.data.sequence_length) / devices
+    trained = functools.partial(is_trained, frozen=config.train.frozen)
+    needed = train_flops(model, tokens, trained) / devices
+    attention = attention_flops(model, tokens, config.data.sequence_length, trained) / devices
     moved = sum(
         flops
         for place, flops in program.by_place.items()
@@ -386,6 +405,8 @@ def print_check(result: Check, console: Console) -> None:
         "  arguments, temporaries, outputs",
         ", ".join(gib(memory[name]) for name in ("arguments", "temporaries", "outputs")),
     )
+    if "seed" in memory:
+        table.add_row("  the mixing probe's seed", gib(memory["seed"]))
     if "heldout" in memory:
         table.add_row(
             "memory, held-out loss", f"{gib(memory['heldout'])}, the optimizer's moments included"
@@ -398,7 +419,7 @@ def print_check(result: Check, console: Console) -> None:
     )
     table.add_row(
         "FLOPs of the model",
-        f"{flops['model']:.3e} (6 N D; 4 N D of a frozen base), attention"
+        f"{flops['model']:.3e} (6 N D, less what frozen parts need not), attention"
         f" {flops['model_attention']:.3e}: compiled / model {flops['ratio']:.2f}",
     )
     table.add_row("einsum dispatch", f"{flops['dispatch_share']:.1%} of the FLOPs")

@@ -9,15 +9,16 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from btx_jax.architectures.tensors import TensorId, slots
+from btx_jax.architectures.tensors import Region, TensorId, slots
 from btx_jax.checkpoints.adapter import from_tensors
 from btx_jax.checkpoints.base import base_digest
 from btx_jax.checkpoints.checkpoint import (
@@ -28,15 +29,18 @@ from btx_jax.checkpoints.checkpoint import (
     load_params,
     off_anchor,
     off_base,
+    open_reader,
 )
 from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.router_statistics import FILE, About, Expert, Writer
+from btx_jax.checkpoints.shardwise import assemble
 from btx_jax.checkpoints.training_state import DIRECTORY, CheckpointMetadata, Checkpoints, together
 from btx_jax.config.config import CheckpointConfig, Config, MixConfig
 from btx_jax.config.config_dict import differences, to_dict
+from btx_jax.config.merges import COPY, MERGE_SETTINGS, REGMEAN
 from btx_jax.config.mix_methods import AVERAGE, cut, owners
 from btx_jax.config.model_config import ModelConfig, MoEConfig
-from btx_jax.config.ridge import RIDGE
+from btx_jax.config.ridge import LOGISTIC, RIDGE
 from btx_jax.data.prepare import check_text, prepare_by_all, resolve_tokenizer
 from btx_jax.data.tokenizers import (
     Tokenizer,
@@ -46,14 +50,26 @@ from btx_jax.data.tokenizers import (
     load_tokenizer,
 )
 from btx_jax.errors import ConfigError, Mistakes
-from btx_jax.mixing.closed_form import Hashed, mixture_layers, solve_routers
+from btx_jax.mixing.averaging import Shared
+from btx_jax.mixing.closed_form import (
+    Fit,
+    Hashed,
+    Merging,
+    by_logistic,
+    by_ridge,
+    mixture_layers,
+    solve_routers,
+    solve_shared,
+)
 from btx_jax.mixing.drop_upcycling import redrawn
 from btx_jax.mixing.limits import limits, within
 from btx_jax.mixing.lora import mix_lora
 from btx_jax.mixing.mix import mix_branches, mix_params, restack
 from btx_jax.mixing.router import normal_routers, uniform_routers
 from btx_jax.mixing.split import expert_models
-from btx_jax.mixing.text import Rows, prepared_rows
+from btx_jax.mixing.states import Read
+from btx_jax.mixing.streaming import is_averaged
+from btx_jax.mixing.text import COUNTED, Rows, prepared_rows, token_counts
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.output import new_file, remove
 from btx_jax.parallel.hosts import first_then_others, is_first, of_first, put, whole
@@ -62,6 +78,8 @@ from btx_jax.rundir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
 
 log = logging.getLogger(__name__)
+
+_BASE = "config.mix.base"
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -75,7 +93,9 @@ def run(config: Config, workdir: Path) -> None:
     # What an interrupted attempt saved may be of sources that have been replaced since.
     first_then_others(remove, workdir / DIRECTORY)
     first_then_others(remove, workdir / FILE)
-    sources = [find_checkpoint(path, key) for key, path in _named(mix).items()]
+    named = {key: find_checkpoint(path, key) for key, path in _named(mix).items()}
+    base = named.pop(_BASE, None)
+    sources = list(named.values())
     first = sources[0]
     if any(source.metadata.model.lora for source in sources):
         mix_adapters(config, sources, workdir)
@@ -87,8 +107,9 @@ def run(config: Config, workdir: Path) -> None:
         return
     for other in off_base(sources):
         log.warning("%s is on another base than the branches: they do not mix exactly", other.path)
-    tokenizers = [load_tokenizer(source.tokenizer) for source in sources]
-    for key, tokenizer in zip(_named(mix), tokenizers, strict=True):
+    read = named | ({_BASE: base} if base else {})
+    tokenizers = [load_tokenizer(source.tokenizer) for source in read.values()]
+    for key, tokenizer in zip(read, tokenizers, strict=True):
         if told := difference(tokenizers[0], tokenizer, first.metadata.model.vocab_size):
             raise ConfigError(
                 f"{key}: {tokenizer.path} is another tokenizer than {tokenizers[0].path}: {told}"
@@ -134,13 +155,20 @@ def run(config: Config, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
-    history = together(source.metadata.history for source in sources)
+    history = together(source.metadata.history for source in read.values())
     with contextlib.ExitStack() as held:
-        statistics = None
+        shared, statistics = _shared(mix, sources[: len(mix.experts)], base, config.rng_seed), None
+        if shared:
+            params = _replaced(params, model, shared.make, filter(is_averaged, slots(model)))
         if mix.router == RIDGE:
             statistics = held.enter_context(tempfile.TemporaryFile())
-            texts = _router_texts(config, tokenizers[0], model)
-            params = _with_solved(params, model, mix, tokenizers[0], texts, statistics)
+        if mix.text:
+            solving = _Solving(config, model, tokenizers[0])
+            if shared and mix.merge == REGMEAN:
+                kept = held.enter_context(tempfile.TemporaryFile())
+                places = [str(source.path) for source in sources[: len(mix.experts)]]
+                solving.merge(shared, places, kept)
+            params = solving.run(params, statistics)
         claim(workdir, config)
         if is_first():
             copy_tokenizer(tokenizers[0], workdir / "tokenizer")
@@ -154,62 +182,114 @@ def run(config: Config, workdir: Path) -> None:
         checkpoints.save(metadata, params)
     finally:
         checkpoints.close()
-    named = sources[: len(mix.experts)]  # without the shared expert
-    repeated = [str(source.path) for source in named for _ in range(mix.copies)]
-    experts = [repeated[number] for number in owners(mix.method, len(repeated), mix.chunks)]
+    experts = sources[: len(mix.experts)]  # without the shared one
+    repeated = [str(source.path) for source in experts for _ in range(mix.copies)]
+    owned = [repeated[number] for number in owners(mix.method, len(repeated), mix.chunks)]
     finish(
         workdir,
         seconds=time.monotonic() - start,
-        experts=[*experts, *(["anchor"] if model.has_anchor else [])],
+        experts=[*owned, *(["anchor"] if model.has_anchor else [])],
     )
 
 
-def _router_texts(config: Config, tokenizer: Tokenizer, model: ModelConfig) -> list[Rows]:
-    """Of each expert. Raises ConfigError for text of another tokenizer."""
+def _shared(
+    mix: MixConfig, experts: Sequence[Checkpoint], base: Checkpoint | None, seed: int
+) -> Shared | None:
+    """How what experts share is made, in float32; None where that is their mean."""
+    if mix.merge == "mean":
+        return None
+    found = {str(source.path): source for source in experts}
+    readers = [open_reader(source) for source in found.values()]
+    own = open_reader(base) if base else readers[0]
+    settings = {key: getattr(mix, key) for key in MERGE_SETTINGS.get(mix.merge, ())}
+    merge, of_models = (mix.merge, readers) if mix.merge != COPY else ("mean", [own])
+    return Shared(merge, settings, own, of_models, np.dtype(np.float32), seed)
+
+
+def _texts(config: Config, tokenizer: Tokenizer, model: ModelConfig, limit: int) -> list[Rows]:
+    """Of each expert, about as many tokens. Raises ConfigError for text of another tokenizer."""
     assert config.mix and config.data
     reads = first_then_others(resolve_tokenizer, config.data, tokenizer.path.parent)
     if told := difference(tokenizer, reads, model.vocab_size):
         raise ConfigError(f"config.data.tokenizer: another one than the experts': {told}")
     texts = []
-    for i, notation in enumerate(config.mix.router_text):
-        key = f"config.mix.router_text[{i}]"
+    for i, notation in enumerate(config.mix.text):
+        key = f"config.mix.text[{i}]"
         domains = prepare_by_all(notation, config.data, reads, key)
-        texts.append(prepared_rows(domains, config.mix.ridge.tokens))
+        texts.append(prepared_rows(domains, limit))
         check_ids([int(texts[-1].tokens_RT.max())], model.vocab_size, key, reads)
     return texts
 
 
-def _with_solved(
-    params: Params,
-    model: ModelConfig,
-    mix: MixConfig,
-    tokenizer: Tokenizer,
-    texts: list[Rows],
-    statistics: BinaryIO,
-) -> Params:
-    """The same with solved routers, in every process. statistics: a file for what they are solved
-    from."""
+class _Solving:
+    """What is solved from text, in every process: routers, and for regmean what experts share."""
 
-    def tensor(which: TensorId) -> np.ndarray:
-        slot = slots(model)[which]
-        leaf: Any = functools.reduce(lambda tree, key: tree[key], slot.path, params)
-        return slot.to_theirs(whole(leaf[slot.indices]))
+    def __init__(self, config: Config, model: ModelConfig, tokenizer: Tokenizer):
+        assert config.mix
+        self._config, self._mix, self._model, self._tokenizer = config, config.mix, model, tokenizer
+        self._texts = _texts(config, tokenizer, model, config.mix.tokens)
+        self._merging: Merging | None = None
 
-    layers = mixture_layers(model)
-    experts = tuple(map(Expert, mix.experts))
-    about = About(experts, tuple(layers), model.d_model, tokenizer.sha256, mix.ridge)
-    writer, read = Writer(statistics, about), Hashed(tensor)
-    solved = solve_routers(
-        model, read, [*enumerate(texts)], mix.ridge, lambda n, sums: writer.write(n, *sums)
-    )
-    writer.finish(
-        base_digest(read.of_expert(None)),
-        [base_digest(read.of_expert(number)) for number in range(len(experts))],
-    )
-    for layer in layers:
-        shares = ", ".join(f"{share:.1%}" for share in solved.own[layer])
-        log.info("router of layer %d: held-out tokens that choose their expert: %s", layer, shares)
-    rows = of_first(solved.rows)
+    def merge(self, shared: Shared, places: Sequence[str], file: BinaryIO) -> None:
+        """places: of the experts, equal where they are one model. file: for what is solved."""
+        distinct = list(dict.fromkeys(places))
+        models = [distinct.index(place) for place in places]
+        counted = _texts(self._config, self._tokenizer, self._model, COUNTED)
+        self._merging = Merging(
+            lambda tensor, seen: of_first(shared.make(tensor, seen)),
+            list(zip(models, self._texts, strict=True)),
+            [token_counts(rows, self._model.vocab_size) for rows in counted],
+            file,
+        )
+
+    def run(self, params: Params, statistics: BinaryIO | None) -> Params:
+        """The mixture with all that. statistics: a file for what ridge's routers follow from."""
+        model, merging = self._model, self._merging
+
+        def read(tensor: TensorId) -> np.ndarray:
+            if merging and tensor in merging.solved:
+                return merging.solved[tensor]
+            slot = slots(model)[tensor]
+            leaf: Any = functools.reduce(lambda tree, key: tree[key], slot.path, params)
+            return slot.to_theirs(whole(leaf[slot.indices]))
+
+        if statistics:
+            params = _with_routers(params, model, self._by_ridge(read, statistics))
+        elif self._mix.router == LOGISTIC:
+            params = _with_routers(params, model, self._rows(read, by_logistic))
+        elif merging:
+            solve_shared(model, read, [*enumerate(self._texts)], merging)
+        if merging:
+            params = _replaced(params, model, merging.solved.__getitem__, merging.solved)
+        return params
+
+    def _by_ridge(self, read: Read, statistics: BinaryIO) -> np.ndarray:
+        mix, experts = self._mix, tuple(map(Expert, self._mix.experts))
+        layers, sha256 = tuple(mixture_layers(self._model)), self._tokenizer.sha256
+        about = About(experts, layers, self._model.d_model, sha256, mix.ridge, mix.tokens)
+        writer, hashed = Writer(statistics, about), Hashed(read)
+        rows = self._rows(hashed, by_ridge(mix.ridge, lambda n, sums: writer.write(n, *sums)))
+        writer.finish(
+            base_digest(hashed.of_expert(None)),
+            [base_digest(hashed.of_expert(number)) for number in range(len(experts))],
+        )
+        return rows
+
+    def _rows(self, read: Read, fit: Fit) -> np.ndarray:
+        """[layers, experts, D], the same in every process. Logs how they route."""
+        texts = [*enumerate(self._texts)]
+        solved = solve_routers(self._model, read, texts, fit, self._merging)
+        for layer in mixture_layers(self._model):
+            log.info(
+                "router of layer %d: held-out tokens that choose their expert: %s",
+                layer,
+                ", ".join(f"{share:.1%}" for share in solved.own[layer]),
+            )
+        return of_first(solved.rows)
+
+
+def _with_routers(params: Params, model: ModelConfig, rows: np.ndarray) -> Params:
+    """rows: [layers, experts, D]."""
     start, routed = 0, dict(params)
     for name, length, spec in model.runs():
         if spec.experts:
@@ -221,10 +301,40 @@ def _with_solved(
     return routed
 
 
+class _Made:
+    """Of a model, tensors that are made when they are asked for."""
+
+    def __init__(self, model: ModelConfig, make: Read):
+        self.model, self.slots, self.read = model, slots(model), make
+        self.dtypes = dict.fromkeys(self.slots, np.dtype(np.float32))
+
+    def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
+        part = self.slots[tensor].to_ours(self.read(tensor))
+        return part[tuple(slice(*along) for along in region)]
+
+    def check(self) -> None:
+        """Its sources were looked at when they were loaded."""
+
+
+def _replaced(
+    params: Params, model: ModelConfig, make: Read, tensors: Iterable[TensorId]
+) -> Params:
+    """The same with these tensors, of whole leaves, made by `make`."""
+    held = {tensor: slots(model)[tensor] for tensor in tensors}
+    flat = flatten_dict(params)
+    abstract = {
+        path: jax.ShapeDtypeStruct(flat[path].shape, flat[path].dtype, sharding=flat[path].sharding)
+        for path in {slot.path for slot in held.values()}
+    }
+    made = assemble(_Made(model, make), unflatten_dict(abstract), held)
+    return dict(unflatten_dict(flat | flatten_dict(made)))
+
+
 def _named(mix: MixConfig) -> dict[str, str]:
-    """Key of the config -> the checkpoint that it names; the shared expert last."""
+    """Key of the config -> the checkpoint that it names: the experts, the shared one, the base."""
     named = {f"config.mix.experts[{i}]": path for i, path in enumerate(mix.experts)}
-    return named | ({"config.mix.shared_expert": mix.shared_expert} if mix.shared_expert else {})
+    others = {"config.mix.shared_expert": mix.shared_expert, _BASE: mix.base}
+    return named | {key: path for key, path in others.items() if path}
 
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
@@ -252,8 +362,8 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
         config.mesh.shape(jax.device_count())
     if config.data:
         with mistakes.gather():
-            texts = enumerate(config.mix.router_text)
-            check_text(config.data, [(f"config.mix.router_text[{i}]", text) for i, text in texts])
+            texts = enumerate(config.mix.text)
+            check_text(config.data, [(f"config.mix.text[{i}]", text) for i, text in texts])
     known = {key: model for key, model in models.items() if model is not None}
     mixed = None
     for told in _asked_of_branches(config.mix) if any(m.is_branch for m in known.values()) else ():
@@ -275,7 +385,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             with mistakes.gather():
                 named = {str(i): model for i, model in known.items()}
                 mixed = mixed_model(within(first, *limits(named, warn=False)), config.mix)
-    if mixed and config.mix.router_text and config.data:
+    if mixed and config.mix.text and config.data:
         length = config.data.sequence_length
         if length > mixed.context:
             mistakes.add(f"config.data.sequence_length={length}: the context is {mixed.context}")
@@ -284,7 +394,13 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
     """What branches beside an anchor do not have, which bring their own rows."""
-    only = {"method": "btx", "copies": 1, "router": "normal", "shared_expert": ""}
+    only = {
+        "method": "btx",
+        "copies": 1,
+        "merge": "mean",
+        "router": "normal",
+        "shared_expert": "",
+    }
     for key, value in only.items():
         if (given := getattr(mix, key)) != value:
             yield (
@@ -308,12 +424,13 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
         mix.routing,
         mix.first_routing,
         mix.router,
+        mix.merge,
         mix.shared_expert,
     )
-    if asked != ("btx", 1, "top_k", "", "normal", ""):
+    if asked != ("btx", 1, "top_k", "", "normal", "mean", ""):
         raise ConfigError(
             "config.mix: LoRA experts are mixed with method='btx', routing='top_k',"
-            " router='normal', copies=1 and without shared_expert only"
+            " router='normal', merge='mean', copies=1 and without shared_expert only"
         )
     counts = np.zeros(first.model.layers, int)
     gatings = set()

@@ -8,6 +8,7 @@ The order of a run: 1. look the directory up, 2. check all that can be known, 3.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -71,6 +72,8 @@ from btx_jax.reporting.trackers import Trackers
 from btx_jax.rundir import claim, finish, is_resumable, look_up, recorded_config
 from btx_jax.stages import Coming, require_right
 from btx_jax.terminal import plain
+from btx_jax.training.optimizer import is_trained
+from btx_jax.training.probe import barrier, is_probed, make_average
 from btx_jax.training.start import (
     checked_mesh,
     is_started_as_branch,
@@ -81,7 +84,7 @@ from btx_jax.training.start import (
     starting_point,
 )
 from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
-from btx_jax.training.watch import Dropped, FirstSteps
+from btx_jax.training.watch import Basin, Dropped, FirstSteps
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +152,10 @@ def run(config: Config, workdir: Path) -> None:
         opened.callback(checkpoints.close)
         with goodput.doing("restore"):
             state, base = start_state(config, model, mesh, init, checkpoints, batches, text)
+            average = None
+            if init and is_probed(model, config.train):
+                abstract, _ = state_shardings(model, config.train, mesh)
+                average = make_average(init, abstract.params, config.train)
         goodput.go_on(workdir, lines, int(state.step))
         claim(workdir, config)
         if is_first():
@@ -171,7 +178,7 @@ def run(config: Config, workdir: Path) -> None:
         try_tasks = make_tests(loop.metadata(int(state.step)), config, mesh, tokenizer)
         watching = Trackers(config, workdir, enabled=is_first())
         opened.callback(watching.close)
-        state = loop.run(state, batches, train_step, evaluate, try_tasks, lines, watching)
+        state = loop.run(state, batches, train_step, evaluate, average, try_tasks, lines, watching)
         steps = int(state.step)
         results = {"seconds": time.monotonic() - start, "steps": steps, **loop.results()}
         watching.finish(steps, numbers(results))
@@ -401,6 +408,7 @@ class Loop:
             base,
         )
         self.dispatch, self.dropped = config.compute.dispatch, Dropped(config.train.steps)
+        self.basin = Basin()
         self.goodput, self.best = goodput, best
         self.profile = Profile(config.profile.chosen, workdir)
         self.warnings: list[str] = []
@@ -416,6 +424,8 @@ class Loop:
         identity = json.dumps([fixed, runs], sort_keys=True)
         self.run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.tokens_per_step = config.train.batch_size * config.data.sequence_length
+        trained = functools.partial(is_trained, frozen=config.train.frozen)
+        self.flops_per_token = train_flops(model, 1, trained)
         resumed = (
             read_metadata(checkpoints.path(self.last_saved)).history if self.last_saved else {}
         )
@@ -431,11 +441,12 @@ class Loop:
         batches: Iterator[Any],
         train_step: Any,
         evaluate: Callable[[Any], dict[str, Any]] | None,
+        average: Callable[[Any], Any] | None,
         try_tasks: Callable[[Any], dict[str, Any]] | None,
         lines: Sequence[Mapping[str, Any]],
         trackers: Trackers,
     ) -> TrainState:
-        """lines: what metrics.jsonl holds."""
+        """average: `make_average`'s, where mixing is probed. lines: what metrics.jsonl holds."""
         train, first = self.train, int(state.step)
         memory = train_step.memory_analysis()
         held = (
@@ -445,9 +456,10 @@ class Loop:
         earlier = [line for line in lines if line["step"] <= first]
         self.losses = {line["step"]: line["lm_loss"] for line in earlier if "lm_loss" in line}
         self.heldout = {line["step"]: line["heldout"] for line in earlier if "heldout" in line}
+        self.barriers = {line["step"]: line["barrier"] for line in earlier if "barrier" in line}
         self.tried = {line["step"]: line["tasks"] for line in earlier if "tasks" in line}
         self.first_steps = FirstSteps(train.learning_rate, list(self.losses.values()))
-        self.evaluate, self.try_tasks = evaluate, try_tasks
+        self.evaluate, self.average, self.try_tasks = evaluate, average, try_tasks
         self.writer = MetricsWriter(self.workdir, first, is_first(), trackers)
         # Before the first step; or the run was killed behind the save of this one.
         if self.is_evaluated(first) and first not in self.heldout:
@@ -547,7 +559,7 @@ class Loop:
         tokens = step * self.tokens_per_step
         this = TrainingRun(
             tokens,
-            train_flops(self.model, tokens),
+            tokens * self.flops_per_token,
             self.seconds,
             jax.device_count(),
             self.peak_bytes,
@@ -569,11 +581,25 @@ class Loop:
         return CheckpointMetadata(self.model, step, history, self.base, self.huggingface)
 
     def measure(self, step: int, state: TrainState) -> None:
-        """Held-out losses of these parameters, written as those of this step."""
+        """Held-out losses of these parameters, and of what mixing would make of them, written as
+        those of this step."""
         assert self.evaluate
         with self.aside("evaluate"):
             self.heldout[step] = self.evaluate(state.params)
-        self.write_measured(step, {"heldout": self.heldout[step]})
+            values = {"heldout": self.heldout[step]} | self.probed(step, state)
+        self.write_measured(step, values)
+        if "barrier" in values:
+            self.barriers[step] = values["barrier"]
+            self.tell(self.basin.add(step, values["barrier"]))
+
+    def probed(self, step: int, state: TrainState) -> dict[str, Any]:
+        """The losses of the average with the seed, and the barrier, where the seed's are known."""
+        if not (self.evaluate and self.average):
+            return {}
+        branch, seed = self.heldout[step], self.heldout.get(0)
+        mixed = self.evaluate(self.average(state.params)) if step else branch  # which is the seed
+        told = {"barrier": barrier(seed, branch, mixed)} if seed else {}
+        return {"heldout_mixed": mixed} | told
 
     def measure_tasks(self, step: int, state: TrainState) -> None:
         """How these parameters do on the test sets, written as of this step."""
@@ -611,6 +637,8 @@ class Loop:
             lines = [f"training loss, first -> last steps: {first:.3f} -> {last:.3f}"]
         else:  # resumed at its end, its metrics deleted
             lines = []
+        if steps in self.barriers:
+            lines.append(f"mixing barrier at the end: {self.barriers[steps]:.3f} nats per token")
         kept = [f"step {steps} is kept in {self.checkpoints.path(steps)}"]
         if (best := self.best(self.checkpoints.steps())) is not None and best != steps:
             kept.append(f"step {best}, the best, is kept in {self.checkpoints.path(best)}")
@@ -635,7 +663,7 @@ class Loop:
             name: float(getattr(values, name)) for name in Metrics._fields if name != "routing"
         }
         peak = peak_flops_per_device() * jax.device_count()
-        line |= {"tokens_per_second": rate, "mfu": train_flops(self.model, 1) * rate / peak}
+        line |= {"tokens_per_second": rate, "mfu": self.flops_per_token * rate / peak}
         if values.routing:
             layers = [
                 stats
@@ -663,6 +691,8 @@ class Loop:
             )
         self.losses[step] = line["lm_loss"]
         shown = {"loss": f"{line['lm_loss']:.3f}", "tok_s": f"{rate:.0f}"}
+        if self.barriers:
+            shown["barrier"] = f"{self.barriers[max(self.barriers)]:.3f}"
         if self.dispatch == "einsum" and values.routing:
             share = mean(line["routing"]["dropped"])
             shown["dropped"] = f"{share:.1%}"

@@ -319,6 +319,16 @@ def _misfits(
             f"config.train.balance_weight={train.balance_weight:g}: a branch and its anchor need"
             " not share the work evenly; set it to 0"
         )
+    if train.mixing_probe and config.init == SCRATCH:
+        yield (
+            "config.train.mixing_probe: random weights are no seed that branches share; name a"
+            " checkpoint in config.init, or set it to False"
+        )
+    if train.mixing_probe and model.moe and not model.is_branch:
+        yield (
+            "config.train.mixing_probe: the model is a mixture already, and no branch that will"
+            " be mixed; set it to False"
+        )
     if (
         train.frozen == "all_but_routers"
         and model.lora

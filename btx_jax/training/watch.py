@@ -1,5 +1,5 @@
 """What a run's owner should be told while there is still time: claims that find no slot, and a
-start that undoes what the weights had learnt."""
+start that undoes what the weights had learnt, and a branch that cannot be mixed any more."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ FIRST_STEPS = 100
 RISE = 0.5  # nats per token; batches of one run differ by less, new weights fall from the start
 ASKED_EVERY = 10  # steps, at least, between held-out losses that are measured for this alone
 RISEN_STEPS = 3  # in a row, so that a single hard batch is none
+BARRIER = 0.1  # nats per token (training.probe.barrier)
 
 
 def dropped_warning(share: float) -> str:
@@ -88,4 +89,23 @@ class FirstSteps:
             f" a learning rate of {self._rate:g} undoes what these weights had learnt; stop, lower"
             " config.train.learning_rate (0 chooses by what the run starts from) and start again in"
             " another --workdir"
+        )
+
+
+class Basin:
+    """Speaks once, when a branch has left its seed's basin: what mixing shares, averaged with the
+    seed's, is worse than the two models are in the mean."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def add(self, step: int, barrier: float) -> str:
+        """barrier: `training.probe.barrier`. A warning, or nothing."""
+        if self._said or barrier <= BARRIER:
+            return ""
+        self._said = True
+        return (
+            f"step {step}: mixing barrier {barrier:.2f} nats per token: this branch has left the"
+            " seed's basin; lower config.train.learning_rate or freeze what is shared"
+            " (config.train.frozen='shared')"
         )

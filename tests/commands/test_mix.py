@@ -25,6 +25,7 @@ from btx_jax.checkpoints.training_state import (
 from btx_jax.commands import convert, experts
 from btx_jax.commands import mix as mix_recipe
 from btx_jax.config.config import CheckpointConfig, ComputeConfig
+from btx_jax.config.merges import MERGE_SETTINGS
 from btx_jax.config.model_config import MoEConfig
 from btx_jax.errors import UserError
 from btx_jax.mixing.merge import MERGES, ulp
@@ -421,6 +422,7 @@ def test_sources_as_mergekit_names_them_are_told_what_to_do_all_at_once(tmp_path
 @pytest.mark.parametrize("merge", [name for name in MERGES if MERGES[name].models is None])
 def test_rows_of_a_vocabulary_are_averaged_over_the_models_that_have_them(tmp_path, merge, capsys):
     sizes = {"a": 261, "b": 257, "c": 259}  # base_model: 259
+    (tmp_path / "text").write_text("a b c " * 20)
     for name, rows in sizes.items():
         shutil.copytree(GOLDEN / name, tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
@@ -429,10 +431,14 @@ def test_rows_of_a_vocabulary_are_averaged_over_the_models_that_have_them(tmp_pa
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
             held[key] = np.resize(held[key], (rows, held[key].shape[1]))
         save_file(held, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    changes = {"density": 0.9} if "density" in MERGES[merge].options else {}
+    changes = {"density": 0.9} if "density" in MERGE_SETTINGS[merge] else {}
     made = mix(
         tmp_path,
-        experts=[{"source_model": str(tmp_path / name)} for name in sizes],
+        experts=[
+            {"source_model": str(tmp_path / name)}
+            | ({"text": str(tmp_path / "text")} if merge == "regmean" else {})
+            for name in sizes
+        ],
         base="average",
         gate_mode="normal",
         allow=["vocab_size", "tokenizer"],

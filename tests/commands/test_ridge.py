@@ -59,7 +59,7 @@ def mix(tmp_path, text, name="out", *, names="abc", output_format="", ridge=None
         "experts": [{"source_model": n, "text": text(n)} for n in names],
     } | changes
     if ridge is not None or recipe["gate_mode"] == "ridge":
-        recipe["ridge"] = {"tokens": TOKENS} | (ridge or {})
+        recipe |= {"tokens": TOKENS, "ridge": {"temperature": 1.0} | (ridge or {})}
     (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(recipe))
     out = str(tmp_path / name)
     mix_recipe.run(str(tmp_path / f"{name}.yml"), out, verify=True, output_format=output_format)
@@ -202,7 +202,7 @@ def test_dropping_gives_the_rows_of_a_solution_without_it(tmp_path, text):
     whole = mix(tmp_path, text, ridge=ridge)
     experts.drop(str(whole), 0, str(tmp_path / "less"))
     about = RouterStatistics(tmp_path / "less" / FILE).about
-    assert about.ridge == RidgeConfig(tokens=TOKENS, **ridge)
+    assert (about.ridge, about.tokens) == (RidgeConfig(**ridge), TOKENS)
     assert [expert.name for expert in about.experts] == ["b", "c"]
     for layer, sums in enumerate(all_moments(whole)):
         expected = solve(sums.without(0), RidgeConfig(**ridge))
@@ -376,12 +376,21 @@ def test_text_that_is_none_is_told_before_anything_is_done(tmp_path, text, monke
     [
         ({"experts": [{"source_model": "a"}]}, "experts.0.: no text, and gate_mode='ridge'"),
         ({"experts": [{"source_model": n, "text": "x"} for n in "ab"]}, "all have the same text"),
-        ({"gate_mode": "normal"}, "experts.0..text: gate_mode='ridge' reads it"),
-        ({"gate_mode": "normal", "experts": UNTAUGHT, "ridge": {}}, "ridge: of gate_mode ridge"),
+        (
+            {"gate_mode": "normal"},
+            "experts.0..text: gate_mode='ridge' or 'logistic' and merge='regmean' read it",
+        ),
+        (
+            {"gate_mode": "normal", "experts": UNTAUGHT, "ridge": {"penalty": 1}},
+            "ridge: of gate_mode ridge",
+        ),
         ({"method": "blend"}, "experts of method 'blend' belong to no source"),
         ({"ridge": {"penalty": -1}}, "ridge.penalty=-1"),
         ({"ridge": {"penalties": 1}}, "penalties"),
-        ({"shared_experts": [{"source_model": "c", "text": "x"}]}, "nothing is routed to it"),
+        (
+            {"shared_experts": [{"source_model": "c", "text": "x"}]},
+            "shared_experts.0..text: merge='regmean' alone reads it",
+        ),
         (
             {"experts": [{"source_model": "a", "text": "x", "negative_prompts": ["y"]}]},
             "negative_prompts: gate_mode='ridge' reads none",

@@ -26,6 +26,7 @@ from btx_jax.config.config import (
     TrainConfig,
 )
 from btx_jax.config.config_dict import to_dict
+from btx_jax.config.merges import MERGE_SETTINGS, READ_BASE
 from btx_jax.config.model_config import LoRAConfig, ModelConfig, MoEConfig, RopeScaling
 from btx_jax.config.schema import Range, Section, from_dict
 from btx_jax.errors import ConfigError
@@ -45,7 +46,7 @@ WHOLE = to_dict(
         data=DataConfig("a.txt", formats={"f": FormatConfig("{q}", "{a}")}),
         mesh=MeshConfig(fsdp=1),
         checkpoint=CheckpointConfig(),
-        mix=MixConfig(("a", "b"), router="ridge", router_text=("c", "d")),
+        mix=MixConfig(("a", "b"), router="ridge", text=("c", "d")),
         evaluate=EvaluateConfig(
             {"m": "a", "n": "b"},
             tasks={"t": TaskConfig("exact_match", "t.jsonl", "{q}")},
@@ -65,22 +66,22 @@ ZERO = {
     "by what it starts from": ("learning_rate",),
     "weights": ("weight_decay", "balance_weight", "z_loss_weight"),
     "others": ("final_lr_fraction", "beta1", "beta2", "norm_eps", "experts", "penalty"),
-    "none": ("window", "shared_d_ff", "reinit"),
+    "none": ("window", "shared_d_ff", "reinit", "scale", "mix.t", "mix.alpha"),
     "that of a dense layer": ("moe.d_ff",),
 }
 POSSIBLE = {
     0: {name for names in ZERO.values() for name in names},
-    -1: {"data", "fsdp", "expert", "tensor"},  # all remaining devices
+    -1: {"data", "fsdp", "expert", "tensor", "scale"},  # all remaining devices, but scale
     1.5: {
         *("capacity_factor", "learning_rate", "eps", "clip_norm", "weight_decay", "temperature"),
-        *("balance_weight", "z_loss_weight", "router_std", "alpha", "rope_theta", "factor"),
+        *("balance_weight", "z_loss_weight", "router_std", "lora.alpha", "rope_theta", "factor"),
         *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"),
-        *("short_factors", "long_factors", "penalty"),
+        *("short_factors", "long_factors", "penalty", "scale"),
     },
     10**30: {
         *("learning_rate", "eps", "clip_norm", "rope_theta", "factor", "high_freq_factor"),
         *("beta_fast", "beta_slow", "attention_factor", "short_factors", "long_factors"),
-        "penalty",
+        *("penalty", "scale"),
     },
 }
 
@@ -162,6 +163,15 @@ def mistakes(values):
     return ()
 
 
+def read_by(path):
+    """What must be changed besides, for a setting to be read."""
+    readers = [
+        name for name, keys in MERGE_SETTINGS.items() if path[0] == "mix" and path[1] in keys
+    ]
+    yield from ((("mix", "merge"), name) for name in readers[:1])
+    yield from ((("mix", "base"), "seed") for name in readers[:1] if name in READ_BASE)
+
+
 @pytest.mark.parametrize(
     ("path", "name"), [(path, name) for path, _, name in LEAVES], ids=lambda x: str(x)
 )
@@ -170,7 +180,7 @@ def test_a_number_is_in_its_range_or_refused_by_its_key(path, name):
     for value in ODD:
         is_plain = isinstance(value, int | float) and value is not True
         possible = is_plain and {name, ".".join(map(str, path[-2:]))} & {*POSSIBLE.get(value, ())}
-        told = mistakes(changed((path, value)))
+        told = mistakes(changed((path, value), *read_by(path)))
         assert len(told) == (0 if possible else 1), f"{key}={str(value)[:40]}: {told}"
         for line in told:
             assert line.startswith(key) and "\n" not in line and len(line) < 400

@@ -4,6 +4,7 @@ mergekit 0.1.5 (its merge_methods, float32)."""
 import numpy as np
 import pytest
 
+from btx_jax.config.merges import MERGE_SETTINGS, READ_BASE
 from btx_jax.config.schema import from_dict
 from btx_jax.errors import ConfigError
 from btx_jax.mixing.merge import MERGES, slerp, task_arithmetic, ulp
@@ -98,18 +99,18 @@ def test_task_arithmetic_that_changes_nothing_keeps_the_bits():
 
 
 def recipe(models="ab", **changes):
-    experts = [{"source_model": name} for name in models]
+    experts = [{"source_model": name, "positive_prompts": ["a"]} for name in models]
     given = {"base_model": "a", "base": "average", "gate_mode": "normal", "experts": experts}
     return from_dict(Recipe, given | changes)
 
 
 @pytest.mark.parametrize("name", MERGES)
 def test_every_merge_is_made_with_the_options_that_it_names(name):
-    merge = MERGES[name]
-    options = {key: getattr(recipe(merge=name), key) for key in merge.options}
+    merge, made_by = MERGES[name], recipe(merge=name)
+    settings = {key: getattr(made_by, key) for key in MERGE_SETTINGS[name]}
     base, tensors = models(FLOAT32, merge.models or 3, (4, 5))
-    own = base if merge.reads_base else None
-    made = merge.make(own, tensors, FLOAT32, np.random.default_rng(0), **options)
+    own = base if name in READ_BASE else None
+    made = merge.make(own, tensors, FLOAT32, np.random.default_rng(0), **settings)
     assert made.shape == base.shape and made.dtype == FLOAT32
 
 

@@ -40,7 +40,7 @@ def test_alpha_is_what_is_left_off_the_diagonal(alpha):
 
 def test_equal_models_give_that_model_whatever_their_inputs():
     weights, _, grams = layers()
-    merged = regmean([weights[0]] * 3, grams)
+    merged = regmean([weights[0]] * 3, grams, 0.9)
     np.testing.assert_array_equal(merged, weights[0].astype(np.float64))
 
 

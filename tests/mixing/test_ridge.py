@@ -42,7 +42,7 @@ def test_rows_are_those_of_the_twin(weights, penalty):
     sums = joined([moments(np.array_split(domain, 7)) for domain in states])
     expected = twin(states, penalty, weights)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    rows = solve(sums, RidgeConfig(penalty=penalty, weights=weights))
+    rows = solve(sums, RidgeConfig(penalty=penalty, weights=weights, temperature=1.0))
     np.testing.assert_allclose(rows, expected, atol=1e-10)
     (others,) = {"equal", "share"} - {weights}
     other = solve(sums, RidgeConfig(penalty=penalty, weights=others))
@@ -90,7 +90,7 @@ def test_temperature_is_in_the_rows_length():
     sums = joined([moments([domain]) for domain in clouds()])
     rows = solve(sums, RidgeConfig(temperature=0.25))
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 4.0)
-    np.testing.assert_allclose(rows, solve(sums, RidgeConfig()) * 4)
+    np.testing.assert_allclose(rows, solve(sums, RidgeConfig(temperature=1.0)) * 4)
 
 
 def test_sums_of_parts_are_those_of_the_whole():

@@ -9,10 +9,12 @@ import pytest
 
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LayerSpec, MoEConfig
+from btx_jax.costs.model import train_flops
 from btx_jax.errors import ConfigError
 from btx_jax.models.layers import FeedForward
 from btx_jax.models.llama import Llama, init_params, parameter_counts
 from btx_jax.models.moe import MoEFeedForward, router_logits
+from btx_jax.training.optimizer import is_trained
 from tests import reference
 from tests.models.test_llama import TINY
 
@@ -106,6 +108,8 @@ def test_it_is_counted():
     assert parameter_counts(mixture) == (
         dense + 5 * (feed_forwards + row), dense + 2 * feed_forwards + 5 * row
     )  # fmt: skip
+    spent = train_flops(branch, 1, lambda path: is_trained(path, "shared"))
+    assert 4 * parameter_counts(branch)[1] < spent < train_flops(branch, 1)
     with pytest.raises(
         ConfigError, match="k=3: more than the 1 experts of layer 0 and their anchor"
     ):

@@ -7,6 +7,7 @@ from btx_jax.reporting.plots import (
     loss_against_compute,
     loss_curves,
     loss_matrix,
+    mixing_probes,
     redundancy_maps,
     routing_maps,
     running_mean,
@@ -27,6 +28,14 @@ def test_curves_name_every_run_that_trained_and_skip_lines_without_a_loss():
     }
     shown = texts(loss_curves(curves))
     assert "seed" in shown and "finetune" in shown and "mix" not in shown
+
+
+def test_probes_name_every_branch_and_both_losses():
+    points = [(0, 2.0, 2.0, 0.0), (50, 1.5, 1.8, 0.05)]
+    shown = texts(mixing_probes({"expert_math": points, "$code$": points}))
+    assert {"expert_math", "$code$", "branch", "averaged with the seed"} <= set(shown)
+    assert "barrier, nats per token" in shown
+    assert mixing_probes({}) == ""
 
 
 def test_the_matrix_shows_every_loss():

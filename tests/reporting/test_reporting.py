@@ -311,6 +311,23 @@ def test_page_is_self_contained_and_escapes_text(others):
     assert re.search(r'<span data-experts="1 0" title="seed 0.75, math 0.25"[^>]*>a</span>', page)
 
 
+def test_probes_of_branches_are_drawn_and_told_and_other_pages_show_nothing_of_them():
+    def line(step, own, mixed, barrier):
+        domains = lambda x: {d: {"nats_per_token": x + i} for i, d in enumerate(DOMAINS)}  # noqa: E731
+        probed = {"heldout_mixed": domains(mixed), "barrier": barrier}
+        return {"step": step, "heldout": domains(own)} | probed
+
+    branch = [line(0, 2.0, 2.0, 0.0), {"step": 1, "lm_loss": 1.0}, line(9, 1.0, 1.25, -0.25)]
+    summary = summarise(RESULTS, CURVES | {"<i>expert": branch}, {})
+    points = [(0, 2.5, 2.5, 0.0), (9, 1.5, 1.75, -0.25)]
+    assert summary["probes"] == {"<i>expert": points}
+    page, plain = (render("t", x, {}, [], {}) for x in (summary, summarise(RESULTS, CURVES, {})))
+    assert page.count("<svg") == plain.count("<svg") + 1
+    assert "<td>&lt;i&gt;expert</td><td>9</td><td>1.500</td><td>1.750</td><td>-0.250</td>" in page
+    assert 'href="#probes"' in page and 'id="probes"' in page
+    assert "#probes" not in plain and 'id="probes"' not in plain and "basin" not in plain
+
+
 def test_a_page_without_mixtures_has_no_routing():
     dense = {"domains": DOMAINS, "models": {"seed": RESULTS["models"]["seed"]}}
     page = render("t", summarise(dense, {}, {}), {}, [], {})

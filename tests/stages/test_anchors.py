@@ -298,6 +298,7 @@ def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
         (mixing("a", "b", copies=2, router="uniform"), "2 mistakes: .*copies=2: .*router='uniform'"),
         (mixing("a", "b", method="average"), r"config.mix.method='average': branches that were"),
         (mixing("a", "b", shared_expert=seed), "config.mix.shared_expert="),
+        (mixing("a", "b", merge="copy", base=seed), "config.mix.merge='copy': branches that were"),
         (train(init="scratch", model=DENSE), "config.train.anchor: random weights are no base"),
         (train(init=str(home / "mixture")), "config.train.anchor: the model is a mixture already"),
         (train(train=two, data=long, mesh=MeshConfig(2)), "3 mistakes: .*mesh.*500.*balance_weight"),

@@ -25,7 +25,6 @@ from btx_jax.config.config import (
     MixConfig,
     TrainConfig,
 )
-from btx_jax.config.ridge import RidgeConfig
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import make_heldout_step, token_losses
@@ -141,7 +140,7 @@ def test_a_branch_of_a_branch_names_the_first_ones_base(home):
 
 def mixing(home, names, **mix):
     text = tuple(str(home / f"{name}.jsonl") for name in names)
-    ridge = {"router": "ridge", "router_text": text, "ridge": RidgeConfig(tokens=1600)}
+    ridge = {"router": "ridge", "text": text, "tokens": 1600}
     data = DataConfig(text[0], sequence_length=32, cache=str(home / "cache"))
     sources = tuple(str(home / name) for name in names)
     return Config("mix", mix=MixConfig(sources, **ridge | mix), data=data, mesh=MeshConfig())
@@ -165,7 +164,7 @@ def test_a_branch_of_another_base_is_told(home, tmp_path, caplog):
     def warned(*names):
         caplog.clear()
         stages.run(
-            mixing(home, names, router="normal", router_text=(), ridge=RidgeConfig()),
+            mixing(home, names, router="normal", text=(), tokens=MixConfig.tokens),
             tmp_path / "-".join(names),
         )
         return [line for line in caplog.messages if "they do not mix exactly" in line]

@@ -121,6 +121,11 @@ def test_what_does_not_fit_says_what_would(cli):
     assert result["changes"][0]["change"] == "--config.compute.remat=ffn", (
         "what costs least is tried first"
     )
+    memory = result["changes"][-1]["memory"]
+    shared = 24 * (4 * D * D + 2 * D) + 2 * VOCAB * D + D
+    assert memory["seed"] == pytest.approx(4 * shared / 4, rel=0.01), "a fourth, in float32"
+    parts = ("arguments", "temporaries", "outputs", "seed")
+    assert memory["total"] == sum(memory[part] for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from tests.models import test_llama
 
 MODEL = dataclasses.replace(test_llama.TINY, vocab_size=320)
 WORDS = {"a": "river mountain the of city", "b": "def return x y print", "seed": "0 1 2 3 + - ="}
-RIDGE = RidgeConfig(tokens=1600, temperature=0.5)
+RIDGE = RidgeConfig(temperature=0.5)
+UNSOLVED = {"router": "normal", "tokens": MixConfig.tokens, "ridge": RidgeConfig()}
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def config(home, text=("a", "b"), **mix):
     data = DataConfig(
         "a", domains=domains, sequence_length=32, heldout_fraction=0.2, cache=str(home / "cache")
     )
-    given = {"router": "ridge", "router_text": text, "ridge": RIDGE} | mix
+    given = {"router": "ridge", "text": text, "tokens": 1600, "ridge": RIDGE} | mix
     sources = tuple(str(home / name) for name in ("a", "b"))
     return Config("mix", mix=MixConfig(sources, **given), data=data, mesh=MeshConfig())
 
@@ -73,7 +74,7 @@ def test_routers_follow_from_the_statistics_beside_the_run(home, caplog):
 
 def test_all_but_the_routers_is_as_without(home):
     stages.run(config(home), home / "mix")
-    stages.run(config(home, (), router="normal", ridge=RidgeConfig()), home / "plain")
+    stages.run(config(home, (), **UNSOLVED), home / "plain")
     one, other = (load_params(find_checkpoint(home / name)) for name in ("mix", "plain"))
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
@@ -88,7 +89,8 @@ def test_a_recipe_gives_nearly_the_same_routers(home):
         "base_model": str(home / "a"),
         "base": "average",
         "gate_mode": "ridge",
-        "ridge": {"tokens": 1600, "temperature": 0.5},
+        "tokens": 1600,
+        "ridge": {"temperature": 0.5},
         "experts": [
             {"source_model": str(home / name), "text": str(home / f"{name}.jsonl")} for name in "ab"
         ],
@@ -142,9 +144,12 @@ def test_statistics_of_a_mixture_that_was_changed_are_refused(home):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"text": ("a",)}, "router_text: 1 texts of 2 experts"),
-        ({"text": ("a", "a")}, "router_text: all experts have the same"),
-        ({"router": "normal"}, "router_text: router='normal' reads none"),
+        ({"text": ("a",)}, "text: 1 texts of 2 experts"),
+        ({"text": ("a", "a")}, "text: all experts have the same"),
+        (
+            {"router": "normal"},
+            "text: router='ridge' or 'logistic' and merge='regmean' read it; leave it out",
+        ),
         ({"copies": 2}, "with method='btx' and copies=2 experts have no domains"),
         ({"method": "blend"}, "with method='blend' and copies=1"),
     ],
@@ -156,12 +161,12 @@ def test_configs_that_make_no_sense_are_refused(home, changes, told):
 
 def test_text_is_looked_for_before_anything_is_done(home):
     for text, told in (
-        (("a", "c"), r"config\.mix\.router_text\[1\]: 'c' is neither a domain nor a file"),
-        (("a", "no/file"), r"config\.mix\.router_text\[1\]: no file matches 'no/file'"),
+        (("a", "c"), r"config\.mix\.text\[1\]: 'c' is neither a domain nor a file"),
+        (("a", "no/file"), r"config\.mix\.text\[1\]: no file matches 'no/file'"),
     ):
         with pytest.raises(UserError, match=told):
             stages.run(config(home, text), home / "mix")
         assert not (home / "mix").exists()
     made = config(home)
-    with pytest.raises(UserError, match=r"data: missing, and mix\.router_text is read with its"):
+    with pytest.raises(UserError, match=r"data: missing, and mix\.text is read with its"):
         Config("mix", mix=made.mix, mesh=made.mesh)

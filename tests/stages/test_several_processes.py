@@ -55,7 +55,7 @@ from btx_jax.config.config_dict import to_config_dict
 def get_config():
     data = DataConfig('text', domains={{'text': {text!r}, 'other': {other!r}}}, cache={cache!r},
                       sequence_length=64, heldout_fraction=0.2)
-    mix = MixConfig(({seed!r}, {seed!r}), router='ridge', router_text=('text', 'other'))
+    mix = MixConfig(({seed!r}, {seed!r}), router='ridge', text=('text', 'other'))
     return to_config_dict(Config('mix', mix=mix, data=data, mesh=MeshConfig(fsdp=4, expert=2)))
 """
 
@@ -122,6 +122,39 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture)
         ):
             assert a.sharding.num_devices == len(devices)
             assert (jax.device_get(a) == jax.device_get(b)).all()
+
+
+def test_two_processes_probe_mixing_as_one_and_after_both_are_killed(cli):
+    cli.run(*cli.seed("seed", steps=3))
+
+    def branch(workdir):
+        return (
+            "--config=configs/math_expert.py:tiny", f"--config.init={cli.home / 'seed'}", f"--workdir={cli.home / workdir}",
+            f"--config.data.train={cli.text}", f"--config.data.cache={cli.home / 'cache'}", "--config.data.sequence_length=64",
+            "--config.train.steps=12", "--config.train.warmup_steps=2", "--config.train.eval_every=6", "--config.train.eval_rows=8",
+            "--config.checkpoint.every=4", "--config.mesh.fsdp=4", "--config.mesh.tensor=2",
+        )  # fmt: skip
+
+    def probed(workdir):
+        lines = (cli.home / workdir / "metrics.jsonl").read_text().splitlines()
+        found = [line for line in map(json.loads, lines) if "barrier" in line]
+        return [
+            number
+            for line in found
+            for number in (line["heldout_mixed"]["text"]["nats_per_token"], line["barrier"])
+        ]
+
+    finish(cli.start_several(1, 8, *branch("one")), (0,))
+    finish(cli.start_several(2, 4, *branch("two")))
+    assert len(probed("one")) == 6 and probed("one")[-1] != 0
+    assert probed("two") == pytest.approx(probed("one"), abs=1e-5)
+    killed = cli.start_several(2, 4, *branch("killed"))
+    cli.wait_for_step("killed", 5, killed[0])
+    for process in killed:
+        process.kill()
+        process.communicate()
+    finish(cli.start_several(2, 4, *branch("killed")))
+    assert probed("killed") == probed("two")
 
 
 def test_a_directory_that_is_not_shared_is_refused(cli, mixture):

@@ -1,0 +1,65 @@
+"""The pass that routers and shared weights are solved in (mixing/states.py), compiled for one TPU
+chip at Llama-2-7B's shape: does a layer with 4,096 tokens fit, and what does it compute?
+
+    python benchmarks/statistics_pass.py [--topology=v5e:2x2] [--preset=llama2_7b]
+
+Each layer of each text runs these programs one after another; sums are made on the host. Needs
+libtpu (`pip install -e '.[tpu]'`), no TPU. Times are not known without one.
+"""
+
+import argparse
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from btx_jax.mixing import states
+from btx_jax.models.llama import abstract_params
+from btx_jax.presets.recipes import MODELS
+from btx_jax.stages.compile_check import topology_devices
+
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--preset", default="llama2_7b")
+    args = parser.parse_args()
+    model, device = MODELS[args.preset], topology_devices(args.topology, 1)[0]
+    on_chip = jax.sharding.SingleDeviceSharding(device)
+
+    def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=on_chip)
+
+    (run,) = [name for name in abstract_params(model) if name.startswith("layers_")]
+    layer = jax.tree.map(
+        lambda leaf: array(*leaf.value.shape[1:]),
+        abstract_params(model)[run],
+        is_leaf=lambda leaf: hasattr(leaf, "value"),
+    )
+    length = min(512, model.context)
+    rows = states.TOKENS_PER_BATCH // length
+    x, segments = array(rows, length, model.d_model), array(rows, length, dtype=jnp.int32)
+    y, scale = array(rows, length, model.heads * model.head_dim), array(model.d_model)
+    programs = {
+        "norm": (states._normed, scale, x),
+        "heads": (states._heads, layer["attention"], x, segments),
+        "output projection": (states._after_heads, layer["attention"], scale, x, y),
+        "feed-forward": (states._after_ffn, {"ffn": layer["ffn"]}, x, x),
+    }
+    print(f"{args.preset}, {rows} rows of {length} tokens, one chip of {args.topology}")
+    # Kernels are chosen by the process's own devices: here those of the chip.
+    with mock.patch("jax.default_backend", lambda: "tpu"):
+        for name, (program, *given) in programs.items():
+            compiled = program.lower(model, *given).compile()
+            memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+            total = memory.argument_size_in_bytes + memory.output_size_in_bytes
+            total += memory.temp_size_in_bytes
+            print(f"{name:18} {total / GIB:5.2f} GiB, {cost['flops'] / 1e12:6.3f} TFLOP")
+
+
+if __name__ == "__main__":
+    main()
