@@ -52,7 +52,7 @@ def main() -> None:
     }
     print(f"{args.preset}, {rows} rows of {length} tokens, one chip of {args.topology}")
     # Kernels are chosen by the process's own devices: here those of the chip.
-    with mock.patch("jax.default_backend", lambda: "tpu"):
+    with mock.patch("jax.default_backend", return_value="tpu"):
         for name, (program, *given) in programs.items():
             compiled = program.lower(model, *given).compile()
             memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
