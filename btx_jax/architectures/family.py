@@ -228,6 +228,8 @@ class Family:
             told.append("gates that do not sum to one")
         if any(spec.k == 1 and spec.renormalise for spec in specs) and not keys.renormalises_one:
             told.append("one expert for a token with a gate of one")
+        if model.moe.anchor:
+            told.append("an anchor, beside which the router adds a bias to each expert's logit")
         shared = specs[0].shared_d_ff
         if shared and not keys.has_shared:
             told.append("a shared expert")

@@ -19,6 +19,7 @@ _INPUTS = {
     "attention/out": 2,
     **dict.fromkeys(("ffn/gate", "ffn/up", "ffn/down", "ffn/router"), 1),
     **{f"shared_expert/{name}": 1 for name in ("gate", "up", "down", "router")},
+    **dict.fromkeys(("anchor/gate", "anchor/up", "anchor/down"), 1),
     "head/kernel": 1,
 }
 # In the order in which a layer computes, with the names that a Llama's, a Mixtral's and a
@@ -51,6 +52,13 @@ _SHARED = {
     "shared_expert/down": "mlp.shared_expert.down_proj.weight",
     "shared_expert/router": "mlp.shared_expert_gate.weight",
 }
+_ANCHOR = {  # of the dense model that it is the feed-forward of
+    f"anchor/{name}": _DENSE[f"ffn/{name}"] for name in ("gate", "up", "down")
+}
+_ROUTER = {
+    "ffn/router": "block_sparse_moe.gate.weight",
+    "ffn/router_bias": "block_sparse_moe.gate.bias",
+}
 _EXPERT = {"ffn/gate": "w1", "ffn/down": "w2", "ffn/up": "w3"}
 _OUTSIDE = {
     "embed/embedding": "model.embed_tokens.weight",
@@ -77,16 +85,18 @@ class TensorId(NamedTuple):
             return _OUTSIDE[self.part]
         if self.expert is not None:
             name = f"block_sparse_moe.experts.{self.expert}.{_EXPERT[self.part]}.weight"
-        elif self.part == "ffn/router":
-            name = "block_sparse_moe.gate.weight"
         else:
-            name = (_ATTENTION | _DENSE | _SHARED)[self.part]
+            name = (_ATTENTION | _DENSE | _SHARED | _ANCHOR | _ROUTER)[self.part]
         return f"model.layers.{self.layer}.{name}"
 
     @property
     def is_router(self) -> bool:
-        """Of the routed experts."""
-        return self.part == "ffn/router"
+        """Of the routed experts, their biases too."""
+        return self.part in _ROUTER
+
+    @property
+    def is_anchor(self) -> bool:
+        return self.part in _ANCHOR
 
     @property
     def is_shared(self) -> bool:
@@ -94,7 +104,8 @@ class TensorId(NamedTuple):
         return self.part.startswith("shared_expert/")
 
     def of_dense(self) -> "TensorId":
-        """The tensor of a dense model that an expert's, or a shared expert's, is made of."""
+        """The tensor of a dense model that an expert's, a shared expert's or an anchor's is made
+        of."""
         return TensorId("ffn/" + self.part.split("/")[1], self.layer)
 
 
@@ -207,11 +218,12 @@ def slots(model: ModelConfig) -> dict[TensorId, Slot]:
             for part in _ATTENTION:
                 add(TensorId(part, layer), (run,), (offset,))
             if spec.experts:
-                add(TensorId("ffn/router", layer), (run,), (offset,))
+                for part in _ROUTER:
+                    add(TensorId(part, layer), (run,), (offset,))
                 for expert in range(spec.experts):
                     for part in _EXPERT:
                         add(TensorId(part, layer, expert), (run,), (offset, expert))
-            for part in _SHARED if spec.experts else _DENSE:
+            for part in _SHARED | _ANCHOR if spec.experts else _DENSE:
                 add(TensorId(part, layer), (run,), (offset,))
             layer += 1
     add(TensorId("final_norm/scale"), (), ())

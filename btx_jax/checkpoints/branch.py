@@ -1,4 +1,5 @@
-"""A branch of which the feed-forwards alone were trained, read as the whole model that it is."""
+"""Branches that keep a base: a branch read as the whole model that it is, and its base read as
+what it keeps."""
 
 from pathlib import Path
 
@@ -7,6 +8,32 @@ import numpy as np
 from btx_jax.architectures.tensors import Reader, Region, TensorId, slots
 from btx_jax.checkpoints.base import base_digest, require_digest, tensor_digest
 from btx_jax.checkpoints.training_state import Base, StepReader
+from btx_jax.config.model_config import ModelConfig
+
+
+class AnchorReader:
+    """A dense model, read as what branches beside an anchor keep of it: its feed-forwards are the
+    anchor's."""
+
+    def __init__(self, dense: Reader, model: ModelConfig):
+        """model: of the branches."""
+        self.model = model
+        kept = {tensor: _in_dense(tensor) for tensor in slots(model)}
+        self.slots = {t: slots(model)[t] for t, under in kept.items() if under in dense.slots}
+        self.dtypes = {tensor: dense.dtypes[kept[tensor]] for tensor in self.slots}
+        self.by_leaf = getattr(dense, "by_leaf", False)
+        self.check = dense.check
+        self._dense = dense
+
+    def read(self, tensor: TensorId) -> np.ndarray:
+        return self._dense.read(_in_dense(tensor))
+
+    def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
+        return self._dense.read_region(_in_dense(tensor), region)
+
+
+def _in_dense(tensor: TensorId) -> TensorId:
+    return tensor.of_dense() if tensor.is_anchor else tensor
 
 
 class BranchReader:

@@ -25,7 +25,7 @@ from btx_jax.architectures.tensors import Reader, Slot, TensorId, slots
 from btx_jax.architectures.values import cast, is_finite
 from btx_jax.checkpoints import adapter, safetensors_files
 from btx_jax.checkpoints.base import base_digest, require_digest, tensor_digest
-from btx_jax.checkpoints.branch import BranchReader
+from btx_jax.checkpoints.branch import AnchorReader, BranchReader
 from btx_jax.checkpoints.checksums import check_sums, read_sums, write_sums
 from btx_jax.checkpoints.huggingface import (
     HuggingFaceReader,
@@ -57,7 +57,7 @@ from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.hub_names import PROTOCOL, may_be_named, origin, title
-from btx_jax.models.leaves import is_feed_forward, stays_float32
+from btx_jax.models.leaves import is_anchor, is_feed_forward, stays_float32
 from btx_jax.models.llama import Params, abstract_params
 from btx_jax.models.lora import join, partition
 from btx_jax.output import new_directory
@@ -230,7 +230,7 @@ def open_reader(checkpoint: Checkpoint) -> Reader:
         return reader
     under = _find_base(metadata.base, metadata.model, checkpoint.path)
     base = Base(str(under.path), metadata.base.digest)
-    return BranchReader(reader, open_reader(under), base, checkpoint.path)
+    return BranchReader(reader, _as_base(under, metadata.model), base, checkpoint.path)
 
 
 def reads_by_leaf(readers: Iterable[Reader]) -> bool:
@@ -327,11 +327,17 @@ def load_base(
     """
     found = _find_base(base, model, whose)
     hashes: dict[TensorId, str] = {}
-    params = assemble(open_reader(found), abstract, _slots_of(abstract, model), hashes)
+    params = assemble(_as_base(found, model), abstract, _slots_of(abstract, model), hashes)
     held = Base(str(found.path), base_digest(hashes))
     if base.digest:
         require_digest(held, base.digest, whose)
     return params, held
+
+
+def _as_base(found: Checkpoint, model: ModelConfig) -> Reader:
+    """What lies under LoRA experts or a branch, read as what `model` has of it."""
+    reader = open_reader(found)
+    return AnchorReader(reader, model) if model.moe and not found.metadata.model.moe else reader
 
 
 def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
@@ -349,7 +355,8 @@ def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
             )
         raise UserError(f"{whose}: its base {base.path} is gone; {cure} (the digest is checked)")
     found = find_checkpoint(path, f"{whose}: its base")
-    if changed := differences(to_dict(model.base()), to_dict(found.metadata.model)):
+    under = model.dense() if model.has_anchor and not model.lora else model.base()
+    if changed := differences(to_dict(under), to_dict(found.metadata.model)):
         raise UserError(
             f"{whose}: its base {base.path} is another model: {'; '.join(map(str, changed))}"
         )
@@ -383,6 +390,17 @@ def off_base(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         return base.digest if base else _digest_of(checkpoint, lambda p: not is_feed_forward(p))
 
     return [checkpoint for checkpoint in checkpoints if digest_of(checkpoint) != digests[0]]
+
+
+def off_anchor(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Of models that have an anchor, those whose base or anchor is not that of the first."""
+    bases = [checkpoint.metadata.base for checkpoint in checkpoints]
+    if all(bases):
+        digests = [base.digest for base in bases if base]
+    else:
+        digests = [_digest_of(checkpoint, is_anchor) for checkpoint in checkpoints]
+    pairs = zip(checkpoints, digests, strict=True)
+    return [checkpoint for checkpoint, digest in pairs if digest != digests[0]]
 
 
 def _digest_of(checkpoint: Checkpoint, wanted: Callable[[tuple[str, ...]], bool]) -> str:

@@ -15,8 +15,10 @@ from btx_jax.architectures.tensors import Reader, TensorId, slots
 from btx_jax.architectures.values import cast
 from btx_jax.checkpoints.base import base_digest
 from btx_jax.checkpoints.checkpoint import (
+    Checkpoint,
     find_checkpoint,
     find_own_tokenizer,
+    off_anchor,
     off_base,
     open_reader,
     write_checkpoint,
@@ -72,6 +74,9 @@ def add(
     again instead, with the sums over text of the new expert's domain: over `text`
     (`WHAT[#FIELD][:WEIGHT]`), or those in `statistics`, a file that was made where the text lies.
 
+    To a mixture with an anchor comes a branch that was trained beside the same one, with its rows
+    and biases.
+
     Only the feed-forwards are taken: attention, norms and embeddings stay the mixture's. Raises
     UserError when the models, or the statistics, do not fit.
     """
@@ -85,9 +90,11 @@ def add(
     mistakes.tell()
     found, extra = find_checkpoint(mixture, "MIXTURE"), find_checkpoint(source, "SOURCE")
     model = _moe(found.metadata.model, mixture)
-    if extra.metadata.model.moe:
+    if model.has_anchor:
+        _require_branch(found, extra, source)
+    elif extra.metadata.model.moe:
         raise UserError(f"SOURCE: {source} is a mixture itself; name a dense model")
-    other = within(extra.metadata.model, model.context, model.window)
+    other = within(extra.metadata.model.dense(), model.context, model.window)
     # Biases of the attention are the mixture's: a Qwen2-MoE made of Llamas has some, of zeros.
     other = dataclasses.replace(other, biases=model.biases)
     assert model.moe
@@ -113,15 +120,19 @@ def add(
     def unrouted(tensor: TensorId) -> np.ndarray:
         if tensor in reader.slots:
             return reader.read(tensor)
-        return cast(tensor, dense.read(tensor.of_dense()), like(tensor))
+        theirs = tensor._replace(expert=0) if model.has_anchor else tensor.of_dense()
+        return cast(tensor, dense.read(theirs), like(tensor))
 
     stored = _statistics(found.path, model, mixture)
     _check_told(mixture, stored, text, statistics)
     number = _count(larger) - 1
     with contextlib.ExitStack() as held:
-        if stored is None:
+        rows, file = np.zeros((0, 0, 0), np.float32), None
+        if model.has_anchor:
+            told = "the new one's router rows and biases are those that it was trained with"
+        elif stored is None:
             fresh = random_gates("normal", model.layers, 1, model.d_model, seed)
-            rows, file = fresh * np.float32(router_std / 0.02), None
+            rows = fresh * np.float32(router_std / 0.02)
             told = f"the new one's router rows are normal({router_std:g}) and want training"
         else:
             check_free(to_path(target, "OUT"))
@@ -143,7 +154,8 @@ def add(
             dtype = reader.dtypes[tensor]
             if file:
                 return rows[tensor.layer].astype(dtype)
-            return np.concatenate([reader.read(tensor), rows[tensor.layer].astype(dtype)])
+            new = dense.read(tensor) if model.has_anchor else rows[tensor.layer]
+            return np.concatenate([reader.read(tensor), new.astype(dtype)])
 
         _write(
             target,
@@ -158,6 +170,18 @@ def add(
             file,
         )
     return f"wrote {target}: {number + 1} experts; {told}"
+
+
+def _require_branch(mixture: Checkpoint, source: Checkpoint, named: str) -> None:
+    if not source.metadata.model.is_branch:
+        raise UserError(
+            f"SOURCE: {named} is no branch beside an anchor, as the experts of {mixture.path} are;"
+            " train one from their base with train.anchor=True"
+        )
+    if off_anchor([mixture, source]):
+        raise UserError(
+            f"SOURCE: {named} was trained beside another anchor than the experts of {mixture.path}"
+        )
 
 
 def drop(mixture: str, expert: int, target: str) -> str:

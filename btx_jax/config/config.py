@@ -47,7 +47,8 @@ DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
-FROZEN = ("", "experts", "all_but_routers", "base", "shared")
+FROZEN = ("", "experts", "all_but_routers", "base", "shared", "shared_layers", "anchor")
+BESIDE_ANCHOR = ("shared", "shared_layers", "anchor")  # of these, those that leave an anchor alone
 ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
 BEST = r"|heldout|heldout/.+/(nats_per_token|bits_per_byte)|tasks/[^/]+/[^/]+"
@@ -118,16 +119,21 @@ class TrainConfig(Section):
     eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
     mixing_probe: of a dense branch of `init`, measure each time what mixing would do to it: the
         held-out loss where what mixing shares is the mean of the branch's and the seed's, and the
-        barrier (docs/watching.md). Not where nothing shared moves, with LoRA or frozen='shared'.
+        barrier (docs/watching.md). Not where nothing shared moves, with LoRA or frozen='shared',
+        and not beside an anchor.
     eval_tasks: test sets, of data.tasks or of those that `btx_jax evaluate` knows, tried on the
         model as it is before the first step, every eval_tasks_every steps (0: not in between) and
         after the last. eval_tasks_limit: the first items of each only, 0 for all.
     frozen: what is not trained and has no optimizer state: nothing (""), the experts'
         feed-forwards, all but the routers, the base under LoRA experts, or `shared`: of a dense
         model all but its feed-forwards, so that branches of one checkpoint mix exactly, with
-        nothing to average. With `base` and `shared` checkpoints hold what is trained alone, and
+        nothing to average; `shared_layers`: all but those, embeddings and head; or a branch's
+        anchor alone. With `base` and `shared` checkpoints hold what is trained alone, and
         name what is under it. frozen_dtype: what is frozen is kept in it, as is mixing_probe's
         seed.
+    anchor: the branch trains beside its anchor (FlexOlmo, arXiv 2507.07024): a frozen copy of the
+        feed-forwards that it starts from, with a router between the two in every layer. A
+        checkpoint that has an anchor keeps it, whatever is said here.
     """
 
     steps: Count
@@ -151,6 +157,15 @@ class TrainConfig(Section):
     eval_tasks_limit: CountOrZero = 0
     frozen: Annotated[str, Choice(FROZEN)] = ""
     frozen_dtype: Dtype = "float32"
+    anchor: bool = False
+
+    @rule
+    def _leaves_the_anchor(self) -> Iterator[str]:
+        if self.anchor and self.frozen not in BESIDE_ANCHOR:
+            yield (
+                f"anchor: with frozen={self.frozen!r} branches would not share it, or not train"
+                f" beside it; set frozen to {', '.join(map(repr, BESIDE_ANCHOR))}"
+            )
 
     @rule
     def _accumulates(self) -> Iterator[str]:

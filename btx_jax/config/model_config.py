@@ -78,6 +78,9 @@ class MoEConfig(Section):
     d_ff: hidden size of an expert; 0 for that of a dense layer.
     shared_d_ff: hidden size of a shared expert, beside the routed ones, that sees every token; 0
     for none. shared_gate: whether it stands behind a sigmoid gate.
+    anchor: whether the feed-forward that all experts started from is one more expert, the last in
+    the router (FlexOlmo, arXiv 2507.07024). Its logit is 0; those of the others have a bias each.
+    Routing and k count it, `experts` does not.
     """
 
     experts: tuple[Annotated[int, Range(0, 4096)], ...]
@@ -88,6 +91,7 @@ class MoEConfig(Section):
     d_ff: WidthOrNone = 0
     shared_d_ff: WidthOrNone = 0
     shared_gate: bool = False
+    anchor: bool = False
 
     @rule
     def _gate_of_something(self) -> Iterator[str]:
@@ -103,11 +107,12 @@ class MoEConfig(Section):
     def _k_of_them(self) -> Iterator[str]:
         if "top_k" not in (self.routing, self.first_routing):
             return
+        beside = " and their anchor" if self.anchor else ""
         for layer, experts in enumerate(self.experts):
-            if 0 < experts < self.k:
+            if 0 < experts < self.k - self.anchor:
                 yield (
-                    f"k={self.k}: more than the {experts} experts of layer {layer}; lower k or add"
-                    " experts"
+                    f"k={self.k}: more than the {experts} experts of layer {layer}{beside}; lower k"
+                    " or add experts"
                 )
                 return
 
@@ -216,7 +221,7 @@ class LayerSpec:
     """What one layer is: experts == 0 is a dense layer. Equal neighbours share one scan.
 
     d_ff: hidden size of the layer's feed-forward, or of each expert. renormalise, shared_d_ff,
-    shared_gate: as in MoEConfig.
+    shared_gate, anchor: as in MoEConfig.
     """
 
     experts: int = 0
@@ -226,7 +231,18 @@ class LayerSpec:
     d_ff: int = 0
     shared_d_ff: int = 0
     shared_gate: bool = False
+    anchor: bool = False
     lora: LoRASpec | None = None
+
+    @property
+    def routed(self) -> int:
+        """How many a router chooses from: the experts and, behind them, their anchor."""
+        return self.experts + self.anchor
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the gates of a token's experts do, where it has several: an anchor is none."""
+        return self.renormalise and not self.anchor
 
 
 @dataclass(frozen=True)
@@ -332,7 +348,9 @@ class ModelConfig(Section):
         widths = [self.d_ff] * self.layers
         if self.moe is not None:
             widths = [
-                count * (self.moe.d_ff or self.d_ff) + self.moe.shared_d_ff if count else self.d_ff
+                (count + self.moe.anchor) * (self.moe.d_ff or self.d_ff) + self.moe.shared_d_ff
+                if count
+                else self.d_ff
                 for count in counts
             ]
         total += sum(widths) * 3 * self.d_model
@@ -384,7 +402,7 @@ class ModelConfig(Section):
             routing = (
                 self.moe.first_routing if first and self.moe.first_routing else self.moe.routing
             )
-            k = {"top_k": self.moe.k, "soft": experts}.get(routing, 1)
+            k = {"top_k": self.moe.k, "soft": experts + self.moe.anchor}.get(routing, 1)
             specs.append(
                 LayerSpec(
                     experts,
@@ -394,6 +412,7 @@ class ModelConfig(Section):
                     self.moe.d_ff or self.d_ff,
                     self.moe.shared_d_ff,
                     self.moe.shared_gate,
+                    self.moe.anchor,
                 )
             )
             first = False
@@ -413,6 +432,15 @@ class ModelConfig(Section):
     def dense(self) -> "ModelConfig":
         """The same model without experts: what each branch is."""
         return dataclasses.replace(self, moe=None)
+
+    @property
+    def has_anchor(self) -> bool:
+        return self.moe is not None and self.moe.anchor
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether it is one expert beside its anchor, in every layer."""
+        return self.moe is not None and self.moe.anchor and set(self.moe.experts) == {1}
 
     def base(self) -> "ModelConfig":
         """The same model without LoRA experts."""

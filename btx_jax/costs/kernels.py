@@ -37,5 +37,6 @@ def rows_in_use(kernel: Kernel, model: ModelConfig, expert_axis: int) -> float:
     """Share of a grouped matmul's buffer that holds claims when the router balances: the buffer has
     room for the most that own experts can get."""
     own = (kernel.operands[-1] if kernel.name == "gmm" else kernel.results[0]).dims[0]
-    k = next(spec.k for spec in model.layer_specs() if spec.experts == own * expert_axis)
-    return k / expert_axis / min(k, own)
+    spec = next(spec for spec in model.layer_specs() if spec.experts == own * expert_axis)
+    claims = spec.k * spec.experts / spec.routed  # of a token; those of an anchor have no rows here
+    return claims / expert_axis / min(spec.k, own)

@@ -98,7 +98,7 @@ def mutual_information(load: Mapping[str, Sequence[Sequence[float]]]) -> list[fl
 
 def redundancy(params: Mapping[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
     """Of each MoE layer: {cosine, deviation_cosine [E][E], norm_ratio [E]} between its experts'
-    weights, gate, up and down as one vector.
+    weights, gate, up and down as one vector; their anchor is the last of them.
 
     Experts of one seed are nearly parallel; `deviation_cosine` compares what sets them apart from
     their mean. norm_ratio: to the mean norm.
@@ -112,9 +112,10 @@ def redundancy(params: Mapping[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
         ffn = params[run]["ffn"]
         if "router" not in ffn:
             continue
+        anchor = params[run].get("anchor")
         with jax.set_mesh(mesh):
             grams = [
-                jax.jit(_grams, out_shardings=replicated(mesh))(ffn[name])
+                jax.jit(_grams, out_shardings=replicated(mesh))(ffn[name], anchor and anchor[name])
                 for name in ("gate", "up", "down")
             ]
         whole, apart = (
@@ -133,9 +134,11 @@ def redundancy(params: Mapping[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
     return layers
 
 
-def _grams(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[L, E, ...] -> inner products [L, E, E] of the experts and of their deviations from the
-    mean."""
+def _grams(w: jax.Array, anchor: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """[L, E, ...] and, where there is one, the anchor [L, ...] -> inner products [L, E, E] of all
+    and of their deviations from the mean."""
+    if anchor is not None:
+        w = jnp.concatenate([w, anchor[:, None]], axis=1)
     flat_LEX = w.reshape(*w.shape[:2], -1).astype(jnp.float32)
     apart_LEX = flat_LEX - flat_LEX.mean(1, keepdims=True)
     product = lambda x: jnp.einsum("lex,lfx->lef", x, x, precision="highest")  # noqa: E731

@@ -2,7 +2,7 @@
 no modules, no randomness.
 
 Every leaf belongs to exactly one class: feed-forward leaves become experts, all others are
-averaged. Both functions run under jit with out_shardings; `mix_leaf` is the same rule for one leaf,
+averaged. All functions run under jit with out_shardings; `mix_leaf` is the same rule for one leaf,
 for models larger than memory.
 """
 
@@ -23,6 +23,7 @@ _CLASSES = {
     "attention": SHARED,
     "attention_norm": SHARED,
     "ffn_norm": SHARED,
+    "anchor": SHARED,
     "ffn": EXPERT,
     "shared_expert": EXPERT,
 }
@@ -115,6 +116,23 @@ def mix_params(
                 "router": jnp.zeros((layers, width, 1), router_LDE.dtype),
             }
     return mixed
+
+
+def mix_branches(branches: Sequence[Params]) -> dict[str, Any]:
+    """FlexOlmo (arXiv 2507.07024): branches that were trained beside one anchor, of equal structure
+    and in expert order, become one mixture. Experts, router rows and biases follow each other; all
+    else, the anchor too, is averaged as in `mix_leaf`: what is the same in all keeps its bits.
+
+    Through one expert and the anchor alone the mixture is that branch, where nothing else differs.
+    """
+
+    def mix(path, *leaves):
+        keys = [str(key.key) for key in path]
+        if leaf_class(keys) == SHARED:
+            return mix_leaf(keys, leaves)
+        return jnp.concatenate(leaves, axis=2 if keys[-1] == "router" else 1)
+
+    return dict(jax.tree_util.tree_map_with_path(mix, *branches))
 
 
 def upcycle_params(params: Params, copies: int, routers: Mapping[str, jax.Array]) -> dict[str, Any]:

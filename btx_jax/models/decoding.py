@@ -142,6 +142,7 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
                 gate, up, down = ffn.take("gate"), ffn.take("up"), ffn.take("down")
                 made["ffn"] = {
                     "router": ffn.take("router"),
+                    **({"router_bias": ffn.take("router_bias")} if spec.anchor else {}),
                     "experts": tuple(
                         (kernel(gate[e], up[e]), kernel(down[e])) for e in range(spec.experts)
                     ),
@@ -151,11 +152,10 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
                 made["ffn"] = _joint_feed_forward(layer.inside("ffn"), kernel)
             else:
                 made["ffn"] = layer.take("ffn")
-            if spec.shared_d_ff:
-                shared = layer.inside("shared_expert")
-                made["shared_expert"] = (
-                    _joint_feed_forward(shared, kernel) if one_device else shared.take_all()
-                )
+            beside = ("shared_expert",) * bool(spec.shared_d_ff) + ("anchor",) * spec.anchor
+            for part in beside:
+                dense = layer.inside(part)
+                made[part] = _joint_feed_forward(dense, kernel) if one_device else dense.take_all()
             layer.require_empty()
             layers.append(made)
     embedding = params["embed"]["embedding"]
@@ -229,7 +229,10 @@ def forward(
             )
         x_BTD += y_BTD
         h_BTD = norm.apply({"params": params["ffn_norm"]}, x_BTD)
-        x_BTD += _feed_forward(model, compute, spec, params["ffn"], h_BTD, valid_BT)
+        anchor_BTD = None
+        if spec.anchor:
+            anchor_BTD = _dense(FeedForward(spec.d_ff), params["anchor"], h_BTD)
+        x_BTD += _feed_forward(model, compute, spec, params["ffn"], h_BTD, valid_BT, anchor_BTD)
         if spec.shared_d_ff:
             shared = FeedForward(spec.shared_d_ff, gated=spec.shared_gate)
             x_BTD += _dense(shared, params["shared_expert"], h_BTD)
@@ -248,14 +251,18 @@ def _feed_forward(
     params: Params,
     x_BTD: Any,
     valid_BT: jax.Array,
+    anchor_BTD: jax.Array | None,
 ) -> jax.Array:
     if "experts" in params:
-        return separate_experts(x_BTD, valid_BT, params["router"], params["experts"], spec, compute)
+        anchor = None if anchor_BTD is None else (params["router_bias"], anchor_BTD)
+        return separate_experts(
+            x_BTD, valid_BT, params["router"], params["experts"], spec, compute, anchor
+        )
     if spec.experts:
         return cast(
             Any,
             MoEFeedForward(spec.d_ff, spec, compute).apply(
-                {"params": params}, x_BTD, valid_BT, jnp.int32(0)
+                {"params": params}, x_BTD, valid_BT, jnp.int32(0), anchor_BTD
             ),
         )[0]
     return _dense(FeedForward(spec.d_ff, model.biases, lora=spec.lora), params, x_BTD)

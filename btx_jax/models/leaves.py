@@ -15,8 +15,8 @@ def leaf_name(path: Path) -> str:
 
 
 def is_router(path: Path) -> bool:
-    """Of experts, of LoRA experts, or the gate of a shared expert."""
-    return leaf_name(path) == "router"
+    """Of experts, their biases too, of LoRA experts, or the gate of a shared expert."""
+    return leaf_name(path) in ("router", "router_bias")
 
 
 def is_feed_forward(path: Path) -> bool:
@@ -24,6 +24,11 @@ def is_feed_forward(path: Path) -> bool:
     routers too. All other leaves mixing shares."""
     names = [str(getattr(key, "key", key)) for key in path]
     return "ffn" in names or "shared_expert" in names
+
+
+def is_anchor(path: Path) -> bool:
+    """Of the feed-forward that all experts started from and share as one more expert."""
+    return "anchor" in [str(getattr(key, "key", key)) for key in path]
 
 
 def is_norm_or_bias(path: Path) -> bool:

@@ -5,7 +5,8 @@ Parameters are plain nested dicts: embed/embedding [V, D]; layers_R/{attention_n
 ffn_norm, ffn}/... with a leading layer axis, one layers_R per run of equal layers; final_norm/scale
 [D]; head/kernel [D, V] unless tied. A dense and an MoE tree
 differ only under ffn: [L, D, F] against [L, E, D, F] and a router [L, D, E]; and, where the mixture
-has a shared expert, by shared_expert/... beside it.
+has a shared expert or an anchor, by shared_expert/... or anchor/... beside it; experts of an anchor
+have a router_bias [L, E] too.
 """
 
 import functools
@@ -58,9 +59,12 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(x_BTD + y_BTD, "attention")
         h_BTD = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
         if self.spec.experts:
+            anchor_BTD = None
+            if self.spec.anchor:
+                anchor_BTD = FeedForward(self.spec.d_ff, name="anchor")(h_BTD)[0]
             y_BTD, routing = MoEFeedForward(
                 self.spec.d_ff, self.spec, self.compute, self.keep_choices, name="ffn"
-            )(h_BTD, segments_BT > 0, step)
+            )(h_BTD, segments_BT > 0, step, anchor_BTD)
             stats = {"": routing}
             if self.spec.shared_d_ff:
                 shared = FeedForward(
@@ -170,7 +174,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def leaf_counts(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, int]]:
     """Path of a parameter -> (all its numbers, those active for one token): active counts k of the
-    E experts, and the whole router."""
+    E experts, their anchor besides, which answers every token, and the whole router."""
     shapes = nn.unbox(abstract_params(config))
     specs = {name: spec for name, _, spec in config.runs()}
     counts = {}
@@ -182,7 +186,7 @@ def leaf_counts(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, int]]:
             assert spec.lora
             active = leaf.size * spec.lora.k // spec.lora.experts
         elif spec.experts and names[1] == "ffn" and not is_router(names):
-            active = leaf.size * spec.k // spec.experts
+            active = leaf.size * min(spec.k, spec.experts) // spec.experts
         counts[names] = leaf.size, active
     return counts
 

@@ -1,6 +1,7 @@
 """The Mixture-of-Experts feed-forward block: one router for the whole SwiGLU (BTX section 3.2).
 Shape legend: layers.py."""
 
+import functools
 from collections.abc import Sequence
 
 import chex
@@ -12,13 +13,22 @@ from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LayerSpec
 from btx_jax.models.layers import (
     Kernel,
+    bias_param,
     joint_swiglu,
     normal_param,
     platform_kernels,
     scaled_swiglu,
 )
 from btx_jax.models.ragged import expert_outputs, ragged_experts, weighted_sum
-from btx_jax.models.routing import Choice, RoutingStats, capacity, place, route, statistics
+from btx_jax.models.routing import (
+    Choice,
+    RoutingStats,
+    capacity,
+    place,
+    route,
+    statistics,
+    without_anchor,
+)
 from btx_jax.parallel.sharding import all_gather, psum, shard, shard_map
 
 
@@ -56,8 +66,19 @@ def einsum_experts(
     return shard(jnp.einsum("egcd,gsec->gsd", y_EGCD, dispatch_GSEC), "group", None, None), dropped
 
 
-def router_logits(x_GSD: jax.Array, router_DE: jax.Array) -> jax.Array:
-    return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
+def router_logits(
+    x_GSD: jax.Array, router_DE: jax.Array, bias_E: jax.Array | None = None
+) -> jax.Array:
+    """[G, S, E]. With biases: [G, S, E + 1], of the experts and, behind them, their anchor.
+
+    The anchor's is 0: softmax sees differences only, so that a row of its own could say nothing
+    that the others' rows cannot.
+    """
+    if bias_E is None:
+        return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
+    # Padded before the product: that of a lone row, as a branch has it, would round otherwise than
+    # the same row's beside others.
+    return router_logits(x_GSD, jnp.pad(router_DE, ((0, 0), (0, 1)))) + jnp.pad(bias_E, (0, 1))
 
 
 Expert = tuple[Kernel, Kernel]  # gate_up [D, 2 F] and down [F, D], of joint_swiglu
@@ -70,19 +91,30 @@ def separate_experts(
     experts: Sequence[Expert],
     spec: LayerSpec,
     compute: ComputeConfig,
+    anchor: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """The block without capacity, on one device, for inference; every expert's kernels are arrays
-    of their own."""
+    of their own. anchor: the experts' router biases [E], and what their anchor answers
+    [B, T, D]."""
     one_token = x_BTD.shape[1] == 1
-    choice = route(router_logits(x_BTD, router_DE), valid_BT | one_token, spec, None, jnp.int32(0))
+    logits_BTE = router_logits(x_BTD, router_DE, anchor[0] if anchor else None)
+    choice = route(logits_BTE, valid_BT | one_token, spec, None, jnp.int32(0))
+    if anchor:
+        choice, anchor_gate_BT = without_anchor(choice, spec.experts)
     gate_MK, index_MK = (x.reshape(-1, x.shape[-1]) for x in (choice.gate_GSK, choice.index_GSK))
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     if one_token:
-        return _few_tokens(x_MD, gate_MK, index_MK, experts)[:, None]
-    y_MKD = expert_outputs(
-        x_MD, index_MK, len(experts), tuple(experts), platform_kernels(compute.kernels)
-    )
-    return weighted_sum(y_MKD, gate_MK, spec.renormalise).reshape(x_BTD.shape)
+        y_BTD = _few_tokens(x_MD, gate_MK, index_MK, experts)[:, None]
+    else:
+        y_MKD = expert_outputs(
+            x_MD, index_MK, len(experts), tuple(experts), platform_kernels(compute.kernels)
+        )
+        y_BTD = weighted_sum(y_MKD, gate_MK, spec.sums_to_one).reshape(x_BTD.shape)
+    return _plus_anchor(y_BTD, anchor_gate_BT, anchor[1]) if anchor else y_BTD
+
+
+def _plus_anchor(y_BTD: jax.Array, gate_BT: jax.Array, anchor_BTD: jax.Array) -> jax.Array:
+    return y_BTD + gate_BT[..., None].astype(y_BTD.dtype) * anchor_BTD
 
 
 def _few_tokens(
@@ -91,9 +123,11 @@ def _few_tokens(
     """Reading weights takes longer here than multiplying by them: what no token needs is not read,
     and nothing is copied."""
     if index_BK.size <= len(experts):
-        branches = [
-            lambda x, experts, e=e: joint_swiglu(x, *experts[e]) for e in range(len(experts))
-        ]
+
+        def answer(x, experts, e):  # behind the last expert: a choice of their anchor
+            return joint_swiglu(x, *experts[e]) if e < len(experts) else jnp.zeros_like(x)
+
+        branches = [functools.partial(answer, e=e) for e in range(len(experts) + 1)]
         claims = [
             jax.lax.switch(e, branches, x_BD[b : b + 1], experts)
             for b, row in enumerate(index_BK)
@@ -113,7 +147,8 @@ def _few_tokens(
 
 class MoEFeedForward(nn.Module):
     """x [B, T, D] -> (y [B, T, D], RoutingStats). valid [B, T]: False where padding is, which is
-    neither routed nor counted."""
+    neither routed nor counted. anchor [B, T, D]: where the layer has one, its feed-forward of
+    x."""
 
     d_ff: int
     spec: LayerSpec
@@ -122,7 +157,11 @@ class MoEFeedForward(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, step: jax.Array
+        self,
+        x_BTD: jax.Array,
+        valid_BT: jax.Array,
+        step: jax.Array,
+        anchor_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, RoutingStats]:
         chex.assert_rank([x_BTD, valid_BT], [3, 2])
         chex.assert_equal_shape_prefix([x_BTD, valid_BT], 2)
@@ -146,26 +185,33 @@ class MoEFeedForward(nn.Module):
         )  # ragged knows no groups
         x_GSD = x_BTD.reshape(-1, tokens, d_model)
         valid_GS = valid_BT.reshape(-1, tokens)
-        logits_GSE = router_logits(x_GSD, router_DE)
+        bias_E = None
+        if self.spec.anchor:
+            bias_E = bias_param(self, "router_bias", (experts,), ("router",))
+        logits_GSE = router_logits(x_GSD, router_DE, bias_E)
         sample_key = self.make_rng("routing") if self.has_rng("routing") else None
-        choice = route(logits_GSE, valid_GS, self.spec, sample_key, step)
+        choice = own = route(logits_GSE, valid_GS, self.spec, sample_key, step)
+        if self.spec.anchor:
+            own, anchor_gate_GS = without_anchor(choice, experts)
         if self.compute.dispatch == "einsum":
+            factor = self.compute.capacity_factor * experts / self.spec.routed
             y_GSD, dropped = einsum_experts(
-                x_GSD, choice, self.spec.k, self.compute.capacity_factor, gate_EDF, up_EDF, down_EFD
+                x_GSD, own, self.spec.k, factor, gate_EDF, up_EDF, down_EFD
             )
         else:
             flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-            claims = flat(x_GSD), flat(choice.gate_GSK), flat(choice.index_GSK)
+            claims = flat(x_GSD), flat(own.gate_GSK), flat(own.index_GSK)
             y_GSD = ragged_experts(
                 *claims,
                 gate_EDF,
                 up_EDF,
                 down_EFD,
                 platform_kernels(self.compute.kernels),
-                self.spec.renormalise,
+                self.spec.sums_to_one,
             )
             dropped = jnp.zeros(())
         stats = statistics(logits_GSE, choice, valid_GS, dropped)
-        return y_GSD.reshape(x_BTD.shape), stats._replace(
-            choice=choice
-        ) if self.keep_choices else stats
+        y_BTD = y_GSD.reshape(x_BTD.shape)
+        if anchor_BTD is not None:
+            y_BTD = _plus_anchor(y_BTD, anchor_gate_GS.reshape(valid_BT.shape), anchor_BTD)
+        return y_BTD, stats._replace(choice=choice) if self.keep_choices else stats

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from btx_jax.models.grouped import grouped_swiglu
+from btx_jax.models.layers import scaled_swiglu
 from btx_jax.parallel.sharding import all_gather, axis_index, psum, psum_scatter, shard_map
 
 
@@ -28,7 +29,7 @@ def ragged_experts(
 ) -> jax.Array:
     """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m. Returns [M, D].
 
-    Index E (padding) contributes nothing. sums_to_one: as in `weighted_sum`.
+    Index E (padding, or their anchor) contributes nothing. sums_to_one: as in `weighted_sum`.
     """
     experts = len(gate_EDF)
 
@@ -38,6 +39,10 @@ def ragged_experts(
         gate_EDF, up_EDF = (all_gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
         down_EFD = all_gather(down_EFD, "expert_embed", axis=2)
         own = len(gate_EDF)
+        if experts == 1:  # nothing to sort
+            gate_M = jnp.where(index_MK == 0, gate_MK, 0).sum(1)
+            y_MD = scaled_swiglu(x_MD, gate_M, gate_EDF[0], up_EDF[0], down_EFD[0])
+            return psum(y_MD, "hidden")
         if own < experts:
             x_MD, gate_MK, index_MK = (
                 all_gather(x, "expert", axis=0) for x in (x_MD, gate_MK, index_MK)

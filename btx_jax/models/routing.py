@@ -99,6 +99,13 @@ def route(
     )
 
 
+def without_anchor(choice: Choice, experts: int) -> tuple[Choice, jax.Array]:
+    """(The same of the experts, of which a choice of the anchor is none; the anchor's gate
+    [G, S])."""
+    gate_GS = jnp.where(choice.index_GSK == experts, choice.gate_GSK, 0).sum(-1)
+    return choice._replace(index_GSK=jnp.minimum(choice.index_GSK, experts)), gate_GS
+
+
 def statistics(
     logits_GSE: jax.Array, choice: Choice, valid_GS: jax.Array, dropped: jax.Array
 ) -> RoutingStats:

@@ -50,6 +50,7 @@ PRESETS = {
         "recipes.comparison",
         argument="SIZE[,ARMS]",
     ),
+    "bar": Preset("branches beside an anchor, unfrozen step by step", "anchors.bar"),
     "mola": Preset(
         "LoRA experts on a frozen model, learning a test set", "lora_recipes.mola", argument="TASK"
     ),

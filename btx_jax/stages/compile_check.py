@@ -39,7 +39,7 @@ from btx_jax.progress import clock
 from btx_jax.terminal import Console
 from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import abstract_seed, is_probed
-from btx_jax.training.start import adapted_model, checked_mesh, starting_point
+from btx_jax.training.start import checked_mesh, starting_point, trained_model
 from btx_jax.training.step import lower_train_step, state_shardings
 
 FILE = "compile.json"
@@ -81,9 +81,7 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
         )
     devices = topology_devices(topology, num_slices)
     model = (
-        starting_point(config)[1]
-        if config.model is None
-        else adapted_model(config.model, config.lora)
+        starting_point(config)[1] if config.model is None else trained_model(config, config.model)
     )
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     console.print(

@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ from btx_jax.checkpoints.checkpoint import (
     find_checkpoint,
     find_own_tokenizer,
     load_params,
+    off_anchor,
     off_base,
     open_reader,
 )
@@ -63,7 +64,7 @@ from btx_jax.mixing.closed_form import (
 from btx_jax.mixing.drop_upcycling import redrawn
 from btx_jax.mixing.limits import limits, within
 from btx_jax.mixing.lora import mix_lora
-from btx_jax.mixing.mix import mix_params, restack
+from btx_jax.mixing.mix import mix_branches, mix_params, restack
 from btx_jax.mixing.router import normal_routers, uniform_routers
 from btx_jax.mixing.split import expert_models
 from btx_jax.mixing.states import Read
@@ -125,6 +126,8 @@ def run(config: Config, workdir: Path) -> None:
     )
 
     def mixed(models):
+        if model.has_anchor:
+            return mix_branches(models)
         key = jax.random.key(config.rng_seed)
         *models, shared = models if mix.shared_expert else [*models, None]
         models = [params for params in models for _ in range(mix.copies)]
@@ -147,6 +150,7 @@ def run(config: Config, workdir: Path) -> None:
     into = "their mean"
     if model.moe:
         into = f"{model.moe.experts[0]} experts{' and a shared one' if mix.shared_expert else ''}"
+        into += " and their anchor" if model.has_anchor else ""
     log.info("mixing %d checkpoints into %s", len(sources), into)
     with jax.set_mesh(mesh):
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
@@ -180,10 +184,11 @@ def run(config: Config, workdir: Path) -> None:
         checkpoints.close()
     experts = sources[: len(mix.experts)]  # without the shared one
     repeated = [str(source.path) for source in experts for _ in range(mix.copies)]
+    owned = [repeated[number] for number in owners(mix.method, len(repeated), mix.chunks)]
     finish(
         workdir,
         seconds=time.monotonic() - start,
-        experts=[repeated[number] for number in owners(mix.method, len(repeated), mix.chunks)],
+        experts=[*owned, *(["anchor"] if model.has_anchor else [])],
     )
 
 
@@ -335,11 +340,24 @@ def _named(mix: MixConfig) -> dict[str, str]:
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.mix and config.mesh
     models: dict[str, ModelConfig | None] = {}
+    beside_anchors: dict[str, Checkpoint] = {}
     for key, path in _named(config.mix).items():
         with mistakes.gather():
-            models[key] = (
-                coming[path] if path in coming else find_checkpoint(path, key).metadata.model
-            )
+            if path in coming:
+                models[key] = coming[path]
+                continue
+            found = find_checkpoint(path, key)
+            models[key] = found.metadata.model
+            if found.metadata.model.has_anchor:
+                beside_anchors[key] = found
+    with mistakes.gather():
+        others = off_anchor(list(beside_anchors.values()))
+        for key, found in beside_anchors.items():
+            if found in others:
+                mistakes.add(
+                    f"{key}: {found.path} was trained beside another anchor than"
+                    f" {next(iter(beside_anchors.values())).path}; branches of one base mix"
+                )
     with mistakes.gather():
         config.mesh.shape(jax.device_count())
     if config.data:
@@ -348,6 +366,8 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             check_text(config.data, [(f"config.mix.text[{i}]", text) for i, text in texts])
     known = {key: model for key, model in models.items() if model is not None}
     mixed = None
+    for told in _asked_of_branches(config.mix) if any(m.is_branch for m in known.values()) else ():
+        mistakes.add(told)
     if known and not any(model.lora for model in known.values()):
         name, first = next(iter(known.items()))
         for key, model in known.items():
@@ -357,7 +377,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
                     f"{key}: another model than {name.removeprefix('config.mix.')}:"
                     f" {'; '.join(map(str, changed))}"
                 )
-        if first.moe:
+        if first.moe and not first.is_branch:
             mistakes.add(
                 f"{name}: {_named(config.mix)[name]} is a mixture already; mix dense checkpoints"
             )
@@ -370,6 +390,23 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
         if length > mixed.context:
             mistakes.add(f"config.data.sequence_length={length}: the context is {mixed.context}")
     return mixed
+
+
+def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
+    """What branches beside an anchor do not have, which bring their own rows."""
+    only = {
+        "method": "btx",
+        "copies": 1,
+        "merge": "mean",
+        "router": "normal",
+        "shared_expert": "",
+    }
+    for key, value in only.items():
+        if (given := getattr(mix, key)) != value:
+            yield (
+                f"config.mix.{key}={given!r}: branches that were trained beside an anchor are put"
+                " together as they are, with their own router rows; leave it out"
+            )
 
 
 def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> None:
@@ -463,6 +500,10 @@ def mixed_model(dense: ModelConfig, mix: MixConfig) -> ModelConfig:
     """What the mixture is. Raises ConfigError when d_ff cannot be cut as asked."""
     if mix.method == AVERAGE:
         return dense
+    if dense.moe:  # a branch beside its anchor
+        experts = (len(mix.experts),) * dense.layers
+        moe = MoEConfig(experts, mix.k, mix.routing, mix.first_routing, anchor=True)
+        return dataclasses.replace(dense, moe=moe)
     try:
         made = cut(mix.method, len(mix.experts) * mix.copies, mix.chunks, dense.d_ff)
     except ConfigError as error:

@@ -76,6 +76,7 @@ from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import barrier, is_probed, make_average
 from btx_jax.training.start import (
     checked_mesh,
+    is_started_as_branch,
     settled,
     start_adapted,
     start_branch,
@@ -251,6 +252,10 @@ def described(model: ModelConfig, compute: ComputeConfig) -> str:
     if model.moe:
         shared = " and a shared one" if model.moe.shared_d_ff else ""
         kind = f"a mixture of {max(model.moe.experts)} experts{shared}"
+        if model.has_anchor:
+            kind += " and their anchor"
+        if model.is_branch:
+            kind = "a branch beside its anchor"
     lora = " with LoRA experts" if model.lora else ""
     used = f" ({active:.3g} for a token)" if active < total else ""
     dispatch = f", {compute.dispatch} dispatch" if model.moe else ""
@@ -302,8 +307,9 @@ def start_state(
     base = None
     if model.lora:
         params, base = start_adapted(init, model, abstract.params, key)
-    elif config.train.frozen == "shared":
-        params, base = start_branch(init, abstract.params)
+    elif is_started_as_branch(init.metadata, model, config.train):
+        params, base = start_branch(init, model, abstract.params)
+        base = base if config.train.frozen == "shared" else None
     else:
         params = load_params(init, abstract.params)
     return init_state(model, config.train, mesh, params=params), base

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from btx_jax.config.config import TrainConfig
-from btx_jax.models.leaves import is_feed_forward, is_norm_or_bias, is_router
+from btx_jax.models.leaves import is_anchor, is_feed_forward, is_norm_or_bias, is_router
 from btx_jax.models.lora import is_adapter, partition
 
 
@@ -51,7 +51,12 @@ def is_trained(path: tuple[str, ...], frozen: str) -> bool:
         return is_router(path)
     if frozen == "shared":
         return is_feed_forward(path)
-    return not (frozen == "experts" and is_feed_forward(path) and not is_router(path))
+    if frozen == "shared_layers":
+        return is_feed_forward(path) or path[0] in ("embed", "head")
+    if frozen == "anchor":
+        return not is_anchor(path)
+    is_expert = is_feed_forward(path) or is_anchor(path)
+    return not (frozen == "experts" and is_expert and not is_router(path))
 
 
 def split(params: Mapping[str, Any], frozen: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -22,7 +22,8 @@ Heldout = Mapping[str, Mapping[str, float]]  # domain -> nats_per_token and othe
 
 def is_probed(model: ModelConfig, train: TrainConfig) -> bool:
     """Whether a run measures it: of a dense branch. Where nothing shared moves there is no barrier
-    to measure: of LoRA experts, and of branches with frozen shared parts."""
+    to measure: of LoRA experts, and of branches with frozen shared parts. Beside an anchor a
+    branch is no dense one."""
     moves = not (model.moe or model.lora) and train.frozen != "shared"
     return train.mixing_probe and bool(train.eval_every) and moves
 

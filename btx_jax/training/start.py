@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from btx_jax.checkpoints.adapter import from_tensors, to_tensors
@@ -20,10 +21,10 @@ from btx_jax.checkpoints.checkpoint import (
 from btx_jax.checkpoints.training_state import Base, CheckpointMetadata
 from btx_jax.config.config import Config, TrainConfig
 from btx_jax.config.config_dict import differences, to_dict
-from btx_jax.config.model_config import LoRAConfig, ModelConfig
+from btx_jax.config.model_config import LoRAConfig, ModelConfig, MoEConfig
 from btx_jax.errors import ConfigError, Mistakes
 from btx_jax.models.layers import platform_dispatch
-from btx_jax.models.leaves import is_feed_forward
+from btx_jax.models.leaves import is_anchor, is_feed_forward, is_router
 from btx_jax.models.llama import Params, init_params, parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
 from btx_jax.parallel.sharding import make_mesh
@@ -65,10 +66,11 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
             raise ConfigError(
                 "config.init='scratch': LoRA experts need a base; name its checkpoint"
             )
-        if config.train and config.train.frozen == "shared":
+        if config.train and (config.train.frozen == "shared" or config.train.anchor):
+            key = "anchor" if config.train.anchor else "frozen='shared'"
             raise ConfigError(
-                "config.train.frozen='shared': random weights are no base that branches share; name"
-                " a checkpoint in config.init"
+                f"config.train.{key}: random weights are no base that branches share; name a"
+                " checkpoint in config.init"
             )
         return config.model
     if config.model is not None and (changed := differences(to_dict(held), to_dict(config.model))):
@@ -77,7 +79,28 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
             f"config.model: is not the model of {config.init}: {'; '.join(map(str, changed))};"
             f" {cure}"
         )
-    return adapted_model(held, config.lora)
+    return trained_model(config, held)
+
+
+def trained_model(config: Config, held: ModelConfig) -> ModelConfig:
+    """The model that trains from this one: with the config's LoRA experts, or beside its anchor.
+    Raises ConfigError."""
+    adapted = adapted_model(held, config.lora)
+    return anchored_model(adapted) if config.train and config.train.anchor else adapted
+
+
+def anchored_model(model: ModelConfig) -> ModelConfig:
+    """What a branch of a dense model is while it trains beside its anchor: a mixture of the two.
+    One that has an anchor stays as it is. Raises ConfigError for what cannot have one."""
+    if model.has_anchor:
+        return model
+    if model.moe or model.lora:
+        what = "the model is a mixture already" if model.moe else "the model has LoRA experts"
+        raise ConfigError(f"config.train.anchor: {what}; branches start from a dense checkpoint")
+    try:
+        return dataclasses.replace(model, moe=MoEConfig((1,) * model.layers, k=2, anchor=True))
+    except ConfigError as error:
+        raise ConfigError(*(f"config.train.anchor: {told}" for told in error.args)) from None
 
 
 def is_pretrained(metadata: CheckpointMetadata) -> bool:
@@ -173,13 +196,57 @@ def start_adapted(
     return join(placed, params), base
 
 
-def start_branch(init: Checkpoint, abstract: Any) -> tuple[Params, Base]:
-    """Step 0 of a branch of which the feed-forwards alone are trained: (all parameters, the base
-    whose other ones it keeps). That of a branch of a branch is the first one's."""
+def is_started_as_branch(init: CheckpointMetadata, model: ModelConfig, train: TrainConfig) -> bool:
+    """Whether `start_branch` starts it: what has an anchor and is whole already, since more than
+    its feed-forwards was trained, goes on as any model."""
+    if model.has_anchor and init.model.has_anchor:
+        return train.frozen == "shared" and init.base is not None
+    return train.frozen == "shared" or model.has_anchor
+
+
+def start_branch(init: Checkpoint, model: ModelConfig, abstract: Any) -> tuple[Params, Base]:
+    """Step 0 of a branch that keeps all of its base but the feed-forwards, or has these as its
+    anchor: (all parameters, the base). That of a branch of a branch is the first one's, as long as
+    both have an anchor or neither.
+
+    Beside a new anchor stands its copy; router and biases are zero, which opens both by one half,
+    so that the branch is its base to the last bit.
+    """
     own, shared = partition(abstract, is_feed_forward)
-    base = init.metadata.base or Base(str(init.path), "")
-    params, base = load_base(base, init.metadata.model, shared, init.path)
-    return join(load_part(init, own), params), base
+    is_new = model.has_anchor and not init.metadata.model.has_anchor
+    before = None if is_new else init.metadata.base
+    params, base = load_base(before or Base(str(init.path), ""), model, shared, init.path)
+    return join(_beside_anchor(init, abstract) if is_new else load_part(init, own), params), base
+
+
+def _beside_anchor(init: Checkpoint, abstract: Any) -> Params:
+    """A dense model's feed-forwards as the only expert of each layer, whatever dtype the anchor is
+    kept in, and the router between the two."""
+    own = partition(abstract, is_feed_forward)[0]
+    copies = {
+        run: {
+            "ffn": {
+                name: jax.ShapeDtypeStruct(
+                    x.shape, own[run]["ffn"][name].dtype, sharding=x.sharding
+                )
+                for name, x in tree["anchor"].items()
+            }
+        }
+        for run, tree in partition(abstract, is_anchor)[0].items()
+    }
+
+    def make(copies):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: (
+                jnp.zeros(x.shape, x.dtype)
+                if is_router(path)
+                else copies[path[0].key]["ffn"][path[-1].key][:, None]
+            ),
+            own,
+        )
+
+    shardings = jax.tree.map(lambda x: x.sharding, own)
+    return jax.jit(make, out_shardings=shardings)(load_part(init, copies))
 
 
 def checked_mesh(
@@ -240,17 +307,24 @@ def _misfits(
             "config.train.frozen='base': there are no LoRA experts to train; add a lora section to"
             " the config"
         )
-    if train.frozen == "shared" and model.moe:
+    if train.frozen in ("shared", "shared_layers") and model.moe and not model.has_anchor:
         yield (
-            "config.train.frozen='shared': the model is a mixture already; branches are dense (or"
-            " set it to 'experts' or 'all_but_routers')"
+            f"config.train.frozen={train.frozen!r}: the model is a mixture already; branches are"
+            " dense (or set it to 'experts' or 'all_but_routers')"
+        )
+    if train.frozen == "anchor" and not model.has_anchor:
+        yield "config.train.frozen='anchor': the model has none; set config.train.anchor to True"
+    if train.balance_weight and model.is_branch:
+        yield (
+            f"config.train.balance_weight={train.balance_weight:g}: a branch and its anchor need"
+            " not share the work evenly; set it to 0"
         )
     if train.mixing_probe and config.init == SCRATCH:
         yield (
             "config.train.mixing_probe: random weights are no seed that branches share; name a"
             " checkpoint in config.init, or set it to False"
         )
-    if train.mixing_probe and model.moe:
+    if train.mixing_probe and model.moe and not model.is_branch:
         yield (
             "config.train.mixing_probe: the model is a mixture already, and no branch that will"
             " be mixed; set it to False"

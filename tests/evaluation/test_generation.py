@@ -21,6 +21,8 @@ LORA = dataclasses.replace(
     TINY, lora=LoRAConfig("1,3,3", k=(1, 2, 2), rank=(2,), targets=("q", "o", "up", "down"))
 )
 TIED = dataclasses.replace(TINY, tied_head=True)
+ANCHORED = dataclasses.replace(TINY, moe=MoEConfig((3, 3, 3), anchor=True))
+BRANCH = dataclasses.replace(TINY, moe=MoEConfig((1, 1, 1), anchor=True))
 TOP1 = dataclasses.replace(TINY, moe=MoEConfig((6, 6, 6), k=1, routing="switch"))
 
 
@@ -30,7 +32,7 @@ def scaled(model):
     def larger(path, x):
         return (
             0.5 * jax.random.normal(jax.random.key(2), x.shape)
-            if path[-1].key == "b"
+            if path[-1].key in ("b", "router_bias")
             else x * 6
             if x.ndim > 2
             else x
@@ -62,8 +64,8 @@ def without_cache(model, params, prompt, new_tokens):
 
 @pytest.mark.parametrize(
     "model",
-    [TINY, MOE, MIXED, SOFT, TOP1, LORA],
-    ids=["dense", "moe", "mixed", "soft", "switch", "lora"],
+    [TINY, MOE, MIXED, SOFT, TOP1, LORA, ANCHORED, BRANCH],
+    ids=["dense", "moe", "mixed", "soft", "switch", "lora", "anchored", "branch"],
 )
 def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device):
     params = scaled(model)
@@ -81,8 +83,30 @@ def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device)
 
 @pytest.mark.parametrize(
     ("model", "rows"),
-    [(TINY, 1), (TINY, 4), (MOE, 1), (MOE, 4), (TOP1, 4), (LORA, 4), (TIED, 1)],
-    ids=["dense-1", "dense-4", "moe-1", "moe-4", "switch-4", "lora-4", "tied-1"],
+    [
+        (TINY, 1),
+        (TINY, 4),
+        (MOE, 1),
+        (MOE, 4),
+        (TOP1, 4),
+        (LORA, 4),
+        (TIED, 1),
+        (ANCHORED, 1),
+        (ANCHORED, 4),
+        (BRANCH, 4),
+    ],
+    ids=[
+        "dense-1",
+        "dense-4",
+        "moe-1",
+        "moe-4",
+        "switch-4",
+        "lora-4",
+        "tied-1",
+        "anchored-1",
+        "anchored-4",
+        "branch-4",
+    ],
 )
 def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
     """Next-token distributions after a prompt and after one more token, against the model in
@@ -98,7 +122,7 @@ def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
             assert (leaf.dtype == jnp.float32) == (
-                getattr(path[-1], "key", "") in ("scale", "router")
+                getattr(path[-1], "key", "") in ("scale", "router", "router_bias")
             ), jax.tree_util.keystr(path)
         step = jax.jit(lambda weights, *args: forward(model, compute, weights, *args))
         read = jax.jit(lambda weights, hidden: jax.nn.log_softmax(next_logits(weights, hidden)))
