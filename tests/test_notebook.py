@@ -15,7 +15,14 @@ pytestmark = pytest.mark.cli
 
 @pytest.mark.slow
 def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch):
-    steps = {"seed": 6, "expert_math": 3, "expert_code": 3, "expert_world": 3, "finetune": 3, "dense": 3}
+    steps = {
+        "seed": 6,
+        "expert_math": 3,
+        "expert_code": 3,
+        "expert_world": 3,
+        "finetune": 3,
+        "dense": 3,
+    }
     overrides = [
         f"--config.pipeline.{name}.config.train.steps={count}" for name, count in steps.items()
     ]
