@@ -543,7 +543,7 @@ class OracleConfig(Section):
     """A mixture that is told where its tokens go.
 
     mixture: name among evaluate.models. experts: every domain of data.heldout -> the number, from
-    0, of the expert that all its tokens go to.
+    0, of the expert that all its tokens go to; an anchor's is the last.
     """
 
     mixture: str

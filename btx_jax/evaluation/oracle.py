@@ -2,6 +2,8 @@
 is lost before any router chooses, and so what routing could gain at most.
 
 No router is forced: where all experts are copies of one, it does not matter which are chosen.
+Beside an anchor, which answers with the chosen ones, the other experts are shut out by their biases
+instead, and what is left is the branch that the expert was.
 """
 
 from typing import Any
@@ -12,6 +14,8 @@ from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import ConfigError
 from btx_jax.models.llama import Params
 
+SHUT = -1e9  # of a router's logits
+
 
 def check(model: ModelConfig, expert: int, key: str) -> None:
     """Raises ConfigError, naming the key, where a layer with experts has none of this number, or
@@ -19,7 +23,7 @@ def check(model: ModelConfig, expert: int, key: str) -> None:
     specs = [spec for spec in model.layer_specs() if spec.experts]
     if not specs:
         raise ConfigError(f"{key}: is no mixture; name one")
-    if expert >= (fewest := min(spec.experts for spec in specs)):
+    if expert >= (fewest := min(spec.routed for spec in specs)):
         raise ConfigError(
             f"{key}: has no expert {expert} in every layer; there are {fewest}, counted from 0"
         )
@@ -31,19 +35,22 @@ def check(model: ModelConfig, expert: int, key: str) -> None:
 
 
 def told(params: Params, expert: int) -> Params:
-    """The mixture's parameters with every expert a copy of one. Of feed-forward leaves
-    [L, E, ...]."""
+    """The mixture's parameters with every expert a copy of one, of feed-forward leaves [L, E, ...];
+    beside an anchor, with the others shut out. An anchor's number is the last: all are."""
 
-    def copied(run: Any) -> Any:
-        if "router" not in run["ffn"]:
-            return run
-        ffn = {
+    def copied(ffn: Any) -> Any:
+        if "router" not in ffn:
+            return ffn
+        if "router_bias" in ffn:
+            bias_LE = ffn["router_bias"]
+            is_own_E = jnp.arange(bias_LE.shape[1]) == expert
+            return {**ffn, "router_bias": jnp.where(is_own_E, bias_LE, SHUT)}
+        return {
             name: leaf if name == "router" else jnp.broadcast_to(leaf[:, expert, None], leaf.shape)
-            for name, leaf in run["ffn"].items()
+            for name, leaf in ffn.items()
         }
-        return {**run, "ffn": ffn}
 
     return {
-        name: copied(value) if name.startswith("layers_") else value
+        name: {**value, "ffn": copied(value["ffn"])} if name.startswith("layers_") else value
         for name, value in params.items()
     }

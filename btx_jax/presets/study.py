@@ -61,6 +61,13 @@ SEED_RATE = 1.5e-3  # 4.73 nats behind 200 steps of 400; half of it 4.87, twice 
 BRANCH_STEPS = FINETUNE_STEPS = 500
 
 
+OWN = "own"  # routers of rows that the branches were trained with
+# As FlexOlmo trains them.
+BESIDE_ANCHOR: Mapping[str, Any] = {
+    "frozen": "shared", "anchor": True, "balance_weight": 0.0, "z_loss_weight": 1e-3
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Branch:
     """rate: of its peak, in peaks of the seed. train: other changes of its train section."""
@@ -73,6 +80,16 @@ class Branch:
         """Whether nothing that branches share has moved, so that there is nothing to merge."""
         return bool(self.train)
 
+    @property
+    def has_anchor(self) -> bool:
+        """Whether it brings its own router row, and the seed's feed-forwards as its anchor."""
+        return bool(self.train.get("anchor"))
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """How those of its mixtures start."""
+        return (OWN,) if self.has_anchor else ROUTERS
+
 
 BRANCHES = {
     "full_100": Branch(1.0),
@@ -80,12 +97,14 @@ BRANCHES = {
     "full_10": Branch(0.1),
     "ffn_100": Branch(1.0, {"frozen": "shared"}),
     "ffn_30": Branch(0.3, {"frozen": "shared"}),
+    "anchor_100": Branch(1.0, BESIDE_ANCHOR),
+    "anchor_30": Branch(0.3, BESIDE_ANCHOR),
 }
 ROUTERS = ("normal", *SOLVED)
 MERGES = ("mean", REGMEAN, "ties", COPY)
 FROM_SEED = ("ties", COPY)  # merges that read the seed
 # Of mixtures that are trained on: what is left out of these is told by the untuned ones.
-TUNED_ROUTERS, TUNED_MERGES = ("normal", RIDGE), ("mean", REGMEAN)
+TUNED_ROUTERS, TUNED_MERGES = ("normal", RIDGE, OWN), ("mean", REGMEAN)
 # What is trained of a mixture.
 WHAT: Mapping[str, Mapping[str, Any]] = {"all": {}, "routers": {"frozen": "all_but_routers"}}
 
@@ -94,7 +113,7 @@ RATES = (1.0, 0.3, 0.1)
 BEST_RATE = {"btx": 0.3, "dense": 0.3, "upcycling": 0.3}
 # The name among the paper's arms of each, on as many tokens as BTX.
 PEERS = {"btx": "btx", "dense": "dense", "upcycling": "upcycling_tokens"}
-BEST = "full_30"  # branches of btx
+BEST = "full_30"  # branches of btx, not beside an anchor
 UNTUNED = f"@untuned-{BEST}-{ROUTERS[0]}-{MERGES[0]}"  # as in the paper
 
 GROUPS = ("branches", "main", "all", "tuning")
@@ -166,13 +185,14 @@ def _branches(arms: Arms) -> dict[str, list[str]]:
             arms.train(f"expert-{kind}-{name}", base, s.seed, text, BRANCH_STEPS)
             for name, text in s.texts.items()
         ]
-        experts[kind].append(s.seed)
+        if not branch.has_anchor:
+            experts[kind].append(s.seed)
         for merge in _merges(kind):
-            for router in ROUTERS:
+            for router in branch.routers:
                 _mixture(arms, kind, experts[kind], router, merge)
             sent = {domain: number for number, domain in enumerate(DOMAIN_OF.values())}
             arms.oracles[f"oracle-{kind}-{merge}"] = OracleConfig(
-                f"untuned-{kind}-{ROUTERS[0]}-{merge}", sent | {GENERAL: len(sent)}
+                f"untuned-{kind}-{branch.routers[0]}-{merge}", sent | {GENERAL: len(sent)}
             )
     return experts
 
@@ -188,7 +208,8 @@ def _mixture(arms: Arms, kind: str, experts: list[str], router: str, merge: str)
         read["data"] = _data(MIXED)
         read["text"] = tuple(f"{domain}_branch" for domain in (*DOMAIN_OF.values(), GENERAL))
     name = f"untuned-{kind}-{router}-{merge}"
-    arms.mix(name, experts, is_model=True, router=router, merge=merge, **read)
+    start = "normal" if router == OWN else router
+    arms.mix(name, experts, is_model=True, router=start, merge=merge, **read)
 
 
 def _peers(arms: Arms) -> None:
