@@ -334,3 +334,11 @@ def test_a_page_without_mixtures_has_no_routing():
     assert page.count("<svg") == 1, "one model has no compute to compare, and nothing trained"
     assert "<script" not in page
     assert 'href="#curves"' not in page
+
+
+def test_a_page_without_shown_texts_has_routing_alone():
+    mixture = RESULTS["models"]["btx"]
+    silent = mixture | {"routing": mixture["routing"] | {"texts": {}}}
+    found = RESULTS | {"models": RESULTS["models"] | {"btx": silent}}
+    page = render("t", summarise(found, {}, {}), {}, [], {})
+    assert 'id="routing"' in page and "#tokens" not in page and 'id="tokens"' not in page
