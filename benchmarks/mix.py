@@ -71,9 +71,9 @@ def write_models(folder: Path) -> None:
             directory, TINYLLAMA, known_families()["llama"], dict.fromkeys(names, bfloat16)
         )
         for tensor, slot in names.items():
-            writer.write(
-                tensor, (rng.standard_normal(slot.shape, np.float32) * 0.02).astype(bfloat16)
-            )
+            values = rng.standard_normal(slot.shape, np.float32) * 0.02
+            is_norm = tensor.part.endswith("scale")
+            writer.write(tensor, (values + 1 if is_norm else values).astype(bfloat16))
         writer.finish({}, 1, 2, "# random weights\n")
         print(f"wrote {directory}", flush=True)
 
@@ -119,7 +119,8 @@ def measure_solved(folder: Path) -> None:
         command = ["mix", str(folder / "solved.yml"), str(folder / "mixed")]
         took, printed = timed([sys.executable, "-c", MEASURE, *command])
         peak = int(printed.splitlines()[-1])
-        print(f"{kind:18} {took:7.1f} s, {(peak - imports) / 1024:6.0f} MiB above the imports")
+        above = (peak - imports) / 1024
+        print(f"{kind:18} {took:7.1f} s, {above:6.0f} MiB above the imports", flush=True)
 
 
 def main() -> None:

@@ -27,13 +27,18 @@ def regmean(weights: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: f
         np.fill_diagonal(shrunk, gram.diagonal())
         left += shrunk
         right += shrunk @ (weight - mean)  # nothing is added to the mean of equal models
-    added = solve_positive(left, right)
+    # Inputs of unlike sizes are no few inputs; of those that are 0 for all models the mean is kept.
+    size = np.sqrt(left.diagonal())
+    size[size == 0] = 1
+    left /= np.outer(size, size)
+    np.fill_diagonal(left, 1)
+    added = solve_positive(left, right / size[:, None])
     if added is None:
         raise UserError(
             f"inputs of {len(mean)} numbers do not determine with alpha={alpha:g} how the layer is"
             " merged; lower alpha, or give more text"
         )
-    return mean + added
+    return mean + added / size[:, None]
 
 
 def weighted_rows(tables: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> np.ndarray:

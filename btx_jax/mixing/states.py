@@ -16,7 +16,7 @@ from btx_jax.mixing.text import Rows
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import FeedForward, RMSNorm, exact_matmuls
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 
 Read = Callable[[TensorId], np.ndarray]
 
@@ -159,8 +159,10 @@ def forced_states(
                 _after_heads(dense, attention, params["ffn_norm"]["scale"], *batch)
                 for batch in zip(states[number], y[number], strict=True)
             ]
+            y[number] = []
             states[number] = [_after_ffn(dense, ffn, *batch) for batch in after]
             seen.append(np.concatenate([h for _, h in after]))
+            del ffn, after  # before the next expert's are read
         yield seen
     if inputs and HEAD in slots(model):
         scale = jnp.asarray(read(TensorId("final_norm/scale")), jnp.float32)

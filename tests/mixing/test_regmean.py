@@ -49,10 +49,29 @@ def test_few_tokens_suffice_below_alpha_1_and_are_told_at_1():
     assert np.isfinite(regmean(weights, grams, 0.9)).all()
     with pytest.raises(UserError, match=r"12 numbers do not determine with alpha=1 .*lower alpha"):
         regmean(weights, grams, 1.0)
+
+
+def test_inputs_that_are_always_zero_keep_the_mean():
+    weights, _, grams = layers()
     for gram in grams:
         gram[3] = gram[:, 3] = 0
-    with pytest.raises(UserError, match=r"alpha=0\.9 .*more text"):
-        regmean(weights, grams, 0.9)
+    merged = regmean(weights, grams, 0.9)
+    np.testing.assert_array_equal(merged[3], np.mean(np.float64(weights), 0)[3])
+    others = np.delete(np.arange(IN), 3)
+    parts = [weight[others] for weight in weights], [gram[np.ix_(others, others)] for gram in grams]
+    np.testing.assert_allclose(merged[others], regmean(*parts, 0.9), rtol=1e-9)
+
+
+def test_the_size_of_inputs_does_not_matter():
+    """Of a feature that is a million times another's, weights are as much smaller."""
+    weights, _, grams = layers()
+    size = np.logspace(-6, 6, IN)
+    sized = (
+        [weight / size[:, None] for weight in weights],
+        [g * np.outer(size, size) for g in grams],
+    )
+    expected = regmean(weights, grams, 0.9) / size[:, None]
+    np.testing.assert_allclose(regmean(*sized, 0.9), expected, rtol=1e-9)
 
 
 def test_rows_of_an_embedding_are_regmean_of_one_hot_inputs():
