@@ -56,6 +56,8 @@ def test_every_arm_runs_and_is_reported(group, parts, tmp_path, monkeypatch):
     kinds = {kind: study.BRANCHES[kind] for kind in (study.BEST, "ffn_30", "anchor_30")}
     for module in (study, tables):
         monkeypatch.setattr(module, "BRANCHES", kinds)
+    monkeypatch.setattr(study, "ROUTERS", study.ROUTERS[:2])
+    monkeypatch.setattr(study, "MERGES", study.MERGES[:2])
     config = at_two_steps(study.paper_small(group))
     stages.run(config, tmp_path / "out")
     told = (tmp_path / "out" / "study.md").read_text()
