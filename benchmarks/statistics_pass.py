@@ -1,5 +1,5 @@
 """The pass that routers and shared weights are solved in (mixing/states.py), compiled for one TPU
-chip at Llama-2-7B's shape: does a layer with 2,048 tokens fit, and what does it compute?
+chip at Llama-2-7B's shape: does a layer with 4,096 tokens fit, and what does it compute?
 
     python benchmarks/statistics_pass.py [--topology=v5e:2x2] [--preset=llama2_7b]
 

@@ -16,7 +16,7 @@ from btx_jax.mixing.text import Rows
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import FeedForward, RMSNorm, exact_matmuls
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 4096
 
 Read = Callable[[TensorId], np.ndarray]
 
@@ -162,6 +162,7 @@ def forced_states(
             y[number] = []
             states[number] = [_after_ffn(dense, ffn, *batch) for batch in after]
             seen.append(np.concatenate([h for _, h in after]))
+            jax.block_until_ready(states[number])
             del ffn, after  # before the next expert's are read
         yield seen
     if inputs and HEAD in slots(model):
