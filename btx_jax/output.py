@@ -226,6 +226,12 @@ def abandon() -> None:
     """Remove what this process has not finished; threads that still write there cannot keep it."""
     for path in list(_unfinished):
         for _ in range(100):
+            if not buckets.is_on_bucket(path) and path.is_dir():
+                # Where it has another name, they find it no more.
+                gone = path.with_name(f"{path.name}-gone")
+                with contextlib.suppress(OSError):
+                    path.rename(gone)
+                remove(gone)
             remove(path)
             if not path.exists():
                 break

@@ -124,6 +124,7 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture)
             assert (jax.device_get(a) == jax.device_get(b)).all()
 
 
+@pytest.mark.slow
 def test_two_processes_probe_mixing_as_one_and_after_both_are_killed(cli):
     cli.run(*cli.seed("seed", steps=3))
 
