@@ -76,9 +76,14 @@ def router_logits(
     """
     if bias_E is None:
         return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
-    # Padded before the product: that of a lone row, as a branch has it, would round otherwise than
-    # the same row's beside others.
-    return router_logits(x_GSD, jnp.pad(router_DE, ((0, 0), (0, 1)))) + jnp.pad(bias_E, (0, 1))
+    # A row at a time, the anchor's zeros among them: how a product rounds depends on how many rows
+    # it has, and a branch has one.
+    x_GSD = x_GSD.astype(jnp.float32)
+    rows_EGS = jax.lax.map(
+        lambda row_D: jnp.einsum("gsd,d->gs", x_GSD, row_D, precision="highest"),
+        jnp.pad(router_DE, ((0, 0), (0, 1))).T,
+    )
+    return jnp.moveaxis(rows_EGS, 0, -1) + jnp.pad(bias_E, (0, 1))
 
 
 Expert = tuple[Kernel, Kernel]  # gate_up [D, 2 F] and down [F, D], of joint_swiglu
