@@ -181,7 +181,10 @@ def forced_states(
         seen.clear()  # a progress bar holds what it passed on last
     if inputs and HEAD in slots(model):
         scale = jnp.asarray(read(TensorId("final_norm/scale")), jnp.float32)
-        tell([HEAD], [_normed(dense, scale, x) for x in states])
+        for number, x in enumerate(states):
+            states[number] = _normed(dense, scale, x)
+            del x
+        tell([HEAD], states)
 
 
 def _params(model: ModelConfig, read: Read, tensors: Iterable[TensorId]) -> dict[str, Any]:
