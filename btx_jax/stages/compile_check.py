@@ -2,12 +2,13 @@
 machine without one.
 
 Needs libtpu (`pip install btx_jax[tpu]`), no TPU and no weights. Prints a table and writes
-compile.json. What it tells is what the compiler decided (memory, FLOPs, collectives) and what the
-chips' data sheets allow (a bound on the step time); nothing is timed.
+compile.json. What it tells is what the compiler decided (memory, FLOPs, collectives), how long it
+expects the step to take (costs/clock.py), and what data sheets allow at least; nothing is timed.
 """
 
 import dataclasses
 import functools
+import heapq
 import json
 import math
 import os
@@ -26,10 +27,12 @@ from rich.table import Table
 
 from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.costs import hlo
 from btx_jax.costs.chips import GIB, Chip, chip
-from btx_jax.costs.kernels import kernel_flops, rows_in_use
+from btx_jax.costs.clock import Clock, read_clock
+from btx_jax.costs.kernels import filled, kernel_flops, rows_in_use
+from btx_jax.costs.links import Slice
 from btx_jax.costs.model import attention_flops, train_flops
+from btx_jax.costs.program import Kernel, Program, read_program
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.models.leaves import is_feed_forward
@@ -50,13 +53,16 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
+DEAREST = 10  # operations that are told by name
 DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move tokens
 
 
 @dataclasses.dataclass
 class Check:
     """Of one step and one device: bytes, FLOPs, seconds. Grouped matmuls: gmm when the router
-    balances, gmm_at_most with every row of their buffer in use."""
+    balances, gmm_at_most with every row of their buffer in use. clock: `costs.clock.Clock`, with
+    the step's seconds, its MFU and the dearest operations. floors: seconds that each resource needs
+    alone."""
 
     topology: str
     devices: int
@@ -66,7 +72,8 @@ class Check:
     memory: dict[str, float]
     flops: dict[str, float]
     collectives: list[dict[str, Any]]
-    roofline: dict[str, float]
+    clock: dict[str, Any]
+    floors: dict[str, float]
     compile_seconds: float
     host_memory: float
 
@@ -146,6 +153,7 @@ def check(
         {},
         [],
         {},
+        {},
         0.0,
         0.0,
     )
@@ -173,10 +181,15 @@ def check(
         {"heldout": _heldout_memory(config, model, mesh)} if config.train.eval_every else {}
     )
     result.fits = max(result.memory["total"], result.memory.get("heldout", 0.0)) <= limits.memory
-    program = hlo.read(compiled.as_text())
-    result.flops = count_flops(program, config, model, len(devices), mesh.shape["expert"])
-    result.collectives = count_collectives(program)
-    result.roofline = roofline(result, program, limits)
+    text = compiled.as_text()
+    program, where = read_program(text), Slice.of(list(mesh.devices.flat), limits)
+    expert_axis = mesh.shape["expert"]
+    result.flops = count_flops(program, config, model, len(devices), expert_axis)
+    seconds = functools.partial(kernel_seconds, model=model, expert_axis=expert_axis, limits=limits)
+    read = read_clock(text, limits, where, seconds)
+    result.collectives = count_collectives(program, read)
+    result.clock = tell_clock(read, result.flops, limits)
+    result.floors = floors(result.flops, program, where)
     return result
 
 
@@ -233,7 +246,7 @@ def _refused(message: str) -> dict[str, float]:
 
 
 def count_flops(
-    program: hlo.Program, config: Config, model: ModelConfig, devices: int, expert_axis: int
+    program: Program, config: Config, model: ModelConfig, devices: int, expert_axis: int
 ) -> dict[str, float]:
     assert config.train and config.data
     tokens = config.train.batch_size * config.data.sequence_length
@@ -267,20 +280,30 @@ def count_flops(
     }
 
 
-def count_collectives(program: hlo.Program) -> list[dict[str, Any]]:
+def kernel_seconds(kernel: Kernel, model: ModelConfig, expert_axis: int, limits: Chip) -> float:
+    """Of all executions, as fast as the matrix unit allows: the compiler says nothing of them."""
+    flops = kernel_flops(kernel, model.window)
+    if "gmm" in kernel.name:
+        flops *= rows_in_use(kernel, model, expert_axis)
+    return flops / limits.flops / filled(kernel, limits.array)
+
+
+def count_collectives(program: Program, read: Clock) -> list[dict[str, Any]]:
     """Per kind, inside a slice and across: executed count, bytes of the larger of operand and
-    result, bytes on the wire."""
+    result, bytes on the wire, how many are asynchronous, and the seconds that are hidden and
+    exposed."""
     rows: dict[tuple[str, bool], dict[str, Any]] = {}
     for one in program.collectives:
-        across = one.slices > 1
+        key = (one.kind, one.slices > 1)
         row = rows.setdefault(
-            (one.kind, across),
+            key,
             {
                 "kind": one.kind,
-                "across_slices": across,
+                "across_slices": key[1],
                 "count": 0,
                 "bytes": 0.0,
                 "wire_bytes": 0.0,
+                **dataclasses.asdict(read.collectives[key]),
             },
         )
         row["count"] += one.trips
@@ -289,23 +312,35 @@ def count_collectives(program: hlo.Program) -> list[dict[str, Any]]:
     return [rows[key] for key in sorted(rows)]
 
 
-def roofline(result: Check, program: hlo.Program, limits: Chip) -> dict[str, float]:
-    """Seconds that each resource needs alone. The step takes at least the longest of them, and
-    their sum if nothing overlaps."""
-    inside = sum(row["wire_bytes"] for row in result.collectives if not row["across_slices"])
-    across = sum(row["wire_bytes"] for row in result.collectives if row["across_slices"])
-    seconds = {
-        "compute": result.flops["compiled"] / limits.flops,
-        "memory": program.memory_bytes / limits.bandwidth,
-        "interconnect": inside / limits.interconnect,
-        "network": across / limits.network,
+def tell_clock(read: Clock, flops: dict[str, float], limits: Chip) -> dict[str, Any]:
+    dearest = [
+        {"place": place, "name": name, "seconds": seconds}
+        for (place, name), seconds in heapq.nlargest(
+            DEAREST, read.by_place.items(), key=lambda item: item[1]
+        )
+    ]
+    return {
+        "seconds": read.seconds,
+        "mfu": (flops["model"] + flops["model_attention"]) / limits.flops / read.seconds,
+        "cycles": read.cycles,
+        "kernels": read.kernels,
+        "moves": read.moves,
+        "copies": read.copies,
+        "exposed": read.exposed,
+        "hidden": sum(kind.hidden for kind in read.collectives.values()),
+        "dearest": dearest,
     }
-    needed = result.flops["model"] + result.flops["model_attention"]
-    longest, together = max(seconds.values()), sum(seconds.values())
-    return seconds | {
-        "step_at_least": longest,
-        "mfu_at_most": needed / limits.flops / longest,
-        "mfu_no_overlap": needed / limits.flops / together,
+
+
+def floors(flops: dict[str, float], program: Program, where: Slice) -> dict[str, float]:
+    """Seconds that each resource needs alone: a step takes at least the longest of them."""
+    inside = [one for one in program.collectives if one.slices == 1]
+    across = [one for one in program.collectives if one.slices > 1]
+    return {
+        "compute": flops["compiled"] / where.chip.flops,
+        "memory": program.memory_bytes / where.chip.bandwidth,
+        "links": sum(where.seconds(one) * one.trips for one in inside),
+        "network": sum(where.seconds(one) * one.trips for one in across),
     }
 
 
@@ -380,6 +415,10 @@ def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
         accumulate *= 2
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+
+
 def print_check(result: Check, console: Console) -> None:
     gib = lambda value: f"{value / GIB:.2f} GiB"  # noqa: E731
     table = Table(
@@ -397,6 +436,20 @@ def print_check(result: Check, console: Console) -> None:
         )
         console.print(table)
         return
+    step = result.clock
+    table.add_row(
+        "step by the compiler's clock", f"{_time(step['seconds'])}, MFU {step['mfu']:.0%}"
+    )
+    parts = {name: step[name] for name in ("cycles", "kernels", "moves", "copies")}
+    table.add_row(
+        "  of it",
+        ", ".join(f"{name} {_time(seconds)}" for name, seconds in parts.items())
+        + f", exposed collectives {_time(step['exposed'])} ({_time(step['hidden'])} hidden)",
+    )
+    table.add_row(
+        "at least, by each alone",
+        ", ".join(f"{name} {_time(seconds)}" for name, seconds in result.floors.items()),
+    )
     table.add_row(
         "memory",
         f"{gib(memory['total'])} of {gib(limit)}: {'fits' if result.fits else 'does not fit'}",
@@ -427,21 +480,12 @@ def print_check(result: Check, console: Console) -> None:
         where = "across slices" if row["across_slices"] else "inside a slice"
         table.add_row(
             f"{row['kind']}, {where}",
-            f"{row['count']} times, {gib(row['bytes'])}, {gib(row['wire_bytes'])} sent",
+            f"{row['asynchronous']} async, {row['synchronous']} sync, {gib(row['bytes'])},"
+            f" {gib(row['wire_bytes'])} sent: {_time(row['exposed'])} exposed,"
+            f" {_time(row['hidden'])} hidden",
         )
-    line = result.roofline
-    bound = max(("compute", "memory", "interconnect", "network"), key=lambda name: line[name])
-    table.add_row(
-        "bounds, seconds",
-        ", ".join(
-            f"{name} {line[name]:.3f}" for name in ("compute", "memory", "interconnect", "network")
-        ),
-    )
-    table.add_row(
-        "step",
-        f"at least {line['step_at_least']:.3f} s, bound by {bound}; "
-        f"MFU at most {line['mfu_at_most']:.0%}, {line['mfu_no_overlap']:.0%} without overlap",
-    )
+    for one in step["dearest"]:
+        table.add_row(f"  {_time(one['seconds'])}", f"{one['place']} ({one['name']})")
     table.add_row(
         "compiled in", f"{result.compile_seconds:.0f} s, {gib(result.host_memory)} on this machine"
     )
