@@ -12,7 +12,6 @@ import heapq
 import json
 import math
 import os
-import re
 import resource
 import sys
 import time
@@ -33,16 +32,23 @@ from btx_jax.costs.kernels import filled, kernel_flops, rows_in_use
 from btx_jax.costs.links import Slice
 from btx_jax.costs.model import attention_flops, train_flops
 from btx_jax.costs.program import Kernel, Program, read_program
+from btx_jax.costs.refusals import read_refusal
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.models.leaves import is_feed_forward
 from btx_jax.models.lora import partition
 from btx_jax.output import new_file
+from btx_jax.parallel.topologies import DIMENSIONS, LARGEST_PLANE, parse_grid
 from btx_jax.progress import clock
 from btx_jax.terminal import Console
 from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import abstract_seed, is_probed
-from btx_jax.training.start import checked_mesh, starting_point, trained_model
+from btx_jax.training.start import (
+    checked_mesh,
+    dividing_accumulate,
+    starting_point,
+    trained_model,
+)
 from btx_jax.training.step import lower_train_step, state_shardings
 
 FILE = "compile.json"
@@ -53,6 +59,10 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
+VECTOR_CURE = (
+    "one operation needs more vector memory (VMEM) than there is; more chips and smaller batches do"
+    " not help: use --config.compute.kernels=xla"
+)
 DEAREST = 10  # operations that are told by name
 DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move tokens
 
@@ -69,6 +79,7 @@ class Check:
     mesh: dict[str, int]
     device_kind: str
     fits: bool
+    refused: str  # by the compiler: for its total memory, its vector memory, or "" for not
     memory: dict[str, float]
     flops: dict[str, float]
     collectives: list[dict[str, Any]]
@@ -98,7 +109,10 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
     result = check(config, model, devices, topology)
     print_check(result, console)
     changes: list[dict[str, Any]] = []
-    if not result.fits:
+    if result.refused == "vector":
+        console.print(VECTOR_CURE)
+        changes = [{"change": VECTOR_CURE, "compiled": False}]
+    elif not result.fits:
         changes = list(cures(config, model, devices, topology, console))
     write(workdir / FILE, result, changes)
     console.print(f"wrote {workdir / FILE}")
@@ -107,11 +121,12 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
 
 def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     """Abstract devices of `v5p:2x2x4` and the like. Raises UserError when libtpu is missing or does
-    not know it."""
+    not know it, and for a slice that is not offered."""
     from jax.experimental import topologies
 
     if find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs libtpu: pip install 'btx_jax[tpu]'")
+    parse_grid(topology)
     os.environ.update(
         {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     )
@@ -149,6 +164,7 @@ def check(
         dict(mesh.shape),
         kind,
         False,
+        "",
         {"limit": limits.memory},
         {},
         [],
@@ -165,9 +181,12 @@ def check(
         with clock("compiling"):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not _is_refused(error):
+        refusal = read_refusal(str(error))
+        if not refusal:
             raise
-        result.memory |= _refused(str(error))
+        part = "vector" if refusal.vector else "total"
+        result.memory |= {part: refusal.needed} if refusal.needed else {}
+        result.refused = part
         return result
     finally:
         result.compile_seconds = time.monotonic() - start
@@ -216,9 +235,10 @@ def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
     try:
         used = _memory(lowered.compile())["total"]
     except jax.errors.JaxRuntimeError as error:
-        if not _is_refused(error):
+        refusal = read_refusal(str(error))
+        if not refusal:
             raise
-        return _refused(str(error)).get("total", math.inf)
+        return refusal.needed or math.inf
     beside = _shard_bytes(state.opt_state)
     if is_probed(model, config.train):
         shared = partition(state.params, is_feed_forward)[1]
@@ -232,17 +252,6 @@ def _shard_bytes(abstract: Any) -> float:
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(abstract)
     )
-
-
-def _is_refused(error: jax.errors.JaxRuntimeError) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error)
-
-
-def _refused(message: str) -> dict[str, float]:
-    """Bytes that the compiler says it would have needed."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
-    return {"total": float(used[1]) * units[used[2]]} if used else {}
 
 
 def count_flops(
@@ -364,26 +373,38 @@ def cures(
         chips = 2 * len(devices)
         while bytes_of_state * slices / chips > 0.8 * limits.memory:
             chips *= 2
-        console.print(
-            f"parameters and moments alone take {state / GIB:.1f} GiB a chip: use {chips} chips or"
-            " more of this kind"
-        )
-        yield {"change": f"{chips} chips", "compiled": False}
+        change = more_chips(config, chips, slices, topology)
+        console.print(f"parameters and moments alone take {state / GIB:.1f} GiB a chip: {change}")
+        yield {"change": change, "compiled": False}
         return
     for change, changed in _candidates(config, slices):
         try:
             found = check(changed, model, devices, topology)
         except UserError:
             continue
-        told = (
-            f"{found.memory.get('total', float('nan')) / GIB:.1f} of {limits.memory / GIB:.2f} GiB"
+        total = found.memory.get("total")
+        told = f"{total / GIB:.1f}" if total else "more"
+        console.print(
+            f"with {change}: {'fits' if found.fits else 'does not fit'}, {told} of"
+            f" {limits.memory / GIB:.2f} GiB"
         )
-        console.print(f"with {change}: {'fits' if found.fits else 'does not fit'}, {told}")
         yield {"change": change, "compiled": True, "fits": found.fits, "memory": found.memory}
         if found.fits:
             return
-    console.print(f"none of these is enough on {len(devices)} chips: use {2 * len(devices)}")
-    yield {"change": f"{2 * len(devices)} chips", "compiled": False}
+    change = more_chips(config, 2 * len(devices), slices, topology)
+    console.print(f"none of these is enough on {len(devices)} chips: {change}")
+    yield {"change": change, "compiled": False}
+
+
+def more_chips(config: Config, chips: int, slices: int, topology: str) -> str:
+    """ "use 128 chips", with the micro-batches that divide over them."""
+    assert config.train and config.mesh
+    kind = parse_grid(topology)[0]
+    if DIMENSIONS[kind] == 2 and chips > slices * LARGEST_PLANE:
+        return f"no slice of {kind} holds it, use chips with more memory"
+    accumulate = dividing_accumulate(config.train, chips // max(config.mesh.tensor, 1))
+    fewer = accumulate and accumulate != config.train.accumulate
+    return f"use {chips} chips" + (f" with --config.train.accumulate={accumulate}" if fewer else "")
 
 
 def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
@@ -428,12 +449,11 @@ def print_check(result: Check, console: Console) -> None:
         title_justify="left",
     )
     memory, flops, limit = result.memory, result.flops, result.memory["limit"]
-    if not flops:
-        table.add_row(
-            "memory",
-            f"does not fit: {gib(memory['total']) if 'total' in memory else 'more'} of"
-            f" {gib(limit)}",
-        )
+    if result.refused:
+        name = "vector memory of one operation" if result.refused == "vector" else "memory"
+        there = "there is" if result.refused == "vector" else gib(limit)
+        needed = gib(memory[result.refused]) if result.refused in memory else "more"
+        table.add_row(name, f"does not fit: {needed} of {there}")
         console.print(table)
         return
     step = result.clock
