@@ -81,9 +81,9 @@ def read_clock(
 def place_of(op_name: str) -> str:
     """jit(step)/transpose(jvp(Llama))/while/body/layers_0/ffn/dot_general -> backward layers_0/ffn
     dot_general: what is ours of it."""
-    way = "backward " if "transpose(" in op_name else "forward " if "jvp(" in op_name else ""
+    way = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else ""
     words = [word for word in op_name.split("/") if word and not _STRUCTURE.fullmatch(word)]
-    return f"{way}{'/'.join(words[:-1])} {words[-1]}".strip() if words else way.strip()
+    return " ".join(filter(None, (way, "/".join(words[:-1]), *words[-1:])))
 
 
 @dataclass

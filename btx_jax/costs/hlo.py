@@ -141,7 +141,7 @@ def ints(text: str) -> tuple[int, ...]:
 
 def called(instruction: Instruction) -> Iterator[str]:
     """Computations that run once when the instruction does; a reduction's is not one of them."""
-    if instruction.opcode in ("fusion", "call", "conditional", "async-start"):
+    if instruction.opcode.removesuffix("-start") in ("fusion", "call", "conditional", "async"):
         for pattern in (
             r"calls=%?([\w.\-]+)",
             r"to_apply=%?([\w.\-]+)",

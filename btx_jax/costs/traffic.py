@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from btx_jax.costs.collectives import COLLECTIVES, goes_on
-from btx_jax.costs.hlo import Computation, Computations, Instruction
+from btx_jax.costs.hlo import Computation, Computations, Instruction, called
 
 FREE = (
     "parameter",
@@ -34,6 +34,8 @@ def traffic(
     if instruction.opcode.endswith("-start"):  # a tuple that names both ends again
         if instruction.opcode.removesuffix("-start") in COLLECTIVES:
             return _size(instruction)
+        if any(called(instruction)):  # what runs beside is charged by what it does
+            return 0.0
         ends = instruction.shapes[:2]
         return min(end.bytes for end in ends) * sum(not end.on_chip for end in ends)
     if instruction.opcode != "fusion":

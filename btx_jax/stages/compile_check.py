@@ -38,6 +38,7 @@ from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.models.leaves import is_feed_forward
 from btx_jax.models.lora import partition
 from btx_jax.output import new_file
+from btx_jax.parallel.compiler_options import compiled
 from btx_jax.parallel.topologies import DIMENSIONS, LARGEST_PLANE, parse_grid
 from btx_jax.progress import clock
 from btx_jax.terminal import Console
@@ -179,7 +180,7 @@ def check(
     )
     try:
         with clock("compiling"):
-            compiled = lowered.compile()
+            program = compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
         refusal = read_refusal(str(error))
         if not refusal:
@@ -191,7 +192,7 @@ def check(
     finally:
         result.compile_seconds = time.monotonic() - start
         result.host_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    result.memory |= _memory(compiled)
+    result.memory |= _memory(program)
     if is_probed(model, config.train):
         params = state_shardings(model, config.train, mesh)[0].params
         result.memory["seed"] = _shard_bytes(abstract_seed(params, config.train))
@@ -200,20 +201,20 @@ def check(
         {"heldout": _heldout_memory(config, model, mesh)} if config.train.eval_every else {}
     )
     result.fits = max(result.memory["total"], result.memory.get("heldout", 0.0)) <= limits.memory
-    text = compiled.as_text()
-    program, where = read_program(text), Slice.of(list(mesh.devices.flat), limits)
+    text = program.as_text()
+    counted, where = read_program(text), Slice.of(list(mesh.devices.flat), limits)
     expert_axis = mesh.shape["expert"]
-    result.flops = count_flops(program, config, model, len(devices), expert_axis)
+    result.flops = count_flops(counted, config, model, len(devices), expert_axis)
     seconds = functools.partial(kernel_seconds, model=model, expert_axis=expert_axis, limits=limits)
     read = read_clock(text, limits, where, seconds)
-    result.collectives = count_collectives(program, read)
+    result.collectives = count_collectives(counted, read)
     result.clock = tell_clock(read, result.flops, limits)
-    result.floors = floors(result.flops, program, where)
+    result.floors = floors(result.flops, counted, where)
     return result
 
 
-def _memory(compiled: Any) -> dict[str, float]:
-    stats = compiled.memory_analysis()
+def _memory(program: Any) -> dict[str, float]:
+    stats = program.memory_analysis()
     parts = {
         "arguments": stats.argument_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
@@ -233,7 +234,7 @@ def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
         model, config.compute, mesh, state.params, micro_batch, config.data.sequence_length
     )
     try:
-        used = _memory(lowered.compile())["total"]
+        used = _memory(compiled(lowered))["total"]
     except jax.errors.JaxRuntimeError as error:
         refusal = read_refusal(str(error))
         if not refusal:
@@ -437,7 +438,9 @@ def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+    units = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+    size, unit = next((u for u in units if seconds >= u[0]), units[-1] if seconds else units[0])
+    return f"{seconds / size:.3g} {unit}"
 
 
 def print_check(result: Check, console: Console) -> None:
@@ -505,7 +508,7 @@ def print_check(result: Check, console: Console) -> None:
             f" {_time(row['hidden'])} hidden",
         )
     for one in step["dearest"]:
-        table.add_row(f"  {_time(one['seconds'])}", f"{one['place']} ({one['name']})")
+        table.add_row(f"  {_time(one['seconds'])}", f"{one['place']} ({one['name']})".strip())
     table.add_row(
         "compiled in", f"{result.compile_seconds:.0f} s, {gib(result.host_memory)} on this machine"
     )

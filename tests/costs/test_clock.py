@@ -98,6 +98,25 @@ def test_of_an_asynchronous_one_what_its_computation_does_not_cover_is():
     assert part == Traffic(5, 0, pytest.approx(5 * 50e-6), pytest.approx(5 * (GATHER - 50e-6)))
 
 
+def test_a_collective_on_a_sparse_core_runs_beside():
+    """As libtpu writes one that it offloads: a call on another thread."""
+    offloaded = """%offloaded (p: bf16[2000000]) -> bf16[8000000] {
+  %p = bf16[2000000]{0:S(1)} parameter(0)
+  ROOT %all-gather.1 = bf16[8000000]{0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%body"""
+    start = (
+        "%g = ((bf16[2000000]{0:S(1)}), bf16[8000000]{0}) call-start(%x),"
+        ' async_execution_thread="sparsecore", to_apply=%offloaded'
+    )
+    text = loop(start, work("a", 100), "%all = bf16[8000000]{0} call-done(%g)")
+    text = text.replace("%body", offloaded, 1)
+    assert gathers(text) == Traffic(5, 0, pytest.approx(5e-4), pytest.approx(5 * (GATHER - 1e-4)))
+    (counted,) = read_program(text).collectives
+    assert (counted.kind, counted.trips, counted.bytes) == ("all-gather", 5, 16e6)
+
+
 def test_two_under_way_share_the_links():
     second = [line.replace("%g", "%h").replace("%all", "%other") for line in (START, DONE)]
     both = gathers(loop(START, second[0], work("a", 200), DONE, second[1]))
@@ -163,6 +182,7 @@ def test_an_all_reduce_fused_with_a_slice_is_one_reduce_scatter():
         ("jit(train_step)/transpose(jvp(Llama))/while/body/closed_call/checkpoint/layers_0/"
          "attention_norm/div", "backward layers_0/attention_norm div"),
         ("jit(train_step)/add", "add"),
+        ("jit(train_step)/transpose(jvp(Llama))/while/body/dynamic_slice", "backward dynamic_slice"),
         ("", ""),
     ],
 )  # fmt: skip
