@@ -62,7 +62,8 @@ ENVIRONMENT = {
 }
 VECTOR_CURE = (
     "one operation needs more vector memory (VMEM) than there is; more chips and smaller batches do"
-    " not help: use --config.compute.kernels=xla"
+    " not help: use --config.compute.kernels=xla, or another xla_tpu_scoped_vmem_limit_kib in"
+    " config.compute.compiler_options"
 )
 DEAREST = 10  # operations that are told by name
 DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move tokens
