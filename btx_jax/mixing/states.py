@@ -16,16 +16,24 @@ from btx_jax.mixing.text import Rows
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import FeedForward, RMSNorm, exact_matmuls
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096  # of prompts
+# What lies between a layer's inputs and outputs, such as attention's scores, is there of so many.
+TOKENS_AT_ONCE = 512
 
 Read = Callable[[TensorId], np.ndarray]
 
 
 # Called with linear layers that get one input, before their weights are read, and with what they
-# get: of each text batches of [rows, length, width], float32.
-Inputs = Callable[[Sequence[TensorId], Sequence[Sequence[np.ndarray]]], None]
+# get: of each text [rows, length, width], float32.
+Inputs = Callable[[Sequence[TensorId], Sequence[np.ndarray]], None]
 
 _INTO_HEADS = ("attention/query", "attention/key", "attention/value")
+
+
+def _by_rows(function: Callable[[Any], jax.Array], rows: Any) -> jax.Array:
+    """function of every row of arrays [B, T, ...], of TOKENS_AT_ONCE tokens at a time."""
+    length = jax.tree.leaves(rows)[0].shape[1]
+    return jax.lax.map(function, rows, batch_size=max(1, TOKENS_AT_ONCE // length))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -39,9 +47,14 @@ def _heads(model: ModelConfig, attention, h_BTD: jax.Array, segments_BT: jax.Arr
     """What the output projection, which need not be there, gets: [B, T, heads * head_dim]."""
     out = jnp.zeros((model.heads, model.head_dim, model.d_model))
     params = {"params": {"out": out} | attention}
+
+    def heads(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        h_TD, segments_T = row
+        y = Attention(model).apply(params, h_TD[None], segments_T[None], method="heads")
+        return cast(jax.Array, y)[0]
+
     with exact_matmuls("float32"):
-        y_BTX = Attention(model).apply(params, h_BTD, segments_BT, method="heads")
-    return cast(jax.Array, y_BTX)
+        return _by_rows(heads, (h_BTD, segments_BT))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -58,13 +71,18 @@ def _after_heads(
 @functools.partial(jax.jit, static_argnums=0)
 def _after_ffn(model: ModelConfig, params, x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
     """x with the answer of one feed-forward, and of a shared expert, where params have them."""
-    with exact_matmuls("float32"):
+
+    def answers(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_TD, h_TD = row
         for name in (part for part in ("ffn", "shared_expert") if part in params):
             own = params[name]
             biases = tuple(bias for bias in model.biases if f"{bias}_bias" in own)
             ffn = FeedForward(own["gate"].shape[1], biases, gated="router" in own)
-            x_BTD += cast(Any, ffn.apply({"params": own}, h_BTD))[0]
-    return x_BTD
+            x_TD += cast(Any, ffn.apply({"params": own}, h_TD[None]))[0][0]
+        return x_TD
+
+    with exact_matmuls("float32"):
+        return _by_rows(answers, (x_BTD, h_BTD))
 
 
 def token_embeddings(reader: Reader, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -120,19 +138,16 @@ def forced_states(
 
     read: a tensor of the mixture. texts: (expert, its text); None: through no routed expert.
     inputs: of attention's projections and the head. In memory: the states of one layer, and of its
-    parameters what is no expert's and one expert's.
+    parameters what is no expert's and one expert's. What is yielded is there until the next.
     """
     dense, table = model.dense(), read(EMBEDDING)
-    segments = [[segments for _, segments in _batches(rows)] for _, rows in texts]
-    states = [
-        [jnp.asarray(table[tokens], jnp.float32) for tokens, _ in _batches(rows)]
-        for _, rows in texts
-    ]
+    segments = [jnp.asarray(rows.segments_RT) for _, rows in texts]
+    states = [jnp.asarray(table[rows.tokens_RT], jnp.float32) for _, rows in texts]
     del table
 
-    def tell(tensors: Sequence[TensorId], states: Sequence[Sequence[jax.Array]]) -> None:
+    def tell(tensors: Sequence[TensorId], states: Sequence[jax.Array]) -> None:
         if inputs:
-            inputs(tensors, [[np.asarray(batch) for batch in batches] for batches in states])
+            inputs(tensors, [np.asarray(state) for state in states])
 
     for layer in range(model.layers):
         own = [t for t in slots(model) if t.layer == layer and not t.is_router]
@@ -141,39 +156,32 @@ def forced_states(
         common = (t for t in own if t.expert is None and t not in (*into, out))
         params = _params(model, read, common)
         attention, scale = params.pop("attention", {}), params["attention_norm"]["scale"]
-        h = [[_normed(dense, scale, x) for x in batches] for batches in states]
+        h = [_normed(dense, scale, x) for x in states]
         tell(into, h)
         attention |= _params(model, read, into)["attention"]
-        y = [
-            [_heads(dense, attention, *batch) for batch in zip(*text, strict=True)]
-            for text in zip(h, segments, strict=True)
-        ]
-        del h
+        y = []
+        for number, segments_RT in enumerate(segments):
+            y.append(_heads(dense, attention, h[0], segments_RT))
+            del h[0]
+            jax.block_until_ready(y[number])
         tell([out], y)
         attention |= _params(model, read, [out])["attention"]
         seen = []
         for number, (expert, _) in enumerate(texts):
             of_expert = (t for t in own if t.expert is not None and t.expert == expert)
             ffn = params | _params(model, read, of_expert)
-            after = [
-                _after_heads(dense, attention, params["ffn_norm"]["scale"], *batch)
-                for batch in zip(states[number], y[number], strict=True)
-            ]
-            y[number] = []
-            states[number] = [_after_ffn(dense, ffn, *batch) for batch in after]
-            seen.append(np.concatenate([h for _, h in after]))
+            x, h_RTD = _after_heads(
+                dense, attention, params["ffn_norm"]["scale"], states[number], y.pop(0)
+            )
+            states[number] = _after_ffn(dense, ffn, x, h_RTD)
+            seen.append(np.asarray(h_RTD))
             jax.block_until_ready(states[number])
-            del ffn, after  # before the next expert's are read
+            del ffn, x, h_RTD  # before the next expert's are read
         yield seen
+        seen.clear()  # a progress bar holds what it passed on last
     if inputs and HEAD in slots(model):
         scale = jnp.asarray(read(TensorId("final_norm/scale")), jnp.float32)
-        tell([HEAD], [[_normed(dense, scale, x) for x in batches] for batches in states])
-
-
-def _batches(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    step = max(1, TOKENS_PER_BATCH // rows.tokens_RT.shape[1])
-    for start in range(0, len(rows.tokens_RT), step):
-        yield rows.tokens_RT[start : start + step], rows.segments_RT[start : start + step]
+        tell([HEAD], [_normed(dense, scale, x) for x in states])
 
 
 def _params(model: ModelConfig, read: Read, tensors: Iterable[TensorId]) -> dict[str, Any]:
