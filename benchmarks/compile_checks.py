@@ -13,9 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from btx_jax.parallel.compiler_options import OPTIONS
+
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "tpu.md"
 GIB = 2**30
+WEIGHTS = ("all-gather", "reduce-scatter")
 
 EXPERT, MOE = "--config=configs/math_expert.py", "--config=configs/moe_finetune.py"
 ONE_STEP = ("--config.train.batch_size=16", "--config.train.accumulate=1")
@@ -132,36 +135,47 @@ def peer_table(results: dict[str, dict]) -> str:
 def check_table(results: dict[str, dict]) -> str:
     lines = [
         (
-            "| run | slice, mesh | memory, GiB | compiled / model FLOPs | dispatch | sent inside /"
-            " across slices, GiB | bound, MFU at most / without overlap | compiled in |"
+            "| run | slice, mesh | step by the clock, MFU | collectives exposed / hidden, s |"
+            " gathers and scatters of them async / sync | at least: compute / memory / links /"
+            " network, s | memory, GiB | compiled / model FLOPs | dispatch | sent inside / across"
+            " slices, GiB | compiled in |"
         ),
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, check in results.items():
         mesh = " ".join(f"{axis}={size}" for axis, size in check["mesh"].items() if size > 1)
-        memory, limit = (
-            check["memory"].get("total", float("nan")) / GIB,
-            check["memory"]["limit"] / GIB,
-        )
+        limit = check["memory"]["limit"] / GIB
         where = f"{check['topology']}{' x 2' if '2slices' in name else ''}, {mesh}"
         took = f"{check['compile_seconds']:.0f} s, {check['host_memory'] / GIB:.1f} GiB"
         if not check["fits"]:
+            total = check["memory"].get("total")
+            memory = f"{total / GIB:.1f}" if total else "more"
             changes = "; ".join(change["change"] for change in check["changes"][-1:])
             lines.append(
-                f"| {CHECKS[name][1]} | {where} | {memory:.1f} of {limit:.1f}: **does not fit** |"
-                f" cure: {changes} | | | | {took} |"
+                f"| {CHECKS[name][1]} | {where} | cure: {changes} | | | | {memory} of {limit:.1f}:"
+                f" **does not fit** | | | | {took} |"
             )
             continue
-        flops, line = check["flops"], check["roofline"]
-        bound = max(
-            ("compute", "memory", "interconnect", "network"), key=lambda resource: line[resource]
-        )
+        step, flops = check["clock"], check["flops"]
+        rows = [row for row in check["collectives"] if row["kind"] in WEIGHTS]
+        beside, alone = (sum(row[kind] for row in rows) for kind in ("asynchronous", "synchronous"))
+        floors = " / ".join(f"{seconds:.1f}" for seconds in check["floors"].values())
         lines.append(
-            f"| {CHECKS[name][1]} | {where} | {memory:.1f} of {limit:.1f}: fits |"
-            f" {flops['ratio']:.2f} | {flops['dispatch_share']:.1%} | {sent(check, False):.0f} /"
-            f" {sent(check, True):.0f} | {bound} {line['step_at_least']:.1f} s,"
-            f" {line['mfu_at_most']:.0%} / {line['mfu_no_overlap']:.0%} | {took} |"
+            f"| {CHECKS[name][1]} | {where} | **{step['seconds']:.1f} s, {step['mfu']:.0%}** |"
+            f" {step['exposed']:.1f} / {step['hidden']:.1f} | {beside:,} / {alone:,} | {floors} |"
+            f" {check['memory']['total'] / GIB:.1f} of {limit:.1f}: fits | {flops['ratio']:.2f} |"
+            f" {flops['dispatch_share']:.1%} | {sent(check, False):.0f} / {sent(check, True):.0f} |"
+            f" {took} |"
         )
+    return "\n".join(lines)
+
+
+def option_table() -> str:
+    lines = ["| chip | options | why | step by the clock |", "|---|---|---|---|"]
+    for kind, options in OPTIONS.items():
+        for some in options:
+            values = " ".join(f"`{name}={value}`" for name, value in some.values.items())
+            lines.append(f"| {kind} | {values} | {some.reason} | {some.gain} |")
     return "\n".join(lines)
 
 
@@ -195,6 +209,7 @@ def main() -> None:
         ("peers", peer_table(peers)),
         ("checks", check_table(checks)),
         ("commands", command_list()),
+        ("options", option_table()),
     ):
         before, rest = text.split(f"<!-- {mark} -->\n", 1)
         after = rest.split("<!-- end -->", 1)[1]

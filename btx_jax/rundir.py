@@ -22,7 +22,13 @@ CONFIG, DONE, COMMITS = "config.json", "done.json", "hub.json"
 
 # A resumed run may change where, in how much memory, how often it looks and whom it tells, not what
 # it computes.
-COMPUTE = ("compute.remat", "compute.kernels", "compute.unroll", "compute.loss_chunk")
+COMPUTE = (
+    "compute.remat",
+    "compute.kernels",
+    "compute.unroll",
+    "compute.loss_chunk",
+    "compute.compiler_options",
+)
 LOOKS = (
     "train.eval_every", "train.eval_rows", "train.eval_tasks", "train.mixing_probe", "data.tasks",
     "profile.",

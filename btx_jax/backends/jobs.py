@@ -8,7 +8,7 @@ there.
 
 import graphlib
 import logging
-import re
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import Protocol
 
 from btx_jax.config.config import Config
 from btx_jax.errors import ConfigError, UserError
+from btx_jax.parallel.topologies import parse_grid
 from btx_jax.presets.config_file import read_config
 
 log = logging.getLogger(__name__)
@@ -153,15 +154,10 @@ CHIPS_PER_HOST = 4
 
 
 def parse_topology(topology: str) -> Slice:
-    """Raises UserError for what is no topology."""
-    match = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+x\d+(?:x\d+)?)", topology)
-    if not match:
-        raise UserError(
-            f"--slice: {topology!r} is no TPU topology; for example v5p:2x2x4 or v5e:4x4 (kinds:"
-            f" {', '.join(KINDS)})"
-        )
-    kind, grid = match.groups()
-    chips = 1
-    for size in grid.split("x"):
-        chips *= int(size)
+    """Raises UserError for a slice that is not offered, or not by the backends."""
+    kind, sides = parse_grid(topology)
+    if kind not in KINDS:
+        raise UserError(f"--slice: {topology!r}: no backend starts {kind}, only {', '.join(KINDS)}")
+    chips = math.prod(sides)
+    grid = topology.partition(":")[2]
     return Slice(kind, grid, chips, -(-chips // CHIPS_PER_HOST))

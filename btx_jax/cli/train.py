@@ -98,7 +98,7 @@ btx compile math_expert v6e:8x8 --num-slices=2 --config.mesh.fsdp=64
 """,
 )
 @click.argument("config", type=CONFIG, help=CONFIG_TOLD)
-@click.argument("topology", help="of a TPU slice: v5p:2x2x4, v5e:4x4, v6e:8x8, v4:2x2x2")
+@click.argument("topology", help="of a TPU slice: v5p:2x2x4, v5e:4x4, v6e:8x8, tpu7x:2x2x1")
 @click.option(
     "--num-slices", type=click.IntRange(min=1), metavar="N", default=1, help="this many of them"
 )
@@ -106,7 +106,7 @@ btx compile math_expert v6e:8x8 --num-slices=2 --config.mesh.fsdp=64
 def compile_step(
     config: str, overrides: list[str], topology: str, num_slices: int, workdir: str
 ) -> None:
-    """Compile a training step for TPUs, without one: memory, FLOPs, traffic, least time.
+    """Compile a training step for TPUs, without one: memory, FLOPs, traffic, time.
 
     Needs libtpu (pip install 'btx_jax[tpu]'). Exit status 1, with the cheapest change that helps,
     when the step does not fit.

@@ -94,6 +94,8 @@ class ComputeConfig(Section):
     group_size: tokens routed together; dispatch costs 2 x group_size / (3 x d_ff) of the experts'
     FLOPs.
     loss_chunk: tokens whose logits exist at one time in the loss.
+    compiler_options: NAME=VALUE, over those that `parallel/compiler_options.py` has for the chip;
+        NAME= leaves the compiler's own.
     """
 
     dtype: Dtype = "bfloat16"
@@ -104,6 +106,7 @@ class ComputeConfig(Section):
     capacity_factor: Annotated[float, Range(0, 1e3, above=True)] = 1.25
     group_size: Annotated[int, Range(1, 65_536)] = 512
     loss_chunk: Tokens = 1024
+    compiler_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

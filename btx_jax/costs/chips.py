@@ -1,8 +1,9 @@
-"""What accelerators can do, one table for MFU and for rooflines.
+"""What accelerators can do, one table for MFU, for floors and for the compiler's clock.
 
-TPUs, per chip: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (pages of 2026). Interconnect is one way
-over all links of a chip: half of the documented bidirectional figure. Data-centre network is a
-host's share per chip. GPUs: nvidia.com data sheets, dense bfloat16.
+TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (pages of 2026), of what jax calls a device:
+a chip, of tpu7x one of its two cores. A link's rate, one way, and where links wrap around are those
+that jax-ml.github.io/scaling-book, "How to think about TPUs", gives; tpu7x has v5p's network.
+Data-centre network is a host's share. GPUs: nvidia.com data sheets, dense bfloat16.
 """
 
 import functools
@@ -17,22 +18,32 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """flops: dense bfloat16 FLOP/s. memory: bytes a program may use. bandwidth, interconnect,
-    network: bytes/s."""
+    """flops: dense bfloat16 FLOP/s. memory: bytes a program may use. bandwidth: of the main memory,
+    link: of one link to a neighbour, one way, network: between slices, bytes/s. clock: cycles/s as
+    the compiler counts them. array: side of the matrix unit; what is narrower fills it in part.
+    cube: links wrap around in slices of which every side is a multiple of 4 (optical
+    switches), else along sides of 16. per_chip: devices that share a chip's links."""
 
     flops: float
     memory: float = 0.0
     bandwidth: float = 0.0
-    interconnect: float = 0.0
+    link: float = 0.0
     network: float = 0.0
+    clock: float = 0.0
+    array: int = 128
+    cube: bool = True
+    per_chip: int = 1
 
 
-# jax's device_kind -> Chip. Memory is what the compiler grants a program.
+# jax's device_kind -> Chip. Memory is what the compiler grants a program. The clock is the rate at
+# which a matrix unit that is always busy gives the peak: 4 of 128 x 128 (v5e), 8 (v4, v5p), and as
+# many products a cycle as 4 of 256 x 256 (v6e, a core of tpu7x).
 CHIPS = {
-    "TPU v4": Chip(275e12, 30.75 * GIB, 1.2e12, 300e9, 6.25e9),
-    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.8e12, 200e9, 3.125e9),
-    "TPU v5": Chip(459e12, 95.74 * GIB, 2.765e12, 600e9, 6.25e9),
-    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1.6e12, 400e9, 12.5e9),
+    "TPU v4": Chip(275e12, 30.75 * GIB, 1.2e12, 45e9, 6.25e9, 1.05e9),
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.8e12, 45e9, 3.125e9, 1.5e9, cube=False),
+    "TPU v5": Chip(459e12, 95.74 * GIB, 2.765e12, 90e9, 6.25e9, 1.75e9),
+    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1.6e12, 90e9, 12.5e9, 1.75e9, 256, cube=False),
+    "TPU7x": Chip(1153e12, 94.75 * GIB, 3.69e12, 90e9, 6.25e9, 2.2e9, 256, per_chip=2),
     "NVIDIA A100": Chip(312e12),
     "NVIDIA H100": Chip(989e12),
     "NVIDIA H200": Chip(989e12),

@@ -3,7 +3,7 @@
 import math
 
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.costs.hlo import Kernel
+from btx_jax.costs.program import Kernel
 from btx_jax.models.splash import block_size
 
 # Matmuls of [T, T] by head width in each splash kernel: scores and sum; scores, probabilities'
@@ -31,6 +31,15 @@ def kernel_flops(kernel: Kernel, window: int = 0) -> float:
     raise ValueError(
         f"kernel {kernel.name!r}: no formula for its FLOPs; add one to costs/kernels.py"
     )
+
+
+def filled(kernel: Kernel, array: int) -> float:
+    """Share of a matrix unit of array x array that a kernel's products fill: those of splash are as
+    narrow as a head."""
+    if not kernel.name.startswith("splash"):
+        return 1.0
+    head = max(kernel.operands, key=lambda shape: shape.bytes).dims[-1]
+    return min(1.0, head / array)
 
 
 def rows_in_use(kernel: Kernel, model: ModelConfig, expert_axis: int) -> float:

@@ -18,6 +18,7 @@ from btx_jax.evaluation.routing import RoutingSums, routing_sums
 from btx_jax.models.layers import on_mesh, platform_kernels
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.models.routing import feed_forward_routing, lora_routing
+from btx_jax.parallel.compiler_options import compiler_options
 from btx_jax.parallel.hosts import is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.progress import bar
@@ -86,7 +87,11 @@ def _heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any
             chosen,
         )
 
-    return jax.jit(heldout_step, out_shardings=replicated(mesh))
+    return jax.jit(
+        heldout_step,
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options(mesh.devices.flat[0], compute.compiler_options),
+    )
 
 
 def token_losses(

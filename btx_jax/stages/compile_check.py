@@ -2,16 +2,16 @@
 machine without one.
 
 Needs libtpu (`pip install btx_jax[tpu]`), no TPU and no weights. Prints a table and writes
-compile.json. What it tells is what the compiler decided (memory, FLOPs, collectives) and what the
-chips' data sheets allow (a bound on the step time); nothing is timed.
+compile.json. What it tells is what the compiler decided (memory, FLOPs, collectives), how long it
+expects the step to take (costs/clock.py), and what data sheets allow at least; nothing is timed.
 """
 
 import dataclasses
 import functools
+import heapq
 import json
 import math
 import os
-import re
 import resource
 import sys
 import time
@@ -26,20 +26,30 @@ from rich.table import Table
 
 from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.costs import hlo
 from btx_jax.costs.chips import GIB, Chip, chip
-from btx_jax.costs.kernels import kernel_flops, rows_in_use
+from btx_jax.costs.clock import Clock, read_clock
+from btx_jax.costs.kernels import filled, kernel_flops, rows_in_use
+from btx_jax.costs.links import Slice
 from btx_jax.costs.model import attention_flops, train_flops
+from btx_jax.costs.program import Kernel, Program, read_program
+from btx_jax.costs.refusals import read_refusal
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.models.leaves import is_feed_forward
 from btx_jax.models.lora import partition
 from btx_jax.output import new_file
+from btx_jax.parallel.compiler_options import compiled
+from btx_jax.parallel.topologies import DIMENSIONS, LARGEST_PLANE, parse_grid
 from btx_jax.progress import clock
 from btx_jax.terminal import Console
 from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import abstract_seed, is_probed
-from btx_jax.training.start import checked_mesh, starting_point, trained_model
+from btx_jax.training.start import (
+    checked_mesh,
+    dividing_accumulate,
+    starting_point,
+    trained_model,
+)
 from btx_jax.training.step import lower_train_step, state_shardings
 
 FILE = "compile.json"
@@ -50,23 +60,33 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
+VECTOR_CURE = (
+    "one operation needs more vector memory (VMEM) than there is; more chips and smaller batches do"
+    " not help: use --config.compute.kernels=xla, or another xla_tpu_scoped_vmem_limit_kib in"
+    " config.compute.compiler_options"
+)
+DEAREST = 10  # operations that are told by name
 DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move tokens
 
 
 @dataclasses.dataclass
 class Check:
     """Of one step and one device: bytes, FLOPs, seconds. Grouped matmuls: gmm when the router
-    balances, gmm_at_most with every row of their buffer in use."""
+    balances, gmm_at_most with every row of their buffer in use. clock: `costs.clock.Clock`, with
+    the step's seconds, its MFU and the dearest operations. floors: seconds that each resource needs
+    alone."""
 
     topology: str
     devices: int
     mesh: dict[str, int]
     device_kind: str
     fits: bool
+    refused: str  # by the compiler: for its total memory, its vector memory, or "" for not
     memory: dict[str, float]
     flops: dict[str, float]
     collectives: list[dict[str, Any]]
-    roofline: dict[str, float]
+    clock: dict[str, Any]
+    floors: dict[str, float]
     compile_seconds: float
     host_memory: float
 
@@ -91,7 +111,10 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
     result = check(config, model, devices, topology)
     print_check(result, console)
     changes: list[dict[str, Any]] = []
-    if not result.fits:
+    if result.refused == "vector":
+        console.print(VECTOR_CURE)
+        changes = [{"change": VECTOR_CURE, "compiled": False}]
+    elif not result.fits:
         changes = list(cures(config, model, devices, topology, console))
     write(workdir / FILE, result, changes)
     console.print(f"wrote {workdir / FILE}")
@@ -100,11 +123,12 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
 
 def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     """Abstract devices of `v5p:2x2x4` and the like. Raises UserError when libtpu is missing or does
-    not know it."""
+    not know it, and for a slice that is not offered."""
     from jax.experimental import topologies
 
     if find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs libtpu: pip install 'btx_jax[tpu]'")
+    parse_grid(topology)
     os.environ.update(
         {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     )
@@ -142,9 +166,11 @@ def check(
         dict(mesh.shape),
         kind,
         False,
+        "",
         {"limit": limits.memory},
         {},
         [],
+        {},
         {},
         0.0,
         0.0,
@@ -155,16 +181,19 @@ def check(
     )
     try:
         with clock("compiling"):
-            compiled = lowered.compile()
+            program = compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
-        if not _is_refused(error):
+        refusal = read_refusal(str(error))
+        if not refusal:
             raise
-        result.memory |= _refused(str(error))
+        part = "vector" if refusal.vector else "total"
+        result.memory |= {part: refusal.needed} if refusal.needed else {}
+        result.refused = part
         return result
     finally:
         result.compile_seconds = time.monotonic() - start
         result.host_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    result.memory |= _memory(compiled)
+    result.memory |= _memory(program)
     if is_probed(model, config.train):
         params = state_shardings(model, config.train, mesh)[0].params
         result.memory["seed"] = _shard_bytes(abstract_seed(params, config.train))
@@ -173,15 +202,20 @@ def check(
         {"heldout": _heldout_memory(config, model, mesh)} if config.train.eval_every else {}
     )
     result.fits = max(result.memory["total"], result.memory.get("heldout", 0.0)) <= limits.memory
-    program = hlo.read(compiled.as_text())
-    result.flops = count_flops(program, config, model, len(devices), mesh.shape["expert"])
-    result.collectives = count_collectives(program)
-    result.roofline = roofline(result, program, limits)
+    text = program.as_text()
+    counted, where = read_program(text), Slice.of(list(mesh.devices.flat), limits)
+    expert_axis = mesh.shape["expert"]
+    result.flops = count_flops(counted, config, model, len(devices), expert_axis)
+    seconds = functools.partial(kernel_seconds, model=model, expert_axis=expert_axis, limits=limits)
+    read = read_clock(text, limits, where, seconds)
+    result.collectives = count_collectives(counted, read)
+    result.clock = tell_clock(read, result.flops, limits)
+    result.floors = floors(result.flops, counted, where)
     return result
 
 
-def _memory(compiled: Any) -> dict[str, float]:
-    stats = compiled.memory_analysis()
+def _memory(program: Any) -> dict[str, float]:
+    stats = program.memory_analysis()
     parts = {
         "arguments": stats.argument_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
@@ -201,11 +235,12 @@ def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
         model, config.compute, mesh, state.params, micro_batch, config.data.sequence_length
     )
     try:
-        used = _memory(lowered.compile())["total"]
+        used = _memory(compiled(lowered))["total"]
     except jax.errors.JaxRuntimeError as error:
-        if not _is_refused(error):
+        refusal = read_refusal(str(error))
+        if not refusal:
             raise
-        return _refused(str(error)).get("total", math.inf)
+        return refusal.needed or math.inf
     beside = _shard_bytes(state.opt_state)
     if is_probed(model, config.train):
         shared = partition(state.params, is_feed_forward)[1]
@@ -221,19 +256,8 @@ def _shard_bytes(abstract: Any) -> float:
     )
 
 
-def _is_refused(error: jax.errors.JaxRuntimeError) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error) or "hbm" in str(error)
-
-
-def _refused(message: str) -> dict[str, float]:
-    """Bytes that the compiler says it would have needed."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
-    return {"total": float(used[1]) * units[used[2]]} if used else {}
-
-
 def count_flops(
-    program: hlo.Program, config: Config, model: ModelConfig, devices: int, expert_axis: int
+    program: Program, config: Config, model: ModelConfig, devices: int, expert_axis: int
 ) -> dict[str, float]:
     assert config.train and config.data
     tokens = config.train.batch_size * config.data.sequence_length
@@ -267,20 +291,30 @@ def count_flops(
     }
 
 
-def count_collectives(program: hlo.Program) -> list[dict[str, Any]]:
+def kernel_seconds(kernel: Kernel, model: ModelConfig, expert_axis: int, limits: Chip) -> float:
+    """Of all executions, as fast as the matrix unit allows: the compiler says nothing of them."""
+    flops = kernel_flops(kernel, model.window)
+    if "gmm" in kernel.name:
+        flops *= rows_in_use(kernel, model, expert_axis)
+    return flops / limits.flops / filled(kernel, limits.array)
+
+
+def count_collectives(program: Program, read: Clock) -> list[dict[str, Any]]:
     """Per kind, inside a slice and across: executed count, bytes of the larger of operand and
-    result, bytes on the wire."""
+    result, bytes on the wire, how many are asynchronous, and the seconds that are hidden and
+    exposed."""
     rows: dict[tuple[str, bool], dict[str, Any]] = {}
     for one in program.collectives:
-        across = one.slices > 1
+        key = (one.kind, one.slices > 1)
         row = rows.setdefault(
-            (one.kind, across),
+            key,
             {
                 "kind": one.kind,
-                "across_slices": across,
+                "across_slices": key[1],
                 "count": 0,
                 "bytes": 0.0,
                 "wire_bytes": 0.0,
+                **dataclasses.asdict(read.collectives[key]),
             },
         )
         row["count"] += one.trips
@@ -289,23 +323,35 @@ def count_collectives(program: hlo.Program) -> list[dict[str, Any]]:
     return [rows[key] for key in sorted(rows)]
 
 
-def roofline(result: Check, program: hlo.Program, limits: Chip) -> dict[str, float]:
-    """Seconds that each resource needs alone. The step takes at least the longest of them, and
-    their sum if nothing overlaps."""
-    inside = sum(row["wire_bytes"] for row in result.collectives if not row["across_slices"])
-    across = sum(row["wire_bytes"] for row in result.collectives if row["across_slices"])
-    seconds = {
-        "compute": result.flops["compiled"] / limits.flops,
-        "memory": program.memory_bytes / limits.bandwidth,
-        "interconnect": inside / limits.interconnect,
-        "network": across / limits.network,
+def tell_clock(read: Clock, flops: dict[str, float], limits: Chip) -> dict[str, Any]:
+    dearest = [
+        {"place": place, "name": name, "seconds": seconds}
+        for (place, name), seconds in heapq.nlargest(
+            DEAREST, read.by_place.items(), key=lambda item: item[1]
+        )
+    ]
+    return {
+        "seconds": read.seconds,
+        "mfu": (flops["model"] + flops["model_attention"]) / limits.flops / read.seconds,
+        "cycles": read.cycles,
+        "kernels": read.kernels,
+        "moves": read.moves,
+        "copies": read.copies,
+        "exposed": read.exposed,
+        "hidden": sum(kind.hidden for kind in read.collectives.values()),
+        "dearest": dearest,
     }
-    needed = result.flops["model"] + result.flops["model_attention"]
-    longest, together = max(seconds.values()), sum(seconds.values())
-    return seconds | {
-        "step_at_least": longest,
-        "mfu_at_most": needed / limits.flops / longest,
-        "mfu_no_overlap": needed / limits.flops / together,
+
+
+def floors(flops: dict[str, float], program: Program, where: Slice) -> dict[str, float]:
+    """Seconds that each resource needs alone: a step takes at least the longest of them."""
+    inside = [one for one in program.collectives if one.slices == 1]
+    across = [one for one in program.collectives if one.slices > 1]
+    return {
+        "compute": flops["compiled"] / where.chip.flops,
+        "memory": program.memory_bytes / where.chip.bandwidth,
+        "links": sum(where.seconds(one) * one.trips for one in inside),
+        "network": sum(where.seconds(one) * one.trips for one in across),
     }
 
 
@@ -329,26 +375,38 @@ def cures(
         chips = 2 * len(devices)
         while bytes_of_state * slices / chips > 0.8 * limits.memory:
             chips *= 2
-        console.print(
-            f"parameters and moments alone take {state / GIB:.1f} GiB a chip: use {chips} chips or"
-            " more of this kind"
-        )
-        yield {"change": f"{chips} chips", "compiled": False}
+        change = more_chips(config, chips, slices, topology)
+        console.print(f"parameters and moments alone take {state / GIB:.1f} GiB a chip: {change}")
+        yield {"change": change, "compiled": False}
         return
     for change, changed in _candidates(config, slices):
         try:
             found = check(changed, model, devices, topology)
         except UserError:
             continue
-        told = (
-            f"{found.memory.get('total', float('nan')) / GIB:.1f} of {limits.memory / GIB:.2f} GiB"
+        total = found.memory.get("total")
+        told = f"{total / GIB:.1f}" if total else "more"
+        console.print(
+            f"with {change}: {'fits' if found.fits else 'does not fit'}, {told} of"
+            f" {limits.memory / GIB:.2f} GiB"
         )
-        console.print(f"with {change}: {'fits' if found.fits else 'does not fit'}, {told}")
         yield {"change": change, "compiled": True, "fits": found.fits, "memory": found.memory}
         if found.fits:
             return
-    console.print(f"none of these is enough on {len(devices)} chips: use {2 * len(devices)}")
-    yield {"change": f"{2 * len(devices)} chips", "compiled": False}
+    change = more_chips(config, 2 * len(devices), slices, topology)
+    console.print(f"none of these is enough on {len(devices)} chips: {change}")
+    yield {"change": change, "compiled": False}
+
+
+def more_chips(config: Config, chips: int, slices: int, topology: str) -> str:
+    """ "use 128 chips", with the micro-batches that divide over them."""
+    assert config.train and config.mesh
+    kind = parse_grid(topology)[0]
+    if DIMENSIONS[kind] == 2 and chips > slices * LARGEST_PLANE:
+        return f"no slice of {kind} holds it, use chips with more memory"
+    accumulate = dividing_accumulate(config.train, chips // max(config.mesh.tensor, 1))
+    fewer = accumulate and accumulate != config.train.accumulate
+    return f"use {chips} chips" + (f" with --config.train.accumulate={accumulate}" if fewer else "")
 
 
 def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
@@ -380,6 +438,12 @@ def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
         accumulate *= 2
 
 
+def _time(seconds: float) -> str:
+    units = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+    size, unit = next((u for u in units if seconds >= u[0]), units[-1] if seconds else units[0])
+    return f"{seconds / size:.3g} {unit}"
+
+
 def print_check(result: Check, console: Console) -> None:
     gib = lambda value: f"{value / GIB:.2f} GiB"  # noqa: E731
     table = Table(
@@ -389,14 +453,27 @@ def print_check(result: Check, console: Console) -> None:
         title_justify="left",
     )
     memory, flops, limit = result.memory, result.flops, result.memory["limit"]
-    if not flops:
-        table.add_row(
-            "memory",
-            f"does not fit: {gib(memory['total']) if 'total' in memory else 'more'} of"
-            f" {gib(limit)}",
-        )
+    if result.refused:
+        name = "vector memory of one operation" if result.refused == "vector" else "memory"
+        there = "there is" if result.refused == "vector" else gib(limit)
+        needed = gib(memory[result.refused]) if result.refused in memory else "more"
+        table.add_row(name, f"does not fit: {needed} of {there}")
         console.print(table)
         return
+    step = result.clock
+    table.add_row(
+        "step by the compiler's clock", f"{_time(step['seconds'])}, MFU {step['mfu']:.0%}"
+    )
+    parts = {name: step[name] for name in ("cycles", "kernels", "moves", "copies")}
+    table.add_row(
+        "  of it",
+        ", ".join(f"{name} {_time(seconds)}" for name, seconds in parts.items())
+        + f", exposed collectives {_time(step['exposed'])} ({_time(step['hidden'])} hidden)",
+    )
+    table.add_row(
+        "at least, by each alone",
+        ", ".join(f"{name} {_time(seconds)}" for name, seconds in result.floors.items()),
+    )
     table.add_row(
         "memory",
         f"{gib(memory['total'])} of {gib(limit)}: {'fits' if result.fits else 'does not fit'}",
@@ -427,21 +504,12 @@ def print_check(result: Check, console: Console) -> None:
         where = "across slices" if row["across_slices"] else "inside a slice"
         table.add_row(
             f"{row['kind']}, {where}",
-            f"{row['count']} times, {gib(row['bytes'])}, {gib(row['wire_bytes'])} sent",
+            f"{row['asynchronous']} async, {row['synchronous']} sync, {gib(row['bytes'])},"
+            f" {gib(row['wire_bytes'])} sent: {_time(row['exposed'])} exposed,"
+            f" {_time(row['hidden'])} hidden",
         )
-    line = result.roofline
-    bound = max(("compute", "memory", "interconnect", "network"), key=lambda name: line[name])
-    table.add_row(
-        "bounds, seconds",
-        ", ".join(
-            f"{name} {line[name]:.3f}" for name in ("compute", "memory", "interconnect", "network")
-        ),
-    )
-    table.add_row(
-        "step",
-        f"at least {line['step_at_least']:.3f} s, bound by {bound}; "
-        f"MFU at most {line['mfu_at_most']:.0%}, {line['mfu_no_overlap']:.0%} without overlap",
-    )
+    for one in step["dearest"]:
+        table.add_row(f"  {_time(one['seconds'])}", f"{one['place']} ({one['name']})".strip())
     table.add_row(
         "compiled in", f"{result.compile_seconds:.0f} s, {gib(result.host_memory)} on this machine"
     )

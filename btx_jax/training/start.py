@@ -269,6 +269,13 @@ def checked_mesh(
     return made
 
 
+def dividing_accumulate(train: TrainConfig, shards: int) -> int:
+    """The most micro-batches, up to those of the config, that divide over so many devices; 0 for
+    none."""
+    counts = range(train.accumulate, 0, -1)
+    return next((n for n in counts if train.batch_size % (n * shards) == 0), 0)
+
+
 def _misfits(
     config: Config, model: ModelConfig, shape: tuple[int, int, int, int], platform: str
 ) -> Iterator[str]:
@@ -277,10 +284,17 @@ def _misfits(
     shards, expert_axis = math.prod(shape[:3]), shape[2]
     train, data, compute = config.train, config.data, config.compute
     if (train.batch_size // train.accumulate) % shards:
+        fewer = dividing_accumulate(train, shards)
+        cure = (
+            f"use config.train.accumulate={fewer}"
+            if fewer
+            else f"use a multiple of {shards * train.accumulate}"
+            + (f", or of {shards} with config.train.accumulate=1" if train.accumulate > 1 else "")
+        )
         yield (
             f"config.train.batch_size={train.batch_size}: its micro-batches of"
             f" {train.batch_size // train.accumulate} do not divide over the {shards} devices of"
-            f" data x fsdp x expert; use a multiple of {shards * train.accumulate}"
+            f" data x fsdp x expert; {cure}"
         )
     if data.sequence_length > model.context:
         yield (

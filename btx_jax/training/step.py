@@ -19,6 +19,7 @@ from btx_jax.models.leaves import computes_in_float32, stays_float32
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel, init_params
 from btx_jax.models.lora import join
 from btx_jax.models.routing import RoutingStats, feed_forward_routing
+from btx_jax.parallel.compiler_options import compiled, compiler_options
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from btx_jax.training.losses import cross_entropy, next_token_targets
@@ -192,7 +193,7 @@ def make_train_step(
     activation constraint. Equal arguments return the same program, so that branches of a pipeline
     compile once.
     """
-    return lower_train_step(model, compute, train, mesh, sequence_length).compile()
+    return compiled(lower_train_step(model, compute, train, mesh, sequence_length))
 
 
 def lower_train_step(
@@ -226,5 +227,10 @@ def lower_train_step(
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     with on_mesh(mesh, compute.dtype):
-        step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        step = jax.jit(
+            train_step,
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(mesh)),
+            compiler_options=compiler_options(mesh.devices.flat[0], compute.compiler_options),
+        )
         return step.lower(abstract, {"tokens": rows, "segments": rows}, key)

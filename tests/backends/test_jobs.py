@@ -136,6 +136,8 @@ def test_topologies():
     for wrong in ("v5p-8", "v7:2x2", "v5e:4", ""):
         with pytest.raises(UserError, match="is no TPU topology"):
             parse_topology(wrong)
+    with pytest.raises(UserError, match="no backend starts tpu7x"):
+        parse_topology("tpu7x:2x2x1")
 
 
 def test_jobs_of_a_pipeline(monkeypatch, tmp_path):

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btx_jax.costs import hlo
+from btx_jax.costs.collectives import groups_of
+from btx_jax.costs.hlo import Instruction
+from btx_jax.costs.program import read_program
 from btx_jax.parallel.sharding import all_gather, make_mesh, psum_scatter, resolve, shard_map
 
 N = jax.sharding.NamedSharding
 
 
 def program(function, *shapes):
-    return hlo.read(jax.jit(function).lower(*shapes).compile().as_text())
+    return read_program(jax.jit(function).lower(*shapes).compile().as_text())
 
 
 def test_dots_count_with_the_trips_of_every_loop_around_them():
@@ -89,9 +91,9 @@ def test_a_gather_in_one_axis_and_its_gradient_in_stages_are_right():
     ],
 )
 def test_groups_in_every_notation(text, groups):
-    assert hlo._groups(hlo.Instruction("x", "all-reduce", [], [], ", " + text, "")) == groups
+    assert groups_of(Instruction("x", "all-reduce", [], [], ", " + text, "")) == groups
     with pytest.raises(ValueError, match="cannot be read"):
-        hlo._groups(hlo.Instruction("x", "all-reduce", [], [], ", replica_groups=new", ""))
+        groups_of(Instruction("x", "all-reduce", [], [], ", replica_groups=new", ""))
 
 
 @pytest.mark.parametrize(
@@ -159,8 +161,50 @@ ENTRY %main (a: bf16[2,8], x: f32[4,16], w: f32[16,4]) -> bf16[8,8] {
 def test_a_gather_hidden_behind_several_fusions_happens_once():
     """As libtpu writes it, cut to what is read: each fusion holds the whole gather."""
     flag = r'backend_config={"async_collective_fusion_config":{"flag_start":"\1","flag_end":"8"}}'
-    counted = hlo.read(re.sub(r"FLAG\((-?\d)\)", flag, IN_PIECES))
+    counted = read_program(re.sub(r"FLAG\((-?\d)\)", flag, IN_PIECES))
     assert [(c.bytes, c.trips, c.group_size) for c in counted.collectives] == [(2 * 64, 1, 4)]
     assert counted.dot_flops == 2 * 4 * 4 * 16
     gathered, multiplied = 2 * 16 + (2 * 16 + 2 * 64), 4 * (64 + 64 + 16)
     assert counted.memory_bytes == gathered + multiplied
+
+
+NESTED = """
+HloModule step
+
+%cut (stack: bf16[32,8,8], i: s32[]) -> bf16[1,8,8] {
+  %stack = bf16[32,8,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,8,8]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,8}
+}
+
+%put (stack: bf16[32,8,8], x: bf16[1,8,8], i: s32[]) -> bf16[32,8,8] {
+  %stack = bf16[32,8,8]{2,1,0} parameter(0)
+  %x = bf16[1,8,8]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %update = bf16[32,8,8]{2,1,0} dynamic-update-slice(%stack, %x, %i, %zero, %zero)
+}
+
+%outer (stack: bf16[32,8,8], out: bf16[32,8,8], i: s32[]) -> bf16[32,8,8] {
+  %stack = bf16[32,8,8]{2,1,0} parameter(0)
+  %out = bf16[32,8,8]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %bitcast = bf16[32,8,8]{2,1,0} bitcast(%stack)
+  %inner = bf16[1,8,8]{2,1,0} fusion(%bitcast, %i), kind=kLoop, calls=%cut
+  ROOT %written = bf16[32,8,8]{2,1,0} fusion(%out, %inner, %i), kind=kLoop, calls=%put
+}
+
+ENTRY %main (stack: bf16[32,8,8], out: bf16[32,8,8], i: s32[]) -> bf16[32,8,8] {
+  %stack = bf16[32,8,8]{2,1,0} parameter(0)
+  %out = bf16[32,8,8]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = bf16[32,8,8]{2,1,0} fusion(%stack, %out, %i), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_what_a_nested_fusion_slices_counts_by_the_slice():
+    """As libtpu reads one layer's input from the stack of all: a layer is read and one written."""
+    layer, index = 2 * 8 * 8, 4
+    assert read_program(NESTED).memory_bytes == 2 * layer + index

@@ -3,9 +3,10 @@
 import pytest
 
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.costs.hlo import Kernel, Shape
-from btx_jax.costs.kernels import kernel_flops
+from btx_jax.costs.hlo import Shape
+from btx_jax.costs.kernels import filled, kernel_flops
 from btx_jax.costs.model import attention_flops
+from btx_jax.costs.program import Kernel
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,10 @@ def test_a_window_bounds_what_attention_costs():
     pairs = sum(min(t + 1, 64) for t in range(512)) / sum(t + 1 for t in range(512))
     assert part / whole == pytest.approx(pairs, rel=0.01)
     assert attention_flops(windowed, 4096, 64) == attention_flops(model, 4096, 64)
+
+
+def test_heads_narrower_than_the_matrix_unit_fill_it_in_part():
+    q = Shape("bf16", (8, 4096, 128))
+    splash, grouped = (Kernel(name, (q,), (q,), 1) for name in ("splash_mha_dq", "gmm"))
+    assert [filled(splash, array) for array in (128, 256)] == [1, 0.5]
+    assert filled(grouped, 256) == 1

@@ -8,9 +8,9 @@ import pytest
 
 from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.config.model_config import LoRAConfig, MoEConfig
-from btx_jax.costs import hlo
 from btx_jax.costs.chips import peak_flops_per_device
 from btx_jax.costs.model import attention_flops, flops_by_leaf, train_flops
+from btx_jax.costs.program import read_program
 from btx_jax.models.leaves import is_norm_or_bias
 from btx_jax.models.llama import init_params, parameter_counts
 from btx_jax.presets.recipes import LLAMA2_7B
@@ -40,7 +40,7 @@ def products(model, frozen, mesh):
     """FLOPs of a token in the compiled step's products, but for those that move tokens about."""
     train = TrainConfig(steps=10, batch_size=ROWS, warmup_steps=2, frozen=frozen)
     lowered = lower_train_step(model, COMPUTE, train, mesh, LENGTH)
-    places = hlo.read(lowered.compile().as_text()).by_place.items()
+    places = read_program(lowered.compile().as_text()).by_place.items()
     counted = [n for place, n in places if place and not any(name in place for name in BESIDE)]
     return sum(counted) / (ROWS * LENGTH)
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.config.model_config import MoEConfig
-from btx_jax.costs import hlo
+from btx_jax.costs.program import read_program
 from btx_jax.errors import UserError
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel.sharding import (
@@ -136,7 +136,7 @@ def test_compiled_moe_step_moves_tokens_and_not_experts():
 def test_compiled_ragged_step_gathers_tokens_over_experts_and_weights_over_fsdp():
     mesh = make_mesh((1, 2, 4, 1))
     compute = dataclasses.replace(COMPUTE, dispatch="ragged")
-    program = hlo.read(lower_train_step(MODEL, compute, TRAIN, mesh, 32).compile().as_text())
+    program = read_program(lower_train_step(MODEL, compute, TRAIN, mesh, 32).compile().as_text())
     expert = 32 * 48 * 4  # one matrix of one expert, float32
     in_ffn = [c for c in program.collectives if "ffn" in c.where]
     weights = [

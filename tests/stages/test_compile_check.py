@@ -6,6 +6,7 @@ import json
 import pytest
 
 from btx_jax.errors import UserError
+from btx_jax.presets.registry import PRESETS
 from btx_jax.stages import compile_check
 
 pytestmark = pytest.mark.cli
@@ -43,7 +44,14 @@ def test_a_moe_on_one_slice_and_on_two(cli):
     assert einsum["fits"]
     assert 0 < einsum["memory"]["heldout"] < einsum["memory"]["limit"]
     assert einsum["mesh"] == {"data": 1, "fsdp": 4, "expert": 4, "tensor": 1}
-    assert "bound by" in told
+    assert "step by the compiler's clock" in told
+    step, rows = einsum["clock"], einsum["collectives"]
+    assert 0 < step["mfu"] < 1
+    assert step["seconds"] > max(einsum["floors"]["compute"], step["exposed"])
+    assert step["exposed"] == pytest.approx(sum(row["exposed"] for row in rows))
+    assert all(row["asynchronous"] + row["synchronous"] == row["count"] for row in rows)
+    assert len(step["dearest"]) == 10
+    assert any("layers_0/ffn" in one["place"] for one in step["dearest"])
     flops = einsum["flops"]
     attention, experts, head = 4 * D * D, 3 * D * F, D * VOCAB
     least = 6 * TOKENS / 16 * (LAYERS * (attention + 2 * 1.25 * experts) + head)
@@ -129,10 +137,30 @@ def test_what_does_not_fit_says_what_would(cli):
 
 
 @pytest.mark.parametrize(
+    ("chips", "topology", "told"),
+    [
+        (32, "v5e:4x4", "use 32 chips with --config.train.accumulate=32"),
+        (64, "v5p:2x4x4", "use 64 chips with --config.train.accumulate=16"),
+        (512, "v5p:4x8x8", "use 512 chips with --config.train.accumulate=2"),
+        (512, "v6e:16x16", "no slice of v6e holds it, use chips with more memory"),
+    ],
+)
+def test_more_chips_come_with_the_micro_batches_that_divide_over_them(chips, topology, told):
+    config = PRESETS["math_expert"].make()
+    assert compile_check.more_chips(config, chips, 1, topology) == told
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((*MOE, "--compile_topology=v5p:2x2x3"), "do not divide over the 12 devices"),
-        ((*MOE, "--compile_topology=h100:8"), "topology h100:8: libtpu knows no such one"),
+        ((*MOE, "--compile_topology=v5p:2x2x3"), "v5p slices have three dimensions"),
+        ((*MOE, "--compile_topology=v5e:2x2x2"), "v5e slices have two dimensions"),
+        ((*MOE, "--compile_topology=h100:8"), "'h100:8' is no TPU topology"),
+        (
+            (*MOE, "--config.train.accumulate=4", "--compile_topology=v5p:2x2x4"),
+            "do not divide over the 16 devices of data x fsdp x expert; use"
+            " config.train.accumulate=1",
+        ),
         (
             (*MOE, "--config.train.batch_size=32", "--compile_topology=v5e:4x4", "--num_slices=2"),
             "must be a multiple of the 2 slices",

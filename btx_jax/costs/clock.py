@@ -1,0 +1,261 @@
+"""The time of a compiled step by the TPU compiler's own estimates: its cycles for every operation,
+loops with their trips, and what of the collectives no computation hides.
+
+An estimate, not a timing. The compiler writes `estimated_cycles` beside the operations that it has
+scheduled. It knows nothing of Pallas kernels, which are charged with what their caller says, and it
+leaves out what only moves memory, which is charged with the memory's bandwidth. A collective takes
+what the slice's links need (`costs/links.py`). Asynchronous ones travel one after another, in the
+order of their starts, while other operations run; the compiler's continuation fusions take theirs
+along only while they run themselves. What is left when its end is waited for is exposed.
+"""
+
+import collections
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from btx_jax.costs.chips import Chip
+from btx_jax.costs.collectives import Collective, goes_on, of_instruction
+from btx_jax.costs.hlo import Computation, Computations, Instruction, called, parse, trip_count
+from btx_jax.costs.links import Slice
+from btx_jax.costs.program import Kernel, kernel_of
+from btx_jax.costs.traffic import traffic
+
+Kind = tuple[str, bool]  # of a collective, and whether it crosses slices
+_STRUCTURE = re.compile(
+    r"jit\(.*?\)|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|remat\d*"
+    r"|(?:transpose\()?jvp\(.*?\)\)?"
+)
+
+
+@dataclass
+class Traffic:
+    """Of one kind of collective, all executions. seconds: of those that are hidden, and of those
+    that are not. asynchronous, synchronous: how many run."""
+
+    asynchronous: int = 0
+    synchronous: int = 0
+    hidden: float = 0.0
+    exposed: float = 0.0
+
+
+@dataclass
+class Clock:
+    """Seconds of a step. cycles: what the compiler counts; kernels; moves: what it does not count,
+    by the memory's bandwidth; copies: fetched ahead, but not early enough. by_place: (place in our
+    program, instruction) -> seconds of all executions."""
+
+    cycles: float = 0.0
+    kernels: float = 0.0
+    moves: float = 0.0
+    copies: float = 0.0
+    collectives: dict[Kind, Traffic] = field(
+        default_factory=lambda: collections.defaultdict(Traffic)
+    )
+    by_place: dict[tuple[str, str], float] = field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+
+    @property
+    def exposed(self) -> float:
+        return sum(kind.exposed for kind in self.collectives.values())
+
+    @property
+    def seconds(self) -> float:
+        return self.cycles + self.kernels + self.moves + self.copies + self.exposed
+
+
+def read_clock(
+    text: str, chip: Chip, where: Slice, kernel_seconds: Callable[[Kernel], float]
+) -> Clock:
+    """text: of a scheduled module. kernel_seconds: of all executions of a kernel. Raises ValueError
+    for a module without the compiler's cycles, and for a loop whose trips cannot be read."""
+    if "is_scheduled=true" not in text or "estimated_cycles" not in text:
+        raise ValueError("the program holds no cycles: it was not compiled for a TPU")
+    computations, entry = parse(text)
+    reader = _Reader(computations, chip, where, kernel_seconds)
+    reader.walk(computations[entry], 1)
+    return reader.clock
+
+
+def place_of(op_name: str) -> str:
+    """jit(step)/transpose(jvp(Llama))/while/body/layers_0/ffn/dot_general -> backward layers_0/ffn
+    dot_general: what is ours of it."""
+    way = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else ""
+    words = [word for word in op_name.split("/") if word and not _STRUCTURE.fullmatch(word)]
+    return " ".join(filter(None, (way, "/".join(words[:-1]), *words[-1:])))
+
+
+@dataclass
+class _Travelling:
+    """What is under way. kind: None for a copy. fused: only fusions that hold it take it along."""
+
+    name: str
+    kind: Kind | None
+    remaining: float
+    fused: bool = False
+
+    @property
+    def way(self) -> str:
+        """What it occupies, one at a time."""
+        if self.kind is None:
+            return "memory"
+        return "network" if self.kind[1] else "links"
+
+
+@dataclass
+class _Reader:
+    computations: Computations
+    chip: Chip
+    where: Slice
+    kernel_seconds: Callable[[Kernel], float]
+    clock: Clock = field(default_factory=Clock)
+
+    def walk(self, computation: Computation, trips: int) -> None:
+        """One execution in the order of the schedule, counted `trips` times."""
+        under_way: list[_Travelling] = []
+        for instruction in computation.instructions.values():
+            opcode = instruction.opcode
+            if opcode == "while":
+                body = self.computations[instruction.attribute(r"body=%?([\w.\-]+)")]
+                times = trip_count(self.computations, computation, instruction)
+                self.walk(body, trips * times)
+            elif opcode in ("call", "conditional"):
+                for name in called(instruction):
+                    self.walk(self.computations[name], trips)
+            elif opcode.endswith("-done"):
+                self._wait(under_way, instruction.operands[0], trips)
+            elif opcode == "fusion":
+                self._fusion(computation, instruction, under_way, trips)
+            elif opcode.endswith("-start") or opcode in ("send", "recv"):
+                self._start(computation, instruction, under_way, trips)
+            elif collective := of_instruction(instruction, computation, trips):
+                self._synchronous(collective, under_way, trips)
+            else:
+                self._compute(computation, instruction, under_way, trips)
+
+    def _start(
+        self, computation: Computation, start: Instruction, under_way: list[_Travelling], trips: int
+    ) -> None:
+        collective = of_instruction(start, computation, trips)
+        for name in () if collective else called(start):  # of an async-start
+            inside = self.computations[name]
+            found = (of_instruction(i, inside, trips) for i in inside.instructions.values())
+            collective = next(filter(None, found), None)
+        if collective:
+            self._depart(start.name, collective, under_way)
+        elif start.opcode != "recv":  # what is received was sent: its send is what is charged
+            moved = traffic(self.computations, computation, start)
+            under_way.append(_Travelling(start.name, None, moved / self.chip.bandwidth))
+
+    def _depart(
+        self,
+        name: str,
+        collective: Collective,
+        under_way: list[_Travelling],
+        fused: bool = False,
+    ) -> None:
+        kind = (collective.kind, collective.slices > 1)
+        self.clock.collectives[kind].asynchronous += collective.trips
+        under_way.append(_Travelling(name, kind, self.where.seconds(collective), fused))
+
+    def _fusion(
+        self,
+        computation: Computation,
+        fusion: Instruction,
+        under_way: list[_Travelling],
+        trips: int,
+    ) -> None:
+        """A fusion can hold a whole collective, or start, take along and end asynchronous ones."""
+        inside = self.computations[next(called(fusion))]
+        targets = [
+            i.attribute(r'custom_call_target="([^"]*)"') for i in inside.instructions.values()
+        ]
+        held: list[str] = []
+        for instruction in inside.instructions.values():
+            collective = of_instruction(instruction, inside, trips)
+            if not collective:
+                continue
+            name = " ".join(
+                instruction.attribute(rf'{key}="?(\d+)') for key in ("channel_id", "chain_id")
+            )
+            if goes_on(instruction):
+                held.append(name)
+            elif "AsyncCollectiveStart" in targets:
+                self._depart(name, collective, under_way, fused=True)
+                held.append(name)
+            else:
+                self._synchronous(collective, under_way, trips)
+        self._compute(computation, fusion, under_way, trips, held)
+        if "AsyncCollectiveDone" in targets:
+            for name in held:
+                self._wait(under_way, name, trips)
+
+    def _synchronous(
+        self, collective: Collective, under_way: list[_Travelling], trips: int
+    ) -> None:
+        kind = self.clock.collectives[collective.kind, collective.slices > 1]
+        kind.synchronous += trips
+        seconds = self.where.seconds(collective)
+        kind.exposed += trips * seconds
+        self._advance(under_way, seconds, trips, [], links=False)
+
+    def _compute(
+        self,
+        computation: Computation,
+        instruction: Instruction,
+        under_way: list[_Travelling],
+        trips: int,
+        held: list[str] | None = None,
+    ) -> None:
+        if cycles := instruction.attribute(r'"estimated_cycles":"(\d+)"'):
+            seconds = int(cycles) / self.chip.clock
+            self.clock.cycles += trips * seconds
+        elif kernel := kernel_of(instruction, computation, 1):
+            seconds = self.kernel_seconds(kernel)
+            self.clock.kernels += trips * seconds
+        elif _holds_collective(self.computations, instruction):
+            return  # charged as one
+        else:
+            seconds = traffic(self.computations, computation, instruction) / self.chip.bandwidth
+            self.clock.moves += trips * seconds
+        self.clock.by_place[(place_of(instruction.place), instruction.name)] += trips * seconds
+        self._advance(under_way, seconds, trips, held or [])
+
+    def _advance(
+        self,
+        under_way: list[_Travelling],
+        seconds: float,
+        trips: int,
+        held: list[str],
+        links: bool = True,
+    ) -> None:
+        """What travels while something else takes `seconds`. links: whether they are free."""
+        left = dict.fromkeys(("memory", "network", "links"), seconds)
+        left["links"] *= links
+        for one in under_way:
+            if one.fused and one.name not in held:
+                continue
+            moved = min(one.remaining, left[one.way])
+            one.remaining -= moved
+            left[one.way] -= moved
+            if one.kind:
+                self.clock.collectives[one.kind].hidden += trips * moved
+
+    def _wait(self, under_way: list[_Travelling], name: str, trips: int) -> None:
+        one = next((one for one in under_way if one.name == name), None)
+        if one is None:
+            return  # started in another computation
+        under_way.remove(one)
+        if one.kind:
+            self.clock.collectives[one.kind].exposed += trips * one.remaining
+        else:
+            self.clock.copies += trips * one.remaining
+        self._advance(under_way, one.remaining, trips, [], links=one.way != "links")
+
+
+def _holds_collective(computations: Computations, instruction: Instruction) -> bool:
+    if instruction.opcode != "fusion":
+        return False
+    inside = computations[next(called(instruction))]
+    return any(of_instruction(i, inside, 1) for i in inside.instructions.values())

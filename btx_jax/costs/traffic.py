@@ -1,0 +1,102 @@
+"""Main memory that instructions read and write."""
+
+from collections.abc import Iterator
+
+from btx_jax.costs.collectives import COLLECTIVES, goes_on
+from btx_jax.costs.hlo import Computation, Computations, Instruction, called
+
+FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+)
+
+
+def traffic(
+    computations: Computations, computation: Computation, instruction: Instruction
+) -> float:
+    """Bytes of main memory that one execution reads and writes. Slices count by their own size, not
+    by that of what they cut, however deep in nested fusions they cut it."""
+    if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+        return 0.0
+    operands = computation.operands(instruction)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _size(operands[1])
+    if instruction.opcode in ("dynamic-slice", "gather"):
+        return 2 * _size(instruction)
+    if instruction.opcode.endswith("-start"):  # a tuple that names both ends again
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            return _size(instruction)
+        if any(called(instruction)):  # what runs beside is charged by what it does
+            return 0.0
+        ends = instruction.shapes[:2]
+        return min(end.bytes for end in ends) * sum(not end.on_chip for end in ends)
+    if instruction.opcode != "fusion":
+        return sum(map(_size, operands)) + _size(instruction)
+    inside = _called(computations, instruction)
+    # What a collective that goes on hands through from fusion to fusion is written once, where it
+    # starts.
+    going = {i.name for i in inside.instructions.values() if i.opcode in COLLECTIVES and goes_on(i)}
+    total = 0.0
+    for parameter in (i for i in inside.instructions.values() if i.opcode == "parameter"):
+        number = int(parameter.arguments)
+        outer = operands[number] if number < len(operands) else parameter
+        used = inside.users[parameter.name]
+        if going and all(u.name in going or u.name == inside.root for u in used):
+            continue
+        total += min(_size(outer), _read(computations, inside, parameter, _size(outer)))
+    if going:
+        root = inside.instructions[inside.root]
+        own = inside.operands(root) if root.opcode == "tuple" else []
+        return total + sum(_size(i) for i in own if i.name not in going and i.opcode != "parameter")
+    updates = list(_updates(computations, inside))
+    return total + (sum(map(_size, updates)) if updates else _size(instruction))
+
+
+def _read(
+    computations: Computations, computation: Computation, value: Instruction, whole: float
+) -> float:
+    """Bytes that a computation reads of a value of `whole` bytes: what slices cut from it, all of
+    it for any other use."""
+    total = 0.0
+    for user in computation.users[value.name]:
+        if user.opcode in ("dynamic-slice", "gather"):
+            total += _size(user)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            continue  # in place: nothing is read
+        elif user.opcode == "bitcast":
+            total += _read(computations, computation, user, whole)
+        elif user.opcode == "fusion":
+            inside = _called(computations, user)
+            for parameter in inside.instructions.values():
+                if parameter.opcode == "parameter":
+                    operand = user.operands[int(parameter.arguments)]
+                    if operand == value.name:
+                        total += _read(computations, inside, parameter, whole)
+        else:
+            total += whole
+    return min(whole, total)
+
+
+def _updates(computations: Computations, computation: Computation) -> Iterator[Instruction]:
+    """What dynamic-update-slices write in place."""
+    for instruction in computation.instructions.values():
+        if instruction.opcode == "dynamic-update-slice":
+            yield computation.instructions[instruction.operands[1]]
+        elif instruction.opcode == "fusion":
+            yield from _updates(computations, _called(computations, instruction))
+
+
+def _size(instruction: Instruction) -> float:
+    return sum(shape.bytes for shape in instruction.shapes if not shape.on_chip)
+
+
+def _called(computations: Computations, fusion: Instruction) -> Computation:
+    return computations[fusion.attribute(r"calls=%?([\w.\-]+)")]
