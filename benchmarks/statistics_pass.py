@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from btx_jax.config.config import MixConfig
-from btx_jax.costs.hlo import read
+from btx_jax.costs.program import read_program
 from btx_jax.mixing import states
 from btx_jax.models.llama import abstract_params
 from btx_jax.presets.recipes import MODELS
@@ -57,7 +57,7 @@ def main() -> None:
     with mock.patch("jax.default_backend", return_value="tpu"):
         for name, (program, *given) in programs.items():
             compiled = program.lower(model, *given).compile()
-            memory, program = compiled.memory_analysis(), read(compiled.as_text())
+            memory, program = compiled.memory_analysis(), read_program(compiled.as_text())
             total = memory.argument_size_in_bytes + memory.output_size_in_bytes
             total += memory.temp_size_in_bytes
             print(f"{name:18} {total / GIB:5.2f} GiB, {program.dot_flops / 1e12:6.3f} TFLOP")
