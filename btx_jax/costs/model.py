@@ -17,9 +17,11 @@ ROWS = (
     ("attention_norm",),
     ("query", "key", "value", "query_norm", "key_norm", "q", "k", "v"),
     ("out", "o"),
+    ("attention_post_norm",),
     ("ffn_norm",),
     ("gate", "up", "router"),
     ("down",),
+    ("ffn_post_norm",),
 )
 SCORES = 2.0  # of attention: made of the row before, what `out` gets
 

@@ -25,6 +25,7 @@ from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
 from btx_jax.evaluation.generation import Generator
+from btx_jax.models.layers import Readout
 from btx_jax.models.llama import Llama, Params, logits
 from btx_jax.parallel.sharding import make_mesh
 from tests.architectures import goldens
@@ -43,7 +44,9 @@ def our_logits(model: ModelConfig, params: Params, tokens: np.ndarray) -> np.nda
     hidden, _ = jax.jit(Llama(model, COMPUTE).apply)(
         {"params": params}, tokens, np.ones_like(tokens)
     )
-    return np.asarray(logits(params, hidden))[0, goldens.positions(tokens.shape[1])]
+    return np.asarray(logits(params, hidden, Readout.of(model)))[
+        0, goldens.positions(tokens.shape[1])
+    ]
 
 
 def our_tokens(
