@@ -112,7 +112,6 @@ _FIXED: Mapping[str, Callable[[Any], str]] = {
     "qk_norm": lambda has: f"attention {'with' if has else 'without'} norms on queries and keys",
     "qk_norm_kind": lambda kind: f"norms on queries and keys of kind {kind}",
     "rope_interleaved": lambda is_so: f"RoPE of {'neighbours' if is_so else 'halves'}",
-    "activation": lambda name: f"the activation {name}",
 }
 _USUAL = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
 SILU = {"silu": "silu", "swish": "silu"}  # two names of one function
@@ -272,6 +271,8 @@ class Family:
             value = getattr(model, name)
             if value != self.maths.get(name, _USUAL[name]):
                 yield told(value)
+        if model.activation not in self.activations.values():
+            yield f"the activation {model.activation}"
         held = {*self.numbers, *(["attention_scale"] if self.query_scalar else [])}
         for name in NUMBERS:
             value, usual = getattr(model, name), _USUAL[name]

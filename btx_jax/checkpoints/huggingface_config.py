@@ -511,7 +511,6 @@ def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
     family = family_of(config, "config.json")
     ours = {*_NOT_KEPT, *family.biases, *family.synonyms, *family.numbers.values()}
     ours |= {family.query_scalar, family.activation_key, family.local_theta_key, family.nope}
-    ours |= {family.full_every_key, family.nope_every_key}
     ours -= family.defaults.keys() & {"original_max_position_embeddings"}
     if family.moe:
         ours |= {*family.moe.all(), "num_experts", "num_local_experts"}
@@ -571,7 +570,9 @@ def config_from_model(
         if key:
             values[key] = names[0] in model.biases
     if family.window:
-        values["sliding_window"] = model.window or None
+        # Classes that always have layers with a window ask for one even where none has it.
+        none = model.context if family.window_layers == "spaced" else None
+        values["sliding_window"] = model.window or none
     if family.window == "switched":
         values["use_sliding_window"] = bool(model.window)
         if model.window and "max_window_layers" in family.defaults:

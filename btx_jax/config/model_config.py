@@ -30,6 +30,8 @@ Width = Annotated[int, Range(1, 10**7)]
 WidthOrNone = Annotated[int, Range(0, 10**7)]
 Heads = Annotated[int, Range(1, 65_536)]
 Context = Annotated[int, Range(1, 2**30)]
+Multiplier = Annotated[float, Range(0, 1e6, above=True)]
+MultiplierOrNone = Annotated[float, Range(0, 1e6)]
 LayerNumbers = tuple[Annotated[int, Range(0, 10_000)], ...]
 
 
@@ -52,7 +54,7 @@ class RopeScaling(Section):
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
     attention_factor: Positive = 1.0
-    query_growth: Annotated[float, Range(0, 1e3)] = 0.0
+    query_growth: MultiplierOrNone = 0.0
     short_factors: tuple[Positive, ...] = ()
     long_factors: tuple[Positive, ...] = ()
 
@@ -301,12 +303,12 @@ class ModelConfig(Section):
     norms: Annotated[str, Choice(NORM_PLACES)] = "before"
     norm_eps: Annotated[float, Range(0, 1)] = 1e-5
     activation: Annotated[str, Choice(ACTIVATIONS)] = "silu"
-    embed_scale: Positive = 1.0
-    residual_scale: Positive = 1.0
-    attention_scale: Annotated[float, Range(0, HUGE)] = 0.0
-    attention_cap: Annotated[float, Range(0, HUGE)] = 0.0
-    logits_divisor: Positive = 1.0
-    logits_cap: Annotated[float, Range(0, HUGE)] = 0.0
+    embed_scale: Multiplier = 1.0
+    residual_scale: Multiplier = 1.0
+    attention_scale: MultiplierOrNone = 0.0
+    attention_cap: MultiplierOrNone = 0.0
+    logits_divisor: Multiplier = 1.0
+    logits_cap: MultiplierOrNone = 0.0
     tied_head: bool = False
     context: Context = 4096
     moe: MoEConfig | None = None
@@ -343,11 +345,6 @@ class ModelConfig(Section):
             numbers = getattr(self, key)
             if list(numbers) != sorted(set(numbers)) or (numbers and numbers[-1] >= self.layers):
                 yield f"{key}={numbers}: must be layers below {self.layers}, in order"
-
-    @rule
-    def _window_of_its_layers(self) -> Iterator[str]:
-        if not self.window and (self.window_layers or self.window_theta):
-            yield "window: window_layers and window_theta are of layers with one; give it"
 
     @rule
     def _kind_of_something(self) -> Iterator[str]:
