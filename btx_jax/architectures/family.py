@@ -121,12 +121,13 @@ SILU = {"silu": "silu", "swish": "silu"}  # two names of one function
 class MoEKeys:
     """The keys of a mixture in config.json; "" for what this class does not ask for.
 
-    experts: its names, of which any is read and the first written. d_ff: of an expert, else as wide
-    as a dense layer. renormalise: where it says whether gates sum to one, else they do.
-    shared_d_ff: the shared expert's; shared_count: how many of d_ff it is instead. has_shared_gate:
-    whether the shared expert stands behind a sigmoid gate; needs_shared: whether there must be one.
-    dense_list, step, dense_first: keys that say which layers stay dense. renormalises_one: whether
-    the gate of a token's only expert can be one, too.
+    experts: its names, of which any is read and the first written. d_ff: of an expert, else as
+    wide as a dense layer. renormalise: where it says whether gates sum to one, else they do.
+    shared_d_ff: the shared expert's; shared_count: how many of d_ff it is instead, none_shared
+    where there is none. has_shared_gate: whether the shared expert stands behind a sigmoid gate;
+    needs_shared: whether there must be one. dense_list, step, dense_first: keys that say which
+    layers stay dense. renormalises_one: whether the gate of a token's only expert can be one,
+    too. shares_one: whether there always is a shared expert as wide as the others.
     """
 
     experts: tuple[str, ...]
@@ -141,10 +142,16 @@ class MoEKeys:
     step: str = ""
     dense_first: str = ""
     renormalises_one: bool = True
+    shares_one: bool = False
+    none_shared: int | None = None
+
+    @property
+    def may_be_zero(self) -> tuple[str, ...]:
+        return self.dense_first, self.shared_count
 
     @property
     def has_shared(self) -> bool:
-        return bool(self.shared_d_ff or self.shared_count)
+        return bool(self.shared_d_ff or self.shared_count or self.shares_one)
 
     @property
     def has_dense_layers(self) -> bool:
@@ -317,6 +324,8 @@ class Family:
             told.append(
                 f"a shared expert {'behind a' if model.moe.shared_gate else 'without'} gate"
             )
+        elif shared and keys.shares_one and shared != specs[0].d_ff:
+            told.append(f"a shared expert of {shared} beside others of {specs[0].d_ff}")
         elif shared and keys.shared_count and shared % specs[0].d_ff:
             told.append(f"a shared expert of {shared}, which is no multiple of {specs[0].d_ff}")
         return told
@@ -326,7 +335,9 @@ class Family:
         is computed: biases, a shared expert."""
         biases = tuple(dict.fromkeys((*model.biases, *self.always_biased())))
         moe = model.moe
-        if moe and self.moe and self.moe.needs_shared and not moe.shared_d_ff:
-            width = min(SHARED_OF_ZEROS, moe.d_ff or model.d_ff)
-            moe = dataclasses.replace(moe, shared_d_ff=width, shared_gate=self.moe.has_shared_gate)
+        keys = self.moe
+        if moe and keys and (keys.needs_shared or keys.shares_one) and not moe.shared_d_ff:
+            width = moe.d_ff or model.d_ff
+            width = width if keys.shares_one else min(SHARED_OF_ZEROS, width)
+            moe = dataclasses.replace(moe, shared_d_ff=width, shared_gate=keys.has_shared_gate)
         return dataclasses.replace(model, biases=biases, moe=moe)

@@ -148,8 +148,7 @@ def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: F
 # Beyond them nothing is meant, and tuples of that length would fill the memory.
 _LARGEST = {"num_hidden_layers": 10_000}
 _LARGEST_COUNT = 4096  # of experts
-_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window", "n_shared_experts")
-_MAY_BE_ZERO = ("first_k_dense_replace", "max_window_layers")
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
 def _bad_numbers(values: Mapping[str, Any], family: Family) -> list[str]:
@@ -162,11 +161,12 @@ def _bad_numbers(values: Mapping[str, Any], family: Family) -> list[str]:
     problems = []
     for key in keys:
         value = values.get(key)
-        least = 0 if key in _MAY_BE_ZERO else 1
+        least = 0 if key == "max_window_layers" or (moe and key in moe.may_be_zero) else 1
         # transformers writes a window that is switched off as 0.
         least = 0 if key == "sliding_window" and family.window == "switched" else least
         largest = _LARGEST_COUNT if moe and key == moe.experts[0] else _LARGEST.get(key, 2**40)
-        if value is None and key not in _MAY_BE_NULL:
+        may_be_null = key in _MAY_BE_NULL or (moe and key == moe.shared_count)
+        if value is None and not may_be_null:
             problems.append(
                 f"{key} is null; give a number, or leave it out for {family.model_type}'s default"
                 if family.defaults[key] is not None
@@ -309,6 +309,8 @@ def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
         raise ConfigError(f"{named}: leave no layer with experts; such a model is not supported")
     d_ff = values[keys.d_ff] if keys.d_ff else values["intermediate_size"]
     shared = values[keys.shared_d_ff] if keys.shared_d_ff else 0
+    if keys.shares_one:
+        shared = d_ff
     if keys.shared_count:
         shared = (values[keys.shared_count] or 0) * d_ff
     return MoEConfig(
@@ -348,6 +350,7 @@ def _local_theta(config: Mapping[str, Any], family: Family, where: str) -> float
 _NUMBERS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
+    "alpha": ("alpha",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
     "longrope": (),
@@ -375,6 +378,8 @@ def _rope(
     kind = chosen.get("rope_type") or chosen.get("type") or "default"
     if "longrope" in family.scalings and "yarn" not in family.scalings and kind in ("su", "yarn"):
         kind = "longrope"  # its names in the first Phi-3s
+    if kind == "dynamic" and "alpha" in family.scalings and chosen.get("alpha"):
+        kind = "alpha"  # under this name its files have another scaling
     rope: dict[str, Any] = {
         "rope_theta": outside if chosen.get("rope_theta") is None else chosen["rope_theta"],
         "rope_type": kind,
@@ -421,6 +426,10 @@ def _scaling(
     kind: str, rope: Mapping[str, Any], chosen: Mapping[str, Any], context: int
 ) -> RopeScaling:
     factor = float(rope.get("factor", 1))
+    if kind == "alpha":
+        if not _is_positive(chosen["alpha"]):
+            raise ConfigError(f"alpha={shown(chosen['alpha'])}: {_POSITIVE}")
+        return RopeScaling(kind, float(chosen["alpha"]))
     if kind in ("linear", "dynamic"):
         if kind == "dynamic":
             return RopeScaling(kind, factor, original_context=context)
@@ -619,7 +628,7 @@ def _written_moe(model: ModelConfig, keys: MoEKeys) -> dict[str, Any]:
         # Of one expert a class that never renormalises one says it as its mixtures do.
         (keys.renormalise, spec.renormalise or (spec.k == 1 and not keys.renormalises_one)),
         (keys.shared_d_ff, spec.shared_d_ff),
-        (keys.shared_count, spec.shared_d_ff // spec.d_ff or None),
+        (keys.shared_count, spec.shared_d_ff // spec.d_ff or keys.none_shared),
         (keys.dense_list, dense),
         (keys.step, 1),
         (keys.dense_first, len(dense)),
@@ -638,6 +647,8 @@ def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
     elif scaling.kind in ("linear", "dynamic"):
         rope |= {"factor": scaling.factor}
         old = {"type": scaling.kind, "factor": scaling.factor}
+    elif scaling.kind == "alpha":
+        rope = old = {"rope_type": "dynamic", "alpha": scaling.factor, "factor": 1.0}
     elif scaling.kind == "llama3":
         rope |= {
             "factor": scaling.factor,

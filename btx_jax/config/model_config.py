@@ -13,7 +13,7 @@ from btx_jax.errors import ConfigError, Mistakes, UserError, suggest
 ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
 GATINGS = ("top_k", "sigmoid", "cosine")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # the linear maps of a dense layer
-SCALINGS = ("none", "linear", "llama3", "longrope", "dynamic", "yarn")
+SCALINGS = ("none", "linear", "llama3", "longrope", "dynamic", "yarn", "alpha")
 NORMS = ("rms", "rms_plus_one", "layer")
 NORM_PLACES = ("before", "after", "both")
 QK_NORMS = ("head", "width", "rotated")
@@ -41,9 +41,13 @@ class RopeScaling(Section):
     only the low ones; `yarn` (arXiv 2309.00071) those that turn less than beta_slow times within
     original_context, and between beta_slow and beta_fast a part of each. `longrope` (arXiv
     2402.13753) divides frequency i by short_factors[i], and in documents longer than
-    original_context by long_factors[i]. `dynamic` changes nothing within the context.
+    original_context by long_factors[i]. `dynamic` slows those of documents longer
+    than original_context, the more the longer, by a larger base; `alpha` all, by a base that is
+    larger by factor ** (d / (d - 2)), d being the width that rotates.
 
     attention_factor: of yarn and longrope, what rotated queries and keys are multiplied by.
+    query_growth: queries are multiplied by 1 + query_growth ln(1 + floor(position /
+    original_context)).
     """
 
     kind: Annotated[str, Choice(SCALINGS)] = "none"

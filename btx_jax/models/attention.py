@@ -37,6 +37,8 @@ def rope_frequencies(
     interpolates linearly over the frequencies' numbers instead. is_long: longrope's for documents
     longer than original_context.
     """
+    if scaling.kind == "alpha":
+        theta *= scaling.factor ** (rotated / (rotated - 2))
     frequencies = theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     turns = (
         scaling.original_context * frequencies / (2 * math.pi)
@@ -346,7 +348,8 @@ class Attention(nn.Module):
         if changes_with_length(scaling, length):
             length_BT = document_lengths(segments_BT)
         position: Any = np.arange(length, dtype=np.float32)
-        if scaling.query_growth:  # all else depends on differences alone
+        is_absolute = scaling.query_growth or self.config.qk_norm_kind == "rotated"
+        if is_absolute:  # all else depends on differences of positions alone
             position = places_in_document(segments_BT).astype(jnp.float32)
         heads = self._project(x_BTD, position, length_BT, w, lora)
         q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in heads)

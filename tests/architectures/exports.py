@@ -98,7 +98,7 @@ def write_variant(
         if not (key.endswith(".bias") and any(f".{part}." in key for part in without))
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    keys = {"mlp": ("mlp_bias", "bias"), "self_attn": ("attention_bias", "qkv_bias")}
+    keys = {"mlp": ("mlp_bias", "bias", "use_bias"), "self_attn": ("attention_bias", "qkv_bias")}
     config = json.loads((directory / "config.json").read_text())
     config |= {key: False for part in without for key in keys[part] if key in config}
     (directory / "config.json").write_text(json.dumps(config))

@@ -11,6 +11,11 @@ from safetensors.numpy import load_file
 
 FOLDER = Path(__file__).parent / "golden"
 NEW_TOKENS = 24
+MANY_TOKENS = 64  # beyond a window, or the context before it was stretched
+BEYOND = (
+    *("mistral_window", "gemma2", "gemma3", "olmo3", "qwen3_yarn", "ministral3", "llama_dynamic"),
+    *("phi35", "smollm3", "hunyuan"),
+)
 SAMPLES = 32  # of each tensor after a step
 SHORT = 128  # the original context of models with longrope: their short factors up to here
 TOLERANCE = 1e-4  # of logits in float32

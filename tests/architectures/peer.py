@@ -4,6 +4,7 @@ test_families.py, and reads our exports of them. From the project's root, as
 
     make tests/architectures/golden [NAME ...]     a NAME that is not listed here is a model_type
     keys tests/architectures/config_keys.json      what every config class declares
+    decode tests/architectures/decoding.json       long greedy continuations of golden checkpoints
     check EXPORT LOGITS.npy     EXPORT is named as its golden directory
     table FOLDER                a markdown table of all exports in FOLDER, which exports.py made
     mixtures FOLDER             and of all mixtures
@@ -236,6 +237,29 @@ def kinds() -> dict[str, Kind]:
             without=("num_local_experts",),
             matters=({"norm_topk_prob": True}, {"num_experts_per_tok": 4}),
         ),
+        "olmoe": Kind(
+            of("olmoe", intermediate_size=12, num_experts=6, num_experts_per_tok=3),
+            written={"num_experts": 6},
+            without=("num_local_experts",),
+            matters=({"norm_topk_prob": True}, {"num_experts_per_tok": 2}),
+        ),
+        "ernie": Kind(
+            of("ernie4_5", head_dim=10, use_bias=True, tie_word_embeddings=False, **theta(5e5)),
+            matters=(other_theta,),
+        ),
+        "hunyuan": Kind(
+            of(
+                "hunyuan_v1_dense",
+                head_dim=8,
+                rope_parameters={
+                    "rope_type": "dynamic",
+                    "alpha": 50.0,
+                    "factor": 1.0,
+                    "rope_theta": 1e4,
+                },
+            ),
+            matters=({"rope_parameters": {"alpha": 10.0}},),
+        ),
         "gemma": Kind(
             of("gemma", head_dim=8, hidden_act="gelu", num_key_value_heads=4),
             written={"hidden_act": "gelu"},
@@ -383,12 +407,14 @@ def logits_of(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.nda
     return model(torch.from_numpy(tokens).long()).logits[0].numpy()
 
 
-def generate(model: transformers.PreTrainedModel, prompt: list[int]) -> tuple[list[int], float]:
+def generate(
+    model: transformers.PreTrainedModel, prompt: list[int], new_tokens: int = goldens.NEW_TOKENS
+) -> tuple[list[int], float]:
     """(greedy tokens, how far the chosen one leads at least), with the cache."""
     ids = torch.tensor([prompt])
     model.generation_config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=goldens.NEW_TOKENS,
+        max_new_tokens=new_tokens,
         use_cache=True,
         output_logits=True,
         return_dict_in_generate=True,
@@ -593,6 +619,24 @@ def make(folder: Path, names: list[str]) -> None:
         )
 
 
+def decode(path: Path) -> None:
+    """Each prompt alone: in a batch, transformers lets the longest row choose every row's RoPE."""
+    made = {}
+    for name in goldens.BEYOND:
+        model = load(goldens.FOLDER / name)
+        rng, rows = np.random.default_rng(0), []
+        for length in (31, 90, 117):
+            lead = 0.0
+            while lead < 2e-3:  # between the best and the next, where it is least
+                prompt = rng.integers(FIRST, model.config.vocab_size, length).tolist()
+                ids, lead = generate(model, prompt, goldens.MANY_TOKENS)
+            assert len(ids) == goldens.MANY_TOKENS
+            rows.append([prompt, ids])
+        made[name] = rows
+    lines = (f" {json.dumps(name)}: {json.dumps(rows)}" for name, rows in made.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def keys(path: Path) -> None:
     """Those that a class adds to what every config has."""
     declared = {
@@ -671,6 +715,7 @@ if __name__ == "__main__":
     {
         "make": lambda: make(Path(sys.argv[2]), sys.argv[3:]),
         "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3])),
+        "decode": lambda: decode(Path(sys.argv[2])),
         "keys": lambda: keys(Path(sys.argv[2])),
         "table": lambda: table(Path(sys.argv[2])),
         "mixtures": lambda: mixtures(Path(sys.argv[2])),

@@ -25,7 +25,14 @@ DECLARED = json.loads((goldens.FOLDER.parent / "config_keys.json").read_text())
 # Of training and generation: nothing that is computed here with a model's weights depends on them.
 HARMLESS = {
     *("attention_dropout", "resid_pdrop", "embd_pdrop", "initializer_range", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "output_router_logits"),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "eod_token_id",
+        "pretraining_tp",
+        "output_router_logits",
+    ),
     *("router_aux_loss_coef", "router_jitter_noise"),
 }
 COMMON = {*KEYS.values(), "rope_parameters"}

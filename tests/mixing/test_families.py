@@ -27,7 +27,7 @@ from tests.architectures.exports import (
 from tests.conftest import ROOT
 
 LAYOUTS = ROOT / "tests" / "mixing" / "golden_layouts" / "sources"
-BIASED = ("internlm3", "llama_bias")  # their feed-forwards too, which no mixture has
+BIASED = ("ernie", "internlm3", "llama_bias")  # their feed-forwards too, which no mixture has
 HOMELESS = {
     "phi4_mini": "heads of which 0.75 rotates",
     "gemma": "norms of kind rms_plus_one; the activation gelu_tanh; embed_scale=4.89898",
