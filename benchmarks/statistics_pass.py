@@ -1,5 +1,5 @@
 """The pass that routers and shared weights are solved in (mixing/states.py), compiled for one TPU
-chip at Llama-2-7B's shape: does a layer with 4,096 tokens fit, and what does it compute?
+chip at Llama-2-7B's shape: does a layer with a text of 8,192 tokens fit, and what does it compute?
 
     python benchmarks/statistics_pass.py [--topology=v5e:2x2] [--preset=llama2_7b]
 
@@ -13,6 +13,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from btx_jax.config.config import MixConfig
+from btx_jax.costs.hlo import read
 from btx_jax.mixing import states
 from btx_jax.models.llama import abstract_params
 from btx_jax.presets.recipes import MODELS
@@ -41,7 +43,7 @@ def main() -> None:
         is_leaf=lambda leaf: hasattr(leaf, "value"),
     )
     length = min(512, model.context)
-    rows = states.TOKENS_PER_BATCH // length
+    rows = MixConfig.tokens // length
     x, segments = array(rows, length, model.d_model), array(rows, length, dtype=jnp.int32)
     y, scale = array(rows, length, model.heads * model.head_dim), array(model.d_model)
     programs = {
@@ -55,10 +57,10 @@ def main() -> None:
     with mock.patch("jax.default_backend", return_value="tpu"):
         for name, (program, *given) in programs.items():
             compiled = program.lower(model, *given).compile()
-            memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+            memory, program = compiled.memory_analysis(), read(compiled.as_text())
             total = memory.argument_size_in_bytes + memory.output_size_in_bytes
             total += memory.temp_size_in_bytes
-            print(f"{name:18} {total / GIB:5.2f} GiB, {cost['flops'] / 1e12:6.3f} TFLOP")
+            print(f"{name:18} {total / GIB:5.2f} GiB, {program.dot_flops / 1e12:6.3f} TFLOP")
 
 
 if __name__ == "__main__":

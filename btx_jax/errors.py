@@ -23,9 +23,24 @@ class ConfigError(UserError):
     def __str__(self) -> str:
         if len(self.args) <= 1:
             return super().__str__()
-        listed = " ".join(f"({i}) {told}" for i, told in enumerate(self.args[:MAX_TOLD], start=1))
-        more = len(self.args) - MAX_TOLD
-        return f"{len(self.args)} mistakes: {listed}" + (f" and {more} more" if more > 0 else "")
+        told = [*map(str, self.args)]
+        if len(told) > MAX_TOLD:
+            told = _by_what(told)
+        listed = " ".join(f"({i}) {each}" for i, each in enumerate(told[:MAX_TOLD], start=1))
+        more = len(told) - MAX_TOLD
+        return f"{len(told)} mistakes: {listed}" + (f" and {more} more" if more > 0 else "")
+
+
+def _by_what(told: list[str]) -> list[str]:
+    """One of those that say the same of different keys, with how many there are."""
+    places: dict[str, list[str]] = {}
+    for each in told:
+        key, _, what = each.partition(": ")
+        places.setdefault(what, []).append(key)
+    return [
+        f"{first}{f' and {len(others)} more like it' if others else ''}: {what}"
+        for what, (first, *others) in places.items()
+    ]
 
 
 class Mistakes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_jax.buckets import is_url
-from btx_jax.data import bucket_files
+from btx_jax.data import bucket_files, corpora
 from btx_jax.data.files import File, Problem, Row, find_field, read_rows, shown_fields
 from btx_jax.data.hub_files import find_files, is_on_hub
 from btx_jax.errors import UserError, suggest
@@ -123,10 +123,13 @@ def expand_files(source: Source, key: str = "config.data") -> list[File]:
             f" '{folder}/*.jsonl'"
         )
     if not files:
-        raise UserError(
-            f"{key}: no file matches {source.where!r}; check the path (globs are allowed,"
-            " quote them in a shell)"
+        is_corpus = source.where.startswith(f"{corpora.DIRECTORY}/")
+        cure = (
+            "`python -m btx_jax.data.corpora` writes it"
+            if is_corpus
+            else "check the path (globs are allowed, quote them in a shell)"
         )
+        raise UserError(f"{key}: no file matches {source.where!r}; {cure}")
     return files
 
 

@@ -3,7 +3,6 @@ pass through it: sums are gathered, weights follow from them, and the held-out t
 the routers route."""
 
 import hashlib
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
@@ -123,10 +122,10 @@ class Merging:
         self._make, self._texts, self.solved = make, texts, _Kept(file)
         self._solve([EMBEDDING], [count / count.sum() for count in counts])
 
-    def __call__(self, tensors: Sequence[TensorId], states: Sequence[Sequence[np.ndarray]]) -> None:
+    def __call__(self, tensors: Sequence[TensorId], states: Sequence[np.ndarray]) -> None:
         grams = []
-        for (_, text), batches in zip(self._texts, states, strict=True):
-            gram_EDD, _, count_E = moments(_used(itertools.chain.from_iterable(batches), text))
+        for (_, text), rows in zip(self._texts, states, strict=True):
+            gram_EDD, _, count_E = moments(_used(rows, text))
             grams.append(gram_EDD[0] / count_E[0])
         self._solve(tensors, grams)
 

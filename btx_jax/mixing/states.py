@@ -17,16 +17,24 @@ from btx_jax.models.attention import Attention
 from btx_jax.models.layers import After, Before, FeedForward, Norm, exact_matmuls, times
 from btx_jax.models.llama import Params
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096  # of prompts
+# What lies between a layer's inputs and outputs, such as attention's scores, is there of so many.
+TOKENS_AT_ONCE = 512
 
 Read = Callable[[TensorId], np.ndarray]
 
 
 # Called with linear layers that get one input, before their weights are read, and with what they
-# get: of each text batches of [rows, length, width], float32.
-Inputs = Callable[[Sequence[TensorId], Sequence[Sequence[np.ndarray]]], None]
+# get: of each text [rows, length, width], float32.
+Inputs = Callable[[Sequence[TensorId], Sequence[np.ndarray]], None]
 
 _INTO_HEADS = ("attention/query", "attention/key", "attention/value")
+
+
+def _by_rows(function: Callable[[Any], jax.Array], rows: Any) -> jax.Array:
+    """function of every row of arrays [B, T, ...], of TOKENS_AT_ONCE tokens at a time."""
+    length = jax.tree.leaves(rows)[0].shape[1]
+    return jax.lax.map(function, rows, batch_size=max(1, TOKENS_AT_ONCE // length))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -52,9 +60,14 @@ def _heads(
     """What the output projection, which need not be there, gets: [B, T, heads * head_dim]."""
     out = jnp.zeros((model.heads, model.head_dim, model.d_model))
     params = {"params": {"out": out} | attention}
+
+    def heads(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        h_TD, segments_T = row
+        y = Attention(model, spec).apply(params, h_TD[None], segments_T[None], method="heads")
+        return cast(jax.Array, y)[0]
+
     with exact_matmuls("float32"):
-        y_BTX = Attention(model, spec).apply(params, h_BTD, segments_BT, method="heads")
-    return cast(jax.Array, y_BTX)
+        return _by_rows(heads, (h_BTD, segments_BT))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -73,15 +86,20 @@ def _after_heads(
 @functools.partial(jax.jit, static_argnums=0)
 def _after_ffn(model: ModelConfig, params, x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
     """x with the answer of one feed-forward, and of a shared expert, where params have them."""
-    y_BTD = jnp.zeros_like(x_BTD)
-    for name in (part for part in ("ffn", "shared_expert") if part in params):
-        own = params[name]
-        biases = tuple(bias for bias in model.biases if f"{bias}_bias" in own)
-        ffn = FeedForward(
-            own["gate"].shape[1], biases, gated="router" in own, activation=model.activation
-        )
-        with exact_matmuls("float32"):
-            y_BTD += cast(Any, ffn.apply({"params": own}, h_BTD))[0]
+
+    def answer(h_TD: jax.Array) -> jax.Array:
+        y_TD = jnp.zeros_like(h_TD)
+        for name in (part for part in ("ffn", "shared_expert") if part in params):
+            own = params[name]
+            biases = tuple(bias for bias in model.biases if f"{bias}_bias" in own)
+            ffn = FeedForward(
+                own["gate"].shape[1], biases, gated="router" in own, activation=model.activation
+            )
+            y_TD += cast(Any, ffn.apply({"params": own}, h_TD[None]))[0][0]
+        return y_TD
+
+    with exact_matmuls("float32"):
+        y_BTD = _by_rows(answer, h_BTD)
     return _applied(After(model), params, "ffn_post_norm", x_BTD, y_BTD)
 
 
@@ -139,22 +157,19 @@ def forced_states(
 
     read: a tensor of the mixture. texts: (expert, its text); None: through no routed expert.
     inputs: of attention's projections and the head. In memory: the states of one layer, and of its
-    parameters what is no expert's and one expert's.
+    parameters what is no expert's and one expert's. What is yielded is there until the next.
     """
     dense, table = model.dense(), read(EMBEDDING)
-    segments = [[segments for _, segments in _batches(rows)] for _, rows in texts]
+    segments = [jnp.asarray(rows.segments_RT) for _, rows in texts]
     states = [
-        [
-            times(jnp.asarray(table[tokens], jnp.float32), model.embed_scale)
-            for tokens, _ in _batches(rows)
-        ]
+        times(jnp.asarray(table[rows.tokens_RT], jnp.float32), model.embed_scale)
         for _, rows in texts
     ]
     del table
 
-    def tell(tensors: Sequence[TensorId], states: Sequence[Sequence[jax.Array]]) -> None:
+    def tell(tensors: Sequence[TensorId], states: Sequence[jax.Array]) -> None:
         if inputs:
-            inputs(tensors, [[np.asarray(batch) for batch in batches] for batches in states])
+            inputs(tensors, [np.asarray(state) for state in states])
 
     for layer, spec in enumerate(dense.layer_specs()):
         own = [t for t in slots(model) if t.layer == layer and not t.is_router]
@@ -163,39 +178,30 @@ def forced_states(
         common = (t for t in own if t.expert is None and t not in (*into, out))
         params = _params(model, read, common)
         attention = params.pop("attention", {})
-        h = [[_into_attention(dense, params, x) for x in batches] for batches in states]
+        h = [_into_attention(dense, params, x) for x in states]
         tell(into, h)
         attention |= _params(model, read, into)["attention"]
-        y = [
-            [_heads(dense, spec, attention, *batch) for batch in zip(*text, strict=True)]
-            for text in zip(h, segments, strict=True)
-        ]
-        del h
+        y = []
+        for number, segments_RT in enumerate(segments):
+            y.append(_heads(dense, spec, attention, h[0], segments_RT))
+            del h[0]
+            jax.block_until_ready(y[number])
         tell([out], y)
         params["attention"] = attention | _params(model, read, [out])["attention"]
         seen = []
         for number, (expert, _) in enumerate(texts):
             of_expert = (t for t in own if t.expert is not None and t.expert == expert)
             ffn = params | _params(model, read, of_expert)
-            after = [
-                _after_heads(dense, params, *batch)
-                for batch in zip(states[number], y[number], strict=True)
-            ]
-            y[number] = []
-            states[number] = [_after_ffn(dense, ffn, *batch) for batch in after]
-            seen.append(np.concatenate([h for _, h in after]))
+            x, h_RTD = _after_heads(dense, params, states[number], y.pop(0))
+            states[number] = _after_ffn(dense, ffn, x, h_RTD)
+            seen.append(np.asarray(h_RTD))
             jax.block_until_ready(states[number])
-            del ffn, after  # before the next expert's are read
+            del ffn, x, h_RTD  # before the next expert's are read
         yield seen
+        seen.clear()  # a progress bar holds what it passed on last
     if inputs and HEAD in slots(model):
         norm = _params(model, read, [t for t in slots(model) if t.part == "final_norm/scale"])
-        tell([HEAD], [[_into_head(dense, norm, x) for x in batches] for batches in states])
-
-
-def _batches(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    step = max(1, TOKENS_PER_BATCH // rows.tokens_RT.shape[1])
-    for start in range(0, len(rows.tokens_RT), step):
-        yield rows.tokens_RT[start : start + step], rows.segments_RT[start : start + step]
+        tell([HEAD], [_into_head(dense, norm, x) for x in states])
 
 
 def _params(model: ModelConfig, read: Read, tensors: Iterable[TensorId]) -> dict[str, Any]:

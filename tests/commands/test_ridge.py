@@ -433,8 +433,9 @@ mix.run(sys.argv[1], sys.argv[2])
 """
 
 
-def test_a_kill_during_the_pass_leaves_nothing(tmp_path, text):
-    mix(tmp_path, text)
+@pytest.mark.parametrize("merge", ["mean", "regmean"])  # the latter has solved two layers by then
+def test_a_kill_during_the_pass_leaves_nothing(tmp_path, text, merge):
+    mix(tmp_path, text, merge=merge)
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "tmp").mkdir()
     before = sorted(tmp_path.iterdir())
