@@ -221,6 +221,7 @@ def kinds() -> dict[str, Kind]:
             without=("num_local_experts",),
             matters=({"norm_topk_prob": False}, no_window, {"sliding_window": 99}),
         ),
+        "olmo": Kind(of("olmo", **theta(5e4)), matters=(other_theta,)),
         "olmo2": Kind(
             of("olmo2", num_hidden_layers=3, **theta(5e5)),
             matters=({"rope_parameters": {"rope_theta": 1e4}},),
