@@ -315,9 +315,9 @@ TABLE = {
     "gptq": config(quantization_config={"quant_method": "gptq", "bits": 4}, refusal=QUANTIZED),
     "fp8": config(quantization_config={"quant_method": "fp8"}, refusal=QUANTIZED),
     "a family that is not known": config(
-        model_type="gemma2",
-        architectures=["Gemma2ForCausalLM"],
-        refusal=r"model_type gemma2 \(Gemma2ForCausalLM\) is not supported",
+        model_type="starcoder2",
+        architectures=["Starcoder2ForCausalLM"],
+        refusal=r"model_type starcoder2 \(Starcoder2ForCausalLM\) is not supported",
     ),
     "qwen2 without its biases": config(
         model_type="qwen2",
