@@ -586,7 +586,8 @@ def config_from_model(
         values["use_sliding_window"] = bool(model.window)
         if model.window and "max_window_layers" in family.defaults:
             values["max_window_layers"] = min(model.window_layers, default=0)
-    if family.window and family.window_layers in ("from", "even", "nope", "spaced"):
+    says_kinds = ("from", "even", "nope", "spaced", *(["typed"] if model.window_layers else []))
+    if family.window and family.window_layers in says_kinds:
         values["layer_types"] = [
             "sliding_attention" if spec.window else "full_attention" for spec in model.layer_specs()
         ]

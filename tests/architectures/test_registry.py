@@ -240,3 +240,16 @@ def test_deepseek_never_renormalises_the_gate_of_one_expert():
     written = config_from_model(model, family, "float32", {})
     assert (written["norm_topk_prob"], written["num_experts_per_tok"]) == (True, 1)
     assert model_from_config(written, "x") == model
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "smollm3"])
+def test_a_window_in_some_layers_is_written_as_it_was_read(kind):
+    family = known_families()[kind]
+    biases = family.always_biased()
+    model = dataclasses.replace(LLAMA, window=8, window_layers=(1,), biases=biases)
+    assert family_for(model, kind) == family
+    written = config_from_model(model, family, "float32", {})
+    assert model_from_config(written, "x") == model
+    other = dataclasses.replace(model, window_layers=(0,))
+    held = [not known_families()[name].lacks(other) for name in ("mistral", "qwen2", "phi3")]
+    assert held == [not biases, False, False]

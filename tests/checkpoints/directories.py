@@ -276,9 +276,8 @@ TABLE = {
     "window, Mixtral": config("mixtral", sliding_window=700),
     "kinds of layers, Mistral": config(
         "mistral",
-        sliding_window=700,
+        sliding_window=100,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
-        refusal="sliding_window=700 in 1 of 3 layers: a window in some layers is not supported",
     ),
     "one kind of layers, Mistral": config(
         "mistral", sliding_window=100, layer_types=["sliding_attention"] * 3

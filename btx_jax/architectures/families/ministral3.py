@@ -17,7 +17,6 @@ FAMILY = Family(
         "sliding_window": None,
     },
     window="always",
-    window_layers="typed",
     grows_queries=True,
     since="5.0.0",
 )
