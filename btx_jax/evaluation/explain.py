@@ -44,7 +44,10 @@ def explain(
 
     def choices(params, tokens, segments):
         stats: Any = feed_forward_routing(llama.apply({"params": params}, tokens, segments)[1])
-        split = lambda x: x.reshape(x.shape[0], rows, width, x.shape[-1])  # noqa: E731  [L, G, S, K] -> [L, B, T, K]
+
+        def split(x_LGSK: jax.Array) -> jax.Array:
+            return x_LGSK.reshape(x_LGSK.shape[0], rows, width, -1)  # [L, B, T, K]
+
         return [(split(run.choice.index_GSK), split(run.choice.gate_GSK)) for run in stats.values()]
 
     with on_mesh(mesh, compute.dtype):

@@ -14,7 +14,7 @@ _STEP = (
     # Elements at a time: the accumulator stays in a core's cache, and memory does not grow with the
     # tensor
 )
-_ROWS = 8192  # of a tensor that are solved at a time, in float64
+_ROWS = 2048  # of a tensor that are solved at a time, in float64
 _LEAST_NORM, _PARALLEL = 1e-8, 0.9995  # mergekit's: a length below is none, a |cosine| above is 1
 
 

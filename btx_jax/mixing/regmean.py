@@ -19,10 +19,9 @@ def regmean(weights: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: f
     [in, in]; scaled all alike they give the same. Models that are equal give that model. Raises
     UserError where the inputs do not determine the layer.
     """
-    wide = [weight.astype(np.float64) for weight in weights]
-    mean = np.mean(wide, axis=0)
+    mean = np.stack(weights).mean(axis=0, dtype=np.float64)
     left, right = np.zeros((len(mean), len(mean))), np.zeros(mean.shape)
-    for weight, gram in zip(wide, grams, strict=True):
+    for weight, gram in zip(weights, grams, strict=True):
         shrunk = alpha * gram
         np.fill_diagonal(shrunk, gram.diagonal())
         left += shrunk

@@ -201,7 +201,10 @@ def forced_states(
         seen.clear()  # a progress bar holds what it passed on last
     if inputs and HEAD in slots(model):
         norm = _params(model, read, [t for t in slots(model) if t.part == "final_norm/scale"])
-        tell([HEAD], [_into_head(dense, norm, x) for x in states])
+        for number, x in enumerate(states):
+            states[number] = _into_head(dense, norm, x)
+            del x
+        tell([HEAD], states)
 
 
 def _params(model: ModelConfig, read: Read, tensors: Iterable[TensorId]) -> dict[str, Any]:

@@ -164,7 +164,11 @@ def adapt(
     a_IER, b_ERO = adapter["a"], adapter["b"]
     a_IER = all_gather(a_IER, "embed", 0) if into == "embed" else a_IER
     b_ERO = all_gather(b_ERO, "embed", 2) if out == "embed" else b_ERO
-    whole = lambda x: x if into == "embed" else psum(x, into)  # noqa: E731  summed over the devices that share I
+
+    def whole(x: jax.Array) -> jax.Array:
+        """Summed over the devices that share I."""
+        return x if into == "embed" else psum(x, into)
+
     dropped = x_BTI
     if "mask" in adapter:
         dropped = jnp.where(adapter["mask"], x_BTI / (1 - spec.dropout), 0)

@@ -89,11 +89,14 @@ FROM_INIT_LENGTH = 512  # tokens; less where the model named has a shorter conte
 # and 99.01 there).
 PAPER_DOMAINS = {
     "math": (
-        "$BTX_DATA_DIR/proof-pile-2/algebraic-stack/*.jsonl.zst:13.57,$BTX_DATA_DIR/proof-pile-2/open-web-math/*.jsonl.zst:54.27,"
-        "$BTX_DATA_DIR/proof-pile-2/arxiv/*.jsonl.zst:27.14,$BTX_DATA_DIR/github/*.jsonl.zst:2.99,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:5.01"
+        "$BTX_DATA_DIR/proof-pile-2/algebraic-stack/*.jsonl.zst:13.57,"
+        "$BTX_DATA_DIR/proof-pile-2/open-web-math/*.jsonl.zst:54.27,"
+        "$BTX_DATA_DIR/proof-pile-2/arxiv/*.jsonl.zst:27.14,"
+        "$BTX_DATA_DIR/github/*.jsonl.zst:2.99,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:5.01"
     ),
     "code": (
-        "$BTX_DATA_DIR/code/*.jsonl.zst:82.18,$BTX_DATA_DIR/code-text/*.jsonl.zst:9.90,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:6.93"
+        "$BTX_DATA_DIR/code/*.jsonl.zst:82.18,$BTX_DATA_DIR/code-text/*.jsonl.zst:9.90,"
+        "$BTX_DATA_DIR/common-crawl/*.jsonl.zst:6.93"
     ),
     "wiki": "$BTX_DATA_DIR/wikipedia/*.parquet:90.91,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:9.09",
     "general": "$BTX_DATA_DIR/common-crawl/*.jsonl.zst",
