@@ -37,8 +37,9 @@ def attention(q_BHTK, k_BNTK, v_BNTK, segments_BT):
     return jnp.stack(out, axis=1)
 
 
-def cross_entropy(hidden, head, targets, weights):
-    log_p = jax.nn.log_softmax(hidden @ head, axis=-1)
+def cross_entropy(hidden, head, targets, weights, divisor=1.0, cap=0.0):
+    logits = hidden @ head / divisor
+    log_p = jax.nn.log_softmax(cap * jnp.tanh(logits / cap) if cap else logits, axis=-1)
     return -(jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0] * weights).sum()
 
 

@@ -2,7 +2,7 @@
 a model it can hold. One file a family lies in families/."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,16 @@ def tensor(name: str, *parts: str, stacked: bool = False) -> Tensor:
     return Tensor(f"model.layers.{{l}}.{name}", parts, stacked)
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A tensor of every layer that this model has not: with this number in it everywhere the class
+    computes as if it had none either. Stored in float32."""
+
+    name: str
+    value: float
+    shape: Callable[[ModelConfig], tuple[int, ...]]
+
+
 OUTSIDE = (
     Tensor("model.embed_tokens.weight", ("embed/embedding",)),
     Tensor("model.norm.weight", ("final_norm/scale",)),
@@ -46,6 +56,10 @@ ATTENTION = (
         tensor(f"self_attn.{name}.bias", f"attention/{our}_bias")
         for name, our in _PROJECTIONS.items()
     ),
+)
+POST_NORMS = (
+    tensor("post_attention_layernorm.weight", "attention_post_norm/scale"),
+    tensor("post_feedforward_layernorm.weight", "ffn_post_norm/scale"),
 )
 QK_NORM = (
     tensor("self_attn.q_norm.weight", "attention/query_norm/scale"),
@@ -86,18 +100,34 @@ KEYS = {
     "norm_eps": "rms_norm_eps",
     "tied_head": "tie_word_embeddings",
 }
+# Numbers of ModelConfig that change nothing at their defaults, and that config.json may say.
+NUMBERS = (
+    *("embed_scale", "residual_scale", "attention_scale", "attention_cap", "logits_divisor"),
+    "logits_cap",
+)
+# Fields of ModelConfig that a family fixes -> what is told of a model that has other ones.
+_FIXED: Mapping[str, Callable[[Any], str]] = {
+    "norm": lambda kind: f"norms of kind {kind}",
+    "norms": lambda place: f"norms {place.replace('both', 'before and after')} its blocks",
+    "qk_norm": lambda has: f"attention {'with' if has else 'without'} norms on queries and keys",
+    "qk_norm_kind": lambda kind: f"norms on queries and keys of kind {kind}",
+    "rope_interleaved": lambda is_so: f"RoPE of {'neighbours' if is_so else 'halves'}",
+}
+_USUAL = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+SILU = {"silu": "silu", "swish": "silu"}  # two names of one function
 
 
 @dataclass(frozen=True)
 class MoEKeys:
     """The keys of a mixture in config.json; "" for what this class does not ask for.
 
-    experts: its names, of which any is read and the first written. d_ff: of an expert, else as wide
-    as a dense layer. renormalise: where it says whether gates sum to one, else they do.
-    shared_d_ff: the shared expert's; shared_count: how many of d_ff it is instead. has_shared_gate:
-    whether the shared expert stands behind a sigmoid gate; needs_shared: whether there must be one.
-    dense_list, step, dense_first: keys that say which layers stay dense. renormalises_one: whether
-    the gate of a token's only expert can be one, too.
+    experts: its names, of which any is read and the first written. d_ff: of an expert, else as
+    wide as a dense layer. renormalise: where it says whether gates sum to one, else they do.
+    shared_d_ff: the shared expert's; shared_count: how many of d_ff it is instead, none_shared
+    where there is none. has_shared_gate: whether the shared expert stands behind a sigmoid gate;
+    needs_shared: whether there must be one. dense_list, step, dense_first: keys that say which
+    layers stay dense. renormalises_one: whether the gate of a token's only expert can be one,
+    too. shares_one: whether there always is a shared expert as wide as the others.
     """
 
     experts: tuple[str, ...]
@@ -112,10 +142,16 @@ class MoEKeys:
     step: str = ""
     dense_first: str = ""
     renormalises_one: bool = True
+    shares_one: bool = False
+    none_shared: int | None = None
+
+    @property
+    def may_be_zero(self) -> tuple[str, ...]:
+        return self.dense_first, self.shared_count
 
     @property
     def has_shared(self) -> bool:
-        return bool(self.shared_d_ff or self.shared_count)
+        return bool(self.shared_d_ff or self.shared_count or self.shares_one)
 
     @property
     def has_dense_layers(self) -> bool:
@@ -134,33 +170,57 @@ class Family:
     """What a `model_type` of Hugging Face is.
 
     model_class: what `architectures` says. tensors: what its files hold, and what is written; also:
-    other names under which they are found. defaults: what transformers takes for keys that
-    config.json leaves out. biases: key -> the maps that add a bias where it is true; under "" those
-    that always do. synonyms: other names of keys. qk_norm: whether queries and keys have norms.
-    window: "" where `sliding_window` is ignored, "always" where it holds, "switched" where
-    `use_sliding_window` says so. window_layers: which layers then have it, unless `layer_types`
-    says: "all", whatever that says; all, "typed"; those "from" `max_window_layers`; or the "even"
-    ones below it. partial_rotary: whether it can rotate a part of each head. scalings: of RoPE,
-    those that it has. moe: the keys of a mixture. home: the model_type of the class that holds a
-    mixture of it, "" for none that is known. fixed: keys that change what is computed -> the values
-    that this model is. usual: keys that are written besides. since: the first release of
-    transformers that has it, "" for code of its own. fallback: its place among the families that
-    are tried for a model that no other one holds; 0 for none. whole_heads: whether the width must
-    be a multiple of the heads; own_head_dim: whether heads may be of a size that does not follow
-    from it. peft_default: the modules that peft adapts where a LoRA's config names none, () where
-    it must."""
+    other names under which they are found. constants: what they hold besides. defaults: what
+    transformers takes for keys that config.json leaves out. biases: key -> the maps that add a bias
+    where it is true; under "" those that always do. synonyms: other names of keys. maths: fields of
+    ModelConfig that it fixes. activations: the values of activation_key -> ModelConfig's. numbers:
+    those of ModelConfig that config.json says -> their keys. query_scalar: the key of a number
+    whose power of -1/2 is attention_scale. embeds_by_width: whether embeddings are multiplied by
+    the root of the width. window: "" where `sliding_window` is ignored, "always" where it holds,
+    "switched" where `use_sliding_window` says so. window_layers: which layers then have it, unless
+    `layer_types` says: "all", whatever that says; all, "typed"; those "from" `max_window_layers`;
+    the "even" ones below it; those that do not rotate, "nope"; or, "spaced", all but the last (the
+    first, where full_first) of every full_every, a number that full_every_key may say. local_theta:
+    RoPE's base in layers with a window, which then have a rotary embedding of their own, without
+    scaling; local_theta_key: where older releases look for it. nope: the key that says, layer by
+    layer, whether it rotates, else the last of as many as nope_every_key says does not;
+    nope_thetas: whether it gives its base. partial_rotary: whether it can rotate a part of each
+    head. scalings: of RoPE, those that it has. grows_queries: whether it has RopeScaling's
+    query_growth. moe: the keys of a mixture. home: the model_type of the class that holds a mixture
+    of it, "" for none that is known. fixed: keys that change what is computed -> the values that
+    this model is. usual: keys that are written besides. since: the first release of transformers
+    that has it, "" for code of its own. fallback: its place among the families that are tried for a
+    model that no other one holds; 0 for none. whole_heads: whether the width must be a multiple of
+    the heads; own_head_dim: whether heads may be of a size that does not follow from it.
+    peft_default: the modules that peft adapts where a LoRA's config names none, () where it must.
+    """
 
     model_type: str
     model_class: str
     tensors: tuple[Tensor, ...] = LLAMA_TENSORS
     also: tuple[Tensor, ...] = ()
+    constants: tuple[Constant, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     synonyms: Mapping[str, str] = field(default_factory=dict)
-    qk_norm: bool = False
+    maths: Mapping[str, Any] = field(default_factory=dict)
+    activation_key: str = "hidden_act"
+    activations: Mapping[str, str] = field(default_factory=lambda: SILU)
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    query_scalar: str = ""
+    embeds_by_width: bool = False
     window: str = ""
     window_layers: str = "all"
+    full_every: int = 0
+    full_every_key: str = ""
+    full_first: bool = False
+    local_theta: float = 0.0
+    local_theta_key: str = ""
+    nope: str = ""
+    nope_every_key: str = ""
+    nope_thetas: bool = False
     partial_rotary: bool = False
+    grows_queries: bool = False
     scalings: tuple[str, ...] = ALL_SCALINGS
     moe: MoEKeys | None = None
     home: str = ""
@@ -188,11 +248,17 @@ class Family:
             missing = [other for other in group if other not in model.biases]
             if missing and group != self.always_biased():
                 told.append(f"a bias on {name} and none on {', '.join(missing)}")
-        if model.qk_norm != self.qk_norm:
-            has = "with" if model.qk_norm else "without"
-            told.append(f"attention {has} norms on queries and keys")
+        told += self._lacks_of_maths(model)
         if model.window and not self.window:
             told.append(f"a window of {model.window}")
+        elif model.window_layers and not self._has_window_in(model):
+            told.append(f"a window in layers {', '.join(map(str, model.window_layers))} alone")
+        if model.window_theta and not self.local_theta:
+            told.append(f"a RoPE base of {model.window_theta:g} in layers with a window alone")
+        if model.nope_layers and not self.nope:
+            told.append(f"layers without RoPE ({', '.join(map(str, model.nope_layers))})")
+        if model.rope_scaling.query_growth and not self.grows_queries:
+            told.append("queries that grow with their position")
         if model.rotary != 1 and not self.partial_rotary:
             told.append(f"heads of which {model.rotary:g} rotates")
         if model.rope_scaling.kind not in self.scalings:
@@ -206,6 +272,27 @@ class Family:
         elif model.moe and self.moe:
             told += self._lacks_of_mixture(model, self.moe)
         return told
+
+    def _lacks_of_maths(self, model: ModelConfig) -> Iterator[str]:
+        for name, told in _FIXED.items():
+            value = getattr(model, name)
+            if value != self.maths.get(name, _USUAL[name]):
+                yield told(value)
+        if model.activation not in self.activations.values():
+            yield f"the activation {model.activation}"
+        held = {*self.numbers, *(["attention_scale"] if self.query_scalar else [])}
+        for name in NUMBERS:
+            value, usual = getattr(model, name), _USUAL[name]
+            if name == "embed_scale" and self.embeds_by_width:
+                usual = model.d_model**0.5
+            if value != usual and name not in held:
+                yield f"{name}={value:g}"
+
+    def _has_window_in(self, model: ModelConfig) -> bool:
+        """Whether it can say which of the model's layers have a window."""
+        if self.window_layers == "from":  # as releases without layer_types have it
+            return model.window_layers == tuple(range(model.window_layers[0], model.layers))
+        return self.window_layers in ("typed", "nope", "spaced")
 
     def _lacks_of_mixture(self, model: ModelConfig, keys: MoEKeys) -> list[str]:
         assert model.moe
@@ -237,6 +324,8 @@ class Family:
             told.append(
                 f"a shared expert {'behind a' if model.moe.shared_gate else 'without'} gate"
             )
+        elif shared and keys.shares_one and shared != specs[0].d_ff:
+            told.append(f"a shared expert of {shared} beside others of {specs[0].d_ff}")
         elif shared and keys.shared_count and shared % specs[0].d_ff:
             told.append(f"a shared expert of {shared}, which is no multiple of {specs[0].d_ff}")
         return told
@@ -246,7 +335,9 @@ class Family:
         is computed: biases, a shared expert."""
         biases = tuple(dict.fromkeys((*model.biases, *self.always_biased())))
         moe = model.moe
-        if moe and self.moe and self.moe.needs_shared and not moe.shared_d_ff:
-            width = min(SHARED_OF_ZEROS, moe.d_ff or model.d_ff)
-            moe = dataclasses.replace(moe, shared_d_ff=width, shared_gate=self.moe.has_shared_gate)
+        keys = self.moe
+        if moe and keys and (keys.needs_shared or keys.shares_one) and not moe.shared_d_ff:
+            width = moe.d_ff or model.d_ff
+            width = width if keys.shares_one else min(SHARED_OF_ZEROS, width)
+            moe = dataclasses.replace(moe, shared_d_ff=width, shared_gate=keys.has_shared_gate)
         return dataclasses.replace(model, biases=biases, moe=moe)

@@ -58,6 +58,15 @@ def other_rows(family: Family, model: ModelConfig) -> tuple[Row, ...]:
     return tuple(_rows(family.also, model))
 
 
+def constants(family: Family, model: ModelConfig) -> dict[str, np.ndarray]:
+    """Those of the model's files, by name."""
+    return {
+        f"model.layers.{layer}.{item.name}": np.full(item.shape(model), item.value, np.float32)
+        for item in family.constants
+        for layer in range(model.layers)
+    }
+
+
 def _rows(declared: tuple[Tensor, ...], model: ModelConfig) -> list[Row]:
     known, found = slots(model), []
     for item in declared:

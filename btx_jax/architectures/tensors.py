@@ -23,7 +23,7 @@ _INPUTS = {
     "head/kernel": 1,
 }
 # In the order in which a layer computes, with the names that a Llama's, a Mixtral's and a
-# Qwen2-MoE's files give them.
+# Qwen2-MoE's files give them, or would give them if they had such norms.
 _ATTENTION = {
     "attention_norm/scale": "input_layernorm.weight",
     "attention/query": "self_attn.q_proj.weight",
@@ -36,6 +36,7 @@ _ATTENTION = {
     "attention/key_norm/scale": "self_attn.k_norm.weight",
     "attention/out": "self_attn.o_proj.weight",
     "attention/out_bias": "self_attn.o_proj.bias",
+    "attention_post_norm/scale": "self_attn.post_norm.weight",
     "ffn_norm/scale": "post_attention_layernorm.weight",
 }
 _DENSE = {
@@ -46,6 +47,7 @@ _DENSE = {
     "ffn/down": "mlp.down_proj.weight",
     "ffn/down_bias": "mlp.down_proj.bias",
 }
+_POST_NORM = {"ffn_post_norm/scale": "mlp.post_norm.weight"}
 _SHARED = {
     "shared_expert/gate": "mlp.shared_expert.gate_proj.weight",
     "shared_expert/up": "mlp.shared_expert.up_proj.weight",
@@ -86,7 +88,7 @@ class TensorId(NamedTuple):
         if self.expert is not None:
             name = f"block_sparse_moe.experts.{self.expert}.{_EXPERT[self.part]}.weight"
         else:
-            name = (_ATTENTION | _DENSE | _SHARED | _ANCHOR | _ROUTER)[self.part]
+            name = (_ATTENTION | _POST_NORM | _DENSE | _SHARED | _ANCHOR | _ROUTER)[self.part]
         return f"model.layers.{self.layer}.{name}"
 
     @property
@@ -224,6 +226,8 @@ def slots(model: ModelConfig) -> dict[TensorId, Slot]:
                     for part in _EXPERT:
                         add(TensorId(part, layer, expert), (run,), (offset, expert))
             for part in _SHARED | _ANCHOR if spec.experts else _DENSE:
+                add(TensorId(part, layer), (run,), (offset,))
+            for part in _POST_NORM:
                 add(TensorId(part, layer), (run,), (offset,))
             layer += 1
     add(TensorId("final_norm/scale"), (), ())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from btx_jax.architectures.family import Family
-from btx_jax.architectures.layout import Row, other_rows, rows
+from btx_jax.architectures.layout import Row, constants, other_rows, rows
 from btx_jax.architectures.registry import family_for, known_families
 from btx_jax.architectures.tensors import EMBEDDING, HEAD, Range, Region, TensorId, slots
 from btx_jax.architectures.values import is_finite
@@ -166,6 +166,12 @@ class HuggingFaceReader:
                 self._take(row, stored[row.name], problems)
         if self.model.tied_head and EMBEDDING not in self._where and str(HEAD) in stored:
             self._where[EMBEDDING] = stored[str(HEAD)]
+        for name, wanted in constants(self._family, self.model).items():
+            if name in stored:
+                self._used.add(name)
+                problems += _unlike(stored[name], wanted)
+            else:
+                problems.append(f"missing {name}")
         self._compare(stored, problems)
         if problems:  # damage, in a header, comes first
             files = [name for name in read_sums(directory) if name.endswith(".safetensors")]
@@ -243,13 +249,23 @@ class HuggingFaceReader:
         )
 
 
+def _unlike(found: _Stored, wanted: np.ndarray) -> list[str]:
+    """What is wrong with a tensor that must be a constant, in none or one line."""
+    if found.dtype not in READABLE or found.shape != wanted.shape:
+        return [f"{found.name} is {found.dtype} {found.shape}, not {wanted.shape}"]
+    array = found.read()
+    if np.array_equal(array, wanted.astype(array.dtype)):
+        return []
+    return [f"{found.name} is not {wanted.flat[0]:g} everywhere: such a layer is not supported"]
+
+
 def _stored(
     directory: Path, family: Family, model: ModelConfig, problems: list[str]
 ) -> dict[str, _Stored]:
     """The tensors of a directory under the names that the family declares; an unknown one keeps its
     own. transformers allows `model.` to be absent or twice."""
     known = {row.name for row in rows(family, model) + other_rows(family, model)}
-    known.add(str(HEAD))
+    known |= {str(HEAD), *constants(family, model)}
     found: dict[str, _Stored] = {}
     for name, file in _locate(directory, problems).items():
         forms = (name, name.removeprefix("model."), f"model.{name}")
@@ -397,6 +413,8 @@ class HuggingFaceWriter:
             missing[row.name] -= 1
             if not missing[row.name]:
                 files[row.name] = (row.shape(model), dtype)
+        self._constants = constants(family, model)
+        files |= {name: (array.shape, array.dtype) for name, array in self._constants.items()}
         self._shards = ShardWriter(directory, files, shard_bytes, metadata)
         if family.model_type == "mixtral" and (needed_transformers(model, family) >= "5"):
             log.warning(
@@ -426,6 +444,8 @@ class HuggingFaceWriter:
         kept: CheckpointMetadata.huggingface. bos, eos: the tokenizer's, for a model that was born
         here.
         """
+        for name, array in self._constants.items():
+            self._shards.write(name, array)
         self._shards.finish()
         usual = Counter(self._dtypes.values()).most_common(1)[0][0].name
         ids = {"bos_token_id": bos, "eos_token_id": eos}

@@ -16,7 +16,6 @@ from btx_jax.errors import ConfigError, UserError
 log = logging.getLogger(__name__)
 
 _POSITIVE = f"must be a positive number, at most {HUGE:g}"
-_SILU = ("silu", "swish")  # two names of one function
 # Keys that change what other classes compute -> the values that change nothing. transformers
 # ignores them in these; who wrote one meant it.
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
@@ -53,6 +52,12 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
     heads, width = values["num_attention_heads"], values["hidden_size"]
     try:
         theta, scaling, rotary = _rope(config, values, family, where)
+        if family.nope_thetas:
+            theta = _common_theta(config, family, theta)
+        window, window_layers = _window(config, values, family)
+        local = _local_theta(config, family, where) if window else 0.0
+        if local == theta and scaling == RopeScaling():
+            local = 0.0
         return ModelConfig(
             vocab_size=values["vocab_size"],
             layers=values["num_hidden_layers"],
@@ -65,8 +70,13 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
             rope_scaling=scaling,
             rotary=rotary,
             biases=_biases(config, values, family),
-            qk_norm=family.qk_norm,
-            window=_window(config, values, family),
+            **family.maths,
+            **_numbers(values, family),
+            activation=family.activations[values[family.activation_key]],
+            nope_layers=_nope_layers(config, values, family),
+            window=window,
+            window_layers=window_layers,
+            window_theta=local,
             norm_eps=float(values["rms_norm_eps"]),
             tied_head=values["tie_word_embeddings"],
             context=values["max_position_embeddings"],
@@ -111,8 +121,11 @@ def _with_standard_names(config: Mapping[str, Any], family: Family) -> dict[str,
 def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: Family) -> list[str]:
     """Features that change what the weights mean and that this model has not."""
     problems = []
-    if values["hidden_act"] not in _SILU:
-        problems.append(f"hidden_act={values['hidden_act']!r} is not supported, only 'silu'")
+    key = family.activation_key
+    if values[key] not in family.activations:
+        problems.append(
+            f"{key}={values[key]!r} is not supported, only {next(iter(family.activations))!r}"
+        )
     for key in _QUANTISED:
         if (quantization := config.get(key)) is not None:
             method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -122,8 +135,9 @@ def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: F
             )
     if config.get("per_layer_config"):
         problems.append("per_layer_config: layers of different sizes are not supported")
+    own = {*family.numbers.values(), family.query_scalar, family.nope}
     for key, neutral in {**_FOREIGN, **family.fixed}.items():
-        if key in config and config[key] not in neutral:
+        if key in config and key not in own and config[key] not in neutral:
             problems.append(f"{key}={shown(config[key])}: is not supported")
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(config.get(key), Mapping | None):
@@ -134,8 +148,7 @@ def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: F
 # Beyond them nothing is meant, and tuples of that length would fill the memory.
 _LARGEST = {"num_hidden_layers": 10_000}
 _LARGEST_COUNT = 4096  # of experts
-_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window", "n_shared_experts")
-_MAY_BE_ZERO = ("first_k_dense_replace", "max_window_layers")
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
 def _bad_numbers(values: Mapping[str, Any], family: Family) -> list[str]:
@@ -148,11 +161,12 @@ def _bad_numbers(values: Mapping[str, Any], family: Family) -> list[str]:
     problems = []
     for key in keys:
         value = values.get(key)
-        least = 0 if key in _MAY_BE_ZERO else 1
+        least = 0 if key == "max_window_layers" or (moe and key in moe.may_be_zero) else 1
         # transformers writes a window that is switched off as 0.
         least = 0 if key == "sliding_window" and family.window == "switched" else least
         largest = _LARGEST_COUNT if moe and key == moe.experts[0] else _LARGEST.get(key, 2**40)
-        if value is None and key not in _MAY_BE_NULL:
+        may_be_null = key in _MAY_BE_NULL or (moe and key == moe.shared_count)
+        if value is None and not may_be_null:
             problems.append(
                 f"{key} is null; give a number, or leave it out for {family.model_type}'s default"
                 if family.defaults[key] is not None
@@ -162,6 +176,9 @@ def _bad_numbers(values: Mapping[str, Any], family: Family) -> list[str]:
             problems.append(f"{key}={shown(value)}: must be a whole number of at least {least}")
         elif value is not None and value > largest:
             problems.append(f"{key}={shown(value)}: more than any model has")
+    for key in filter(None, (*family.numbers.values(), family.query_scalar)):
+        if values[key] is not None and not _is_positive(values[key]):
+            problems.append(f"{key}={shown(values[key])}: {_POSITIVE}")
     if not _is_positive(values["rms_norm_eps"]):
         problems.append(f"rms_norm_eps={shown(values['rms_norm_eps'])}: {_POSITIVE}")
     for key in ("tie_word_embeddings", "use_sliding_window", moe.renormalise if moe else ""):
@@ -181,19 +198,42 @@ def _biases(
     )
 
 
-def _window(config: Mapping[str, Any], values: Mapping[str, Any], family: Family) -> int:
-    """Of all layers. Raises ConfigError where some have one that others have not."""
+def _numbers(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Of ModelConfig, those that config.json says, or that follow from the width."""
+    found: dict[str, Any] = {
+        name: float(values[key]) for name, key in family.numbers.items() if values[key] is not None
+    }
+    if family.query_scalar:
+        found["attention_scale"] = values[family.query_scalar] ** -0.5
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if found.get("attention_scale") == (values["head_dim"] or width // heads) ** -0.5:
+        del found["attention_scale"]  # what it is without being said
+    if family.embeds_by_width:
+        found["embed_scale"] = width**0.5
+    return found
+
+
+def _window(
+    config: Mapping[str, Any], values: Mapping[str, Any], family: Family
+) -> tuple[int, tuple[int, ...]]:
+    """(the window, the layers that have it, () for all)."""
     window, layers = values.get("sliding_window"), values["num_hidden_layers"]
     if not family.window or not window:
-        return 0
+        return 0, ()
     if family.window == "switched" and not values["use_sliding_window"]:
-        return 0
+        return 0, ()
     if family.window_layers == "all":
-        return window
+        return window, ()
     types = config.get("layer_types")
     if types is None and family.window_layers == "typed":
-        return window
-    if types is None:
+        return window, ()
+    if types is None and family.window_layers == "spaced":
+        every, place = _full_every(config, family), 0 if family.full_first else -1
+        has = [(layer - place) % every != 0 for layer in range(layers)]
+    elif types is None and family.window_layers == "nope":
+        nope = _nope_layers(config, values, family)
+        has = [layer in nope for layer in range(layers)]
+    elif types is None:
         first = values["max_window_layers"]
         has = [
             layer >= first if family.window_layers == "from" else layer < first and layer % 2 == 0
@@ -206,13 +246,49 @@ def _window(config: Mapping[str, Any], values: Mapping[str, Any], family: Family
             f"layer_types={shown(types)}: must name the kind of each of {layers} layers"
         )
     if window >= values["max_position_embeddings"] or not any(has):
-        return 0  # as far as the context goes, they see all of it
-    if not all(has):
+        return 0, ()  # as far as the context goes, they see all of it
+    return window, () if all(has) else tuple(layer for layer in range(layers) if has[layer])
+
+
+def _full_every(config: Mapping[str, Any], family: Family) -> int:
+    key = family.full_every_key
+    every = config.get(key, family.full_every) if key else family.full_every
+    if type(every) is not int or every < 1:
+        raise ConfigError(f"{key}={shown(every)}: must be a whole number of at least 1")
+    return every
+
+
+def _common_theta(config: Mapping[str, Any], family: Family, outside: float) -> float:
+    """RoPE's base where config.json gives one to every layer."""
+    thetas = config.get(family.nope)
+    if not isinstance(thetas, list) or not any(thetas):
+        return outside
+    given = {shown(theta): theta for theta in thetas if theta}
+    theta = next(iter(given.values()))
+    if len(given) > 1 or not _is_positive(theta):
+        raise ConfigError(f"{family.nope}={', '.join(given)}: must be one positive number, or 0")
+    return float(theta)
+
+
+def _nope_layers(
+    config: Mapping[str, Any], values: Mapping[str, Any], family: Family
+) -> tuple[int, ...]:
+    if not family.nope:
+        return ()
+    layers, rotates = values["num_hidden_layers"], config.get(family.nope)
+    if rotates is None and not family.nope_every_key:
+        return ()
+    if rotates is None:
+        every = values[family.nope_every_key]
+        if type(every) is not int or every < 1:
+            raise ConfigError(f"{family.nope_every_key}={shown(every)}: must be a whole number")
+        return tuple(range(every - 1, layers, every))
+    if not isinstance(rotates, list) or len(rotates) < layers:
         raise ConfigError(
-            f"sliding_window={window} in {sum(has)} of {layers} layers: a window in some layers is"
-            " not supported"
+            f"{family.nope}={shown(rotates)}: must say of each of {layers} layers whether it"
+            " rotates"
         )
-    return window
+    return tuple(layer for layer in range(layers) if not rotates[layer])
 
 
 def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
@@ -233,6 +309,8 @@ def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
         raise ConfigError(f"{named}: leave no layer with experts; such a model is not supported")
     d_ff = values[keys.d_ff] if keys.d_ff else values["intermediate_size"]
     shared = values[keys.shared_d_ff] if keys.shared_d_ff else 0
+    if keys.shares_one:
+        shared = d_ff
     if keys.shared_count:
         shared = (values[keys.shared_count] or 0) * d_ff
     return MoEConfig(
@@ -246,9 +324,33 @@ def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
     )
 
 
+def _of_layer_type(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """rope_parameters of layers of this kind."""
+    found = (config.get("rope_parameters") or {}).get(kind) or {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"rope_parameters.{kind}={shown(found)}: must be an object")
+    return dict(found)
+
+
+def _local_theta(config: Mapping[str, Any], family: Family, where: str) -> float:
+    """RoPE's base in layers with a window; 0 where they rotate as the others."""
+    if not family.local_theta:
+        return 0.0
+    own = _of_layer_type(config, "sliding_attention")
+    if own.get("rope_type", "default") != "default":
+        raise ConfigError(
+            f"rope scaling {shown(own['rope_type'])} in layers with a window is not supported"
+        )
+    theta = own.get("rope_theta", config.get(family.local_theta_key, family.local_theta))
+    if not _is_positive(theta):
+        raise ConfigError(f"rope_theta={shown(theta)}: {_POSITIVE}")
+    return float(theta)
+
+
 _NUMBERS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
+    "alpha": ("alpha",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
     "longrope": (),
@@ -264,6 +366,9 @@ def _rope(
     older ones rope_theta and rope_scaling. Where both are there and contradict each other, what
     transformers 5 takes is taken, with a warning: older ones take the other."""
     chosen = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if family.local_theta:
+        chosen = _of_layer_type(config, "full_attention") | dict(config.get("rope_scaling") or {})
+        config = {**config, "rope_parameters": chosen}
     if nested := [key for key, value in chosen.items() if isinstance(value, Mapping)]:
         raise ConfigError(
             f"rope_parameters for {', '.join(nested)}: a rotary embedding per kind of layer is not"
@@ -273,6 +378,8 @@ def _rope(
     kind = chosen.get("rope_type") or chosen.get("type") or "default"
     if "longrope" in family.scalings and "yarn" not in family.scalings and kind in ("su", "yarn"):
         kind = "longrope"  # its names in the first Phi-3s
+    if kind == "dynamic" and "alpha" in family.scalings and chosen.get("alpha"):
+        kind = "alpha"  # under this name its files have another scaling
     rope: dict[str, Any] = {
         "rope_theta": outside if chosen.get("rope_theta") is None else chosen["rope_theta"],
         "rope_type": kind,
@@ -307,16 +414,26 @@ def _rope(
     for key in (*_NUMBERS[kind], *(_LISTS if kind == "longrope" else ())):
         if rope.get(key, chosen.get(key)) is None:
             raise ConfigError(f"rope scaling {kind} without {key}")
-    return theta, _scaling(kind, rope, chosen, values["max_position_embeddings"]), rotary
+    scaling = _scaling(kind, rope, chosen, values["max_position_embeddings"])
+    if growth := chosen.get("llama_4_scaling_beta") if family.grows_queries else None:
+        if not _is_positive(growth):
+            raise ConfigError(f"llama_4_scaling_beta={shown(growth)}: {_POSITIVE}")
+        scaling = dataclasses.replace(scaling, query_growth=float(growth))
+    return theta, scaling, rotary
 
 
 def _scaling(
     kind: str, rope: Mapping[str, Any], chosen: Mapping[str, Any], context: int
 ) -> RopeScaling:
     factor = float(rope.get("factor", 1))
+    if kind == "alpha":
+        if not _is_positive(chosen["alpha"]):
+            raise ConfigError(f"alpha={shown(chosen['alpha'])}: {_POSITIVE}")
+        return RopeScaling(kind, float(chosen["alpha"]))
     if kind in ("linear", "dynamic"):
-        is_none = kind == "linear" and factor == 1
-        return RopeScaling() if is_none else RopeScaling(kind, factor)
+        if kind == "dynamic":
+            return RopeScaling(kind, factor, original_context=context)
+        return RopeScaling() if factor == 1 else RopeScaling(kind, factor)
     original = int(rope["original_max_position_embeddings"])
     if kind == "llama3":
         low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
@@ -401,7 +518,8 @@ def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says beyond ModelConfig: ids of special tokens, settings of training and
     generation, whatever else somebody wrote there."""
     family = family_of(config, "config.json")
-    ours = {*_NOT_KEPT, *family.biases, *family.synonyms}
+    ours = {*_NOT_KEPT, *family.biases, *family.synonyms, *family.numbers.values()}
+    ours |= {family.query_scalar, family.activation_key, family.local_theta_key, family.nope}
     ours -= family.defaults.keys() & {"original_max_position_embeddings"}
     if family.moe:
         ours |= {*family.moe.all(), "num_experts", "num_local_experts"}
@@ -451,7 +569,7 @@ def config_from_model(
         "model_type": family.model_type,
         "transformers_version": needed_transformers(model, family) or None,
         **{key: getattr(model, ours) for ours, key in KEYS.items()},
-        "hidden_act": "silu",
+        **_written_maths(model, family),
         **_written_rope(model, family),
         "torch_dtype": dtype,
         "dtype": dtype,
@@ -461,18 +579,42 @@ def config_from_model(
         if key:
             values[key] = names[0] in model.biases
     if family.window:
-        values["sliding_window"] = model.window or None
+        # Classes that always have layers with a window ask for one even where none has it.
+        none = model.context if family.window_layers == "spaced" else None
+        values["sliding_window"] = model.window or none
     if family.window == "switched":
         values["use_sliding_window"] = bool(model.window)
-        if model.window:
-            values["max_window_layers"] = 0
-        if family.window_layers != "all":
-            kind = "sliding_attention" if model.window else "full_attention"
-            values["layer_types"] = [kind] * model.layers
+        if model.window and "max_window_layers" in family.defaults:
+            values["max_window_layers"] = min(model.window_layers, default=0)
+    says_kinds = ("from", "even", "nope", "spaced", *(["typed"] if model.window_layers else []))
+    if family.window and family.window_layers in says_kinds:
+        values["layer_types"] = [
+            "sliding_attention" if spec.window else "full_attention" for spec in model.layer_specs()
+        ]
     if family.moe:
         values |= _written_moe(model, family.moe)
     usual = {"attention_dropout": 0.0, "use_cache": True, **family.usual}
     return usual | dict(kept) | values
+
+
+def _written_maths(model: ModelConfig, family: Family) -> dict[str, Any]:
+    named = (name for name, ours in family.activations.items() if ours == model.activation)
+    values: dict[str, Any] = {family.activation_key: next(named)}
+    scale = model.attention_scale or model.head_dim**-0.5
+    for name, key in family.numbers.items():
+        number = scale if name == "attention_scale" else getattr(model, name)
+        # A cap of 0 is none, and null there.
+        values[key] = number or None
+    if family.query_scalar:
+        # As a whole number where it was one: its power of -1/2 was rounded.
+        scalar = scale**-2
+        values[family.query_scalar] = round(scalar) if round(scalar) ** -0.5 == scale else scalar
+    if family.nope:
+        rotating = model.rope_theta if family.nope_thetas else 1
+        values[family.nope] = [
+            0 if layer in model.nope_layers else rotating for layer in range(model.layers)
+        ]
+    return values
 
 
 def _written_moe(model: ModelConfig, keys: MoEKeys) -> dict[str, Any]:
@@ -487,7 +629,7 @@ def _written_moe(model: ModelConfig, keys: MoEKeys) -> dict[str, Any]:
         # Of one expert a class that never renormalises one says it as its mixtures do.
         (keys.renormalise, spec.renormalise or (spec.k == 1 and not keys.renormalises_one)),
         (keys.shared_d_ff, spec.shared_d_ff),
-        (keys.shared_count, spec.shared_d_ff // spec.d_ff or None),
+        (keys.shared_count, spec.shared_d_ff // spec.d_ff or keys.none_shared),
         (keys.dense_list, dense),
         (keys.step, 1),
         (keys.dense_first, len(dense)),
@@ -506,6 +648,8 @@ def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
     elif scaling.kind in ("linear", "dynamic"):
         rope |= {"factor": scaling.factor}
         old = {"type": scaling.kind, "factor": scaling.factor}
+    elif scaling.kind == "alpha":
+        rope = old = {"rope_type": "dynamic", "alpha": scaling.factor, "factor": 1.0}
     elif scaling.kind == "llama3":
         rope |= {
             "factor": scaling.factor,
@@ -536,6 +680,20 @@ def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
         rope["partial_rotary_factor"] = values["partial_rotary_factor"] = model.rotary
     if scaling.kind == "longrope":
         values["original_max_position_embeddings"] = scaling.original_context
+    if scaling.query_growth:
+        rope["llama_4_scaling_beta"] = scaling.query_growth
+    if family.local_theta:
+        local = model.window_theta or model.rope_theta
+        if family.local_theta_key:
+            values[family.local_theta_key] = local
+        return values | {
+            "rope_theta": model.rope_theta,
+            "rope_scaling": None if scaling.kind == "none" else old or rope,
+            "rope_parameters": {
+                "full_attention": {**rope, "rope_theta": model.rope_theta},
+                "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            },
+        }
     is_new = _is_scaled_mixtral(model, family)
     return values | {
         "rope_theta": None if is_new else model.rope_theta,

@@ -4,16 +4,20 @@ impossible value raises ConfigError."""
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from btx_jax.config.allocation import experts_per_layer
-from btx_jax.config.schema import Choice, Experts, Positive, Range, Section, Share, rule
+from btx_jax.config.schema import HUGE, Choice, Experts, Positive, Range, Section, Share, rule
 from btx_jax.errors import ConfigError, Mistakes, UserError, suggest
 
 ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
 GATINGS = ("top_k", "sigmoid", "cosine")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # the linear maps of a dense layer
-SCALINGS = ("none", "linear", "llama3", "longrope", "dynamic", "yarn")
+SCALINGS = ("none", "linear", "llama3", "longrope", "dynamic", "yarn", "alpha")
+NORMS = ("rms", "rms_plus_one", "layer")
+NORM_PLACES = ("before", "after", "both")
+QK_NORMS = ("head", "width", "rotated")
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 # Far beyond any model that was ever trained: what is larger is a slip, and would hang or fill the
 # memory before anything else told so.
@@ -26,6 +30,9 @@ Width = Annotated[int, Range(1, 10**7)]
 WidthOrNone = Annotated[int, Range(0, 10**7)]
 Heads = Annotated[int, Range(1, 65_536)]
 Context = Annotated[int, Range(1, 2**30)]
+Multiplier = Annotated[float, Range(0, 1e6, above=True)]
+MultiplierOrNone = Annotated[float, Range(0, 1e6)]
+LayerNumbers = tuple[Annotated[int, Range(0, 10_000)], ...]
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,13 @@ class RopeScaling(Section):
     only the low ones; `yarn` (arXiv 2309.00071) those that turn less than beta_slow times within
     original_context, and between beta_slow and beta_fast a part of each. `longrope` (arXiv
     2402.13753) divides frequency i by short_factors[i], and in documents longer than
-    original_context by long_factors[i]. `dynamic` changes nothing within the context.
+    original_context by long_factors[i]. `dynamic` slows those of documents longer
+    than original_context, the more the longer, by a larger base; `alpha` all, by a base that is
+    larger by factor ** (d / (d - 2)), d being the width that rotates.
 
     attention_factor: of yarn and longrope, what rotated queries and keys are multiplied by.
+    query_growth: queries are multiplied by 1 + query_growth ln(1 + floor(position /
+    original_context)).
     """
 
     kind: Annotated[str, Choice(SCALINGS)] = "none"
@@ -47,6 +58,7 @@ class RopeScaling(Section):
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
     attention_factor: Positive = 1.0
+    query_growth: MultiplierOrNone = 0.0
     short_factors: tuple[Positive, ...] = ()
     long_factors: tuple[Positive, ...] = ()
 
@@ -221,7 +233,8 @@ class LayerSpec:
     """What one layer is: experts == 0 is a dense layer. Equal neighbours share one scan.
 
     d_ff: hidden size of the layer's feed-forward, or of each expert. renormalise, shared_d_ff,
-    shared_gate, anchor: as in MoEConfig.
+    shared_gate, anchor: as in MoEConfig. activation, window: as in ModelConfig. rope_theta: 0 for a
+    layer without RoPE.
     """
 
     experts: int = 0
@@ -233,6 +246,10 @@ class LayerSpec:
     shared_gate: bool = False
     anchor: bool = False
     lora: LoRASpec | None = None
+    activation: str = "silu"
+    window: int = 0
+    rope_theta: float = 0.0
+    rope_scaling: RopeScaling = RopeScaling()
 
     @property
     def routed(self) -> int:
@@ -250,10 +267,22 @@ class ModelConfig(Section):
     """A model's architecture: everything that gives its parameters their meaning. Travels inside
     every checkpoint.
 
-    rotary: the share of each head that RoPE rotates, from its front.
+    rope_interleaved: whether RoPE turns neighbours against each other, and not the first half of
+    what it rotates against the second. rotary: the share of each head that it rotates, from its
+    front. nope_layers: the layers without it.
     biases: which linear maps add one, of q, k, v, o, gate, up, down.
-    qk_norm: whether an RMSNorm per head stands on queries and keys, before RoPE.
-    window: how many tokens a token sees, itself included; 0 for all before it.
+    qk_norm: whether norms stand on queries and keys: qk_norm_kind says, of each `head` before RoPE,
+    of the whole `width` before it, or of each head once it is `rotated`.
+    window: how many tokens a token sees, itself included; 0 for all before it. window_layers: the
+    layers that have it; () for all. window_theta: RoPE's base in those, without scaling; 0 for the
+    base and scaling of the others.
+    norm: `rms`; `rms_plus_one`, which multiplies by 1 + its scale; or `layer`, a LayerNorm without
+    parameters. norms: where they stand in a layer, `before` attention and feed-forward, `after`
+    them, or both.
+    activation: of the feed-forwards' gates.
+    embed_scale: of embeddings. residual_scale: of what a block adds. attention_scale: of scores; 0
+    for head_dim ** -0.5. logits_divisor: of logits.
+    attention_cap, logits_cap: scores, or logits, become cap * tanh(x / cap); 0 for none.
     """
 
     vocab_size: Width
@@ -265,11 +294,25 @@ class ModelConfig(Section):
     head_dim: Heads
     rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
+    rope_interleaved: bool = False
     rotary: Annotated[float, Range(0, 1, above=True)] = 1.0
+    nope_layers: LayerNumbers = ()
     biases: tuple[Annotated[str, Choice(LORA_TARGETS)], ...] = ()
     qk_norm: bool = False
+    qk_norm_kind: Annotated[str, Choice(QK_NORMS)] = "head"
     window: Annotated[int, Range(0, 2**30)] = 0
+    window_layers: LayerNumbers = ()
+    window_theta: Annotated[float, Range(0, HUGE)] = 0.0
+    norm: Annotated[str, Choice(NORMS)] = "rms"
+    norms: Annotated[str, Choice(NORM_PLACES)] = "before"
     norm_eps: Annotated[float, Range(0, 1)] = 1e-5
+    activation: Annotated[str, Choice(ACTIVATIONS)] = "silu"
+    embed_scale: Multiplier = 1.0
+    residual_scale: Multiplier = 1.0
+    attention_scale: MultiplierOrNone = 0.0
+    attention_cap: MultiplierOrNone = 0.0
+    logits_divisor: Multiplier = 1.0
+    logits_cap: MultiplierOrNone = 0.0
     tied_head: bool = False
     context: Context = 4096
     moe: MoEConfig | None = None
@@ -299,6 +342,18 @@ class ModelConfig(Section):
                 yield (
                     f"rope_scaling.{key}: {count}, one for each of {pairs} rotated pairs is needed"
                 )
+
+    @rule
+    def _layers_are_there(self) -> Iterator[str]:
+        for key in ("nope_layers", "window_layers"):
+            numbers = getattr(self, key)
+            if list(numbers) != sorted(set(numbers)) or (numbers and numbers[-1] >= self.layers):
+                yield f"{key}={numbers}: must be layers below {self.layers}, in order"
+
+    @rule
+    def _kind_of_something(self) -> Iterator[str]:
+        if not self.qk_norm and self.qk_norm_kind != "head":
+            yield f"qk_norm_kind={self.qk_norm_kind!r}: of norms on queries and keys; set qk_norm"
 
     @rule
     def _biases_fit(self) -> Iterator[str]:
@@ -374,7 +429,9 @@ class ModelConfig(Section):
                 f"moe.experts: {sum(counts)} in layers={self.layers} together; lower one, at most"
                 f" {MAX_EXPERTS} can be meant"
             )
-        pairs = list(zip(counts, lora, strict=False))
+        window, nope = set(self.window_layers), set(self.nope_layers)
+        sees = [(layer in window, layer in nope) for layer in range(self.layers)]
+        pairs = list(zip(counts, lora, sees, strict=False))
         runs = sum(pairs[i] != pairs[i - 1] for i in range(1, len(pairs))) + 1
         if runs > MAX_RUNS:
             yield (
@@ -386,9 +443,23 @@ class ModelConfig(Section):
         """One LayerSpec per layer, first to last."""
         adapted = self.lora.specs(self.layers) if self.lora else (None,) * self.layers
         return tuple(
-            dataclasses.replace(spec, lora=lora)
-            for spec, lora in zip(self._moe_specs(), adapted, strict=True)
+            dataclasses.replace(
+                spec, lora=lora, activation=self.activation, **self._positions(layer)
+            )
+            for layer, (spec, lora) in enumerate(zip(self._moe_specs(), adapted, strict=True))
         )
+
+    def _positions(self, layer: int) -> dict[str, Any]:
+        """window, rope_theta and rope_scaling of a layer's LayerSpec."""
+        window, scaling = 0, self.rope_scaling
+        theta = self.rope_theta
+        if self.window and (not self.window_layers or layer in self.window_layers):
+            window = self.window
+            if self.window_theta:
+                theta, scaling = self.window_theta, RopeScaling()
+        if layer in self.nope_layers:
+            theta, scaling = 0.0, RopeScaling()
+        return {"window": window, "rope_theta": theta, "rope_scaling": scaling}
 
     def _moe_specs(self) -> tuple[LayerSpec, ...]:
         if self.moe is None:

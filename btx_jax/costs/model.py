@@ -17,9 +17,11 @@ ROWS = (
     ("attention_norm",),
     ("query", "key", "value", "query_norm", "key_norm", "q", "k", "v"),
     ("out", "o"),
+    ("attention_post_norm",),
     ("ffn_norm",),
     ("gate", "up", "router"),
     ("down",),
+    ("ffn_post_norm",),
 )
 SCORES = 2.0  # of attention: made of the row before, what `out` gets
 
@@ -62,11 +64,12 @@ def attention_flops(
     """Scores and weighted sums of causal attention over whole sequences of this length, forward,
     and backward in the layers that `train_flops` goes back through. A token sees half of them in
     the mean; of a window, all of it but at the beginning."""
-    window = min(config.window or length, length)
-    seen = window * (1 - window / (2 * length))
-    lowest = _lowest(config, is_trained)
-    passes = sum(12.0 if lowest < (layer, SCORES) else 4.0 for layer in range(config.layers))
-    return passes * config.heads * config.head_dim * seen * tokens
+    lowest, seen = _lowest(config, is_trained), 0.0
+    for layer, spec in enumerate(config.layer_specs()):
+        window = min(spec.window or length, length)
+        passes = 12.0 if lowest < (layer, SCORES) else 4.0
+        seen += passes * window * (1 - window / (2 * length))
+    return seen * config.heads * config.head_dim * tokens
 
 
 def _lowest(config: ModelConfig, is_trained: IsTrained) -> Place:

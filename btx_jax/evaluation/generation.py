@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import check_ids
-from btx_jax.models.attention import changes_with_length
 from btx_jax.models.decoding import Cache, empty_cache, forward, next_logits, unstack
 from btx_jax.models.layers import on_mesh
 from btx_jax.models.llama import Params
@@ -93,14 +92,15 @@ class Generator:
         embedding.
 
         Longrope rotates what is longer than its original context by other factors, so that all of
-        the cache changes there: a row that crosses it is read again, as transformers does.
+        the cache changes there: a row that crosses it is read again, as transformers does. Dynamic
+        RoPE leaves what is in the cache as it was rotated, as transformers does too.
         """
         check_ids((max(prompt) for prompt in prompts if prompt), self._model.vocab_size, "prompt")
-        scaling, longest = self._model.rope_scaling, max(map(len, prompts)) + new_tokens
+        scaling = self._model.rope_scaling
         # The last token of the short factors is drawn where a row has filled the original context.
         room = [scaling.original_context + 1 - len(prompt) for prompt in prompts]
         crossing = [0 < left < new_tokens for left in room]
-        if not changes_with_length(scaling, longest) or not any(crossing):
+        if scaling.kind != "longrope" or not any(crossing):
             return self._generate(prompts, new_tokens, sampling, seed, is_finished)
         limits = [
             left if crosses else new_tokens for left, crosses in zip(room, crossing, strict=True)
@@ -196,7 +196,7 @@ def _programs(
     row_B = jnp.arange(batch)
 
     def draw(weights, hidden_BD, seed, position_B):
-        key, logits_BV = jax.random.key(seed), next_logits(weights, hidden_BD)
+        key, logits_BV = jax.random.key(seed), next_logits(model, weights, hidden_BD)
         key_B = jax.vmap(
             lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position)
         )(row_B, position_B)

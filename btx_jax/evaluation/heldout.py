@@ -15,7 +15,7 @@ from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.evaluation.lora import GateSums
 from btx_jax.evaluation.routing import RoutingSums, routing_sums
-from btx_jax.models.layers import on_mesh, platform_kernels
+from btx_jax.models.layers import Readout, on_mesh, platform_kernels
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.models.routing import feed_forward_routing, lora_routing
 from btx_jax.parallel.compiler_options import compiler_options
@@ -78,7 +78,8 @@ def _heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any
     def heldout_step(params: Params, tokens: jax.Array, segments: jax.Array):
         inputs, input_segments, targets, _ = next_token_targets(tokens, segments)
         hidden, routing = llama.apply({"params": params}, inputs, input_segments)
-        nll = token_nll(hidden, head_kernel(params), targets, compute.loss_chunk)
+        head, readout = head_kernel(params), Readout.of(model)
+        nll = token_nll(hidden, head, targets, compute.loss_chunk, readout)
         count = (input_segments > 0).sum()
         chosen = {name: GateSums.of(stats, count) for name, stats in lora_routing(routing).items()}
         return (

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.data.tokenizers import Tokenizer, check_ids
-from btx_jax.models.layers import on_mesh
+from btx_jax.models.layers import Readout, on_mesh
 from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.parallel.hosts import is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
@@ -129,7 +129,8 @@ def _scores(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
         counted: jax.Array,
     ):
         hidden, _ = llama.apply({"params": params}, tokens, segments)
-        nll, is_best = token_scores(hidden, head_kernel(params), targets, compute.loss_chunk)
+        head, readout = head_kernel(params), Readout.of(model)
+        nll, is_best = token_scores(hidden, head, targets, compute.loss_chunk, readout)
         return jnp.where(counted, nll, 0), (is_best | ~counted).all(1)
 
     return jax.jit(scores, out_shardings=replicated(mesh))

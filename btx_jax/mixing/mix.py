@@ -22,7 +22,9 @@ _CLASSES = {
     "final_norm": SHARED,
     "attention": SHARED,
     "attention_norm": SHARED,
+    "attention_post_norm": SHARED,
     "ffn_norm": SHARED,
+    "ffn_post_norm": SHARED,
     "anchor": SHARED,
     "ffn": EXPERT,
     "shared_expert": EXPERT,
@@ -103,7 +105,7 @@ def mix_params(
 
     mixed = jax.tree_util.tree_map_with_path(mix, *models)
     for run, router_LDE in routers.items():
-        layers, width = mixed[run]["ffn_norm"]["scale"].shape
+        layers, _, width, _ = mixed[run]["ffn"]["gate"].shape
         if router_LDE.shape != (layers, width, len(models)):
             raise ValueError(
                 f"{run}: router {router_LDE.shape}, expected {(layers, width, len(models))}"

@@ -1,6 +1,7 @@
 """What a recipe's mixture is: its class in Hugging Face, and its ModelConfig."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,10 @@ from btx_jax.config.mix_methods import cut
 from btx_jax.config.model_config import ModelConfig, MoEConfig
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.mixing.homes import MERGEKIT, model_types
+from btx_jax.mixing.limits import within
 from btx_jax.mixing.recipe import PROMPT_MODES, Recipe
+
+log = logging.getLogger(__name__)
 
 
 class Chosen(NamedTuple):
@@ -27,15 +31,23 @@ def choose(
 
     dense: base_model's, within the limits of all sources. kinds: the model_type of base_model, then
     of each source, "" where it has none. The class is that of mergekit where mergekit would choose
-    one and it holds the mixture; else the home of base_model's, else the first that holds it.
+    one and it holds the mixture; else the home of base_model's, else the first that holds it. A
+    class without windows gets a context as long as the window.
 
     Raises UserError when none does, unless the mixture stays in our own format and names none.
     """
     tried: list[tuple[Family, ModelConfig, list[str]]] = []
     for family in _in_order(recipe, kinds):
-        model = mixture_of(recipe, dense, family)
+        seen = _within_window(dense, family) if as_huggingface else dense
+        model = mixture_of(recipe, seen, family)
         problems = _of_gate(recipe, family) + family.lacks(model)
         if not problems:
+            if seen != dense:
+                log.warning(
+                    "the context is %d, the window of some layers: %s has none",
+                    seen.context,
+                    family.model_class,
+                )
             if as_huggingface or recipe.architecture:
                 model = _with_biases(model, family)
             return Chosen(family, family.filled(model) if as_huggingface else model)
@@ -48,6 +60,13 @@ def choose(
         f"{named}Hugging Face's {family.model_class} does not have what this mixture needs:"
         f" {'; '.join(problems)}; {_cure(recipe, dense, kinds)}"
     )
+
+
+def _within_window(dense: ModelConfig, family: Family) -> ModelConfig:
+    """The model up to its window, where it is none, for a class without windows."""
+    if not dense.window or family.window or dense.window_theta:
+        return dense
+    return within(dense, min(dense.context, dense.window), 0)
 
 
 def _in_order(recipe: Recipe, kinds: Sequence[str]) -> list[Family]:

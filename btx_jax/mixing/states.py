@@ -11,10 +11,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from btx_jax.architectures.tensors import EMBEDDING, HEAD, Reader, TensorId, slots
-from btx_jax.config.model_config import ModelConfig
+from btx_jax.config.model_config import LayerSpec, ModelConfig
 from btx_jax.mixing.text import Rows
 from btx_jax.models.attention import Attention
-from btx_jax.models.layers import FeedForward, RMSNorm, exact_matmuls
+from btx_jax.models.layers import After, Before, FeedForward, Norm, exact_matmuls, times
+from btx_jax.models.llama import Params
 
 TOKENS_PER_BATCH = 4096  # of prompts
 # What lies between a layer's inputs and outputs, such as attention's scores, is there of so many.
@@ -37,20 +38,32 @@ def _by_rows(function: Callable[[Any], jax.Array], rows: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _normed(model: ModelConfig, scale_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    with exact_matmuls("float32"):
-        return cast(jax.Array, RMSNorm(model.norm_eps).apply({"params": {"scale": scale_D}}, x_BTD))
+def _into_attention(model: ModelConfig, params, x_BTD: jax.Array) -> jax.Array:
+    return _applied(Before(model), params, "attention_norm", x_BTD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _heads(model: ModelConfig, attention, h_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def _into_head(model: ModelConfig, params, x_BTD: jax.Array) -> jax.Array:
+    return _applied(Norm(model), params, "final_norm", x_BTD)
+
+
+def _applied(module: Any, params: Params, name: str, *x_BTD: jax.Array) -> jax.Array:
+    """By its parameters of that name, where it has any."""
+    with exact_matmuls("float32"):
+        return cast(jax.Array, module.apply({"params": params.get(name, {})}, *x_BTD))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _heads(
+    model: ModelConfig, spec: LayerSpec, attention, h_BTD: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
     """What the output projection, which need not be there, gets: [B, T, heads * head_dim]."""
     out = jnp.zeros((model.heads, model.head_dim, model.d_model))
     params = {"params": {"out": out} | attention}
 
     def heads(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         h_TD, segments_T = row
-        y = Attention(model).apply(params, h_TD[None], segments_T[None], method="heads")
+        y = Attention(model, spec).apply(params, h_TD[None], segments_T[None], method="heads")
         return cast(jax.Array, y)[0]
 
     with exact_matmuls("float32"):
@@ -59,30 +72,35 @@ def _heads(model: ModelConfig, attention, h_BTD: jax.Array, segments_BT: jax.Arr
 
 @functools.partial(jax.jit, static_argnums=0)
 def _after_heads(
-    model: ModelConfig, attention, scale_D: jax.Array, x_BTD: jax.Array, y_BTX: jax.Array
+    model: ModelConfig, params, x_BTD: jax.Array, y_BTX: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(x with the attention's answer, what the feed-forward block or router gets)."""
+    attention = params["attention"]
     with exact_matmuls("float32"):
-        x_BTD += y_BTX @ attention["out"].reshape(y_BTX.shape[-1], -1)
-        x_BTD += attention.get("out_bias", 0)
-    return x_BTD, _normed(model, scale_D, x_BTD)
+        y_BTD = y_BTX @ attention["out"].reshape(y_BTX.shape[-1], -1)
+        y_BTD += attention.get("out_bias", 0)
+    x_BTD = _applied(After(model), params, "attention_post_norm", x_BTD, y_BTD)
+    return x_BTD, _applied(Before(model), params, "ffn_norm", x_BTD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _after_ffn(model: ModelConfig, params, x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
     """x with the answer of one feed-forward, and of a shared expert, where params have them."""
 
-    def answers(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_TD, h_TD = row
+    def answer(h_TD: jax.Array) -> jax.Array:
+        y_TD = jnp.zeros_like(h_TD)
         for name in (part for part in ("ffn", "shared_expert") if part in params):
             own = params[name]
             biases = tuple(bias for bias in model.biases if f"{bias}_bias" in own)
-            ffn = FeedForward(own["gate"].shape[1], biases, gated="router" in own)
-            x_TD += cast(Any, ffn.apply({"params": own}, h_TD[None]))[0][0]
-        return x_TD
+            ffn = FeedForward(
+                own["gate"].shape[1], biases, gated="router" in own, activation=model.activation
+            )
+            y_TD += cast(Any, ffn.apply({"params": own}, h_TD[None]))[0][0]
+        return y_TD
 
     with exact_matmuls("float32"):
-        return _by_rows(answers, (x_BTD, h_BTD))
+        y_BTD = _by_rows(answer, h_BTD)
+    return _applied(After(model), params, "ffn_post_norm", x_BTD, y_BTD)
 
 
 def token_embeddings(reader: Reader, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -105,7 +123,8 @@ def layer_states(
         x_BTD = np.zeros((rows, length, model.d_model), np.float32)
         segments_BT = np.zeros((rows, length), np.int32)
         for row, states in enumerate(embedded[start : start + rows]):
-            x_BTD[row, : len(states)], segments_BT[row, : len(states)] = states, 1
+            x_BTD[row, : len(states)] = states * np.float32(model.embed_scale)
+            segments_BT[row, : len(states)] = 1
         batches.append((jnp.asarray(x_BTD), jnp.asarray(segments_BT)))
 
     def unpadded(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
@@ -116,9 +135,9 @@ def layer_states(
         params = _params(model, reader.read, (t for t in reader.slots if t.layer == layer))
         outputs = []
         for x, segments in batches:
-            h = _normed(model, params["attention_norm"]["scale"], x)
-            y = _heads(model, params["attention"], h, segments)
-            x, h = _after_heads(model, params["attention"], params["ffn_norm"]["scale"], x, y)
+            h = _into_attention(model, params, x)
+            y = _heads(model, model.layer_specs()[layer], params["attention"], h, segments)
+            x, h = _after_heads(model, params, x, y)
             outputs.append((_after_ffn(model, params, x, h), h))
         yield unpadded([x for x, _ in batches]), unpadded([h for _, h in outputs])
         batches = [
@@ -142,37 +161,38 @@ def forced_states(
     """
     dense, table = model.dense(), read(EMBEDDING)
     segments = [jnp.asarray(rows.segments_RT) for _, rows in texts]
-    states = [jnp.asarray(table[rows.tokens_RT], jnp.float32) for _, rows in texts]
+    states = [
+        times(jnp.asarray(table[rows.tokens_RT], jnp.float32), model.embed_scale)
+        for _, rows in texts
+    ]
     del table
 
     def tell(tensors: Sequence[TensorId], states: Sequence[jax.Array]) -> None:
         if inputs:
             inputs(tensors, [np.asarray(state) for state in states])
 
-    for layer in range(model.layers):
+    for layer, spec in enumerate(dense.layer_specs()):
         own = [t for t in slots(model) if t.layer == layer and not t.is_router]
         into = [TensorId(part, layer) for part in _INTO_HEADS]
         out = TensorId("attention/out", layer)
         common = (t for t in own if t.expert is None and t not in (*into, out))
         params = _params(model, read, common)
-        attention, scale = params.pop("attention", {}), params["attention_norm"]["scale"]
-        h = [_normed(dense, scale, x) for x in states]
+        attention = params.pop("attention", {})
+        h = [_into_attention(dense, params, x) for x in states]
         tell(into, h)
         attention |= _params(model, read, into)["attention"]
         y = []
         for number, segments_RT in enumerate(segments):
-            y.append(_heads(dense, attention, h[0], segments_RT))
+            y.append(_heads(dense, spec, attention, h[0], segments_RT))
             del h[0]
             jax.block_until_ready(y[number])
         tell([out], y)
-        attention |= _params(model, read, [out])["attention"]
+        params["attention"] = attention | _params(model, read, [out])["attention"]
         seen = []
         for number, (expert, _) in enumerate(texts):
             of_expert = (t for t in own if t.expert is not None and t.expert == expert)
             ffn = params | _params(model, read, of_expert)
-            x, h_RTD = _after_heads(
-                dense, attention, params["ffn_norm"]["scale"], states[number], y.pop(0)
-            )
+            x, h_RTD = _after_heads(dense, params, states[number], y.pop(0))
             states[number] = _after_ffn(dense, ffn, x, h_RTD)
             seen.append(np.asarray(h_RTD))
             jax.block_until_ready(states[number])
@@ -180,9 +200,9 @@ def forced_states(
         yield seen
         seen.clear()  # a progress bar holds what it passed on last
     if inputs and HEAD in slots(model):
-        scale = jnp.asarray(read(TensorId("final_norm/scale")), jnp.float32)
+        norm = _params(model, read, [t for t in slots(model) if t.part == "final_norm/scale"])
         for number, x in enumerate(states):
-            states[number] = _normed(dense, scale, x)
+            states[number] = _into_head(dense, norm, x)
             del x
         tell([HEAD], states)
 

@@ -11,14 +11,16 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.config.model_config import LoRASpec, ModelConfig, RopeScaling
+from btx_jax.config.model_config import LayerSpec, ModelConfig, RopeScaling
 from btx_jax.models.layers import (
     Scale,
     bias_param,
+    capped,
+    effective_scale,
     matmul,
     normal_param,
     platform_kernels,
-    rms_norm,
+    scaled_norm,
 )
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.models.splash import assert_heads, block_size, splash_attend
@@ -35,6 +37,8 @@ def rope_frequencies(
     interpolates linearly over the frequencies' numbers instead. is_long: longrope's for documents
     longer than original_context.
     """
+    if scaling.kind == "alpha":
+        theta *= scaling.factor ** (rotated / (rotated - 2))
     frequencies = theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     turns = (
         scaling.original_context * frequencies / (2 * math.pi)
@@ -66,20 +70,29 @@ def rope_frequencies(
     return frequencies.astype(np.float32)
 
 
-def rotate(x_BNTK: jax.Array, angles_TK: jax.Array, factor: float = 1.0) -> jax.Array:
+def rotate(
+    x_BNTK: jax.Array, angles_TK: jax.Array, factor: float = 1.0, interleaved: bool = False
+) -> jax.Array:
     """RoPE in Hugging Face's layout: the first half of what is rotated turns against the second
-    (`rotate_half`), and is multiplied by factor; what angles leave out of the head stays as it is.
-    angles: [T, rotated / 2], or [B, 1, T, rotated / 2] where rows differ."""
+    (`rotate_half`), or each element against its neighbour, and is multiplied by factor; what angles
+    leave out of the head stays as it is. angles: [T, rotated / 2], or [B, 1, T, rotated / 2] where
+    rows differ."""
     cos, sin = jnp.cos(angles_TK) * factor, jnp.sin(angles_TK) * factor
     rotated, rest = jnp.split(x_BNTK, [2 * angles_TK.shape[-1]], axis=-1)
+    if interleaved:
+        pairs = rotated.astype(jnp.float32).reshape(*rotated.shape[:-1], -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        pairs = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        turned = pairs.reshape(rotated.shape).astype(x_BNTK.dtype)
+        return jnp.concatenate([turned, rest], axis=-1)
     a, b = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNTK.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 def changes_with_length(scaling: RopeScaling, longest: int) -> bool:
-    """Whether rows of up to `longest` tokens rotate by longrope's factors of either kind."""
-    return scaling.kind == "longrope" and longest > scaling.original_context
+    """Whether among rows of up to `longest` tokens some rotate otherwise than others."""
+    return scaling.kind in ("longrope", "dynamic") and longest > scaling.original_context
 
 
 def document_lengths(segments_BT: jax.Array) -> jax.Array:
@@ -87,6 +100,33 @@ def document_lengths(segments_BT: jax.Array) -> jax.Array:
     rows = jnp.arange(len(segments_BT))[:, None]
     counts = jnp.zeros((len(segments_BT), segments_BT.shape[1] + 1), jnp.int32)
     return counts.at[rows, segments_BT].add(1)[rows, segments_BT]
+
+
+def places_in_document(segments_BT: jax.Array) -> jax.Array:
+    """[B, T]: how many tokens of a token's segment stand in front of it."""
+    place_T = jnp.arange(segments_BT.shape[1])
+    is_first = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
+    return place_T - jax.lax.cummax(jnp.where(is_first, place_T, 0), axis=1)
+
+
+def _angles(
+    position: Any, rotated: int, theta: float, scaling: RopeScaling, length: jax.Array | None
+) -> Any:
+    """[T, rotated / 2], or [B, T, rotated / 2] where position or length has rows. length: of a
+    token's document, where frequencies depend on it."""
+    frequencies = rope_frequencies(rotated, theta, scaling)
+    if length is None:
+        return position[..., None] * frequencies
+    if scaling.kind == "longrope":
+        is_long = (length > scaling.original_context)[..., None]
+        long_angles = position[..., None] * rope_frequencies(rotated, theta, scaling, True)
+        return jnp.where(is_long, long_angles, position[..., None] * frequencies)
+    # A base that is larger by s ** (rotated / (rotated - 2)), so that the last frequency is s times
+    # as slow.
+    ratio = jnp.maximum(length / scaling.original_context, 1)
+    slower = jnp.log(scaling.factor * ratio - (scaling.factor - 1))
+    powers = np.arange(0, rotated, 2) / max(rotated - 2, 1)
+    return position[..., None] * (frequencies * jnp.exp(-slower[..., None] * powers))
 
 
 def query_block(length: int) -> int:
@@ -100,9 +140,11 @@ def attend(
     v_BNSK: jax.Array,
     segments_BT: jax.Array,
     window: int = 0,
+    scale: float = 0.0,
+    cap: float = 0.0,
 ) -> jax.Array:
     """Softmax attention of G query heads per key head; token t sees s <= t of its own segment, of
-    a window only t - window < s. Returns [B, N, G, T, K].
+    a window only t - window < s. Returns [B, N, G, T, K]. scale, cap: as in ModelConfig.
 
     Queries go in blocks that meet only the keys up to their end, and from the window's begin: the
     upper triangle, 3/8 to 7/16 of the work, is not computed. Scores and softmax are float32.
@@ -110,7 +152,7 @@ def attend(
     """
     assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BT)
     length = q_BNGTK.shape[-2]
-    q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
+    q = q_BNGTK * (scale or q_BNGTK.shape[-1] ** -0.5)
     block = query_block(length)
     outputs = []
     for start in range(0, length, block):
@@ -122,6 +164,7 @@ def attend(
             k_BNSK[..., first:end, :],
             preferred_element_type=jnp.float32,
         )
+        scores = capped(scores, cap)
         distance = np.arange(start, end)[:, None] - np.arange(first, end)[None, :]
         seen = (distance >= 0) & (distance < window) if window else distance >= 0
         allowed = seen & (segments_BT[:, start:end, None] == segments_BT[:, None, first:end])
@@ -161,6 +204,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "query_norm": ("norm",),
     "key_norm": ("norm",),
 }
+WIDE_NORMS = {"query_norm": ("heads", "head_dim"), "key_norm": ("kv_heads", "head_dim")}
 Weights = Mapping[str, jax.Array]  # by these names, on one device
 
 
@@ -169,8 +213,8 @@ class Attention(nn.Module):
     kernels: as in ComputeConfig."""
 
     config: ModelConfig
+    spec: LayerSpec
     kernels: str = "auto"
-    lora: LoRASpec | None = None
 
     def setup(self):
         c = self.config
@@ -197,7 +241,15 @@ class Attention(nn.Module):
         if "o" in c.biases:
             self.out_bias = bias_param(self, "out_bias", (c.d_model,), ("norm",))
         if c.qk_norm:
-            self.query_norm, self.key_norm = Scale(), Scale()
+            is_wide = c.qk_norm_kind == "width"
+            self.query_norm, self.key_norm = (
+                Scale(
+                    c,
+                    (count, c.head_dim) if is_wide else (c.head_dim,),
+                    WIDE_NORMS[name] if is_wide else AXES[name],
+                )
+                for name, count in (("query_norm", c.heads), ("key_norm", c.kv_heads))
+            )
         heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
         widths = {
             "q": (c.d_model, heads),
@@ -205,22 +257,22 @@ class Attention(nn.Module):
             "v": (c.d_model, kv_heads),
             "o": (heads, c.d_model),
         }
-        self.adapters = adapter_params(self, self.lora, widths)
+        self.adapters = adapter_params(self, self.spec.lora, widths)
 
     def __call__(
         self, x_BTD: jax.Array, segments_BT: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        adapters = cut(self, self.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
+        adapters = cut(self, self.spec.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
         weights = self._weights(x_BTD.dtype)
 
         def local(x_BTD, segments_BT, *arrays):
             w = dict(zip(weights, arrays, strict=False))
-            lora = Adapted(self.lora, adapters.restore(arrays[len(w) :]))
+            lora = Adapted(self.spec.lora, adapters.restore(arrays[len(w) :]))
             y_BTD = self._merge(self._attend(x_BTD, segments_BT, w, lora), w, lora)
             return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
         names, outputs = (
-            (("batch",), ("batch",), *(AXES[name] for name in weights), *adapters.names),
+            (("batch",), ("batch",), *map(self._axes, weights), *adapters.names),
             (("batch",),) * (1 + len(adapters.routed)),
         )
         y_BTD, *logits = shard_map(local, names, outputs)(
@@ -238,17 +290,17 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """x behind its past -> (y [B, T, D], (keys, values) of both). A row of x begins at slot
         length_B."""
-        adapters = cut(self, self.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
+        adapters = cut(self, self.spec.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
         weights = self._weights(x_BTD.dtype)
 
         def local(x_BTD, keys_BNKS, values_BNSK, length_B, total_B, *arrays):
             w = dict(zip(weights, arrays, strict=False))
-            lora = Adapted(self.lora, adapters.restore(arrays[len(w) :]))
+            lora = Adapted(self.spec.lora, adapters.restore(arrays[len(w) :]))
             past = KVCache(keys_BNKS, values_BNSK, length_B, total_B)
             position_BT = length_B[:, None] + np.arange(x_BTD.shape[1])
-            heads = self._project(x_BTD, position_BT, _is_long(self.config, past), w, lora)
+            heads = self._project(x_BTD, position_BT, _lengths(self.spec, past), w, lora)
             y_BNGTK, keys_BNKS, values_BNSK = _attend_past(
-                *heads, past, position_BT, self.config.window
+                self.config, self.spec, *heads, past, position_BT
             )
             return self._merge(y_BNGTK.astype(x_BTD.dtype), w, lora), keys_BNKS, values_BNSK
 
@@ -260,7 +312,7 @@ class Attention(nn.Module):
                 cached,
                 ("batch",),
                 ("batch",),
-                *(AXES[name] for name in weights),
+                *map(self._axes, weights),
                 *adapters.names,
             ),
             (("batch",), cached, cached),
@@ -277,32 +329,41 @@ class Attention(nn.Module):
             for name in AXES
             if not name.endswith("norm") and hasattr(self, name)
         }
-        if self.config.qk_norm:
-            width = self.config.head_dim
-            found |= {"query_norm": self.query_norm(width), "key_norm": self.key_norm(width)}
+        if self.config.qk_norm and self.config.norm != "layer":
+            found |= {"query_norm": self.query_norm(), "key_norm": self.key_norm()}
         return found
+
+    def _axes(self, name: str) -> tuple[str, ...]:
+        is_wide = name in WIDE_NORMS and self.config.qk_norm_kind == "width"
+        return WIDE_NORMS[name] if is_wide else AXES[name]
 
     def _attend(
         self, x_BTD: jax.Array, segments_BT: jax.Array, w: Weights, lora: Adapted
     ) -> jax.Array:
         """The answers of one device's heads, [B, N, G, T, K]."""
         kernels = platform_kernels(self.kernels)
-        length, window = x_BTD.shape[1], self.config.window
+        length, window = x_BTD.shape[1], self.spec.window
         window = window if window < length else 0
-        scaling, is_long_BT = self.config.rope_scaling, None
+        scaling, length_BT = self.spec.rope_scaling, None
         if changes_with_length(scaling, length):
-            is_long_BT = document_lengths(segments_BT) > scaling.original_context
-        position_T = np.arange(length, dtype=np.float32)
-        heads = self._project(x_BTD, position_T, is_long_BT, w, lora)
+            length_BT = document_lengths(segments_BT)
+        position: Any = np.arange(length, dtype=np.float32)
+        is_absolute = scaling.query_growth or self.config.qk_norm_kind == "rotated"
+        if is_absolute:  # all else depends on differences of positions alone
+            position = places_in_document(segments_BT).astype(jnp.float32)
+        heads = self._project(x_BTD, position, length_BT, w, lora)
         q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in heads)
+        scale, cap = self.config.attention_scale, self.config.attention_cap
         if kernels == "xla" or not block_size(length):
-            y_BNGTK = attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, window)
+            y_BNGTK = attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, window, scale, cap)
             return checkpoint_name(y_BNGTK, "attention")
         is_interpreted = kernels == "pallas_interpret"
-        return splash_attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, window, interpret=is_interpreted)
+        return splash_attend(
+            q_BNGTK, k_BNTK, v_BNTK, segments_BT, window, is_interpreted, scale, cap
+        )
 
     def _project(
-        self, x_BTD: jax.Array, position: Any, is_long: Any, w: Weights, lora: Adapted
+        self, x_BTD: jax.Array, position: Any, length: Any, w: Weights, lora: Adapted
     ) -> "Heads":
         """The heads of one device, as _rotated_heads gives them."""
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -315,7 +376,7 @@ class Attention(nn.Module):
             return lora.plus(target, x_BTD, y_MX.reshape(*x_BTD.shape[:2], -1))
 
         q_BTX, k_BTX, v_BTX = project("query", "q"), project("key", "k"), project("value", "v")
-        return _rotated_heads(self.config, q_BTX, k_BTX, v_BTX, position, is_long, w)
+        return _rotated_heads(self.config, self.spec, q_BTX, k_BTX, v_BTX, position, length, w)
 
     def _merge(self, y_BNGTK: jax.Array, w: Weights, lora: Adapted) -> jax.Array:
         """Heads -> [B, T, D], summed over the devices that share them."""
@@ -333,41 +394,73 @@ class Attention(nn.Module):
 Heads = tuple[jax.Array, jax.Array, jax.Array]  # q [B, N, G, T, K], k and v [B, N, T, K]
 
 
-def _is_long(c: ModelConfig, past: KVCache) -> jax.Array | None:
-    """[B, 1]: whether a row is longer than longrope's original context, None where none can be."""
-    if not changes_with_length(c.rope_scaling, past.values_BNSK.shape[2]):
+def _lengths(spec: LayerSpec, past: KVCache) -> jax.Array | None:
+    """[B, 1]: tokens of each row, None where rotations do not depend on them."""
+    if not changes_with_length(spec.rope_scaling, past.values_BNSK.shape[2]):
         return None
-    return (past.total_B > c.rope_scaling.original_context)[:, None]
+    return past.total_B[:, None]
 
 
 def _rotated_heads(
     c: ModelConfig,
+    spec: LayerSpec,
     q_BTX: jax.Array,
     k_BTX: jax.Array,
     v_BTX: jax.Array,
     position: Any,
-    is_long: jax.Array | None,
+    length: jax.Array | None,
     w: Weights,
 ) -> Heads:
     """Heads from projections that hold them side by side, normalised and rotated. position: [T] or
-    [B, T]. is_long: [B, T] or [B, 1], None where rows are never longer than the original
-    context."""
-    batch, length, _ = q_BTX.shape
-    scaling, rotated = c.rope_scaling, int(c.head_dim * c.rotary)
-    angles = position[..., None] * rope_frequencies(rotated, c.rope_theta, scaling)
-    if is_long is not None:
-        long_angles = position[..., None] * rope_frequencies(rotated, c.rope_theta, scaling, True)
-        angles = jnp.where(is_long[..., None], long_angles, angles)
-    angles = angles if angles.ndim == 2 else angles[:, None]  # the same for all heads
+    [B, T]. length: as in `_angles`."""
+    batch, tokens, _ = q_BTX.shape
     q_BHTK, k_BNTK, v_BNTK = (
-        x.reshape(batch, length, -1, c.head_dim).transpose(0, 2, 1, 3)
+        x.reshape(batch, tokens, -1, c.head_dim).transpose(0, 2, 1, 3)
         for x in (q_BTX, k_BTX, v_BTX)
     )
-    if c.qk_norm:
-        q_BHTK = rms_norm(q_BHTK, w["query_norm"], c.norm_eps)
-        k_BNTK = rms_norm(k_BNTK, w["key_norm"], c.norm_eps)
-    q_BHTK, k_BNTK = (rotate(x, angles, scaling.attention_factor) for x in (q_BHTK, k_BNTK))
-    return q_BHTK.reshape(batch, k_BNTK.shape[1], -1, length, c.head_dim), k_BNTK, v_BNTK
+
+    def normed(q_BHTK, k_BNTK):
+        if c.qk_norm_kind == "width":
+            return (
+                _wide_norm(c, q_BHTK, w.get("query_norm"), c.heads, "heads"),
+                _wide_norm(c, k_BNTK, w.get("key_norm"), c.kv_heads, "kv_heads"),
+            )
+        return (
+            scaled_norm(c, q_BHTK, w.get("query_norm")),
+            scaled_norm(c, k_BNTK, w.get("key_norm")),
+        )
+
+    if c.qk_norm and c.qk_norm_kind != "rotated":
+        q_BHTK, k_BNTK = normed(q_BHTK, k_BNTK)
+    if spec.rope_theta:
+        scaling = spec.rope_scaling
+        angles = _angles(position, int(c.head_dim * c.rotary), spec.rope_theta, scaling, length)
+        angles = angles if angles.ndim == 2 else angles[:, None]  # the same for all heads
+        q_BHTK, k_BNTK = (
+            rotate(x, angles, scaling.attention_factor, c.rope_interleaved)
+            for x in (q_BHTK, k_BNTK)
+        )
+        if scaling.query_growth:
+            turns = jnp.floor(position / scaling.original_context)
+            growth_BT = 1 + scaling.query_growth * jnp.log1p(turns)
+            q_BHTK *= growth_BT[:, None, :, None].astype(q_BHTK.dtype)
+    if c.qk_norm and c.qk_norm_kind == "rotated":
+        q_BHTK, k_BNTK = normed(q_BHTK, k_BNTK)
+    return q_BHTK.reshape(batch, k_BNTK.shape[1], -1, tokens, c.head_dim), k_BNTK, v_BNTK
+
+
+def _wide_norm(
+    c: ModelConfig, x_BHTK: jax.Array, scale_HK: jax.Array | None, heads: int, name: str
+) -> jax.Array:
+    """Each token's heads over the root of their common mean square. heads: those of all devices
+    that share them along the logical axis `name`."""
+    x32 = x_BHTK.astype(jnp.float32)
+    total_BT = psum((x32 * x32).sum((1, 3)), name)
+    root_BT = jax.lax.rsqrt(total_BT / (heads * c.head_dim) + c.norm_eps)
+    y_BHTK = x32 * root_BT[:, None, :, None]
+    if scale_HK is not None:
+        y_BHTK *= effective_scale(c, scale_HK)[:, None]
+    return y_BHTK.astype(x_BHTK.dtype)
 
 
 def _side_by_side(y_BNGTK: jax.Array) -> jax.Array:
@@ -377,12 +470,13 @@ def _side_by_side(y_BNGTK: jax.Array) -> jax.Array:
 
 
 def _attend_past(
+    c: ModelConfig,
+    spec: LayerSpec,
     q_BNGTK: jax.Array,
     k_BNTK: jax.Array,
     v_BNTK: jax.Array,
     past: KVCache,
     position_BT: jax.Array,
-    window: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(answers [B, N, G, T, K], keys, values), where new keys and values stand at slots
     position_BT, in the dtype of the old."""
@@ -391,12 +485,13 @@ def _attend_past(
     q_BNGTK, k_BNTK, v_BNTK = (x.astype(keys_BNKS.dtype) for x in (q_BNGTK, k_BNTK, v_BNTK))
     keys_BNKS = write(keys_BNKS, k_BNTK.swapaxes(2, 3), position_BT[:, 0], 2)
     values_BNSK = write(values_BNSK, v_BNTK, position_BT[:, 0], 1)
-    q = q_BNGTK * q_BNGTK.shape[-1] ** -0.5
+    q = q_BNGTK * (c.attention_scale or c.head_dim**-0.5)
     scores = jnp.einsum("bngtk,bnks->bngts", q, keys_BNKS, preferred_element_type=jnp.float32)
+    scores = capped(scores, c.attention_cap)
     distance_BTS = position_BT[..., None] - jnp.arange(keys_BNKS.shape[3])
     seen_BTS = distance_BTS >= 0
-    if window:
-        seen_BTS &= distance_BTS < window
+    if spec.window:
+        seen_BTS &= distance_BTS < spec.window
     weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, -1e30), axis=-1)
     return (
         jnp.einsum("bngts,bnsk->bngtk", weights.astype(values_BNSK.dtype), values_BNSK),
@@ -406,7 +501,7 @@ def _attend_past(
 
 
 def joint_attention(
-    config: ModelConfig, x_BTD: jax.Array, past: KVCache, w: Mapping[str, Any]
+    config: ModelConfig, spec: LayerSpec, x_BTD: jax.Array, past: KVCache, w: Mapping[str, Any]
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention.continued on one device and without LoRA, its first three matmuls as one: columns
     of queries, then keys, then values. w: query_key_value, out and, where the model has them,
@@ -418,8 +513,9 @@ def joint_attention(
         projected_MX += w["query_key_value_bias"]
     position_BT = past.length_B[:, None] + np.arange(length)
     q_BTX, k_BTX, v_BTX = jnp.split(projected_MX.reshape(batch, length, -1), ends, axis=-1)
-    heads = _rotated_heads(config, q_BTX, k_BTX, v_BTX, position_BT, _is_long(config, past), w)
-    y_BNGTK, keys_BNKS, values_BNSK = _attend_past(*heads, past, position_BT, config.window)
+    lengths_B1 = _lengths(spec, past)
+    heads = _rotated_heads(config, spec, q_BTX, k_BTX, v_BTX, position_BT, lengths_B1, w)
+    y_BNGTK, keys_BNKS, values_BNSK = _attend_past(config, spec, *heads, past, position_BT)
     y_MD = matmul(_side_by_side(y_BNGTK).astype(x_BTD.dtype), w["out"])
     if "out_bias" in w:
         y_MD += w["out_bias"].astype(y_MD.dtype)

@@ -20,13 +20,17 @@ from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention, KVCache, joint_attention
 from btx_jax.models.layers import (
+    After,
+    Before,
     FeedForward,
     Kernel,
-    RMSNorm,
+    Norm,
+    Readout,
     Transposed,
     joint_swiglu,
     matmul,
     sigmoid_gate,
+    times,
 )
 from btx_jax.models.leaves import computes_in_float32
 from btx_jax.models.llama import Params, head_kernel
@@ -68,6 +72,10 @@ class _Leaves:
             raise ValueError(f"{self._where}: decoding has no use for {', '.join(self._tree)}")
 
 
+# Of a layer, those that it has.
+NORMS = ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm")
+
+
 def _joint_attention(
     leaves: _Leaves, model: ModelConfig, kernel: Callable[..., Kernel]
 ) -> dict[str, Any]:
@@ -86,8 +94,9 @@ def _joint_attention(
         made["query_key_value_bias"] = jnp.concatenate([x.astype(jnp.float32) for x in biases])
     if "out_bias" in leaves:
         made["out_bias"] = leaves.take("out_bias")
-    if model.qk_norm:
-        made |= {name: leaves.take(name)["scale"] for name in ("query_norm", "key_norm")}
+    for name in ("query_norm", "key_norm"):
+        if name in leaves:
+            made[name] = leaves.take(name)["scale"]
     leaves.require_empty()
     return made
 
@@ -132,7 +141,7 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
     for name, length, spec in model.runs():
         for i in range(length):
             layer = _Leaves(jax.tree.map(lambda x, i=i: x[i], params[name]), f"{name}[{i}]")
-            made = {key: layer.take(key) for key in ("attention_norm", "ffn_norm")}
+            made = {key: layer.take(key) for key in NORMS if key in layer}
             if one_device and spec.lora is None:
                 made["attention"] = _joint_attention(layer.inside("attention"), model, kernel)
             else:
@@ -165,15 +174,15 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
         embedding = jax.lax.bitcast_convert_type(embedding, jnp.uint16)
     outer = {
         "embedding": embedding,
-        "final_norm": params["final_norm"],
+        "final_norm": params.get("final_norm", {}),
         "head": kernel(head_kernel(params)),
     }
     return outer, tuple(layers)
 
 
-def next_logits(weights: Weights, hidden_BD: jax.Array) -> jax.Array:
+def next_logits(model: ModelConfig, weights: Weights, hidden_BD: jax.Array) -> jax.Array:
     """[B, V], in float32."""
-    return matmul(hidden_BD, weights[0]["head"], jnp.float32)
+    return Readout.of(model).logits(matmul(hidden_BD, weights[0]["head"], jnp.float32))
 
 
 def empty_cache(model: ModelConfig, dtype: str, batch: int, slots: int) -> Cache:
@@ -211,35 +220,42 @@ def forward(
     x_BTD = (
         jax.lax.bitcast_convert_type(x_BTD, jnp.bfloat16) if x_BTD.dtype == jnp.uint16 else x_BTD
     )
+    x_BTD = times(x_BTD, model.embed_scale)
     valid_BT = jnp.arange(tokens_BT.shape[1])[None] < count_B[:, None]
     keys, values = [], []
-    norm: Any = RMSNorm(model.norm_eps)
+    before, after, norm = Before(model), After(model), Norm(model)
+
+    def applied(module, params, name, *x_BTD):
+        return module.apply({"params": params.get(name, {})}, *x_BTD)
+
     for number, (spec, params) in enumerate(zip(model.layer_specs(), layers, strict=True)):
-        h_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD)
+        h_BTD = applied(before, params, "attention_norm", x_BTD)
         past = KVCache(
             cache.keys[number], cache.values[number], cache.length_B, cache.length_B + count_B
         )
         if "query_key_value" in params["attention"]:
-            y_BTD, (key, value) = joint_attention(model, h_BTD, past, params["attention"])
+            y_BTD, (key, value) = joint_attention(model, spec, h_BTD, past, params["attention"])
         else:
-            attention = Attention(model, compute.kernels, spec.lora)
+            attention = Attention(model, spec, compute.kernels)
             y_BTD, (key, value) = cast(
                 Any,
                 attention.apply({"params": params["attention"]}, h_BTD, past, method="continued"),
             )
-        x_BTD += y_BTD
-        h_BTD = norm.apply({"params": params["ffn_norm"]}, x_BTD)
-        anchor_BTD = None
+        x_BTD = applied(after, params, "attention_post_norm", x_BTD, y_BTD)
+        h_BTD = applied(before, params, "ffn_norm", x_BTD)
+        anchor_BTD, activation = None, spec.activation
         if spec.anchor:
-            anchor_BTD = _dense(FeedForward(spec.d_ff), params["anchor"], h_BTD)
-        x_BTD += _feed_forward(model, compute, spec, params["ffn"], h_BTD, valid_BT, anchor_BTD)
+            anchor = FeedForward(spec.d_ff, activation=activation)
+            anchor_BTD = _dense(anchor, params["anchor"], h_BTD)
+        y_BTD = _feed_forward(model, compute, spec, params["ffn"], h_BTD, valid_BT, anchor_BTD)
         if spec.shared_d_ff:
-            shared = FeedForward(spec.shared_d_ff, gated=spec.shared_gate)
-            x_BTD += _dense(shared, params["shared_expert"], h_BTD)
+            shared = FeedForward(spec.shared_d_ff, gated=spec.shared_gate, activation=activation)
+            y_BTD += _dense(shared, params["shared_expert"], h_BTD)
+        x_BTD = applied(after, params, "ffn_post_norm", x_BTD, y_BTD)
         keys.append(key)
         values.append(value)
     last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    return norm.apply({"params": outer["final_norm"]}, last_BD), Cache(
+    return applied(norm, outer, "final_norm", last_BD), Cache(
         tuple(keys), tuple(values), cache.length_B + count_B
     )
 
@@ -265,7 +281,8 @@ def _feed_forward(
                 {"params": params}, x_BTD, valid_BT, jnp.int32(0), anchor_BTD
             ),
         )[0]
-    return _dense(FeedForward(spec.d_ff, model.biases, lora=spec.lora), params, x_BTD)
+    module = FeedForward(spec.d_ff, model.biases, lora=spec.lora, activation=spec.activation)
+    return _dense(module, params, x_BTD)
 
 
 def _dense(module: FeedForward, params: Params, x_BTD: jax.Array) -> jax.Array:
@@ -273,7 +290,8 @@ def _dense(module: FeedForward, params: Params, x_BTD: jax.Array) -> jax.Array:
     if "gate_up" not in params:
         return cast(Any, module.apply({"params": params}, x_BTD))[0]
     weights = {name: w for name, w in params.items() if name != "router"}
-    y_BTD = joint_swiglu(x_BTD.reshape(-1, x_BTD.shape[-1]), **weights).reshape(x_BTD.shape)
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    y_BTD = joint_swiglu(x_MD, **weights, activation=module.activation).reshape(x_BTD.shape)
     if module.gated:
         y_BTD = sigmoid_gate(x_BTD, params["router"]).astype(y_BTD.dtype) * y_BTD
     return y_BTD

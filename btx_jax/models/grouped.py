@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from btx_jax.models.layers import Transposed, joint_swiglu, swiglu, swiglu_backward, swiglu_forward
+from btx_jax.models.layers import (
+    Transposed,
+    activate,
+    joint_swiglu,
+    swiglu,
+    swiglu_backward,
+    swiglu_forward,
+)
 
 # Rows per block on a CPU: large enough for full matmul speed, small enough to waste little on
 # padding
@@ -23,7 +30,12 @@ TILES = (512, 2048, 2048)
 
 
 def grouped_swiglu(
-    x_RD: jax.Array, sizes_E: jax.Array, weights, most: int, kernels: str
+    x_RD: jax.Array,
+    sizes_E: jax.Array,
+    weights,
+    most: int,
+    kernels: str,
+    activation: str = "silu",
 ) -> jax.Array:
     """[R, D] -> [R, D]. weights: gate [E, D, F], up [E, D, F], down [E, F, D], or for inference of
     each expert gate_up [D, 2 F] and down [F, D]. most: rows that one expert can have. kernels: as
@@ -33,15 +45,18 @@ def grouped_swiglu(
         tile = min(TILES[0], math.ceil(rows / 8) * 8)
         padded_RD = jnp.pad(x_RD, ((0, -rows % tile), (0, 0)))
         matmul = _megablox(sizes_E, tile, interpret=kernels == "pallas_interpret")
-        return _swiglu(matmul, padded_RD, *weights)[:rows]
+        return _swiglu(matmul, activation, padded_RD, *weights)[:rows]
     # ragged_dot on the CPU multiplies every row by every expert.
     blocked = functools.partial(
-        _in_turn if isinstance(weights[0], tuple) else _blocked, block=min(BLOCK, most)
+        _in_turn if isinstance(weights[0], tuple) else _blocked,
+        block=min(BLOCK, most),
+        activation=activation,
     )
-    return jax.lax.platform_dependent(x_RD, sizes_E, *weights, cpu=blocked, default=_ragged_dot)
+    dots = functools.partial(_ragged_dot, activation=activation)
+    return jax.lax.platform_dependent(x_RD, sizes_E, *weights, cpu=blocked, default=dots)
 
 
-def _swiglu(matmul, x_RD, *weights):
+def _swiglu(matmul, activation, x_RD, *weights):
     if isinstance(weights[0], tuple):
         gate_up, down = (
             jnp.stack([w.array.T if isinstance(w, Transposed) else w for w in each])
@@ -51,7 +66,7 @@ def _swiglu(matmul, x_RD, *weights):
     else:
         gate, up, down = weights
         a_RF, b_RF = (checkpoint_name(matmul(x_RD, kernel), "ffn") for kernel in (gate, up))
-    return matmul(jax.nn.silu(a_RF) * b_RF, down)
+    return matmul(activate(a_RF, activation) * b_RF, down)
 
 
 def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
@@ -70,11 +85,12 @@ def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
     return matmul
 
 
-def _ragged_dot(x_RD, sizes_E, *weights):
-    return _swiglu(lambda rows, kernel: jax.lax.ragged_dot(rows, kernel, sizes_E), x_RD, *weights)
+def _ragged_dot(x_RD, sizes_E, *weights, activation):
+    dot = lambda rows, kernel: jax.lax.ragged_dot(rows, kernel, sizes_E)  # noqa: E731
+    return _swiglu(dot, activation, x_RD, *weights)
 
 
-def _in_turn(x_RD, sizes_E, *experts, block):
+def _in_turn(x_RD, sizes_E, *experts, block, activation):
     """Separate experts one after another, each block by block. Rows that a last block writes too
     many, the next expert overwrites."""
     x_padded = jnp.pad(x_RD, ((0, block), (0, 0)))
@@ -83,14 +99,15 @@ def _in_turn(x_RD, sizes_E, *experts, block):
 
         def body(i, y_padded, start=start, expert=expert):
             at = start + i * block
-            y = joint_swiglu(jax.lax.dynamic_slice_in_dim(x_padded, at, block), *expert)
+            rows = jax.lax.dynamic_slice_in_dim(x_padded, at, block)
+            y = joint_swiglu(rows, expert[0], expert[1], activation=activation)
             return jax.lax.dynamic_update_slice_in_dim(y_padded, y, at, axis=0)
 
         y_padded = jax.lax.fori_loop(0, -(-size // block), body, y_padded)
     return y_padded[: len(x_RD)]
 
 
-def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block):
+def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block, activation):
     """Every expert's rows padded to whole blocks, so that each block meets one expert."""
     experts, rows = len(sizes_E), len(x_RD)
     padded_E = -(-sizes_E // block) * block
@@ -105,32 +122,35 @@ def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block):
     x_padded = jnp.concatenate([x_RD, jnp.zeros_like(x_RD[:1])])[source].reshape(blocks, block, -1)
     expert_of_block = jnp.searchsorted(last_padded_E, jnp.arange(blocks) * block, side="right")
     y_padded = _block_swiglu(
-        x_padded, jnp.minimum(expert_of_block, experts - 1), gate_EDF, up_EDF, down_EFD
+        x_padded, jnp.minimum(expert_of_block, experts - 1), gate_EDF, up_EDF, down_EFD, activation
     )
     return y_padded.reshape(blocks * block, -1).at[place_R].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
-def _block_swiglu(x, expert, gate, up, down):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _block_swiglu(x, expert, gate, up, down, activation):
     """SwiGLU of block i, x[i] [block, D], with expert[i]'s weights; one block after another."""
-    return jax.lax.map(lambda xe: swiglu(xe[0], gate[xe[1]], up[xe[1]], down[xe[1]]), (x, expert))
+    return jax.lax.map(
+        lambda xe: swiglu(xe[0], gate[xe[1]], up[xe[1]], down[xe[1]], activation), (x, expert)
+    )
 
 
-def _block_swiglu_forward(x, expert, gate, up, down):
+def _block_swiglu_forward(x, expert, gate, up, down, activation):
     def one(xe):
-        y, (_, a, b, *_) = swiglu_forward(xe[0], gate[xe[1]], up[xe[1]], down[xe[1]])
+        own = tuple(w[xe[1]] for w in (gate, up, down))
+        y, (_, a, b, *_) = swiglu_forward(xe[0], own[0], own[1], own[2], activation)
         return y, a, b
 
     y, a, b = jax.lax.map(one, (x, expert))
     return y, (x, a, b, expert, gate, up, down)
 
 
-def _block_swiglu_backward(residuals, dy):
+def _block_swiglu_backward(activation, residuals, dy):
     x, a, b, expert, *weights = residuals
 
     def body(grads, block):
         x, a, b, e, dy = block
-        dx, *dw = swiglu_backward((x, a, b, *(w[e] for w in weights)), dy)
+        dx, *dw = swiglu_backward(activation, (x, a, b, *(w[e] for w in weights)), dy)
         # Adds to one expert's slice in place; differentiating w[e] would add a whole [E, D, F] for
         # every block.
         return [g.at[e].add(d) for g, d in zip(grads, dw, strict=True)], dx

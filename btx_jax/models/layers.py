@@ -8,8 +8,9 @@ Shape legend for this folder (capital letters name axes, as in x_BTD):
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, cast
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from btx_jax.config.model_config import LoRASpec
+from btx_jax.config.model_config import LoRASpec, ModelConfig
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.parallel.sharding import all_gather, psum, shard_map
 
@@ -69,28 +70,116 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     ).astype(x.dtype)
 
 
-def scale_param(module: nn.Module, width: int) -> jax.Array:
-    """The scale [D] of a norm, float32, that starts at one."""
-    ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    return cast(jax.Array, module.param("scale", ones, (width,), jnp.float32))
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / standard deviation, computed in float32 and returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def scaled_norm(config: ModelConfig, x: jax.Array, scale_D: jax.Array | None) -> jax.Array:
+    """The model's norm over the last axis. scale: None of a norm without parameters."""
+    if scale_D is None:
+        return layer_norm(x, config.norm_eps)
+    return rms_norm(x, effective_scale(config, scale_D), config.norm_eps)
+
+
+def effective_scale(config: ModelConfig, scale_D: jax.Array) -> jax.Array:
+    """What an RMSNorm multiplies by."""
+    return 1 + scale_D if config.norm == "rms_plus_one" else scale_D
+
+
+def scale_param(
+    module: nn.Module, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> jax.Array:
+    """The scale of a norm, float32, by which it multiplies by one at first."""
+    fill = nn.initializers.zeros if config.norm == "rms_plus_one" else nn.initializers.ones
+    init = nn.with_logical_partitioning(fill, axes)
+    return cast(jax.Array, module.param("scale", init, shape, jnp.float32))
 
 
 class Scale(nn.Module):
     """Only owns the scale of a norm, which is applied elsewhere."""
 
+    config: ModelConfig
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
     @nn.compact
-    def __call__(self, width: int) -> jax.Array:
-        return scale_param(self, width)
+    def __call__(self) -> jax.Array:
+        return scale_param(self, self.config, self.shape, self.axes)
 
 
-class RMSNorm(nn.Module):
-    """`rms_norm` with a scale of its own."""
+class Norm(nn.Module):
+    """`scaled_norm` with a scale of its own, where the model's norms have any."""
 
-    eps: float
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, scale_param(self, x.shape[-1]), self.eps)
+        return _own_norm(self, self.config, x)
+
+
+class Before(nn.Module):
+    """What attention or a feed-forward gets: x, behind a norm where the model has one there."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x if self.config.norms == "after" else _own_norm(self, self.config, x)
+
+
+class After(nn.Module):
+    """x with what attention or a feed-forward answered, y, behind a norm where the model has one
+    there."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        c = self.config
+        if c.norms != "before":
+            y = _own_norm(self, c, y)
+        return x + times(y, c.residual_scale)
+
+
+def _own_norm(module: nn.Module, config: ModelConfig, x: jax.Array) -> jax.Array:
+    scale_D = None
+    if config.norm != "layer":
+        scale_D = scale_param(module, config, (x.shape[-1],), ("norm",))
+    return scaled_norm(config, x, scale_D)
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """x times a setting, which is rounded to x's dtype."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
+def capped(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap); x itself for a cap of 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+class Readout(NamedTuple):
+    """What a model makes of the head's products: logits. As in ModelConfig."""
+
+    divisor: float = 1.0
+    cap: float = 0.0
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Readout":
+        return cls(config.logits_divisor, config.logits_cap)
+
+    def logits(self, products: jax.Array) -> jax.Array:
+        return capped(products if self.divisor == 1 else products / self.divisor, self.cap)
+
+    def pulled(self, logits: jax.Array, dlogits: jax.Array) -> jax.Array:
+        """Gradient with respect to the products, from that with respect to their logits."""
+        if self.cap:
+            dlogits = dlogits * (1 - (logits / self.cap) ** 2)
+        return dlogits if self.divisor == 1 else dlogits / self.divisor
 
 
 class Embed(nn.Module):
@@ -159,47 +248,65 @@ def matmul(x_MD: jax.Array, kernel_DF: Kernel, out_dtype: Any = None) -> jax.Arr
     return y_MF[: len(x_MD)].astype(out_dtype or x_MD.dtype)
 
 
+def activate(a: jax.Array, activation: str) -> jax.Array:
+    """activation: as in ModelConfig."""
+    return jax.nn.silu(a) if activation == "silu" else jax.nn.gelu(a, approximate=True)
+
+
 def joint_swiglu(
     x_MD: jax.Array,
     gate_up: Kernel,
     down: Kernel,
     gate_up_bias: jax.Array | None = None,
     down_bias: jax.Array | None = None,
+    activation: str = "silu",
 ) -> jax.Array:
     """swiglu for inference, its first two matmuls as one: gate's columns, then up's."""
     h_MF = matmul(x_MD, gate_up, jnp.float32)
     if gate_up_bias is not None:
         h_MF += gate_up_bias
     a_MF, b_MF = jnp.split(h_MF, 2, axis=-1)
-    y_MD = matmul((jax.nn.silu(a_MF) * b_MF).astype(x_MD.dtype), down)
+    y_MD = matmul((activate(a_MF, activation) * b_MF).astype(x_MD.dtype), down)
     return y_MD if down_bias is None else y_MD + down_bias.astype(y_MD.dtype)
 
 
-@jax.custom_vjp
-def swiglu(x_MD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """(silu(x gate) * (x up)) down. Leading axes batch: [E, M, D] with [E, D, F] runs E experts.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def swiglu(
+    x_MD: jax.Array,
+    gate_DF: jax.Array,
+    up_DF: jax.Array,
+    down_FD: jax.Array,
+    activation: str = "silu",
+) -> jax.Array:
+    """(silu(x gate) * (x up)) down, or with another activation. Leading axes batch: [E, M, D] with
+    [E, D, F] runs E experts.
 
     The derivative is written out to keep two [M, F] residuals where autodiff keeps four.
     """
-    return (jax.nn.silu(x_MD @ gate_DF) * (x_MD @ up_DF)) @ down_FD
+    return (activate(x_MD @ gate_DF, activation) * (x_MD @ up_DF)) @ down_FD
 
 
-def swiglu_forward(x, gate, up, down):
+def swiglu_forward(x, gate, up, down, activation):
     a, b = (checkpoint_name(x @ w, "ffn") for w in (gate, up))
-    return (jax.nn.silu(a) * b) @ down, (x, a, b, gate, up, down)
+    return (activate(a, activation) * b) @ down, (x, a, b, gate, up, down)
 
 
-def swiglu_backward(residuals, dy):
-    dx, _, *dw = _scaled_backward((residuals, jnp.ones((), dy.dtype)), dy)
+def swiglu_backward(activation, residuals, dy):
+    dx, _, *dw = _scaled_backward(activation, (residuals, jnp.ones((), dy.dtype)), dy)
     return dx, *dw
 
 
 swiglu.defvjp(swiglu_forward, swiglu_backward)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def scaled_swiglu(
-    x_MD: jax.Array, scale_M: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array
+    x_MD: jax.Array,
+    scale_M: jax.Array,
+    gate_DF: jax.Array,
+    up_DF: jax.Array,
+    down_FD: jax.Array,
+    activation: str = "silu",
 ) -> jax.Array:
     """scale * swiglu(x), row by row.
 
@@ -207,29 +314,38 @@ def scaled_swiglu(
     what the backward pass computes anyway, so that the output is neither kept nor, under
     rematerialisation, computed again.
     """
-    return swiglu(x_MD, gate_DF, up_DF, down_FD) * scale_M[..., None].astype(x_MD.dtype)
+    y_MD = swiglu(x_MD, gate_DF, up_DF, down_FD, activation)
+    return y_MD * scale_M[..., None].astype(x_MD.dtype)
 
 
-def _scaled_forward(x, scale, *weights):
-    y, residuals = swiglu_forward(x, *weights)
+def _scaled_forward(x, scale, gate, up, down, activation):
+    y, residuals = swiglu_forward(x, gate, up, down, activation)
     return y * scale[..., None].astype(y.dtype), (residuals, scale)
 
 
-def _scaled_backward(saved, dy):
+def _activated(a: jax.Array, activation: str) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """(activate(a), what gives its derivative)."""
+    if activation == "silu":
+        s = jax.nn.sigmoid(a)
+        return a * s, lambda: s * (1 + a * (1 - s))
+    value, pull = jax.vjp(lambda a: activate(a, activation), a)
+    return value, lambda: pull(jnp.ones_like(a))[0]
+
+
+def _scaled_backward(activation, saved, dy):
     residuals, scale_M = saved
     # Otherwise XLA shares sigmoid(a) with the forward pass, which then writes it to memory and
     # stays unfused.
     x, a, b, gate, up, down = jax.lax.optimization_barrier(residuals)
     transposed = lambda w: jnp.swapaxes(w, -1, -2)  # noqa: E731
-    s = jax.nn.sigmoid(a)
-    silu = a * s
-    h, scale = silu * b, scale_M[..., None].astype(dy.dtype)
+    active, slope = _activated(a, activation)
+    h, scale = active * b, scale_M[..., None].astype(dy.dtype)
     dh_unscaled = dy @ transposed(down)
     dscale = jnp.sum(dh_unscaled.astype(jnp.float32) * h.astype(jnp.float32), axis=-1).astype(
         scale_M.dtype
     )
     dh = dh_unscaled * scale
-    da, db = dh * b * (s * (1 + a * (1 - s))), dh * silu
+    da, db = dh * b * slope(), dh * active
     dx = da @ transposed(gate) + db @ transposed(up)
     return dx, dscale, transposed(x) @ da, transposed(x) @ db, transposed(h) @ (dy * scale)
 
@@ -247,8 +363,8 @@ BIAS_AXES = {"gate": ("hidden",), "up": ("hidden",), "down": ("norm",)}
 
 
 class FeedForward(nn.Module):
-    """The dense SwiGLU block: x [B, T, D] -> ([B, T, D], router logits [B, T, E] of each adapted
-    map).
+    """The dense block, SwiGLU or with another activation: x [B, T, D] -> ([B, T, D], router logits
+    [B, T, E] of each adapted map).
 
     biases: of gate, up and down, those that have one; other names do not matter. gated: behind a
     sigmoid gate of its own, as shared experts are.
@@ -258,6 +374,7 @@ class FeedForward(nn.Module):
     biases: tuple[str, ...] = ()
     gated: bool = False
     lora: LoRASpec | None = None
+    activation: str = "silu"
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -291,16 +408,17 @@ class FeedForward(nn.Module):
             # Two-dimensional operands: XLA's CPU matmul is a third slower on [B, T, D].
             x_MD = x_BTD.reshape(-1, d_model)
             if not others:
-                return (psum(swiglu(x_MD, gate_DF, up_DF, down_FD).reshape(x_BTD.shape), "hidden"),)
+                y_MD = swiglu(x_MD, gate_DF, up_DF, down_FD, self.activation)
+                return (psum(y_MD.reshape(x_BTD.shape), "hidden"),)
             lora = Adapted(self.lora, adapters.restore(others[len(bias) :]))
 
             def into(name, w):
                 y_MF = x_MD @ w + bias[name] if name in bias else x_MD @ w
                 return lora.plus(name, x_BTD, y_MF.reshape(*x_BTD.shape[:2], -1))
 
-            h_BTF = jax.nn.silu(checkpoint_name(into("gate", gate_DF), "ffn")) * checkpoint_name(
-                into("up", up_DF), "ffn"
-            )
+            gate_BTF = checkpoint_name(into("gate", gate_DF), "ffn")
+            up_BTF = checkpoint_name(into("up", up_DF), "ffn")
+            h_BTF = activate(gate_BTF, self.activation) * up_BTF
             y_MD = h_BTF.reshape(-1, h_BTF.shape[-1]) @ down_FD
             y_BTD = psum(y_MD.reshape(x_BTD.shape), "hidden")
             if "down" in bias:

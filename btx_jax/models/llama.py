@@ -2,11 +2,12 @@
 mixtures of experts. Shape legend: layers.py.
 
 Parameters are plain nested dicts: embed/embedding [V, D]; layers_R/{attention_norm, attention,
-ffn_norm, ffn}/... with a leading layer axis, one layers_R per run of equal layers; final_norm/scale
-[D]; head/kernel [D, V] unless tied. A dense and an MoE tree
-differ only under ffn: [L, D, F] against [L, E, D, F] and a router [L, D, E]; and, where the mixture
-has a shared expert or an anchor, by shared_expert/... or anchor/... beside it; experts of an anchor
-have a router_bias [L, E] too.
+ffn_norm, ffn}/... with a leading layer axis, one layers_R per run of equal layers, and
+attention_post_norm and ffn_post_norm where a model has norms behind its blocks; final_norm/scale
+[D]; head/kernel [D, V] unless tied. A dense and an MoE tree differ only under ffn: [L, D, F]
+against [L, E, D, F] and a router [L, D, E]; and, where the mixture has a shared expert or an
+anchor, by shared_expert/... or anchor/... beside it; experts of an anchor have a router_bias [L, E]
+too.
 """
 
 import functools
@@ -22,7 +23,16 @@ from jax.ad_checkpoint import checkpoint_name
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LayerSpec, ModelConfig
 from btx_jax.models.attention import Attention
-from btx_jax.models.layers import Embed, FeedForward, Head, RMSNorm
+from btx_jax.models.layers import (
+    After,
+    Before,
+    Embed,
+    FeedForward,
+    Head,
+    Norm,
+    Readout,
+    times,
+)
 from btx_jax.models.leaves import is_router
 from btx_jax.models.lora import is_adapter, router_statistics
 from btx_jax.models.moe import MoEFeedForward
@@ -39,7 +49,7 @@ SAVED = {
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward. The carry and output of the scan over layers."""
+    """Attention and feed-forward. The carry and output of the scan over layers."""
 
     config: ModelConfig
     compute: ComputeConfig
@@ -50,35 +60,42 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, RoutingStats]]:
-        c, lora = self.config, self.spec.lora
+        c, lora, activation = self.config, self.spec.lora, self.spec.activation
         x_BTD = shard(x_BTD, "batch", None, None)
-        h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        y_BTD, logits = Attention(c, self.compute.kernels, lora, name="attention")(
+        h_BTD = Before(c, name="attention_norm")(x_BTD)
+        y_BTD, logits = Attention(c, self.spec, self.compute.kernels, name="attention")(
             h_BTD, segments_BT
         )
-        x_BTD = checkpoint_name(x_BTD + y_BTD, "attention")
-        h_BTD = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
+        x_BTD = checkpoint_name(After(c, name="attention_post_norm")(x_BTD, y_BTD), "attention")
+        h_BTD = Before(c, name="ffn_norm")(x_BTD)
         if self.spec.experts:
             anchor_BTD = None
             if self.spec.anchor:
-                anchor_BTD = FeedForward(self.spec.d_ff, name="anchor")(h_BTD)[0]
+                anchor = FeedForward(self.spec.d_ff, activation=activation, name="anchor")
+                anchor_BTD = anchor(h_BTD)[0]
             y_BTD, routing = MoEFeedForward(
                 self.spec.d_ff, self.spec, self.compute, self.keep_choices, name="ffn"
             )(h_BTD, segments_BT > 0, step, anchor_BTD)
             stats = {"": routing}
             if self.spec.shared_d_ff:
                 shared = FeedForward(
-                    self.spec.shared_d_ff, gated=self.spec.shared_gate, name="shared_expert"
+                    self.spec.shared_d_ff,
+                    gated=self.spec.shared_gate,
+                    activation=activation,
+                    name="shared_expert",
                 )
                 y_BTD += shared(h_BTD)[0]
         else:
-            feed_forward = FeedForward(self.spec.d_ff, c.biases, lora=lora, name="ffn")
+            feed_forward = FeedForward(
+                self.spec.d_ff, c.biases, lora=lora, activation=activation, name="ffn"
+            )
             y_BTD, inner_logits = feed_forward(h_BTD)
             stats, logits = {}, logits | inner_logits
         for target, logits_BTE in logits.items():
             assert lora
             stats[f"/{target}"] = router_statistics(logits_BTE, segments_BT > 0, lora)
-        return shard(x_BTD + y_BTD, "batch", None, None), stats
+        x_BTD = After(c, name="ffn_post_norm")(x_BTD, y_BTD)
+        return shard(x_BTD, "batch", None, None), stats
 
 
 class Llama(nn.Module):
@@ -86,11 +103,11 @@ class Llama(nn.Module):
     [B, T, D], {router: RoutingStats}).
 
     A router is called by its run, `layers_0`, where it chooses feed-forwards, and by run and map,
-    `layers_0/q`, where it chooses LoRA experts; its stats have a leading layer axis. Multiply by
-    `head_kernel(params)` for logits. keep_choices: the stats of feed-forwards hold every token's
-    experts. The "routing" rng makes sample_top1 sample, the "dropout" rng drops inputs of LoRA
-    experts; without them the model is deterministic. step: the training step, for sample_top1's
-    temperature.
+    `layers_0/q`, where it chooses LoRA experts; its stats have a leading layer axis. Logits are
+    what `Readout` makes of products with `head_kernel(params)`. keep_choices: the stats of
+    feed-forwards hold every token's experts. The "routing" rng makes sample_top1 sample, the
+    "dropout" rng drops inputs of LoRA experts; without them the model is deterministic. step: the
+    training step, for sample_top1's temperature.
     """
 
     config: ModelConfig
@@ -107,6 +124,7 @@ class Llama(nn.Module):
         c = self.config
         step = jnp.asarray(step)
         x_BTD = Embed(c.vocab_size, c.d_model, name="embed")(tokens).astype(self.compute.dtype)
+        x_BTD = times(x_BTD, c.embed_scale)
         if not c.tied_head:
             Head(c.vocab_size, c.d_model, name="head")()
         stats: dict[str, RoutingStats] = {}
@@ -128,7 +146,7 @@ class Llama(nn.Module):
                 x_BTD, segments, step
             )
             stats |= {name + router: values for router, values in run_stats.items()}
-        return RMSNorm(c.norm_eps, name="final_norm")(x_BTD), stats
+        return Norm(c, name="final_norm")(x_BTD), stats
 
 
 def head_kernel(params: Params) -> jax.Array:
@@ -136,14 +154,15 @@ def head_kernel(params: Params) -> jax.Array:
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
 
 
-def logits(params: Params, hidden_BTD: jax.Array) -> jax.Array:
+def logits(params: Params, hidden_BTD: jax.Array, readout: Readout = Readout()) -> jax.Array:
     """[B, T, V] in float32. For a few positions; the training loss works in chunks instead."""
-    return jnp.einsum(
+    products_BTV = jnp.einsum(
         "btd,dv->btv",
         hidden_BTD,
         head_kernel(params).astype(hidden_BTD.dtype),
         preferred_element_type=jnp.float32,
     )
+    return readout.logits(products_BTV)
 
 
 @functools.lru_cache(maxsize=8)

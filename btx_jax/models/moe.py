@@ -33,7 +33,14 @@ from btx_jax.parallel.sharding import all_gather, psum, shard, shard_map
 
 
 def einsum_experts(
-    x_GSD: jax.Array, choice: Choice, k: int, factor: float, gate_EDF, up_EDF, down_EFD
+    x_GSD: jax.Array,
+    choice: Choice,
+    k: int,
+    factor: float,
+    gate_EDF,
+    up_EDF,
+    down_EFD,
+    activation: str = "silu",
 ) -> tuple[jax.Array, jax.Array]:
     """GShard dispatch with a capacity: (y_GSD, share of claims dropped). Two all-to-alls when
     experts are spread over the mesh."""
@@ -50,7 +57,12 @@ def einsum_experts(
         down_EFD = all_gather(down_EFD, "expert_embed", axis=2)
         own = x_EGCD.shape[0]
         y_EMD = scaled_swiglu(
-            x_EGCD.reshape(own, -1, d_model), gate_EGC.reshape(own, -1), gate_EDF, up_EDF, down_EFD
+            x_EGCD.reshape(own, -1, d_model),
+            gate_EGC.reshape(own, -1),
+            gate_EDF,
+            up_EDF,
+            down_EFD,
+            activation,
         )
         return psum(y_EMD.reshape(x_EGCD.shape), "hidden")
 
@@ -109,10 +121,11 @@ def separate_experts(
     gate_MK, index_MK = (x.reshape(-1, x.shape[-1]) for x in (choice.gate_GSK, choice.index_GSK))
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     if one_token:
-        y_BTD = _few_tokens(x_MD, gate_MK, index_MK, experts)[:, None]
+        y_BTD = _few_tokens(x_MD, gate_MK, index_MK, experts, spec.activation)[:, None]
     else:
+        kernels = platform_kernels(compute.kernels)
         y_MKD = expert_outputs(
-            x_MD, index_MK, len(experts), tuple(experts), platform_kernels(compute.kernels)
+            x_MD, index_MK, len(experts), tuple(experts), kernels, spec.activation
         )
         y_BTD = weighted_sum(y_MKD, gate_MK, spec.sums_to_one).reshape(x_BTD.shape)
     return _plus_anchor(y_BTD, anchor_gate_BT, anchor[1]) if anchor else y_BTD
@@ -123,14 +136,20 @@ def _plus_anchor(y_BTD: jax.Array, gate_BT: jax.Array, anchor_BTD: jax.Array) ->
 
 
 def _few_tokens(
-    x_BD: jax.Array, gate_BK: jax.Array, index_BK: jax.Array, experts: Sequence[Expert]
+    x_BD: jax.Array,
+    gate_BK: jax.Array,
+    index_BK: jax.Array,
+    experts: Sequence[Expert],
+    activation: str,
 ) -> jax.Array:
     """Reading weights takes longer here than multiplying by them: what no token needs is not read,
     and nothing is copied."""
     if index_BK.size <= len(experts):
 
         def answer(x, experts, e):  # behind the last expert: a choice of their anchor
-            return joint_swiglu(x, *experts[e]) if e < len(experts) else jnp.zeros_like(x)
+            if e == len(experts):
+                return jnp.zeros_like(x)
+            return _answer(x, experts[e], activation)
 
         branches = [functools.partial(answer, e=e) for e in range(len(experts) + 1)]
         claims = [
@@ -146,8 +165,13 @@ def _few_tokens(
     gate_BE = jnp.einsum(
         "bk,bke->be", gate_BK, jax.nn.one_hot(index_BK, len(experts)), precision="highest"
     )
-    y_BED = jnp.stack([joint_swiglu(x_BD, *expert) for expert in experts], axis=1)
+    y_BED = jnp.stack([_answer(x_BD, expert, activation) for expert in experts], axis=1)
     return jnp.einsum("bed,be->bd", y_BED, gate_BE.astype(x_BD.dtype))
+
+
+def _answer(x_MD: jax.Array, expert: Expert, activation: str) -> jax.Array:
+    gate_up, down = expert
+    return joint_swiglu(x_MD, gate_up, down, activation=activation)
 
 
 class MoEFeedForward(nn.Module):
@@ -201,7 +225,7 @@ class MoEFeedForward(nn.Module):
         if self.compute.dispatch == "einsum":
             factor = self.compute.capacity_factor * experts / self.spec.routed
             y_GSD, dropped = einsum_experts(
-                x_GSD, own, self.spec.k, factor, gate_EDF, up_EDF, down_EFD
+                x_GSD, own, self.spec.k, factor, gate_EDF, up_EDF, down_EFD, self.spec.activation
             )
         else:
             flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
@@ -213,6 +237,7 @@ class MoEFeedForward(nn.Module):
                 down_EFD,
                 platform_kernels(self.compute.kernels),
                 self.spec.sums_to_one,
+                self.spec.activation,
             )
             dropped = jnp.zeros(())
         stats = statistics(logits_GSE, choice, valid_GS, dropped)

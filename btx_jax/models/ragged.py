@@ -26,6 +26,7 @@ def ragged_experts(
     down_EFD,
     kernels: str = "xla",
     sums_to_one: bool = True,
+    activation: str = "silu",
 ) -> jax.Array:
     """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m. Returns [M, D].
 
@@ -41,7 +42,7 @@ def ragged_experts(
         own = len(gate_EDF)
         if experts == 1:  # nothing to sort
             gate_M = jnp.where(index_MK == 0, gate_MK, 0).sum(1)
-            y_MD = scaled_swiglu(x_MD, gate_M, gate_EDF[0], up_EDF[0], down_EFD[0])
+            y_MD = scaled_swiglu(x_MD, gate_M, gate_EDF[0], up_EDF[0], down_EFD[0], activation)
             return psum(y_MD, "hidden")
         if own < experts:
             x_MD, gate_MK, index_MK = (
@@ -50,7 +51,12 @@ def ragged_experts(
             index_MK = index_MK - axis_index("expert") * own
         is_own_MK = (index_MK >= 0) & (index_MK < own)
         y_MKD = expert_outputs(
-            x_MD, jnp.where(is_own_MK, index_MK, own), own, (gate_EDF, up_EDF, down_EFD), kernels
+            x_MD,
+            jnp.where(is_own_MK, index_MK, own),
+            own,
+            (gate_EDF, up_EDF, down_EFD),
+            kernels,
+            activation,
         )
         if own < experts:
             y_MD = psum_scatter(
@@ -81,7 +87,12 @@ def weighted_sum(y_MKD: jax.Array, gate_MK: jax.Array, sums_to_one: bool) -> jax
 
 
 def expert_outputs(
-    x_MD: jax.Array, index_MK: jax.Array, experts: int, weights, kernels: str
+    x_MD: jax.Array,
+    index_MK: jax.Array,
+    experts: int,
+    weights,
+    kernels: str,
+    activation: str = "silu",
 ) -> jax.Array:
     """FF_index[m, k](x[m]), [M, K, D]; zero where the index is `experts`, which sorts behind them
     all. weights: of grouped_swiglu."""
@@ -98,7 +109,8 @@ def expert_outputs(
         k, experts
     )  # a token's choices differ: no more of its claims than experts are for these
     places = (order_N[:rows], jnp.where(expert_N < experts, rank_N, rows).reshape(tokens, k))
-    return _unsort(grouped_swiglu(_sort(x_MD, *places), sizes_E, weights, tokens, kernels), *places)
+    y_RD = grouped_swiglu(_sort(x_MD, *places), sizes_E, weights, tokens, kernels, activation)
+    return _unsort(y_RD, *places)
 
 
 # Sorting and unsorting are transposes of each other, and both are gathers. Autodiff would make

@@ -15,7 +15,7 @@ def block_size(length: int) -> int:
     return next((size for size in range(BLOCK, 0, -LANES) if length % size == 0), 0)
 
 
-def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool):
+def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool, cap: float):
     size = block_size(length)
     part = min(size, 512) if size % 512 == 0 else size
     sizes = splash.BlockSizes(
@@ -34,6 +34,7 @@ def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=SAVED_NAME,
+        attn_logits_soft_cap=cap or None,
         interpret=interpret,
     )
 
@@ -57,6 +58,8 @@ def splash_attend(
     segments_BT: jax.Array,
     window: int,
     interpret: bool,
+    scale: float = 0.0,
+    cap: float = 0.0,
 ) -> jax.Array:
     """`attention.attend` by the kernel, for the rows and heads of one device. T must be a multiple
     of 128."""
@@ -66,10 +69,10 @@ def splash_attend(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     batch, kv_heads, groups, length, head_dim = q_BNGTK.shape
-    q_BHTK = (q_BNGTK * np.asarray(head_dim**-0.5, q_BNGTK.dtype)).reshape(
+    q_BHTK = (q_BNGTK * np.asarray(scale or head_dim**-0.5, q_BNGTK.dtype)).reshape(
         batch, kv_heads * groups, length, head_dim
     )
-    kernel = _kernel(splash, masks, kv_heads * groups, length, window, interpret)
+    kernel = _kernel(splash, masks, kv_heads * groups, length, window, interpret, cap)
     y_BHTK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(
         q_BHTK, k_BNSK, v_BNSK, segments_BT
     )

@@ -58,6 +58,23 @@ MODELS = {
         vocab_size=151_936, layers=36, d_model=4096, d_ff=12_288, heads=32, kv_heads=8,
         head_dim=128, rope_theta=1e6, qk_norm=True, norm_eps=1e-6, context=40_960,
     ),
+    "olmo2_7b": ModelConfig(
+        vocab_size=100_352, layers=32, d_model=4096, d_ff=11_008, heads=32, kv_heads=32,
+        head_dim=128, rope_theta=500_000.0, qk_norm=True, qk_norm_kind="width", norms="after",
+        norm_eps=1e-6, context=4096,
+    ),
+    "gemma3_4b": ModelConfig(
+        vocab_size=262_208, layers=34, d_model=2560, d_ff=10_240, heads=8, kv_heads=4,
+        head_dim=256, rope_theta=1e6, rope_scaling=RopeScaling("linear", factor=8.0), qk_norm=True,
+        window=1024, window_layers=tuple(layer for layer in range(34) if layer % 6 != 5),
+        window_theta=10_000.0, norm="rms_plus_one", norms="both", norm_eps=1e-6,
+        activation="gelu_tanh", embed_scale=2560**0.5, tied_head=True, context=131_072,
+    ),
+    "granite3_8b": ModelConfig(
+        vocab_size=49_155, layers=40, d_model=4096, d_ff=12_800, heads=32, kv_heads=8,
+        head_dim=128, rope_theta=1e7, embed_scale=12.0, residual_scale=0.22,
+        attention_scale=0.0078125, logits_divisor=16.0, tied_head=True, context=131_072,
+    ),
     "tiny": ModelConfig(
         vocab_size=2048, layers=4, d_model=128, d_ff=352, heads=4, kv_heads=4, head_dim=32,
         tied_head=True, context=256,

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -263,7 +264,8 @@ def count_flops(
     tokens = config.train.batch_size * config.data.sequence_length
     attention_kernels = grouped = balanced = 0.0
     for kernel in program.kernels:
-        executed = kernel_flops(kernel, model.window)
+        # Of a layer in the mean: layers with a window run other kernels of the same shape.
+        executed = fmean(kernel_flops(kernel, spec.window) for spec in model.layer_specs())
         if "gmm" in kernel.name:
             grouped += executed
             balanced += executed * rows_in_use(kernel, model, expert_axis)

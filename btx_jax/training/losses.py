@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from btx_jax.models.layers import Readout
 from btx_jax.parallel.sharding import all_gather, axis_index, pmax, psum, shard_map
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -36,35 +37,44 @@ def _chunks(x: jax.Array, positions: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, positions, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _log_softmax_parts(h_BCD: jax.Array, head_DV: jax.Array, y_BC: jax.Array):
+def _log_softmax_parts(h_BCD: jax.Array, head_DV: jax.Array, y_BC: jax.Array, readout: Readout):
     """(nll [B, C], exp(logits - peak) [B, C, V], its sum over the whole vocabulary [B, C, 1],
-    one-hot targets [B, C, V]) on one device, which may hold a part of the vocabulary only."""
-    logits = jnp.matmul(
+    one-hot targets [B, C, V], logits [B, C, V]) on one device, which may hold a part of the
+    vocabulary only."""
+    products = jnp.matmul(
         h_BCD.reshape(-1, h_BCD.shape[-1]), head_DV, preferred_element_type=jnp.float32
     )
-    logits = logits.reshape(*h_BCD.shape[:2], -1)
+    logits = readout.logits(products.reshape(*h_BCD.shape[:2], -1))
     peak = pmax(logits.max(axis=-1, keepdims=True), "vocab")
     exp = jnp.exp(logits - peak)
     total = psum(exp.sum(axis=-1, keepdims=True), "vocab")
     first = axis_index("vocab") * logits.shape[-1]
     one_hot = y_BC[..., None] == first + jnp.arange(logits.shape[-1])
     target_BC = psum(jnp.where(one_hot, logits, 0).sum(axis=-1), "vocab")
-    return (jnp.log(total) + peak)[..., 0] - target_BC, exp, total, one_hot
+    return (jnp.log(total) + peak)[..., 0] - target_BC, exp, total, one_hot, logits
 
 
 HEAD = ("embed", "vocab")
 
 
 def token_nll(
-    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+    readout: Readout = Readout(),
 ) -> jax.Array:
     """-log p(target) in nats, [B, T], float32. `chunk`: tokens per device whose logits exist at one
-    time."""
-    return token_scores(hidden_BTD, head_DV, targets_BT, chunk)[0]
+    time. readout: the model's."""
+    return token_scores(hidden_BTD, head_DV, targets_BT, chunk, readout)[0]
 
 
 def token_scores(
-    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+    readout: Readout = Readout(),
 ) -> tuple[jax.Array, jax.Array]:
     """(-log p(target) in nats [B, T], whether no token is likelier than the target [B, T])."""
 
@@ -73,7 +83,7 @@ def token_scores(
         positions = _positions_per_chunk(targets_BT, chunk)
 
         def body(_, xs):
-            nll_BC, exp, _, one_hot = _log_softmax_parts(xs[0], head, xs[1])
+            nll_BC, exp, _, one_hot, _ = _log_softmax_parts(xs[0], head, xs[1], readout)
             return None, (
                 nll_BC,
                 psum(jnp.where(one_hot, exp, 0).sum(axis=-1), "vocab") == 1,
@@ -90,13 +100,14 @@ def token_scores(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
     hidden_BTD: jax.Array,
     head_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     chunk: int,
+    readout: Readout = Readout(),
 ) -> jax.Array:
     """Sum of weights * -log p(target), nats. Differentiable in hidden and head.
 
@@ -104,10 +115,10 @@ def cross_entropy(
     the head in all, none twice. Each device sums its share of the head's gradient in float32 over
     all chunks; it is exchanged once, in the dtype of the matmuls.
     """
-    return (token_nll(hidden_BTD, head_DV, targets_BT, chunk) * weights_BT).sum()
+    return (token_nll(hidden_BTD, head_DV, targets_BT, chunk, readout) * weights_BT).sum()
 
 
-def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk):
+def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk, readout):
     def local(hidden_BTD, head_DV, targets_BT, weights_BT):
         dtype, d_model = hidden_BTD.dtype, hidden_BTD.shape[-1]
         head, gather_transposed = jax.vjp(lambda w: all_gather(w, "embed", axis=0), head_DV)
@@ -115,15 +126,12 @@ def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk):
 
         def body(dhead_DV, xs):
             h_BCD, y_BC, w_BC = xs
-            nll_BC, exp, total, one_hot = _log_softmax_parts(h_BCD, head, y_BC)
-            dlogits = (
-                ((exp / total - one_hot) * w_BC[..., None])
-                .astype(dtype)
-                .reshape(-1, head.shape[-1])
-            )
-            dh_BCD = psum((dlogits @ head.T).reshape(h_BCD.shape), "vocab")
+            nll_BC, exp, total, one_hot, logits = _log_softmax_parts(h_BCD, head, y_BC, readout)
+            dlogits = (exp / total - one_hot) * w_BC[..., None]
+            dproducts = readout.pulled(logits, dlogits).astype(dtype).reshape(-1, head.shape[-1])
+            dh_BCD = psum((dproducts @ head.T).reshape(h_BCD.shape), "vocab")
             dhead_DV += jnp.matmul(
-                h_BCD.reshape(-1, d_model).T, dlogits, preferred_element_type=jnp.float32
+                h_BCD.reshape(-1, d_model).T, dproducts, preferred_element_type=jnp.float32
             )
             return dhead_DV, ((nll_BC * w_BC).sum(axis=1), dh_BCD)
 
@@ -146,7 +154,7 @@ def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk):
     return loss_B.sum(), (dh, dhead_DV.astype(head_DV.dtype))
 
 
-def _backward(chunk, residuals, g):
+def _backward(chunk, readout, residuals, g):
     dh, dhead = residuals
     return dh * g.astype(dh.dtype), dhead * g.astype(dhead.dtype), None, None
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.config.model_config import ModelConfig
-from btx_jax.models.layers import on_mesh, platform_dispatch, platform_kernels
+from btx_jax.models.layers import Readout, on_mesh, platform_dispatch, platform_kernels
 from btx_jax.models.leaves import computes_in_float32, stays_float32
 from btx_jax.models.llama import Llama, Params, abstract_params, head_kernel, init_params
 from btx_jax.models.lora import join
@@ -72,7 +72,8 @@ def loss_function(
     inputs, segments, labels, mask = next_token_targets(batch["tokens"], batch["segments"])
     rngs = {} if key is None else {"routing": key, "dropout": jax.random.fold_in(key, 1)}
     hidden, routing = model.apply({"params": params}, inputs, segments, step, rngs=rngs)
-    nll = cross_entropy(hidden, head_kernel(params), labels, mask, model.compute.loss_chunk)
+    chunk, readout = model.compute.loss_chunk, Readout.of(model.config)
+    nll = cross_entropy(hidden, head_kernel(params), labels, mask, chunk, readout)
     lm_loss = nll / targets
     balance = sum((stats.balance_loss.sum() for stats in routing.values()), jnp.zeros(()))
     z = sum((stats.z_loss.sum() for stats in routing.values()), jnp.zeros(()))

@@ -25,6 +25,7 @@ from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
 from btx_jax.evaluation.generation import Generator
+from btx_jax.models.layers import Readout
 from btx_jax.models.llama import Llama, Params, logits
 from btx_jax.parallel.sharding import make_mesh
 from tests.architectures import goldens
@@ -43,7 +44,9 @@ def our_logits(model: ModelConfig, params: Params, tokens: np.ndarray) -> np.nda
     hidden, _ = jax.jit(Llama(model, COMPUTE).apply)(
         {"params": params}, tokens, np.ones_like(tokens)
     )
-    return np.asarray(logits(params, hidden))[0, goldens.positions(tokens.shape[1])]
+    return np.asarray(logits(params, hidden, Readout.of(model)))[
+        0, goldens.positions(tokens.shape[1])
+    ]
 
 
 def our_tokens(
@@ -95,7 +98,7 @@ def write_variant(
         if not (key.endswith(".bias") and any(f".{part}." in key for part in without))
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    keys = {"mlp": ("mlp_bias", "bias"), "self_attn": ("attention_bias", "qkv_bias")}
+    keys = {"mlp": ("mlp_bias", "bias", "use_bias"), "self_attn": ("attention_bias", "qkv_bias")}
     config = json.loads((directory / "config.json").read_text())
     config |= {key: False for part in without for key in keys[part] if key in config}
     (directory / "config.json").write_text(json.dumps(config))

@@ -1,6 +1,7 @@
 """The golden checkpoints of golden/, each a tiny random model that transformers saved: what peer.py
 wrote beside its weights, and what both sides agree on. Needs no torch."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ from safetensors.numpy import load_file
 
 FOLDER = Path(__file__).parent / "golden"
 NEW_TOKENS = 24
+MANY_TOKENS = 64  # beyond a window, or the context before it was stretched
+BEYOND = (
+    *("mistral_window", "gemma2", "gemma3", "olmo3", "qwen3_yarn", "ministral3", "llama_dynamic"),
+    *("phi35", "smollm3", "hunyuan"),
+)
 SAMPLES = 32  # of each tensor after a step
 SHORT = 128  # the original context of models with longrope: their short factors up to here
 TOLERANCE = 1e-4  # of logits in float32
@@ -73,15 +79,34 @@ _ALIASES = {
 }
 
 
+def _effective_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What yarn multiplies by under one name, and numbers as numbers of one kind."""
+    result = {key: float(x) if type(x) is int else x for key, x in rope.items()}
+    scales = [result.pop(key, None) for key in ("mscale", "mscale_all_dim")]
+    result.pop("max_position_embeddings", None)
+    if result.get("rope_type") == "yarn" and "attention_factor" not in result:
+        grown = [0.1 * (scale or 1) * math.log(result["factor"]) + 1 for scale in scales]
+        result["attention_factor"] = grown[0] / grown[1] if all(scales) else grown[0]
+    return result
+
+
 def effective(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json as transformers takes it: one spelling of each key, no window that is off, the
     width of a head that follows from others, and without its version."""
     aliases = _ALIASES.get(config["model_type"], {})
     result = {aliases.get(key, key): value for key, value in config.items()}
+    if config["model_type"] == "gemma" and result["hidden_act"] == "gelu":
+        result["hidden_act"] = "gelu_pytorch_tanh"
     if result.get("use_sliding_window") is False:
         result["sliding_window"] = None
     if result.get("head_dim", 0) is None:
         result["head_dim"] = result["hidden_size"] // result["num_attention_heads"]
+    rope = dict(result.get("rope_parameters") or {})
+    for key, kind in rope.items():
+        if isinstance(kind, dict):
+            rope[key] = _effective_rope(kind)
+    if rope:
+        result["rope_parameters"] = _effective_rope(rope)
     if "torch_dtype" in result:
         result.setdefault("dtype", result.pop("torch_dtype"))
     result.pop("transformers_version", None)

@@ -4,6 +4,7 @@ test_families.py, and reads our exports of them. From the project's root, as
 
     make tests/architectures/golden [NAME ...]     a NAME that is not listed here is a model_type
     keys tests/architectures/config_keys.json      what every config class declares
+    decode tests/architectures/decoding.json       long greedy continuations of golden checkpoints
     check EXPORT LOGITS.npy     EXPORT is named as its golden directory
     table FOLDER                a markdown table of all exports in FOLDER, which exports.py made
     mixtures FOLDER             and of all mixtures
@@ -51,6 +52,10 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.125, 1.15, 1.4], "long_factor": [1.25, 2.5, 7.25],
 }  # fmt: skip
 WINDOW = {"sliding_window": 100}
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": goldens.SHORT,
+    "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -62,6 +67,10 @@ class Kind(NamedTuple):
     written: dict[str, Any] = {}  # noqa: RUF012
     matters: tuple[dict[str, Any], ...] = ()
     without: tuple[str, ...] = ()
+
+
+def of(kind: str, **settings: Any) -> Any:
+    return AutoConfig.for_model(kind, **SHAPE | settings)
 
 
 def theta(value: float) -> dict[str, Any]:
@@ -78,6 +87,18 @@ def kinds() -> dict[str, Kind]:
         {"max_position_embeddings": 512},
     )
     small = {"moe_intermediate_size": 12}
+    granite = {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 0.75,
+    }
+    gemma3_layers = [
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+    ]
     return {
         "llama_plain": Kind(LlamaConfig(**SHAPE, **theta(5e4))),
         "mixtral_plain": Kind(
@@ -200,6 +221,174 @@ def kinds() -> dict[str, Kind]:
             without=("num_local_experts",),
             matters=({"norm_topk_prob": False}, no_window, {"sliding_window": 99}),
         ),
+        "olmo": Kind(of("olmo", **theta(5e4)), matters=(other_theta,)),
+        "olmo2": Kind(
+            of("olmo2", num_hidden_layers=3, **theta(5e5)),
+            matters=({"rope_parameters": {"rope_theta": 1e4}},),
+        ),
+        "flex_olmo": Kind(
+            of(
+                "flex_olmo",
+                intermediate_size=12,
+                num_experts=7,
+                num_experts_per_tok=5,
+                rms_norm_eps=0.05,  # norms behind the blocks see no common factor of their gates
+            ),
+            written={"num_experts": 7},
+            without=("num_local_experts",),
+            matters=({"norm_topk_prob": True}, {"num_experts_per_tok": 4}),
+        ),
+        "olmoe": Kind(
+            of("olmoe", intermediate_size=12, num_experts=6, num_experts_per_tok=3),
+            written={"num_experts": 6},
+            without=("num_local_experts",),
+            matters=({"norm_topk_prob": True}, {"num_experts_per_tok": 2}),
+        ),
+        "ernie": Kind(
+            of("ernie4_5", head_dim=10, use_bias=True, tie_word_embeddings=False, **theta(5e5)),
+            matters=(other_theta,),
+        ),
+        "hunyuan": Kind(
+            of(
+                "hunyuan_v1_dense",
+                head_dim=8,
+                rope_parameters={
+                    "rope_type": "dynamic",
+                    "alpha": 50.0,
+                    "factor": 1.0,
+                    "rope_theta": 1e4,
+                },
+            ),
+            matters=({"rope_parameters": {"alpha": 10.0}},),
+        ),
+        "gemma": Kind(
+            of("gemma", head_dim=8, hidden_act="gelu", num_key_value_heads=4),
+            written={"hidden_act": "gelu"},
+            matters=({"rms_norm_eps": 0.1},),
+        ),
+        "gemma2": Kind(
+            of(
+                "gemma2",
+                num_hidden_layers=3,
+                head_dim=8,
+                query_pre_attn_scalar=6,
+                tie_word_embeddings=False,  # tied, such small models repeat themselves
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+                **WINDOW,
+            ),
+            matters=(
+                {"sliding_window": 99},
+                {"layer_types": ["full_attention"] * 3},
+                {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+                {"query_pre_attn_scalar": 7},
+                {"attn_logit_softcapping": None},
+                {"final_logit_softcapping": 4.0},
+            ),
+        ),
+        "gemma3": Kind(
+            of(
+                "gemma3_text",
+                num_hidden_layers=4,
+                head_dim=16,
+                query_pre_attn_scalar=24,
+                layer_types=gemma3_layers,
+                rope_parameters={
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                },
+                tie_word_embeddings=False,
+                **WINDOW,
+            ),
+            matters=(
+                {"sliding_window": 99},
+                {"layer_types": gemma3_layers[::-1]},
+                {"query_pre_attn_scalar": 30},
+                {
+                    "rope_parameters": {
+                        "full_attention": {"rope_type": "default", "rope_theta": 1e6}
+                    }
+                },
+                {
+                    "rope_parameters": {
+                        "sliding_attention": {"rope_type": "default", "rope_theta": 1e6}
+                    }
+                },
+            ),
+        ),
+        "granite": Kind(
+            of("granite", **granite),
+            matters=tuple({key: value * 1.5} for key, value in granite.items()),
+        ),
+        "granitemoe": Kind(
+            of(
+                "granitemoe",
+                **granite,
+                intermediate_size=20,
+                num_local_experts=5,
+                num_experts_per_tok=2,
+            ),
+            written={"num_local_experts": 5},
+            matters=({"num_experts_per_tok": 3}, {"residual_multiplier": 0.5}),
+        ),
+        "smollm3": Kind(
+            of(
+                "smollm3",
+                num_hidden_layers=5,
+                no_rope_layer_interval=2,
+                tie_word_embeddings=False,
+                **theta(5e5),
+            ),
+            matters=({"no_rope_layers": [1] * 5}, {"no_rope_layers": [0, 1, 0, 1, 1]}),
+        ),
+        "olmo3": Kind(
+            of(
+                "olmo3",
+                num_hidden_layers=5,
+                rope_parameters={
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+                    "full_attention": YARN | {"rope_theta": 5e5},
+                },
+                **WINDOW,
+            ),
+            matters=(
+                {"sliding_window": 99},
+                {
+                    "rope_parameters": {
+                        "full_attention": {"rope_type": "default", "rope_theta": 5e5}
+                    }
+                },
+                {"layer_types": ["full_attention"] * 5},
+            ),
+        ),
+        "qwen3_yarn": Kind(
+            of("qwen3", head_dim=8, rope_parameters=YARN | {"rope_theta": 1e6}),
+            matters=(
+                {"rope_parameters": YARN | {"rope_theta": 1e6, "factor": 8.0}},
+                {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            ),
+        ),
+        "llama_dynamic": Kind(
+            of(
+                "llama",
+                max_position_embeddings=goldens.SHORT,
+                rope_parameters={"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4},
+            ),
+            matters=({"max_position_embeddings": 512}, {"rope_parameters": {"factor": 4.0}}),
+        ),
+        "ministral3": Kind(
+            of(
+                "ministral3",
+                head_dim=8,
+                rope_parameters=YARN
+                | {"rope_theta": 1e6, "llama_4_scaling_beta": 0.5, "mscale": 1.0}
+                | {"mscale_all_dim": 1.0},
+            ),
+            matters=(
+                {"rope_parameters": {"llama_4_scaling_beta": 0.25}},
+                {"rope_parameters": {"original_max_position_embeddings": 256}},
+            ),
+        ),
     }
 
 
@@ -219,12 +408,14 @@ def logits_of(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.nda
     return model(torch.from_numpy(tokens).long()).logits[0].numpy()
 
 
-def generate(model: transformers.PreTrainedModel, prompt: list[int]) -> tuple[list[int], float]:
+def generate(
+    model: transformers.PreTrainedModel, prompt: list[int], new_tokens: int = goldens.NEW_TOKENS
+) -> tuple[list[int], float]:
     """(greedy tokens, how far the chosen one leads at least), with the cache."""
     ids = torch.tensor([prompt])
     model.generation_config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=goldens.NEW_TOKENS,
+        max_new_tokens=new_tokens,
         use_cache=True,
         output_logits=True,
         return_dict_in_generate=True,
@@ -239,9 +430,10 @@ def randomise(model: transformers.PreTrainedModel) -> None:
     """No bias is zero, no norm one; routers spread their logits enough to choose, and not so much
     that renormalising what is chosen changes nothing. Queries and keys are smaller: a sharp softmax
     would make much of how a rotation is rounded."""
+    ones = 0 if "Gemma" in type(model).__name__ else 1  # its norms multiply by 1 + their weights
     for name, parameter in model.named_parameters():
         small = any(part in name for part in ("q_proj.weight", "k_proj.weight", "qkv_proj.weight"))
-        parameter.data.normal_(1 if "norm" in name else 0, 0.15 if small else 0.3)
+        parameter.data.normal_(ones if "norm" in name else 0, 0.15 if small else 0.3)
 
 
 def packed(rng: np.random.Generator, vocab_size: int, window: bool) -> dict[str, np.ndarray]:
@@ -269,9 +461,15 @@ def step(
     inputs, own = tokens[:, :-1], segments[:, :-1]
     place = torch.arange(inputs.shape[1])
     distance = place[:, None] - place[None, :]
-    seen = (distance >= 0) & (distance < (window or inputs.shape[1]))
-    seen = seen & (own[:, :, None] == own[:, None, :])
-    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+
+    def mask_of(window):
+        seen = (distance >= 0) & (distance < (window or inputs.shape[1]))
+        seen = seen & (own[:, :, None] == own[:, None, :])
+        return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+
+    mask: Any = mask_of(window)
+    if len(set(getattr(model.config, "layer_types", None) or ())) > 1:
+        mask = {"full_attention": mask_of(None), "sliding_attention": mask}
     starts = torch.ones_like(own, dtype=torch.bool)
     starts[:, 1:] = own[:, 1:] != own[:, :-1]
     positions = place - torch.where(starts, place, 0).cummax(1).values
@@ -360,7 +558,9 @@ def write(directory: Path, kind: Kind, seed: int) -> tuple[dict[str, np.ndarray]
     model = load(directory)
     leads = watch_routers(model)
     vocabulary, window = model.config.vocab_size, window_of(model)
-    longrope = model.config.rope_parameters["rope_type"] == "longrope"
+    rope = model.config.rope_parameters
+    longrope = rope.get("rope_type") == "longrope"
+    is_stretched = longrope or rope.get("rope_type") in ("yarn", "dynamic")
     tokens = rng.integers(FIRST, vocabulary, (1, LENGTH)).astype(np.int32)
     kept = goldens.positions(LENGTH)
     expected = {"tokens": tokens, "logits": logits_of(model, tokens)[kept]}
@@ -381,7 +581,7 @@ def write(directory: Path, kind: Kind, seed: int) -> tuple[dict[str, np.ndarray]
         first = tokens[:, : goldens.SHORT]
         short = logits_of(model, first)
         expected["short_logits"] = short[goldens.positions(goldens.SHORT)]
-    lengths = [120, 90] if window else [20, 120] if longrope else [40]
+    lengths = [120, 90] if window else [20, 120] if is_stretched else [40]
     for number, length in enumerate(lengths):
         prompt = rng.integers(FIRST, vocabulary, length).astype(np.int32)
         generated, lead = generate(model, prompt.tolist())
@@ -418,6 +618,24 @@ def make(folder: Path, names: list[str]) -> None:
             f"{name}: seed {seed}, {size / 1000:.0f} KB, loss {expected['loss']:.3f}, gradient norm"
             f" {expected['grad_norm']:.3f}, logits' spread {expected['logits'].std():.2f}"
         )
+
+
+def decode(path: Path) -> None:
+    """Each prompt alone: in a batch, transformers lets the longest row choose every row's RoPE."""
+    made = {}
+    for name in goldens.BEYOND:
+        model = load(goldens.FOLDER / name)
+        rng, rows = np.random.default_rng(0), []
+        for length in (31, 90, 117):
+            lead = 0.0
+            while lead < 2e-3:  # between the best and the next, where it is least
+                prompt = rng.integers(FIRST, model.config.vocab_size, length).tolist()
+                ids, lead = generate(model, prompt, goldens.MANY_TOKENS)
+            assert len(ids) == goldens.MANY_TOKENS
+            rows.append([prompt, ids])
+        made[name] = rows
+    lines = (f" {json.dumps(name)}: {json.dumps(rows)}" for name, rows in made.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def keys(path: Path) -> None:
@@ -498,6 +716,7 @@ if __name__ == "__main__":
     {
         "make": lambda: make(Path(sys.argv[2]), sys.argv[3:]),
         "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3])),
+        "decode": lambda: decode(Path(sys.argv[2])),
         "keys": lambda: keys(Path(sys.argv[2])),
         "table": lambda: table(Path(sys.argv[2])),
         "mixtures": lambda: mixtures(Path(sys.argv[2])),

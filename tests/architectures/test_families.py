@@ -13,6 +13,7 @@ from btx_jax.architectures.tensors import slots
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params, write_checkpoint
 from btx_jax.commands import convert
 from btx_jax.config.config import TrainConfig
+from btx_jax.evaluation.generation import Generator
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.training.step import init_state, make_train_step, state_shardings
 from tests.architectures import goldens
@@ -50,6 +51,15 @@ def test_greedy_tokens_are_those_of_transformers(name):
     model, params = load(goldens.FOLDER / name)
     saved = goldens.expected(name)
     assert our_tokens(model, params, saved) == [ids for _, ids in goldens.prompts(saved)]
+
+
+@pytest.mark.parametrize("name", goldens.BEYOND)
+def test_unequal_prompts_go_on_beyond_the_window_and_the_original_context(name):
+    model, params = load(goldens.FOLDER / name)
+    rows = json.loads((goldens.FOLDER.parent / "decoding.json").read_text())[name]
+    generator = Generator(model, params, COMPUTE, mesh_of(model, 1))
+    ours = generator.generate([prompt for prompt, _ in rows], goldens.MANY_TOKENS)
+    assert ours == [ids for _, ids in rows]
 
 
 @pytest.mark.parametrize("name", NAMES)

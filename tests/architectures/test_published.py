@@ -26,6 +26,12 @@ SIZES = {
     "mistral-0.1": (7.242, 7.242),
     "deepseek-moe-16b": (16.376, 2.829),
     "internlm3": (8.804, 8.804),
+    "olmo2-7b": (7.299, 7.299),
+    "gemma3-4b": (3.880, 3.880),
+    "granite3-8b": (8.171, 8.171),
+    "smollm3-3b": (3.075, 3.075),
+    "mixtral-8x22b": (140.621, 39.152),
+    "flex-olmo-7x7b": (33.271, 24.614),
 }
 
 
@@ -45,4 +51,10 @@ def test_published_models_have_their_size_and_come_back_as_they_are(name):
 
 def test_presets_are_what_was_published():
     assert MODELS["qwen3_8b"] == model_from_config(PUBLISHED["qwen3-8b"], "qwen3-8b")
+    for ours, theirs in (
+        ("olmo2_7b", "olmo2-7b"),
+        ("gemma3_4b", "gemma3-4b"),
+        ("granite3_8b", "granite3-8b"),
+    ):
+        assert MODELS[ours] == model_from_config(PUBLISHED[theirs], theirs)
     assert MODELS["mistral_7b"] == model_from_config(PUBLISHED["mistral-0.1"], "mistral-0.1")

@@ -25,10 +25,17 @@ DECLARED = json.loads((goldens.FOLDER.parent / "config_keys.json").read_text())
 # Of training and generation: nothing that is computed here with a model's weights depends on them.
 HARMLESS = {
     *("attention_dropout", "resid_pdrop", "embd_pdrop", "initializer_range", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "output_router_logits"),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "eod_token_id",
+        "pretraining_tp",
+        "output_router_logits",
+    ),
     *("router_aux_loss_coef", "router_jitter_noise"),
 }
-COMMON = {*KEYS.values(), "hidden_act", "rope_parameters"}
+COMMON = {*KEYS.values(), "rope_parameters"}
 WINDOW = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 
 
@@ -40,6 +47,8 @@ def golden_model(name):
 def test_every_key_that_transformers_declares_is_read_or_changes_nothing(kind):
     family = known_families()[kind]
     read = {*COMMON, *family.biases, *family.fixed, "original_max_position_embeddings"}
+    read |= {*family.numbers.values(), family.query_scalar, family.activation_key}
+    read |= {family.nope, family.nope_every_key}
     read |= WINDOW if family.window else set()
     read |= set(family.moe.all()) if family.moe else set()
     assert set(DECLARED[kind]) <= read | HARMLESS
@@ -83,6 +92,7 @@ def test_names_are_what_published_digests_were_taken_over():
 
 LLAMA = ModelConfig(61, 2, 32, 48, 4, 2, 8)
 TWO = MoEConfig((3, 3))
+OLMO = {"norms": "after", "qk_norm": True, "qk_norm_kind": "width"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +107,9 @@ TWO = MoEConfig((3, 3))
         ("qwen2", {"biases": ("q", "k", "v")}, "qwen2"),
         ("qwen2", {"biases": ("q", "k", "v"), "moe": TWO}, "qwen2_moe"),
         ("qwen3", {"qk_norm": True, "moe": TWO}, "qwen3_moe"),
+        ("qwen2", {"biases": ("q", "k", "v"), "window": 8, "window_layers": (1,)}, "qwen2"),
+        ("olmo2", OLMO, "olmo2"),
+        ("olmo2", OLMO | {"moe": TWO}, "flex_olmo"),
         ("phi3", {}, "phi3"),
         ("phi3", {"moe": TWO}, "mixtral"),
         ("internlm3", {"moe": TWO}, "mixtral"),
@@ -151,11 +164,6 @@ def test_a_model_that_nothing_holds_is_refused_with_what_is_lacking(origin, chan
         ("qwen2", {"logit_scale": 0.0625}, "logit_scale=0.0625: is not supported"),
         ("phi3", {"hidden_act": "gelu_new"}, "hidden_act='gelu_new' is not supported"),
         ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window='yes': must be true or false"),
-        (
-            "qwen2_window",
-            {"layer_types": ["full_attention", "sliding_attention"]},
-            "sliding_window=100 in 1 of 2 layers: a window in some layers is not supported",
-        ),
         ("qwen2_window", {"layer_types": ["full_attention"]}, "must name the kind of each of 2"),
         ("qwen3_moe", {"mlp_only_layers": "1"}, "mlp_only_layers='1': must be a list of layers"),
         ("qwen3_moe", {"num_local_experts": 10**6}, "num_experts=1000000: more than any model has"),
@@ -232,3 +240,16 @@ def test_deepseek_never_renormalises_the_gate_of_one_expert():
     written = config_from_model(model, family, "float32", {})
     assert (written["norm_topk_prob"], written["num_experts_per_tok"]) == (True, 1)
     assert model_from_config(written, "x") == model
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "smollm3"])
+def test_a_window_in_some_layers_is_written_as_it_was_read(kind):
+    family = known_families()[kind]
+    biases = family.always_biased()
+    model = dataclasses.replace(LLAMA, window=8, window_layers=(1,), biases=biases)
+    assert family_for(model, kind) == family
+    written = config_from_model(model, family, "float32", {})
+    assert model_from_config(written, "x") == model
+    other = dataclasses.replace(model, window_layers=(0,))
+    held = [not known_families()[name].lacks(other) for name in ("mistral", "qwen2", "phi3")]
+    assert held == [not biases, False, False]

@@ -276,9 +276,8 @@ TABLE = {
     "window, Mixtral": config("mixtral", sliding_window=700),
     "kinds of layers, Mistral": config(
         "mistral",
-        sliding_window=700,
+        sliding_window=100,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
-        refusal="sliding_window=700 in 1 of 3 layers: a window in some layers is not supported",
     ),
     "one kind of layers, Mistral": config(
         "mistral", sliding_window=100, layer_types=["sliding_attention"] * 3
@@ -315,9 +314,9 @@ TABLE = {
     "gptq": config(quantization_config={"quant_method": "gptq", "bits": 4}, refusal=QUANTIZED),
     "fp8": config(quantization_config={"quant_method": "fp8"}, refusal=QUANTIZED),
     "a family that is not known": config(
-        model_type="gemma2",
-        architectures=["Gemma2ForCausalLM"],
-        refusal=r"model_type gemma2 \(Gemma2ForCausalLM\) is not supported",
+        model_type="starcoder2",
+        architectures=["Starcoder2ForCausalLM"],
+        refusal=r"model_type starcoder2 \(Starcoder2ForCausalLM\) is not supported",
     ),
     "qwen2 without its biases": config(
         model_type="qwen2",

@@ -34,8 +34,9 @@ from btx_jax.errors import ConfigError
 
 LONGROPE = RopeScaling("longrope", short_factors=(1.0,) * 8, long_factors=(2.0,) * 8)
 MODEL = ModelConfig(
-    320, 4, 32, 64, 2, 2, 16, rope_scaling=LONGROPE, moe=MoEConfig((4,) * 4, shared_d_ff=8)
-)
+    320, 4, 32, 64, 2, 2, 16, rope_scaling=LONGROPE, moe=MoEConfig((4,) * 4, shared_d_ff=8),
+    nope_layers=(1,), window_layers=(2,),
+)  # fmt: skip
 WHOLE = to_dict(
     Config(
         "train",
@@ -70,6 +71,9 @@ ZERO = {
     "others": ("final_lr_fraction", "beta1", "beta2", "norm_eps", "experts", "penalty"),
     "none": ("window", "shared_d_ff", "reinit", "scale", "mix.t", "mix.alpha"),
     "that of a dense layer": ("moe.d_ff",),
+    "the first": ("nope_layers", "window_layers"),
+    "the usual": ("window_theta", "attention_scale", "attention_cap", "logits_cap"),
+    "none of it": ("query_growth",),
 }
 POSSIBLE = {
     0: {name for names in ZERO.values() for name in names},
@@ -78,12 +82,14 @@ POSSIBLE = {
         *("capacity_factor", "learning_rate", "eps", "clip_norm", "weight_decay", "temperature"),
         *("balance_weight", "z_loss_weight", "router_std", "lora.alpha", "rope_theta", "factor"),
         *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"),
-        *("short_factors", "long_factors", "penalty", "scale"),
+        *("short_factors", "long_factors", "penalty", "scale", "window_theta", "attention_cap"),
+        *("logits_divisor", "logits_cap", "query_growth", "embed_scale", "residual_scale"),
+        "attention_scale",
     },
     10**30: {
         *("learning_rate", "eps", "clip_norm", "rope_theta", "factor", "high_freq_factor"),
         *("beta_fast", "beta_slow", "attention_factor", "short_factors", "long_factors"),
-        *("penalty", "scale"),
+        *("penalty", "scale", "window_theta"),
     },
 }
 

@@ -125,7 +125,9 @@ def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
                 getattr(path[-1], "key", "") in ("scale", "router", "router_bias")
             ), jax.tree_util.keystr(path)
         step = jax.jit(lambda weights, *args: forward(model, compute, weights, *args))
-        read = jax.jit(lambda weights, hidden: jax.nn.log_softmax(next_logits(weights, hidden)))
+        read = jax.jit(
+            lambda weights, hidden: jax.nn.log_softmax(next_logits(model, weights, hidden))
+        )
         cache = empty_cache(model, "bfloat16", rows, 16)
         for tokens, last in ((ids[:, :8], 7), (ids[:, 8:], 8)):
             hidden, cache = step(weights, tokens, np.full(rows, tokens.shape[1], np.int32), cache)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from btx_jax.models.grouped import grouped_swiglu
-from btx_jax.models.layers import Transposed, joint_swiglu, matmul, on_mesh, swiglu
+from btx_jax.models.layers import Transposed, joint_swiglu, matmul, on_mesh, scaled_swiglu, swiglu
 from btx_jax.parallel.sharding import make_mesh
 
 ROUNDING = 2.0**-8  # of bfloat16
@@ -46,9 +46,30 @@ def test_joint_swiglu_in_bfloat16(rows, held):
     np.testing.assert_allclose(np.float64(got), want, atol=2 * ROUNDING * np.abs(want).max())
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_the_written_derivative_of_a_gated_block_is_autodiffs(activation):
+    x, scale, *weights = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(6, 8), (6,), (8, 16), (8, 16), (16, 8)])
+    )
+    act = {"silu": jax.nn.silu, "gelu_tanh": lambda a: jax.nn.gelu(a, approximate=True)}[activation]
+
+    def plain(x, scale, gate, up, down):
+        return jnp.sin(scale[:, None] * ((act(x @ gate) * (x @ up)) @ down)).sum()
+
+    def fast(x, scale, *weights):
+        return jnp.sin(scaled_swiglu(x, scale, *weights, activation)).sum()
+
+    want = jax.value_and_grad(plain, argnums=range(5))(x, scale, *weights)
+    got = jax.value_and_grad(fast, argnums=range(5))(x, scale, *weights)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("kernels", ["xla", "pallas_interpret"])
 @pytest.mark.parametrize("sizes", [[40, 0, 100, 7], [5, 256, 0, 140], [1, 1, 1, 1]])
-def test_separate_experts_answer_as_stacked_ones(sizes, kernels):
+def test_separate_experts_answer_as_stacked_ones(sizes, kernels, activation):
     """Rows that are one block, whole blocks and parts of one; experts without any."""
     rows = sum(sizes)
     x, *weights = (
@@ -57,16 +78,16 @@ def test_separate_experts_answer_as_stacked_ones(sizes, kernels):
     )
     expert = np.repeat(np.arange(4), sizes)
     want = np.stack(
-        [swiglu(x[r : r + 1], *(w[expert[r]] for w in weights))[0] for r in range(rows)]
+        [swiglu(x[r : r + 1], *(w[expert[r]] for w in weights), activation)[0] for r in range(rows)]
     )
     joint = tuple(
         (jnp.concatenate([gate, up], axis=1), down) for gate, up, down in zip(*weights, strict=True)
     )
     held = tuple((Transposed.of(gate_up), Transposed.of(down)) for gate_up, down in joint)
     for given in (tuple(weights), joint, held):
-        got = jax.jit(lambda x, given: grouped_swiglu(x, jnp.array(sizes), given, rows, kernels))(
-            x, given
-        )
+        got = jax.jit(
+            lambda x, given: grouped_swiglu(x, jnp.array(sizes), given, rows, kernels, activation)
+        )(x, given)
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4 * np.abs(want).max())
 
 

@@ -86,8 +86,14 @@ def test_a_window_is_a_mask_that_is_never_made():
         np.testing.assert_allclose(fast, slow, atol=2e-5, err_msg=str(window))
 
 
-@pytest.mark.parametrize(("kv_heads", "window"), [(1, 0), (2, 0), (4, 0), (2, 100), (2, 257)])
-def test_splash_attention_equals_attend(kv_heads, window):
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "scale", "cap"),
+    [
+        *((1, 0, 0, 0), (2, 0, 0, 0), (4, 0, 0, 0), (2, 100, 0, 0), (2, 257, 0, 0)),
+        *((2, 100, 0.3, 2.0), (2, 0, 0.0, 1.5)),
+    ],
+)
+def test_splash_attention_equals_attend(kv_heads, window, scale, cap):
     keys = jax.random.split(jax.random.key(0), 5)
     q = jax.random.normal(keys[0], (2, kv_heads, 4 // kv_heads, 384, 32))
     k, v = (jax.random.normal(key, (2, kv_heads, 384, 32)) for key in keys[1:3])
@@ -97,8 +103,8 @@ def test_splash_attention_equals_attend(kv_heads, window):
     )  # 0, padding, at first
     results = []
     for f in (
-        lambda *a: splash_attend(*a, segments, window, interpret=True),
-        lambda *a: attend(*a, segments, window),
+        lambda *a: splash_attend(*a, segments, window, True, scale, cap),
+        lambda *a: attend(*a, segments, window, scale, cap),
     ):
         results.append(
             jax.jit(jax.value_and_grad(lambda *a, f=f: (f(*a) * probe).sum(), argnums=(0, 1, 2)))(

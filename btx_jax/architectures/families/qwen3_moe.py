@@ -27,7 +27,7 @@ FAMILY = Family(
         "attention_bias": False,
     },
     biases={"attention_bias": ATTENTION_MAPS},
-    qk_norm=True,
+    maths={"qk_norm": True},
     window="switched",
     moe=dataclasses.replace(qwen2_moe.KEYS, experts=("num_experts", "num_local_experts")),
     usual={"output_router_logits": False},
