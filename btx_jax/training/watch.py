@@ -93,8 +93,8 @@ class FirstSteps:
 
 
 class Basin:
-    """Speaks once, when a branch has left its seed's basin: what mixing shares, averaged with the
-    seed's, is worse than the two models are in the mean."""
+    """Speaks once, when a branch has left its seed's basin: with what mixing shares averaged with
+    the seed's it is worse than the better of the two, by more than mixing makes good."""
 
     def __init__(self) -> None:
         self._said = False

@@ -21,12 +21,12 @@ def heldout(**losses):
     return {name: {"nats_per_token": x, "bits_per_byte": 9.0} for name, x in losses.items()}
 
 
-def test_the_barrier_is_measured_from_the_middle_of_seed_and_branch():
+def test_the_barrier_is_measured_from_the_better_of_seed_and_branch_on_each_domain():
     seed, branch = heldout(math=2.0, prose=3.0), heldout(math=1.0, prose=3.6)
-    between = heldout(math=1.5, prose=3.3)
-    assert probe.barrier(seed, branch, between) == pytest.approx(0)
-    assert probe.barrier(seed, branch, heldout(math=1.7, prose=3.4)) == pytest.approx(0.15)
-    assert probe.barrier(seed, branch, heldout(math=1.4, prose=3.2)) == pytest.approx(-0.1)
+    assert probe.barrier(seed, branch, heldout(math=1.0, prose=3.0)) == pytest.approx(0)
+    assert probe.barrier(seed, branch, heldout(math=1.5, prose=3.3)) == pytest.approx(0.4)
+    assert probe.barrier(seed, branch, heldout(math=0.9, prose=2.9)) == pytest.approx(-0.1)
+    assert probe.barrier(seed, branch, branch) == pytest.approx(0.3), "what it forgot"
     assert probe.barrier(seed, seed, seed) == 0
 
 
