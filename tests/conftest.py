@@ -51,6 +51,18 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     ]
 
 
+MOST_MAPPINGS = 20_000  # of a process; Linux allows 65,530, and XLA crashes where it gets no more
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_heap_of_programs():
+    """Every compiled program keeps memory mappings of its own for as long as jax remembers it."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def own_log_handlers():
     """A command that is called here logs to the stderr of its test, which ends with it."""

@@ -31,5 +31,5 @@ def limits(models: Mapping[str, ModelConfig], warn: bool = True) -> tuple[int, i
 def within(model: ModelConfig, context: int, window: int) -> ModelConfig:
     """The same weights, used within other limits. A window stays where layers rotate by it."""
     if window or model.window_theta:
-        return dataclasses.replace(model, context=context, window=model.window and window)
+        return dataclasses.replace(model, context=context, window=window or model.window)
     return dataclasses.replace(model, context=context, window=0, window_layers=())
