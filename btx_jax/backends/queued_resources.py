@@ -2,9 +2,9 @@
 when there is room for it.
 
 Every host of the slice runs a start-up script: install btx_jax, run the stage, and, once done.json
-is there, delete the slice. The script runs again when a machine restarts, and the run resumes. A slice that is taken away leaves its request SUSPENDED; the submitter, while it
-runs, makes the request anew. A stage that fails leaves its slice up, to be looked at: the bill runs
-on.
+is there, delete the slice. The script runs again when a machine restarts, and the run resumes. A
+slice that is taken away leaves its request SUSPENDED; the submitter, while it runs, makes the
+request anew. A stage that fails leaves its slice up, to be looked at: the bill runs on.
 """
 
 import logging

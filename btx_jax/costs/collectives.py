@@ -101,7 +101,9 @@ def groups_of(collective: Instruction) -> tuple[tuple[int, ...], ...]:
 
 def _iota(text: str) -> np.ndarray:
     """[4,2]T(1,0) -> the devices 0..7 as a grid of 4 by 2, transposed, flat."""
-    sizes, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # type: ignore[union-attr]
+    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert match, text
+    sizes, order = match.groups()
     devices = np.arange(math.prod(ints(sizes))).reshape(ints(sizes))
     return (devices.transpose(ints(order)) if order else devices).reshape(-1)
 

@@ -49,6 +49,8 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BTX_DATA_DIR", str(tmp_path / "data"))
+    # How long gcsfs waits before it asks again for a bucket that cannot be reached.
+    monkeypatch.setattr("gcsfs.retry.min", lambda *_: 0, raising=False)
     return tmp_path
 
 

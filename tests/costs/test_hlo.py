@@ -175,7 +175,8 @@ HloModule step
   %stack = bf16[32,8,8]{2,1,0} parameter(0)
   %i = s32[] parameter(1)
   %zero = s32[] constant(0)
-  ROOT %slice = bf16[1,8,8]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,8}
+  ROOT %slice = bf16[1,8,8]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), \
+dynamic_slice_sizes={1,8,8}
 }
 
 %put (stack: bf16[32,8,8], x: bf16[1,8,8], i: s32[]) -> bf16[32,8,8] {

@@ -33,7 +33,8 @@ HOMELESS = {
     "gemma": "norms of kind rms_plus_one; the activation gelu_tanh; embed_scale=4.89898",
     "gemma2": "norms before and after its blocks; the activation gelu_tanh; embed_scale=4.89898;"
     " attention_scale=0.408248; attention_cap=2; logits_cap=3; a window in layers 0, 2 alone",
-    "gemma3": "a window in layers 0, 1, 3 alone; a RoPE base of 10000 in layers with a window alone",
+    "gemma3": "a window in layers 0, 1, 3 alone;"
+    " a RoPE base of 10000 in layers with a window alone",
     "olmo": "norms of kind layer",
     "ministral3": "queries that grow with their position",
     "olmo3": "a window of 100; a RoPE base of 500000 in layers with a window alone",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pytest
 
 from btx_jax import stages
 from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
@@ -32,6 +33,7 @@ def small(config, home, tokenizer_file):
     return dataclasses.replace(config, model=config.model and MODEL)
 
 
+@pytest.mark.slow
 def test_its_runs_follow_each_other(tmp_path, tokenizer_file):
     for number, name in enumerate(("math", "code", "world", "prose")):
         rows = (json.dumps({"text": text}) + "\n" for text in sentences(60, seed=number))

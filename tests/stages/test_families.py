@@ -52,7 +52,12 @@ def logits_of(path):
     return np.asarray(logits(params, hidden, Readout.of(model)))
 
 
-@pytest.mark.parametrize("name", FEATURES)
+FAST = ("olmo3", "gemma2")  # which have most of what the others have
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in FEATURES]
+)
 def test_a_family_goes_through_every_stage(name, home, training, tokenizer_file, tmp_path):
     model = dataclasses.replace(DENSE, **FEATURES[name])
     seed = checkpoint(tmp_path / "seed2", model, 1, load_tokenizer(tokenizer_file))
