@@ -14,6 +14,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import re
 import sys
 import threading
@@ -201,6 +202,7 @@ def quiet() -> None:
     absl.logging.set_verbosity(absl.logging.FATAL)
     threading.excepthook = _thread_failed
     sys.unraisablehook = _raised_unseen
+    logging.getLogger("asyncio").addFilter(_is_told_nowhere_else)
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
@@ -216,6 +218,12 @@ def _raised_unseen(raised: Any) -> None:
     of_orbax = code is not None and "orbax" in Path(code.co_filename).parts
     if not of_orbax and str(raised.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(raised)
+
+
+def _is_told_nowhere_else(record: logging.LogRecord) -> bool:
+    """Not a write that failed beside another one, whose error is the save's."""
+    told = record.getMessage()
+    return not ("exception was never retrieved" in told and "Error writing" in told)
 
 
 def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int]) -> dict[str, Any]:

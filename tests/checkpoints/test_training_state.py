@@ -1,3 +1,5 @@
+import asyncio
+import gc
 import json
 
 import jax
@@ -173,3 +175,20 @@ def test_costs_add_up_and_branches_wait_for_their_seed_only():
     assert (costs["tokens"], costs["critical_seconds"]) == (5, 1.0)
     assert costs["unknown"] == ["SmolLM2 (0)"]
     assert CheckpointMetadata(TINY, 0, bought).costs(without={"SmolLM2 (0)": None})["unknown"] == []
+
+
+def test_writes_that_fail_beside_another_are_not_told_again(tmp_path, caplog):
+    """As asyncio does where nobody asks what became of a task; other tasks' errors it tells."""
+    Checkpoints(tmp_path, CheckpointConfig()).close()
+
+    async def fail(words):
+        raise ValueError(words)
+
+    async def both():
+        tasks = [asyncio.create_task(fail(words)) for words in ("Error writing x", "else")]
+        await asyncio.wait(tasks)
+
+    asyncio.run(both())
+    gc.collect()
+    told = [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+    assert len(told) == 1 and "else" in told[0]
