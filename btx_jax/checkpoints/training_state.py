@@ -18,6 +18,7 @@ import logging
 import re
 import sys
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -221,9 +222,11 @@ def _raised_unseen(raised: Any) -> None:
 
 
 def _is_told_nowhere_else(record: logging.LogRecord) -> bool:
-    """Not a write that failed beside another one, whose error is the save's."""
-    told = record.getMessage()
-    return not ("exception was never retrieved" in told and "Error writing" in told)
+    """Of what asyncio logs: not reads and writes of Orbax that failed beside another one, whose
+    error is raised."""
+    failed = record.exc_info[2] if record.exc_info else None
+    frames = traceback.extract_tb(failed)
+    return not any("orbax" in Path(frame.filename).parts for frame in frames)
 
 
 def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int]) -> dict[str, Any]:

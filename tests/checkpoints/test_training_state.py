@@ -177,16 +177,17 @@ def test_costs_add_up_and_branches_wait_for_their_seed_only():
     assert CheckpointMetadata(TINY, 0, bought).costs(without={"SmolLM2 (0)": None})["unknown"] == []
 
 
-def test_writes_that_fail_beside_another_are_not_told_again(tmp_path, caplog):
+def test_reads_and_writes_that_fail_beside_another_are_not_told_again(tmp_path, caplog):
     """As asyncio does where nobody asks what became of a task; other tasks' errors it tells."""
     Checkpoints(tmp_path, CheckpointConfig()).close()
-
-    async def fail(words):
-        raise ValueError(words)
+    code = "async def fail(words):\n  raise ValueError(words)"
+    failing = {}
+    for library in ("orbax", "else"):
+        exec(compile(code, f"/site-packages/{library}/x.py", "exec"), names := {})
+        failing[library] = names["fail"]
 
     async def both():
-        tasks = [asyncio.create_task(fail(words)) for words in ("Error writing x", "else")]
-        await asyncio.wait(tasks)
+        await asyncio.wait([asyncio.create_task(fail(name)) for name, fail in failing.items()])
 
     asyncio.run(both())
     gc.collect()
