@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Huge pages save a CPU step up to a fifth of its time (glibc; ignored elsewhere).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-fast lint install install-dev pins
+.PHONY: demo test test-fast lint docs install install-dev pins
 
 demo: install
 	$(BIN)/python -m btx_jax.launch --config=configs/demo.py
@@ -24,6 +24,10 @@ lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# README.md and docs/ as a site in site/; a link or an anchor that leads nowhere is an error.
+docs: install-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

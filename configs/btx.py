@@ -6,7 +6,7 @@ sections 3 and 4).
     btx submit --pipeline=btx --backend=gke --bucket=gs://NAME --topology=v5p:2x2x2 --dry-run
     btx run btx:tiny        # the same, one stage after another
 
-Cost: at 7B 453B tokens in branches and 80B in the finetune, 2.4e22 FLOPs (launch/README.md);
+Cost: at 7B 453B tokens in branches and 80B in the finetune, 2.4e22 FLOPs (docs/on-tpus.md);
 `:tiny` is the demo. Expected (paper): 47.9 on 12 tasks, seed 40.7. The seed lies at
 $BTX_DATA_DIR/seed, a Hugging Face directory or a checkpoint.
 """

@@ -50,7 +50,7 @@ def ask(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess:
         return subprocess.run(command, input=text, text=True, capture_output=True)
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]}: not installed; launch/README.md says how to get it, --dry-run needs"
+            f"{command[0]}: not installed; docs/on-tpus.md says how to get it, --dry-run needs"
             " nothing"
         ) from None
 

@@ -94,7 +94,7 @@ def submit(
     """Run a pipeline with every stage as a job of its own.
 
     Branches train at the same time and apart. Start it again after any interruption: what has
-    finished is skipped, what runs is left alone. launch/README.md goes from a fresh Google Cloud
+    finished is skipped, what runs is left alone. docs/on-tpus.md goes from a fresh Google Cloud
     project to a finished mixture.
     """
     from btx_jax.backends.cloud import Place

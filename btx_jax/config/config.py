@@ -75,92 +75,99 @@ def _no_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class ComputeConfig(Section):
-    """How a model is run. Changes speed and memory; the results only through rounding and, for
-    einsum dispatch, dropped tokens.
-
-    dtype: of activations and matmuls; parameters, norms, softmaxes, router and losses are float32
-    always.
-    remat: what the backward pass finds in memory and need not compute again. full: each layer's
-        input. attention: also queries, keys, values, the attention's output and the sum behind it.
-        ffn: also the gate and up products. none: everything.
-    kernels: auto = pallas on a TPU, else xla. pallas = splash attention (where the sequence is a
-        multiple of 128) and megablox for ragged dispatch; pallas_interpret runs those on any
-        device, slowly.
-    unroll: layers unrolled per step of the scan; 1 compiles fastest, all layers runs up to a
-    quarter faster on a CPU.
-    dispatch: einsum (capacity, groups) or ragged (dropless); auto = einsum on TPUs whose mesh has
-    an expert axis, else ragged.
-    capacity_factor: slots per expert = factor x k x group_size / experts.
-    group_size: tokens routed together; dispatch costs 2 x group_size / (3 x d_ff) of the experts'
-    FLOPs.
-    loss_chunk: tokens whose logits exist at one time in the loss.
-    compiler_options: NAME=VALUE, over those that `parallel/compiler_options.py` has for the chip;
-        NAME= leaves the compiler's own.
-    """
+    """How a model is run. It changes speed and memory; results only through rounding and, with
+    einsum dispatch, through dropped tokens."""
 
     dtype: Dtype = "bfloat16"
+    """Of activations and matmuls. Parameters, norms, softmaxes, routers and losses are always
+    float32."""
     remat: Annotated[str, Choice(REMAT_POLICIES)] = "full"
+    """What the backward pass finds in memory and need not recompute. full: only each layer's input.
+    attention: also queries, keys, values, the attention's output and the sum after it. ffn: also
+    the gate and up products. none: everything (nothing is rematerialised)."""
     kernels: Annotated[str, Choice(KERNELS)] = "auto"
+    """auto: pallas on a TPU, xla elsewhere. pallas: splash attention (for sequences that are a
+    multiple of 128 long) and megablox for ragged dispatch. pallas_interpret: the same on any
+    device, slowly."""
     unroll: Annotated[int, Range(1, 10_000)] = 1
+    """Layers per step of the scan. 1 compiles fastest; all layers run up to a quarter faster on a
+    CPU."""
     dispatch: Annotated[str, Choice(DISPATCHES)] = "auto"
+    """einsum: with a capacity and groups. ragged: dropless. auto: einsum on TPUs whose mesh has an
+    expert axis, ragged elsewhere."""
     capacity_factor: Annotated[float, Range(0, 1e3, above=True)] = 1.25
+    """Of einsum dispatch: slots per expert and group = factor x k x group_size / experts. Tokens
+    beyond them are dropped."""
     group_size: Annotated[int, Range(1, 65_536)] = 512
+    """Tokens that are routed together by einsum dispatch, which costs 2 x group_size / (3 x d_ff)
+    of the experts' FLOPs."""
     loss_chunk: Tokens = 1024
+    """Tokens whose logits exist at the same time in the loss."""
     compiler_options: tuple[str, ...] = ()
+    """NAME=VALUE, on top of those that `parallel/compiler_options.py` has for the chip; NAME=
+    leaves the compiler's default."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """Optimisation. Defaults are BTX's; what the paper leaves out (betas, clip) is Llama 2's.
-
-    batch_size: sequences per step over all devices. accumulate: micro-batches it is split into, one
-    after another.
-    learning_rate: its peak; 0 for what suits the model that the run starts from
-    (`training.start.default_learning_rate`).
-    balance_weight: alpha of the load-balance loss. z_loss_weight: of the router z-loss (ST-MoE), 0
-    to leave it out.
-    eval_every: steps between held-out losses on eval_rows rows a domain, 0 for none.
-    mixing_probe: of a dense branch of `init`, measure each time what mixing would do to it: the
-        held-out loss where what mixing shares is the mean of the branch's and the seed's, and the
-        barrier (docs/watching.md). Not where nothing shared moves, with LoRA or frozen='shared',
-        and not beside an anchor.
-    eval_tasks: test sets, of data.tasks or of those that `btx_jax evaluate` knows, tried on the
-        model as it is before the first step, every eval_tasks_every steps (0: not in between) and
-        after the last. eval_tasks_limit: the first items of each only, 0 for all.
-    frozen: what is not trained and has no optimizer state: nothing (""), the experts'
-        feed-forwards, all but the routers, the base under LoRA experts, or `shared`: of a dense
-        model all but its feed-forwards, so that branches of one checkpoint mix exactly, with
-        nothing to average; `shared_layers`: all but those, embeddings and head; or a branch's
-        anchor alone. With `base` and `shared` checkpoints hold what is trained alone, and
-        name what is under it. frozen_dtype: what is frozen is kept in it, as is mixing_probe's
-        seed.
-    anchor: the branch trains beside its anchor (FlexOlmo, arXiv 2507.07024): a frozen copy of the
-        feed-forwards that it starts from, with a router between the two in every layer. A
-        checkpoint that has an anchor keeps it, whatever is said here.
-    """
+    """Optimisation with AdamW. Defaults are BTX's; where the paper is silent (betas, clipping),
+    Llama 2's."""
 
     steps: Count
+    """Optimizer steps."""
     batch_size: Rows
+    """Sequences per step, over all devices."""
     accumulate: Rows = 1
+    """Micro-batches that a step's batch is split into, computed one after another."""
     learning_rate: Annotated[float, Range(0, HUGE)] = 1e-4
+    """Peak rate. 0: what suits the model that the run starts from
+    (`training.start.default_learning_rate`)."""
     warmup_steps: CountOrZero = 100
+    """Steps over which the rate rises linearly from 0 to its peak."""
     final_lr_fraction: Fraction = 0.1
+    """The rate at the end of the cosine decay, as a fraction of the peak."""
     beta1: Share = 0.9
+    """AdamW's decay of the first moment."""
     beta2: Share = 0.95
+    """AdamW's decay of the second moment."""
     eps: Positive = 1e-8
+    """AdamW's epsilon, added to the root of the second moment."""
     weight_decay: Annotated[float, Range(0, 100)] = 0.1
+    """AdamW's decoupled weight decay."""
     clip_norm: Positive = 1.0
+    """Largest global norm of the gradients; larger ones are scaled down to it."""
     balance_weight: Weight = 0.01
+    """Weight (alpha) of the load-balancing loss of mixtures."""
     z_loss_weight: Weight = 0.0
+    """Weight of the router z-loss (ST-MoE) of mixtures; 0 leaves it out."""
     eval_every: CountOrZero = 0
+    """Steps between held-out losses; 0 for none."""
     eval_rows: Rows = 64
+    """Sequences per domain in a held-out loss."""
     mixing_probe: bool = False
+    """For a dense branch of `init`, also measure what mixing would do to it: the held-out loss when
+    what mixing shares is the mean of the branch's and the seed's, and the barrier
+    (docs/watching.md). Not where nothing shared moves (LoRA, frozen='shared'), and not beside an
+    anchor."""
     eval_tasks: tuple[str, ...] = ()
+    """Test sets, from data.tasks or known to `btx evaluate`, scored before the first step, every
+    eval_tasks_every steps and after the last."""
     eval_tasks_every: CountOrZero = 0
+    """Steps between scoring eval_tasks; 0 for not in between."""
     eval_tasks_limit: CountOrZero = 0
+    """Items of each test set that are scored, from its beginning; 0 for all."""
     frozen: Annotated[str, Choice(FROZEN)] = ""
+    """What is not trained and has no optimizer state. Empty: nothing. experts: the experts'
+    feed-forwards. all_but_routers. base: the model under LoRA experts. shared: of a dense model
+    everything but its feed-forwards, so that branches of one checkpoint mix exactly, with nothing
+    to average. shared_layers: all but feed-forwards, embeddings and head. anchor: the anchor alone.
+    With base and shared, checkpoints hold only what is trained, and name what is under it."""
     frozen_dtype: Dtype = "float32"
+    """What is frozen is kept in this dtype, and so is the mixing probe's seed."""
     anchor: bool = False
+    """The branch trains beside its anchor (FlexOlmo, arXiv 2507.07024): a frozen copy of the
+    feed-forwards that it starts from, with a router between the two in every layer. A checkpoint
+    that has an anchor keeps it, whatever this says."""
 
     @rule
     def _leaves_the_anchor(self) -> Iterator[str]:
@@ -183,19 +190,18 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class FormatConfig(Section):
-    """How an item of JSON lines becomes a document of which the answers alone are learnt.
-
-    prompt, answer: format strings over the item's fields; `{choice}` is choices[gold], where an
-    item has both.
-    messages: instead, the field of a chat, [{role, content}, ...], which goes through the
-        tokenizer's chat template; what assistants say is learnt. cutoff: tokens of a document at
-        most, what is behind is cut off; 0 for data.sequence_length.
-    """
+    """How an item of instruction data becomes a document of which only the answers are learnt."""
 
     prompt: str = ""
+    """Format string over the item's fields; it is read, with its loss masked. `{choice}` is
+    choices[gold], for an item that has both."""
     answer: str = ""
+    """Format string over the item's fields; it is learnt. Needed unless `messages` is given."""
     messages: str = ""
+    """Instead of both: the field of a chat, [{role, content}, ...], which goes through the
+    tokenizer's chat template; what assistants say is learnt."""
     cutoff: Annotated[int, Range(0, 2**30)] = 0
+    """Most tokens of a document; what follows is cut off. 0 for data.sequence_length."""
 
     @rule
     def _one_kind(self) -> Iterator[str]:
@@ -205,34 +211,39 @@ class FormatConfig(Section):
 
 @dataclass(frozen=True)
 class TaskConfig(Section):
-    """A test set: `file` of JSON lines, `$BTX_DATA_DIR` and the like expanded. limit: its first
-    items only, 0 for all.
-
-    kind: multiple_choice (fields choices, gold: the likeliest choice behind the prompt),
-    exact_match (field answer: the last number of what is generated, or its text) or code
-    (HumanEval's fields: what is generated passes the item's tests).
-    heldout_fraction: above 0, of multiple_choice, only the items whose prompt and right choice no
-        training run with that data.heldout_fraction has seen.
-    prompt: a format string over an item's fields. shots: solved examples in front, from the
-    beginning of shots_file.
-    max_tokens, temperature, top_p, stop: of generation. samples: programs per item; pass_at: the k
-    of pass@k; seconds: CPU time of each.
-    """
+    """A test set."""
 
     kind: Annotated[str, Choice(TASKS)]
+    """multiple_choice: fields `choices` and `gold`; the likeliest choice after the prompt.
+    exact_match: field `answer`; the last number of what is generated, or its text. code:
+    HumanEval's fields; what is generated must pass the item's tests."""
     file: str
+    """JSON lines, one item each; `$BTX_DATA_DIR` and other variables are expanded."""
     prompt: str
+    """Format string over an item's fields."""
     limit: CountOrZero = 0
+    """Only the first items; 0 for all."""
     heldout_fraction: Share = 0.0
+    """Above 0, for multiple_choice: only the items whose prompt and right choice no training run
+    with this data.heldout_fraction has seen."""
     shots: Annotated[int, Range(0, 1000)] = 0
+    """Solved examples in front of each prompt, from the beginning of shots_file."""
     shots_file: str = ""
+    """JSON lines of the same kind; needed for shots."""
     max_tokens: Tokens = 256
+    """Most tokens that are generated for an item."""
     temperature: Annotated[float, Range(0, 100)] = 0.0
+    """Of sampling; 0 is greedy."""
     top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Of sampling: the likeliest tokens up to this probability are kept."""
     stop: tuple[str, ...] = ()
+    """Strings that end a generated text."""
     samples: Annotated[int, Range(1, 10_000)] = 1
+    """Of code: programs that are generated per item."""
     pass_at: tuple[Annotated[int, Range(1, 10_000)], ...] = (1,)
+    """Of code: the k of pass@k, each at most `samples`."""
     seconds: Annotated[int, Range(1, 86_400)] = 10
+    """Of code: CPU seconds that each program may take."""
 
     @rule
     def _holds_out_choices(self) -> Iterator[str]:
@@ -262,33 +273,34 @@ class TaskConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Text and its tokenizer.
-
-    train, heldout: comma-separated `WHAT[#FIELD][:WEIGHT]`, WHAT a name from domains, a file, a
-        glob, `tfds:NAME` or `demo:NAME`. `FILE#@NAME` names one of formats.
-    heldout: domains whose held-out documents are measured; "" for those of train.
-    domains: name -> sources in the same notation. tasks: name -> test set, for train.eval_tasks.
-    tokenizer: a sentencepiece .model, an HF tokenizer.json, a directory with one, or `demo:`; ""
-    for the init checkpoint's.
-    bos: in front of every document and prompt: what the tokenizer itself puts there (auto), BOS
-    always,
-        or never. The run's own tokenizer then does so itself.
-    heldout_fraction: share of documents, chosen by a hash of their text, that no training run ever
-    sees.
-    cache: where tokenised data sets are kept, for any run that asks for the same text and
-    tokenizer.
-    """
+    """Text and its tokenizer."""
 
     train: str
+    """What is trained on: comma-separated `WHAT[#FIELD][:WEIGHT]`, where WHAT is a name from
+    domains, a file, a glob, `hf://datasets/...`, `tfds:NAME` or `demo:NAME`. `FILE#@NAME` uses one
+    of formats."""
     heldout: str = ""
+    """Domains whose held-out documents are measured, in the same notation; empty for those of
+    train."""
     domains: Mapping[str, str] = field(default_factory=dict)
+    """Name -> sources in the same notation."""
     tokenizer: str = ""
+    """A sentencepiece .model, a tokenizer.json, a directory that has one, a name on the Hub, or
+    `demo:`; empty for the init checkpoint's."""
     bos: Annotated[str, Choice(BOS)] = "auto"
+    """In front of every document and prompt. auto: what the tokenizer itself puts there. always or
+    never: BOS, or nothing, which the run's own tokenizer then does too."""
     formats: Mapping[str, FormatConfig] = field(default_factory=dict)
+    """Name -> how instruction data becomes documents."""
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+    """Name -> test set, for train.eval_tasks."""
     sequence_length: Annotated[int, Range(2, 2**24)] = 4096
+    """Tokens of a packed row."""
     heldout_fraction: Share = 0.01
+    """Share of documents, chosen by a hash of their text, that no training run ever sees."""
     cache: str = "runs/data"
+    """Directory of tokenised data sets, shared by all runs that ask for the same text and
+    tokenizer."""
 
     @rule
     def _names(self) -> Iterator[str]:
@@ -302,9 +314,14 @@ class MeshConfig(Section):
     split over data, fsdp and expert."""
 
     data: Axis = 1
+    """Copies of the weights, each with its part of the batch; the axis that crosses slices."""
     fsdp: Axis = -1
+    """Devices that weights and optimizer state are sharded over."""
     expert: Axis = 1
+    """Devices that experts are placed along; what is not an expert is sharded over it like over
+    fsdp."""
     tensor: Axis = 1
+    """Devices that heads and hidden units are split over."""
 
     @rule
     def _one_is_open(self) -> Iterator[str]:
@@ -333,18 +350,17 @@ class MeshConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """every: steps between checkpoints. keep: how many of the newest stay; the last step is always
-    saved.
-
-    best: the metric by which one more stays, the best of the steps that were both saved and
-        measured; "" for none. The lowest is best of `heldout` (the mean of all domains' nats per
-        token), `heldout/DOMAIN/nats_per_token` and `heldout/DOMAIN/bits_per_byte`, the highest of
-        `tasks/NAME/METRIC`.
-    """
+    """Which steps are saved. The last one always is."""
 
     every: Count = 1000
+    """Steps between checkpoints."""
     keep: Annotated[int, Range(1, 10**6)] = 2
+    """How many of the newest checkpoints are kept."""
     best: str = "heldout"
+    """The metric by which one more is kept, the best step that was both saved and measured; empty
+    for none. Lowest is best for `heldout` (the mean of all domains' nats per token),
+    `heldout/DOMAIN/nats_per_token` and `heldout/DOMAIN/bits_per_byte`; highest for
+    `tasks/NAME/METRIC`."""
 
     @rule
     def _is_measured(self) -> Iterator[str]:
@@ -357,24 +373,23 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class LogConfig(Section):
-    """Where a run's numbers go besides metrics.jsonl and TensorBoard.
-
-    wandb: a project of Weights & Biases, `[ENTITY/]PROJECT`; WANDB_MODE=offline and the like hold.
-    mlflow: an experiment of MLflow, at MLFLOW_TRACKING_URI or else in WORKDIR/mlflow.
-    group: what belongs together is found there by it; of a pipeline's stages its directory's name.
-    """
+    """Where a run's numbers go besides metrics.jsonl and TensorBoard."""
 
     wandb: str = ""
+    """A project of Weights & Biases, `[ENTITY/]PROJECT`; WANDB_MODE=offline and its other variables
+    apply."""
     mlflow: str = ""
+    """An experiment of MLflow, at MLFLOW_TRACKING_URI or else in WORKDIR/mlflow."""
     group: str = ""
+    """What groups runs in the tracker; of a pipeline's stages its directory's name."""
 
 
 @dataclass(frozen=True)
 class ProfileConfig(Section):
-    """steps: `FIRST:END`, the steps FIRST to END - 1 are profiled into WORKDIR/profile; "" for
-    none."""
+    """Which steps are profiled, into WORKDIR/profile."""
 
     steps: str = ""
+    """`FIRST:END`: the steps FIRST to END - 1; empty for none."""
 
     @rule
     def _is_a_range(self) -> Iterator[str]:
@@ -400,51 +415,61 @@ _TEXT_READERS = f"router={SOLVED[0]!r} or {SOLVED[1]!r} and merge={REGMEAN!r}"
 
 @dataclass(frozen=True)
 class MixConfig(Section):
-    """What becomes one model: the checkpoints, in expert order. One checkpoint with copies > 1 is
-    sparse upcycling.
-
-    method: btx = each feed-forward becomes an expert. split = each is cut into `chunks` along d_ff,
-    and each chunk becomes an expert. blend = each is cut into as many chunks as there are
-    checkpoints, and expert n is the n-th chunk of every one. average = no experts: the mean of all
-    parameters, a dense model.
-    merge: what becomes of everything else. mean; copy, from `base`; ties, dare, task_arithmetic,
-    which measure changes from `base`; slerp, of two; regmean, solved from `text`. density, scale,
-    t, alpha: of these, as in recipes, and so is a model that is named twice counted once, but in
-    the mean.
-    k, routing, first_routing: of every layer of the mixture, as in MoEConfig.
-    reinit: of copies, the share of each one's hidden units that are drawn anew, others in each
-    (Drop-Upcycling, arXiv 2502.19261: 0.5): the columns of gate and up and the rows of down that
-    belong to them, from normal with the mean and standard deviation of what they replace.
-    router: how routers start. normal, uniform = random, with standard deviation router_std. ridge =
-    solved from text, as `ridge` says; what they are solved from is kept beside the checkpoint, and
-    adds and drops experts without any text. logistic = fitted to text.
-    text: of each expert's domain, in expert order, in data's notation. Its training documents are
-    read, `tokens` of them, and its held-out ones tell how the routers do.
-    shared_expert: a checkpoint, such as the seed, whose feed-forwards
-    become a shared expert that sees every token, behind a sigmoid gate that starts at one half; the
-    routed experts give the other half, so that a mixture of equals is what they are.
-    """
+    """What becomes one model."""
 
     experts: tuple[str, ...]
+    """Checkpoints, in the experts' order."""
     copies: Experts = 1
+    """How often each checkpoint becomes an expert; one checkpoint with several copies is sparse
+    upcycling."""
     reinit: Annotated[float, Range(0, 1)] = 0.0
+    """Of copies: the share of each one's hidden units that are drawn anew, different ones in each
+    (Drop-Upcycling, arXiv 2502.19261, uses 0.5): columns of gate and up and the matching rows of
+    down, from normal with the mean and standard deviation of what they replace."""
     method: Annotated[str, Choice((*METHODS, AVERAGE))] = "btx"
+    """btx: each feed-forward becomes an expert. split: each is cut into `chunks` along d_ff, and
+    each chunk becomes an expert. blend: each is cut into as many chunks as there are checkpoints,
+    and expert n is made of the n-th chunk of every one. average: no experts, the mean of all
+    parameters, a dense model."""
     chunks: Experts = 1
+    """Of split: experts that each feed-forward is cut into."""
     k: Experts = 2
+    """Experts per token, in every layer."""
     routing: Annotated[str, Choice(ROUTINGS)] = "top_k"
+    """Of every layer of the mixture, as in model.moe."""
     first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
+    """Another routing for the first layer, as in model.moe; empty for the same."""
     router: Annotated[str, Choice(ROUTERS)] = "normal"
+    """How routers start. normal, uniform: random, with standard deviation router_std. ridge: solved
+    from text; what they are solved from is kept beside the checkpoint, so that experts can be added
+    and dropped without text. logistic: fitted to text."""
     router_std: Annotated[float, Range(0, 1e3, above=True)] = 0.02
+    """Standard deviation of random router rows."""
     merge: Annotated[str, Choice((*MERGE_SETTINGS, COPY))] = "mean"
+    """What becomes of everything but the feed-forwards. mean; copy: from `base`; ties, dare,
+    task_arithmetic: changes are measured from `base`; slerp: of two models; regmean: solved from
+    `text`. Except in mean, a model that is named twice counts once."""
     base: str = ""
+    """The checkpoint that copy, ties, dare and task_arithmetic read."""
     density: Density = 0.2
+    """Of ties and dare: the share of changes that is kept."""
     scale: Scale = 1.0
+    """Of task_arithmetic: the factor on the sum of changes."""
     t: Arc = 0.5
+    """Of slerp: how far along the arc, from 0 (the first model) to 1 (the second)."""
     alpha: Alpha = 0.99
+    """Of regmean: the factor on the off-diagonal entries of the inputs' second moments."""
     text: tuple[str, ...] = ()
+    """Of ridge, logistic and regmean: the text of each expert's domain, in the experts' order and
+    in data's notation. Training documents are read; held-out ones measure the routers."""
     tokens: TextTokens = 8192
+    """Tokens of each text that are read."""
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
+    """How router=ridge solves."""
     shared_expert: str = ""
+    """A checkpoint, such as the seed, whose feed-forwards become a shared expert that sees every
+    token, behind a sigmoid gate that starts at one half; the routed experts contribute the other
+    half, so that a mixture of equals equals each of them. Empty for none."""
 
     @rule
     def _beside_experts(self) -> Iterator[str]:
@@ -521,17 +546,17 @@ class MixConfig(Section):
 
 @dataclass(frozen=True)
 class EnsembleConfig(Section):
-    """Branch-Train-Merge: dense models that answer together.
-
-    experts: name among evaluate.models -> the domain of data.domains (or of data.heldout) whose
-    training text is its profile.
-    weights: tf_idf (the `top` experts by cosine with the document so far), bayes_uniform or
-    bayes_updating (posterior given the document so far; `top` is not used).
-    """
+    """Branch-Train-Merge: dense models that answer together."""
 
     experts: Mapping[str, str]
+    """Name among evaluate.models -> the domain of data.domains (or of data.heldout) whose training
+    text is its profile."""
     weights: Annotated[str, Choice(ENSEMBLE_WEIGHTS)] = "tf_idf"
+    """tf_idf: the `top` experts by cosine with the document so far. bayes_uniform, bayes_updating:
+    the posterior given the document so far, from a prior that is uniform or updated by earlier
+    documents."""
     top: Annotated[int, Range(1, 10_000)] = 2
+    """Of tf_idf: how many experts answer."""
 
     @rule
     def _several(self) -> Iterator[str]:
@@ -543,43 +568,45 @@ class EnsembleConfig(Section):
 
 @dataclass(frozen=True)
 class OracleConfig(Section):
-    """A mixture that is told where its tokens go.
-
-    mixture: name among evaluate.models. experts: every domain of data.heldout -> the number, from
-    0, of the expert that all its tokens go to; an anchor's is the last.
-    """
+    """A mixture that is told where its tokens go."""
 
     mixture: str
+    """Name among evaluate.models."""
     experts: Mapping[str, CountOrZero]
+    """Every domain of data.heldout -> the number, from 0, of the expert that all its tokens go to;
+    an anchor is the last."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Section):
-    """models: name -> checkpoint, each measured on every domain of data.heldout, where there is a
-    data section. rows: at most this many a domain, 0 for all.
-
-    seed, experts, mixture: names among models, of what they are to each other: what all others
-    started from, what was trained on one domain alone, what a report looks into. With a seed its
-    costs are left out of the others'; with experts too, what was gained over it is told.
-    tasks: name -> test set, each tried with every model. ensembles: name -> models that answer
-    together, by their losses alone. oracles: name -> a mixture that is told where tokens go,
-    likewise.
-    shown_tokens: of each domain's held-out text, kept with the experts that every mixture chose for
-    them; texts: name -> further text to keep so. batch_size: sequences at a time over all devices,
-    at least; what is measured does not depend on it.
-    """
+    """What is measured with which models."""
 
     models: Mapping[str, str]
+    """Name -> checkpoint, each measured on every domain of data.heldout, if there is a data
+    section."""
     seed: str = ""
+    """Name among models of what all others started from. Its cost is left out of theirs, and gains
+    are measured from it."""
     experts: tuple[str, ...] = ()
+    """Names among models of what was trained on one domain alone; with a seed, what each gained is
+    reported."""
     mixture: str = ""
+    """Name among models of the mixture that a report examines."""
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+    """Name -> test set, scored with every model."""
     ensembles: Mapping[str, EnsembleConfig] = field(default_factory=dict)
+    """Name -> models that answer together; only their losses are measured."""
     oracles: Mapping[str, OracleConfig] = field(default_factory=dict)
+    """Name -> a mixture that is told where tokens go; only its losses are measured."""
     texts: Mapping[str, str] = field(default_factory=dict)
+    """Name -> further text to keep with the experts that were chosen for it."""
     shown_tokens: Annotated[int, Range(0, 100_000)] = 160
+    """Tokens of each domain's held-out text that are kept with the experts every mixture chose for
+    them."""
     rows: CountOrZero = 0
+    """Most sequences per domain; 0 for all."""
     batch_size: Rows = 8
+    """Sequences at a time over all devices, at least; results do not depend on it."""
 
     @rule
     def _names(self) -> Iterator[str]:
@@ -627,16 +654,18 @@ class EvaluateConfig(Section):
 
 @dataclass(frozen=True)
 class ReportConfig(Section):
-    """evaluate: directory of the evaluate stage. runs: name -> directory of every stage whose
-    curves and times are shown. others: directories of the evaluate stages of the same arms with
-    other seeds; with them, arms are compared in pairs. continual: `MODEL:TASK` in the order of
-    training, each model having just learnt its task; the scores on all of them give OP, PD and
-    BWT."""
+    """What a report shows."""
 
     evaluate: str
+    """Directory of the evaluate stage."""
     runs: Mapping[str, str] = field(default_factory=dict)
+    """Name -> directory of every stage whose curves and times are shown."""
     others: tuple[str, ...] = ()
+    """Directories of evaluate stages of the same arms with other seeds; with them, arms are
+    compared in pairs."""
     continual: tuple[str, ...] = ()
+    """`MODEL:TASK` in the order of training, each model having just learnt its task; the scores on
+    all of them give overall performance, performance drop and backward transfer."""
 
     @rule
     def _names(self) -> Iterator[str]:
@@ -653,11 +682,13 @@ class ReportConfig(Section):
 
 @dataclass(frozen=True)
 class PipelineStage(Section):
-    """One stage of a pipeline. In its config, `@NAME` stands for the working directory of stage
-    NAME, which must be in needs."""
+    """One stage of a pipeline."""
 
     config: "Config"
+    """The stage's config, in which `@NAME` stands for the working directory of stage NAME, which
+    must be in needs."""
     needs: tuple[str, ...] = ()
+    """Stages that must have finished before."""
 
 
 @dataclass(frozen=True)
@@ -665,21 +696,38 @@ class Config(Section):
     """One run. Sections that the stage does not use are left out."""
 
     stage: Annotated[str, Choice(STAGES)]
+    """What the run does."""
     init: str = ""
+    """The checkpoint that training starts from, or `scratch` for random weights."""
     rng_seed: Seed = 0
+    """Of everything random: weights, the order of the data, routers, dropout."""
     model: ModelConfig | None = None
+    """The model to train from scratch; with a checkpoint in init it may be left out, and must be
+    that checkpoint's."""
     lora: LoRAConfig | None = None
+    """LoRA experts to train on top of init."""
     compute: ComputeConfig | None = None
+    """How the model is run."""
     train: TrainConfig | None = None
+    """Optimisation; of stage train."""
     data: DataConfig | None = None
+    """Text and tokenizer."""
     mesh: MeshConfig | None = None
+    """Devices along each mesh axis."""
     checkpoint: CheckpointConfig | None = None
+    """Which steps are saved; of stage train."""
     mix: MixConfig | None = None
+    """What becomes one model; of stage mix."""
     evaluate: EvaluateConfig | None = None
+    """What is measured; of stage evaluate."""
     report: ReportConfig | None = None
+    """What is shown; of stage report."""
     pipeline: Mapping[str, PipelineStage] | None = None
+    """Name -> stage; of stage pipeline."""
     log: LogConfig = LogConfig()
+    """Trackers besides metrics.jsonl and TensorBoard."""
     profile: ProfileConfig = ProfileConfig()
+    """Which steps are profiled."""
 
     @rule
     def _has_its_sections(self) -> Iterator[str]:

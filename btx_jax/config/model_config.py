@@ -37,30 +37,36 @@ LayerNumbers = tuple[Annotated[int, Range(0, 10_000)], ...]
 
 @dataclass(frozen=True)
 class RopeScaling(Section):
-    """Longer contexts by slower rotations. `linear` divides every frequency by factor; `llama3`
-    only the low ones; `yarn` (arXiv 2309.00071) those that turn less than beta_slow times within
-    original_context, and between beta_slow and beta_fast a part of each. `longrope` (arXiv
-    2402.13753) divides frequency i by short_factors[i], and in documents longer than
-    original_context by long_factors[i]. `dynamic` slows those of documents longer
-    than original_context, the more the longer, by a larger base; `alpha` all, by a base that is
-    larger by factor ** (d / (d - 2)), d being the width that rotates.
-
-    attention_factor: of yarn and longrope, what rotated queries and keys are multiplied by.
-    query_growth: queries are multiplied by 1 + query_growth ln(1 + floor(position /
-    original_context)).
-    """
+    """Longer contexts through slower rotations."""
 
     kind: Annotated[str, Choice(SCALINGS)] = "none"
+    """linear divides every frequency by factor. llama3 divides only the low ones. yarn (arXiv
+    2309.00071) divides those that turn less than beta_slow times within original_context, and
+    between beta_slow and beta_fast a part of each. longrope (arXiv 2402.13753) divides frequency i
+    by short_factors[i], and in documents longer than original_context by long_factors[i]. dynamic
+    slows those of documents longer than original_context, the more the longer, by a larger base.
+    alpha slows all, by a base that is larger by factor ** (d / (d - 2)), where d is the width that
+    rotates."""
     factor: Positive = 1.0
+    """How much slower."""
     low_freq_factor: Positive = 1.0
+    """Of llama3: frequencies that turn fewer times within original_context are divided whole."""
     high_freq_factor: Positive = 4.0
+    """Of llama3: frequencies that turn more times within original_context stay."""
     original_context: Context = 8192
+    """Tokens of context that the model was trained with before scaling."""
     beta_fast: Positive = 32.0
+    """Of yarn: turns within original_context above which a frequency stays."""
     beta_slow: Positive = 1.0
+    """Of yarn: turns within original_context below which a frequency is divided whole."""
     attention_factor: Positive = 1.0
+    """Of yarn and longrope: what rotated queries and keys are multiplied by."""
     query_growth: MultiplierOrNone = 0.0
+    """Queries are multiplied by 1 + query_growth ln(1 + floor(position / original_context))."""
     short_factors: tuple[Positive, ...] = ()
+    """Of longrope: one divisor per rotated pair, within original_context."""
     long_factors: tuple[Positive, ...] = ()
+    """Of longrope: one divisor per rotated pair, in longer documents."""
 
     @rule
     def _low_is_lower(self) -> Iterator[str]:
@@ -79,31 +85,32 @@ class RopeScaling(Section):
 
 @dataclass(frozen=True)
 class MoEConfig(Section):
-    """Which layers are mixtures, and how their tokens are routed.
-
-    experts: one count per layer, 0 for a layer that stays dense.
-    k: experts per token (top_k only; switch and sample_top1 use 1, soft uses all).
-    first_routing: another routing for the first MoE layer; "" for the same (BTX pairs sample_top1
-    with soft there).
-    renormalise: of top_k, whether the gates of a token's experts sum to one, or are what the
-    softmax over all experts gives them.
-    d_ff: hidden size of an expert; 0 for that of a dense layer.
-    shared_d_ff: hidden size of a shared expert, beside the routed ones, that sees every token; 0
-    for none. shared_gate: whether it stands behind a sigmoid gate.
-    anchor: whether the feed-forward that all experts started from is one more expert, the last in
-    the router (FlexOlmo, arXiv 2507.07024). Its logit is 0; those of the others have a bias each.
-    Routing and k count it, `experts` does not.
-    """
+    """Which layers are mixtures, and how their tokens are routed."""
 
     experts: tuple[Annotated[int, Range(0, 4096)], ...]
+    """One count per layer; 0 for a layer that stays dense."""
     k: Experts = 2
+    """Experts per token, of top_k only: switch and sample_top1 use 1, soft uses all."""
     routing: Annotated[str, Choice(ROUTINGS)] = "top_k"
+    """top_k: the k largest logits. switch: the largest, weighted by its probability. soft: all.
+    sample_top1: one, drawn by Gumbel-softmax in training, the largest otherwise."""
     first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
+    """Another routing for the first MoE layer; empty for the same (BTX pairs sample_top1 with soft
+    there)."""
     renormalise: bool = True
+    """Of top_k: whether the gates of a token's experts sum to one, or are what the softmax over all
+    experts gives them."""
     d_ff: WidthOrNone = 0
+    """Hidden units of an expert; 0 for those of a dense layer."""
     shared_d_ff: WidthOrNone = 0
+    """Hidden units of a shared expert, beside the routed ones, that sees every token; 0 for none.
+    """
     shared_gate: bool = False
+    """Whether the shared expert is behind a sigmoid gate."""
     anchor: bool = False
+    """Whether the feed-forward that all experts started from is one more expert, the last in the
+    router (FlexOlmo, arXiv 2507.07024). Its logit is 0; those of the others have a bias each.
+    Routing and k count it, `experts` does not."""
 
     @rule
     def _gate_of_something(self) -> Iterator[str]:
@@ -133,26 +140,26 @@ class MoEConfig(Section):
 class LoRAConfig(Section):
     """Low-rank experts beside frozen linear maps (MoLA, arXiv 2402.08562): h = W x + sum of g_i
     (alpha / rank) B_i A_i dropout(x) over the k experts that a router of this layer and map
-    chooses. A layer with one expert has no router: plain LoRA.
-
-    allocation: experts per layer, as digits over the depth (`2468`), a shape with its total
-    (`triangle:160`; also inverted, hourglass, diamond, rectangle) or one number a layer
-    (`2,2,4,4`).
-    rank, k: one number for all layers, or one per layer.
-    targets: which maps, of q, k, v, o, gate, up, down.
-    gating: top_k = softmax, k largest, renormalised (MoLA). sigmoid = sigmoid of the router's
-        logit, one expert a layer: how PHATGOOSE (arXiv 2402.05859) trains a gate behind a finished
-        expert. cosine = softmax over the k routers' rows most parallel to x, both
-        standardised: how it uses such gates.
-    """
+    chooses. A layer with one expert has no router: plain LoRA."""
 
     allocation: str = "2468"
+    """Experts per layer: digits over the depth (`2468`), a shape with its total (`triangle:160`;
+    also inverted, hourglass, diamond, rectangle), or one number a layer (`2,2,4,4`)."""
     rank: tuple[Annotated[int, Range(1, 65_536)], ...] = (8,)
+    """Of A and B: one number for all layers, or one per layer."""
     k: tuple[Experts, ...] = (2,)
+    """Experts per token: one number for all layers, or one per layer."""
     alpha: Annotated[float, Range(0, 1e6, above=True)] = 16.0
+    """Scale: the product of B and A is multiplied by alpha / rank."""
     dropout: Share = 0.05
+    """Share of the inputs of A that is zeroed in training."""
     targets: tuple[str, ...] = LORA_TARGETS
+    """Which maps have experts, of q, k, v, o, gate, up, down."""
     gating: Annotated[str, Choice(GATINGS)] = "top_k"
+    """top_k: softmax, the k largest, renormalised (MoLA). sigmoid: sigmoid of the router's logit,
+    one expert a layer, which is how PHATGOOSE (arXiv 2402.05859) trains a gate behind a finished
+    expert. cosine: softmax over the k router rows most parallel to x, both standardised, which is
+    how it uses such gates."""
 
     @rule
     def _known_targets(self) -> Iterator[str]:
@@ -265,58 +272,76 @@ class LayerSpec:
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """A model's architecture: everything that gives its parameters their meaning. Travels inside
-    every checkpoint.
-
-    rope_interleaved: whether RoPE turns neighbours against each other, and not the first half of
-    what it rotates against the second. rotary: the share of each head that it rotates, from its
-    front. nope_layers: the layers without it.
-    biases: which linear maps add one, of q, k, v, o, gate, up, down.
-    qk_norm: whether norms stand on queries and keys: qk_norm_kind says, of each `head` before RoPE,
-    of the whole `width` before it, or of each head once it is `rotated`.
-    window: how many tokens a token sees, itself included; 0 for all before it. window_layers: the
-    layers that have it; () for all. window_theta: RoPE's base in those, without scaling; 0 for the
-    base and scaling of the others.
-    norm: `rms`; `rms_plus_one`, which multiplies by 1 + its scale; or `layer`, a LayerNorm without
-    parameters. norms: where they stand in a layer, `before` attention and feed-forward, `after`
-    them, or both.
-    activation: of the feed-forwards' gates.
-    embed_scale: of embeddings. residual_scale: of what a block adds. attention_scale: of scores; 0
-    for head_dim ** -0.5. logits_divisor: of logits.
-    attention_cap, logits_cap: scores, or logits, become cap * tanh(x / cap); 0 for none.
-    """
+    every checkpoint."""
 
     vocab_size: Width
+    """Rows of the embedding."""
     layers: Layers
+    """Number of layers."""
     d_model: Width
+    """Width of the residual stream."""
     d_ff: Width
+    """Hidden units of a dense feed-forward."""
     heads: Heads
+    """Query heads."""
     kv_heads: Heads
+    """Key and value heads; must divide heads."""
     head_dim: Heads
+    """Width of a head; even."""
     rope_theta: Positive = 10_000.0
+    """Base of the rotary embedding."""
     rope_scaling: RopeScaling = RopeScaling()
+    """Longer contexts through slower rotations."""
     rope_interleaved: bool = False
+    """Whether RoPE rotates neighbouring numbers against each other, rather than the first half of
+    what it rotates against the second."""
     rotary: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Share of each head that RoPE rotates, from its front."""
     nope_layers: LayerNumbers = ()
+    """Layers without RoPE, by number from 0."""
     biases: tuple[Annotated[str, Choice(LORA_TARGETS)], ...] = ()
+    """Linear maps that add a bias, of q, k, v, o, gate, up, down."""
     qk_norm: bool = False
+    """Whether there are norms on queries and keys."""
     qk_norm_kind: Annotated[str, Choice(QK_NORMS)] = "head"
+    """Of qk_norm: over each head before RoPE, over the whole width before RoPE, or over each head
+    after it (rotated)."""
     window: Annotated[int, Range(0, 2**30)] = 0
+    """Tokens that a token sees, itself included; 0 for all before it."""
     window_layers: LayerNumbers = ()
+    """Layers that have the window, by number from 0; empty for all."""
     window_theta: Annotated[float, Range(0, HUGE)] = 0.0
+    """RoPE's base in layers with a window, without scaling; 0 for the base and scaling of the
+    others."""
     norm: Annotated[str, Choice(NORMS)] = "rms"
+    """rms; rms_plus_one, which multiplies by 1 + its scale; or layer, a LayerNorm without
+    parameters."""
     norms: Annotated[str, Choice(NORM_PLACES)] = "before"
+    """Where norms are: before attention and feed-forward, after them, or both."""
     norm_eps: Annotated[float, Range(0, 1)] = 1e-5
+    """Added to the mean square in every norm."""
     activation: Annotated[str, Choice(ACTIVATIONS)] = "silu"
+    """Of the feed-forwards' gates."""
     embed_scale: Multiplier = 1.0
+    """Factor on embeddings."""
     residual_scale: Multiplier = 1.0
+    """Factor on what a block adds."""
     attention_scale: MultiplierOrNone = 0.0
+    """Factor on attention scores; 0 for head_dim ** -0.5."""
     attention_cap: MultiplierOrNone = 0.0
+    """Scores become cap * tanh(score / cap); 0 for no cap."""
     logits_divisor: Multiplier = 1.0
+    """What logits are divided by."""
     logits_cap: MultiplierOrNone = 0.0
+    """Logits become cap * tanh(logit / cap); 0 for no cap."""
     tied_head: bool = False
+    """Whether the head is the embedding."""
     context: Context = 4096
+    """Longest sequence, in tokens."""
     moe: MoEConfig | None = None
+    """Which layers are mixtures; none for a dense model."""
     lora: LoRAConfig | None = None
+    """LoRA experts beside its maps; none without."""
 
     @rule
     def _heads_divide(self) -> Iterator[str]:

@@ -42,82 +42,92 @@ DIFFERENCES = (
 
 @dataclass(frozen=True)
 class ExpertSource(Section):
-    """One expert: a dense model and, for gate modes that read prompts, what should be routed to it.
-
-    positive_prompts_file, negative_prompts_file: more prompts, one a line, which `read_recipe` puts
-    behind the others. text: of its domain, for gate_mode ridge or logistic and merge regmean:
-    comma-separated `WHAT[#FIELD][:WEIGHT]`, as in a config's data; where there is none, the prompts
-    are the text.
-    noise_scale: standard deviation of normal noise added to its feed-forward weights.
-    residual_scale: factor on its down projection.
-    """
+    """One expert: a dense model and, for gate modes that read prompts or text, what should be
+    routed to it."""
 
     source_model: str
+    """A directory, a run, a name on the Hub, or `MODEL+LORA`."""
     positive_prompts: tuple[str, ...] = ()
+    """What should be routed to the expert; for gate modes that read prompts."""
     negative_prompts: tuple[str, ...] = ()
+    """What should not; their states are subtracted."""
     positive_prompts_file: str = ""
+    """More positive prompts, one a line."""
     negative_prompts_file: str = ""
+    """More negative prompts, one a line."""
     text: str = ""
+    """Text of its domain, for gate_mode ridge or logistic and merge regmean: comma-separated
+    `WHAT[#FIELD][:WEIGHT]`, as in a config's data. Without it the prompts are the text."""
     noise_scale: Annotated[float, Range(0, 1e3)] = 0.0
+    """Standard deviation of normal noise that is added to its feed-forward weights."""
     residual_scale: Annotated[float, Range(-HUGE, HUGE)] = 1.0
+    """Factor on its down projection."""
 
 
 @dataclass(frozen=True)
 class Recipe(Section):
-    """A mixture of experts.
-
-    shared_experts: none, or one whose feed-forward every token passes through, besides those of its
-    routed experts.
-    architecture: the class of Hugging Face that holds the mixture: mergekit's Mixtral, DeepSeek
-    MoE, Qwen MoE, Qwen3 MoE or the first letters of these, or a model_type. Empty for the one that
-    mergekit would choose, or the first that holds it.
-    base: where everything but the feed-forwards comes from: `copy` (base_model, as mergekit does)
-    or `average` (the mean of all distinct experts' models, a shared one's among them, as
-    Branch-Train-MiX does; list the seed among the experts to include it).
-    method: what becomes of the feed-forwards: `btx` (one expert per source), `split` (each source's
-    cut into `chunks` experts) or `blend` (expert n is the n-th of N chunks of every source); the
-    latter two are ablations of the BTX paper, section 4.4.
-    merge: how `average` averages: `mean`, `ties` (arXiv 2306.01708: keep the `density` largest
-    changes from base_model, elect signs, mean of those that agree), `dare` (arXiv 2311.03099:
-    drop changes at random down to `density`, rescale, mean), `task_arithmetic` (arXiv 2212.04089:
-    base_model plus `scale` times the sum of all changes from it), `slerp` (of two models: each
-    tensor on the arc between them, at `t` of the way from the first one named to the second) or
-    `regmean` (arXiv 2212.09849: linear layers solved so that they answer on each model's own text
-    as that model did, with `alpha` of what inputs have in common; docs/inputs.md).
-    tokens: read of each expert's text for `ridge` and `regmean`. The last eighth of them is held
-    out, to measure routers on. More than the model's width want to be left.
-    layers: the layers that become mixtures; the others stay dense. Empty for all.
-    gate_mode: how routers start; `hidden` when base is copy, `normal` (std 0.02, to be trained)
-    when it is average.
-    gate_pooling, gate_scale: of router_input: `mean` over tokens or `last`; the length of every
-    router row. ridge: of ridge, which solves rows from text of every expert's domain, and keeps
-    what they are solved from; `logistic` fits them to the same text.
-    allow: settings in which sources may differ from base_model although it changes what their
-    weights mean.
-    """
+    """A mixture of experts."""
 
     base_model: str
+    """The model whose tokenizer, settings and, with base: copy, shared weights the mixture gets."""
     experts: tuple[ExpertSource, ...]
+    """The experts, in order."""
     shared_experts: tuple[ExpertSource, ...] = ()
+    """None, or one whose feed-forward every token passes through, in addition to its routed
+    experts."""
     architecture: str = ""
+    """The Hugging Face class that holds the mixture: mergekit's Mixtral, DeepSeek MoE, Qwen MoE,
+    Qwen3 MoE or the first letters of these, or a model_type. Empty for the one that mergekit would
+    choose, or the first that can hold it."""
     gate_mode: Annotated[str, Choice(GATE_MODES, empty=True)] = ""
+    """How routers start; see docs/merging.md. By default `hidden` with base: copy, and `normal`
+    (standard deviation 0.02, to be trained) with base: average."""
     dtype: Annotated[str, Choice(("float32", "bfloat16", "float16"), empty=True)] = ""
+    """Of the mixture's tensors; empty for each tensor's own."""
     experts_per_token: Experts = 2
+    """Experts that each token is routed to."""
     base: Annotated[str, Choice(("copy", "average"))] = "copy"
+    """Where everything but the feed-forwards comes from. copy: base_model, as mergekit does.
+    average: the mean of all distinct models of the experts, a shared one's included, as
+    Branch-Train-MiX does; list the seed among the experts to include it."""
     method: Annotated[str, Choice(tuple(METHODS))] = "btx"
+    """What becomes of the feed-forwards. btx: one expert per source. split: each source's is cut
+    into `chunks` experts. blend: expert n is made of the n-th of N chunks of every source. The last
+    two are ablations of the BTX paper, section 4.4."""
     chunks: Annotated[int, Range(2, MAX_EXPERTS)] = 2
+    """Of split: experts that each source's feed-forward is cut into."""
     merge: Annotated[str, Choice(tuple(MERGE_SETTINGS))] = "mean"
+    """How `average` averages. mean. ties (arXiv 2306.01708): keep the `density` largest changes
+    from base_model, elect signs, take the mean of those that agree. dare (arXiv 2311.03099): drop
+    changes at random down to `density`, rescale, take the mean. task_arithmetic (arXiv 2212.04089):
+    base_model plus `scale` times the sum of all changes from it. slerp: of two models, each tensor
+    on the arc between them. regmean (arXiv 2212.09849): linear layers solved so that they answer on
+    each model's own text as that model did."""
     density: Density = 0.2
+    """Of ties and dare: the share of changes that is kept."""
     scale: Scale = 1.0
+    """Of task_arithmetic: the factor on the sum of changes."""
     t: Arc = 0.5
+    """Of slerp: how far along the arc, from 0 (the first model named) to 1 (the second)."""
     alpha: Alpha = 0.99
+    """Of regmean: the factor on the off-diagonal entries of the inputs' second moments."""
     tokens: TextTokens = 8192
+    """Of ridge, logistic and regmean: tokens of each expert's text that are read. The last eighth
+    is held out, to measure routers on. Use more than the model's width."""
     layers: tuple[Annotated[int, Range(0, 10_000)], ...] = ()
+    """Layers that become mixtures, by number from 0; the others stay dense. Empty for all."""
     gate_pooling: Annotated[str, Choice(("mean", "last"))] = "mean"
+    """Of router_input: whether a prompt's states are averaged over its tokens, or the last one's
+    are used."""
     gate_scale: Annotated[float, Range(0, 1e6, above=True)] = 1.0
+    """Of router_input: the length of every router row."""
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
+    """Of gate_mode ridge: how it solves."""
     allow: tuple[Annotated[str, Choice(DIFFERENCES)], ...] = ()
+    """Settings in which sources may differ from base_model although that changes what their weights
+    mean."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    """Of everything random: router rows, noise, dare."""
 
     def __post_init__(self):
         super().__post_init__()
