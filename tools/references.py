@@ -3,7 +3,7 @@ recipe, with its type, its default, and what stands below its field.
 
     python -m tools.references      # writes them anew, between the marks of the pages
 
-`tests/test_documents.py` fails where a page differs from what this makes.
+`tests/documents/test_pages.py` fails where a page differs from what this makes.
 """
 
 import ast

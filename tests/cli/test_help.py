@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 from btx_jax.cli.program import btx, run
 from btx_jax.presets.registry import PRESETS
+from tests.cli.arguments import arguments_of
 from tests.conftest import ROOT
 
 
@@ -57,13 +59,7 @@ def test_help_tells_all_options_and_examples_that_are_commands(capsys, words):
     assert f"│ btx {' '.join(words)} " in examples
     for example in re.sub(r"\\\n\s*", " ", command.examples).splitlines():
         (*_, behind) = example.partition("btx ")
-        arguments = behind.split(" > ")[0].split(" >> ")[0].replace('"', "").split()
-        with btx.make_context("btx", arguments, resilient_parsing=False):
-            pass
-        given = arguments[len(words) :]
-        options = {word.partition("=")[0] for word in given if word.startswith("--")}
-        known = {name for parameter in command.params for name in parameter.opts}
-        assert {name for name in options if not name.startswith("--config.")} <= known, example
+        arguments_of(shlex.split(re.split(" >>? ", behind)[0]))
 
 
 def test_no_option_has_an_underscore():

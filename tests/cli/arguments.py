@@ -1,0 +1,20 @@
+"""A command line of `btx`, taken apart as the program does it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from btx_jax.cli.program import btx
+
+
+def arguments_of(words: Sequence[str]) -> dict[str, Any]:
+    """What follows `btx` -> what its command would be called with. Raises click.UsageError."""
+    command: click.Command = btx
+    rest = list(words)
+    while isinstance(command, click.Group):
+        name = rest.pop(0)
+        if name not in command.commands:
+            raise click.UsageError(f"No such command {name!r}.")
+        command = command.commands[name]
+    return command.make_context(command.name, rest).params

@@ -1,0 +1,85 @@
+"""How each command of the documents is tested: patterns, of which every command matches one."""
+
+import fnmatch
+
+# Run by test_commands.py in a folder with small models, in this process.
+QUICK = (
+    'btx generate runs/demo/finetune --prompt "def fibonacci(n):"',
+    "btx digest *",
+    "btx convert models/*",
+    "btx convert runs/*",
+    "btx verify exported",
+    "btx mix *",
+    "btx expert add mixture *",
+    "btx expert add smaller *",
+    "btx expert drop mixture *",
+    "btx expert drop larger *",
+    "btx tokenizer *",
+    "btx submit * --dry-run",
+)
+# Run by test_commands.py as a reader would, one after another, with two steps a stage.
+SLOW = (
+    "btx run demo*",
+    "btx generate runs/demo/finetune * --seed=1",
+    "btx evaluate *",
+    "btx run btx:from_init,models/seed *",
+    "btx run seed:tiny*",
+    "btx run *_expert:tiny *",
+    "btx run *_expert:from_init --config.init=models/seed *",
+    "btx run mix *",
+    "btx run mix:tiny",
+    "btx run sparse_upcycling:tiny",
+    "btx run moe_finetune:* --config.init=*",
+    "btx run evaluate:tiny*",
+    "btx run comparison:tiny,main *",
+    "btx run mola:arc_easy *",
+    "btx run continual:*",
+    "btx adapter *",
+    "btx expert * *anchored_* *",
+    "btx report runs/demo *",
+    "btx report runs/first *",
+    "btx verify runs/demo",
+    "btx submit --pipeline=btx:tiny --backend=local *",
+)
+# Not run: those of btx are parsed, their configs made and checked; of `python FILE` the arguments
+# are parsed where the file has a parser, and the file must be there.
+ELSEWHERE = {
+    "git clone *": "needs the network",
+    "cd *": "of the reader's shell",
+    ". .venv/*": "of the reader's shell",
+    "export *": "of the reader's shell",
+    "make *": ".ci/run makes demo (with two steps a stage) and test",
+    "pip install *": "needs the network; tests/test_wheel.py installs the package without",
+    "gcloud *": "needs an account of Google Cloud",
+    "kubectl *": "needs a cluster",
+    "docker *": "needs Docker and the network",
+    "sky check *": "needs SkyPilot and an account",
+    "btx convert gs://*": "needs a bucket; tests/stages/test_on_bucket.py has one of its own",
+    "btx run btx:tiny --workdir=gs://*": "the same",
+    "btx run * --config.init=gs://*": "the same",
+    "btx generate HuggingFaceTB/*": "needs the Hub; tests/test_hub.py has one of its own",
+    "btx run *_expert:from_init,HuggingFaceTB/*": "the same",
+    "btx push *": "the same",
+    "btx lm-eval *": "reads data sets of the Hub; tests/evaluation/test_lm_eval.py has its own",
+    "btx compile *": "minutes of the TPU compiler; tests/stages/test_compile_check.py has small ones",
+    "python -m btx_jax.launch * --compile_topology=*": "the same",
+    "btx run paper_small:*": "an hour; tests/presets/test_study_run.py runs it with few steps",
+    "btx run comparison:tiny,a*": "an hour; SLOW has its main arms with few steps",
+    "btx report runs/comparison_*": "reads what that leaves; SLOW has one of two runs",
+    "btx run mola_small*": "half an hour; tests/presets/test_registry.py makes its config",
+    "python -m btx_jax.data.corpora": "a minute and 88 MB; tests/data/test_corpora.py has its parts",
+    "python benchmarks/*": "measures for minutes, some beside torch",
+    "python tests/*": "needs torch and transformers",
+    "python -m tests.*": "the same, or writes what is read there",
+    "*python -m pytest *": "is how this is run",
+}
+
+
+def how(command: str) -> list[str]:
+    """The patterns that it matches: one, unless the table is wrong."""
+    patterns = (*QUICK, *SLOW, *ELSEWHERE)
+    return [pattern for pattern in patterns if fnmatch.fnmatchcase(command, pattern)]
+
+
+def is_run(command: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(command, pattern) for pattern in patterns)
