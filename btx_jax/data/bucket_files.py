@@ -15,7 +15,7 @@ AHEAD = 2**23  # bytes that are fetched at a time where a file is read from end 
 
 @dataclasses.dataclass(frozen=True)
 class BucketFile:
-    """version: another one whenever its content is."""
+    """A file in a bucket. version: changes whenever the content does."""
 
     path: Path
     size: int
@@ -33,13 +33,13 @@ class BucketFile:
         return PurePosixPath(self.name).suffix
 
     def open(self, in_pieces: bool = False) -> BinaryIO:
-        """in_pieces: only what is read is fetched, for a reader that knows what it wants."""
+        """in_pieces: fetch only what is read, for a reader that seeks to what it needs."""
         key = buckets.key_of(self.path)
         stream = cast(Any, self.path).fs.open(key, "rb", block_size=AHEAD, cache_type="none")
         return stream if in_pieces else io.BufferedReader(stream, AHEAD)
 
     def stamp(self) -> list[Any]:
-        """What changes when its content does."""
+        """Values that change when the content does."""
         return [str(self.path), self.size, self.version]
 
     def sha256(self) -> str:
@@ -48,8 +48,8 @@ class BucketFile:
 
 
 def find_files(where: str, key: str) -> list[BucketFile]:
-    """Those that `gs://BUCKET/GLOB` names, sorted. Raises UserError, naming the key, when there are
-    none."""
+    """Files that `gs://BUCKET/GLOB` matches, sorted. Raises UserError, naming the key, when there
+    are none."""
     path = buckets.at(where, key)
     buckets.require(path, key)
     files = cast(Any, path).fs

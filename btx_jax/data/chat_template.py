@@ -23,7 +23,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same
 
 
 class Rendered(NamedTuple):
-    """spans: [start, stop) characters of text inside the template's `generation` tags."""
+    """A rendered chat. spans: [start, stop) characters of text inside the template's `generation`
+    tags."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -34,8 +35,9 @@ class TemplateError(UserError):
 
 
 class ChatTemplate:
-    """source: the jinja template. marks_answers: it says itself, by `generation` tags, what an
-    assistant says. Raises UserError for a source that is no template."""
+    """A tokenizer's chat template. source: the jinja template. marks_answers: whether
+    it marks what an assistant says with `generation` tags. Raises UserError for a
+    source that is not a template."""
 
     def __init__(self, source: str, named: Mapping[str, str]):
         self.source, self._named = source, dict(named)
@@ -47,7 +49,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any
     ) -> Rendered:
         """Raises TemplateError, of one line, for a template that cannot render these messages or
-        reaches for what the sandbox keeps from it; UserError for one that loops or takes too much
+        uses something that the sandbox forbids; UserError for one that loops or needs too much
         memory."""
         told = {
             "messages": [_aliased(message) for message in messages],
@@ -75,7 +77,7 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
-    """The tokenizer's own. Raises UserError when it has none of that name."""
+    """The tokenizer's template of this name. Raises UserError when it has none."""
     if name not in tokenizer.templates:
         if tokenizer.templates:
             told = f"has chat templates {', '.join(sorted(tokenizer.templates))}, none is {name!r}"
@@ -92,8 +94,8 @@ def chat_template(tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
 
 
 def _aliased(message: Message) -> dict[str, Any]:
-    """Without keys whose value is null, which templates would write out, and with a message's
-    reasoning under the names that templates look for."""
+    """A message without keys whose value is null, which templates would print, and with its
+    reasoning under every name that templates look for."""
     kept = {key: value for key, value in message.items() if value is not None}
     reasoning = next((kept[name] for name in _REASONING if name in kept), None)
     if reasoning is None:
@@ -102,8 +104,8 @@ def _aliased(message: Message) -> dict[str, Any]:
 
 
 class _Worker:
-    """The process that renders, started when it is first asked and again after a template had to be
-    stopped."""
+    """The process that renders. It starts at the first request, and again after a template had to
+    be killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

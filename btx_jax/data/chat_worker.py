@@ -25,7 +25,7 @@ RENDERED = 1 << 26  # characters of one chat at most
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}` around what an assistant says: notes where that lies in the text."""
+    """The tag `{% generation %}` around what an assistant says; records where that text is."""
 
     tags = {"generation"}  # noqa: RUF012  as jinja declares it
 
@@ -47,7 +47,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Without names that begin with an underscore."""
+    """Jinja's namespace, without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any):
         values = dict(*args[1:], **kwargs)
@@ -105,7 +105,7 @@ def compiled(source: str) -> tuple[Any, jinja2.Template]:
 
 
 def render(source: str, variables: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and the spans of it that stand in `generation` tags."""
+    """The text, and the spans of it inside `generation` tags."""
     environment, template = compiled(source)
     environment.parts.clear()
     environment.spans.clear()
@@ -119,7 +119,8 @@ def render(source: str, variables: dict[str, Any]) -> tuple[str, list[tuple[int,
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """To a request without variables: whether the source is a template at all."""
+    """Render a request. For a request without variables, only check that its source is
+    a template."""
     try:
         if "variables" not in request:
             compiled(request["source"])

@@ -14,7 +14,8 @@ WORD = "wombat"  # stands in no template
 
 
 class Unusable(ValueError):
-    """An item that the format does not fit: why, to be counted, and the particulars of this one."""
+    """An item that does not fit the format: the kind of problem, which is counted, and
+    its details."""
 
     def __init__(self, why: str, detail: str = ""):
         super().__init__(why)
@@ -22,13 +23,10 @@ class Unusable(ValueError):
 
 
 class Chats:
-    """Chats for one template.
-
-    What it takes it gets as it is, as transformers does: lists of content parts, and null as the
-    content of an assistant's turn that calls a tool. What it would fail on, or print as Python's
-    `[{'type': ...` and `None`, becomes text: parts joined by a space, as transformers' server does,
-    and null the empty text.
-    """
+    """Converts chats for one template. What the template accepts is passed on unchanged, as
+    transformers does: lists of content parts, and null as the content of an assistant's turn that
+    calls a tool. What it would fail on, or print as Python's `[{'type': ...` or `None`, becomes
+    text: parts joined by a space, as transformers' server does, and an empty string for null."""
 
     def __init__(self, render: Render):
         self._takes_parts = _takes_parts(render)
@@ -38,8 +36,8 @@ class Chats:
         }
 
     def messages(self, value: Any) -> list[Message]:
-        """Of a list of {role, content} or {from, value}, or of JSON text that holds one. Raises
-        Unusable."""
+        """Messages from a list of {role, content} or {from, value}, or from JSON text of such a
+        list. Raises Unusable."""
         if isinstance(value, str):
             try:
                 value = json.loads(value)
@@ -103,14 +101,14 @@ def _rendered(render: Render, *messages: Message) -> str | None:
 
 
 def says_something(message: Message) -> bool:
-    """Whether there is anything in an assistant's turn to learn: an empty one is only read."""
+    """Whether an assistant's turn contains anything to learn; an empty one is only read."""
     content = message["content"] or ""
     parts = [content] if isinstance(content, str) else [part["text"] for part in content]
     return any(parts) or bool(message.get("tool_calls"))
 
 
 def check_calls(message: Message, rendered: str) -> None:
-    """Raises Unusable when the template has left a turn's tool calls out."""
+    """Raises Unusable when the rendered text lacks a turn's tool calls."""
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list):
         raise Unusable("tool calls that are no list")

@@ -55,7 +55,7 @@ SHARES = {
 
 
 def texts(domain: str) -> Iterator[str]:
-    """Every document of a domain; some may come twice."""
+    """Every document of a domain; some may occur twice."""
     folder = os.environ.get("BTX_DATA_DIR")
     if domain == "math":
         size = 0
@@ -80,15 +80,15 @@ def texts(domain: str) -> Iterator[str]:
 
 
 def _modules(package: str) -> Iterator[str]:
-    """Sources of an installed package, without tests; none where it is not installed."""
+    """Source files of an installed package, without tests; none if it is not installed."""
     for file in demo.sources(package):
         if 500 < file.stat().st_size < LONGEST:
             yield file.read_text(encoding="utf-8")
 
 
 def write(directory: Path) -> None:
-    """All parts of all domains and the tokenizer, or nothing. Raises UserError where something is
-    already there."""
+    """Write all parts of all domains and the tokenizer, or nothing. Raises UserError where
+    something exists already."""
     environment.require("demo", "corpora")
     with new_directory(directory) as partial:
         for part in PARTS:
@@ -100,7 +100,7 @@ def write(directory: Path) -> None:
 
 
 def _write(domain: str, directory: Path) -> list[tuple[int, int]]:
-    """(documents, bytes) of each part."""
+    """Write the parts of a domain. Returns (documents, bytes) of each."""
     counts = [(0, 0)] * len(PARTS)
     seen: set[bytes] = set()
     with contextlib.ExitStack() as opened:
@@ -122,15 +122,15 @@ def _write(domain: str, directory: Path) -> list[tuple[int, int]]:
 
 
 def part_of(digest: bytes, shares: Iterable[float]) -> int:
-    """The part that a document belongs to, by a hash of its text: the same text, the same part. Not
-    the hash that what is held out goes by, so that the two are independent."""
+    """The part that a document belongs to, by a hash of its text. It is not the hash that decides
+    what is held out, so that the two are independent."""
     place = int.from_bytes(digest[:8]) / 2**64
     ends = list(itertools.accumulate(shares))
     return sum(place >= end for end in ends[:-1])
 
 
 def _sample(directory: Path) -> Iterator[str]:
-    """As much of every domain's part for the seed."""
+    """Text to train the tokenizer on: the same amount of every domain's part for the seed."""
     for domain in SHARES:
         size = 0
         with gzip.open(directory / PARTS[0] / f"{domain}.jsonl.gz", "rt") as file:

@@ -31,7 +31,7 @@ VOCAB_SIZE = 2048
 
 
 def maths() -> Iterator[str]:
-    """Short problems with their worked answers, endless."""
+    """Short problems with their worked answers, without end."""
     import sympy
 
     rng = random.Random(0)
@@ -167,7 +167,7 @@ def prose() -> Iterator[str]:
 
 
 def docstrings(package: str) -> Iterator[str]:
-    """The longer ones of an installed package; none where it is not installed."""
+    """The longer docstrings of an installed package; none if it is not installed."""
     for file in sources(package):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
@@ -177,8 +177,8 @@ def docstrings(package: str) -> Iterator[str]:
 
 
 def sources(package: str) -> list[Path]:
-    """The modules of an installed package, in an order of no meaning, without its tests; none where
-    it is not installed."""
+    """The modules of an installed package, in a shuffled but fixed order, without its tests; none
+    if it is not installed."""
     spec = importlib.util.find_spec(package)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     files = [
@@ -203,7 +203,7 @@ def _order(text: str) -> str:
 
 
 def require(name: str) -> None:
-    """Raises UserError when there is no such corpus, or what it is made of is not installed."""
+    """Raises UserError when there is no such corpus, or its packages are not installed."""
     if name not in CORPORA:
         raise UserError(f"config.data: no demo corpus {name!r}; {suggest(name, CORPORA)}")
     environment.require("demo", f"config.data: demo:{name}")
@@ -239,8 +239,8 @@ def _write(texts: Iterator[str], target: Path) -> None:
 
 
 def tokenizer(cache: Path) -> Path:
-    """A sentencepiece model of VOCAB_SIZE pieces trained on an equal share of all demo corpora, in
-    the cache."""
+    """A sentencepiece model with VOCAB_SIZE pieces in the cache, trained on equal shares of all
+    demo corpora."""
     target = cache / "demo" / f"tokenizer-{VOCAB_SIZE}.model"
     if not target.exists():
         # Here, as sentencepiece buries what an iterator raises.

@@ -11,9 +11,10 @@ from btx_jax.data.tokenizers import Tokenizer
 
 
 class Document(NamedTuple):
-    """ids: of its tokens. bytes: in UTF-8, of the text that is learnt, but for ends of text written
-    out in it, whose losses are no part of bits per byte. learnt: of each token, whether it is a
-    target; None for all. is_chat: rendered by a chat template, which writes its own beginning."""
+    """A tokenised document. ids: its tokens. bytes: of the learnt text in UTF-8, without
+    end-of-text tokens that are written out in it, whose losses do not count in bits per byte.
+    learnt: for each token, whether it is a target; None for all. is_chat: rendered by a chat
+    template, which writes its own beginning."""
 
     ids: list[int]
     bytes: int
@@ -22,8 +23,8 @@ class Document(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Documents as they stand in rows, one behind the other. Of each token: its id, the bytes of
-    text that it stands for, and 1 where it is learnt, else -1; of each document, its tokens."""
+    """Documents concatenated. For each token: its id, the bytes of text that it stands for, and 1
+    if it is learnt, else -1; for each document, its number of tokens."""
 
     tokens: np.ndarray
     sizes: np.ndarray
@@ -32,8 +33,8 @@ class Columns(NamedTuple):
 
 
 def is_heldout(text: str, fraction: float) -> bool:
-    """By a hash of the text: the same document is held out in every run, wherever it comes from and
-    however often."""
+    """Decided by a hash of the text: the same document is held out in every run, whatever its
+    source and however often it occurs."""
     return order(text) < fraction * 2**64
 
 
@@ -43,9 +44,9 @@ def order(text: str) -> int:
 
 
 def columns(documents: Iterable[Document], tokenizer: Tokenizer) -> Columns:
-    """In front of each document stands what the tokenizer itself puts there (`Tokenizer.prefix`)
-    and behind it EOS, where there is one, unless its text ends in EOS itself; in front of a chat
-    stands nothing. A document's bytes are spread evenly over its learnt tokens, but for EOS."""
+    """Each document starts with what the tokenizer itself puts there (`Tokenizer.prefix`), a chat
+    with nothing, and ends with EOS, if there is one, unless its text already does. A document's
+    bytes are spread evenly over its learnt tokens, except EOS."""
     after = [tokenizer.eos] if tokenizer.eos is not None else []
     eos = -1 if tokenizer.eos is None else tokenizer.eos
     tokens, sizes, signs = ([np.zeros(0, kind)] for kind in (np.int32, np.int32, np.int8))
@@ -76,7 +77,7 @@ def columns(documents: Iterable[Document], tokenizer: Tokenizer) -> Columns:
 def pack(
     documents: Iterable[Document], tokenizer: Tokenizer, sequence_length: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Documents -> rows, as `rows` packs what `columns` makes of them."""
+    """Documents -> rows: `rows` of the `columns` of them."""
     return rows((columns([document], tokenizer) for document in documents), sequence_length)
 
 
@@ -108,7 +109,7 @@ def rows(parts: Iterable[Columns], sequence_length: int) -> Iterator[dict[str, n
 def _rows(
     left: Sequence[np.ndarray], count: int, sequence_length: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The first rows of what is left, without padding."""
+    """The first `count` rows of the remaining columns, without padding."""
     width = sequence_length + 1
     ends = slice((count - 1) * sequence_length + width)
     tokens, document, sizes, signs = (
@@ -127,21 +128,22 @@ def _rows(
 
 
 def _ends_itself(ids: list[int], tokenizer: Tokenizer, is_chat: bool) -> bool:
-    """Whether EOS is already the last token but for blanks; of a chat, any special token, with
-    which templates end a turn."""
+    """Whether EOS is already the last token, ignoring whitespace; for a chat, any special token, as
+    templates end a turn with one."""
     ends = tokenizer.special_ids if is_chat else {tokenizer.eos}
     last = ids[-1:] if ids[-1:] and ids[-1] in ends else ids[-2:-1]
     return bool(last) and last[0] in ends and not tokenizer.decode(ids[-1:]).strip()
 
 
 def _bytes(text: str, ids: list[int], tokenizer: Tokenizer) -> int:
-    """In UTF-8, without the ends of text that are written out in it."""
+    """Bytes of the text in UTF-8, without end-of-text tokens that are written out in it."""
     ends = 0 if tokenizer.eos is None else ids.count(tokenizer.eos)
     return len(text.encode("utf-8")) - (ends and ends * len(tokenizer.eos_text.encode("utf-8")))
 
 
 def text_document(text: str, tokenizer: Tokenizer) -> Document:
-    """Raises NotUnicode for a lone surrogate, which JSON can carry and UTF-8 cannot."""
+    """Tokenise a text. Raises NotUnicode for a lone surrogate, which JSON can contain and UTF-8
+    cannot."""
     ids = tokenizer.encode(text)
     return Document(ids, _bytes(text, ids, tokenizer))
 
@@ -149,8 +151,8 @@ def text_document(text: str, tokenizer: Tokenizer) -> Document:
 def formatted_document(
     pieces: list[Piece], tokenizer: Tokenizer, cutoff: int, is_chat: bool = False
 ) -> Document | None:
-    """Cut to `cutoff` tokens; None when no answer is left. Raises NotUnicode as text_document
-    does."""
+    """Tokenise formatted pieces, truncated to `cutoff` tokens; None when no answer is left. Raises
+    NotUnicode as text_document does."""
     ids, learnt = encode_pieces(pieces, tokenizer)
     answers = "".join(piece.text for piece in pieces if piece.learnt)
     size = _bytes(

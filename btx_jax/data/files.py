@@ -52,24 +52,25 @@ MAX_LINE = (
 
 
 class Problem(NamedTuple):
-    """kind: what is wrong, to be counted. detail: of this one."""
+    """Something that could not be read. kind: what is wrong, which is counted. detail: of this
+    occurrence."""
 
     kind: str
     detail: str = ""
 
 
 class Row(NamedTuple):
-    """place: for messages. value: the fields of a row; of plain text, a document; or what is wrong
-    here."""
+    """A row of a file. place: its location, for messages. value: the row's fields; of plain text, a
+    document; or the problem with it."""
 
     place: str
     value: Mapping[str, Any] | str | Problem
 
 
 def read_rows(file: File, field: str | None = None) -> Iterator[Row]:
-    """The rows of a file; field: the only one that is wanted, None for all (`shown_field`).
+    """The rows of a file. field: the only field that is needed, None for all (`shown_field`). What
+    cannot be read becomes a row with a Problem, so that a damaged line costs only that line.
 
-    What cannot be read is a row of its own, a Problem, so that a damaged line costs that line.
     Raises UserError where a file is damaged as a whole: truncated, not in its format, or, where all
     rows have the same fields (CSV, Parquet), without the field.
     """
@@ -98,7 +99,7 @@ def size_of(file: File) -> int:
 
 
 def find_field(row: Mapping[str, Any], field: str) -> Any:
-    """`meta.text` is the field of that name, else the field `text` of `meta`. Raises KeyError."""
+    """The field named `meta.text`, or else the field `text` of `meta`. Raises KeyError."""
     if field in row:
         return row[field]
     outer, dot, inner = field.partition(".")
@@ -113,15 +114,15 @@ def shown_fields(fields: Any) -> str:
 
 
 def _kind(file: File) -> tuple[str, str | None]:
-    """(ending without the compression's, in lower case; compression)."""
+    """(extension in lower case, without that of the compression; compression)."""
     name, ending = os.path.splitext(file.name.lower())
     compression = COMPRESSIONS.get(ending)
     return (os.path.splitext(name)[1] if compression else ending)[1:], compression
 
 
 def _open(file: File) -> BinaryIO:
-    """A stream that raises EOFError or OSError, not ends, where a compressed file is cut, and where
-    something else stands behind its end."""
+    """A stream that raises EOFError or OSError, rather than ending, where a compressed file is
+    truncated or has data after its end."""
     _, compression = _kind(file)
     if compression == "gzip":
         return gzip.open(_plain(file))  # type: ignore[return-value]
@@ -134,7 +135,7 @@ def _open(file: File) -> BinaryIO:
 
 
 def _plain(file: File) -> Any:
-    """A path, or a stream where there is none."""
+    """A path, or a stream where the file has no local path."""
     return str(file) if isinstance(file, Path) else file.open()
 
 
@@ -156,7 +157,7 @@ def _rows(file: File, kind: str, field: str | None) -> Iterator[Row]:
 
 
 def _no_utf8(head: bytes, file: File) -> Problem | None:
-    """What a file holds that does not begin as text in UTF-8 does."""
+    """What a file is that does not begin as UTF-8 text does."""
     for magic, ending in MAGIC.items():
         if head.startswith(magic):
             told = "unpack it" if ending[1:] in UNPACK else f"name it *{ending}"
@@ -179,8 +180,8 @@ def _no_utf8(head: bytes, file: File) -> Problem | None:
 
 
 def _a_value_a_line(head: bytes) -> bool:
-    """Whether a JSON file has a value on each line; otherwise it is one array, or values that go
-    over several lines. head: how it begins."""
+    """Whether a JSON file has one value per line; otherwise it is one array, or values that span
+    several lines. head: its beginning."""
     text = head.decode("utf-8-sig", "replace").lstrip()
     first, newline, rest = text.partition("\n")
     if text[:1] not in ("[", "{"):
@@ -199,7 +200,7 @@ def _a_value_a_line(head: bytes) -> bool:
 
 
 def _is_object(text: str) -> bool:
-    """Whether the first line that is not blank is an object as JSON."""
+    """Whether the first non-blank line is a JSON object."""
     try:
         return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
     except (ValueError, RecursionError):
@@ -268,7 +269,7 @@ def _json_values(file: File, stream: BinaryIO) -> Iterator[Row]:
 
 
 class _Buffer:
-    """Text that is read as it is needed. at: the place of the next character."""
+    """Text that is read as it is needed. at: position of the next character."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = stream
@@ -278,7 +279,7 @@ class _Buffer:
         self.at, self.ended = 0, False
 
     def next(self) -> str:
-        """The next character that is no blank, "" at the end."""
+        """The next character that is not whitespace; "" at the end."""
         while True:
             match = JSON_SPACE.match(self._text, self.at)
             assert match
@@ -315,7 +316,8 @@ class _Buffer:
 
 
 def _table_rows(file: File, stream: BinaryIO, delimiter: str, field: str | None) -> Iterator[Row]:
-    """Of CSV and TSV as spreadsheets write them: a header, quotes where they are needed."""
+    """Rows of CSV and TSV as spreadsheets write them: a header, and quotes where they
+    are needed."""
     csv.field_size_limit(MAX_LINE)
     # Bytes that are no UTF-8 become lone surrogates, so that they cost one row.
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
@@ -373,7 +375,7 @@ def _batch_rows(batch: Any) -> list[Mapping[str, Any] | Problem]:
 
 
 def _has(fields: Any, field: str) -> bool:
-    """Of a pyarrow schema or struct type, as `find_field`."""
+    """Whether a pyarrow schema or struct type has the field, named as for `find_field`."""
     import pyarrow
 
     types = {each.name: each.type for each in fields}
@@ -395,10 +397,8 @@ def _without(field: str, file: File, fields: Any) -> UserError:
 
 
 def _documents(file: File, stream: BinaryIO) -> Iterator[Row]:
-    """The file as one document; as many, cut where a paragraph ends, when it is long.
-
-    Where it is cut depends on the file alone, so that every run holds out the same text.
-    """
+    """The file as one document, or as several, split at the end of a paragraph, when it is long.
+    The split depends on the file alone, so that every run holds out the same text."""
     start = stream.read(LONG_TEXT + 1)
     is_long = len(start) > LONG_TEXT
     start = start.removeprefix(codecs.BOM_UTF8)
@@ -425,7 +425,7 @@ def _text(data: bytes) -> str | Problem:
 
 
 def _pieces(stream: BinaryIO, start: bytes) -> Iterator[bytes]:
-    """Together, all bytes."""
+    """Pieces of the stream, which together are all of its bytes."""
     left = start
     while True:
         if len(left) < LARGEST_PIECE and (more := stream.read(LONG_TEXT)):
@@ -440,7 +440,8 @@ def _pieces(stream: BinaryIO, start: bytes) -> Iterator[bytes]:
 
 
 def _end_of_piece(data: bytes) -> int:
-    """Behind a blank line, else a line, else a space, else between two characters."""
+    """Where to split: after a blank line, or else a line, or else a space, or else between two
+    characters."""
     if blank := BLANK_LINE.search(data, PIECE, LARGEST_PIECE):
         return blank.end()
     for mark in (b"\n", b" "):

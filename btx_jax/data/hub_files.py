@@ -19,8 +19,8 @@ AHEAD = 2**20  # bytes that are fetched at a time where a file is read from end 
 
 @dataclasses.dataclass(frozen=True)
 class HubFile:
-    """at: with the commit as its revision. blob: git's hash of its content. local: where it was
-    downloaded to, None for one that is read over the network."""
+    """A file on the Hub. at: its location, with the commit as revision. blob: git's hash of its
+    content. local: where it was downloaded to; None for one that is read over the network."""
 
     at: Name
     size: int
@@ -39,22 +39,22 @@ class HubFile:
         return PurePosixPath(self.at.path).suffix
 
     def open(self, in_pieces: bool = False) -> BinaryIO:
-        """in_pieces: only what is read is fetched, for a reader that knows what it wants."""
+        """in_pieces: fetch only what is read, for a reader that seeks to what it needs."""
         if self.local:
             return self.local.open("rb")
         stream = _Stream(self)
         return stream if in_pieces else io.BufferedReader(stream, AHEAD)  # type: ignore[return-value]
 
     def downloaded(self) -> "HubFile":
-        """The same in the cache: for a file that is read whole and more than once."""
+        """This file in the local cache, for readers that need all of it more than once."""
         return dataclasses.replace(self, local=download_file(self.at, str(self)))
 
     def stamp(self) -> list[Any]:
-        """What changes when its content does, whatever the commit."""
+        """Values that change when the content does, whatever the commit."""
         return [f"{PROTOCOL}{self.at._replace(revision='')}", self.size, self.blob]
 
     def sha256(self) -> str:
-        """Of its content, as the Hub tells it of large files."""
+        """Hash of the content, as the Hub states it for large files."""
         from huggingface_hub import HfApi
 
         if self.local is None:
@@ -73,7 +73,7 @@ def is_on_hub(where: str) -> bool:
 
 
 def find_files(where: str, key: str) -> list[HubFile]:
-    """Those that `hf://datasets/org/name[@REVISION]/GLOB` names, sorted. Raises UserError, naming
+    """Files that `hf://datasets/org/name[@REVISION]/GLOB` matches, sorted. Raises UserError, naming
     the key, when there are none."""
     found = named(where, key)
     if found is None or found.type != "dataset" or not found.path:
@@ -94,7 +94,8 @@ def find_files(where: str, key: str) -> list[HubFile]:
 
 
 class _Stream(io.RawIOBase):
-    """Read by ranges. Raises UserError when the Hub, or the way to it, fails."""
+    """A file that is read by ranges. Raises UserError when the Hub, or the connection
+    to it, fails."""
 
     def __init__(self, file: HubFile):
         self._file = file

@@ -26,8 +26,8 @@ class Piece(NamedTuple):
 
 
 class Formatter:
-    """Items -> pieces. Raises UserError when the tokenizer has no chat template and the format
-    needs one."""
+    """Items -> pieces. Raises UserError when the format needs a chat template and the tokenizer has
+    none."""
 
     def __init__(self, config: FormatConfig, tokenizer: Tokenizer, sequence_length: int):
         self._config = config
@@ -38,7 +38,7 @@ class Formatter:
         self.cutoff = min(config.cutoff or sequence_length, sequence_length)
 
     def identity(self) -> list[Any]:
-        """What decides the pieces."""
+        """Everything that determines the pieces."""
         return [
             to_dict(self._config),
             self._template.source if self._template else None,
@@ -46,8 +46,8 @@ class Formatter:
         ]
 
     def items(self, rows: Iterable[Row], problems: Problems) -> Iterator[tuple[str, list[Piece]]]:
-        """(place, pieces). What cannot be read or does not fit the format is counted in
-        `problems`."""
+        """(location, pieces) of every item. What cannot be read or does not fit the format is
+        counted in `problems`."""
         for place, value in rows:
             if isinstance(value, Problem):
                 problems.add(value.kind, f"{place}, {value.detail}" if value.detail else place)
@@ -60,7 +60,7 @@ class Formatter:
                 problems.add(f"item skipped: {error}", place)
 
     def pieces(self, item: Mapping[str, Any]) -> list[Piece]:
-        """Raises Unusable."""
+        """An item's pieces. Raises Unusable."""
         pieces = self._chat(item) if self._template else self._filled(item)
         if not all(is_unicode(piece.text) for piece in pieces):
             raise Unusable("no valid Unicode")
@@ -89,8 +89,8 @@ class Formatter:
         return [Piece(prompt, False), Piece(answer, True)]
 
     def _chat(self, item: Mapping[str, Any]) -> list[Piece]:
-        """What the template puts between a prompt for an answer and the end of that answer is
-        learnt."""
+        """A chat's pieces: what the template puts between a prompt for an answer and the end of
+        that answer is learnt."""
         assert self._template is not None
         try:
             said = find_field(item, self._config.messages)
@@ -105,7 +105,7 @@ class Formatter:
             raise Unusable(str(error)) from error
 
     def _marked(self, messages: list[Any], given: Mapping[str, Any]) -> list[Piece]:
-        """The template's `generation` tags say what is learnt."""
+        """A chat's pieces where the template's `generation` tags mark what is learnt."""
         assert self._template is not None
         text, spans = self._template.render(messages, **given)
         for message in messages:
@@ -142,7 +142,8 @@ class Formatter:
 
 
 class _Fill(string.Formatter):
-    """A format string's fields, of any type. null: what stands for null, None to raise Unusable."""
+    """Fills a format string with fields of any type. null: what replaces null; None to raise
+    Unusable."""
 
     def __init__(self, null: str | None):
         self._null = null
@@ -161,7 +162,7 @@ class _Fill(string.Formatter):
 
 
 def _objects(name: str, value: Any) -> list[Any]:
-    """Of `tools` or `documents`, which may be JSON text. Raises Unusable."""
+    """The list in `tools` or `documents`, which may be JSON text. Raises Unusable."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -173,7 +174,7 @@ def _objects(name: str, value: Any) -> list[Any]:
 
 
 def _without_null(value: Any) -> Any:
-    """Parquet gives each object all fields that any has."""
+    """The value without null fields: Parquet gives every object all fields that any of them has."""
     if isinstance(value, Mapping):
         return {key: _without_null(part) for key, part in value.items() if part is not None}
     return [_without_null(part) for part in value] if isinstance(value, list) else value
@@ -184,9 +185,9 @@ def _no_field(field: Any, item: Mapping[str, Any]) -> Unusable:
 
 
 def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """(ids of the whole text, which of them are learnt). The text is encoded as one, as it is when
-    a model is asked; a token that reaches into a learnt piece is learnt, as in transformers'
-    assistant masks."""
+    """(ids of the whole text, which of them are learnt). The text is encoded as a whole, as it is
+    when a model is prompted; a token that extends into a learnt piece is learnt, as in
+    transformers' assistant masks."""
     ids, told = tokenizer.encode_with_offsets("".join(piece.text for piece in pieces))
     # Some tokenizers leave spaces out of a token's place in the text: what no token has is the
     # next's.

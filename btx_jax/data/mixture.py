@@ -72,7 +72,7 @@ def heldout_rows(domain: PreparedDomain, limit: int = 0) -> Row:
 
 
 def first_rows(domain: PreparedDomain, limit: int) -> Row:
-    """The same of training rows."""
+    """Training rows of a domain, chosen and shaped as those of `heldout_rows`."""
     return _first_rows(domain, "train", limit)
 
 

@@ -67,9 +67,9 @@ log = logging.getLogger(__name__)
 
 
 class _Task(NamedTuple):
-    """A source to prepare. files: of one that is no tensorflow_datasets set. target: where the set
-    lies in the cache, named by text (path, size and modification time of each file), format,
-    tokenizer, sequence length and held-out share."""
+    """A source to prepare. files: its files, unless it is a tensorflow_datasets set. target: where
+    the prepared set is in the cache, named by a hash of the text (path, size and modification time
+    of each file), format, tokenizer, sequence length and held-out share."""
 
     source: Source
     files: list[File]
@@ -79,7 +79,7 @@ class _Task(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Of finished shards."""
+        """Directory of the finished shards."""
         return cache_of(self.config) / FOLDER / self.target.name
 
     def shards(self, host: tuple[int, int]) -> Shards:
@@ -88,7 +88,7 @@ class _Task(NamedTuple):
 
 
 def _task(source: Source, tokenizer: Tokenizer, config: DataConfig) -> _Task:
-    """Raises UserError for an unknown format, and where no file is."""
+    """Raises UserError for an unknown format, and when there are no files."""
     cache = cache_of(config)
     template = find_format(source, tokenizer, config)
     if source.where.startswith("demo:"):
@@ -111,8 +111,8 @@ def _task(source: Source, tokenizer: Tokenizer, config: DataConfig) -> _Task:
 def prepare_source(
     source: Source, tokenizer: Tokenizer, config: DataConfig, hosts: int = 1
 ) -> PreparedSource:
-    """Tokenise one source into the cache, or find it there; one that is damaged is made anew.
-    hosts: how many tokenise it (`tokenise_share`). Raises UserError when it holds no document."""
+    """Tokenise one source into the cache, or find it there; a damaged one is rebuilt. hosts: how
+    many share the work (`tokenise_share`). Raises UserError when it contains no document."""
     task = _task(source, tokenizer, config)
     target = task.target
     manifest = read_manifest(target)
@@ -131,8 +131,9 @@ def prepare_source(
 def tokenise_share(
     notation: str, config: DataConfig, tokenizer: Tokenizer, key: str, host: tuple[int, int]
 ) -> None:
-    """What the host of this number, not the first, adds to `prepare` with as many hosts: its part
-    of the shards of every large source, in the shared cache. What is wrong the first host tells."""
+    """What host number `host`, other than the first, contributes to `prepare` with that many hosts:
+    its share of the shards of every large source, in the shared cache. Errors are reported by the
+    first host."""
     with contextlib.suppress(UserError):
         check_text(config, [(key, notation)])
         for domain in parse_domains(notation, config.domains, key):
@@ -146,12 +147,13 @@ def tokenise_share(
 
 
 def _is_shared(source: Source) -> bool:
-    """Among hosts: those that one process has to make or to fetch first are not."""
+    """Whether several hosts tokenise the source; one that a process has to generate or download
+    first is not shared."""
     return not source.where.startswith(("demo:", "tfds:"))
 
 
 def _stamps(files: Sequence[File]) -> list[Any]:
-    """What changes when a file does."""
+    """Values that change when a file does."""
     return [_stamp(file) if isinstance(file, Path) else file.stamp() for file in files]
 
 
@@ -160,8 +162,8 @@ def _stamp(file: Path) -> list[Any]:
 
 
 def _at_hand(file: File) -> File:
-    """As it is best read: of the Hub's files, columns of Parquet over the network, all else
-    downloaded."""
+    """The file as it is best read: of the Hub's files, columns of Parquet over the network,
+    everything else downloaded."""
     return file.downloaded() if isinstance(file, HubFile) and file.suffix != ".parquet" else file
 
 
@@ -236,7 +238,7 @@ def _write(task: _Task, hosts: int) -> None:
 
 
 class _Merged:
-    """What the shards of a source tell together, as they come."""
+    """Counts and problems of a source's shards, merged as they arrive."""
 
     def __init__(self, sequence_length: int):
         self._length = sequence_length
@@ -265,7 +267,7 @@ class _Merged:
             yield row
 
     def _add(self, counts: Counts, number: int) -> None:
-        """That of the next shard."""
+        """Add the counts of shard `number`, the next one."""
         before = {split: self.counts[split]["documents"] for split in SPLITS}
         for told in counts.told:
             at = before[told.split] + told.documents
@@ -279,8 +281,8 @@ class _Merged:
                 ours[key] += more[key]
 
     def problems(self) -> Problems:
-        """In the order in which rows are asked for: up to the first row of each split, then the
-        others of train, then those of what is held out."""
+        """In the order in which rows are used: up to the first row of each split, then the rest of
+        train, then the rest of what is held out."""
 
         def place(entry: tuple[Told, int]) -> tuple[int, int, int, int]:
             told, number = entry
@@ -298,7 +300,7 @@ def cache_of(config: DataConfig) -> Path:
 
 
 def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> Tokenizer:
-    """The config's tokenizer, else that of the checkpoint the run starts from. Raises UserError
+    """The config's tokenizer, or else that of the checkpoint the run starts from. Raises UserError
     when there is neither."""
     if config.tokenizer == DEMO:
         found = load_tokenizer(demo.tokenizer(cache_of(config)))
@@ -315,14 +317,14 @@ def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> 
 
 
 def texts(config: DataConfig) -> list[tuple[str, str]]:
-    """(key, text as it names it) of all that is trained on and of what is held out."""
+    """(key, notation) of all text that is trained on and held out."""
     named = [("config.data.train", config.train), ("config.data.heldout", config.heldout)]
     return [(key, notation) for key, notation in named if notation or key == "config.data.train"]
 
 
 def check_text(config: DataConfig, notations: Iterable[tuple[str, str]]) -> None:
-    """notations: as `texts` gives them. Raises ConfigError with all that is known to be wrong
-    before any of it is read: names, formats and files that are not there."""
+    """Raises ConfigError with everything that is known to be wrong before any text is read: names,
+    formats and missing files. notations: as `texts` returns them."""
     mistakes = Mistakes()
     for key, notation in notations:
         domains: tuple[Domain, ...] = ()
@@ -345,7 +347,7 @@ def prepare(
     notation: str, config: DataConfig, tokenizer: Tokenizer, key: str, hosts: int = 1
 ) -> tuple[PreparedDomain, ...]:
     """Every source of every domain of `notation`, tokenised. The slow step of a first run; later
-    runs find all in the cache. hosts: as prepare_source takes it."""
+    runs find everything in the cache. hosts: as for prepare_source."""
     check_text(config, [(key, notation)])
     prepared = tuple(
         PreparedDomain(
@@ -360,7 +362,7 @@ def prepare(
 def prepare_by_all(
     notation: str, config: DataConfig, tokenizer: Tokenizer, key: str
 ) -> tuple[PreparedDomain, ...]:
-    """`prepare` by all processes of a run: the first makes the sets, of which all tokenise."""
+    """`prepare` by all processes of a run: the first makes the sets, and all of them tokenise."""
     count = jax.process_count()
     if not is_first():
         tokenise_share(notation, config, tokenizer, key, (jax.process_index(), count))
@@ -371,7 +373,8 @@ _told: set[Path] = set()  # sources whose problems this process has told: stages
 
 
 def tell_problems(sources: Sequence[PreparedSource], key: str) -> None:
-    """What had to be left out or cut, by kind over all sources, each source's once a process."""
+    """Log what had to be skipped or truncated, by kind over all sources, once per source and
+    process."""
     new = {source.directory: source for source in sources if source.directory not in _told}
     _told.update(new)
     together = Problems()

@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSource:
-    """A tokenised source on disk. manifest: tokenizer and source hashes, counts by split, problems,
-    `heldout_from`: the shares of the source that would hold out its first and its last document."""
+    """A tokenised source on disk. manifest: hashes of tokenizer and source, counts by split,
+    problems, and `heldout_from`: the held-out shares from which its first and its last document
+    would be held out."""
 
     directory: Path
     weight: float
@@ -42,14 +43,14 @@ class PreparedSource:
         return self.manifest["splits"][split]["rows"]
 
     def open(self, split: str) -> Any:
-        """Random access to {tokens, segments: [sequence + 1] int32, bytes: []}, for grain. A row
-        that is damaged raises UserError when it is read."""
+        """Random access to {tokens, segments: [sequence + 1] int32, bytes: []}, for grain. Reading
+        a damaged row raises UserError."""
         builder = tfds.builder_from_directory(str(local_copy(self.directory)))
         return _Rows(builder.as_data_source(split=split), self.directory.parent)
 
 
 class _Rows:
-    """A split of a prepared set."""
+    """Rows of one split of a prepared set."""
 
     def __init__(self, rows: Any, directory: Path):
         self._rows, self._directory = rows, directory
@@ -76,12 +77,12 @@ class PreparedDomain:
     sources: tuple[PreparedSource, ...]
 
     def largest_id(self) -> int:
-        """Of all tokens of its rows; -1 when there are none."""
+        """The largest token id in its rows; -1 without rows."""
         splits = (s for source in self.sources for s in source.manifest["splits"].values())
         return max(split["largest_id"] for split in splits)
 
     def identity(self) -> str:
-        """A hash of what the domain's rows are made of, wherever its files lie."""
+        """A hash of what the domain's rows are made of, wherever its files are."""
         made = [(source.manifest, source.weight) for source in self.sources]
         told = [
             [[file["sha256"] for file in m["files"]], m["field"], m["splits"], weight]
@@ -91,7 +92,7 @@ class PreparedDomain:
 
 
 def none_heldout(domain: PreparedDomain) -> str:
-    """Why a domain without held-out rows has none, and what helps."""
+    """Why a domain has no held-out rows, and what would help."""
     manifests = [source.manifest for source in domain.sources]
     told = f"domain {domain.name!r} has no held-out document"
     fraction = manifests[0]["heldout_fraction"]
@@ -114,7 +115,7 @@ ONE_DOCUMENT = (
 
 
 def _above(share: float) -> float:
-    """A number a little larger, of few digits, below 1."""
+    """A slightly larger number with few digits, below 1."""
     digits = 1 - math.floor(math.log10(max(share, 1e-9)))
     above = (math.floor(share * 10**digits) + 1) / 10**digits
     return above if above < 1 else (share + 1) / 2
@@ -164,7 +165,7 @@ class Serializer:
         self.example_specs = example_specs
 
     def serialize_example(self, example: Mapping[str, np.ndarray]) -> bytes:
-        """Features by name."""
+        """A row, features by name, as a serialised tf.train.Example."""
         entries = (
             _field(1, name.encode()) + _field(2, _field(3, _integers(np.ravel(example[name]))))
             for name in sorted(example)
@@ -173,14 +174,15 @@ class Serializer:
 
 
 def _integers(values: np.ndarray) -> bytes:
-    """As tf.train.Int64List."""
+    """Values as a tf.train.Int64List."""
     if values.size and values.min() >= 0 and values.max() < 128:
         return _field(1, values.astype(np.uint8).tobytes())
     return tf_feature_pb2.Int64List(value=values.tolist()).SerializeToString()
 
 
 def _field(number: int, data: bytes) -> bytes:
-    """Bytes, a string, a message or packed numbers, in a protobuf message."""
+    """A length-delimited field of a protobuf message: bytes, a string, a message or
+    packed numbers."""
     size, length = len(data), bytearray()
     while size > 127:
         length.append(size & 127 | 128)
@@ -194,8 +196,9 @@ def write_set(
     sequence_length: int,
     manifest: Callable[[], dict[str, Any]],
 ) -> None:
-    """A prepared set, whole or not at all. manifest: what it says besides `rows`, asked when all
-    rows are written. Raises UserError as the rows or the manifest do, and for a full disk."""
+    """Write a prepared set, completely or not at all. manifest: returns what it says besides
+    `rows`, called when all rows are written. Raises UserError when the rows or the manifest do, and
+    for a full disk."""
     failed: list[UserError] = []
 
     def watched(of_split: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
@@ -232,8 +235,8 @@ def write_set(
 
 
 def _quietly(prepare: Any) -> None:
-    """TFDS with our serializer, without its own progress bars and advice: our bar and log speak for
-    it."""
+    """Run TFDS with our serializer and without its own progress bars and advice: our progress bar
+    and log replace them."""
     tfds.disable_progress_bar()
     absl = logging.getLogger("absl")
     previous = absl.level
@@ -249,12 +252,9 @@ def _quietly(prepare: Any) -> None:
 
 
 def read_manifest(target: Path) -> dict[str, Any] | None:
-    """That of a prepared set; None when there is none yet, also because it was damaged: then a line
-    says so and the set is gone.
-
-    Small files are compared with their checksums, ArrayRecord files in size: those are checked
-    wherever they are read.
-    """
+    """The manifest of a prepared set; None when there is none, also because it was damaged: then
+    the damage is logged and the set deleted. Small files are compared with their checksums,
+    ArrayRecord files by size: these are verified wherever they are read."""
     if not is_there(target):
         return None
     try:

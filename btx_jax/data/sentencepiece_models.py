@@ -21,7 +21,8 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # of a piece
 
 
 def read_model(path: Path) -> Any:
-    """The ModelProto of a `.model` file. Raises UserError when it is none that can be turned."""
+    """The ModelProto of a `.model` file. Raises UserError when it is not a kind that can be
+    converted."""
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
@@ -41,7 +42,7 @@ def read_model(path: Path) -> Any:
 
 
 def merges_of(pieces: Iterable[str], vocab: dict[str, int], rank: Any) -> list[tuple[str, str]]:
-    """Every way to join two pieces into one of `pieces`, the best first: by rank(piece), then as
+    """Every way to join two pieces into one of `pieces`, best first: by rank(piece), then as
     transformers breaks ties."""
     found = []
     for piece in pieces:
@@ -54,7 +55,7 @@ def merges_of(pieces: Iterable[str], vocab: dict[str, int], rank: Any) -> list[t
 
 
 def added_pieces(proto: Any) -> list[AddedToken]:
-    """Control symbols, which are special, and what the user defined."""
+    """Control symbols, which are special, and user-defined pieces."""
     return [
         AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)
         for piece in proto.pieces
@@ -63,10 +64,10 @@ def added_pieces(proto: Any) -> list[AddedToken]:
 
 
 def pipeline(proto: Any) -> tokenizers.Tokenizer:
-    """The same ids as sentencepiece gives for any text that names no control symbol.
+    """A pipeline with sentencepiece's ids for any text that contains no control symbol.
 
-    What a `.model` says is followed to the letter here. transformers follows it in parts, and
-    differently from class to class: see tokenizer_files.
+    It follows the flags of a `.model` to the letter. transformers follows some of them, differently
+    from class to class: see tokenizer_files.
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -99,7 +100,7 @@ def pipeline(proto: Any) -> tokenizers.Tokenizer:
 
 
 def decoder(strips: bool, byte_fallback: bool = True) -> decoders.Decoder:
-    """Pieces -> text. strips: the space that was put in front is taken away."""
+    """Pieces -> text. strips: whether the space that was added in front is removed."""
     steps: list[Any] = [decoders.Replace(SPACE, " ")]
     if byte_fallback:
         steps += [decoders.ByteFallback(), decoders.Fuse()]
@@ -109,8 +110,8 @@ def decoder(strips: bool, byte_fallback: bool = True) -> decoders.Decoder:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> None:
-    """Train a byte-fallback BPE that gives back any text exactly: no normalisation, every space
-    kept, digits apart. U+2581 alone, its own sign for a space, comes back as one."""
+    """Train a byte-fallback BPE that decodes any text exactly: no normalisation, every space kept,
+    digits split. Only U+2581, its own sign for a space, comes back as a space."""
     if target.exists():
         raise UserError(f"{target} exists; delete it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ TEXT = "text"  # the field of a text, where none is named
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One weighted place that text comes from. where: a path, a glob, gs://..., hf://...,
-    tfds:NAME or demo:NAME."""
+    """One weighted source of text. where: a path, a glob, gs://..., hf://..., tfds:NAME or
+    demo:NAME."""
 
     where: str
     field: str = TEXT
@@ -67,9 +67,9 @@ def _split_weight(entry: str, key: str) -> tuple[str, float]:
 
 
 def parse_domains(notation: str, domains: Mapping[str, str], key: str) -> tuple[Domain, ...]:
-    """Names from `domains` become those domains; all other entries together are one domain, `text`,
-    of their weights together. Raises UserError, with the nearest name, for a word that is neither a
-    domain nor a file."""
+    """Names from `domains` become those domains; all other entries together become one domain,
+    `text`, with the sum of their weights. Raises UserError, with the nearest name, for a word that
+    is neither a domain nor a file."""
     named, loose = [], []
     for entry in notation.split(","):
         where, weight = _split_weight(entry.strip(), key)
@@ -90,8 +90,8 @@ def parse_domains(notation: str, domains: Mapping[str, str], key: str) -> tuple[
 
 
 class Problems:
-    """What had to be left out or cut, counted by kind with the first place of each. Nothing is
-    dropped without a count."""
+    """What had to be skipped or truncated, counted by kind, with the location of the first of each.
+    Nothing is dropped without being counted."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -108,8 +108,8 @@ class Problems:
 
 
 def expand_files(source: Source, key: str = "config.data") -> list[File]:
-    """The files of a path or glob, here, on the Hub or a bucket, sorted. Raises UserError, naming
-    the key, when there are none."""
+    """The files of a path or glob, local, on the Hub or in a bucket, sorted. Raises UserError,
+    naming the key, when there are none."""
     if is_on_hub(source.where):
         return [*find_files(source.where, key)]
     if is_url(source.where):
@@ -134,8 +134,8 @@ def expand_files(source: Source, key: str = "config.data") -> list[File]:
 
 
 def source_rows(source: Source, files: Iterable[File]) -> Iterator[Row]:
-    """All rows of a source. files: of one that is no tensorflow_datasets set; of each, only the
-    source's field is read, unless that names a format."""
+    """All rows of a source. files: its files, unless it is a tensorflow_datasets set; only the
+    source's field is read, unless it names a format."""
     field = None if source.field.startswith("@") else source.field
     if source.where.startswith("tfds:"):
         yield from tfds_rows(source.where.removeprefix("tfds:"), field)
@@ -153,8 +153,8 @@ def source_rows(source: Source, files: Iterable[File]) -> Iterator[Row]:
 
 
 def documents(rows: Iterable[Row], field: str, problems: Problems) -> Iterator[tuple[str, str]]:
-    """(place, text) of rows. Those that give none (unreadable, field missing or not text, no valid
-    Unicode, empty) are counted in `problems`."""
+    """(location, text) of rows. Those without a usable text (unreadable, field missing or not text,
+    invalid Unicode, empty) are counted in `problems`."""
     for place, value in rows:
         text = _text(value, field)
         if isinstance(text, Problem):
@@ -185,8 +185,8 @@ def _text(value: Any, field: str) -> str | Problem:
 
 
 def is_unicode(text: str) -> bool:
-    """Not so of a text with a lone surrogate, which JSON can write down and no tokenizer takes, or
-    which stands for a byte that is no UTF-8."""
+    """False for a text with a lone surrogate, which JSON can contain and no tokenizer accepts, or
+    which stands for a byte that is not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -195,8 +195,8 @@ def is_unicode(text: str) -> bool:
 
 
 def read_documents(file: File, field: str, problems: Problems) -> Iterator[str]:
-    """The texts of one file; what gives none is counted in `problems`. Raises UserError when the
-    file itself is broken."""
+    """Yield the text of every document in the file, in order; what has none is counted in
+    `problems`. Raises UserError when the file itself is broken."""
     rows = source_rows(Source(str(file), field), [file])
     return (text for _, text in documents(rows, field, problems))
 
@@ -205,8 +205,8 @@ def read_json_lines(
     path: str, key: str, limit: int = 0, max_bytes: int = 0
 ) -> list[dict[str, Any]]:
     """The rows of a file that has fields (JSON lines, a JSON array, CSV, Parquet), at most `limit`,
-    0 for all. max_bytes: of all of them as JSON, 0 for any. Raises UserError, naming the key and
-    the place, for the first that cannot be read."""
+    0 for all. max_bytes: limit on all of them as JSON, 0 for none. Raises UserError, naming the key
+    and the location, for the first that cannot be read."""
     file = _one_file(path, key)
     items: list[dict[str, Any]] = []
     size = 0
@@ -241,7 +241,8 @@ def _one_file(path: str, key: str) -> File:
 
 def tfds_rows(name: str, field: str | None) -> Iterator[Row]:
     """Rows of the train split of a tensorflow_datasets data set, through `tfds.data_source`:
-    TensorFlow is not needed. Raises UserError when they lack the field, None for any."""
+    TensorFlow is not needed. field: the field that is needed, None for any. Raises UserError when
+    they lack it."""
     import tensorflow_datasets as tfds
 
     # Its own registration goes through all kinds in turn and ends at the first that lacks a

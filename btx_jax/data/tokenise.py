@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 
 
 def cores() -> int:
-    """That this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shards_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Where they are cut depends on the rows alone."""
+    """Rows grouped into shards. The grouping depends on the rows alone."""
     shard: list[Row] = []
     size = 0
     for row in rows:
@@ -71,11 +71,12 @@ class WorkerEnded(UserError):
 
 
 class Shards:
-    """A context: a source's rows, tokenised while the block lasts.
+    """A context manager: tokenises a source's rows while the block lasts.
 
-    read: gives the rows, whenever it is asked. folder: where the finished shards of a large source
-    lie, which the caller removes (`discard`). host: (number, count) among those that share the
-    work: each makes the shards of its number, and the first also what it waits for in vain.
+    read: returns the rows, each time it is called. folder: directory of the finished shards of a
+    large source, which the caller deletes (`discard`). host: (number, count) among those that share
+    the work: each makes its own shards, and the first also makes those of others that do not
+    arrive.
     """
 
     def __init__(
@@ -124,8 +125,8 @@ class Shards:
             worker.communicate()
 
     def each(self, split: str) -> Iterator[tuple[Counts, Columns]]:
-        """In the order of the rows, each as soon as it is finished. Raises UserError where the
-        source cannot be read or tokenised."""
+        """Shards in the order of the rows, each as soon as it is finished. Raises UserError where
+        the source cannot be read or tokenised."""
         for number in itertools.count():
             if not self._wait(number):
                 return
@@ -135,7 +136,7 @@ class Shards:
                 yield self._counts[number], load_columns(self._file(number), split)
 
     def finish_own(self) -> None:
-        """Until this host's shards are made."""
+        """Wait until this host's shards are made."""
         if self._reader:
             self._reader.join()
 
@@ -146,7 +147,7 @@ class Shards:
         return number % self._host_count == self._host
 
     def _wait(self, number: int) -> bool:
-        """Until a shard is finished; False when there is none of that number."""
+        """Wait until a shard is finished; False when there is no shard of that number."""
         if self._few is not None:
             if number < len(self._few) and number not in self._made:
                 self._made[number] = self._tokenise(self._few[number])
@@ -177,7 +178,8 @@ class Shards:
             self._changed.notify_all()
 
     def _run(self, shards: Iterable[list[Row]]) -> None:
-        """The reader's thread: makes this host's shards, then what other hosts should have."""
+        """Body of the reader's thread: makes this host's shards, then those that other hosts are
+        missing."""
         with ThreadPoolExecutor(cores()) as pool:
             end = self._submit(pool, shards, self._is_own)
             with self._changed:
@@ -191,7 +193,8 @@ class Shards:
     def _submit(
         self, pool: Executor, shards: Iterable[list[Row]], is_wanted: Callable[[int], bool]
     ) -> int | None:
-        """How many shards there are; None when they cannot be read or nobody asks any more."""
+        """Submit shards to the pool. Returns how many there are; None when they cannot be read or
+        the caller has left."""
         number = 0
         try:
             for rows in shards:
@@ -210,7 +213,7 @@ class Shards:
         return number
 
     def _still_missing(self, end: int) -> set[int]:
-        """Of other hosts' shards, once nobody has made one for long."""
+        """Other hosts' shards that nobody has made for a long time."""
         missing, since = {n for n in range(end) if not self._is_own(n)}, time.monotonic()
         while missing and not self._stopped:
             made = {number for number in missing if self._file(number).exists()}
@@ -245,7 +248,7 @@ class Shards:
             self._room.release()
 
     def _worker(self) -> subprocess.Popen[bytes]:
-        """That of this thread."""
+        """The worker process of this thread."""
         if not hasattr(self._of_thread, "worker"):
             root = str(Path(__file__).parent.parent.parent)
             path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -264,7 +267,8 @@ class Shards:
 
 
 def discard(folder: Path) -> None:
-    """The shards of a source, and the folder of all sources' when it is the last."""
+    """Delete the shards of a source, and the directory of all sources' shards when this was the
+    last."""
     if not folder.exists():
         return
     remove(folder)
@@ -274,14 +278,14 @@ def discard(folder: Path) -> None:
 
 
 def _changed(folder: Path) -> float:
-    """Seconds since the epoch."""
+    """When a directory last changed, in seconds since the epoch."""
     if is_on_bucket(folder):  # whose folders have no times
         return max((file.stat().st_mtime for file in folder.glob("*")), default=time.time())
     return folder.stat().st_mtime
 
 
 def sweep_stale(cache: Path) -> None:
-    """What was killed long ago and never gone on with."""
+    """Delete shards of preparations that were killed long ago and never resumed."""
     for folder in (cache / FOLDER).glob("*"):
         with contextlib.suppress(OSError):
             if time.time() - _changed(folder) > STALE:

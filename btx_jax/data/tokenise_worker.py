@@ -21,7 +21,7 @@ def send(stream: IO[bytes], value: Any) -> None:
 
 
 def receive(stream: IO[bytes]) -> Any:
-    """Raises EOFError where the other side has ended."""
+    """The next message of the stream. Raises EOFError when the other side has ended."""
     head = stream.read(8)
     size = int.from_bytes(head, "little")
     data = stream.read(size) if len(head) == 8 else b""

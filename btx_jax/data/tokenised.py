@@ -30,8 +30,9 @@ SPLITS = ("train", "heldout")
 
 
 class Told(NamedTuple):
-    """Problems of one kind. split: whose reading tells it; what gives no document is told with
-    train. documents: of the split in front of the first. item: its number; place: for messages."""
+    """Problems of one kind. split: the split whose reading reports it; what yields no document is
+    reported with train. documents: how many documents of the split came before the first. item: its
+    number; place: its location, for messages."""
 
     split: str
     kind: str
@@ -43,8 +44,8 @@ class Told(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What is known of a run of rows but for its tokens. splits: counts by split. orders: the least
-    and the largest of its documents, none for no document. characters: of its texts."""
+    """Everything about a run of rows except its tokens. splits: counts by split. orders: smallest
+    and largest hash order of its documents; none without documents. characters: of its texts."""
 
     splits: dict[str, dict[str, int]]
     told: tuple[Told, ...]
@@ -130,14 +131,14 @@ class Tokeniser:
 
 
 def find_format(source: Source, tokenizer: Tokenizer, config: DataConfig) -> Formatter | None:
-    """That of `FILE#@NAME`. Raises UserError for an unknown name."""
+    """The formatter of `FILE#@NAME`; None without one. Raises UserError for an unknown name."""
     if not source.field.startswith("@"):
         return None
     return Formatter(require_format(source, config), tokenizer, config.sequence_length)
 
 
 def require_format(source: Source, config: DataConfig) -> FormatConfig:
-    """That of `FILE#@NAME`. Raises UserError for an unknown name."""
+    """The format of `FILE#@NAME`. Raises UserError for an unknown name."""
     name = source.field[1:]
     if name not in config.formats:
         raise UserError(
@@ -148,7 +149,8 @@ def require_format(source: Source, config: DataConfig) -> FormatConfig:
 
 
 def save(tokenised: Tokenised, file: Path) -> None:
-    """Whole or not at all, in numpy's format, each number in as few bytes as hold all."""
+    """Write completely or not at all, in numpy's format, each array in the smallest integer type
+    that holds it."""
     arrays = {
         f"{split}/{name}": _narrow(array)
         for split, of_split in tokenised.columns.items()
@@ -166,7 +168,7 @@ def _narrow(array: np.ndarray) -> np.ndarray:
 
 
 def load_counts(file: Path) -> Counts | None:
-    """None where there is no such file, or none that is whole."""
+    """None where there is no such file, or only an incomplete one."""
     try:
         values: dict[str, Any] = json.loads(bytes(_load(file, "counts")))
         told = tuple(Told(*each) for each in values["told"])
@@ -176,7 +178,7 @@ def load_counts(file: Path) -> Counts | None:
 
 
 def load_columns(file: Path, split: str) -> Columns:
-    """Raises UserError when the file is damaged or gone."""
+    """Raises UserError when the file is damaged or missing."""
     try:
         return Columns(*(_load(file, f"{split}/{name}") for name in Columns._fields))
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:

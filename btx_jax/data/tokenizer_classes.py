@@ -45,7 +45,7 @@ _FAMILIES_DECLARED_WRONGLY = ("qwen2",)  # of which the family's class is taken 
 
 
 def class_of(family: str, declared: str, is_byte_level: bool) -> str:
-    """The name of the class, without `Fast`, as AutoTokenizer decides. family: `model_type`.
+    """The name of the class, without `Fast`, as AutoTokenizer chooses it. family: `model_type`.
     declared: `tokenizer_class`, "" for none."""
     if family in _FAMILIES_AS_THEY_ARE.split():
         return ""
@@ -58,8 +58,8 @@ def class_of(family: str, declared: str, is_byte_level: bool) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a class of transformers builds anew. build: (vocab, merges, flags) -> pipeline without
-    added tokens. named: its special tokens where the files name none."""
+    """How a class of transformers rebuilds its pipeline. build: (vocab, merges, flags) -> pipeline
+    without added tokens. named: its special tokens where the files name none."""
 
     build: Callable[
         [dict[str, int], list[tuple[str, str]], Mapping[str, Any]], tokenizers.Tokenizer

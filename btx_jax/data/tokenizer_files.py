@@ -36,10 +36,10 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """backend: the whole pipeline. named: `bos_token` and the like -> the token, for templates too.
-    templates: name -> chat template; a single one is named "default". cleans_up: spaces in front of
-    punctuation are taken out of decoded text. verbatim: backend is tokenizer.json as it lies there,
-    and no class of transformers would change it."""
+    """What a tokenizer's files say. backend: the whole pipeline. named: `bos_token` and the like ->
+    the token, for templates too. templates: name -> chat template; a single one is named "default".
+    cleans_up: whether spaces before punctuation are removed from decoded text. verbatim: whether
+    backend is tokenizer.json exactly, which no class of transformers would change."""
 
     backend: tokenizers.Tokenizer
     named: Mapping[str, str]
@@ -49,7 +49,7 @@ class Files:
 
 
 def read_files(file: Path) -> Files:
-    """Of a tokenizer file and its companions. Raises UserError for one that is damaged."""
+    """A tokenizer file with its companions. Raises UserError for a damaged one."""
     folder = file.parent
     companions = file.suffix == ".json" or file.name in NAMES
     config = read_json(folder / CONFIG) if companions else {}
@@ -64,7 +64,8 @@ def read_files(file: Path) -> Files:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object, {} when there is no such file. Raises UserError when it is damaged."""
+    """The JSON object in a file; {} when there is no such file. Raises UserError when it is
+    damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
@@ -75,8 +76,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_backend(path: Path) -> tokenizers.Tokenizer:
-    """A tokenizer.json. Cutting and padding that it asks for are for batches of a classifier, and
-    turned off: text is never cut in silence."""
+    """A tokenizer.json. Truncation and padding that it asks for are meant for batches of a
+    classifier, and turned off: text is never truncated silently."""
     made = _whole(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
     made.no_truncation()
     made.no_padding()
@@ -95,7 +96,7 @@ def _whole(path: Path, make: Callable[[], tokenizers.Tokenizer]) -> tokenizers.T
 
 
 def frame(backend: tokenizers.Tokenizer, before: list[str], behind: list[str]) -> None:
-    """Let the tokenizer put these special tokens around every text."""
+    """Make the tokenizer put these special tokens around every text."""
     told = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*before, *behind])]
     around = [f"{token}:0" for token in before], [f"{token}:0" for token in behind]
     single: list[str] = [*around[0], "$A:0", *around[1]]
@@ -106,7 +107,7 @@ def frame(backend: tokenizers.Tokenizer, before: list[str], behind: list[str]) -
 
 
 def _sentencepiece_alone(file: Path, templates: Mapping[str, str]) -> Files:
-    """A .model that no tokenizer_config.json stands beside says all by itself; BOS comes first."""
+    """A .model without tokenizer_config.json says everything by itself; BOS comes first."""
     proto = sentencepiece_models.read_model(file)
     backend = sentencepiece_models.pipeline(proto)
     named = _named_by_model(proto)
@@ -123,7 +124,8 @@ def _named_by_model(proto: Any) -> dict[str, str]:
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Files come before entries of tokenizer_config.json, as in transformers."""
+    """Chat templates. Files take precedence over entries of tokenizer_config.json, as in
+    transformers."""
     found = {}
     try:
         if (folder / TEMPLATE).is_file():
@@ -143,7 +145,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Reading:
-    """One directory, in the order in which transformers goes through it."""
+    """Reads one directory, in the order in which transformers does."""
 
     def __init__(self, file: Path, config: Mapping[str, Any]):
         self.file, self.config = file, dict(config)
@@ -195,7 +197,7 @@ class _Reading:
         )
 
     def _values(self) -> dict[str, Any]:
-        """tokenizer_config.json, and special_tokens_map.json over it where it has no
+        """tokenizer_config.json, overridden by special_tokens_map.json where it has no
         added_tokens_decoder, as before transformers 4.34."""
         values = self.config
         if "additional_special_tokens" in values and not values.get("extra_special_tokens"):
@@ -287,8 +289,8 @@ class _Reading:
         named: Mapping[str, str | AddedToken],
         extra: list[Any],
     ) -> list[AddedToken]:
-        """In the order of their ids; what the pipeline has already, with the same flags, is left
-        out."""
+        """Tokens to add, in the order of their ids; those that the pipeline already has with the
+        same flags are skipped."""
         there = {repr(token) for token in backend.get_added_tokens_decoder().values()}
         tokens: list[str | AddedToken] = [
             token for _, token in sorted(added.items()) if repr(token) not in there
@@ -368,7 +370,7 @@ def _vocabulary(spec: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str
 
 
 def _pair(merge: Any) -> tuple[str, str]:
-    """Old files write "a b", new ones ["a", "b"]."""
+    """A merge as a pair: old files write "a b", new ones ["a", "b"]."""
     a, b = merge.split(" ") if isinstance(merge, str) else merge
     return a, b
 

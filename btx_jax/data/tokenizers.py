@@ -41,9 +41,9 @@ _TEMPLATE_FILES = (TEMPLATE, "chat_template.json")
 
 class Tokenizer:
     """path: the file it was read from. vocab_size: one more than the largest id. bos, eos: ids, or
-    None where there is none. prefix: ids that the tokenizer itself puts in front of a text, which
-    is what stands in front of every document and prompt: BOS for a Llama, nothing for a Qwen.
-    named: `bos_token` and the like -> its text. templates: name -> chat template."""
+    None. prefix: ids that the tokenizer itself puts in front of a text, and so in front of every
+    document and prompt: BOS for a Llama, nothing for a Qwen. named: `bos_token` and the like -> its
+    text. templates: name -> chat template."""
 
     def __init__(self, path: Path, files: Files):
         self.path, self.named, self.templates = path, files.named, files.templates
@@ -62,8 +62,9 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = verbatim
 
     def _special(self, role: str) -> int | None:
-        """As the tokenizer's own files name it; else as the model's config.json numbers it, which
-        must not be lost for EOS; else, where no file says anything, by its usual names."""
+        """Id of a special token: as the tokenizer's own files name it; or else by its number in the
+        model's config.json, so that EOS is never lost; or else, where no file says anything, by its
+        usual names."""
         if role in self.named:
             return self._tokenizer.token_to_id(self.named[role])
         alone = not (self.path.parent / CONFIG).is_file()
@@ -78,7 +79,7 @@ class Tokenizer:
         return next((i for i in ids if i is not None), None)
 
     def _around(self) -> tuple[list[int], list[int]]:
-        """What the post-processor puts in front of a text and behind it."""
+        """Ids that the post-processor puts before a text and after it."""
         for text in ("a", "0", ".", "\n"):  # one that the vocabulary knows
             bare = self._tokenizer.encode(text, add_special_tokens=False).ids
             whole = self._tokenizer.encode(text, add_special_tokens=True).ids
@@ -96,18 +97,17 @@ class Tokenizer:
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """Of tokens that decoding leaves out."""
+        """Ids of tokens that decoding skips."""
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone; special tokens written out in it are read as such.
-
-        Raises UserError for a text that is no Unicode (a lone surrogate)."""
+        """Ids of the text alone; special tokens that are written out in it are read as such. Raises
+        UserError for invalid Unicode (a lone surrogate)."""
         return self._encode(text).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Also, of each id, the characters [start, stop) of the text that it stands for."""
+        """`encode`, and for each id the characters [start, stop) of the text that it stands for."""
         encoding = self._encode(text)
         return encoding.ids, encoding.offsets
 
@@ -124,13 +124,13 @@ class Tokenizer:
             ) from error
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued: behind what the tokenizer itself puts in front."""
+        """Ids of a text to be continued, with what the tokenizer itself puts in front."""
         return self.prefix + self.encode(text)
 
     def decode(self, ids: Iterable[int], behind: Sequence[int] = (), special: bool = False) -> str:
-        """The text that `ids` add to that of the ids `behind` which they stand: what a tokenizer
-        does at the beginning of a text (a Llama's takes a space away) is not done in its middle.
-        special: special tokens are written out."""
+        """The text that `ids` add to that of the ids `behind`, which they follow: what a tokenizer
+        does at the beginning of a text (a Llama's removes a space) is not done in its middle.
+        special: whether special tokens are written out."""
         if not behind:
             return self._decode(ids, special)
         before, whole = self._decode(behind, special), self._decode([*behind, *ids], special)
@@ -152,19 +152,19 @@ class Tokenizer:
 
     @property
     def cleaned(self) -> Sequence[str]:
-        """The strings that decoding changes where a text has them."""
+        """The strings that decoding changes where a text contains them."""
         return CLEANED if self._files.cleans_up else ()
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
     def token_of(self, number: int) -> str:
-        """ "" for an id that the vocabulary leaves out."""
+        """The token of an id; "" for an id that the vocabulary skips."""
         return self._tokenizer.id_to_token(number) or ""
 
     def with_bos(self, added: bool) -> "Tokenizer":
-        """The same one, but with BOS in front of every text, or without. Raises UserError when it
-        has none."""
+        """This tokenizer with BOS in front of every text, or without. Raises UserError when it has
+        no BOS."""
         if added and self.bos is None:
             raise UserError(f"config.data.bos: {self.path} has no BOS to put in front")
         if added == (self.prefix[:1] == [self.bos]) and len(self.prefix) == int(added):
@@ -178,8 +178,8 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of what decides ids: the same for a file that another version of a library saved
-        again."""
+        """Hash of everything that determines ids: the same for a file that another version of a
+        library has saved again."""
         told = json.dumps(self._function(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -194,7 +194,7 @@ class Tokenizer:
         }
 
     def to_json(self) -> str:
-        """tokenizer.json, with merges as libraries before 0.20 read them too."""
+        """tokenizer.json, with merges in the form that libraries before 0.20 read too."""
         spec = json.loads(self._tokenizer.to_str())
         merges = spec["model"].get("merges")
         if merges and not any(" " in half for pair in merges for half in pair):
@@ -202,10 +202,9 @@ class Tokenizer:
         return json.dumps(spec, ensure_ascii=False, indent=1)
 
     def save(self, directory: Path) -> None:
-        """Into a directory: tokenizer.json, and what names special tokens and chat templates.
-
-        What transformers would build anew, differently for another family, is written out, so that
-        it means the same beside any model."""
+        """Write tokenizer.json, and the files that name special tokens and chat templates, into a
+        directory. What transformers would rebuild, differently for another family, is written out,
+        so that it means the same beside any model."""
         with filled(directory) as local:
             self._save(local)
 
@@ -236,7 +235,7 @@ class Tokenizer:
             _copy(self.path, directory / NAMES[1])
 
     def _config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """tokenizer_config.json beside a tokenizer.json that says all."""
+        """tokenizer_config.json beside a tokenizer.json that says everything."""
         said = (
             "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy",
             "sp_model_kwargs", "from_slow", "auto_map",
@@ -254,8 +253,8 @@ class NotUnicode(UserError):
 
 
 def clean_up(text: str) -> str:
-    """Spaces in front of punctuation, as transformers' clean_up_tokenization_spaces takes them
-    out."""
+    """The text without spaces before punctuation, as transformers' clean_up_tokenization_spaces
+    removes them."""
     for part in CLEANED:
         text = text.replace(part, part.strip())
     return text
@@ -279,7 +278,7 @@ def find_tokenizer(path: str | Path) -> Path:
 
 
 def _at_hand(path: Path) -> Path:
-    """The path itself, or a copy of what a tokenizer is read from on a bucket."""
+    """The path itself, or a local copy of a tokenizer's files in a bucket."""
     if not is_on_bucket(path):
         return path
     is_file = path.suffix in (".model", ".json")
@@ -304,12 +303,13 @@ def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def difference(a: Tokenizer, b: Tokenizer, rows: int) -> str:
-    """ "" when both give the same ids to every text; else, in a few words, how b differs from a.
+    """ "" when both give the same ids for every text; otherwise, briefly, how b differs from a.
 
-    They do when what decides ids is equal as one library writes it, or when vocabulary, merges and
-    added tokens are and the ids of some thousand texts, chosen to tell pipelines apart, are too
-    (transformers 5 writes a Llama's prefix in another way than 4 did). An answer of tokens that b
-    has besides begins with `adds `. Ids from `rows` on have no embedding: no model can read them.
+    They are the same when what determines ids is equal as one library writes it, or when
+    vocabulary, merges and added tokens are equal and so are the ids of some thousand texts, chosen
+    to tell pipelines apart (transformers 5 writes a Llama's prefix differently from 4). The answer
+    begins with `adds ` where b only has further tokens. Ids from `rows` on have no embedding: no
+    model can read them.
     """
     if a.sha256 == b.sha256:
         return ""
@@ -346,8 +346,9 @@ def _few(tokens: Sequence[str]) -> str:
 
 
 def _probes(tokenizer: Tokenizer, count: int) -> list[str]:
-    """Spaces at every place, digits, case, contractions, compositions, other scripts, emoji, code,
-    bytes; and `count` pieces of the vocabulary itself, alone and in the middle of a text."""
+    """Texts that tell pipelines apart: spaces in every position, digits, case, contractions,
+    compositions, other scripts, emoji, code, bytes; and `count` pieces of the vocabulary itself,
+    alone and in the middle of a text."""
     words = [
         "", " ", "  ", "\n", "\t", "a", " a", "a ", "  a  b ", "A b\nC\r\n\r\nd", "\n\n  x",
         "don't I'LL we've", "1", "12", "123", "1234567", "3.14e-5", "x1y22z333", "é", "e\u0301",
@@ -379,7 +380,7 @@ def check_ids(
     ids: Iterable[int], rows: int, where: str, tokenizer: Tokenizer | None = None
 ) -> None:
     """Raises UserError for an id that has no embedding: the vocabulary may be larger than the
-    model, what is read must not. rows: embeddings of the model."""
+    model, but the text must not use it. rows: embeddings of the model."""
     if (largest := max(ids, default=-1)) >= rows:
         token = f"{tokenizer.token_of(largest)!r} has id" if tokenizer else "holds token"
         raise UserError(
