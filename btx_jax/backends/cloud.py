@@ -10,11 +10,9 @@ from btx_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """bucket: gs://NAME, or a directory of it; text and checkpoints are read from its data/, runs
-    are written to its runs/.
-    source: the git URL that machines install btx_jax from. run: a name for this pipeline's jobs.
-    spot: machines that may be taken away.
-    """
+    """Where cloud jobs run. bucket: gs://NAME, or a directory of it; text and checkpoints are read
+    from its data/, and runs written to its runs/. source: the git URL that machines install btx_jax
+    from. run: a name for this pipeline's jobs. spot: whether machines may be preempted."""
 
     bucket: str
     run: str
@@ -40,7 +38,7 @@ class Place:
         return f"BTX_DATA_DIR={shlex.quote(self.path('data'))} {shlex.join(command)}"
 
     def job_name(self, stage: str) -> str:
-        """Lower case and dashes: what every engine takes as a name."""
+        """A job's name in lower case with dashes, which every engine accepts."""
         return f"{self.run}-{stage}".lower().replace("_", "-")
 
 

@@ -28,11 +28,11 @@ class Gke:
         return {f"{job.name}.yaml": yaml.safe_dump(self._jobset(job), sort_keys=False)}
 
     def submit(self, job: Job) -> None:
-        """`kubectl apply`, which leaves a JobSet of the same name and contents as it is."""
+        """Run `kubectl apply`, which leaves a JobSet with the same name and contents as it is."""
         require(ask(["kubectl", "apply", "-f", "-"], next(iter(self.files(job).values()))))
 
     def keep(self, job: Job) -> None:
-        """JobSet restarts it."""
+        """Do nothing: JobSet restarts the job."""
 
     def _jobset(self, job: Job) -> dict:
         name, place = self.place.job_name(job.name), self.place

@@ -24,9 +24,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """name: of the stage, which runs in WORKDIR/NAME. needs: stages that must have finished.
-    command: what its machines run. topology: of its slice, such as v5p:2x2x4, "" for machines
-    without TPUs."""
+    """name: the stage, which runs in WORKDIR/NAME. needs: stages that must have finished. command:
+    what its machines run. topology: its slice, such as v5p:2x2x4; "" for machines without TPUs."""
 
     name: str
     needs: tuple[str, ...]
@@ -36,27 +35,27 @@ class Job:
 
 
 class Backend(Protocol):
-    """Where jobs run. An engine that exists does the work; a backend only writes down what it is
-    told."""
+    """Where jobs run. An existing engine does the work; a backend only writes what the engine is
+    handed."""
 
     def files(self, job: Job) -> dict[str, str]:
-        """File name -> contents: all that would be handed to the engine."""
+        """File name -> contents: everything that would be handed to the engine."""
         ...
 
     def submit(self, job: Job) -> None:
         """Hand the job to the engine. Doing so twice starts it once. Raises UserError, with the
-        engine's words, when it refuses."""
+        engine's message, when it refuses."""
         ...
 
     def keep(self, job: Job) -> None:
-        """Called now and then while a submitted job has not finished: bring back machines that were
-        taken away, if its engine does not."""
+        """Called periodically while a submitted job has not finished: bring back preempted
+        machines, if its engine does not."""
         ...
 
 
 def load_pipeline(file: str, overrides: Sequence[str] = ()) -> Config:
-    """A config file or preset -> its pipeline config. Raises ConfigError when it is none, and with
-    all that is wrong with it."""
+    """The pipeline config of a config file or preset. Raises ConfigError when it is not a pipeline,
+    and with everything that is wrong with it."""
     config = read_config(file, overrides, "--pipeline")
     if config.pipeline is None:
         raise ConfigError(
@@ -74,8 +73,8 @@ def jobs_of(
     cache: str = "",
 ) -> list[Job]:
     """One job per stage, each after its needs. topologies: stage, or "" for all others -> topology.
-    Raises ConfigError for others. cache: where all of them find tokenised text, "" for what their
-    configs say."""
+    cache: directory of tokenised text for all of them, "" for what their configs say. Raises
+    ConfigError for a topology of an unknown stage."""
     pipeline = load_pipeline(file, overrides).pipeline
     assert pipeline
     topologies = topologies or {}
@@ -112,7 +111,7 @@ def jobs_of(
 
 
 def in_waves(jobs: Iterable[Job], finished: set[str]) -> list[Job]:
-    """The unfinished jobs all of whose needs have finished."""
+    """The unfinished jobs whose needs have all finished."""
     return [job for job in jobs if job.name not in finished and set(job.needs) <= finished]
 
 
@@ -154,7 +153,7 @@ CHIPS_PER_HOST = 4
 
 
 def parse_topology(topology: str) -> Slice:
-    """Raises UserError for a slice that is not offered, or not by the backends."""
+    """Raises UserError for a slice that does not exist, or that the backends do not offer."""
     kind, sides = parse_grid(topology)
     if kind not in KINDS:
         raise UserError(f"--slice: {topology!r}: no backend starts {kind}, only {', '.join(KINDS)}")

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Local:
-    """At most `parallel` jobs at a time; each writes its terminal to LOGS/NAME.log."""
+    """Runs at most `parallel` jobs at a time; the terminal output of each goes to LOGS/NAME.log."""
 
     def __init__(self, logs: Path, parallel: int):
         self.logs, self.parallel = logs, parallel
@@ -29,8 +29,8 @@ class Local:
         return {f"{job.name}.sh": shlex.join(job.command) + "\n"}
 
     def run(self, jobs: Sequence[Job], is_finished: Callable[[Job], bool]) -> None:
-        """All unfinished jobs, each after its needs. A job that fails stops only what needs it.
-        Raises UserError when one did."""
+        """Run all unfinished jobs, each after its needs. A job that fails stops only those that
+        need it. Raises UserError when one failed."""
         self.logs.mkdir(parents=True, exist_ok=True)
         by_name = {job.name: job for job in jobs}
         order = graphlib.TopologicalSorter({job.name: job.needs for job in jobs})
@@ -89,7 +89,7 @@ class Local:
         return status
 
     def stop(self) -> None:
-        """SIGTERM to every job, which saves its step and ends."""
+        """Send SIGTERM to every job, which saves its step and ends."""
         with self._lock:
             self._stopping = True
             for process in self._running:

@@ -58,7 +58,7 @@ class QueuedResources:
         }
 
     def submit(self, job: Job) -> None:
-        """Creates it unless there is one of that name."""
+        """Create the request unless one of that name exists."""
         if self._state(job):
             self.keep(job)
             return
@@ -68,8 +68,7 @@ class QueuedResources:
             require(ask(self._create(job, str(script))))
 
     def keep(self, job: Job) -> None:
-        """Of a request whose machines were taken away: delete it, so that the next call makes it
-        anew."""
+        """Delete a request whose machines were preempted, so that the next call creates it anew."""
         state = self._state(job)
         if not state:
             self.submit(job)
@@ -87,7 +86,7 @@ class QueuedResources:
             require(ask([*delete, "--force", "--quiet"]))
 
     def _state(self, job: Job) -> str:
-        """ "" when there is no such request."""
+        """The state of a job's request; "" when there is none."""
         describe = [
             "gcloud",
             "compute",

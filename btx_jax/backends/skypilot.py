@@ -47,7 +47,7 @@ class SkyPilot:
         return {f"{job.name}.yaml": yaml.safe_dump(self._task(job), sort_keys=False)}
 
     def submit(self, job: Job) -> None:
-        """Launches it unless the queue has a job of that name that has not ended."""
+        """Launch the job unless the queue has an unfinished one of that name."""
         name = self.place.job_name(job.name)
         queue = ask(["sky", "jobs", "queue", "--skip-finished"])
         require(queue)
@@ -72,7 +72,7 @@ class SkyPilot:
                 )
 
     def keep(self, job: Job) -> None:
-        """Managed jobs recover by themselves."""
+        """Do nothing: managed jobs recover by themselves."""
 
     def _task(self, job: Job) -> dict:
         place = self.place

@@ -33,8 +33,8 @@ def on_this_machine(
     dry_run: bool = False,
     out: str = "",
 ) -> None:
-    """At most `parallel` stages at a time, as processes. dry_run: write down what they would be,
-    into files of the directory `out`, or on stdout. Raises UserError."""
+    """Run at most `parallel` stages at a time, as processes. dry_run: write what they would be into
+    files of the directory `out`, or to stdout. Raises UserError."""
     where = to_path(workdir, "--workdir").resolve()
     jobs = jobs_of(pipeline, str(where), overrides, python=sys.executable)
     logs = Path("runs", where.name, "logs") if is_on_bucket(where) else where / "logs"
@@ -58,8 +58,8 @@ def in_the_cloud(
     dry_run: bool = False,
     out: str = "",
 ) -> None:
-    """backend: of CLOUD. workdir: as the machines see it, "" for one of the bucket, named by the
-    run. topologies: stage, or "" for all others -> TPU slice. Raises UserError."""
+    """backend: a key of CLOUD. workdir: as the machines see it, "" for a directory of the bucket
+    named after the run. topologies: stage, or "" for all others -> TPU slice. Raises UserError."""
     engine = CLOUD[backend](place)
     workdir = workdir or place.path("runs", place.run)
     jobs = jobs_of(pipeline, workdir, overrides, topologies, cache=place.path("cache"))

@@ -31,7 +31,7 @@ FORMATS = ("btx_jax", "peft")
 
 
 def find_adapter(path: str, key: str) -> Checkpoint:
-    """Raises UserError when what is there holds no LoRA experts."""
+    """The checkpoint at a path. Raises UserError when it has no LoRA experts."""
     found = find_checkpoint(path, key)
     if not found.metadata.model.lora:
         raise UserError(f"{key}: {found.path} holds a whole model and no LoRA experts")
@@ -84,14 +84,12 @@ def import_peft(source: str, base: str, target: str) -> str:
 def merge(
     source: str, target: str, base: str = "", expert: int | None = None, gates: str = ""
 ) -> str:
-    """LoRA experts into the weights of their base -> a Hugging Face directory.
+    """Merge LoRA experts into the weights of their base -> a Hugging Face directory.
 
-    base: where it lies, if no longer where it was; its digest must be that of training either way.
-    expert: take this one alone. gates: `mean`, or one weight per expert, comma-separated. Needed
-    where a layer has several experts: what a router chooses cannot be merged.
-
-    Raises UserError when they are missing or do not fit, and when the base has other weights; then
-    there is no target.
+    base: where it is now, if it has moved; its digest must be that of training either way. expert:
+    take only this one. gates: `mean`, or one weight per expert, comma-separated; needed where a
+    layer has several experts, as a router's choice cannot be merged. Raises UserError when gates
+    are missing or do not fit, and when the base has other weights; then no target is left.
     """
     found = find_adapter(source, "ADAPTER")
     metadata = found.metadata

@@ -21,9 +21,9 @@ from btx_jax.paths import to_path
 
 def run(source: str, target: str, dtype: str = "") -> str:
     """Returns a line that says what was done. dtype: of all tensors of the result; "" keeps each
-    tensor's own, widened to float32 where tensors of one leaf here differ.
+    tensor's own, widened to float32 where the tensors of one leaf here differ.
 
-    Raises UserError listing everything that is wrong with the source; then there is no target.
+    Raises UserError listing everything that is wrong with the source; then no target is left.
     """
     found = find_checkpoint(source, "SRC")
     reader = open_reader(found)

@@ -186,8 +186,8 @@ def _require_branch(mixture: Checkpoint, source: Checkpoint, named: str) -> None
 
 def drop(mixture: str, expert: int, target: str) -> str:
     """Remove an expert and its router rows from every MoE layer; experts after it move down by one.
-    Where the routers were solved and the statistics lie beside the mixture, all rows are solved
-    again without it. Raises UserError."""
+    Where the routers were solved and the statistics are kept beside the mixture, all rows are
+    solved again without it. Raises UserError."""
     found = find_checkpoint(mixture, "MIXTURE")
     model = _moe(found.metadata.model, mixture)
     for layer, spec in enumerate(model.layer_specs()):
@@ -246,11 +246,10 @@ def drop(mixture: str, expert: int, target: str) -> str:
 
 
 class _Solver:
-    """Solves the routers of a mixture again from its stored statistics and what comes or goes.
-
-    model, read: of the mixture with what comes, read from `readers` and in the dtypes that are
-    written; routers are not asked for. Raises UserError when the statistics are not the mixture's.
-    """
+    """Solves the routers of a mixture again from its stored statistics, with an expert added or
+    dropped. model, read: of the mixture including a new expert, read from `readers` in the dtypes
+    that are written; read is not asked for routers. Raises UserError when the statistics are not
+    the mixture's."""
 
     def __init__(
         self,
@@ -266,7 +265,8 @@ class _Solver:
         self._check(stored, stored.about.base)
 
     def with_text(self, source: str, text: str, file: BinaryIO) -> np.ndarray:
-        """[layers, experts, D]. Prints how the new expert's text is routed."""
+        """Router rows [layers, experts, D] with a new expert, from its text. Prints how that text
+        is routed."""
         about = self._stored.about
         number = len(about.experts)
         rows = read_text(text, "--text", self._tokenizer, self._model, about.tokens)
@@ -288,7 +288,8 @@ class _Solver:
         return routers.rows
 
     def with_statistics(self, source: str, path: str, file: BinaryIO) -> np.ndarray:
-        """[layers, experts, D]. path: of a file that has the new expert's among others."""
+        """Router rows [layers, experts, D] with a new expert. path: a statistics file that contains
+        the new expert's among others."""
         given = RouterStatistics(to_path(path, "--statistics"))
         self._check(given, self._base())
         about = self._stored.about
@@ -312,7 +313,7 @@ class _Solver:
         return self._solve(file, (*about.experts, Expert(source, digest)), parts)
 
     def without(self, expert: int, file: BinaryIO) -> np.ndarray:
-        """[layers, experts, D]."""
+        """Router rows [layers, experts, D] without an expert."""
         self._base()
         experts = self._stored.about.experts
         return self._solve(
@@ -341,7 +342,8 @@ class _Solver:
         return [expert.digest for expert in self._stored.about.experts]
 
     def _base(self) -> str:
-        """The mixture's own, which the stored statistics must have."""
+        """Digest of the mixture's weights outside the experts, which the stored statistics must
+        have."""
         for tensor in seen_tensors(self._model):
             self._read(tensor)
         base = base_digest(self._read.of_expert(None))
@@ -366,7 +368,8 @@ class _Solver:
 
 
 def _statistics(path: Path, model: ModelConfig, mixture: str) -> RouterStatistics | None:
-    """Those beside a mixture, of as many experts as it has. Raises UserError."""
+    """The statistics beside a mixture, for as many experts as it has; None without. Raises
+    UserError."""
     if name := hub_names.named(mixture, "MIXTURE"):  # of which no more than the model is there
         file = name._replace(path=f"{name.path}/{FILE}".lstrip("/"))
         if file.path in hub.listing(name, "MIXTURE"):
@@ -387,7 +390,7 @@ def _check_values(readers: Sequence[Reader]) -> None:
 
 
 def _check_told(mixture: str, stored: RouterStatistics | None, text: str, statistics: str) -> None:
-    """What is known of the new expert's domain must be what its rows are solved from."""
+    """Check that the new expert's domain is given in the form that its rows are solved from."""
     if stored is None and (text or statistics):
         option = "--text" if text else "--statistics"
         raise UserError(
@@ -433,7 +436,8 @@ def _write(
     readers: list[Reader],
     statistics: BinaryIO | None,
 ) -> None:
-    """statistics: what the routers were solved from, to be kept beside the weights."""
+    """Write the changed mixture. statistics: what the routers were solved from, to be kept beside
+    the weights."""
 
     def inspect(written: Path) -> None:
         if statistics:

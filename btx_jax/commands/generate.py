@@ -26,11 +26,9 @@ def generate(
     seed: int = 0,
     dtype: str = "float32",
 ) -> None:
-    """`show` gets the prompt's continuation, part by part. is_chat: the prompt is a user's message,
-    and goes through the tokenizer's chat template.
-
-    Raises UserError when prompt and continuation do not fit the model's context.
-    """
+    """Sample a continuation; `show` receives it piece by piece. is_chat: the prompt is a user's
+    message, and goes through the tokenizer's chat template. Raises UserError when prompt and
+    continuation do not fit the model's context."""
     found = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(found.tokenizer)
     ends: list[int | None] = []

@@ -64,7 +64,7 @@ CONDITION_LIMIT = 5.0
 
 
 class Sources(NamedTuple):
-    """base, and the distinct experts' models; source_of[i] is the index in readers of
+    """base, and the distinct models of the experts; source_of[i] is the index in readers of
     recipe.sources[i]. The base is readers[0]."""
 
     checkpoints: list[Checkpoint]
@@ -85,10 +85,9 @@ def run(
     verify: bool = False,
     output_format: str = "",
 ) -> None:
-    """output_format: "huggingface", "btx_jax", or "" for that of base_model. Prints what it does.
-
-    Raises UserError for anything wrong, before anything is written or with nothing left of it.
-    """
+    """Mix from a recipe and print what is done. output_format: "huggingface", "btx_jax", or "" for
+    that of base_model. Raises UserError for anything wrong, before anything is written or with
+    nothing left of it."""
     recipe = read_recipe(to_path(recipe_path, "RECIPE.yml"))
     check_free(to_path(target, "OUT"))
     sources = _open(recipe)
@@ -173,7 +172,7 @@ def run(
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    """The model_type that it came from, or would be written as; "" for none."""
+    """The model_type that a checkpoint came from, or would be written as; "" for none."""
     if origin := checkpoint.metadata.huggingface.get("model_type", ""):
         return origin
     try:
@@ -194,7 +193,7 @@ def _dtype(recipe: Recipe, base: Reader) -> np.dtype:
 
 
 def _gates(mixture: Mixture, prompts: Sequence[Prompt], console: Console) -> np.ndarray:
-    """Prints what the prompts choose, where there are any."""
+    """Gates from prompts or at random. Prints what the prompts choose, where there are any."""
     recipe = mixture.recipe
     with np.errstate(all="ignore"):
         rows, shares = make_gates(recipe, mixture.base, mixture.model, prompts)
@@ -214,7 +213,7 @@ def _gates(mixture: Mixture, prompts: Sequence[Prompt], console: Console) -> np.
 
 
 def _unrouted(mixture: Mixture) -> Mixture:
-    """With rows of zeros, by which a shared expert's gate is half open."""
+    """The mixture with router rows of zeros; zeros leave a shared expert's gate half open."""
     assert mixture.model.moe
     rows = mixture.recipe.expert_count + mixture.model.moe.shared_gate
     shape = (mixture.model.layers, rows, mixture.model.d_model)
@@ -238,7 +237,8 @@ def _merging(
 
 
 def _passing(recipe: Recipe, texts: Sequence[Rows]) -> list[tuple[int | None, Rows]]:
-    """Each through its expert; that of a shared expert, which comes last, through no other."""
+    """Texts with the expert that each passes through; that of a shared expert, which comes last,
+    passes through none."""
     routed = len(recipe.experts)
     return [(n if n < routed else None, text) for n, text in enumerate(texts)]
 
@@ -251,7 +251,8 @@ def _by_ridge(
     statistics: BinaryIO,
     console: Console,
 ) -> np.ndarray:
-    """statistics: a file for what the rows are solved from."""
+    """Solve the routers by ridge regression. statistics: file to write what the rows are solved
+    from."""
     recipe, model = mixture.recipe, mixture.model
     assert tokenizer
     experts = tuple(Expert(expert.source_model) for expert in recipe.experts)
@@ -280,7 +281,7 @@ def _solved(
     merging: Merging | None,
     console: Console,
 ) -> np.ndarray:
-    """Prints how the rows route."""
+    """Solve router rows, and print how they route."""
     recipe = mixture.recipe
     solved = solve_routers(mixture.model, read, _passing(recipe, texts), fit, merging)
     mixture.check()
@@ -291,8 +292,8 @@ def _solved(
 
 
 def _open(recipe: Recipe) -> Sources:
-    """Raises UserError when sources cannot be read, or differ in what gives weights their
-    meaning."""
+    """Open the sources. Raises UserError when they cannot be read, or differ in what gives weights
+    their meaning."""
     keys = {"base_model": recipe.base_model} | {
         f"{key}[{i}].source_model": expert.source_model
         for key in ("experts", "shared_experts")
@@ -355,7 +356,7 @@ def _require_alike(
 
 
 def _warn_of_vocabularies(sources: Sources, console: Console) -> None:
-    """base_model's tokenizer and vocabulary are the mixture's."""
+    """Warn where a source's vocabulary differs from base_model's, which the mixture gets."""
     size = sources.checkpoints[0].metadata.model.vocab_size
     for checkpoint in sources.checkpoints[1:]:
         other = checkpoint.metadata.model.vocab_size

@@ -32,11 +32,11 @@ def push(
     revision: str = "",
     message: str = "",
 ) -> str:
-    """Returns a line that says where it lies now. is_private: of a repository that is made; one
-    that is there and public is refused. revision: a branch, "" for main.
+    """Upload a directory. Returns a line that says where it is now. is_private: of a repository
+    that is created; an existing public one is refused. revision: a branch, "" for main.
 
-    Raises UserError when the directory is none that transformers or peft read, or is damaged, and
-    when the Hub refuses; then there is no commit.
+    Raises UserError when the directory is not one that transformers or peft read, or is damaged,
+    and when the Hub refuses; then there is no commit.
     """
     source = local_copy(to_path(directory, "DIR"))
     name = named(PROTOCOL + repository.removeprefix(PROTOCOL), "ORG/NAME")
@@ -52,7 +52,7 @@ def push(
 
 
 def _upload(name: Name, source: Path, files: list[str], is_private: bool, message: str) -> str:
-    """Returns the address of the commit, the only one."""
+    """Upload all files in one commit. Returns its address."""
     from huggingface_hub import CommitOperationAdd
 
     api = hub.api()
@@ -72,7 +72,7 @@ def _upload(name: Name, source: Path, files: list[str], is_private: bool, messag
 
 
 def _checked(directory: Path) -> list[str]:
-    """The files to upload, below the directory. Raises UserError when they are not whole."""
+    """Files to upload, relative to the directory. Raises UserError when they are damaged."""
     if not directory.is_dir():
         raise UserError(f"DIR: {directory} is no directory")
     if (directory / adapter.ABOUT).is_file():
@@ -100,13 +100,13 @@ def _checked(directory: Path) -> list[str]:
 
 
 def _base(directory: Path) -> str:
-    """What a LoRA of peft names as its base, "" for a whole model."""
+    """The base that a peft LoRA names; "" for a whole model."""
     config = directory / peft_config.CONFIG
     return str(read_json(config).get("base_model_name_or_path")) if config.is_file() else ""
 
 
 def _card(directory: Path, name: str) -> str:
-    """For a directory that brings none."""
+    """A model card for a directory that has none."""
     base = _base(directory)
     if not base or os.path.isabs(base):
         return f"# {name}\n\nUploaded by btx_jax {__version__}.\n"

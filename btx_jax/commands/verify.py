@@ -32,7 +32,7 @@ from btx_jax.rundir import CONFIG
 
 
 class Finding(NamedTuple):
-    """Of one thing that was checked. told: what was checked, or what is wrong."""
+    """Result for one thing that was checked. told: what was checked, or what is wrong."""
 
     name: str
     told: str
@@ -40,8 +40,8 @@ class Finding(NamedTuple):
 
 
 def verify(path: str) -> Iterator[Finding]:
-    """A pipeline's or a run's directory (all its steps), a step, a Hugging Face directory, an
-    adapter of ours or of peft's. Raises UserError for anything else."""
+    """Check the directory of a pipeline or a run (all its steps), a step, a Hugging Face directory,
+    or an adapter, ours or peft's. Raises UserError for anything else."""
     quiet()
     directory = hub.resolve(path, "PATH")
     if not directory.is_dir():
@@ -101,7 +101,7 @@ def _run(directory: Path) -> Iterator[Finding]:
 
 def _is_training(directory: Path) -> bool:
     """Whether it is known to be a training run, which keeps its tokenizer: what was converted, or
-    mixed of adapters, may never have had one."""
+    mixed from adapters, may never have had one."""
     try:
         return json.loads((directory / CONFIG).read_text(encoding="utf-8"))["stage"] == "train"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -120,7 +120,7 @@ def _step(path: Path, name: str) -> Iterator[Finding]:
 
 
 def _base(path: Path, base: Base) -> str:
-    """Of a branch."""
+    """Compare a branch's base with its digest."""
     open_reader(find_checkpoint(path, "PATH")).check()
     return f"digest of {base.path}"
 
@@ -149,7 +149,7 @@ def _sums(directory: Path) -> Iterator[Finding]:
 
 
 def _blobs(directory: Path) -> Iterator[Finding]:
-    """Of a snapshot of the Hub: large files are named by their sha256."""
+    """Check a snapshot of the Hub, whose large files are named by their sha256."""
 
     def check(path: Path) -> str:
         if file_sha256(path) != os.path.basename(os.readlink(path)):

@@ -18,12 +18,13 @@ MAX_DIGITS = 9
 
 
 def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
-    """`2468`: layer l of L gets digit floor(n l / L) of n digits, so that a depth that n does not
-    divide has the longer blocks first among equals (30 layers and 4 digits: blocks of 8, 7, 8 and
-    7). `triangle:160`, of SHAPES: 160 experts in all, in the shape's proportions by largest
-    remainder, the lower layer first. `2,2,4,4`: one number a layer; 0 leaves a layer as it is.
+    """Experts of each layer, from an allocation.
 
-    Raises UserError when the allocation cannot be read or does not fit the depth.
+    `2468`: layer l of L gets digit floor(n l / L) of n digits; where n does not divide the depth,
+    longer blocks come first among equals (30 layers and 4 digits: blocks of 8, 7, 8 and 7).
+    `triangle:160`, of SHAPES: 160 experts in all, in the shape's proportions by largest remainder,
+    the lower layer first. `2,2,4,4`: one number per layer; 0 leaves a layer as it is. Raises
+    UserError when the allocation cannot be read or does not fit the depth.
     """
     name, _, total = allocation.partition(":")
     if name in SHAPES:

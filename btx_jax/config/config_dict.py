@@ -31,7 +31,7 @@ def to_dict(config: Any) -> Any:
 
 
 class _Names(ml_collections.ConfigDict):
-    """name -> text, the names the user's own: config_flags finds any of them here, "" where it is
+    """A mapping whose names are the user's own: config_flags finds any name here, "" where it is
     new, and can set it."""
 
     def __getitem__(self, key: str) -> Any:
@@ -46,8 +46,8 @@ class _Names(ml_collections.ConfigDict):
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """What can be changed by assignment, by a config file or the command line: every key is there,
-    and no other can be added, but for the names of domains and of evaluated models."""
+    """A ConfigDict, whose keys a config file or the command line can assign: every key is there,
+    and no other can be added, except names of domains and of evaluated models."""
 
     def converted(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -60,7 +60,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
 
 def from_config_dict(config: ml_collections.ConfigDict | Config) -> Config:
-    """A Config is returned as it is: presets gave ConfigDicts once."""
+    """The Config of a ConfigDict; a Config is returned as it is."""
     if isinstance(config, Config):
         return config
     require_tree(config)
@@ -68,8 +68,8 @@ def from_config_dict(config: ml_collections.ConfigDict | Config) -> Config:
 
 
 def require_tree(config: Any) -> None:
-    """Raises ConfigError for a required_placeholder that is left unset, and for what is nested so
-    deeply that only a value within itself can be."""
+    """Raises ConfigError for a required_placeholder that is not set, and for nesting so deep that
+    it can only be a cycle."""
     todo = [("config", config, 0)]
     while todo:
         key, value, depth = todo.pop()
@@ -100,7 +100,7 @@ def flatten(values: Any, key: str = "") -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of one leaf of two `to_dict` results; None where there is no such leaf."""
+    """One leaf that differs between two `to_dict` results; None where it is missing."""
 
     key: str
     old: Any

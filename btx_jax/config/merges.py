@@ -26,7 +26,7 @@ TextTokens = Annotated[int, Range(16, 10**9)]
 
 
 def unread(section: Any, kind: type) -> Iterator[str]:
-    """Of a section with `merge` and all these settings: those that are set and not read."""
+    """Lines about settings of merges that are set but not read by the section's `merge`."""
     for key in dict.fromkeys(key for keys in MERGE_SETTINGS.values() for key in keys):
         readers = [name for name, keys in MERGE_SETTINGS.items() if key in keys]
         value = getattr(section, key)

@@ -16,9 +16,9 @@ class Piece(NamedTuple):
 
 
 class Method(NamedTuple):
-    """pieces: (sources, chunks) -> into how many each feed-forward is cut. per_expert: (sources,
-    chunks) -> how many of them, joined, make an expert. place: (expert, n, pieces) -> source and
-    number of the expert's n-th piece."""
+    """How feed-forwards become experts. pieces: (sources, chunks) -> how many pieces each
+    feed-forward is cut into. per_expert: (sources, chunks) -> how many pieces, joined, make an
+    expert. place: (expert, n, pieces) -> source and number of the expert's n-th piece."""
 
     pieces: Callable[[int, int], int]
     per_expert: Callable[[int, int], int]
@@ -46,8 +46,8 @@ AVERAGE = "average"  # of the mix stage: no experts, one dense model
 
 
 class Cut(NamedTuple):
-    """experts: how many there are. d_ff: of each. pieces: into how many each feed-forward is
-    cut."""
+    """Feed-forwards cut into experts. experts: how many there are. d_ff: of each. pieces: how many
+    each source's feed-forward is cut into."""
 
     method: str
     experts: int
@@ -56,7 +56,7 @@ class Cut(NamedTuple):
     per_expert: int
 
     def made_of(self, expert: int) -> list[Piece]:
-        """One behind the other along d_ff."""
+        """The expert's pieces, in order along d_ff."""
         place = METHODS[self.method].place
         return [Piece(*place(expert, n, self.pieces), self.pieces) for n in range(self.per_expert)]
 
@@ -68,7 +68,7 @@ def count(method: str, sources: int, chunks: int) -> int:
 
 
 def cut(method: str, sources: int, chunks: int, d_ff: int) -> Cut:
-    """What becomes of the feed-forwards of so many sources. chunks: of `split`. Raises ConfigError
+    """How the feed-forwards of that many sources are cut. chunks: of `split`. Raises ConfigError
     when d_ff cannot be cut."""
     how = METHODS[method]
     pieces, joined = how.pieces(sources, chunks), how.per_expert(sources, chunks)
@@ -79,7 +79,8 @@ def cut(method: str, sources: int, chunks: int, d_ff: int) -> Cut:
 
 
 def owners(method: str, sources: int, chunks: int) -> list[int]:
-    """The source of each expert; [] where experts are made of several, or there are none."""
+    """The source of each expert; [] where experts are made of several sources, or there
+    are none."""
     if method not in METHODS or METHODS[method].per_expert(sources, chunks) > 1:
         return []
     made = cut(method, sources, chunks, METHODS[method].pieces(sources, chunks))

@@ -172,8 +172,8 @@ class LoRAConfig(Section):
                 yield f"targets[{i}]={target!r}: named twice"
 
     def specs(self, layers: int) -> tuple["LoRASpec | None", ...]:
-        """What each layer gets. Raises ConfigError when allocation, rank or k do not fit the depth
-        or each other."""
+        """The LoRA experts of each layer; None for a layer without. Raises ConfigError when
+        allocation, rank or k do not fit the depth or each other."""
         try:
             counts = experts_per_layer(self.allocation, layers)
         except UserError as error:
@@ -260,12 +260,13 @@ class LayerSpec:
 
     @property
     def routed(self) -> int:
-        """How many a router chooses from: the experts and, behind them, their anchor."""
+        """How many experts a router chooses from, including their anchor, which is the last."""
         return self.experts + self.anchor
 
     @property
     def sums_to_one(self) -> bool:
-        """Whether the gates of a token's experts do, where it has several: an anchor is none."""
+        """Whether the gates of a token's experts sum to one, where it has several; beside an anchor
+        they do not."""
         return self.renormalise and not self.anchor
 
 
@@ -413,7 +414,7 @@ class ModelConfig(Section):
 
     @rule
     def _possible(self) -> Iterator[str]:
-        """In closed form: shapes of what is too large are not even made."""
+        """Refuse models that are too large, by closed formulas: their shapes are not even made."""
         counts = self.moe.experts if self.moe is not None else (1,) * self.layers
         lora = ((0, 0),) * self.layers
         if self.lora is not None:
@@ -526,7 +527,7 @@ class ModelConfig(Section):
         return tuple((f"layers_{i}", length, spec) for i, (length, spec) in enumerate(runs))
 
     def dense(self) -> "ModelConfig":
-        """The same model without experts: what each branch is."""
+        """This model without experts: what each branch is."""
         return dataclasses.replace(self, moe=None)
 
     @property
@@ -535,9 +536,9 @@ class ModelConfig(Section):
 
     @property
     def is_branch(self) -> bool:
-        """Whether it is one expert beside its anchor, in every layer."""
+        """Whether every layer is one expert beside its anchor."""
         return self.moe is not None and self.moe.anchor and set(self.moe.experts) == {1}
 
     def base(self) -> "ModelConfig":
-        """The same model without LoRA experts."""
+        """This model without LoRA experts."""
         return dataclasses.replace(self, lora=None)

@@ -30,7 +30,7 @@ HUGE = 1e30  # the largest value of a float without a bound of its own: float32 
 @dataclass(frozen=True)
 class Range:
     """Numbers from low to high, both included unless `above` (low is not) or `below` (high is not);
-    never NaN or infinity. also: a further number."""
+    never NaN or infinity. also: one further number that is allowed."""
 
     low: float
     high: float
@@ -60,7 +60,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of these words. empty: also none, ""."""
+    """One of these words. empty: whether "" is allowed too."""
 
     words: tuple[str, ...]
     empty: bool = False
@@ -77,7 +77,8 @@ Weight = Annotated[float, Range(0, 1e3)]  # of a term of the loss
 
 
 class Section:
-    """A section checks itself when it is made: ConfigError, with a line for every mistake."""
+    """A section that checks itself when it is made. Raises ConfigError, with a line for every
+    mistake."""
 
     def __post_init__(self) -> None:
         mistakes = Mistakes()
@@ -86,9 +87,9 @@ class Section:
 
 
 def rule(method: Callable[[Any], Iterator[str]]) -> Callable[[Any], Iterator[str]]:
-    """Marks what several fields of a section must fulfil together. It yields lines that start with
-    a key, and reads fields of `self` alone: where one of them is wrong by itself, the rule
-    waits."""
+    """Marks a method that checks several fields of a section together. It yields lines that start
+    with a key, and reads fields of `self` alone: where one of them is wrong by itself, the rule is
+    skipped."""
     method.is_rule = True  # type: ignore[attr-defined]
     return method
 
@@ -108,7 +109,7 @@ class _Known:
 
 
 def is_missing(section: Any, name: str) -> bool:
-    """For rules: whether the optional field is left out, not merely wrong."""
+    """For rules: whether the optional field is left out, rather than wrong."""
     try:
         return getattr(section, name) is None
     except Unknown:
@@ -144,7 +145,7 @@ _SHORT = _Short()
 
 
 def _section(cls: type[T], values: Any, key: str, mistakes: Mistakes) -> T | None:
-    """None when there are mistakes."""
+    """The section made of `values`; None when there are mistakes."""
     if not isinstance(values, Mapping):
         mistakes.add(f"{key}={shown(values)}: must be a section with keys")
         return None
@@ -158,7 +159,7 @@ def _section(cls: type[T], values: Any, key: str, mistakes: Mistakes) -> T | Non
 
 
 def _known(cls: type, values: Mapping[str, Any], prefix: str, mistakes: Mistakes) -> dict[str, Any]:
-    """The fields that are right, defaults included; what is wrong, also by the rules, goes to
+    """The fields that are right, defaults included; what is wrong, by the rules too, is added to
     mistakes."""
     fields, hints, rules = _declared(cls)
     unknown = [name for name in values if name not in fields]
@@ -198,7 +199,7 @@ def _declared(cls: type) -> tuple[dict[str, Any], dict[str, Any], list[Callable]
 
 
 def _convert(hint: Any, value: Any, key: str, mistakes: Mistakes) -> Any:
-    """The value as its type has it; meaningless when a mistake was added."""
+    """The value converted to its type; meaningless when a mistake was added."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):  # only ever `Section | None`
         if value is None:

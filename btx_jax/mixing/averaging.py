@@ -14,14 +14,15 @@ from btx_jax.mixing.merge import MERGES
 
 
 def generator(seed: int, tensor: TensorId) -> np.random.Generator:
-    """Of one tensor: the same whatever the order in which tensors are made."""
+    """Random numbers for one tensor: the same in whatever order tensors are made."""
     return np.random.default_rng([seed, zlib.crc32(str(tensor).encode())])
 
 
 @dataclass(frozen=True)
 class Shared:
-    """merge, settings: how, by MERGES. base: gives the shapes, and what changes are measured from.
-    readers: of the models, each once. dtype: of what is made. seed: of random numbers."""
+    """Merges what experts share, tensor by tensor. merge, settings: how, by MERGES. base: gives the
+    shapes, and what changes are measured from. readers: of the models, each once. dtype: of the
+    result. seed: of random numbers."""
 
     merge: str
     settings: Mapping[str, float]
@@ -31,8 +32,9 @@ class Shared:
     seed: int
 
     def make(self, tensor: TensorId, seen: Sequence[np.ndarray] | None = None) -> np.ndarray:
-        """seen: of each model, what `merge.solved` takes. Raises UserError for what is beyond the
-        range of dtype; what was not finite before is not told here."""
+        """The merged tensor. seen: for each model, what `merge.solved` takes. Raises
+        UserError for values beyond the range of dtype; values that were not finite
+        before are not reported here."""
         arrays = [reader.read(tensor) for reader in self.readers]
         is_whole = arrays[0].shape == self.base.slots[tensor].shape
         if len(arrays) == 1 and is_whole and self.merge not in READ_BASE:
@@ -62,8 +64,8 @@ class Shared:
         return result
 
     def is_right(self, tensor: TensorId, found: np.ndarray) -> bool:
-        """Whether that is the tensor, checked by other means than it was made by, which this merge
-        has."""
+        """Whether `found` is the merged tensor, checked by other means than it was made with, where
+        the merge has them."""
         is_right = MERGES[self.merge].is_right
         assert is_right
         arrays = [reader.read(tensor) for reader in self.readers]
@@ -78,8 +80,8 @@ class Shared:
     def _having(
         self, arrays: Sequence[np.ndarray], tensor: TensorId
     ) -> list[tuple[slice, list[int]]]:
-        """Blocks of rows of base's tensor, and which of the models have them: one block but where
-        vocabularies differ. Rows that none has are base's."""
+        """Blocks of rows of the base's tensor, and the models that have them: one block unless
+        vocabularies differ. Rows that no model has are the base's."""
         rows = self.base.slots[tensor].shape[0]
         ends = sorted({min(len(array), rows) for array in arrays} | {rows})
         return [

@@ -41,8 +41,8 @@ def by_ridge(
     keep: Callable[[int, Moments], None],
     before: Callable[[int], Moments] | None = None,
 ) -> Fit:
-    """keep: is given the sums of each mixture layer, in order. before: those of a layer's experts
-    that have no text here, which come first."""
+    """A fit by ridge regression. keep: receives the sums of each mixture layer, in order. before:
+    sums of a layer's experts that have no text here, which come first."""
 
     def fit(layer: int, states: Sequence[Iterable[np.ndarray]]) -> np.ndarray:
         whole = joined([*([before(layer)] if before else []), *map(moments, states)])
@@ -57,7 +57,7 @@ def by_logistic(layer: int, states: Sequence[Iterable[np.ndarray]]) -> np.ndarra
 
 
 def _used(states: Iterable[np.ndarray], text: Rows) -> Iterable[np.ndarray]:
-    """Of rows [length, D], those tokens that something is made from."""
+    """Of rows [length, D], the tokens that something is fitted to."""
     return (row[use] for row, use in zip(states, text.is_used, strict=True))
 
 
@@ -68,9 +68,10 @@ def solve_routers(
     fit: Fit,
     merging: "Merging | None" = None,
 ) -> Routers:
-    """read: a tensor of the mixture; routers are not asked for. texts: (expert, its text); those of
-    no routed expert are merging's alone, which solves what is shared in the same pass. Raises
-    UserError, naming the layer, where rows cannot be solved."""
+    """Solve the routers of a mixture, layer by layer. read: returns a tensor of the mixture; it is
+    not asked for routers. texts: (expert, its text); those of no routed expert are used by merging
+    alone, which solves what is shared in the same pass. Raises UserError, naming the layer, where
+    rows cannot be solved."""
     experts = max(spec.experts for spec in model.layer_specs())
     rows = np.zeros((model.layers, experts, model.d_model), np.float32)
     routed = [(n, expert, text) for n, (expert, text) in enumerate(texts) if expert is not None]
@@ -98,18 +99,20 @@ def _passed(
 def solve_shared(
     model: ModelConfig, read: Read, texts: Sequence[tuple[int | None, Rows]], merging: "Merging"
 ) -> None:
-    """All that merging solves. Other arguments: as `solve_routers` takes them."""
+    """Solve everything that merging solves, without routers. Other arguments: as for
+    `solve_routers`."""
     for _ in _passed(model, read, texts, merging):
         pass
 
 
 class Merging:
-    """Solves what experts share: the embedding at once, all else before `forced_states` reads it.
+    """Solves what experts share: the embedding at once, everything else before `forced_states`
+    reads it.
 
-    make: (tensor, of each model what its merge is solved from) -> the tensor. texts: (which of the
-    models it is of, the text), in the order in which they pass. counts: how often each text holds
-    each token, [vocab_size]. Each model weighs the same, however much text it has. file: to keep
-    what is solved, which can be sought in. solved: all of that.
+    make: (tensor, for each model what its merge is solved from) -> the tensor. texts: (which of the
+    models it belongs to, the text), in the order in which they pass. counts: how often each text
+    contains each token, [vocab_size]. Every model has the same weight, however much text it has.
+    file: seekable, keeps what is solved. solved: all of that.
     """
 
     def __init__(
@@ -174,7 +177,7 @@ def joined(parts: Sequence[Moments]) -> Moments:
 
 
 def solved(layer: int, whole: Moments, ridge: RidgeConfig) -> np.ndarray:
-    """`solve`, with the layer in its errors."""
+    """`solve`, with the layer named in its errors."""
     try:
         return solve(whole, ridge)
     except UserError as error:
@@ -182,7 +185,7 @@ def solved(layer: int, whole: Moments, ridge: RidgeConfig) -> np.ndarray:
 
 
 def seen_tensors(model: ModelConfig) -> Iterator[TensorId]:
-    """Those of no single expert that what routers see depends on, besides the experts."""
+    """Tensors outside the experts that the routers' inputs depend on."""
     for tensor in slots(model):
         if _is_before_routers(tensor) and tensor.expert is None and not tensor.is_router:
             yield tensor
@@ -206,8 +209,8 @@ class Hashed:
         return array
 
     def of_expert(self, expert: int | None) -> dict[TensorId, str]:
-        """Of what was read of an expert, whatever its number, as of a dense model; None: of what is
-        no expert's and comes before a router."""
+        """Hashes of what was read of an expert, under its names in a dense model, whatever its
+        number. None: of what belongs to no expert and comes before a router."""
         return {
             tensor if expert is None else tensor.of_dense(): sha256
             for tensor, sha256 in self._hashes.items()

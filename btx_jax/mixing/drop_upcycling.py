@@ -14,9 +14,9 @@ def redrawn(params: Params, key: jax.Array, share: float) -> dict[str, Any]:
     """The mixture with round(share * d_ff) hidden units, at least one, of every expert drawn anew,
     chosen at random for each expert and layer.
 
-    A unit's are its column of gate, its column of up and its row of down: the same units in all
-    three. Each matrix's are drawn from normal with the mean and standard deviation of what they
-    replace in it. All else keeps its bits, biases, shared experts and dense runs among it.
+    A unit is its column of gate, its column of up and its row of down: the same units in all three.
+    What is drawn is normal, with the mean and standard deviation of what it replaces in that
+    matrix. Everything else keeps its bits, including biases, shared experts and dense runs.
     """
     runs = [name for name in params if name.startswith("layers_")]
     result = dict(params)

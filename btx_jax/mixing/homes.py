@@ -7,9 +7,9 @@ from btx_jax.architectures.registry import known_families
 
 
 class Home(NamedTuple):
-    """name: mergekit-moe's. sources: the dense model_types that it takes for it, all models of one.
-    has_shared, has_gate: a shared expert, and behind a gate. biases: what it writes, of
-    zeros where the sources have none."""
+    """A class that mergekit-moe writes. name: mergekit's. sources: model_types of dense models that
+    it accepts, all models of one type. has_shared, has_gate: whether it has a shared expert, and a
+    gate on it. biases: biases that it always has, zeros where the sources have none."""
 
     name: str
     sources: tuple[str, ...]
@@ -34,8 +34,8 @@ MERGEKIT: Mapping[str, Home] = {
 
 
 def model_types(architecture: str) -> list[str]:
-    """Those that a recipe's `architecture` can mean: a model_type, or the first letters of
-    mergekit's names; all for "", none for what is unknown."""
+    """The model_types that a recipe's `architecture` can mean: a model_type, or the first letters
+    of mergekit's names; all for "", none for an unknown one."""
     mixtures = [family.model_type for family in known_families().values() if family.moe]
     if not architecture:
         return mixtures
@@ -46,6 +46,6 @@ def model_types(architecture: str) -> list[str]:
 
 
 def spellings() -> str:
-    """What `architecture` may say, for messages."""
+    """Everything that `architecture` may say, for messages."""
     others = [kind for kind in model_types("") if kind not in MERGEKIT]
     return ", ".join([*(home.name for home in MERGEKIT.values()), *MERGEKIT, *others])

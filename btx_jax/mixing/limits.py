@@ -11,10 +11,9 @@ log = logging.getLogger(__name__)
 
 
 def limits(models: Mapping[str, ModelConfig], warn: bool = True) -> tuple[int, int]:
-    """(context, window) of what is made of these, by name: no context is longer than each of
-    theirs.
-    A window that all of them have stays; else none is left, and the shortest is the context. warn:
-    whether to log what is cut."""
+    """(context, window) of what is made of these models, by name. The context is no longer than any
+    of theirs. A window that all of them share is kept; otherwise there is none, and the context is
+    at most the shortest window. warn: whether to log what is cut."""
     windows = {model.window for model in models.values()}
     window = windows.pop() if len(windows) == 1 else 0
     reach = {
@@ -29,7 +28,8 @@ def limits(models: Mapping[str, ModelConfig], warn: bool = True) -> tuple[int, i
 
 
 def within(model: ModelConfig, context: int, window: int) -> ModelConfig:
-    """The same weights, used within other limits. A window stays where layers rotate by it."""
+    """The same weights, used within other limits. A window is kept where layers have a RoPE of
+    their own for it."""
     if window or model.window_theta:
         return dataclasses.replace(model, context=context, window=window or model.window)
     return dataclasses.replace(model, context=context, window=0, window_layers=())

@@ -8,11 +8,11 @@ MOST = 1000  # steps of L-BFGS
 
 
 def logistic_rows(states: Sequence[np.ndarray]) -> np.ndarray:
-    """[E, D], float64. states: of each of E domains, [tokens, D].
+    """Router rows [E, D], float64. states: of each of E domains, [tokens, D].
 
-    The rows minimise the sum of a softmax's losses over all tokens, each domain weighing the same,
-    and half the sum of their own squares. Unlike those of ridge regression they know how sure to
-    be, so that no temperature is needed; but they cannot be had from sums.
+    The rows minimise the sum of a softmax's losses over all tokens, every domain with the same
+    weight, and half the sum of their own squares. Unlike ridge regression's they have a meaningful
+    length, so no temperature is needed; but they cannot be computed from sums.
     """
     # Slow to import, and of no use to all else here.
     from sklearn.linear_model import LogisticRegression

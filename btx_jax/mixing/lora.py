@@ -12,13 +12,10 @@ Tensors = Mapping[str, np.ndarray]
 def mix_lora(
     branches: Sequence[Tensors], router_std: float, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Every branch's experts behind each other. Where all branches bring a router's rows (gates
-    trained behind a finished expert) those stay with their experts; elsewhere routers are new,
-    normal with router_std.
-
-    Raises ValueError, naming the tensor, when the branches adapt other maps or differ in shape
-    beyond their experts.
-    """
+    """Concatenate every branch's experts. Where all branches have router rows (gates trained behind
+    a finished expert) these stay with their experts; otherwise routers are new, normal with
+    router_std. Raises ValueError, naming the tensor, when the branches adapt different maps or
+    differ in shape beyond their experts."""
     maps = [sorted(name[:-2] for name in branch if name.endswith(".a")) for branch in branches]
     for number, names in enumerate(maps[1:], start=1):
         if difference := set(names) ^ set(maps[0]):

@@ -19,7 +19,8 @@ _LEAST_NORM, _PARALLEL = 1e-8, 0.9995  # mergekit's: a length below is none, a |
 
 
 def wide(array: np.ndarray) -> np.ndarray:
-    """float32 exactly; bfloat16 by its bits, which is several times faster than a cast."""
+    """The array in float32, exactly; bfloat16 by its bits, which is several times faster than a
+    cast."""
     if array.dtype.name == "bfloat16":
         bits = array.view(np.uint16).astype(np.uint32)
         bits <<= 16  # in place: a second array of the chunk's size falls out of the cache
@@ -111,8 +112,8 @@ def task_arithmetic(
 
 def slerp(tensors: Sequence[np.ndarray], t: float, dtype: np.dtype) -> np.ndarray:
     """Spherical interpolation, as mergekit's: from the first (t = 0) to the second (t = 1) at a
-    constant angular rate, each tensor one vector; a straight line where the two are nearly parallel
-    or opposite. In float64. One tensor alone stays what it is."""
+    constant angular rate, with each tensor as one vector; a straight line where the two are nearly
+    parallel or opposite. In float64. A single tensor is returned as it is."""
     if len(tensors) == 1:
         return tensors[0].astype(dtype)
     first, second = (tensor.reshape(-1) for tensor in tensors)
@@ -140,9 +141,9 @@ def _slerp_weights(cosine: float, t: float) -> tuple[float, float]:
 def solved(
     tensors: Sequence[np.ndarray], seen: Sequence[np.ndarray], alpha: float, dtype: np.dtype
 ) -> np.ndarray:
-    """RegMean of one tensor [out, in]. seen: of each model, the sum of x x^T over what the linear
-    layer gets, [in, in]; or of an embedding, [tokens, D], how often its text holds each token,
-    [tokens]."""
+    """RegMean of one tensor [out, in]. seen: for each model, the sum of x x^T over the inputs of
+    the linear layer, [in, in]; or, for an embedding [tokens, D], how often its text contains each
+    token, [tokens]."""
     result = np.empty(tensors[0].shape, dtype)
     for start in range(0, len(result), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -162,7 +163,7 @@ def ulp(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def is_mean(found: np.ndarray, tensors: Sequence[np.ndarray]) -> bool:
-    """Whether it is their mean, within one ulp of its dtype."""
+    """Whether `found` is the tensors' mean, within one ulp of its dtype."""
     exact_parts = [wide(tensor).astype(np.float64) for tensor in tensors]
     exact = np.mean(exact_parts, axis=0)
     # Sums in float32, of 16-bit tensors, round by themselves where large values cancel.
@@ -174,10 +175,9 @@ def is_mean(found: np.ndarray, tensors: Sequence[np.ndarray]) -> bool:
 
 class Merge(NamedTuple):
     """A way to average. make: (base's tensor, the models', dtype, random numbers, its settings) ->
-    one; the base's is None where the merge reads none. regmean's takes besides what it is solved
-    from (`solved`). models: how many distinct ones it is for; None: any number. is_right: whether a
-    tensor is what becomes of the models', checked by other means; None where it is made again and
-    compared bit for bit."""
+    one tensor; the base's is None where the merge reads none. regmean's also takes what it is
+    solved from (`solved`). models: how many distinct ones it needs; None: any number. is_right:
+    checks a result by other means; None where it is made again and compared bit for bit."""
 
     make: Callable[..., np.ndarray]
     models: int | None = None

@@ -144,10 +144,7 @@ def upcycle_params(params: Params, copies: int, routers: Mapping[str, jax.Array]
 
 def restack(params: Params, lengths: Sequence[int]) -> dict[str, Any]:
     """The same dense layers as runs of other lengths: layers_0 [32, ...] -> layers_0 [1, ...] and
-    layers_1 [31, ...].
-
-    Raises ValueError when the lengths do not add up to the model's layers.
-    """
+    layers_1 [31, ...]. Raises ValueError when the lengths do not add up to the model's layers."""
     runs = sorted(
         (name for name in params if name.startswith("layers_")),
         key=lambda name: int(name.rpartition("_")[2]),

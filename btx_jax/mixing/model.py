@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 class Chosen(NamedTuple):
-    """family: None where the mixture stays in our own format and no class is known to hold it."""
+    """The class and model of a mixture. family: None where the mixture stays in our own format and
+    no class is known to hold it."""
 
     family: Family | None
     model: ModelConfig
@@ -27,14 +28,14 @@ class Chosen(NamedTuple):
 def choose(
     recipe: Recipe, dense: ModelConfig, kinds: Sequence[str], as_huggingface: bool
 ) -> Chosen:
-    """The class of the mixture, and the model with what that class adds to it, as zeros.
+    """The class of the mixture, and the model with what that class adds to it, as zeros. dense:
+    base_model's, within the limits of all sources. kinds: the model_type of base_model, then of
+    each source, "" where it has none.
 
-    dense: base_model's, within the limits of all sources. kinds: the model_type of base_model, then
-    of each source, "" where it has none. The class is that of mergekit where mergekit would choose
-    one and it holds the mixture; else the home of base_model's, else the first that holds it. A
-    class without windows gets a context as long as the window.
-
-    Raises UserError when none does, unless the mixture stays in our own format and names none.
+    The class is the one that mergekit would choose, if it holds the mixture; otherwise the home of
+    base_model's family, or else the first class that holds it. A class without windows gets a
+    context as long as the window. Raises UserError when no class holds it, unless the mixture stays
+    in our own format and names none.
     """
     tried: list[tuple[Family, ModelConfig, list[str]]] = []
     for family in _in_order(recipe, kinds):
@@ -63,7 +64,7 @@ def choose(
 
 
 def _within_window(dense: ModelConfig, family: Family) -> ModelConfig:
-    """The model up to its window, where it is none, for a class without windows."""
+    """The model with its context cut to its window, for a class without windows."""
     if not dense.window or family.window or dense.window_theta:
         return dense
     return within(dense, min(dense.context, dense.window), 0)
@@ -79,7 +80,7 @@ def _in_order(recipe: Recipe, kinds: Sequence[str]) -> list[Family]:
 
 
 def _mergekits(recipe: Recipe, kinds: Sequence[str]) -> list[str]:
-    """Those that mergekit-moe would take, first the one that it would choose."""
+    """Model types that mergekit-moe would accept, first the one that it would choose."""
     shared = recipe.shared_experts
     has_prompts = any(expert.positive_prompts or expert.negative_prompts for expert in shared)
     fits = all(expert.positive_prompts for expert in shared) or recipe.gate_mode == "random"
@@ -95,8 +96,8 @@ def _mergekits(recipe: Recipe, kinds: Sequence[str]) -> list[str]:
 
 
 def _of_gate(recipe: Recipe, family: Family) -> list[str]:
-    """What keeps the class from having the gate that the shared expert's prompts are for, or from
-    doing without them."""
+    """Why the class cannot have the gate that the shared expert's prompts are for, or cannot do
+    without them."""
     if not recipe.shared_experts or not family.moe or not family.moe.has_shared:
         return []
     shared = recipe.shared_experts[0]
@@ -112,7 +113,7 @@ def _of_gate(recipe: Recipe, family: Family) -> list[str]:
 
 
 def _with_biases(model: ModelConfig, family: Family) -> ModelConfig:
-    """And those that mergekit gives this class."""
+    """The model with the biases that mergekit gives this class."""
     theirs = MERGEKIT[family.model_type].biases if family.model_type in MERGEKIT else ()
     return dataclasses.replace(model, biases=tuple(dict.fromkeys((*model.biases, *theirs))))
 
@@ -131,9 +132,9 @@ def _cure(recipe: Recipe, dense: ModelConfig, kinds: Sequence[str]) -> str:
 
 
 def mixture_of(recipe: Recipe, dense: ModelConfig, family: Family | None) -> ModelConfig:
-    """The mixture of dense models, as a class has it: with or without a gate of its shared expert.
-    Raises UserError for layers that there are not, when d_ff cannot be cut, and when the models
-    have what no mixture has."""
+    """The mixture of dense models, as a class has it: with or without a gate on its shared expert.
+    Raises UserError for layers that do not exist, when d_ff cannot be cut, and when the models have
+    something that no mixture has."""
     for layer in recipe.layers:
         if not 0 <= layer < dense.layers:
             raise UserError(

@@ -16,7 +16,8 @@ from btx_jax.progress import bar
 
 
 class Prompt(NamedTuple):
-    """source: the index in recipe.sources, that of the shared expert behind all others."""
+    """A prompt of an expert. source: its index in recipe.sources; the shared expert's
+    is the last."""
 
     source: int
     is_positive: bool
@@ -25,17 +26,18 @@ class Prompt(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """rows: [layers, experts, D] float32, with one more row where the shared expert has a gate.
-    shares: [prompts, layers, experts], which of them the prompts' tokens choose first; empty where
-    rows are random numbers, to be trained."""
+    """Router rows made from prompts or at random. rows: [layers, experts, D] float32, with one more
+    row where the shared expert has a gate. shares: [prompts, layers, experts], which experts the
+    prompts' tokens choose first; empty where rows are random numbers, to be trained."""
 
     rows: np.ndarray
     shares: np.ndarray
 
 
 def read_prompts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Prompt]:
-    """Every prompt that gates are made from, behind BOS where there is one, as mergekit reads them;
-    none where they are random. Raises UserError for those that the model cannot read."""
+    """Every prompt that gates are made from, with BOS in front where there is one, as mergekit
+    reads them; none where gates are random. Raises UserError for prompts that the model cannot
+    read."""
     has_gate = bool(model.moe and model.moe.shared_gate)
     sources = recipe.sources if has_gate else recipe.experts
     if recipe.gate_mode not in PROMPT_MODES:
@@ -73,9 +75,9 @@ def _ids(
 def make_gates(
     recipe: Recipe, base: Reader, model: ModelConfig, prompts: Sequence[Prompt]
 ) -> Gates:
-    """Of the mixture `model`. A shared expert's gate has the row that a routed expert with its
-    prompts would have, one of the same random draw, or with `normal`, where it has neither, zeros:
-    a gate that is half open."""
+    """The gates of the mixture `model`. A shared expert's gate has the row that a routed expert
+    with its prompts would have; in random modes one of the same draw; with `normal` zeros, a gate
+    that is half open."""
     has_gate = bool(recipe.shared_experts and model.moe and model.moe.shared_gate)
     experts, mode = recipe.expert_count, recipe.gate_mode
     shape = (model.layers, experts + has_gate, model.d_model)

@@ -246,7 +246,7 @@ class Recipe(Section):
 
     @property
     def sources(self) -> tuple[ExpertSource, ...]:
-        """Of the routed experts, then of the shared one."""
+        """Sources of the routed experts, then of the shared one."""
         return (*self.experts, *self.shared_experts)
 
     @property
@@ -255,12 +255,13 @@ class Recipe(Section):
 
 
 def reads_text(recipe: Recipe) -> bool:
-    """Of experts' domains. Also for rules, whose recipe is not whole."""
+    """Whether text of the experts' domains is read. Also for rules, whose recipe may be
+    incomplete."""
     return recipe.gate_mode in SOLVED or recipe.merge == REGMEAN
 
 
 def _models(recipe: Recipe) -> set[str]:
-    """Also for rules, whose recipe is not whole."""
+    """The distinct models of all experts. Also for rules, whose recipe may be incomplete."""
     return {expert.source_model for expert in (*recipe.experts, *recipe.shared_experts)}
 
 
@@ -275,7 +276,7 @@ def _prompts_of(expert: ExpertSource) -> tuple:
 
 
 def expert_count(recipe: Recipe) -> int:
-    """Also for rules, whose recipe is not whole."""
+    """How many routed experts a layer has. Also for rules, whose recipe may be incomplete."""
     return count(recipe.method, len(recipe.experts), recipe.chunks)
 
 

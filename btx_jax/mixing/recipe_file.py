@@ -23,7 +23,7 @@ KEPT = "mergekit_moe_config.yml"  # a mixture's recipe beside its weights, as me
 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that appears twice, of which YAML would silently keep the last, and aliases
-    that stand for more than a file could hold."""
+    that expand to more than a file could contain."""
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _size(self, node: Any, known: dict[int, int]) -> int:
-        """How many nodes this is, aliases written out."""
+        """Number of nodes, with aliases expanded."""
         if id(node) not in known:
             known[id(node)] = MAX_NODES + 1  # within itself
             parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Raises UserError with one line that names keys and cures."""
+    """The recipe in a YAML file. Raises UserError with one line that names keys and cures."""
     try:
         values = _without_none(yaml.load(_text(path, MAX_RECIPE), Loader=_Loader))
     except RecursionError as error:
@@ -82,7 +82,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _prompts(file: str, key: str) -> list[str]:
-    """The lines of a file that are not blank. Raises ConfigError."""
+    """The non-blank lines of a file. Raises ConfigError."""
     try:
         lines = _text(to_path(file, key), MAX_PROMPTS).split("\n")
     except (OSError, ValueError) as error:
@@ -96,7 +96,7 @@ def _prompts(file: str, key: str) -> list[str]:
 
 
 def _text(path: Path, most: int) -> str:
-    """A regular file of at most `most` bytes. Raises OSError or ValueError."""
+    """The text of a regular file of at most `most` bytes. Raises OSError or ValueError."""
     if path.exists() and not path.is_file():
         raise ValueError("no regular file")
     with path.open("rb") as file:
@@ -110,8 +110,8 @@ def _text(path: Path, most: int) -> str:
 
 
 def _with_files_read(recipe: Recipe) -> Recipe:
-    """With the lines of the files of prompts in place of their names, each read once. Raises
-    ConfigError."""
+    """The recipe with the lines of prompt files in place of their names, each file read once.
+    Raises ConfigError."""
     read: dict[str, list[str]] = {}
     total = 0
 
@@ -143,8 +143,8 @@ def _with_files_read(recipe: Recipe) -> Recipe:
 
 
 def expert_sources(mixture: Path) -> list[str]:
-    """The model behind each expert of a mixture, by the recipe kept beside its weights; empty where
-    there is none, or every expert is made of all."""
+    """The model behind each expert of a mixture, from the recipe kept beside its weights; empty
+    where there is none, or where every expert is made of all models."""
     path = mixture / KEPT
     if not path.exists():
         return []
@@ -158,14 +158,15 @@ def expert_sources(mixture: Path) -> list[str]:
 
 
 def _without_none(values: Any) -> Any:
-    """mergekit writes unset options as null."""
+    """The values without null: mergekit writes unset options as null."""
     if isinstance(values, dict):
         return {key: _without_none(value) for key, value in values.items() if value is not None}
     return [_without_none(value) for value in values] if isinstance(values, list) else values
 
 
 def _as_ours(values: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
-    """Without the keys of mergekit that say here what is so anyway, numbers as numbers."""
+    """The values without mergekit's keys that say what is always so here, and with numbers as
+    numbers."""
     values = _with_numbers(Recipe, values)
     for key in ("experts", "shared_experts"):
         if isinstance(experts := values.get(key), list):
@@ -187,8 +188,8 @@ def _as_ours(values: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
 
 
 def _with_numbers(section: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Text that is a number, where one is wanted: YAML 1.1 reads 1e-4 as text, mergekit as
-    0.0001."""
+    """Values with text converted to numbers where numbers are expected: YAML 1.1 reads 1e-4 as
+    text, mergekit as 0.0001."""
     kinds = _kinds(section)
     return {
         key: _number(value, kinds[key]) if key in kinds else value for key, value in values.items()
@@ -202,7 +203,8 @@ def _kinds(section: type) -> dict[str, type]:
 
 
 def _number(value: Any, kind: type) -> Any:
-    """As pydantic reads it, but for booleans; the value itself where it is no number."""
+    """The number in a text as pydantic reads it, except booleans; the value itself where it is not
+    a number."""
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, str) or not value.isascii():

@@ -15,7 +15,8 @@ from btx_jax.errors import UserError
 
 
 class Moments(NamedTuple):
-    """Of E domains in one layer. gram: sum of x x^T. total: sum of x. count: of tokens."""
+    """Sums over the tokens of E domains in one layer. gram: of x x^T. total: of x. count: of
+    tokens."""
 
     gram_EDD: np.ndarray  # float64
     total_ED: np.ndarray  # float64
@@ -26,7 +27,7 @@ class Moments(NamedTuple):
 
 
 def moments(states: Iterable[np.ndarray]) -> Moments:
-    """Of one domain. states: some of its tokens at a time, [tokens, D]; summed in float64."""
+    """Sums of one domain. states: batches of its tokens, [tokens, D]; summed in float64."""
     gram_DD, total_D, count = np.zeros(()), np.zeros(()), 0
     for state in states:
         x_MD = state.astype(np.float64)
@@ -36,18 +37,18 @@ def moments(states: Iterable[np.ndarray]) -> Moments:
 
 
 def domain_weights(count_E: np.ndarray, weights: str) -> np.ndarray:
-    """How much a token of each domain counts: with `equal` all domains weigh the same, and together
-    as many tokens as there are."""
+    """The weight of a token of each domain: with `equal` all domains have the same total weight,
+    and together that of all tokens."""
     return count_E.mean() / count_E if weights == "equal" else np.ones(len(count_E))
 
 
 def solve(layer: Moments, ridge: RidgeConfig) -> np.ndarray:
-    """Rows [E, D], float64: those of (A + penalty I)^-1 [b_1 ... b_E], each divided by its length
-    and the temperature. A is the sum of w_e gram_e, b_e is w_e total_e; w: `domain_weights`.
+    """Router rows [E, D], float64: those of (A + penalty I)^-1 [b_1 ... b_E], each divided by its
+    length and the temperature. A is the sum of w_e gram_e, b_e is w_e total_e; w: `domain_weights`.
 
-    DUME puts a constant 1 behind x, which gives the logits a bias. Routers here have none: solved
-    without it, the rows are the best that do without, which rows of a solution with a bias, cut
-    off, are not. Raises UserError where there is no single solution.
+    DUME appends a constant 1 to x, which gives the logits a bias. Routers here have none: solved
+    without it, the rows are the best possible without a bias, which the rows of a solution with a
+    bias, cut off, are not. Raises UserError where there is no unique solution.
     """
     weight_E = domain_weights(layer.count_E, ridge.weights)
     a_DD = np.einsum("e,eij->ij", weight_E, layer.gram_EDD)
@@ -70,7 +71,8 @@ def solve(layer: Moments, ridge: RidgeConfig) -> np.ndarray:
 
 
 def solve_positive(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
-    """a^-1 b of a symmetric a; None where a is not positive definite beyond what float64 tells."""
+    """a^-1 b of a symmetric a; None where a is not positive definite within the precision of
+    float64."""
     try:
         least = np.linalg.cholesky(a).diagonal().min() ** 2
     except np.linalg.LinAlgError:
@@ -82,6 +84,6 @@ def solve_positive(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
 
 
 def own_share(states: Iterable[np.ndarray], rows_ED: np.ndarray, expert: int) -> float:
-    """The share of tokens that choose this expert first; NaN of none."""
+    """The share of tokens that choose this expert first; NaN without tokens."""
     hits = [(state @ rows_ED.T).argmax(-1) == expert for state in states]
     return float(np.concatenate(hits).mean()) if sum(map(len, hits)) else float("nan")

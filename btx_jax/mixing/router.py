@@ -24,7 +24,7 @@ def normal_routers(
 def uniform_routers(
     key: jax.Array, runs: Sequence[tuple[str, int, int]], d_model: int, std: float = 0.02
 ) -> dict[str, jax.Array]:
-    """The same, uniform around zero with this standard deviation."""
+    """Routers as from `normal_routers`, but uniform around zero with standard deviation `std`."""
     most = std * 3**0.5
     return {
         name: jax.random.uniform(

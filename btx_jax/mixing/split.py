@@ -32,12 +32,9 @@ def split_ffn(ffn: Mapping[str, jax.Array], chunks: int) -> dict[str, jax.Array]
 
 
 def expert_models(models: Sequence[Params], method: str, chunks: int = 1) -> list[dict[str, Any]]:
-    """N dense trees -> a tree for each expert that the method makes of them, with its
-    feed-forwards; all else is the source's in whose place it stands. `mix_params` makes a mixture
-    of these.
-
-    Raises ConfigError when d_ff cannot be cut.
-    """
+    """N dense trees -> a tree for each expert that the method makes of them, with the expert's
+    feed-forwards; everything else is the source's in whose place it stands. `mix_params` makes a
+    mixture of these. Raises ConfigError when d_ff cannot be cut."""
     first = next(iter(_runs(models[0])))
     d_ff = models[0][first]["ffn"]["gate"].shape[-1]
     made = cut(method, len(models), chunks, d_ff)

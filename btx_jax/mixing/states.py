@@ -32,7 +32,8 @@ _INTO_HEADS = ("attention/query", "attention/key", "attention/value")
 
 
 def _by_rows(function: Callable[[Any], jax.Array], rows: Any) -> jax.Array:
-    """function of every row of arrays [B, T, ...], of TOKENS_AT_ONCE tokens at a time."""
+    """function applied to arrays [B, T, ...], in blocks of rows with about
+    TOKENS_AT_ONCE tokens."""
     length = jax.tree.leaves(rows)[0].shape[1]
     return jax.lax.map(function, rows, batch_size=max(1, TOKENS_AT_ONCE // length))
 
@@ -48,7 +49,7 @@ def _into_head(model: ModelConfig, params, x_BTD: jax.Array) -> jax.Array:
 
 
 def _applied(module: Any, params: Params, name: str, *x_BTD: jax.Array) -> jax.Array:
-    """By its parameters of that name, where it has any."""
+    """The module applied with its parameters of that name, where there are any."""
     with exact_matmuls("float32"):
         return cast(jax.Array, module.apply({"params": params.get(name, {})}, *x_BTD))
 
@@ -57,7 +58,8 @@ def _applied(module: Any, params: Params, name: str, *x_BTD: jax.Array) -> jax.A
 def _heads(
     model: ModelConfig, spec: LayerSpec, attention, h_BTD: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """What the output projection, which need not be there, gets: [B, T, heads * head_dim]."""
+    """Input of the output projection, whose parameters need not be there: [B, T, heads
+    * head_dim]."""
     out = jnp.zeros((model.heads, model.head_dim, model.d_model))
     params = {"params": {"out": out} | attention}
 
@@ -74,7 +76,7 @@ def _heads(
 def _after_heads(
     model: ModelConfig, params, x_BTD: jax.Array, y_BTX: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(x with the attention's answer, what the feed-forward block or router gets)."""
+    """(x plus the attention's output, input of the feed-forward block or router)."""
     attention = params["attention"]
     with exact_matmuls("float32"):
         y_BTD = y_BTX @ attention["out"].reshape(y_BTX.shape[-1], -1)
@@ -85,7 +87,7 @@ def _after_heads(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _after_ffn(model: ModelConfig, params, x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
-    """x with the answer of one feed-forward, and of a shared expert, where params have them."""
+    """x plus the output of one feed-forward, and of a shared expert where params have one."""
 
     def answer(h_TD: jax.Array) -> jax.Array:
         y_TD = jnp.zeros_like(h_TD)
@@ -104,7 +106,7 @@ def _after_ffn(model: ModelConfig, params, x_BTD: jax.Array, h_BTD: jax.Array) -
 
 
 def token_embeddings(reader: Reader, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """[tokens, D] of each prompt, float32."""
+    """Embeddings of each prompt, [tokens, D], float32."""
     table = reader.read(EMBEDDING)
     return [table[np.asarray(prompt)].astype(np.float32) for prompt in prompts]
 
@@ -112,8 +114,8 @@ def token_embeddings(reader: Reader, prompts: Sequence[Sequence[int]]) -> list[n
 def layer_states(
     reader: Reader, prompts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
-    """For each layer, of each prompt: (input of the layer [tokens, D], input of its feed-forward
-    block [tokens, D]), float32."""
+    """For each layer and prompt: (input of the layer [tokens, D], input of its feed-forward block
+    [tokens, D]), float32."""
     model = reader.model
     length = max(map(len, prompts))
     rows = min(len(prompts), max(1, TOKENS_PER_BATCH // length))
@@ -151,13 +153,14 @@ def forced_states(
     texts: Sequence[tuple[int | None, Rows]],
     inputs: Inputs | None = None,
 ) -> Iterator[list[np.ndarray]]:
-    """For each layer of a mixture, of each text: what the router, or a dense layer's feed-forward,
-    gets, [rows, length, D], float32. In mixtures every token of a text passes through one expert,
-    with weight 1.
+    """For each layer of a mixture and each text: the input of the router, or of a dense layer's
+    feed-forward, [rows, length, D], float32. In mixtures every token of a text passes through one
+    expert, with weight 1.
 
-    read: a tensor of the mixture. texts: (expert, its text); None: through no routed expert.
-    inputs: of attention's projections and the head. In memory: the states of one layer, and of its
-    parameters what is no expert's and one expert's. What is yielded is there until the next.
+    read: returns a tensor of the mixture. texts: (expert, its text); None: through no routed
+    expert. inputs: receives the inputs of attention's projections and of the head. In memory are
+    the states of one layer and, of its parameters, one expert's and those outside the experts. What
+    is yielded is valid until the next is.
     """
     dense, table = model.dense(), read(EMBEDDING)
     segments = [jnp.asarray(rows.segments_RT) for _, rows in texts]
@@ -208,7 +211,7 @@ def forced_states(
 
 
 def _params(model: ModelConfig, read: Read, tensors: Iterable[TensorId]) -> dict[str, Any]:
-    """Of one layer, as its modules take them, float32."""
+    """Parameters of one layer, as its modules take them, float32."""
     leaves = {
         tuple(tensor.part.split("/")): jnp.asarray(
             slots(model)[tensor].to_ours(read(tensor)), jnp.float32

@@ -22,10 +22,11 @@ SHARED_GATE = "shared_expert/router"
 
 @dataclass(frozen=True)
 class Mixture:
-    """model: what is made. readers: of the distinct sources, base_model's first; source_of: which
-    of them each of recipe.sources is. dtype: of every tensor. gates: [layers, rows, D], a row for
-    each routed expert, then one for the shared expert's gate where the model has one of a source.
-    solved: what has been made from text already, of what experts share."""
+    """A mixture to be made, tensor by tensor. model: of the result. readers: of the distinct
+    sources, base_model's first; source_of: which of them each of recipe.sources is. dtype: of every
+    tensor. gates: [layers, rows, D], one row per routed expert, then one for the shared expert's
+    gate where the model has one. solved: what has been solved from text already, of what experts
+    share."""
 
     recipe: Recipe
     model: ModelConfig
@@ -40,31 +41,31 @@ class Mixture:
         return self.readers[0]
 
     def averaged(self) -> list[int]:
-        """Which readers the tensors of no expert come from: the base, or every distinct expert's
-        model once."""
+        """Which readers the tensors outside the experts come from: the base, or every distinct
+        model of the experts once."""
         return [0] if self.recipe.base == "copy" else list(dict.fromkeys(self.source_of))
 
     @property
     def shared(self) -> Shared:
-        """What belongs to no expert."""
+        """The merge of what belongs to no expert."""
         recipe, readers = self.recipe, [self.readers[number] for number in self.averaged()]
         settings = {key: getattr(recipe, key) for key in MERGE_SETTINGS[recipe.merge]}
         return Shared(recipe.merge, settings, self.base, readers, self.dtype, recipe.seed)
 
     def check(self) -> None:
-        """Raises UserError when a tensor that was read held NaN or infinity."""
+        """Raises UserError when a tensor that was read contained NaN or infinity."""
         for reader in self.readers:
             reader.check()
 
 
 def is_averaged(tensor: TensorId) -> bool:
-    """Whether it belongs to no expert and no router."""
+    """Whether the tensor belongs to no expert and no router."""
     return tensor.expert is None and not tensor.is_router and not tensor.is_shared
 
 
 def check_shapes(mixture: Mixture, names: Sequence[str]) -> None:
-    """What `allow` lets through must still have the shapes that are read. names: of the readers.
-    Raises UserError."""
+    """Check that what `allow` accepts still has the expected shapes. names: of the readers. Raises
+    UserError."""
     base = mixture.base.slots
     averaged = [t for t in slots(mixture.model) if is_averaged(t) and t in base]
     for number in mixture.averaged():
@@ -115,7 +116,7 @@ def make_tensor(mixture: Mixture, tensor: TensorId) -> np.ndarray:
 
 
 def _zeros(mixture: Mixture, tensor: TensorId) -> np.ndarray:
-    """What the class of the mixture asks for and no source has."""
+    """A tensor that the class of the mixture requires and no source has."""
     return np.zeros(slots(mixture.model)[tensor].shape, mixture.dtype)
 
 
@@ -130,8 +131,9 @@ def _piece(mixture: Mixture, piece: Piece, dense: TensorId, axis: int) -> np.nda
 def _changed(
     array: np.ndarray, expert: ExpertSource, dense: TensorId, rng: np.random.Generator
 ) -> np.ndarray:
-    """noise_scale on every feed-forward weight, then residual_scale on the down projection, each
-    rounded to the source's dtype, as mergekit does. Untouched bits without either."""
+    """The array with noise_scale applied to feed-forward weights, then residual_scale
+    to the down projection, each rounded to the source's dtype, as mergekit does.
+    Unchanged bits without either."""
     stored = array.dtype
     if expert.noise_scale:
         noise = rng.standard_normal(array.shape, np.float32) * np.float32(expert.noise_scale)

@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 
 class Rows(NamedTuple):
-    """Documents behind each other, cut into rows. segments: 0 for padding, equal within a row for
-    the same document. is_heldout: of tokens that routers are measured on, and nothing is made
-    from."""
+    """Documents concatenated and cut into rows. segments: 0 for padding, equal within a row for the
+    same document. is_heldout: marks tokens that routers are measured on, and that nothing is fitted
+    to."""
 
     tokens_RT: np.ndarray
     segments_RT: np.ndarray
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
     @property
     def is_used(self) -> np.ndarray:
-        """[R, T], of tokens that something is made from."""
+        """[R, T], marks tokens that something is fitted to."""
         return (self.segments_RT > 0) & ~self.is_heldout_RT
 
 
@@ -72,13 +72,13 @@ def pack(texts: Iterable[Sequence[int]], length: int, limit: int) -> Rows:
 
 
 def token_counts(rows: Rows, vocab_size: int) -> np.ndarray:
-    """How often each token stands there, of those that are not held out, [vocab_size], float64."""
+    """How often each token occurs, outside what is held out, [vocab_size], float64."""
     return np.bincount(rows.tokens_RT[rows.is_used], minlength=vocab_size).astype(np.float64)
 
 
 def prepared_rows(domains: Sequence[PreparedDomain], limit: int) -> Rows:
-    """About `limit` tokens: an eighth of documents that are held out, if there are as many, the
-    others not. Domains by their weights."""
+    """About `limit` tokens: an eighth from held-out documents, if there are enough, the rest from
+    training documents. Domains by their weights."""
     total = sum(domain.weight for domain in domains)
     parts: list[Rows] = []
     for domain in domains:
@@ -98,8 +98,8 @@ def prepared_rows(domains: Sequence[PreparedDomain], limit: int) -> Rows:
 def expert_texts(
     recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig, limit: int
 ) -> list[Rows]:
-    """Of each routed expert, and for regmean of a shared one, the first `limit` tokens of its text,
-    or of its prompts where it has none."""
+    """For each routed expert, and for regmean also a shared one, the first `limit` tokens of its
+    text, or of its prompts where it has none."""
     named = {f"recipe.experts[{i}]": expert for i, expert in enumerate(recipe.experts)}
     if recipe.merge == REGMEAN:
         named |= {f"recipe.shared_experts[{i}]": e for i, e in enumerate(recipe.shared_experts)}
@@ -118,9 +118,9 @@ def expert_texts(
 def read_text(
     text: str | Sequence[str], key: str, tokenizer: Tokenizer | None, model: ModelConfig, limit: int
 ) -> Rows:
-    """The first `limit` tokens. text: `WHAT[#FIELD][:WEIGHT]`, comma-separated, or documents
-    themselves. Raises UserError, naming the key, for text that cannot be had, is too short, or
-    holds tokens that the model has not."""
+    """The first `limit` tokens of a text. text: `WHAT[#FIELD][:WEIGHT]`, comma-separated, or
+    documents themselves. Raises UserError, naming the key, for text that cannot be read, is too
+    short, or contains tokens that the model does not have."""
     if tokenizer is None:
         raise UserError(f"{key}: cannot be read without a tokenizer, and none is beside the model")
     if isinstance(text, str):
@@ -135,7 +135,7 @@ def read_text(
 
 
 def _of_sources(notation: str, key: str, tokenizer: Tokenizer, limit: int) -> Iterator[list[int]]:
-    """The first documents of each source, as many tokens as its weight asks for."""
+    """The first documents of each source, with as many tokens as its weight asks for."""
     sources = parse_sources(notation, key)
     total = sum(source.weight for source in sources)
     problems = Problems()

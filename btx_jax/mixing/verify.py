@@ -8,8 +8,8 @@ from btx_jax.progress import bar
 
 
 def verify(mixture: Mixture, written: Reader) -> str:
-    """Compares every tensor with what the recipe makes of the sources: bit for bit, or as the merge
-    says. Returns a line that says so. Raises UserError, naming the tensors that differ."""
+    """Compare every tensor with what the recipe makes of the sources: bit for bit, or as the merge
+    checks it. Returns a line that says so. Raises UserError, naming the tensors that differ."""
     merge = MERGES[mixture.recipe.merge]
     by_itself = merge.is_right is not None and len(mixture.averaged()) > 1
     wrong, means = [], 0
