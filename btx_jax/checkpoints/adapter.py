@@ -65,7 +65,7 @@ def leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def to_tensors(model: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """An adapter's tree -> tensors as they lie in files."""
+    """An adapter's tree -> tensors as they are stored in files."""
     host: dict[tuple[str, ...], np.ndarray] = {}
     result = {}
     for name, path, offset in places(model):
@@ -78,7 +78,8 @@ def to_tensors(model: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _turned(x: np.ndarray, part: str) -> np.ndarray:
-    """Our layout -> that of files, and back: a [I, E, R] <-> [E, R, I] is not its own inverse."""
+    """Convert from our layout to that of files, or back: for a, [I, E, R] <-> [E, R, I] is not its
+    own inverse."""
     return {
         "a": lambda: x.transpose(1, 2, 0),
         "b": lambda: x.swapaxes(1, 2),
@@ -133,7 +134,7 @@ def is_adapter_directory(path: Path) -> bool:
 
 
 def _read_json(directory: Path) -> dict[str, Any]:
-    """adapter.json, its seal checked."""
+    """adapter.json, with its checksum verified."""
     file = directory / ABOUT
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -185,7 +186,7 @@ def load_tensors(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]
 def write_directory(
     directory: Path, metadata: CheckpointMetadata, tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Into a directory that exists."""
+    """Write an adapter into an existing directory."""
     data = save(dict(tensors), metadata={"format": "btx_jax"})
     (directory / TENSORS).write_bytes(data)
     assert metadata.model.lora
@@ -204,9 +205,7 @@ def merged_delta(
     model: ModelConfig, tensors: Mapping[str, np.ndarray], gates: Callable[[int], np.ndarray]
 ) -> dict[TensorId, np.ndarray]:
     """{tensor: what is added to that weight [out, in], float32}: (alpha / rank) sum g_i B_i A_i.
-
-    gates: experts of a layer -> their fixed weights.
-    """
+    gates: number of experts in a layer -> their fixed weights."""
     specs = [spec.lora for spec in model.layer_specs()]
     deltas = {}
     for name in (name for name in tensors if name.endswith(".a")):

@@ -17,13 +17,14 @@ def tensor_digest(array: np.ndarray) -> str:
 
 
 def base_digest(hashes: Mapping[TensorId, str]) -> str:
-    """That of `checkpoint.load_base`. hashes: `tensor_digest` of each tensor."""
+    """Digest of a base, as `checkpoint.load_base` defines it. hashes: `tensor_digest` of each
+    tensor."""
     lines = sorted(f"{tensor} {sha256}\n" for tensor, sha256 in hashes.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def require_digest(held: Base, digest: str, whose: Path | str) -> None:
-    """held: what lies there now. Raises UserError when that has another digest."""
+    """Raises UserError when the base found now has another digest. held: what was found."""
     if held.digest != digest:
         raise UserError(
             f"{whose}: was trained on a base with digest {digest[:16]}..., but {held.path} has"

@@ -85,8 +85,8 @@ class Checkpoint:
     is_adapter_directory: bool = False
 
     def identity(self) -> str:
-        """A hash of its files' names, sizes and times: another one where it was trained on,
-        replaced or converted anew. Of one from the Hub, its name and commit."""
+        """A hash of its files' names, sizes and times, which changes when it is trained further,
+        replaced or converted anew. For one from the Hub, its name and commit."""
         if found := origin(self.path):
             return str(found)
         if buckets.is_on_bucket(self.path):
@@ -110,7 +110,7 @@ class Checkpoint:
 
     @functools.cached_property
     def tokenizer(self) -> Path:
-        """The directory that holds it."""
+        """The directory that contains its tokenizer."""
         return (
             self.path
             if self.is_huggingface or self.is_adapter_directory
@@ -175,7 +175,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
 
 
 def _best(path: Path, key: str) -> Path:
-    """Of RUN/checkpoints/best, the step that the run named so."""
+    """The step that RUN/checkpoints/best stands for."""
     run = path.parent.parent
     if (path.parent.name, path.name) != (DIRECTORY, BEST) or not run.is_dir():
         return path
@@ -193,7 +193,7 @@ def _best(path: Path, key: str) -> Path:
 
 
 def _again(path: Path, key: str) -> Path:
-    """A path that was recorded in a snapshot of the Hub's cache, which may have been emptied
+    """A path that was recorded inside a snapshot of the Hub's cache, which may have been emptied
     since."""
     if path.exists() or not (found := origin(path)):
         return path
@@ -201,8 +201,8 @@ def _again(path: Path, key: str) -> Path:
 
 
 def _history(directory: Path) -> History:
-    """Of a Hugging Face directory: what our export wrote into the headers of its tensors' files,
-    which no other tool keeps when it writes a model."""
+    """History of a Hugging Face directory: what our export wrote into the headers of its tensor
+    files, which no other tool preserves when it writes a model."""
     files = sorted(directory.glob("model*.safetensors"))
     told = {safetensors_files.SafetensorsFile(file).metadata.get(HISTORY) for file in files}
     text = told.pop() if len(told) == 1 else None
@@ -215,8 +215,8 @@ def _history(directory: Path) -> History:
 
 
 def open_reader(checkpoint: Checkpoint) -> Reader:
-    """Raises UserError listing everything that is wrong with the checkpoint, short of its values;
-    and for LoRA experts, which have no tensors of a whole model."""
+    """Raises UserError listing everything that is wrong with the checkpoint, except its values; and
+    for LoRA experts, which are not a whole model."""
     metadata = checkpoint.metadata
     if metadata.model.lora:
         raise UserError(
@@ -234,7 +234,7 @@ def open_reader(checkpoint: Checkpoint) -> Reader:
 
 
 def reads_by_leaf(readers: Iterable[Reader]) -> bool:
-    """Whether one of them reads least when tensors are asked for leaf by leaf."""
+    """Whether one of the readers reads least when tensors are requested leaf by leaf."""
     return any(getattr(reader, "by_leaf", False) for reader in readers)
 
 
@@ -261,7 +261,7 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
 
 
 def load_part(checkpoint: Checkpoint, abstract: Any) -> Params:
-    """Those parameters of a whole model that `abstract` names, onto its shardings."""
+    """The parameters of a whole model that `abstract` names, onto its shardings."""
     reader = open_reader(checkpoint)
     return assemble(reader, abstract, _slots_of(abstract, checkpoint.metadata.model))
 
@@ -273,8 +273,8 @@ def _slots_of(abstract: Any, model: ModelConfig) -> dict[TensorId, Slot]:
 
 
 def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params:
-    """The parameters of a model that is not trained, spread over the mesh: what matmuls read in
-    `dtype`, all else in float32."""
+    """The parameters of a model that is not trained, spread over the mesh: operands of matmuls in
+    `dtype`, everything else in float32."""
     boxed = abstract_params(checkpoint.metadata.model)
 
     def place(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -289,7 +289,7 @@ def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params
 
 
 def _load_stored(checkpoint: Checkpoint, abstract: Any) -> Params:
-    """What a checkpoint holds itself, without its base, onto the shardings of `abstract`."""
+    """What a checkpoint itself contains, without its base, onto the shardings of `abstract`."""
     metadata = checkpoint.metadata
     if not checkpoint.is_adapter_directory:
         return restore_params(checkpoint.path, metadata, abstract)
@@ -335,14 +335,14 @@ def load_base(
 
 
 def _as_base(found: Checkpoint, model: ModelConfig) -> Reader:
-    """What lies under LoRA experts or a branch, read as what `model` has of it."""
+    """The base of LoRA experts or a branch, read as what `model` uses of it."""
     reader = open_reader(found)
     return AnchorReader(reader, model) if model.moe and not found.metadata.model.moe else reader
 
 
 def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
-    """At base.path, or where that is now if both were moved together. Raises UserError when there
-    is no such checkpoint, or it is another model."""
+    """The base at base.path, or where it is now if both were moved together. Raises UserError when
+    there is no such checkpoint, or it is another model."""
     path = base.path
     if not to_path(path, "base").exists() and not origin(path):
         path = _moved(path, to_path(str(whose), "base"))
@@ -364,8 +364,9 @@ def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
 
 
 def _moved(path: str, whose: Path) -> str:
-    """The end of a path, found under one of the directories around what names it: the nearest of
-    these, and the longest such end; "" if there is none. A step is known with its run alone."""
+    """The end of a path, found below one of the directories around what names it: the nearest of
+    these, and the longest such end; "" if there is none. A step is recognised only together with
+    its run."""
     parts = to_path(path, "base").parts
     least = 3 if parts[-2:-1] == (DIRECTORY,) else 1
     ends = [parts[start:] for start in range(1, len(parts) - least + 1)]
@@ -374,13 +375,13 @@ def _moved(path: str, whose: Path) -> str:
 
 
 def base_of(checkpoint: Checkpoint) -> Base:
-    """A whole model as the base of LoRA experts, one tensor in memory at a time."""
+    """A whole model as the base of LoRA experts, with one tensor in memory at a time."""
     return Base(str(checkpoint.path), _digest_of(checkpoint, lambda path: True))
 
 
 def off_base(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Of models with branches of a base among them, those that have not what the first such branch
-    keeps of its base: they do not mix exactly with it."""
+    """Of models that include branches of a base, those that lack what the first such branch keeps
+    of its base: they do not mix exactly with it."""
     digests = [c.metadata.base.digest for c in checkpoints if c.metadata.base]
     if not digests:
         return []
@@ -393,7 +394,7 @@ def off_base(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def off_anchor(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Of models that have an anchor, those whose base or anchor is not that of the first."""
+    """Of models that have an anchor, those whose base or anchor differs from that of the first."""
     bases = [checkpoint.metadata.base for checkpoint in checkpoints]
     if all(bases):
         digests = [base.digest for base in bases if base]
@@ -404,7 +405,7 @@ def off_anchor(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _digest_of(checkpoint: Checkpoint, wanted: Callable[[tuple[str, ...]], bool]) -> str:
-    """That of `load_base`, over the tensors of the leaves that are wanted."""
+    """Digest as from `load_base`, over the tensors of the leaves that are wanted."""
     reader = open_reader(checkpoint)
     tensors = [tensor for tensor, slot in reader.slots.items() if wanted(slot.path)]
     hashes = {

@@ -16,12 +16,12 @@ _FREE = ("README.md", "adapter.json", SUMS)  # the one is edited by hand, the ot
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON object with sha256 over the rest of it."""
+    """The JSON object with a sha256 over its other values."""
     return {**values, SEAL: _seal(values)}
 
 
 def unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The object without its seal. Raises ValueError when it is not what was sealed."""
+    """The object without its sha256. Raises ValueError when that does not match."""
     rest = {key: value for key, value in values.items() if key != SEAL}
     if values.get(SEAL) != _seal(rest):
         raise ValueError("checksum")
@@ -39,8 +39,8 @@ def file_sha256(path: Path) -> str:
 
 
 def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
-    """SHA256SUMS of the files directly in the directory. known: file name -> sha256, of those that
-    were summed while they were written."""
+    """Write SHA256SUMS for the files directly in the directory. known: file name -> sha256, for
+    those that were hashed while they were written."""
     known = known or {}
     files = (path.name for path in directory.iterdir() if path.is_file())
     names = sorted(name for name in files if name not in _FREE and not name.startswith("."))
@@ -65,8 +65,8 @@ def read_sums(directory: Path) -> dict[str, str]:
 
 
 def check_sums(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Compares the files, of `names` or all, with SHA256SUMS, as far as it names them. Raises
-    UserError when one is gone, or not what it says."""
+    """Compare the files, those of `names` or all, with SHA256SUMS, as far as it lists them. Raises
+    UserError when one is missing or differs."""
     sums = read_sums(directory)
     for name in sums if names is None else names:
         if name not in sums:

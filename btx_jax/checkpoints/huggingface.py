@@ -49,7 +49,7 @@ _BUFFER = re.compile(r"rotary_emb\.inv_freq")  # saved by early versions, comput
 
 
 def is_huggingface(path: Path) -> bool:
-    """By config.json: a run of ours keeps one too, which names no model_type."""
+    """Decided by config.json: a run of ours has one too, but without model_type."""
     if (path / "adapter_config.json").is_file():
         return True
     config = path / "config.json"
@@ -60,8 +60,8 @@ def is_huggingface(path: Path) -> bool:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The model of a Hugging Face directory, from its config.json; from its weights only whether a
-    head that should be tied is. Raises UserError."""
+    """The model of a Hugging Face directory, from its config.json; its weights only decide whether
+    a head that should be tied is. Raises UserError."""
     if (directory / "adapter_config.json").exists():
         raise UserError(
             f"{directory} is a LoRA adapter, not a model; merge it into its base first (peft:"
@@ -93,8 +93,9 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def read_kept(directory: Path) -> dict[str, Any]:
-    """What a Hugging Face directory says beyond its model, for `CheckpointMetadata.huggingface`: of
-    config.json, and all of generation_config.json, {} where there is none. Raises UserError."""
+    """What a Hugging Face directory says beyond its model, for
+    `CheckpointMetadata.huggingface`: from config.json, and all of
+    generation_config.json, {} where there is none. Raises UserError."""
     generation = directory / "generation_config.json"
     config = _read_json(directory / "config.json")
     return {
@@ -115,7 +116,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class _Stored(NamedTuple):
-    """A tensor in a file, or a part of it: of one expert, and of that these rows."""
+    """A tensor in a file, or a part of it: one expert's, and of that some rows."""
 
     file: SafetensorsFile
     name: str
@@ -128,12 +129,12 @@ class _Stored(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """Shape of the whole tensor."""
         return self.file.tensors[self.name].shape
 
     def read(self, rows: Range | None = None, columns: Range | None = None) -> np.ndarray:
-        """In the dtype it is stored in, or in float32 where that is none of ours. rows, columns:
-        of the part."""
+        """The tensor in its stored dtype, or in float32 where that is not one of ours. rows,
+        columns: of the part."""
         if rows is not None and self.rows is not None:
             rows = (self.rows[0] + rows[0], self.rows[0] + rows[1])
         array = self.file.read(self.name, self.expert, rows or self.rows, columns)
@@ -145,7 +146,7 @@ class _Stored(NamedTuple):
 
 class HuggingFaceReader:
     """Reads the tensors of a directory. Everything but their values is checked at once, here.
-    model: what `read_config` said of it, if that was asked already.
+    model: what `read_config` returned for it, if it was called already.
 
     Raises UserError listing all unknown, missing, duplicate, misshapen or mistyped tensors. `read`
     notes NaN and infinity, for `check`.
@@ -187,7 +188,7 @@ class HuggingFaceReader:
         self._bad_values: list[str] = []
 
     def _take(self, row: Row, found: _Stored, problems: list[str]) -> None:
-        """The tensors that one of a file holds."""
+        """Add the tensors of ours that one tensor of a file contains."""
         self._used.add(row.name)
         if found.dtype not in READABLE:
             problems.append(
@@ -242,7 +243,7 @@ class HuggingFaceReader:
         return array
 
     def check(self) -> None:
-        """Raises UserError when a tensor that was read held NaN or infinity."""
+        """Raises UserError when a tensor that was read contained NaN or infinity."""
         raise_problems(
             self.directory,
             [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)],
@@ -250,7 +251,7 @@ class HuggingFaceReader:
 
 
 def _unlike(found: _Stored, wanted: np.ndarray) -> list[str]:
-    """What is wrong with a tensor that must be a constant, in none or one line."""
+    """What is wrong with a tensor that must be a constant, in no line or one."""
     if found.dtype not in READABLE or found.shape != wanted.shape:
         return [f"{found.name} is {found.dtype} {found.shape}, not {wanted.shape}"]
     array = found.read()
@@ -263,7 +264,7 @@ def _stored(
     directory: Path, family: Family, model: ModelConfig, problems: list[str]
 ) -> dict[str, _Stored]:
     """The tensors of a directory under the names that the family declares; an unknown one keeps its
-    own. transformers allows `model.` to be absent or twice."""
+    name. transformers allows `model.` to be missing or doubled."""
     known = {row.name for row in rows(family, model) + other_rows(family, model)}
     known |= {str(HEAD), *constants(family, model)}
     found: dict[str, _Stored] = {}
@@ -277,7 +278,7 @@ def _stored(
 
 
 def _has_own_head(directory: Path, model: ModelConfig) -> bool:
-    """Whether a directory that says tie_word_embeddings holds a head with values of its own."""
+    """Whether a directory that says tie_word_embeddings contains a head with values of its own."""
     try:
         family = family_of(_read_json(directory / "config.json"), str(directory))
         stored = _stored(directory, family, model, [])
@@ -288,7 +289,7 @@ def _has_own_head(directory: Path, model: ModelConfig) -> bool:
 
 
 def _are_equal(a: _Stored, b: _Stored) -> bool:
-    """As float32, a few rows in memory at a time."""
+    """Whether two tensors are equal as float32; only a few rows are in memory at a time."""
     if a.shape != b.shape or not {a.dtype, b.dtype} <= set(READABLE):
         return a.shape == b.shape and a.dtype == b.dtype
     if not a.shape:
@@ -302,8 +303,8 @@ def _are_equal(a: _Stored, b: _Stored) -> bool:
 
 
 def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
-    """Tensor name -> the file that holds it. As transformers looks for them: in the file that
-    config.json names, else in model.safetensors, else in all files that the index names."""
+    """Tensor name -> the file that contains it. Looked for as transformers does: in the file that
+    config.json names, or else in model.safetensors, or else in all files that the index lists."""
     weights = _weights(directory)
     if not weights.name.endswith(".index.json"):
         file = SafetensorsFile(weights)
@@ -373,18 +374,16 @@ def _weights(directory: Path) -> Path:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether the file that an index names lies in its directory or below."""
+    """Whether a file that an index lists is in its directory or below."""
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or name in ("", ".") or "\\" in name)
 
 
 class HuggingFaceWriter:
-    """Writes a model into a directory, tensor by tensor; `finish` adds the small files.
-
-    origin: the model_type that it came from, "" for a model that was born here. dtypes: of each
-    tensor, in the order in which they will be written. `model` is what is written: the family's
-    zeros are part of it. Raises UserError when Hugging Face has no such model.
-    """
+    """Writes a model into a directory, tensor by tensor; `finish` adds the small files. origin: the
+    model_type that it came from, "" for a model that originated here. dtypes: of each tensor, in
+    the order in which they will be written. `model` is what is written, including the family's
+    zeros. Raises UserError when Hugging Face has no such model."""
 
     def __init__(
         self,
@@ -424,7 +423,8 @@ class HuggingFaceWriter:
             )
 
     def write(self, tensor: TensorId, array: np.ndarray) -> None:
-        """What a file keeps in one piece is written with the last of its tensors."""
+        """Write a tensor. What a file keeps in one piece is written with the last of
+        its tensors."""
         row = self._row_of[tensor]
         waiting = self._waiting.setdefault(row.name, {})
         waiting[tensor] = array
@@ -435,15 +435,13 @@ class HuggingFaceWriter:
 
     @property
     def sha256(self) -> dict[str, str]:
-        """Of the files of tensors that are finished."""
+        """sha256 of the finished tensor files."""
         return self._shards.sha256
 
     def finish(self, kept: Mapping[str, Any], bos: int | None, eos: int | None, card: str) -> None:
-        """config.json, generation_config.json and the model card; the tokenizer is the caller's.
-
-        kept: CheckpointMetadata.huggingface. bos, eos: the tokenizer's, for a model that was born
-        here.
-        """
+        """Write config.json, generation_config.json and the model card; the caller writes the
+        tokenizer. kept: CheckpointMetadata.huggingface. bos, eos: the tokenizer's, for a model that
+        originated here."""
         for name, array in self._constants.items():
             self._shards.write(name, array)
         self._shards.finish()

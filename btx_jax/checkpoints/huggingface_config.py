@@ -39,8 +39,8 @@ _NOT_KEPT = {
 
 
 def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
-    """As transformers 5.23 reads it, its defaults for absent keys included. Raises UserError,
-    prefixed with `where`, listing everything that this model cannot represent."""
+    """The model as transformers 5.23 reads it, including its defaults for missing keys. Raises
+    UserError, prefixed with `where`, listing everything that this model cannot represent."""
     family = family_of(config, where)
     config = _with_standard_names(config, family)
     values = dict(family.defaults) | {
@@ -87,8 +87,8 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """By model_type alone, as transformers' Auto classes have it: `architectures` may name the
-    model without its head, or a finetune's own class. Raises UserError."""
+    """The family, by model_type alone, as transformers' Auto classes have it: `architectures` may
+    name the model without its head, or a finetune's own class. Raises UserError."""
     families = known_families()
     named = class_names(config)
     kind = config.get("model_type")
@@ -105,7 +105,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
 
 def class_names(config: Mapping[str, Any]) -> list[str]:
-    """What config.json names as `architectures`; none where that is no list of names."""
+    """The names in config.json's `architectures`; none where that is not a list of names."""
     named = config.get("architectures")
     is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
     return named if is_list else []  # type: ignore[return-value]
@@ -119,7 +119,7 @@ def _with_standard_names(config: Mapping[str, Any], family: Family) -> dict[str,
 
 
 def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: Family) -> list[str]:
-    """Features that change what the weights mean and that this model has not."""
+    """Features that change what the weights mean and that this model does not have."""
     problems = []
     key = family.activation_key
     if values[key] not in family.activations:
@@ -199,7 +199,7 @@ def _biases(
 
 
 def _numbers(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Of ModelConfig, those that config.json says, or that follow from the width."""
+    """Fields of ModelConfig that config.json states, or that follow from the width."""
     found: dict[str, Any] = {
         name: float(values[key]) for name, key in family.numbers.items() if values[key] is not None
     }
@@ -216,7 +216,7 @@ def _numbers(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
 def _window(
     config: Mapping[str, Any], values: Mapping[str, Any], family: Family
 ) -> tuple[int, tuple[int, ...]]:
-    """(the window, the layers that have it, () for all)."""
+    """(the window, the layers that have it; () for all)."""
     window, layers = values.get("sliding_window"), values["num_hidden_layers"]
     if not family.window or not window:
         return 0, ()
@@ -259,7 +259,7 @@ def _full_every(config: Mapping[str, Any], family: Family) -> int:
 
 
 def _common_theta(config: Mapping[str, Any], family: Family, outside: float) -> float:
-    """RoPE's base where config.json gives one to every layer."""
+    """RoPE's base where config.json gives the same one to every layer."""
     thetas = config.get(family.nope)
     if not isinstance(thetas, list) or not any(thetas):
         return outside
@@ -333,7 +333,7 @@ def _of_layer_type(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _local_theta(config: Mapping[str, Any], family: Family, where: str) -> float:
-    """RoPE's base in layers with a window; 0 where they rotate as the others."""
+    """RoPE's base in layers with a window; 0 where it is that of the others."""
     if not family.local_theta:
         return 0.0
     own = _of_layer_type(config, "sliding_attention")
@@ -363,8 +363,8 @@ def _rope(
     config: Mapping[str, Any], values: Mapping[str, Any], family: Family, where: str
 ) -> tuple[float, RopeScaling, float]:
     """(theta, scaling, share of each head that rotates). transformers 5 writes rope_parameters,
-    older ones rope_theta and rope_scaling. Where both are there and contradict each other, what
-    transformers 5 takes is taken, with a warning: older ones take the other."""
+    older releases rope_theta and rope_scaling. Where both are present and contradict each other,
+    what transformers 5 uses is used, with a warning: older releases use the other."""
     chosen = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if family.local_theta:
         chosen = _of_layer_type(config, "full_attention") | dict(config.get("rope_scaling") or {})
@@ -488,7 +488,7 @@ def _yarn(factor: float, original: int, chosen: Mapping[str, Any]) -> RopeScalin
 
 
 def _longrope_attention(factor: float, original: int) -> float:
-    """What queries and keys are multiplied by unless something else is said."""
+    """Factor on queries and keys where none is stated."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
@@ -516,7 +516,7 @@ def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], 
 
 def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says beyond ModelConfig: ids of special tokens, settings of training and
-    generation, whatever else somebody wrote there."""
+    generation, and anything else."""
     family = family_of(config, "config.json")
     ours = {*_NOT_KEPT, *family.biases, *family.synonyms, *family.numbers.values()}
     ours |= {family.query_scalar, family.activation_key, family.local_theta_key, family.nope}
@@ -534,8 +534,8 @@ def _is_positive(value: Any) -> bool:
 
 
 def needed_transformers(model: ModelConfig, family: Family) -> str:
-    """The oldest release that reads what `config_from_model` writes, as far as it was tried; those
-    before it fail. "" for a class that is not part of transformers."""
+    """The oldest tested release that reads what `config_from_model` writes; those before it fail.
+    "" for a class that is not part of transformers."""
     if _is_scaled_mixtral(model, family):
         return "5.0.0"
     oldest = [family.since]
@@ -549,7 +549,7 @@ def needed_transformers(model: ModelConfig, family: Family) -> str:
 
 
 def _is_scaled_mixtral(model: ModelConfig, family: Family) -> bool:
-    """What releases before 4.48 read as a Mixtral without scaling."""
+    """Whether releases before 4.48 would read it as a Mixtral without scaling."""
     return family.model_type == "mixtral" and model.rope_scaling.kind != "none"
 
 
@@ -703,8 +703,8 @@ def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def same_function(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Lines `key: a's value, b's value` for every setting in which two models' parameters would
-    mean something else."""
+    """Lines `key: a's value, b's value` for every setting that makes the same parameters mean
+    something else in the two models."""
     lines = []
     for field in dataclasses.fields(ModelConfig):
         x, y = getattr(a, field.name), getattr(b, field.name)

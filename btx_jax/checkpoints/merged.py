@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """model: with its lora section. tensors: as in an adapter directory of ours."""
+    """A LoRA to be merged. model: with its lora section. tensors: as in an adapter directory of
+    ours."""
 
     path: Path
     model: ModelConfig
@@ -40,7 +41,7 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model, and the LoRA that is to be merged into it. checkpoint: the model's, with the history
+    """A model, and the LoRA to be merged into it, if any. checkpoint: the model's, with the history
     of both."""
 
     checkpoint: Checkpoint
@@ -48,14 +49,14 @@ class Source:
 
     @property
     def place(self) -> str:
-        """Of its files: the same for two spellings."""
+        """Identifies its files: the same for two spellings of a path."""
         return f"{self.checkpoint.path}{f'+{self.lora.path}' if self.lora else ''}"
 
 
 def find_source(path: str, key: str) -> Source:
-    """A directory of a model or its name on the Hub, or MODEL+LORA, of which LORA is a directory of
-    peft, an adapter of ours, or the name of one. A directory whose own name holds a + is itself.
-    Raises UserError for what is none, and for a LoRA that does not fit its model or cannot be
+    """A model's directory or its name on the Hub, or MODEL+LORA, where LORA is a directory of peft,
+    an adapter of ours, or the name of one. A directory whose own name contains a + is itself.
+    Raises UserError for anything else, and for a LoRA that does not fit its model or cannot be
     merged."""
     if not _exists(path, key):
         parts = path.split("+")
@@ -117,8 +118,8 @@ def _with_lora(model: str, lora: str, key: str) -> Source:
 
 
 def left_out(tensors: Sequence[tuple[Row, np.ndarray]], base: Reader, directory: Path) -> list[str]:
-    """What is said of tensors of the base that lie beside a LoRA of peft: those that equal the
-    base's own are left out. Raises UserError for others."""
+    """Messages about tensors of the base that are stored beside a peft LoRA: those that equal the
+    base's are skipped. Raises UserError for others."""
     problems = []
     for row, array in tensors:
         own = row.joined(base.read)
@@ -138,7 +139,7 @@ def left_out(tensors: Sequence[tuple[Row, np.ndarray]], base: Reader, directory:
 
 
 def open_source(source: Source) -> Reader:
-    """Raises UserError listing everything that is wrong with the model, short of its values."""
+    """Raises UserError listing everything that is wrong with the model, except its values."""
     reader = open_reader(source.checkpoint)
     return MergedReader(reader, source.lora) if source.lora else reader
 
@@ -175,14 +176,14 @@ class MergedReader:
         return merged
 
     def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
-        """Cut from the whole, which a LoRA is merged into."""
+        """A region cut from the whole tensor, which the LoRA is merged into."""
         if tensor not in self._names:
             return self._reader.read_region(tensor, region)
         whole = self.slots[tensor].to_ours(self.read(tensor))
         return whole[tuple(slice(*along) for along in region)]
 
     def check(self) -> None:
-        """Raises UserError when a tensor that was read held NaN or infinity."""
+        """Raises UserError when a tensor that was read contained NaN or infinity."""
         self._reader.check()
         bad = [f"{tensor} with it is beyond its dtype's range" for tensor in self._bad_values]
         raise_problems(self._lora.path, list(dict.fromkeys(bad)))

@@ -45,9 +45,9 @@ _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.defa
 
 
 class PeftLoRA(NamedTuple):
-    """model: the base's with the LoRA. tensors: as in an adapter directory of ours. carried:
-    tensors of the base itself that the file holds beside the LoRA. notes: what was done so that it
-    fits here."""
+    """A LoRA read from peft. model: the base's with the LoRA. tensors: as in an adapter directory
+    of ours. carried: tensors of the base itself that the file contains beside the LoRA. notes: what
+    was changed to make it fit."""
 
     model: ModelConfig
     tensors: dict[str, np.ndarray]
@@ -56,8 +56,8 @@ class PeftLoRA(NamedTuple):
 
 
 class _Map(NamedTuple):
-    """LoRA of one of our maps. alpha, rank: of the module that it is a part of, alpha / rank being
-    the scale."""
+    """LoRA of one of our maps. alpha, rank: of the module that it is a part of; alpha / rank is the
+    scale."""
 
     module: str
     a: np.ndarray
@@ -66,16 +66,14 @@ class _Map(NamedTuple):
     rank: int
 
     def alpha_at(self, rank: int) -> float:
-        """What alpha must be where A and B have this rank."""
+        """The alpha that gives the same scale at this rank."""
         return self.alpha * rank / self.rank
 
 
 def read(directory: Path, base: ModelConfig, origin: str) -> PeftLoRA:
-    """A LoRA saved by peft, for a model like `base`.
-
-    origin: the base's model_type, "" for a model that was born here. Raises UserError for what LoRA
-    here does not have, naming the setting, and for tensors that do not fit the config or the model.
-    """
+    """A LoRA saved by peft, for a model like `base`. origin: the base's model_type, "" for a model
+    that originated here. Raises UserError for what LoRA here does not support, naming the setting,
+    and for tensors that do not fit the config or the model."""
     check_sums(directory)
     config = read_config(directory)
     where = directory / CONFIG
@@ -136,7 +134,7 @@ def read(directory: Path, base: ModelConfig, origin: str) -> PeftLoRA:
 def _require_family(
     keys: Mapping[str, Any], family: Family, config: Mapping[str, Any], directory: Path
 ) -> None:
-    """Raises UserError for a LoRA on modules that other families have, and this one has not."""
+    """Raises UserError for a LoRA on modules that other families have and this one does not."""
     own = modules_of_layer(family)
     found = [_LORA.fullmatch(key) for key in keys]
     inside = [re.fullmatch(r"model\.layers\.\d+\.(.+)", lora[1]) for lora in found if lora]
@@ -155,7 +153,7 @@ def _require_family(
 
 
 def _known_rows(family: Family, base: ModelConfig) -> dict[str, Row]:
-    """{name: tensor of the base's files}; a tied head may lie beside the embedding."""
+    """{name: tensor of the base's files}; a tied head may be stored beside the embedding."""
     known, filled = slots(base), family.filled(base)
     found = {
         row.name: row
@@ -186,7 +184,7 @@ def _shape(place: tuple[int, tuple[str, ...]], base: ModelConfig) -> tuple[int, 
 def _compare(
     module: str, found: Mapping[str, np.ndarray], rank: int | None, shape: tuple[int, int]
 ) -> list[str]:
-    """Problems of a module's tensors; rank: what the config says; shape: the module's own."""
+    """Problems of a module's tensors. rank: what the config says. shape: the module's own."""
     problems = [f"missing {module}.lora_{factor}" for factor in "AB" if factor not in found]
     for factor, array in found.items():
         if array.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
@@ -208,13 +206,13 @@ def _compare(
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
-    """What is beyond float32 becomes infinite."""
+    """The array in float32; values beyond its range become infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(np.float32)
 
 
 def _why(key: str, base: ModelConfig) -> str:
-    """Why a tensor cannot be read, by the setting that it comes from."""
+    """Why a tensor cannot be read, named by the setting that it comes from."""
     lora, layer = _LORA.fullmatch(key), re.search(r"\blayers\.(\d+)\.", key)
     if not key.startswith("base_model.model."):
         return "names without base_model.model., which peft leaves out; save it with peft"
@@ -244,8 +242,8 @@ def _why(key: str, base: ModelConfig) -> str:
 def _cut(
     found: Mapping[str, np.ndarray], place: tuple[int, tuple[str, ...]], base: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(target, A, B) of the maps in a module. Of several maps, one does without the ranks that only
-    others use: that is how separate LoRAs lie in one module."""
+    """(target, A, B) of the maps in a module. Where there are several, each is cut without the
+    ranks that only others use: that is how separate LoRAs are stored in one module."""
     layer, targets = place
     a, b = (found[factor].astype(np.float32) for factor in "AB")
     start = 0
@@ -265,7 +263,7 @@ def _fit(
     base: ModelConfig,
     where: Path,
 ) -> tuple[ModelConfig, dict[str, np.ndarray], list[str]]:
-    """{(layer, target): its LoRA} -> one rank and one scale a layer, the same function."""
+    """{(layer, target): its LoRA} -> one rank and one scale per layer, for the same function."""
     largest: dict[int, int] = {}
     for (layer, _), its in found.items():
         largest[layer] = max(len(its.a), largest.get(layer, 0))

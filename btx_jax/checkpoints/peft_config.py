@@ -57,8 +57,8 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def family_of(base: ModelConfig, origin: str) -> Family:
-    """By whose names peft speaks of a model's modules. origin: its model_type, "" for a model that
-    was born here. Raises UserError where Hugging Face has no such model."""
+    """The family whose module names peft uses for a model. origin: its model_type, "" for a model
+    that originated here. Raises UserError where Hugging Face has no such model."""
     try:
         return family_for(base, origin)
     except UserError as error:
@@ -66,12 +66,12 @@ def family_of(base: ModelConfig, origin: str) -> Family:
 
 
 def others(directory: Path) -> list[str]:
-    """Adapters in folders of it, which peft saves for all but the one called default."""
+    """Adapters in subdirectories, where peft saves all but the one called default."""
     return sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json, its settings known to be expressible one by one."""
+    """adapter_config.json, checked setting by setting for what can be expressed here."""
     file = directory / CONFIG
     if not file.is_file() and (found := others(directory)):
         raise UserError(f"{directory}: holds adapters in folders; name one: {listed(found)}")
@@ -143,7 +143,7 @@ def _too_much(key: str, patterns: Sequence[str]) -> list[str]:
 
 
 def _wrong_number(key: str, value: Any) -> list[str]:
-    """r is a rank, lora_alpha any number of float32 but NaN and infinity."""
+    """Problems of r, which must be a rank, and lora_alpha, which may be any finite float32."""
     if key == "r":
         right = type(value) is int and 1 <= value < 1 << 31
         return [] if right else [f"r={short(value)}: must be a whole number of at least 1"]
@@ -185,8 +185,8 @@ def targeted(
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError within, where a regular expression is matched, too. Only the main thread
-    can have that."""
+    """Raises TimeoutError inside the block after this time, also while a regular expression is
+    matched. Works in the main thread only."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError
@@ -208,8 +208,9 @@ _compiled = functools.lru_cache(maxsize=4 * _PATTERNS)(re.compile)
 
 
 def _match(key: str, pattern: str, module: str, within: str = "") -> re.Match | None:
-    """key: the setting that the pattern comes from. within: the expression that peft puts it into;
-    else it must match the whole name. Raises ValueError naming setting and pattern."""
+    """Match a pattern against a module's name. key: the setting that the pattern comes from.
+    within: the expression that peft puts it into; otherwise it must match the whole name. Raises
+    ValueError naming setting and pattern."""
     try:
         if within:
             return _compiled(within % pattern).match(module)

@@ -25,12 +25,9 @@ def write(
     base: str,
     origin: str,
 ) -> None:
-    """Into a directory that exists.
-
-    base, origin: the base's path, and its model_type, "" for a model that was born here. Raises
-    UserError where there are several experts, a gate, or zeros only, and where Hugging Face has no
-    model like the base.
-    """
+    """Write into an existing directory. base, origin: the base's path, and its model_type, "" for a
+    model that originated here. Raises UserError where there are several experts, a gate, or only
+    zeros, and where Hugging Face has no model like the base."""
     assert model.lora
     specs = model.lora.specs(model.layers)
     if any(spec and spec.has_router for spec in specs):
@@ -82,7 +79,7 @@ def write(
 
 
 def _without_zeros(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A and B without the last ranks that are zero."""
+    """A and B without the last ranks where they are zero."""
     rank = int(np.flatnonzero(a.any(1) | b.any(0)).max(initial=-1)) + 1
     return a[:rank], b[:, :rank]
 
@@ -90,11 +87,9 @@ def _without_zeros(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _joined(
     pieces: Mapping[str, tuple[np.ndarray, np.ndarray]], outputs: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of a module, of those of the maps in it: the A's below each other, one that several
-    maps share only once, and B with each map's in its rows and at its A.
-
-    outputs: rows of every map of the module, in their order.
-    """
+    """A and B of a module, from those of its maps: the A's are stacked, one that several maps share
+    only once, and B has each map's values in its rows and at its A. outputs: rows of every map of
+    the module, in order."""
     places: dict[bytes, int] = {}
     rows_of_a: list[np.ndarray] = []
     at: dict[str, int] = {}

@@ -16,6 +16,6 @@ def raise_problems(directory: Path, problems: Sequence[str]) -> None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of them, and how many more."""
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

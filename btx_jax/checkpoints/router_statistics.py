@@ -32,7 +32,8 @@ LATER = "0" * 64  # in the place of a sha256 until it is known
 
 @dataclasses.dataclass(frozen=True)
 class Expert:
-    """name: of its model. digest: of its feed-forwards, all layers' (`base_digest`)."""
+    """The expert that sums belong to. name: of its model. digest: of its feed-forwards in all
+    layers (`base_digest`)."""
 
     name: str
     digest: str = LATER
@@ -40,9 +41,9 @@ class Expert:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """layers: those that are mixtures. width: of the model. tokenizer: its sha256. base: digest of
-    what belongs to no single expert and comes before a router. ridge: how rows were solved.
-    tokens: that were read of each text at most."""
+    """What statistics belong to. layers: those that are mixtures. width: of the model. tokenizer:
+    its sha256. base: digest of what belongs to no single expert and comes before a router. ridge:
+    how rows were solved. tokens: limit on what was read of each text."""
 
     experts: tuple[Expert, ...]
     layers: tuple[int, ...]
@@ -53,7 +54,7 @@ class About:
     base: str = LATER
 
     def differences(self, other: "About") -> list[str]:
-        """Why sums of the one cannot be added to those of the other."""
+        """Why the sums of two files cannot be added to each other."""
         told = {
             "width": "another width",
             "layers": "mixtures in other layers",
@@ -64,7 +65,7 @@ class About:
 
 
 class Writer:
-    """Into a file that can be sought in, layer by layer, so that no more than one is in memory."""
+    """Writes into a seekable file, layer by layer, so that only one layer is in memory."""
 
     def __init__(self, file: BinaryIO, about: About):
         self._file, self._about = file, about
@@ -75,7 +76,7 @@ class Writer:
     def write(
         self, layer: int, gram_EDD: np.ndarray, total_ED: np.ndarray, count_E: np.ndarray
     ) -> None:
-        """The layers of `about`, in order."""
+        """Write the sums of a layer; layers come in the order of `about`."""
         assert (layer, len(gram_EDD)) == (self._pending.pop(0), len(self._about.experts))
         for gram_DD in gram_EDD:
             for i, row in enumerate(gram_DD):
@@ -89,7 +90,7 @@ class Writer:
         self._file.write(data)
 
     def finish(self, base: str, experts: Sequence[str]) -> None:
-        """The digests, known when all has been read. The file stands at its beginning then."""
+        """Write the digests, known when everything has been read, and rewind the file."""
         named = [expert.name for expert in self._about.experts]
         about = dataclasses.replace(
             self._about, base=base, experts=tuple(map(Expert, named, experts))
@@ -100,7 +101,7 @@ class Writer:
 
 
 class RouterStatistics:
-    """A file of them, checked. Raises UserError when it is damaged, or of another format."""
+    """A statistics file, checked. Raises UserError when it is damaged, or in another format."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -120,8 +121,8 @@ class RouterStatistics:
             raise UserError(f"{path} is damaged (checksum); get or make it again")
 
     def read(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of one layer: gram [E, D, D], total [E, D] and count [E], as `Writer.write` takes them.
-        Raises UserError for what no tokens add up to."""
+        """Sums of one layer: gram [E, D, D], total [E, D] and count [E], as `Writer.write` takes
+        them. Raises UserError for values that no tokens can add up to."""
         packed, total_ED, count_E = (self._file.read(f"layers.{layer}.{part}") for part in _PARTS)
         width = self.about.width
         gram_EDD = np.empty((len(packed), width, width))
@@ -136,8 +137,8 @@ class RouterStatistics:
 
 
 def find_statistics(checkpoint: Path) -> RouterStatistics | None:
-    """Those beside a checkpoint, or in the directory of the run whose step it is; None where there
-    are none."""
+    """The statistics beside a checkpoint, or in the directory of the run whose step it is; None
+    where there are none."""
     places = [checkpoint]
     if checkpoint.parent.name == DIRECTORY:
         places.append(checkpoint.parent.parent)
@@ -160,7 +161,7 @@ def _about(values: dict[str, Any]) -> About:
 
 
 def _shapes(about: About) -> dict[str, list[int]]:
-    """Of all tensors, in their order."""
+    """Shapes of all tensors, in order."""
     experts, width = len(about.experts), about.width
     of_part = {"gram": [experts, width * (width + 1) // 2], "total": [experts, width]}
     of_part["count"] = [experts]

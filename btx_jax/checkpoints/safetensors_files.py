@@ -56,7 +56,7 @@ _BLOCK = 2**22  # bytes that are read at a time: to be hashed, of rows of which 
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies. dtype: the format's name, such as BF16; start: byte offset in the
+    """Location of one tensor. dtype: the format's name, such as BF16; start: byte offset in the
     file."""
 
     dtype: str
@@ -66,7 +66,7 @@ class Tensor(NamedTuple):
 
 
 class _OnDisk:
-    """The bytes of a file. worth_a_call: of fewer, reading what lies between is faster."""
+    """The bytes of a file. worth_a_call: gaps of fewer bytes are faster to read than to skip."""
 
     worth_a_call = 1024
 
@@ -78,7 +78,7 @@ class _OnDisk:
         return os.pread(self._file.fileno(), stop - start, start)
 
     def fill(self, view: memoryview, start: int) -> bool:
-        """False where the file ends before."""
+        """Fill `view` from byte `start`; False where the file ends before."""
         done = 0
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], start + done)
@@ -89,7 +89,7 @@ class _OnDisk:
 
 
 class _OnBucket:
-    """The bytes of an object, by ranges."""
+    """The bytes of an object in a bucket, read by ranges."""
 
     worth_a_call = 2**22
 
@@ -102,7 +102,7 @@ class _OnBucket:
             return buckets.read_range(self._path, start, stop) if stop > start else b""
 
     def fill(self, view: memoryview, start: int) -> bool:
-        """False where the object ends before."""
+        """Fill `view` from byte `start`; False where the object ends before."""
         for at in range(0, len(view), _PIECE):
             part = view[at : at + _PIECE]
             data = self.read(start + at, start + at + len(part))
@@ -173,10 +173,8 @@ class SafetensorsFile:
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """A tensor, or its [index], or of that the rows and columns [start, stop).
-
-        Only a tensor that is read whole is compared with its checksum: no part of one can be.
-        """
+        """A tensor, or its [index], or of that the rows and columns [start, stop). Only a tensor
+        that is read as a whole is compared with its checksum; a part cannot be."""
         tensor = self.tensors[name]
         dtype, shape, start = READABLE[tensor.dtype], tensor.shape, tensor.start
         if index is not None:
@@ -199,7 +197,7 @@ class SafetensorsFile:
         return array
 
     def sha256(self) -> str:
-        """Of the bytes of all tensors, in the order in which they lie there."""
+        """sha256 of the bytes of all tensors, in the order in which they are stored."""
         total = hashlib.sha256()
         start = min((tensor.start for tensor in self.tensors.values()), default=self._stored.size)
         for begin in range(start, self._stored.size, _BLOCK):
@@ -213,8 +211,8 @@ class SafetensorsFile:
     def _columns(
         self, start: int, shape: tuple[int, ...], dtype: np.dtype, columns: tuple[int, int]
     ) -> np.ndarray:
-        """Of the [rows, columns] that begin at byte `start`. Row by row where a row's part is worth
-        a call, else cut from blocks of whole rows."""
+        """Columns of the [rows, columns] that begin at byte `start`. Row by row where a row's part
+        is worth a call, otherwise cut from blocks of whole rows."""
         first, last = columns
         stride = shape[1] * dtype.itemsize
         array = np.empty((shape[0], last - first), dtype)
@@ -261,12 +259,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """Writes tensors, in the order they were announced, into shards of at most `shard_bytes` (or
-    one tensor). sha256: of every file that is finished.
-
-    tensors: name -> (shape, dtype). Every shard's header is known beforehand, so that data goes to
-    disk as it comes. metadata: for every header.
-    """
+    """Writes tensors, in the order in which they were announced, into shards of at most
+    `shard_bytes` (or one tensor). sha256: of every finished file. tensors: name -> (shape, dtype).
+    Every shard's header is known beforehand, so data is written as it arrives. metadata: for every
+    header."""
 
     def __init__(
         self,
@@ -329,8 +325,8 @@ class ShardWriter:
         summed.result()
 
     def _flush_behind(self) -> None:
-        """Let the disk work while tensors are made: otherwise gigabytes wait for the final
-        fsync."""
+        """Let the disk work while tensors are made: otherwise gigabytes wait for the
+        final fsync."""
         if self._flush is None or self._flush.done():
             if self._flush is not None:
                 self._flush.result()  # the kernel reports a failed write once
@@ -364,7 +360,7 @@ class ShardWriter:
         self._flush_behind()
 
     def finish(self) -> None:
-        """The last shard, the checksums and, when there are several shards, the index."""
+        """Write the last shard, the checksums and, when there are several shards, the index."""
         assert not self._pending, f"{len(self._pending)} tensors were announced and not written"
         self._close()
         (self._directory / CHECKSUMS).write_text(

@@ -24,16 +24,15 @@ def assemble(
     slots: Mapping[TensorId, Slot],
     hashes: dict[TensorId, str] | None = None,
 ) -> Params:
-    """Our tree from a reader's tensors, onto the shardings and into the dtypes of `abstract`.
+    """Our tree from a reader's tensors, onto the shardings and into the dtypes of `abstract`. Each
+    process reads the layers, experts, rows and columns of a tensor that its devices hold, a
+    replicated one once. Host memory then holds its share of one leaf and the part of one tensor
+    that was read.
 
-    Of each tensor a process reads the layers, experts, rows and columns that lie on its devices, a
-    replicated one once. In host memory are then its share of one leaf and the read part of one
-    tensor. hashes: gets sha256 of each tensor's float32 values; where processes share the mesh,
-    each computes those of some tensors, which it reads whole.
-
-    Raises UserError, in every process, when a value that any of them read is NaN or infinite, or
-    what it read is damaged. What is read whole is compared with its checksum where there is one;
-    parts of tensors cannot be.
+    hashes: receives the sha256 of each tensor's float32 values; where processes share the mesh,
+    each computes those of some tensors, which it reads whole. Raises UserError, in every process,
+    when a value that any of them read is NaN or infinite, or what it read is damaged. A tensor that
+    is read whole is compared with its checksum where there is one; parts of tensors cannot be.
     """
     leaves = jax.tree.leaves(abstract)
     devices = {device for leaf in leaves for device in leaf.sharding.device_set}
@@ -89,7 +88,8 @@ def _fill(
     slot: Slot,
     whole: np.ndarray | None,
 ) -> None:
-    """What regions of a leaf hold of one tensor. whole: the tensor, where it has been read."""
+    """Copy what one tensor contributes to regions of a leaf. whole: the tensor, where it has been
+    read."""
     depth = len(slot.indices)
     at = tuple((i, i + 1) for i in slot.indices)
     views = [
@@ -110,7 +110,7 @@ def _fill(
 
 
 def _blocks(regions: list[Region], axes: int) -> set[Region]:
-    """What to read at once: regions that adjoin or overlap are one."""
+    """What to read at once: regions that adjoin or overlap are joined."""
     merged = [_merged(region[axis] for region in regions) for axis in range(axes)]
     return {
         tuple(
@@ -136,7 +136,7 @@ def _holds(outer: Region, inner: Region) -> bool:
 
 
 def _within(inner: Region, outer: Region | None = None) -> Any:
-    """The index of one region in what begins where the other does, or at 0."""
+    """The index of one region in an array that begins where the other does, or at 0."""
     starts = [start for start, _ in outer] if outer is not None else [0] * len(inner)
     return tuple(slice(a - start, b - start) for (a, b), start in zip(inner, starts, strict=True))
 
@@ -154,7 +154,7 @@ def _empty(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 def _exchanged(own: Mapping[TensorId, str], tensors: list[TensorId]) -> dict[TensorId, str]:
-    """The digests of all processes; that of tensor i is from process i modulo their number."""
+    """The digests of all processes; that of tensor i comes from process i modulo their number."""
     table = np.zeros((len(tensors), 32), np.uint8)
     for number, tensor in enumerate(tensors):
         if tensor in own:
