@@ -19,7 +19,8 @@ DECAY = 0.3  # of the updating prior, DEMix's
 
 
 class DomainProfiles:
-    """documents: expert -> token ids of documents from its training text."""
+    """tf-idf profiles of experts. documents: expert -> token ids of documents from its training
+    text."""
 
     def __init__(self, documents: Mapping[str, Sequence[Sequence[int]]]):
         self.experts = tuple(documents)
@@ -34,8 +35,8 @@ class DomainProfiles:
 
     def weights(self, contexts: Sequence[Sequence[int]], top: int) -> np.ndarray:
         """[contexts, experts]: non-negative, summing to 1, at most `top` of them positive. A
-        context that no expert knows weighs all experts alike. Raises ValueError when top is not
-        between 1 and the number of experts."""
+        context that no expert knows gives all experts the same weight. Raises ValueError when top
+        is not between 1 and the number of experts."""
         if not 1 <= top <= len(self.experts):
             raise ValueError(f"top={top}: there are {len(self.experts)} experts")
         cosine = np.clip(
@@ -52,8 +53,8 @@ def tf_idf_weights(
     profiles: DomainProfiles, tokens: np.ndarray, segments: np.ndarray, top: int
 ) -> np.ndarray:
     """Packed rows [R, T + 1] -> weights [experts, R, T] of each next token. Blocks of BLOCK targets
-    see the tokens of their own document in front of them; a document's first block sees none and
-    weighs all experts alike."""
+    see the preceding tokens of their own document; a document's first block sees none and gives all
+    experts the same weight."""
     rows, width = tokens.shape
     places, contexts = [], []
     for row in range(rows):
@@ -72,8 +73,8 @@ def bayes_weights(nll: np.ndarray, segments: np.ndarray, updating: bool) -> np.n
     """Losses [experts, R, T] of each next token -> the posterior p(expert | document so far)
     [experts, R, T] for each of them.
 
-    The prior of a document is uniform; or, updating, the decayed mean of the posteriors at the ends
-    of the documents before it.
+    The prior of a document is uniform; or, if updating, the decayed mean of the posteriors at the
+    ends of the documents before it.
     """
     experts = nll.shape[0]
     weights = np.full(nll.shape, 1 / experts)
@@ -104,8 +105,7 @@ def ensemble_nll(nll: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def documents(segments: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, one behind the last) of each document in a packed row [T + 1]; padding (segment 0) is
-    none."""
+    """(start, stop) of each document in a packed row [T + 1]; padding (segment 0) is masked."""
     segments = abs(segments)
     borders = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
     for start, end in itertools.pairwise(borders):

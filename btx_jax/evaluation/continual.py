@@ -9,15 +9,13 @@ from btx_jax.errors import UserError
 
 
 def measures(scores: Sequence[Sequence[float]]) -> dict[str, float]:
-    """scores [t, t]: row k, after training through task k, the score on each task, in the order of
-    training.
+    """Continual-learning measures of scores [t, t]: row k contains, after training through task k,
+    the score on each task, in the order of training.
 
     overall_performance: mean of the last row. performance_drop: 2 / (t (t - 1)) times the sum over
-    k >= 2 and i < k of R[k, i] - R[k-1, i].
-    backward_transfer: mean over i < t of R[t, i] - R[i, i]; performance_drop is 2 / t of it.
-    Negative: forgotten.
-
-    Raises UserError for fewer than two tasks or a matrix that is not square.
+    k >= 2 and i < k of R[k, i] - R[k-1, i]. backward_transfer: mean over i < t of R[t, i] - R[i,
+    i]; performance_drop is 2 / t of it. Negative values mean forgetting. Raises UserError for fewer
+    than two tasks or a matrix that is not square.
     """
     r = np.array(scores, np.float64)
     if r.ndim != 2 or r.shape[0] != r.shape[1] or len(r) < 2:

@@ -28,7 +28,7 @@ def explain(
 ) -> dict[str, dict[str, Any]]:
     """texts: name -> token ids. Returns name -> {pieces [T]: text of each token; experts, gates
     [layers][T][K]: of the MoE layers, best first; layers: their numbers}. A text longer than the
-    model's context is cut to it."""
+    model's context is truncated to it."""
     if not texts:
         return {}
     llama = Llama(
@@ -72,8 +72,8 @@ def explain(
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each token; joined, they are the decoded text, with a character that spans tokens
-    shown at its last one."""
+    """The text of each token; joined, they are the decoded text, with a character that spans
+    several tokens shown at its last one."""
     shown, done = [], ""
     for i in range(len(ids)):
         text = tokenizer.decode(ids[: i + 1]).rstrip("\ufffd")

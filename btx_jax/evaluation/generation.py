@@ -34,8 +34,8 @@ class Sampling:
 
 
 def _argmax(values_V: jax.Array) -> jax.Array:
-    """The first of the largest, block by block: XLA's CPU backend finds a maximum fast and its
-    place in a loop over numbers."""
+    """Index of the first of the largest values, block by block: XLA's CPU backend finds a maximum
+    fast, and its index in a loop over numbers."""
     blocks = jnp.pad(values_V, (0, -len(values_V) % 128), constant_values=-jnp.inf).reshape(-1, 128)
     block = jnp.argmax(blocks.max(axis=1))
     return (block * 128 + jnp.argmax(blocks[block])).astype(jnp.int32)
@@ -87,13 +87,13 @@ class Generator:
         is_finished: Callable[[int, list[int]], bool] = lambda row, ids: False,
     ) -> list[list[int]]:
         """The continuation of each prompt, at most new_tokens ids, ending before one of stops, or
-        once is_finished(row, its continuation so far) holds, which is asked every CHUNK tokens.
-        What is drawn for a row does not depend on the others. Raises UserError for an id without
+        once is_finished(row, its continuation so far) is true, which is asked every CHUNK tokens.
+        What is sampled for a row does not depend on the others. Raises UserError for an id without
         embedding.
 
-        Longrope rotates what is longer than its original context by other factors, so that all of
-        the cache changes there: a row that crosses it is read again, as transformers does. Dynamic
-        RoPE leaves what is in the cache as it was rotated, as transformers does too.
+        Longrope rotates what is longer than its original context by other factors, which changes
+        the whole cache: a row that crosses it is processed again from its beginning, as in
+        transformers. Dynamic RoPE leaves the cache as it was rotated, as in transformers too.
         """
         check_ids((max(prompt) for prompt in prompts if prompt), self._model.vocab_size, "prompt")
         scaling = self._model.rope_scaling
@@ -132,7 +132,7 @@ class Generator:
         is_finished: Callable[[int, list[int]], bool],
         limits: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """limits: at most that many new tokens of each row."""
+        """limits: most new tokens of each row."""
         limits = limits or [new_tokens] * len(prompts)
         batch, longest = len(prompts), max(map(len, prompts))
         width = -(-longest // BUCKET) * BUCKET
@@ -191,7 +191,7 @@ def _programs(
     slots: int,
     sampling: Sampling,
 ) -> tuple[Any, Any]:
-    """The same ones for the same shapes, whatever the parameters: a model in training is asked
+    """The compiled programs, cached by shapes and not by parameters: a model in training is asked
     again and again. mesh: under which they are traced."""
     row_B = jnp.arange(batch)
 
@@ -210,8 +210,8 @@ def _programs(
 
     @functools.partial(jax.jit, donate_argnums=3)
     def proceed(weights, token_B, done_B, cache: Cache, seed, steps):
-        """A known token and one for each step, of which CHUNK fit; fewer when every row has
-        met its end. Also the last of them."""
+        """Start from a known token and take one step per token, at most CHUNK; stop early when
+        every row has ended. Also returns the last tokens."""
 
         def wanted(state):
             i, _, _, done_B, _ = state

@@ -13,7 +13,7 @@ ROWS = 8  # of a batch where --batch_size is auto: without an accelerator, more 
 
 
 class Elsewhere(NamedTuple):
-    """An argument that we have not. same: values that ask for nothing that is not so already."""
+    """An argument that is not supported here. same: values that ask only for what is so anyway."""
 
     same: tuple[Any, ...]
     instead: str
@@ -94,7 +94,8 @@ _HINTS = {
 
 
 class Generation(NamedTuple):
-    """new_tokens: at most. stops: texts before which a continuation ends."""
+    """Settings of a generation request. new_tokens: limit on new tokens. stops: texts before which
+    a continuation ends."""
 
     new_tokens: int
     sampling: Sampling
@@ -102,7 +103,8 @@ class Generation(NamedTuple):
 
 
 def refuse_others(others: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises UserError for a model argument that is not ours, unless its value asks for nothing."""
+    """Raises UserError for a model argument that is not supported, unless its value asks only for
+    what is so anyway."""
     for name, value in others.items():
         if name not in _ARGUMENTS:
             raise UserError(f"--model_args: unknown {name!r}: {suggest(name, known)}")
@@ -111,7 +113,7 @@ def refuse_others(others: Mapping[str, Any], known: Iterable[str]) -> None:
 
 
 def whole(key: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number in [least, most], also from its digits. Raises UserError."""
+    """A whole number in [least, most], or its digits as text. Raises UserError."""
     digits = isinstance(value, str) and value.isdecimal()
     number = int(value) if digits or (isinstance(value, float) and value.is_integer()) else value
     if type(number) is not int or number < least or (most is not None and number > most):
@@ -121,7 +123,7 @@ def whole(key: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def flag(key: str, value: Any) -> bool:
-    """Raises UserError."""
+    """A boolean, or its name as text. Raises UserError."""
     named = {"true": True, "false": False}.get(str(value).lower())
     if named is None:
         raise UserError(f"{key}={value}: must be True or False")
@@ -140,7 +142,7 @@ def number(key: str, value: Any, least: float, most: float) -> float:
 
 
 def batch_rows(batch_size: Any, max_batch_size: Any) -> int:
-    """Of a batch, from --batch_size: a number, auto or auto:N. Raises UserError."""
+    """Rows of a batch, from --batch_size: a number, auto or auto:N. Raises UserError."""
     most = None if max_batch_size is None else whole("--max_batch_size", max_batch_size, 1)
     if str(batch_size).split(":")[0] == "auto":
         return min(ROWS, most or ROWS)
@@ -150,11 +152,9 @@ def batch_rows(batch_size: Any, max_batch_size: Any) -> int:
 
 
 def generation(options: Mapping[str, Any], new_tokens: int) -> Generation:
-    """From the generation_kwargs of a request, as lm_eval's hf model reads them: greedy unless
-    do_sample or a temperature asks for more. new_tokens: where they say nothing.
-
-    Raises UserError for what we cannot do.
-    """
+    """Settings from the generation_kwargs of a request, as lm_eval's hf model reads them: greedy
+    unless do_sample or a temperature asks for more. new_tokens: the limit where they state none.
+    Raises UserError for what is not supported."""
     for name in options:
         if name not in _OURS and name not in _SETTINGS:
             hint = _HINTS.get(name) or suggest(name, (*_OURS, *_SETTINGS))
@@ -189,8 +189,8 @@ def generation(options: Mapping[str, Any], new_tokens: int) -> Generation:
 
 
 def not_ours(settings: Mapping[str, Any], sampled: bool) -> list[str]:
-    """Names among transformers' generation settings whose values would change what is generated,
-    and that we do not apply."""
+    """Names of transformers' generation settings whose values would change what is generated, and
+    that are not applied here."""
     idle = () if sampled else _SAMPLING
     if settings.get("num_beams", 1) == 1:
         idle = (*idle, *_BEAMS)

@@ -158,7 +158,7 @@ class BtxJaxLM(TemplateLM):
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        """Made when first asked: it keeps a second copy of the parameters."""
+        """Created at its first use: it keeps a second copy of the parameters."""
         ends = stop_ids(self._checkpoint.metadata, self._tokenizer)
         return Generator(self._model, self._params, self._compute, self._mesh, ends)
 
@@ -172,8 +172,8 @@ class BtxJaxLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict, additional_config: dict | None = None
     ) -> "BtxJaxLM":
-        """additional_config: what lm_eval's own arguments say. Raises UserError for what both
-        do."""
+        """additional_config: what lm_eval's own arguments say. Raises UserError for
+        what both set."""
         own = {
             name: value for name, value in (additional_config or {}).items() if value is not None
         }
@@ -210,7 +210,7 @@ class BtxJaxLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Part of the name of lm_eval's cache of requests: another one for another tokenizer or
+        """Part of the name of lm_eval's cache of requests; differs for another tokenizer or
         template."""
         template = self._chat_template().source
         told = hashlib.sha256((self._tokenizer.sha256 + template).encode()).hexdigest()
@@ -225,8 +225,8 @@ class BtxJaxLM(TemplateLM):
         }
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """lm_eval's --use_cache: it looks answers up by the request alone. Raises UserError for a
-        file with those of another model."""
+        """lm_eval's --use_cache, which looks answers up by the request alone. Raises UserError for
+        a file with another model's answers."""
         super().set_cache_hook(cache_hook)
         answers = cache_hook.dbdict
         if answers is None:
@@ -244,8 +244,9 @@ class BtxJaxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """add_special_tokens: whether what the tokenizer itself puts in front is; by default unless
-        the text begins with BOS. Raises UserError for an id that has no embedding."""
+        """add_special_tokens: whether to include what the tokenizer itself puts in
+        front; by default unless the text begins with BOS. Raises UserError for an id
+        that has no embedding."""
         if add_special_tokens is None:
             bos = self._tokenizer.bos
             first = None if bos is None else self._tokenizer.token_of(bos)
@@ -274,8 +275,8 @@ class BtxJaxLM(TemplateLM):
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        """Of (texts, context ids, continuation ids), the front cut off where both are longer than
-        max_length."""
+        """Log-likelihoods of (texts, context ids, continuation ids); the beginning is cut off where
+        both are longer than max_length."""
         pairs = []
         for texts, front, behind in requests:
             if not front or not behind or len(behind) > self._max_length:
@@ -294,8 +295,9 @@ class BtxJaxLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, each token seen once, in windows of max_length. As in lm_eval's hf model,
-        what the tokenizer puts in front of a text counts as its first token."""
+        """Log-likelihoods of whole texts, in windows of max_length that contain each
+        token once. As in lm_eval's hf model, what the tokenizer puts in front of a text
+        counts as its first token."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             found = get_rolling_token_windows(
@@ -335,7 +337,7 @@ class BtxJaxLM(TemplateLM):
         return texts
 
     def _continued(self, prompts: Sequence[str], settings: Generation) -> Iterator[tuple[int, str]]:
-        """(index of a prompt, the text generated behind it), in batches of similar length."""
+        """(index of a prompt, the text generated after it), in batches of similar length."""
         room = self._max_length - settings.new_tokens
         if room < 1:
             raise UserError(
@@ -368,7 +370,8 @@ class BtxJaxLM(TemplateLM):
                 yield i, self._answer(front, ids_new, stops)
 
     def _has_ended(self, prompt: list[int], new: list[int], stops: Sequence[str]) -> bool:
-        """Special tokens count as their text here, though no answer shows them."""
+        """Whether a stop string has been generated. Special tokens count as their text here, though
+        no answer shows them."""
         shown = self._tokenizer.decode(new, behind=prompt, special=True)
         return any(stop in shown for stop in stops)
 
@@ -400,9 +403,10 @@ class BtxJaxLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text that asks for the next answer; or, without add_generation_prompt, the one that
-        the last message's own continuation follows. A template that refuses a system message gets
-        none, with a warning, as in lm_eval's hf model. Raises UserError when it refuses more."""
+        """The text that asks for the next answer; or, without add_generation_prompt, the text that
+        the last message's own continuation follows. For a template that refuses a system message it
+        is left out, with a warning, as in lm_eval's hf model. Raises UserError when the template
+        refuses other messages."""
         try:
             return self._rendered(chat_history, add_generation_prompt)
         except TemplateError as error:
@@ -435,7 +439,7 @@ class BtxJaxLM(TemplateLM):
         return self._template
 
     def _tell(self, message: str) -> None:
-        """Once, however often it happens."""
+        """Warn, once per message."""
         if message not in self._told:
             self._told.add(message)
             log.warning(message)
@@ -465,7 +469,7 @@ def _with_bos(tokenizer: Tokenizer, added: bool) -> Tokenizer:
 
 
 def _check_device(device: Any) -> None:
-    """lm_eval passes cuda:0 where nobody said a thing."""
+    """Accepts lm_eval's cuda:0, which it passes where nobody named a device."""
     here = jax.default_backend()
     if device not in (None, "cuda", "cuda:0", here, f"{here}:0"):
         raise UserError(

@@ -14,7 +14,7 @@ from btx_jax.models.routing import RoutingStats
 
 
 class GateSums(NamedTuple):
-    """Of one router over the layers of its run, summed over tokens. chosen: share of each token's
+    """Sums over tokens for one router, over the layers of its run. chosen: share of each token's
     choices; gate: their weights."""
 
     chosen_LE: Any
@@ -30,8 +30,8 @@ class GateSums(NamedTuple):
 
 
 def by_target(model: ModelConfig, sums: Mapping[str, GateSums]) -> dict[str, Any]:
-    """{target: [{load, gate: of each expert, shares and mean weights} or None, a layer]}; None
-    where a layer has no router."""
+    """{target: per layer {load, gate: shares and mean weights of each expert} or None}; None where
+    a layer has no router."""
     result: dict[str, Any] = {}
     for target in model.lora.targets if model.lora else ():
         layers: list[Any] = []
@@ -52,12 +52,12 @@ def by_target(model: ModelConfig, sums: Mapping[str, GateSums]) -> dict[str, Any
 def redundancy(
     model: ModelConfig, params: Mapping[str, Any]
 ) -> dict[str, list[dict[str, float] | None]]:
-    """{target: [{distance, cosine, norm_ratio} or None, a layer]}: means over the pairs of a
-    layer's experts; None with fewer than two.
+    """{target: per layer {distance, cosine, norm_ratio} or None}: means over the pairs of a layer's
+    experts; None with fewer than two.
 
     distance: Frobenius norm of (alpha / rank) (B_i A_i - B_j A_j), which also grows with what was
-    learnt (MoLA section 5 compares it);
-    cosine: of the products as vectors, and norm_ratio: of the shorter to the longer, do not.
+    learnt (MoLA section 5 compares it). cosine, of the products as vectors, and norm_ratio, of the
+    shorter to the longer, do not.
     """
     tensors = to_tensors(model, params)
     specs = [spec.lora for spec in model.layer_specs()]

@@ -18,8 +18,8 @@ SHUT = -1e9  # of a router's logits
 
 
 def check(model: ModelConfig, expert: int, key: str) -> None:
-    """Raises ConfigError, naming the key, where a layer with experts has none of this number, or
-    gates that do not sum to one."""
+    """Raises ConfigError, naming the key, where a layer with experts has no expert of this number,
+    or gates that do not sum to one."""
     specs = [spec for spec in model.layer_specs() if spec.experts]
     if not specs:
         raise ConfigError(f"{key}: is no mixture; name one")
@@ -35,8 +35,9 @@ def check(model: ModelConfig, expert: int, key: str) -> None:
 
 
 def told(params: Params, expert: int) -> Params:
-    """The mixture's parameters with every expert a copy of one, of feed-forward leaves [L, E, ...];
-    beside an anchor, with the others shut out. An anchor's number is the last: all are."""
+    """The mixture's parameters with every expert a copy of one, in feed-forward leaves [L, E, ...];
+    beside an anchor, the others are shut out instead. The last number means the anchor: all are
+    shut out."""
 
     def copied(ffn: Any) -> Any:
         if "router" not in ffn:

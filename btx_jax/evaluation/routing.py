@@ -18,8 +18,7 @@ DEAD = 0.01  # an expert with less than this share of a layer's claims is called
 class RoutingSums(NamedTuple):
     """Sums over tokens, layer by layer. load: claims per expert; gate_load: their weights; pairs
     [first, second choice]: tokens that made them; entropy: nats. Experts that a layer does not have
-    count nothing.
-    """
+    count 0."""
 
     load_LE: Any
     gate_load_LE: Any
@@ -29,7 +28,7 @@ class RoutingSums(NamedTuple):
 
     @classmethod
     def joined(cls, runs: Sequence["RoutingSums"]) -> "RoutingSums":
-        """All runs' layers one behind the other, padded to the largest number of experts."""
+        """All runs' layers concatenated, padded to the largest number of experts."""
         experts = max(run.load_LE.shape[1] for run in runs)
 
         def padded(name: str, x: np.ndarray) -> np.ndarray:
@@ -48,7 +47,7 @@ class RoutingSums(NamedTuple):
 
 
 def routing_sums(stats: RoutingStats, tokens: jax.Array) -> RoutingSums:
-    """stats: of one run over `tokens` valid tokens, with their choices."""
+    """Sums of one run over `tokens` valid tokens. stats: of the run, including choices."""
     assert stats.choice is not None
     index_LNK = stats.choice.index_GSK.reshape(
         stats.load_E.shape[0], -1, stats.choice.index_GSK.shape[-1]
@@ -70,8 +69,8 @@ def routing_sums(stats: RoutingStats, tokens: jax.Array) -> RoutingSums:
 
 
 def summarise(sums: RoutingSums) -> dict[str, Any]:
-    """Of one domain: {load, gate_load [L][E]: shares; pairs [L][E][E]: shares of tokens; entropy
-    [L]: nats; dead [L]: expert numbers}."""
+    """Summary of one domain: {load, gate_load [L][E]: shares; pairs [L][E][E]: shares of tokens;
+    entropy [L]: nats; dead [L]: expert numbers}."""
     tokens = sums.tokens_L[:, None]
     load = sums.load_LE / sums.load_LE.sum(1, keepdims=True)
     return {
@@ -97,12 +96,10 @@ def mutual_information(load: Mapping[str, Sequence[Sequence[float]]]) -> list[fl
 
 
 def redundancy(params: Mapping[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
-    """Of each MoE layer: {cosine, deviation_cosine [E][E], norm_ratio [E]} between its experts'
-    weights, gate, up and down as one vector; their anchor is the last of them.
-
-    Experts of one seed are nearly parallel; `deviation_cosine` compares what sets them apart from
-    their mean. norm_ratio: to the mean norm.
-    """
+    """For each MoE layer: {cosine, deviation_cosine [E][E], norm_ratio [E]} between its experts'
+    weights, with gate, up and down as one vector; their anchor is the last of them. Experts of one
+    seed are nearly parallel; `deviation_cosine` compares their deviations from their mean.
+    norm_ratio: to the mean norm."""
     runs = sorted(
         (name for name in params if name.startswith("layers_")),
         key=lambda name: int(name.rpartition("_")[2]),
@@ -146,7 +143,8 @@ def _grams(w: jax.Array, anchor: jax.Array | None) -> tuple[jax.Array, jax.Array
 
 
 def _cosine(gram: np.ndarray) -> list[list[float]]:
-    """Zero beside an expert without any length, as all deviations are when experts are equal."""
+    """Cosines; zero beside an expert of length zero, as all deviations are when experts
+    are equal."""
     norms = np.sqrt(np.maximum(np.diagonal(gram), 0))
     outer = norms[:, None] * norms[None, :]
     return np.divide(gram, outer, out=np.zeros_like(gram), where=outer > 1e-12).tolist()

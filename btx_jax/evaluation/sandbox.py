@@ -50,8 +50,9 @@ _SCRIPT = Path(__file__).with_name("sandboxed.py")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """seconds: of CPU, and one and a half times that by the clock. memory: bytes of address space.
-    file: bytes of any file written. disk: bytes of all files together. files: how many."""
+    """What a program may use. seconds: CPU time, and one and a half times that in wall time.
+    memory: bytes of address space. file: bytes of any file written. disk: bytes of all files
+    together. files: how many."""
 
     seconds: int = 10
     memory: int = 1 << 30
@@ -62,9 +63,9 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class UnitTests:
-    """Code that defines check(candidate), and the expression that names the candidate among what
-    the program defines. setup is code in front of the program whose names the tests may use, a
-    prompt. Arguments and results are data: see sandbox_values.py."""
+    """Tests of a program: code that defines check(candidate), and the expression that names the
+    candidate among what the program defines. setup is code in front of the program whose names the
+    tests may use, a prompt. Arguments and results are plain data: see sandbox_values.py."""
 
     test: str
     entry_point: str
@@ -73,17 +74,17 @@ class UnitTests:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """why: `` when it passed; else `timeout`, `killed by SIGNAL`, `more than ...`, or the exception
-    on one line."""
+    """why: `` when the program passed; otherwise `timeout`, `killed by SIGNAL`, `more than ...`, or
+    the exception on one line."""
 
     passed: bool
     why: str = ""
 
 
 def run_program(program: str, limits: Limits = Limits(), tests: UnitTests | None = None) -> Outcome:
-    """Whether a Python program passes its tests, or, without any, runs to its end without an
+    """Run a Python program and report whether it passes its tests or, without any, ends without an
     exception. Raises UserError where this machine cannot contain it, and for tests that call the
-    program with what is no data."""
+    program with values that are not plain data."""
     found = _run(program, limits, tests, _walls())
     for state, told in (
         ("refused", "code tasks cannot be contained here"),
@@ -96,7 +97,8 @@ def run_program(program: str, limits: Limits = Limits(), tests: UnitTests | None
 
 @functools.cache
 def _walls() -> tuple[str, ...]:
-    """The most walls that this machine has: those with which an interpreter still runs."""
+    """The strongest set of walls that this machine allows: those with which an interpreter still
+    runs."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         here = f"{platform.system()} {platform.machine()}"
         raise UserError(
@@ -129,7 +131,7 @@ def _walls() -> tuple[str, ...]:
 def _run(
     program: str, limits: Limits, tests: UnitTests | None, walls: tuple[str, ...]
 ) -> dict[str, Any]:
-    """sandboxed.py's verdict, or one of a timeout."""
+    """The verdict of sandboxed.py, or a timeout."""
     home = tempfile.mkdtemp(prefix=_PREFIX)
     with contextlib.ExitStack() as stack:
         stack.callback(remove_tree, home)
@@ -163,7 +165,8 @@ def _run(
 
 
 def _remove_left_overs() -> None:
-    """Folders of evaluations that were killed; those of living ones are locked, or about to be."""
+    """Delete directories of evaluations that were killed; those of running ones are locked, or
+    about to be."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), locked(folder):
             if time.time() - folder.stat().st_ctime > 60:
@@ -171,7 +174,7 @@ def _remove_left_overs() -> None:
 
 
 def _bubblewrap(home: str, limits: Limits, packages: list[str]) -> list[str]:
-    """The command in front of sandboxed.py's: name spaces, and a home in memory."""
+    """The command that goes before sandboxed.py's: namespaces, and a home in memory."""
     program, package = shutil.which("bwrap"), _SCRIPT.parent
     assert program
     code = [package.parent / "__init__.py", package]
@@ -185,9 +188,9 @@ def _bubblewrap(home: str, limits: Limits, packages: list[str]) -> list[str]:
 
 
 def remove_tree(path: str) -> None:
-    """Removes a folder whatever a program has made of it: any depth, locked folders, names that are
-    not UTF-8. Links are removed, never followed. No path grows, and two folders are open at most;
-    nothing else may work in it any more."""
+    """Delete a directory whatever a program has made of it: any depth, locked directories, names
+    that are not UTF-8. Links are deleted, never followed. Paths do not grow, and at most two
+    directories are open; nothing else may be working in it any more."""
     _unlock(path)
     here = os.open(path, _FOLDER)
     try:
@@ -214,7 +217,7 @@ def remove_tree(path: str) -> None:
 
 
 def _remove_files(folder: int) -> list[str]:
-    """Removes what is no folder, and returns the folders."""
+    """Delete what is not a directory, and return the directories."""
     folders = []
     for name in os.listdir(folder):
         if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
@@ -225,7 +228,8 @@ def _remove_files(folder: int) -> list[str]:
 
 
 def _unlock(name: str, parent: int | None = None) -> None:
-    """Lets the owner into a folder, by a descriptor: a path may have become a link by now."""
+    """Give the owner access to a directory, by a descriptor: a path may have become a
+    link by now."""
     fd = os.open(name, os.O_PATH | _FOLDER, dir_fd=parent)
     try:
         os.chmod(f"/proc/self/fd/{fd}", 0o700)

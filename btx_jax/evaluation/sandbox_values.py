@@ -63,11 +63,12 @@ _NUMBERS = "biufc"  # NumPy's kinds of dtype that are nothing but bits
 
 
 class Stays(TypeError):
-    """A value that is no data and cannot leave its process: the message names its type."""
+    """A value that is not plain data and cannot leave its process: the message names its type."""
 
 
 def encode(value: Any, keep: Callable[[Iterator[Any]], int] | None = None) -> Any:
-    """JSON for a value. `keep` gives iterators a number. Raises Stays for what is no data."""
+    """JSON for a value. `keep` gives iterators a number. Raises Stays for what is not
+    plain data."""
     if value is None or value is True or value is False:
         return value
     if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "dtype"):
@@ -111,7 +112,7 @@ def decode(given: Any, iterate: Callable[[int], Iterator[Any]] | None = None) ->
 
 
 def mutate(old: Any, new: Any) -> None:
-    """Gives a mutable argument what the call has left in it."""
+    """Update a mutable argument with what the call has left in it."""
     if type(old) is not type(new):
         return
     if isinstance(old, list | bytearray):
@@ -122,7 +123,7 @@ def mutate(old: Any, new: Any) -> None:
 
 
 def encode_exception(error: BaseException) -> list[Any]:
-    """The names of those of its types that Python brings, and its arguments."""
+    """The names of the exception's built-in types, and its arguments."""
     names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
     try:
         arguments = [encode(argument) for argument in error.args]
@@ -146,15 +147,15 @@ def decode_exception(given: Any) -> BaseException:
 
 
 def told(error: BaseException) -> str:
-    """`ValueError: seven`, on one line of at most 500 characters."""
+    """An exception as `ValueError: seven`, on one line of at most 500 characters."""
     text = str(error)
     name = type(error).__name__
     return " ".join((f"{name}: {text}" if text else name).split())[:500]
 
 
 class Channel:
-    """Messages over two pipes: JSON behind its length. Raises EOFError when the other end is gone
-    or says what is no message."""
+    """Messages over two pipes: JSON preceded by its length. Raises EOFError when the other end is
+    gone or sends what is not a message."""
 
     def __init__(self, reader: int, writer: int) -> None:
         self.reader, self.writer = reader, writer

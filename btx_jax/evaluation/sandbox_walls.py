@@ -98,8 +98,8 @@ def _check(result: int, what: str) -> int:
 
 
 def readable(packages: list[str]) -> list[str]:
-    """Folders and files that a Python program needs: standard library, packages, shared libraries,
-    time zones. None lies in another."""
+    """Directories and files that a Python program needs: standard library, packages, shared
+    libraries, time zones. None is inside another."""
     standard = {os.path.dirname(os.__file__), f"{sys.base_prefix}/lib"}
     system = {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store"}
     others = {"/gnu/store", "/usr/share/zoneinfo", "/etc/ld.so.cache"}
@@ -112,7 +112,7 @@ def readable(packages: list[str]) -> list[str]:
 
 
 def die_with_parent() -> None:
-    """SIGKILL when the thread that started this process ends."""
+    """Have this process killed when the thread that started it ends."""
     _check(_libc.prctl(_PDEATHSIG, 9, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
 
 
@@ -121,9 +121,9 @@ def unshare(flags: int) -> None:
 
 
 def enter_name_spaces(home: str, paths: list[str], size: int, files: int) -> str:
-    """A network, host name, IPC and a file tree of its own: what `paths` name, read-only, and a new
-    `home` in memory that holds `size` bytes and `files` files at most. Returns the new home.
-    Ordinary users get a user name space around it."""
+    """Enter a network, host name, IPC and file tree of its own: what `paths` names, read-only, and
+    a new `home` in memory that holds at most `size` bytes and `files` files. Returns the new home.
+    Ordinary users get a user namespace around it."""
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0:
         unshare(_NEW_MOUNTS | _NEW_OTHERS)
@@ -168,7 +168,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 
 def other_user() -> int:
-    """A user id that nobody has where root may take any, so that sandboxes do not share one."""
+    """A user id that nobody has, where root may take any, so that sandboxes do not share one."""
     with open("/proc/self/uid_map") as file:
         first, _, count = file.read().split()[:3]
     alone = 0x70000000 + os.getpid()
@@ -185,8 +185,8 @@ def become(user: int) -> None:
 
 
 def contain(home: str, paths: list[str], seconds: int, memory: int, file: int) -> None:
-    """Takes from this process all that it could harm others with. From here on it computes, reads
-    `paths`, and writes below `home`."""
+    """Take from this process everything that it could harm others with. From here on it computes,
+    reads `paths`, and writes below `home`."""
     os.umask(0o077)
     for limit, value in (
         (resource.RLIMIT_CPU, seconds),  # both limits: SIGKILL, which no handler outlives
@@ -260,7 +260,7 @@ def system_calls(machine: str, pid: int) -> Code:
     ]  # fmt: skip
 
     def when(numbers: tuple[int | None, int | None], argument: int, then: Code) -> None:
-        """For one system call: looks at one argument."""
+        """For one system call, check one argument."""
         number = numbers[column]
         if number is not None:
             then = [(_LOAD, 0, 0, 16 + 8 * argument), *then, (_GIVE, 0, 0, REFUSE)]

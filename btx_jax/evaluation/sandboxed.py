@@ -43,9 +43,9 @@ _DESCRIPTORS = 3  # the first behind stdin, stdout and stderr
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Runs what stands on stdin: the program behind its length, then the tests as JSON. Returns
-    {"passed", "why"}, or {"refused": why} when a wall cannot be had, or {"unsupported": why} when
-    the tests cannot be asked from outside the program."""
+    """Run what stdin contains: the program preceded by its length, then the tests as JSON. Returns
+    {"passed", "why"}, or {"refused": why} when a wall cannot be put up, or {"unsupported": why}
+    when the tests cannot be run from outside the program."""
     walls.die_with_parent()
     (length,) = struct.unpack("!I", read_exactly(0, 4))
     program = read_exactly(0, length).decode("utf-8", "surrogatepass")
@@ -65,7 +65,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(HOME=home, TMPDIR=home)
 
     def inside(descriptors: list[int]) -> None:
-        """The rest of the walls, around a process that keeps these descriptors alone."""
+        """Put up the rest of the walls, around a process that keeps only these descriptors."""
         _keep(descriptors)
         try:
             if user is not None:
@@ -95,7 +95,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep(descriptors: list[int]) -> None:
-    """Leaves these open, numbered from 3, and /dev/null as stdin, stdout and stderr."""
+    """Keep these descriptors open, numbered from 3, with /dev/null as stdin, stdout and stderr."""
     null = os.open("/dev/null", os.O_RDWR)
     high = [os.dup2(fd, 100 + i) for i, fd in enumerate(descriptors)]
     for fd in range(_DESCRIPTORS):
@@ -107,8 +107,8 @@ def _keep(descriptors: list[int]) -> None:
 
 
 def _watch(solver: int, verdict: int, processes: int, home: str, request: dict[str, Any]) -> str:
-    """Waits for the verdict, or for the solver to have more than it may, and says what: time by the
-    clock, threads or, on a disk that has no limit of its own, files or bytes."""
+    """Wait for the verdict, or until the solver exceeds a limit, and say which: wall time, threads
+    or, on a disk without a limit of its own, files or bytes."""
     status = os.open(f"{solver}/status", os.O_RDONLY, dir_fd=processes)
     end = time.monotonic() + request["clock"]
     while not select.select([verdict], [], [], _LOOK)[0]:
@@ -123,7 +123,8 @@ def _watch(solver: int, verdict: int, processes: int, home: str, request: dict[s
 
 
 def _too_much(home: str, size: int, files: int) -> str:
-    """Looks at no more entries than are allowed. Folders cannot be locked: see sandbox_walls."""
+    """Which limit on files or bytes is exceeded. Looks at no more entries than are allowed.
+    Directories cannot be locked: see sandbox_walls."""
     folders, seen, taken = [home], 0, 0
     while folders:
         try:
@@ -161,7 +162,7 @@ def _verdict(
 
 
 def _end(process: int, seconds: int, patience: float) -> str:
-    """Ends a process, after a moment in which it may end by itself, and says what had killed it."""
+    """End a process, after a moment in which it may end by itself, and say what killed it."""
     until = time.monotonic() + patience
     while not (ended := os.wait4(process, os.WNOHANG))[0]:
         if time.monotonic() >= until:
@@ -179,7 +180,7 @@ def _end(process: int, seconds: int, patience: float) -> str:
 
 
 def _solve(program: str, channel: Channel) -> NoReturn:
-    """Runs the program, then answers what the judge asks, until it asks no more."""
+    """Run the program, then answer the judge's requests until there are no more."""
     channel.send("contained")
     names: dict[str, Any] = {"__name__": "__main__"}
     kept: list[Iterator[Any]] = []
@@ -222,7 +223,7 @@ def _solve(program: str, channel: Channel) -> NoReturn:
 
 
 def _judge(tests: int, reader: int, writer: int, verdict: int) -> NoReturn:
-    """Runs the tests and sends `passed`, `failed`, `refused` or `unsupported`, with the reason."""
+    """Run the tests and send `passed`, `failed`, `refused` or `unsupported`, with the reason."""
 
     def settle(kind: str, why: str = "") -> NoReturn:
         Channel(-1, verdict).send(kind, why)
@@ -240,7 +241,7 @@ def _judge(tests: int, reader: int, writer: int, verdict: int) -> NoReturn:
 def _run_tests(
     channel: Channel, tests: dict[str, str] | None, settle: Callable[..., NoReturn]
 ) -> None:
-    """Returns when they pass."""
+    """Returns when the tests pass."""
     turn = threading.Lock()  # tests may have threads
     entry_point = tests["entry_point"] if tests else ""
 
@@ -303,7 +304,7 @@ def _run_tests(
 
 
 def _whole(setup: str) -> CodeType:
-    """The most of a prompt's lines, from the first, that are code without what a program adds."""
+    """The most lines of a prompt, from the first, that compile without what a program adds."""
     lines = setup.splitlines()
     while True:
         for body in ("", "\n    pass"):

@@ -40,15 +40,15 @@ FIELDS = {
 
 
 class TestSet(NamedTuple):
-    """What is asked, and the solved examples in front of every question."""
+    """The items of a test set, and the solved examples in front of every question."""
 
     items: list[Item]
     examples: list[Item]
 
 
 def read_test_set(task: TaskConfig, key: str) -> TestSet:
-    """key: of the task, for what is wrong. Raises UserError when a file cannot be read or its items
-    do not fit the task."""
+    """key: of the task, for error messages. Raises UserError when a file cannot be read or its
+    items do not fit the task."""
     limit = 0 if task.heldout_fraction else task.limit
     items = read_json_lines(task.file, f"{key}.file", limit, MAX_TEST_SET)
     if task.heldout_fraction:
@@ -71,17 +71,15 @@ def read_test_set(task: TaskConfig, key: str) -> TestSet:
 
 
 def too_long(task: TaskConfig, context: int) -> bool:
-    """Whether what the task generates leaves a model of this context no room for a prompt."""
+    """Whether the task generates so much that a model with this context has no room for
+    a prompt."""
     return task.kind != "multiple_choice" and task.max_tokens >= context
 
 
 class Candidate:
-    """One model, to be tried on any test sets.
-
-    params: as trained, or as `load_for_inference` gives them; not copied but where text is
-    generated. stops: ids that end a text. batch_size must divide over the mesh's data, fsdp and
-    expert axes; what is measured does not depend on it.
-    """
+    """One model, to be scored on any test sets. params: as trained, or as `load_for_inference`
+    returns them; copied only where text is generated. stops: ids that end a text. batch_size must
+    be divisible by the mesh's data, fsdp and expert axes; results do not depend on it."""
 
     def __init__(
         self,
@@ -98,7 +96,7 @@ class Candidate:
         self._generator = functools.cache(lambda: Generator(model, params, compute, mesh, stops))
 
     def try_on(self, test_set: TestSet, task: TaskConfig, name: str) -> dict[str, Any]:
-        """Metrics, and `items`: what it got for each. name: beside the progress."""
+        """Metrics, and `items`: the result for each. name: shown beside the progress."""
         items, examples = test_set
         if task.kind == "multiple_choice":
             return multiple_choice(items, examples, task, self._tokenizer, self._scorer, name)
@@ -109,7 +107,7 @@ class Candidate:
 
 
 def scores(result: dict[str, Any]) -> dict[str, float]:
-    """A test set's metrics alone."""
+    """Only the metrics of a test set's result."""
     return {metric: value for metric, value in result.items() if metric != "items"}
 
 
@@ -135,7 +133,7 @@ def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
 
 
 def _wrong_field(item: Item, kind: str) -> str:
-    """What is wrong with the types of an item's fields, "" for nothing."""
+    """What is wrong with the types of an item's fields; "" for nothing."""
     if kind == "multiple_choice":
         choices, gold = item["choices"], item["gold"]
         if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
@@ -153,7 +151,7 @@ def _wrong_field(item: Item, kind: str) -> str:
 
 
 def solved(item: Item, task: TaskConfig) -> str:
-    """An item's prompt with its right answer behind it."""
+    """An item's prompt followed by its right answer."""
     answer = (
         item["choices"][int(item["gold"])]
         if "choices" in item
@@ -212,8 +210,8 @@ def exact_match(
     generator: Generator,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Share of items whose generated answer is theirs: the last number of both texts where both
-    have one, else the text itself."""
+    """Share of items whose generated answer matches: the last number of both texts where both have
+    one, otherwise the text itself."""
     shots = few_shot(examples, task)
     texts = continuations(
         tokenizer,
@@ -236,7 +234,7 @@ def code(
     generator: Generator,
     batch_size: int,
 ) -> dict[str, Any]:
-    """pass@k for every k of task.pass_at, from task.samples programs an item, run in the sandbox
+    """pass@k for every k of task.pass_at, from task.samples programs per item, run in the sandbox
     against the item's tests."""
     prompts = [task.prompt.format_map(item) for item in items for _ in range(task.samples)]
     texts = continuations(tokenizer, generator, prompts, task, batch_size)
@@ -266,9 +264,9 @@ def continuations(
     task: TaskConfig,
     batch_size: int,
 ) -> list[str]:
-    """Generated text behind each prompt, cut before the first of task.stop. Prompts of similar
-    length share a batch; of one that leaves no room for task.max_tokens the front is cut off.
-    Raises UserError when the context has no room for a prompt at all."""
+    """Text generated after each prompt, cut before the first of task.stop. Prompts of similar
+    length share a batch; where a prompt leaves no room for task.max_tokens, its beginning is cut
+    off. Raises UserError when the context has no room for a prompt at all."""
     room = generator.context - task.max_tokens
     if room < 1:
         raise UserError(
@@ -316,6 +314,6 @@ def _best(values: Sequence[float]) -> int:
 
 
 def _with_error(name: str, right: Sequence[bool]) -> dict[str, float]:
-    """The mean and its standard error over items."""
+    """The mean over items and its standard error."""
     mean = statistics.mean(right)
     return {name: mean, f"{name}_stderr": (mean * (1 - mean) / max(len(right) - 1, 1)) ** 0.5}

@@ -10,7 +10,7 @@ HELDOUT, LOSS = "heldout", "nats_per_token"
 
 
 class Best:
-    """By a metric of metrics.jsonl's lines, as CheckpointConfig has it."""
+    """Finds the best step by a metric of metrics.jsonl's lines, as CheckpointConfig names it."""
 
     def __init__(self, metric: str, lines: Iterable[Mapping[str, Any]]):
         self._metric = metric
@@ -19,7 +19,7 @@ class Best:
             self.add(line["step"], line)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """What was measured at a step; nothing where the metric is not among it."""
+        """Record what was measured at a step; ignored where the metric is not part of it."""
         found = self._value(values)
         if found is not None and math.isfinite(found):
             self._scores[step] = found

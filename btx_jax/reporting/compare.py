@@ -15,13 +15,13 @@ SAME = 0.02  # nats per token: an interval inside +-SAME means that two arms do 
 
 
 def mean_loss(model: Mapping[str, Any]) -> float:
-    """Of a model over its domains, each counting the same."""
+    """A model's mean loss over its domains, with equal weight for every domain."""
     return float(np.mean(list(model["nats_per_token"].values())))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval by Student's t); the half width is infinite for one
-    value alone."""
+    """(mean, half width of its 95 % interval by Student's t); the half width is infinite for a
+    single value."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, math.inf
@@ -86,8 +86,8 @@ def _entry(values: Sequence[float]) -> dict[str, Any]:
 
 
 def verdict(sign: str, mean: float, half: float) -> str:
-    """sign `<`: left has the lower loss; `=`: they do equally well, by SAME. held, not held, or
-    undecided when the interval allows both."""
+    """sign `<`: left should have the lower loss; `=`: they should do equally well, within SAME.
+    Returns held, not held, or undecided when the interval allows both."""
     if sign == "=":
         if abs(mean) + half <= SAME:
             return "held"

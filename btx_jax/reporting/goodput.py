@@ -18,9 +18,9 @@ ACTIVITIES = ("step", "lost", "compile", "restore", "save", "data", "evaluate", 
 
 
 class Goodput:
-    """Counts from when it is made. Every moment belongs to one activity, so that the shares add up
-    to 1. What a start did behind the last line that it wrote before it was killed is not known, and
-    not counted; nor is the time between two starts."""
+    """Divides time, from when it is made, among activities. Every moment belongs to one, so that
+    the shares add up to 1. What a start did after the last line that it wrote before it was killed
+    is not known, and not counted; nor is the time between two starts."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
@@ -28,7 +28,7 @@ class Goodput:
 
     @contextmanager
     def doing(self, activity: str) -> Iterator[None]:
-        """Within it time belongs to this activity, but for what a block within it names."""
+        """Inside the block, time belongs to this activity, except what a nested block claims."""
         outer = self._change(activity)
         try:
             yield
@@ -36,14 +36,14 @@ class Goodput:
             self._change(outer)
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Some time turns out to have been another activity's."""
+        """Move seconds that turn out to belong to another activity."""
         self._change(self._activity)
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
     def go_on(self, workdir: Path, lines: Sequence[Mapping[str, Any]], first: int) -> None:
-        """Count the run's earlier starts too. lines: all of metrics.jsonl, those behind step
-        `first`, from which this start goes on, included: theirs is what was lost."""
+        """Count the run's earlier starts too. lines: all of metrics.jsonl, including those after
+        step `first`, from which this start resumes: their time was lost."""
         told = [_of_line(line) for line in lines if "goodput" in line]
         file = workdir / FILE
         ledger = [read_json(file)] if file.exists() else []
@@ -57,7 +57,7 @@ class Goodput:
             self.move("step", "lost", max(self._seconds["step"] - useful, 0.0))
 
     def keep(self, workdir: Path) -> None:
-        """For the next start."""
+        """Save the totals for the next start."""
         self._change(self._activity)
         write_json(workdir / FILE, self._seconds)
 
@@ -69,14 +69,14 @@ class Goodput:
         return {"goodput": shares, "wall_seconds": total}
 
     def __str__(self) -> str:
-        """The largest shares first, what is below half a percent left out."""
+        """Shares, largest first, without those below half a percent."""
         told = self.told()
         shares = sorted(told["goodput"].items(), key=lambda item: -item[1])
         parts = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
         return f"{told['wall_seconds']:.0f} s of wall time: {parts}"
 
     def _change(self, activity: str) -> str:
-        """The activity before."""
+        """Switch to an activity. Returns the previous one."""
         before, now = self._activity, time.perf_counter()
         self._seconds[before] += now - self._since
         self._activity, self._since = activity, now
@@ -84,5 +84,5 @@ class Goodput:
 
 
 def _of_line(line: Mapping[str, Any]) -> dict[str, float]:
-    """Activity -> seconds, of what `told` told."""
+    """Activity -> seconds, from a line that `told` wrote."""
     return {name: share * line["wall_seconds"] for name, share in line["goodput"].items()}

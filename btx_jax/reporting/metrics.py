@@ -35,13 +35,12 @@ UPLOADED = 30.0  # seconds after which a bucket gets what is new
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to WORKDIR/metrics.jsonl and the numbers among them to
+    """Appends one JSON object per line to WORKDIR/metrics.jsonl, and its numbers to
     WORKDIR/tensorboard and to the trackers, which the caller opens and closes.
 
     A resumed run starts at `first_step`: lines of later steps, written after the checkpoint it
-    resumes from, are removed; one that is damaged is set aside in metrics.damaged.jsonl. With
-    `enabled` False (every process but the first) nothing is
-    written.
+    resumes from, are removed; a damaged line is moved to metrics.damaged.jsonl. With `enabled`
+    False (every process but the first) nothing is written.
     """
 
     def __init__(
@@ -74,8 +73,8 @@ class MetricsWriter:
             self._trackers.write(step, told)
 
     def sync(self) -> None:
-        """Nothing written so far is lost to a kill, on a bucket either, mounted or not: a mounted
-        one takes a file when it is synced or closed."""
+        """Make sure that nothing written so far is lost to a kill, in a bucket either, mounted or
+        not: a mounted one takes a file when it is synced or closed."""
         if self._enabled:
             self._files.sync()
 
@@ -85,13 +84,13 @@ class MetricsWriter:
 
 
 class _OnDisk:
-    """A run's files, in its directory."""
+    """A run's files in its directory."""
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
 
     def open(self, kept: Sequence[Mapping[str, Any]] | None, first_step: int) -> None:
-        """kept: the lines that stay, None where there are none yet."""
+        """kept: the lines that stay; None where there are none yet."""
         path = self._workdir / FILE
         if kept is not None:
             with new_file(path) as partial:
@@ -113,8 +112,8 @@ class _OnDisk:
 
 
 class _OnBucket:
-    """A run's files, as parts: the last one of each kind is written on this machine and uploaded
-    over what the bucket has of it."""
+    """A run's files in parts: the last part of each kind is written locally and uploaded over the
+    bucket's copy."""
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
@@ -125,7 +124,7 @@ class _OnBucket:
         self._uploaded = time.monotonic()
 
     def open(self, kept: Sequence[Mapping[str, Any]] | None, first_step: int) -> None:
-        """kept: the lines that stay, None where there are none yet."""
+        """kept: the lines that stay; None where there are none yet."""
         self._start = first_step + 1
         self._open_board()
         stale = set(parts(self._workdir))
@@ -194,7 +193,7 @@ def _add(board: SummaryWriter, step: int, numbers: Mapping[str, float]) -> None:
 
 
 def parts(workdir: Path) -> list[Path]:
-    """The files that hold the metrics of a run, in order: one on a disk."""
+    """The files that contain a run's metrics, in order: one on a disk."""
     return sorted(
         (file for file in workdir.glob("metrics*.jsonl") if _PART.fullmatch(file.name)),
         key=lambda file: (len(file.name), file.name),
@@ -202,8 +201,7 @@ def parts(workdir: Path) -> list[Path]:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines that a run wrote; damaged ones, and a last one cut short by a kill, are left
-    out."""
+    """The lines that a run wrote, without damaged ones and a last one truncated by a kill."""
     return _parse(workdir)[0]
 
 
@@ -213,7 +211,8 @@ def bad_lines(workdir: Path) -> list[int]:
 
 
 def _parse(workdir: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
-    """(lines, number -> damaged line). A last line without its end is neither: a kill cut it."""
+    """(lines, number -> damaged line). A last line without its end is neither: a kill
+    truncated it."""
     lines, bad = [], {}
     *whole, _ = b"".join(file.read_bytes() for file in parts(workdir)).split(b"\n")
     for number, text in enumerate(whole, start=1):
@@ -238,7 +237,8 @@ def _set_aside(path: Path, bad: Mapping[int, bytes]) -> None:
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """Those of a line but its step, by `a/b/0`-style names: what curves and trackers show."""
+    """The numbers of a line, except its step, by `a/b/0`-style names: what curves and trackers
+    show."""
     return dict(_scalars({key: value for key, value in line.items() if key != "step"}))
 
 

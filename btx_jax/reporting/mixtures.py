@@ -62,7 +62,7 @@ def own_table(names: Sequence[str], own: np.ndarray) -> Table:
 
 
 def plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, family: Family | None) -> Table:
-    """family: None for our own format."""
+    """A table of what will be made. family: None for our own format."""
     total, active = parameter_counts(model)
     table = Table(title="plan", show_header=False)
     shared = (
@@ -102,7 +102,7 @@ def plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, family: Family | N
 
 
 def card(mixture: Mixture, history: History) -> str:
-    """A model card."""
+    """The mixture's model card."""
     recipe = mixture.recipe
     total, active = parameter_counts(mixture.model)
     kind = "Branch-Train-MiX" if recipe.base == "average" else "frankenMoE"

@@ -22,7 +22,8 @@ MOST_MAPS = 8
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """Which model has the lowest mean over the domains, and what the mixture gained and forgot."""
+    """One sentence: which model has the lowest mean over the domains, and what the mixture gained
+    and forgot."""
     if not summary["domains"]:
         return f"{len(summary['models'])} models on test sets alone."
     means = {
@@ -63,8 +64,8 @@ def render(
     experts: Sequence[str],
     provenance: Mapping[str, Mapping[str, str]],
 ) -> str:
-    """experts: names of the shown mixture's experts, where they are known. provenance: stage ->
-    {config: text, sha256}."""
+    """The report as one HTML page. experts: names of the shown mixture's experts, where they are
+    known. provenance: stage -> {config: text, sha256}."""
     domains = summary["domains"]
     values = {
         name: [model["nats_per_token"][d] for d in domains]
@@ -128,7 +129,7 @@ def any_pair(found: Mapping[str, Any]) -> bool:
 
 
 def _as_script(values: Any) -> str:
-    """JSON that can stand inside a <script>: no character that could end it."""
+    """JSON that is safe inside a <script>: no character can end it."""
     return (
         json.dumps(values).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     )

@@ -54,7 +54,8 @@ def short(name: str) -> str:
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
-    """Of the WINDOW values up to each, of fewer at the beginning: as many as there are values."""
+    """For each value, the mean of the WINDOW values up to it, fewer at the beginning: as many as
+    there are values."""
     total = np.cumsum([0.0, *values])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - WINDOW, 0)
@@ -261,7 +262,7 @@ def routing_maps(load: Mapping[str, Sequence[Sequence[float]]], experts: Sequenc
 
 
 def lora_maps(found: Mapping[str, Any]) -> str:
-    """Of LoRA experts: mean cosine between those of a layer, map by layer, and how many it has."""
+    """Mean cosine between a layer's LoRA experts, map by layer, and how many it has."""
     targets, counts = list(found["redundancy"]), found["experts"]
     values = np.array(
         [

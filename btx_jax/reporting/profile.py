@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 
 
 class Profile:
-    """Steps from the first to the last chosen one that this start takes. Every process writes its
-    own host's part, of the same session. As a context, it stops what is left running."""
+    """Profiles the chosen steps that this start takes. Every process writes its own host's part,
+    into the same session. As a context manager, it stops a profile that is still running."""
 
     def __init__(self, steps: range, workdir: Path):
         self._steps, self._directory = steps, workdir / DIRECTORY
@@ -34,11 +34,11 @@ class Profile:
         return step in self._steps and not self._is_on
 
     def ends(self, step: int) -> bool:
-        """Whether it ends behind this step."""
+        """Whether the profile ends after this step."""
         return self._is_on and step >= self._steps[-1]
 
     def start(self, step: int) -> None:
-        """To be called when no earlier step is running any more."""
+        """Call it when no earlier step is running any more."""
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # every call of Python would be more than the step itself
         options.session_id = f"steps_{step}_to_{self._steps[-1]}"
@@ -47,7 +47,7 @@ class Profile:
         self._is_on = True
 
     def stop(self) -> None:
-        """To be called when the last step has finished; else nothing happens."""
+        """Call it when the last step has finished; otherwise nothing happens."""
         if not self._is_on:
             return
         self._is_on, self._steps = False, range(0)
@@ -57,5 +57,5 @@ class Profile:
 
 
 def annotated(step: int) -> jax.profiler.StepTraceAnnotation:
-    """Around a step."""
+    """A context manager that labels a step in the profile."""
     return jax.profiler.StepTraceAnnotation(STEP, step_num=step)

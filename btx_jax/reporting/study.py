@@ -42,7 +42,7 @@ class Point(NamedTuple):
 
 
 def tables(seeds: Sequence[Models]) -> str:
-    """All tables that these results hold, as Markdown; "" where they are none of the study's."""
+    """All tables that these results contain, as Markdown; "" where they are not the study's."""
     if not names(seeds, (BRANCH,)):
         return ""
     parts = (barrier_table, loss_table, correlation_table, kept_table, peer_table, tuned_table)
@@ -55,8 +55,8 @@ def loss(models: Models, name: str, domain: str) -> float:
 
 
 def with_barriers(models: Models, evaluate: Path) -> Models:
-    """The models of the evaluation there, with the barriers that their runs measured. At step 0,
-    where a branch is its seed, there is none."""
+    """The models of the evaluation, with the barriers that their runs measured. At step 0, where a
+    branch is its seed, there is none."""
     found = dict(models)
     paths = recorded_config(evaluate).get("evaluate", {}).get("models", {})
     for name in models:
@@ -68,7 +68,7 @@ def with_barriers(models: Models, evaluate: Path) -> Models:
 
 
 def points(models: Models, kind: str) -> dict[str, Point]:
-    """Expert -> its point, of every branch of a kind that measured its barrier."""
+    """Expert -> its point, for every branch of a kind that measured its barrier."""
     found = {}
     mixture, oracle = f"untuned-{kind}-{ROUTERS[0]}-mean", f"oracle-{kind}-mean"
     for expert, domain in DOMAIN_OF.items():
@@ -87,7 +87,8 @@ def points(models: Models, kind: str) -> dict[str, Point]:
 
 
 def barrier_table(seeds: Sequence[Models]) -> str:
-    """Against learning rate and length: of every kind of branch, means over its experts."""
+    """Barriers against learning rate and length, for every kind of branch, means over
+    its experts."""
     rows = []
     for kind, branch in BRANCHES.items():
         by_step: dict[int, list[float]] = {}
@@ -105,7 +106,7 @@ def barrier_table(seeds: Sequence[Models]) -> str:
 
 
 def loss_table(seeds: Sequence[Models]) -> str:
-    """What experts gain and their untuned mixture loses, of every kind of branch, means over its
+    """What experts gain and their untuned mixture loses, for every kind of branch, means over its
     experts."""
     rows = []
     for kind in BRANCHES:
@@ -156,8 +157,8 @@ def kept_table(seeds: Sequence[Models]) -> str:
 
 
 def correlation_table(seeds: Sequence[Models]) -> str:
-    """Spearman's, over all branches of all seed values, with a percentile bootstrap interval, as if
-    the branches of a seed value did not depend on each other."""
+    """Spearman's correlation over all branches of all seed values, with a percentile bootstrap
+    interval, as if the branches of a seed value were independent."""
     found = [
         point for models in seeds for kind in BRANCHES for point in points(models, kind).values()
     ]
@@ -177,8 +178,8 @@ def correlation_table(seeds: Sequence[Models]) -> str:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """(rho, lower and upper end of its interval). Resamples of one value alone have no rank
-    correlation and are left out."""
+    """(rho, lower and upper end of its interval). Resamples that contain a single value have no
+    rank correlation and are skipped."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(RESAMPLES):
@@ -234,7 +235,7 @@ def rate_table(seeds: Sequence[Models]) -> str:
 
 
 def split_table(seeds: Sequence[Models]) -> str:
-    """The same FLOPs, another share of them in the experts; 0 is upcycling."""
+    """Loss by the share of the same FLOPs that is spent in the experts; 0 is upcycling."""
     arms = {0: "upcycling_flops"} | {share: f"share_{share}" for share in SHARES}
     rows = [
         [f"{share} %", number(losses(seeds, arm)), number(paired(seeds, arm, arms[0]), "+.3f")]
@@ -247,7 +248,7 @@ def split_table(seeds: Sequence[Models]) -> str:
 
 
 def paired(seeds: Sequence[Models], left: str, right: str) -> list[float]:
-    """left minus right of every seed value that has both."""
+    """left minus right for every seed value that has both."""
     return [
         mean_loss(models[left]) - mean_loss(models[right])
         for models in seeds
@@ -265,7 +266,7 @@ def names(seeds: Sequence[Models], prefixes: tuple[str, ...]) -> list[str]:
 
 
 def number(values: Sequence[float], form: str = ".3f") -> str:
-    """Their mean with its interval; "" for none."""
+    """The values' mean with its interval; "" for none."""
     if not values:
         return ""
     mean, half = interval(values)
@@ -278,7 +279,7 @@ def percent(shares: Sequence[float]) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Nothing without rows."""
+    """A Markdown table; "" without rows."""
     if not rows:
         return ""
     lines = [columns, ["---"] * len(columns), *rows]

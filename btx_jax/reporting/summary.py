@@ -112,18 +112,18 @@ def summarise(
 
 
 def difference(cost: float | None, spent: float | None) -> float | None:
-    """None where either is not known."""
+    """cost - spent; None where either is not known."""
     return None if cost is None or spent is None else cost - spent
 
 
 def amount(value: float | None, form: str) -> str:
-    """A cost as it is shown."""
+    """A cost as it is displayed."""
     return "unknown" if value is None else format(value, form)
 
 
 def learnt_in_turn(models: Mapping[str, Any], continual: Sequence[str]) -> dict[str, Any]:
     """{models, tasks, scores [t][t] in percent, continual.measures of them}. Raises UserError for a
-    model or task that was not tried."""
+    model or task that was not scored."""
     names, tasks = zip(*(pair.split(":", 1) for pair in continual), strict=True)
     scores = []
     for name in names:
@@ -169,7 +169,7 @@ def gains(
 
 
 def curve_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, mean training loss of the WINDOW steps up to it) at SHOWN_POINTS places spread evenly
+    """(step, mean training loss of the WINDOW steps up to it) at SHOWN_POINTS steps spread evenly
     over a run, the last one its end."""
     steps = [(line["step"], line["lm_loss"]) for line in lines if "lm_loss" in line]
     count = min(SHOWN_POINTS, len(steps))
@@ -181,7 +181,7 @@ def curve_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
 
 
 def test_set_curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """TASK/METRIC -> (step, value) wherever the run was tried on it; standard errors left out."""
+    """TASK/METRIC -> (step, value) wherever the run was scored on it, without standard errors."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for task, metrics in line.get("tasks", {}).items():
@@ -207,7 +207,7 @@ def probe_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, f
 
 
 def over_domains(heldout: Mapping[str, Mapping[str, float]]) -> float:
-    """Mean of their nats per token."""
+    """Mean of the domains' nats per token."""
     return mean(domain["nats_per_token"] for domain in heldout.values())
 
 
@@ -218,12 +218,12 @@ def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _shown(name: str) -> Text:
-    """As it is, whatever it looks like."""
+    """A name as literal text, whatever characters it contains."""
     return Text(plain(name))
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    """Names may be long, and are folded, never cut."""
+    """A table whose names may be long, and are wrapped, never truncated."""
     made = Table(title=title)
     for i, column in enumerate(columns):
         made.add_column(_shown(column), justify="right" if i else "left", overflow="fold")
@@ -231,7 +231,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def print_tables(tables: Sequence[Table]) -> None:
-    """Into a file or a pipe at the tables' own width."""
+    """Print the tables; into a file or a pipe at the tables' own width."""
     console = Console()
     if not console.is_terminal:
         wide = console.options.update(max_width=WIDEST)
@@ -255,7 +255,7 @@ def loss_table(models: Mapping[str, Any], domains: Sequence[str]) -> Table:
 
 
 def cost_table(summary: Mapping[str, Any]) -> Table:
-    """What each model took, behind the seed."""
+    """What each model cost, without the seed."""
     left_out = ", the seed's own training left out" if summary["seed"] else ""
     columns = ("model", "tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active")
     made = _table(f"what it took{left_out}", columns)

@@ -34,27 +34,25 @@ NO_CREDENTIALS = (
 
 
 class Tracker(Protocol):
-    """A run as a service keeps it. Any method may raise whatever the service's client raises.
-
-    id: its name there.
-    """
+    """A run in a tracking service. Any method may raise whatever the service's client raises. id:
+    the run's name there."""
 
     id: str
 
     def catch_up(self, written: Lines) -> None:
-        """Tell what it lacks of the lines that were written before this start."""
+        """Send what it lacks of the lines that were written before this start."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
     def finish(self, step: int, results: Mapping[str, float]) -> None:
-        """What the run came to."""
+        """Send the run's results."""
 
     def close(self, finished: bool) -> None: ...
 
 
 def _on_disk(workdir: Path) -> Path:
-    """Where a tracker without a server keeps its files: in the run's directory, or for one on a
-    bucket, which none of them can write to, in runs/ on this machine."""
+    """Where a tracker without a server keeps its files: in the run's directory; for a run in a
+    bucket, to which no tracker can write, in the local runs/."""
     if not is_on_bucket(workdir):
         return workdir
     local = Path("runs", workdir.name)
@@ -63,9 +61,9 @@ def _on_disk(workdir: Path) -> Path:
 
 
 class WandB:
-    """Rows of one step are one row there, and what comes for an earlier step is ignored there.
-    W&B's own process may lose its last rows in a kill; offline, every start writes a file of its
-    own: so that all that the service does not have yet is told again."""
+    """Rows of one step are one row there, and rows for an earlier step are ignored. W&B's own
+    process may lose its last rows in a kill, and offline every start writes a file of its own:
+    therefore everything that the service does not have yet is sent again."""
 
     def __init__(self, config: Config, workdir: Path, run_id: str):
         import wandb
@@ -102,9 +100,9 @@ class WandB:
 
 
 class MLflow:
-    """What was told is there at once, but for the line that a kill fell into. The config is its
-    parameters, as the run's first start had it. A store that does not have the run, such as the
-    directory of another machine, gets a new one and is told all."""
+    """What was sent is stored at once, except for the line that a kill interrupted. The config is
+    stored as parameters, as the run's first start had it. A store that does not have the run, such
+    as another machine's directory, gets a new one with everything."""
 
     def __init__(self, config: Config, workdir: Path, run_id: str):
         # Without a server the store is a directory, which MLflow 3 keeps for those who ask for it;
@@ -140,7 +138,7 @@ class MLflow:
             self.write(step, scalars)
 
     def _goes_on(self, run_id: str) -> bool:
-        """Whether it is there."""
+        """Whether the run exists there."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -173,7 +171,7 @@ class MLflow:
 
 
 def mlflow_name(name: str) -> str:
-    """MLflow takes no other characters: pass@1 -> pass_1."""
+    """A metric's name in the characters that MLflow allows: pass@1 -> pass_1."""
     return re.sub(r"[^\w. :/-]", "_", name, flags=re.ASCII)
 
 
@@ -181,7 +179,7 @@ KINDS: Mapping[str, Callable[[Config, Path, str], Tracker]] = {"wandb": WandB, "
 
 
 def check(config: LogConfig, mistakes: Mistakes) -> None:
-    """Whether the packages of the trackers that are named are there, and W&B's credentials."""
+    """Report missing packages of the named trackers, and missing W&B credentials, as mistakes."""
     for name in KINDS:
         if getattr(config, name) and importlib.util.find_spec(name) is None:
             mistakes.add(f"config.log.{name}: needs a package: pip install 'btx_jax[{name}]'")
@@ -201,12 +199,12 @@ def _has_credentials() -> bool:
 
 
 class Trackers:
-    """Those that config.log names, as one. With `enabled` False (every process but the first)
-    there are none.
+    """The trackers that config.log names, as one. With `enabled` False (every process but the
+    first) there are none.
 
-    A resumed run goes on in the runs that its workdir names, which are told all that they lack of
-    what metrics.jsonl held when it was resumed, and none of that again: the steps between the last
-    checkpoint and a kill keep the numbers of the first time.
+    A resumed run continues in the runs that its workdir names. They are sent everything that they
+    lack of what metrics.jsonl contained when it was resumed, and none of it twice: the steps
+    between the last checkpoint and a kill keep the numbers of the first time.
     """
 
     def __init__(self, config: Config, workdir: Path, enabled: bool = True):
@@ -231,8 +229,8 @@ class Trackers:
         write_json(file, ids)
 
     def begin(self, written: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """written: the (step, scalars) of metrics.jsonl, before those behind the checkpoint that
-        this start goes on from are removed."""
+        """written: the (step, scalars) of metrics.jsonl, before those after the checkpoint that
+        this start resumes from are removed."""
         lines = list(written) if self._trackers else []
         self._each(lambda tracker: tracker.catch_up(lines))
         for step, scalars in lines:
@@ -244,7 +242,7 @@ class Trackers:
             self._each(lambda tracker: tracker.write(step, late))
 
     def finish(self, step: int, results: Mapping[str, float]) -> None:
-        """The run has come to these results."""
+        """Send the run's results."""
         self._finished = True
         self._each(lambda tracker: tracker.finish(step, results))
 

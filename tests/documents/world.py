@@ -16,7 +16,7 @@ from btx_jax.data.tokenizers import load_tokenizer
 from tests.conftest import sentences
 from tests.documents.pages import files
 
-MODEL = ModelConfig(320, 4, 32, 64, 4, 2, 8, context=256)
+MODEL = ModelConfig(320, 4, 32, 64, 4, 2, 8, context=512)
 DOMAINS = ("math", "code", "law")
 SHARED = ("models", "text", "data", "runs")
 
