@@ -36,7 +36,7 @@ _required: set[str] = set()  # buckets that this process has found to be there
 
 
 def is_url(text: str) -> bool:
-    """Whether it names something on a bucket, or on what else has a scheme."""
+    """Whether it names something in a bucket, or anything else with a scheme."""
     return re.match(r"\w+://", text) is not None
 
 
@@ -45,8 +45,8 @@ def is_on_bucket(path: Path) -> bool:
 
 
 def at(url: str, key: str) -> Path:
-    """The path of a URL. Raises UserError for another scheme than gs and s3, a URL that names no
-    bucket or is not in its plainest form, and when the library for it is not installed."""
+    """The path of a URL. Raises UserError for a scheme other than gs and s3, a URL that names no
+    bucket or is not normalised, and when its library is not installed."""
     match = _URL.match(url)
     if match is None or match["scheme"] not in LIBRARIES:
         raise UserError(f"{key}={url!r}: neither a path nor gs:// or s3://")
@@ -64,7 +64,8 @@ def at(url: str, key: str) -> Path:
 
 
 def _configure() -> None:
-    """Before the libraries are imported: nothing that another process writes may be missed."""
+    """Configure the libraries before they are imported: no cache may hide what another process
+    writes."""
     import fsspec.config
 
     for library in ("fsspec", "gcsfs"):
@@ -75,7 +76,7 @@ def _configure() -> None:
 
 
 def require(path: Path, key: str) -> None:
-    """Raises UserError when the bucket of a path on one is not there, or may not be read."""
+    """Raises UserError when a path is in a bucket that does not exist, or may not be read."""
     if not is_on_bucket(path):
         return
     where = _URL.match(str(path))
@@ -99,12 +100,12 @@ def _files(path: Path) -> Any:
 
 
 def key_of(path: Path) -> str:
-    """As fsspec's file system names it: BUCKET/PATH."""
+    """The path as fsspec's file system names it: BUCKET/PATH."""
     return str(path).split("://", 1)[1]
 
 
 def told(error: BaseException) -> str:
-    """What a library for buckets raised, in one line; "" for what is none of theirs."""
+    """An error of a library for buckets in one line; "" for any other error."""
     kind, text = type(error), " ".join(str(error).split())[:300]
     library = kind.__module__.partition(".")[0]
     status = getattr(error, "code", None) or getattr(error, "status", None)
@@ -122,7 +123,7 @@ def told(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(what: str = "") -> Iterator[None]:
-    """Around work on buckets: what their libraries raise becomes a UserError of one line. what: was
+    """Around work on buckets: errors of their libraries become a UserError of one line. what: was
     being read or written."""
     try:
         yield
@@ -135,8 +136,8 @@ def explained(what: str = "") -> Iterator[None]:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Writes an object where there is none; False, and nothing is written, where there is one. Of
-    several that try at the same time one succeeds."""
+    """Write an object unless it exists; False, with nothing written, if it does. Of several that
+    try at the same time, one succeeds."""
     try:
         _files(path).pipe_file(key_of(path), data, mode="create")
     except FileExistsError:
@@ -145,19 +146,19 @@ def create(path: Path, data: bytes) -> bool:
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:
-    """Of an object: bytes [start, stop)."""
+    """Bytes [start, stop) of an object."""
     return bytes(_files(path).cat_file(key_of(path), start=start, end=stop))
 
 
 def objects(directory: Path) -> dict[str, dict[str, Any]]:
-    """All below a directory: relative name -> what the store tells of it."""
+    """Everything below a directory: relative name -> what the store says about it."""
     root = key_of(directory).rstrip("/") + "/"
     found = _files(directory).find(root, detail=True)
     return {name.removeprefix(root): info for name, info in sorted(found.items()) if name != root}
 
 
 def stamps(directory: Path) -> list[list[Any]]:
-    """[relative name, bytes, version] of all below a directory."""
+    """[relative name, bytes, version] of everything below a directory."""
     found = objects(directory).items()
     return [
         [name, each["size"], each.get("generation") or each.get("ETag")] for name, each in found
@@ -165,22 +166,22 @@ def stamps(directory: Path) -> list[list[Any]]:
 
 
 def remove(path: Path) -> None:
-    """A directory or an object, if it is there."""
+    """Delete a directory or an object, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         _files(path).rm(key_of(path), recursive=True)
 
 
 def is_taken(path: Path) -> bool:
-    """Whether an object, or a directory of them, is there; one that is not whole, or that a process
-    has only claimed, is not."""
+    """Whether an object, or a directory of them, exists; one that is incomplete, or that a process
+    has only claimed, does not count."""
     return path.is_file() or (
         any(not name.startswith(".") for name in objects(path)) and not (path / UNFINISHED).exists()
     )
 
 
 def require_whole(directory: Path, key: str) -> None:
-    """Raises UserError for a directory of a bucket that is still being filled, or was left half
-    filled by a killed process."""
+    """Raises UserError for a directory of a bucket that is still being filled, or was left
+    incomplete by a killed process."""
     if is_on_bucket(directory) and (directory / UNFINISHED).exists():
         raise _not_whole(directory, key)
 
@@ -193,7 +194,8 @@ def _not_whole(directory: Path, key: str) -> UserError:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """What a killed upload left of a directory that only it has written to, claims aside."""
+    """Delete what a killed upload left of a directory that only it has written to,
+    except claims."""
     if (directory / UNFINISHED).exists():
         for name in objects(directory):
             if name != UNFINISHED and not name.startswith("."):
@@ -201,8 +203,8 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def upload(source: Path, target: Path) -> None:
-    """A local directory's files, over those of the same names, the largest first: what describes
-    the others, and is looked for by who reads the directory, comes last."""
+    """Upload a local directory's files, over those of the same names, the largest first: the files
+    that describe the others, which readers look for, come last."""
     files = sorted(
         (file for file in source.rglob("*") if file.is_file()),
         key=lambda file: (-file.stat().st_size, file),
@@ -221,15 +223,15 @@ def upload(source: Path, target: Path) -> None:
 
 
 def _counted(told: str, total: int) -> Any:
-    """A bar of so many bytes, where they may take a while."""
+    """A progress bar of that many bytes, where they may take a while."""
     shown = total > LARGE
     return bar(desc=told, total=total, unit="B", unit_scale=True, leave=False, shown=shown)
 
 
 def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Path:
-    """The directory itself, or of one on a bucket a copy on the local disk, in the user's cache: of
-    its objects as they are now, those whose relative names are wanted. What is there already is not
-    fetched again. Raises UserError for one that is not whole."""
+    """The directory itself; for one in a bucket, a copy in the user's cache on the local disk: of
+    its objects as they are now, those whose relative names are wanted. What is cached already is
+    not downloaded again. Raises UserError for an incomplete one."""
     if not is_on_bucket(directory):
         return directory
     found = stamps(directory)
@@ -267,6 +269,6 @@ def _fetch(directory: Path, sizes: Mapping[str, int], target: Path) -> None:
 
 
 def cache() -> Path:
-    """Where copies of what lies on buckets are kept."""
+    """Where copies from buckets are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "btx_jax" / "buckets"

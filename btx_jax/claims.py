@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class _Claim(NamedTuple):
-    """As an object holds it. beat: counts its renewals."""
+    """A claim as an object stores it. beat: counts its renewals."""
 
     number: int
     process: dict[str, Any]
@@ -41,7 +41,7 @@ class _Claim(NamedTuple):
 
 
 def _this_process() -> dict[str, Any]:
-    """What tells processes apart, on machines that have a /proc."""
+    """What identifies this process, on machines that have /proc."""
     found: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     with contextlib.suppress(OSError):
         found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -51,12 +51,13 @@ def _this_process() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str:
-    """When a living process started, in ticks since boot. Raises OSError when there is none."""
+    """When a running process started, in ticks since boot. Raises OSError when there is none."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def _has_ended(process: dict[str, Any]) -> bool | None:
-    """None where it cannot be known: the process is of another machine."""
+    """Whether the claiming process has ended; None where that cannot be known, as it is on another
+    machine."""
     here = _this_process()
     machine = ("host", "boot", "namespace")
     if "started" not in here or any(process.get(name) != here[name] for name in machine):
@@ -76,7 +77,7 @@ def _told(claim: _Claim) -> bytes:
 
 
 def _highest(directory: Path) -> _Claim | None:
-    """A claim that is given up while this looks is none."""
+    """The highest claim; one that is given up meanwhile does not count."""
     for name in reversed(list(buckets.objects(directory / FOLDER))):
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             return _Claim(**json.loads((directory / FOLDER / name).read_bytes()))
@@ -84,7 +85,7 @@ def _highest(directory: Path) -> _Claim | None:
 
 
 def _is_dead(directory: Path, claim: _Claim) -> bool:
-    """Waits, where it must, for a sign of life."""
+    """Whether the claim is dead. Waits, if it must, for a sign of life."""
     if (ended := _has_ended(claim.process)) is not None:
         return ended
     log.warning(
@@ -106,8 +107,8 @@ def _is_dead(directory: Path, claim: _Claim) -> bool:
 
 @contextlib.contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """The directory of a bucket is this process's for as long as the block lasts. Raises
-    BlockingIOError when another process holds it."""
+    """Hold a directory of a bucket for this process while the block lasts. Raises BlockingIOError
+    when another process holds it."""
     before = _highest(directory)
     if before is not None and not _is_dead(directory, before):
         raise BlockingIOError(f"{directory} is held by a process of {before.process.get('host')}")

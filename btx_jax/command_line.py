@@ -13,15 +13,15 @@ from btx_jax.errors import UserError, one_line
 
 
 def fail(message: object) -> NoReturn:
-    """One line to stderr, exit status 2."""
+    """Print one line to stderr and exit with status 2."""
     terminal.error(one_line(message))
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Around the body of a command. A reader of its output that has gone, as in `| head`, ends it
-    as it ends any program."""
+    """Around the body of a command: errors become one line. When the reader of its output has gone,
+    as in `| head`, the command ends as any program does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
     try:

@@ -15,7 +15,7 @@ BREAKS_BELOW_ITS_RANGE = "jax"  # tests are known to fail; of others nothing old
 
 
 class _Unmet(NamedTuple):
-    """installed: the version that is there, "" for none."""
+    """A requirement that is not met. installed: the version that is installed, "" for none."""
 
     requirement: Requirement
     installed: str
@@ -26,16 +26,16 @@ class _Unmet(NamedTuple):
 
 
 def require(extra: str, what: str) -> None:
-    """Raises UserError, with the line that mends it, when a package of the extra is missing or has
-    a version outside its range. what: the key or the command that needs it."""
+    """Raises UserError, with the command that fixes it, when a package of the extra is missing or
+    has a version outside its range. what: the key or the command that needs it."""
     if unmet := list(_unmet(extra)):
         listed = ", ".join(f"{u.asked} ({u.installed or 'none'} is installed)" for u in unmet)
         raise UserError(f"{what} needs {listed}: pip install 'btx_jax[{extra}]'")
 
 
 def check() -> None:
-    """At the start of a command: what is outside the ranges is told in one line each, on stderr.
-    Raises UserError for what is known to fail."""
+    """At the start of a command, warn about versions outside the ranges, in one line each, on
+    stderr. Raises UserError for those that are known to fail."""
     for unmet in _unmet():
         if not unmet.installed:
             continue  # the import that needs it tells
@@ -57,7 +57,7 @@ def _is_older(unmet: _Unmet) -> bool:
 
 
 def _unmet(extra: str = "") -> Iterator[_Unmet]:
-    """Of what the extra asks for, "" for what every installation does."""
+    """Unmet requirements of an extra; "" for those of every installation."""
     try:
         asked = metadata.requires("btx_jax") or []
     except metadata.PackageNotFoundError:

@@ -11,14 +11,12 @@ MAX_TOLD = 20  # mistakes that are told at one time
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one line that names the cause and the cure.
-
-    `btx` and `btx_jax.launch` print it without a traceback and exit with status 2.
-    """
+    """Something the user can fix: the message is one line that names the cause and the cure. `btx`
+    and `btx_jax.launch` print it without a traceback and exit with status 2."""
 
 
 class ConfigError(UserError):
-    """A config that cannot run, by one mistake or by several, each of which starts with its key."""
+    """A config that cannot run, for one or more mistakes, each of which starts with its key."""
 
     def __str__(self) -> str:
         if len(self.args) <= 1:
@@ -32,7 +30,7 @@ class ConfigError(UserError):
 
 
 def _by_what(told: list[str]) -> list[str]:
-    """One of those that say the same of different keys, with how many there are."""
+    """Mistakes, with those that say the same of different keys reduced to one and their number."""
     places: dict[str, list[str]] = {}
     for each in told:
         key, _, what = each.partition(": ")
@@ -44,7 +42,7 @@ def _by_what(told: list[str]) -> list[str]:
 
 
 class Mistakes:
-    """Gathers what is wrong, so that all of it is told at once."""
+    """Collects mistakes, so that all of them are reported at once."""
 
     def __init__(self) -> None:
         self.found: dict[str, None] = {}  # in order, each once
@@ -54,8 +52,8 @@ class Mistakes:
 
     @contextlib.contextmanager
     def gather(self, prefix: str = "") -> Iterator[None]:
-        """A UserError within is kept, the block left. prefix: put before keys that are not
-        whole."""
+        """A UserError inside the block is collected, and the block left. prefix: put before keys
+        that are incomplete."""
         try:
             yield
         except UserError as error:
@@ -69,8 +67,8 @@ class Mistakes:
 
 
 def one_line(told: object) -> str:
-    """Words of an error on one line: what a terminal would obey or cannot show is escaped, the
-    middle left out where it is longer than anyone reads."""
+    """The words of an error on one line: characters that a terminal would obey or cannot show are
+    escaped, and the middle is cut where it is longer than anyone reads."""
     words = " ".join(str(told).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return (

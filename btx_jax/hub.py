@@ -44,11 +44,12 @@ _pins: dict[str, str] = {}  # of this process: name without its path -> commit
 
 
 def resolve(name: str, key: str, kind: str = MODEL) -> Path:
-    """A path as it is written, expanded, or the directory of what a name of the Hub stands for, at
-    one commit for as long as the process lives. kind: MODEL downloads what a model or an adapter
-    is read from, TOKENIZER what a tokenizer is.
+    """A path as it is written, expanded, or the directory of what a name on the Hub stands for, at
+    one commit for as long as the process lives.
 
-    Raises UserError, naming the key, when there is no such thing on the Hub or it cannot be had.
+    kind: MODEL downloads the files that a model or an adapter is read from, TOKENIZER those of a
+    tokenizer. Raises UserError, naming the key, when it does not exist on the Hub or cannot be
+    downloaded.
     """
     found = named(name, key)
     if found is None:
@@ -62,7 +63,7 @@ def resolve(name: str, key: str, kind: str = MODEL) -> Path:
 
 
 def commit(name: Name, key: str) -> str:
-    """That of its revision, now or when it was first asked for (`pin`)."""
+    """The commit of its revision, now or when it was first requested (`pin`)."""
     if re.fullmatch("[0-9a-f]{40}", name.revision):
         return name.revision
     pinned = f"{name.type}/{name.repository}"
@@ -75,18 +76,18 @@ def commit(name: Name, key: str) -> str:
 
 
 def pin(commits: Mapping[str, str]) -> None:
-    """From now on these names stand for these commits, as `pins` told them."""
+    """From now on these names stand for these commits, as `pins` returned them."""
     _pins.update(commits)
 
 
 def pins() -> dict[str, str]:
-    """What this process has taken names for: `TYPE/org/name@REVISION` -> commit."""
+    """The commits that this process has used: `TYPE/org/name@REVISION` -> commit."""
     return dict(_pins)
 
 
 def listing(name: Name, key: str) -> dict[str, tuple[int, str]]:
     """All files of a repository: path -> (bytes, git's hash of its content). From the cache where
-    it has been asked for before."""
+    it was requested before."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -107,7 +108,7 @@ def download_file(name: Name, key: str) -> Path:
 
 
 def _download(name: Name, key: str, patterns: Iterable[str]) -> Path:
-    """The folder that a name stands for, with what matches in it."""
+    """The directory that a name stands for, with the files that match."""
     inside = f"{glob.escape(name.path)}/" if name.path else ""
     wanted = [inside + pattern for pattern in patterns]
     files = [path for path in listing(name, key) if any(matches(path, each) for each in wanted)]
@@ -116,7 +117,7 @@ def _download(name: Name, key: str, patterns: Iterable[str]) -> Path:
 
 
 def _snapshot(name: Name, key: str, files: Sequence[str]) -> Path:
-    """A repository's folder in the cache, with these files."""
+    """A repository's directory in the cache, with these files."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
     from huggingface_hub.utils import disable_progress_bars
@@ -146,8 +147,8 @@ def _snapshot(name: Name, key: str, files: Sequence[str]) -> Path:
 
 
 def _weights(name: Name, key: str, folder: Path) -> list[str]:
-    """The files that hold the tensors of a model or of an adapter, by what else is there. Raises
-    UserError where there are none that are no pickles."""
+    """The files that contain the tensors of a model or an adapter, chosen by what exists. Raises
+    UserError where there are only pickles, or none."""
     inside = f"{name.path}/" if name.path else ""
     tree = listing(name, key)
     files = {path.removeprefix(inside) for path in tree if path.startswith(inside)}
@@ -185,8 +186,8 @@ def _of_model(folder: Path, files: set[str]) -> set[str]:
 
 
 def _field(path: Path, key: str) -> object:
-    """Of an object in a file; None where there is none. What is damaged is told by whoever reads
-    it."""
+    """A field of the JSON object in a file; None where there is none. Damage is reported by whoever
+    reads the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -206,7 +207,7 @@ def _folders(files: set[str]) -> str:
 
 @functools.cache
 def _quiet() -> None:
-    """Bars on terminals only, and errors in this package's words."""
+    """Progress bars on terminals only, and errors in this package's words."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
@@ -217,14 +218,14 @@ def _quiet() -> None:
 
 
 def without_bars() -> None:
-    """For a process that another one speaks for."""
+    """For a process whose parent reports for it."""
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
 
 
 def api() -> Any:
-    """huggingface_hub's, as quiet as this package."""
+    """huggingface_hub's API, as quiet as this package."""
     from huggingface_hub import HfApi
 
     _quiet()

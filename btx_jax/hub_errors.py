@@ -110,7 +110,7 @@ def _not_found(name: Name) -> str:
 
 
 def _near(name: Name) -> str:
-    """The repository that may have been meant, "" for none."""
+    """The repository that may have been meant; "" for none."""
     from huggingface_hub import HfApi
 
     org, _, own = name.repo.partition("/")

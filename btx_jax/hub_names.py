@@ -19,8 +19,8 @@ _SNAPSHOT = re.compile(
 
 
 class Name(NamedTuple):
-    """type: model or dataset. revision: a branch, a tag or a commit, "" for the main branch. path:
-    of a folder in it, or of files."""
+    """A name on the Hub. type: model or dataset. revision: a branch, a tag or a commit, "" for the
+    main branch. path: of a folder in it, or of files."""
 
     type: str
     repo: str
@@ -37,8 +37,8 @@ class Name(NamedTuple):
 
 
 def named(text: str, key: str) -> Name | None:
-    """What a text names on the Hub. None for a path: whatever exists here, or would lie in a folder
-    that does. Raises UserError for hf:// with no name behind it."""
+    """What a text names on the Hub. None for a path: anything that exists locally, or would be in a
+    folder that does. Raises UserError for hf:// without a name."""
     if not text.startswith(PROTOCOL):
         if _NAME.fullmatch(text) is None or os.path.lexists(text):
             return None
@@ -64,7 +64,7 @@ def may_be_named(text: str) -> bool:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """As a shell sees it: * stays within a folder, ** goes over any number of them."""
+    """Match a path as a shell does: * stays within a folder, ** spans any number of them."""
 
     def match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
         if not patterns:
@@ -81,7 +81,8 @@ def matches(path: str, pattern: str) -> bool:
 
 
 def origin(path: Path | str) -> Name | None:
-    """Of a path in a snapshot of the Hub's cache: what it is there, with its commit as revision."""
+    """For a path inside a snapshot of the Hub's cache: its name on the Hub, with its commit as
+    revision."""
     match = _SNAPSHOT.search(str(path))
     if match is None:
         return None
@@ -90,6 +91,6 @@ def origin(path: Path | str) -> Name | None:
 
 
 def title(path: Path) -> str:
-    """How a model's directory is called: by its name on the Hub, where it comes from there."""
+    """What a model's directory is called: its name on the Hub, if it comes from there."""
     found = origin(path)
     return str(found._replace(revision="")) if found else path.name

@@ -18,7 +18,7 @@ _Handler = Callable[[int, FrameType | None], None]
 
 def end_at_once(cure: str) -> None:
     """From now on either signal ends the process with status 128 + its number, as for any program
-    ended by it. One that the caller told us to ignore (nohup) stays ignored."""
+    that it ends. A signal that the caller had ignored (nohup) stays ignored."""
 
     def end(number: int, _: FrameType | None) -> None:
         threading.excepthook = lambda _: None  # of those whose files are taken away now
@@ -34,8 +34,8 @@ def end_at_once(cure: str) -> None:
 
 @contextmanager
 def noted(told: str) -> Iterator[Callable[[], int]]:
-    """Within it the first signal ends nothing: the yielded function gives its number, or 0. A
-    second one does what it did before. told: what is said when the first comes."""
+    """Inside the block the first signal ends nothing: the yielded function returns its number, or
+    0. A second one does what it did before. told: is logged when the first arrives."""
     came: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

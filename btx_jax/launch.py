@@ -70,7 +70,7 @@ _PROCESS = flags.DEFINE_integer(
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's flags, with wrong ones told in one line."""
+    """Parse absl's flags; wrong ones are reported in one line."""
     leave_absent_tpu()
     with told_in_one_line():
         try:
@@ -86,7 +86,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _config_file(argv: list[str]) -> str:
-    """The value of --config, "" for none."""
+    """The value of --config; "" for none."""
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if match := re.fullmatch("--?config(?:=(.*))?", word, re.DOTALL):
             return following if match[1] is None else match[1]

@@ -21,7 +21,7 @@ WAIT = 1.0  # seconds between two looks whether another process has finished an 
 
 
 def check_free(target: Path) -> None:
-    """Raises UserError when something is already there: nothing is overwritten."""
+    """Raises UserError when something exists already: nothing is overwritten."""
     if "\0" in str(target):
         raise UserError(f"cannot write {str(target)[:200]!r}: no name of a file")
     buckets.require(target, f"cannot write {target}")
@@ -34,7 +34,7 @@ def check_free(target: Path) -> None:
 
 
 def is_there(target: Path) -> bool:
-    """Whether what `new_directory` or `new_file` made is there, whole."""
+    """Whether what `new_directory` or `new_file` makes exists, complete."""
     return buckets.is_taken(target) if buckets.is_on_bucket(target) else target.exists()
 
 
@@ -43,8 +43,8 @@ _unfinished: set[Path] = set()  # of this process
 
 @contextlib.contextmanager
 def none_left_empty(*directories: Path) -> Iterator[None]:
-    """When the block fails, those of the directories and of their parents that it made and left
-    empty are gone again."""
+    """When the block fails, directories that it created, parents included, and left empty are
+    deleted."""
     missing = {
         p: None
         for directory in directories
@@ -64,11 +64,11 @@ def none_left_empty(*directories: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A hidden directory beside the target, renamed to it at the end of the block, or deleted when
-    the block fails; for a target on a bucket a temporary directory of this machine, uploaded.
+    the block fails; for a target in a bucket, a local temporary directory, which is uploaded.
 
     A killed process leaves `.NAME.partial-*`, or an upload that is marked as unfinished, which the
-    next attempt removes; those of living processes are locked and left alone. Raises UserError when
-    the target exists or the disk or bucket cannot take it.
+    next attempt removes; those of running processes are locked and left alone. Raises UserError
+    when the target exists or the disk or bucket cannot take it.
     """
     check_free(target)
     if buckets.is_on_bucket(target):
@@ -93,7 +93,7 @@ def _new_on_bucket(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _claimed_when_free(target: Path) -> Iterator[None]:
-    """Waits for another process that is writing there: it may be killed before it has finished."""
+    """Wait for another process that is writing there: it may be killed before it has finished."""
     with contextlib.ExitStack() as held:
         while True:
             try:
@@ -106,8 +106,8 @@ def _claimed_when_free(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filled(directory: Path) -> Iterator[Path]:
-    """The directory, made where it is missing; for one on a bucket, a temporary directory whose
-    files are uploaded at the end of the block, over those of the same names."""
+    """The directory, created if missing; for one in a bucket, a temporary directory whose files are
+    uploaded at the end of the block, over those of the same names."""
     if not buckets.is_on_bucket(directory):
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
@@ -136,12 +136,10 @@ def _new_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A hidden file beside the target, renamed to it at the end of the block, whatever is there, or
-    deleted when the block fails; what killed processes left of it is removed. For a target on a
-    bucket, a temporary file that is uploaded.
-
-    Its name is nobody else's: process ids are not enough, in containers every run is process 1.
-    """
+    """A hidden file beside the target, renamed to it at the end of the block, even if it exists, or
+    deleted when the block fails; what killed processes left of it is removed. For a target in a
+    bucket, a temporary file that is uploaded. Its name is unique: process ids do not suffice, as in
+    containers every run is process 1."""
     if buckets.is_on_bucket(target):
         with temporary_directory() as directory:
             yield directory / target.name
@@ -154,18 +152,18 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all."""
+    """Write completely or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write completely or not at all."""
     with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError when it is damaged."""
+    """Raises UserError when the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -182,7 +180,7 @@ def _empty_file(**at: Any) -> Path:
 
 @contextlib.contextmanager
 def _partial(target: Path, make: Callable[..., Path]) -> Iterator[Path]:
-    """What `make` makes, locked for as long as the block lasts, and gone after it."""
+    """What `make` creates, locked while the block lasts, and deleted after it."""
     sweep(target.parent, target.name)
     with contextlib.ExitStack() as held:
         while True:
@@ -204,7 +202,7 @@ def _partial(target: Path, make: Callable[..., Path]) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """A file or a directory, if it is there."""
+    """Delete a file or a directory, if it exists."""
     if buckets.is_on_bucket(path):
         buckets.remove(path)
     elif path.is_dir():
@@ -215,15 +213,16 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_directory() -> Iterator[Path]:
-    """Of the system's temporary files; gone after the block. What killed processes left of theirs
-    is removed: it may be a whole model."""
+    """A directory for temporary files, deleted after the block. Those that killed processes left
+    are removed: one may contain a whole model."""
     target = Path(tempfile.gettempdir(), "btx_jax")
     with _partial(target, lambda **at: Path(tempfile.mkdtemp(**at))) as directory:
         yield directory
 
 
 def abandon() -> None:
-    """Remove what this process has not finished; threads that still write there cannot keep it."""
+    """Delete what this process has not finished; threads that still write there cannot
+    prevent it."""
     for path in list(_unfinished):
         for _ in range(100):
             if not buckets.is_on_bucket(path) and path.is_dir():
@@ -238,8 +237,8 @@ def abandon() -> None:
 
 
 def sweep(directory: Path, name: str | None = None) -> None:
-    """Remove what killed processes left of new files and directories of this name, None for all.
-    Those of living processes are locked and left alone."""
+    """Delete what killed processes left of new files and directories of this name, None for all.
+    Those of running processes are locked and left alone."""
     if buckets.is_on_bucket(directory):
         return  # nothing hidden is written there
     for left_over in directory.glob(f".{'*' if name is None else glob.escape(name)}{PARTIAL}*"):
@@ -249,8 +248,9 @@ def sweep(directory: Path, name: str | None = None) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Raises BlockingIOError, an OSError, when another process holds it: of this machine, or of any
-    for a directory on a bucket. The lock ends with the process."""
+    """Hold a lock while the block lasts. Raises BlockingIOError, an OSError, when another process
+    holds it: on this machine, or on any for a directory in a bucket. The lock ends with the
+    process."""
     if buckets.is_on_bucket(path):
         with claimed(path):
             yield

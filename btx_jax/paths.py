@@ -9,8 +9,8 @@ from btx_jax.errors import UserError
 
 
 def to_path(path: str, key: str) -> Path:
-    """A path as users write it: as `expand` reads it, or a URL of a bucket. Raises UserError,
-    naming the key, for what is neither."""
+    """A path as users write it: as `expand` reads it, or the URL of a bucket. Raises UserError,
+    naming the key, for anything else."""
     expanded = expand(path, key)
     if re.match(r"(gs|s3):(?!//)", expanded) and not os.path.lexists(expanded):
         raise UserError(f"{key}={path!r}: no such path; a bucket's begins with {expanded[:2]}://")
@@ -39,9 +39,9 @@ _SHARED_BLOB = re.compile(r"/blobs/[0-9a-f]{2}/[0-9a-f]{64}$")  # of all reposit
 
 
 def refuse_links_out(directory: Path) -> None:
-    """Raises UserError for a link in a directory from elsewhere that leads out of it: what it names
-    would be read, and copied, as if it had come along. Blobs of a Hugging Face cache, to which the
-    files of its snapshots and of older downloads are links, are no way out."""
+    """Raises UserError for a link in somebody else's directory that leads out of it: its target
+    would be read, and copied, as if it had been part of it. Blobs of a Hugging Face cache, which
+    the files of its snapshots and of older downloads link to, are allowed."""
     if buckets.is_on_bucket(directory):
         return  # which has no links
     root = directory.resolve()

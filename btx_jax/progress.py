@@ -17,13 +17,13 @@ SECONDS = 60  # between two lines of a log
 
 
 def bar(things: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> tqdm:
-    """tqdm's, with its options; nothing where stderr is no terminal."""
+    """tqdm's progress bar, with its options; nothing where stderr is not a terminal."""
     return tqdm(things, disable=None if shown else True, **options)
 
 
 @contextlib.contextmanager
 def clock(told: str, shown: bool = True) -> Iterator[None]:
-    """For the block, of which no part can be counted: `told` and the time that it has taken."""
+    """For a block whose progress cannot be counted: shows `told` and the time it has taken."""
     with bar(desc=told, bar_format="{desc} [{elapsed}]", leave=False, shown=shown) as running:
         over = threading.Event()
 
@@ -43,7 +43,7 @@ def clock(told: str, shown: bool = True) -> Iterator[None]:
 
 
 class Steps:
-    """What takes hours, counted in steps: a bar on a terminal, log lines elsewhere."""
+    """Progress of hours of work, in steps: a bar on a terminal, log lines elsewhere."""
 
     def __init__(self, name: str, done: int, total: int, shown: bool = True):
         self._name, self._done, self._total = name, done, total
@@ -58,7 +58,7 @@ class Steps:
         self._bar.close()
 
     def update(self, values: Mapping[str, str]) -> None:
-        """One step more. values: what to show beside it."""
+        """Count one more step. values: what to show beside it."""
         self._done += 1
         self._bar.set_postfix(values, refresh=False)
         self._bar.update()

@@ -37,7 +37,7 @@ RESUMABLE = ("mesh.", "checkpoint.", *COMPUTE, "data.cache", *LOOKS, "log.")
 
 
 def is_resumable(key: str) -> bool:
-    """Whether a run, on its own or in a pipeline, may go on with another value of this key."""
+    """Whether a run, on its own or in a pipeline, may resume with another value of this key."""
     return re.sub(r"^pipeline\.[^.]+\.config\.", "", key).startswith(RESUMABLE)
 
 
@@ -52,12 +52,9 @@ def _is_left_open(difference: Difference) -> bool:
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """The directory, made where it is missing, is this process's for as long as the block lasts.
-
-    Raises UserError when another process is running there, of this machine or, on a bucket, of any,
-    or nothing can be written there. A block that fails leaves no empty directory behind that was
-    not there before.
-    """
+    """Hold the directory, created if missing, for this process while the block lasts. Raises
+    UserError when another process is running there, on this machine or, in a bucket, on any, or
+    nothing can be written there. A block that fails leaves no new empty directory behind."""
     if str(workdir).startswith("s3://"):
         raise UserError(
             f"--workdir={str(workdir)!r}: Orbax finishes a checkpoint by a rename there, which S3"
@@ -99,24 +96,24 @@ def has_finished(workdir: Path) -> bool:
 
 
 def recorded_config(workdir: Path) -> dict[str, Any]:
-    """The config of the run there, as `to_dict` gives it; empty without one."""
+    """The config of the run there, as `to_dict` returns it; empty without one."""
     return read_json(workdir / CONFIG) if has_begun(workdir) else {}
 
 
 def recorded_results(workdir: Path) -> dict[str, Any] | None:
-    """What the run there told when it finished (`finish`); None while it has not."""
+    """What the run there recorded when it finished (`finish`); None while it has not."""
     return read_json(workdir / DONE) if has_finished(workdir) else None
 
 
 def was_made_before(workdir: Path, other: Path) -> bool:
-    """Whether the run there finished before the other did, both having finished."""
+    """Whether both runs have finished, and this one before the other."""
     first, second = workdir / DONE, other / DONE
     return second.exists() and second.stat().st_mtime > first.stat().st_mtime
 
 
 def settle_names(workdir: Path, config: Config) -> None:
-    """What the config names on the Hub stands for the commits that the run there took, if it has
-    begun. Of several processes the first one downloads, and the others take the same commits."""
+    """Names on the Hub in the config stand for the commits that the run there used, if it has
+    begun. Of several processes the first downloads, and the others use the same commits."""
     if (workdir / COMMITS).is_file():
         hub.pin(read_json(workdir / COMMITS))
     if jax.process_count() == 1:
@@ -139,7 +136,7 @@ def _fetch_names(config: Config) -> None:
 
 
 def _names(config: Config) -> Iterator[tuple[str, str, str]]:
-    """(key, what may be a name of the Hub, kind) of all that a config reads."""
+    """(key, possible name on the Hub, kind) of everything that a config reads."""
     yield "config.init", config.init or "", hub.MODEL
     if mix := config.mix:
         for i, expert in enumerate(mix.experts):
@@ -160,7 +157,7 @@ def _names(config: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def look_up(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`done_of` by all processes. Raises UserError also when they do not share the directory, or
+    """`done_of`, by all processes. Also raises UserError when they do not share the directory, or
     the cache of their text."""
     done = first_then_others(done_of, workdir, config)
     require_shared(workdir, "--workdir")
@@ -170,11 +167,9 @@ def look_up(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """done.json if the run has finished there. Writes nothing.
-
-    Raises UserError, with the differences, when the directory belongs to a run with another config,
-    unless that run, wrong from the start, left nothing.
-    """
+    """done.json if the run there has finished. Writes nothing. Raises UserError, with the
+    differences, when the directory belongs to a run with another config, unless that run, wrong
+    from the start, left nothing."""
     try:
         if has_begun(workdir):
             changed = [
@@ -193,8 +188,8 @@ def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`look_up`, and from here on the directory is this run's: it holds its resolved config. Called
-    once nothing can refuse the run any more."""
+    """`look_up`, and from here on the directory belongs to this run and contains its resolved
+    config. Called once nothing can refuse the run any more."""
     done = look_up(workdir, config)
     if is_first():
         try:
@@ -219,6 +214,6 @@ def _holds_results(workdir: Path) -> bool:
 
 
 def finish(workdir: Path, **results: Any) -> None:
-    """Mark the stage as finished, with what later stages want to know about it."""
+    """Mark the stage as finished, with what later stages need to know about it."""
     if is_first():
         write_json(workdir / DONE, results)

@@ -14,22 +14,22 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def plain(text: str) -> str:
-    """Control characters as Python writes them: \\x1b."""
+    """The text with control characters as Python writes them: \\x1b."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def say(message: str) -> None:
-    """A line on stdout."""
+    """Print a line to stdout."""
     print(plain(message))
 
 
 def error(message: object) -> None:
-    """`btx_jax: error: ...` on stderr, on one line."""
+    """Print `btx_jax: error: ...` to stderr, on one line."""
     print(f"btx_jax: error: {plain(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def warn(message: str) -> None:
-    """`btx_jax: warning: ...` on stderr."""
+    """Print `btx_jax: warning: ...` to stderr."""
     print(f"btx_jax: warning: {plain(message)}", file=sys.stderr)
 
 
@@ -39,14 +39,15 @@ class _Formatter(logging.Formatter):
 
 
 def log_to(stream: TextIO, level: int) -> None:
-    """Log messages of `level` and above, bare, go to the stream and nowhere else."""
+    """Send log messages of `level` and above, without prefixes, to the stream and nowhere else."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 class Console(rich.console.Console):
-    """Strings are what they say: no markup, no control characters. Styles come as Text."""
+    """A console that prints strings literally: no markup, no control characters. Styles come as
+    Text."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)

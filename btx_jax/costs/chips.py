@@ -51,7 +51,7 @@ CHIPS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The longest name in the table that device_kind starts with."""
+    """The chip with the longest name in the table that device_kind starts with."""
     return next(
         (
             c
@@ -64,8 +64,8 @@ def chip(device_kind: str) -> Chip | None:
 
 @functools.cache
 def peak_flops_per_device() -> float:
-    """Of the local device: from the table, or on a CPU what a float32 1024 x 1024 matmul reaches
-    (the best of ten)."""
+    """Peak FLOP/s of the local device: from the table, or on a CPU what a float32 1024 x 1024
+    matmul reaches (the best of ten)."""
     if known := chip(jax.local_devices()[0].device_kind):
         return known.flops
     n = 1024

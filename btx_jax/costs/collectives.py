@@ -38,8 +38,8 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """What a device sends in all executions, by the algorithms that send least: an all-reduce
-        is a reduce-scatter and a gather."""
+        """Bytes that a device sends in all executions, by the algorithms that send least: an
+        all-reduce is a reduce-scatter and a gather."""
         n = self.group_size
         share = {"collective-permute": 1.0, "all-reduce": 2 * (n - 1) / n}.get(
             self.kind, (n - 1) / n
@@ -100,7 +100,7 @@ def groups_of(collective: Instruction) -> tuple[tuple[int, ...], ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """[4,2]T(1,0) -> the devices 0..7 as a grid of 4 by 2, transposed, flat."""
+    """[4,2]T(1,0) -> the devices 0..7 as a grid of 4 by 2, transposed, flattened."""
     match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     assert match, text
     sizes, order = match.groups()

@@ -32,8 +32,8 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Shape:
-    """on_chip: in vector or scalar memory (layout S(n)), where reading costs nothing of the main
-    memory's bandwidth."""
+    """on_chip: whether it is in vector or scalar memory (layout S(n)), where reading uses none of
+    the main memory's bandwidth."""
 
     dtype: str
     dims: tuple[int, ...]

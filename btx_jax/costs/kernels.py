@@ -12,8 +12,8 @@ SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def kernel_flops(kernel: Kernel, window: int = 0) -> float:
-    """Executed by all runs of the kernel. Splash: the tiles at or below the diagonal, of a window
-    those that it touches. gmm and tgmm: all rows of the buffer, the most there can be. Raises
+    """FLOPs executed by all runs of the kernel. Splash: the tiles at or below the diagonal; with a
+    window, those that it touches. gmm and tgmm: all rows of the buffer, an upper bound. Raises
     ValueError for a kernel without a formula."""
     for name, matmuls in SPLASH.items():
         if kernel.name.startswith(name):
@@ -43,8 +43,8 @@ def filled(kernel: Kernel, array: int) -> float:
 
 
 def rows_in_use(kernel: Kernel, model: ModelConfig, expert_axis: int) -> float:
-    """Share of a grouped matmul's buffer that holds claims when the router balances: the buffer has
-    room for the most that own experts can get."""
+    """Share of a grouped matmul's buffer that contains claims when the router balances: the buffer
+    has room for the most claims that its own experts can get."""
     own = (kernel.operands[-1] if kernel.name == "gmm" else kernel.results[0]).dims[0]
     spec = next(spec for spec in model.layer_specs() if spec.experts == own * expert_axis)
     claims = spec.k * spec.experts / spec.routed  # of a token; those of an anchor have no rows here

@@ -25,8 +25,8 @@ Coords = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Slice:
-    """places: where on the grid each device of a program sits, in the order in which collectives
-    count them. sides: of the grid. wraps: along which of them it is a ring."""
+    """places: grid position of each device of a program, in the order in which collectives count
+    them. sides: of the grid. wraps: along which of them it is a ring."""
 
     places: tuple[Coords, ...]
     sides: tuple[int, ...]
@@ -43,7 +43,7 @@ class Slice:
         return cls(places, sides, wraps, chip)
 
     def seconds(self, collective: Collective) -> float:
-        """Of one execution: the slower of what the busiest link carries and of the longest way."""
+        """Seconds of one execution: the slower of the busiest link's load and the longest path."""
         if collective.slices > 1:
             return collective.wire_bytes / collective.trips / self.chip.network
         groups = collective.groups or (tuple(range(len(self.places))),)
@@ -55,7 +55,8 @@ class Slice:
         )
 
     def _shape(self, group: Sequence[int]) -> tuple[Coords, ...]:
-        """Groups that differ by a shift take equally long."""
+        """A group's shape, ignoring shifts: groups that differ only by a shift take
+        equally long."""
         places = [self.places[i] for i in group]
         low = [min(axis) for axis in zip(*places, strict=True)]
         return tuple(sorted(tuple(c - m for c, m in zip(p, low, strict=True)) for p in places))
@@ -86,7 +87,8 @@ class Slice:
         return passes * max(hops * HOP, shared * collective.bytes * share / rate)
 
     def _permute(self, size: float, pairs: Sequence[Sequence[int]]) -> float:
-        """Every message goes the shortest way, dimension by dimension."""
+        """Seconds of a permutation: every message takes the shortest path, dimension by
+        dimension."""
         load: collections.Counter[tuple[Coords, int, int]] = collections.Counter()
         farthest = 0
         for source, target in pairs:

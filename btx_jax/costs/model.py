@@ -73,14 +73,14 @@ def attention_flops(
 
 
 def _lowest(config: ModelConfig, is_trained: IsTrained) -> Place:
-    """Where the first parameter that is trained acts."""
+    """Where the first trained parameter acts."""
     trained = filter(is_trained, leaf_counts(config))
     acts = (acts for path in trained for _, acts in _places(config, path))
     return min(acts, default=(math.inf, 0.0))
 
 
 def _places(config: ModelConfig, path: Path) -> list[tuple[Place, Place]]:
-    """Of each layer of a leaf: (where its input is taken, where what it makes of it acts)."""
+    """For each layer of a leaf: (where its input is taken, where its output acts)."""
     top = float(config.layers)
     if path[0] == "embed":
         table = (-1.0, 0.0)

@@ -152,7 +152,7 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def tell(config: Config, workdir: Path, models: Mapping[str, Any]) -> None:
-    """The trackers: what was measured of every model."""
+    """Send the trackers what was measured of every model."""
     keys = ("nats_per_token", "bits_per_byte", "tasks")
     measured = {
         name: {key: model[key] for key in keys if key in model} for name, model in models.items()
@@ -163,7 +163,7 @@ def tell(config: Config, workdir: Path, models: Mapping[str, Any]) -> None:
 
 
 def show(workdir: Path) -> None:
-    """The tables of what was measured."""
+    """Print the tables of what was measured."""
     if not is_first():
         return
     results = read_json(workdir / RESULTS)
@@ -214,7 +214,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
-    """What does not fit the context of a model."""
+    """What does not fit into a model's context."""
     assert config.evaluate
     if config.data and config.data.sequence_length > context:
         yield (
@@ -233,7 +233,7 @@ def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
 def _no_oracle(
     name: str, sent: OracleConfig, models: Mapping[str, ModelConfig], domains: Sequence[str]
 ) -> Iterator[str]:
-    """Why a mixture cannot be told so."""
+    """Why a mixture cannot be told where its tokens go in this way."""
     key = f"config.evaluate.oracles.{name}"
     if domains and (others := set(domains) ^ set(sent.experts)):
         yield f"{key}.experts: {', '.join(sorted(others))}: must be the domains of held-out text"
@@ -246,7 +246,7 @@ def _no_oracle(
 
 
 def require_same(file: Path, inputs: Mapping[str, str]) -> None:
-    """Raises UserError when what was measured here before were other weights or items, whose
+    """Raises UserError when what was measured here before was of other weights or items, whose
     results would stand beside the new ones."""
     before = read_json(file) if file.exists() else {}
     if changed := [name for name, value in inputs.items() if before.get(name, value) != value]:
@@ -296,7 +296,7 @@ def read_heldout(
 
 
 def part(file: Path, make: Callable[..., Any], *args: Any) -> Any:
-    """What make(*args) returned, from the file once it is there."""
+    """What make(*args) returned, read from the file once it exists."""
     if not file.exists():
         value = make(*args)
         if is_first():
@@ -384,7 +384,7 @@ def run_tasks(
     mesh: Mesh,
     folder: Path,
 ) -> dict[str, Any]:
-    """Metrics of every task; what the model said to each item goes to FOLDER/TASK.json."""
+    """Metrics of every task; the model's answer to each item goes to FOLDER/TASK.json."""
     assert config.evaluate and config.compute
     size, compute = config.evaluate.batch_size, config.compute
 
@@ -430,7 +430,7 @@ def shown_texts(
 
 
 def read_profiles(config: Config, tokenizer: Tokenizer) -> dict[str, btm.DomainProfiles]:
-    """For every tf-idf ensemble."""
+    """Profiles for every tf-idf ensemble."""
     assert config.evaluate and config.data
     profiles = {}
     for name, ensemble in config.evaluate.ensembles.items():
@@ -463,7 +463,8 @@ def ensemble_result(
     found: Mapping[str, Checkpoint],
     eos: int | None,
 ) -> dict[str, Any]:
-    """From the token losses of its experts. Its costs are those of all of them."""
+    """An ensemble's entry, from the token losses of its experts. Its cost is that of
+    all of them."""
     losses = {}
     for domain, rows in all_rows.items():
         nll = np.stack(
@@ -499,7 +500,7 @@ def oracle_result(
     all_rows: Mapping[str, Rows],
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """The losses of a mixture that is told where the tokens of every domain go. Its costs are the
+    """The losses of a mixture that is told where the tokens of every domain go. Its cost is the
     mixture's."""
     assert config.evaluate and config.compute
     model = checkpoint.metadata.model

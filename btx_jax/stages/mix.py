@@ -195,7 +195,7 @@ def run(config: Config, workdir: Path) -> None:
 def _shared(
     mix: MixConfig, experts: Sequence[Checkpoint], base: Checkpoint | None, seed: int
 ) -> Shared | None:
-    """How what experts share is made, in float32; None where that is their mean."""
+    """How what experts share is merged, in float32; None where that is their mean."""
     if mix.merge == "mean":
         return None
     found = {str(source.path): source for source in experts}
@@ -207,7 +207,8 @@ def _shared(
 
 
 def _texts(config: Config, tokenizer: Tokenizer, model: ModelConfig, limit: int) -> list[Rows]:
-    """Of each expert, about as many tokens. Raises ConfigError for text of another tokenizer."""
+    """Text of each expert, about the same number of tokens. Raises ConfigError for text of another
+    tokenizer."""
     assert config.mix and config.data
     reads = first_then_others(resolve_tokenizer, config.data, tokenizer.path.parent)
     if told := difference(tokenizer, reads, model.vocab_size):
@@ -222,7 +223,8 @@ def _texts(config: Config, tokenizer: Tokenizer, model: ModelConfig, limit: int)
 
 
 class _Solving:
-    """What is solved from text, in every process: routers, and for regmean what experts share."""
+    """Solves, in every process, what is solved from text: routers, and for regmean what experts
+    share."""
 
     def __init__(self, config: Config, model: ModelConfig, tokenizer: Tokenizer):
         assert config.mix
@@ -243,7 +245,8 @@ class _Solving:
         )
 
     def run(self, params: Params, statistics: BinaryIO | None) -> Params:
-        """The mixture with all that. statistics: a file for what ridge's routers follow from."""
+        """The mixture with everything that is solved. statistics: a file for what ridge's routers
+        are solved from."""
         model, merging = self._model, self._merging
 
         def read(tensor: TensorId) -> np.ndarray:
@@ -276,7 +279,7 @@ class _Solving:
         return rows
 
     def _rows(self, read: Read, fit: Fit) -> np.ndarray:
-        """[layers, experts, D], the same in every process. Logs how they route."""
+        """Router rows [layers, experts, D], the same in every process. Logs how they route."""
         texts = [*enumerate(self._texts)]
         solved = solve_routers(self._model, read, texts, fit, self._merging)
         for layer in mixture_layers(self._model):
@@ -289,7 +292,7 @@ class _Solving:
 
 
 def _with_routers(params: Params, model: ModelConfig, rows: np.ndarray) -> Params:
-    """rows: [layers, experts, D]."""
+    """The parameters with these router rows [layers, experts, D]."""
     start, routed = 0, dict(params)
     for name, length, spec in model.runs():
         if spec.experts:
@@ -302,7 +305,7 @@ def _with_routers(params: Params, model: ModelConfig, rows: np.ndarray) -> Param
 
 
 class _Made:
-    """Of a model, tensors that are made when they are asked for."""
+    """Reader of a model whose tensors are made when they are requested."""
 
     def __init__(self, model: ModelConfig, make: Read):
         self.model, self.slots, self.read = model, slots(model), make
@@ -313,13 +316,13 @@ class _Made:
         return part[tuple(slice(*along) for along in region)]
 
     def check(self) -> None:
-        """Its sources were looked at when they were loaded."""
+        """Does nothing: its sources were checked when they were loaded."""
 
 
 def _replaced(
     params: Params, model: ModelConfig, make: Read, tensors: Iterable[TensorId]
 ) -> Params:
-    """The same with these tensors, of whole leaves, made by `make`."""
+    """The parameters with these tensors, of whole leaves, made by `make`."""
     held = {tensor: slots(model)[tensor] for tensor in tensors}
     flat = flatten_dict(params)
     abstract = {
@@ -393,7 +396,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
-    """What branches beside an anchor do not have, which bring their own rows."""
+    """Settings that branches beside an anchor do not have, as they bring their own rows."""
     only = {
         "method": "btx",
         "copies": 1,
@@ -410,12 +413,9 @@ def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
 
 
 def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> None:
-    """LoRA experts of one base. Gates trained behind finished experts (lora.gating sigmoid) become
-    the router's rows, chosen by cosine.
-
-    Raises ConfigError when they differ in base, rank, alpha or targets, or the config asks for what
-    adapters do not have.
-    """
+    """Mix LoRA experts of one base. Gates trained behind finished experts (lora.gating sigmoid)
+    become the router's rows, chosen by cosine. Raises ConfigError when they differ in base, rank,
+    alpha or targets, or the config asks for what adapters do not have."""
     mix, first = config.mix, sources[0].metadata
     assert mix
     asked = (
@@ -497,7 +497,7 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
 
 
 def mixed_model(dense: ModelConfig, mix: MixConfig) -> ModelConfig:
-    """What the mixture is. Raises ConfigError when d_ff cannot be cut as asked."""
+    """The model of the mixture. Raises ConfigError when d_ff cannot be cut as asked."""
     if mix.method == AVERAGE:
         return dense
     if dense.moe:  # a branch beside its anchor

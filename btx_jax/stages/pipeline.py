@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, workdir: Path, only: str = "") -> None:
-    """only: run this stage alone, in WORKDIR/ONLY. Raises ConfigError when there is none, UserError
-    when what it needs has not finished."""
+    """only: run only this stage, in WORKDIR/ONLY. Raises ConfigError when it does not exist,
+    UserError when what it needs has not finished."""
     assert config.pipeline
     start = time.monotonic()
     order = in_order(config.pipeline)
@@ -92,7 +92,7 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
 
 
 def check_stages(config: Config, resolved: Mapping[str, Config], workdir: Path) -> None:
-    """Raises ConfigError with all that is known to be wrong with the stages that have not finished,
+    """Raises ConfigError with everything that is known to be wrong with the unfinished stages,
     before the first of them runs."""
     assert config.pipeline
     mistakes = Mistakes()
@@ -130,10 +130,9 @@ def in_order(pipeline: Any) -> list[str]:
 
 
 def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> Config:
-    """The stage's config with `@NAME` replaced by directories, the pipeline's rng_seed added to
-    its own, and told to the pipeline's trackers where it names none.
-
-    Raises ConfigError for an @NAME not in needs."""
+    """The stage's config with `@NAME` replaced by directories, the pipeline's rng_seed added to its
+    own, and the pipeline's trackers where it names none. Raises ConfigError for an @NAME that is
+    not in needs."""
 
     def replace(value: Any) -> Any:
         if isinstance(value, dict):

@@ -47,8 +47,8 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def report(workdirs: Sequence[str], out: str) -> Path:
-    """A report of what finished runs left on disk, anew at each call: of the first, beside the
-    others, if any. Returns the page's path. Raises UserError for a directory without an
+    """Write a report of what finished runs left on disk, anew at each call: of the first, compared
+    with the others, if any. Returns the page's path. Raises UserError for a directory without an
     evaluation."""
     first, *others = (_evaluated(_absolute(path, "WORKDIRS")) for path in workdirs)
     config = dataclasses.replace(first, others=tuple(other.evaluate for other in others))
@@ -66,7 +66,7 @@ def _absolute(path: str, key: str) -> Path:
 
 
 def _evaluated(workdir: Path) -> ReportConfig:
-    """Of a pipeline's directory, what its own report shows; of an evaluation's, that alone."""
+    """For a pipeline's directory, what its own report shows; for an evaluation's, only that."""
     recorded = recorded_config(workdir)
     if "pipeline" not in recorded:
         return ReportConfig(str(workdir))
@@ -79,7 +79,7 @@ def _evaluated(workdir: Path) -> ReportConfig:
 
 
 def _within(workdir: Path, path: str) -> str:
-    """`@NAME` of a pipeline there."""
+    """A path with `@NAME` resolved in the pipeline's directory."""
     return str(workdir / path[1:]) if path.startswith("@") else path
 
 
@@ -167,8 +167,8 @@ def read_results(directory: str, key: str) -> Any:
 
 
 def expert_names(evaluate: Path, shown: str) -> list[str]:
-    """Of the mixture that is shown: the models it was mixed from, found by going back from its
-    checkpoint to the mix, or to the recipe beside a mixture's weights. Empty when unknown."""
+    """Names of the shown mixture's experts: the models it was mixed from, found by tracing its
+    checkpoint back to the mix, or to the recipe beside a mixture's weights. Empty when unknown."""
     config = recorded_config(evaluate)
     path = config["evaluate"]["models"].get(shown, "") if config else ""
     for _ in range(LONGEST_CHAIN):
@@ -186,8 +186,8 @@ def expert_names(evaluate: Path, shown: str) -> list[str]:
 
 
 def source_names(sources: Sequence[str]) -> list[str]:
-    """What a page calls the experts: their models' directories; one of several by its number
-    too."""
+    """What a page calls the experts: their models' directories, with a number where several experts
+    come from one."""
     places = [Path(source) for source in sources]
     runs = [place.parent.parent if place.parent.name == DIRECTORY else place for place in places]
     names = [run.name.removeprefix("expert_") for run in runs]
