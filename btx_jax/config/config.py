@@ -53,7 +53,7 @@ ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
 BEST = r"|heldout|heldout/.+/(nats_per_token|bits_per_byte)|tasks/[^/]+/[^/]+"
 BOS = ("auto", "always", "never")
-STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
+STAGES = ("prepare", "train", "mix", "evaluate", "export", "report", "pipeline")
 
 Dtype = Annotated[str, Choice(DTYPES)]
 Rows = Annotated[int, Range(1, 2**20)]  # sequences at one time
@@ -626,6 +626,15 @@ class EvaluateConfig(Section):
 
 
 @dataclass(frozen=True)
+class ExportConfig(Section):
+    """model: the checkpoint that becomes a Hugging Face directory, WORKDIR/model. dtype: of all its
+    tensors; "" keeps each one's own."""
+
+    model: str
+    dtype: Annotated[str, Choice(DTYPES, empty=True)] = ""
+
+
+@dataclass(frozen=True)
 class ReportConfig(Section):
     """evaluate: directory of the evaluate stage. runs: name -> directory of every stage whose
     curves and times are shown. others: directories of the evaluate stages of the same arms with
@@ -676,6 +685,7 @@ class Config(Section):
     checkpoint: CheckpointConfig | None = None
     mix: MixConfig | None = None
     evaluate: EvaluateConfig | None = None
+    export: ExportConfig | None = None
     report: ReportConfig | None = None
     pipeline: Mapping[str, PipelineStage] | None = None
     log: LogConfig = LogConfig()
@@ -749,6 +759,7 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "data", "compute", "mesh", "checkpoint"),
     "mix": ("mix", "mesh"),
     "evaluate": ("evaluate", "compute", "mesh"),
+    "export": ("export",),
     "report": ("report",),
     "pipeline": ("pipeline",),
 }
