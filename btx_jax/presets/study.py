@@ -112,7 +112,7 @@ RATES = (1.0, 0.3, 0.1)
 BEST_RATE = {"btx": 0.3, "dense": 0.3, "upcycling": 0.3}
 # The name among the paper's arms of each, on as many tokens as BTX.
 PEERS = {"btx": "btx", "dense": "dense", "upcycling": "upcycling_tokens"}
-BEST = "full_30"  # branches of btx, not beside an anchor
+BEST = "ffn_100"  # branches of btx, not beside an anchor
 UNTUNED = f"@untuned-{BEST}-{ROUTERS[0]}-{MERGES[0]}"  # as in the paper
 
 GROUPS = ("branches", "main", "all", "tuning")
