@@ -53,7 +53,7 @@ ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
 BEST = r"|heldout|heldout/.+/(nats_per_token|bits_per_byte)|tasks/[^/]+/[^/]+"
 BOS = ("auto", "always", "never")
-STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
+STAGES = ("prepare", "train", "mix", "evaluate", "export", "report", "pipeline")
 
 Dtype = Annotated[str, Choice(DTYPES)]
 Rows = Annotated[int, Range(1, 2**20)]  # sequences at one time
@@ -653,6 +653,16 @@ class EvaluateConfig(Section):
 
 
 @dataclass(frozen=True)
+class ExportConfig(Section):
+    """What becomes a Hugging Face directory."""
+
+    model: str
+    """The checkpoint that is exported to WORKDIR/model."""
+    dtype: Annotated[str, Choice(DTYPES, empty=True)] = ""
+    """Of all tensors; empty keeps each one's own."""
+
+
+@dataclass(frozen=True)
 class ReportConfig(Section):
     """What a report shows."""
 
@@ -720,6 +730,8 @@ class Config(Section):
     """What becomes one model; of stage mix."""
     evaluate: EvaluateConfig | None = None
     """What is measured; of stage evaluate."""
+    export: ExportConfig | None = None
+    """What becomes a Hugging Face directory; of stage export."""
     report: ReportConfig | None = None
     """What is shown; of stage report."""
     pipeline: Mapping[str, PipelineStage] | None = None
@@ -797,6 +809,7 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "data", "compute", "mesh", "checkpoint"),
     "mix": ("mix", "mesh"),
     "evaluate": ("evaluate", "compute", "mesh"),
+    "export": ("export",),
     "report": ("report",),
     "pipeline": ("pipeline",),
 }
