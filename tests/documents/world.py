@@ -29,7 +29,7 @@ def make(folder: Path, tokenizer_file: Path) -> None:
         _model(folder / "models" / name, base, number, tokenizer_file)
     (folder / "models" / "SmolLM2-135M").symlink_to("seed")
     (folder / "text").mkdir()
-    for number, domain in enumerate(DOMAINS):
+    for number, domain in enumerate((*DOMAINS, "general")):
         rows = [{"text": text, "body": text} for text in sentences(300, seed=number)]
         _json_lines(folder / "text" / f"{domain}.jsonl.gz", rows)
     (folder / "text" / "notes.txt").write_text("".join(sentences(100, seed=9)))
@@ -40,13 +40,14 @@ def make(folder: Path, tokenizer_file: Path) -> None:
         items = [item | {"query": f"Question {i}: which is it?"} for i in range(40)]
         _json_lines(evals / f"{task}.jsonl.gz", items)
     (folder / "runs").mkdir()
+    write_files(folder, "config.md")
 
 
 def stand_ins(folder: Path) -> None:
     """Under the names of the runs that quick commands read: a mixture nobody trained."""
     write_files(folder, "README.md")
     run(["mix", str(folder / "recipe.yml"), str(folder / "mixed")])
-    for name in ("demo/finetune", "finetuned", "mine_finetuned"):
+    for name in ("demo/finetune", "mine_finetuned"):
         (folder / "runs" / name).parent.mkdir(exist_ok=True)
         run(["convert", str(folder / "mixed"), str(folder / "runs" / name)])
 
