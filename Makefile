@@ -25,9 +25,10 @@ lint: install-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# README.md and docs/ as a site in site/; a link or an anchor that leads nowhere is an error.
+# README.md and docs/ as a site in site/; a link or an anchor that leads nowhere is an error (which
+# --quiet would hide).
 docs: install-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: one line, nothing left behind, whatever the process was doing.
 
 Not by KeyboardInterrupt: where it is raised in a callback of the garbage collector or in a
-finaliser, Python drops it, and the program goes on as if nobody had asked.
+finaliser, Python drops it, and the program continues as if nobody had asked.
 """
 
 import os

@@ -12,7 +12,7 @@ from btx_jax import environment, interrupts
 from btx_jax.command_line import fail, told_in_one_line
 
 if __name__ == "__main__":  # the imports below take seconds, and some need the right jax
-    interrupts.end_at_once("run the same command to go on from the last checkpoint")
+    interrupts.end_at_once("run the same command to resume from the last checkpoint")
     with told_in_one_line():
         environment.check()
 

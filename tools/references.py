@@ -26,7 +26,7 @@ UNBOUNDED = 10**6  # upper bounds from here on only keep slips out, and are not 
 
 
 def field_docs(section: type) -> dict[str, str]:
-    """Field -> the string below it in the source. Raises KeyError where one has none."""
+    """Field -> the string below it in the source. Raises ValueError where one has none."""
     (declared,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(declared, ast.ClassDef)
     told = {}
@@ -34,7 +34,12 @@ def field_docs(section: type) -> dict[str, str]:
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(str(text))):
                 told[name] = " ".join(text.split())
-    return {field.name: told[field.name] for field in dataclasses.fields(section)}
+    names = [field.name for field in dataclasses.fields(section)]
+    if silent := [name for name in names if name not in told]:
+        raise ValueError(
+            f"{section.__name__}: no string below {', '.join(silent)} says what it means"
+        )
+    return {name: told[name] for name in names}
 
 
 def sections(section: type = Config, path: str = "config") -> Iterator[tuple[str, type]]:

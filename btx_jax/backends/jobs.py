@@ -2,7 +2,7 @@
 done.json is there.
 
 Nothing here remembers anything: what has finished is read from the working directory, which lies on
-a disk or in a bucket that all jobs share. A submitter that dies is started again and goes on from
+a disk or in a bucket that all jobs share. A submitter that dies is started again and resumes from
 there.
 """
 

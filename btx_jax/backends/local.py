@@ -69,7 +69,7 @@ class Local:
             told = "; ".join(f"{name}: {why}" for name, why in failed.items())
             raise UserError(
                 f"{len(failed)} of {len(jobs)} jobs did not finish ({told}); run the same command"
-                " again to go on"
+                " again to resume"
             )
 
     def _run(self, job: Job) -> int:

@@ -72,7 +72,7 @@ def run(
     of the same config is resumed; a finished one is left as it is. Ctrl-C and SIGTERM save the step
     and end; a second one ends at once.
     """
-    interrupts.end_at_once("run the same command to go on from the last checkpoint")
+    interrupts.end_at_once("run the same command to resume from the last checkpoint")
     from btx_jax.cli import runs
     from btx_jax.presets.config_file import read_config
 

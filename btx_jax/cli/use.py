@@ -128,7 +128,7 @@ btx evaluate a=runs/mine b=org/name --tasks=gsm8k --limit=100 --out=results
     type=WHERE,
     required=True,
     metavar="DIR",
-    help="results.json and every answer; run again to go on",
+    help="results.json and every answer; run again to resume",
 )
 def evaluate(
     models: tuple[str, ...], tasks: str, limit: int, batch_size: int, dtype: str, out: str

@@ -7,10 +7,10 @@ writes DIRECTORY/{seed,branch,finetune}/{math,code,world,prose}.jsonl.gz, in whi
 stands once, and DIRECTORY/tokenizer.model. Each part is for one phase of training: seed and
 branches, and branches and finetune, share no document.
 
-math, code and world are the demo's, whole; code goes on with the sources of libraries that btx_jax
-needs, prose with the docstrings of others. What BTX_DATA_DIR holds under text/ is added where it is
-set: short problems and grade-school word problems to math, chapters of books to prose. Without it
-prose is a third as long, and a seed of 20M tokens sees it three times.
+math, code and world are the demo's, complete; code continues with the sources of libraries that
+btx_jax needs, prose with the docstrings of others. If BTX_DATA_DIR is set, what is under its text/
+is added: short problems and grade-school word problems to math, chapters of books to prose. Without
+it prose is a third as long, and a seed of 20M tokens sees it three times.
 """
 
 import contextlib

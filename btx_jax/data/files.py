@@ -265,7 +265,7 @@ def _json_values(file: File, stream: BinaryIO) -> Iterator[Row]:
             raise UserError(f"{place}: not JSON: {told}") from error
     text.at += array
     if text.next():
-        raise UserError(f"{file}: goes on behind the end of its array")
+        raise UserError(f"{file}: has data after the end of its array")
 
 
 class _Buffer:

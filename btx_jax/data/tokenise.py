@@ -2,7 +2,7 @@
 
 One reader cuts the rows into shards of about a mebibyte of text, wherever and by how many they are
 tokenised. A source of a few shards is tokenised where it is read. Of a larger one every finished
-shard is a file, so that a killed preparation goes on behind the last of them, and so that several
+shard is a file, so that a killed preparation resumes after the last of them, and so that several
 hosts can share the work.
 """
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Lines = Sequence[tuple[int, Mapping[str, float]]]  # (step, scalars) in order
 
-FILE = "trackers.json"  # NAME:PROJECT -> the id of this run there, in which a resumed one goes on
+FILE = "trackers.json"  # NAME:PROJECT -> the id of this run there, which a resumed one continues
 FINISH_SECONDS = 300  # for what W&B has not sent yet when a run ends; it stays in WORKDIR/wandb
 MAX_PARAMETER = 6000  # characters of a value that MLflow takes
 NO_CREDENTIALS = (

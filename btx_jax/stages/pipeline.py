@@ -81,7 +81,7 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
         told = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise UserError(
             f"{len(failed)} of {len(order)} stages did not finish ({told}); run the same command"
-            " again to go on"
+            " again to resume"
         )
     for name in (name for name in order if resolved[name].stage == "report" and is_first()):
         for file in (workdir / name).glob("*.*"):

@@ -9,7 +9,7 @@ branches lose when they are mixed, and the mixture at its best beside tuned peer
 
 Cost on 2 quiet cores: the seed 30 minutes, `branches` (what branches lose) an hour with it, `main`
 (BTX and its peers) 2, `all` (the paper's other arms, the split of compute) 3, `tuning` (every
-finetune, every rate) 4.5. A killed run goes on where it was, and `--only=STAGE` does a part.
+finetune, every rate) 4.5. A killed run resumes, and `--only=STAGE` does a part.
 Expected: docs/results.md.
 """
 

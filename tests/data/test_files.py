@@ -92,7 +92,7 @@ def test_an_array_that_is_cut_anywhere_or_goes_on_behind_its_end_is_refused(put)
         with pytest.raises(UserError, match=r"x\.json.*truncated\?"):
             values(put("x.json", whole[:end]))
     for broken, message in (
-        (whole + b"x", "goes on behind the end"),
+        (whole + b"x", "has data after the end"),
         (whole.replace(b"},", b"}"), "not a comma, behind item 1"),
         (whole.replace(b'"n"', b"n"), "item 1: not JSON"),
     ):
