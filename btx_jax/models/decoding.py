@@ -40,8 +40,8 @@ Weights = tuple[Params, tuple[Params, ...]]  # of unstack
 
 
 class Cache(NamedTuple):
-    """keys [B, N, K, S], values [B, N, S, K]: of each layer. length_B: tokens that each row
-    holds."""
+    """Keys and values of every layer. keys [B, N, K, S], values [B, N, S, K]; length_B: tokens in
+    each row."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -49,7 +49,8 @@ class Cache(NamedTuple):
 
 
 class _Leaves:
-    """A tree that is taken apart: what nobody asked for is an error, and not lost in silence."""
+    """A tree that is taken apart: a leaf that nobody requests is an error, and not
+    silently lost."""
 
     def __init__(self, tree: Mapping[str, Any], where: str):
         self._tree, self._where = dict(tree), where
@@ -119,14 +120,11 @@ def _joint_feed_forward(leaves: _Leaves, kernel: Callable[..., Kernel]) -> dict[
 
 
 def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) -> Weights:
-    """(parameters outside the layers, one tree a layer), matmuls' kernels in `dtype`.
-
-    On one device matmuls that read the same rows become one, unless LoRA adds to their answers, and
-    experts are separate: of each layer query_key_value [D, (H + 2 N) K] and out [H K, D], gate_up
-    [D, 2 F] and down [F, D], of each expert where it has some.
-
-    Jit it, so that casts and slices fuse.
-    """
+    """(parameters outside the layers, one tree per layer), with the kernels of matmuls in `dtype`.
+    On one device matmuls that read the same rows are joined, unless LoRA adds to their outputs, and
+    experts are separate: each layer has query_key_value [D, (H + 2 N) K] and out [H K, D], and
+    gate_up [D, 2 F] and down [F, D], per expert where it has experts. Jit it, so that casts and
+    slices fuse."""
     # In float32 a lone row would meet no fast kernel of XLA's.
     transpose = one_device and dtype == "bfloat16" and jax.default_backend() == "cpu"
 
@@ -181,13 +179,13 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
 
 
 def next_logits(model: ModelConfig, weights: Weights, hidden_BD: jax.Array) -> jax.Array:
-    """[B, V], in float32."""
+    """Logits [B, V], in float32."""
     return Readout.of(model).logits(matmul(hidden_BD, weights[0]["head"], jnp.float32))
 
 
 def empty_cache(model: ModelConfig, dtype: str, batch: int, slots: int) -> Cache:
-    """In float32 on CPUs, where XLA would convert a whole bfloat16 cache for every token, to write
-    it and to attend to it."""
+    """An empty cache. In float32 on CPUs, where XLA would convert a whole bfloat16 cache for every
+    token, to write it and to attend to it."""
     dtype = "float32" if jax.default_backend() == "cpu" else dtype
 
     def zeros(*shape):
@@ -286,7 +284,7 @@ def _feed_forward(
 
 
 def _dense(module: FeedForward, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """A dense feed-forward of parameters as the module has them, or as `joint_swiglu` does."""
+    """A dense feed-forward, with parameters as the module has them or as `joint_swiglu` does."""
     if "gate_up" not in params:
         return cast(Any, module.apply({"params": params}, x_BTD))[0]
     weights = {name: w for name, w in params.items() if name != "router"}

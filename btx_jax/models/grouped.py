@@ -37,9 +37,9 @@ def grouped_swiglu(
     kernels: str,
     activation: str = "silu",
 ) -> jax.Array:
-    """[R, D] -> [R, D]. weights: gate [E, D, F], up [E, D, F], down [E, F, D], or for inference of
-    each expert gate_up [D, 2 F] and down [F, D]. most: rows that one expert can have. kernels: as
-    in ComputeConfig, `auto` decided."""
+    """[R, D] -> [R, D]: SwiGLU of each row by its expert. weights: gate [E, D, F], up [E, D, F],
+    down [E, F, D]; or, for inference, gate_up [D, 2 F] and down [F, D] of each expert. most: rows
+    that one expert can have. kernels: as in ComputeConfig, with `auto` decided."""
     if kernels != "xla":
         rows = x_RD.shape[0]
         tile = min(TILES[0], math.ceil(rows / 8) * 8)
@@ -91,8 +91,8 @@ def _ragged_dot(x_RD, sizes_E, *weights, activation):
 
 
 def _in_turn(x_RD, sizes_E, *experts, block, activation):
-    """Separate experts one after another, each block by block. Rows that a last block writes too
-    many, the next expert overwrites."""
+    """Separate experts one after another, each block by block. Surplus rows that a last block
+    writes are overwritten by the next expert."""
     x_padded = jnp.pad(x_RD, ((0, block), (0, 0)))
     y_padded = jnp.zeros_like(x_padded)
     for start, size, expert in zip(jnp.cumsum(sizes_E) - sizes_E, sizes_E, experts, strict=True):

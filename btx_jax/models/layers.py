@@ -79,28 +79,28 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 def scaled_norm(config: ModelConfig, x: jax.Array, scale_D: jax.Array | None) -> jax.Array:
-    """The model's norm over the last axis. scale: None of a norm without parameters."""
+    """The model's norm over the last axis. scale: None for a norm without parameters."""
     if scale_D is None:
         return layer_norm(x, config.norm_eps)
     return rms_norm(x, effective_scale(config, scale_D), config.norm_eps)
 
 
 def effective_scale(config: ModelConfig, scale_D: jax.Array) -> jax.Array:
-    """What an RMSNorm multiplies by."""
+    """What an RMSNorm multiplies by: the scale, or 1 + it."""
     return 1 + scale_D if config.norm == "rms_plus_one" else scale_D
 
 
 def scale_param(
     module: nn.Module, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> jax.Array:
-    """The scale of a norm, float32, by which it multiplies by one at first."""
+    """The scale of a norm, float32, initialised so that the norm multiplies by one."""
     fill = nn.initializers.zeros if config.norm == "rms_plus_one" else nn.initializers.ones
     init = nn.with_logical_partitioning(fill, axes)
     return cast(jax.Array, module.param("scale", init, shape, jnp.float32))
 
 
 class Scale(nn.Module):
-    """Only owns the scale of a norm, which is applied elsewhere."""
+    """Only owns the scale of a norm that is applied elsewhere."""
 
     config: ModelConfig
     shape: tuple[int, ...]
@@ -122,7 +122,7 @@ class Norm(nn.Module):
 
 
 class Before(nn.Module):
-    """What attention or a feed-forward gets: x, behind a norm where the model has one there."""
+    """Input of attention or a feed-forward: x, after a norm where the model has one there."""
 
     config: ModelConfig
 
@@ -132,7 +132,7 @@ class Before(nn.Module):
 
 
 class After(nn.Module):
-    """x with what attention or a feed-forward answered, y, behind a norm where the model has one
+    """x plus y, the output of attention or a feed-forward, after a norm where the model has one
     there."""
 
     config: ModelConfig
@@ -153,7 +153,7 @@ def _own_norm(module: nn.Module, config: ModelConfig, x: jax.Array) -> jax.Array
 
 
 def times(x: jax.Array, factor: float) -> jax.Array:
-    """x times a setting, which is rounded to x's dtype."""
+    """x times a setting that is rounded to x's dtype."""
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
@@ -163,7 +163,7 @@ def capped(x: jax.Array, cap: float) -> jax.Array:
 
 
 class Readout(NamedTuple):
-    """What a model makes of the head's products: logits. As in ModelConfig."""
+    """Turns the head's products into logits. Fields as in ModelConfig."""
 
     divisor: float = 1.0
     cap: float = 0.0
@@ -206,8 +206,8 @@ class Head(nn.Module):
 
 
 def exact_matmuls(dtype: str) -> contextlib.AbstractContextManager:
-    """Within it what is compiled multiplies float32 as float32, if that is the dtype. A TPU's own
-    default rounds factors to bfloat16."""
+    """Inside the block, compiled programs multiply float32 as float32, if that is the dtype. A
+    TPU's own default rounds factors to bfloat16."""
     return (
         jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
     )
@@ -215,7 +215,7 @@ def exact_matmuls(dtype: str) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, dtype: str) -> Iterator[None]:
-    """Within it a model compiles and runs: spread over the mesh, with `exact_matmuls`."""
+    """Inside the block a model compiles and runs, spread over the mesh, with `exact_matmuls`."""
     with jax.set_mesh(mesh), exact_matmuls(dtype):
         yield
 
@@ -223,7 +223,7 @@ def on_mesh(mesh: Mesh, dtype: str) -> Iterator[None]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transposed:
-    """A kernel held as [outputs, inputs], so that what is multiplied and summed lies side by side:
+    """A kernel stored as [outputs, inputs], so that what is multiplied and summed is contiguous:
     where few rows meet every weight, reading weights takes most of the time."""
 
     array: jax.Array
@@ -237,8 +237,8 @@ Kernel = jax.Array | Transposed
 
 
 def matmul(x_MD: jax.Array, kernel_DF: Kernel, out_dtype: Any = None) -> jax.Array:
-    """x times a kernel, for inference. A transposed one must be bfloat16: XLA's CPU backend
-    multiplies it fast where the answer is float32 and there is more than one row."""
+    """x times a kernel, for inference. A transposed kernel must be bfloat16: XLA's CPU backend
+    multiplies it fast where the result is float32 and there is more than one row."""
     if not isinstance(kernel_DF, Transposed):
         return jnp.matmul(x_MD, kernel_DF, preferred_element_type=out_dtype)
     rows = jnp.pad(x_MD, ((0, 1), (0, 0))) if len(x_MD) == 1 else x_MD
@@ -324,7 +324,7 @@ def _scaled_forward(x, scale, gate, up, down, activation):
 
 
 def _activated(a: jax.Array, activation: str) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """(activate(a), what gives its derivative)."""
+    """(activate(a), a function that returns its derivative)."""
     if activation == "silu":
         s = jax.nn.sigmoid(a)
         return a * s, lambda: s * (1 + a * (1 - s))
@@ -354,7 +354,7 @@ scaled_swiglu.defvjp(_scaled_forward, _scaled_backward)
 
 
 def sigmoid_gate(x_BTD: jax.Array, router_D1: jax.Array) -> jax.Array:
-    """[B, T, 1], float32."""
+    """The gate [B, T, 1], float32."""
     logits = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_D1, precision="highest")
     return jax.nn.sigmoid(logits)
 

@@ -15,40 +15,43 @@ def leaf_name(path: Path) -> str:
 
 
 def is_router(path: Path) -> bool:
-    """Of experts, their biases too, of LoRA experts, or the gate of a shared expert."""
+    """Whether it is a router of experts, its biases included, or of LoRA experts, or the gate of a
+    shared expert."""
     return leaf_name(path) in ("router", "router_bias")
 
 
 def is_feed_forward(path: Path) -> bool:
-    """Of the part of a layer that mixing makes an expert of, or keeps as a shared one; their
-    routers too. All other leaves mixing shares."""
+    """Whether it is in the part of a layer that mixing makes an expert of, or keeps as a shared
+    one, routers included. Mixing shares all other leaves."""
     names = [str(getattr(key, "key", key)) for key in path]
     return "ffn" in names or "shared_expert" in names
 
 
 def is_anchor(path: Path) -> bool:
-    """Of the feed-forward that all experts started from and share as one more expert."""
+    """Whether it is in the feed-forward that all experts started from and share as one
+    more expert."""
     return "anchor" in [str(getattr(key, "key", key)) for key in path]
 
 
 def is_norm_or_bias(path: Path) -> bool:
-    """The scales of norms and what is added to a map's answers, for which weight decay has no
-    use."""
+    """Whether it is the scale of a norm or a bias, which are not decayed."""
     return leaf_name(path).endswith(("scale", "bias"))
 
 
 def computes_in_float32(path: Path) -> bool:
-    """Scales of norms and routers, whatever dtype matmuls have: they are small, a norm divides by
-    what it sums, and rounded logits would choose other experts.
+    """Whether it is the scale of a norm or a router, which compute in float32 whatever dtype
+    matmuls have: they are small, a norm divides by what it sums, and rounded logits would choose
+    other experts.
 
-    All else may be held in the dtype of matmuls where it gets no gradient. So may the embedding:
-    its rows are rounded to that dtype when they are taken.
+    All other leaves without gradient may be held in the dtype of matmuls. So may the embedding: its
+    rows are rounded to that dtype when they are looked up.
     """
     return leaf_name(path) == "scale" or is_router(path)
 
 
 def stays_float32(path: Path) -> bool:
-    """These and the embedding: where it is trained, since the gradients of a token's many places
-    are summed in its dtype; and where its rows are rounded anyway when they are taken, and a copy
-    of the table in another dtype would be one more to hold or make."""
+    """Whether it computes in float32 or is the embedding: when trained, because the gradients of a
+    token's many positions are summed in its dtype; otherwise, because its rows are rounded when
+    they are looked up anyway, and a copy of the table in another dtype would be one more to hold or
+    make."""
     return computes_in_float32(path) or leaf_name(path) == "embedding"

@@ -44,8 +44,8 @@ def is_adapter(path: Sequence[str]) -> bool:
 def partition(
     params: Mapping[str, Any], keep: Callable[[tuple[str, ...]], bool]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters whose path `keep` wants, the others), as trees of their own. `join` is the way
-    back."""
+    """(parameters whose path `keep` accepts, the others), as separate trees. `join` is
+    the inverse."""
     parts: tuple[dict, dict] = ({}, {})
     for path, leaf in flatten_dict(params).items():
         parts[not keep(path)][path] = leaf
@@ -57,8 +57,8 @@ def join(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """With a = sqrt(5), as PyTorch initialises a Linear: uniform within 1 / sqrt(inputs). The
-    inputs are the first axis."""
+    """Uniform within 1 / sqrt(inputs), as PyTorch initialises a Linear (a = sqrt(5)). The inputs
+    are the first axis."""
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -202,7 +202,7 @@ class Adapted:
         self.logits: dict[str, jax.Array] = {}
 
     def plus(self, target: str, x_BTI: jax.Array, y_BTO: jax.Array) -> jax.Array:
-        """y, the map's output, with what the experts add to it; y itself where the map is not
+        """y, the map's output, plus what the experts add to it; y itself where the map is not
         adapted."""
         if target not in self._adapters:
             return y_BTO
@@ -224,7 +224,7 @@ def _dot(x_BTI: jax.Array, router_IE: jax.Array) -> jax.Array:
 def _cosine_logits(
     x_BTI: jax.Array, router_IE: jax.Array, whole: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """sqrt(I) times the cosine between x and a router's row, both less their mean (PHATGOOSE,
+    """sqrt(I) times the cosine between x and a router's row, both minus their mean (PHATGOOSE,
     section 3.2). Padding of zeros gives 0."""
     x_MI = x_BTI.reshape(-1, x_BTI.shape[-1]).astype(jnp.float32)
     w_IE = router_IE.astype(jnp.float32)
@@ -240,8 +240,8 @@ def _cosine_logits(
 
 
 def chosen(logits_ME: jax.Array, k: int) -> jax.Array:
-    """Whether an expert is among the k largest of its row; of equals the first. Comparisons, since
-    sorting a few numbers takes longer."""
+    """Whether an expert is among the k largest of its row; among equals the first. By comparisons,
+    since sorting a few numbers takes longer."""
     earlier = jnp.arange(logits_ME.shape[-1])[:, None] > jnp.arange(
         logits_ME.shape[-1]
     )  # [expert, rival]
@@ -257,9 +257,9 @@ def gates(logits_ME: jax.Array, spec: LoRASpec) -> jax.Array:
 
 
 def router_statistics(logits_BTE: jax.Array, valid_BT: jax.Array, spec: LoRASpec) -> RoutingStats:
-    """Of one router over the valid tokens. balance_loss: E sum_i f_i P_i, f the share of the
-    choices and P the mean probability, as in
-    Switch and MoLA: f has no gradient. 1 at uniform."""
+    """Statistics of one router over the valid tokens. balance_loss: E sum_i f_i P_i, with f the
+    share of the choices and P the mean probability, as in Switch and MoLA: f has no gradient. 1 at
+    uniform."""
     tokens = jnp.maximum(valid_BT.sum(), 1)
     mean = lambda x_BTE: jnp.where(valid_BT[..., None], x_BTE, 0).sum((0, 1)) / tokens  # noqa: E731
     probs_BTE = jax.nn.softmax(logits_BTE)

@@ -81,11 +81,9 @@ def einsum_experts(
 def router_logits(
     x_GSD: jax.Array, router_DE: jax.Array, bias_E: jax.Array | None = None
 ) -> jax.Array:
-    """[G, S, E]. With biases: [G, S, E + 1], of the experts and, behind them, their anchor.
-
-    The anchor's is 0: softmax sees differences only, so that a row of its own could say nothing
-    that the others' rows cannot.
-    """
+    """Logits [G, S, E]. With biases: [G, S, E + 1], of the experts and, last, their anchor. The
+    anchor's logit is 0: softmax sees only differences, so a row of its own could say nothing that
+    the others' rows cannot."""
     if bias_E is None:
         return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
     # A row at a time, the anchor's zeros among them: how a product rounds depends on how many rows
@@ -110,9 +108,8 @@ def separate_experts(
     compute: ComputeConfig,
     anchor: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """The block without capacity, on one device, for inference; every expert's kernels are arrays
-    of their own. anchor: the experts' router biases [E], and what their anchor answers
-    [B, T, D]."""
+    """The block without capacity, on one device, for inference; every expert's kernels are separate
+    arrays. anchor: the experts' router biases [E], and the anchor's output [B, T, D]."""
     one_token = x_BTD.shape[1] == 1
     logits_BTE = router_logits(x_BTD, router_DE, anchor[0] if anchor else None)
     choice = route(logits_BTE, valid_BT | one_token, spec, None, jnp.int32(0))
@@ -142,8 +139,8 @@ def _few_tokens(
     experts: Sequence[Expert],
     activation: str,
 ) -> jax.Array:
-    """Reading weights takes longer here than multiplying by them: what no token needs is not read,
-    and nothing is copied."""
+    """The block for a few tokens, where reading weights takes longer than multiplying by them:
+    experts that no token chose are not read, and nothing is copied."""
     if index_BK.size <= len(experts):
 
         def answer(x, experts, e):  # behind the last expert: a choice of their anchor

@@ -74,7 +74,8 @@ def ragged_experts(
 
 
 def weighted_sum(y_MKD: jax.Array, gate_MK: jax.Array, sums_to_one: bool) -> jax.Array:
-    """sum_k gate[m, k] y[m, k]. sums_to_one: whether the gates of a token do, where K > 1."""
+    """sum_k gate[m, k] y[m, k]. sums_to_one: whether the gates of a token sum to one,
+    where K > 1."""
     gate_MK = gate_MK.astype(y_MKD.dtype)
     if gate_MK.shape[1] == 1:
         return y_MKD[:, 0] * gate_MK
@@ -94,8 +95,8 @@ def expert_outputs(
     kernels: str,
     activation: str = "silu",
 ) -> jax.Array:
-    """FF_index[m, k](x[m]), [M, K, D]; zero where the index is `experts`, which sorts behind them
-    all. weights: of grouped_swiglu."""
+    """FF_index[m, k](x[m]), [M, K, D]; zero where the index is `experts`, which sorts after them
+    all. weights: as for grouped_swiglu."""
     tokens, k = index_MK.shape
     expert_N = index_MK.reshape(-1)
     order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)  # claims by expert

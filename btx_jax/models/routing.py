@@ -40,12 +40,13 @@ class RoutingStats(NamedTuple):
 
 
 def feed_forward_routing(stats: Any) -> dict[str, RoutingStats]:
-    """Of the model's routers (`Llama`), those that choose feed-forwards: run -> RoutingStats."""
+    """Statistics of the model's routers (`Llama`) that choose feed-forwards: run ->
+    RoutingStats."""
     return {name: values for name, values in stats.items() if "/" not in name}
 
 
 def lora_routing(stats: Any) -> dict[str, RoutingStats]:
-    """Those that choose LoRA experts: run/map -> RoutingStats."""
+    """Statistics of the routers that choose LoRA experts: run/map -> RoutingStats."""
     return {name: values for name, values in stats.items() if "/" in name}
 
 
@@ -100,8 +101,8 @@ def route(
 
 
 def without_anchor(choice: Choice, experts: int) -> tuple[Choice, jax.Array]:
-    """(The same of the experts, of which a choice of the anchor is none; the anchor's gate
-    [G, S])."""
+    """(the choice restricted to the experts, in which the anchor is index E, no expert; the
+    anchor's gate [G, S])."""
     gate_GS = jnp.where(choice.index_GSK == experts, choice.gate_GSK, 0).sum(-1)
     return choice._replace(index_GSK=jnp.minimum(choice.index_GSK, experts)), gate_GS
 

@@ -42,7 +42,7 @@ def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool
 def assert_heads(
     q_BNGTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, segments_BT: jax.Array
 ) -> None:
-    """What goes into attention within rows, by whatever kernel."""
+    """Check the shapes of what goes into attention within rows, for any kernel."""
     chex.assert_rank(q_BNGTK, 5)
     dims = chex.Dimensions()
     dims["BNGTK"] = q_BNGTK.shape
