@@ -1,7 +1,6 @@
 """A plan as tables for a terminal, and as JSON."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from btx_jax.planning.plan import Plan, Stage
-from btx_jax.terminal import plain
+from btx_jax.terminal import duration, plain
 
 MANY_EPOCHS = 4  # Muennighoff et al., 2023: up to here nearly as good as new text
 
@@ -58,10 +57,10 @@ def _stages(plan: Plan, price: float) -> Table:
     made = Table(title="what each stage takes", show_footer=True)
     critical = sum(stage.seconds for stage in plan.critical)
     totals = {
-        "stage": f"in all; side by side {time(critical)}",
+        "stage": f"in all; side by side {duration(critical)}",
         "tokens": f"{sum(stage.tokens for stage in plan.stages):,}",
         "FLOPs": f"{sum(stage.flops for stage in plan.stages):.2g}",
-        "time": time(plan.seconds),
+        "time": duration(plan.seconds),
         "chip-hours": f"{_hours(plan.seconds) * plan.chips:.2f}",
         "storage": size(sum(stage.storage for stage in plan.stages)),
         "cost": f"{_hours(plan.seconds) * plan.chips * price:,.2f}",
@@ -90,7 +89,7 @@ def _cells(stage: Stage, chips: int) -> list[str]:
         f"{stage.steps:,}" if trains else "",
         f"{stage.flops:.2g}" if trains else "",
         size(stage.memory) if stage.memory else "",
-        time(stage.seconds) if stage.seconds else "",
+        duration(stage.seconds) if stage.seconds else "",
         f"{_hours(stage.seconds) * chips:.2f}" if stage.seconds else "",
         size(stage.storage) if stage.storage else "",
     ]
@@ -124,7 +123,7 @@ def _otherwise(plan: Plan) -> Table:
             other.name,
             f"{other.tokens:,}",
             f"{other.flops:.2g}",
-            time(other.seconds),
+            duration(other.seconds),
             f"{chips:.2f}",
         )
     return made
@@ -132,16 +131,6 @@ def _otherwise(plan: Plan) -> Table:
 
 def _hours(seconds: float) -> float:
     return seconds / 3600
-
-
-def time(seconds: float) -> str:
-    """In the unit in which one thinks of it."""
-    if not math.isfinite(seconds):
-        return "?"
-    for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} s"
 
 
 def size(count: float) -> str:

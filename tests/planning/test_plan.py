@@ -12,7 +12,7 @@ from btx_jax.config.config import Config
 from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.planning.plan import Plan, Read, Stage, plan
 from btx_jax.planning.steps import Step, on_this_machine
-from btx_jax.planning.tables import as_json, size, time, warnings
+from btx_jax.planning.tables import as_json, size, warnings
 from btx_jax.presets.project import METHODS, project
 from btx_jax.presets.registry import PRESETS
 from tests.conftest import sentences
@@ -182,14 +182,6 @@ def _without_text(config):
         for name, stage in config.pipeline.items()
     }
     return dataclasses.replace(config, pipeline=changed)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"),
-    [(0.4, "0 s"), (119, "119 s"), (120, "2.0 min"), (7200, "2.0 h"), (2e6, "23.1 d")],
-)
-def test_times_are_in_the_unit_one_thinks_of(seconds, told):
-    assert time(seconds) == told
 
 
 def test_sizes_are_in_powers_of_1024():
