@@ -46,9 +46,9 @@ def completion(shell: str) -> None:
 
 
 for command in (
-    *(new.new, train.run, train.compile_step),
+    *(new.new, train.plan, train.run, train.compile_step),
     *(mix.mix, mix.convert, mix.expert, mix.adapter, mix.tokenizer),
-    *(use.generate, use.evaluate, use.lm_eval, use.report, use.digest, use.verify),
+    *(use.generate, use.evaluate, use.lm_eval, use.watch, use.report, use.digest, use.verify),
     *(cloud.submit, cloud.push),
 ):
     btx.add_command(command)

@@ -14,6 +14,7 @@ from btx_jax.cli.parts import (
     USE,
     WHERE,
     HandedOver,
+    Light,
     Number,
     command,
     text,
@@ -204,6 +205,41 @@ def report(workdirs: tuple[str, ...], out: str) -> None:
     if not out and len(workdirs) > 1:
         raise UserError("--out=DIR: name it, where several runs are compared")
     terminal.say(f"wrote {write(workdirs, out or workdirs[0])}")
+
+
+@command(
+    cls=Light,
+    panel=USE,
+    examples="""
+btx watch runs/demo
+btx watch gs://bucket/runs/my_btx --every=30
+""",
+)
+@click.argument("run", metavar="RUN", type=WHERE, help="a pipeline's directory, or that of a run")
+@click.option("--port", type=click.IntRange(0, 65535), default=8600, help="0 for any that is free")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    metavar="ADDRESS",
+    help="0.0.0.0 shows it to every machine that reaches this one",
+)
+@click.option(
+    "--every",
+    type=Number(min=1),
+    default=5.0,
+    metavar="SECONDS",
+    help="how often the page looks again",
+)
+def watch(run: str, port: int, host: str, every: float) -> None:
+    """A page in your browser that shows a run while it runs, here or in a bucket.
+
+    Every branch's curve, held-out losses, the mixing probe, routing load, where the time goes, what
+    is finished, running and waiting. It reads the run's directory and changes nothing.
+    """
+    from btx_jax.commands.watch import run as serve
+    from btx_jax.paths import to_path
+
+    serve(to_path(run, "RUN").absolute(), host, port, every)
 
 
 @command(panel=USE, examples="btx digest runs/demo/finetune")
