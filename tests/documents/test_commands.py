@@ -138,8 +138,12 @@ def test_quick_commands_run(here, finished, tmp_path, monkeypatch, page):
 
 @pytest.mark.slow
 @pytest.mark.cli
-def test_all_commands_run_with_few_steps(here, tmp_path, compiled, monkeypatch):
+def test_all_commands_run_with_few_steps(tmp_path, tokenizer_file, compiled, monkeypatch):
     """As readers would type them, a page in a folder of its own, all with the same runs/."""
+    made = tmp_path / "world"
+    made.mkdir()
+    world.make(made, tokenizer_file)
+    monkeypatch.setenv("BTX_DATA_DIR", str(made / "data"))
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -152,7 +156,7 @@ def test_all_commands_run_with_few_steps(here, tmp_path, compiled, monkeypatch):
     first = ["README.md", "getting-started.md"]  # others use what they leave
     pages = sorted((page.name for page in PAGES), key=lambda name: (name not in first, name))
     for page in pages:
-        folder = world.page_folder(here, page, tmp_path / page)
+        folder = world.page_folder(made, page, tmp_path / page)
         monkeypatch.chdir(folder)
         for command in COMMANDS:
             if command.page != page or not is_run(command.text, (*QUICK, *SLOW)):
