@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from btx_jax.cli.program import btx
+from btx_jax.presets.registry import PRESETS
 from tests.conftest import ROOT
 from tests.documents.pages import FENCE, PAGES
 from tools import references
@@ -37,6 +39,12 @@ def test_no_cell_of_a_reference_is_empty():
         for row in rows:
             cells = re.split(r"(?<!\\)\|", row)[1:-1]
             assert len(cells) == 4 and all(cell.strip() for cell in cells), f"{page.name}: {row}"
+
+
+def test_every_preset_and_every_command_is_told():
+    text = "".join(page.read_text() for page in PAGES)
+    assert [name for name in PRESETS if f"`{name}`" not in text] == []
+    assert [name for name in btx.commands if f"btx {name}" not in text] == []
 
 
 def links(page: Path) -> Iterator[tuple[Path, str]]:
