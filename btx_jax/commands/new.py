@@ -259,6 +259,7 @@ def _file(
         f"method={_quoted(wanted.method)},  # {', '.join(METHODS)}",
         f"compare=({compare}),  # also trained, on as many tokens: {', '.join(COMPARISONS)}",
         'tasks=(),  # test sets beside held-out loss, such as "arc_easy"',
+        "prompts=(),  # continued by every model, side by side in the report",
         f"sequence_length={length},",
         f"heldout_fraction={heldout:g},  # of all documents: measured on, never trained on",
         f'dtype={_quoted(_dtype())},  # "bfloat16" on TPUs and GPUs',

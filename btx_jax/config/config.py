@@ -600,6 +600,10 @@ class EvaluateConfig(Section):
     """Name -> a mixture that is told where tokens go; only its losses are measured."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """Name -> further text to keep with the experts that were chosen for it."""
+    prompts: tuple[str, ...] = ()
+    """Texts that every model continues, greedily; shown side by side in the report."""
+    prompt_tokens: Tokens = 64
+    """Most new tokens of each continuation."""
     shown_tokens: Annotated[int, Range(0, 100_000)] = 160
     """Tokens of each domain's held-out text that are kept with the experts every mixture chose for
     them."""
@@ -612,8 +616,9 @@ class EvaluateConfig(Section):
     def _names(self) -> Iterator[str]:
         for key in ("models", "tasks", "ensembles", "oracles"):
             yield from _no_file_names(key, getattr(self, key))
-        if "result" in self.tasks:
-            yield "tasks.result: the name is taken; choose another"
+        for name in ("result", "samples"):  # files beside those of the test sets
+            if name in self.tasks:
+                yield f"tasks.{name}: the name is taken; choose another"
 
     @rule
     def _roles(self) -> Iterator[str]:
@@ -622,6 +627,12 @@ class EvaluateConfig(Section):
             for name in filter(None, names):
                 if name not in self.models:
                     yield f"{key}: no model {name!r}; {suggest(name, self.models)}"
+
+    @rule
+    def _has_words_to_continue(self) -> Iterator[str]:
+        for i, prompt in enumerate(self.prompts):
+            if not prompt:
+                yield f"prompts[{i}]: empty"
 
     @rule
     def _some_models(self) -> Iterator[str]:
@@ -780,7 +791,7 @@ class Config(Section):
             yield "data: missing, and evaluate.ensembles need held-out text"
         if self.evaluate.oracles:
             yield "data: missing, and evaluate.oracles need held-out text"
-        if not self.evaluate.tasks:
+        if not self.evaluate.tasks and not self.evaluate.prompts:
             yield "data: missing, and evaluate.tasks is empty: nothing to evaluate on"
 
     @rule

@@ -144,7 +144,7 @@ class LoRAConfig(Section):
 
     allocation: str = "2468"
     """Experts per layer: digits over the depth (`2468`), a shape with its total (`triangle:160`;
-    also inverted, hourglass, diamond, rectangle), or one number a layer (`2,2,4,4`)."""
+    also inverted, hourglass, diamond, rectangle), or one number per layer (`2,2,4,4`)."""
     rank: tuple[Annotated[int, Range(1, 65_536)], ...] = (8,)
     """Of A and B: one number for all layers, or one per layer."""
     k: tuple[Experts, ...] = (2,)
@@ -157,7 +157,7 @@ class LoRAConfig(Section):
     """Which maps have experts, of q, k, v, o, gate, up, down."""
     gating: Annotated[str, Choice(GATINGS)] = "top_k"
     """top_k: softmax, the k largest, renormalised (MoLA). sigmoid: sigmoid of the router's logit,
-    one expert a layer, which is how PHATGOOSE (arXiv 2402.05859) trains a gate behind a finished
+    one expert per layer, which is how PHATGOOSE (arXiv 2402.05859) trains a gate behind a finished
     expert. cosine: softmax over the k router rows most parallel to x, both standardised, which is
     how it uses such gates."""
 

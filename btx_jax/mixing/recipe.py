@@ -52,9 +52,9 @@ class ExpertSource(Section):
     negative_prompts: tuple[str, ...] = ()
     """What should not; their states are subtracted."""
     positive_prompts_file: str = ""
-    """More positive prompts, one a line."""
+    """More positive prompts, one per line."""
     negative_prompts_file: str = ""
-    """More negative prompts, one a line."""
+    """More negative prompts, one per line."""
     text: str = ""
     """Text of its domain, for gate_mode ridge or logistic and merge regmean: comma-separated
     `WHAT[#FIELD][:WEIGHT]`, as in a config's data. Without it the prompts are the text."""

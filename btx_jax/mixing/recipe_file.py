@@ -89,7 +89,7 @@ def _prompts(file: str, key: str) -> list[str]:
         raise ConfigError(f"{key}: {error}") from error
     prompts = [line.rstrip("\r") for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"{key}: holds no prompt; write one a line")
+        raise ConfigError(f"{key}: holds no prompt; write one per line")
     if len(prompts) > MAX_NAMES:
         raise ConfigError(f"{key}: {len(prompts)} prompts, at most {MAX_NAMES}; choose some")
     return prompts

@@ -106,7 +106,8 @@ class Project(Section):
         branches train their feed-forwards alone, and mix exactly; flexolmo, whose branches train
         beside the seed as their anchor, and of whose mixture the routers alone are finetuned.
     compare: what is trained beside, on as many tokens of the same text: dense, upcycling.
-    tasks: test sets, as `btx evaluate --tasks` knows them.
+    tasks: test sets, as `btx evaluate --tasks` knows them. prompts: continued by every model, for
+        the report.
     """
 
     seed: str
@@ -118,6 +119,7 @@ class Project(Section):
     method: Annotated[str, Choice(tuple(METHODS))] = "btx"
     compare: tuple[Annotated[str, Choice(COMPARISONS)], ...] = ()
     tasks: tuple[Annotated[str, Choice(tuple(TASKS))], ...] = ()
+    prompts: tuple[str, ...] = ()
     sequence_length: Annotated[int, Range(2, 2**24)] = 512
     heldout_fraction: Share = 0.01
     dtype: Dtype = DTYPES[1]
@@ -345,6 +347,8 @@ class _Stages:
             tuple(f"expert_{name}" for name in self.project.domains),
             "mixture",
             tasks={name: TASKS[name] for name in self.project.tasks},
+            prompts=self.project.prompts,
+            prompt_tokens=min(64, self.model.context // 2),
             rows=128,
         )
         self.add(

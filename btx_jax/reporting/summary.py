@@ -55,7 +55,7 @@ def summarise(
     models = {
         name: {
             key: found[name][key]
-            for key in (*SHOWN, *(("tasks",) if "tasks" in found[name] else ()))
+            for key in (*SHOWN, *(key for key in ("tasks", "samples") if key in found[name]))
         }
         for name in names
     }
@@ -235,9 +235,8 @@ def print_tables(tables: Sequence[Table]) -> None:
     console = Console()
     if not console.is_terminal:
         wide = console.options.update(max_width=WIDEST)
-        console.width = max(
-            console.width, *(console.measure(table, options=wide).maximum for table in tables)
-        )
+        widths = [console.measure(table, options=wide).maximum for table in tables]
+        console.width = max([console.width, *widths])
     for table in tables:
         console.print(table)
 
