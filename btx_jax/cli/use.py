@@ -178,6 +178,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     examples="""
 btx report runs/demo
 btx report runs/demo runs/demo-1 runs/demo-2 --out=runs/three
+btx report runs/my_btx runs/my_ffn --side-by-side --out=runs/both
 """,
 )
 @click.argument(
@@ -193,17 +194,25 @@ btx report runs/demo runs/demo-1 runs/demo-2 --out=runs/three
     metavar="DIR",
     help="where the report goes; by default, of one, its own directory",
 )
-def report(workdirs: tuple[str, ...], out: str) -> None:
-    """Report of a finished run, or of several of the same arms with other seeds.
+@click.option(
+    "--side-by-side",
+    is_flag=True,
+    help="the runs are different ones on the same held-out text, not the same one with other seeds",
+)
+def report(workdirs: tuple[str, ...], out: str, side_by_side: bool) -> None:
+    """Report of a finished run, of the same one with other seeds, or of different ones.
 
     Writes report.html (one file, no network) and summary.json from what the run left on disk. Of
-    several, the first one's curves and routing are shown, and the arms compared in pairs
-    (comparison.md).
+    the same arms with other seeds, the first one's curves and routing are shown, and the arms
+    compared in pairs (comparison.md). Side by side, every model stands under its run's name.
     """
-    from btx_jax.stages.report import report as write
+    from btx_jax.stages import report
 
     if not out and len(workdirs) > 1:
         raise UserError("--out=DIR: name it, where several runs are compared")
+    if side_by_side and len(workdirs) < 2:
+        raise UserError("--side-by-side: name two runs or more")
+    write = report.side_by_side if side_by_side else report.report
     terminal.say(f"wrote {write(workdirs, out or workdirs[0])}")
 
 

@@ -40,6 +40,9 @@ GENERAL_SHARE = 5
 STEPS = 1000  # that a run is cut into, where these are of a sensible size
 ROWS, STEP_TOKENS = 8, 2**22  # of a step, at least and at most (the paper's)
 MICRO_TOKENS = 2**16  # of a micro-batch, at most
+# Of a domain, at each evaluation within a run and at the end: as many rows as a share of the tokens
+# that are trained on fills, within bounds.
+RUNNING, FINAL = (0.01, 4, 32), (0.1, 16, 128)
 SMALL = 2e7  # parameters of a model whose activations fit anywhere
 COMPARISONS = DENSE, UPCYCLING = "dense", "upcycling"
 
@@ -211,9 +214,14 @@ def schedule(tokens: int, length: int, **changes: Any) -> TrainConfig:
         learning_rate=0.0,
         warmup_steps=min(steps // 10, 100),
         eval_every=max(min(steps // 4, 1000), 1),
-        eval_rows=32,
+        eval_rows=measured_rows(tokens, length, RUNNING),
         **changes,
     )
+
+
+def measured_rows(tokens: int, length: int, bounds: tuple[float, int, int]) -> int:
+    share, least, most = bounds
+    return min(max(round(share * tokens / length), least), most)
 
 
 @dataclass
@@ -349,7 +357,7 @@ class _Stages:
             tasks={name: TASKS[name] for name in self.project.tasks},
             prompts=self.project.prompts,
             prompt_tokens=min(64, self.model.context // 2),
-            rows=128,
+            rows=measured_rows(self.project.finetune_tokens, self.project.sequence_length, FINAL),
         )
         self.add(
             "evaluate",

@@ -99,6 +99,9 @@ def test_steps_are_of_a_sensible_size(tokens, length):
     assert abs(train.steps * step - tokens) <= step / 2 or train.steps == 1
     assert train.steps >= 500 or train.batch_size == 8
     assert train.steps <= 2000 or step == STEP_TOKENS
+    # What is measured on the way costs little beside what is trained, but for the shortest runs.
+    measured = train.steps / train.eval_every * train.eval_rows * length
+    assert measured <= 0.05 * tokens or train.eval_rows == 4
 
 
 def test_a_branch_that_is_there_is_not_trained(fields, home):
