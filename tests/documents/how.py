@@ -75,6 +75,7 @@ ELSEWHERE = {
     "python -m btx_jax.launch * --compile_topology=*": "the same",
     "btx run paper_small:*": "an hour; tests/presets/test_study_run.py runs it with few steps",
     "btx run comparison:tiny,a*": "an hour; SLOW has its main arms with few steps",
+    "btx report runs/my_btx runs/my_ffn *": "reads two projects; tests/stages/test_report.py has some",
     "btx report runs/comparison_*": "reads what that leaves; SLOW has one of two runs",
     "btx run mola_small*": "half an hour; tests/presets/test_registry.py makes its config",
     "python -m btx_jax.data.corpora": "a minute and 88 MB; tests/data/test_corpora.py has its parts",
