@@ -333,8 +333,9 @@ class MeshConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """every: steps between checkpoints. keep: how many of the newest stay; the last step is always
-    saved.
+    """every: steps between checkpoints. every_minutes: another one is saved before so many minutes
+    have passed since the last, which is what a run that is killed loses at most; 0 for steps alone.
+    keep: how many of the newest stay; the last step is always saved.
 
     best: the metric by which one more stays, the best of the steps that were both saved and
         measured; "" for none. The lowest is best of `heldout` (the mean of all domains' nats per
@@ -343,6 +344,7 @@ class CheckpointConfig(Section):
     """
 
     every: Count = 1000
+    every_minutes: Annotated[float, Range(0, 10**6)] = 0.0
     keep: Annotated[int, Range(1, 10**6)] = 2
     best: str = "heldout"
 
