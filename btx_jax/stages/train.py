@@ -499,16 +499,13 @@ class Loop:
                     }
                     places = itertools.count()
 
-                    def is_dropped(places=places, state=state) -> bool:
+                    def check(places=places, state=state) -> None:
                         if next(places) == 1:  # the step before has ended
                             self.log_pending(progress, state)
-                        return stop()
+                        stop.check()
 
                     with annotated(step):
-                        stepped = train_step(state, batch, self.key, is_dropped)
-                    if stepped is None:
-                        raise Stopped
-                    state, metrics = stepped
+                        state, metrics = train_step(state, batch, self.key, check)
                     whole, position = step, batches.get_state()
                     before: tuple[int, Metrics] | None = self.pending
                     self.pending = step, metrics

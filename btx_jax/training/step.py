@@ -234,26 +234,27 @@ class TrainStep:
         state: TrainState,
         batch: Batch,
         key: jax.Array,
-        is_dropped: Callable[[], bool] = lambda: False,
-    ) -> tuple[TrainState, Metrics] | None:
-        """is_dropped: asked before every micro-batch. None when it said so.
+        check: Callable[[], None] = lambda: None,
+    ) -> tuple[TrainState, Metrics]:
+        """check: called before every micro-batch and the update; what it raises drops the step.
 
         A micro-batch is started while the one before it runs, so that devices never wait, and no
         earlier, so that nobody waits for more than two of them; for one only where they are long
         and the pause between two, some milliseconds, is nothing.
         """
         if len(self.parts) == 1:
-            return None if is_dropped() else self.parts[0].program(state, batch, key)
+            check()
+            return self.parts[0].program(state, batch, key)
         start, add, update = self.parts
         sums, before = start.program(batch), state.step
         for index in range(add.times):
-            if is_dropped():
-                return None
+            check()
             began = time.perf_counter()
             sums, loss = add.program(sums, state.params, state.step, batch, np.int32(index), key)
             jax.block_until_ready(loss if self._took > self.LONG else before)
             before, self._took = loss, time.perf_counter() - began
-        return None if is_dropped() else update.program(state, sums)
+        check()
+        return update.program(state, sums)
 
 
 @functools.lru_cache(maxsize=8)

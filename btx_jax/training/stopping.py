@@ -28,13 +28,10 @@ class Stop:
         self._came = came
         self.number = 0
 
-    def __call__(self) -> bool:
-        self.number = self.number or self._came()
-        return bool(self.number)
-
     def check(self) -> None:
         """Raises Stopped."""
-        if self():
+        self.number = self.number or self._came()
+        if self.number:
             raise Stopped
 
 
