@@ -344,9 +344,9 @@ class CheckpointConfig(Section):
     """
 
     every: Count = 1000
-    every_minutes: Annotated[float, Range(0, 10**6)] = 0.0
     keep: Annotated[int, Range(1, 10**6)] = 2
     best: str = "heldout"
+    every_minutes: Annotated[float, Range(0, 10**6)] = 0.0
 
     @rule
     def _is_measured(self) -> Iterator[str]:
