@@ -62,14 +62,7 @@ def main() -> None:
         start = time.perf_counter()
         programs[name] = make_train_step(model, compute, train, mesh, args.length)
         compiling = time.perf_counter() - start
-        used = programs[name].memory_analysis()
-        held = (
-            used.argument_size_in_bytes
-            + used.temp_size_in_bytes
-            + used.output_size_in_bytes
-            - used.alias_size_in_bytes
-        )
-        memory[name] = held / 2**20
+        memory[name] = programs[name].bytes / 2**20
         states[name] = init_state(model, train, mesh, key)
         seconds[name] = []
         trained = parameter_counts(model)[0] - (parameter_counts(base)[0] if model.lora else 0)

@@ -28,6 +28,7 @@ LOG_IN = (
     "run `gcloud auth application-default login`, or name a key's file in"
     " GOOGLE_APPLICATION_CREDENTIALS"
 )
+MOUNTS = Path("/proc/self/mounts")
 LARGE = 2**26  # bytes from which a bar shows how many have gone
 AT_ONCE = 8  # objects that are sent or fetched at the same time
 _URL = re.compile(r"(?P<scheme>\w+)://(?P<bucket>[^/]*)/?(?P<path>.*)", re.DOTALL)
@@ -42,6 +43,17 @@ def is_url(text: str) -> bool:
 
 def is_on_bucket(path: Path) -> bool:
     return not isinstance(path, PurePath)
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether a local path lies on a bucket that is mounted (Cloud Storage FUSE and the like):
+    there only what has been closed is kept when the process is killed."""
+    with contextlib.suppress(OSError):
+        lines = [line.split(" ") for line in MOUNTS.read_text(encoding="utf-8").splitlines()]
+        points = {point.replace(r"\040", " "): kind for _, point, kind, *_ in lines}
+        above = [str(parent) for parent in (path.absolute(), *path.absolute().parents)]
+        return next((points[p] for p in above if p in points), "").startswith("fuse.")
+    return False
 
 
 def at(url: str, key: str) -> Path:

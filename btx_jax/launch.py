@@ -5,7 +5,7 @@
 overridden on the command line. A directory that holds an unfinished run of the same config is
 resumed; a finished one is left as it is. Exit status: 0 finished, 1 --compile_topology does not
 fit, 2 wrong input (one line says what and how to mend it), 130 and 143 ended by Ctrl-C and SIGTERM,
-in training with the step saved; a second one ends at once.
+in training with the last whole step saved; a second one ends at once.
 """
 
 from btx_jax import environment, interrupts

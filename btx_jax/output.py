@@ -151,6 +151,24 @@ def new_file(target: Path) -> Iterator[Path]:
         partial.replace(target)
 
 
+def require_renames(directory: Path, key: str) -> None:
+    """Raises UserError where directories cannot be renamed, which is how what is whole gets its
+    name; a bucket that is named as such needs none."""
+    if buckets.is_on_bucket(directory):
+        return
+    with tempfile.TemporaryDirectory(prefix=f".rename{PARTIAL}", dir=directory) as probe:
+        before, after = Path(probe, "before"), Path(probe, "after")
+        before.mkdir()
+        (before / "file").touch()
+        try:
+            before.rename(after)
+        except OSError as error:
+            raise UserError(
+                f"{key}: {directory} does not let directories be renamed ({error.strerror}); mount"
+                " a bucket with a hierarchical namespace, or name it gs://BUCKET/PATH"
+            ) from error
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write completely or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")

@@ -14,7 +14,7 @@ from btx_jax import buckets, claims, hub, hub_names
 from btx_jax.config.config import Config
 from btx_jax.config.config_dict import Difference, differences, to_dict
 from btx_jax.errors import UserError
-from btx_jax.output import locked, none_left_empty, read_json, write_json
+from btx_jax.output import locked, none_left_empty, read_json, require_renames, write_json
 from btx_jax.parallel.hosts import first_then_others, is_first, require_shared, text_of_first
 from btx_jax.paths import to_path
 
@@ -195,6 +195,7 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
     if is_first():
         try:
             workdir.mkdir(parents=True, exist_ok=True)
+            require_renames(workdir, "--workdir")
             write_json(workdir / CONFIG, to_dict(config))
             if commits := hub.pins():
                 write_json(workdir / COMMITS, commits)

@@ -1,4 +1,7 @@
 import dataclasses
+import errno
+import os
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +93,19 @@ def test_a_directory_is_held_by_a_block_that_leaves_nothing_behind_when_it_fails
     with pytest.raises(UserError, match="another process is running"), held(place), held(place):
         pass
     assert not (tmp_path / "runs").exists()
+
+
+def test_where_directories_cannot_be_renamed_no_run_begins(tmp_path, monkeypatch):
+    """As on a mounted bucket of the flat kind."""
+
+    def rename(self, target):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    told = r"--workdir: .* does not let directories be renamed \(Operation not supported\); mount"
+    with pytest.raises(UserError, match=told):
+        claim(tmp_path, expert("math", "tiny"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_directory_tells_of_its_run(tmp_path):

@@ -55,7 +55,7 @@ class Gke:
                 "bash",
                 "-c",
                 f"exec env {place.shell(job.command)}",
-            ],  # exec: SIGTERM reaches the run, which saves its step
+            ],  # exec: SIGTERM reaches the run, which saves what is whole
             "resources": resources,
         }
         pod = {

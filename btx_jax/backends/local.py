@@ -89,7 +89,7 @@ class Local:
         return status
 
     def stop(self) -> None:
-        """Send SIGTERM to every job, which saves its step and ends."""
+        """Send SIGTERM to every job, which saves its last whole step and ends."""
         with self._lock:
             self._stopping = True
             for process in self._running:

@@ -35,7 +35,10 @@ command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | env UV
 cd /opt/btx_jax
 [ -x .venv/bin/python ] || uv venv -q --python 3.11 .venv
 uv pip install -q --python .venv/bin/python -c requirements.txt -e '.[demo,gcs,report,tpu]'
-{command}
+# A unit of its own: when the machine is taken away, its shutdown sends SIGTERM to the run itself,
+# which saves what is whole, while the network is still up. A child of this script would get none.
+systemd-run --quiet --unit=btx --wait --collect --pipe --same-dir --setenv=HOME=/root \
+  --property=After=network-online.target env {command}
 # Process 0 writes the mark; the slice must not go before it has.
 until gcloud storage ls {done} > /dev/null 2>&1; do sleep 10; done
 gcloud compute tpus queued-resources delete {name} --zone={zone}{project} --force --quiet --async

@@ -94,5 +94,6 @@ class SkyPilot:
             "name": place.job_name(job.name),
             "resources": resources,
             "setup": SETUP.format(source=shlex.quote(place.source)),
-            "run": f"cd btx_jax\n{place.shell(('.venv/bin/python', *job.command[1:]))}\n",
+            # exec: SIGTERM reaches the run, which saves what is whole
+            "run": f"cd btx_jax\nexec env {place.shell(('.venv/bin/python', *job.command[1:]))}\n",
         }

@@ -296,6 +296,13 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """JAX's preemption service counts the places where it is asked, and the run asks it."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run. Saves in the background; a save that was interrupted does not
     exist. What killed processes of the same run left behind is swept.
@@ -314,7 +321,7 @@ class Checkpoints:
             registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_zarr3=True))
         for item in ("data", "about"):
             registry.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             str(self._directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept, enable_async_checkpointing=True, create=True

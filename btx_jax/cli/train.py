@@ -69,8 +69,8 @@ def run(
     """Run a config: train, mix, evaluate, or a whole pipeline.
 
     Every key of the config can be set on the command line. A directory that holds an unfinished run
-    of the same config is resumed; a finished one is left as it is. Ctrl-C and SIGTERM save the step
-    and end; a second one ends at once.
+    of the same config is resumed; a finished one is left as it is. Ctrl-C and SIGTERM save the last
+    whole step and end; a second one ends at once.
     """
     interrupts.end_at_once("run the same command to resume from the last checkpoint")
     from btx_jax.cli import runs

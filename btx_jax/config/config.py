@@ -354,6 +354,9 @@ class CheckpointConfig(Section):
 
     every: Count = 1000
     """Steps between checkpoints."""
+    every_minutes: Annotated[float, Range(0, 10**6)] = 0.0
+    """Another checkpoint is saved before this many minutes have passed since the last one, which is
+    the most that a killed run loses; 0 for `every` alone."""
     keep: Annotated[int, Range(1, 10**6)] = 2
     """How many of the newest checkpoints are kept."""
     best: str = "heldout"

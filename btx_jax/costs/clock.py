@@ -66,15 +66,21 @@ class Clock:
 
 
 def read_clock(
-    text: str, chip: Chip, where: Slice, kernel_seconds: Callable[[Kernel], float]
+    text: str,
+    chip: Chip,
+    where: Slice,
+    kernel_seconds: Callable[[Kernel], float],
+    times: int = 1,
+    clock: Clock | None = None,
 ) -> Clock:
-    """text: of a scheduled module. kernel_seconds: of all executions of a kernel. Raises ValueError
-    for a module without the compiler's cycles, and for a loop whose trips cannot be read."""
+    """text: of a scheduled module, which runs `times` times, added to `clock`, which is returned.
+    kernel_seconds: of all executions of a kernel. Raises ValueError for a module without the
+    compiler's cycles, and for a loop whose trips cannot be read."""
     if "is_scheduled=true" not in text or "estimated_cycles" not in text:
         raise ValueError("the program holds no cycles: it was not compiled for a TPU")
     computations, entry = parse(text)
-    reader = _Reader(computations, chip, where, kernel_seconds)
-    reader.walk(computations[entry], 1)
+    reader = _Reader(computations, chip, where, kernel_seconds, clock or Clock())
+    reader.walk(computations[entry], times)
     return reader.clock
 
 
@@ -109,7 +115,7 @@ class _Reader:
     chip: Chip
     where: Slice
     kernel_seconds: Callable[[Kernel], float]
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock
 
     def walk(self, computation: Computation, trips: int) -> None:
         """One execution in the order of the schedule, counted `trips` times."""

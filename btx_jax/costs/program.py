@@ -43,12 +43,12 @@ class Program:
     kernels: list[Kernel] = field(default_factory=list)
 
 
-def read_program(text: str) -> Program:
-    """Raises ValueError, naming it, for a loop whose trip count cannot be read: a count that may be
-    wrong is worse than none."""
+def read_program(text: str, times: int = 1, program: Program | None = None) -> Program:
+    """Run `times` times, added to `program`, which is returned. Raises ValueError, naming it, for a
+    loop whose trip count cannot be read: a count that may be wrong is worse than none."""
     computations, entry = parse(text)
-    program = Program()
-    _walk(computations, computations[entry], 1, program, in_fusion=False)
+    program = program or Program()
+    _walk(computations, computations[entry], times, program, in_fusion=False)
     return program
 
 

@@ -4,7 +4,7 @@ legend: models/layers.py."""
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -96,18 +96,25 @@ def _heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any
 
 
 def token_losses(
-    step: Any, params: Params, rows: Rows, batch_size: int, mesh: Mesh
+    step: Any,
+    params: Params,
+    rows: Rows,
+    batch_size: int,
+    mesh: Mesh,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, RoutingSums | None, dict[str, GateSums]]:
     """(-log p of every next token [rows, T], nats; what the routers did with all of them, layer by
     layer, or None without experts; the same of each router of LoRA experts).
 
-    Where a target does not count (`next_token_targets`) the value means nothing.
+    Where a target does not count (`next_token_targets`) the value means nothing. check: called
+    before every batch; what it raises ends this.
     """
     count = len(rows["tokens"])
     losses, total = [], None
     gates: dict[str, GateSums] = {}
     starts = range(0, count, batch_size)
     for start in bar(starts, desc="held-out", unit="batch", leave=False, shown=is_first()):
+        check()
         batch = [rows[name][start : start + batch_size] for name in ("tokens", "segments")]
         batch = [np.pad(x, ((0, batch_size - len(x)), (0, 0))) for x in batch]
         nll, runs, chosen = jax.device_get(

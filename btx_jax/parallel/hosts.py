@@ -1,16 +1,18 @@
 """Runs that span several processes: how they find each other, and what they must agree on."""
 
+import functools
 import logging
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from numpy.typing import ArrayLike
 
 from btx_jax.errors import UserError
@@ -164,6 +166,24 @@ def require_shared(directory: Path, key: str) -> None:
             f"{key}: {directory} is not shared: process {blind} does not see what process 0 writes;"
             " name a path all share"
         )
+
+
+@functools.cache
+def _largest() -> tuple[Any, Sharding]:
+    """Its input's sharding: a number a device."""
+    devices = Mesh(np.asarray(jax.devices()), ("all",))
+    whole, spread = (NamedSharding(devices, PartitionSpec(*axes)) for axes in ((), ("all",)))
+    return jax.jit(jnp.max, out_shardings=whole), spread
+
+
+def any_of_all(value: bool) -> ArrayLike:
+    """[] bool: whether any process says so; all ask. Not waited for: where it is read while devices
+    still work on what was started before, it is they who are waited for."""
+    if jax.process_count() == 1:
+        return value
+    largest, spread = _largest()
+    own = np.full(jax.local_device_count(), value)
+    return largest(jax.make_array_from_process_local_data(spread, own))
 
 
 def put(array: ArrayLike, sharding: Sharding) -> jax.Array:

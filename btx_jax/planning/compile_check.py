@@ -51,7 +51,7 @@ from btx_jax.training.start import (
     starting_point,
     trained_model,
 )
-from btx_jax.training.step import lower_train_step, state_shardings
+from btx_jax.training.step import Part, lower_train_step, shard_bytes, state_shardings
 
 FILE = "compile.json"
 # libtpu asks its environment which machine it is on; any answer will do for compiling.
@@ -182,43 +182,46 @@ def check(
     )
     try:
         with clock("compiling"):
-            program = compiled(lowered)
+            parts = [part._replace(program=compiled(part.program)) for part in lowered]
     except jax.errors.JaxRuntimeError as error:
         refusal = read_refusal(str(error))
         if not refusal:
             raise
-        part = "vector" if refusal.vector else "total"
-        result.memory |= {part: refusal.needed} if refusal.needed else {}
-        result.refused = part
+        result.refused = "vector" if refusal.vector else "total"
+        result.memory |= {result.refused: refusal.needed} if refusal.needed else {}
         return result
     finally:
         result.compile_seconds = time.monotonic() - start
         result.host_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    result.memory |= _memory(program)
+    result.memory |= max((_memory(part) for part in parts), key=lambda memory: memory["total"])
     if is_probed(model, config.train):
         params = state_shardings(model, config.train, mesh)[0].params
-        result.memory["seed"] = _shard_bytes(abstract_seed(params, config.train))
+        result.memory["seed"] = shard_bytes(abstract_seed(params, config.train))
         result.memory["total"] += result.memory["seed"]
     result.memory |= (
         {"heldout": _heldout_memory(config, model, mesh)} if config.train.eval_every else {}
     )
     result.fits = max(result.memory["total"], result.memory.get("heldout", 0.0)) <= limits.memory
-    text = program.as_text()
-    counted, where = read_program(text), Slice.of(list(mesh.devices.flat), limits)
+    where = Slice.of(list(mesh.devices.flat), limits)
     expert_axis = mesh.shape["expert"]
-    result.flops = count_flops(counted, config, model, len(devices), expert_axis)
     seconds = functools.partial(kernel_seconds, model=model, expert_axis=expert_axis, limits=limits)
-    read = read_clock(text, limits, where, seconds)
+    counted, read = Program(), Clock()
+    for part in parts:
+        text = part.program.as_text()
+        read_program(text, part.times, counted)
+        read_clock(text, limits, where, seconds, part.times, read)
+    result.flops = count_flops(counted, config, model, len(devices), expert_axis)
     result.collectives = count_collectives(counted, read)
     result.clock = tell_clock(read, result.flops, limits)
     result.floors = floors(result.flops, counted, where)
     return result
 
 
-def _memory(program: Any) -> dict[str, float]:
-    stats = program.memory_analysis()
+def _memory(part: Part) -> dict[str, float]:
+    """Bytes of one device. What a program does not see and others need is among its arguments."""
+    stats = part.program.memory_analysis()
     parts = {
-        "arguments": stats.argument_size_in_bytes,
+        "arguments": stats.argument_size_in_bytes + shard_bytes(part.beside),
         "temporaries": stats.temp_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
     }
@@ -236,25 +239,17 @@ def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
         model, config.compute, mesh, state.params, micro_batch, config.data.sequence_length
     )
     try:
-        used = _memory(compiled(lowered))["total"]
+        used = Part(compiled(lowered)).bytes
     except jax.errors.JaxRuntimeError as error:
         refusal = read_refusal(str(error))
         if not refusal:
             raise
         return refusal.needed or math.inf
-    beside = _shard_bytes(state.opt_state)
+    beside = shard_bytes(state.opt_state)
     if is_probed(model, config.train):
         shared = partition(state.params, is_feed_forward)[1]
-        beside += _shard_bytes(abstract_seed(state.params, config.train)) + _shard_bytes(shared)
+        beside += shard_bytes(abstract_seed(state.params, config.train)) + shard_bytes(shared)
     return used + beside
-
-
-def _shard_bytes(abstract: Any) -> float:
-    """What one device holds of these arrays."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(abstract)
-    )
 
 
 def count_flops(

@@ -58,9 +58,7 @@ def on_this_machine(config: Config, model: ModelConfig) -> Step:
     heldout_seconds = _timed(
         lambda: jax.block_until_ready(heldout(state.params, few["tokens"], few["segments"]))
     )
-    used = step.memory_analysis() if hasattr(step, "memory_analysis") else None
-    memory = float(used.argument_size_in_bytes + used.temp_size_in_bytes if used else 0)
-    return Step(seconds, compile_seconds, heldout_seconds / rows, memory)
+    return Step(seconds, compile_seconds, heldout_seconds / rows, float(step.bytes))
 
 
 def _rows(model: ModelConfig, count: int, length: int) -> dict[str, Any]:

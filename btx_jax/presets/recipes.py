@@ -205,7 +205,7 @@ def _train(
 
 
 def _checkpoint(size: str) -> CheckpointConfig:
-    return CheckpointConfig(every=50 if size in SMALL else 500)
+    return CheckpointConfig(50) if size in SMALL else CheckpointConfig(500, every_minutes=15.0)
 
 
 def _training(

@@ -74,7 +74,7 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Make sure that nothing written so far is lost to a kill, in a bucket either, mounted or
-        not: a mounted one takes a file when it is synced or closed."""
+        not."""
         if self._enabled:
             self._files.sync()
 
@@ -95,14 +95,29 @@ class _OnDisk:
         if kept is not None:
             with new_file(path) as partial:
                 partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+        self._first = first_step
+        self._is_mounted = buckets.is_mounted(self._workdir)
+        self._open()
+
+    def _open(self) -> None:
+        path = self._workdir / FILE
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(self._workdir / BOARD), purge_step=first_step + 1)
+        self._board = SummaryWriter(
+            str(self._workdir / BOARD),
+            purge_step=self._first + 1,
+            filename_suffix=f".{self._first}",  # for another file within the same second
+        )
 
     def write(self, line: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         self._file.write(_line(line))
         _add(self._board, line["step"], numbers)
+        self._first = line["step"]
 
     def sync(self) -> None:
+        if self._is_mounted:  # which keeps what is closed
+            self.close()
+            self._open()
+            return
         os.fsync(self._file.fileno())
         self._board.flush()
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -18,15 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from btx_jax import interrupts
 from btx_jax.checkpoints.checkpoint import Checkpoint, load_base, load_params
 from btx_jax.checkpoints.checksums import write_sums
 from btx_jax.checkpoints.training_state import (
@@ -83,16 +82,27 @@ from btx_jax.training.start import (
     starting_model,
     starting_point,
 )
-from btx_jax.training.step import Metrics, TrainState, init_state, make_train_step, state_shardings
+from btx_jax.training.step import (
+    Metrics,
+    TrainState,
+    TrainStep,
+    init_state,
+    make_train_step,
+    state_shardings,
+)
+from btx_jax.training.stopping import Cadence, Stopped, stop_signal
 from btx_jax.training.watch import Basin, Dropped, FirstSteps
 
 log = logging.getLogger(__name__)
 
+# params -> {domain: {nats_per_token, bits_per_byte}}; what `check`, called before every batch,
+# raises ends it
+Evaluate = Callable[[Any, Callable[[], None]], dict[str, Any]]
 ENDS = 10  # steps whose mean training loss is told, at the start and at the end
 
 
 class Preempted(SystemExit):
-    """Ctrl-C or SIGTERM was received and the step it fell into is saved. Exit status 130 or 143, as
+    """Ctrl-C or SIGTERM was received and the last whole step is saved. Exit status 130 or 143, as
     for any program ended by it."""
 
     def __init__(self, number: int) -> None:
@@ -321,9 +331,8 @@ def make_evaluation(
     mesh: Mesh,
     domains: tuple[PreparedDomain, ...],
     tokenizer: Tokenizer,
-) -> Callable[[Any], dict[str, Any]] | None:
-    """params -> {domain: {nats_per_token, bits_per_byte}}, or None when the config asks for
-    none."""
+) -> Evaluate | None:
+    """None when the config asks for none."""
     assert config.train and config.data and config.compute
     train = config.train
     if not train.eval_every:
@@ -338,10 +347,12 @@ def make_evaluation(
         train.batch_size // train.accumulate,
     )
 
-    def evaluate(params: Any) -> dict[str, Any]:
+    def evaluate(params: Any, check: Callable[[], None]) -> dict[str, Any]:
         losses = {
             name: mean_loss(
-                token_losses(step, params, values, micro_batch, mesh)[0], values, tokenizer.eos
+                token_losses(step, params, values, micro_batch, mesh, check)[0],
+                values,
+                tokenizer.eos,
             )
             for name, values in rows.items()
         }
@@ -393,12 +404,9 @@ class Loop:
     ):
         assert config.train and config.checkpoint and config.data and config.compute
         self.huggingface = init.huggingface if init else {}
-        self.train, self.every, self.mesh, self.model = (
-            config.train,
-            config.checkpoint.every,
-            mesh,
-            model,
-        )
+        self.train, self.mesh, self.model = config.train, mesh, model
+        self.cadence = Cadence(config.checkpoint)
+        self.check: Callable[[], None] = lambda: None  # raises Stopped
         history: History = init.history if init else {}
         self.workdir, self.checkpoints, self.history, self.text, self.base = (
             workdir,
@@ -438,9 +446,9 @@ class Loop:
     def run(
         self,
         state: TrainState,
-        batches: Iterator[Any],
-        train_step: Any,
-        evaluate: Callable[[Any], dict[str, Any]] | None,
+        batches: Any,
+        train_step: TrainStep,
+        evaluate: Evaluate | None,
         average: Callable[[Any], Any] | None,
         try_tasks: Callable[[Any], dict[str, Any]] | None,
         lines: Sequence[Mapping[str, Any]],
@@ -448,11 +456,7 @@ class Loop:
     ) -> TrainState:
         """average: `make_average`'s, where mixing is probed. lines: what metrics.jsonl holds."""
         train, first = self.train, int(state.step)
-        memory = train_step.memory_analysis()
-        held = (
-            memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-        )
-        self.peak_bytes = int(held - memory.alias_size_in_bytes)
+        self.peak_bytes = train_step.bytes
         earlier = [line for line in lines if line["step"] <= first]
         self.losses = {line["step"]: line["lm_loss"] for line in earlier if "lm_loss" in line}
         self.heldout = {line["step"]: line["heldout"] for line in earlier if "heldout" in line}
@@ -470,7 +474,9 @@ class Loop:
             self.measure_tasks(first, state)
         progress = Steps(plain(self.workdir.name), first, train.steps, is_first())
         sharding = batch_sharding(self.mesh)
-        pending: tuple[int, Metrics] | None = None
+        self.pending: tuple[int, Metrics] | None = None
+        whole, position = first, batches.get_state()
+        self.cadence.restart()
         self.clock = time.perf_counter()
         with (
             logging_redirect_tqdm(),
@@ -479,50 +485,51 @@ class Loop:
             self.goodput.doing("step"),
             self.profile,
         ):
-            for step in range(first + 1, train.steps + 1):
-                if self.profile.starts(step):
-                    if pending:
-                        self.log(*pending, progress, state)
-                        pending = None
-                    with self.aside("other"):
-                        self.profile.start(step)
-                local = self.next_batch(batches, pending)
-                batch = {
-                    name: jax.make_array_from_process_local_data(sharding, rows)
-                    for name, rows in local.items()
-                }
-                with annotated(step):
-                    state, metrics = train_step(state, batch, self.key)
-                if pending:  # read while the device works on this step
-                    self.log(*pending, progress, state)
-                pending = (step, metrics)
-                stopping = stop(
-                    step
-                )  # asked once a step: a signal that comes later falls into the next step
-                evaluating, trying = self.is_evaluated(step), self.is_tried(step)
-                saving = step % self.every == 0 or step == train.steps or stopping
-                profiled = self.profile.ends(step)
-                if evaluating or trying or saving or profiled:
-                    self.log(*pending, progress, state)
-                    pending = None
-                if profiled:
-                    with self.aside("other"):
-                        self.profile.stop()
-                if saving:
-                    self.writer.sync()
-                    with self.aside("save"):
-                        self.save(step, state, batches)
-                if evaluating:
-                    self.measure(step, state)
-                    self.tell(self.first_steps.compare(step, self.since_start(step)))
-                if trying:
-                    self.measure_tasks(step, state)
-                if stopping:
-                    self.checkpoints.wait()
-                    self.writer.close()
-                    name = signal.Signals(stopping).name
-                    log.warning("%s: saved step %d; run the same command to go on", name, step)
-                    raise Preempted(stopping)
+            self.check = stop.check
+            try:
+                for step in range(first + 1, train.steps + 1):
+                    if self.profile.starts(step):
+                        self.log_pending(progress, state)
+                        with self.aside("other"):
+                            self.profile.start(step)
+                    local = self.next_batch(batches)
+                    batch = {
+                        name: jax.make_array_from_process_local_data(sharding, rows)
+                        for name, rows in local.items()
+                    }
+                    places = itertools.count()
+
+                    def check(places=places, state=state) -> None:
+                        if next(places) == 1:  # the step before has ended
+                            self.log_pending(progress, state)
+                        stop.check()
+
+                    with annotated(step):
+                        state, metrics = train_step(state, batch, self.key, check)
+                    whole, position = step, batches.get_state()
+                    before: tuple[int, Metrics] | None = self.pending
+                    self.pending = step, metrics
+                    if before:  # read while the device works on this step
+                        self.log(*before, progress, state)
+                    evaluating, trying = self.is_evaluated(step), self.is_tried(step)
+                    saving = self.cadence.is_due(step) or step == train.steps
+                    profiled = self.profile.ends(step)
+                    if evaluating or trying or saving or profiled:
+                        self.log_pending(progress, state)
+                    if profiled:
+                        with self.aside("other"):
+                            self.profile.stop()
+                    if saving:
+                        self.save(step, state, position)
+                    if evaluating:
+                        self.measure(step, state)
+                        self.tell(self.first_steps.compare(step, self.since_start(step)))
+                    if trying:
+                        self.measure_tasks(step, state)
+            except Stopped:
+                if self.pending:
+                    self.write(*self.pending, progress)
+                self.end_early(whole, state, position, stop.number)
         with self.goodput.doing("save"):
             self.checkpoints.wait()
         self.writer.close()
@@ -535,12 +542,12 @@ class Loop:
             yield
         self.clock = time.perf_counter()
 
-    def next_batch(self, batches: Iterator[Any], pending: tuple[int, Metrics] | None) -> Any:
+    def next_batch(self, batches: Iterator[Any]) -> Any:
         """Reading it is waiting for data where the step before had ended by then: else the device
         was busy all the time."""
         start = time.perf_counter()
         batch = next(batches)
-        if pending is None or pending[1].loss.is_ready():  # type: ignore[attr-defined]
+        if self.pending is None or self.pending[1].loss.is_ready():  # type: ignore[attr-defined]
             self.goodput.move("step", "data", time.perf_counter() - start)
         return batch
 
@@ -555,7 +562,24 @@ class Loop:
         every = self.train.eval_tasks_every
         return step in (0, self.train.steps) or bool(every and step % every == 0)
 
-    def save(self, step: int, state: TrainState, batches: Any) -> None:
+    def end_early(self, whole: int, state: TrainState, position: Any, number: int) -> NoReturn:
+        """whole: the last step that was not dropped, after which there is this state."""
+        if whole > self.last_saved:
+            self.save(whole, state, position)
+        self.checkpoints.wait()
+        self.writer.close()
+        told = f"saved step {whole}" if whole else "no step was done yet"
+        log.warning("%s: %s; run the same command to go on", signal.Signals(number).name, told)
+        raise Preempted(number)
+
+    def save(self, step: int, state: TrainState, position: Any) -> None:
+        """position: of the batches behind this step."""
+        self.writer.sync()
+        with self.aside("save"):
+            self.start_save(step, state, position)
+        self.cadence.restart()
+
+    def start_save(self, step: int, state: TrainState, position: Any) -> None:
         tokens = step * self.tokens_per_step
         this = TrainingRun(
             tokens,
@@ -569,7 +593,7 @@ class Loop:
             self.metadata(step, {self.run_id: this}),
             state.params,
             state.opt_state,
-            {"batches": batches.get_state(), "text": self.text},
+            {"batches": position, "text": self.text},
         )
         self.last_saved = step
         if is_first():
@@ -585,7 +609,7 @@ class Loop:
         those of this step."""
         assert self.evaluate
         with self.aside("evaluate"):
-            self.heldout[step] = self.evaluate(state.params)
+            self.heldout[step] = self.evaluate(state.params, self.check)
             values = {"heldout": self.heldout[step]} | self.probed(step, state)
         self.write_measured(step, values)
         if "barrier" in values:
@@ -597,7 +621,9 @@ class Loop:
         if not (self.evaluate and self.average):
             return {}
         branch, seed = self.heldout[step], self.heldout.get(0)
-        mixed = self.evaluate(self.average(state.params)) if step else branch  # which is the seed
+        mixed = branch  # which is the seed, before the first step
+        if step:
+            mixed = self.evaluate(self.average(state.params), self.check)
         told = {"barrier": barrier(seed, branch, mixed)} if seed else {}
         return {"heldout_mixed": mixed} | told
 
@@ -650,10 +676,27 @@ class Loop:
         told = {} if best is None else {"best": {"step": best, "score": self.best.of(best)}}
         return told | self.goodput.told()
 
+    def log_pending(self, progress: Steps, state: TrainState) -> None:
+        before, self.pending = self.pending, None
+        if before:
+            self.log(*before, progress, state)
+
     def log(self, step: int, metrics: Metrics, progress: Steps, state: TrainState) -> None:
-        """Write one step's metrics, and warn of what they show. state: the parameters that there
-        are now. Raises UserError when its loss or gradient is not finite: nothing later is
-        saved."""
+        """`write`, and warn of what it shows. state: the parameters that there are now."""
+        loss = self.write(step, metrics, progress)
+
+        def heldout() -> dict[str, tuple[float, float]]:
+            if not self.evaluate or 0 not in self.heldout:
+                return {}
+            with self.aside("evaluate"):
+                self.heldout[step] = self.evaluate(state.params, self.check)
+            return self.since_start(step)
+
+        self.tell(self.first_steps.add(step, loss, heldout))
+
+    def write(self, step: int, metrics: Metrics, progress: Steps) -> float:
+        """One step's metrics; its loss. Raises UserError when that or the gradient is not finite:
+        nothing later is saved."""
         values = jax.device_get(metrics)
         now = time.perf_counter()
         rate = self.tokens_per_step / (now - self.clock)
@@ -698,24 +741,4 @@ class Loop:
             shown["dropped"] = f"{share:.1%}"
             self.tell(self.dropped.add(share))
         progress.update(shown)
-
-        def heldout() -> dict[str, tuple[float, float]]:
-            if not self.evaluate or 0 not in self.heldout:
-                return {}
-            with self.aside("evaluate"):
-                self.heldout[step] = self.evaluate(state.params)
-            return self.since_start(step)
-
-        self.tell(self.first_steps.add(step, line["lm_loss"], heldout))
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[int], int]]:
-    """Within it SIGTERM and, in a run of one process, Ctrl-C end nothing at once; the yielded
-    function tells, of a step, the signal after which to stop there, or 0. All processes hear the
-    same."""
-    if jax.process_count() > 1:
-        yield lambda step: signal.SIGTERM * multihost_utils.reached_preemption_sync_point(step)
-        return
-    with interrupts.noted("saving this step; once more to end at once") as came:
-        yield lambda _: came()
+        return line["lm_loss"]

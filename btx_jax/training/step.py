@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,49 +92,51 @@ def matmul_copies(params: Params, dtype: str) -> Params:
     )
 
 
+class Sums(NamedTuple):
+    """Over the micro-batches of a step so far. grads: float32, of what is trained. targets: of the
+    whole step, known from the start. The others as in Metrics, not yet divided by `accumulate`."""
+
+    grads: Params
+    loss: jax.Array
+    lm_loss: jax.Array
+    balance: jax.Array
+    z: jax.Array
+    routing: dict[str, RoutingStats]
+    targets: jax.Array
+
+
 def gradients(
-    params: Params, batch: Batch, model: Llama, train: TrainConfig, step: jax.Array, key: jax.Array
-):
-    """(float32 grads of what is trained, loss, lm_loss, balance, z, routing) over `accumulate`
-    micro-batches, equal to one big batch for the LM loss.
-
-    The auxiliary losses are means over micro-batches: a balance loss is not linear in its batch.
-    """
+    params: Params,
+    batch: Batch,
+    model: Llama,
+    train: TrainConfig,
+    targets: jax.Array,
+    step: jax.Array,
+    key: jax.Array,
+) -> Sums:
+    """Of one micro-batch. Summed over a step's, they equal those of one big batch for the LM loss;
+    the auxiliary losses are means over micro-batches: a balance loss is not linear in its batch."""
     trained, frozen = split(matmul_copies(params, model.compute.dtype), train.frozen)
-    float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
-    targets = jnp.maximum(next_token_targets(batch["tokens"], batch["segments"])[3].sum(), 1)
     grad = jax.value_and_grad(loss_function, has_aux=True)
-    n = train.accumulate
-
-    def one(micro_batch, index):
-        (loss, aux), grads = grad(
-            trained,
-            frozen,
-            micro_batch,
-            model,
-            train,
-            targets,
-            step,
-            jax.random.fold_in(key, index),
-        )
-        return grads, loss, *aux
-
-    if n == 1:
-        grads, *rest = one(batch, 0)
-        return (float32(grads), *rest, targets)
-    # [n, B / n, T]: micro-batch i takes every n-th row, so that each is spread over all devices
-    micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-    first = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32),
-        jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), 0),
+    (loss, (lm_loss, balance, z, routing)), grads = grad(
+        trained, frozen, batch, model, train, targets, step, key
     )
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+    return Sums(grads, loss, lm_loss, balance, z, routing, targets)
 
-    def body(total, xs):
-        return jax.tree.map(jnp.add, total, float32(one(*xs))), None
 
-    (grads, loss, lm_loss, *means), _ = jax.lax.scan(body, first, (micro, jnp.arange(n)))
-    balance, z, routing = jax.tree.map(lambda x: x / n, means)
-    return grads, loss, lm_loss, balance, z, routing, targets
+def count_targets(batch: Batch) -> jax.Array:
+    return jnp.maximum(next_token_targets(batch["tokens"], batch["segments"])[3].sum(), 1)
+
+
+def micro_batch(batch: Batch, index: jax.Array, count: int) -> Batch:
+    """Number `index` of `count`: every count-th row, so that each is spread over all devices."""
+    return {
+        name: jax.lax.dynamic_index_in_dim(
+            x.reshape(-1, count, *x.shape[1:]), index, axis=1, keepdims=False
+        )
+        for name, x in batch.items()
+    }
 
 
 def state_shardings(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, Any]:
@@ -184,22 +188,91 @@ def init_state(
         return TrainState(put(np.int32(0), replicated(mesh)), params, opt_state)
 
 
+class Part(NamedTuple):
+    """A program of a step. times: how often a step runs it. beside: what devices hold of the state
+    while it runs, and it does not see."""
+
+    program: Any
+    times: int = 1
+    beside: Any = ()
+
+    @property
+    def bytes(self) -> int:
+        """Of memory that one device needs; of a compiled program."""
+        used = self.program.memory_analysis()
+        own = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes
+        return int(own - used.alias_size_in_bytes + shard_bytes(self.beside))
+
+
+def shard_bytes(abstract: Any) -> int:
+    """What one device holds of these arrays."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(abstract)
+    )
+
+
+class TrainStep:
+    """(state, batch, key) -> (state, Metrics), compiled. The state is donated to what changes it:
+    to the whole step, or, with several micro-batches, to the update behind the last of them.
+
+    Between two micro-batches a step can be dropped, and then the state is as it was."""
+
+    LONG = 2.0  # seconds of a micro-batch behind which the next one does not queue
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        self._took = 0.0  # seconds, the last micro-batch
+
+    @property
+    def bytes(self) -> int:
+        """Of memory that one device needs."""
+        return max(part.bytes for part in self.parts)
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Batch,
+        key: jax.Array,
+        check: Callable[[], None] = lambda: None,
+    ) -> tuple[TrainState, Metrics]:
+        """check: called before every micro-batch and the update; what it raises drops the step.
+
+        A micro-batch is started while the one before it runs, so that devices never wait, and no
+        earlier, so that nobody waits for more than two of them; for one only where they are long
+        and the pause between two, some milliseconds, is nothing.
+        """
+        if len(self.parts) == 1:
+            check()
+            return self.parts[0].program(state, batch, key)
+        start, add, update = self.parts
+        sums, before = start.program(batch), state.step
+        for index in range(add.times):
+            check()
+            began = time.perf_counter()
+            sums, loss = add.program(sums, state.params, state.step, batch, np.int32(index), key)
+            jax.block_until_ready(loss if self._took > self.LONG else before)
+            before, self._took = loss, time.perf_counter() - began
+        check()
+        return update.program(state, sums)
+
+
 @functools.lru_cache(maxsize=8)
 def make_train_step(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
-    """(state, batch, key) -> (state, Metrics), compiled. The state is donated.
-
-    Compiled here, under the mesh: a jitted function called outside it would silently lose every
-    activation constraint. Equal arguments return the same program, so that branches of a pipeline
+) -> TrainStep:
+    """Compiled here, under the mesh: a jitted function called outside it would silently lose every
+    activation constraint. Equal arguments return the same programs, so that branches of a pipeline
     compile once.
     """
-    return compiled(lower_train_step(model, compute, train, mesh, sequence_length))
+    parts = lower_train_step(model, compute, train, mesh, sequence_length)
+    return TrainStep([part._replace(program=compiled(part.program)) for part in parts])
 
 
 def lower_train_step(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
-):
+) -> list[Part]:
+    """The whole step; with several micro-batches its start, one micro-batch, and the update."""
     platform = mesh.devices.flat[0].platform
     compute = dataclasses.replace(
         compute,
@@ -207,31 +280,81 @@ def lower_train_step(
         dispatch=platform_dispatch(compute.dispatch, platform, mesh.shape["expert"]),
     )
     llama, optimizer, rate = Llama(model, compute), make_optimizer(train), schedule(train)
+    count = train.accumulate
 
-    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(key, state.step)
-        grads, loss, lm_loss, balance, z, routing, targets = gradients(
-            state.params, batch, llama, train, state.step, key
-        )
+    def update(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
         trained, frozen = split(state.params, train.frozen)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        updates, opt_state = optimizer.update(sums.grads, state.opt_state, trained)
+        means = sums.balance, sums.z, sums.routing
+        balance, z, routing = jax.tree.map(lambda x: x / count, means) if count > 1 else means
         metrics = Metrics(
-            loss, lm_loss, balance, z, optax.global_norm(grads), rate(state.step), targets, routing
+            sums.loss,
+            sums.lm_loss,
+            balance,
+            z,
+            optax.global_norm(sums.grads),
+            rate(state.step),
+            sums.targets,
+            routing,
         )
         return TrainState(
             state.step + 1, join(optax.apply_updates(trained, updates), frozen), opt_state
         ), metrics
 
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.fold_in(key, state.step), 0)
+        return update(
+            state,
+            gradients(state.params, batch, llama, train, count_targets(batch), state.step, key),
+        )
+
+    def one(params: Params, step: Any, batch: Batch, targets: Any, index: Any, key: Any) -> Sums:
+        """Of a micro-batch; all numbers as they are summed."""
+        key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+        batch = micro_batch(batch, index, count)
+        found = gradients(params, batch, llama, train, targets, step, key)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), found)._replace(targets=targets)
+
+    def add(
+        sums: Sums, params: Params, step: Any, batch: Batch, index: Any, key: Any
+    ) -> tuple[Sums, jax.Array]:
+        found = one(params, step, batch, sums.targets, index, key)
+        added = jax.tree.map(jnp.add, sums, found)._replace(targets=sums.targets)
+        return added, found.loss
+
     abstract, shardings = state_shardings(model, train, mesh)
     rows = jax.ShapeDtypeStruct(
         (train.batch_size, sequence_length + 1), jnp.int32, sharding=batch_sharding(mesh)
     )
+    batch, whole = {"tokens": rows, "segments": rows}, replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
+    options = compiler_options(mesh.devices.flat[0], compute.compiler_options)
+    jit = functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     with on_mesh(mesh, compute.dtype):
-        step = jax.jit(
-            train_step,
-            donate_argnums=0,
-            out_shardings=(shardings, replicated(mesh)),
-            compiler_options=compiler_options(mesh.devices.flat[0], compute.compiler_options),
+        if count == 1:
+            step = jit(train_step, out_shardings=(shardings, whole))
+            return [Part(step.lower(abstract, batch, key))]
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        params = abstract.params
+        shapes = jax.eval_shape(one, params, number, batch, number, number, key)
+        where = jax.tree.map(lambda _: whole, shapes)
+        where = where._replace(grads=split(shardings.params, train.frozen)[0])
+        sums = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
         )
-        return step.lower(abstract, {"tokens": rows, "segments": rows}, key)
+
+        def start(batch: Batch) -> Sums:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return zeros._replace(targets=count_targets(batch))
+
+        beside = abstract.opt_state
+        add_one = jit(add, out_shardings=(where, whole))
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        return [
+            Part(
+                jax.jit(start, out_shardings=where, compiler_options=options).lower(batch),
+                beside=(params, beside),
+            ),
+            Part(add_one.lower(sums, params, number, batch, index, key), count, beside),
+            Part(jit(update, out_shardings=(shardings, whole)).lower(abstract, sums)),
+        ]

@@ -6,6 +6,7 @@ difference, it is what users will run.
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_dry_run_is_the_golden_file(backend):
     assert written(backend) == (GOLDEN / f"{backend}.txt").read_text(), (
         "what users would run has changed; see this file's docstring"
     )
+
+
+@pytest.mark.parametrize("backend", ["queued-resources", "gke", "skypilot"])
+def test_no_shell_stands_between_a_signal_and_the_run(backend):
+    """A shell passes nothing on to what it waits for."""
+    lines = (GOLDEN / f"{backend}.txt").read_text().replace("\\\n", " ").splitlines()
+    runs = [line.strip() for line in lines if "-m btx_jax.launch" in line]
+    assert runs
+    directly = re.compile(r"(- )?(exec|systemd-run .*) env BTX_DATA_DIR=")
+    assert all(directly.match(line) for line in runs), runs
 
 
 def files_of(backend, folder):

@@ -65,7 +65,15 @@ ODD = [math.nan, math.inf, -math.inf, -1, 0, 10**30, 10**6000, 1.5, True, "1", [
 ZERO = {
     "CountOrZero": ("warmup_steps", "eval_every", "limit", "rows", "rng_seed"),
     "test sets": ("eval_tasks_every", "eval_tasks_limit"),
-    "off": ("cutoff", "shots", "shown_tokens", "heldout_fraction", "dropout", "t.temperature"),
+    "off": (
+        "cutoff",
+        "every_minutes",
+        "shots",
+        "shown_tokens",
+        "heldout_fraction",
+        "dropout",
+        "t.temperature",
+    ),
     "by what it starts from": ("learning_rate",),
     "weights": ("weight_decay", "balance_weight", "z_loss_weight"),
     "others": ("final_lr_fraction", "beta1", "beta2", "norm_eps", "experts", "penalty"),
@@ -84,7 +92,7 @@ POSSIBLE = {
         *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"),
         *("short_factors", "long_factors", "penalty", "scale", "window_theta", "attention_cap"),
         *("logits_divisor", "logits_cap", "query_growth", "embed_scale", "residual_scale"),
-        "attention_scale",
+        *("attention_scale", "every_minutes"),
     },
     10**30: {
         *("learning_rate", "eps", "clip_norm", "rope_theta", "factor", "high_freq_factor"),

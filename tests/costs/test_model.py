@@ -39,8 +39,8 @@ def lora(*targets, allocation="2"):
 def products(model, frozen, mesh):
     """FLOPs of a token in the compiled step's products, but for those that move tokens about."""
     train = TrainConfig(steps=10, batch_size=ROWS, warmup_steps=2, frozen=frozen)
-    lowered = lower_train_step(model, COMPUTE, train, mesh, LENGTH)
-    places = read_program(lowered.compile().as_text()).by_place.items()
+    (step,) = lower_train_step(model, COMPUTE, train, mesh, LENGTH)
+    places = read_program(step.program.compile().as_text()).by_place.items()
     counted = [n for place, n in places if place and not any(name in place for name in BESIDE)]
     return sum(counted) / (ROWS * LENGTH)
 

@@ -64,8 +64,16 @@ def without_cache(model, params, prompt, new_tokens):
 
 @pytest.mark.parametrize(
     "model",
-    [TINY, MOE, MIXED, SOFT, TOP1, LORA, ANCHORED, BRANCH],
-    ids=["dense", "moe", "mixed", "soft", "switch", "lora", "anchored", "branch"],
+    [
+        pytest.param(MIXED, id="dense and mixed layers"),
+        pytest.param(SOFT, id="soft"),
+        pytest.param(LORA, id="lora"),
+        pytest.param(ANCHORED, id="anchored"),
+        pytest.param(TINY, id="dense", marks=pytest.mark.slow),
+        pytest.param(MOE, id="moe", marks=pytest.mark.slow),
+        pytest.param(TOP1, id="switch", marks=pytest.mark.slow),
+        pytest.param(BRANCH, id="branch", marks=pytest.mark.slow),
+    ],
 )
 def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device):
     params = scaled(model)

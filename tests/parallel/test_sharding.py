@@ -113,9 +113,14 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(dispatch, kernels):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
 
 
+def compiled_text(model, compute, length, mesh):
+    (step,) = lower_train_step(model, compute, TRAIN, mesh, length)
+    return step.program.compile().as_text()
+
+
 def test_compiled_moe_step_moves_tokens_and_not_experts():
     mesh = make_mesh((1, 2, 4, 1))
-    text = lower_train_step(MODEL, COMPUTE, TRAIN, mesh, 32).compile().as_text()
+    text = compiled_text(MODEL, COMPUTE, 32, mesh)
     all_to_alls = len(re.findall(r"= .* all-to-all(?:-start)?\(", text))
     assert all_to_alls >= 4, (
         f"{all_to_alls} all-to-alls in the compiled step, at least 4 expected (dispatch and"
@@ -136,7 +141,7 @@ def test_compiled_moe_step_moves_tokens_and_not_experts():
 def test_compiled_ragged_step_gathers_tokens_over_experts_and_weights_over_fsdp():
     mesh = make_mesh((1, 2, 4, 1))
     compute = dataclasses.replace(COMPUTE, dispatch="ragged")
-    program = read_program(lower_train_step(MODEL, compute, TRAIN, mesh, 32).compile().as_text())
+    program = read_program(compiled_text(MODEL, compute, 32, mesh))
     expert = 32 * 48 * 4  # one matrix of one expert, float32
     in_ffn = [c for c in program.collectives if "ffn" in c.where]
     weights = [
@@ -165,7 +170,7 @@ def test_the_training_step_never_holds_all_logits():
     compute = dataclasses.replace(COMPUTE, loss_chunk=48)
     mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
     model = dataclasses.replace(MODEL, vocab_size=112)  # a size that nothing else has
-    text = lower_train_step(model, compute, TRAIN, mesh, 24).compile().as_text()
+    text = compiled_text(model, compute, 24, mesh)
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
     with_vocabulary = {dims for dims in shapes if dims[-1] == 112}
     assert any(math.prod(dims) == 48 * 112 for dims in with_vocabulary), (

@@ -1,13 +1,14 @@
 import io
 import json
 import math
+import os
 import re
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from btx_jax import terminal
+from btx_jax import buckets, terminal
 from btx_jax.reporting.compare import compare, interval, markdown, verdict
 from btx_jax.reporting.metrics import MetricsWriter, bad_lines, read_metrics
 from btx_jax.reporting.page import render
@@ -85,6 +86,33 @@ def test_metrics_of_lost_steps_are_removed_on_resume_and_a_torn_line_is_ignored(
     MetricsWriter(tmp_path, 3).close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["fuse.gcsfuse", "ext4"])
+def test_on_a_mounted_bucket_what_is_synced_is_closed(tmp_path, monkeypatch, kind):
+    """It keeps of a file what it was when it was closed, and nothing of one that never was."""
+    mounts = tmp_path / "mounts"
+    point = str(tmp_path / "my bucket").replace(" ", r"\040")
+    mounts.write_text(f"/dev/vda / ext4 rw 0 0\nbucket {point} {kind} rw 0 0\n")
+    monkeypatch.setattr(buckets, "MOUNTS", mounts)
+    workdir = tmp_path / "my bucket" / "run"
+    workdir.mkdir(parents=True)
+    is_mounted = kind != "ext4"
+    assert buckets.is_mounted(workdir) == is_mounted
+    assert not buckets.is_mounted(tmp_path)
+    writer = MetricsWriter(workdir, 0)
+    for step in range(1, 5):
+        writer.write(step, {"loss": 1.0 * step})
+        if step % 2 == 0:
+            writer.sync()
+            open_files = {
+                os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+            }
+            files = {str(path) for path in (workdir / "tensorboard").iterdir()}
+            assert len(files & open_files) == 1
+            assert len(files - open_files) == (step // 2 if is_mounted else 0)
+    writer.close()
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class CLI:
             time.sleep(0.02)
         raise AssertionError("no progress in three minutes")
 
-    def start_several(self, count, devices, *arguments, each=None):
+    def start_several(self, count, devices, *arguments, each=None, module="btx_jax.launch"):
         """`count` processes of one run on this machine, with `devices` simulated devices each.
         each: further arguments of every one."""
         with socket.socket() as probe:
@@ -109,7 +109,11 @@ class CLI:
         try:
             return [
                 self.start(
-                    *arguments, *flags, f"--process_id={number}", *(each[number] if each else ())
+                    *arguments,
+                    *flags,
+                    f"--process_id={number}",
+                    *(each[number] if each else ()),
+                    module=module,
                 )
                 for number in range(count)
             ]

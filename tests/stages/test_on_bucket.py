@@ -52,6 +52,7 @@ def homes(tmp_path, tokenizer_file, bucket, bucket_server, tmp_path_factory):
     return Home(cli, disk), Home(cli, bucket)
 
 
+@pytest.mark.slow
 def test_all_that_runs_on_a_disk_runs_on_a_bucket_and_gives_the_same(homes):
     def everything(home):
         at = home.home

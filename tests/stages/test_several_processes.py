@@ -2,6 +2,7 @@
 two hosts does."""
 
 import json
+import time
 
 import jax
 import pytest
@@ -83,6 +84,7 @@ def test_two_processes_solve_the_routers_that_one_does(cli):
     assert files[0].stat().st_size == files[1].stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture):
     one = cli.start_several(1, 8, *finetune(cli, mixture, "one", *MESH))
     finish(one, (0,))
@@ -165,13 +167,76 @@ def test_a_directory_that_is_not_shared_is_refused(cli, mixture):
         assert "is not shared: process 1 does not see what process 0 writes" in text
 
 
-def test_sigterm_to_one_process_saves_and_ends_both(cli, mixture):
-    both = cli.start_several(2, 4, *finetune(cli, mixture, "stopped", *MESH, steps=4000))
-    cli.wait_for_step("stopped", 3, both[0])
-    both[1].terminate()
-    finish(both, (143, 143))
-    last = cli.steps_logged("stopped")[-1]
-    assert (cli.home / "stopped" / "checkpoints" / str(last)).is_dir()
+def long_steps(cli, workdir, seconds, *more, count=2, accumulate=8, steps=2):
+    """A run on two devices whose every micro-batch sleeps for so long."""
+    return cli.start_several(
+        count,
+        2 // count,
+        seconds,
+        *cli.seed(workdir, *more, steps=steps, every=100),
+        f"--config.train.batch_size={2 * accumulate}",
+        f"--config.train.accumulate={accumulate}",
+        "--config.mesh.fsdp=2",
+        module="tests.stages.long_steps",
+    )
+
+
+def interrupt(cli, workdir, processes, which):
+    """SIGTERM to one of them in the middle of step 2. Seconds until step 1 is saved, and until both
+    have ended."""
+    cli.wait_for_step(workdir, 1, processes[0])
+    start = time.monotonic()
+    processes[which].terminate()
+    while not (cli.home / workdir / "checkpoints" / "1").is_dir():
+        assert processes[0].poll() is None or time.monotonic() - start < 60
+        time.sleep(0.05)
+    saved = time.monotonic() - start
+    told = finish(processes, (143, 143))
+    assert "SIGTERM: saved step 1; run the same command to go on" in told[0]
+    assert cli.steps_logged(workdir) == [1]
+    return saved, time.monotonic() - start
+
+
+def test_sigterm_to_one_process_drops_the_step_of_both_which_then_train_as_one_does(cli):
+    finish(long_steps(cli, "one", 0, count=1), (0,))
+    saved, _ = interrupt(cli, "two", long_steps(cli, "two", 2.5), 1)
+    assert saved < 15, "a step takes 20 s"
+    finish(long_steps(cli, "two", 0))
+    want, got = losses(cli, "one"), losses(cli, "two")
+    assert len(want[0]) == 2
+    assert got[0] == pytest.approx(want[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_steps_of_a_minute_survive_a_preemption(cli):
+    """Within the 15 s that a machine has which is taken away."""
+    finish(long_steps(cli, "whole", 0, accumulate=16))
+    saved, ended = interrupt(cli, "run", long_steps(cli, "run", 3.75, accumulate=16), 0)
+    assert saved < ended < 15
+    finish(long_steps(cli, "run", 0, accumulate=16))
+    assert cli.digest("run") == cli.digest("whole")
+
+
+@pytest.mark.slow
+def test_a_kill_loses_no_more_than_the_minutes_between_two_saves(cli):
+    """Two steps of 2 s fit into them."""
+    minutes, seconds = 0.15, 0.25
+    every = f"--config.checkpoint.every_minutes={minutes}"
+    both = long_steps(cli, "run", seconds, every, steps=1000)
+    saved, directory = [0], cli.home / "run" / "checkpoints"
+    cli.wait_for_step("run", 20, both[0])
+    for process in both:
+        process.kill()
+        process.communicate()
+    saved = max(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    lines = [
+        json.loads(line)
+        for line in (cli.home / "run" / "metrics.jsonl").read_text().splitlines()
+        if line.endswith("}")
+    ]
+    at = {line["step"]: line["wall_seconds"] for line in lines}
+    assert saved > 2, "more than once"
+    assert max(at.values()) - at[saved] <= 60 * minutes
 
 
 EVALUATE = """

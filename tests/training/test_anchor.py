@@ -131,9 +131,9 @@ def test_what_each_step_of_a_schedule_trains(frozen):
     ("model", "frozen", "dispatch"),
     [
         (BRANCH, "shared", "ragged"),
-        (BRANCH, "anchor", "einsum"),
-        (MIXTURE, "", "ragged"),
         (MIXTURE, "all_but_routers", "einsum"),
+        pytest.param(BRANCH, "anchor", "einsum", marks=pytest.mark.slow),
+        pytest.param(MIXTURE, "", "ragged", marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_take_the_step_of_one(model, frozen, dispatch):

@@ -12,7 +12,14 @@ from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.models.llama import init_params
 from btx_jax.training.optimizer import clip_by_global_norm, decayed, is_trained, schedule
-from btx_jax.training.step import init_state, lower_train_step, make_train_step
+from btx_jax.training.step import (
+    Part,
+    TrainState,
+    TrainStep,
+    init_state,
+    lower_train_step,
+    make_train_step,
+)
 from tests.models.test_llama import MOE, TINY
 
 COMPUTE = ComputeConfig(dtype="float32", remat="none", group_size=8, loss_chunk=64)
@@ -37,7 +44,9 @@ def steps(model, train, mesh, n=3, compute=COMPUTE):
 def test_float32_is_multiplied_as_float32(one_device):
     """Forward, backward and held out: on a CPU no value tells, a TPU would round every factor."""
     for model in (TINY, MOE):
-        programs = [lower_train_step(model, COMPUTE, TRAIN, one_device, 16)]
+        programs = [
+            part.program for part in lower_train_step(model, COMPUTE, TRAIN, one_device, 16)
+        ]
         params = jax.eval_shape(lambda model=model: init_params(model, jax.random.key(0)))
         programs.append(lower_heldout_step(model, COMPUTE, one_device, params, 4, 16))
         for program in programs:
@@ -148,7 +157,8 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_moments(frozen, one_device):
 def test_a_branchs_step_holds_no_gradients_and_no_moments_of_what_is_shared(one_device):
     def needs(frozen):
         train = dataclasses.replace(TRAIN, frozen=frozen)
-        memory = make_train_step(TINY, COMPUTE, train, one_device, 16).memory_analysis()
+        (part,) = make_train_step(TINY, COMPUTE, train, one_device, 16).parts
+        memory = part.program.memory_analysis()
         return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
     (held, temporary), (free_held, free_temporary) = needs("shared"), needs("")
@@ -159,3 +169,39 @@ def test_a_branchs_step_holds_no_gradients_and_no_moments_of_what_is_shared(one_
     )
     assert free_held - held == 2 * shared
     assert free_temporary - temporary > shared / 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_dropped_step_leaves_the_state_whole(accumulate, one_device):
+    """Wherever it is dropped, and none the wiser when it is done again."""
+    train = dataclasses.replace(TRAIN, accumulate=accumulate)
+    step = make_train_step(MOE, COMPUTE, train, one_device, 16)
+    key = jax.random.key(7)
+
+    def started():
+        return init_state(MOE, train, one_device, jax.random.key(0))
+
+    want, _ = step(started(), batch_of(), key)
+    state = started()
+    places = accumulate + 1 if accumulate > 1 else 1
+    for place in range(places):
+        answers = iter([None] * place)
+        with pytest.raises(StopIteration):
+            step(state, batch_of(), key, lambda answers=answers: next(answers))
+    got, _ = step(state, batch_of(), key)
+    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(want))
+
+
+def test_no_more_than_two_micro_batches_are_under_way(monkeypatch):
+    """One where they are long: what a signal waits for."""
+    order = []
+    monkeypatch.setattr(jax, "block_until_ready", order.append)
+    add = Part(lambda sums, params, step, batch, index, key: (sums, f"loss {index}"), times=3)
+    step = TrainStep([Part(lambda batch: 0), add, Part(lambda state, sums: (state, order))])
+    state = TrainState("the step before", {}, {})
+    step(state, {}, None, lambda: order.append("asked"))
+    assert order == ["asked", "the step before", "asked", "loss 0", "asked", "loss 1", "asked"]
+    monkeypatch.setattr(TrainStep, "LONG", -1.0)
+    order.clear()
+    step(state, {}, None)
+    assert order == ["loss 0", "loss 1", "loss 2"]
