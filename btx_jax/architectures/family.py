@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from btx_jax.architectures.folding import folded
 from btx_jax.config.model_config import ModelConfig
 
 ATTENTION_MAPS, FEED_FORWARD_MAPS = ("q", "k", "v", "o"), ("gate", "up", "down")
@@ -276,7 +277,9 @@ class Family:
     def _lacks_of_maths(self, model: ModelConfig) -> Iterator[str]:
         for name, told in _FIXED.items():
             value = getattr(model, name)
-            if value != self.maths.get(name, _USUAL[name]):
+            if value != self.maths.get(name, _USUAL[name]) and not (
+                name == "norm" and self.folds_norms_of(model)
+            ):
                 yield told(value)
         if model.activation not in self.activations.values():
             yield f"the activation {model.activation}"
@@ -287,6 +290,11 @@ class Family:
                 usual = model.d_model**0.5
             if value != usual and name not in held:
                 yield f"{name}={value:g}"
+
+    def folds_norms_of(self, model: ModelConfig) -> bool:
+        """Whether it holds a mixture with LayerNorms as one with RMSNorms (folding.py)."""
+        usual = self.maths.get("norm", _USUAL["norm"]) == "rms" and not model.qk_norm
+        return usual and self.moe is not None and (model.norm, model.norms) == ("layer", "before")
 
     def _has_window_in(self, model: ModelConfig) -> bool:
         """Whether it can say which of the model's layers have a window."""
@@ -331,8 +339,8 @@ class Family:
         return told
 
     def filled(self, model: ModelConfig) -> ModelConfig:
-        """The model with what this class cannot leave out, which zeros fill without changing what
-        is computed: biases, a shared expert."""
+        """The model with what this class cannot leave out, without changing what is computed:
+        biases and a shared expert of zeros, norms with scales of ones."""
         biases = tuple(dict.fromkeys((*model.biases, *self.always_biased())))
         moe = model.moe
         keys = self.moe
@@ -340,4 +348,5 @@ class Family:
             width = moe.d_ff or model.d_ff
             width = width if keys.shares_one else min(SHARED_OF_ZEROS, width)
             moe = dataclasses.replace(moe, shared_d_ff=width, shared_gate=keys.has_shared_gate)
+        model = folded(model) if self.folds_norms_of(model) else model
         return dataclasses.replace(model, biases=biases, moe=moe)
