@@ -4,7 +4,7 @@ test_families.py, and reads our exports of them. From the project's root, as
 
     make tests/architectures/golden [NAME ...]     a NAME that is not listed here is a model_type
     keys tests/architectures/config_keys.json      what every config class declares
-    decode tests/architectures/decoding.json       long greedy continuations of golden checkpoints
+    decode tests/architectures/decoding.json [NAME ...]     long greedy continuations of them
     check EXPORT LOGITS.npy     EXPORT is named as its golden directory
     table FOLDER                a markdown table of all exports in FOLDER, which exports.py made
     mixtures FOLDER             and of all mixtures
@@ -744,10 +744,11 @@ def make(folder: Path, names: list[str]) -> None:
         )
 
 
-def decode(path: Path) -> None:
-    """Each prompt alone: in a batch, transformers lets the longest row choose every row's RoPE."""
-    made = {}
-    for name in goldens.BEYOND:
+def decode(path: Path, names: list[str]) -> None:
+    """Each prompt alone: in a batch, transformers lets the longest row choose every row's RoPE.
+    Without names, of all; what others have stays."""
+    made = json.loads(path.read_text()) if names else {}
+    for name in names or goldens.BEYOND:
         model = load(goldens.FOLDER / name)
         rng, rows = np.random.default_rng(0), []
         for length in (31, 90, 117):
@@ -842,7 +843,7 @@ if __name__ == "__main__":
     {
         "make": lambda: make(Path(sys.argv[2]), sys.argv[3:]),
         "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3])),
-        "decode": lambda: decode(Path(sys.argv[2])),
+        "decode": lambda: decode(Path(sys.argv[2]), sys.argv[3:]),
         "keys": lambda: keys(Path(sys.argv[2])),
         "table": lambda: table(Path(sys.argv[2])),
         "mixtures": lambda: mixtures(Path(sys.argv[2])),
