@@ -150,7 +150,9 @@ def test_biases_in_the_feed_forwards_are_refused_in_one_line(name, tmp_path):
 
 @pytest.mark.parametrize("name", FOLDED)
 @pytest.mark.parametrize("changes", [{}, {"architecture": "qwen moe"}], ids=["routed", "shared"])
-def test_layer_norms_are_folded_when_a_mixture_becomes_hugging_faces(name, changes, tmp_path):
+def test_layer_norms_are_folded_when_a_mixture_becomes_hugging_faces(
+    name, changes, tmp_path, caplog
+):
     """By the recipe at once, and by an export of what it made in our own format."""
     sources = [write_variant(name, tmp_path / f"{i}", i, 0.3) for i in range(3)]
     if changes:
@@ -158,7 +160,9 @@ def test_layer_norms_are_folded_when_a_mixture_becomes_hugging_faces(name, chang
     settings = {"base": "average", "dtype": "float32"} | changes
     ours = write_mixture(sources, tmp_path / "ours", output_format="btx_jax", **settings)
     convert.run(str(ours), str(tmp_path / "exported"))
+    assert "LayerNorms" not in caplog.text
     made = write_mixture(sources, tmp_path / "made", **settings)
+    assert "has no LayerNorms: they are folded into the weights" in caplog.text
     tokens = goldens.expected(name)["tokens"]
     model, params = load(ours)
     assert model.norm == "layer"
