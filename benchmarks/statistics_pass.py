@@ -17,8 +17,8 @@ from btx_jax.config.config import MixConfig
 from btx_jax.costs.program import read_program
 from btx_jax.mixing import states
 from btx_jax.models.llama import abstract_params
+from btx_jax.planning.compile_check import topology_devices
 from btx_jax.presets.recipes import MODELS
-from btx_jax.stages.compile_check import topology_devices
 
 GIB = 2**30
 

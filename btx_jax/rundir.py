@@ -144,7 +144,8 @@ def _names(config: Config) -> Iterator[tuple[str, str, str]]:
     if mix := config.mix:
         for i, expert in enumerate(mix.experts):
             yield f"config.mix.experts[{i}]", expert, hub.MODEL
-        yield "config.mix.shared_expert", mix.shared_expert, hub.MODEL
+        for key in ("shared_expert", "base"):
+            yield f"config.mix.{key}", getattr(mix, key), hub.MODEL
     if evaluate := config.evaluate:
         for name, path in evaluate.models.items():
             yield f"config.evaluate.models.{name}", path, hub.MODEL

@@ -2,6 +2,7 @@
 texts, with which a terminal could be steered, are shown, not sent."""
 
 import logging
+import math
 import re
 import sys
 from typing import Any, TextIO
@@ -16,6 +17,16 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 def plain(text: str) -> str:
     """Control characters as Python writes them: \\x1b."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def duration(seconds: float) -> str:
+    """In the unit in which one thinks of it; `?` for what is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def say(message: str) -> None:

@@ -47,3 +47,18 @@ def test_tables_show_names_as_they_are(name):
     assert stream.getvalue().count(terminal.plain(name)) == 4
     assert "\x1b[1m" in stream.getvalue(), "styles still are"
     assert "\x1b[2J" not in stream.getvalue() and "\x07" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.4, "0 s"),
+        (119, "119 s"),
+        (120, "2.0 min"),
+        (7200, "2.0 h"),
+        (2e6, "23.1 d"),
+        (float("inf"), "?"),
+    ],
+)
+def test_durations_are_in_the_unit_one_thinks_of(seconds, told):
+    assert terminal.duration(seconds) == told

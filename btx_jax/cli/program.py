@@ -11,7 +11,7 @@ from click.exceptions import Exit, NoArgsIsHelpError
 from click.shell_completion import get_completion_class, shell_complete
 
 from btx_jax import __version__, environment, terminal
-from btx_jax.cli import cloud, mix, train, use
+from btx_jax.cli import cloud, mix, new, train, use
 from btx_jax.cli.parts import SHELL, Group, Light
 from btx_jax.command_line import fail, told_in_one_line
 
@@ -46,9 +46,9 @@ def completion(shell: str) -> None:
 
 
 for command in (
-    *(train.run, train.compile_step),
+    *(new.new, train.plan, train.run, train.compile_step),
     *(mix.mix, mix.convert, mix.expert, mix.adapter, mix.tokenizer),
-    *(use.generate, use.evaluate, use.lm_eval, use.report, use.digest, use.verify),
+    *(use.generate, use.evaluate, use.lm_eval, use.watch, use.report, use.digest, use.verify),
     *(cloud.submit, cloud.push),
 ):
     btx.add_command(command)

@@ -7,6 +7,7 @@ from pathlib import Path
 from btx_jax import stages, terminal
 from btx_jax.config.config import Config
 from btx_jax.errors import UserError
+from btx_jax.output import write_json
 from btx_jax.parallel import hosts
 from btx_jax.paths import to_path
 
@@ -54,6 +55,36 @@ def run(
 def compiles(config: Config, named: str, workdir: str, topology: str, slices: int) -> bool:
     """Whether the step of a training config fits that many slices of a TPU topology; tells what it
     takes. Raises UserError."""
-    from btx_jax.stages import compile_check
+    from btx_jax.planning import compile_check
 
     return compile_check.run(config, _directory(workdir, named), topology, slices)
+
+
+def plan(
+    config: Config,
+    named: str,
+    workdir: str,
+    topology: str,
+    slices: int,
+    price: float,
+    file: str,
+) -> None:
+    """Tells what a pipeline takes, on so many slices of a TPU topology, or on this machine where it
+    is "". file: where its JSON goes, "" for nowhere. Raises UserError."""
+    import jax
+
+    from btx_jax.planning import compile_check, steps, tables
+    from btx_jax.planning.plan import plan
+    from btx_jax.reporting.summary import print_tables
+
+    where = _directory(workdir, named)
+    if topology:
+        chips = len(compile_check.topology_devices(topology, slices))
+        made = plan(config, where, steps.on_slice(topology, slices), chips)
+    else:
+        made = plan(config, where, steps.on_this_machine, jax.device_count())
+    print_tables(tables.tables(made, price))
+    for warning in tables.warnings(made):
+        terminal.warn(warning)
+    if file:
+        write_json(to_path(file, "--json"), tables.as_json(made, price))

@@ -6,7 +6,7 @@ import rich_click as click
 
 from btx_jax import interrupts
 from btx_jax.cli.configs import CONFIG, CONFIG_TOLD, TellsPresets, WithOverrides
-from btx_jax.cli.parts import TRAIN, WHERE, command, text
+from btx_jax.cli.parts import NOT_NEGATIVE, TRAIN, WHERE, command, text
 
 CLUSTER = "Several processes"
 WORKDIR = text(
@@ -86,6 +86,55 @@ def run(
         num_processes or 0,
         -1 if process_id is None else process_id,
     )
+
+
+@command(
+    cls=WithOverrides,
+    panel=TRAIN,
+    no_args_is_help=True,
+    examples="""
+btx plan my_btx.py
+btx plan my_btx.py --slice=v5p:2x2x2 --price=4.2
+btx plan demo --json=plan.json
+""",
+)
+@click.argument("config", type=CONFIG, help=CONFIG_TOLD)
+@text(
+    "--slice",
+    "topology",
+    metavar="KIND:GRID",
+    help="TPU slice of every stage, such as v5p:2x2x2; by default this machine",
+)
+@click.option(
+    "--num-slices", type=click.IntRange(min=1), metavar="N", default=1, help="this many of them"
+)
+@click.option(
+    "--price", type=NOT_NEGATIVE, metavar="P", default=0.0, help="of one chip for one hour"
+)
+@text("--json", "file", type=WHERE, metavar="FILE", help="also write it there")
+@WORKDIR
+def plan(
+    config: str,
+    overrides: list[str],
+    topology: str,
+    num_slices: int,
+    price: float,
+    file: str,
+    workdir: str,
+) -> None:
+    """What a pipeline takes, before anything of it is trained.
+
+    Tokens, epochs, FLOPs, memory, time, storage, cost, and what dense training on as many tokens
+    would take. A few steps of every kind are timed here with random parameters; with --slice they
+    are compiled for that TPU slice instead (minutes each; needs pip install 'btx_jax[tpu]') and
+    take the time of the compiler's clock.
+    """
+    from btx_jax.cli import runs
+    from btx_jax.presets.config_file import read_config
+
+    runs.log_to_terminal()
+    made = read_config(config, overrides, "CONFIG")
+    runs.plan(made, config, workdir, topology, num_slices, price, file)
 
 
 @command(

@@ -14,6 +14,7 @@ from btx_jax.cli.parts import (
     USE,
     WHERE,
     HandedOver,
+    Light,
     Number,
     command,
     text,
@@ -177,6 +178,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     examples="""
 btx report runs/demo
 btx report runs/demo runs/demo-1 runs/demo-2 --out=runs/three
+btx report runs/my_btx runs/my_ffn --side-by-side --out=runs/both
 """,
 )
 @click.argument(
@@ -192,18 +194,61 @@ btx report runs/demo runs/demo-1 runs/demo-2 --out=runs/three
     metavar="DIR",
     help="where the report goes; by default, of one, its own directory",
 )
-def report(workdirs: tuple[str, ...], out: str) -> None:
-    """Report of a finished run, or of several of the same arms with other seeds.
+@click.option(
+    "--side-by-side",
+    is_flag=True,
+    help="the runs are different ones on the same held-out text, not the same one with other seeds",
+)
+def report(workdirs: tuple[str, ...], out: str, side_by_side: bool) -> None:
+    """Report of a finished run, of the same one with other seeds, or of different ones.
 
     Writes report.html (one file, no network) and summary.json from what the run left on disk. Of
-    several, the first one's curves and routing are shown, and the arms compared in pairs
-    (comparison.md).
+    the same arms with other seeds, the first one's curves and routing are shown, and the arms
+    compared in pairs (comparison.md). Side by side, every model stands under its run's name.
     """
-    from btx_jax.stages.report import report as write
+    from btx_jax.stages import report
 
     if not out and len(workdirs) > 1:
         raise UserError("--out=DIR: name it, where several runs are compared")
+    if side_by_side and len(workdirs) < 2:
+        raise UserError("--side-by-side: name two runs or more")
+    write = report.side_by_side if side_by_side else report.report
     terminal.say(f"wrote {write(workdirs, out or workdirs[0])}")
+
+
+@command(
+    cls=Light,
+    panel=USE,
+    examples="""
+btx watch runs/demo
+btx watch gs://bucket/runs/my_btx --every=30
+""",
+)
+@click.argument("run", metavar="RUN", type=WHERE, help="a pipeline's directory, or that of a run")
+@click.option("--port", type=click.IntRange(0, 65535), default=8600, help="0 for any that is free")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    metavar="ADDRESS",
+    help="0.0.0.0 shows it to every machine that reaches this one",
+)
+@click.option(
+    "--every",
+    type=Number(min=1),
+    default=5.0,
+    metavar="SECONDS",
+    help="how often the page looks again",
+)
+def watch(run: str, port: int, host: str, every: float) -> None:
+    """A page in your browser that shows a run while it runs, here or in a bucket.
+
+    Every branch's curve, held-out losses, the mixing probe, routing load, where the time goes, what
+    is finished, running and waiting. It reads the run's directory and changes nothing.
+    """
+    from btx_jax.commands.watch import run as serve
+    from btx_jax.paths import to_path
+
+    serve(to_path(run, "RUN").absolute(), host, port, every)
 
 
 @command(panel=USE, examples="btx digest runs/demo/finetune")

@@ -53,7 +53,7 @@ ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
 BEST = r"|heldout|heldout/.+/(nats_per_token|bits_per_byte)|tasks/[^/]+/[^/]+"
 BOS = ("auto", "always", "never")
-STAGES = ("prepare", "train", "mix", "evaluate", "report", "pipeline")
+STAGES = ("prepare", "train", "mix", "evaluate", "export", "report", "pipeline")
 
 Dtype = Annotated[str, Choice(DTYPES)]
 Rows = Annotated[int, Range(1, 2**20)]  # sequences at one time
@@ -565,7 +565,8 @@ class EvaluateConfig(Section):
     together, by their losses alone. oracles: name -> a mixture that is told where tokens go,
     likewise.
     shown_tokens: of each domain's held-out text, kept with the experts that every mixture chose for
-    them; texts: name -> further text to keep so. batch_size: sequences at a time over all devices,
+    them; texts: name -> further text to keep so. prompts: each is continued by every model,
+    greedily, by prompt_tokens at most. batch_size: sequences at a time over all devices,
     at least; what is measured does not depend on it.
     """
 
@@ -577,6 +578,8 @@ class EvaluateConfig(Section):
     ensembles: Mapping[str, EnsembleConfig] = field(default_factory=dict)
     oracles: Mapping[str, OracleConfig] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+    prompt_tokens: Tokens = 64
     shown_tokens: Annotated[int, Range(0, 100_000)] = 160
     rows: CountOrZero = 0
     batch_size: Rows = 8
@@ -585,8 +588,9 @@ class EvaluateConfig(Section):
     def _names(self) -> Iterator[str]:
         for key in ("models", "tasks", "ensembles", "oracles"):
             yield from _no_file_names(key, getattr(self, key))
-        if "result" in self.tasks:
-            yield "tasks.result: the name is taken; choose another"
+        for name in ("result", "samples"):  # files beside those of the test sets
+            if name in self.tasks:
+                yield f"tasks.{name}: the name is taken; choose another"
 
     @rule
     def _roles(self) -> Iterator[str]:
@@ -595,6 +599,12 @@ class EvaluateConfig(Section):
             for name in filter(None, names):
                 if name not in self.models:
                     yield f"{key}: no model {name!r}; {suggest(name, self.models)}"
+
+    @rule
+    def _has_words_to_continue(self) -> Iterator[str]:
+        for i, prompt in enumerate(self.prompts):
+            if not prompt:
+                yield f"prompts[{i}]: empty"
 
     @rule
     def _some_models(self) -> Iterator[str]:
@@ -623,6 +633,15 @@ class EvaluateConfig(Section):
                     f"oracles.{name}.mixture: no model {oracle.mixture!r};"
                     f" {suggest(oracle.mixture, self.models)}"
                 )
+
+
+@dataclass(frozen=True)
+class ExportConfig(Section):
+    """model: the checkpoint that becomes a Hugging Face directory, WORKDIR/model. dtype: of all its
+    tensors; "" keeps each one's own."""
+
+    model: str
+    dtype: Annotated[str, Choice(DTYPES, empty=True)] = ""
 
 
 @dataclass(frozen=True)
@@ -676,6 +695,7 @@ class Config(Section):
     checkpoint: CheckpointConfig | None = None
     mix: MixConfig | None = None
     evaluate: EvaluateConfig | None = None
+    export: ExportConfig | None = None
     report: ReportConfig | None = None
     pipeline: Mapping[str, PipelineStage] | None = None
     log: LogConfig = LogConfig()
@@ -720,7 +740,7 @@ class Config(Section):
             yield "data: missing, and evaluate.ensembles need held-out text"
         if self.evaluate.oracles:
             yield "data: missing, and evaluate.oracles need held-out text"
-        if not self.evaluate.tasks:
+        if not self.evaluate.tasks and not self.evaluate.prompts:
             yield "data: missing, and evaluate.tasks is empty: nothing to evaluate on"
 
     @rule
@@ -749,6 +769,7 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "data", "compute", "mesh", "checkpoint"),
     "mix": ("mix", "mesh"),
     "evaluate": ("evaluate", "compute", "mesh"),
+    "export": ("export",),
     "report": ("report",),
     "pipeline": ("pipeline",),
 }

@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -355,6 +355,19 @@ def prepare(
     )
     tell_problems([source for domain in prepared for source in domain.sources], key)
     return prepared
+
+
+def already_prepared(
+    notation: str, config: DataConfig, tokenizer: Tokenizer | None, key: str
+) -> list[tuple[Domain, list[Mapping[str, Any] | None]]]:
+    """Every domain of `notation`, with the manifest of each of its sources that is in the cache,
+    and None for those that are not. tokenizer: None where it is not there yet."""
+
+    def manifest(source: Source) -> Mapping[str, Any] | None:
+        return read_manifest(_task(source, tokenizer, config).target) if tokenizer else None
+
+    domains = parse_domains(notation, config.domains, key)
+    return [(domain, [*map(manifest, domain.sources)]) for domain in domains]
 
 
 def prepare_by_all(

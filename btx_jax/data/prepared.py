@@ -98,13 +98,20 @@ def none_heldout(domain: PreparedDomain) -> str:
     if any(m["splits"]["heldout"]["documents"] for m in manifests):
         return f"{told} with a token to predict: those that it has are empty or of one token"
     count = sum(m["splits"]["train"]["documents"] for m in manifests)
-    first = min(m["heldout_from"][0] for m in manifests)
-    if first == max(m["heldout_from"][1] for m in manifests):
+    if not (share := heldout_share(domain)):
         return f"{told}: {ONE_DOCUMENT}"
     return (
         f"{told}: config.data.heldout_fraction={fraction:g} holds out none of its {count}; from"
-        f" {_above(first):g} on, in every run that reads this text, it holds one out"
+        f" {share:g} on, in every run that reads this text, it holds one out"
     )
+
+
+def heldout_share(domain: PreparedDomain) -> float:
+    """data.heldout_fraction from which on a document of the domain is held out; 0 where there is
+    only one."""
+    orders = [source.manifest["heldout_from"] for source in domain.sources]
+    first = min(least for least, _ in orders)
+    return 0.0 if first == max(most for _, most in orders) else _above(first)
 
 
 ONE_DOCUMENT = (

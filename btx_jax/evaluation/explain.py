@@ -1,6 +1,7 @@
 """Every token of a text with the experts that each layer chose for it."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,9 +75,17 @@ def explain(
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text of each token; joined, they are the decoded text, with a character that spans tokens
     shown at its last one."""
-    shown, done = [], ""
-    for i in range(len(ids)):
-        text = tokenizer.decode(ids[: i + 1]).rstrip("\ufffd")
-        shown.append(text[len(done) :])
-        done = text if text.startswith(done) else done
-    return shown
+    whole = tokenizer.decode(ids)
+    # Bytes that are no character may be read otherwise once more of them are there.
+    sure = (
+        _agreeing(whole, tokenizer.decode(ids[:count]).rstrip("\ufffd"))
+        for count in range(1, len(ids))
+    )
+    ends = [0, *itertools.accumulate(sure, max), len(whole)] if ids else []
+    return [whole[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _agreeing(one: str, other: str) -> int:
+    """How many characters they begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

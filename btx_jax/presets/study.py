@@ -12,6 +12,7 @@ What an arm is stands in its name, in parts between dashes: `expert-BRANCH-EXPER
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,8 +104,6 @@ BRANCHES = {
 ROUTERS = ("normal", *SOLVED)
 MERGES = ("mean", REGMEAN, "ties", COPY)
 FROM_SEED = ("ties", COPY)  # merges that read the seed
-# Of mixtures that are trained on: what is left out of these is told by the untuned ones.
-TUNED_ROUTERS, TUNED_MERGES = ("normal", RIDGE, OWN), ("mean", REGMEAN)
 # What is trained of a mixture.
 WHAT: Mapping[str, Mapping[str, Any]] = {"all": {}, "routers": {"frozen": "all_but_routers"}}
 
@@ -113,7 +112,7 @@ RATES = (1.0, 0.3, 0.1)
 BEST_RATE = {"btx": 0.3, "dense": 0.3, "upcycling": 0.3}
 # The name among the paper's arms of each, on as many tokens as BTX.
 PEERS = {"btx": "btx", "dense": "dense", "upcycling": "upcycling_tokens"}
-BEST = "full_30"  # branches of btx, not beside an anchor
+BEST = "ffn_100"  # branches of btx, not beside an anchor
 UNTUNED = f"@untuned-{BEST}-{ROUTERS[0]}-{MERGES[0]}"  # as in the paper
 
 GROUPS = ("branches", "main", "all", "tuning")
@@ -202,6 +201,19 @@ def _merges(kind: str) -> tuple[str, ...]:
     return MERGES[:1] if BRANCHES[kind].is_exact else MERGES
 
 
+def _closed_form(kind: str) -> tuple[str, str]:
+    """Router and merge that are solved, of what there is to solve."""
+    return RIDGE, REGMEAN if REGMEAN in _merges(kind) else MERGES[0]
+
+
+def _trained_on(kind: str) -> tuple[tuple[str, str], ...]:
+    """Router and merge of the mixtures that are trained on: as in the paper and in closed form, or
+    as branches beside an anchor bring them. What lies between is told by the untuned ones."""
+    if BRANCHES[kind].has_anchor:
+        return ((OWN, MERGES[0]),)
+    return (ROUTERS[0], MERGES[0]), _closed_form(kind)
+
+
 def _mixture(arms: Arms, kind: str, experts: list[str], router: str, merge: str) -> None:
     read: dict[str, Any] = {"base": arms.setting.seed} if merge in FROM_SEED else {}
     if router in SOLVED or merge == REGMEAN:
@@ -225,8 +237,8 @@ def _peers(arms: Arms) -> None:
     arms.models["btx_untuned"] = UNTUNED
     for peer, name in PEERS.items():
         arms.models[name] = _at_rate(arms, peer, BEST_RATE[peer])
-    closed = REGMEAN if REGMEAN in _merges(BEST) else MERGES[0]
-    arms.finetune("btx_closed", f"@untuned-{BEST}-{RIDGE}-{closed}")
+    closed = "-".join(_closed_form(BEST))
+    arms.finetune("btx_closed", f"@untuned-{BEST}-{closed}")
     dense, upcycling = (
         _training("", BRANCH_STEPS, BEST_RATE[peer]) for peer in ("dense", "upcycling")
     )
@@ -254,14 +266,9 @@ def _at_rate(arms: Arms, peer: str, rate: float) -> str:
 def _finetunes(arms: Arms) -> None:
     """Every kind of branch, mixed in the ways that are trained on: all of it, or its routers
     alone."""
-    mixtures = {
-        f"untuned-{kind}-{router}-{merge}"
-        for kind in BRANCHES
-        for router in TUNED_ROUTERS
-        for merge in TUNED_MERGES
-    }
-    for untuned in [name for name in arms.models if name in mixtures]:
-        for what, train in WHAT.items():
+    for kind in BRANCHES:
+        for (router, merge), (what, train) in itertools.product(_trained_on(kind), WHAT.items()):
+            untuned = f"untuned-{kind}-{router}-{merge}"
             name = f"tuned{untuned.removeprefix('untuned')}-{what}"
             if f"@{untuned}" == UNTUNED and not train:
                 arms.models[name] = arms.models["btx"]

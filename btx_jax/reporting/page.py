@@ -107,19 +107,40 @@ def render(
     }
     if summary["comparison"]:
         figures["arms"] = plots.arms(summary["comparison"])
+    samples = _samples(summary["models"])
+    shown = {f"sample {i}": one["explained"] for i, one in enumerate(samples) if one["explained"]}
+    layers: list[int] = next((text["layers"] for text in (texts | shown).values()), [])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("btx_jax.reporting", "."), autoescape=True
     )
     choices = {
-        name: {key: text[key] for key in ("experts", "gates")} for name, text in texts.items()
+        name: {key: text[key] for key in ("experts", "gates")}
+        for name, text in (texts | shown).items()
     }
     return environment.get_template("page.html.j2").render(
         title=title, verdict=verdict(summary), summary=summary, rows=rows, figures=figures,
         experts=experts, provenance=provenance, versions=_versions(), platform=platform.platform(),
         command=" ".join(sys.argv), routing=routing, texts=texts, colours=plots.EXPERT_COLOURS,
-        choices=choices, as_script=_as_script, amount=amount, scaled=scaled, activities=ACTIVITIES,
-        limit=BARRIER,
+        choices=choices, layers=layers, samples=samples, as_script=_as_script, amount=amount,
+        scaled=scaled, activities=ACTIVITIES, limit=BARRIER,
     )  # fmt: skip
+
+
+def _samples(models: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of every prompt and model: prompt ("" below its first model), model, text, explained (None of
+    a dense one)."""
+    told = {name: model["samples"] for name, model in models.items() if "samples" in model}
+    count = max(map(len, told.values()), default=0)
+    return [
+        {
+            "prompt": all_of_it[i]["prompt"] if not number else "",
+            "model": name,
+            "text": all_of_it[i]["text"],
+            "explained": all_of_it[i].get("explained"),
+        }
+        for i in range(count)
+        for number, (name, all_of_it) in enumerate(told.items())
+    ]
 
 
 def any_pair(found: Mapping[str, Any]) -> bool:

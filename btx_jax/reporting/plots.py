@@ -24,6 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from btx_jax.reporting.compare import mean_loss
+from btx_jax.reporting.summary import over_domains
 from btx_jax.training.watch import BARRIER
 
 WINDOW = 10  # steps of a running mean
@@ -71,18 +72,36 @@ def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     drawn = {name: points for name, points in drawn.items() if points}
     if not drawn:
         return ""
+    smooth = {
+        name: [*zip((s for s, _ in points), running_mean([x for _, x in points]), strict=True)]
+        for name, points in drawn.items()
+    }
+    return _lines(smooth, "training loss, nats per token")
+
+
+def heldout_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Held-out loss of the runs, mean over domains; the first CURVES of them. Empty when none was
+    measured."""
+    drawn = {
+        name: [(x["step"], over_domains(x["heldout"])) for x in lines if "heldout" in x]
+        for name, lines in curves.items()
+    }
+    drawn = {name: points for name, points in drawn.items() if points}
+    return _lines(drawn, "held-out loss, nats per token") if drawn else ""
+
+
+def _lines(drawn: Mapping[str, Sequence[tuple[int, float]]], what: str) -> str:
+    """name -> (step, value), a line each; few points are marked."""
     figure, axes = plt.subplots(figsize=(7, 3.4))
     for number, (name, points) in enumerate(list(drawn.items())[:CURVES]):
-        steps, losses = zip(*points, strict=True)
         axes.plot(
-            steps,
-            running_mean(losses),
+            *zip(*points, strict=True),
             ("-", "--")[number // 10 % 2],
-            marker="." if len(steps) <= WINDOW else None,
+            marker="." if len(points) <= WINDOW else None,
             label=short(name),
             linewidth=1.3,
         )
-    axes.set(xlabel="step", ylabel="training loss, nats per token")
+    axes.set(xlabel="step", ylabel=what)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)

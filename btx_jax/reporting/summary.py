@@ -1,6 +1,7 @@
 """The summary of a pipeline: one dictionary, one table, made from what its stages left on disk."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -9,7 +10,6 @@ from rich.text import Text
 
 from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.continual import measures
-from btx_jax.paths import to_path
 from btx_jax.reporting.compare import compare
 from btx_jax.reporting.goodput import ACTIVITIES
 from btx_jax.reporting.metrics import parts, read_metrics
@@ -55,7 +55,7 @@ def summarise(
     models = {
         name: {
             key: found[name][key]
-            for key in (*SHOWN, *(("tasks",) if "tasks" in found[name] else ()))
+            for key in (*SHOWN, *(key for key in ("tasks", "samples") if key in found[name]))
         }
         for name in names
     }
@@ -211,10 +211,9 @@ def over_domains(heldout: Mapping[str, Mapping[str, float]]) -> float:
     return mean(domain["nats_per_token"] for domain in heldout.values())
 
 
-def read_curves(runs: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+def read_curves(runs: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     """The metrics of every run that trained."""
-    homes = {name: to_path(path, f"runs.{name}") for name, path in runs.items()}
-    return {name: read_metrics(home) for name, home in homes.items() if parts(home)}
+    return {name: read_metrics(home) for name, home in runs.items() if parts(home)}
 
 
 def _shown(name: str) -> Text:
@@ -235,9 +234,8 @@ def print_tables(tables: Sequence[Table]) -> None:
     console = Console()
     if not console.is_terminal:
         wide = console.options.update(max_width=WIDEST)
-        console.width = max(
-            console.width, *(console.measure(table, options=wide).maximum for table in tables)
-        )
+        widths = [console.measure(table, options=wide).maximum for table in tables]
+        console.width = max([console.width, *widths])
     for table in tables:
         console.print(table)
 

@@ -38,8 +38,9 @@ from btx_jax.data.sources import Domain, parse_domains
 from btx_jax.data.tokenizers import Tokenizer, check_ids, difference, load_tokenizer
 from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.evaluation import btm, lora, oracle, routing
-from btx_jax.evaluation.continuation import stop_ids
+from btx_jax.evaluation.continuation import continuation, stop_ids
 from btx_jax.evaluation.explain import explain
+from btx_jax.evaluation.generation import Generator
 from btx_jax.evaluation.heldout import HeldoutLoss, Rows, make_heldout_step, mean_loss, token_losses
 from btx_jax.evaluation.tasks import Candidate, TestSet, read_test_set, scores, too_long
 from btx_jax.models.llama import parameter_counts
@@ -75,6 +76,8 @@ def run(config: Config, workdir: Path) -> None:
     }
     inputs = {f"models.{name}": checkpoint.identity() for name, checkpoint in found.items()}
     inputs |= {f"tasks.{name}": _hash(of_task) for name, of_task in items.items()}
+    if config.evaluate.prompts:
+        inputs["prompts"] = _hash([*config.evaluate.prompts, config.evaluate.prompt_tokens])
     require_same(workdir / INPUTS, inputs)
     if done is not None:
         log.info("%s: already finished", workdir)
@@ -122,6 +125,11 @@ def run(config: Config, workdir: Path) -> None:
             models[name] |= {
                 "tasks": run_tasks(name, checkpoint, config, tokenizers[name], items, mesh, folder)
             }
+        if spread.prompts:
+            samples = part(
+                folder / "samples.json", continued, checkpoint, config, tokenizers[name], mesh
+            )
+            models[name] |= {"samples": samples}
     for name, ensemble in (
         spread.ensembles.items() if is_first() else ()
     ):  # who wrote the token losses
@@ -219,6 +227,11 @@ def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
     if config.data and config.data.sequence_length > context:
         yield (
             f"config.data.sequence_length={config.data.sequence_length}:"
+            f" config.evaluate.models.{name} has a context of {context}; lower it"
+        )
+    if config.evaluate.prompts and config.evaluate.prompt_tokens >= context:
+        yield (
+            f"config.evaluate.prompt_tokens={config.evaluate.prompt_tokens}:"
             f" config.evaluate.models.{name} has a context of {context}; lower it"
         )
     for task_name, task in config.evaluate.tasks.items():
@@ -402,6 +415,34 @@ def run_tasks(
         key: scores(part(folder / f"{key}.json", run_task, key, task))
         for key, task in config.evaluate.tasks.items()
     }
+
+
+def continued(
+    checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, mesh: Mesh
+) -> list[dict[str, Any]]:
+    """Of every prompt: prompt, text (its greedy continuation) and, of a mixture, explained: both
+    with the experts of every token."""
+    assert config.evaluate and config.compute
+    model, wanted = checkpoint.metadata.model, config.evaluate
+    params = load_for_inference(checkpoint, mesh, config.compute.dtype)
+    generator = Generator(
+        model, params, config.compute, mesh, stop_ids(checkpoint.metadata, tokenizer)
+    )
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in wanted.prompts]
+    # As many rows as divide over the mesh.
+    rows = -(-len(prompts) // mesh.size) * mesh.size
+    padded = [*prompts, *prompts[:1] * (rows - len(prompts))]
+    new = generator.generate(padded, wanted.prompt_tokens)[: len(prompts)]
+    samples: list[dict[str, Any]] = [
+        {"prompt": prompt, "text": continuation(tokenizer, ids, added)[0]}
+        for prompt, ids, added in zip(wanted.prompts, prompts, new, strict=True)
+    ]
+    if model.moe:
+        whole = {str(i): [*ids, *new[i]] for i, ids in enumerate(prompts)}
+        shown = explain(model, config.compute, params, tokenizer, whole, mesh)
+        for i, sample in enumerate(samples):
+            sample["explained"] = shown[str(i)]
+    return samples
 
 
 def loss_entries(losses: Mapping[str, HeldoutLoss]) -> dict[str, Any]:

@@ -3,8 +3,9 @@ with other seeds, comparison.md, and of the study its tables, study.md."""
 
 import dataclasses
 import hashlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from btx_jax.rundir import (
 from btx_jax.stages import Coming, require_right
 from btx_jax.terminal import plain
 
+log = logging.getLogger(__name__)
+
+INPUTS = "inputs.json"  # what the evaluate stage measured: hashes of weights and text
 LONGEST_CHAIN = 100  # of runs that started from each other; a longer one is a circle
 
 
@@ -98,54 +102,22 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def write(config: Config, workdir: Path) -> None:
-    from btx_jax.reporting.page import render  # matplotlib comes with an extra
-
     assert config.report
     results = read_results(config.report.evaluate, "config.report.evaluate")
     others = [
         read_results(path, f"config.report.others[{i}]")
         for i, path in enumerate(config.report.others)
     ]
+    evaluated = to_path(config.report.evaluate, "config.report.evaluate")
     runs = {
         name: to_path(directory, f"config.report.runs.{name}")
         for name, directory in config.report.runs.items()
     }
-    recorded = {name: recorded_results(directory) for name, directory in runs.items()}
-    done = {name: values for name, values in recorded.items() if values is not None}
-    curves = read_curves(config.report.runs)
-    summary = summarise(
-        results,
-        curves,
-        {name: values["seconds"] for name, values in done.items()},
-        others,
-        config.report.continual,
-        done,
-    )
-    configs = {
-        name: (directory / CONFIG).read_text(encoding="utf-8")
-        for name, directory in runs.items()
-        if has_begun(directory)
-    }
-    provenance = {
-        name: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        for name, text in configs.items()
-    }
-    evaluated = to_path(config.report.evaluate, "config.report.evaluate")
     # A pipeline's report lies in its directory; one of its own has its own name.
     of = workdir.parent if has_begun(workdir.parent) else workdir
-    title = f"{of.name}: {'what was gained' if summary['gains'] else 'held-out losses'}"
-    write_text(
-        workdir / "report.html",
-        render(
-            title,
-            summary,
-            curves,
-            expert_names(evaluated, summary["shown"]),
-            provenance,
-        ),
+    summary = _write_page(
+        workdir, of.name, results, runs, evaluated, others, config.report.continual
     )
-    write_json(workdir / "summary.json", summary)
-    print_tables(tables(summary))
     if summary["comparison"]:
         write_text(workdir / "comparison.md", markdown(summary["comparison"], summary["models"]))
         print(plain((workdir / "comparison.md").read_text(encoding="utf-8")))
@@ -157,6 +129,98 @@ def write(config: Config, workdir: Path) -> None:
     if told := study.tables(values):
         write_text(workdir / "study.md", told)
         print(plain(told))
+
+
+def _write_page(
+    workdir: Path,
+    name: str,
+    results: Mapping[str, Any],
+    runs: Mapping[str, Path],
+    evaluated: Path | None = None,
+    others: Sequence[Any] = (),
+    continual: Sequence[str] = (),
+) -> dict[str, Any]:
+    """report.html and summary.json, which it returns. name: of what is reported. evaluated: where
+    the results are from, None for several places."""
+    from btx_jax.reporting.page import render  # matplotlib comes with an extra
+
+    recorded = {run: recorded_results(directory) for run, directory in runs.items()}
+    done = {run: values for run, values in recorded.items() if values is not None}
+    seconds = {run: values["seconds"] for run, values in done.items()}
+    curves = read_curves(runs)
+    summary = summarise(results, curves, seconds, others, continual, done)
+    configs = {
+        run: (directory / CONFIG).read_text(encoding="utf-8")
+        for run, directory in runs.items()
+        if has_begun(directory)
+    }
+    provenance = {
+        run: {"config": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for run, text in configs.items()
+    }
+    experts = expert_names(evaluated, summary["shown"]) if evaluated else []
+    title = f"{name}: {'what was gained' if summary['gains'] else 'held-out losses'}"
+    write_text(workdir / "report.html", render(title, summary, curves, experts, provenance))
+    write_json(workdir / "summary.json", summary)
+    print_tables(tables(summary))
+    return summary
+
+
+def side_by_side(workdirs: Sequence[str], out: str) -> Path:
+    """A report of different runs that were evaluated on the same text: each model under its run's
+    name. Domains whose held-out text differs are left out, with a warning. Returns the page's path.
+    Raises UserError for a directory without an evaluation, and where no domain is left."""
+    target = _absolute(out, "--out")
+    homes = [_absolute(path, "WORKDIRS") for path in workdirs]
+    told = {label: _evaluated(home) for label, home in zip(_labels(homes), homes, strict=True)}
+    results = {label: read_results(each.evaluate, "WORKDIRS") for label, each in told.items()}
+    domains = _common_domains({label: to_path(c.evaluate, "WORKDIRS") for label, c in told.items()})
+    if not domains:
+        raise UserError(
+            f"WORKDIRS: {', '.join(workdirs)} have no domain with the same held-out text; their"
+            " losses cannot be compared"
+        )
+    models = {
+        f"{label} {name}": model
+        | {
+            key: {domain: model[key][domain] for domain in domains}
+            for key in ("nats_per_token", "bits_per_byte")
+        }
+        for label, found in results.items()
+        for name, model in found["models"].items()
+    }
+    runs = {
+        f"{label} {name}": to_path(path, "WORKDIRS")
+        for label, each in told.items()
+        for name, path in each.runs.items()
+    }
+    with none_left_empty(target):
+        target.mkdir(parents=True, exist_ok=True)
+        _write_page(target, target.name, {"domains": domains, "models": models}, runs)
+    return target / "report.html"
+
+
+def _labels(homes: Sequence[Path]) -> list[str]:
+    """The shortest ends of their paths that tell them apart."""
+    for length in range(1, max(len(home.parts) for home in homes) + 1):
+        labels = ["/".join(home.parts[-length:]) for home in homes]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise UserError("WORKDIRS: one directory is named twice")
+
+
+def _common_domains(evaluated: Mapping[str, Path]) -> list[str]:
+    """Those whose held-out text is the same everywhere."""
+    texts = {label: read_json(path / INPUTS) for label, path in evaluated.items()}
+    first = next(iter(texts.values()))
+    named = [key.removeprefix("text.") for key in first if key.startswith("text.")]
+    common = [
+        name for name in named if len({found.get(f"text.{name}") for found in texts.values()}) == 1
+    ]
+    for name in dict.fromkeys(named):
+        if name not in common:
+            log.warning("%s: other held-out text in other runs; it is left out", name)
+    return common
 
 
 def read_results(directory: str, key: str) -> Any:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from btx_jax.costs.chips import CHIPS
 from btx_jax.costs.clock import Traffic, place_of, read_clock
 from btx_jax.costs.program import read_program
-from btx_jax.stages.compile_check import topology_devices
+from btx_jax.planning.compile_check import topology_devices
 from tests.costs.test_hlo import IN_PIECES
 from tests.costs.test_links import Slice, a_slice
 

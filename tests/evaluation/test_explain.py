@@ -48,3 +48,11 @@ def test_a_character_of_several_tokens_is_shown_at_its_last_one(tokenizer):
     assert "".join(shown) == text
     assert sum(piece == "" for piece in shown) >= 2, "three bytes, two of which show nothing"
     assert not any("\ufffd" in piece for piece in shown)
+
+
+def test_bytes_that_are_no_character_are_shown_once(tokenizer):
+    first, second = (tokenizer.encode(character)[-1] for character in "éö")  # second bytes alone
+    ids = [*tokenizer.encode("the"), first, second, first, *tokenizer.encode("é city"), first]
+    shown = pieces(tokenizer, ids)
+    assert len(shown) == len(ids)
+    assert "".join(shown) == tokenizer.decode(ids)

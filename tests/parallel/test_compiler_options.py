@@ -11,7 +11,7 @@ from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.errors import UserError
 from btx_jax.evaluation.heldout import lower_heldout_step
 from btx_jax.parallel.compiler_options import OPTIONS, compiled, compiler_options
-from btx_jax.stages.compile_check import topology_devices
+from btx_jax.planning.compile_check import topology_devices
 from btx_jax.training.step import make_train_step, state_shardings
 from tests.models.test_llama import TINY
 

@@ -21,7 +21,7 @@ from btx_jax.config.model_config import ModelConfig, MoEConfig
 from btx_jax.data.tokenizers import copy_tokenizer, find_tokenizer, load_tokenizer
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.models.llama import init_params
-from btx_jax.stages import evaluate
+from btx_jax.stages import evaluate, report
 from tests.conftest import sentences
 
 DENSE = ModelConfig(320, 2, 32, 64, 2, 2, 16, context=128)
@@ -235,3 +235,42 @@ def test_wrong_settings_are_refused_before_any_model_is_read(config, tmp_path):
         evaluate.run(
             dataclasses.replace(config, evaluate=EvaluateConfig({"s": small})), tmp_path / "z"
         )
+
+
+def test_prompts_are_continued_as_by_generate(config, tmp_path):
+    from btx_jax.commands.generate import generate
+
+    prompts = ("the river", "def <b>")
+    wanted = dataclasses.replace(
+        config.evaluate, tasks={}, ensembles={}, oracles={}, prompts=prompts, prompt_tokens=12
+    )
+    config = dataclasses.replace(config, evaluate=wanted)
+    evaluate.run(config, tmp_path / "out")
+    models = json.loads((tmp_path / "out/results.json").read_text())["models"]
+    for name, path in config.evaluate.models.items():
+        for prompt, sample in zip(prompts, models[name]["samples"], strict=True):
+            parts = []
+            generate(path, prompt, parts.append, max_tokens=12)
+            assert (sample["prompt"], sample["text"]) == (prompt, "".join(parts)), name
+            assert ("explained" in sample) == (name == "btx")
+    shown = models["btx"]["samples"][0]["explained"]
+    assert "".join(shown["pieces"]).startswith("the river")
+    assert len(shown["experts"][0]) == len(shown["pieces"])
+    report.report([str(tmp_path / "out")], str(tmp_path / "page"))
+    page = (tmp_path / "page/report.html").read_text()
+    assert "<h3>def &lt;b&gt;</h3>" in page and 'data-text="sample 2"' in page
+    other = dataclasses.replace(wanted, prompts=("another",))
+    with pytest.raises(UserError):
+        evaluate.run(dataclasses.replace(config, evaluate=other), tmp_path / "out")
+
+
+def test_prompts_alone_are_something_to_evaluate(config, tmp_path):
+    wanted = EvaluateConfig(config.evaluate.models, prompts=("the",), prompt_tokens=3)
+    evaluate.run(dataclasses.replace(config, data=None, evaluate=wanted), tmp_path / "out")
+    models = json.loads((tmp_path / "out/results.json").read_text())["models"]
+    assert all(len(model["samples"]) == 1 for model in models.values())
+    with pytest.raises(ConfigError, match=r"prompts\[0\]: empty"):
+        dataclasses.replace(wanted, prompts=("",))
+    long = dataclasses.replace(wanted, prompt_tokens=128)
+    with pytest.raises(ConfigError, match="prompt_tokens=128"):
+        evaluate.run(dataclasses.replace(config, data=None, evaluate=long), tmp_path / "long")

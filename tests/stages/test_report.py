@@ -160,3 +160,42 @@ def test_the_names_of_experts_are_unknown_where_nothing_tells_them(tmp_path):
     (tmp_path / "a" / "mergekit_moe_config.yml").write_text("experts: 3")
     with pytest.raises(UserError, match=r"mergekit_moe_config.yml is damaged: .*; delete it"):
         report.expert_names(tmp_path / "a", "x")
+
+
+def measured(path, number, **texts):
+    """A pipeline, with the hashes of its held-out text."""
+    pipeline(path, number)
+    inputs = {f"text.{domain}": value for domain, value in texts.items()}
+    (path / "evaluate" / "inputs.json").write_text(json.dumps(inputs | {"models.seed": "x"}))
+    return str(path)
+
+
+def test_different_runs_stand_side_by_side(tmp_path, capsys, caplog):
+    domains = results(0.0)["domains"]
+    same = dict.fromkeys(domains, "same")
+    one = measured(tmp_path / "a" / "run", 0, **same)
+    other = measured(tmp_path / "b" / "run", 1, **same | {domains[0]: "another"})
+    page = report.side_by_side([one, other], str(tmp_path / "both"))
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    assert summary["domains"] == domains[1:]
+    assert f"{domains[0]}: other held-out text in other runs" in caplog.text
+    assert not summary["comparison"] and not summary["gains"]
+    for run, number in (("a", 0), ("b", 1)):
+        told = results(number / 10)["models"]
+        assert {f"{run}/run {name}" for name in told} <= set(summary["models"])
+        for name, model in told.items():
+            shown = summary["models"][f"{run}/run {name}"]["nats_per_token"]
+            assert shown == {d: model["nats_per_token"][d] for d in domains[1:]}
+    assert "<h1>both: held-out losses</h1>" in page.read_text()
+    assert "a/run seed" in capsys.readouterr().out
+
+
+def test_runs_on_other_text_are_not_compared(tmp_path):
+    domains = results(0.0)["domains"]
+    one = measured(tmp_path / "one", 0, **dict.fromkeys(domains, "x"))
+    other = measured(tmp_path / "other", 1, **dict.fromkeys(domains, "y"))
+    with pytest.raises(UserError, match="no domain with the same held-out text"):
+        report.side_by_side([one, other], str(tmp_path / "both"))
+    with pytest.raises(UserError, match="named twice"):
+        report.side_by_side([one, one], str(tmp_path / "both"))
+    assert not (tmp_path / "both").exists()

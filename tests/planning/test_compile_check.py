@@ -6,8 +6,8 @@ import json
 import pytest
 
 from btx_jax.errors import UserError
+from btx_jax.planning import compile_check
 from btx_jax.presets.registry import PRESETS
-from btx_jax.stages import compile_check
 
 pytestmark = pytest.mark.cli
 

@@ -1,0 +1,135 @@
+"""`btx new`: a project of one's own."""
+
+from collections.abc import Sequence
+
+import rich_click as click
+
+from btx_jax import terminal
+from btx_jax.cli.parts import CHECKPOINT, TRAIN, WHERE, Number, command, text
+from btx_jax.errors import Mistakes
+from btx_jax.paths import to_path
+
+COUNT = click.IntRange(min=1)
+
+
+@command(
+    panel=TRAIN,
+    no_args_is_help=True,
+    examples="""
+btx new my_btx.py --seed=HuggingFaceTB/SmolLM2-135M \\
+    --domain math='proofs/*.txt' --domain code='src/**/*.py' --general='web/*.jsonl.gz'
+btx new my_btx.py --seed=tiny --tokenizer=my.model --domain bible=bible.txt --domain words=dict.txt
+btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch law=org/law-finetune
+""",
+)
+@click.argument("file", type=WHERE, help="the config file to write, such as my_btx.py")
+@text(
+    "--seed",
+    type=WHERE,
+    metavar="CHECKPOINT|SIZE",
+    help=f"what branches start from: {CHECKPOINT}; or a size, to train one from scratch",
+)
+@click.option(
+    "--domain",
+    "domains",
+    metavar="NAME=FILES",
+    multiple=True,
+    help=(
+        "a domain and its text: files or globs, comma-separated, each with #FIELD and :WEIGHT where"
+        " it has them; may be repeated"
+    ),
+)
+@text(
+    "--general",
+    metavar="FILES",
+    help="text like the seed's own: with it the seed is an expert too, and less is forgotten",
+)
+@click.option(
+    "--branch",
+    "branches",
+    metavar="NAME=CHECKPOINT",
+    multiple=True,
+    help="a finetune of the seed that is this domain's expert already; may be repeated",
+)
+@text("--tokenizer", type=WHERE, metavar="FILE", help="of a seed from scratch")
+@click.option(
+    "--method",
+    type=click.Choice(["btx", "ffn_only", "flexolmo"]),
+    default="btx",
+    help="branches train everything, their feed-forwards alone, or those beside an anchor",
+)
+@click.option(
+    "--compare",
+    type=click.Choice(["dense", "upcycling"]),
+    multiple=True,
+    help="also train this on as many tokens; may be repeated",
+)
+@click.option(
+    "--epochs", type=Number(min=0, min_open=True), metavar="N", default=1.0, help="of each branch"
+)
+@click.option("--tokens", type=COUNT, metavar="N", help="of each branch, instead of epochs")
+@click.option(
+    "--finetune-tokens", type=COUNT, metavar="N", help="of the mixture; by default a short branch's"
+)
+@click.option(
+    "--seed-tokens", type=COUNT, metavar="N", help="of a seed from scratch; by default all text"
+)
+def new(
+    file: str,
+    seed: str,
+    domains: tuple[str, ...],
+    general: str,
+    branches: tuple[str, ...],
+    tokenizer: str,
+    method: str,
+    compare: tuple[str, ...],
+    epochs: float,
+    tokens: int | None,
+    finetune_tokens: int | None,
+    seed_tokens: int | None,
+) -> None:
+    """A config file for your own seed and domains: train, mix, finetune, evaluate, export.
+
+    Reads and tokenises the text, once, and chooses the numbers by it. `btx plan FILE` tells what
+    the file takes, `btx run FILE` does all of it.
+    """
+    from btx_jax.commands.new import Wanted, run
+
+    mistakes = Mistakes()
+    found: dict[str, str] = {}
+    experts: dict[str, str] = {}
+    with mistakes.gather():
+        found = _pairs(domains, "--domain", "NAME=FILES")
+    with mistakes.gather():
+        experts = _pairs(branches, "--branch", "NAME=CHECKPOINT")
+    if not domains:
+        mistakes.add("--domain: none; name one for each of your domains, --domain NAME=FILES")
+    mistakes.tell()
+    wanted = Wanted(
+        seed,
+        found,
+        experts,
+        general,
+        tokenizer,
+        method,
+        compare,
+        tokens or 0,
+        finetune_tokens or 0,
+        seed_tokens or 0,
+        epochs,
+    )
+    terminal.say(run(to_path(file, "FILE"), wanted))
+
+
+def _pairs(words: Sequence[str], option: str, form: str) -> dict[str, str]:
+    """NAME=VALUE words -> them by name. Raises ConfigError with all that is wrong."""
+    mistakes, pairs = Mistakes(), dict[str, str]()
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            mistakes.add(f"{option}={word}: must be {form}")
+        elif name in pairs:
+            mistakes.add(f"{option}={word}: {name} is named twice")
+        pairs[name] = value
+    mistakes.tell()
+    return pairs

@@ -1,0 +1,280 @@
+"""New: a config file for a seed and domains of one's own, with numbers chosen by what is there."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from btx_jax import terminal
+from btx_jax.checkpoints.checkpoint import find_checkpoint
+from btx_jax.config.config import DataConfig
+from btx_jax.data.files import size_of
+from btx_jax.data.prepare import prepare, resolve_tokenizer
+from btx_jax.data.prepared import PreparedDomain, heldout_share, none_heldout
+from btx_jax.data.sources import expand_files, parse_sources
+from btx_jax.data.tokenizers import Tokenizer, find_tokenizer
+from btx_jax.errors import ConfigError, Mistakes
+from btx_jax.output import write_text
+from btx_jax.presets.project import (
+    COMPARISONS,
+    GENERAL,
+    METHODS,
+    NO_NAME,
+    TOO_FEW,
+    is_name,
+    schedule,
+)
+from btx_jax.presets.recipes import MODELS
+
+FEW_STEPS = 100  # in which a branch learns little
+UNEVEN = 10  # times the text of another domain
+MANY_EPOCHS = 4  # Muennighoff et al., 2023: up to here as good as new text
+MOST_HELDOUT = 0.3  # of a domain's documents
+# Bytes of all text, at least -> length of rows, held-out share: the less text, the more of it must
+# be measured on.
+SIZES = ((4e9, 4096, 0.001), (4e7, 1024, 0.01), (0, 512, 0.05))
+
+FILE = '''"""{count} domains from the seed {seed}, mixed.
+
+    btx plan {name}     what it takes, before anything is trained
+    btx run {name}      all of it; the same command resumes it
+    btx submit --pipeline={name} --backend=gke ...     its branches as jobs, side by side
+
+docs/your-domains.md tells of every field. What it makes can be changed on the command line, too:
+btx run {name} --config.pipeline.finetune.config.train.learning_rate=1e-5
+"""
+
+from btx_jax.presets.project import project
+
+
+def get_config():
+    return project(
+        seed={quoted},
+{fields}
+    )
+'''
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a person says of a new project. domains: name -> files, in data's notation. branches:
+    name -> its expert, where there is one. tokens: of every branch, 0 for `epochs` of its text."""
+
+    seed: str
+    domains: Mapping[str, str]
+    branches: Mapping[str, str]
+    general: str
+    tokenizer: str
+    method: str
+    compare: Sequence[str]
+    tokens: int
+    finetune_tokens: int
+    seed_tokens: int
+    epochs: float
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """All of them, the general one last."""
+        return dict(self.domains) | ({GENERAL: self.general} if self.general else {})
+
+
+def run(target: Path, wanted: Wanted) -> str:
+    """Writes the file. Returns what to say of it. Raises ConfigError with all that is wrong, and
+    then nothing is written."""
+    context, tokenizer = _start(target, wanted)
+    texts = wanted.texts
+    length, heldout = next(
+        (length, share) for least, length, share in SIZES if _bytes(texts) >= least
+    )
+    length = min(length, context)
+    prepared, heldout = _prepared(texts, tokenizer, length, heldout)
+    counted = {domain.name: _tokens(domain) for domain in prepared}
+    numbers = _numbers(wanted, counted)
+    for warning in _warnings(wanted, counted, numbers, length):
+        terminal.warn(warning)
+    write_text(target, _file(target, wanted, counted, numbers, length, heldout))
+    name = terminal.plain(str(target))
+    return (
+        f"wrote {name}: read it, change what you like, then\n"
+        f"  btx plan {name}   # what it takes, before anything is trained\n"
+        f"  btx run {name}    # all of it; the same command resumes it"
+    )
+
+
+def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
+    """(the seed's context, its tokenizer). Raises ConfigError."""
+    mistakes = Mistakes()
+    if target.exists():
+        mistakes.add(f"FILE: {target} is there already; choose another name, or delete it")
+    if len(wanted.texts) < 2:
+        mistakes.add(f"--domain: {TOO_FEW}")
+    for name in wanted.domains:
+        if not is_name(name):
+            mistakes.add(f"--domain {name}: {NO_NAME}")
+    for name, branch in wanted.branches.items():
+        with mistakes.gather():
+            find_checkpoint(branch, f"--branch {name}")
+        if name not in wanted.domains:
+            mistakes.add(
+                f"--branch={name}=...: no such domain; give its text, --domain {name}=FILES"
+            )
+    for name, text in wanted.texts.items():
+        option = "--general" if name == GENERAL else f"--domain {name}"
+        with mistakes.gather():
+            for source in parse_sources(text, option):
+                if ":" not in source.where:
+                    expand_files(source, option)
+    context, own = 0, None
+    with mistakes.gather():
+        if not wanted.seed:
+            raise ConfigError(
+                "--seed: missing; name a checkpoint (a directory, org/name of the Hub), or a size"
+                f" to train from scratch: {', '.join(MODELS)}"
+            )
+        if wanted.seed in MODELS:
+            context = MODELS[wanted.seed].context
+            if not wanted.tokenizer:
+                raise ConfigError(
+                    f"--tokenizer: missing, and --seed={wanted.seed} is trained from scratch; name"
+                    " a .model or tokenizer.json (`btx tokenizer FILES --out=my.model` trains one)"
+                )
+        else:
+            seed = find_checkpoint(wanted.seed, "--seed")
+            context, own = seed.metadata.model.context, find_tokenizer(seed.tokenizer)
+    mistakes.tell()
+    data = DataConfig("", tokenizer="" if own else wanted.tokenizer)
+    return context, resolve_tokenizer(data, own)
+
+
+def _bytes(texts: Mapping[str, str]) -> int:
+    """Of all files that have a size."""
+    sources = [source for text in texts.values() for source in parse_sources(text, "--domain")]
+    files = [expand_files(s) for s in sources if not s.where.startswith(("demo:", "tfds:"))]
+    return sum(size_of(file) for found in files for file in found)
+
+
+def _prepared(
+    texts: Mapping[str, str], tokenizer: Tokenizer, length: int, heldout: float
+) -> tuple[tuple[PreparedDomain, ...], float]:
+    """(all text, tokenised where `btx run` finds it; the share that is held out: this one, or what
+    gives every domain a held-out document). Raises ConfigError for a domain that cannot have
+    one."""
+    while True:
+        data = DataConfig(
+            ",".join(texts), domains=texts, sequence_length=length, heldout_fraction=heldout
+        )
+        prepared = prepare(data.train, data, tokenizer, "--domain")
+        bare = [d for d in prepared if not sum(s.rows("heldout") for s in d.sources)]
+        if not bare:
+            return prepared, heldout
+        needed = max(map(heldout_share, bare))
+        if not heldout < needed <= MOST_HELDOUT:
+            raise ConfigError(*(f"--domain: {none_heldout(domain)}" for domain in bare))
+        heldout = needed
+
+
+def _tokens(domain: PreparedDomain) -> int:
+    """That may be trained on."""
+    return sum(source.manifest["splits"]["train"]["tokens"] for source in domain.sources)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Tokens that each branch, the finetune and a seed from scratch train on."""
+
+    branches: Mapping[str, int]
+    finetune: int
+    seed: int
+
+
+def _numbers(wanted: Wanted, counted: Mapping[str, int]) -> _Numbers:
+    trained = [name for name in wanted.domains if name not in wanted.branches]
+    branches = {name: wanted.tokens or round(wanted.epochs * counted[name]) for name in trained}
+    lengths = branches.values() or [counted[name] for name in wanted.domains]
+    finetune = wanted.finetune_tokens or min(lengths)
+    seed = wanted.seed_tokens or sum(counted.values())
+    return _Numbers(branches, finetune, seed if wanted.seed in MODELS else 0)
+
+
+def _warnings(
+    wanted: Wanted, counted: Mapping[str, int], numbers: _Numbers, length: int
+) -> Iterator[str]:
+    for name, tokens in numbers.branches.items():
+        if (steps := schedule(tokens, length).steps) < FEW_STEPS:
+            yield (
+                f"{name}: its branch is {steps} steps on {tokens:,} tokens, in which it learns"
+                " little; give it more text, or more than one epoch"
+            )
+        if (epochs := tokens / counted[name]) > MANY_EPOCHS:
+            yield (
+                f"{name}: its branch reads its text {epochs:.1f} times; beyond {MANY_EPOCHS}, what"
+                " is read again teaches ever less"
+            )
+    longest, shortest = (
+        pick(numbers.branches.items(), key=lambda item: item[1], default=("", 1))
+        for pick in (max, min)
+    )
+    if longest[1] >= UNEVEN * shortest[1]:
+        yield (
+            f"{longest[0]}: its branch is {longest[1] / shortest[1]:.0f} times as long as that of"
+            f" {shortest[0]}, and all wait for it; set their tokens in the file, or --tokens"
+        )
+
+
+def _file(
+    target: Path,
+    wanted: Wanted,
+    counted: Mapping[str, int],
+    numbers: _Numbers,
+    length: int,
+    heldout: float,
+) -> str:
+    """Python, as a person would have written it."""
+    name, lines = target.name, []
+    if numbers.seed:
+        lines += [
+            f"seed_tokens={numbers.seed:_},  # from scratch, on all text below",
+            f"tokenizer={_quoted(wanted.tokenizer)},",
+        ]
+    lines.append("domains={")
+    for domain, text in wanted.domains.items():
+        lines.append(f"    {_quoted(domain)}: {{  # {counted[domain]:,} tokens to train on")
+        lines.append(f'        "text": {_quoted(text)},')
+        if branch := wanted.branches.get(domain):
+            lines.append(f'        "branch": {_quoted(branch)},  # instead of training one')
+        else:
+            tokens = numbers.branches[domain]
+            told = f"{tokens / counted[domain]:.3g} x its text"
+            lines.append(f'        "tokens": {tokens:_},  # {told}')
+        lines.append("    },")
+    lines.append("},")
+    if wanted.general:
+        lines.append("# Like the seed's own text: the seed is an expert of the mixture too.")
+        lines.append(f"general={_quoted(wanted.general)},")
+    compare = "".join(f"{_quoted(word)}, " for word in wanted.compare).rstrip()
+    lines += [
+        f"finetune_tokens={numbers.finetune:_},  # of the mixture, on all domains alike",
+        f"method={_quoted(wanted.method)},  # {', '.join(METHODS)}",
+        f"compare=({compare}),  # also trained, on as many tokens: {', '.join(COMPARISONS)}",
+        'tasks=(),  # test sets beside held-out loss, such as "arc_easy"',
+        "prompts=(),  # continued by every model, side by side in the report",
+        f"sequence_length={length},",
+        f"heldout_fraction={heldout:g},  # of all documents: measured on, never trained on",
+        f'dtype={_quoted(_dtype())},  # "bfloat16" on TPUs and GPUs',
+    ]
+    indented = "\n".join(f"        {line}" for line in lines)
+    return FILE.format(
+        count=len(wanted.domains), seed=wanted.seed, name=name, quoted=_quoted(wanted.seed),
+        fields=indented,
+    )  # fmt: skip
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _dtype() -> str:
+    """Of matmuls, as this machine is fastest at them."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"

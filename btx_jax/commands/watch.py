@@ -1,0 +1,84 @@
+"""Watch: a page on this machine that shows a run while it runs."""
+
+import contextlib
+import http.server
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from btx_jax import environment
+from btx_jax.errors import UserError
+from btx_jax.reporting.live import Page
+from btx_jax.terminal import say
+
+HOST = "127.0.0.1"  # seen by this machine alone
+LOCAL = (HOST, "localhost", "[::1]")
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def serving(
+    workdir: Path, host: str, port: int, seconds: float
+) -> Iterator[http.server.ThreadingHTTPServer]:
+    """A server of the page; it answers while its `serve_forever` runs. Nothing can be changed
+    through it. Raises UserError for a directory that is not there, and for a port that is taken."""
+    environment.require("report", "btx watch")
+    if not workdir.is_dir():
+        raise UserError(f"RUN: {workdir} is no directory; name that of a run or a pipeline")
+    page = Page(workdir)
+    # A page elsewhere could otherwise read this one under a name of its own.
+    names = {host, *LOCAL} if host in LOCAL else None
+
+    pages = {
+        "/": lambda: page.whole(seconds),
+        "/body": page.body,
+        "/report": lambda: page.report.read_text(encoding="utf-8"),
+    }
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
+            if names and name not in names:
+                self.send_error(403)
+            elif make := pages.get(self.path):
+                try:
+                    text = make()
+                except (UserError, OSError) as error:  # read while it is written, or not there yet
+                    self.send_error(404 if isinstance(error, FileNotFoundError) else 503)
+                    log.debug("%s: %s", self.path, error)
+                else:
+                    self._answer(text)
+            else:
+                self.send_error(404)
+
+        def _answer(self, text: str) -> None:
+            data = text.encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            log.debug(format, *args)
+
+    try:
+        server = http.server.ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise UserError(
+            f"--port={port}: cannot listen at {host} ({error.strerror}); choose another, 0 for any"
+        ) from error
+    with server:
+        yield server
+
+
+def run(workdir: Path, host: str, port: int, seconds: float) -> None:
+    """Until it is interrupted."""
+    with serving(workdir, host, port, seconds) as server:
+        say(f"http://{host}:{server.server_port}/ shows {workdir}; Ctrl-C ends it")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()

@@ -1,0 +1,337 @@
+"""Plan: what a pipeline takes, stage by stage, before anything of it is trained."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from btx_jax.checkpoints.checkpoint import find_checkpoint
+from btx_jax.config.config import Config
+from btx_jax.config.model_config import ModelConfig
+from btx_jax.costs.model import train_flops
+from btx_jax.data.prepare import already_prepared, resolve_tokenizer
+from btx_jax.data.tokenizers import Tokenizer
+from btx_jax.errors import ConfigError, UserError
+from btx_jax.models.llama import leaf_counts, parameter_counts
+from btx_jax.planning.steps import Step, Steps
+from btx_jax.progress import bar
+from btx_jax.stages.mix import mixed_model
+from btx_jax.stages.pipeline import in_order, resolve
+from btx_jax.training.optimizer import is_trained
+from btx_jax.training.probe import is_probed
+from btx_jax.training.start import SCRATCH, starting_model
+
+BYTES = 4  # of a parameter, and of each of AdamW's two moments of it
+ONE_STAGE = "run"  # what a config that is no pipeline is called
+
+
+@dataclass(frozen=True)
+class Read:
+    """A source of text, as one stage reads it. there: its tokens to train on, None where it is not
+    tokenised yet. read: that the stage reads of it."""
+
+    domain: str
+    where: str
+    there: int | None
+    read: float
+
+    @property
+    def epochs(self) -> float | None:
+        return self.read / self.there if self.there else None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one takes. tokens, steps, flops: of training; flops as `costs.model.train_flops` counts
+    them. memory: of each device, bytes, None where nothing was compiled. seconds: of wall time;
+    stepping: of it, in training steps. storage: bytes that it leaves, at most."""
+
+    name: str
+    kind: str
+    needs: tuple[str, ...]
+    tokens: int = 0
+    steps: int = 0
+    flops: float = 0.0
+    memory: float | None = None
+    fits: bool = True
+    seconds: float = 0.0
+    stepping: float = 0.0
+    storage: float = 0.0
+    reads: tuple[Read, ...] = ()
+
+
+@dataclass(frozen=True)
+class Otherwise:
+    """A way to spend the tokens of all branches and the finetune. seconds: of training steps, where
+    branches run side by side; chip_seconds: of all of them, by one machine."""
+
+    name: str
+    tokens: int
+    flops: float
+    seconds: float
+    chip_seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """stages: in the order in which they run. chips: of every stage's machines."""
+
+    stages: tuple[Stage, ...]
+    chips: int
+    otherwise: tuple[Otherwise, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """One stage after another."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def critical(self) -> list[Stage]:
+        """The stages that one must wait for where each runs as soon as its needs have finished."""
+        ends: dict[str, tuple[float, list[Stage]]] = {}
+        for stage in self.stages:
+            before = max(
+                (ends[need] for need in stage.needs), key=lambda e: e[0], default=(0.0, [])
+            )
+            ends[stage.name] = before[0] + stage.seconds, [*before[1], stage]
+        return max(ends.values(), key=lambda end: end[0])[1]
+
+
+def plan(config: Config, workdir: Path, steps: Steps, chips: int) -> Plan:
+    """steps: what a step takes. Raises ConfigError, UserError."""
+    stages = _resolved(config, workdir)
+    models = _models(stages, workdir)
+    tokenizers = _tokenizers(stages, workdir)
+    known: dict[object, Step] = {}
+    trained = [name for name, stage in stages.items() if stage.train and name in models]
+    for name in bar(trained, desc="timing steps", unit="run", leave=False):
+        key = _program(stages[name], models[name])
+        if key not in known:
+            known[key] = steps(stages[name], models[name])
+    rates = {
+        models[name]: known[_program(stages[name], models[name])].heldout_seconds
+        / _length(stages[name])
+        for name in trained
+    }
+    needs = {n: stage.needs for n, stage in (config.pipeline or {}).items()}
+    compiled: set[object] = set()
+    made = []
+    for name, stage in stages.items():
+        told = Stage(name, stage.stage, needs.get(name, ()))
+        if name in trained:
+            step = known[_program(stage, models[name])]
+            told = _trained(told, stage, models[name], step, stage.train in compiled, tokenizers)
+            compiled.add(stage.train)
+        elif stage.stage == "mix" and name in models:
+            told = _mixed(told, stage, models[name], rates)
+        elif stage.evaluate:
+            told = dataclasses.replace(
+                told, seconds=_evaluated(stage, stages, models, workdir, rates)
+            )
+        elif stage.export and (source := _stage_at(stage.export.model, workdir)) in models:
+            told = dataclasses.replace(told, storage=_parameters(models[source]) * BYTES)
+        made.append(told)
+    return Plan(tuple(made), chips, tuple(_otherwise(stages, models, made, workdir)))
+
+
+def _resolved(config: Config, workdir: Path) -> dict[str, Config]:
+    """The stages in the order in which they run."""
+    if config.pipeline is None:
+        if config.train is None:
+            raise ConfigError(f"config.stage={config.stage!r}: trains nothing; plan a pipeline")
+        return {ONE_STAGE: config}
+    return {
+        name: resolve(name, config.pipeline[name], config, workdir)
+        for name in in_order(config.pipeline)
+    }
+
+
+def _stage_at(path: str, workdir: Path) -> str:
+    """The stage that leaves its checkpoint there, "" for none."""
+    return Path(path).name if path and Path(path).parent == workdir else ""
+
+
+def _models(stages: Mapping[str, Config], workdir: Path) -> dict[str, ModelConfig]:
+    """Of every stage that leaves one. LoRA experts are not mixed here, and what starts from their
+    mixture is left out."""
+    models: dict[str, ModelConfig] = {}
+
+    def held(path: str, key: str) -> ModelConfig | None:
+        stage = _stage_at(path, workdir)
+        return models.get(stage) if stage in stages else find_checkpoint(path, key).metadata.model
+
+    for name, stage in stages.items():
+        key = f"config.pipeline.{name}.config"
+        if stage.train:
+            before = None if stage.init == SCRATCH else held(stage.init, f"{key}.init")
+            if before or stage.init == SCRATCH:
+                models[name] = starting_model(stage, before)
+        elif stage.mix:
+            first = held(stage.mix.experts[0], f"{key}.mix.experts")
+            if first and not first.lora:
+                models[name] = mixed_model(first, stage.mix)
+    return models
+
+
+def _tokenizers(stages: Mapping[str, Config], workdir: Path) -> dict[str, Tokenizer | None]:
+    """Of every stage with text; None where it is made by a stage that has not run."""
+    found: dict[str, Tokenizer | None] = {}
+    for name, stage in stages.items():
+        if not stage.data:
+            continue
+        before = _stage_at(stage.init, workdir)
+        if not stage.data.tokenizer and before in found:
+            found[name] = found[before]
+            continue
+        try:
+            own = None
+            if stage.init not in ("", SCRATCH) and before not in stages:
+                own = find_checkpoint(stage.init, "config.init").tokenizer
+            found[name] = resolve_tokenizer(stage.data, own)
+        except UserError:
+            found[name] = None
+    return found
+
+
+def _program(stage: Config, model: ModelConfig) -> object:
+    """What decides how long a step takes."""
+    assert stage.train
+    train = dataclasses.replace(
+        stage.train, steps=1, learning_rate=0.0, warmup_steps=0, eval_every=0, mixing_probe=False
+    )
+    return model, stage.compute, train, _length(stage), stage.mesh
+
+
+def _length(stage: Config) -> int:
+    assert stage.data
+    return stage.data.sequence_length
+
+
+def _trained(
+    told: Stage,
+    stage: Config,
+    model: ModelConfig,
+    step: Step,
+    is_compiled: bool,
+    tokenizers: Mapping[str, Tokenizer | None],
+) -> Stage:
+    train, length = stage.train, _length(stage)
+    assert train and stage.data
+
+    def trains(path: tuple[str, ...]) -> bool:
+        return is_trained(path, train.frozen)
+
+    tokens = train.steps * train.batch_size * length
+    flops = train_flops(model, tokens, trains)
+    reads = tuple(_reads(stage, tokens, tokenizers.get(told.name)))
+    measured = 0.0
+    if train.eval_every:
+        domains = (stage.data.heldout or stage.data.train).count(",") + 1
+        times = 1 + math.ceil(train.steps / train.eval_every)
+        passes = 2 * times - 1 if is_probed(model, train) else times
+        measured = passes * domains * train.eval_rows * step.heldout_seconds
+    compiling = 0.0 if is_compiled else step.compile_seconds
+    return dataclasses.replace(
+        told,
+        tokens=tokens,
+        steps=train.steps,
+        flops=flops,
+        memory=step.memory or None,
+        fits=step.fits,
+        seconds=train.steps * step.seconds + measured + compiling,
+        stepping=train.steps * step.seconds,
+        storage=_checkpoints(stage, model),
+        reads=reads,
+    )
+
+
+def _reads(stage: Config, tokens: int, tokenizer: Tokenizer | None) -> Iterator[Read]:
+    assert stage.data
+    found = already_prepared(stage.data.train, stage.data, tokenizer, "config.data.train")
+    whole = sum(domain.weight for domain, _ in found)
+    for domain, manifests in found:
+        parts = sum(source.weight for source in domain.sources)
+        for source, manifest in zip(domain.sources, manifests, strict=True):
+            share = domain.weight / whole * source.weight / parts
+            there = manifest["splits"]["train"]["tokens"] if manifest else None
+            yield Read(domain.name, source.where, there, tokens * share)
+
+
+def _checkpoints(stage: Config, model: ModelConfig) -> float:
+    """Bytes of all that a run keeps, at most: its newest checkpoints and its best one."""
+    assert stage.train and stage.checkpoint
+    own = trained = 0
+    for path, (count, _) in leaf_counts(model).items():
+        is_own = is_trained(path, stage.train.frozen)
+        trained += count * is_own
+        own += count * (is_own or stage.train.frozen not in ("base", "shared"))
+    saved = math.ceil(stage.train.steps / stage.checkpoint.every)
+    kept = min(saved, stage.checkpoint.keep + bool(stage.checkpoint.best))
+    return kept * BYTES * (own + 2 * trained)
+
+
+def _parameters(model: ModelConfig) -> int:
+    return parameter_counts(model)[0]
+
+
+def _mixed(
+    told: Stage, stage: Config, model: ModelConfig, rates: Mapping[ModelConfig, float]
+) -> Stage:
+    """What is solved reads each expert's text twice, with the expert and with the mixture."""
+    assert stage.mix
+    rate = min(rates.values(), default=0.0)
+    tokens = stage.mix.tokens * len(stage.mix.experts) if stage.mix.text else 0
+    return dataclasses.replace(told, seconds=2 * tokens * rate, storage=_parameters(model) * BYTES)
+
+
+def _evaluated(
+    stage: Config,
+    stages: Mapping[str, Config],
+    models: Mapping[str, ModelConfig],
+    workdir: Path,
+    rates: Mapping[ModelConfig, float],
+) -> float:
+    """Seconds of held-out losses; test sets are not counted."""
+    assert stage.evaluate and stage.data
+    domains = (stage.data.heldout or stage.data.train).count(",") + 1
+    tokens = stage.evaluate.rows * domains * _length(stage)
+    measured = [_stage_at(path, workdir) for path in stage.evaluate.models.values()]
+    dense = min(rates.values(), default=0.0)
+    found = (models.get(name) for name in measured)
+    return tokens * sum(rates.get(model, dense) if model else dense for model in found)
+
+
+def _otherwise(
+    stages: Mapping[str, Config],
+    models: Mapping[str, ModelConfig],
+    made: list[Stage],
+    workdir: Path,
+) -> Iterator[Otherwise]:
+    """Of a pipeline with branches, a mix and a finetune of it."""
+    told = {stage.name: stage for stage in made}
+    for name, stage in stages.items():
+        if not stage.mix or stage.mix.copies > 1:
+            continue
+        branches = [_stage_at(path, workdir) for path in stage.mix.experts]
+        branches = [branch for branch in branches if branch in told and stages[branch].train]
+        branches = [branch for branch in branches if stages[branch].init != SCRATCH]
+        tuned = next(
+            (n for n, s in stages.items() if s.train and _stage_at(s.init, workdir) == name), ""
+        )
+        if not branches or tuned not in told:
+            continue
+        parts = [told[n] for n in (*branches, tuned)]
+        tokens, flops = sum(s.tokens for s in parts), sum(s.flops for s in parts)
+        longest = max(told[n].stepping for n in branches) + told[tuned].stepping
+        yield Otherwise(
+            "this: branches, mixture", tokens, flops, longest, sum(s.stepping for s in parts)
+        )
+        for other, like in (("dense training", branches[0]), ("sparse upcycling", tuned)):
+            model = models[like]
+            if like != tuned:
+                model = dataclasses.replace(model, moe=None)
+            cost = train_flops(model, tokens)
+            seconds = cost * told[like].stepping / told[like].flops
+            yield Otherwise(other, tokens, cost, seconds, seconds)
+        return

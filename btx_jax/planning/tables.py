@@ -1,0 +1,141 @@
+"""A plan as tables for a terminal, and as JSON."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from btx_jax.planning.plan import Plan, Stage
+from btx_jax.terminal import duration, plain
+
+MANY_EPOCHS = 4  # Muennighoff et al., 2023: up to here nearly as good as new text
+
+
+def tables(plan: Plan, price: float) -> list[Table]:
+    """price: of a chip for an hour, 0 where nobody asked."""
+    read = [_text(plan)] if any(stage.reads for stage in plan.stages) else []
+    return [_stages(plan, price), *read, *([_otherwise(plan)] if plan.otherwise else [])]
+
+
+def warnings(plan: Plan) -> Iterator[str]:
+    for stage in plan.stages:
+        if not stage.fits:
+            yield (
+                f"{stage.name}: does not fit; `btx compile` names the cheapest change that helps"
+            )
+        for read in stage.reads:
+            if read.epochs is None:
+                yield (
+                    f"{stage.name}: {read.where} is not tokenised yet, so that its epochs are not"
+                    " known; the prepare stage does it, or `btx run`"
+                )
+            elif read.epochs > MANY_EPOCHS:
+                yield (
+                    f"{stage.name}: reads {read.where} {read.epochs:.1f} times; beyond"
+                    f" {MANY_EPOCHS}, what is read again teaches ever less"
+                )
+
+
+def as_json(plan: Plan, price: float) -> dict[str, Any]:
+    return {
+        "stages": [dataclasses.asdict(stage) for stage in plan.stages],
+        "otherwise": [dataclasses.asdict(other) for other in plan.otherwise],
+        "chips": plan.chips,
+        "seconds": plan.seconds,
+        "critical_seconds": sum(stage.seconds for stage in plan.critical),
+        "critical": [stage.name for stage in plan.critical],
+        "cost": _hours(plan.seconds) * plan.chips * price,
+    }
+
+
+def _stages(plan: Plan, price: float) -> Table:
+    columns = ["stage", "tokens", "steps", "FLOPs", "memory", "time", "chip-hours", "storage"]
+    if price:
+        columns.append("cost")
+    made = Table(title="what each stage takes", show_footer=True)
+    critical = sum(stage.seconds for stage in plan.critical)
+    totals = {
+        "stage": f"in all; side by side {duration(critical)}",
+        "tokens": f"{sum(stage.tokens for stage in plan.stages):,}",
+        "FLOPs": f"{sum(stage.flops for stage in plan.stages):.2g}",
+        "time": duration(plan.seconds),
+        "chip-hours": f"{_hours(plan.seconds) * plan.chips:.2f}",
+        "storage": size(sum(stage.storage for stage in plan.stages)),
+        "cost": f"{_hours(plan.seconds) * plan.chips * price:,.2f}",
+    }
+    for i, column in enumerate(columns):
+        made.add_column(
+            column,
+            footer=totals.get(column, ""),
+            justify="right" if i else "left",
+            overflow="fold",
+        )
+    waited = {stage.name for stage in plan.critical}
+    for stage in plan.stages:
+        cells = _cells(stage, plan.chips)
+        if price:
+            cells.append(f"{_hours(stage.seconds) * plan.chips * price:,.2f}")
+        name = Text(plain(stage.name), "bold" if stage.name in waited else "")
+        made.add_row(name, *cells)
+    return made
+
+
+def _cells(stage: Stage, chips: int) -> list[str]:
+    trains = bool(stage.steps)
+    return [
+        f"{stage.tokens:,}" if trains else "",
+        f"{stage.steps:,}" if trains else "",
+        f"{stage.flops:.2g}" if trains else "",
+        size(stage.memory) if stage.memory else "",
+        duration(stage.seconds) if stage.seconds else "",
+        f"{_hours(stage.seconds) * chips:.2f}" if stage.seconds else "",
+        size(stage.storage) if stage.storage else "",
+    ]
+
+
+def _text(plan: Plan) -> Table:
+    made = Table(title="what is read of each text")
+    for i, column in enumerate(("stage", "domain", "text", "tokens there", "read", "epochs")):
+        made.add_column(column, justify="right" if i > 2 else "left", overflow="fold")
+    for stage in plan.stages:
+        for i, read in enumerate(stage.reads):
+            epochs = "?" if read.epochs is None else f"{read.epochs:.2f}"
+            made.add_row(
+                Text(plain(stage.name) if not i else ""),
+                Text(plain(read.domain)),
+                Text(plain(read.where)),
+                "?" if read.there is None else f"{read.there:,}",
+                f"{read.read:,.0f}",
+                Text(epochs, "bold" if (read.epochs or 0) > MANY_EPOCHS else ""),
+            )
+    return made
+
+
+def _otherwise(plan: Plan) -> Table:
+    made = Table(title="the same tokens, spent otherwise")
+    for i, column in enumerate(("", "tokens", "FLOPs", "time", "chip-hours")):
+        made.add_column(column, justify="right" if i else "left", overflow="fold")
+    for other in plan.otherwise:
+        chips = _hours(other.chip_seconds) * plan.chips
+        made.add_row(
+            other.name,
+            f"{other.tokens:,}",
+            f"{other.flops:.2g}",
+            duration(other.seconds),
+            f"{chips:.2f}",
+        )
+    return made
+
+
+def _hours(seconds: float) -> float:
+    return seconds / 3600
+
+
+def size(count: float) -> str:
+    """Bytes, in powers of 1024."""
+    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.2f} {name}"
+    return f"{count / 1024:.0f} KiB"

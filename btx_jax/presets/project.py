@@ -1,0 +1,384 @@
+"""A seed and domains of one's own, from text to a mixture and its report. `btx new` writes files
+that call `project`; docs/your-domains.md tells of every field."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from btx_jax.checkpoints.checkpoint import find_checkpoint
+from btx_jax.config.config import (
+    DTYPES,
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    Dtype,
+    EvaluateConfig,
+    ExportConfig,
+    MeshConfig,
+    MixConfig,
+    PipelineStage,
+    ReportConfig,
+    TrainConfig,
+)
+from btx_jax.config.merges import REGMEAN
+from btx_jax.config.model_config import ModelConfig
+from btx_jax.config.ridge import RIDGE
+from btx_jax.config.schema import Choice, Range, Section, Share, from_dict, rule
+from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.hub import TOKENIZER, resolve
+from btx_jax.models.llama import parameter_counts
+from btx_jax.presets.experiments import mixed_text
+from btx_jax.presets.recipes import MODELS, TASKS
+
+GENERAL, SEED = "general", "seed"
+# What branches see of the general text, in percent, as in the paper, so that they forget less.
+GENERAL_SHARE = 5
+STEPS = 1000  # that a run is cut into, where these are of a sensible size
+ROWS, STEP_TOKENS = 8, 2**22  # of a step, at least and at most (the paper's)
+MICRO_TOKENS = 2**16  # of a micro-batch, at most
+# Of a domain, at each evaluation within a run and at the end: as many rows as a share of the tokens
+# that are trained on fills, within bounds.
+RUNNING, FINAL = (0.01, 4, 32), (0.1, 16, 128)
+SMALL = 2e7  # parameters of a model whose activations fit anywhere
+COMPARISONS = DENSE, UPCYCLING = "dense", "upcycling"
+
+Tokens = Annotated[int, Range(0, 10**14)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method's branches (of their train section), its mix and its finetune have of their
+    own. is_exact: its branches leave alone what the mixture shares."""
+
+    branch: Mapping[str, Any]
+    mix: Mapping[str, Any]
+    finetune: Mapping[str, Any]
+    is_exact: bool = False
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the seed is in the mixture as every branch's anchor; routers then have biases,
+        for which Hugging Face's classes have no place."""
+        return bool(self.branch.get("anchor"))
+
+
+METHODS = {
+    "btx": Method({"mixing_probe": True}, {"merge": REGMEAN, "router": RIDGE}, {}),
+    "ffn_only": Method({"frozen": "shared"}, {"router": RIDGE}, {}, is_exact=True),
+    "flexolmo": Method(
+        {"frozen": "shared", "anchor": True, "balance_weight": 0.0, "z_loss_weight": 1e-3},
+        {},
+        {"frozen": "all_but_routers"},
+        is_exact=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Domain(Section):
+    """text: in data's notation: files, globs, hf://datasets/..., comma-separated, each with
+    #FIELD and :WEIGHT where it has them. tokens: that its branch trains on. branch: instead, a
+    checkpoint that is its expert already, trained from the same seed. share: of the finetune's
+    text, beside the others' and 1 of the general text."""
+
+    text: str
+    tokens: Tokens = 0
+    branch: str = ""
+    share: Annotated[float, Range(0, 1e6, above=True)] = 1.0
+
+    @rule
+    def _is_trained_or_there(self) -> Iterator[str]:
+        if self.tokens and self.branch:
+            yield f"tokens={self.tokens}: the domain has a branch already; leave one of them out"
+        if not self.tokens and not self.branch:
+            yield "tokens: missing; how many the branch trains on, or name a trained one as branch"
+
+
+@dataclass(frozen=True)
+class Project(Section):
+    """seed: a checkpoint; or one of the sizes in presets' MODELS, trained from scratch on
+    seed_tokens of all text, with this tokenizer.
+
+    general: text like the seed's own. With it the seed is an expert too, and branches see a little.
+    finetune_tokens: that the mixture trains on.
+    method: btx, whose branches train everything and are merged in closed form; ffn_only, whose
+        branches train their feed-forwards alone, and mix exactly; flexolmo, whose branches train
+        beside the seed as their anchor, and of whose mixture the routers alone are finetuned.
+    compare: what is trained beside, on as many tokens of the same text: dense, upcycling.
+    tasks: test sets, as `btx evaluate --tasks` knows them. prompts: continued by every model, for
+        the report.
+    """
+
+    seed: str
+    domains: Mapping[str, Domain]
+    finetune_tokens: Annotated[int, Range(1, 10**14)]
+    general: str = ""
+    seed_tokens: Tokens = 0
+    tokenizer: str = ""
+    method: Annotated[str, Choice(tuple(METHODS))] = "btx"
+    compare: tuple[Annotated[str, Choice(COMPARISONS)], ...] = ()
+    tasks: tuple[Annotated[str, Choice(tuple(TASKS))], ...] = ()
+    prompts: tuple[str, ...] = ()
+    sequence_length: Annotated[int, Range(2, 2**24)] = 512
+    heldout_fraction: Share = 0.01
+    dtype: Dtype = DTYPES[1]
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return self.seed in MODELS
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Domain -> its text, in the order of the experts."""
+        texts = {name: domain.text for name, domain in self.domains.items()}
+        return texts | ({GENERAL: self.general} if self.general else {})
+
+    @rule
+    def _has_a_seed(self) -> Iterator[str]:
+        if not self.seed:
+            yield (
+                "seed: missing; name a checkpoint (a directory, org/name of the Hub), or a size to"
+                f" train from scratch: {', '.join(MODELS)}"
+            )
+        elif self.seed not in MODELS:
+            for key in ("tokenizer", "seed_tokens"):
+                if value := getattr(self, key):
+                    yield f"{key}={value!r}: the seed is there already; leave it out"
+            return
+        if self.seed and not self.tokenizer:
+            yield (
+                f"tokenizer: missing, and seed={self.seed!r} is trained from scratch; name a .model"
+                " or tokenizer.json (`btx tokenizer FILES --out=my.model` trains one)"
+            )
+        if self.seed and not self.seed_tokens:
+            yield f"seed_tokens: missing, and seed={self.seed!r} is trained from scratch"
+
+    @rule
+    def _has_experts(self) -> Iterator[str]:
+        if len(self.domains) + bool(self.general) < 2:
+            yield f"domains: {TOO_FEW}"
+        for name in self.domains:
+            if not is_name(name):
+                yield f"domains.{name[:80]}: {NO_NAME}"
+
+    @rule
+    def _has_branches_of_its_method(self) -> Iterator[str]:
+        for name, domain in self.domains.items():
+            if domain.branch and METHODS[self.method].is_exact:
+                yield (
+                    f"domains.{name}.branch: with method={self.method!r} branches leave alone what"
+                    " the mixture shares, and this one was trained elsewhere; use method='btx'"
+                )
+
+
+TOO_FEW = "fewer than two and no general text: there is nothing to mix"
+NO_NAME = (
+    f"no name for a domain; letters, digits, _ and - alone, and neither {GENERAL!r} nor {SEED!r}"
+)
+
+
+def is_name(word: str) -> bool:
+    """Whether a domain may be called so: stages and files are, after it."""
+    return bool(re.fullmatch(r"[A-Za-z0-9_-]{1,80}", word)) and word not in (GENERAL, SEED)
+
+
+def project(**fields: Any) -> Config:
+    """A pipeline: text, branches, mix, finetune, evaluation, Hugging Face export, report. fields:
+    of `Project`, domains as dictionaries. Raises ConfigError with all that is wrong with them."""
+    made = from_dict(Project, fields, "project")
+    scratch = _from_scratch(made) if made.is_from_scratch else None
+    held = scratch or find_checkpoint(made.seed, "project.seed").metadata.model
+    return _Stages(made, held).all()
+
+
+def _from_scratch(project: Project) -> ModelConfig:
+    """The model of this size, with a row for each of the tokenizer's ids."""
+    found = load_tokenizer(resolve(project.tokenizer, "project.tokenizer", TOKENIZER))
+    return dataclasses.replace(MODELS[project.seed], vocab_size=found.vocab_size)
+
+
+def schedule(tokens: int, length: int, **changes: Any) -> TrainConfig:
+    """Of a run on so many tokens in rows of this length: some thousand steps, as long as they are
+    neither tiny nor larger than the paper's. Its rate is what suits the model it starts from."""
+    rows = 2 ** round(math.log2(max(tokens / STEPS / length, 1)))
+    rows = max(min(rows, STEP_TOKENS // length), ROWS)
+    steps = max(round(tokens / (rows * length)), 1)
+    return TrainConfig(
+        steps,
+        batch_size=rows,
+        accumulate=max(rows * length // MICRO_TOKENS, 1),
+        learning_rate=0.0,
+        warmup_steps=min(steps // 10, 100),
+        eval_every=max(min(steps // 4, 1000), 1),
+        eval_rows=measured_rows(tokens, length, RUNNING),
+        **changes,
+    )
+
+
+def measured_rows(tokens: int, length: int, bounds: tuple[float, int, int]) -> int:
+    share, least, most = bounds
+    return min(max(round(share * tokens / length), least), most)
+
+
+@dataclass
+class _Stages:
+    """The stages of a project, as they are added. model: the seed's."""
+
+    project: Project
+    model: ModelConfig
+    stages: dict[str, PipelineStage] = field(default_factory=dict)
+
+    def all(self) -> Config:
+        project, method = self.project, METHODS[self.project.method]
+        seed = f"@{SEED}" if project.is_from_scratch else project.seed
+        start = "" if project.is_from_scratch else seed
+        self.add("prepare", Config("prepare", init=start, data=self.data))
+        if project.is_from_scratch:
+            config = self.training(self.mixed, project.seed_tokens, "scratch")
+            self.add(SEED, dataclasses.replace(config, model=self.model))
+        experts = {
+            name: domain.branch or self.branch(name, seed)
+            for name, domain in project.domains.items()
+        }
+        sources = (*experts.values(), *([seed] if self.has_generalist else []))
+        mix: dict[str, Any] = {"k": min(2, len(sources)), **method.mix}
+        if method.mix:
+            mix["text"] = tuple(project.texts)[: len(sources)]
+        self.add(
+            "mix",
+            Config(
+                "mix",
+                mix=MixConfig(sources, **mix),
+                data=self.data if method.mix else None,
+                mesh=MeshConfig(),
+            ),
+        )
+        finetune = self.training(self.mixed, project.finetune_tokens, "@mix", **method.finetune)
+        self.add("finetune", finetune)
+        models = {
+            SEED: seed,
+            **{f"expert_{name}": source for name, source in experts.items()},
+            **self.comparisons(seed, len(sources)),
+            "mixture_untuned": "@mix",
+            "mixture": "@finetune",
+        }
+        self.evaluate(models)
+        if not method.has_anchor:
+            self.add("export", Config("export", export=ExportConfig("@finetune")))
+        runs = {name: f"@{name}" for name in self.stages}
+        self.add("report", Config("report", report=ReportConfig("@evaluate", runs)))
+        return Config("pipeline", pipeline=self.stages)
+
+    def add(self, name: str, config: Config) -> str:
+        """A stage that needs all that its config names. Returns its `@NAME`."""
+        needs = [word[1:] for word in _words(config) if word.startswith("@")]
+        if config.data and config.stage != "prepare":
+            needs.insert(0, "prepare")
+        self.stages[name] = PipelineStage(config, tuple(dict.fromkeys(needs)))
+        return f"@{name}"
+
+    @property
+    def has_generalist(self) -> bool:
+        """Whether the seed is an expert of its own."""
+        return bool(self.project.general) and not METHODS[self.project.method].has_anchor
+
+    @property
+    def data(self) -> DataConfig:
+        project = self.project
+        return DataConfig(
+            ",".join(project.texts),
+            domains=project.texts,
+            tokenizer=project.tokenizer,
+            sequence_length=project.sequence_length,
+            heldout_fraction=project.heldout_fraction,
+        )
+
+    @property
+    def compute(self) -> ComputeConfig:
+        is_small = parameter_counts(self.model)[0] < SMALL
+        return ComputeConfig(self.project.dtype, remat="none" if is_small else "full")
+
+    @property
+    def mixed(self) -> str:
+        """The text of the finetune, and of a seed from scratch."""
+        shares = {name: domain.share for name, domain in self.project.domains.items()}
+        return mixed_text(shares | ({GENERAL: 1.0} if self.project.general else {}))
+
+    def text_of(self, name: str) -> str:
+        """Of a domain's branch."""
+        if not self.project.general:
+            return name
+        return f"{name}:{100 - GENERAL_SHARE},{GENERAL}:{GENERAL_SHARE}"
+
+    def training(self, text: str, tokens: int, init: str, **changes: Any) -> Config:
+        train = schedule(tokens, self.project.sequence_length, **changes)
+        return Config(
+            "train",
+            init=init,
+            compute=self.compute,
+            train=train,
+            data=dataclasses.replace(self.data, train=text, heldout=self.data.train),
+            mesh=MeshConfig(),
+            checkpoint=CheckpointConfig(every=train.eval_every),
+        )
+
+    def branch(self, name: str, seed: str) -> str:
+        changes = METHODS[self.project.method].branch
+        tokens = self.project.domains[name].tokens
+        return self.add(
+            f"expert_{name}", self.training(self.text_of(name), tokens, seed, **changes)
+        )
+
+    def comparisons(self, seed: str, experts: int) -> dict[str, str]:
+        """Name -> model. Each sees what all branches that are trained here and the finetune see."""
+        project, made = self.project, {}
+        seen = {self.text_of(name): d.tokens for name, d in project.domains.items() if d.tokens}
+        seen[self.mixed] = seen.get(self.mixed, 0) + project.finetune_tokens
+        text = mixed_text({name: float(tokens) for name, tokens in seen.items()})
+        tokens = sum(seen.values())
+        if DENSE in project.compare:
+            made[DENSE] = self.add(DENSE, self.training(text, tokens, seed))
+        if UPCYCLING in project.compare:
+            copies = MixConfig((seed,), copies=experts)
+            start = self.add("copies", Config("mix", mix=copies, mesh=MeshConfig()))
+            made[UPCYCLING] = self.add(UPCYCLING, self.training(text, tokens, start))
+        return made
+
+    def evaluate(self, models: dict[str, str]) -> None:
+        evaluate = EvaluateConfig(
+            models,
+            SEED,
+            tuple(f"expert_{name}" for name in self.project.domains),
+            "mixture",
+            tasks={name: TASKS[name] for name in self.project.tasks},
+            prompts=self.project.prompts,
+            prompt_tokens=min(64, self.model.context // 2),
+            rows=measured_rows(self.project.finetune_tokens, self.project.sequence_length, FINAL),
+        )
+        self.add(
+            "evaluate",
+            Config(
+                "evaluate",
+                evaluate=evaluate,
+                data=self.data,
+                compute=self.compute,
+                mesh=MeshConfig(),
+            ),
+        )
+
+
+def _words(config: Config) -> Iterator[str]:
+    """All that a stage reads from others."""
+    yield config.init
+    if config.mix:
+        yield from config.mix.experts
+    if config.evaluate:
+        yield from config.evaluate.models.values()
+    if config.export:
+        yield config.export.model
+    if config.report:
+        yield from config.report.runs.values()

@@ -1,0 +1,148 @@
+"""`btx new`: from text to a config file that runs, and what newcomers get wrong on the way."""
+
+import dataclasses
+import json
+
+import pytest
+
+from btx_jax import stages
+from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
+from btx_jax.cli.program import run as btx
+from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.presets.config_file import read_config
+from tests.conftest import sentences
+from tests.stages.test_evaluate import DENSE, checkpoint
+
+
+@pytest.fixture
+def here(tmp_path, tokenizer_file, monkeypatch):
+    """An empty folder with a seed and text of three domains."""
+    monkeypatch.chdir(tmp_path)
+    model = dataclasses.replace(DENSE, vocab_size=load_tokenizer(tokenizer_file).vocab_size)
+    checkpoint(tmp_path / "seed", model, 1, load_tokenizer(tokenizer_file))
+    for number, name in enumerate(("law", "tales", "web")):
+        text = "".join(
+            json.dumps({"text": text}) + "\n" for text in sentences(150, seed=number + 1)
+        )
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "my.model").write_bytes(tokenizer_file.read_bytes())
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+def new(*words):
+    btx(["new", "my_btx.py", *words])
+
+
+SEED = "--seed=seed"
+LAW, TALES, WEB = "--domain=law=law.jsonl", "--domain=tales=tales.jsonl", "--general=web.jsonl"
+
+
+def test_what_it_writes_runs_to_a_report(here, capsys):
+    new(SEED, LAW, TALES, WEB, "--compare=dense")
+    assert "btx run my_btx.py" in capsys.readouterr().out
+    made = read_config("my_btx.py", [], "CONFIG")
+    stages.run(made, here / "runs")
+    results = json.loads((here / "runs/evaluate/results.json").read_text())
+    assert set(results["models"]) == {
+        *("seed", "expert_law", "expert_tales", "dense", "mixture_untuned", "mixture")
+    }
+    assert (here / "runs/report.html").stat().st_size > 10_000
+    exported = find_checkpoint(here / "runs/export/model")
+    assert exported.is_huggingface
+    trained = load_params(find_checkpoint(here / "runs/finetune"))
+    assert digest(load_params(exported)) == digest(trained)
+
+
+def test_its_numbers_are_those_of_the_text(here):
+    new(SEED, LAW, TALES, "--epochs=2")
+    made = read_config("my_btx.py", [], "CONFIG")
+    assert made.pipeline
+    config = made.pipeline["expert_law"].config
+    assert config.train and config.data
+    prepared = made.pipeline["prepare"].config
+    stages.run(prepared, here / "prepared")
+    done = json.loads((here / "prepared/done.json").read_text())
+    [law] = done["domains"]["law"]
+    # Tokenised once: what `btx new` counted is what is trained on.
+    step = config.train.batch_size * config.data.sequence_length
+    tokens = law["splits"]["train"]["tokens"]
+    assert f"{2 * tokens:_}," in (here / "my_btx.py").read_text()
+    assert abs(config.train.steps * step - 2 * tokens) <= step / 2
+    assert law["splits"]["heldout"]["documents"]
+
+
+def test_a_domain_of_few_documents_has_one_held_out(here):
+    few = here / "few.jsonl"
+    few.write_text("".join(json.dumps({"text": t * 20}) + "\n" for t in sentences(7, seed=9)))
+    new(SEED, LAW, "--domain=few=few.jsonl")
+    made = read_config("my_btx.py", [], "CONFIG")
+    assert made.pipeline and made.pipeline["evaluate"].config.data
+    assert made.pipeline["evaluate"].config.data.heldout_fraction > 0.05
+    stages.run(made.pipeline["prepare"].config, here / "prepared")
+    done = json.loads((here / "prepared/done.json").read_text())
+    assert all(d[0]["splits"]["heldout"]["documents"] for d in done["domains"].values())
+
+
+def test_a_seed_from_scratch(here):
+    new("--seed=tiny", "--tokenizer=my.model", LAW, TALES)
+    made = read_config("my_btx.py", [], "CONFIG")
+    assert made.pipeline and made.pipeline["seed"].config.model
+    assert made.pipeline["seed"].config.model.vocab_size == 320
+
+
+MISTAKES = {
+    "no seed": ([LAW, TALES], "--seed: missing; name a checkpoint"),
+    "no tokenizer": (["--seed=tiny", LAW, TALES], "--tokenizer: missing, and --seed=tiny is"),
+    "a seed that is not there": (["--seed=sed", LAW, TALES], "sed does not exist"),
+    "a tokenizer that is not there": (
+        ["--seed=tiny", "--tokenizer=other.model", LAW, TALES],
+        "other.model",
+    ),
+    "no domain": ([SEED], "--domain: none; name one for each"),
+    "a domain without a name": ([SEED, "--domain=law.jsonl"], "must be NAME=FILES"),
+    "a domain twice": ([SEED, LAW, LAW], "law is named twice"),
+    "a path that is not there": ([SEED, LAW, "--domain=x=nowhere/*.txt"], "no file matches"),
+    "a folder": ([SEED, LAW, "--domain=x=folder"], "is a directory; name its files"),
+    "an empty file": ([SEED, LAW, "--domain=x=empty.jsonl"], "gives no document to train on"),
+    "a field that is not there": ([SEED, LAW, "--domain=x=tales.jsonl#body"], "body"),
+    "one domain alone": ([SEED, LAW], "--domain: fewer than two and no general text"),
+    "a name that is taken": (
+        [SEED, LAW, "--domain=general=tales.jsonl"],
+        "--domain general: no name",
+    ),
+    "a branch without its text": ([SEED, LAW, TALES, "--branch=x=seed"], "--branch=x=...: no such"),
+    "a branch that is not there": (
+        [SEED, LAW, TALES, "--branch=law=nowhere"],
+        "nowhere does not exist",
+    ),
+    "a method that does not exist": ([SEED, LAW, TALES, "--method=moe"], "'moe' is not one of"),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), MISTAKES.values(), ids=MISTAKES)
+def test_what_newcomers_get_wrong_is_one_line(here, capsys, words, told):
+    with pytest.raises(SystemExit) as stopped:
+        new(*words)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert told in lines[-1]
+    assert not (here / "my_btx.py").exists()
+
+
+def test_a_file_that_is_there_is_kept(here, capsys):
+    (here / "my_btx.py").write_text("mine")
+    with pytest.raises(SystemExit):
+        new(SEED, LAW, TALES)
+    assert "my_btx.py is there already" in capsys.readouterr().err
+    assert (here / "my_btx.py").read_text() == "mine"
+
+
+def test_uneven_and_short_branches_are_warned_of(here, capsys):
+    text = "".join(json.dumps({"text": t}) + "\n" for t in sentences(2000, seed=5))
+    (here / "tales.jsonl").write_text(text)
+    new(SEED, LAW, TALES)
+    told = capsys.readouterr().err
+    assert "tales: its branch is 1" in told and "times as long as that of law" in told
+    assert "law: its branch is" in told and "in which it learns little" in told

@@ -1,0 +1,188 @@
+"""A plan beside what then happened."""
+
+import dataclasses
+import json
+
+import pytest
+
+from btx_jax import stages
+from btx_jax.checkpoints.checkpoint import find_checkpoint
+from btx_jax.cli.program import run as btx
+from btx_jax.config.config import Config
+from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.planning.plan import Plan, Read, Stage, plan
+from btx_jax.planning.steps import Step, on_this_machine
+from btx_jax.planning.tables import as_json, size, warnings
+from btx_jax.presets.project import METHODS, project
+from btx_jax.presets.registry import PRESETS
+from tests.conftest import sentences
+from tests.stages.test_evaluate import DENSE, checkpoint
+
+FAST = Step(seconds=2.0, compile_seconds=10.0, heldout_seconds=0.5, memory=1e6)
+
+
+def fixed(config, model):
+    return FAST
+
+
+@pytest.fixture
+def home(tmp_path, tokenizer_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = dataclasses.replace(DENSE, vocab_size=load_tokenizer(tokenizer_file).vocab_size)
+    checkpoint(tmp_path / "seed", model, 1, load_tokenizer(tokenizer_file))
+    for number, name in enumerate(("a", "b", "c")):
+        lines = (json.dumps({"text": text}) + "\n" for text in sentences(80, seed=number))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def made(method="btx", **changes):
+    domains = {name: {"text": f"{name}.jsonl", "tokens": 2_000} for name in ("a", "b")}
+    fields = {"finetune_tokens": 1_500, "general": "c.jsonl", "sequence_length": 32}
+    given = fields | {"dtype": "float32", "heldout_fraction": 0.2, "method": method} | changes
+    return project(seed="seed", domains=domains, **given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_flops_and_storage_are_what_they_will_be(home, method):
+    config = made(method, compare=["dense"])
+    told = plan(config, home / "run", fixed, 1)
+    stages.run(config, home / "run")
+    trained = [stage for stage in told.stages if stage.steps]
+    assert {stage.name for stage in trained} == {"expert_a", "expert_b", "finetune", "dense"}
+    for stage in trained:
+        history = find_checkpoint(home / "run" / stage.name).metadata.history
+        own = [run for run in history.values() if run][-1]
+        assert (stage.tokens, stage.flops) == (own.tokens, pytest.approx(own.flops)), stage.name
+        folder = home / "run" / stage.name / "checkpoints"
+        left = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        # Compressed, and the best step may be among the newest.
+        assert 0.4 * stage.storage < left < 1.5 * stage.storage + 2**20, stage.name
+
+
+def test_epochs_are_told_once_text_is_tokenised(home):
+    config = made()
+    before = plan(config, home / "run", fixed, 1)
+    assert all(read.epochs is None for stage in before.stages for read in stage.reads)
+    assert any("a.jsonl is not tokenised yet" in told for told in warnings(before))
+    assert config.pipeline
+    stages.run(config.pipeline["prepare"].config, home / "prepared")
+    done = json.loads((home / "prepared/done.json").read_text())
+    there = done["domains"]["a"][0]["splits"]["train"]["tokens"]
+    stage = next(s for s in plan(config, home / "run", fixed, 1).stages if s.name == "expert_a")
+    read = {read.domain: read for read in stage.reads}
+    assert read["a"].there == there and read["a"].read == pytest.approx(0.95 * stage.tokens)
+    assert read["a"].epochs == pytest.approx(0.95 * stage.tokens / there)
+
+
+def test_every_program_is_asked_for_once(home):
+    asked = []
+
+    def steps(config, model):
+        asked.append(model.moe)
+        return FAST
+
+    plan(made(), home / "run", steps, 1)
+    assert len(asked) == 2  # branches are one program, the mixture another
+
+
+def test_time_is_steps_and_compiling_and_measuring(home):
+    config = made()
+    stage = next(s for s in plan(config, home / "run", fixed, 1).stages if s.name == "finetune")
+    assert config.pipeline
+    train = config.pipeline["finetune"].config.train
+    evaluations = 1 + -(-train.steps // train.eval_every)
+    wanted = 2.0 * train.steps + 10.0 + evaluations * 3 * train.eval_rows * 0.5
+    assert stage.seconds == pytest.approx(wanted)
+    assert stage.stepping == 2.0 * train.steps
+
+
+def test_one_waits_for_the_longest_way():
+    told = Plan(
+        (
+            Stage("seed", "train", (), seconds=5),
+            Stage("a", "train", ("seed",), seconds=7),
+            Stage("b", "train", ("seed",), seconds=3),
+            Stage("mix", "mix", ("a", "b"), seconds=1),
+            Stage("alone", "train", (), seconds=9),
+        ),
+        4,
+    )
+    assert [stage.name for stage in told.critical] == ["seed", "a", "mix"]
+    found = as_json(told, price=3.6)
+    assert found["critical_seconds"] == 13 and found["seconds"] == 25
+    assert found["cost"] == pytest.approx(25 * 4 * 3.6 / 3600)
+
+
+def test_many_epochs_and_what_does_not_fit_are_warned_of():
+    read = Read("law", "law.txt", 1_000, 4_500.0)
+    told = list(warnings(Plan((Stage("a", "train", (), fits=False, reads=(read,)),), 1)))
+    assert told == [
+        "a: does not fit; `btx compile` names the cheapest change that helps",
+        "a: reads law.txt 4.5 times; beyond 4, what is read again teaches ever less",
+    ]
+
+
+def test_dense_training_and_upcycling_of_the_same_tokens(home):
+    told = plan(made(), home / "run", fixed, 1)
+    ours, dense, upcycled = told.otherwise
+    assert ours.tokens == dense.tokens == upcycled.tokens
+    assert dense.flops < ours.flops < upcycled.flops
+    assert ours.seconds < ours.chip_seconds
+
+
+def test_a_step_is_timed_here(home):
+    config = made()
+    assert config.pipeline
+    model = find_checkpoint("seed").metadata.model
+    stage = dataclasses.replace(config.pipeline["expert_a"].config, init="seed")
+    step = on_this_machine(stage, model)
+    assert 0 < step.heldout_seconds < step.seconds and step.compile_seconds > 0
+    assert step.memory > 12 * 1000 and step.fits
+
+
+def test_the_command(home, capsys, monkeypatch):
+    monkeypatch.setattr("btx_jax.planning.steps.on_this_machine", fixed)
+    (home / "my.py").write_text(
+        "from tests.planning.test_plan import made\n\n\ndef get_config():\n    return made()\n"
+    )
+    btx(["plan", "my.py", "--price=2", "--json=plan.json"])
+    out, err = capsys.readouterr()
+    assert "expert_a" in out and "sparse upcycling" in out and "cost" in out
+    assert "not tokenised yet" in err
+    written = json.loads((home / "plan.json").read_text())
+    assert next(stage["name"] for stage in written["stages"]) == "prepare"
+    assert not (home / "runs" / "my").exists()
+
+
+@pytest.mark.parametrize("name", ["demo", "bar:tiny", "comparison:tiny,all", "seed:tiny"])
+def test_presets_can_be_planned(home, name):
+    preset, _, argument = name.partition(":")
+    config = PRESETS[preset].make(*([argument] if argument else []))
+    assert isinstance(config, Config)
+    monkey = plan(_without_text(config), home / "run", fixed, 1)
+    assert all(stage.flops for stage in monkey.stages if stage.steps)
+    assert any(stage.steps for stage in monkey.stages)
+
+
+def _without_text(config):
+    """With text of the test's, so that no demo corpus is made."""
+    domains = dict.fromkeys(("math", "code", "world", "prose"), "a.jsonl")
+
+    def other(stage):
+        if not stage.data:
+            return stage
+        data = dataclasses.replace(stage.data, domains=domains, tokenizer="")
+        return dataclasses.replace(stage, data=data)
+
+    if config.pipeline is None:
+        return other(config)
+    changed = {
+        name: dataclasses.replace(stage, config=other(stage.config))
+        for name, stage in config.pipeline.items()
+    }
+    return dataclasses.replace(config, pipeline=changed)
+
+
+def test_sizes_are_in_powers_of_1024():
+    assert [size(x) for x in (512, 3 * 2**20, 5 * 2**30)] == ["0 KiB", "3.00 MiB", "5.00 GiB"]

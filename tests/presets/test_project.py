@@ -1,0 +1,174 @@
+"""The pipeline of one's own domains: what stages it has and what they read."""
+
+import dataclasses
+import json
+
+import pytest
+
+from btx_jax.config.config import Config
+from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.errors import ConfigError
+from btx_jax.presets import project as projects
+from btx_jax.presets.project import COMPARISONS, METHODS, STEP_TOKENS, project, schedule
+from btx_jax.stages.pipeline import check_stages, in_order, resolve
+from tests.conftest import sentences
+from tests.stages.test_evaluate import DENSE, checkpoint
+
+TOKENS = {"a": 4_000, "b": 8_000}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tokenizer_file):
+    home = tmp_path_factory.mktemp("project")
+    model = dataclasses.replace(DENSE, vocab_size=load_tokenizer(tokenizer_file).vocab_size)
+    checkpoint(home / "seed", model, 1, load_tokenizer(tokenizer_file))
+    for number, name in enumerate((*TOKENS, "general")):
+        lines = (json.dumps({"text": text}) + "\n" for text in sentences(60, seed=number))
+        (home / f"{name}.jsonl").write_text("".join(lines))
+    return home
+
+
+@pytest.fixture
+def fields(home):
+    return {
+        "seed": str(home / "seed"),
+        "domains": {
+            name: {"text": str(home / f"{name}.jsonl"), "tokens": tokens}
+            for name, tokens in TOKENS.items()
+        },
+        "finetune_tokens": 2_000,
+        "sequence_length": 32,
+    }
+
+
+def stages_of(config: Config):
+    assert config.pipeline
+    return {name: stage.config for name, stage in config.pipeline.items()}
+
+
+def tokens_of(config: Config):
+    assert config.train and config.data
+    return config.train.steps * config.train.batch_size * config.data.sequence_length
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("general", [False, True])
+def test_every_method_makes_a_pipeline_that_is_right(fields, home, tmp_path, method, general):
+    if general:
+        fields["general"] = str(home / "general.jsonl")
+    made = project(**fields, method=method)
+    assert made.pipeline
+    check_stages(
+        made,
+        {n: resolve(n, made.pipeline[n], made, tmp_path) for n in in_order(made.pipeline)},
+        tmp_path,
+    )
+    configs = stages_of(made)
+    has_generalist = general and method != "flexolmo"
+    experts = ["@expert_a", "@expert_b", *([fields["seed"]] if has_generalist else [])]
+    assert list(configs["mix"].mix.experts) == experts
+    if METHODS[method].mix:
+        assert configs["mix"].mix.text == ("a", "b", "general")[: len(experts)]
+    assert ("export" in configs) == (method != "flexolmo")
+    assert configs["expert_a"].data.train == ("a:95,general:5" if general else "a")
+    assert set(configs["evaluate"].evaluate.models) == {
+        *("seed", "expert_a", "expert_b", "mixture_untuned", "mixture")
+    }
+    for name, stage in made.pipeline.items():
+        assert set(stage.needs) <= set(configs), name
+
+
+def test_runs_are_as_long_as_they_were_asked_to_be(fields):
+    configs = stages_of(project(**fields, compare=list(COMPARISONS)))
+    wanted = {"expert_a": 4_000, "expert_b": 8_000, "finetune": 2_000}
+    wanted |= dict.fromkeys(COMPARISONS, sum(wanted.values()))
+    for name, tokens in wanted.items():
+        step = configs[name].train.batch_size * 32
+        assert abs(tokens_of(configs[name]) - tokens) <= step / 2, name
+    shares = dict(word.split(":") for word in configs["dense"].data.train.split(","))
+    assert float(shares["b"]) == pytest.approx(100 * (8_000 + 1_000) / 14_000, abs=0.01)
+
+
+@pytest.mark.parametrize("length", [32, 512, 4096])
+@pytest.mark.parametrize("tokens", [1e4, 3e6, 1e9, 2e11])
+def test_steps_are_of_a_sensible_size(tokens, length):
+    train = schedule(int(tokens), length)
+    step = train.batch_size * length
+    assert step <= max(STEP_TOKENS, 8 * length)
+    assert train.batch_size % train.accumulate == 0
+    assert abs(train.steps * step - tokens) <= step / 2 or train.steps == 1
+    assert train.steps >= 500 or train.batch_size == 8
+    assert train.steps <= 2000 or step == STEP_TOKENS
+    # What is measured on the way costs little beside what is trained, but for the shortest runs.
+    measured = train.steps / train.eval_every * train.eval_rows * length
+    assert measured <= 0.05 * tokens or train.eval_rows == 4
+
+
+def test_a_branch_that_is_there_is_not_trained(fields, home):
+    fields["domains"]["b"] = {"text": str(home / "b.jsonl"), "branch": str(home / "seed")}
+    configs = stages_of(project(**fields, compare=["dense"]))
+    assert "expert_b" not in configs
+    assert configs["mix"].mix.experts == ("@expert_a", str(home / "seed"))
+    assert configs["evaluate"].evaluate.models["expert_b"] == str(home / "seed")
+    assert abs(tokens_of(configs["dense"]) - 6_000) <= 128
+
+
+def test_a_seed_from_scratch_has_the_table_of_its_tokenizer(fields, tokenizer_file):
+    fields |= {"seed": "tiny", "seed_tokens": 9_000, "tokenizer": str(tokenizer_file)}
+    made = project(**fields)
+    configs = stages_of(made)
+    assert configs["seed"].init == "scratch" and configs["seed"].model.vocab_size == 320
+    assert configs["seed"].data.train == "a:50.00,b:50.00"
+    assert configs["expert_a"].init == "@seed" and "seed" in made.pipeline["expert_a"].needs
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": ""}, "project.seed: missing; name a checkpoint"),
+        ({"seed": "tiny"}, "project.tokenizer: missing, and seed='tiny' is trained from scratch"),
+        ({"tokenizer": "x.model"}, "project.tokenizer='x.model': the seed is there already"),
+        ({"domains": {}}, "project.domains: fewer than two"),
+        ({"domains": {"a b": {"text": "x"}}}, "project.domains.a b.tokens: missing"),
+        ({"method": "btm"}, "project.method='btm': did you mean 'btx'?"),
+        ({"compare": ["dens"]}, "project.compare='dens': did you mean 'dense'?"),
+        ({"finetune_token": 3}, "project.finetune_token: unknown key; did you mean"),
+        ({"finetune_tokens": 0}, "project.finetune_tokens=0: must"),
+        ({"heldout_fraction": 1.0}, "project.heldout_fraction=1.0: must lie in [0, 1)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_told_by_its_key(fields, changes, told):
+    with pytest.raises(ConfigError) as error:
+        project(**fields | changes)
+    assert told in str(error.value)
+
+
+def test_all_that_is_wrong_is_told_at_once(fields, home):
+    fields["domains"]["general"] = {"text": "x", "tokens": 3, "branch": str(home / "seed")}
+    with pytest.raises(ConfigError) as error:
+        project(**fields | {"seed": "", "method": "flexolmo"})
+    told = str(error.value)
+    assert "project.seed: missing" in told
+    assert "project.domains.general.tokens=3: the domain has a branch already" in told
+
+
+def test_a_foreign_branch_does_not_mix_exactly(fields, home):
+    fields["domains"]["b"] = {"text": "x", "branch": str(home / "seed")}
+    with pytest.raises(ConfigError, match=r"domains\.b\.branch: with method='ffn_only'"):
+        project(**fields, method="ffn_only")
+
+
+def test_domains_have_names_of_files(fields):
+    fields["domains"] = {"seed": {"text": "x", "tokens": 3}, "../b": {"text": "x", "tokens": 3}}
+    with pytest.raises(ConfigError) as error:
+        project(**fields)
+    assert str(error.value).count("no name for a domain") == 2
+
+
+def test_methods_and_comparisons_are_those_of_the_command_line():
+    from btx_jax.cli.new import new
+
+    options = {option.name: option for option in new.params}
+    assert list(options["method"].type.choices) == list(METHODS)
+    assert list(options["compare"].type.choices) == list(projects.COMPARISONS)
