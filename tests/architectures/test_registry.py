@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -300,3 +301,33 @@ def test_a_window_in_some_layers_is_written_as_it_was_read(kind):
     other = dataclasses.replace(model, window_layers=(0,))
     held = [not known_families()[name].lacks(other) for name in ("mistral", "qwen2", "phi3")]
     assert held == [not biases, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "fixed", "open_"),
+    [
+        ("granitemoe_swa", "sinks", -1e30, 0.5),
+        ("ernie_moe", "e_score_correction_bias", 0.0, 0.01),
+    ],
+)
+def test_a_constant_is_known_in_every_dtype_and_another_value_is_refused(
+    name, kind, fixed, open_, tmp_path
+):
+    shutil.copytree(goldens.FOLDER / name, tmp_path / name)
+    tensors = goldens.tensors(tmp_path / name)
+    keys = [key for key in tensors if key.endswith(kind)]
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+        for key in keys:
+            with np.errstate(over="ignore"):
+                tensors[key] = np.full(tensors[key].shape, fixed, np.float32).astype(dtype)
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        open_reader(find_checkpoint(tmp_path / name))
+    # What bfloat16 made of it, in float32.
+    tensors |= {key: tensors[key].astype(ml_dtypes.bfloat16).astype(np.float32) for key in keys}
+    save_file(tensors, tmp_path / name / "model.safetensors")
+    open_reader(find_checkpoint(tmp_path / name))
+    tensors[keys[-1]][..., 0] = open_
+    save_file(tensors, tmp_path / name / "model.safetensors")
+    with pytest.raises(UserError, match=rf"{kind} is not \S+ everywhere") as refused:
+        open_reader(find_checkpoint(tmp_path / name))
+    assert "\n" not in str(refused.value)
