@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from btx_jax.architectures.folding import folded
 from btx_jax.config.model_config import ModelConfig
 
 ATTENTION_MAPS, FEED_FORWARD_MAPS = ("q", "k", "v", "o"), ("gate", "up", "down")
@@ -32,12 +33,13 @@ def tensor(name: str, *parts: str, stacked: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor of every layer that this model has not: with this number in it everywhere the class
-    computes as if it had none either. Stored in float32."""
+    """A tensor of every layer, or of those with experts, that this model has not: with this number
+    in it everywhere the class computes as if it had none either. Stored in float32."""
 
     name: str
     value: float
     shape: Callable[[ModelConfig], tuple[int, ...]]
+    of_experts: bool = False
 
 
 OUTSIDE = (
@@ -126,8 +128,9 @@ class MoEKeys:
     shared_d_ff: the shared expert's; shared_count: how many of d_ff it is instead, none_shared
     where there is none. has_shared_gate: whether the shared expert stands behind a sigmoid gate;
     needs_shared: whether there must be one. dense_list, step, dense_first: keys that say which
-    layers stay dense. renormalises_one: whether the gate of a token's only expert can be one,
-    too. shares_one: whether there always is a shared expert as wide as the others.
+    layers stay dense; last: which is the last one with experts, -1 or it. renormalises_one: whether
+    the gate of a token's only expert can be one, too. shares_one: whether there always is a shared
+    expert as wide as the others.
     """
 
     experts: tuple[str, ...]
@@ -141,6 +144,7 @@ class MoEKeys:
     dense_list: str = ""
     step: str = ""
     dense_first: str = ""
+    last: str = ""
     renormalises_one: bool = True
     shares_one: bool = False
     none_shared: int | None = None
@@ -180,19 +184,22 @@ class Family:
     "switched" where `use_sliding_window` says so. window_layers: which layers then have it, unless
     `layer_types` says: "all", whatever that says; all, "typed"; those "from" `max_window_layers`;
     the "even" ones below it; those that do not rotate, "nope"; or, "spaced", all but the last (the
-    first, where full_first) of every full_every, a number that full_every_key may say. local_theta:
-    RoPE's base in layers with a window, which then have a rotary embedding of their own, without
-    scaling; local_theta_key: where older releases look for it. nope: the key that says, layer by
-    layer, whether it rotates, else the last of as many as nope_every_key says does not;
-    nope_thetas: whether it gives its base. partial_rotary: whether it can rotate a part of each
-    head. scalings: of RoPE, those that it has. grows_queries: whether it has RopeScaling's
-    query_growth. moe: the keys of a mixture. home: the model_type of the class that holds a mixture
-    of it, "" for none that is known. fixed: keys that change what is computed -> the values that
-    this model is. usual: keys that are written besides. since: the first release of transformers
-    that has it, "" for code of its own. fallback: its place among the families that are tried for a
-    model that no other one holds; 0 for none. whole_heads: whether the width must be a multiple of
-    the heads; own_head_dim: whether heads may be of a size that does not follow from it.
-    peft_default: the modules that peft adapts where a LoRA's config names none, () where it must.
+    first, where full_first) of every full_every, a number that full_every_key may say.
+    full_rotates: whether layers without a window rotate where others have one. local_theta: RoPE's
+    base in layers with a window, which then have a rotary embedding of their own, without scaling;
+    local_theta_key: where older releases look for it. nope: the key that says, layer by layer,
+    whether it rotates, else the last of as many as nope_every_key says does not; nope_thetas:
+    whether it gives its base. rotary: the share of each head that it rotates unless config.json
+    says; 0 where it can but rotate all of it. scalings: of RoPE, those that it has. grows_queries:
+    whether it has RopeScaling's query_growth. moe: the keys of a mixture. home: the model_type of
+    the class that holds a mixture of it, "" for none that is known. fixed: keys that change what is
+    computed -> the values that this model is. usual: keys that are written besides. since: the
+    first release of transformers that has it, "" for code of its own; head_dim_since,
+    scaling_since: the first that reads heads of a size of their own, and scaled RoPE, where others
+    would read another model. fallback: its place among the families that are tried for a model that
+    no other one holds; 0 for none. whole_heads: whether the width must be a multiple of the heads;
+    own_head_dim: whether heads may be of a size that does not follow from it. peft_default: the
+    modules that peft adapts where a LoRA's config names none, () where it must.
     """
 
     model_type: str
@@ -214,12 +221,13 @@ class Family:
     full_every: int = 0
     full_every_key: str = ""
     full_first: bool = False
+    full_rotates: bool = True
     local_theta: float = 0.0
     local_theta_key: str = ""
     nope: str = ""
     nope_every_key: str = ""
     nope_thetas: bool = False
-    partial_rotary: bool = False
+    rotary: float = 0.0
     grows_queries: bool = False
     scalings: tuple[str, ...] = ALL_SCALINGS
     moe: MoEKeys | None = None
@@ -227,6 +235,8 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     usual: Mapping[str, Any] = field(default_factory=dict)
     since: str = "4.42.0"
+    head_dim_since: str = "4.43.0"
+    scaling_since: str = ""
     fallback: int = 0
     whole_heads: bool = False
     own_head_dim: bool = True
@@ -255,11 +265,13 @@ class Family:
             told.append(f"a window in layers {', '.join(map(str, model.window_layers))} alone")
         if model.window_theta and not self.local_theta:
             told.append(f"a RoPE base of {model.window_theta:g} in layers with a window alone")
-        if model.nope_layers and not self.nope:
+        if self.full_rotates and model.nope_layers and not self.nope:
             told.append(f"layers without RoPE ({', '.join(map(str, model.nope_layers))})")
+        if not self.full_rotates and model.window and not _rotates_in_windows(model):
+            told.append("other layers without RoPE than those without a window")
         if model.rope_scaling.query_growth and not self.grows_queries:
             told.append("queries that grow with their position")
-        if model.rotary != 1 and not self.partial_rotary:
+        if model.rotary != 1 and not self.rotary:
             told.append(f"heads of which {model.rotary:g} rotates")
         if model.rope_scaling.kind not in self.scalings:
             told.append(f"RoPE scaling {model.rope_scaling.kind}")
@@ -276,7 +288,9 @@ class Family:
     def _lacks_of_maths(self, model: ModelConfig) -> Iterator[str]:
         for name, told in _FIXED.items():
             value = getattr(model, name)
-            if value != self.maths.get(name, _USUAL[name]):
+            if value != self.maths.get(name, _USUAL[name]) and not (
+                name == "norm" and self.folds_norms_of(model)
+            ):
                 yield told(value)
         if model.activation not in self.activations.values():
             yield f"the activation {model.activation}"
@@ -287,6 +301,11 @@ class Family:
                 usual = model.d_model**0.5
             if value != usual and name not in held:
                 yield f"{name}={value:g}"
+
+    def folds_norms_of(self, model: ModelConfig) -> bool:
+        """Whether it holds a mixture with LayerNorms as one with RMSNorms (folding.py)."""
+        usual = self.maths.get("norm", _USUAL["norm"]) == "rms" and not model.qk_norm
+        return usual and self.moe is not None and (model.norm, model.norms) == ("layer", "before")
 
     def _has_window_in(self, model: ModelConfig) -> bool:
         """Whether it can say which of the model's layers have a window."""
@@ -331,8 +350,8 @@ class Family:
         return told
 
     def filled(self, model: ModelConfig) -> ModelConfig:
-        """The model with what this class cannot leave out, which zeros fill without changing what
-        is computed: biases, a shared expert."""
+        """The model with what this class cannot leave out, without changing what is computed:
+        biases and a shared expert of zeros, norms with scales of ones."""
         biases = tuple(dict.fromkeys((*model.biases, *self.always_biased())))
         moe = model.moe
         keys = self.moe
@@ -340,4 +359,11 @@ class Family:
             width = moe.d_ff or model.d_ff
             width = width if keys.shares_one else min(SHARED_OF_ZEROS, width)
             moe = dataclasses.replace(moe, shared_d_ff=width, shared_gate=keys.has_shared_gate)
+        model = folded(model) if self.folds_norms_of(model) else model
         return dataclasses.replace(model, biases=biases, moe=moe)
+
+
+def _rotates_in_windows(model: ModelConfig) -> bool:
+    """Whether the layers with a window rotate, and no others."""
+    specs = model.layer_specs()
+    return all(bool(spec.window) == bool(spec.rope_theta) for spec in specs)

@@ -63,7 +63,8 @@ def constants(family: Family, model: ModelConfig) -> dict[str, np.ndarray]:
     return {
         f"model.layers.{layer}.{item.name}": np.full(item.shape(model), item.value, np.float32)
         for item in family.constants
-        for layer in range(model.layers)
+        for layer, spec in enumerate(model.layer_specs())
+        if spec.experts or not item.of_experts
     }
 
 

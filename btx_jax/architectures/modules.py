@@ -54,5 +54,7 @@ def modules(family: Family, model: ModelConfig) -> dict[str, tuple[int, tuple[st
 
 
 def families_with(module: str) -> list[str]:
-    """The model_types whose layers have such a module with targets in it."""
-    return [name for name, family in known_families().items() if module in modules_of_layer(family)]
+    """The model_types whose layers have such a module with targets in it, the best known first."""
+    found = [family for family in known_families().values() if module in modules_of_layer(family)]
+    found.sort(key=lambda family: family.fallback or len(found))
+    return [family.model_type for family in found]

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from btx_jax import buckets, hub
+from btx_jax.architectures.folding import folded, folding
 from btx_jax.architectures.layout import rows
 from btx_jax.architectures.tensors import Reader, Slot, TensorId, slots
 from btx_jax.architectures.values import cast, is_finite
@@ -456,8 +457,10 @@ def write_checkpoint(
     """
     own, places = slots(model), slots(model)
     if as_huggingface:
-        family, model = written_as(model, huggingface)
-        places = slots(model)
+        family, written = written_as(model, huggingface)
+        if written.norm != model.norm:
+            make_tensor, own = folding(make_tensor, model), slots(folded(model))
+        model, places = written, slots(written)
         usual = max(dtypes.values(), key=list(dtypes.values()).count)
         dtypes = {tensor: dtypes.get(tensor, usual) for tensor in places}
         # What a file keeps in one piece must come together.

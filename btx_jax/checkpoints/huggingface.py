@@ -255,7 +255,8 @@ def _unlike(found: _Stored, wanted: np.ndarray) -> list[str]:
     if found.dtype not in READABLE or found.shape != wanted.shape:
         return [f"{found.name} is {found.dtype} {found.shape}, not {wanted.shape}"]
     array = found.read()
-    if np.array_equal(array, wanted.astype(array.dtype)):
+    held = wanted.astype(array.dtype).astype(np.float32)
+    if np.allclose(array.astype(np.float32), held, rtol=2**-8, atol=0):  # as bfloat16 rounds it
         return []
     return [f"{found.name} is not {wanted.flat[0]:g} everywhere: such a layer is not supported"]
 
@@ -415,11 +416,12 @@ class HuggingFaceWriter:
         self._constants = constants(family, model)
         files |= {name: (array.shape, array.dtype) for name, array in self._constants.items()}
         self._shards = ShardWriter(directory, files, shard_bytes, metadata)
-        if family.model_type == "mixtral" and (needed_transformers(model, family) >= "5"):
+        if family.scaling_since and needed_transformers(model, family) == family.scaling_since:
             log.warning(
-                "a Mixtral with RoPE scaling needs transformers %s or newer; older ones refuse it,"
+                "a %s with RoPE scaling needs transformers %s or newer; older ones refuse it,"
                 " because some would leave the scaling out without a word",
-                needed_transformers(model, family),
+                family.model_class,
+                family.scaling_since,
             )
 
     def write(self, tensor: TensorId, array: np.ndarray) -> None:

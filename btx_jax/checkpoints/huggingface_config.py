@@ -217,16 +217,26 @@ def _window(
     config: Mapping[str, Any], values: Mapping[str, Any], family: Family
 ) -> tuple[int, tuple[int, ...]]:
     """(the window, the layers that have it; () for all)."""
-    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
-    if not family.window or not window:
-        return 0, ()
+    has, window = _have_window(config, values, family), int(values.get("sliding_window") or 0)
+    if has and all(has) and family.window_layers in ("all", "typed"):
+        return window, ()
+    if not any(has) or window >= values["max_position_embeddings"]:
+        return 0, ()  # as far as the context goes, they see all of it
+    return window, () if all(has) else tuple(layer for layer, it_has in enumerate(has) if it_has)
+
+
+def _have_window(
+    config: Mapping[str, Any], values: Mapping[str, Any], family: Family
+) -> list[bool]:
+    """Of each layer; [] where no window is switched on."""
+    layers = values["num_hidden_layers"]
+    if not family.window or not values.get("sliding_window"):
+        return []
     if family.window == "switched" and not values["use_sliding_window"]:
-        return 0, ()
-    if family.window_layers == "all":
-        return window, ()
+        return []
     types = config.get("layer_types")
-    if types is None and family.window_layers == "typed":
-        return window, ()
+    if family.window_layers == "all" or (types is None and family.window_layers == "typed"):
+        return [True] * layers
     if types is None and family.window_layers == "spaced":
         every, place = _full_every(config, family), 0 if family.full_first else -1
         has = [(layer - place) % every != 0 for layer in range(layers)]
@@ -245,9 +255,7 @@ def _window(
         raise ConfigError(
             f"layer_types={shown(types)}: must name the kind of each of {layers} layers"
         )
-    if window >= values["max_position_embeddings"] or not any(has):
-        return 0, ()  # as far as the context goes, they see all of it
-    return window, () if all(has) else tuple(layer for layer in range(layers) if has[layer])
+    return has
 
 
 def _full_every(config: Mapping[str, Any], family: Family) -> int:
@@ -273,6 +281,9 @@ def _common_theta(config: Mapping[str, Any], family: Family, outside: float) -> 
 def _nope_layers(
     config: Mapping[str, Any], values: Mapping[str, Any], family: Family
 ) -> tuple[int, ...]:
+    if not family.full_rotates:
+        has = _have_window(config, values, family)
+        return tuple(layer for layer, it_has in enumerate(has) if not it_has)
     if not family.nope:
         return ()
     layers, rotates = values["num_hidden_layers"], config.get(family.nope)
@@ -307,6 +318,8 @@ def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
     if not any(counts):
         named = " and ".join(filter(None, (keys.dense_list, keys.dense_first, keys.step)))
         raise ConfigError(f"{named}: leave no layer with experts; such a model is not supported")
+    if keys.last and values[keys.last] not in (-1, layers - 1):
+        raise ConfigError(f"{keys.last}={shown(values[keys.last])}: must be the last layer, or -1")
     d_ff = values[keys.d_ff] if keys.d_ff else values["intermediate_size"]
     shared = values[keys.shared_d_ff] if keys.shared_d_ff else 0
     if keys.shares_one:
@@ -365,7 +378,8 @@ def _rope(
     """(theta, scaling, share of each head that rotates). transformers 5 writes rope_parameters,
     older releases rope_theta and rope_scaling. Where both are present and contradict each other,
     what transformers 5 uses is used, with a warning: older releases use the other."""
-    chosen = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    usual = values.get("rope_parameters", {})
+    chosen = config.get("rope_scaling") or config.get("rope_parameters") or usual
     if family.local_theta:
         chosen = _of_layer_type(config, "full_attention") | dict(config.get("rope_scaling") or {})
         config = {**config, "rope_parameters": chosen}
@@ -400,8 +414,8 @@ def _rope(
     for key, value in rope.items():
         if key != "rope_type" and not _is_positive(value):
             raise ConfigError(f"{key}={shown(value)}: {_POSITIVE}")
-    rotary = float(rope.get("partial_rotary_factor", 1))
-    if rotary != 1 and not family.partial_rotary:
+    rotary = float(rope.get("partial_rotary_factor", family.rotary or 1))
+    if rotary != 1 and not family.rotary:
         raise ConfigError("partial_rotary_factor: a part of the rotary embedding is not supported")
     theta = float(rope["rope_theta"])
     if kind == "default":
@@ -536,11 +550,11 @@ def _is_positive(value: Any) -> bool:
 def needed_transformers(model: ModelConfig, family: Family) -> str:
     """The oldest tested release that reads what `config_from_model` writes; those before it fail.
     "" for a class that is not part of transformers."""
-    if _is_scaled_mixtral(model, family):
-        return "5.0.0"
+    if _needs_new_rope(model, family):
+        return family.scaling_since
     oldest = [family.since]
     if family.since and model.heads * model.head_dim != model.d_model:
-        oldest.append({"mixtral": "4.47.0", "llama": "4.45.0"}.get(family.model_type, "4.43.0"))
+        oldest.append(family.head_dim_since)
     if family.since and model.rope_scaling.kind == "llama3":
         oldest.append("4.43.0")
     if family.since and model.rotary != 1:
@@ -548,9 +562,9 @@ def needed_transformers(model: ModelConfig, family: Family) -> str:
     return max(oldest, key=lambda release: [int(n) for n in release.split(".")] if release else [])
 
 
-def _is_scaled_mixtral(model: ModelConfig, family: Family) -> bool:
-    """Whether releases before 4.48 would read it as a Mixtral without scaling."""
-    return family.model_type == "mixtral" and model.rope_scaling.kind != "none"
+def _needs_new_rope(model: ModelConfig, family: Family) -> bool:
+    """What older releases read as a model without scaling."""
+    return bool(family.scaling_since) and model.rope_scaling.kind != "none"
 
 
 def config_from_model(
@@ -560,8 +574,8 @@ def config_from_model(
     5 rope_parameters and dtype. kept: what `kept_config` found, or the special tokens' ids. Raises
     UserError for a model that the family does not hold.
 
-    A Mixtral with RoPE scaling has rope_theta null: releases before 5, some of which would leave
-    the scaling out without a word, fail at that; 5 reads rope_parameters.
+    Where scaled RoPE has a `scaling_since`, rope_theta is null: releases before it, some of which
+    would leave the scaling out without a word, fail at that; it reads rope_parameters.
     """
     require_held(family, model)
     values: dict[str, Any] = {
@@ -580,7 +594,8 @@ def config_from_model(
             values[key] = names[0] in model.biases
     if family.window:
         # Classes that always have layers with a window ask for one even where none has it.
-        none = model.context if family.window_layers == "spaced" else None
+        asks = family.window_layers == "spaced" and (family.full_rotates or model.nope_layers)
+        none = model.context if asks else None
         values["sliding_window"] = model.window or none
     if family.window == "switched":
         values["use_sliding_window"] = bool(model.window)
@@ -588,8 +603,11 @@ def config_from_model(
             values["max_window_layers"] = min(model.window_layers, default=0)
     says_kinds = ("from", "even", "nope", "spaced", *(["typed"] if model.window_layers else []))
     if family.window and family.window_layers in says_kinds:
+        kinds = [bool(spec.window) for spec in model.layer_specs()]
+        if not family.full_rotates and model.nope_layers:
+            kinds = [layer not in model.nope_layers for layer in range(model.layers)]
         values["layer_types"] = [
-            "sliding_attention" if spec.window else "full_attention" for spec in model.layer_specs()
+            "sliding_attention" if has_window else "full_attention" for has_window in kinds
         ]
     if family.moe:
         values |= _written_moe(model, family.moe)
@@ -633,6 +651,7 @@ def _written_moe(model: ModelConfig, keys: MoEKeys) -> dict[str, Any]:
         (keys.dense_list, dense),
         (keys.step, 1),
         (keys.dense_first, len(dense)),
+        (keys.last, model.layers - 1),
     ):
         if key:
             values[key] = value
@@ -676,7 +695,7 @@ def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
         if scaling.attention_factor != usual:  # older releases read three keys and no more
             old["attention_factor"] = rope["attention_factor"] = scaling.attention_factor
     values: dict[str, Any] = {}
-    if family.partial_rotary:
+    if family.rotary:
         rope["partial_rotary_factor"] = values["partial_rotary_factor"] = model.rotary
     if scaling.kind == "longrope":
         values["original_max_position_embeddings"] = scaling.original_context
@@ -694,7 +713,7 @@ def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
                 "sliding_attention": {"rope_type": "default", "rope_theta": local},
             },
         }
-    is_new = _is_scaled_mixtral(model, family)
+    is_new = _needs_new_rope(model, family)
     return values | {
         "rope_theta": None if is_new else model.rope_theta,
         "rope_scaling": None if is_new or scaling.kind == "none" else old or rope,

@@ -142,11 +142,10 @@ def _require_family(
     foreign = [name for name in names if name not in own and families_with(name)]
     if not foreign:
         return
-    theirs = families_with(foreign[0])
     says = config.get("base_model_name_or_path")
     raise UserError(
         f"{directory}: a LoRA of another family: it is on {listed(foreign)}, as"
-        f" {'llama' if 'llama' in theirs else theirs[0]} has them, and BASE is a"
+        f" {families_with(foreign[0])[0]} has them, and BASE is a"
         f" {family.model_class} with {', '.join(own)}; name the base that it was trained on"
         + (f" (its config says {short(says)})" if says else "")
     )

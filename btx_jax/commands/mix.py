@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from rich.text import Text
 
+from btx_jax.architectures.folding import Folded
 from btx_jax.architectures.registry import family_for
 from btx_jax.architectures.tensors import Reader, TensorId, slots
 from btx_jax.checkpoints.base import base_digest
@@ -98,6 +99,8 @@ def run(
     kinds = [_kind(sources.checkpoints[number]) for number in (0, *sources.source_of)]
     family, model = choose(recipe, dense, kinds, as_huggingface)
     dtype = _dtype(recipe, sources.readers[0])
+    if model.norm != dense.norm:
+        sources = sources._replace(readers=[Folded(reader) for reader in sources.readers])
     mixture = Mixture(recipe, model, sources.readers, sources.source_of, dtype)
     check_shapes(mixture, sources.names)
     console = Console()

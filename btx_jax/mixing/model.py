@@ -51,7 +51,14 @@ def choose(
                 )
             if as_huggingface or recipe.architecture:
                 model = _with_biases(model, family)
-            return Chosen(family, family.filled(model) if as_huggingface else model)
+            filled = family.filled(model) if as_huggingface else model
+            if filled.norm != model.norm:
+                log.warning(
+                    "%s has no LayerNorms: they are folded into the weights; dtype: float32 keeps"
+                    " what bfloat16 would round",
+                    family.model_class,
+                )
+            return Chosen(family, filled)
         tried.append((family, model, problems))
     if not recipe.architecture and not as_huggingface:
         return Chosen(None, mixture_of(recipe, dense, None))

@@ -123,17 +123,19 @@ def write_mixture(
 def write_mixtures(name: str, folder: Path) -> None:
     """folder/dense; of it folder/equal, four times the same expert, top-2; of three perturbed
     copies folder/different and, where Qwen2-MoE can hold them, folder/shared, with a shared expert.
-    What no mixture can have is left out of the dense model first."""
+    What no mixture can have is left out of the dense model first. In float32 where norms are
+    folded: what is centred is no longer what bfloat16 holds."""
     folder.mkdir(parents=True)
-    biases = find_checkpoint(goldens.FOLDER / name).metadata.model.biases
-    without = ("mlp", "self_attn") if "up" in biases else ()
+    model = find_checkpoint(goldens.FOLDER / name).metadata.model
+    without = ("mlp", "self_attn") if "up" in model.biases else ()
+    dtype = "float32" if model.norm == "layer" else ""
     dense = write_variant(name, folder / "dense", without=without)
     noisy = [write_variant(name, folder / f"source{seed}", seed, 0.3, without) for seed in range(3)]
-    write_with_logits(name, [dense] * 4, folder / "equal")
-    write_with_logits(name, noisy, folder / "different", base="average")
+    write_with_logits(name, [dense] * 4, folder / "equal", dtype=dtype)
+    write_with_logits(name, noisy, folder / "different", base="average", dtype=dtype)
     shared = {"architecture": "qwen moe", "shared_experts": [{"source_model": dense}]}
     try:
-        write_with_logits(name, noisy, folder / "shared", **shared)
+        write_with_logits(name, noisy, folder / "shared", dtype=dtype, **shared)
     except UserError as error:
         print(f"{name} with a shared expert: {error}")
 

@@ -14,7 +14,7 @@ NEW_TOKENS = 24
 MANY_TOKENS = 64  # beyond a window, or the context before it was stretched
 BEYOND = (
     *("mistral_window", "gemma2", "gemma3", "olmo3", "qwen3_yarn", "ministral3", "llama_dynamic"),
-    *("phi35", "smollm3", "hunyuan"),
+    *("phi35", "smollm3", "hunyuan", "exaone4", "granitemoe_swa", "cwm"),
 )
 SAMPLES = 32  # of each tensor after a step
 SHORT = 128  # the original context of models with longrope: their short factors up to here
@@ -74,6 +74,7 @@ def prompts(saved: Mapping[str, np.ndarray]) -> list[tuple[list[int], list[int]]
 # Other spellings that transformers reads as the same key.
 _ALIASES = {
     "internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+    "ernie4_5_moe": {"num_experts": "moe_num_experts"},
     "mixtral": {"num_experts": "num_local_experts"},
     "qwen3_moe": {"num_experts": "num_local_experts"},
 }
@@ -105,6 +106,8 @@ def effective(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, kind in rope.items():
         if isinstance(kind, dict):
             rope[key] = _effective_rope(kind)
+    if config.get("layer_rope_theta"):
+        rope.pop("rope_theta", None)  # no layer's
     if rope:
         result["rope_parameters"] = _effective_rope(rope)
     if "torch_dtype" in result:

@@ -4,7 +4,7 @@ test_families.py, and reads our exports of them. From the project's root, as
 
     make tests/architectures/golden [NAME ...]     a NAME that is not listed here is a model_type
     keys tests/architectures/config_keys.json      what every config class declares
-    decode tests/architectures/decoding.json       long greedy continuations of golden checkpoints
+    decode tests/architectures/decoding.json [NAME ...]     long greedy continuations of them
     check EXPORT LOGITS.npy     EXPORT is named as its golden directory
     table FOLDER                a markdown table of all exports in FOLDER, which exports.py made
     mixtures FOLDER             and of all mixtures
@@ -56,6 +56,12 @@ YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": goldens.SHORT,
     "beta_fast": 32.0, "beta_slow": 1.0,
 }  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": goldens.SHORT,
+}  # fmt: skip
+# Tensors that a class trains, and that a model of ours holds as constants.
+CONSTANTS = {"sinks": -1e30, "e_score_correction_bias": 0.0}
 
 
 class Kind(NamedTuple):
@@ -99,6 +105,10 @@ def kinds() -> dict[str, Kind]:
         "full_attention",
         "sliding_attention",
     ]
+    windows = [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")]
+    half = {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    all_of_it = {"rope_parameters": {"partial_rotary_factor": 1.0}}
+    hunyuan_rope = {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 1e4}
     return {
         "llama_plain": Kind(LlamaConfig(**SHAPE, **theta(5e4))),
         "mixtral_plain": Kind(
@@ -252,12 +262,7 @@ def kinds() -> dict[str, Kind]:
             of(
                 "hunyuan_v1_dense",
                 head_dim=8,
-                rope_parameters={
-                    "rope_type": "dynamic",
-                    "alpha": 50.0,
-                    "factor": 1.0,
-                    "rope_theta": 1e4,
-                },
+                rope_parameters=hunyuan_rope,
             ),
             matters=({"rope_parameters": {"alpha": 10.0}},),
         ),
@@ -361,6 +366,123 @@ def kinds() -> dict[str, Kind]:
                 {"layer_types": ["full_attention"] * 5},
             ),
         ),
+        "olmo3_plain": Kind(
+            of(
+                "olmo3",
+                num_hidden_layers=5,
+                rope_parameters={
+                    kind: {"rope_type": "default", "rope_theta": 5e5} for kind in set(windows)
+                },
+                **WINDOW,
+            ),
+            matters=({"sliding_window": 99}, {"layer_types": ["full_attention"] * 5}),
+        ),
+        "granitemoe_swa": Kind(
+            of(
+                "granitemoe_swa",
+                **granite,
+                **WINDOW,
+                num_hidden_layers=5,
+                intermediate_size=20,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                layer_types=windows,
+                layer_rope_theta=[5e4, 5e4, 0, 5e4, 0],
+            ),
+            matters=(
+                {"sliding_window": 99},
+                {"layer_types": windows[::-1]},
+                {"layer_rope_theta": [5e4, 5e4, 5e4, 5e4, 0]},
+                {"num_experts_per_tok": 1},
+            ),
+        ),
+        "ernie_moe": Kind(
+            of(
+                "ernie4_5_moe",
+                num_hidden_layers=3,
+                moe_intermediate_size=12,
+                moe_num_experts=5,
+                moe_k=2,
+                moe_num_shared_experts=2,
+                tie_word_embeddings=False,
+                **theta(5e5),
+            ),
+            matters=({"moe_k": 3}, other_theta),
+        ),
+        "hunyuan_moe": Kind(
+            of(
+                "hunyuan_v1_moe",
+                intermediate_size=20,
+                head_dim=8,
+                num_experts=4,
+                moe_topk=2,
+                rope_parameters=hunyuan_rope,
+            ),
+            matters=({"moe_topk": 1}, {"rope_parameters": {"alpha": 10.0}}),
+        ),
+        "exaone4": Kind(
+            of(
+                "exaone4",
+                num_hidden_layers=5,
+                layer_types=windows,
+                rope_parameters=LLAMA3,
+                **WINDOW,
+            ),
+            matters=(
+                {"sliding_window": 99},
+                {"layer_types": windows[::-1]},
+                {"rope_parameters": {"factor": 2.0}},
+            ),
+        ),
+        "exaone4_full": Kind(
+            of(
+                "exaone4",
+                sliding_window=None,
+                layer_types=["full_attention"] * 2,
+                head_dim=8,
+                **theta(1e6),
+            )
+        ),
+        "glm": Kind(of("glm", head_dim=8, **half), matters=(all_of_it,)),
+        "glm4": Kind(of("glm4", head_dim=12, attention_bias=False, **half), matters=(all_of_it,)),
+        "helium": Kind(of("helium", head_dim=6, **theta(1e5)), matters=(other_theta,)),
+        "vaultgemma": Kind(
+            of(
+                "vaultgemma",
+                num_hidden_layers=3,
+                head_dim=8,
+                query_pre_attn_scalar=6,
+                tie_word_embeddings=False,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+                **WINDOW,
+            ),
+            matters=(
+                {"sliding_window": 99},
+                {"query_pre_attn_scalar": 7},
+                {"attn_logit_softcapping": None},
+                {"final_logit_softcapping": 4.0},
+            ),
+        ),
+        "cwm": Kind(
+            of(
+                "cwm",
+                num_hidden_layers=5,
+                head_dim=8,
+                layer_types=windows,
+                rope_parameters=LLAMA3,
+                **WINDOW,
+            ),
+            matters=({"sliding_window": 99}, {"rope_parameters": {"factor": 2.0}}),
+        ),
+        "ministral": Kind(
+            of("ministral", num_hidden_layers=5, head_dim=8, layer_types=windows, **WINDOW),
+            matters=({"sliding_window": 99}, {"layer_types": windows[::-1]}),
+        ),
+        "iquestcoder": Kind(
+            of("iquestcoder", head_dim=12, **theta(5e5)),
+            matters=(other_theta,),
+        ),
         "qwen3_yarn": Kind(
             of("qwen3", head_dim=8, rope_parameters=YARN | {"rope_theta": 1e6}),
             matters=(
@@ -434,6 +556,8 @@ def randomise(model: transformers.PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         small = any(part in name for part in ("q_proj.weight", "k_proj.weight", "qkv_proj.weight"))
         parameter.data.normal_(ones if "norm" in name else 0, 0.15 if small else 0.3)
+        if (kind := name.rpartition(".")[2]) in CONSTANTS:
+            parameter.data.fill_(CONSTANTS[kind])
 
 
 def packed(rng: np.random.Generator, vocab_size: int, window: bool) -> dict[str, np.ndarray]:
@@ -480,7 +604,7 @@ def step(
     nll = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
     loss = nll[learnt.flatten()].mean()
     loss.backward()
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in parameters]))
     groups = [
         {
@@ -514,7 +638,7 @@ def watch_routers(model: transformers.PreTrainedModel) -> list[float]:
         leads.append(float((best[:, -2] - best[:, -1]).min()))
 
     for module in model.modules():
-        if type(module).__name__.endswith("TopKRouter"):
+        if type(module).__name__.endswith(("TopKRouter", "MoEV1Gate")):
             module.register_forward_hook(look)
     return leads
 
@@ -620,10 +744,11 @@ def make(folder: Path, names: list[str]) -> None:
         )
 
 
-def decode(path: Path) -> None:
-    """Each prompt alone: in a batch, transformers lets the longest row choose every row's RoPE."""
-    made = {}
-    for name in goldens.BEYOND:
+def decode(path: Path, names: list[str]) -> None:
+    """Each prompt alone: in a batch, transformers lets the longest row choose every row's RoPE.
+    Without names, of all; what others have stays."""
+    made = json.loads(path.read_text()) if names else {}
+    for name in names or goldens.BEYOND:
         model = load(goldens.FOLDER / name)
         rng, rows = np.random.default_rng(0), []
         for length in (31, 90, 117):
@@ -684,7 +809,8 @@ def table(folder: Path) -> None:
 
 
 def mixtures(folder: Path) -> None:
-    """Four equal experts must be their dense model; other mixtures must give our logits."""
+    """Four equal experts must be their dense model, as far as their context goes; other mixtures
+    must give our logits."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     kept = goldens.positions(LENGTH)
@@ -701,7 +827,8 @@ def mixtures(folder: Path) -> None:
         there = [kind for kind in kinds if (home / kind).is_dir()]
         models = {kind: load(home / kind) for kind in ("dense", *there)}
         theirs = {kind: logits_of(model, tokens)[kept] for kind, model in models.items()}
-        off = {"dense": float(np.abs(theirs["equal"] - theirs["dense"]).max())}
+        within = kept < models["equal"].config.max_position_embeddings
+        off = {"dense": float(np.abs(theirs["equal"] - theirs["dense"])[within].max())}
         for kind in there:
             ours = np.load(home / kind / "logits.npy")
             off[kind] = float(np.abs(theirs[kind] - ours).max())
@@ -716,7 +843,7 @@ if __name__ == "__main__":
     {
         "make": lambda: make(Path(sys.argv[2]), sys.argv[3:]),
         "check": lambda: check(Path(sys.argv[2]), Path(sys.argv[3])),
-        "decode": lambda: decode(Path(sys.argv[2])),
+        "decode": lambda: decode(Path(sys.argv[2]), sys.argv[3:]),
         "keys": lambda: keys(Path(sys.argv[2])),
         "table": lambda: table(Path(sys.argv[2])),
         "mixtures": lambda: mixtures(Path(sys.argv[2])),

@@ -5,12 +5,13 @@ import dataclasses
 import json
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from btx_jax.architectures.family import KEYS, Family, tensor
-from btx_jax.architectures.layout import rows
+from btx_jax.architectures.layout import constants, rows
 from btx_jax.architectures.registry import family_for, known_families
 from btx_jax.architectures.tensors import TensorId, slots
 from btx_jax.checkpoints.checkpoint import find_checkpoint, open_reader
@@ -30,6 +31,7 @@ HARMLESS = {
         "eos_token_id",
         "pad_token_id",
         "eod_token_id",
+        "sep_token_id",
         "pretraining_tp",
         "output_router_logits",
     ),
@@ -48,7 +50,7 @@ def test_every_key_that_transformers_declares_is_read_or_changes_nothing(kind):
     family = known_families()[kind]
     read = {*COMMON, *family.biases, *family.fixed, "original_max_position_embeddings"}
     read |= {*family.numbers.values(), family.query_scalar, family.activation_key}
-    read |= {family.nope, family.nope_every_key}
+    read |= {family.nope, family.nope_every_key, family.full_every_key}
     read |= WINDOW if family.window else set()
     read |= set(family.moe.all()) if family.moe else set()
     assert set(DECLARED[kind]) <= read | HARMLESS
@@ -61,7 +63,8 @@ def test_every_tensor_of_a_model_lies_in_exactly_one_of_its_files(name):
     family = known_families()[config["model_type"]]
     held = [part for row in rows(family, model) for parts in row.tensors for part in parts]
     assert sorted(held, key=str) == sorted(slots(model), key=str)
-    assert {row.name for row in rows(family, model)} == set(goldens.tensors(goldens.FOLDER / name))
+    names = {row.name for row in rows(family, model)} | set(constants(family, model))
+    assert names == set(goldens.tensors(goldens.FOLDER / name))
 
 
 def test_a_declaration_with_a_gap_or_an_overlap_is_refused():
@@ -93,6 +96,13 @@ def test_names_are_what_published_digests_were_taken_over():
 LLAMA = ModelConfig(61, 2, 32, 48, 4, 2, 8)
 TWO = MoEConfig((3, 3))
 OLMO = {"norms": "after", "qk_norm": True, "qk_norm_kind": "width"}
+EXAONE = {
+    "norms": "after",
+    "qk_norm": True,
+    "window": 8,
+    "window_layers": (0,),
+    "nope_layers": (1,),
+}
 
 
 @pytest.mark.parametrize(
@@ -108,8 +118,13 @@ OLMO = {"norms": "after", "qk_norm": True, "qk_norm_kind": "width"}
         ("qwen2", {"biases": ("q", "k", "v"), "moe": TWO}, "qwen2_moe"),
         ("qwen3", {"qk_norm": True, "moe": TWO}, "qwen3_moe"),
         ("qwen2", {"biases": ("q", "k", "v"), "window": 8, "window_layers": (1,)}, "qwen2"),
+        ("exaone4", EXAONE, "exaone4"),
+        ("exaone4", EXAONE | {"window": 0, "window_layers": (), "nope_layers": ()}, "exaone4"),
         ("olmo2", OLMO, "olmo2"),
         ("olmo2", OLMO | {"moe": TWO}, "flex_olmo"),
+        ("olmo", {"norm": "layer"}, "olmo"),
+        ("olmo", {"norm": "layer", "moe": TWO}, "mixtral"),
+        ("mixtral", {"norm": "layer"}, "olmo"),
         ("phi3", {}, "phi3"),
         ("phi3", {"moe": TWO}, "mixtral"),
         ("internlm3", {"moe": TWO}, "mixtral"),
@@ -140,6 +155,17 @@ def test_a_model_is_written_as_what_it_came_from_its_home_or_what_holds_it(
         ("llama", {"biases": ("down",)}, "LlamaForCausalLM cannot hold a bias on down and none on"),
         ("qwen3", {"qk_norm": True, "moe": MoEConfig((3, 3), shared_d_ff=8)}, "a shared expert"),
         ("llama", {"biases": ("q", "k", "v"), "qk_norm": True}, "norms on queries and keys"),
+        (
+            "exaone4",
+            EXAONE | {"nope_layers": ()},
+            "Exaone4ForCausalLM cannot hold other layers without RoPE than those without a window",
+        ),
+        ("glm", {"rotary": 0.5, "moe": TWO}, r"cannot hold heads of which 0\.5 rotates"),
+        (
+            "olmo2",
+            OLMO | {"moe": MoEConfig((3, 3), anchor=True, renormalise=False)},
+            "FlexOlmoForCausalLM cannot hold an anchor, beside which the router adds a bias to each",
+        ),
         (
             "deepseek",
             {"moe": MoEConfig((3, 3), k=1, shared_d_ff=48)},
@@ -242,6 +268,28 @@ def test_deepseek_never_renormalises_the_gate_of_one_expert():
     assert model_from_config(written, "x") == model
 
 
+@pytest.mark.parametrize("context", [64, 8])
+def test_layers_without_rope_are_known_by_their_kind_whatever_the_window_sees(context):
+    """As far as the context goes, a window may see all of it, and those that have it rotate."""
+    family = known_families()["exaone4"]
+    model = dataclasses.replace(LLAMA, **EXAONE, context=context)
+    if context == 8:
+        model = dataclasses.replace(model, window=0, window_layers=())
+    written = config_from_model(model, family, "float32", {})
+    assert written["layer_types"] == ["sliding_attention", "full_attention"]
+    assert model_from_config(written, "x") == model
+
+
+def test_the_last_layer_with_experts_is_the_last():
+    config = json.loads((goldens.FOLDER / "ernie_moe" / "config.json").read_text())
+    assert config["moe_layer_end_index"] == 2
+    model = model_from_config(config, "x")
+    assert model.moe.experts == (0, 5, 5)
+    assert model_from_config(config | {"moe_layer_end_index": -1}, "x") == model
+    with pytest.raises(UserError, match="moe_layer_end_index=1: must be the last layer, or -1"):
+        model_from_config(config | {"moe_layer_end_index": 1}, "x")
+
+
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "smollm3"])
 def test_a_window_in_some_layers_is_written_as_it_was_read(kind):
     family = known_families()[kind]
@@ -253,3 +301,33 @@ def test_a_window_in_some_layers_is_written_as_it_was_read(kind):
     other = dataclasses.replace(model, window_layers=(0,))
     held = [not known_families()[name].lacks(other) for name in ("mistral", "qwen2", "phi3")]
     assert held == [not biases, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "fixed", "open_"),
+    [
+        ("granitemoe_swa", "sinks", -1e30, 0.5),
+        ("ernie_moe", "e_score_correction_bias", 0.0, 0.01),
+    ],
+)
+def test_a_constant_is_known_in_every_dtype_and_another_value_is_refused(
+    name, kind, fixed, open_, tmp_path
+):
+    shutil.copytree(goldens.FOLDER / name, tmp_path / name)
+    tensors = goldens.tensors(tmp_path / name)
+    keys = [key for key in tensors if key.endswith(kind)]
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+        for key in keys:
+            with np.errstate(over="ignore"):
+                tensors[key] = np.full(tensors[key].shape, fixed, np.float32).astype(dtype)
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        open_reader(find_checkpoint(tmp_path / name))
+    # What bfloat16 made of it, in float32.
+    tensors |= {key: tensors[key].astype(ml_dtypes.bfloat16).astype(np.float32) for key in keys}
+    save_file(tensors, tmp_path / name / "model.safetensors")
+    open_reader(find_checkpoint(tmp_path / name))
+    tensors[keys[-1]][..., 0] = open_
+    save_file(tensors, tmp_path / name / "model.safetensors")
+    with pytest.raises(UserError, match=rf"{kind} is not \S+ everywhere") as refused:
+        open_reader(find_checkpoint(tmp_path / name))
+    assert "\n" not in str(refused.value)

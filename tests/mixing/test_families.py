@@ -35,11 +35,18 @@ HOMELESS = {
     " attention_scale=0.408248; attention_cap=2; logits_cap=3; a window in layers 0, 2 alone",
     "gemma3": "a window in layers 0, 1, 3 alone;"
     " a RoPE base of 10000 in layers with a window alone",
-    "olmo": "norms of kind layer",
+    "exaone4": "norms after its blocks; attention with norms on queries and keys; a window in layers"
+    " 0, 2, 3 alone; layers without RoPE (1, 4)",
+    "exaone4_full": "norms after its blocks; attention with norms on queries and keys",
+    "glm": "a bias on q; a bias on k; a bias on v; RoPE of neighbours; heads of which 0.5 rotates",
+    "glm4": "norms before and after its blocks; RoPE of neighbours; heads of which 0.5 rotates",
+    "vaultgemma": "norms of kind rms_plus_one; the activation gelu_tanh; embed_scale=4.89898;"
+    " attention_scale=0.408248; attention_cap=2; logits_cap=3; a window in layers 0, 2 alone",
     "ministral3": "queries that grow with their position",
     "olmo3": "a window of 100; a RoPE base of 500000 in layers with a window alone",
 }
-AT_HOME = [name for name in dense_names() if name not in (*BIASED, *HOMELESS)]
+FOLDED = ("olmo",)  # whose norms their home has not
+AT_HOME = [name for name in dense_names() if name not in (*BIASED, *HOMELESS, *FOLDED)]
 
 
 def kind(directory):
@@ -50,19 +57,29 @@ def dense_logits(path, tokens):
     return our_logits(*load(path), tokens)
 
 
-@pytest.mark.parametrize("name", [*AT_HOME, *BIASED])
+@pytest.mark.parametrize("name", [*AT_HOME, *BIASED, *FOLDED])
 def test_four_equal_experts_compute_what_the_dense_model_computes(name, tmp_path):
-    """At home: whatever the router says, once it is read back from Hugging Face's files."""
+    """At home: whatever the router says, once it is read back from Hugging Face's files; as far as
+    a home without windows goes."""
     without = ("mlp", "self_attn") if name in BIASED else ()
     dense = write_variant(name, tmp_path / "dense", without=without)
-    made = write_mixture([dense] * 4, tmp_path / "mixture")
+    dtype = "float32" if name in FOLDED else ""
+    made = write_mixture([dense] * 4, tmp_path / "mixture", dtype=dtype)
     assert kind(made) == known_families()[kind(tmp_path / "dense")].home
     model, params = load(made)
     assert model.moe.experts == (4,) * model.layers and model.moe.k == 2
     tokens = goldens.expected(name)["tokens"]
     wanted = our_logits(*load(tmp_path / "dense"), tokens)
     ours = our_logits(model, params, tokens)
-    np.testing.assert_allclose(ours, wanted, atol=goldens.TOLERANCE, rtol=0)
+    seen = goldens.positions(tokens.shape[1]) < model.context
+    np.testing.assert_allclose(ours[seen], wanted[seen], atol=goldens.TOLERANCE, rtol=0)
+
+
+def test_a_home_without_windows_goes_as_far_as_the_window(tmp_path):
+    """Beyond it, it would compute something else."""
+    source = str(goldens.FOLDER / "olmo3_plain")
+    model = find_checkpoint(write_mixture([source] * 2, tmp_path / "mixture")).metadata.model
+    assert (model.context, model.window) == (100, 0)
 
 
 @pytest.mark.parametrize("base", ["copy", "average"])
@@ -129,6 +146,31 @@ def test_biases_in_the_feed_forwards_are_refused_in_one_line(name, tmp_path):
         caught.value
     )
     assert "\n" not in str(caught.value) and not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("changes", [{}, {"architecture": "qwen moe"}], ids=["routed", "shared"])
+def test_layer_norms_are_folded_when_a_mixture_becomes_hugging_faces(
+    name, changes, tmp_path, caplog
+):
+    """By the recipe at once, and by an export of what it made in our own format."""
+    sources = [write_variant(name, tmp_path / f"{i}", i, 0.3) for i in range(3)]
+    if changes:
+        changes = changes | {"shared_experts": [{"source_model": sources[0]}]}
+    settings = {"base": "average", "dtype": "float32"} | changes
+    ours = write_mixture(sources, tmp_path / "ours", output_format="btx_jax", **settings)
+    convert.run(str(ours), str(tmp_path / "exported"))
+    assert "LayerNorms" not in caplog.text
+    made = write_mixture(sources, tmp_path / "made", **settings)
+    assert "has no LayerNorms: they are folded into the weights" in caplog.text
+    tokens = goldens.expected(name)["tokens"]
+    model, params = load(ours)
+    assert model.norm == "layer"
+    wanted = our_logits(model, params, tokens)
+    for written in (tmp_path / "exported", made):
+        model, params = load(written)
+        assert model.norm == "rms" and not kind(written).startswith("olmo")
+        np.testing.assert_allclose(our_logits(model, params, tokens), wanted, atol=1e-4)
 
 
 def test_biases_of_attention_have_a_home_though_heads_have_a_size_of_their_own(tmp_path):

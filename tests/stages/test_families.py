@@ -16,6 +16,8 @@ from btx_jax.evaluation.generation import Generator
 from btx_jax.models.layers import Readout
 from btx_jax.models.llama import Llama, logits
 from btx_jax.parallel.sharding import make_mesh
+from tests.architectures import goldens
+from tests.architectures.exports import dense_names
 from tests.stages import test_routers
 from tests.stages.test_evaluate import DENSE, checkpoint
 from tests.stages.test_routers import home
@@ -25,6 +27,13 @@ __all__ = ["home"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures("one_device_only")
 YARN = RopeScaling("yarn", factor=4.0, original_context=32, attention_factor=1.2)
+LLAMA3 = RopeScaling("llama3", factor=8.0, original_context=32)
+LONGROPE = RopeScaling(
+    "longrope",
+    original_context=32,
+    short_factors=(1.0, 1.25, 1.5, 2.0),
+    long_factors=(1.5, 2.0, 3.0, 4.0),
+)
 OLMO2 = {"norms": "after", "qk_norm": True, "qk_norm_kind": "width"}
 GEMMA = {"norm": "rms_plus_one", "activation": "gelu_tanh", "embed_scale": 32**0.5}
 FEATURES = {
@@ -34,14 +43,29 @@ FEATURES = {
     "gemma2": GEMMA
     | {"norms": "both", "attention_cap": 5.0, "logits_cap": 8.0, "attention_scale": 0.3}
     | {"window": 8, "window_layers": (1,)},
-    "granite": {"embed_scale": 3.0, "residual_scale": 0.2, "logits_divisor": 1.5},
+    "vaultgemma": GEMMA
+    | {"attention_cap": 5.0, "logits_cap": 8.0, "window": 8, "window_layers": (1,)},
+    "granite": {"embed_scale": 3.0, "residual_scale": 0.2, "logits_divisor": 1.5}
+    | {"rope_scaling": RopeScaling("linear", factor=2.0)},
     "smollm3": {"nope_layers": (1,)},
-    "ernie": {"rope_interleaved": True, "biases": ("q", "k", "v", "o")},
-    "hunyuan": {"qk_norm": True, "qk_norm_kind": "rotated"},
+    "ernie": {"rope_interleaved": True, "biases": ("q", "k", "v", "o")}
+    | {"rope_scaling": RopeScaling("dynamic", factor=2.0, original_context=32)},
+    "hunyuan": {"qk_norm": True, "qk_norm_kind": "rotated"}
+    | {"rope_scaling": RopeScaling("alpha", factor=9.0)},
+    "exaone4": {"norms": "after", "qk_norm": True, "rope_scaling": LLAMA3}
+    | {"window": 8, "window_layers": (0,), "nope_layers": (1,)},
+    "glm4": {"norms": "both", "rope_interleaved": True, "rotary": 0.5, "biases": ("q", "k", "v")},
+    "cwm": {"window": 8, "window_layers": (1,), "rope_scaling": LLAMA3},
+    "olmo": {"norm": "layer"},
+    "phi4_mini": {"rotary": 0.5, "rope_scaling": LONGROPE},
     "ministral3": {"rope_scaling": dataclasses.replace(YARN, query_growth=0.5)},
 }
 LORA = LoRAConfig("1", rank=(2,), k=(1,), targets=("q", "down"), dropout=0.0)
 FP32 = ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
+
+
+def changed(changes):
+    return dataclasses.replace(DENSE, **changes)
 
 
 def logits_of(path):
@@ -53,13 +77,32 @@ def logits_of(path):
 
 
 FAST = ("olmo3", "gemma2")  # which have most of what the others have
+SIZES = ("vocab_size", "layers", "d_model", "d_ff", "heads", "kv_heads", "head_dim", "context")
+
+
+def settings(model):
+    """What is not as usual of what it computes: a kind by its name, numbers by their key."""
+    usual = {field.name: field.default for field in dataclasses.fields(model)}
+    for key in usual.keys() - {*SIZES, "moe", "lora", "rope_theta", "norm_eps", "tied_head"}:
+        value = getattr(model, key)
+        if isinstance(value, RopeScaling):
+            yield from {(key, value.kind), ("query_growth", bool(value.query_growth))}
+        elif value != usual[key]:
+            yield key, value if isinstance(value, str) else True
+
+
+def test_everything_that_a_family_computes_is_tried_here():
+    tried = {s for changes in FEATURES.values() for s in settings(changed(changes))}
+    for name in dense_names():
+        model = find_checkpoint(goldens.FOLDER / name).metadata.model
+        assert set(settings(model)) <= tried, name
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in FEATURES]
 )
 def test_a_family_goes_through_every_stage(name, home, training, tokenizer_file, tmp_path):
-    model = dataclasses.replace(DENSE, **FEATURES[name])
+    model = changed(FEATURES[name])
     seed = checkpoint(tmp_path / "seed2", model, 1, load_tokenizer(tokenizer_file))
     branch = training(seed, 2, eval_every=2, mixing_probe=True, learning_rate=1e-2)
     stages.run(branch, tmp_path / "branch")

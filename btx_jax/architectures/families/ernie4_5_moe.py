@@ -25,7 +25,9 @@ FAMILY = Family(
         *swiglu("mlp.shared_experts", "shared_expert"),
     ),
     also=FUSED_EXPERTS,
-    constants=(Constant("mlp.moe_statics.e_score_correction_bias", 0.0, _one_of_each),),
+    constants=(
+        Constant("mlp.moe_statics.e_score_correction_bias", 0.0, _one_of_each, of_experts=True),
+    ),
     defaults=ernie4_5.DEFAULTS
     | {
         "hidden_size": 2560,
@@ -39,6 +41,7 @@ FAMILY = Family(
         "moe_num_experts": 64,
         "moe_num_shared_experts": 2,
         "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1,
         "router_aux_loss_coef": 0.001,
     },
     biases={"use_bias": ("q", "k", "v", "o")},
@@ -50,8 +53,9 @@ FAMILY = Family(
         shared_count="moe_num_shared_experts",
         none_shared=0,
         dense_first="moe_layer_start_index",
+        last="moe_layer_end_index",
     ),
-    fixed={"moe_layer_end_index": (-1,), "moe_layer_interval": (1,), "moe_norm_min": (1e-12,)},
+    fixed={"moe_layer_interval": (1,), "moe_norm_min": (1e-12,)},
     usual={"output_router_logits": False},
     since="4.54.0",
 )

@@ -24,6 +24,7 @@ FAMILY = Family(
     biases={"attention_bias": ATTENTION_MAPS, "mlp_bias": FEED_FORWARD_MAPS},
     home="mixtral",
     usual={"pretraining_tp": 1},
+    head_dim_since="4.45.0",
     fallback=1,
     whole_heads=True,
     peft_default=("q_proj", "v_proj"),

@@ -46,6 +46,8 @@ FAMILY = Family(
     window="always",
     moe=MoEKeys(("num_local_experts", "num_experts")),
     usual={"router_aux_loss_coef": 0.01, "router_jitter_noise": 0.0, "output_router_logits": False},
+    head_dim_since="4.47.0",
+    scaling_since="5.0.0",
     fallback=1,
     peft_default=("q_proj", "v_proj"),
 )

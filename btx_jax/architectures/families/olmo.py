@@ -10,6 +10,7 @@ FAMILY = Family(
     defaults=llama.DEFAULTS | {"vocab_size": 50_304, "rms_norm_eps": 1e-5, "attention_bias": False},
     biases={"attention_bias": ATTENTION_MAPS},
     maths={"norm": "layer"},
+    home="mixtral",
     fixed={"clip_qkv": (None,), "rms_norm_eps": (1e-5,)},
     since="4.42.0",
     own_head_dim=False,

@@ -25,7 +25,7 @@ FAMILY = Family(
         "sliding_window": None,
     },
     window="always",
-    partial_rotary=True,
+    rotary=1.0,
     scalings=("none", "longrope"),
     home="mixtral",
     since="4.42.0",

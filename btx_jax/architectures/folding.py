@@ -1,0 +1,67 @@
+"""LayerNorms without parameters as RMSNorms, for classes that have no others. A LayerNorm takes the
+mean from the residual stream, and nothing else reads it there: where nothing that is added to the
+stream has a mean, the stream has none, and the two norms are one function."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from btx_jax.architectures.tensors import EMBEDDING, Reader, Region, TensorId, slots
+from btx_jax.config.model_config import ModelConfig
+
+# What is added to the stream -> the axis of its tensor that lies along it.
+_ALONG = {
+    EMBEDDING.part: 1,
+    **dict.fromkeys(("attention/out", "attention/out_bias", "ffn/down"), 0),
+    **dict.fromkeys(("shared_expert/down", "anchor/down"), 0),
+}
+
+
+def folded(model: ModelConfig) -> ModelConfig:
+    """A model with LayerNorms as one with RMSNorms, whose scales are one."""
+    return dataclasses.replace(model, norm="rms")
+
+
+def folding(
+    read: Callable[[TensorId], np.ndarray], model: ModelConfig
+) -> Callable[[TensorId], np.ndarray]:
+    """What gives the tensors of the folded model, from what gives those of one with LayerNorms:
+    those that add to the stream without its mean, in float32, and scales of ones."""
+    own, places = slots(model), slots(folded(model))
+
+    def read_folded(tensor: TensorId) -> np.ndarray:
+        if tensor not in own:
+            return np.ones(places[tensor].shape, np.float32)
+        if tensor.part not in _ALONG:
+            return read(tensor)
+        array = read(tensor).astype(np.float32)
+        mean = array.mean(_ALONG[tensor.part], np.float64, keepdims=True)
+        return array - mean.astype(np.float32)
+
+    return read_folded
+
+
+class Folded:
+    """A model with LayerNorms, read as the folded one."""
+
+    def __init__(self, reader: Reader):
+        self.model = folded(reader.model)
+        self.slots = slots(self.model)
+        float32 = np.dtype(np.float32)
+        self.dtypes = {
+            tensor: float32 if tensor.part in _ALONG else reader.dtypes.get(tensor, float32)
+            for tensor in self.slots
+        }
+        self.by_leaf = getattr(reader, "by_leaf", False)
+        self.check = reader.check
+        self._read = folding(reader.read, reader.model)
+
+    def read(self, tensor: TensorId) -> np.ndarray:
+        array = self._read(tensor)
+        array.flags.writeable = False
+        return array
+
+    def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
+        whole = self.slots[tensor].to_ours(self.read(tensor))
+        return whole[tuple(slice(*along) for along in region)]
