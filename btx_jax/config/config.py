@@ -354,9 +354,6 @@ class CheckpointConfig(Section):
 
     every: Count = 1000
     """Steps between checkpoints."""
-    every_minutes: Annotated[float, Range(0, 10**6)] = 0.0
-    """Another checkpoint is saved before this many minutes have passed since the last one, which is
-    the most that a killed run loses; 0 for `every` alone."""
     keep: Annotated[int, Range(1, 10**6)] = 2
     """How many of the newest checkpoints are kept."""
     best: str = "heldout"
@@ -364,6 +361,9 @@ class CheckpointConfig(Section):
     for none. Lowest is best for `heldout` (the mean of all domains' nats per token),
     `heldout/DOMAIN/nats_per_token` and `heldout/DOMAIN/bits_per_byte`; highest for
     `tasks/NAME/METRIC`."""
+    every_minutes: Annotated[float, Range(0, 10**6)] = 0.0
+    """Another checkpoint is saved before this many minutes have passed since the last one, which is
+    the most that a killed run loses; 0 for `every` alone."""
 
     @rule
     def _is_measured(self) -> Iterator[str]:
