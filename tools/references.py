@@ -19,6 +19,7 @@ from btx_jax.config.config import Config
 from btx_jax.config.ridge import RidgeConfig
 from btx_jax.config.schema import HUGE, Choice, Range
 from btx_jax.mixing.recipe import ExpertSource, Recipe
+from btx_jax.presets.project import Domain, Project
 
 DOCS = Path(__file__).parent.parent / "docs"
 END = "<!-- end -->"
@@ -90,6 +91,7 @@ def pages() -> dict[Path, str]:
             "expert": table(ExpertSource),
             "ridge": table(RidgeConfig),
         },
+        DOCS / "your-domains.md": {"project": table(Project), "domain": table(Domain)},
     }
     return {page: with_tables(page.read_text(), tables) for page, tables in made.items()}
 
@@ -115,7 +117,9 @@ def _kind(hint: Any, path: str) -> str:
         if inner is Config:
             where = "config"
         what = f"[section](#{where.replace('.', '').lower()})" if path else "section, below"
-        return f"map of names to {what}s" if is_named and path else what
+        if is_named:
+            return f"map of names to {what}s" if path else "map of names to sections, below"
+        return what
     if origin is Mapping:
         return f"map of names to {_kind(args[1], path)}"
     if origin is tuple:

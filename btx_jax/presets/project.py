@@ -80,15 +80,19 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Domain(Section):
-    """text: in data's notation: files, globs, hf://datasets/..., comma-separated, each with
-    #FIELD and :WEIGHT where it has them. tokens: that its branch trains on. branch: instead, a
-    checkpoint that is its expert already, trained from the same seed. share: of the finetune's
-    text, beside the others' and 1 of the general text."""
+    """One domain: its text, and its expert."""
 
     text: str
+    """Files, globs, `hf://datasets/org/name/GLOB` or `gs://...`, comma-separated, each with
+    `#FIELD` and `:WEIGHT` where it has them."""
     tokens: Tokens = 0
+    """How many its branch is trained on."""
     branch: str = ""
+    """Instead of training one: a checkpoint that is this domain's expert already, trained from the
+    same seed."""
     share: Annotated[float, Range(0, 1e6, above=True)] = 1.0
+    """Of the text that the mixture is finetuned on, relative to the other domains; general text has
+    1."""
 
     @rule
     def _is_trained_or_there(self) -> Iterator[str]:
@@ -100,32 +104,40 @@ class Domain(Section):
 
 @dataclass(frozen=True)
 class Project(Section):
-    """seed: a checkpoint; or one of the sizes in presets' MODELS, trained from scratch on
-    seed_tokens of all text, with this tokenizer.
-
-    general: text like the seed's own. With it the seed is an expert too, and branches see a little.
-    finetune_tokens: that the mixture trains on.
-    method: btx, whose branches train everything and are merged in closed form; ffn_only, whose
-        branches train their feed-forwards alone, and mix exactly; flexolmo, whose branches train
-        beside the seed as their anchor, and of whose mixture the routers alone are finetuned.
-    compare: what is trained beside, on as many tokens of the same text: dense, upcycling.
-    tasks: test sets, as `btx evaluate --tasks` knows them. prompts: continued by every model, for
-        the report.
-    """
+    """What a project is made from."""
 
     seed: str
+    """What branches start from: a run's directory, a Hugging Face directory, `org/name` of the Hub;
+    or a size, such as `tiny`, to train a seed from scratch."""
     domains: Mapping[str, Domain]
+    """The domains, in the order of the experts."""
     finetune_tokens: Annotated[int, Range(1, 10**14)]
+    """How many the mixture is finetuned on."""
     general: str = ""
+    """Text like the seed's own. With it the seed becomes an expert too, and branches see 5 % of it,
+    so that they forget less."""
     seed_tokens: Tokens = 0
+    """How many a seed from scratch is trained on, of all text."""
     tokenizer: str = ""
+    """Of a seed from scratch: a `.model`, a `tokenizer.json`, or a directory with one."""
     method: Annotated[str, Choice(tuple(METHODS))] = "btx"
+    """`btx`: branches train everything, and what they share is merged in closed form. `ffn_only`:
+    branches train their feed-forwards alone, and mix exactly. `flexolmo`: branches train beside the
+    seed as their anchor, and of the mixture only the routers are finetuned."""
     compare: tuple[Annotated[str, Choice(COMPARISONS)], ...] = ()
+    """What is trained beside it, on as many tokens of the same text."""
     tasks: tuple[Annotated[str, Choice(tuple(TASKS))], ...] = ()
+    """Test sets beside held-out loss; their files lie in `$BTX_DATA_DIR/evals`."""
     prompts: tuple[str, ...] = ()
+    """Continued by the seed, every expert and the mixture, side by side in the report; the
+    mixture's tokens are coloured by expert."""
     sequence_length: Annotated[int, Range(2, 2**24)] = 512
+    """Tokens of a row."""
     heldout_fraction: Share = 0.01
+    """Share of every domain's documents, chosen by a hash of their text, that is measured on and
+    never trained on."""
     dtype: Dtype = DTYPES[1]
+    """Of activations and matmuls: `bfloat16` on TPUs and GPUs, `float32` on CPUs."""
 
     @property
     def is_from_scratch(self) -> bool:
