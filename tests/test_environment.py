@@ -19,8 +19,8 @@ EXTRAS = (
     "lm_eval",
 )  # fmt: skip
 STANDING_ON_EXTRAS = {
-    "btx_jax.reporting.plots", "btx_jax.reporting.page", "btx_jax.evaluation.lm_eval_model",
-    "btx_jax.evaluation.lm_eval_arguments",
+    "btx_jax.reporting.plots", "btx_jax.reporting.page", "btx_jax.reporting.live",
+    "btx_jax.evaluation.lm_eval_model", "btx_jax.evaluation.lm_eval_arguments",
 }  # fmt: skip
 
 HIDING = f"""

@@ -2,7 +2,8 @@
 of."""
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 from btx_jax.architectures.family import ATTENTION_MAPS, Family
 from btx_jax.architectures.registry import known_families
@@ -53,8 +54,15 @@ def modules(family: Family, model: ModelConfig) -> dict[str, tuple[int, tuple[st
     }
 
 
-def families_with(module: str) -> list[str]:
-    """The model_types whose layers have such a module with targets in it, the best known first."""
-    found = [family for family in known_families().values() if module in modules_of_layer(family)]
-    found.sort(key=lambda family: family.fallback or len(found))
+def families_with(modules: Collection[str]) -> list[str]:
+    """The model_types whose layers have such modules with targets in them: those with the most of
+    them first, and of these the best known."""
+
+    def count(family: Family) -> int:
+        return len(set(modules) & set(modules_of_layer(family)))
+
+    found = sorted(
+        filter(count, known_families().values()),
+        key=lambda family: (-count(family), family.fallback or math.inf),
+    )
     return [family.model_type for family in found]

@@ -139,13 +139,13 @@ def _require_family(
     found = [_LORA.fullmatch(key) for key in keys]
     inside = [re.fullmatch(r"model\.layers\.\d+\.(.+)", lora[1]) for lora in found if lora]
     names = dict.fromkeys(match[1] for match in inside if match)
-    foreign = [name for name in names if name not in own and families_with(name)]
+    foreign = [name for name in names if name not in own and families_with([name])]
     if not foreign:
         return
     says = config.get("base_model_name_or_path")
     raise UserError(
         f"{directory}: a LoRA of another family: it is on {listed(foreign)}, as"
-        f" {families_with(foreign[0])[0]} has them, and BASE is a"
+        f" {families_with(foreign)[0]} has them, and BASE is a"
         f" {family.model_class} with {', '.join(own)}; name the base that it was trained on"
         + (f" (its config says {short(says)})" if says else "")
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 from btx_jax import environment
 from btx_jax.errors import UserError
-from btx_jax.reporting.live import Page
 from btx_jax.terminal import say
 
 HOST = "127.0.0.1"  # seen by this machine alone
@@ -25,6 +24,8 @@ def serving(
     """A server of the page; it answers while its `serve_forever` runs. Nothing can be changed
     through it. Raises UserError for a directory that is not there, and for a port that is taken."""
     environment.require("report", "btx watch")
+    from btx_jax.reporting.live import Page  # matplotlib comes with an extra
+
     if not workdir.is_dir():
         raise UserError(f"RUN: {workdir} is no directory; name that of a run or a pipeline")
     page = Page(workdir)

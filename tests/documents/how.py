@@ -52,6 +52,8 @@ ELSEWHERE = {
     "cd *": "of the reader's shell",
     ". .venv/*": "of the reader's shell",
     "export *": "of the reader's shell",
+    "wc *": "of the reader's shell",
+    "grep *": "of the reader's shell; tests/architectures/test_one_file.py looks for the same",
     "make *": ".ci/run makes demo (with two steps a stage) and test",
     "pip install *": "needs the network; tests/test_wheel.py installs the package without",
     "gcloud *": "needs an account of Google Cloud",
