@@ -129,8 +129,16 @@ def in_their_names(found, params, directory):
     return goldens.tensors(directory)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("name", NAMES)
+# On eight devices of all, but for slow runs: one of every kind of layout.
+SPREAD = ("llama_bias", "phi3", "qwen3", "gemma3", "smollm3", "qwen2_moe", "granitemoe_swa")
+ON_DEVICES = [
+    pytest.param(name, devices, marks=[pytest.mark.slow] * (devices > 1 and name not in SPREAD))
+    for name in NAMES
+    for devices in (1, 8)
+]
+
+
+@pytest.mark.parametrize(("name", "devices"), ON_DEVICES)
 def test_a_step_of_training_is_that_of_transformers(name, devices, tmp_path):
     found, saved = find_checkpoint(goldens.FOLDER / name), goldens.expected(name)
     model = found.metadata.model

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from btx_jax.parallel import accelerators
+from btx_jax.planning.compile_check import ENVIRONMENT
 from tests.conftest import ROOT
 
 
@@ -68,6 +69,13 @@ def test_what_jax_itself_found_on_the_bus_is_used(bare, monkeypatch):
 GOLDEN = str(ROOT / "tests" / "checkpoints" / "golden" / "llama")
 
 
+def bare_environment() -> dict[str, str]:
+    """Without what asks for CPUs, and what compiling for TPUs left in this process."""
+    left_out = {"JAX_PLATFORMS", *ENVIRONMENT}
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    return kept | {"PYTHONPATH": str(ROOT)}
+
+
 @pytest.mark.cli
 @pytest.mark.skipif(accelerators.may_have_tpu(), reason="libtpu has nothing to complain of here")
 @pytest.mark.parametrize(
@@ -86,8 +94,7 @@ GOLDEN = str(ROOT / "tests" / "checkpoints" / "golden" / "llama")
 def test_stderr_holds_nothing_but_our_line(tmp_path, module, arguments, lines):
     """With libtpu installed, as for development and on TPU machines."""
     pytest.importorskip("libtpu")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    del environment["JAX_PLATFORMS"]
+    environment = bare_environment()
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=tmp_path,
@@ -119,8 +126,7 @@ print("libtpu.so" in open("/proc/self/maps").read())
 @pytest.mark.parametrize("leave", [True, False])
 def test_libtpu_is_not_even_loaded_and_other_backends_are_asked_as_ever(leave):
     pytest.importorskip("libtpu")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    del environment["JAX_PLATFORMS"]
+    environment = bare_environment()
     command = [sys.executable, "-c", LOADED.format(leave=leave)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == f"{not leave}\n"

@@ -43,7 +43,10 @@ def made(method="btx", **changes):
     return project(seed="seed", domains=domains, **given)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "flexolmo")) for name in METHODS],
+)
 def test_tokens_flops_and_storage_are_what_they_will_be(home, method):
     config = made(method, compare=["dense"])
     told = plan(config, home / "run", fixed, 1)
