@@ -120,9 +120,9 @@ def plan(config: Config, workdir: Path, steps: Steps, chips: int) -> Plan:
     for name, stage in stages.items():
         told = Stage(name, stage.stage, needs.get(name, ()))
         if name in trained:
-            step = known[_program(stage, models[name])]
-            told = _trained(told, stage, models[name], step, stage.train in compiled, tokenizers)
-            compiled.add(stage.train)
+            step, program = known[_program(stage, models[name])], _compiled(stage, models[name])
+            told = _trained(told, stage, models[name], step, program in compiled, tokenizers)
+            compiled.add(program)
         elif stage.stage == "mix" and name in models:
             told = _mixed(told, stage, models[name], rates)
         elif stage.evaluate:
@@ -201,6 +201,11 @@ def _program(stage: Config, model: ModelConfig) -> object:
         stage.train, steps=1, learning_rate=0.0, warmup_steps=0, eval_every=0, mixing_probe=False
     )
     return model, stage.compute, train, _length(stage), stage.mesh
+
+
+def _compiled(stage: Config, model: ModelConfig) -> object:
+    """What a pipeline compiles a step for: once for all stages in which this is the same."""
+    return model, stage.compute, stage.train, _length(stage), stage.mesh
 
 
 def _length(stage: Config) -> int:

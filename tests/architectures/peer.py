@@ -57,7 +57,8 @@ YARN = {
     "beta_fast": 32.0, "beta_slow": 1.0,
 }  # fmt: skip
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": goldens.SHORT,
 }  # fmt: skip
 # Tensors that a class trains, and that a model of ours holds as constants.

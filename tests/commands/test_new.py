@@ -1,6 +1,5 @@
 """`btx new`: from text to a config file that runs, and what newcomers get wrong on the way."""
 
-import dataclasses
 import json
 
 import pytest
@@ -18,8 +17,7 @@ from tests.stages.test_evaluate import DENSE, checkpoint
 def here(tmp_path, tokenizer_file, monkeypatch):
     """An empty folder with a seed and text of three domains."""
     monkeypatch.chdir(tmp_path)
-    model = dataclasses.replace(DENSE, vocab_size=load_tokenizer(tokenizer_file).vocab_size)
-    checkpoint(tmp_path / "seed", model, 1, load_tokenizer(tokenizer_file))
+    checkpoint(tmp_path / "seed", DENSE, 1, load_tokenizer(tokenizer_file))
     for number, name in enumerate(("law", "tales", "web")):
         text = "".join(
             json.dumps({"text": text}) + "\n" for text in sentences(150, seed=number + 1)

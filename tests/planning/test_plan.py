@@ -28,8 +28,7 @@ def fixed(config, model):
 @pytest.fixture
 def home(tmp_path, tokenizer_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = dataclasses.replace(DENSE, vocab_size=load_tokenizer(tokenizer_file).vocab_size)
-    checkpoint(tmp_path / "seed", model, 1, load_tokenizer(tokenizer_file))
+    checkpoint(tmp_path / "seed", DENSE, 1, load_tokenizer(tokenizer_file))
     for number, name in enumerate(("a", "b", "c")):
         lines = (json.dumps({"text": text}) + "\n" for text in sentences(80, seed=number))
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
@@ -98,6 +97,16 @@ def test_time_is_steps_and_compiling_and_measuring(home):
     wanted = 2.0 * train.steps + 10.0 + evaluations * 3 * train.eval_rows * 0.5
     assert stage.seconds == pytest.approx(wanted)
     assert stage.stepping == 2.0 * train.steps
+
+
+def test_every_program_is_compiled_once(home):
+    step = dataclasses.replace(FAST, heldout_seconds=0.0)
+    compare = ["dense", "upcycling"]
+    told = plan(made(compare=compare), home / "run", lambda config, model: step, 1)
+    compiling = {s.name: s.seconds - s.stepping for s in told.stages if s.steps}
+    # Branches are one program; dense training and upcycling have one train section, but two models.
+    once = ("expert_a", "finetune", *compare)
+    assert compiling == {"expert_b": 0.0} | dict.fromkeys(once, 10.0)
 
 
 def test_one_waits_for_the_longest_way():

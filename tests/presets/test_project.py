@@ -1,6 +1,5 @@
 """The pipeline of one's own domains: what stages it has and what they read."""
 
-import dataclasses
 import json
 
 import pytest
@@ -20,8 +19,7 @@ TOKENS = {"a": 4_000, "b": 8_000}
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tokenizer_file):
     home = tmp_path_factory.mktemp("project")
-    model = dataclasses.replace(DENSE, vocab_size=load_tokenizer(tokenizer_file).vocab_size)
-    checkpoint(home / "seed", model, 1, load_tokenizer(tokenizer_file))
+    checkpoint(home / "seed", DENSE, 1, load_tokenizer(tokenizer_file))
     for number, name in enumerate((*TOKENS, "general")):
         lines = (json.dumps({"text": text}) + "\n" for text in sentences(60, seed=number))
         (home / f"{name}.jsonl").write_text("".join(lines))

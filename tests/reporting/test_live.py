@@ -156,3 +156,15 @@ def test_what_cannot_be_served_is_told(pipeline, tmp_path):
         serving(pipeline, "127.0.0.1", server.server_port, 5.0),
     ):
         pass
+
+
+def test_a_run_in_a_bucket_is_shown(pipeline, bucket):
+    for file in sorted(pipeline.rglob("*")):
+        if file.is_file():
+            (bucket / file.relative_to(pipeline).as_posix()).write_bytes(file.read_bytes())
+    told = {stage.name: stage for stage in stages(bucket)}
+    statuses = {name: stage.status for name, stage in told.items()}
+    assert statuses["seed"] == "finished" and statuses["mix"] == "waiting"
+    assert statuses["a"] == "running" and told["a"].step == 2  # written a moment ago
+    with serving(bucket, "127.0.0.1", 0, 5.0):
+        assert "1 of 6 stages finished" in Page(bucket).body()

@@ -492,7 +492,9 @@ def test_a_loss_that_is_no_number_is_never_the_best(fresh, run, tmp_path, monkey
     losses = iter([9.0, math.nan, 2.0, 3.0])
     monkeypatch.setattr(
         stage, "make_evaluation",
-        lambda *_: lambda params, check: {"words": {"nats_per_token": next(losses), "bits_per_byte": 1.0}},
+        lambda *_: lambda params, check: {
+            "words": {"nats_per_token": next(losses), "bits_per_byte": 1.0}
+        },
     )  # fmt: skip
     run(fresh(6, every=2, keep=9, eval_every=2), tmp_path / "seed")
     assert json.loads((tmp_path / "seed" / "done.json").read_text())["best"]["step"] == 4
