@@ -24,6 +24,7 @@ def here(tmp_path, tokenizer_file, monkeypatch):
         )
         (tmp_path / f"{name}.jsonl").write_text(text)
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "the river " * 50}))
     (tmp_path / "my.model").write_bytes(tokenizer_file.read_bytes())
     (tmp_path / "folder").mkdir()
     return tmp_path
@@ -104,6 +105,7 @@ MISTAKES = {
     "a path that is not there": ([SEED, LAW, "--domain=x=nowhere/*.txt"], "no file matches"),
     "a folder": ([SEED, LAW, "--domain=x=folder"], "is a directory; name its files"),
     "an empty file": ([SEED, LAW, "--domain=x=empty.jsonl"], "gives no document to train on"),
+    "one document": ([SEED, LAW, "--domain=x=one.jsonl"], "'x' has no held-out document: its text"),
     "a field that is not there": ([SEED, LAW, "--domain=x=tales.jsonl#body"], "body"),
     "one domain alone": ([SEED, LAW], "--domain: fewer than two and no general text"),
     "a name that is taken": (
