@@ -1,5 +1,5 @@
-"""How a model family of Hugging Face is declared: its files' tensors, its config.json, and what of
-a model it can hold. One file a family lies in families/."""
+"""How a Hugging Face model family is declared: the tensors of its files, the keys of its
+config.json, and which models it can represent. families/ has one file for each family."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +15,10 @@ ALL_SCALINGS = ("none", "linear", "llama3", "longrope", "dynamic", "yarn")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file, or one for every layer ({l}) or expert ({e}).
+    """A tensor of a file, or a pattern for one per layer ({l}) or per expert ({e}).
 
-    parts: which of our tensors it holds, their rows one below the other. stacked: those of all
-    experts of a layer, on a leading axis.
+    parts: the names of our tensors that it holds, concatenated along the rows. stacked: whether it
+    holds all experts of a layer, on a leading axis.
     """
 
     name: str
@@ -27,14 +27,14 @@ class Tensor:
 
 
 def tensor(name: str, *parts: str, stacked: bool = False) -> Tensor:
-    """A tensor of a layer."""
+    """Declare a tensor that every layer has."""
     return Tensor(f"model.layers.{{l}}.{name}", parts, stacked)
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor of every layer, or of those with experts, that this model has not: with this number
-    in it everywhere the class computes as if it had none either. Stored in float32."""
+    """A tensor that the class requires and our models lack, in every layer or in those with
+    experts. Filled with `value`, it does not change what the class computes. Stored in float32."""
 
     name: str
     value: float
@@ -70,7 +70,7 @@ QK_NORM = (
 
 
 def swiglu(prefix: str, into: str) -> tuple[Tensor, ...]:
-    """PREFIX.gate_proj.weight and so on for INTO/gate, up and down, with their biases."""
+    """Tensors PREFIX.gate_proj.weight and so on, for INTO/gate, up and down, with their biases."""
     return tuple(
         tensor(f"{prefix}.{name}_proj.{kind}", f"{into}/{name}{'_bias' * (kind == 'bias')}")
         for name in FEED_FORWARD_MAPS
@@ -81,15 +81,15 @@ def swiglu(prefix: str, into: str) -> tuple[Tensor, ...]:
 
 DENSE = swiglu("mlp", "ffn")
 LLAMA_TENSORS = (*OUTSIDE, *NORMS, *ATTENTION, *DENSE)
-# What transformers 5 keeps in memory, and mergekit in files: gate rows first.
+# The layout that transformers 5 keeps in memory and mergekit writes: gate rows first.
 FUSED_EXPERTS = (
     tensor("mlp.experts.gate_up_proj", "ffn/gate", "ffn/up", stacked=True),
     tensor("mlp.experts.down_proj", "ffn/down", stacked=True),
 )
 
-SHARED_OF_ZEROS = 128  # hidden size of a shared expert that adds nothing; devices can divide it
+SHARED_OF_ZEROS = 128  # width of a shared expert of zeros; a multiple that device meshes divide
 
-# ModelConfig's field -> config.json's key, the same in every family.
+# ModelConfig field -> config.json key, in every family.
 KEYS = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -102,12 +102,12 @@ KEYS = {
     "norm_eps": "rms_norm_eps",
     "tied_head": "tie_word_embeddings",
 }
-# Numbers of ModelConfig that change nothing at their defaults, and that config.json may say.
+# Numbers of ModelConfig that change nothing at their defaults and may have a key in config.json.
 NUMBERS = (
     *("embed_scale", "residual_scale", "attention_scale", "attention_cap", "logits_divisor"),
     "logits_cap",
 )
-# Fields of ModelConfig that a family fixes -> what is told of a model that has other ones.
+# ModelConfig fields that a family fixes -> description of a model with another value.
 _FIXED: Mapping[str, Callable[[Any], str]] = {
     "norm": lambda kind: f"norms of kind {kind}",
     "norms": lambda place: f"norms {place.replace('both', 'before and after')} its blocks",
@@ -116,21 +116,25 @@ _FIXED: Mapping[str, Callable[[Any], str]] = {
     "rope_interleaved": lambda is_so: f"RoPE of {'neighbours' if is_so else 'halves'}",
 }
 _USUAL = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
-SILU = {"silu": "silu", "swish": "silu"}  # two names of one function
+SILU = {"silu": "silu", "swish": "silu"}  # two names for one function
 
 
 @dataclass(frozen=True)
 class MoEKeys:
-    """The keys of a mixture in config.json; "" for what this class does not ask for.
+    """The config.json keys of a mixture; "" for a key that the class does not have.
 
-    experts: its names, of which any is read and the first written. d_ff: of an expert, else as
-    wide as a dense layer. renormalise: where it says whether gates sum to one, else they do.
-    shared_d_ff: the shared expert's; shared_count: how many of d_ff it is instead, none_shared
-    where there is none. has_shared_gate: whether the shared expert stands behind a sigmoid gate;
-    needs_shared: whether there must be one. dense_list, step, dense_first: keys that say which
-    layers stay dense; last: which is the last one with experts, -1 or it. renormalises_one: whether
-    the gate of a token's only expert can be one, too. shares_one: whether there always is a shared
-    expert as wide as the others.
+    experts: names of the key for the number of experts; any is read, the first is written.
+    d_ff: width of an expert; without it, experts are as wide as dense layers.
+    renormalise: whether gates are normalised to sum to one; without it, they are.
+    shared_d_ff: width of the shared expert.
+    shared_count: its width as a multiple of d_ff, in classes that give it so.
+    none_shared: value of shared_count where there is no shared expert.
+    has_shared_gate: whether a sigmoid gate multiplies the shared expert's output.
+    needs_shared: whether the class requires a shared expert.
+    dense_list, step, dense_first: keys that determine which layers stay dense.
+    last: index of the last layer with experts, or -1 for the last layer.
+    renormalises_one: whether renormalisation also applies with k = 1, where it makes the gate one.
+    shares_one: whether the class always has a shared expert, as wide as the others.
     """
 
     experts: tuple[str, ...]
@@ -162,7 +166,7 @@ class MoEKeys:
         return bool(self.dense_list or self.dense_first)
 
     def all(self) -> Iterator[str]:
-        """Every key."""
+        """Yield every key name."""
         yield from self.experts
         for key in dataclasses.astuple(self)[1:]:
             if isinstance(key, str) and key:
@@ -171,35 +175,48 @@ class MoEKeys:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """What a `model_type` of Hugging Face is.
+    """A `model_type` of Hugging Face.
 
-    model_class: what `architectures` says. tensors: what its files hold, and what is written; also:
-    other names under which they are found. constants: what they hold besides. defaults: what
-    transformers takes for keys that config.json leaves out. biases: key -> the maps that add a bias
-    where it is true; under "" those that always do. synonyms: other names of keys. maths: fields of
-    ModelConfig that it fixes. activations: the values of activation_key -> ModelConfig's. numbers:
-    those of ModelConfig that config.json says -> their keys. query_scalar: the key of a number
-    whose power of -1/2 is attention_scale. embeds_by_width: whether embeddings are multiplied by
-    the root of the width. window: "" where `sliding_window` is ignored, "always" where it holds,
-    "switched" where `use_sliding_window` says so. window_layers: which layers then have it, unless
-    `layer_types` says: "all", whatever that says; all, "typed"; those "from" `max_window_layers`;
-    the "even" ones below it; those that do not rotate, "nope"; or, "spaced", all but the last (the
-    first, where full_first) of every full_every, a number that full_every_key may say.
-    full_rotates: whether layers without a window rotate where others have one. local_theta: RoPE's
-    base in layers with a window, which then have a rotary embedding of their own, without scaling;
-    local_theta_key: where older releases look for it. nope: the key that says, layer by layer,
-    whether it rotates, else the last of as many as nope_every_key says does not; nope_thetas:
-    whether it gives its base. rotary: the share of each head that it rotates unless config.json
-    says; 0 where it can but rotate all of it. scalings: of RoPE, those that it has. grows_queries:
-    whether it has RopeScaling's query_growth. moe: the keys of a mixture. home: the model_type of
-    the class that holds a mixture of it, "" for none that is known. fixed: keys that change what is
-    computed -> the values that this model is. usual: keys that are written besides. since: the
-    first release of transformers that has it, "" for code of its own; head_dim_since,
-    scaling_since: the first that reads heads of a size of their own, and scaled RoPE, where others
-    would read another model. fallback: its place among the families that are tried for a model that
-    no other one holds; 0 for none. whole_heads: whether the width must be a multiple of the heads;
-    own_head_dim: whether heads may be of a size that does not follow from it. peft_default: the
-    modules that peft adapts where a LoRA's config names none, () where it must.
+    model_class: the class named under `architectures`.
+    tensors: the tensors of its files, as read and written.
+    also: alternative names, read only.
+    constants: further tensors of the files that our models lack.
+    defaults: the values that transformers assumes for keys absent from config.json.
+    biases: boolean key -> the maps to which it adds biases; "" for maps that always have one.
+    synonyms: alternative name of a key -> its name.
+    maths: ModelConfig fields that the family fixes.
+    activation_key, activations: the activation's key, and its values -> ModelConfig's.
+    numbers: ModelConfig number -> its key in config.json.
+    query_scalar: key of a number whose power of -1/2 is attention_scale.
+    embeds_by_width: whether embeddings are multiplied by the square root of the width.
+    window: when `sliding_window` applies: never (""), always ("always"), or if
+        `use_sliding_window` is set ("switched").
+    window_layers: the layers with a window: "all" (ignoring `layer_types`) or, unless
+        `layer_types` says otherwise, all ("typed"), those from `max_window_layers` on ("from"),
+        the even ones below it ("even"), those without RoPE ("nope"), or all but one in every
+        full_every ("spaced").
+    full_every, full_every_key, full_first: period of the layers without a window, its key, and
+        whether the first of a period has none rather than the last.
+    full_rotates: whether layers without a window have RoPE in a model that has windows.
+    local_theta: RoPE base of layers with a window, where it differs; these are never scaled.
+    local_theta_key: the key that older releases use for it.
+    nope: key of a list that says for each layer whether it has RoPE.
+    nope_every_key: without that list, the last layer in every so many has none.
+    nope_thetas: whether the list holds RoPE bases.
+    rotary: default fraction of each head that RoPE rotates; 0 if it always rotates the whole head.
+    grows_queries: whether RopeScaling's query_growth is supported.
+    scalings: the supported kinds of RoPE scaling.
+    moe: the keys of a mixture; None for dense families.
+    home: model_type that represents a mixture of these models; "" if none is known.
+    fixed: keys that change the computation -> the values that are supported.
+    usual: further keys to write, with their values.
+    since: first release of transformers that has the family; "" for remote code.
+    head_dim_since, scaling_since: first release that reads independent head sizes, and scaled RoPE;
+        earlier ones silently load another model.
+    fallback: rank among the families tried when no other fits; 0 to exclude it.
+    whole_heads: whether the width must be a multiple of the number of heads.
+    own_head_dim: whether the head size may differ from width / heads.
+    peft_default: modules that peft adapts when a LoRA's config names none; () if it must name them.
     """
 
     model_type: str
@@ -246,8 +263,8 @@ class Family:
         return self.biases.get("", ())
 
     def lacks(self, model: ModelConfig) -> list[str]:
-        """What of the model no checkpoint of this class holds, each in a few words; [] when it
-        holds it, perhaps with zeros (`filled`)."""
+        """What checkpoints of this class cannot represent of the model, as short phrases; [] if
+        they can represent it, possibly with added zeros (`filled`)."""
         told = []
         groups = list(self.biases.values())
         for name in model.biases:
@@ -303,13 +320,14 @@ class Family:
                 yield f"{name}={value:g}"
 
     def folds_norms_of(self, model: ModelConfig) -> bool:
-        """Whether it holds a mixture with LayerNorms as one with RMSNorms (folding.py)."""
+        """Whether the family can hold a mixture with LayerNorms by folding them into RMSNorms
+        (folding.py)."""
         usual = self.maths.get("norm", _USUAL["norm"]) == "rms" and not model.qk_norm
         return usual and self.moe is not None and (model.norm, model.norms) == ("layer", "before")
 
     def _has_window_in(self, model: ModelConfig) -> bool:
-        """Whether it can say which of the model's layers have a window."""
-        if self.window_layers == "from":  # as releases without layer_types have it
+        """Whether the family can express which of the model's layers have a window."""
+        if self.window_layers == "from":  # as in releases without layer_types
             return model.window_layers == tuple(range(model.window_layers[0], model.layers))
         return self.window_layers in ("typed", "nope", "spaced")
 
@@ -350,8 +368,8 @@ class Family:
         return told
 
     def filled(self, model: ModelConfig) -> ModelConfig:
-        """The model with what this class cannot leave out, without changing what is computed:
-        biases and a shared expert of zeros, norms with scales of ones."""
+        """The model with what this class cannot omit added, without changing what it computes: zero
+        biases, a shared expert of zeros, and norm scales of one."""
         biases = tuple(dict.fromkeys((*model.biases, *self.always_biased())))
         moe = model.moe
         keys = self.moe
@@ -364,6 +382,6 @@ class Family:
 
 
 def _rotates_in_windows(model: ModelConfig) -> bool:
-    """Whether the layers with a window rotate, and no others."""
+    """Whether the layers with a window have RoPE and no others do."""
     specs = model.layer_specs()
     return all(bool(spec.window) == bool(spec.rope_theta) for spec in specs)

@@ -1,6 +1,8 @@
-"""LayerNorms without parameters as RMSNorms, for classes that have no others. A LayerNorm takes the
-mean from the residual stream, and nothing else reads it there: where nothing that is added to the
-stream has a mean, the stream has none, and the two norms are one function."""
+"""Fold parameterless LayerNorms into RMSNorms, for classes without LayerNorm.
+
+A LayerNorm subtracts the mean of the residual stream, and nothing else reads that mean. If nothing
+added to the stream has a mean, the stream has none and the two norms are equal.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +12,7 @@ import numpy as np
 from btx_jax.architectures.tensors import EMBEDDING, Reader, Region, TensorId, slots
 from btx_jax.config.model_config import ModelConfig
 
-# What is added to the stream -> the axis of its tensor that lies along it.
+# Tensors whose product is added to the stream -> their axis along the stream.
 _ALONG = {
     EMBEDDING.part: 1,
     **dict.fromkeys(("attention/out", "attention/out_bias", "ffn/down"), 0),
@@ -19,15 +21,15 @@ _ALONG = {
 
 
 def folded(model: ModelConfig) -> ModelConfig:
-    """A model with LayerNorms as one with RMSNorms, whose scales are one."""
+    """The model with LayerNorms replaced by RMSNorms with scales of one."""
     return dataclasses.replace(model, norm="rms")
 
 
 def folding(
     read: Callable[[TensorId], np.ndarray], model: ModelConfig
 ) -> Callable[[TensorId], np.ndarray]:
-    """What gives the tensors of the folded model, from what gives those of one with LayerNorms:
-    those that add to the stream without its mean, in float32, and scales of ones."""
+    """Wrap `read`, which returns tensors of a model with LayerNorms, to return those of the folded
+    model: tensors that write to the stream lose their mean, in float32, and scales are ones."""
     own, places = slots(model), slots(folded(model))
 
     def read_folded(tensor: TensorId) -> np.ndarray:
@@ -43,7 +45,7 @@ def folding(
 
 
 class Folded:
-    """A model with LayerNorms, read as the folded one."""
+    """Reader that presents a model with LayerNorms as its folded form."""
 
     def __init__(self, reader: Reader):
         self.model = folded(reader.model)

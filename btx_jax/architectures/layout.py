@@ -1,4 +1,4 @@
-"""The tensors of a model's files, as its family declares them."""
+"""Map the tensors of a model to those of its files, as the family declares them."""
 
 import functools
 from collections import Counter
@@ -13,8 +13,7 @@ from btx_jax.config.model_config import ModelConfig
 
 
 class Row(NamedTuple):
-    """One tensor of a file, and which of ours it holds: [parts], or [experts][parts] of a stacked
-    one."""
+    """One tensor of a file and our tensors in it: [1][parts], or [experts][parts] if stacked."""
 
     name: str
     tensors: tuple[tuple[TensorId, ...], ...]
@@ -26,7 +25,7 @@ class Row(NamedTuple):
         return (len(self.tensors), *rows) if self.stacked else rows
 
     def joined(self, read: Callable[[TensorId], np.ndarray]) -> np.ndarray:
-        """What lies in the file, of what `read` gives for each of ours."""
+        """The file's tensor, assembled from our tensors as `read` returns them."""
         held = [
             read(parts[0]) if len(parts) == 1 else np.concatenate([read(part) for part in parts])
             for parts in self.tensors
@@ -36,8 +35,8 @@ class Row(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def rows(family: Family, model: ModelConfig) -> tuple[Row, ...]:
-    """The tensors of the model's files, in an order in which each is whole as soon as possible.
-    Every tensor of the model is in exactly one: ValueError otherwise."""
+    """The tensors of the model's files, ordered so that each can be completed as early as possible.
+    Raises ValueError unless every tensor of the model is in exactly one."""
     found = _rows(family.tensors, model)
     order = {part: number for number, part in enumerate(slots(model))}
     held = [part for row in found for parts in row.tensors for part in parts]
@@ -54,12 +53,12 @@ def rows(family: Family, model: ModelConfig) -> tuple[Row, ...]:
 
 @functools.lru_cache(maxsize=16)
 def other_rows(family: Family, model: ModelConfig) -> tuple[Row, ...]:
-    """Those of the family's other names."""
+    """The model's tensors under the family's alternative names."""
     return tuple(_rows(family.also, model))
 
 
 def constants(family: Family, model: ModelConfig) -> dict[str, np.ndarray]:
-    """Those of the model's files, by name."""
+    """Constant tensors of the model's files: name -> float32 array."""
     return {
         f"model.layers.{layer}.{item.name}": np.full(item.shape(model), item.value, np.float32)
         for item in family.constants
@@ -80,7 +79,7 @@ def _rows(declared: tuple[Tensor, ...], model: ModelConfig) -> list[Row]:
             ]
             held = [parts for parts in held if any(part in known for part in parts)]
             if not held:
-                continue  # of what this layer has not
+                continue  # this layer has none
             if item.stacked:
                 found.append(Row(item.name.format(l=layer), tuple(held), True))
             else:

@@ -1,5 +1,4 @@
-"""The linear maps of a layer that LoRA stands beside, as modules of a family: what peft speaks
-of."""
+"""The linear maps that LoRA can adapt, under the module names of a family, as peft uses them."""
 
 import functools
 import math
@@ -24,14 +23,14 @@ _PREFIX, _SUFFIX = "model.layers.{l}.", ".weight"
 
 
 def adapted(target: str, layer: int) -> TensorId:
-    """The weight beside which the LoRA of a target stands."""
+    """The weight of `layer` that the LoRA of a target adapts."""
     return TensorId(PARTS[target], layer)
 
 
 @functools.cache
 def modules_of_layer(family: Family) -> Mapping[str, tuple[str, ...]]:
-    """{module, such as self_attn.qkv_proj: the targets that it holds, in the order of their rows}.
-    Of dense layers; experts' own maps are no targets."""
+    """{module, such as self_attn.qkv_proj: its targets, in the order of their rows}, for dense
+    layers; experts cannot be targets."""
     found = {}
     for tensor in family.tensors:
         targets = tuple(_TARGET_OF[part] for part in tensor.parts if part in _TARGET_OF)
@@ -42,8 +41,8 @@ def modules_of_layer(family: Family) -> Mapping[str, tuple[str, ...]]:
 
 
 def modules(family: Family, model: ModelConfig) -> dict[str, tuple[int, tuple[str, ...]]]:
-    """{module of the whole model: (its layer, its targets)}, of those that can have LoRA: a mixture
-    has it on its attention only."""
+    """{full module name: (layer, targets)} for every module that LoRA can adapt. In a mixture these
+    are the attention modules only."""
     known = slots(model)
     return {
         f"{_PREFIX.format(l=layer)}{name}": (layer, targets)
@@ -55,8 +54,8 @@ def modules(family: Family, model: ModelConfig) -> dict[str, tuple[int, tuple[st
 
 
 def families_with(modules: Collection[str]) -> list[str]:
-    """The model_types whose layers have such modules with targets in them: those with the most of
-    them first, and of these the best known."""
+    """The model_types whose layers have any of these modules: most matches first, and among equals
+    by fallback rank."""
 
     def count(family: Family) -> int:
         return len(set(modules) & set(modules_of_layer(family)))

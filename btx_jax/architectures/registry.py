@@ -1,4 +1,4 @@
-"""All families that can be read and written: what lies in families/, by model_type."""
+"""Registry of all families in families/, by model_type."""
 
 import functools
 import importlib
@@ -13,7 +13,7 @@ from btx_jax.errors import UserError
 
 @functools.cache
 def known_families() -> Mapping[str, Family]:
-    """model_type -> family."""
+    """model_type -> family. Raises ValueError for duplicates and for a home that is no mixture."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(families.__path__):
         loaded = importlib.import_module(f"{families.__name__}.{module.name}")
@@ -28,8 +28,8 @@ def known_families() -> Mapping[str, Family]:
 
 
 def candidates(is_mixture: bool, origin: str = "") -> list[Family]:
-    """The families to try, in this order, for a model from a directory of model_type origin: its
-    own, the home of its mixtures, then those that hold what others do not."""
+    """The families to try for a model that came from a directory of model_type `origin`, in order:
+    that family, its home for mixtures, then those with a fallback rank."""
     found = known_families()
     own = found.get(origin)
     preferred: list[Family] = []
@@ -45,9 +45,11 @@ def candidates(is_mixture: bool, origin: str = "") -> list[Family]:
 
 
 def family_for(model: ModelConfig, origin: str = "") -> Family:
-    """The family to write the model as: that of the directory it came from (its model_type), the
-    home of its mixtures, or the first other one that holds it. Raises UserError, with what the
-    preferred one lacks, when there is none."""
+    """The family to write the model as: that of its origin (a model_type), the home of the origin's
+    mixtures, or the first fallback that can hold it.
+
+    Raises UserError, naming what the preferred family lacks, when none can hold it.
+    """
     tried = candidates(model.moe is not None, origin)
     for family in tried:
         if not family.lacks(model):
@@ -56,7 +58,7 @@ def family_for(model: ModelConfig, origin: str = "") -> Family:
 
 
 def require_held(family: Family, model: ModelConfig) -> None:
-    """Raises UserError when the family cannot hold the model."""
+    """Raise UserError when the family cannot hold the model."""
     if family.lacks(model):
         raise UserError(_why_not(family, model))
 

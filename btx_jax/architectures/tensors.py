@@ -1,5 +1,5 @@
-"""A model as single tensors, in the layout of Hugging Face files (a Linear's weight is [out, in]):
-what everything that streams speaks of, whatever a file calls them."""
+"""A model as single tensors in the layout of Hugging Face files, where a Linear's weight is [out,
+in]. All streaming code identifies tensors in these terms, whatever a file calls them."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from btx_jax.config.model_config import ModelConfig
 from btx_jax.models.llama import abstract_params
 from btx_jax.models.lora import is_adapter
 
-# Leaves that a Linear multiplies by -> how many leading axes are its inputs. All others are stored
-# alike on both sides.
+# Leaves that are linear maps -> the number of leading axes that are inputs. All other leaves have
+# the same layout on both sides.
 _INPUTS = {
     **dict.fromkeys(("attention/query", "attention/key", "attention/value"), 1),
     "attention/out": 2,
@@ -22,8 +22,8 @@ _INPUTS = {
     **dict.fromkeys(("anchor/gate", "anchor/up", "anchor/down"), 1),
     "head/kernel": 1,
 }
-# In the order in which a layer computes, with the names that a Llama's, a Mixtral's and a
-# Qwen2-MoE's files give them, or would give them if they had such norms.
+# In the order of computation within a layer, with the names in files of Llama, Mixtral and
+# Qwen2-MoE, or analogous names for norms that those lack.
 _ATTENTION = {
     "attention_norm/scale": "input_layernorm.weight",
     "attention/query": "self_attn.q_proj.weight",
@@ -54,7 +54,7 @@ _SHARED = {
     "shared_expert/down": "mlp.shared_expert.down_proj.weight",
     "shared_expert/router": "mlp.shared_expert_gate.weight",
 }
-_ANCHOR = {  # of the dense model that it is the feed-forward of
+_ANCHOR = {  # names of the dense model whose feed-forward the anchor is
     f"anchor/{name}": _DENSE[f"ffn/{name}"] for name in ("gate", "up", "down")
 }
 _ROUTER = {
@@ -70,12 +70,13 @@ _OUTSIDE = {
 
 
 class TensorId(NamedTuple):
-    """Which tensor of a model. part: its leaf, below the run of layers where it is in one, such as
-    ffn/gate. layer, expert: None for what is outside the layers, and for what is of no single
-    expert.
+    """Identifies a tensor of a model.
 
-    As text it is what a Llama or a Mixtral calls it, whatever the model is: messages show that, and
-    the digests of models are taken over it.
+    part: its leaf path without the run of layers, such as ffn/gate. layer, expert: None for tensors
+    outside the layers, and for those that do not belong to one expert.
+
+    str() is the name that Llama or Mixtral files use, whatever the model: messages show it, and
+    model digests are computed over it.
     """
 
     part: str
@@ -93,7 +94,7 @@ class TensorId(NamedTuple):
 
     @property
     def is_router(self) -> bool:
-        """Of the routed experts, their biases too."""
+        """Whether it belongs to the router of the routed experts (weight or bias)."""
         return self.part in _ROUTER
 
     @property
@@ -102,12 +103,12 @@ class TensorId(NamedTuple):
 
     @property
     def is_shared(self) -> bool:
-        """Of a shared expert, its gate included."""
+        """Whether it belongs to a shared expert, its gate included."""
         return self.part.startswith("shared_expert/")
 
     def of_dense(self) -> "TensorId":
-        """The tensor of a dense model that an expert's, a shared expert's or an anchor's is made
-        of."""
+        """The dense model's tensor from which this tensor of an expert, a shared expert or an
+        anchor is made."""
         return TensorId("ffn/" + self.part.split("/")[1], self.layer)
 
 
@@ -115,18 +116,21 @@ EMBEDDING, HEAD = TensorId("embed/embedding"), TensorId("head/kernel")
 
 
 Range = tuple[int, int]  # [start, stop)
-Region = tuple[Range, ...]  # of an array: of each of its axes
+Region = tuple[Range, ...]  # one range for each axis of an array
 
 
 class Slot(NamedTuple):
-    """Where one tensor lies in our parameters: leaf path, index of its leading axes (layer in its
-    run, expert), its shapes. inputs: how many leading axes of `part` a Linear multiplies by, 0 for
-    what is stored alike on both sides."""
+    """Where one tensor lies in our parameters.
+
+    path: of the leaf. indices: into its leading axes (layer in its run, expert). inputs: number of
+    leading axes of `part` that are inputs of a linear map; 0 for tensors with the same layout on
+    both sides.
+    """
 
     path: tuple[str, ...]
     indices: tuple[int, ...]
-    shape: tuple[int, ...]  # there
-    part: tuple[int, ...]  # here: of the leaf at index
+    shape: tuple[int, ...]  # in the file
+    part: tuple[int, ...]  # in our leaf, at `indices`
     inputs: int
 
     @property
@@ -139,10 +143,10 @@ class Slot(NamedTuple):
     def region_to_ours(
         self, region: Region, read: Callable[[Range, Range | None], np.ndarray]
     ) -> np.ndarray:
-        """A region of our part. read: (rows, columns) -> those of the tensor; columns is None for a
-        vector."""
+        """Read a region of our part. read: (rows, columns) -> that block of the file's tensor;
+        columns is None for vectors."""
         first = self.inputs or len(self.part) - len(self.shape) + 1
-        axes = [slice(first), slice(first, None)]  # of the part, that are one of the tensor
+        axes = [slice(first), slice(first, None)]  # part axes that form one tensor axis
         flat = [_flat(self.part[group], region[group]) for group in axes]
         if len(self.shape) == 1:
             tensor = read(flat[0], None)
@@ -150,7 +154,7 @@ class Slot(NamedTuple):
             tensor = read(flat[1], flat[0]).T
         else:
             tensor = read(flat[0], flat[1])
-        # What `read` gives is cut along the first axis of each group: along the others, here.
+        # `read` has cut along the first axis of each group; cut along the others here.
         sizes, rest = list(self.part), [slice(*along) for along in region]
         for axis in {0, first} & set(range(len(sizes))):
             sizes[axis], rest[axis] = region[axis][1] - region[axis][0], slice(None)
@@ -165,28 +169,29 @@ class Slot(NamedTuple):
 
 
 class Reader(Protocol):
-    """Tensors of a model, one at a time."""
+    """Reads the tensors of a model one at a time."""
 
     model: ModelConfig
     slots: dict[TensorId, Slot]
     dtypes: dict[TensorId, np.dtype]
 
     def read(self, tensor: TensorId) -> np.ndarray:
-        """Read-only: its values have been looked at, and nobody can change them."""
+        """The tensor, as a read-only array whose values have been checked."""
         ...
 
     def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
-        """That of the tensor's part of our leaf (`Slot.to_ours`), of as few bytes as can be."""
+        """The region of the tensor in our layout (`Slot.to_ours`), reading as few bytes as
+        possible."""
         ...
 
     def check(self) -> None:
-        """Raises UserError when a tensor that was read held NaN or infinity."""
+        """Raise UserError when a tensor that was read held NaN or infinity."""
         ...
 
 
 def _transposed(array: np.ndarray) -> np.ndarray:
-    """In squares, of which source and copy stay in a core's cache: two to three times as fast as
-    numpy's own copy of a large matrix."""
+    """Transposed copy, made in square blocks that fit a core's cache: two to three times as fast as
+    numpy's copy of a large matrix."""
     side = 64
     turned = np.empty(array.shape[::-1], array.dtype)
     for i in range(0, array.shape[0], side):
@@ -197,15 +202,14 @@ def _transposed(array: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def slots(model: ModelConfig) -> dict[TensorId, Slot]:
-    """Every tensor of the model, in the order in which layers are computed. LoRA experts have
-    none."""
+    """Every tensor of the model and its slot, in order of computation. LoRA experts have none."""
     leaves = _leaf_shapes(model)
     result: dict[TensorId, Slot] = {}
 
     def add(tensor: TensorId, prefix: tuple[str, ...], index: tuple[int, ...]) -> None:
         path = (*prefix, *tensor.part.split("/"))
         if path not in leaves:
-            return  # what this model has not
+            return  # the model lacks this tensor
         part = leaves[path][len(index) :]
         inputs = _INPUTS.get(tensor.part, 0)
         shape = (_size(part[inputs:]), _size(part[:inputs])) if inputs else part
@@ -240,7 +244,8 @@ def slots(model: ModelConfig) -> dict[TensorId, Slot]:
 
 
 def _flat(shape: tuple[int, ...], region: Region) -> Range:
-    """Of the axes of a shape as one: where the region's first axis lies, whole along the others."""
+    """Merge a shape's axes into one: the flat range of the region's first axis, with the others
+    taken whole."""
     inner = _size(shape[1:])
     return (region[0][0] * inner, region[0][1] * inner) if shape else (0, 1)
 

@@ -1,4 +1,4 @@
-"""Values of tensors in numpy: whether they are finite, and in another dtype's range."""
+"""Checks of tensor values in numpy: finiteness, and the range of another dtype."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ from btx_jax.errors import UserError
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no element is NaN or infinite, from the exponent bits: one pass over the bytes,
-    whatever the dtype."""
+    """Whether no element is NaN or infinite. Reads the exponent bits only: one pass over the
+    bytes."""
     mask = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[array.dtype.name]
     bits: np.ndarray = array.reshape(-1).view(np.uint32 if array.itemsize == 4 else np.uint16)
     step = 1 << 18  # fits a core's cache
@@ -18,8 +18,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def cast(name: object, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """To another storage dtype, rounding to nearest even. Raises UserError when a value does not
-    fit."""
+    """Cast to another storage dtype, rounding to nearest even. Raises UserError on overflow."""
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
@@ -30,7 +29,7 @@ def cast(name: object, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def check_range(name: object, array: np.ndarray) -> None:
-    """Of a tensor rounded from finite values. Raises UserError when one became infinite."""
+    """Raise UserError when a tensor that was rounded from finite values has an infinite one."""
     if not is_finite(array):
         raise UserError(
             f"{name} holds values beyond {array.dtype.name}'s range; choose bfloat16 or float32"

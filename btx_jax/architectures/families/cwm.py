@@ -1,4 +1,4 @@
-"""CWM, the Code World Model: a window in three of four layers."""
+"""CWM, the Code World Model: three of every four layers have a sliding window."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import FEED_FORWARD_MAPS, Family

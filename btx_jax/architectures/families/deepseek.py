@@ -1,5 +1,5 @@
-"""DeepSeek-MoE (v1), in the layout that mergekit-moe writes: shared experts without a gate. Its
-code is not part of transformers."""
+"""DeepSeek-MoE (v1) in the layout that mergekit-moe writes, with ungated shared experts. Its
+modelling code is not part of transformers."""
 
 from btx_jax.architectures.families import llama, qwen2_moe
 from btx_jax.architectures.family import LLAMA_TENSORS, Family, MoEKeys, swiglu

@@ -1,4 +1,4 @@
-"""ERNIE 4.5: RoPE turns neighbours, and one key gives every map a bias."""
+"""ERNIE 4.5: interleaved RoPE, and a single key that adds a bias to every linear map."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import ATTENTION_MAPS, FEED_FORWARD_MAPS, Family

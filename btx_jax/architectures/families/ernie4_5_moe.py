@@ -1,4 +1,4 @@
-"""ERNIE 4.5 MoE: what a mixture of ERNIEs is. What it adds to the experts' shares before it chooses
+"""ERNIE 4.5 MoE, the mixture of ERNIE 4.5 models. Its correction bias on the router's probabilities
 is read and written as zero."""
 
 from btx_jax.architectures.families import ernie4_5, qwen2_moe

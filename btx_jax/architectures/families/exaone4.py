@@ -1,5 +1,5 @@
-"""EXAONE 4: norms behind the blocks, and on queries and keys; where some layers have a window, the
-others do not rotate."""
+"""EXAONE 4: norms after the blocks and on queries and keys. Where some layers have a sliding
+window, the others have no RoPE."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import (

@@ -1,4 +1,4 @@
-"""FlexOlmo: what a mixture of OLMo 2s is."""
+"""FlexOlmo, the mixture of OLMo 2 models."""
 
 from btx_jax.architectures.families import olmo2, qwen2_moe
 from btx_jax.architectures.family import ATTENTION_MAPS, FUSED_EXPERTS, Family, MoEKeys

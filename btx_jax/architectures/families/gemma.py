@@ -1,5 +1,5 @@
-"""Gemma 1: norms that multiply by 1 + their scale, embeddings times the root of the width, and the
-tanh approximation of gelu."""
+"""Gemma 1: norms that multiply by 1 + scale, embeddings multiplied by the square root of the width,
+and the tanh approximation of GELU."""
 
 from btx_jax.architectures.family import ATTENTION_MAPS, Family
 
@@ -28,7 +28,7 @@ FAMILY = Family(
     defaults=DEFAULTS,
     biases={"attention_bias": ATTENTION_MAPS},
     maths=MATHS,
-    activations=GELU | {"gelu": "gelu_tanh"},  # what its first files call it
+    activations=GELU | {"gelu": "gelu_tanh"},  # the name in its first releases
     embeds_by_width=True,
     fixed=CAUSAL,
     since="4.42.0",

@@ -1,4 +1,5 @@
-"""Gemma 2: norms before and behind the blocks, soft caps, a window in every other layer."""
+"""Gemma 2: norms before and after the blocks, soft caps, and a sliding window in every other
+layer."""
 
 from btx_jax.architectures.families import gemma
 from btx_jax.architectures.family import (

@@ -1,5 +1,5 @@
-"""Gemma 3 without its eyes: norms on queries and keys, and a rotary embedding of their own in the
-five of six layers that have a window."""
+"""Gemma 3, text only: norms on queries and keys, and a sliding window in five of six layers, which
+have their own RoPE base."""
 
 from btx_jax.architectures.families import gemma, gemma2
 from btx_jax.architectures.family import ATTENTION_MAPS, QK_NORM, Family
@@ -28,7 +28,7 @@ FAMILY = Family(
     full_every_key="sliding_window_pattern",
     local_theta=10_000.0,
     local_theta_key="rope_local_base_freq",
-    fixed=gemma.CAUSAL | {"attn_logit_softcapping": (None,)},  # declared there, and not read
+    fixed=gemma.CAUSAL | {"attn_logit_softcapping": (None,)},  # declared, but never read
     since="4.50.0",
     whole_heads=True,
 )

@@ -1,4 +1,4 @@
-"""GLM-4 of 2024: fused feed-forwards, a RoPE of neighbours in half of each head."""
+"""GLM-4 (2024): fused gate and up projections, interleaved RoPE on half of each head."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import ATTENTION, NORMS, OUTSIDE, Family, tensor

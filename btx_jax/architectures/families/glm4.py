@@ -1,4 +1,4 @@
-"""GLM-4-0414 and GLM-Z1: a GLM with norms behind the blocks, too."""
+"""GLM-4-0414 and GLM-Z1: GLM with additional norms after the blocks."""
 
 from btx_jax.architectures.families import glm
 from btx_jax.architectures.family import ATTENTION, NORMS, OUTSIDE, Family, tensor

@@ -1,4 +1,4 @@
-"""Granite 3: multipliers on embeddings, blocks, scores and logits."""
+"""Granite 3: multipliers on embeddings, residual branches, attention scores and logits."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import ATTENTION_MAPS, FEED_FORWARD_MAPS, Family

@@ -1,4 +1,4 @@
-"""GraniteMoe, such as Granite 3.0 1B-A400M: what a mixture of Granites is."""
+"""GraniteMoe, such as Granite 3.0 1B-A400M: the mixture of Granite models."""
 
 from btx_jax.architectures.families import granite
 from btx_jax.architectures.family import (
@@ -16,7 +16,7 @@ ROUTED = (
     tensor("block_sparse_moe.input_linear.weight", "ffn/gate", "ffn/up", stacked=True),
     tensor("block_sparse_moe.output_linear.weight", "ffn/down", stacked=True),
 )
-# As transformers 5 keeps them in memory.
+# The layout that transformers 5 keeps in memory.
 ALSO = (
     tensor("block_sparse_moe.router.weight", "ffn/router"),
     tensor("block_sparse_moe.experts.gate_up_proj", "ffn/gate", "ffn/up", stacked=True),

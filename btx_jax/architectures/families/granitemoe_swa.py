@@ -1,5 +1,5 @@
-"""GraniteMoeSWA: a GraniteMoe whose layers may have a window, or not rotate. Its attention sinks
-are read and written closed."""
+"""GraniteMoeSWA: GraniteMoe with sliding windows and layers without RoPE. Its attention sinks are
+read and written as -1e30, which disables them."""
 
 from btx_jax.architectures.families import granite, granitemoe
 from btx_jax.architectures.family import (
@@ -30,6 +30,6 @@ FAMILY = Family(
     moe=MoEKeys(("num_local_experts",)),
     fixed={"shared_intermediate_size": (0,)},
     usual={"output_router_logits": False, "shared_intermediate_size": 0},
-    since="5.23.0",  # the oldest that it was tried with
+    since="5.23.0",  # the oldest tested release
     whole_heads=True,
 )

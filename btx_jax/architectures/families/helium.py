@@ -1,4 +1,4 @@
-"""Helium 1: a Llama whose RoPE turns neighbours."""
+"""Helium 1: Llama with interleaved RoPE."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import FEED_FORWARD_MAPS, Family

@@ -1,4 +1,4 @@
-"""HunYuan dense: norms on queries and keys that are rotated already."""
+"""HunYuan dense: norms on queries and keys after RoPE."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import ATTENTION_MAPS, LLAMA_TENSORS, Family, tensor

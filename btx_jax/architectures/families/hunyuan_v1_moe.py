@@ -1,5 +1,5 @@
-"""HunYuan MoE: what a mixture of dense HunYuans is, a shared expert as wide as the others beside
-them."""
+"""HunYuan MoE, the mixture of dense HunYuan models, with a shared expert as wide as the routed
+ones."""
 
 from btx_jax.architectures.families import hunyuan_v1_dense
 from btx_jax.architectures.family import (

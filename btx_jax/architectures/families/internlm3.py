@@ -1,4 +1,4 @@
-"""InternLM3: a Llama under another model_type, usually with dynamic RoPE scaling."""
+"""InternLM3: Llama under another model_type, usually with dynamic RoPE scaling."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import ATTENTION_MAPS, FEED_FORWARD_MAPS, Family
@@ -19,6 +19,6 @@ FAMILY = Family(
     biases={"attention_bias": ATTENTION_MAPS, "mlp_bias": FEED_FORWARD_MAPS},
     synonyms={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
     home="mixtral",
-    since="5.23.0",  # the oldest that it was tried with
+    since="5.23.0",  # the oldest tested release
     whole_heads=True,
 )

@@ -1,4 +1,4 @@
-"""IQuest-Coder: a Llama under another model_type."""
+"""IQuest-Coder: Llama under another model_type."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import ATTENTION_MAPS, FEED_FORWARD_MAPS, Family
@@ -21,5 +21,5 @@ FAMILY = Family(
     biases={"attention_bias": ATTENTION_MAPS, "mlp_bias": FEED_FORWARD_MAPS},
     home="mixtral",
     fixed={"use_sliding_window": (None, False)},
-    since="5.23.0",  # the oldest that it was tried with
+    since="5.23.0",  # the oldest tested release
 )

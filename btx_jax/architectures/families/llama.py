@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1 and 3.2, TinyLlama, SmolLM, Yi, Falcon 3, DeepSeek-LLM and other relatives."""
+"""Llama 2, 3, 3.1 and 3.2, TinyLlama, SmolLM, Yi, Falcon 3, DeepSeek-LLM and related models."""
 
 from btx_jax.architectures.family import ATTENTION_MAPS, FEED_FORWARD_MAPS, Family
 
@@ -8,7 +8,7 @@ DEFAULTS = {
     "intermediate_size": 11_008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
-    "num_key_value_heads": None,  # as many as heads
+    "num_key_value_heads": None,  # the number of heads
     "head_dim": None,  # hidden_size / heads
     "hidden_act": "silu",
     "max_position_embeddings": 2048,

@@ -1,4 +1,4 @@
-"""Ministral 8B of 2024: a Mistral of which some layers have a window."""
+"""Ministral 8B (2024): Mistral with a sliding window in some of its layers."""
 
 from btx_jax.architectures.families import mistral
 from btx_jax.architectures.family import Family

@@ -1,4 +1,4 @@
-"""Ministral 3 without its eyes: yarn, and queries that grow with their position."""
+"""Ministral 3, text only: YaRN, and queries whose scale grows with their position."""
 
 from btx_jax.architectures.families import mistral
 from btx_jax.architectures.family import Family

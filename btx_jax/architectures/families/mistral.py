@@ -1,4 +1,4 @@
-"""Mistral 0.1 to Small, of which 0.1 has a window."""
+"""Mistral, from 0.1 (the only one with a sliding window) to Small."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import Family
@@ -15,7 +15,7 @@ FAMILY = Family(
     "MistralForCausalLM",
     defaults=DEFAULTS,
     window="always",
-    window_layers="typed",  # transformers takes a Mistral with layer_types as a Ministral
+    window_layers="typed",  # transformers loads a Mistral with layer_types as Ministral
     home="mixtral",
     fallback=2,
     peft_default=("q_proj", "v_proj"),

@@ -1,4 +1,4 @@
-"""Mixtral: what a mixture of Llamas, Mistrals and unfused Phis is."""
+"""Mixtral: the mixture of Llama, Mistral and unfused Phi models."""
 
 from btx_jax.architectures.families import mistral
 from btx_jax.architectures.family import (

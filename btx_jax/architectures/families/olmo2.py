@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind the blocks and on all queries, and all keys, of a token together."""
+"""OLMo 2: norms after the blocks, and on queries and keys over all heads of a token together."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import (

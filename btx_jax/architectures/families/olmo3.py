@@ -1,4 +1,4 @@
-"""OLMo 3: an OLMo 2 with a window in three of four layers, where RoPE is not scaled."""
+"""OLMo 3: OLMo 2 with a sliding window in three of every four layers, whose RoPE is not scaled."""
 
 from btx_jax.architectures.families import olmo2
 from btx_jax.architectures.family import ATTENTION_MAPS, DENSE, Family

@@ -1,5 +1,5 @@
-"""OLMoE: norms on all queries, and all keys, of a token together, in a mixture with norms before
-its blocks."""
+"""OLMoE: a mixture with norms before its blocks, and on queries and keys over all heads of a token
+together."""
 
 from btx_jax.architectures.families import flex_olmo, qwen2_moe
 from btx_jax.architectures.family import (

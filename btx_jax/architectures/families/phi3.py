@@ -1,4 +1,5 @@
-"""Phi-3, 3.5, 4 and 4-mini: fused tensors; longrope; 4-mini rotates a part of each head."""
+"""Phi-3, 3.5, 4 and 4-mini: fused projections and LongRoPE; 4-mini applies RoPE to a part of each
+head."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import NORMS, OUTSIDE, Family, tensor

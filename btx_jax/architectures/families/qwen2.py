@@ -1,4 +1,4 @@
-"""Qwen1.5, Qwen2 and Qwen2.5: biases on queries, keys and values."""
+"""Qwen1.5, Qwen2 and Qwen2.5: Llama with biases on queries, keys and values."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import Family

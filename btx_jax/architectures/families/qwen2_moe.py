@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: a shared expert behind a sigmoid gate beside the routed ones."""
+"""Qwen1.5-MoE and Qwen2-MoE: a shared expert with a sigmoid gate beside the routed experts."""
 
 import dataclasses
 

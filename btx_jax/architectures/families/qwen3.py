@@ -1,4 +1,4 @@
-"""Qwen3: norms on queries and keys, heads of a size of their own."""
+"""Qwen3: norms on queries and keys, and a head size independent of the width."""
 
 from btx_jax.architectures.families import qwen2
 from btx_jax.architectures.family import ATTENTION_MAPS, LLAMA_TENSORS, QK_NORM, Family

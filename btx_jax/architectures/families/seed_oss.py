@@ -1,4 +1,5 @@
-"""Seed-OSS: a Llama with biases on queries, keys and values, and heads of a size of their own."""
+"""Seed-OSS: Llama with biases on queries, keys and values, and a head size independent of the
+width."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import FEED_FORWARD_MAPS, Family

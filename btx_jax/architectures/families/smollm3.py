@@ -1,4 +1,4 @@
-"""SmolLM3: every fourth layer does not rotate."""
+"""SmolLM3: Llama without RoPE in every fourth layer."""
 
 from btx_jax.architectures.families import llama
 from btx_jax.architectures.family import ATTENTION_MAPS, FEED_FORWARD_MAPS, Family

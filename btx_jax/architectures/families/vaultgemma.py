@@ -1,4 +1,4 @@
-"""VaultGemma: a Gemma 2 without norms behind its blocks."""
+"""VaultGemma: Gemma 2 without norms after its blocks."""
 
 from btx_jax.architectures.families import gemma, gemma2
 from btx_jax.architectures.family import ATTENTION, ATTENTION_MAPS, DENSE, OUTSIDE, Family, tensor
