@@ -1,9 +1,10 @@
-"""What the TPU compiler is asked to do otherwise than by default, per kind of chip: for every
-program of a run, and so for the compile check too.
+"""TPU compiler options that differ from its defaults, by kind of chip. They apply to every program
+of a run, and so to the compile check.
 
-Gains are those of the compiler's clock (costs/clock.py) for a step of the Llama-2-7B expert with
-jax 0.10.2 and libtpu 0.0.42.1, each on top of those before it; "gathers continued": with the
-continuation fusions that docs/tpu.md tells of. Names and groups: MaxText's xla_flags_library.py.
+Gains are measured with the compiler's clock (costs/clock.py) on a training step of the Llama-2-7B
+expert with jax 0.10.2 and libtpu 0.0.42.1, each on top of the preceding ones; "gathers continued"
+means with the continuation fusions that docs/tpu.md describes. Names and groups follow MaxText's
+xla_flags_library.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ from btx_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """values: name -> value, which belong together. gain: by the clock."""
+    """Options that belong together. values: name -> value. gain: measured with the compiler's
+    clock."""
 
     values: Mapping[str, str]
     reason: str
@@ -27,8 +29,8 @@ class Options:
 REFUSALS = ("No such compile option", "into flag", "FAILED_PRECONDITION")
 CONTINUE = "xla_tpu_enable_async_collective_fusion_fuse_"
 TILES = "larger tiles of products: operands are read, and what is fused with them made, less often"
-# Continuation fusions of gathers would hide them on v5p and v6e too. libtpu 0.0.50 refuses them
-# there, as they "might lead to incorrect results"; on v5e they are its default.
+# Continuation fusions of gathers would hide them on v5p and v6e as well. libtpu 0.0.50 rejects them
+# there because they "might lead to incorrect results"; on v5e they are its default.
 SCATTERS = Options(
     {f"{CONTINUE}reduce_scatter": "true", "xla_enable_async_reduce_scatter_fusion": "true"},
     "gradients are scattered behind products",
@@ -40,7 +42,7 @@ def _vector_memory(mebibytes: int) -> dict[str, str]:
     return {"xla_tpu_scoped_vmem_limit_kib": str(1024 * mebibytes)}
 
 
-# jax's device_kind -> in the order in which they were measured
+# jax's device_kind -> options, in the order in which they were measured
 OPTIONS: Mapping[str, tuple[Options, ...]] = {
     "TPU v5 lite": (
         Options(_vector_memory(32), TILES, "v5e:4x4: 129.3 s to 115.0 s"),
@@ -62,8 +64,11 @@ OPTIONS: Mapping[str, tuple[Options, ...]] = {
 
 
 def compiler_options(device: jax.Device, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """For programs on such devices. overrides: NAME=VALUE, over the table's; NAME= leaves the
-    compiler's own. Raises UserError for what is neither."""
+    """Options for programs on this kind of device: name -> value.
+
+    overrides: NAME=VALUE, which take precedence over the table; NAME= restores the compiler's
+    default. Raises UserError for anything else.
+    """
     chosen: dict[str, str] = {}
     for options in OPTIONS.get(device.device_kind, ()):
         chosen |= options.values
@@ -79,7 +84,7 @@ def compiler_options(device: jax.Device, overrides: Sequence[str] = ()) -> dict[
 
 
 def compiled(lowered: jax.stages.Lowered) -> Any:
-    """The program of a lowered step. Raises UserError for options that this compiler refuses."""
+    """Compile a lowered step. Raises UserError for options that this compiler rejects."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""Runs that span several processes: how they find each other, and what they must agree on."""
+"""Runs that span several processes: how they connect, and how they agree on values."""
 
 import functools
 import logging
@@ -28,10 +28,10 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
     """Join the other processes of this run, if there are any. Must run before anything touches a
     device.
 
-    Told by the arguments or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
-    otherwise JAX's own detection is asked
-    where several hosts are to be expected: SLURM steps of several tasks, GKE, and any machine with
-    a TPU but Colab's. Raises UserError when only a part is told.
+    The cluster is given by the arguments or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. Otherwise JAX detects it where several hosts are likely: SLURM steps with
+    several tasks, GKE, and any machine with a TPU except Colab's. Raises UserError when the cluster
+    is only partly specified.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     told = {
@@ -58,7 +58,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         except (
             ValueError,
             RuntimeError,
-        ) as error:  # a device that looks like a TPU, or a TPU that knows of no cluster
+        ) as error:  # a device that looks like a TPU, or a TPU without a cluster
             log.info("this process runs alone: %s", str(error).splitlines()[0])
 
 
@@ -74,13 +74,13 @@ def _expects_others() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process writes the logs and the small files."""
+    """Whether this is the process that writes logs and small files."""
     return jax.process_index() == 0
 
 
 def first_then_others(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """function(...) by the first process, then by the others, which find what it wrote. An error of
-    the first one ends all."""
+    """Call function(...) in the first process, then in the others, which find what it wrote. An
+    error in the first process ends all of them."""
     if jax.process_count() == 1:
         return function(*args, **kwargs)
     if not is_first():
@@ -100,8 +100,8 @@ def first_then_others(function: Callable[P, R], *args: P.args, **kwargs: P.kwarg
 
 
 def by_all(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """function(...) by every process, which must not speak to the others. A UserError of any of
-    them is raised by all."""
+    """Call function(...) in every process; it must not communicate. A UserError in any process is
+    raised in all of them."""
     if jax.process_count() == 1:
         return function(*args, **kwargs)
     try:
@@ -119,7 +119,7 @@ def by_all(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def _all_told(text: str) -> list[str]:
-    """What the processes say, each text once, "" left out."""
+    """Gather a text from every process: distinct texts, without empty ones."""
     said = np.zeros(4096, np.uint8)
     data = np.frombuffer(text.encode("utf-8", "replace")[: len(said)], np.uint8)
     said[: len(data)] = data
@@ -129,7 +129,7 @@ def _all_told(text: str) -> list[str]:
 
 
 def _agreed(value: bool) -> bool:
-    """The first process's value."""
+    """The first process's value, in every process."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
@@ -144,8 +144,8 @@ def text_of_first(text: str) -> str:
 
 
 def require_shared(directory: Path, key: str) -> None:
-    """Raises UserError, in every process, when they do not see the same files in `directory`, which
-    is made."""
+    """Raise UserError, in every process, unless all processes see the same files in `directory`,
+    which is created if missing."""
     if jax.process_count() == 1:
         return
     try:
@@ -170,15 +170,15 @@ def require_shared(directory: Path, key: str) -> None:
 
 @functools.cache
 def _largest() -> tuple[Any, Sharding]:
-    """Its input's sharding: a number a device."""
+    """(jitted maximum over an array with one number per device, sharding of its input)."""
     devices = Mesh(np.asarray(jax.devices()), ("all",))
     whole, spread = (NamedSharding(devices, PartitionSpec(*axes)) for axes in ((), ("all",)))
     return jax.jit(jnp.max, out_shardings=whole), spread
 
 
 def any_of_all(value: bool) -> ArrayLike:
-    """[] bool: whether any process says so; all ask. Not waited for: where it is read while devices
-    still work on what was started before, it is they who are waited for."""
+    """[] bool: whether `value` is true in any process; every process must call this. The result is
+    not waited for: reading it blocks until the devices have finished the work dispatched before."""
     if jax.process_count() == 1:
         return value
     largest, spread = _largest()
@@ -187,20 +187,21 @@ def any_of_all(value: bool) -> ArrayLike:
 
 
 def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
-    """A host array that every process has whole -> its parts on this process's devices."""
+    """Put a host array that every process holds in full onto this process's devices, sharded."""
     whole = np.asarray(array)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def whole(array: jax.Array) -> np.ndarray:
-    """All of an array in every process, which all ask for it."""
+    """The full array, in every process; every process must call this."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def of_first(array: np.ndarray) -> np.ndarray:
-    """The first process's array, in every process; all have one of that shape."""
+    """The first process's array, in every process. All processes must pass an array of that
+    shape."""
     if jax.process_count() == 1:
         return array
     return np.asarray(multihost_utils.broadcast_one_to_all(array))

@@ -1,8 +1,8 @@
 """One strict table from logical axis names to mesh axes, for parameters, optimizer state and
 activations.
 
-A sharding mistake changes no number, only speed and memory, so nothing downstream would notice it:
-everything here raises.
+A sharding mistake affects speed and memory but no number, so nothing downstream would notice it:
+everything here raises on error.
 """
 
 import functools
@@ -27,7 +27,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
         "data",
         "fsdp",
         "expert",
-    ),  # tokens spread over every device but those of the tensor axis
+    ),  # tokens are spread over all axes but `tensor`
     "group": ("data", "fsdp", "expert"),  # routing groups are cut from the batch
     "expert_group": (
         "data",
@@ -40,7 +40,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "embed": (
         "fsdp",
         "expert",
-    ),  # what is not an expert is also cut over the expert axis, which would hold copies of it
+    ),  # also over the expert axis, which would replicate them
     "expert_embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -54,12 +54,12 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
-Names = Sequence[str | None]  # logical axes of an array, None where it is not cut
+Names = Sequence[str | None]  # logical axes of an array; None for an unsharded dimension
 
 
 def inference_mesh(model: ModelConfig) -> Mesh:
-    """This process's devices along `tensor`, as many as divide the model: rows of any number stay
-    whole, weights are spread."""
+    """A mesh of this process's devices along `tensor`, as many as divide the model. Weights are
+    sharded and batches are not, so any number of rows works."""
     devices = jax.local_devices()
     inner = {width for spec in model.layer_specs() for width in (spec.d_ff, spec.shared_d_ff)}
     widths = (model.vocab_size, model.heads, model.kv_heads, *inner)
@@ -93,8 +93,8 @@ def resolve(names: Sequence[str | None], mesh_axes: Sequence[str] = MESH_AXES) -
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain an activation under the mesh that the caller has set; outside any mesh, x
-    itself."""
+    """Constrain an activation's sharding under the current mesh; without a mesh, return x
+    unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, resolve(names, mesh.axis_names))
 
@@ -102,13 +102,13 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
 def shard_map(
     function: Callable, in_names: Sequence[Names], out_names: Names | tuple[Names, ...]
 ) -> Callable:
-    """`function` run by each device on its own part of every argument (jax.shard_map), under the
-    mesh that the caller has set; on one device, or outside any mesh, function itself. Names of
-    trailing axes that are not cut may be left out.
+    """Run `function` on each device's shard of every argument (jax.shard_map), under the current
+    mesh. On one device, or without a mesh, return `function` itself. Names of trailing unsharded
+    axes may be omitted.
 
-    Layers that hold weights run in it and say what they gather and sum. Left alone, the compiler
-    gathers a weight again for each of its uses and all-reduces gradients of which every device
-    needs a part; kernels it cannot cut at all.
+    Layers with weights run inside it and state what they gather and sum. Left to itself, the
+    compiler gathers a weight again for each use and all-reduces gradients of which each device
+    needs only a shard; kernels it cannot partition at all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -122,7 +122,7 @@ def shard_map(
 
 
 def _axes(name: str) -> tuple[str, ...]:
-    """Mesh axes of a logical axis that cut anything."""
+    """Mesh axes of a logical axis that have more than one device."""
     rule = RULES[name]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -133,19 +133,19 @@ def _axes(name: str) -> tuple[str, ...]:
 
 
 def all_gather(x: jax.Array, name: str, axis: int) -> jax.Array:
-    """Inside `shard_map`: all parts of an array axis that is cut over logical axis `name`. Its
-    gradient is reduce-scattered."""
+    """Inside `shard_map`: gather array axis `axis`, sharded over logical axis `name`. Its gradient
+    is reduce-scattered."""
     axes = _axes(name)
     return _gather(x, axes, axis) if axes else x
 
 
 def psum(x: jax.Array, name: str) -> jax.Array:
-    """Inside `shard_map`: the sum over the devices of logical axis `name`, whole on each."""
+    """Inside `shard_map`: the sum over the devices of logical axis `name`, replicated."""
     return jax.lax.psum(x, axes) if (axes := _axes(name)) else x
 
 
 def psum_scatter(x: jax.Array, name: str, axis: int) -> jax.Array:
-    """Inside `shard_map`: the sum over the devices of logical axis `name`, cut along `axis`."""
+    """Inside `shard_map`: the sum over the devices of logical axis `name`, sharded along `axis`."""
     return _scatter(x, axes, axis) if (axes := _axes(name)) else x
 
 
@@ -155,7 +155,7 @@ def pmax(x: jax.Array, name: str) -> jax.Array:
 
 
 def axis_index(name: str) -> jax.Array | int:
-    """Inside `shard_map`: this device's place along logical axis `name`."""
+    """Inside `shard_map`: this device's index along logical axis `name`."""
     return jax.lax.axis_index(axes) if (axes := _axes(name)) else 0
 
 
@@ -166,9 +166,9 @@ def _gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _scatter(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
-    """A reduce-scatter in stages. In one stage over all chips of a slice, the TPU compiler makes it
-    an all-reduce: twice the traffic. It does so as well when axes of one element come before the
-    one that is cut."""
+    """Reduce-scatter in stages. The TPU compiler turns a single stage over all chips of a slice
+    into an all-reduce, with twice the traffic; it does the same when axes of size one precede the
+    sharded axis."""
     mesh = jax.sharding.get_abstract_mesh()
     if x.shape[0] == 1 and axis > 0:
         return _scatter(x[0], axes, axis - 1)[None]
@@ -179,8 +179,8 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
             if size == mesh.size
             else 1
         )
-        # Device number outer * inner + i holds part `outer` after the first stage and piece i of it
-        # after the second.
+        # Device number outer * inner + i holds part `outer` after the first stage, and piece i of
+        # that part after the second.
         apart = [[i + inner * o for o in range(size // inner)] for i in range(inner)]
         together = [[i + inner * o for i in range(inner)] for o in range(size // inner)]
         for groups in (apart, together) if inner > 1 else (None,):
@@ -201,11 +201,11 @@ _scatter.defvjp(
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """(data, fsdp, expert, tensor) -> Mesh with Auto axes; Linen's constraints fail under jax's
+    """(data, fsdp, expert, tensor) -> Mesh with Auto axes: Linen's constraints fail under jax's
     default, Explicit.
 
-    Over several slices the data axis is what crosses from one to another, so that only gradients
-    do. Raises UserError when it cannot.
+    With several slices, the data axis spans them, so that only gradients cross between slices.
+    Raises UserError when it cannot.
     """
     auto = (AxisType.Auto,) * len(MESH_AXES)
     slices = len(
@@ -233,8 +233,7 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     unboxed.
 
     Raises UserError, naming the leaf, when a dimension does not divide over its mesh axes, and
-    ValueError when a parameter
-    carries no logical names: it would be replicated without a word.
+    ValueError for a parameter without logical names, which would otherwise be replicated silently.
     """
 
     def one(path, box):
@@ -263,5 +262,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """[batch, ...] arrays: rows over data, fsdp and expert."""
+    """Sharding of [batch, ...] arrays: rows over data, fsdp and expert."""
     return NamedSharding(mesh, resolve(("batch",), mesh.axis_names))

@@ -1,17 +1,18 @@
-"""TPU slices by name: v5p:2x2x4."""
+"""TPU slices by name, such as v5p:2x2x4."""
 
 import re
 
 from btx_jax.errors import UserError
 
-# Cloud TPU's pages of each kind, 2026. v5e and v6e lie in a plane, in these shapes.
+# From Cloud TPU's page on each kind, 2026. v5e and v6e slices are two-dimensional, in these shapes.
 PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 LARGEST_PLANE = 256  # chips
 
 
 def parse_grid(topology: str) -> tuple[str, tuple[int, ...]]:
-    """v5p:2x2x4 -> ("v5p", (2, 2, 4)). Raises UserError for a slice that is not offered."""
+    """Parse a slice name: v5p:2x2x4 -> ("v5p", (2, 2, 4)). Raises UserError for a slice that does
+    not exist."""
     match = re.fullmatch(rf"({'|'.join(DIMENSIONS)}):([1-9]\d*(?:x[1-9]\d*)+)", topology)
     if not match:
         raise UserError(

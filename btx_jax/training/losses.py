@@ -16,9 +16,9 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 def next_token_targets(tokens: Array, segments: Array) -> tuple[Array, Array, Array, Array]:
     """Packed rows [B, T + 1] -> (inputs, input segments, targets, target mask), each [B, T].
 
-    A target counts when it continues its own document: not across a document border, not in padding
-    (segment 0), and not where the segment is negative, which marks what is read but not learnt. The
-    inputs' segments come without sign.
+    The mask is true where a target continues the document of its input: not across documents, not
+    in padding (segment 0), and not where the segment is negative, which marks text that is read but
+    not learnt. Input segments are returned without sign.
     """
     document = abs(segments)
     mask = (document[:, 1:] == document[:, :-1]) & (segments[:, 1:] > 0)
@@ -26,21 +26,21 @@ def next_token_targets(tokens: Array, segments: Array) -> tuple[Array, Array, Ar
 
 
 def _positions_per_chunk(targets_BT: jax.Array, chunk: int) -> int:
-    """The largest divisor of T such that [B, positions] holds about `chunk` tokens at most."""
+    """The largest divisor of T for which [B, positions] holds at most about `chunk` tokens."""
     batch, length = targets_BT.shape
     wanted = max(1, min(length, chunk // batch))
     return next(n for n in range(wanted, 0, -1) if length % n == 0)
 
 
 def _chunks(x: jax.Array, positions: int) -> jax.Array:
-    """[B, T, ...] -> [T / positions, B, positions, ...]: cut along the sequence."""
+    """Split along the sequence: [B, T, ...] -> [T / positions, B, positions, ...]."""
     return x.reshape(x.shape[0], -1, positions, *x.shape[2:]).swapaxes(0, 1)
 
 
 def _log_softmax_parts(h_BCD: jax.Array, head_DV: jax.Array, y_BC: jax.Array, readout: Readout):
     """(nll [B, C], exp(logits - peak) [B, C, V], its sum over the whole vocabulary [B, C, 1],
-    one-hot targets [B, C, V], logits [B, C, V]) on one device, which may hold a part of the
-    vocabulary only."""
+    one-hot targets [B, C, V], logits [B, C, V]) on one device, which may hold only a shard of the
+    vocabulary."""
     products = jnp.matmul(
         h_BCD.reshape(-1, h_BCD.shape[-1]), head_DV, preferred_element_type=jnp.float32
     )
@@ -64,8 +64,11 @@ def token_nll(
     chunk: int,
     readout: Readout = Readout(),
 ) -> jax.Array:
-    """-log p(target) in nats, [B, T], float32. `chunk`: tokens per device whose logits exist at one
-    time. readout: the model's."""
+    """-log p(target) in nats, [B, T], float32.
+
+    chunk: tokens per device whose logits exist at the same time. readout: how the model computes
+    logits from the head's products.
+    """
     return token_scores(hidden_BTD, head_DV, targets_BT, chunk, readout)[0]
 
 
@@ -76,7 +79,7 @@ def token_scores(
     chunk: int,
     readout: Readout = Readout(),
 ) -> tuple[jax.Array, jax.Array]:
-    """(-log p(target) in nats [B, T], whether no token is likelier than the target [B, T])."""
+    """(-log p(target) in nats, whether the target is the most likely token), each [B, T]."""
 
     def local(hidden_BTD, head_DV, targets_BT):
         head = all_gather(head_DV, "embed", axis=0)
@@ -109,11 +112,11 @@ def cross_entropy(
     chunk: int,
     readout: Readout = Readout(),
 ) -> jax.Array:
-    """Sum of weights * -log p(target), nats. Differentiable in hidden and head.
+    """Sum of weights * -log p(target) in nats. Differentiable in hidden and head.
 
     The forward pass computes the gradient of each chunk while its logits exist: three matmuls with
-    the head in all, none twice. Each device sums its share of the head's gradient in float32 over
-    all chunks; it is exchanged once, in the dtype of the matmuls.
+    the head in all, and none repeated. Each device accumulates its share of the head's gradient in
+    float32 over all chunks; it is reduced once, in the dtype of the matmuls.
     """
     return (token_nll(hidden_BTD, head_DV, targets_BT, chunk, readout) * weights_BT).sum()
 

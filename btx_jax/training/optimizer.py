@@ -1,4 +1,4 @@
-"""AdamW with the schedule of the paper."""
+"""AdamW with the learning-rate schedule of the BTX paper."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,8 @@ from btx_jax.models.lora import is_adapter, partition
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up to learning_rate over warmup_steps, then cosine to final_lr_fraction of it at
-    the last step (BTX section 4)."""
+    """Linear warm-up to learning_rate over warmup_steps, then cosine decay to final_lr_fraction of
+    it at the last step (BTX section 4)."""
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / max(config.warmup_steps, 1),
         peak_value=config.learning_rate,
@@ -25,14 +25,14 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def decayed(params: Any) -> Any:
-    """Tree of bools: every kernel and the embedding are decayed, biases and the scales of norms are
-    not."""
+    """Tree of bools: true for kernels and the embedding, which are decayed; false for biases and
+    norm scales."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not is_norm_or_bias(path), params)
 
 
 def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm, scaling by one factor: its division of every element keeps XLA
-    from fusing the clip into AdamW."""
+    """Like optax.clip_by_global_norm, but multiplies by one factor: optax's elementwise division
+    keeps XLA from fusing the clipping into AdamW."""
 
     def clip(updates: Any, _: Any = None) -> Any:
         factor = jnp.minimum(
@@ -44,7 +44,7 @@ def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
 
 
 def is_trained(path: tuple[str, ...], frozen: str) -> bool:
-    """Whether a run with TrainConfig.frozen trains the parameter of this path."""
+    """Whether a run with TrainConfig.frozen trains the parameter at this path."""
     if frozen == "base":
         return is_adapter(path)
     if frozen == "all_but_routers":
@@ -60,12 +60,12 @@ def is_trained(path: tuple[str, ...], frozen: str) -> bool:
 
 
 def split(params: Mapping[str, Any], frozen: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is trained, what is frozen). `lora.join` is the way back."""
+    """Split parameters into (trained, frozen). `lora.join` is the inverse."""
     return partition(params, lambda path: is_trained(path, frozen))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping and AdamW, for the trained part of `split`."""
+    """Gradient clipping and AdamW, for the trained part of `split`."""
     return optax.chain(
         clip_by_global_norm(config.clip_norm),
         optax.adamw(

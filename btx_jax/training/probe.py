@@ -1,5 +1,5 @@
-"""What mixing would do to a branch, asked while it trains: its held-out loss where all that mixing
-shares is averaged with its seed's."""
+"""The mixing probe: while a branch trains, the held-out loss it would have with all parameters that
+mixing shares averaged with those of its seed."""
 
 from collections.abc import Callable, Mapping
 from statistics import mean
@@ -17,20 +17,20 @@ from btx_jax.models.llama import Params
 from btx_jax.models.lora import join, partition
 from btx_jax.training.step import in_frozen_dtype
 
-Heldout = Mapping[str, Mapping[str, float]]  # domain -> nats_per_token and others
+Heldout = Mapping[str, Mapping[str, float]]  # domain -> nats_per_token and other numbers
 
 
 def is_probed(model: ModelConfig, train: TrainConfig) -> bool:
-    """Whether a run measures it: of a dense branch. Where nothing shared moves there is no barrier
-    to measure: of LoRA experts, and of branches with frozen shared parts. Beside an anchor a
-    branch is no dense one."""
+    """Whether a run measures the mixing barrier: only dense branches do. LoRA experts and branches
+    with frozen shared parts have no barrier, as nothing shared moves; a branch with an anchor is
+    not dense."""
     moves = not (model.moe or model.lora) and train.frozen != "shared"
     return train.mixing_probe and bool(train.eval_every) and moves
 
 
 def abstract_seed(params: Any, train: TrainConfig) -> Any:
-    """What is held of the seed beside a branch of these (abstract) parameters: what mixing shares,
-    laid out as the branch's own, in `frozen_dtype`."""
+    """The abstract parameters of the seed to keep beside a branch with these (abstract) parameters:
+    those that mixing shares, sharded like the branch's, in `frozen_dtype`."""
     shared = partition(params, is_feed_forward)[1]
     shapes = jax.eval_shape(lambda tree: in_frozen_dtype(tree, train), shared)
     return jax.tree.map(
@@ -39,8 +39,9 @@ def abstract_seed(params: Any, train: TrainConfig) -> Any:
 
 
 def make_average(init: Checkpoint, params: Any, train: TrainConfig) -> Callable[[Params], Params]:
-    """A branch's parameters -> those that it has when mixed with its seed, init: what mixing shares
-    averaged, the feed-forwards its own. params: abstract ones."""
+    """Make a function from a branch's parameters to those it has when mixed with its seed, init:
+    shared parameters averaged, feed-forwards unchanged. params: abstract parameters of the
+    branch."""
     seed = load_part(init, abstract_seed(params, train))
 
     def means(branch: Params, seed: Params) -> Params:
@@ -62,8 +63,8 @@ def make_average(init: Checkpoint, params: Any, train: TrainConfig) -> Callable[
 
 
 def barrier(seed: Heldout, branch: Heldout, mixed: Heldout) -> float:
-    """How far the average lies above the better of seed and branch, nats per token, the mean over
-    all domains: what a mixture of the two that knows whom to ask would lose by the average."""
+    """How much worse the average is than the better of seed and branch: nats per token, averaged
+    over all domains. This is the loss due to averaging in a mixture that routes perfectly."""
     return mean(
         average["nats_per_token"] - min(of[domain]["nats_per_token"] for of in (seed, branch))
         for domain, average in mixed.items()

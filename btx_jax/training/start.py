@@ -1,4 +1,4 @@
-"""Where a training run starts: its model and its mesh, checked before anything compiles."""
+"""Where a training run starts: its model and mesh, checked before anything is compiled."""
 
 import dataclasses
 import logging
@@ -34,18 +34,20 @@ log = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
 
-# Peak rates of weights that hold much training: the default of transformers' Trainer, between the
-# 1e-5 and 1e-4 of published continuations; and of LoRA experts beside them (MoLA, section 4.1).
+# Peak learning rates for weights with much training behind them: the default of transformers'
+# Trainer, which lies between the 1e-5 and 1e-4 of published continuations; and for LoRA experts on
+# such weights (MoLA, section 4.1).
 PRETRAINED_RATE, PRETRAINED_LORA_RATE = 5e-5, 3e-4
-# Of others: Llama's 3e-4 at 7B (as Llama 3 at 8B), falling with the fourth root of the size, which
-# also gives TinyLlama's 4e-4 at 1.1B and Llama's 1.5e-4 at 65B; the caps are what the demo takes.
+# Peak rates for other weights: Llama's 3e-4 at 7B (also Llama 3's at 8B), scaled with the inverse
+# fourth root of the size. This also gives TinyLlama's 4e-4 at 1.1B and Llama's 1.5e-4 at 65B. The
+# caps are the demo's rates.
 FRESH_RATE, FRESH_LORA_RATE = 2e-3, 5e-3
-COMPUTE_OPTIMAL = 20  # tokens a parameter (Hoffmann et al., 2022); more is much training
+COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022); more counts as pretrained
 
 
 def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
-    """(checkpoint or None, model). Raises ConfigError as `starting_model` does, UserError when
-    there is no such checkpoint."""
+    """(checkpoint or None, model) of a run. Raises ConfigError as `starting_model` does, UserError
+    when the checkpoint does not exist."""
     if not config.init:
         raise ConfigError(
             f"config.init: not set; name the checkpoint to start from, or {SCRATCH!r} for random"
@@ -56,9 +58,11 @@ def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
 
 
 def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
-    """The model that trains. held: that of the checkpoint it starts from, None for scratch. Raises
-    ConfigError when the config's model is another one, or neither is there, or its LoRA experts are
-    others than the checkpoint's."""
+    """The model to train. held: that of the checkpoint in config.init; None for scratch.
+
+    Raises ConfigError when the config names another model, when there is neither a checkpoint nor a
+    model, or when the LoRA experts differ from the checkpoint's.
+    """
     if held is None:
         if config.model is None:
             raise ConfigError("config.model: missing, and config.init='scratch' needs it")
@@ -83,15 +87,15 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
 
 
 def trained_model(config: Config, held: ModelConfig) -> ModelConfig:
-    """The model that trains from this one: with the config's LoRA experts, or beside its anchor.
-    Raises ConfigError."""
+    """The model to train, starting from `held`: with the config's LoRA experts, or with an anchor.
+    Raises ConfigError for a combination that is not possible."""
     adapted = adapted_model(held, config.lora)
     return anchored_model(adapted) if config.train and config.train.anchor else adapted
 
 
 def anchored_model(model: ModelConfig) -> ModelConfig:
-    """What a branch of a dense model is while it trains beside its anchor: a mixture of the two.
-    One that has an anchor stays as it is. Raises ConfigError for what cannot have one."""
+    """The model of a dense branch that trains beside an anchor: a mixture of the two. A model that
+    has an anchor is returned unchanged. Raises ConfigError for a model that cannot have one."""
     if model.has_anchor:
         return model
     if model.moe or model.lora:
@@ -104,12 +108,12 @@ def anchored_model(model: ModelConfig) -> ModelConfig:
 
 
 def is_pretrained(metadata: CheckpointMetadata) -> bool:
-    """Whether these weights hold training that a high rate would undo: somebody else's, or much of
-    our own."""
+    """Whether these weights carry training that a high learning rate would undo: training done
+    elsewhere, or a compute-optimal amount done here."""
     runs = [run for run in metadata.history.values() if run]
     tokens = sum(run.tokens for run in runs)
     return (
-        len(runs) < max(len(metadata.history), 1)  # a part was made elsewhere
+        len(runs) < max(len(metadata.history), 1)  # some weights were made elsewhere
         or tokens >= COMPUTE_OPTIMAL * parameter_counts(metadata.model)[1]
     )
 
@@ -117,8 +121,8 @@ def is_pretrained(metadata: CheckpointMetadata) -> bool:
 def default_learning_rate(
     init: CheckpointMetadata | None, model: ModelConfig, train: TrainConfig
 ) -> float:
-    """What config.train.learning_rate=0 stands for. init: what the run starts from, None for random
-    weights."""
+    """The value of config.train.learning_rate=0. init: the checkpoint that the run starts from;
+    None for random weights."""
     pretrained = init is not None and is_pretrained(init)
     if train.frozen == "base":
         return PRETRAINED_LORA_RATE if pretrained else FRESH_LORA_RATE
@@ -129,9 +133,11 @@ def default_learning_rate(
 
 
 def settled(config: Config, recorded: Mapping[str, Any]) -> Config:
-    """The config with what it leaves to us decided: the learning rate and the dispatch. recorded:
-    the config of an interrupted run of it, whose decisions stay, whatever the machine is now; else
-    empty."""
+    """The config with its automatic values decided: learning rate and dispatch.
+
+    recorded: the config of the interrupted run to resume, whose decisions are kept on any machine;
+    empty for a new run.
+    """
     assert config.train and config.compute and config.mesh
     compute, train = config.compute, config.train
     same = recorded.get("init") == config.init
@@ -152,8 +158,8 @@ def settled(config: Config, recorded: Mapping[str, Any]) -> Config:
 
 
 def adapted_model(model: ModelConfig, lora: LoRAConfig | None) -> ModelConfig:
-    """The checkpoint's model with the config's LoRA experts. Where it has some already, only how
-    they are used may change: k, dropout, and gating, for which a router may be new."""
+    """The checkpoint's model with the config's LoRA experts. If the model already has LoRA experts,
+    only their use may change: k, dropout and gating, which may need a new router."""
     if lora is None:
         return model
     if model.lora:
@@ -176,8 +182,8 @@ def adapted_model(model: ModelConfig, lora: LoRAConfig | None) -> ModelConfig:
 def start_adapted(
     init: Checkpoint, model: ModelConfig, abstract: Any, key: jax.Array
 ) -> tuple[Params, Base]:
-    """Step 0 of LoRA experts: (all parameters, the base under them). What the checkpoint does not
-    hold of the experts is new."""
+    """Step 0 of LoRA experts: (all parameters, the base below them). Expert parameters that the
+    checkpoint lacks are initialised."""
     abstract_experts, abstract_base = partition(abstract, is_adapter)
     tensors = to_tensors(
         model, jax.jit(lambda key: partition(init_params(model, key), is_adapter)[0])(key)
@@ -197,20 +203,20 @@ def start_adapted(
 
 
 def is_started_as_branch(init: CheckpointMetadata, model: ModelConfig, train: TrainConfig) -> bool:
-    """Whether `start_branch` starts it: what has an anchor and is whole already, since more than
-    its feed-forwards was trained, goes on as any model."""
+    """Whether `start_branch` starts this run. A model with an anchor that is stored whole, because
+    more than its feed-forwards was trained, starts like any other model."""
     if model.has_anchor and init.model.has_anchor:
         return train.frozen == "shared" and init.base is not None
     return train.frozen == "shared" or model.has_anchor
 
 
 def start_branch(init: Checkpoint, model: ModelConfig, abstract: Any) -> tuple[Params, Base]:
-    """Step 0 of a branch that keeps all of its base but the feed-forwards, or has these as its
-    anchor: (all parameters, the base). That of a branch of a branch is the first one's, as long as
-    both have an anchor or neither.
+    """Step 0 of a branch that trains only the feed-forwards of its base, or has them as its anchor:
+    (all parameters, the base). A branch of a branch keeps the first one's base, as long as both
+    have an anchor or neither has.
 
-    Beside a new anchor stands its copy; router and biases are zero, which opens both by one half,
-    so that the branch is its base to the last bit.
+    The feed-forwards beside a new anchor start as a copy of it. Router and biases start at zero,
+    which gives both a gate of one half, so that the branch equals its base bit for bit.
     """
     own, shared = partition(abstract, is_feed_forward)
     is_new = model.has_anchor and not init.metadata.model.has_anchor
@@ -220,8 +226,8 @@ def start_branch(init: Checkpoint, model: ModelConfig, abstract: Any) -> tuple[P
 
 
 def _beside_anchor(init: Checkpoint, abstract: Any) -> Params:
-    """A dense model's feed-forwards as the only expert of each layer, whatever dtype the anchor is
-    kept in, and the router between the two."""
+    """Copy a dense model's feed-forwards into the single expert of each layer, whatever the
+    anchor's dtype, and add a zero router."""
     own = partition(abstract, is_feed_forward)[0]
     copies = {
         run: {
@@ -252,8 +258,8 @@ def _beside_anchor(init: Checkpoint, abstract: Any) -> Params:
 def checked_mesh(
     config: Config, model: ModelConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh over all devices, or over these, once everything that must divide does. Raises
-    ConfigError with all that does not fit, naming the keys."""
+    """The mesh over all devices, or over the given ones, after checking that every size divides.
+    Raises ConfigError that lists everything that does not fit, by key."""
     assert config.train and config.data and config.compute and config.mesh
     mistakes = Mistakes()
     shape = None
@@ -270,8 +276,8 @@ def checked_mesh(
 
 
 def dividing_accumulate(train: TrainConfig, shards: int) -> int:
-    """The most micro-batches, up to those of the config, that divide over so many devices; 0 for
-    none."""
+    """The largest number of micro-batches, up to the config's, whose rows divide over this many
+    shards; 0 for none."""
     counts = range(train.accumulate, 0, -1)
     return next((n for n in counts if train.batch_size % (n * shards) == 0), 0)
 
@@ -279,7 +285,8 @@ def dividing_accumulate(train: TrainConfig, shards: int) -> int:
 def _misfits(
     config: Config, model: ModelConfig, shape: tuple[int, int, int, int], platform: str
 ) -> Iterator[str]:
-    """Between the sections of a training config and its model. shape: of the mesh."""
+    """Conflicts between a training config's sections and its model, as messages. shape: of the
+    mesh."""
     assert config.train and config.data and config.compute
     shards, expert_axis = math.prod(shape[:3]), shape[2]
     train, data, compute = config.train, config.data, config.compute

@@ -1,4 +1,4 @@
-"""When a run ends before its last step, and when it saves on the way; all processes alike."""
+"""When a run stops early and when it saves, decided alike in all processes."""
 
 import itertools
 import signal
@@ -17,19 +17,19 @@ from btx_jax.parallel.hosts import any_of_all
 
 
 class Stopped(Exception):
-    """A signal has come: the run is to save the last step that is whole, and end."""
+    """Raised after a signal: the run saves its last complete step and ends."""
 
 
 class Stop:
-    """Asked wherever a run can end, by all processes as often and in the same order: between two
-    micro-batches, steps, and batches of held-out text. number: of the signal, 0 while none came."""
+    """Asks whether to stop. All processes must ask equally often and in the same order: between
+    micro-batches, steps, and batches of held-out text. number: the signal's, 0 before one came."""
 
     def __init__(self, came: Callable[[], int]) -> None:
         self._came = came
         self.number = 0
 
     def check(self) -> None:
-        """Raises Stopped."""
+        """Raise Stopped if a signal has come."""
         self.number = self.number or self._came()
         if self.number:
             raise Stopped
@@ -37,9 +37,9 @@ class Stop:
 
 @contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """Within it SIGTERM and, in a run of one process, Ctrl-C end nothing at once. Where several
-    processes are asked, JAX's preemption service agrees on the place: the next that none of them
-    has passed, once any has got SIGTERM."""
+    """Within this context, SIGTERM and (in single-process runs) Ctrl-C are noted instead of ending
+    the run at once. With several processes, JAX's preemption service chooses where to stop once any
+    of them gets SIGTERM: at the next check that none has passed."""
     if jax.process_count() > 1:
         places = itertools.count(1)
         reached = multihost_utils.reached_preemption_sync_point
@@ -50,25 +50,26 @@ def stop_signal() -> Iterator[Stop]:
 
 
 class Cadence:
-    """Every how many steps, and before how many minutes have passed since the last save."""
+    """Saves every so many steps, and early enough that no more than so many minutes pass between
+    saves."""
 
     def __init__(self, config: CheckpointConfig) -> None:
         self._steps, self._seconds = config.every, 60 * config.every_minutes
         self.restart()
 
     def restart(self) -> None:
-        """Where steps begin, and behind a save."""
+        """Reset the clock: at the first step, and after every save."""
         self._saved = self._asked = time.monotonic()
         self._late: ArrayLike = False
 
     def is_due(self, step: int) -> bool:
-        """Asked behind every step, by all processes. They tell each other's clocks without waiting:
-        what they said behind the step before is heard now."""
+        """Whether to save after this step; all processes must ask after every step. They compare
+        clocks without waiting: each step uses the answers that were sent after the previous one."""
         now = time.monotonic()
         if self._seconds:
             took, late = now - self._asked, self._late
             self._asked = now
-            # Heard a step from now, and another one would end too late.
+            # The answer arrives one step from now; the step after that would end too late.
             self._late = any_of_all(now + 2 * took - self._saved > self._seconds)
             if bool(np.asarray(late)):
                 return True

@@ -1,16 +1,16 @@
-"""What a run's owner should be told while there is still time: claims that find no slot, and a
-start that undoes what the weights had learnt, and a branch that cannot be mixed any more."""
+"""Early warnings about a run: too many dropped tokens, a start that undoes pretraining, and a
+branch that can no longer be mixed."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
-DROPPED = 0.05  # share of claims above which training is known to suffer
-DROPPED_STEPS = 10  # whose mean is compared with it
+DROPPED = 0.05  # share of routed claims above which training is known to suffer
+DROPPED_STEPS = 10  # the mean over this many is compared with DROPPED
 FIRST_STEPS = 100
 RISE = 0.5  # nats per token; batches of one run differ by less, new weights fall from the start
-ASKED_EVERY = 10  # steps, at least, between held-out losses that are measured for this alone
-RISEN_STEPS = 3  # in a row, so that a single hard batch is none
+ASKED_EVERY = 10  # minimum number of steps between held-out evaluations made only for this check
+RISEN_STEPS = 3  # in a row, so that one hard batch does not count
 BARRIER = 0.1  # nats per token (training.probe.barrier)
 
 
@@ -23,15 +23,15 @@ def dropped_warning(share: float) -> str:
 
 
 class Dropped:
-    """Speaks once, when the mean share over the last steps is too high."""
+    """Warns once, when the mean dropped share over the last steps is too high."""
 
     def __init__(self, steps: int):
-        """steps: of the whole run, which may be a short one."""
+        """steps: length of the run, which may be short."""
         self._shares: deque[float] = deque(maxlen=min(DROPPED_STEPS, steps))
         self._said = False
 
     def add(self, share: float) -> str:
-        """A warning, or nothing."""
+        """Add a step's share; returns a warning or ""."""
         self._shares.append(share)
         full = len(self._shares) == self._shares.maxlen
         if self._said or not full or mean(self._shares) <= DROPPED:
@@ -41,15 +41,15 @@ class Dropped:
 
 
 class FirstSteps:
-    """Speaks once, when the first steps leave the loss far above where it began.
+    """Warns once, when the loss within the first steps rises far above its initial value.
 
-    The loss of step 1 is that of the weights the run started from. Batches differ, so several in a
-    row must lie above it; and where held-out losses are measured, every domain must lie as far
-    above its own start: what is learnt of one domain may well be forgotten of another.
+    The loss of step 1 is that of the initial weights. Batches differ, so several in a row must
+    exceed it. Where held-out losses are measured, every domain must exceed its own initial loss by
+    as much: learning one domain may well mean forgetting another.
     """
 
     def __init__(self, learning_rate: float, losses: Sequence[float] = ()):
-        """learning_rate: the peak, for the message. losses: of the steps before, of a resumed
+        """learning_rate: the peak, for the message. losses: those of earlier steps, in a resumed
         run."""
         self._rate, self._losses, self._said = learning_rate, list(losses), False
         self._ask_from = 0
@@ -57,8 +57,11 @@ class FirstSteps:
     def add(
         self, step: int, loss: float, heldout: Callable[[], Mapping[str, tuple[float, float]]]
     ) -> str:
-        """loss: of this step's batch. heldout: domain -> (at the start, now), asked for only when
-        the batches look bad; empty when it is not measured. A warning, or nothing."""
+        """Add a step; returns a warning or "".
+
+        loss: of this step's batch. heldout: returns domain -> (initial loss, current loss), called
+        only when the batches look bad; empty when not measured.
+        """
         self._losses.append(loss)
         if self._said or not RISEN_STEPS < len(self._losses) == step <= FIRST_STEPS:
             return ""
@@ -74,7 +77,7 @@ class FirstSteps:
         return self._warning(step, "training", before, now) if now >= before + 2 * RISE else ""
 
     def compare(self, step: int, heldout: Mapping[str, tuple[float, float]]) -> str:
-        """The same by held-out losses alone, domain -> (at the start, now)."""
+        """Check held-out losses alone, domain -> (initial, current); returns a warning or ""."""
         if self._said or step > FIRST_STEPS or not heldout:
             return ""
         if not all(now >= before + RISE for before, now in heldout.values()):
@@ -93,14 +96,14 @@ class FirstSteps:
 
 
 class Basin:
-    """Speaks once, when a branch has left its seed's basin: with what mixing shares averaged with
-    the seed's it is worse than the better of the two, by more than mixing makes good."""
+    """Warns once, when a branch has left its seed's basin: averaging what mixing shares with the
+    seed's loses more than mixing gains."""
 
     def __init__(self) -> None:
         self._said = False
 
     def add(self, step: int, barrier: float) -> str:
-        """barrier: `training.probe.barrier`. A warning, or nothing."""
+        """barrier: from `training.probe.barrier`. Returns a warning or ""."""
         if self._said or barrier <= BARRIER:
             return ""
         self._said = True
