@@ -1,4 +1,4 @@
-"""Commands that hand something to machines elsewhere: submit, push."""
+"""The commands that use other machines: submit and push."""
 
 import logging
 import sys
@@ -28,29 +28,31 @@ btx submit --pipeline=btx --backend=gke --bucket=gs://NAME --image=IMAGE \\
     "--backend",
     type=click.Choice(["local", "queued-resources", "gke", "skypilot"]),
     required=True,
-    help="processes of this machine, TPU VMs, GKE (JobSet, Kueue), or SkyPilot's managed jobs",
+    help="processes on this machine, TPU VMs, GKE (JobSet, Kueue), or SkyPilot's managed jobs",
 )
 @text(
     "--workdir",
     type=WHERE,
     metavar="DIR",
-    help="where the runs go; by default runs/RUN, on cloud machines /mnt/btx/runs/RUN",
+    help="directory of the runs; by default runs/RUN, on cloud machines /mnt/btx/runs/RUN",
 )
 @click.option("--run", metavar="NAME", default="btx", help="a name for this pipeline's jobs")
-@click.option("--dry-run", is_flag=True, help="write down exactly what the engine would be handed")
-@text("--out", type=WHERE, metavar="DIR", help="with --dry-run: write it there")
+@click.option(
+    "--dry-run", is_flag=True, help="write the exact requests to the backend, and send none"
+)
+@text("--out", type=WHERE, metavar="DIR", help="with --dry-run: the directory to write to")
 @click.option(
     "--parallel",
     type=click.IntRange(min=1),
     metavar="N",
     default=2,
-    help="of --backend=local: jobs at a time",
+    help="with --backend=local: number of concurrent jobs",
 )
 @text(
     "--topology",
     panel=MACHINES,
     metavar="KIND:GRID",
-    help="TPU slice of every job, such as v5p:2x2x2; none: machines without TPUs",
+    help="TPU slice of every job, such as v5p:2x2x2; by default, machines without TPUs",
 )
 @click.option(
     "--slice",
@@ -60,8 +62,8 @@ btx submit --pipeline=btx --backend=gke --bucket=gs://NAME --image=IMAGE \\
     metavar="STAGE=TOPOLOGY",
     help="another slice for one stage; may be repeated",
 )
-@text("--bucket", panel=MACHINES, metavar="gs://NAME", help="which holds text and runs")
-@text("--source", panel=MACHINES, metavar="URL", help="of btx_jax, for TPU VMs")
+@text("--bucket", panel=MACHINES, metavar="gs://NAME", help="bucket of the text and the runs")
+@text("--source", panel=MACHINES, metavar="URL", help="where TPU VMs install btx_jax from")
 @click.option(
     "--image",
     panel=MACHINES,
@@ -70,13 +72,13 @@ btx submit --pipeline=btx --backend=gke --bucket=gs://NAME --image=IMAGE \\
     help="gke: container image with btx_jax installed (launch/Dockerfile)",
 )
 @text("--queue", panel=MACHINES, metavar="NAME", help="gke: Kueue's local queue")
-@text("--zone", panel=MACHINES, metavar="ZONE", help="of Google Cloud")
-@text("--project", panel=MACHINES, metavar="ID", help="of Google Cloud")
+@text("--zone", panel=MACHINES, metavar="ZONE", help="Google Cloud zone")
+@text("--project", panel=MACHINES, metavar="ID", help="Google Cloud project")
 @click.option(
     "--spot",
     panel=MACHINES,
     is_flag=True,
-    help="machines that may be taken away, at a fraction of the price",
+    help="preemptible machines, at a fraction of the price",
 )
 def submit(
     pipeline: str,
@@ -93,9 +95,9 @@ def submit(
 ) -> None:
     """Run a pipeline with every stage as a job of its own.
 
-    Branches train at the same time and apart. Start it again after any interruption: what has
-    finished is skipped, what runs is left alone. docs/on-tpus.md goes from a fresh Google Cloud
-    project to a finished mixture.
+    Branches train concurrently on separate machines. After any interruption, run the command again:
+    finished stages are skipped, running ones are left alone. docs/on-tpus.md leads from a new
+    Google Cloud project to a finished mixture.
     """
     from btx_jax.backends.cloud import Place
     from btx_jax.backends.submit import in_the_cloud, on_this_machine
@@ -117,14 +119,14 @@ def submit(
     "directory",
     metavar="DIR",
     type=WHERE,
-    help="an export, a mixture, a merged model, or an adapter of peft",
+    help="an export, a mixture, a merged model, or a peft adapter",
 )
-@click.argument("repository", metavar="ORG/NAME", help="made where it is missing")
-@click.option("--private", is_flag=True, help="seen by you and your org alone")
-@text("--revision", metavar="BRANCH", help="a branch, made where it is missing; by default main")
-@text("--message", metavar="TEXT", help="of the commit")
+@click.argument("repository", metavar="ORG/NAME", help="created if missing")
+@click.option("--private", is_flag=True, help="visible only to you and your organisation")
+@text("--revision", metavar="BRANCH", help="a branch, created if missing; by default main")
+@text("--message", metavar="TEXT", help="commit message")
 def push(directory: str, repository: str, private: bool, revision: str, message: str) -> None:
-    """A Hugging Face directory to a repository of the Hub."""
+    """Upload a Hugging Face directory to a repository of the Hub."""
     from btx_jax.commands.push import push as upload
 
     told = upload(directory, repository, is_private=private, revision=revision, message=message)

@@ -1,4 +1,4 @@
-"""Commands that take a config: by its file or by a preset's name, with overrides."""
+"""Commands that take a config, by file or preset name, with overrides."""
 
 import re
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from rich.text import Text
 from btx_jax.cli.parts import Command, Where
 from btx_jax.presets.registry import PRESETS, SIZES
 
-CONFIG_TOLD = "a preset (`btx run` lists them) or a config file, with its argument behind a colon"
+CONFIG_TOLD = "a preset (`btx run` lists them) or a config file, with its argument after a colon"
 
 
 class ConfigName(Where):
-    """A config file or a preset's name."""
+    """Parameter type of a config file or a preset's name."""
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -28,7 +28,7 @@ class ConfigName(Where):
             for name, preset in PRESETS.items()
             if name.startswith(incomplete)
         ]
-        # In bash a file takes back what came before it.
+        # bash puts completed files first, without what precedes them.
         return [*super().shell_complete(ctx, param, incomplete), *names]
 
 
@@ -36,7 +36,7 @@ CONFIG = ConfigName()
 
 
 class WithOverrides(Command):
-    """A command that takes `--config.KEY=VALUE`, anywhere."""
+    """A command that accepts `--config.KEY=VALUE` anywhere among its arguments."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, options_metavar="[OPTIONS] [--config.KEY=VALUE]...", **options)
@@ -48,8 +48,8 @@ class WithOverrides(Command):
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line -> all other words, and its overrides: `--config.KEY=VALUE`, or `--config.KEY`
-    and the VALUE behind it."""
+    """Split a command line into (other words, overrides). An override is `--config.KEY=VALUE`, or
+    `--config.KEY` followed by VALUE."""
     others: list[str] = []
     overrides: list[str] = []
     is_open = False
@@ -62,7 +62,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class TellsPresets(WithOverrides):
-    """Whose help ends in a list of them."""
+    """A command whose help ends with a list of the presets."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -70,7 +70,7 @@ class TellsPresets(WithOverrides):
 
 
 def presets() -> Group:
-    """A table of them, with what may stand behind the colon."""
+    """A table of the presets, with the argument that each accepts."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, preset in PRESETS.items():
         shown = Text(name, "cyan")

@@ -1,4 +1,4 @@
-"""Commands that make one checkpoint of others: mix, convert, expert, adapter, tokenizer."""
+"""Commands that make a checkpoint from others: mix, convert, expert, adapter, tokenizer."""
 
 import logging
 
@@ -19,27 +19,27 @@ btx mix recipe.yml mixture --dry-run
 btx mix recipe.yml mixture --verify
 """,
 )
-@click.argument("recipe", type=WHERE, help="a mergekit-moe YAML is one")
+@click.argument("recipe", type=WHERE, help="a YAML recipe; mergekit-moe's are accepted")
 @click.argument("out", type=WHERE, help=NEW)
 @click.option("--dry-run", is_flag=True, help="check everything, print the plan, write nothing")
 @click.option(
     "--verify",
     is_flag=True,
-    help="read the output again and compare every tensor with its sources",
+    help="read the output back and compare every tensor with its sources",
 )
 @click.option(
     "--format",
     type=click.Choice(["huggingface", "btx_jax"]),
     default=None,
-    help="of OUT; by default that of base_model",
+    help="format of OUT; by default that of base_model",
 )
 def mix(recipe: str, out: str, dry_run: bool, verify: bool, format: str | None) -> None:
-    """Mix dense models into one Mixture-of-Experts, from a recipe."""
+    """Mix dense models into one Mixture-of-Experts, as a recipe describes."""
     from btx_jax.commands.mix import run
 
     file = to_path(recipe, "RECIPE.yml")
     buckets.require(file, "RECIPE")
-    if not file.is_file():  # nor a device or a pipe, which may have no end
+    if not file.is_file():  # excludes devices and pipes, which may never end
         raise UserError(f"RECIPE: no file {recipe}")
     run(recipe, out, dry_run=dry_run, verify=verify, output_format=format or "")
 
@@ -57,10 +57,10 @@ btx convert runs/demo/finetune mixture --dtype=bfloat16
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default=None,
-    help="of the result; by default each tensor keeps its own",
+    help="dtype of the result; by default each tensor keeps its own",
 )
 def convert(src: str, dst: str, dtype: str | None) -> None:
-    """A Hugging Face directory into a checkpoint of ours, or back."""
+    """Convert a Hugging Face directory to a checkpoint of ours, or back."""
     from btx_jax.commands.convert import run
 
     terminal.say(run(src, dst, dtype or ""))
@@ -68,7 +68,7 @@ def convert(src: str, dst: str, dtype: str | None) -> None:
 
 @click.group(panel=MIX, cls=Group)
 def expert() -> None:
-    """Add an expert to a finished mixture, or drop one; all other weights keep their bits."""
+    """Add an expert to a finished mixture, or drop one; all other weights stay bit-identical."""
 
 
 MIXTURE = click.argument("mixture", type=WHERE, help=CHECKPOINT)
@@ -86,19 +86,25 @@ btx expert add mixture models/law larger --text='law/*.jsonl#body'
 @click.argument("source", type=WHERE, help="the dense model: " + CHECKPOINT)
 @OUT
 @click.option(
-    "--router-std", type=NOT_NEGATIVE, metavar="STD", default=0.02, help="of the new router rows"
+    "--router-std",
+    type=NOT_NEGATIVE,
+    metavar="STD",
+    default=0.02,
+    help="standard deviation of the new router rows",
 )
-@click.option("--seed", type=SEED, metavar="N", default=0, help="of the new router rows")
+@click.option(
+    "--seed", type=SEED, metavar="N", default=0, help="random seed of the new router rows"
+)
 @text(
     "--text",
     metavar="FILES",
-    help="of its domain, where the routers were solved: all are solved again",
+    help="text of its domain; required if the routers were solved, to solve all of them again",
 )
 @text(
     "--statistics",
     type=WHERE,
     metavar="FILE",
-    help="of its domain, instead of its text, made where that lies",
+    help="statistics of its domain's text, made elsewhere, instead of the text",
 )
 def expert_add(
     mixture: str,
@@ -109,7 +115,7 @@ def expert_add(
     text: str,
     statistics: str,
 ) -> None:
-    """A dense model's feed-forwards become the last expert of every MoE layer."""
+    """Add a dense model's feed-forwards as the last expert of every MoE layer."""
     from btx_jax.commands.experts import add
 
     told = add(
@@ -126,7 +132,7 @@ def expert_add(
 
 @expert.command("drop", examples="btx expert drop mixture 2 smaller")
 @MIXTURE
-@click.argument("index", type=click.IntRange(min=0), help="which expert, from 0")
+@click.argument("index", type=click.IntRange(min=0), help="index of the expert, from 0")
 @OUT
 def expert_drop(mixture: str, index: int, out: str) -> None:
     """Remove an expert and its router rows from every MoE layer."""
@@ -137,7 +143,7 @@ def expert_drop(mixture: str, index: int, out: str) -> None:
 
 @click.group(panel=MIX, cls=Group)
 def adapter() -> None:
-    """LoRA experts to and from files, and into the weights they stand beside."""
+    """Export, import and merge LoRA experts."""
 
 
 DST = click.argument("dst", type=WHERE, help=NEW)
@@ -156,21 +162,21 @@ btx adapter export runs/lora for_peft --format=peft
     "--format",
     type=click.Choice(["btx_jax", "peft"]),
     default="btx_jax",
-    help="peft: one expert a layer only",
+    help="peft: requires one expert per layer",
 )
 def adapter_export(src: str, dst: str, format: str) -> None:
-    """A run's LoRA experts to adapter.safetensors and adapter.json, or to what peft reads."""
+    """Export a run's LoRA experts to adapter.safetensors and adapter.json, or to peft's format."""
     from btx_jax.commands.adapter import export
 
     terminal.say(export(src, dst, format))
 
 
 @adapter.command("import", examples="btx adapter import downloaded_lora org/base my_adapter")
-@click.argument("peft_dir", type=WHERE, help="with adapter_config.json")
+@click.argument("peft_dir", type=WHERE, help="directory with adapter_config.json")
 @click.argument("base", type=WHERE, help="the model it was trained on: " + CHECKPOINT)
 @DST
 def adapter_import(peft_dir: str, base: str, dst: str) -> None:
-    """A LoRA that peft saved to an adapter directory."""
+    """Convert a LoRA saved by peft to an adapter directory."""
     from btx_jax.commands.adapter import import_peft
 
     terminal.say(import_peft(peft_dir, base, dst))
@@ -193,21 +199,21 @@ btx adapter merge runs/mola merged --expert=0
     "--base",
     type=WHERE,
     metavar="CHECKPOINT",
-    help="where the base lies now, if not where it was in training",
+    help="where the base is now, if it has moved since training",
 )
 @click.option(
     "--expert",
     type=click.IntRange(min=0),
     metavar="INDEX",
-    help="of several: this one alone, in every layer",
+    help="with several experts: merge only this one, in every layer",
 )
 @text(
     "--gates",
     metavar="mean|W,W...",
-    help="of several: their mean, or one weight per expert, comma-separated",
+    help="with several experts: their mean, or one weight per expert, comma-separated",
 )
 def adapter_merge(adapter: str, dst: str, base: str, expert: int | None, gates: str) -> None:
-    """LoRA experts into the weights of their base: a Hugging Face directory."""
+    """Merge LoRA experts into the weights of their base, as a Hugging Face directory."""
     from btx_jax.commands.adapter import merge
 
     terminal.say(merge(adapter, dst, base, expert, gates))
@@ -232,11 +238,13 @@ btx tokenizer rows.parquet#body --out=my.model
     ),
 )
 @click.option(
-    "--vocab-size", type=click.IntRange(min=1), metavar="N", default=32_000, help="tokens in all"
+    "--vocab-size", type=click.IntRange(min=1), metavar="N", default=32_000, help="vocabulary size"
 )
-@click.option("--out", type=WHERE, required=True, metavar="FILE.model", help="where it goes")
+@click.option(
+    "--out", type=WHERE, required=True, metavar="FILE.model", help="the model file to write"
+)
 def tokenizer(files: tuple[str, ...], vocab_size: int, out: str) -> None:
-    """Train a sentencepiece model that gives back any text exactly."""
+    """Train a sentencepiece model that reproduces any text exactly."""
     from btx_jax.data.sentencepiece_models import train_sentencepiece
     from btx_jax.data.sources import Problems, expand_files, parse_sources, read_documents
     from btx_jax.output import none_left_empty

@@ -1,4 +1,4 @@
-"""`btx new`: a project of one's own."""
+"""`btx new`: write the config file of a new project."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
     "--seed",
     type=WHERE,
     metavar="CHECKPOINT|SIZE",
-    help=f"what branches start from: {CHECKPOINT}; or a size, to train one from scratch",
+    help=f"the start of all branches: {CHECKPOINT}; or a size, to train a seed from scratch",
 )
 @click.option(
     "--domain",
@@ -35,44 +35,54 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
     metavar="NAME=FILES",
     multiple=True,
     help=(
-        "a domain and its text: files or globs, comma-separated, each with #FIELD and :WEIGHT where"
-        " it has them; may be repeated"
+        "a domain and its text: files or globs, comma-separated, each with #FIELD and :WEIGHT if"
+        " applicable; may be repeated"
     ),
 )
 @text(
     "--general",
     metavar="FILES",
-    help="text like the seed's own: with it the seed is an expert too, and less is forgotten",
+    help="text like the seed's own: makes the seed an expert too, so that less is forgotten",
 )
 @click.option(
     "--branch",
     "branches",
     metavar="NAME=CHECKPOINT",
     multiple=True,
-    help="a finetune of the seed that is this domain's expert already; may be repeated",
+    help="an existing finetune of the seed, used as this domain's expert; may be repeated",
 )
-@text("--tokenizer", type=WHERE, metavar="FILE", help="of a seed from scratch")
+@text("--tokenizer", type=WHERE, metavar="FILE", help="tokenizer of a seed trained from scratch")
 @click.option(
     "--method",
     type=click.Choice(["btx", "ffn_only", "flexolmo"]),
     default="btx",
-    help="branches train everything, their feed-forwards alone, or those beside an anchor",
+    help="branches train everything, only their feed-forwards, or these beside an anchor",
 )
 @click.option(
     "--compare",
     type=click.Choice(["dense", "upcycling"]),
     multiple=True,
-    help="also train this on as many tokens; may be repeated",
+    help="also train this baseline on as many tokens; may be repeated",
 )
 @click.option(
-    "--epochs", type=Number(min=0, min_open=True), metavar="N", default=1.0, help="of each branch"
+    "--epochs",
+    type=Number(min=0, min_open=True),
+    metavar="N",
+    default=1.0,
+    help="epochs of each branch",
 )
-@click.option("--tokens", type=COUNT, metavar="N", help="of each branch, instead of epochs")
+@click.option("--tokens", type=COUNT, metavar="N", help="tokens of each branch, instead of epochs")
 @click.option(
-    "--finetune-tokens", type=COUNT, metavar="N", help="of the mixture; by default a short branch's"
+    "--finetune-tokens",
+    type=COUNT,
+    metavar="N",
+    help="tokens of the mixture; by default a short branch's",
 )
 @click.option(
-    "--seed-tokens", type=COUNT, metavar="N", help="of a seed from scratch; by default all text"
+    "--seed-tokens",
+    type=COUNT,
+    metavar="N",
+    help="tokens of a seed from scratch; by default all text",
 )
 def new(
     file: str,
@@ -88,10 +98,10 @@ def new(
     finetune_tokens: int | None,
     seed_tokens: int | None,
 ) -> None:
-    """A config file for your own seed and domains: train, mix, finetune, evaluate, export.
+    """Write a config file for your own seed and domains: train, mix, finetune, evaluate, export.
 
-    Reads and tokenises the text, once, and chooses the numbers by it. `btx plan FILE` tells what
-    the file takes, `btx run FILE` does all of it.
+    Reads and tokenises the text, once, and chooses the settings to suit it. `btx plan FILE` shows
+    what the file takes, `btx run FILE` runs it.
     """
     from btx_jax.commands.new import Wanted, run
 
@@ -122,7 +132,7 @@ def new(
 
 
 def _pairs(words: Sequence[str], option: str, form: str) -> dict[str, str]:
-    """NAME=VALUE words -> them by name. Raises ConfigError with all that is wrong."""
+    """Parse NAME=VALUE words into a dict. Raises ConfigError that lists every mistake."""
     mistakes, pairs = Mistakes(), dict[str, str]()
     for word in words:
         name, equals, value = word.partition("=")

@@ -1,6 +1,9 @@
-"""What the commands of `btx` are made of: help with examples, arguments that a shell completes,
-numbers in ranges. Nothing here, nor in the modules that define them, imports more than help and
-completion need: what a command does is imported when it runs."""
+"""Building blocks of the `btx` commands: help with examples, arguments that a shell completes,
+numbers in ranges.
+
+Neither this module nor those that define commands import more than help and completion need; a
+command's implementation is imported when it runs.
+"""
 
 import functools
 import math
@@ -31,7 +34,7 @@ HELP: dict[str, Any] = {
 }
 
 
-PANELS = TRAIN, MIX, USE, CLOUD, SHELL = (  # of commands
+PANELS = TRAIN, MIX, USE, CLOUD, SHELL = (  # of commands, in this order
     "Train",
     "Mix and convert",
     "Use and measure",
@@ -44,7 +47,7 @@ class Light(click.RichCommand):
     """A command whose help ends in examples."""
 
     def __init__(self, *args: Any, examples: str = "", **options: Any):
-        """examples: a command a line; what goes on in the next line is indented there."""
+        """examples: one command per line; continuation lines are indented."""
         options["context_settings"] = HELP
         options["panels"] = [click.RichOptionPanel(name) for name in ("Arguments", "Options")]
         super().__init__(*args, **options)
@@ -58,7 +61,7 @@ class Light(click.RichCommand):
 
 
 class Command(Light):
-    """One that may use JAX."""
+    """A command that may use JAX."""
 
     def invoke(self, ctx: click.Context) -> Any:
         from btx_jax.parallel.accelerators import leave_absent_tpu
@@ -68,11 +71,11 @@ class Command(Light):
 
 
 command = functools.partial(click.command, cls=Command)
-text = functools.partial(click.option, default="", show_default=False)  # an option that may be ""
+text = functools.partial(click.option, default="", show_default=False)  # default ""
 
 
 class HandedOver(Command):
-    """A command that hands all its arguments, --help too, to another program."""
+    """A command that passes all its arguments, including --help, to another program."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.params["arguments"] = tuple(args)
@@ -88,13 +91,13 @@ class Group(click.RichGroup):
         super().__init__(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order in which one may want them
+        return list(self.commands)  # in the order of their definition, most used first
 
 
 class Where(click.ParamType):
-    """A path, or a name of the Hub, or an URL: whoever reads it says what is wrong with it."""
+    """Parameter type of a path, a Hub name or a URL. The code that reads it validates it."""
 
-    name = ""  # help has a column for it
+    name = ""  # the help has a separate column for it
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -103,7 +106,7 @@ class Where(click.ParamType):
 
 
 class Number(click.FloatRange):
-    """A finite one."""
+    """Parameter type of a finite number."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None

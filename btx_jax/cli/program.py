@@ -1,4 +1,4 @@
-"""The program `btx`: all commands under one name, and how it ends."""
+"""The program `btx`: its commands, and how it reports errors."""
 
 import logging
 import os
@@ -21,10 +21,10 @@ NAME, COMPLETE = "btx", "_BTX_COMPLETE"
 @click.group(cls=Group)
 @click.version_option(__version__, prog_name=NAME)
 def btx() -> None:
-    """Branch-Train-MiX: train domain experts of a checkpoint apart, mix them into one
-    Mixture-of-Experts, finetune it, and see what was gained.
+    """Branch-Train-MiX: train domain experts of a checkpoint separately, mix them into one
+    Mixture-of-Experts, finetune it, and measure the gain.
 
-    Start with `btx run demo`; every command tells more with --help.
+    Start with `btx run demo`; every command has more help under --help.
     """
 
 
@@ -37,9 +37,9 @@ btx completion zsh >> ~/.zshrc
 btx completion fish > ~/.config/fish/completions/btx.fish
 """,
 )
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="which is yours")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="your shell")
 def completion(shell: str) -> None:
-    """A script that completes commands, options, presets and paths in your shell."""
+    """Print a script that completes commands, options, presets and paths in your shell."""
     made = get_completion_class(shell)
     assert made
     print(made(btx, {}, NAME, COMPLETE).source())
@@ -55,10 +55,10 @@ for command in (
 
 
 def run(words: Sequence[str]) -> None:
-    """A command, to its end. What is wrong is one line on stderr and exit status 2."""
+    """Run a command. An error prints one line on stderr and exits with status 2."""
     terminal.log_to(sys.stderr, logging.WARNING)
     with told_in_one_line():
-        if asked := os.environ.get(COMPLETE):  # by the script that `btx completion` prints
+        if asked := os.environ.get(COMPLETE):  # set by the script that `btx completion` prints
             sys.exit(shell_complete(btx, {}, NAME, COMPLETE, asked))
         environment.check()
         try:
@@ -74,7 +74,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def _named(words: Sequence[str]) -> str:
-    """The command that these words call."""
+    """The name of the command that these words call."""
     named, command = NAME, cast(click.Command, btx)
     for word in words:
         if not isinstance(command, click.Group) or word not in command.commands:

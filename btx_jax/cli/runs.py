@@ -1,4 +1,5 @@
-"""A config, and what is done with it: what `btx run`, `btx compile` and btx_jax.launch share."""
+"""What `btx run`, `btx compile` and btx_jax.launch share: running, compiling and planning a
+config."""
 
 import logging
 import sys
@@ -19,8 +20,8 @@ def log_to_terminal() -> None:
 
 
 def default_workdir(named: str) -> Path:
-    """configs/math_expert.py:tiny -> runs/math_expert_tiny, and the same for the preset
-    math_expert:tiny and for `:tiny,A/B`: a path is no part of the name."""
+    """The default workdir of a config: configs/math_expert.py:tiny -> runs/math_expert_tiny, and
+    likewise for the preset math_expert:tiny. A path in the argument (`:tiny,A/B`) is left out."""
     path, _, argument = named.partition(":")
     words = ",".join(part for part in argument.split(",") if "/" not in part)
     return Path("runs") / "_".join(filter(None, (Path(path).stem, words)))
@@ -39,12 +40,12 @@ def run(
     processes: int = 0,
     process: int = -1,
 ) -> None:
-    """named: the config's file or preset, as the user wrote it. workdir: "" for the default.
-    Raises UserError."""
+    """Run a config. named: the config's file or preset, as the user wrote it. workdir: "" for the
+    default. Raises UserError."""
     where = _directory(workdir, named)
     hosts.start(coordinator, processes, process)
     if not hosts.is_first():
-        logging.disable(logging.WARNING)  # one process tells; errors are every process's own
+        logging.disable(logging.WARNING)  # only one process reports; errors come from all
     if only and config.stage != "pipeline":
         raise UserError(f"--only={only}: {named} is no pipeline")
     stages.run(config, where, **({"only": only} if only else {}))
@@ -53,7 +54,7 @@ def run(
 
 
 def compiles(config: Config, named: str, workdir: str, topology: str, slices: int) -> bool:
-    """Whether the step of a training config fits that many slices of a TPU topology; tells what it
+    """Whether the step of a training config fits this many slices of a TPU topology; logs what it
     takes. Raises UserError."""
     from btx_jax.planning import compile_check
 
@@ -69,8 +70,8 @@ def plan(
     price: float,
     file: str,
 ) -> None:
-    """Tells what a pipeline takes, on so many slices of a TPU topology, or on this machine where it
-    is "". file: where its JSON goes, "" for nowhere. Raises UserError."""
+    """Print what a pipeline takes on this many slices of a TPU topology, or on this machine if
+    topology is "". file: where to write it as JSON; "" for nowhere. Raises UserError."""
     import jax
 
     from btx_jax.planning import compile_check, steps, tables

@@ -1,4 +1,4 @@
-"""Commands that run a config, or see what it would take."""
+"""Commands that run a config or estimate what it takes."""
 
 import sys
 
@@ -13,7 +13,7 @@ WORKDIR = text(
     "--workdir",
     type=WHERE,
     metavar="DIR",
-    help="where the run keeps everything it writes; by default runs/NAME-OF-CONFIG",
+    help="directory of everything the run writes; by default runs/NAME-OF-CONFIG",
 )
 
 
@@ -35,27 +35,27 @@ btx run btx:tiny --only=expert_math
 @text(
     "--only",
     metavar="STAGE",
-    help="of a pipeline: this stage alone, in DIR/STAGE; what it needs must have finished",
+    help="run only this stage of a pipeline, in DIR/STAGE; the stages it needs must be finished",
 )
 @text(
     "--coordinator",
     panel=CLUSTER,
     metavar="HOST:PORT",
-    help="of process 0; by default $JAX_COORDINATOR_ADDRESS, else what JAX detects",
+    help="address of process 0; by default $JAX_COORDINATOR_ADDRESS, else as JAX detects",
 )
 @click.option(
     "--num-processes",
     panel=CLUSTER,
     type=click.IntRange(min=1),
     metavar="N",
-    help="how many there are; by default $JAX_NUM_PROCESSES",
+    help="number of processes; by default $JAX_NUM_PROCESSES",
 )
 @click.option(
     "--process-id",
     panel=CLUSTER,
     type=click.IntRange(min=0),
     metavar="N",
-    help="which one this is, from 0; by default $JAX_PROCESS_ID",
+    help="index of this process, from 0; by default $JAX_PROCESS_ID",
 )
 def run(
     config: str,
@@ -68,9 +68,9 @@ def run(
 ) -> None:
     """Run a config: train, mix, evaluate, or a whole pipeline.
 
-    Every key of the config can be set on the command line. A directory that holds an unfinished run
-    of the same config is resumed; a finished one is left as it is. Ctrl-C and SIGTERM save the last
-    whole step and end; a second one ends at once.
+    Every key of the config can be set on the command line. An unfinished run of the same config in
+    the directory is resumed; a finished one is left as it is. Ctrl-C and SIGTERM save the last
+    complete step and end the run; a second signal ends it at once.
     """
     interrupts.end_at_once("run the same command to resume from the last checkpoint")
     from btx_jax.cli import runs
@@ -106,12 +106,10 @@ btx plan demo --json=plan.json
     help="TPU slice of every stage, such as v5p:2x2x2; by default this machine",
 )
 @click.option(
-    "--num-slices", type=click.IntRange(min=1), metavar="N", default=1, help="this many of them"
+    "--num-slices", type=click.IntRange(min=1), metavar="N", default=1, help="number of slices"
 )
-@click.option(
-    "--price", type=NOT_NEGATIVE, metavar="P", default=0.0, help="of one chip for one hour"
-)
-@text("--json", "file", type=WHERE, metavar="FILE", help="also write it there")
+@click.option("--price", type=NOT_NEGATIVE, metavar="P", default=0.0, help="price of one chip-hour")
+@text("--json", "file", type=WHERE, metavar="FILE", help="also write the plan to this file")
 @WORKDIR
 def plan(
     config: str,
@@ -122,12 +120,12 @@ def plan(
     file: str,
     workdir: str,
 ) -> None:
-    """What a pipeline takes, before anything of it is trained.
+    """Estimate what a pipeline takes before training any of it.
 
-    Tokens, epochs, FLOPs, memory, time, storage, cost, and what dense training on as many tokens
-    would take. A few steps of every kind are timed here with random parameters; with --slice they
-    are compiled for that TPU slice instead (minutes each; needs pip install 'btx_jax[tpu]') and
-    take the time of the compiler's clock.
+    Tokens, epochs, FLOPs, memory, time, storage, cost, and the same for dense training on as many
+    tokens. A few steps of each kind are timed on this machine with random parameters; with --slice
+    they are instead compiled for that TPU slice (minutes each; needs pip install 'btx_jax[tpu]'),
+    and the compiler's clock gives their time.
     """
     from btx_jax.cli import runs
     from btx_jax.presets.config_file import read_config
@@ -147,18 +145,18 @@ btx compile math_expert v6e:8x8 --num-slices=2 --config.mesh.fsdp=64
 """,
 )
 @click.argument("config", type=CONFIG, help=CONFIG_TOLD)
-@click.argument("topology", help="of a TPU slice: v5p:2x2x4, v5e:4x4, v6e:8x8, tpu7x:2x2x1")
+@click.argument("topology", help="a TPU slice: v5p:2x2x4, v5e:4x4, v6e:8x8, tpu7x:2x2x1")
 @click.option(
-    "--num-slices", type=click.IntRange(min=1), metavar="N", default=1, help="this many of them"
+    "--num-slices", type=click.IntRange(min=1), metavar="N", default=1, help="number of slices"
 )
 @WORKDIR
 def compile_step(
     config: str, overrides: list[str], topology: str, num_slices: int, workdir: str
 ) -> None:
-    """Compile a training step for TPUs, without one: memory, FLOPs, traffic, time.
+    """Compile a training step for TPUs without having one: memory, FLOPs, traffic, time.
 
-    Needs libtpu (pip install 'btx_jax[tpu]'). Exit status 1, with the cheapest change that helps,
-    when the step does not fit.
+    Needs libtpu (pip install 'btx_jax[tpu]'). If the step does not fit, exits with status 1 and
+    suggests the cheapest change that helps.
     """
     from btx_jax.cli import runs
     from btx_jax.presets.config_file import read_config

@@ -1,4 +1,4 @@
-"""Commands that use a checkpoint, measure it, or look after it."""
+"""Commands that use, measure or check a checkpoint."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ DTYPE = click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
-    help="of weights and activations",
+    help="dtype of weights and activations",
 )
 
 
@@ -38,14 +38,18 @@ btx generate org/name --chat --prompt "Who wrote Faust?" --temperature=0.8
 """,
 )
 @click.argument("checkpoint", type=WHERE, help=CHECKPOINT)
-@click.option("--prompt", required=True, metavar="TEXT", help="what the text begins with")
+@click.option("--prompt", required=True, metavar="TEXT", help="beginning of the text")
 @click.option(
     "--chat",
     is_flag=True,
-    help="the prompt is a user's message, for the tokenizer's chat template",
+    help="treat the prompt as a user message in the tokenizer's chat template",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), metavar="N", default=64, help="new tokens at most"
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=64,
+    help="maximum number of new tokens",
 )
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="a string that ends the text; may be repeated"
@@ -59,9 +63,9 @@ btx generate org/name --chat --prompt "Who wrote Faust?" --temperature=0.8
     type=Number(0, 1, min_open=True),
     metavar="P",
     default=1.0,
-    help="nucleus: keep the likeliest tokens up to this probability",
+    help="nucleus sampling: keep the most likely tokens up to this probability",
 )
-@click.option("--seed", panel=SAMPLING, type=SEED, metavar="N", default=0, help="of what is drawn")
+@click.option("--seed", panel=SAMPLING, type=SEED, metavar="N", default=0, help="random seed")
 @DTYPE
 def generate(
     checkpoint: str,
@@ -78,8 +82,8 @@ def generate(
     from btx_jax.commands.generate import generate as sample
     from btx_jax.evaluation.generation import Sampling
 
-    said = iter(["" if chat else prompt])  # once, when there is something behind it
-    shown = terminal.plain if sys.stdout.isatty() else str  # a file gets the text itself
+    said = iter(["" if chat else prompt])  # printed once, before the first generated text
+    shown = terminal.plain if sys.stdout.isatty() else str  # files get the text unescaped
     sample(
         checkpoint,
         prompt,
@@ -109,7 +113,7 @@ btx evaluate a=runs/mine b=org/name --tasks=gsm8k --limit=100 --out=results
     metavar="TASK,TASK...",
     default="arc_easy,piqa",
     help=(
-        "among arc_easy, piqa, openbook_qa, commonsense_qa, gsm8k, humaneval; read from"
+        "from arc_easy, piqa, openbook_qa, commonsense_qa, gsm8k, humaneval; read from"
         " $BTX_DATA_DIR/evals"
     ),
 )
@@ -118,10 +122,10 @@ btx evaluate a=runs/mine b=org/name --tasks=gsm8k --limit=100 --out=results
     type=click.IntRange(min=0),
     metavar="N",
     default=0,
-    help="only the first items of each; 0 for all",
+    help="number of items of each task, from the first; 0 for all",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), metavar="N", default=8, help="prompts at a time"
+    "--batch-size", type=click.IntRange(min=1), metavar="N", default=8, help="prompts in a batch"
 )
 @DTYPE
 @click.option(
@@ -129,12 +133,12 @@ btx evaluate a=runs/mine b=org/name --tasks=gsm8k --limit=100 --out=results
     type=WHERE,
     required=True,
     metavar="DIR",
-    help="results.json and every answer; run again to resume",
+    help="directory of results.json and every answer; run again to resume",
 )
 def evaluate(
     models: tuple[str, ...], tasks: str, limit: int, batch_size: int, dtype: str, out: str
 ) -> None:
-    """Test sets on checkpoints, side by side."""
+    """Evaluate checkpoints on test sets, side by side."""
     from btx_jax import stages
     from btx_jax.paths import to_path
     from btx_jax.presets import recipes
@@ -157,7 +161,7 @@ def evaluate(
     options_metavar="[OPTIONS of lm_eval]...",
 )
 def lm_eval(arguments: tuple[str, ...]) -> None:
-    """lm-evaluation-harness's tasks, on our model class."""
+    """Run lm-evaluation-harness with our model class."""
     try:
         from lm_eval.__main__ import cli_evaluate
 
@@ -169,7 +173,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     sys.argv = ["lm_eval", *arguments]
     try:
         cli_evaluate()
-    except OSError as error:  # a data set that is not there, a cache that cannot be written
+    except OSError as error:  # a missing data set, or an unwritable cache
         raise UserError(f"lm_eval: {error}") from error
 
 
@@ -192,19 +196,19 @@ btx report runs/my_btx runs/my_ffn --side-by-side --out=runs/both
     "--out",
     type=WHERE,
     metavar="DIR",
-    help="where the report goes; by default, of one, its own directory",
+    help="directory of the report; for a single run, by default its own",
 )
 @click.option(
     "--side-by-side",
     is_flag=True,
-    help="the runs are different ones on the same held-out text, not the same one with other seeds",
+    help="the runs differ and share held-out text, rather than being one run with several seeds",
 )
 def report(workdirs: tuple[str, ...], out: str, side_by_side: bool) -> None:
-    """Report of a finished run, of the same one with other seeds, or of different ones.
+    """Write a report of a finished run, of one run with several seeds, or of different runs.
 
-    Writes report.html (one file, no network) and summary.json from what the run left on disk. Of
-    the same arms with other seeds, the first one's curves and routing are shown, and the arms
-    compared in pairs (comparison.md). Side by side, every model stands under its run's name.
+    Writes report.html (one file, no network) and summary.json from the files of the runs. With
+    several seeds, the curves and routing of the first are shown, and the arms are compared in pairs
+    (comparison.md). Side by side, every model is listed under its run's name.
     """
     from btx_jax.stages import report
 
@@ -225,25 +229,25 @@ btx watch gs://bucket/runs/my_btx --every=30
 """,
 )
 @click.argument("run", metavar="RUN", type=WHERE, help="a pipeline's directory, or that of a run")
-@click.option("--port", type=click.IntRange(0, 65535), default=8600, help="0 for any that is free")
+@click.option("--port", type=click.IntRange(0, 65535), default=8600, help="0 for any free port")
 @click.option(
     "--host",
     default="127.0.0.1",
     metavar="ADDRESS",
-    help="0.0.0.0 shows it to every machine that reaches this one",
+    help="0.0.0.0 serves every machine that can reach this one",
 )
 @click.option(
     "--every",
     type=Number(min=1),
     default=5.0,
     metavar="SECONDS",
-    help="how often the page looks again",
+    help="interval between refreshes",
 )
 def watch(run: str, port: int, host: str, every: float) -> None:
-    """A page in your browser that shows a run while it runs, here or in a bucket.
+    """Show a run in your browser while it runs, here or in a bucket.
 
-    Every branch's curve, held-out losses, the mixing probe, routing load, where the time goes, what
-    is finished, running and waiting. It reads the run's directory and changes nothing.
+    Every branch's curve, held-out losses, the mixing probe, routing load, where the time goes, and
+    which stages are finished, running or waiting. It reads the run's directory and changes nothing.
     """
     from btx_jax.commands.watch import run as serve
     from btx_jax.paths import to_path
@@ -254,7 +258,7 @@ def watch(run: str, port: int, host: str, every: float) -> None:
 @command(panel=USE, examples="btx digest runs/demo/finetune")
 @click.argument("checkpoint", type=WHERE, help=CHECKPOINT)
 def digest(checkpoint: str) -> None:
-    """Fingerprint of a checkpoint: sha256 over all its parameters."""
+    """Print the fingerprint of a checkpoint: sha256 over all its parameters."""
     from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
 
     print(digest(load_params(find_checkpoint(checkpoint))))
@@ -269,9 +273,9 @@ btx verify mixture
 )
 @click.argument("path", type=WHERE, help="a pipeline's directory (all its runs), or " + CHECKPOINT)
 def verify(path: str) -> None:
-    """Read all of what is stored and compare it with its checksums.
+    """Read everything that is stored and compare it with its checksums.
 
-    Exit status 1 when something is damaged.
+    Exits with status 1 when something is damaged.
     """
     from btx_jax.commands.verify import verify as findings
 

@@ -1,4 +1,4 @@
-"""Branches beside an anchor, as functions that config files call."""
+"""Branches with an anchor (Branch-Adapt-Route), as functions that config files call."""
 
 import dataclasses
 from typing import Any
@@ -6,15 +6,16 @@ from typing import Any
 from btx_jax.config.config import Config, MeshConfig, MixConfig, PipelineStage
 from btx_jax.presets.recipes import LLAMA2, btx
 
-# What each of a branch's runs leaves frozen, and its share of the branch's steps.
+# For each run of a branch: TrainConfig.frozen, and its share of the branch's steps.
 SCHEDULE = (("shared", 0.5), ("shared_layers", 0.3), ("anchor", 0.2))
-# Of the mixture's routers: a share of the steps that `btx` finetunes for, and FlexOlmo's peak rate.
+# Training of the mixture's routers: share of `btx`'s finetuning steps, and FlexOlmo's peak rate.
 ROUTERS, ROUTER_RATE = 0.1, 2e-3
 
 
 def bar(what: str = LLAMA2) -> Config:
-    """Branch-Adapt-Route (arXiv 2604.18473): `btx` with branches beside an anchor, of which ever
-    less is frozen; what moved is averaged, and then the mixture's routers alone are trained."""
+    """Branch-Adapt-Route (arXiv 2604.18473): `btx` with branches beside an anchor that are unfrozen
+    in stages. Their shared parameters are averaged, and then only the mixture's routers are
+    trained."""
     stages: dict[str, PipelineStage] = {}
     for name, stage in (btx(what).pipeline or {}).items():
         if name.startswith("expert_"):
@@ -38,7 +39,7 @@ def bar(what: str = LLAMA2) -> Config:
 
 
 def _branch(name: str, stage: PipelineStage) -> dict[str, PipelineStage]:
-    """The runs of a branch, each from the one before; the last one has the name."""
+    """The runs of a branch, each starting from the previous one; the last has the branch's name."""
     beside = {"anchor": True, "balance_weight": 0.0, "z_loss_weight": 1e-3}
     names = [f"{name}_{frozen}" for frozen, _ in SCHEDULE[:-1]] + [name]
     stages: dict[str, PipelineStage] = {}
@@ -53,7 +54,7 @@ def _branch(name: str, stage: PipelineStage) -> dict[str, PipelineStage]:
 
 
 def _trained(config: Config, share: float, **changes: Any) -> Config:
-    """The same run with a share of its steps."""
+    """The same run with a share of its steps, and other changes of its train section."""
     assert config.train
     for key in ("steps", "warmup_steps"):
         changes[key] = max(1, round(share * getattr(config.train, key)))

@@ -1,9 +1,8 @@
-"""Config files: Python whose `get_config` returns a Config or a ConfigDict; presets by name; and
-overrides of their keys as the command line has them. What is wrong is told in one line, all at
-once.
+"""Config files (Python whose `get_config` returns a Config or a ConfigDict), presets by name, and
+command-line overrides. All mistakes are reported together, each in one line.
 
-A Config is never changed, so that what it was checked for stays true. A file that wants to assign
-to the fields of a preset asks for `to_config_dict(recipes.seed("tiny"))`, and returns that.
+A Config is immutable, so that its validation stays true. A file that assigns to the fields of a
+preset uses `to_config_dict(recipes.seed("tiny"))` and returns that.
 """
 
 import dataclasses
@@ -25,11 +24,11 @@ from btx_jax.config.config_dict import from_config_dict, require_tree, to_config
 from btx_jax.errors import ConfigError, Mistakes, UserError, one_line, suggest
 from btx_jax.presets.registry import PRESETS
 
-MAX_BYTES = 10**6  # of a config file
+MAX_BYTES = 10**6  # maximum size of a config file
 
 
 class _ConfigFileParser(flags.ArgumentParser):
-    """The parser of ml_collections, for presets by name and for files that may return a Config."""
+    """ml_collections' parser, extended by presets and by files that return a Config."""
 
     def __init__(self, parser: flags.ArgumentParser):
         self._parser = parser
@@ -47,8 +46,8 @@ class _ConfigFileParser(flags.ArgumentParser):
 def define_config(
     flag_values: flags.FlagValues, argv: Sequence[str] | None = None, told: str = ""
 ) -> flags.FlagHolder:
-    """The flag --config=FILE_OR_PRESET[:ARGUMENT] and, once it is parsed, those of all keys. argv:
-    None for the command line. told: its line of --help."""
+    """Define the flag --config=FILE_OR_PRESET[:ARGUMENT] and, once it is parsed, a flag for every
+    key. argv: None for the command line. told: the flag's help."""
     holder = config_flags.DEFINE_config_file(
         "config", None, told, flag_values=flag_values, sys_argv=argv
     )
@@ -57,9 +56,11 @@ def define_config(
 
 
 def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config") -> Config:
-    """FILE_OR_PRESET[:ARGUMENT], with `--config.KEY=VALUE` applied. Raises ConfigError with all
-    that is wrong with the file, the overrides and what they make; flag: the name of the file's
-    argument."""
+    """Read FILE_OR_PRESET[:ARGUMENT] and apply overrides `--config.KEY=VALUE`.
+
+    Raises ConfigError with all mistakes in the file, the overrides and the resulting config. flag:
+    the name of the file's argument, for messages.
+    """
     made = load(file, flag)
     mistakes = Mistakes()
     good: list[str] = []
@@ -67,7 +68,7 @@ def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config"
         try:
             _parse(file, words)
             good += words
-        except Exception as error:  # ml_collections raises many kinds for a wrong override
+        except Exception as error:  # ml_collections raises many types
             mistakes.add(_told(words[0], error, made))
     config = None
     with mistakes.gather():
@@ -75,9 +76,9 @@ def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config"
             config = from_config_dict(_parse(file, good))
         except UserError:
             raise
-        except flags.Error as error:  # of several overrides together
+        except flags.Error as error:  # raised by several overrides together
             raise ConfigError(f"{flag}: {one_line(error)}") from None
-        except Exception as error:  # ml_collections, of what the file returns
+        except Exception as error:  # raised by ml_collections for the file's result
             raise ConfigError(f"{flag}: {file[:200]}: {_cause(error)}") from None
     mistakes.tell()
     assert config
@@ -85,8 +86,8 @@ def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config"
 
 
 def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
-    """What get_config([ARGUMENT]) of FILE[:ARGUMENT] returns, or the preset of that name. Raises
-    ConfigError, with the line of the file, when it is neither or raises itself."""
+    """The ConfigDict that get_config([ARGUMENT]) of FILE[:ARGUMENT] returns, or the preset's.
+    Raises ConfigError, with the line of the file, when there is neither or it raises."""
     path, colon, argument = file.partition(":")
     told = f"{flag}: {path[:200]}"
     preset = PRESETS.get(path)
@@ -107,7 +108,7 @@ def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
         raise ConfigError(f"{where}{error}") from None
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # whatever a program can do
+    except BaseException as error:  # config files may raise anything
         raise ConfigError(f"{told}{_place(path, error)}: {_cause(error)}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
@@ -118,7 +119,8 @@ def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
 
 
 def _require_file(path: str, file: str, flag: str) -> None:
-    """Raises ConfigError for what cannot be a config file, with the presets for a mere word."""
+    """Raise ConfigError for a path that cannot be a config file, suggesting presets for a single
+    word."""
     try:
         if not path:
             raise ConfigError(f"{flag}={file!r}: names no file")
@@ -132,7 +134,7 @@ def _require_file(path: str, file: str, flag: str) -> None:
             raise ConfigError(f"{flag}: no file {path[:200]}{hint}")
         if (size := Path(path).stat().st_size) > MAX_BYTES:
             raise ConfigError(f"{flag}: {path[:200]}: {size} bytes; no config file is so large")
-    except (OSError, ValueError) as error:  # a name too long, a NUL in it
+    except (OSError, ValueError) as error:  # such as a name too long, or with a NUL
         raise ConfigError(f"{flag}: {path[:200]!r}: {one_line(error)[:100]}") from None
 
 
@@ -156,7 +158,7 @@ def _require_arguments(make: object, arguments: list[str], told: str) -> None:
 
 
 def _place(path: str, error: BaseException) -> str:
-    """Where in the file."""
+    """The error's line in the config file, as ", line N"; "" if unknown."""
     if isinstance(error, SyntaxError) and error.lineno and error.filename == path:
         return f", line {error.lineno}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
@@ -166,7 +168,7 @@ def _place(path: str, error: BaseException) -> str:
 def _cause(error: BaseException) -> str:
     try:
         words = one_line(error.msg if isinstance(error, SyntaxError) else error)
-    except Exception:  # of a class of the file's own
+    except Exception:  # raised by an exception class defined in the file
         words = ""
     if isinstance(error, dataclasses.FrozenInstanceError):
         words += " of a Config; change to_config_dict(...) of it, and return that"
@@ -174,7 +176,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _grouped(overrides: Sequence[str]) -> list[list[str]]:
-    """`--config.a=1` alone, `--config.a 1` together."""
+    """Group overrides with their values: `--config.a=1` alone, `--config.a 1` together."""
     groups: list[list[str]] = []
     for word in overrides:
         if groups and not word.startswith("-") and "=" not in groups[-1][0]:

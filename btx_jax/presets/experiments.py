@@ -1,9 +1,9 @@
-"""The comparison behind the paper's claim: Branch-Train-MiX beside its baselines and ablations, as
-one pipeline over the same pieces.
+"""The comparison behind the paper's claim: Branch-Train-MiX with its baselines and ablations, as
+one pipeline of shared stages.
 
-An arm is one or more stages that end in a model. All start from the same seed and see the same
-domains; what differs is said by the function that builds the arm. `main` are the arms of the
-paper's Tables 2 to 4, `ablations` those of its Tables 5 to 7 and more.
+An arm is one or more stages that end in a model. All arms start from the same seed and see the same
+domains; the function that builds an arm says how it differs. `main` has the arms of the paper's
+Tables 2 to 4, `ablations` those of its Tables 5 to 7 and others.
 """
 
 import dataclasses
@@ -27,15 +27,18 @@ from btx_jax.config.model_config import LORA_TARGETS, LoRAConfig
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms share.
+    """The settings that all arms share.
 
-    seed: checkpoint that every arm starts from; `@seed` with a stage of that name in `before`.
+    seed: checkpoint that every arm starts from; `@seed` if `before` has a stage of that name.
     texts: expert -> its training text.
-    domains: expert -> the domain it is for; general: the seed's own, which the generalist expert
-    stands for. mixed: the finetune's text.
-    expert, finetune: how one branch and the mixture are trained. moe_cost: FLOPs of a mixture's
-    step over those of a dense one. rows: held-out rows a domain. lora: of MoLA's arms, experts in
-    all, the rank of plain LoRA, which maps.
+    domains: expert -> its domain.
+    general: the domain of the seed, which is the generalist expert.
+    mixed: the text of the finetune.
+    expert, finetune: training configs of one branch and of the mixture.
+    moe_cost: FLOPs of a mixture's step relative to a dense one.
+    rows: held-out rows per domain.
+    before: stages that precede the arms.
+    lora: for MoLA's arms: total number of experts, rank of plain LoRA, adapted maps.
     """
 
     seed: str
@@ -52,22 +55,22 @@ class Setting:
 
     @property
     def domain_steps(self) -> int:
-        """Of all experts together."""
+        """Steps of all experts together."""
         return len(self.texts) * self.expert_steps
 
     @property
     def domain_text(self) -> str:
-        """What the experts see, all together."""
+        """The training texts of all experts, combined."""
         return mixed_text(dict.fromkeys(self.texts.values(), 1.0))
 
     @property
     def everything(self) -> str:
-        """What experts and mixture see, all together."""
+        """The training texts of experts and finetune, combined in proportion to their steps."""
         return mixed_text({self.domain_text: self.domain_steps, self.mixed: self.finetune_steps})
 
     @property
     def dense(self) -> Config:
-        """As a branch is trained, but never mixed."""
+        """Config of dense training: a branch's, without the mixing probe."""
         assert self.expert.train
         train = dataclasses.replace(self.expert.train, mixing_probe=False)
         return dataclasses.replace(self.expert, train=train)
@@ -84,13 +87,13 @@ class Setting:
 
     @property
     def flops(self) -> float:
-        """Of experts and finetune together, in dense steps."""
+        """Cost of experts and finetune together, in dense steps."""
         return self.domain_steps + self.finetune_steps * self.moe_cost
 
     @property
     def budgets(self) -> dict[str, tuple[int, int]]:
-        """What BTX takes -> steps of a dense model and of a mixture that take as much: tokens,
-        FLOPs, or time, when branches side by side take that of one."""
+        """Budgets equal to BTX's -> (steps of a dense model, steps of a mixture): the same tokens,
+        the same FLOPs, or the same time with all branches training in parallel."""
         tokens = self.domain_steps + self.finetune_steps
         time = self.expert_steps + self.finetune_steps * self.moe_cost
         dense = {"tokens": tokens, "flops": self.flops, "time": time}
@@ -101,8 +104,8 @@ class Setting:
 
 
 def mixed_text(shares: dict[str, float]) -> str:
-    """`name:weight,...` texts in proportion to their shares -> one such text, weights adding up to
-    100."""
+    """Combine `name:weight,...` texts in proportion to their shares into one such text, with
+    weights that sum to 100."""
     total: dict[str, float] = {}
     for text, share in shares.items():
         weights = {
@@ -118,7 +121,7 @@ def mixed_text(shares: dict[str, float]) -> str:
 
 @dataclass
 class Arms:
-    """Stages and the models among them, as they are added."""
+    """Collects the stages of the arms, and the models among them."""
 
     setting: Setting
     stages: dict[str, PipelineStage] = field(default_factory=dict)
@@ -129,7 +132,7 @@ class Arms:
     def add(
         self, name: str, config: Config, needs: tuple[str, ...] = (), is_model: bool = True
     ) -> str:
-        """Returns the stage's `@NAME`."""
+        """Add a stage and return its reference `@NAME`."""
         if self.setting.seed.startswith("@"):
             needs = (self.setting.seed[1:], *needs)
         self.stages[name] = PipelineStage(config, tuple(dict.fromkeys(needs)))
@@ -148,8 +151,8 @@ class Arms:
         rng_seed: int = 0,
         **changes: Any,
     ) -> str:
-        """base with other text, steps and further changes of its train section, or of its compute
-        section as compute_KEY."""
+        """Add a training stage: `base` with another text, number of steps, and further changes to
+        its train section or, as compute_KEY, its compute section. Returns `@NAME`."""
         assert base.train and base.data and base.compute
         compute = {
             key.removeprefix("compute_"): value
@@ -181,7 +184,7 @@ class Arms:
         data: DataConfig | None = None,
         **changes: Any,
     ) -> str:
-        """data: where the text that a closed form reads is found."""
+        """Add a mix stage; returns `@NAME`. data: source of the text that a closed form reads."""
         mix = MixConfig(tuple(sources), **changes)
         config = Config("mix", mix=mix, data=data, mesh=MeshConfig())
         read = [*sources, changes.get("shared_expert", "")]
@@ -189,7 +192,8 @@ class Arms:
         return self.add(name, config, needs, is_model)
 
     def experts(self, prefix: str = "expert", steps: int = 0, is_model: bool = True) -> list[str]:
-        """One branch a domain; the generalist, the seed itself, comes last."""
+        """Add one branch per domain; returns their references, with the seed last as the
+        generalist."""
         s = self.setting
         steps = steps or s.expert_steps
         return [
@@ -212,8 +216,8 @@ class Arms:
 
 
 def main(arms: Arms) -> list[str]:
-    """Seed, experts, BTX, dense, sparse upcycling under three budgets, average, BTM. Returns the
-    experts."""
+    """Add seed, experts, BTX, dense, sparse upcycling under three budgets, average and BTM. Returns
+    the experts."""
     s = arms.setting
     arms.models["seed"] = s.seed
     experts = arms.experts()
@@ -234,7 +238,7 @@ def main(arms: Arms) -> list[str]:
 
 
 def btm(arms: Arms) -> None:
-    """Branch-Train-Merge's ensembles of the experts and the seed."""
+    """Add Branch-Train-Merge's ensembles of the experts and the seed."""
     s = arms.setting
     members = {
         **{f"expert_{name}": domain for name, domain in s.domains.items()},
@@ -249,8 +253,8 @@ def btm(arms: Arms) -> None:
 
 
 def ablations(arms: Arms, experts: list[str], mixture: str = "@btx_untuned") -> None:
-    """What each part of the method is worth. mixture: the experts', before it is finetuned. The
-    routing variants are compared without balancing, as in the paper."""
+    """Add the ablations of the method's parts. mixture: the experts' mixture before finetuning.
+    Routing variants are compared without load balancing, as in the paper."""
     s = arms.setting
     arms.finetune("no_balance", mixture, balance_weight=0.0)
     arms.finetune("frozen_experts", mixture, frozen="experts")
@@ -260,11 +264,11 @@ def ablations(arms: Arms, experts: list[str], mixture: str = "@btx_untuned") -> 
         arms.finetune(
             f"split_top{k}", arms.mix(f"mix_split_top{k}", experts, method="split", chunks=2, k=k)
         )
-    # The seed beside the experts instead of among them.
+    # The seed as a shared expert instead of a routed one.
     shared = arms.mix("mix_shared_seed", experts[:-1], shared_expert=s.seed)
     arms.finetune("btx_shared_seed", shared)
     switch = arms.mix("mix_switch", experts, routing="switch", k=1)
-    # Dropping beyond a capacity is part of Switch.
+    # Dropping tokens beyond a capacity is part of Switch.
     arms.finetune(
         "switch",
         switch,
@@ -275,7 +279,7 @@ def ablations(arms: Arms, experts: list[str], mixture: str = "@btx_untuned") -> 
     sample = arms.mix("mix_sample", experts, routing="sample_top1", first_routing="soft", k=1)
     arms.finetune("sample_top1", sample, balance_weight=0.0)
     arms.finetune("soft", arms.mix("mix_soft", experts, routing="soft"), balance_weight=0.0)
-    # Equal texts must not give equal branches.
+    # Different random seeds: branches on equal text must not be equal.
     random = [
         arms.train(
             f"random_{i}",
@@ -292,15 +296,15 @@ def ablations(arms: Arms, experts: list[str], mixture: str = "@btx_untuned") -> 
 
 
 def dense_throughout(arms: Arms) -> None:
-    """Dense training with one schedule, on everything at once."""
+    """Add dense training with one schedule on all texts at once."""
     s = arms.setting
     steps, _ = s.budgets["tokens"]
     arms.train("dense_throughout", s.dense, s.seed, s.everything, steps)
 
 
 def lora_shapes(arms: Arms, total: int, plain_rank: int, targets: tuple[str, ...]) -> None:
-    """MoLA's five allocations of `total` experts and plain LoRA with about as many parameters, each
-    on all domains."""
+    """Add MoLA's five allocations of `total` experts and plain LoRA with about as many parameters,
+    each trained on all domains."""
     s = arms.setting
     arms.models["seed"] = s.seed
     variants = {shape: LoRAConfig(f"{shape}:{total}", targets=targets) for shape in SHAPES}
@@ -317,12 +321,12 @@ def lora_shapes(arms: Arms, total: int, plain_rank: int, targets: tuple[str, ...
         )
 
 
-SHARES = (25, 50, 75, 100)  # of the compute that goes into experts; 0 is upcycling_flops
+SHARES = (25, 50, 75, 100)  # % of the compute spent on experts; 0 is upcycling_flops
 
 
 def compute_split(arms: Arms) -> None:
-    """The same FLOPs, another share of them in the experts (the paper's Figure 3). With 100 % the
-    mixture is not finetuned."""
+    """Add arms with the same FLOPs but different shares of them in the experts (the paper's Figure
+    3). At 100 % the mixture is not finetuned."""
     s = arms.setting
     for share in SHARES:
         steps = round(s.flops * share / 100 / len(s.texts))
@@ -343,8 +347,8 @@ GROUPS = ("main", "ablations", "all", "lora")
 
 
 def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
-    """A pipeline of the arms of `group` (main; ablations: main and those; all: the split of compute
-    as well; lora: MoLA's shapes alone), evaluated and reported."""
+    """A pipeline of a group of arms, evaluated and reported: main; ablations (with main); all
+    (these and the compute split); lora (MoLA's shapes only)."""
     arms = Arms(setting)
     if group == "lora":
         lora_shapes(arms, *setting.lora)
@@ -365,7 +369,8 @@ def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
 
 
 def evaluated(arms: Arms, experts: tuple[str, ...], mixture: str, rng_seed: int = 0) -> Config:
-    """The pipeline of what was added, evaluated and reported. experts, mixture: of these roles."""
+    """The pipeline of the added stages, followed by evaluation and report. experts, mixture: names
+    of the models in these roles."""
     setting = arms.setting
     assert setting.expert.data
     heldout = ",".join([*setting.domains.values(), setting.general])
@@ -398,8 +403,8 @@ def evaluated(arms: Arms, experts: tuple[str, ...], mixture: str, rng_seed: int 
     return Config("pipeline", rng_seed=rng_seed, pipeline=stages)
 
 
-# What the paper's tables say, as (in words, sign, left arm, right arm, domain or "" for the mean):
-# with `<` the left has the lower loss, with `=` their scores lie within 0.2 points.
+# The claims of the paper's tables: (in words, sign, left arm, right arm, domain or "" for the
+# mean). `<`: the left arm has the lower loss; `=`: their scores differ by at most 0.2 points.
 CLAIMS = (
     ("BTX beats its seed", "<", "btx", "seed", ""),
     ("BTX beats the maths expert", "<", "btx", "expert_math", ""),
@@ -425,7 +430,7 @@ CLAIMS = (
     ("Sample Top-1 beats Switch", "<", "sample_top1", "switch", ""),
     ("Soft beats Top-2", "<", "soft", "no_balance", ""),
 )
-# The same of MoLA's tables.
+# Claims of MoLA's tables, in the same form.
 LORA_CLAIMS = (
     (
         "MoLA: more experts above beat the same number everywhere",

@@ -1,5 +1,5 @@
-"""MoLA's runs as functions that config files call: LoRA experts on a frozen Hugging Face Llama,
-learning the answers of test sets."""
+"""MoLA's runs as functions that config files call: LoRA experts on a frozen Hugging Face Llama that
+learn the answers of test sets."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from btx_jax.errors import ConfigError, suggest
 from btx_jax.presets.recipes import EVALS, SMALL, TASKS, TINY, expert
 
 HELDOUT = 0.1
-# How the items of a test set become text; only answers are learnt.
+# How test-set items become text; only the answers are learnt.
 FORMATS = {
     "arc_easy": FormatConfig("{query}\nAnswer:", " {choice}"),
     "piqa": FormatConfig("{query}Answer:", " {choice}"),
@@ -38,7 +38,7 @@ def _data(task: str) -> DataConfig:
 
 
 def _mola(task: str, init: str) -> Config:
-    """MoLA's settings (section 4.1) but for the batch, which is a sixteenth of theirs."""
+    """MoLA's settings (section 4.1), with a sixteenth of its batch size."""
     return Config(
         "train",
         init=init,
@@ -61,8 +61,8 @@ def _mola(task: str, init: str) -> Config:
 
 
 def mola(task: str = "arc_easy") -> Config:
-    """On a test set's answers; or on the demo's mathematics: `tiny`, from the tiny seed, or
-    `from_init`."""
+    """LoRA experts trained on a test set's answers, or on the demo's mathematics: `tiny`, from the
+    tiny seed, or `from_init`."""
     if task.partition(",")[0] in SMALL:
         config = expert("math", task)
         assert config.train
@@ -75,8 +75,8 @@ def mola(task: str = "arc_easy") -> Config:
 
 
 def continual(names: str = "arc_easy,openbook_qa,commonsense_qa") -> Config:
-    """One task after another on the same LoRA experts, tried on all of them after each (MoLA,
-    section 4.4). names: comma-separated."""
+    """Train one task after another on the same LoRA experts and evaluate all tasks after each
+    (MoLA, section 4.4). names: comma-separated."""
     order = names.split(",")
     choices = [name for name in FORMATS if TASKS[name].kind == "multiple_choice"]
     for task in order:

@@ -1,8 +1,10 @@
 """The paper's runs as functions that config files call: at Llama-2-7B scale (BTX section 4), and
-`tiny`, the same recipe at a size for a laptop CPU on the demo corpora. What differs between the two
-is data, size and steps, never the method. `from_init` is the recipe for one machine on a model that
-is there already, whatever its size: `from_init`, with init named by --config.init, or
-`from_init,CHECKPOINT`."""
+`tiny`, the same recipe for a laptop CPU on the demo corpora. They differ in data, size and steps,
+never in method.
+
+`from_init` is the recipe for one machine and an existing model of any size: `from_init` with
+--config.init, or `from_init,CHECKPOINT`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -81,12 +83,12 @@ MODELS = {
     ),
 }  # fmt: skip
 LLAMA2, TINY, FROM_INIT = "llama2_7b", "tiny", "from_init"
-SMALL = (TINY, FROM_INIT)  # on the demo corpora
-RELEASED = "$BTX_DATA_DIR/seed"  # where a pipeline looks for the model that it starts from
-FROM_INIT_LENGTH = 512  # tokens; less where the model named has a shorter context
+SMALL = (TINY, FROM_INIT)  # these use the demo corpora
+RELEASED = "$BTX_DATA_DIR/seed"  # the model that pipelines start from
+FROM_INIT_LENGTH = 512  # tokens; less for a model with a shorter context
 
-# The paper's domains; the shares inside a domain are its Table 7 (normalised, they sum to 102.98
-# and 99.01 there).
+# The paper's domains; shares within a domain are from its Table 7 (normalised: there they sum to
+# 102.98 and 99.01).
 PAPER_DOMAINS = {
     "math": (
         "$BTX_DATA_DIR/proof-pile-2/algebraic-stack/*.jsonl.zst:13.57,"
@@ -101,11 +103,11 @@ PAPER_DOMAINS = {
     "wiki": "$BTX_DATA_DIR/wikipedia/*.parquet:90.91,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:9.09",
     "general": "$BTX_DATA_DIR/common-crawl/*.jsonl.zst",
 }
-# The corpora stand in for the paper's: world for Wikipedia, prose for CommonCrawl and for the
+# The demo corpora that stand in for the paper's: world for Wikipedia, prose for CommonCrawl and the
 # seed's own text.
 TINY_DOMAINS = {name: f"demo:{name}" for name in ("math", "code", "world", "prose")}
 
-# domain name of an expert -> what it trains on, tiny, and its tokens in the paper
+# expert's domain -> (its training text at `tiny`, its tokens in the paper)
 EXPERTS = {
     "math": ("math:94.99,prose:5.01", 201e9),
     "code": ("code:93.07,prose:6.93", 210e9),
@@ -116,7 +118,7 @@ MIX_TINY = "math:30.16,code:40.31,world:10.30,prose:19.23"
 SEED_TINY = "prose:70,math:10,code:10,world:10"
 
 EVALS = "$BTX_DATA_DIR/evals"
-# Test sets with the prompts that lm-evaluation-harness gives them.
+# Test sets with the prompts of lm-evaluation-harness.
 TASKS = {
     "arc_easy": TaskConfig("multiple_choice", f"{EVALS}/arc_easy.jsonl.gz", "{query}\nAnswer:"),
     "piqa": TaskConfig("multiple_choice", f"{EVALS}/piqa.jsonl.gz", "{query}Answer:"),
@@ -142,7 +144,7 @@ TOKENS_PER_STEP = 1024 * 4096
 
 
 def _split(what: str) -> tuple[str, str]:
-    """`SIZE` or `from_init,CHECKPOINT` -> (size, checkpoint or "")."""
+    """Parse `SIZE` or `from_init,CHECKPOINT` into (size, checkpoint or "")."""
     size, _, init = what.partition(",")
     if size not in (*MODELS, FROM_INIT) or (init and size != FROM_INIT):
         known = ", ".join([*MODELS, FROM_INIT, f"{FROM_INIT},CHECKPOINT"])
@@ -151,8 +153,8 @@ def _split(what: str) -> tuple[str, str]:
 
 
 def _compute(size: str, is_moe: bool = False) -> ComputeConfig:
-    """At 7B: what a 95 GiB chip holds at one sequence of 4096, with the dispatch that was measured
-    there. Einsum dispatch computes a quarter more than it must already."""
+    """Compute settings. At 7B: what fits a 95 GiB chip with one sequence of 4096, and the dispatch
+    that was measured there; einsum dispatch already computes a quarter more than necessary."""
     if size == TINY:
         return ComputeConfig(dtype="float32", remat="none", unroll=4, group_size=64, loss_chunk=512)
     if size == FROM_INIT:
@@ -182,7 +184,7 @@ def _train(
     rate: float = 1e-4,
     warmup: int = 100,
 ) -> TrainConfig:
-    """tiny_rate: 0 for what suits the model that a run starts from."""
+    """Training settings. tiny_rate: 0 to choose by the model that the run starts from."""
     if size in SMALL:
         return TrainConfig(
             tiny_steps,
@@ -216,7 +218,8 @@ def _training(
     mesh: MeshConfig | None = None,
     is_moe: bool = False,
 ) -> Config:
-    """A small run takes its model from `init`; the others must find the model they name there."""
+    """A training run. Small sizes take the model of `init`; at other sizes `init` must hold the
+    model of that size."""
     model = MODELS[size] if init == "scratch" or size not in SMALL else None
     if model and is_moe:
         model = dataclasses.replace(model, moe=MoEConfig((4,) * model.layers))
@@ -233,7 +236,7 @@ def _training(
 
 
 def _seed(size: str) -> Config:
-    """From nothing; FROM_INIT: a model that is there already, trained on."""
+    """A seed from scratch, or for FROM_INIT an existing model trained further."""
     text = SEED_TINY if size in SMALL else "general"
     train = _train(size, 2e12, 400, 3e-3, rate=3e-4, warmup=2000)
     if size == FROM_INIT:
@@ -249,7 +252,8 @@ def _expert(domain: str, size: str) -> Config:
 
 
 def _finetune(size: str) -> Config:
-    """At the paper's sizes the mixture must be its own, 4 experts in every layer and Top-2."""
+    """Finetuning of the mixture. At the paper's sizes, the mixture must have 4 experts in every
+    layer and Top-2 routing."""
     mesh = MeshConfig(expert=1 if size in SMALL else 4)
     return _training(
         size,
@@ -261,8 +265,8 @@ def _finetune(size: str) -> Config:
 
 
 def _dense(size: str) -> Config:
-    """The seed continued on what BTX saw in all: 453B domain tokens and 80B of the mix, in the
-    proportions of the two phases."""
+    """The seed trained further on as much as BTX saw in total: 453B tokens of domains and 80B of
+    the mix, in the proportions of the two phases."""
     tokens = sum(tokens for _, tokens in EXPERTS.values()) + MOE_TOKENS
     shares = {
         "math": 201 + 80 * 0.3016,
@@ -295,7 +299,7 @@ def _evaluate(
 
 
 def _starting(config: Config, init: str) -> Config:
-    """The config from this checkpoint, and no longer rows than its context takes."""
+    """The config with this init, and with rows no longer than its context."""
     if not init:
         return config
     return _within_context(dataclasses.replace(config, init=init), init)
@@ -322,18 +326,18 @@ def expert(domain: str, what: str = LLAMA2) -> Config:
 
 
 def _left_by(size: str, names: tuple[str, ...], seed: str = "") -> dict[str, str]:
-    """Name -> where the config of that name leaves its run; seed: a released one instead."""
+    """Name -> the directory in which the config of that name leaves its run. seed: a released model
+    to use instead of a run."""
     suffix = "" if size == "llama2_7b" else f"_{size}"
     released = {"seed": seed or RELEASED} if size == FROM_INIT else {}
     return {name: f"runs/{name}{suffix}" for name in names} | (released if "seed" in names else {})
 
 
-BRANCHES = ("math_expert", "code_expert", "wiki_expert")  # configs of that name
+BRANCHES = ("math_expert", "code_expert", "wiki_expert")  # configs of these names
 
 
 def mix(what: str = LLAMA2) -> Config:
-    """The default sources are where the seed and expert configs leave their runs; the seed itself
-    is the last expert."""
+    """Mix the runs that the seed and expert configs leave; the seed itself is the last expert."""
     size, init = _split(what)
     return _mix(tuple(_left_by(size, (*BRANCHES, "seed"), init).values()))
 
@@ -363,7 +367,7 @@ def evaluate(what: str = LLAMA2) -> Config:
 def tasks(
     models: dict[str, str], names: tuple[str, ...], limit: int, dtype: str, batch_size: int
 ) -> Config:
-    """Test sets alone, on any checkpoints; `names` among TASKS."""
+    """Evaluate checkpoints on test sets only; `names` are keys of TASKS."""
     for name in names:
         if name not in TASKS:
             raise ConfigError(f"--tasks: no test set {name!r}; known: {', '.join(TASKS)}")
@@ -378,8 +382,8 @@ def tasks(
 
 
 def btx(what: str = LLAMA2) -> Config:
-    """The paper's method from a released seed: three branches, mix with the seed as generalist,
-    finetune, evaluate, report."""
+    """The paper's method from a released seed: train three branches, mix them with the seed as
+    generalist, finetune, evaluate, report."""
     size, init = _split(what)
     if size == TINY:
         return demo()
@@ -395,7 +399,7 @@ def btx(what: str = LLAMA2) -> Config:
 
 
 def _domain(expert: str, size: str) -> str:
-    """What the text of the wiki expert is called at this size."""
+    """The name of an expert's domain at this size."""
     return "world" if expert == "wiki" and size in SMALL else expert
 
 
@@ -407,9 +411,12 @@ def _mixed_and_reported(
     mix: Config | None = None,
     peers: Mapping[str, PipelineStage] | None = None,
 ) -> Config:
-    """A pipeline: what trains the experts (`expert_*`), then mix, finetune, evaluate, report.
-    init: a checkpoint of which the context is known. mix: how; as in the paper where none is
-    given. peers: what is evaluated beside the mixture."""
+    """A pipeline: the stages that train the experts (`expert_*`), then mix, finetune, evaluate,
+    report.
+
+    init: a checkpoint whose context limits the rows. mix: the mix stage; None for the paper's.
+    peers: further models to evaluate with the mixture.
+    """
     peers = peers or {}
     experts = tuple(name for name in before if name.startswith("expert_"))
     branches = tuple(f"@{name}" for name in experts)
@@ -438,16 +445,16 @@ def _mixed_and_reported(
 
 
 def comparison(what: str = LLAMA2) -> Config:
-    """The paper's method beside its baselines and ablations. At 7B, from a released seed in
-    $BTX_DATA_DIR/seed; `tiny`, from nothing; `from_init,CHECKPOINT`, from that. Behind a further
-    comma the arms, `main` where none are named."""
+    """The paper's method with its baselines and ablations: at 7B from a released seed in
+    $BTX_DATA_DIR/seed; `tiny` from scratch; `from_init,CHECKPOINT` from that checkpoint. The arms
+    follow another comma; `main` by default."""
     size, *rest = what.split(",")
     start = [rest.pop(0)] if size == FROM_INIT and rest else []
     return compared(",".join([size, *start]), ",".join(rest) or "main")
 
 
 def compared(what: str, group: str) -> Config:
-    """The arms of `group`, one of experiments.GROUPS, from a seed of this size."""
+    """The arms of `group`, one of experiments.GROUPS, with a seed of this size."""
     if group not in GROUPS:
         raise ConfigError(f"{group}: no such group of arms; known: {', '.join(GROUPS)}")
     size, init = _split(what)
@@ -465,7 +472,7 @@ def compared(what: str, group: str) -> Config:
         expert, finetune = (
             _with_steps(config, steps) for config, steps in ((expert, 80), (finetune, 100))
         )
-        # As docs/results.md was measured.
+        # As measured for docs/results.md.
         assert finetune.compute
         compute = dataclasses.replace(finetune.compute, dispatch="einsum")
         finetune = dataclasses.replace(finetune, compute=compute)
@@ -485,8 +492,8 @@ def compared(what: str, group: str) -> Config:
         moe_cost=train_flops(mixture, 1) / train_flops(dense, 1),
         rows={TINY: 64, FROM_INIT: 16}.get(size, 1024),
         before=before,
-        # As many experts a layer as MoLA's 160 over 32. Plain LoRA's rank is the nearest with as
-        # many parameters, a router of 8 logits counting as its share of a rank.
+        # As many experts per layer as MoLA's 160 over 32 layers. Plain LoRA's rank is the nearest
+        # with as many parameters, counting a router of 8 logits as its share of a rank.
         lora=(5 * dense.layers, 42, LORA_TARGETS),
     )
     if is_lora:
@@ -504,7 +511,7 @@ def compared(what: str, group: str) -> Config:
 
 
 def mola_small(what: str = "") -> Config:
-    """MoLA's shapes at a million parameters; `report`: of three seeds of it, left in
+    """MoLA's shapes at a million parameters. `report` compares three seeds, found in
     runs/mola_small_0 (whose curves and routing are shown), _1 and _2."""
     if what not in ("", "report"):
         raise ConfigError(f"{what}: must be `report`, or nothing behind the colon")
@@ -513,8 +520,8 @@ def mola_small(what: str = "") -> Config:
 
 
 def reported(name: str, pipeline: Config) -> Config:
-    """A report of what a pipeline left in runs/NAME_0, whose curves and routing are shown, beside
-    those of the seed values 1 and 2."""
+    """A report of the pipeline in runs/NAME_0, whose curves and routing are shown, compared with
+    the seed values 1 and 2 in runs/NAME_1 and _2."""
     assert pipeline.pipeline
     runs = {stage: f"runs/{name}_0/{stage}" for stage in pipeline.pipeline if stage != "report"}
     evaluates = tuple(f"runs/{name}_{value}/evaluate" for value in range(3))
@@ -529,9 +536,9 @@ def _with_steps(config: Config, steps: int) -> Config:
 
 
 def demo() -> Config:
-    """Branch-Train-MiX from nothing, tiny: seed, three experts, mix with the seed as generalist,
-    finetune, evaluate beside dense training on as many tokens of the same, report. What experts
-    share and the routers are solved from text."""
+    """Branch-Train-MiX from scratch, tiny: train seed and three experts, mix with the seed as
+    generalist, finetune, evaluate beside dense training on as many tokens of the same text, report.
+    The shared parameters and the routers are solved in closed form from text."""
     prepared = dataclasses.replace(_data(TINY, "math,code,world,prose"), tokenizer="demo:")
     stages = {
         "prepare": PipelineStage(Config("prepare", data=prepared)),

@@ -1,6 +1,5 @@
-"""Presets by name: what `--config=NAME[:ARGUMENT]` and `btx run NAME[:ARGUMENT]` make, and the
-files in configs/ return. Light: a preset's own module, with all that it imports, is imported when
-one is made."""
+"""Presets by name, for `--config=NAME[:ARGUMENT]`, `btx run NAME[:ARGUMENT]` and the files in
+configs/. A preset's module is imported only when the preset is used."""
 
 import functools
 import importlib
@@ -12,9 +11,13 @@ from btx_jax.config.config import Config
 
 @dataclass(frozen=True)
 class Preset:
-    """told: what it is, in one line. function: MODULE.NAME in this package. fixed: its first
-    arguments; the ARGUMENT behind the colon, where there is one, follows them. argument: what may
-    stand there, "" for nothing."""
+    """A named config function.
+
+    told: description in one line.
+    function: MODULE.NAME in this package.
+    fixed: its first arguments; the ARGUMENT after the colon follows them.
+    argument: what may follow the colon; "" for nothing.
+    """
 
     told: str
     function: str
@@ -23,7 +26,7 @@ class Preset:
 
     @property
     def make(self) -> Callable[..., Config]:
-        """([ARGUMENT]) -> its config. Raises ConfigError for an argument it does not know."""
+        """([ARGUMENT]) -> config. Raises ConfigError for an unknown argument."""
         module, _, name = self.function.partition(".")
         function = getattr(importlib.import_module(f"btx_jax.presets.{module}"), name)
         return functools.partial(function, *self.fixed)
@@ -31,16 +34,18 @@ class Preset:
 
 PRESETS = {
     "demo": Preset(
-        "Branch-Train-MiX from nothing to a report, on a laptop CPU", "recipes.demo", argument=""
+        "Branch-Train-MiX from scratch to a report, on a laptop CPU", "recipes.demo", argument=""
     ),
     "btx": Preset("the whole pipeline from a seed, its stages as jobs", "recipes.btx"),
     "seed": Preset("a Llama from scratch", "recipes.seed"),
     "math_expert": Preset("a branch for mathematics", "recipes.expert", ("math",)),
     "code_expert": Preset("a branch for source code", "recipes.expert", ("code",)),
     "wiki_expert": Preset("a branch for world knowledge", "recipes.expert", ("wiki",)),
-    "mix": Preset("N dense checkpoints become one MoE", "recipes.mix"),
+    "mix": Preset("mix N dense checkpoints into one MoE", "recipes.mix"),
     "moe_finetune": Preset("the mixture trained on all domains", "recipes.moe_finetune"),
-    "dense": Preset("baseline: the seed on all that BTX saw, without branches", "recipes.dense"),
+    "dense": Preset(
+        "baseline: the seed trained on all that BTX saw, without branches", "recipes.dense"
+    ),
     "sparse_upcycling": Preset(
         "baseline: four copies of the seed's feed-forwards", "recipes.sparse_upcycling"
     ),
@@ -50,7 +55,7 @@ PRESETS = {
         "recipes.comparison",
         argument="SIZE[,ARMS]",
     ),
-    "bar": Preset("branches beside an anchor, unfrozen step by step", "anchors.bar"),
+    "bar": Preset("branches with an anchor, unfrozen in stages", "anchors.bar"),
     "mola": Preset(
         "LoRA experts on a frozen model, learning a test set", "lora_recipes.mola", argument="TASK"
     ),
@@ -67,6 +72,6 @@ PRESETS = {
     ),
 }
 SIZES = (
-    "SIZE: llama2_7b, the paper's, where none is named; llama3_8b, llama31_8b, mistral_7b,"
-    " qwen3_8b; tiny, for a laptop; from_init[,CHECKPOINT], for one machine, on a released model"
+    "SIZE: llama2_7b (the paper's, the default), llama3_8b, llama31_8b, mistral_7b, qwen3_8b;"
+    " tiny, for a laptop; from_init[,CHECKPOINT], for one machine, on a released model"
 )
