@@ -1,12 +1,11 @@
-"""Decoding with a key/value cache: prompts of unequal length side by side, static shapes. Shape
+"""Decoding with a key/value cache: prompts of unequal length in one batch, static shapes. Shape
 legend: layers.py, and
 
   S cache slots per sequence
 
-A prompt stands at the left of its row; its padding is written to the cache too, and overwritten
-token by token before it is ever seen.
-Layers are applied one by one on their own parameters: a scan would copy each layer's weights out of
-the stack for every token.
+Prompts are left-aligned in their rows; padding is written to the cache too, and overwritten token
+by token before it can be attended to. Layers are applied one at a time with their own parameters: a
+scan would copy each layer's weights out of the stack for every token.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,12 +35,12 @@ from btx_jax.models.leaves import computes_in_float32
 from btx_jax.models.llama import Params, head_kernel
 from btx_jax.models.moe import MoEFeedForward, separate_experts
 
-Weights = tuple[Params, tuple[Params, ...]]  # of unstack
+Weights = tuple[Params, tuple[Params, ...]]  # as `unstack` returns them
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer. keys [B, N, K, S], values [B, N, S, K]; length_B: tokens in
-    each row."""
+    """Keys and values of every layer. keys [B, N, K, S], values [B, N, S, K]. length_B: number of
+    tokens in each row."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -49,8 +48,8 @@ class Cache(NamedTuple):
 
 
 class _Leaves:
-    """A tree that is taken apart: a leaf that nobody requests is an error, and not
-    silently lost."""
+    """A tree from which leaves are taken one by one; a leaf that is never taken is an error rather
+    than silently dropped."""
 
     def __init__(self, tree: Mapping[str, Any], where: str):
         self._tree, self._where = dict(tree), where
@@ -73,14 +72,14 @@ class _Leaves:
             raise ValueError(f"{self._where}: decoding has no use for {', '.join(self._tree)}")
 
 
-# Of a layer, those that it has.
+# Norms of a layer, of which a model may lack some.
 NORMS = ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm")
 
 
 def _joint_attention(
     leaves: _Leaves, model: ModelConfig, kernel: Callable[..., Kernel]
 ) -> dict[str, Any]:
-    """An attention's weights as `joint_attention` reads them."""
+    """An attention's weights in the form that `joint_attention` reads."""
     inner = [leaves.take(name).reshape(model.d_model, -1) for name in ("query", "key", "value")]
     made: dict[str, Any] = {
         "query_key_value": kernel(*inner),
@@ -103,7 +102,8 @@ def _joint_attention(
 
 
 def _joint_feed_forward(leaves: _Leaves, kernel: Callable[..., Kernel]) -> dict[str, Any]:
-    """A feed-forward's weights as `joint_swiglu` reads them, and the router of a shared expert."""
+    """A feed-forward's weights in the form that `joint_swiglu` reads, and the router of a shared
+    expert."""
     gate, up, down = leaves.take("gate"), leaves.take("up"), leaves.take("down")
     made: dict[str, Any] = {"gate_up": kernel(gate, up), "down": kernel(down)}
     if "gate_bias" in leaves or "up_bias" in leaves:
@@ -120,12 +120,14 @@ def _joint_feed_forward(leaves: _Leaves, kernel: Callable[..., Kernel]) -> dict[
 
 
 def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) -> Weights:
-    """(parameters outside the layers, one tree per layer), with the kernels of matmuls in `dtype`.
-    On one device matmuls that read the same rows are joined, unless LoRA adds to their outputs, and
+    """(parameters outside the layers, one tree per layer), with matmul kernels in `dtype`.
+
+    On one device, matmuls with the same input are joined, unless LoRA adds to their outputs, and
     experts are separate: each layer has query_key_value [D, (H + 2 N) K] and out [H K, D], and
-    gate_up [D, 2 F] and down [F, D], per expert where it has experts. Jit it, so that casts and
-    slices fuse."""
-    # In float32 a lone row would meet no fast kernel of XLA's.
+    gate_up [D, 2 F] and down [F, D], per expert if it has experts. Jit it, so that casts and slices
+    fuse.
+    """
+    # In float32, XLA has no fast kernel for a single row.
     transpose = one_device and dtype == "bfloat16" and jax.default_backend() == "cpu"
 
     def kernel(*parts: jax.Array) -> Kernel:
@@ -166,8 +168,8 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
             layer.require_empty()
             layers.append(made)
     embedding = params["embed"]["embedding"]
-    # XLA would convert the whole table to float32 before it takes rows; of integers it takes them
-    # as they are
+    # XLA would convert the whole table to float32 before taking rows; an integer table it indexes
+    # directly.
     if transpose:
         embedding = jax.lax.bitcast_convert_type(embedding, jnp.uint16)
     outer = {
@@ -184,8 +186,8 @@ def next_logits(model: ModelConfig, weights: Weights, hidden_BD: jax.Array) -> j
 
 
 def empty_cache(model: ModelConfig, dtype: str, batch: int, slots: int) -> Cache:
-    """An empty cache. In float32 on CPUs, where XLA would convert a whole bfloat16 cache for every
-    token, to write it and to attend to it."""
+    """An empty cache. On CPUs it is float32: XLA would convert a whole bfloat16 cache for every
+    token, both to write it and to attend to it."""
     dtype = "float32" if jax.default_backend() == "cpu" else dtype
 
     def zeros(*shape):
@@ -204,11 +206,11 @@ def forward(
     count_B: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """The next tokens of every row, the first count_B of tokens_BT: (final hidden state of the last
-    of them [B, D], the longer cache).
+    """Process the next tokens of every row, the first count_B of tokens_BT. Returns (final hidden
+    state of each row's last token [B, D], the extended cache).
 
-    A prompt is a forward of many tokens onto an empty cache, decoding one of a single token. Rows
-    with count 0 stay as they are.
+    A prompt is many tokens with an empty cache; a decoding step is a single token. Rows with count
+    0 are unchanged.
     """
     chex.assert_rank([tokens_BT, count_B, cache.length_B], [2, 1, 1])
     chex.assert_equal_shape_prefix([tokens_BT, count_B, cache.length_B], 1)
@@ -284,7 +286,7 @@ def _feed_forward(
 
 
 def _dense(module: FeedForward, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """A dense feed-forward, with parameters as the module has them or as `joint_swiglu` does."""
+    """A dense feed-forward, with parameters in the form of the module or of `joint_swiglu`."""
     if "gate_up" not in params:
         return cast(Any, module.apply({"params": params}, x_BTD))[0]
     weights = {name: w for name, w in params.items() if name != "router"}

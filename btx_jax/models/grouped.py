@@ -1,8 +1,8 @@
 """SwiGLU of rows sorted by expert, each row with its own expert's weights: three implementations.
 Shape legend: layers.py.
 
-R rows, of which the first sum(sizes) belong to experts 0, 1, ... in turn. What comes out for the
-rows behind them is not defined, and no gradient flows from them into the weights.
+R rows, of which the first sum(sizes) belong to experts 0, 1, ... in turn. The outputs of the
+remaining rows are undefined, and no gradient flows from them into the weights.
 """
 
 import functools
@@ -24,8 +24,8 @@ from btx_jax.models.layers import (
 # Rows per block on a CPU: large enough for full matmul speed, small enough to waste little on
 # padding
 BLOCK = 128
-# Rows, bytes of contracted and of output columns per tile on a TPU: each byte feeds 512 or more
-# multiplications, in 10 MiB of its memory.
+# Rows, bytes of contracted columns and of output columns per tile on a TPU: each byte feeds at
+# least 512 multiplications, within 10 MiB of on-chip memory.
 TILES = (512, 2048, 2048)
 
 
@@ -37,9 +37,12 @@ def grouped_swiglu(
     kernels: str,
     activation: str = "silu",
 ) -> jax.Array:
-    """[R, D] -> [R, D]: SwiGLU of each row by its expert. weights: gate [E, D, F], up [E, D, F],
-    down [E, F, D]; or, for inference, gate_up [D, 2 F] and down [F, D] of each expert. most: rows
-    that one expert can have. kernels: as in ComputeConfig, with `auto` decided."""
+    """SwiGLU of each row by its expert, [R, D] -> [R, D].
+
+    weights: gate [E, D, F], up [E, D, F], down [E, F, D]; or, for inference, gate_up [D, 2 F] and
+    down [F, D] of each expert. most: maximum rows of one expert. kernels: as in ComputeConfig, with
+    `auto` resolved.
+    """
     if kernels != "xla":
         rows = x_RD.shape[0]
         tile = min(TILES[0], math.ceil(rows / 8) * 8)
@@ -91,8 +94,8 @@ def _ragged_dot(x_RD, sizes_E, *weights, activation):
 
 
 def _in_turn(x_RD, sizes_E, *experts, block, activation):
-    """Separate experts one after another, each block by block. Surplus rows that a last block
-    writes are overwritten by the next expert."""
+    """Separate experts one after another, each in blocks. Surplus rows written by an expert's last
+    block are overwritten by the next expert."""
     x_padded = jnp.pad(x_RD, ((0, block), (0, 0)))
     y_padded = jnp.zeros_like(x_padded)
     for start, size, expert in zip(jnp.cumsum(sizes_E) - sizes_E, sizes_E, experts, strict=True):
@@ -108,16 +111,16 @@ def _in_turn(x_RD, sizes_E, *experts, block, activation):
 
 
 def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block, activation):
-    """Every expert's rows padded to whole blocks, so that each block meets one expert."""
+    """Pad every expert's rows to whole blocks, so that each block needs only one expert."""
     experts, rows = len(sizes_E), len(x_RD)
     padded_E = -(-sizes_E // block) * block
     last_padded_E, last_E = jnp.cumsum(padded_E), jnp.cumsum(sizes_E)
-    blocks = rows // block + experts  # the most there can be
+    blocks = rows // block + experts  # an upper bound
     row_R = jnp.arange(rows)
     expert_R = jnp.searchsorted(last_E, row_R, side="right")
     safe_R = jnp.minimum(expert_R, experts - 1)
     place_R = (last_padded_E - padded_E)[safe_R] + row_R - (last_E - sizes_E)[safe_R]
-    place_R = jnp.where(expert_R < experts, place_R, blocks * block)  # rows of no expert: nowhere
+    place_R = jnp.where(expert_R < experts, place_R, blocks * block)  # no expert: dropped
     source = jnp.full(blocks * block, rows).at[place_R].set(row_R, mode="drop")
     x_padded = jnp.concatenate([x_RD, jnp.zeros_like(x_RD[:1])])[source].reshape(blocks, block, -1)
     expert_of_block = jnp.searchsorted(last_padded_E, jnp.arange(blocks) * block, side="right")
@@ -151,8 +154,8 @@ def _block_swiglu_backward(activation, residuals, dy):
     def body(grads, block):
         x, a, b, e, dy = block
         dx, *dw = swiglu_backward(activation, (x, a, b, *(w[e] for w in weights)), dy)
-        # Adds to one expert's slice in place; differentiating w[e] would add a whole [E, D, F] for
-        # every block.
+        # Adds to one expert's slice in place; differentiating w[e] would add a whole [E, D, F] per
+        # block.
         return [g.at[e].add(d) for g, d in zip(grads, dw, strict=True)], dx
 
     grads, dx = jax.lax.scan(body, [jnp.zeros_like(w) for w in weights], (x, a, b, expert, dy))

@@ -26,17 +26,19 @@ INIT_STD = 0.02
 
 
 def platform_kernels(kernels: str, platform: str | None = None) -> str:
-    """ComputeConfig.kernels with `auto` decided: for `platform`, or for the devices of this
-    process."""
+    """Resolve `auto` in ComputeConfig.kernels: for `platform`, or for this process's devices."""
     if kernels != "auto":
         return kernels
     return "pallas" if (platform or jax.default_backend()) == "tpu" else "xla"
 
 
 def platform_dispatch(dispatch: str, platform: str, expert_axis: int) -> str:
-    """ComputeConfig.dispatch with `auto` decided, for devices of which `expert_axis` share the
-    experts. Ragged drops no claim, and is the faster on one device; between TPUs einsum's two
-    all-to-alls send half of what ragged gathers (docs/tpu.md)."""
+    """Resolve `auto` in ComputeConfig.dispatch, for a mesh with `expert_axis` devices along the
+    expert axis.
+
+    Ragged drops no tokens and is faster on one device; between TPUs, einsum's two all-to-alls send
+    half of what ragged gathers (docs/tpu.md).
+    """
     if dispatch != "auto":
         return dispatch
     return "einsum" if platform == "tpu" and expert_axis > 1 else "ragged"
@@ -57,7 +59,7 @@ def normal_param(
 def bias_param(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> jax.Array:
-    """A float32 parameter with logical axis names that starts at zero: what a linear map adds."""
+    """A float32 bias with logical axis names, initialised to zero."""
     init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
     return cast(jax.Array, module.param(name, init, shape, jnp.float32))
 
@@ -79,14 +81,14 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 def scaled_norm(config: ModelConfig, x: jax.Array, scale_D: jax.Array | None) -> jax.Array:
-    """The model's norm over the last axis. scale: None for a norm without parameters."""
+    """The model's norm over the last axis. scale_D: None for a norm without parameters."""
     if scale_D is None:
         return layer_norm(x, config.norm_eps)
     return rms_norm(x, effective_scale(config, scale_D), config.norm_eps)
 
 
 def effective_scale(config: ModelConfig, scale_D: jax.Array) -> jax.Array:
-    """What an RMSNorm multiplies by: the scale, or 1 + it."""
+    """The factor of an RMSNorm: the scale, or 1 + scale."""
     return 1 + scale_D if config.norm == "rms_plus_one" else scale_D
 
 
@@ -100,7 +102,7 @@ def scale_param(
 
 
 class Scale(nn.Module):
-    """Only owns the scale of a norm that is applied elsewhere."""
+    """Owns the scale of a norm that is applied elsewhere."""
 
     config: ModelConfig
     shape: tuple[int, ...]
@@ -112,7 +114,7 @@ class Scale(nn.Module):
 
 
 class Norm(nn.Module):
-    """`scaled_norm` with a scale of its own, where the model's norms have any."""
+    """`scaled_norm` with its own scale, where the model's norms have one."""
 
     config: ModelConfig
 
@@ -122,7 +124,7 @@ class Norm(nn.Module):
 
 
 class Before(nn.Module):
-    """Input of attention or a feed-forward: x, after a norm where the model has one there."""
+    """Input of attention or a feed-forward: x, normalised where the model has a norm there."""
 
     config: ModelConfig
 
@@ -132,7 +134,7 @@ class Before(nn.Module):
 
 
 class After(nn.Module):
-    """x plus y, the output of attention or a feed-forward, after a norm where the model has one
+    """x plus y, the output of attention or a feed-forward, normalised where the model has a norm
     there."""
 
     config: ModelConfig
@@ -153,12 +155,12 @@ def _own_norm(module: nn.Module, config: ModelConfig, x: jax.Array) -> jax.Array
 
 
 def times(x: jax.Array, factor: float) -> jax.Array:
-    """x times a setting that is rounded to x's dtype."""
+    """x times a constant rounded to x's dtype."""
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def capped(x: jax.Array, cap: float) -> jax.Array:
-    """cap * tanh(x / cap); x itself for a cap of 0."""
+    """Soft cap: cap * tanh(x / cap); x itself for a cap of 0."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
@@ -176,7 +178,7 @@ class Readout(NamedTuple):
         return capped(products if self.divisor == 1 else products / self.divisor, self.cap)
 
     def pulled(self, logits: jax.Array, dlogits: jax.Array) -> jax.Array:
-        """Gradient with respect to the products, from that with respect to their logits."""
+        """Gradient with respect to the products, from the gradient with respect to the logits."""
         if self.cap:
             dlogits = dlogits * (1 - (logits / self.cap) ** 2)
         return dlogits if self.divisor == 1 else dlogits / self.divisor
@@ -194,8 +196,8 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """Only owns the kernel [D, V]: the loss multiplies by it in chunks, so that [tokens, V] never
-    exists at once."""
+    """Owns the kernel [D, V]; the loss multiplies by it in chunks, so that [tokens, V] never exists
+    at once."""
 
     vocab_size: int
     d_model: int
@@ -206,8 +208,8 @@ class Head(nn.Module):
 
 
 def exact_matmuls(dtype: str) -> contextlib.AbstractContextManager:
-    """Inside the block, compiled programs multiply float32 as float32, if that is the dtype. A
-    TPU's own default rounds factors to bfloat16."""
+    """Context in which compiled programs multiply float32 in full precision, if dtype is float32.
+    By default, a TPU rounds the factors to bfloat16."""
     return (
         jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
     )
@@ -215,7 +217,7 @@ def exact_matmuls(dtype: str) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, dtype: str) -> Iterator[None]:
-    """Inside the block a model compiles and runs, spread over the mesh, with `exact_matmuls`."""
+    """Context in which a model is compiled and run, sharded over the mesh, with `exact_matmuls`."""
     with jax.set_mesh(mesh), exact_matmuls(dtype):
         yield
 
@@ -223,8 +225,8 @@ def on_mesh(mesh: Mesh, dtype: str) -> Iterator[None]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transposed:
-    """A kernel stored as [outputs, inputs], so that what is multiplied and summed is contiguous:
-    where few rows meet every weight, reading weights takes most of the time."""
+    """A kernel stored as [outputs, inputs], so that each dot product reads contiguous memory: with
+    few rows, reading the weights dominates the time."""
 
     array: jax.Array
 
@@ -238,7 +240,7 @@ Kernel = jax.Array | Transposed
 
 def matmul(x_MD: jax.Array, kernel_DF: Kernel, out_dtype: Any = None) -> jax.Array:
     """x times a kernel, for inference. A transposed kernel must be bfloat16: XLA's CPU backend
-    multiplies it fast where the result is float32 and there is more than one row."""
+    multiplies it fast if the result is float32 and there is more than one row."""
     if not isinstance(kernel_DF, Transposed):
         return jnp.matmul(x_MD, kernel_DF, preferred_element_type=out_dtype)
     rows = jnp.pad(x_MD, ((0, 1), (0, 0))) if len(x_MD) == 1 else x_MD
@@ -249,7 +251,7 @@ def matmul(x_MD: jax.Array, kernel_DF: Kernel, out_dtype: Any = None) -> jax.Arr
 
 
 def activate(a: jax.Array, activation: str) -> jax.Array:
-    """activation: as in ModelConfig."""
+    """Apply an activation function. activation: as in ModelConfig."""
     return jax.nn.silu(a) if activation == "silu" else jax.nn.gelu(a, approximate=True)
 
 
@@ -261,7 +263,7 @@ def joint_swiglu(
     down_bias: jax.Array | None = None,
     activation: str = "silu",
 ) -> jax.Array:
-    """swiglu for inference, its first two matmuls as one: gate's columns, then up's."""
+    """swiglu for inference, with its first two matmuls joined: gate's columns, then up's."""
     h_MF = matmul(x_MD, gate_up, jnp.float32)
     if gate_up_bias is not None:
         h_MF += gate_up_bias
@@ -278,8 +280,8 @@ def swiglu(
     down_FD: jax.Array,
     activation: str = "silu",
 ) -> jax.Array:
-    """(silu(x gate) * (x up)) down, or with another activation. Leading axes batch: [E, M, D] with
-    [E, D, F] runs E experts.
+    """(silu(x gate) * (x up)) down, or with another activation. Leading axes are batched: [E, M, D]
+    with [E, D, F] runs E experts.
 
     The derivative is written out to keep two [M, F] residuals where autodiff keeps four.
     """
@@ -310,9 +312,9 @@ def scaled_swiglu(
 ) -> jax.Array:
     """scale * swiglu(x), row by row.
 
-    Autodiff takes a scale's gradient from the output: <dy, h down>. Here it is <dy down^T, h>, from
-    what the backward pass computes anyway, so that the output is neither kept nor, under
-    rematerialisation, computed again.
+    Autodiff computes the scale's gradient from the output: <dy, h down>. Here it is <dy down^T, h>,
+    which the backward pass computes anyway, so that the output is neither stored nor, under
+    rematerialisation, recomputed.
     """
     y_MD = swiglu(x_MD, gate_DF, up_DF, down_FD, activation)
     return y_MD * scale_M[..., None].astype(x_MD.dtype)
@@ -334,8 +336,8 @@ def _activated(a: jax.Array, activation: str) -> tuple[jax.Array, Callable[[], j
 
 def _scaled_backward(activation, saved, dy):
     residuals, scale_M = saved
-    # Otherwise XLA shares sigmoid(a) with the forward pass, which then writes it to memory and
-    # stays unfused.
+    # Otherwise XLA shares sigmoid(a) with the forward pass, which would then write it to memory and
+    # no longer fuse.
     x, a, b, gate, up, down = jax.lax.optimization_barrier(residuals)
     transposed = lambda w: jnp.swapaxes(w, -1, -2)  # noqa: E731
     active, slope = _activated(a, activation)
@@ -354,7 +356,7 @@ scaled_swiglu.defvjp(_scaled_forward, _scaled_backward)
 
 
 def sigmoid_gate(x_BTD: jax.Array, router_D1: jax.Array) -> jax.Array:
-    """The gate [B, T, 1], float32."""
+    """The gate of a shared expert, [B, T, 1], float32."""
     logits = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_D1, precision="highest")
     return jax.nn.sigmoid(logits)
 
@@ -366,8 +368,8 @@ class FeedForward(nn.Module):
     """The dense block, SwiGLU or with another activation: x [B, T, D] -> ([B, T, D], router logits
     [B, T, E] of each adapted map).
 
-    biases: of gate, up and down, those that have one; other names do not matter. gated: behind a
-    sigmoid gate of its own, as shared experts are.
+    biases: those of gate, up and down that have one; other names are ignored. gated: whether its
+    output is multiplied by its own sigmoid gate, as in shared experts.
     """
 
     d_ff: int

@@ -1,10 +1,10 @@
-"""LoRA experts beside a linear map (MoLA, arXiv 2402.08562, equation 7). Shape legend: layers.py,
-and
+"""LoRA experts on a linear map (MoLA, arXiv 2402.08562, equation 7). Shape legend: layers.py, and
 
   I, O the map's inputs and outputs  R rank
 
-All experts' A are one matmul, all B another, the gates stand between them. What a token's gates
-leave out is multiplied by zero: at these ranks that costs less than moving tokens about.
+The A matrices of all experts form one matmul, the B matrices another, with the gates in between.
+Experts that a token does not use are multiplied by zero: at these ranks that costs less than moving
+tokens.
 """
 
 import math
@@ -20,7 +20,7 @@ from btx_jax.config.model_config import LoRASpec
 from btx_jax.models.routing import RoutingStats
 from btx_jax.parallel.sharding import all_gather, psum
 
-NAME = "lora"  # of the sub-tree that holds a module's adapters, by target
+NAME = "lora"  # name of the sub-tree of a module's adapters, by target
 
 # target -> logical axes of the map's inputs and outputs
 PLACES = {
@@ -33,19 +33,19 @@ PLACES = {
     "down": ("hidden", "embed"),
 }
 
-Adapter = Mapping[str, jax.Array]  # a [I, E, R], b [E, R, O]; router [I, E] where there is one
+Adapter = Mapping[str, jax.Array]  # a [I, E, R], b [E, R, O]; router [I, E] if routed
 
 
 def is_adapter(path: Sequence[str]) -> bool:
-    """Whether a parameter belongs to the LoRA experts, by its path."""
+    """Whether a path belongs to the LoRA experts."""
     return NAME in path
 
 
 def partition(
     params: Mapping[str, Any], keep: Callable[[tuple[str, ...]], bool]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters whose path `keep` accepts, the others), as separate trees. `join` is
-    the inverse."""
+    """Split parameters into (those whose path `keep` accepts, the others). `join` is the
+    inverse."""
     parts: tuple[dict, dict] = ({}, {})
     for path, leaf in flatten_dict(params).items():
         parts[not keep(path)][path] = leaf
@@ -57,8 +57,8 @@ def join(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Uniform within 1 / sqrt(inputs), as PyTorch initialises a Linear (a = sqrt(5)). The inputs
-    are the first axis."""
+    """Uniform within 1 / sqrt(inputs), PyTorch's initialisation of a Linear (a = sqrt(5)). The
+    first axis is the inputs."""
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -66,8 +66,8 @@ def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.flo
 def adapter_params(
     module: nn.Module, spec: LoRASpec | None, widths: Mapping[str, tuple[int, int]]
 ) -> dict[str, Adapter]:
-    """The parameters of those of spec's targets that are in widths (target -> I, O). B is zero:
-    nothing changes at first."""
+    """Create the parameters of spec's targets that are in widths (target -> I, O). B starts at
+    zero, so that the model is initially unchanged."""
     if spec is None:
         return {}
     targets = {target: widths[target] for target in spec.targets if target in widths}
@@ -97,8 +97,8 @@ def adapter_params(
 
 
 class Cut(NamedTuple):
-    """A module's adapters as the arguments of `shard_map`: arrays, the logical axes of each, and
-    the way back. routed: which targets have a router."""
+    """A module's adapters as arguments of `shard_map`: the arrays, the logical axes of each, and a
+    function that rebuilds the adapters from shards. routed: the targets that have a router."""
 
     arrays: tuple[jax.Array, ...]
     names: tuple[tuple[str | None, ...], ...]
@@ -113,8 +113,11 @@ def cut(
     rows: tuple[int, ...],
     dtype: Any,
 ) -> Cut:
-    """rows: (B, T) of the activations to come. With a "dropout" rng, every target has also a mask
-    [B, T, I], of its own as in peft: it is drawn here, where it does not depend on the mesh."""
+    """Flatten adapters for `shard_map`.
+
+    rows: (B, T) of the activations to come. With a "dropout" rng, every target also gets its own
+    mask [B, T, I], as in peft; it is drawn here so that it does not depend on the mesh.
+    """
     trees: dict[str, dict[str, jax.Array]] = {}
     names: dict[str, dict[str, tuple[str | None, ...]]] = {}
     key = (
@@ -143,7 +146,7 @@ def cut(
                 "batch",
                 None,
                 None if into == "embed" else into,
-            )  # activations are not cut along D
+            )  # activations are not sharded along D
         names[target] = {name: places[name] for name in trees[target]}
     arrays, structure = jax.tree.flatten(trees)
     flat_names = tuple(
@@ -158,15 +161,15 @@ def cut(
 def adapt(
     target: str, adapter: Adapter, x_BTI: jax.Array, spec: LoRASpec
 ) -> tuple[jax.Array, jax.Array | None]:
-    """On one device: (what the experts add to the map's output [B, T, O], router logits [B, T, E]
-    or None). x's dtype, logits float32."""
+    """The experts' contribution on one device: (addition to the map's output [B, T, O] in x's
+    dtype, router logits [B, T, E] in float32 or None)."""
     into, out = PLACES[target]
     a_IER, b_ERO = adapter["a"], adapter["b"]
     a_IER = all_gather(a_IER, "embed", 0) if into == "embed" else a_IER
     b_ERO = all_gather(b_ERO, "embed", 2) if out == "embed" else b_ERO
 
     def whole(x: jax.Array) -> jax.Array:
-        """Summed over the devices that share I."""
+        """Sum over the devices that share I."""
         return x if into == "embed" else psum(x, into)
 
     dropped = x_BTI
@@ -195,15 +198,15 @@ def adapt(
 
 
 class Adapted:
-    """A module's adapters on one device. logits [B, T, E]: of the routers met so far, by target."""
+    """A module's adapters on one device. logits [B, T, E]: of the routers applied so far, by
+    target."""
 
     def __init__(self, spec: LoRASpec | None, adapters: Mapping[str, Adapter]):
         self._spec, self._adapters = spec, adapters
         self.logits: dict[str, jax.Array] = {}
 
     def plus(self, target: str, x_BTI: jax.Array, y_BTO: jax.Array) -> jax.Array:
-        """y, the map's output, plus what the experts add to it; y itself where the map is not
-        adapted."""
+        """The map's output y plus the experts' contribution; y itself if the map is not adapted."""
         if target not in self._adapters:
             return y_BTO
         assert self._spec is not None
@@ -224,8 +227,8 @@ def _dot(x_BTI: jax.Array, router_IE: jax.Array) -> jax.Array:
 def _cosine_logits(
     x_BTI: jax.Array, router_IE: jax.Array, whole: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """sqrt(I) times the cosine between x and a router's row, both minus their mean (PHATGOOSE,
-    section 3.2). Padding of zeros gives 0."""
+    """sqrt(I) times the cosine between x and each router row, both centred (PHATGOOSE, section
+    3.2). Zero padding gives 0."""
     x_MI = x_BTI.reshape(-1, x_BTI.shape[-1]).astype(jnp.float32)
     w_IE = router_IE.astype(jnp.float32)
     size = whole(jnp.full((), x_MI.shape[-1], jnp.float32))
@@ -240,8 +243,8 @@ def _cosine_logits(
 
 
 def chosen(logits_ME: jax.Array, k: int) -> jax.Array:
-    """Whether an expert is among the k largest of its row; among equals the first. By comparisons,
-    since sorting a few numbers takes longer."""
+    """Whether an expert is among the k largest of its row; ties go to the first. Done by
+    comparisons, as sorting a few numbers is slower."""
     earlier = jnp.arange(logits_ME.shape[-1])[:, None] > jnp.arange(
         logits_ME.shape[-1]
     )  # [expert, rival]
@@ -250,7 +253,7 @@ def chosen(logits_ME: jax.Array, k: int) -> jax.Array:
 
 
 def gates(logits_ME: jax.Array, spec: LoRASpec) -> jax.Array:
-    """Weight of each expert, 0 where it is not chosen. float32."""
+    """Weight of each expert, 0 where it is not chosen; float32."""
     if spec.gating == "sigmoid":
         return jax.nn.sigmoid(logits_ME)
     return jax.nn.softmax(jnp.where(chosen(logits_ME, spec.k), logits_ME, -jnp.inf))
@@ -258,7 +261,7 @@ def gates(logits_ME: jax.Array, spec: LoRASpec) -> jax.Array:
 
 def router_statistics(logits_BTE: jax.Array, valid_BT: jax.Array, spec: LoRASpec) -> RoutingStats:
     """Statistics of one router over the valid tokens. balance_loss: E sum_i f_i P_i, with f the
-    share of the choices and P the mean probability, as in Switch and MoLA: f has no gradient. 1 at
+    share of choices (without gradient) and P the mean probability, as in Switch and MoLA; 1 when
     uniform."""
     tokens = jnp.maximum(valid_BT.sum(), 1)
     mean = lambda x_BTE: jnp.where(valid_BT[..., None], x_BTE, 0).sum((0, 1)) / tokens  # noqa: E731

@@ -42,8 +42,8 @@ def einsum_experts(
     down_EFD,
     activation: str = "silu",
 ) -> tuple[jax.Array, jax.Array]:
-    """GShard dispatch with a capacity: (y_GSD, share of claims dropped). Two all-to-alls when
-    experts are spread over the mesh."""
+    """GShard dispatch with a capacity: (y_GSD, share of claims dropped). Uses two all-to-alls when
+    experts are sharded over the mesh."""
     _, tokens, d_model = x_GSD.shape
     experts = gate_EDF.shape[0]
     dispatch_GSEC, gate_GEC, dropped = place(choice, experts, capacity(tokens, experts, k, factor))
@@ -81,13 +81,15 @@ def einsum_experts(
 def router_logits(
     x_GSD: jax.Array, router_DE: jax.Array, bias_E: jax.Array | None = None
 ) -> jax.Array:
-    """Logits [G, S, E]. With biases: [G, S, E + 1], of the experts and, last, their anchor. The
-    anchor's logit is 0: softmax sees only differences, so a row of its own could say nothing that
-    the others' rows cannot."""
+    """Router logits [G, S, E]; with biases [G, S, E + 1], the anchor's last.
+
+    The anchor's logit is 0: softmax depends only on differences, so that a router row for it would
+    add nothing.
+    """
     if bias_E is None:
         return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
-    # A row at a time, the anchor's zeros among them: how a product rounds depends on how many rows
-    # it has, and a branch has one.
+    # One row at a time, including the anchor's zeros: the rounding of a matmul depends on its
+    # number of rows, and a branch has one.
     x_GSD = x_GSD.astype(jnp.float32)
     rows_EGS = jax.lax.map(
         lambda row_D: jnp.einsum("gsd,d->gs", x_GSD, row_D, precision="highest"),
@@ -108,8 +110,8 @@ def separate_experts(
     compute: ComputeConfig,
     anchor: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """The block without capacity, on one device, for inference; every expert's kernels are separate
-    arrays. anchor: the experts' router biases [E], and the anchor's output [B, T, D]."""
+    """The block without a capacity, on one device, for inference; every expert's kernels are
+    separate arrays. anchor: the experts' router biases [E], and the anchor's output [B, T, D]."""
     one_token = x_BTD.shape[1] == 1
     logits_BTE = router_logits(x_BTD, router_DE, anchor[0] if anchor else None)
     choice = route(logits_BTE, valid_BT | one_token, spec, None, jnp.int32(0))
@@ -139,11 +141,11 @@ def _few_tokens(
     experts: Sequence[Expert],
     activation: str,
 ) -> jax.Array:
-    """The block for a few tokens, where reading weights takes longer than multiplying by them:
+    """The block for a few tokens, when reading weights takes longer than multiplying by them:
     experts that no token chose are not read, and nothing is copied."""
     if index_BK.size <= len(experts):
 
-        def answer(x, experts, e):  # behind the last expert: a choice of their anchor
+        def answer(x, experts, e):  # index len(experts): the anchor
             if e == len(experts):
                 return jnp.zeros_like(x)
             return _answer(x, experts[e], activation)
@@ -172,9 +174,11 @@ def _answer(x_MD: jax.Array, expert: Expert, activation: str) -> jax.Array:
 
 
 class MoEFeedForward(nn.Module):
-    """x [B, T, D] -> (y [B, T, D], RoutingStats). valid [B, T]: False where padding is, which is
-    neither routed nor counted. anchor [B, T, D]: where the layer has one, its feed-forward of
-    x."""
+    """x [B, T, D] -> (y [B, T, D], RoutingStats).
+
+    valid [B, T]: False for padding, which is neither routed nor counted. anchor [B, T, D]: the
+    output of the layer's anchor for x, if it has one.
+    """
 
     d_ff: int
     spec: LayerSpec
@@ -208,7 +212,7 @@ class MoEFeedForward(nn.Module):
 
         tokens = (
             min(self.compute.group_size, length) if self.compute.dispatch == "einsum" else length
-        )  # ragged knows no groups
+        )  # ragged dispatch has no groups
         x_GSD = x_BTD.reshape(-1, tokens, d_model)
         valid_GS = valid_BT.reshape(-1, tokens)
         bias_E = None

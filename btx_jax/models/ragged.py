@@ -2,11 +2,11 @@
 group. Shape legend: layers.py.
 
 A claim is one (token, choice) pair; R of them, sorted by expert, are the rows of the grouped
-matmuls. Over an expert axis of n devices the tokens of those n are gathered, each device answers
-for its own experts, and the answers are summed and scattered back. Either way (n - 1) M rows
-travel, where an all-to-all would move k M (n - 1) / n: n / k times less. What it buys: sizes that
-do not depend on the router, nothing that can overflow, and the same program on every platform. The
-largest R is that of an all-to-all that never drops.
+matmuls. Over an expert axis of n devices, the tokens of all n are gathered, each device computes
+its own experts, and the outputs are summed and scattered back. Each way, (n - 1) M rows are sent, n
+/ k times as many as the k M (n - 1) / n of an all-to-all. In return, sizes do not depend on the
+router, nothing can overflow, and the program is the same on every platform. The largest R is that
+of an all-to-all that never drops.
 """
 
 import jax
@@ -28,15 +28,15 @@ def ragged_experts(
     sums_to_one: bool = True,
     activation: str = "silu",
 ) -> jax.Array:
-    """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m. Returns [M, D].
+    """sum_k gate[m, k] FF_index[m, k](x[m]) for every token m, [M, D].
 
-    Index E (padding, or their anchor) contributes nothing. sums_to_one: as in `weighted_sum`.
+    Index E (padding, or the anchor) contributes nothing. sums_to_one: as in `weighted_sum`.
     """
     experts = len(gate_EDF)
 
     def local(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD):
-        # Gathered here and not by the compiler: the transpose is then a reduce-scatter, where
-        # shard_map would all-reduce whole gradients.
+        # Gathered explicitly: the transpose is then a reduce-scatter, where shard_map would
+        # all-reduce whole gradients.
         gate_EDF, up_EDF = (all_gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
         down_EFD = all_gather(down_EFD, "expert_embed", axis=2)
         own = len(gate_EDF)
@@ -74,14 +74,14 @@ def ragged_experts(
 
 
 def weighted_sum(y_MKD: jax.Array, gate_MK: jax.Array, sums_to_one: bool) -> jax.Array:
-    """sum_k gate[m, k] y[m, k]. sums_to_one: whether the gates of a token sum to one,
-    where K > 1."""
+    """sum_k gate[m, k] y[m, k]. sums_to_one: whether the gates of each token sum to one, for K >
+    1."""
     gate_MK = gate_MK.astype(y_MKD.dtype)
     if gate_MK.shape[1] == 1:
         return y_MKD[:, 0] * gate_MK
     if not sums_to_one:
         return jnp.einsum("mkd,mk->md", y_MKD, gate_MK)
-    # As the gates sum to one, this is their weighted sum, and experts that agree give their common
+    # Equal to the weighted sum because the gates sum to one; experts that agree give their common
     # answer without rounding.
     first_MD = y_MKD[:, 0]
     return first_MD + jnp.einsum("mkd,mk->md", y_MKD[:, 1:] - first_MD[:, None], gate_MK[:, 1:])
@@ -95,8 +95,8 @@ def expert_outputs(
     kernels: str,
     activation: str = "silu",
 ) -> jax.Array:
-    """FF_index[m, k](x[m]), [M, K, D]; zero where the index is `experts`, which sorts after them
-    all. weights: as for grouped_swiglu."""
+    """FF_index[m, k](x[m]), [M, K, D]; zero where the index is `experts`, which sorts last.
+    weights: as for grouped_swiglu."""
     tokens, k = index_MK.shape
     expert_N = index_MK.reshape(-1)
     order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)  # claims by expert
@@ -106,16 +106,14 @@ def expert_outputs(
         .set(jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True)
     )
     sizes_E = (expert_N[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
-    rows = tokens * min(
-        k, experts
-    )  # a token's choices differ: no more of its claims than experts are for these
+    rows = tokens * min(k, experts)  # a token's choices differ: at most `experts` claims
     places = (order_N[:rows], jnp.where(expert_N < experts, rank_N, rows).reshape(tokens, k))
     y_RD = grouped_swiglu(_sort(x_MD, *places), sizes_E, weights, tokens, kernels, activation)
     return _unsort(y_RD, *places)
 
 
 # Sorting and unsorting are transposes of each other, and both are gathers. Autodiff would make
-# their transposes scatters, which a TPU performs row by row.
+# their transposes scatters, which a TPU executes row by row.
 
 
 @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight: BTX section 3.2 and its variants. Shape
+"""Which experts a token is routed to, and with what weight: BTX section 3.2 and its variants. Shape
 legend: layers.py."""
 
 import math
@@ -13,7 +13,7 @@ from btx_jax.parallel.sharding import shard
 
 
 class Choice(NamedTuple):
-    """Each token's experts, best first. Padding has gate 0 and index E, which is no expert."""
+    """Each token's experts, best first. Padding has gate 0 and index E, which is not an expert."""
 
     gate_GSK: jax.Array
     index_GSK: jax.Array
@@ -21,13 +21,12 @@ class Choice(NamedTuple):
 
 
 class RoutingStats(NamedTuple):
-    """What one MoE layer did with the valid tokens of the whole (global) batch.
+    """Statistics of one MoE layer over the valid tokens of the whole (global) batch.
 
     load_E: share of (token, choice) pairs per expert, sums to 1. balance_loss: E sum_i u_i p_i, 1.0
-    at uniform, E at collapse (BTX section 3.2 without alpha). gate_load_E: u, the mean gate of each
-    expert. entropy: of the full softmax, nats, mean over tokens.
-    dropped: share of pairs without a slot. choice: of every token, when the model was asked to keep
-    it.
+    when uniform, E at collapse (BTX section 3.2 without alpha). gate_load_E: u, the mean gate of
+    each expert. entropy: of the full softmax, in nats, mean over tokens. dropped: share of pairs
+    without a slot. choice: every token's, if the model was asked to keep it.
     """
 
     load_E: jax.Array
@@ -40,8 +39,7 @@ class RoutingStats(NamedTuple):
 
 
 def feed_forward_routing(stats: Any) -> dict[str, RoutingStats]:
-    """Statistics of the model's routers (`Llama`) that choose feed-forwards: run ->
-    RoutingStats."""
+    """Statistics of a `Llama`'s routers that choose feed-forwards: run -> RoutingStats."""
     return {name: values for name, values in stats.items() if "/" not in name}
 
 
@@ -51,8 +49,8 @@ def lora_routing(stats: Any) -> dict[str, RoutingStats]:
 
 
 def gumbel_temperature(step: jax.Array) -> jax.Array:
-    """tau = max(0.5, exp(-1e-4 t)): 1 at the start, 0.5 from step 6932 on (the printed formula lost
-    its exp)."""
+    """tau = max(0.5, exp(-1e-4 t)): 1 at the start, 0.5 from step 6932 on (the formula printed in
+    the paper lacks the exp)."""
     return jnp.maximum(0.5, jnp.exp(-1e-4 * step.astype(jnp.float32)))
 
 
@@ -65,10 +63,10 @@ def route(
 ) -> Choice:
     """Router logits (float32) -> Choice.
 
-    top_k: SoftMax(TopK(logits)), or TopK(SoftMax(logits)) where gates are not renormalised. switch:
+    top_k: SoftMax(TopK(logits)), or TopK(SoftMax(logits)) if gates are not renormalised. switch:
     the best expert, weighted by its full-softmax probability. soft: all experts, full softmax.
-    sample_top1: the largest of a Gumbel-softmax sample keeps its weight when `sample_key` is given
-    (training); without one (inference) the best expert, weight 1.
+    sample_top1: with `sample_key` (training), the largest of a Gumbel-softmax sample, which keeps
+    its weight; without it (inference), the best expert with weight 1.
     """
     chex.assert_rank([logits_GSE, valid_GS], [3, 2])
     chex.assert_equal_shape_prefix([logits_GSE, valid_GS], 2)
@@ -101,8 +99,8 @@ def route(
 
 
 def without_anchor(choice: Choice, experts: int) -> tuple[Choice, jax.Array]:
-    """(the choice restricted to the experts, in which the anchor is index E, no expert; the
-    anchor's gate [G, S])."""
+    """(the choice restricted to the experts, with index E for the anchor; the anchor's gate [G,
+    S])."""
     gate_GS = jnp.where(choice.index_GSK == experts, choice.gate_GSK, 0).sum(-1)
     return choice._replace(index_GSK=jnp.minimum(choice.index_GSK, experts)), gate_GS
 
@@ -110,7 +108,7 @@ def without_anchor(choice: Choice, experts: int) -> tuple[Choice, jax.Array]:
 def statistics(
     logits_GSE: jax.Array, choice: Choice, valid_GS: jax.Array, dropped: jax.Array
 ) -> RoutingStats:
-    """Means over valid tokens, before any drop. A batch of padding alone gives zeros."""
+    """Means over valid tokens, before any drop. A batch of only padding gives zeros."""
     experts = logits_GSE.shape[-1]
     tokens = jnp.maximum(valid_GS.sum(), 1)
     chosen_GSKE = jax.nn.one_hot(choice.index_GSK, experts)
@@ -130,7 +128,7 @@ def statistics(
 
 
 def capacity(tokens_per_group: int, experts: int, k: int, factor: float) -> int:
-    """Slots per expert and group. factor = experts / k can never drop a token."""
+    """Slots per expert and group. With factor = experts / k, no token is ever dropped."""
     return min(tokens_per_group, max(4, math.ceil(factor * k * tokens_per_group / experts)))
 
 
@@ -140,7 +138,7 @@ def place(choice: Choice, experts: int, slots: int) -> tuple[jax.Array, jax.Arra
 
     All first choices of a group are placed before any second choice, so that a crowded expert drops
     its weakest claims. With two tokens, one slot and choices [0, 1] and [1, 3]: token 0 takes
-    expert 0, token 1 takes expert 1, token 0 then finds expert 1 full and keeps expert 0 alone; its
+    expert 0, token 1 takes expert 1, then token 0 finds expert 1 full and keeps only expert 0; its
     gate is not renormalised.
     """
     chex.assert_rank([choice.gate_GSK, choice.index_GSK], 3)
@@ -163,7 +161,7 @@ def place(choice: Choice, experts: int, slots: int) -> tuple[jax.Array, jax.Arra
         gate_GEC += jnp.einsum(
             "gsec,gs->gec", place_GSEC, choice.gate_GSK[:, :, choice_number], precision="highest"
         )
-    # Without these two the compiler splits the mask by expert and gathers every token.
+    # Without these constraints the compiler shards the mask by expert and gathers every token.
     dispatch_GSEC = shard(dispatch_GSEC, "group", None, None, None)
     gate_GEC = shard(gate_GEC, "group", None, None)
     kept = jnp.minimum(chosen_GSKE.sum((1, 2)), slots).sum()

@@ -1,17 +1,17 @@
-"""Causal attention on a TPU without a [T, T] array: jax's splash attention kernel. Shape legend:
+"""Causal attention on TPUs without a [T, T] array: jax's splash attention kernel. Shape legend:
 layers.py."""
 
 import chex
 import jax
 import numpy as np
 
-LANES = 128  # the kernel's tiles of keys are whole vector registers
+LANES = 128  # the kernel's key tiles are whole vector registers
 BLOCK = 1024  # queries by keys per tile, when that divides the sequence
-SAVED_NAME = "attention"  # what remat policies call the kernel's output and log-sum-exp
+SAVED_NAME = "attention"  # name of the kernel's output and log-sum-exp in remat policies
 
 
 def block_size(length: int) -> int:
-    """The largest multiple of 128 up to BLOCK that divides the sequence, 0 if there is none."""
+    """The largest multiple of 128 up to BLOCK that divides the sequence; 0 if there is none."""
     return next((size for size in range(BLOCK, 0, -LANES) if length % size == 0), 0)
 
 
@@ -42,7 +42,7 @@ def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool
 def assert_heads(
     q_BNGTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, segments_BT: jax.Array
 ) -> None:
-    """Check the shapes of what goes into attention within rows, for any kernel."""
+    """Check the shapes of the inputs of attention within rows, for any kernel."""
     chex.assert_rank(q_BNGTK, 5)
     dims = chex.Dimensions()
     dims["BNGTK"] = q_BNGTK.shape
@@ -64,7 +64,7 @@ def splash_attend(
     """`attention.attend` by the kernel, for the rows and heads of one device. T must be a multiple
     of 128."""
     assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BT)
-    # Here, since every command would pay for the import and few need it.
+    # Imported here because the import is slow and few commands need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
