@@ -1,5 +1,5 @@
-"""What models share, as one tensor of each, from readers of the models: no more in memory than what
-one tensor is made of."""
+"""Merging of the tensors that models share, one at a time, from readers of the models. Memory holds
+no more than the sources of one tensor."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,18 @@ from btx_jax.mixing.merge import MERGES
 
 
 def generator(seed: int, tensor: TensorId) -> np.random.Generator:
-    """Random numbers for one tensor: the same in whatever order tensors are made."""
+    """A random generator for one tensor, independent of the order in which tensors are made."""
     return np.random.default_rng([seed, zlib.crc32(str(tensor).encode())])
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Merges what experts share, tensor by tensor. merge, settings: how, by MERGES. base: gives the
-    shapes, and what changes are measured from. readers: of the models, each once. dtype: of the
-    result. seed: of random numbers."""
+    """Merges the tensors that experts share, one at a time.
+
+    merge, settings: the method, a key of MERGES, and its settings. base: determines the shapes, and
+    is what changes are measured from. readers: of the distinct models. dtype: of the result. seed:
+    for random numbers.
+    """
 
     merge: str
     settings: Mapping[str, float]
@@ -32,9 +35,11 @@ class Shared:
     seed: int
 
     def make(self, tensor: TensorId, seen: Sequence[np.ndarray] | None = None) -> np.ndarray:
-        """The merged tensor. seen: for each model, what `merge.solved` takes. Raises
-        UserError for values beyond the range of dtype; values that were not finite
-        before are not reported here."""
+        """Merge a tensor. seen: for each model, the argument of `merge.solved`.
+
+        Raises UserError for values beyond the range of dtype; values that were not finite in the
+        sources are not reported here.
+        """
         arrays = [reader.read(tensor) for reader in self.readers]
         is_whole = arrays[0].shape == self.base.slots[tensor].shape
         if len(arrays) == 1 and is_whole and self.merge not in READ_BASE:
@@ -47,7 +52,8 @@ class Shared:
                 own = None if whole is None else whole[rows]
                 solving: dict[str, Sequence[np.ndarray]] = {}
                 if seen is not None and having:
-                    # Of an embedding, each row has its counts; of the head, all see the same.
+                    # For an embedding, each row has its own counts; for the head, all rows share
+                    # them.
                     solving["seen"] = [
                         seen[i][rows] if seen[i].ndim == 1 else seen[i] for i in having
                     ]
@@ -58,14 +64,14 @@ class Shared:
                 blocks.append(made)
         result = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         if is_finite(result):
-            result.flags.writeable = False  # as from a reader: looked at once is enough
+            result.flags.writeable = False  # as from a reader, whose values have been checked
         elif all(map(is_finite, arrays)):
             check_range(tensor, result)
         return result
 
     def is_right(self, tensor: TensorId, found: np.ndarray) -> bool:
-        """Whether `found` is the merged tensor, checked by other means than it was made with, where
-        the merge has them."""
+        """Whether `found` is the merged tensor, by an independent check; only for merges that have
+        one."""
         is_right = MERGES[self.merge].is_right
         assert is_right
         arrays = [reader.read(tensor) for reader in self.readers]
@@ -80,8 +86,8 @@ class Shared:
     def _having(
         self, arrays: Sequence[np.ndarray], tensor: TensorId
     ) -> list[tuple[slice, list[int]]]:
-        """Blocks of rows of the base's tensor, and the models that have them: one block unless
-        vocabularies differ. Rows that no model has are the base's."""
+        """Blocks of rows of the base's tensor, each with the models that have them: one block
+        unless vocabularies differ. Rows that no model has are the base's."""
         rows = self.base.slots[tensor].shape[0]
         ends = sorted({min(len(array), rows) for array in arrays} | {rows})
         return [

@@ -1,6 +1,6 @@
-"""Routers of a mixture, and what its experts share, solved layer by layer while the experts' texts
-pass through it: sums are gathered, weights follow from them, and the held-out tokens tell how well
-the routers route."""
+"""Closed-form routers and shared parameters of a mixture, solved layer by layer while the experts'
+texts pass through it: sums are accumulated, weights follow from them, and held-out tokens measure
+how well the routers route."""
 
 import hashlib
 import os
@@ -21,8 +21,9 @@ from btx_jax.progress import bar
 
 
 class Routers(NamedTuple):
-    """rows: [layers, experts, D], float32, zeros for dense layers. own: [layers, texts], the share
-    of held-out tokens of each text that choose its expert first; NaN for dense layers."""
+    """Solved routers. rows: [layers, experts, D], float32, zeros for dense layers. own: [layers,
+    texts], the share of each text's held-out tokens that choose its expert first; NaN for dense
+    layers."""
 
     rows: np.ndarray
     own: np.ndarray
@@ -32,7 +33,7 @@ def mixture_layers(model: ModelConfig) -> list[int]:
     return [layer for layer, spec in enumerate(model.layer_specs()) if spec.experts]
 
 
-# (layer, of each text what the router sees, some tokens [., D] at a time) -> rows [experts, D].
+# (layer, for each text the router's inputs in batches of tokens [., D]) -> router rows [experts, D]
 Fit = Callable[[int, Sequence[Iterable[np.ndarray]]], np.ndarray]
 
 
@@ -41,8 +42,11 @@ def by_ridge(
     keep: Callable[[int, Moments], None],
     before: Callable[[int], Moments] | None = None,
 ) -> Fit:
-    """A fit by ridge regression. keep: receives the sums of each mixture layer, in order. before:
-    sums of a layer's experts that have no text here, which come first."""
+    """Fit router rows by ridge regression.
+
+    keep: receives the sums of each mixture layer, in order. before: returns a layer's sums for
+    experts that have no text here; these experts come first.
+    """
 
     def fit(layer: int, states: Sequence[Iterable[np.ndarray]]) -> np.ndarray:
         whole = joined([*([before(layer)] if before else []), *map(moments, states)])
@@ -57,7 +61,7 @@ def by_logistic(layer: int, states: Sequence[Iterable[np.ndarray]]) -> np.ndarra
 
 
 def _used(states: Iterable[np.ndarray], text: Rows) -> Iterable[np.ndarray]:
-    """Of rows [length, D], the tokens that something is fitted to."""
+    """The tokens that are used for fitting, of rows [length, D]."""
     return (row[use] for row, use in zip(states, text.is_used, strict=True))
 
 
@@ -68,10 +72,12 @@ def solve_routers(
     fit: Fit,
     merging: "Merging | None" = None,
 ) -> Routers:
-    """Solve the routers of a mixture, layer by layer. read: returns a tensor of the mixture; it is
-    not asked for routers. texts: (expert, its text); those of no routed expert are used by merging
-    alone, which solves what is shared in the same pass. Raises UserError, naming the layer, where
-    rows cannot be solved."""
+    """Solve the routers of a mixture, layer by layer.
+
+    read: returns a tensor of the mixture; never called for routers. texts: (expert, its text).
+    Texts without a routed expert are used only by `merging`, which solves the shared parameters in
+    the same pass. Raises UserError, naming the layer, where rows cannot be solved.
+    """
     experts = max(spec.experts for spec in model.layer_specs())
     rows = np.zeros((model.layers, experts, model.d_model), np.float32)
     routed = [(n, expert, text) for n, (expert, text) in enumerate(texts) if expert is not None]
@@ -99,20 +105,19 @@ def _passed(
 def solve_shared(
     model: ModelConfig, read: Read, texts: Sequence[tuple[int | None, Rows]], merging: "Merging"
 ) -> None:
-    """Solve everything that merging solves, without routers. Other arguments: as for
-    `solve_routers`."""
+    """Solve only what `merging` solves, without routers. Arguments as for `solve_routers`."""
     for _ in _passed(model, read, texts, merging):
         pass
 
 
 class Merging:
-    """Solves what experts share: the embedding at once, everything else before `forced_states`
-    reads it.
+    """Solves the parameters that experts share: the embedding at once, all others just before
+    `forced_states` reads them.
 
-    make: (tensor, for each model what its merge is solved from) -> the tensor. texts: (which of the
-    models it belongs to, the text), in the order in which they pass. counts: how often each text
+    make: (tensor, for each model the sums that its merge is solved from) -> the tensor. texts:
+    (index of the model, its text), in the order in which they pass. counts: how often each text
     contains each token, [vocab_size]. Every model has the same weight, however much text it has.
-    file: seekable, keeps what is solved. solved: all of that.
+    file: seekable storage for the solved tensors. solved: the solved tensors.
     """
 
     def __init__(
@@ -145,7 +150,7 @@ class Merging:
 
 
 class _Kept(Mapping[TensorId, np.ndarray]):
-    """Arrays in a file, which several threads may read."""
+    """Arrays in a file, safe to read from several threads."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -172,12 +177,12 @@ class _Kept(Mapping[TensorId, np.ndarray]):
 
 
 def joined(parts: Sequence[Moments]) -> Moments:
-    """The domains of all parts, in order."""
+    """Concatenate the domains of all parts, in order."""
     return Moments(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def solved(layer: int, whole: Moments, ridge: RidgeConfig) -> np.ndarray:
-    """`solve`, with the layer named in its errors."""
+    """`solve`, whose errors name the layer."""
     try:
         return solve(whole, ridge)
     except UserError as error:
@@ -185,7 +190,7 @@ def solved(layer: int, whole: Moments, ridge: RidgeConfig) -> np.ndarray:
 
 
 def seen_tensors(model: ModelConfig) -> Iterator[TensorId]:
-    """Tensors outside the experts that the routers' inputs depend on."""
+    """Tensors outside the experts that routers' inputs depend on."""
     for tensor in slots(model):
         if _is_before_routers(tensor) and tensor.expert is None and not tensor.is_router:
             yield tensor
@@ -196,7 +201,7 @@ def _is_before_routers(tensor: TensorId) -> bool:
 
 
 class Hashed:
-    """Reads through `read`, and remembers the sha256 of every tensor's values as float32."""
+    """Reads through `read` and records the sha256 of every tensor's values as float32."""
 
     def __init__(self, read: Read):
         self._read = read
@@ -209,8 +214,9 @@ class Hashed:
         return array
 
     def of_expert(self, expert: int | None) -> dict[TensorId, str]:
-        """Hashes of what was read of an expert, under its names in a dense model, whatever its
-        number. None: of what belongs to no expert and comes before a router."""
+        """Hashes of an expert's tensors that were read, under their names in a dense model, so that
+        the expert's index does not matter. None: hashes of the tensors before a router that belong
+        to no expert."""
         return {
             tensor if expert is None else tensor.of_dense(): sha256
             for tensor, sha256 in self._hashes.items()

@@ -1,7 +1,7 @@
-"""Router rows from random numbers or from what prompts look like inside the base model. Pure numpy.
+"""Router rows from random numbers, or from the base model's hidden states of prompts. Pure numpy.
 
-A gate is [E, D] per layer, one row per expert: the router's kernel transposed. The modes that share
-a name with mergekit-moe (0.1.5) compute what it computes.
+A gate is [E, D] per layer, one row per expert: the transpose of the router's kernel. Modes that
+share a name with mergekit-moe (0.1.5) compute the same values.
 """
 
 import math
@@ -16,8 +16,8 @@ def normalised(vector: np.ndarray) -> np.ndarray:
 
 
 def random_gates(mode: str, layers: int, experts: int, d_model: int, seed: int) -> np.ndarray:
-    """[L, E, D]. normal: std 0.02. random: std 1. uniform_random: within 1 / sqrt(D), as
-    torch.nn.Linear starts."""
+    """Random gates [L, E, D]. normal: std 0.02. random: std 1. uniform_random: uniform within 1 /
+    sqrt(D), the initialisation of torch.nn.Linear."""
     rng = np.random.default_rng(seed)
     shape = (layers, experts, d_model)
     if mode == "uniform_random":
@@ -29,11 +29,11 @@ def random_gates(mode: str, layers: int, experts: int, d_model: int, seed: int) 
 
 
 def pool(states_PTD: Sequence[np.ndarray], mode: str, pooling: str = "mean") -> np.ndarray:
-    """The states of one expert's prompts, each [tokens, D] without padding -> [D].
+    """Pool the states of one expert's prompts, each [tokens, D] without padding, into [D].
 
     hidden: last token, mean over prompts. hidden_avg: mean over tokens, mean over prompts.
     cheap_embed: sum over all tokens of all prompts, normalised. router_input: mean over tokens or
-    the last one, each prompt normalised, then their mean.
+    the last token, each prompt normalised, then their mean.
     """
     if mode == "cheap_embed":
         return normalised(sum(states.sum(0) for states in states_PTD))
@@ -53,6 +53,6 @@ def gate_row(positive: np.ndarray, negative: np.ndarray | None) -> np.ndarray:
 
 
 def condition_number(gate_ED: np.ndarray) -> float:
-    """Largest over smallest singular value: large when experts' rows are nearly equal, so that
-    routing cannot tell them apart."""
+    """Largest over smallest singular value: large when experts' rows are so similar that routing
+    can hardly distinguish them."""
     return float(np.linalg.cond(gate_ED))

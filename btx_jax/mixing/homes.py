@@ -1,4 +1,4 @@
-"""The classes of Hugging Face that hold mixtures, by the names that recipes give them."""
+"""The Hugging Face classes that can hold mixtures, by the names that recipes use for them."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,9 +7,12 @@ from btx_jax.architectures.registry import known_families
 
 
 class Home(NamedTuple):
-    """A class that mergekit-moe writes. name: mergekit's. sources: model_types of dense models that
-    it accepts, all models of one type. has_shared, has_gate: whether it has a shared expert, and a
-    gate on it. biases: biases that it always has, zeros where the sources have none."""
+    """A class that mergekit-moe writes.
+
+    name: mergekit's name. sources: the model_types of dense models that it accepts; all models must
+    share one. has_shared, has_gate: whether it has a shared expert, and a gate on it. biases:
+    biases that it always has, zeros where the sources have none.
+    """
 
     name: str
     sources: tuple[str, ...]

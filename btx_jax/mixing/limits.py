@@ -1,5 +1,5 @@
-"""How far what is made of several models can see: not what their weights mean, but how long they
-may be used."""
+"""Context and window limits of a model made from several: not what the weights mean, but the
+lengths at which they may be used."""
 
 import dataclasses
 import logging
@@ -11,9 +11,11 @@ log = logging.getLogger(__name__)
 
 
 def limits(models: Mapping[str, ModelConfig], warn: bool = True) -> tuple[int, int]:
-    """(context, window) of what is made of these models, by name. The context is no longer than any
-    of theirs. A window that all of them share is kept; otherwise there is none, and the context is
-    at most the shortest window. warn: whether to log what is cut."""
+    """(context, window) of a model made from these, given by name.
+
+    The context is the shortest of theirs. A window that all share is kept; otherwise there is none,
+    and the context is at most the shortest window. warn: whether to log reductions.
+    """
     windows = {model.window for model in models.values()}
     window = windows.pop() if len(windows) == 1 else 0
     reach = {
@@ -28,8 +30,8 @@ def limits(models: Mapping[str, ModelConfig], warn: bool = True) -> tuple[int, i
 
 
 def within(model: ModelConfig, context: int, window: int) -> ModelConfig:
-    """The same weights, used within other limits. A window is kept where layers have a RoPE of
-    their own for it."""
+    """The same weights with other limits. A window is kept where its layers have their own RoPE
+    base."""
     if window or model.window_theta:
         return dataclasses.replace(model, context=context, window=window or model.window)
     return dataclasses.replace(model, context=context, window=0, window_layers=())

@@ -1,20 +1,20 @@
-"""Router rows by logistic regression of a token's domain on what the router sees of it."""
+"""Router rows by logistic regression: predict a token's domain from the router's input."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-MOST = 1000  # steps of L-BFGS
+MOST = 1000  # maximum number of L-BFGS steps
 
 
 def logistic_rows(states: Sequence[np.ndarray]) -> np.ndarray:
-    """Router rows [E, D], float64. states: of each of E domains, [tokens, D].
+    """Router rows [E, D], float64. states: the router's inputs for each of E domains, [tokens, D].
 
-    The rows minimise the sum of a softmax's losses over all tokens, every domain with the same
-    weight, and half the sum of their own squares. Unlike ridge regression's they have a meaningful
-    length, so no temperature is needed; but they cannot be computed from sums.
+    The rows minimise the cross-entropy summed over all tokens, with equal total weight per domain,
+    plus half the sum of squared rows. Unlike those of ridge regression, the rows have a meaningful
+    norm, so no temperature is needed; but they cannot be computed from sums.
     """
-    # Slow to import, and of no use to all else here.
+    # Imported here because it is slow and nothing else needs it.
     from sklearn.linear_model import LogisticRegression
 
     experts, count = len(states), sum(map(len, states))
@@ -24,7 +24,7 @@ def logistic_rows(states: Sequence[np.ndarray]) -> np.ndarray:
     lengths = [len(state) for state in states]
     domain_M = np.repeat(np.arange(experts), lengths)
     weight_M = np.repeat([count / experts / length for length in lengths], lengths)
-    # Of two domains one row is fitted, the difference of ours, whose squares are half of its own.
+    # For two domains scikit-learn fits one row, the difference of ours; its square counts half.
     half = experts == 2
     fitted = LogisticRegression(C=2.0 if half else 1.0, fit_intercept=False, max_iter=MOST)
     rows = fitted.fit(x_MD, domain_M, weight_M).coef_

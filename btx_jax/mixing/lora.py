@@ -1,6 +1,6 @@
-"""LoRA branches of one base become one mixture of LoRA experts: BTX with adapters. Pure, on named
-tensors as checkpoints/adapter.py lays
-them out: `layers.LAYER.TARGET.{a [E, R, I], b [E, O, R], router [E, I]}`."""
+"""Mix LoRA branches of one base into a mixture of LoRA experts: BTX with adapters. Pure, on tensors
+named as in checkpoints/adapter.py: `layers.LAYER.TARGET.{a [E, R, I], b [E, O, R], router [E,
+I]}`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +12,13 @@ Tensors = Mapping[str, np.ndarray]
 def mix_lora(
     branches: Sequence[Tensors], router_std: float, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Concatenate every branch's experts. Where all branches have router rows (gates trained behind
-    a finished expert) these stay with their experts; otherwise routers are new, normal with
-    router_std. Raises ValueError, naming the tensor, when the branches adapt different maps or
-    differ in shape beyond their experts."""
+    """Concatenate the experts of all branches.
+
+    If all branches have router rows (gates trained with finished experts), these stay with their
+    experts; otherwise routers are new, normal with router_std. Raises ValueError, naming the
+    tensor, when the branches adapt different maps or their shapes differ beyond the number of
+    experts.
+    """
     maps = [sorted(name[:-2] for name in branch if name.endswith(".a")) for branch in branches]
     for number, names in enumerate(maps[1:], start=1):
         if difference := set(names) ^ set(maps[0]):

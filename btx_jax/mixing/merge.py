@@ -1,4 +1,4 @@
-"""One tensor out of the same tensor of N models, in numpy, for mixing that streams. Pure."""
+"""Merge N models' versions of one tensor, in numpy, for streaming mixes. Pure."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ _STEP = (
     # Elements at a time: the accumulator stays in a core's cache, and memory does not grow with the
     # tensor
 )
-_ROWS = 2048  # of a tensor that are solved at a time, in float64
-_LEAST_NORM, _PARALLEL = 1e-8, 0.9995  # mergekit's: a length below is none, a |cosine| above is 1
+_ROWS = 2048  # rows of a tensor to solve at a time, in float64
+_LEAST_NORM, _PARALLEL = 1e-8, 0.9995  # mergekit's: shorter is zero, larger |cosine| is 1
 
 
 def wide(array: np.ndarray) -> np.ndarray:
-    """The array in float32, exactly; bfloat16 by its bits, which is several times faster than a
+    """The array in float32, exactly. bfloat16 is converted bitwise, several times faster than a
     cast."""
     if array.dtype.name == "bfloat16":
         bits = array.view(np.uint16).astype(np.uint32)
@@ -33,8 +33,8 @@ def _parts(size: int) -> Iterator[slice]:
 
 
 def mean(tensors: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """Unweighted mean. Sums in float32, and in float64 where the tensors are float32, then rounds
-    once to dtype."""
+    """Unweighted mean, summed in float32 (float64 if any tensor is float32) and rounded once to
+    dtype."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     result = np.empty(flat[0].shape, dtype)
     accumulator = (
@@ -51,9 +51,9 @@ def mean(tensors: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
 def ties(
     base: np.ndarray, tensors: Sequence[np.ndarray], density: float, dtype: np.dtype
 ) -> np.ndarray:
-    """TIES-Merging (arXiv 2306.01708, algorithm 1, lambda = 1): trim each change from base to its
-    `density` largest by magnitude, elect per element the sign with the larger total, and add the
-    mean of the changes that have it."""
+    """TIES-Merging (arXiv 2306.01708, algorithm 1, lambda = 1): keep the `density` largest changes
+    from base by magnitude, elect for each element the sign with the larger total, and add the mean
+    of the changes with that sign."""
     base32 = wide(base)
     keep = max(1, round(density * base.size))
     total = np.zeros_like(base32)
@@ -84,8 +84,8 @@ def dare(
     dtype: np.dtype,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """DARE (arXiv 2311.03099): each change from base is dropped with probability 1 - density, what
-    remains is divided by density; the mean over models is added to base."""
+    """DARE (arXiv 2311.03099): drop each change from base with probability 1 - density, divide the
+    rest by density, and add the mean over models to base."""
     base32 = wide(base)
     total = np.zeros_like(base32)
     for tensor in tensors:
@@ -97,8 +97,8 @@ def dare(
 def task_arithmetic(
     base: np.ndarray, tensors: Sequence[np.ndarray], scale: float, dtype: np.dtype
 ) -> np.ndarray:
-    """Task arithmetic (arXiv 2212.04089): base plus scale times the sum of the changes from it, in
-    float64. mergekit's, with every weight 1 and its lambda as scale."""
+    """Task arithmetic (arXiv 2212.04089): base plus scale times the sum of changes from it, in
+    float64. As mergekit's with all weights 1 and its lambda as scale."""
     base_flat, flat = base.reshape(-1), [tensor.reshape(-1) for tensor in tensors]
     result = np.empty(base_flat.shape, dtype)
     for part in _parts(result.size):
@@ -111,9 +111,9 @@ def task_arithmetic(
 
 
 def slerp(tensors: Sequence[np.ndarray], t: float, dtype: np.dtype) -> np.ndarray:
-    """Spherical interpolation, as mergekit's: from the first (t = 0) to the second (t = 1) at a
-    constant angular rate, with each tensor as one vector; a straight line where the two are nearly
-    parallel or opposite. In float64. A single tensor is returned as it is."""
+    """Spherical interpolation, as in mergekit: from the first tensor (t = 0) to the second (t = 1)
+    at a constant angular rate, each tensor taken as one vector; linear where the two are nearly
+    parallel or opposite. In float64. A single tensor is returned unchanged."""
     if len(tensors) == 1:
         return tensors[0].astype(dtype)
     first, second = (tensor.reshape(-1) for tensor in tensors)
@@ -132,7 +132,7 @@ def slerp(tensors: Sequence[np.ndarray], t: float, dtype: np.dtype) -> np.ndarra
 
 
 def _slerp_weights(cosine: float, t: float) -> tuple[float, float]:
-    if not abs(cosine) <= _PARALLEL:  # NaN as well: what is not finite is told elsewhere
+    if not abs(cosine) <= _PARALLEL:  # also for NaN, which is reported elsewhere
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
@@ -141,9 +141,11 @@ def _slerp_weights(cosine: float, t: float) -> tuple[float, float]:
 def solved(
     tensors: Sequence[np.ndarray], seen: Sequence[np.ndarray], alpha: float, dtype: np.dtype
 ) -> np.ndarray:
-    """RegMean of one tensor [out, in]. seen: for each model, the sum of x x^T over the inputs of
-    the linear layer, [in, in]; or, for an embedding [tokens, D], how often its text contains each
-    token, [tokens]."""
+    """RegMean of one tensor [out, in].
+
+    seen: for each model, the sum of x x^T over the inputs of the linear layer, [in, in]; for an
+    embedding [tokens, D], how often the model's text contains each token, [tokens].
+    """
     result = np.empty(tensors[0].shape, dtype)
     for start in range(0, len(result), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -156,17 +158,17 @@ def solved(
 
 
 def ulp(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Distance between neighbours of dtype at a float64 value."""
+    """Distance between adjacent numbers of dtype at a float64 value."""
     bits, least = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}[dtype.name]
     exponent = np.where(value == 0, least, np.maximum(np.frexp(np.abs(value))[1] - 1, least))
     return np.ldexp(1.0, exponent - bits)
 
 
 def is_mean(found: np.ndarray, tensors: Sequence[np.ndarray]) -> bool:
-    """Whether `found` is the tensors' mean, within one ulp of its dtype."""
+    """Whether `found` is the mean of the tensors, within one ulp of its dtype."""
     exact_parts = [wide(tensor).astype(np.float64) for tensor in tensors]
     exact = np.mean(exact_parts, axis=0)
-    # Sums in float32, of 16-bit tensors, round by themselves where large values cancel.
+    # float32 sums of 16-bit tensors have their own rounding error where large values cancel.
     is_wide = any(tensor.dtype == np.float32 for tensor in tensors)
     slack = 0.0 if is_wide else len(tensors) * 2.0**-24
     bound = ulp(exact, found.dtype) + slack * np.max(np.abs(exact_parts), axis=0)
@@ -174,10 +176,13 @@ def is_mean(found: np.ndarray, tensors: Sequence[np.ndarray]) -> bool:
 
 
 class Merge(NamedTuple):
-    """A way to average. make: (base's tensor, the models', dtype, random numbers, its settings) ->
-    one tensor; the base's is None where the merge reads none. regmean's also takes what it is
-    solved from (`solved`). models: how many distinct ones it needs; None: any number. is_right:
-    checks a result by other means; None where it is made again and compared bit for bit."""
+    """A merge method.
+
+    make: (base's tensor, models' tensors, dtype, random generator, settings) -> merged tensor; the
+    base's is None for methods that do not read it, and regmean also takes what it is solved from
+    (`solved`). models: number of distinct models required; None for any. is_right: independent
+    check of a result; None where verification merges again and compares bit for bit.
+    """
 
     make: Callable[..., np.ndarray]
     models: int | None = None

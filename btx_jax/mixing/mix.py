@@ -1,9 +1,9 @@
-"""Trees to a tree: N dense Llamas become one Mixture-of-Experts (BTX section 3.1). Pure: no files,
-no modules, no randomness.
+"""Mix parameter trees: N dense Llamas become one Mixture-of-Experts (BTX section 3.1). Pure: no
+files, no modules, no randomness.
 
 Every leaf belongs to exactly one class: feed-forward leaves become experts, all others are
-averaged. All functions run under jit with out_shardings; `mix_leaf` is the same rule for one leaf,
-for models larger than memory.
+averaged. All functions run under jit with out_shardings; `mix_leaf` applies the same rule to one
+leaf, for models larger than memory.
 """
 
 import functools
@@ -46,10 +46,10 @@ def leaf_class(path: Sequence[str]) -> str:
 def mix_leaf(path: Sequence[str], leaves: Sequence[jax.Array], is_moe: bool = True) -> jax.Array:
     """One leaf of the mixture from the same leaf of N models.
 
-    A feed-forward leaf [L, ...] of an MoE run becomes [L, N, ...]; every other one is the mean,
-    taken in float32 and cast back. Numbers that are the same in all models keep their bits, which
-    a sum divided by their count would not always give back. Raises ValueError, naming the leaf,
-    when shapes or dtypes differ.
+    A feed-forward leaf [L, ...] of an MoE run becomes [L, N, ...]; every other leaf is the mean,
+    taken in float32 and cast back. Values equal in all models stay bit-identical, which a sum
+    divided by the count would not guarantee. Raises ValueError, naming the leaf, when shapes or
+    dtypes differ.
     """
     kinds = {(leaf.shape, str(leaf.dtype)) for leaf in leaves}
     if len(kinds) > 1:
@@ -70,15 +70,15 @@ def mix_params(
     """Branch-Train-MiX. models: dense trees of equal structure, in expert order. routers: run name
     -> [L, D, N].
 
-    A run without a router stays dense and is averaged whole. Use `restack` first where the mixture
-    has other runs than the models.
+    A run without a router stays dense and is averaged. Use `restack` first where the mixture has
+    other runs than the models.
 
-    shared: a dense tree whose feed-forwards become shared experts. Its gate is zero, which opens it
-    by one half, and the experts' down projections are halved, exactly: models that are all equal
-    give that model.
+    shared: a dense tree whose feed-forwards become shared experts. Their gates start at zero, which
+    is a weight of one half, and the routed experts' down projections are halved exactly, so that
+    mixing equal models reproduces the model.
 
-    Raises ValueError, naming the leaf, when the trees differ in structure, shape or dtype, hold
-    experts already, or when a router does not fit them.
+    Raises ValueError, naming the leaf, when the trees differ in structure, shape or dtype, already
+    contain experts, or when a router does not fit them.
     """
     if not models:
         raise ValueError("no models to mix")
@@ -121,11 +121,11 @@ def mix_params(
 
 
 def mix_branches(branches: Sequence[Params]) -> dict[str, Any]:
-    """FlexOlmo (arXiv 2507.07024): branches that were trained beside one anchor, of equal structure
-    and in expert order, become one mixture. Experts, router rows and biases follow each other; all
-    else, the anchor too, is averaged as in `mix_leaf`: what is the same in all keeps its bits.
+    """FlexOlmo (arXiv 2507.07024): mix branches that were trained with the same anchor, in expert
+    order and of equal structure. Experts, router rows and biases are concatenated; all other
+    leaves, including the anchor, are averaged as in `mix_leaf`.
 
-    Through one expert and the anchor alone the mixture is that branch, where nothing else differs.
+    If nothing else differs, the mixture restricted to one expert and the anchor equals that branch.
     """
 
     def mix(path, *leaves):
@@ -144,7 +144,7 @@ def upcycle_params(params: Params, copies: int, routers: Mapping[str, jax.Array]
 
 def restack(params: Params, lengths: Sequence[int]) -> dict[str, Any]:
     """The same dense layers as runs of other lengths: layers_0 [32, ...] -> layers_0 [1, ...] and
-    layers_1 [31, ...]. Raises ValueError when the lengths do not add up to the model's layers."""
+    layers_1 [31, ...]. Raises ValueError when the lengths do not sum to the model's layers."""
     runs = sorted(
         (name for name in params if name.startswith("layers_")),
         key=lambda name: int(name.rpartition("_")[2]),

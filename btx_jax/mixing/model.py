@@ -1,4 +1,4 @@
-"""What a recipe's mixture is: its class in Hugging Face, and its ModelConfig."""
+"""The Hugging Face class and ModelConfig of a recipe's mixture."""
 
 import dataclasses
 import logging
@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 class Chosen(NamedTuple):
-    """The class and model of a mixture. family: None where the mixture stays in our own format and
-    no class is known to hold it."""
+    """The class and model of a mixture. family: None for a mixture in our own format that no known
+    class can hold."""
 
     family: Family | None
     model: ModelConfig
@@ -28,14 +28,16 @@ class Chosen(NamedTuple):
 def choose(
     recipe: Recipe, dense: ModelConfig, kinds: Sequence[str], as_huggingface: bool
 ) -> Chosen:
-    """The class of the mixture, and the model with what that class adds to it, as zeros. dense:
-    base_model's, within the limits of all sources. kinds: the model_type of base_model, then of
-    each source, "" where it has none.
+    """Choose the class of the mixture, and add the zero tensors that the class requires to its
+    model.
 
-    The class is the one that mergekit would choose, if it holds the mixture; otherwise the home of
-    base_model's family, or else the first class that holds it. A class without windows gets a
-    context as long as the window. Raises UserError when no class holds it, unless the mixture stays
-    in our own format and names none.
+    dense: base_model's config, within the limits of all sources. kinds: the model_types of
+    base_model and of each source, "" where unknown.
+
+    The class is the one that mergekit would choose, if it can hold the mixture; otherwise the home
+    of base_model's family, or else the first class that can. A class without sliding windows limits
+    the context to the window. Raises UserError when no class can hold it, unless the mixture stays
+    in our own format and names no class.
     """
     tried: list[tuple[Family, ModelConfig, list[str]]] = []
     for family in _in_order(recipe, kinds):
@@ -71,7 +73,7 @@ def choose(
 
 
 def _within_window(dense: ModelConfig, family: Family) -> ModelConfig:
-    """The model with its context cut to its window, for a class without windows."""
+    """The model with its context limited to its window, for a class without windows."""
     if not dense.window or family.window or dense.window_theta:
         return dense
     return within(dense, min(dense.context, dense.window), 0)
@@ -87,7 +89,7 @@ def _in_order(recipe: Recipe, kinds: Sequence[str]) -> list[Family]:
 
 
 def _mergekits(recipe: Recipe, kinds: Sequence[str]) -> list[str]:
-    """Model types that mergekit-moe would accept, first the one that it would choose."""
+    """Model types that mergekit-moe would accept, in its order of preference."""
     shared = recipe.shared_experts
     has_prompts = any(expert.positive_prompts or expert.negative_prompts for expert in shared)
     fits = all(expert.positive_prompts for expert in shared) or recipe.gate_mode == "random"
@@ -103,8 +105,8 @@ def _mergekits(recipe: Recipe, kinds: Sequence[str]) -> list[str]:
 
 
 def _of_gate(recipe: Recipe, family: Family) -> list[str]:
-    """Why the class cannot have the gate that the shared expert's prompts are for, or cannot do
-    without them."""
+    """Reasons why the class cannot have the gate that the shared expert's prompts describe, or
+    requires prompts that are missing."""
     if not recipe.shared_experts or not family.moe or not family.moe.has_shared:
         return []
     shared = recipe.shared_experts[0]
@@ -120,7 +122,7 @@ def _of_gate(recipe: Recipe, family: Family) -> list[str]:
 
 
 def _with_biases(model: ModelConfig, family: Family) -> ModelConfig:
-    """The model with the biases that mergekit gives this class."""
+    """The model with the biases that mergekit adds for this class."""
     theirs = MERGEKIT[family.model_type].biases if family.model_type in MERGEKIT else ()
     return dataclasses.replace(model, biases=tuple(dict.fromkeys((*model.biases, *theirs))))
 
@@ -139,9 +141,9 @@ def _cure(recipe: Recipe, dense: ModelConfig, kinds: Sequence[str]) -> str:
 
 
 def mixture_of(recipe: Recipe, dense: ModelConfig, family: Family | None) -> ModelConfig:
-    """The mixture of dense models, as a class has it: with or without a gate on its shared expert.
-    Raises UserError for layers that do not exist, when d_ff cannot be cut, and when the models have
-    something that no mixture has."""
+    """The mixture of dense models as a class represents it, with or without a gate on its shared
+    expert. Raises UserError for layers that do not exist, for a d_ff that cannot be split, and for
+    features of the models that no mixture supports."""
     for layer in recipe.layers:
         if not 0 <= layer < dense.layers:
             raise UserError(

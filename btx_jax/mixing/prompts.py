@@ -1,4 +1,4 @@
-"""Gates of a recipe: from random numbers, or from what its prompts look like inside base_model."""
+"""Gates of a recipe: random, or from the hidden states of its prompts in base_model."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from btx_jax.progress import bar
 
 
 class Prompt(NamedTuple):
-    """A prompt of an expert. source: its index in recipe.sources; the shared expert's
-    is the last."""
+    """A prompt of an expert. source: index into recipe.sources, in which the shared expert is
+    last."""
 
     source: int
     is_positive: bool
@@ -26,18 +26,20 @@ class Prompt(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """Router rows made from prompts or at random. rows: [layers, experts, D] float32, with one more
-    row where the shared expert has a gate. shares: [prompts, layers, experts], which experts the
-    prompts' tokens choose first; empty where rows are random numbers, to be trained."""
+    """Router rows, from prompts or random.
+
+    rows: [layers, experts, D] float32, with an additional row if the shared expert has a gate.
+    shares: [prompts, layers, experts], the share of a prompt's tokens that choose each expert
+    first; empty for random rows, which need training.
+    """
 
     rows: np.ndarray
     shares: np.ndarray
 
 
 def read_prompts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Prompt]:
-    """Every prompt that gates are made from, with BOS in front where there is one, as mergekit
-    reads them; none where gates are random. Raises UserError for prompts that the model cannot
-    read."""
+    """Every prompt that gates are computed from, with BOS in front if there is one, as mergekit
+    reads them; none for random gates. Raises UserError for prompts that the model cannot read."""
     has_gate = bool(model.moe and model.moe.shared_gate)
     sources = recipe.sources if has_gate else recipe.experts
     if recipe.gate_mode not in PROMPT_MODES:
@@ -75,9 +77,11 @@ def _ids(
 def make_gates(
     recipe: Recipe, base: Reader, model: ModelConfig, prompts: Sequence[Prompt]
 ) -> Gates:
-    """The gates of the mixture `model`. A shared expert's gate has the row that a routed expert
-    with its prompts would have; in random modes one of the same draw; with `normal` zeros, a gate
-    that is half open."""
+    """The gates of the mixture `model`.
+
+    A shared expert's gate gets the row that a routed expert with its prompts would get: in random
+    modes another row of the same distribution, with `normal` zeros, which is a weight of one half.
+    """
     has_gate = bool(recipe.shared_experts and model.moe and model.moe.shared_gate)
     experts, mode = recipe.expert_count, recipe.gate_mode
     shape = (model.layers, experts + has_gate, model.d_model)
@@ -100,7 +104,7 @@ def make_gates(
         made = []
         for number in range(shape[1]):
             positive = pooled(number, True)
-            assert positive is not None  # the recipe asks for prompts
+            assert positive is not None  # guaranteed by the recipe
             made.append(gate_row(positive, pooled(number, False)))
         return np.stack(made)
 

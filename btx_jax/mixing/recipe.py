@@ -1,5 +1,5 @@
-"""Recipes: which models become which mixture. A mergekit-moe YAML is one; the keys that follow its
-own are ours."""
+"""Recipes: which models to mix, and how. Every mergekit-moe YAML is a recipe; the keys after
+mergekit's are ours."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from btx_jax.mixing.homes import model_types, spellings
 from btx_jax.mixing.merge import MERGES
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
-HIDDEN_LAST = "hidden_last"  # mergekit's other name for hidden
+HIDDEN_LAST = "hidden_last"  # mergekit's alias of hidden
 GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST, *SOLVED)
 MAX_EXPERTS = 1024
 _READ_TEXT = f"gate_mode={SOLVED[0]!r} or {SOLVED[1]!r} and merge={REGMEAN!r}"
@@ -42,24 +42,25 @@ DIFFERENCES = (
 
 @dataclass(frozen=True)
 class ExpertSource(Section):
-    """One expert: a dense model and, for gate modes that read prompts or text, what should be
-    routed to it."""
+    """An expert: a dense model and, for gate modes that read prompts or text, what to route to
+    it."""
 
     source_model: str
     """A directory, a run, a name on the Hub, or `MODEL+LORA`."""
     positive_prompts: tuple[str, ...] = ()
-    """What should be routed to the expert; for gate modes that read prompts."""
+    """Prompts that should be routed to the expert; for gate modes that read prompts."""
     negative_prompts: tuple[str, ...] = ()
-    """What should not; their states are subtracted."""
+    """Prompts that should not be routed to it; their states are subtracted."""
     positive_prompts_file: str = ""
-    """More positive prompts, one per line."""
+    """A file of more positive prompts, one per line."""
     negative_prompts_file: str = ""
-    """More negative prompts, one per line."""
+    """A file of more negative prompts, one per line."""
     text: str = ""
-    """Text of its domain, for gate_mode ridge or logistic and merge regmean: comma-separated
-    `WHAT[#FIELD][:WEIGHT]`, as in a config's data. Without it the prompts are the text."""
+    """Text of the expert's domain, for gate_mode ridge or logistic and merge regmean:
+    comma-separated `WHAT[#FIELD][:WEIGHT]`, as in a config's data. Without it the prompts are the
+    text."""
     noise_scale: Annotated[float, Range(0, 1e3)] = 0.0
-    """Standard deviation of normal noise that is added to its feed-forward weights."""
+    """Standard deviation of the normal noise added to its feed-forward weights."""
     residual_scale: Annotated[float, Range(-HUGE, HUGE)] = 1.0
     """Factor on its down projection."""
 
@@ -69,65 +70,66 @@ class Recipe(Section):
     """A mixture of experts."""
 
     base_model: str
-    """The model whose tokenizer, settings and, with base: copy, shared weights the mixture gets."""
+    """The model that provides the tokenizer, the settings and, with base: copy, the shared
+    weights."""
     experts: tuple[ExpertSource, ...]
     """The experts, in order."""
     shared_experts: tuple[ExpertSource, ...] = ()
-    """None, or one whose feed-forward every token passes through, in addition to its routed
+    """None, or one expert whose feed-forward every token passes through, in addition to its routed
     experts."""
     architecture: str = ""
-    """The Hugging Face class that holds the mixture: mergekit's Mixtral, DeepSeek MoE, Qwen MoE,
-    Qwen3 MoE or the first letters of these, or a model_type. Empty for the one that mergekit would
-    choose, or the first that can hold it."""
+    """The Hugging Face class of the mixture: mergekit's Mixtral, DeepSeek MoE, Qwen MoE, Qwen3 MoE
+    or the first letters of these, or a model_type. Empty for the class that mergekit would choose,
+    or the first that can hold the mixture."""
     gate_mode: Annotated[str, Choice(GATE_MODES, empty=True)] = ""
-    """How routers start; see docs/merging.md. By default `hidden` with base: copy, and `normal`
-    (standard deviation 0.02, to be trained) with base: average."""
+    """How routers are initialised; see docs/merging.md. By default `hidden` with base: copy, and
+    `normal` (standard deviation 0.02, to be trained) with base: average."""
     dtype: Annotated[str, Choice(("float32", "bfloat16", "float16"), empty=True)] = ""
-    """Of the mixture's tensors; empty for each tensor's own."""
+    """Dtype of the mixture's tensors; empty to keep each tensor's own."""
     experts_per_token: Experts = 2
-    """Experts that each token is routed to."""
+    """Number of experts that each token is routed to."""
     base: Annotated[str, Choice(("copy", "average"))] = "copy"
-    """Where everything but the feed-forwards comes from. copy: base_model, as mergekit does.
-    average: the mean of all distinct models of the experts, a shared one's included, as
-    Branch-Train-MiX does; list the seed among the experts to include it."""
+    """The source of all parameters but the feed-forwards. copy: base_model, as in mergekit.
+    average: the mean of all distinct models of the experts, including a shared one's, as in
+    Branch-Train-MiX; list the seed among the experts to include it."""
     method: Annotated[str, Choice(tuple(METHODS))] = "btx"
-    """What becomes of the feed-forwards. btx: one expert per source. split: each source's is cut
-    into `chunks` experts. blend: expert n is made of the n-th of N chunks of every source. The last
-    two are ablations of the BTX paper, section 4.4."""
+    """What becomes of the feed-forwards. btx: one expert per source. split: each source's
+    feed-forward is split into `chunks` experts. blend: expert n consists of the n-th of N chunks of
+    every source. The last two are ablations of the BTX paper, section 4.4."""
     chunks: Annotated[int, Range(2, MAX_EXPERTS)] = 2
-    """Of split: experts that each source's feed-forward is cut into."""
+    """With method split: number of experts per source."""
     merge: Annotated[str, Choice(tuple(MERGE_SETTINGS))] = "mean"
     """How `average` averages. mean. ties (arXiv 2306.01708): keep the `density` largest changes
     from base_model, elect signs, take the mean of those that agree. dare (arXiv 2311.03099): drop
     changes at random down to `density`, rescale, take the mean. task_arithmetic (arXiv 2212.04089):
-    base_model plus `scale` times the sum of all changes from it. slerp: of two models, each tensor
-    on the arc between them. regmean (arXiv 2212.09849): linear layers solved so that they answer on
-    each model's own text as that model did."""
+    base_model plus `scale` times the sum of all changes from it. slerp: spherical interpolation
+    between two models, tensor by tensor. regmean (arXiv 2212.09849): solve each linear layer to
+    reproduce each model's outputs on its own text."""
     density: Density = 0.2
-    """Of ties and dare: the share of changes that is kept."""
+    """With ties and dare: the share of changes to keep."""
     scale: Scale = 1.0
-    """Of task_arithmetic: the factor on the sum of changes."""
+    """With task_arithmetic: the factor on the sum of changes."""
     t: Arc = 0.5
-    """Of slerp: how far along the arc, from 0 (the first model named) to 1 (the second)."""
+    """With slerp: the position along the arc, from 0 (the first model named) to 1 (the second)."""
     alpha: Alpha = 0.99
-    """Of regmean: the factor on the off-diagonal entries of the inputs' second moments."""
+    """With regmean: the factor on the off-diagonal entries of the inputs' second moments."""
     tokens: TextTokens = 8192
-    """Of ridge, logistic and regmean: tokens of each expert's text that are read. The last eighth
-    is held out, to measure routers on. Use more than the model's width."""
+    """With ridge, logistic and regmean: tokens to read of each expert's text. The last eighth is
+    held out to evaluate the routers. Use more than the model's width."""
     layers: tuple[Annotated[int, Range(0, 10_000)], ...] = ()
     """Layers that become mixtures, by number from 0; the others stay dense. Empty for all."""
     gate_pooling: Annotated[str, Choice(("mean", "last"))] = "mean"
-    """Of router_input: whether a prompt's states are averaged over its tokens, or the last one's
-    are used."""
+    """With router_input: use the mean of a prompt's states over its tokens, or the last token's
+    state."""
     gate_scale: Annotated[float, Range(0, 1e6, above=True)] = 1.0
-    """Of router_input: the length of every router row."""
+    """With router_input: the norm of every router row."""
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
-    """Of gate_mode ridge: how it solves."""
+    """With gate_mode ridge: settings of the regression."""
     allow: tuple[Annotated[str, Choice(DIFFERENCES)], ...] = ()
-    """Settings in which sources may differ from base_model although that changes what their weights
+    """Settings in which sources may differ from base_model although this changes what their weights
     mean."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
-    """Of everything random: router rows, noise, dare."""
+    """Random seed of router rows, noise and dare."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -246,7 +248,7 @@ class Recipe(Section):
 
     @property
     def sources(self) -> tuple[ExpertSource, ...]:
-        """Sources of the routed experts, then of the shared one."""
+        """Sources of the routed experts, then the shared expert's."""
         return (*self.experts, *self.shared_experts)
 
     @property
@@ -255,13 +257,13 @@ class Recipe(Section):
 
 
 def reads_text(recipe: Recipe) -> bool:
-    """Whether text of the experts' domains is read. Also for rules, whose recipe may be
+    """Whether text of the experts' domains is read. Rules call it too, so the recipe may be
     incomplete."""
     return recipe.gate_mode in SOLVED or recipe.merge == REGMEAN
 
 
 def _models(recipe: Recipe) -> set[str]:
-    """The distinct models of all experts. Also for rules, whose recipe may be incomplete."""
+    """The distinct models of all experts. Rules call it too, so the recipe may be incomplete."""
     return {expert.source_model for expert in (*recipe.experts, *recipe.shared_experts)}
 
 
@@ -276,7 +278,7 @@ def _prompts_of(expert: ExpertSource) -> tuple:
 
 
 def expert_count(recipe: Recipe) -> int:
-    """How many routed experts a layer has. Also for rules, whose recipe may be incomplete."""
+    """Number of routed experts in a layer. Rules call it too, so the recipe may be incomplete."""
     return count(recipe.method, len(recipe.experts), recipe.chunks)
 
 

@@ -1,4 +1,4 @@
-"""Recipes in files: YAML as mergekit-moe reads it, and files of prompts, with bounds on both."""
+"""Recipe files: YAML in mergekit-moe's format, and prompt files, both of bounded size."""
 
 import dataclasses
 import functools
@@ -16,14 +16,14 @@ from btx_jax.errors import ConfigError, Mistakes, UserError
 from btx_jax.mixing.recipe import ExpertSource, Recipe
 from btx_jax.paths import to_path
 
-MAX_RECIPE, MAX_PROMPTS = 1 << 18, 1 << 24  # bytes of a recipe, of its files of prompts together
-MAX_NODES = 100_000  # of a recipe, with its aliases written out
-KEPT = "mergekit_moe_config.yml"  # a mixture's recipe beside its weights, as mergekit-moe keeps it
+MAX_RECIPE, MAX_PROMPTS = 1 << 18, 1 << 24  # maximum bytes: recipe, all prompt files
+MAX_NODES = 100_000  # maximum nodes of a recipe, with aliases expanded
+KEPT = "mergekit_moe_config.yml"  # name under which a mixture keeps its recipe, as in mergekit-moe
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that appears twice, of which YAML would silently keep the last, and aliases
-    that expand to more than a file could contain."""
+    """YAML loader that rejects duplicate keys, of which YAML would silently keep the last, and
+    aliases that expand beyond what a file could contain."""
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
     def _size(self, node: Any, known: dict[int, int]) -> int:
         """Number of nodes, with aliases expanded."""
         if id(node) not in known:
-            known[id(node)] = MAX_NODES + 1  # within itself
+            known[id(node)] = MAX_NODES + 1  # for a node that contains itself
             parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
             if isinstance(node, yaml.MappingNode):
                 parts = [part for pair in parts for part in pair]
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file. Raises UserError with one line that names keys and cures."""
+    """Read a recipe from a YAML file. Raises UserError with one line that names keys and cures."""
     try:
         values = _without_none(yaml.load(_text(path, MAX_RECIPE), Loader=_Loader))
     except RecursionError as error:
@@ -110,8 +110,8 @@ def _text(path: Path, most: int) -> str:
 
 
 def _with_files_read(recipe: Recipe) -> Recipe:
-    """The recipe with the lines of prompt files in place of their names, each file read once.
-    Raises ConfigError."""
+    """The recipe with prompt files replaced by their lines, each file read once. Raises
+    ConfigError."""
     read: dict[str, list[str]] = {}
     total = 0
 
@@ -143,8 +143,8 @@ def _with_files_read(recipe: Recipe) -> Recipe:
 
 
 def expert_sources(mixture: Path) -> list[str]:
-    """The model behind each expert of a mixture, from the recipe kept beside its weights; empty
-    where there is none, or where every expert is made of all models."""
+    """The source model of each expert of a mixture, from the recipe stored with its weights; empty
+    without a recipe, or where every expert is made from all models."""
     path = mixture / KEPT
     if not path.exists():
         return []
@@ -158,15 +158,14 @@ def expert_sources(mixture: Path) -> list[str]:
 
 
 def _without_none(values: Any) -> Any:
-    """The values without null: mergekit writes unset options as null."""
+    """The values without nulls: mergekit writes unset options as null."""
     if isinstance(values, dict):
         return {key: _without_none(value) for key, value in values.items() if value is not None}
     return [_without_none(value) for value in values] if isinstance(values, list) else values
 
 
 def _as_ours(values: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
-    """The values without mergekit's keys that say what is always so here, and with numbers as
-    numbers."""
+    """The values without mergekit keys for what always holds here, and with numbers parsed."""
     values = _with_numbers(Recipe, values)
     for key in ("experts", "shared_experts"):
         if isinstance(experts := values.get(key), list):
@@ -188,8 +187,8 @@ def _as_ours(values: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
 
 
 def _with_numbers(section: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Values with text converted to numbers where numbers are expected: YAML 1.1 reads 1e-4 as
-    text, mergekit as 0.0001."""
+    """The values with text parsed where a number is expected: YAML 1.1 reads 1e-4 as text, mergekit
+    as 0.0001."""
     kinds = _kinds(section)
     return {
         key: _number(value, kinds[key]) if key in kinds else value for key, value in values.items()
@@ -203,8 +202,8 @@ def _kinds(section: type) -> dict[str, type]:
 
 
 def _number(value: Any, kind: type) -> Any:
-    """The number in a text as pydantic reads it, except booleans; the value itself where it is not
-    a number."""
+    """Parse a number from text as pydantic does, except booleans; other values are returned
+    unchanged."""
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, str) or not value.isascii():

@@ -1,7 +1,7 @@
-"""What models share, merged in closed form (RegMean, arXiv 2212.09849). Pure numpy.
+"""Closed-form merging of shared parameters (RegMean, arXiv 2212.09849). Pure numpy.
 
-Of a linear layer: the one that answers on every model's inputs as nearly as that model did, by
-least squares. Of an embedding, whose inputs are one-hot, that is a mean of rows by token counts.
+A merged linear layer reproduces, in the least-squares sense, each model's outputs on that model's
+inputs. For an embedding, whose inputs are one-hot, this is a mean of rows weighted by token counts.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from btx_jax.mixing.ridge import solve_positive
 
 
 def regmean(weights: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: float) -> np.ndarray:
-    """[in, out], float64: (sum of G')^-1 (sum of G' W), with G' = alpha G + (1 - alpha) diag(G).
+    """The merged layer [in, out], float64: (sum of G')^-1 (sum of G' W), with G' = alpha G + (1 -
+    alpha) diag(G).
 
-    weights: W of each model, [in, out]. grams: G of each, the sum of x x^T over its layer's inputs,
-    [in, in]; scaled all alike they give the same. Models that are equal give that model. Raises
+    weights: W of each model, [in, out]. grams: G of each model, the sum of x x^T over its layer's
+    inputs, [in, in]; a common factor does not matter. Equal models give that model. Raises
     UserError where the inputs do not determine the layer.
     """
     mean = np.stack(weights).mean(axis=0, dtype=np.float64)
@@ -25,8 +26,9 @@ def regmean(weights: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: f
         shrunk = alpha * gram
         np.fill_diagonal(shrunk, gram.diagonal())
         left += shrunk
-        right += shrunk @ (weight - mean)  # nothing is added to the mean of equal models
-    # Inputs of unlike sizes are no few inputs; of those that are 0 for all models the mean is kept.
+        right += shrunk @ (weight - mean)  # contributes nothing when all models are equal
+    # Normalise by input size, so that small inputs do not look rank-deficient. Inputs that are 0 in
+    # all models keep the mean.
     size = np.sqrt(left.diagonal())
     size[size == 0] = 1
     left /= np.outer(size, size)
@@ -41,10 +43,10 @@ def regmean(weights: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: f
 
 
 def weighted_rows(tables: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> np.ndarray:
-    """[tokens, D], float64: each row the mean of the models' rows, weighted by how often each
-    model's text holds the token; unweighted where none does.
+    """The merged embedding [tokens, D], float64: each row is the mean of the models' rows, weighted
+    by how often each model's text contains the token, or unweighted where none does.
 
-    tables: the embedding of each model, [tokens, D]. counts: of each, [tokens].
+    tables: the embedding of each model, [tokens, D]. counts: for each model, [tokens].
     """
     count_NV = np.stack(counts).astype(np.float64)
     count_NV[:, count_NV.sum(0) == 0] = 1

@@ -1,8 +1,8 @@
 """Router rows by ridge regression on sums over tokens (DUME, arXiv 2603.29765). Pure numpy.
 
-Of each domain a layer needs the sum of x x^T, the sum of x, and the number of tokens, where x is
-what the router sees. Sums of several texts of a domain add up; those of other domains stand beside
-each other, so that an expert comes or goes without any text.
+For each domain, a layer needs the sum of x x^T, the sum of x, and the number of tokens, where x is
+the router's input. Sums of several texts of one domain can be added, and those of other domains are
+stored separately, so that adding or dropping an expert needs no other expert's text.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 
 
 def moments(states: Iterable[np.ndarray]) -> Moments:
-    """Sums of one domain. states: batches of its tokens, [tokens, D]; summed in float64."""
+    """The sums of one domain, in float64. states: batches of its tokens, [tokens, D]."""
     gram_DD, total_D, count = np.zeros(()), np.zeros(()), 0
     for state in states:
         x_MD = state.astype(np.float64)
@@ -37,18 +37,18 @@ def moments(states: Iterable[np.ndarray]) -> Moments:
 
 
 def domain_weights(count_E: np.ndarray, weights: str) -> np.ndarray:
-    """The weight of a token of each domain: with `equal` all domains have the same total weight,
-    and together that of all tokens."""
+    """The weight of a token in each domain. With `equal`, all domains have the same total weight;
+    weights always sum to the number of tokens."""
     return count_E.mean() / count_E if weights == "equal" else np.ones(len(count_E))
 
 
 def solve(layer: Moments, ridge: RidgeConfig) -> np.ndarray:
     """Router rows [E, D], float64: those of (A + penalty I)^-1 [b_1 ... b_E], each divided by its
-    length and the temperature. A is the sum of w_e gram_e, b_e is w_e total_e; w: `domain_weights`.
+    norm and the temperature. A is the sum of w_e gram_e, b_e is w_e total_e; w: `domain_weights`.
 
-    DUME appends a constant 1 to x, which gives the logits a bias. Routers here have none: solved
-    without it, the rows are the best possible without a bias, which the rows of a solution with a
-    bias, cut off, are not. Raises UserError where there is no unique solution.
+    DUME appends a constant 1 to x, which gives the logits a bias. Routers here have none, so the
+    system is solved without it: dropping the bias from a solution with one would not be optimal.
+    Raises UserError where there is no unique solution.
     """
     weight_E = domain_weights(layer.count_E, ridge.weights)
     a_DD = np.einsum("e,eij->ij", weight_E, layer.gram_EDD)
@@ -71,8 +71,7 @@ def solve(layer: Moments, ridge: RidgeConfig) -> np.ndarray:
 
 
 def solve_positive(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
-    """a^-1 b of a symmetric a; None where a is not positive definite within the precision of
-    float64."""
+    """a^-1 b for symmetric a; None where a is not positive definite within float64 precision."""
     try:
         least = np.linalg.cholesky(a).diagonal().min() ** 2
     except np.linalg.LinAlgError:

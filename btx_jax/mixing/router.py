@@ -1,4 +1,4 @@
-"""How the routers of a new mixture start."""
+"""Initialisation of a new mixture's routers."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 def normal_routers(
     key: jax.Array, runs: Sequence[tuple[str, int, int]], d_model: int, std: float = 0.02
 ) -> dict[str, jax.Array]:
-    """runs: (name, layers, experts) of each MoE run -> {name: [layers, d_model, experts]}, float32
-    normal(std).
+    """Random routers. runs: (name, layers, experts) of each MoE run -> {name: [layers, d_model,
+    experts]}, float32 normal(std).
 
     Never zero: equal logits would send every token to experts 0..k-1.
     """

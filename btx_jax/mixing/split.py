@@ -1,5 +1,5 @@
-"""Feed-forward blocks cut along d_ff and put together anew, before they are mixed (BTX section 4.4,
-"split" and "blend")."""
+"""Split feed-forwards along d_ff and recombine them before mixing (BTX section 4.4, "split" and
+"blend")."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ def split_ffn(ffn: Mapping[str, jax.Array], chunks: int) -> dict[str, jax.Array]
     """{gate, up: [L, D, F], down: [L, F, D]} -> {gate, up: [L, C, D, F / C], down: [L, C, F / C,
     D]}.
 
-    SwiGLU acts on each hidden unit alone, so the outputs of all C chunks, each at weight 1, add up
-    to the block's. Raises ValueError when chunks does not divide F.
+    SwiGLU acts on each hidden unit separately, so the outputs of all C chunks, each with weight 1,
+    sum to the block's output. Raises ValueError when chunks does not divide F.
     """
     hidden = ffn["gate"].shape[-1]
     if hidden % chunks:
@@ -32,9 +32,9 @@ def split_ffn(ffn: Mapping[str, jax.Array], chunks: int) -> dict[str, jax.Array]
 
 
 def expert_models(models: Sequence[Params], method: str, chunks: int = 1) -> list[dict[str, Any]]:
-    """N dense trees -> a tree for each expert that the method makes of them, with the expert's
-    feed-forwards; everything else is the source's in whose place it stands. `mix_params` makes a
-    mixture of these. Raises ConfigError when d_ff cannot be cut."""
+    """N dense trees -> one tree for each expert that the method makes from them, with the expert's
+    feed-forwards and the other parameters of the source in its position. `mix_params` mixes these
+    trees. Raises ConfigError when d_ff cannot be split."""
     first = next(iter(_runs(models[0])))
     d_ff = models[0][first]["ffn"]["gate"].shape[-1]
     made = cut(method, len(models), chunks, d_ff)

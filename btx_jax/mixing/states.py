@@ -1,5 +1,6 @@
-"""What a model sees inside, layer by layer, with one layer's parameters in memory: a dense one, or
-a mixture of which each text passes through one expert. Shape legend: models/layers.py."""
+"""Hidden states of a model, layer by layer, with the parameters of one layer in memory: of a dense
+model, or of a mixture in which each text passes through a chosen expert. Shape legend:
+models/layers.py."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,22 +19,22 @@ from btx_jax.models.layers import After, Before, FeedForward, Norm, exact_matmul
 from btx_jax.models.llama import Params
 
 TOKENS_PER_BATCH = 4096  # of prompts
-# What lies between a layer's inputs and outputs, such as attention's scores, is there of so many.
+# Intermediate values within a layer, such as attention scores, exist for this many tokens at a
+# time.
 TOKENS_AT_ONCE = 512
 
 Read = Callable[[TensorId], np.ndarray]
 
 
-# Called with linear layers that get one input, before their weights are read, and with what they
-# get: of each text [rows, length, width], float32.
+# Called with the linear layers that share an input, before their weights are read, and with that
+# input: for each text [rows, length, width], float32.
 Inputs = Callable[[Sequence[TensorId], Sequence[np.ndarray]], None]
 
 _INTO_HEADS = ("attention/query", "attention/key", "attention/value")
 
 
 def _by_rows(function: Callable[[Any], jax.Array], rows: Any) -> jax.Array:
-    """function applied to arrays [B, T, ...], in blocks of rows with about
-    TOKENS_AT_ONCE tokens."""
+    """Apply function to arrays [B, T, ...] in blocks of rows with about TOKENS_AT_ONCE tokens."""
     length = jax.tree.leaves(rows)[0].shape[1]
     return jax.lax.map(function, rows, batch_size=max(1, TOKENS_AT_ONCE // length))
 
@@ -49,7 +50,7 @@ def _into_head(model: ModelConfig, params, x_BTD: jax.Array) -> jax.Array:
 
 
 def _applied(module: Any, params: Params, name: str, *x_BTD: jax.Array) -> jax.Array:
-    """The module applied with its parameters of that name, where there are any."""
+    """Apply the module with its parameters of that name, if there are any."""
     with exact_matmuls("float32"):
         return cast(jax.Array, module.apply({"params": params.get(name, {})}, *x_BTD))
 
@@ -58,8 +59,8 @@ def _applied(module: Any, params: Params, name: str, *x_BTD: jax.Array) -> jax.A
 def _heads(
     model: ModelConfig, spec: LayerSpec, attention, h_BTD: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """Input of the output projection, whose parameters need not be there: [B, T, heads
-    * head_dim]."""
+    """Input of attention's output projection, [B, T, heads * head_dim]. The projection's parameters
+    may be absent."""
     out = jnp.zeros((model.heads, model.head_dim, model.d_model))
     params = {"params": {"out": out} | attention}
 
@@ -87,7 +88,7 @@ def _after_heads(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _after_ffn(model: ModelConfig, params, x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
-    """x plus the output of one feed-forward, and of a shared expert where params have one."""
+    """x plus the output of one feed-forward, and of a shared expert if params contain one."""
 
     def answer(h_TD: jax.Array) -> jax.Array:
         y_TD = jnp.zeros_like(h_TD)
@@ -114,8 +115,8 @@ def token_embeddings(reader: Reader, prompts: Sequence[Sequence[int]]) -> list[n
 def layer_states(
     reader: Reader, prompts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
-    """For each layer and prompt: (input of the layer [tokens, D], input of its feed-forward block
-    [tokens, D]), float32."""
+    """Yield for each layer: the input of the layer, and the input of its feed-forward block, each a
+    list with [tokens, D] float32 for every prompt."""
     model = reader.model
     length = max(map(len, prompts))
     rows = min(len(prompts), max(1, TOKENS_PER_BATCH // length))
@@ -153,14 +154,14 @@ def forced_states(
     texts: Sequence[tuple[int | None, Rows]],
     inputs: Inputs | None = None,
 ) -> Iterator[list[np.ndarray]]:
-    """For each layer of a mixture and each text: the input of the router, or of a dense layer's
-    feed-forward, [rows, length, D], float32. In mixtures every token of a text passes through one
-    expert, with weight 1.
+    """Yield for each layer of a mixture, for each text: the input of the router, or of a dense
+    layer's feed-forward, [rows, length, D], float32. In MoE layers every token of a text passes
+    through the text's expert, with weight 1.
 
-    read: returns a tensor of the mixture. texts: (expert, its text); None: through no routed
-    expert. inputs: receives the inputs of attention's projections and of the head. In memory are
-    the states of one layer and, of its parameters, one expert's and those outside the experts. What
-    is yielded is valid until the next is.
+    read: returns a tensor of the mixture. texts: (expert, its text); None bypasses the routed
+    experts. inputs: receives the inputs of attention's projections and of the head. Memory holds
+    the states of one layer, its parameters outside the experts, and those of one expert. A yielded
+    list is valid until the next one.
     """
     dense, table = model.dense(), read(EMBEDDING)
     segments = [jnp.asarray(rows.segments_RT) for _, rows in texts]
@@ -199,9 +200,9 @@ def forced_states(
             states[number] = _after_ffn(dense, ffn, x, h_RTD)
             seen.append(np.asarray(h_RTD))
             jax.block_until_ready(states[number])
-            del ffn, x, h_RTD  # before the next expert's are read
+            del ffn, x, h_RTD  # free memory before the next expert's parameters are read
         yield seen
-        seen.clear()  # a progress bar holds what it passed on last
+        seen.clear()  # progress bars keep a reference to the last item
     if inputs and HEAD in slots(model):
         norm = _params(model, read, [t for t in slots(model) if t.part == "final_norm/scale"])
         for number, x in enumerate(states):
@@ -211,7 +212,7 @@ def forced_states(
 
 
 def _params(model: ModelConfig, read: Read, tensors: Iterable[TensorId]) -> dict[str, Any]:
-    """Parameters of one layer, as its modules take them, float32."""
+    """Parameters of one layer in the form its modules take, float32."""
     leaves = {
         tuple(tensor.part.split("/")): jnp.asarray(
             slots(model)[tensor].to_ours(read(tensor)), jnp.float32

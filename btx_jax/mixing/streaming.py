@@ -1,5 +1,5 @@
-"""A mixture, tensor by tensor, from readers of its sources: no more of them in memory than what one
-tensor is made of."""
+"""Make a mixture tensor by tensor from readers of its sources. Memory holds no more than the
+sources of one tensor."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +16,19 @@ from btx_jax.mixing.averaging import Shared, generator
 from btx_jax.mixing.merge import wide
 from btx_jax.mixing.recipe import ExpertSource, Recipe
 
-VOCABULARY = (EMBEDDING, HEAD)  # a row for each token
+VOCABULARY = (EMBEDDING, HEAD)  # tensors with a row for each token
 SHARED_GATE = "shared_expert/router"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture to be made, tensor by tensor. model: of the result. readers: of the distinct
-    sources, base_model's first; source_of: which of them each of recipe.sources is. dtype: of every
-    tensor. gates: [layers, rows, D], one row per routed expert, then one for the shared expert's
-    gate where the model has one. solved: what has been solved from text already, of what experts
-    share."""
+    """A mixture to be made, tensor by tensor.
+
+    model: of the result. readers: of the distinct sources, base_model's first. source_of: index of
+    the reader for each of recipe.sources. dtype: of every tensor. gates: [layers, rows, D], one row
+    per routed expert, then one for the shared expert's gate if the model has one. solved: shared
+    tensors that have already been solved from text.
+    """
 
     recipe: Recipe
     model: ModelConfig
@@ -41,19 +43,19 @@ class Mixture:
         return self.readers[0]
 
     def averaged(self) -> list[int]:
-        """Which readers the tensors outside the experts come from: the base, or every distinct
-        model of the experts once."""
+        """Indices of the readers that provide the tensors outside the experts: the base, or each
+        distinct model of the experts."""
         return [0] if self.recipe.base == "copy" else list(dict.fromkeys(self.source_of))
 
     @property
     def shared(self) -> Shared:
-        """The merge of what belongs to no expert."""
+        """The merge of the tensors that belong to no expert."""
         recipe, readers = self.recipe, [self.readers[number] for number in self.averaged()]
         settings = {key: getattr(recipe, key) for key in MERGE_SETTINGS[recipe.merge]}
         return Shared(recipe.merge, settings, self.base, readers, self.dtype, recipe.seed)
 
     def check(self) -> None:
-        """Raises UserError when a tensor that was read contained NaN or infinity."""
+        """Raise UserError when a tensor that was read contained NaN or infinity."""
         for reader in self.readers:
             reader.check()
 
@@ -64,16 +66,14 @@ def is_averaged(tensor: TensorId) -> bool:
 
 
 def check_shapes(mixture: Mixture, names: Sequence[str]) -> None:
-    """Check that what `allow` accepts still has the expected shapes. names: of the readers. Raises
-    UserError."""
+    """Check that sources whose differences `allow` permits still have the expected shapes. names:
+    of the readers. Raises UserError."""
     base = mixture.base.slots
     averaged = [t for t in slots(mixture.model) if is_averaged(t) and t in base]
     for number in mixture.averaged():
         other = mixture.readers[number].slots
         for tensor in averaged:
-            rows = (
-                1 if tensor in VOCABULARY else 0
-            )  # vocabularies may differ where they are allowed
+            rows = 1 if tensor in VOCABULARY else 0  # vocabularies may differ where allowed
             if tensor not in other or other[tensor].shape[rows:] != base[tensor].shape[rows:]:
                 raise UserError(
                     f"{names[number]}: {tensor} has another shape than in"
@@ -82,7 +82,7 @@ def check_shapes(mixture: Mixture, names: Sequence[str]) -> None:
 
 
 def make_tensor(mixture: Mixture, tensor: TensorId) -> np.ndarray:
-    """A tensor of the mixture, in its dtype."""
+    """Make a tensor of the mixture, in its dtype."""
     recipe, dtype = mixture.recipe, mixture.dtype
     if tensor.is_router:
         assert tensor.layer is not None
@@ -106,7 +106,7 @@ def make_tensor(mixture: Mixture, tensor: TensorId) -> np.ndarray:
         d_ff = mixture.base.model.d_ff
         made = cut(recipe.method, len(recipe.experts), recipe.chunks, d_ff)
         pieces = made.made_of(tensor.expert)
-    axis = 1 if tensor.part.endswith("/down") else 0  # of d_ff
+    axis = 1 if tensor.part.endswith("/down") else 0  # d_ff
     dense, rng = tensor.of_dense(), generator(recipe.seed, tensor)
     parts = [
         _changed(_piece(mixture, piece, dense, axis), recipe.sources[piece.source], dense, rng)
@@ -131,9 +131,9 @@ def _piece(mixture: Mixture, piece: Piece, dense: TensorId, axis: int) -> np.nda
 def _changed(
     array: np.ndarray, expert: ExpertSource, dense: TensorId, rng: np.random.Generator
 ) -> np.ndarray:
-    """The array with noise_scale applied to feed-forward weights, then residual_scale
-    to the down projection, each rounded to the source's dtype, as mergekit does.
-    Unchanged bits without either."""
+    """The array with noise_scale applied to feed-forward weights, then residual_scale to the down
+    projection, each rounded to the source's dtype as in mergekit. Without either, bits are
+    unchanged."""
     stored = array.dtype
     if expert.noise_scale:
         noise = rng.standard_normal(array.shape, np.float32) * np.float32(expert.noise_scale)

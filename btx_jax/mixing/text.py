@@ -1,4 +1,4 @@
-"""Text of the experts' domains, as rows of tokens that a model reads."""
+"""Text of the experts' domains, as rows of tokens for a model."""
 
 import itertools
 import logging
@@ -24,18 +24,18 @@ from btx_jax.data.tokenizers import Tokenizer, check_ids
 from btx_jax.errors import UserError
 from btx_jax.mixing.recipe import Recipe
 
-HELD_OUT = 8  # one token of so many
-LENGTH = 512  # tokens of a row, where the model's context is not shorter
-LEAST = 2 * HELD_OUT  # tokens of a text
-COUNTED = 1 << 20  # tokens of a text, at most, that are counted by kind
+HELD_OUT = 8  # one token in this many is held out
+LENGTH = 512  # tokens per row, unless the model's context is shorter
+LEAST = 2 * HELD_OUT  # minimum tokens of a text
+COUNTED = 1 << 20  # maximum tokens of a text to count by id
 
 log = logging.getLogger(__name__)
 
 
 class Rows(NamedTuple):
-    """Documents concatenated and cut into rows. segments: 0 for padding, equal within a row for the
-    same document. is_heldout: marks tokens that routers are measured on, and that nothing is fitted
-    to."""
+    """Documents concatenated and cut into rows. segments: 0 for padding, equal within a row for
+    tokens of the same document. is_heldout: tokens that evaluate the routers and are not used for
+    fitting."""
 
     tokens_RT: np.ndarray
     segments_RT: np.ndarray
@@ -43,14 +43,14 @@ class Rows(NamedTuple):
 
     @property
     def is_used(self) -> np.ndarray:
-        """[R, T], marks tokens that something is fitted to."""
+        """Mask of the tokens used for fitting, [R, T]."""
         return (self.segments_RT > 0) & ~self.is_heldout_RT
 
 
 def pack(texts: Iterable[Sequence[int]], length: int, limit: int) -> Rows:
-    """Rows of the first `limit` tokens, of which the last eighth is held out."""
+    """Pack the first `limit` tokens into rows; the last eighth is held out."""
     ids: list[int] = []
-    numbers: list[int] = []  # of each token's document, from 1
+    numbers: list[int] = []  # document number of each token, from 1
     for number, text in enumerate(texts, start=1):
         part = text[: limit - len(ids)]
         ids += part
@@ -72,13 +72,13 @@ def pack(texts: Iterable[Sequence[int]], length: int, limit: int) -> Rows:
 
 
 def token_counts(rows: Rows, vocab_size: int) -> np.ndarray:
-    """How often each token occurs, outside what is held out, [vocab_size], float64."""
+    """How often each token occurs outside the held-out part, [vocab_size], float64."""
     return np.bincount(rows.tokens_RT[rows.is_used], minlength=vocab_size).astype(np.float64)
 
 
 def prepared_rows(domains: Sequence[PreparedDomain], limit: int) -> Rows:
     """About `limit` tokens: an eighth from held-out documents, if there are enough, the rest from
-    training documents. Domains by their weights."""
+    training documents. Domains are sampled by weight."""
     total = sum(domain.weight for domain in domains)
     parts: list[Rows] = []
     for domain in domains:
@@ -98,8 +98,8 @@ def prepared_rows(domains: Sequence[PreparedDomain], limit: int) -> Rows:
 def expert_texts(
     recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig, limit: int
 ) -> list[Rows]:
-    """For each routed expert, and for regmean also a shared one, the first `limit` tokens of its
-    text, or of its prompts where it has none."""
+    """The first `limit` tokens of each routed expert's text, or of its prompts if it has no text;
+    for regmean also a shared expert's."""
     named = {f"recipe.experts[{i}]": expert for i, expert in enumerate(recipe.experts)}
     if recipe.merge == REGMEAN:
         named |= {f"recipe.shared_experts[{i}]": e for i, e in enumerate(recipe.shared_experts)}
@@ -118,9 +118,12 @@ def expert_texts(
 def read_text(
     text: str | Sequence[str], key: str, tokenizer: Tokenizer | None, model: ModelConfig, limit: int
 ) -> Rows:
-    """The first `limit` tokens of a text. text: `WHAT[#FIELD][:WEIGHT]`, comma-separated, or
-    documents themselves. Raises UserError, naming the key, for text that cannot be read, is too
-    short, or contains tokens that the model does not have."""
+    """Read the first `limit` tokens of a text. text: `WHAT[#FIELD][:WEIGHT]`, comma-separated, or
+    the documents themselves.
+
+    Raises UserError, naming the key, for text that cannot be read, is too short, or contains tokens
+    that the model does not have.
+    """
     if tokenizer is None:
         raise UserError(f"{key}: cannot be read without a tokenizer, and none is beside the model")
     if isinstance(text, str):
@@ -135,7 +138,7 @@ def read_text(
 
 
 def _of_sources(notation: str, key: str, tokenizer: Tokenizer, limit: int) -> Iterator[list[int]]:
-    """The first documents of each source, with as many tokens as its weight asks for."""
+    """The first documents of each source, with tokens in proportion to its weight."""
     sources = parse_sources(notation, key)
     total = sum(source.weight for source in sources)
     problems = Problems()

@@ -1,4 +1,4 @@
-"""A finished mixture against its sources."""
+"""Verify a finished mixture against its sources."""
 
 from btx_jax.architectures.tensors import Reader
 from btx_jax.errors import UserError
@@ -8,8 +8,9 @@ from btx_jax.progress import bar
 
 
 def verify(mixture: Mixture, written: Reader) -> str:
-    """Compare every tensor with what the recipe makes of the sources: bit for bit, or as the merge
-    checks it. Returns a line that says so. Raises UserError, naming the tensors that differ."""
+    """Compare every tensor with what the recipe makes from the sources: bit for bit, or by the
+    merge's own check. Returns a line that reports the result. Raises UserError, naming the tensors
+    that differ."""
     merge = MERGES[mixture.recipe.merge]
     by_itself = merge.is_right is not None and len(mixture.averaged()) > 1
     wrong, means = [], 0
