@@ -1,10 +1,10 @@
-"""LoRA experts as files of our own. No base model is read here; peft's files are in `peft`.
+"""LoRA experts in files of our own format; for peft's files see `peft`. No base model is read here.
 
 A directory holds adapter.safetensors, with `layers.LAYER.TARGET.a` [experts, rank, inputs], `.b`
 [experts, outputs, rank] and `.router` [experts, inputs] (layouts as in Hugging Face, float32), and
-adapter.json: the format's number, the model with its lora section (allocation, rank, k, alpha,
-targets), the experts of each layer, path and digest of the base, what it was trained on, sha256 of
-adapter.safetensors, and sha256 of all this but the base's path, which may be changed.
+adapter.json: format number, model with its lora section (allocation, rank, k, alpha, targets),
+number of experts per layer, path and digest of the base, training history, sha256 of
+adapter.safetensors, and sha256 of all these except the base's path, which may be changed.
 """
 
 import hashlib
@@ -43,7 +43,8 @@ def block_of(target: str) -> str:
 
 
 def places(model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """(name in our files, leaf path, layer in its run) of every tensor of the model's adapters."""
+    """Yield (name in our files, leaf path, index of the layer in its run) for every tensor of the
+    model's adapters."""
     layer = 0
     for run, length, spec in model.runs():
         for offset in range(length):
@@ -65,7 +66,7 @@ def leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def to_tensors(model: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """An adapter's tree -> tensors as they are stored in files."""
+    """Convert an adapter's tree to tensors as stored in files."""
     host: dict[tuple[str, ...], np.ndarray] = {}
     result = {}
     for name, path, offset in places(model):
@@ -78,8 +79,8 @@ def to_tensors(model: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _turned(x: np.ndarray, part: str) -> np.ndarray:
-    """Convert from our layout to that of files, or back: for a, [I, E, R] <-> [E, R, I] is not its
-    own inverse."""
+    """Convert a tensor from our layout to that of files. For `a`, [I, E, R] -> [E, R, I] is not its
+    own inverse; see `_ours`."""
     return {
         "a": lambda: x.transpose(1, 2, 0),
         "b": lambda: x.swapaxes(1, 2),
@@ -134,7 +135,7 @@ def is_adapter_directory(path: Path) -> bool:
 
 
 def _read_json(directory: Path) -> dict[str, Any]:
-    """adapter.json, with its checksum verified."""
+    """Read adapter.json and verify its checksum."""
     file = directory / ABOUT
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -171,8 +172,8 @@ def read_directory(directory: Path, model: ModelConfig) -> dict[str, Any]:
 
 
 def load_tensors(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, in the order of their names. Raises UserError when it
-    cannot be read, or its bytes have another sha256."""
+    """All tensors of a safetensors file, sorted by name. Raises UserError when it cannot be read or
+    its sha256 differs."""
     require_regular(file)
     try:
         data = file.read_bytes()
@@ -204,8 +205,8 @@ def write_directory(
 def merged_delta(
     model: ModelConfig, tensors: Mapping[str, np.ndarray], gates: Callable[[int], np.ndarray]
 ) -> dict[TensorId, np.ndarray]:
-    """{tensor: what is added to that weight [out, in], float32}: (alpha / rank) sum g_i B_i A_i.
-    gates: number of experts in a layer -> their fixed weights."""
+    """{tensor: addition to that weight [out, in], float32}: (alpha / rank) sum g_i B_i A_i. gates:
+    number of experts in a layer -> their fixed weights."""
     specs = [spec.lora for spec in model.layer_specs()]
     deltas = {}
     for name in (name for name in tensors if name.endswith(".a")):
@@ -213,11 +214,11 @@ def merged_delta(
         spec = specs[int(layer)]
         assert spec
         a_ERI, b_EOR = tensors[name], tensors[f"layers.{layer}.{target}.b"]
-        if not b_EOR.any():  # a map that is not adapted keeps its bits
+        if not b_EOR.any():  # an unadapted map stays bit-identical
             continue
         weight_E = gates(spec.experts).astype(np.float32) * np.float32(spec.scale)
         deltas[adapted(target, int(layer))] = (
-            (b_EOR[0] @ a_ERI[0]) * weight_E[0]  # the bits of peft
+            (b_EOR[0] @ a_ERI[0]) * weight_E[0]  # bit-identical to peft's merge
             if spec.experts == 1
             else np.einsum("e,eor,eri->oi", weight_E, b_EOR, a_ERI, optimize=True)
         )

@@ -1,4 +1,4 @@
-"""The digest of what a checkpoint leaves to its base, by which the right base is known."""
+"""Digest of the parameters that a checkpoint leaves to its base, used to identify the base."""
 
 import hashlib
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def base_digest(hashes: Mapping[TensorId, str]) -> str:
 
 
 def require_digest(held: Base, digest: str, whose: Path | str) -> None:
-    """Raises UserError when the base found now has another digest. held: what was found."""
+    """Raise UserError when the base found now has another digest. held: the base that was found."""
     if held.digest != digest:
         raise UserError(
             f"{whose}: was trained on a base with digest {digest[:16]}..., but {held.path} has"

@@ -1,5 +1,5 @@
-"""Branches that keep a base: a branch read as the whole model that it is, and its base read as
-what it keeps."""
+"""Readers for branches with a base: of a branch as a whole model, and of its base as the part the
+branch keeps."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from btx_jax.config.model_config import ModelConfig
 
 
 class AnchorReader:
-    """Reads a dense model as what branches beside an anchor keep of it: its feed-forwards become
-    the anchor's."""
+    """Reads a dense model as the parameters that a branch with an anchor takes from it: its
+    feed-forwards become the anchor's."""
 
     def __init__(self, dense: Reader, model: ModelConfig):
-        """model: that of the branches."""
+        """model: the branch's config."""
         self.model = model
         kept = {tensor: _in_dense(tensor) for tensor in slots(model)}
         self.slots = {t: slots(model)[t] for t, under in kept.items() if under in dense.slots}
@@ -37,11 +37,11 @@ def _in_dense(tensor: TensorId) -> TensorId:
 
 
 class BranchReader:
-    """Reads a branch: its own tensors from its step, all others from its base. All in float32, as
-    they are trained, whatever the dtype of the base."""
+    """Reads a branch as a whole model: its own tensors from its step, all others from its base. All
+    are float32, as in training, whatever the dtype of the base."""
 
     def __init__(self, own: StepReader, under: Reader, base: Base, path: Path):
-        """base: where `under` reads, and the digest it must have. path: of the branch."""
+        """base: where `under` reads, with the expected digest. path: of the branch."""
         self.model, self.slots = own.model, slots(own.model)
         self.dtypes = dict.fromkeys(self.slots, np.dtype(np.float32))
         self.by_leaf = own.by_leaf or getattr(under, "by_leaf", False)
@@ -60,8 +60,8 @@ class BranchReader:
         return _float32(reader.read_region(tensor, region))
 
     def check(self) -> None:
-        """Reads what has not been read of the base yet. Raises UserError when it is not the base
-        that the branch was trained on, or a tensor that was read contained NaN or infinity."""
+        """Read the rest of the base. Raises UserError when it is not the base that the branch was
+        trained on, or a tensor that was read contained NaN or infinity."""
         for tensor in self.slots:
             if tensor not in self._own.slots and tensor not in self._hashes:
                 self.read(tensor)

@@ -1,5 +1,4 @@
-"""A model on disk, whatever its format: a run's own checkpoint (Orbax) or a Hugging Face
-directory."""
+"""A model on disk in any format: a run's own checkpoint (Orbax) or a Hugging Face directory."""
 
 import collections
 import dataclasses
@@ -69,16 +68,16 @@ from btx_jax.rundir import has_begun, has_finished, recorded_results
 
 log = logging.getLogger(__name__)
 
-HISTORY = "btx_jax.history"  # in the headers of exports: the History as JSON
-BEST = "best"  # in place of a step, and what a run's results call it
-AHEAD = 2  # tensors being made while one is written
+HISTORY = "btx_jax.history"  # key of the History, as JSON, in the headers of exports
+BEST = "best"  # accepted in place of a step number; also a key of a run's results
+AHEAD = 2  # tensors to make ahead of the one being written
 
 DTYPES = {dtype.name: dtype for dtype in safetensors_files.DTYPES.values()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One model's directory, found and described but not read."""
+    """The location and description of one stored model; its parameters are not read."""
 
     path: Path
     metadata: CheckpointMetadata
@@ -86,8 +85,9 @@ class Checkpoint:
     is_adapter_directory: bool = False
 
     def identity(self) -> str:
-        """A hash of its files' names, sizes and times, which changes when it is trained further,
-        replaced or converted anew. For one from the Hub, its name and commit."""
+        """A hash of its files' names, sizes and modification times, which changes when the model is
+        trained further, replaced or converted again. For a model of the Hub, its name and
+        commit."""
         if found := origin(self.path):
             return str(found)
         if buckets.is_on_bucket(self.path):
@@ -102,7 +102,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What a model card calls it."""
+        """The model's name in model cards."""
         return (
             title(self.path)
             if self.is_huggingface or self.is_adapter_directory
@@ -120,11 +120,11 @@ class Checkpoint:
 
 
 def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
-    """A run's working directory (its last step), one step's directory (`checkpoints/best`: the one
-    that CheckpointConfig.best kept), a Hugging Face directory or an adapter directory. Raises
-    UserError if none of these, and for links out of it."""
+    """Find a checkpoint: a run's working directory (its last step), the directory of a step
+    (`checkpoints/best`: the one kept by CheckpointConfig.best), a Hugging Face directory or an
+    adapter directory. Raises UserError for anything else, and for links out of it."""
     found = _find(path, key)
-    refuse_links_out(found.tokenizer)  # of a Hugging Face or adapter directory, all of it
+    refuse_links_out(found.tokenizer)  # all files of a Hugging Face or adapter directory
     return found
 
 
@@ -137,7 +137,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         if not path.exists():
             cure = f"; if the Hub has it: {PROTOCOL}{named}" if may_be_named(named) else ""
             raise UserError(f"{key}: {path} does not exist{cure}")
-        for directory in (path, path.parent.parent):  # of a run, or of one of its steps
+        for directory in (path, path.parent.parent):  # a run or one of its steps
             buckets.require_whole(directory, key)
     except (
         OSError,
@@ -145,13 +145,13 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         RuntimeError,
     ) as error:  # a name too long, a NUL in it, a loop of links
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
-    # Tensors are checked where they are read.
+    # Tensors are checked when they are read.
     sums = [name for name in read_sums(path) if not name.endswith(".safetensors")]
-    if origin(path):  # from where only what is read was fetched
+    if origin(path):  # downloads only what is read
         sums = [name for name in sums if (path / name).exists()]
     check_sums(path, sums)
     if is_huggingface(path):
-        refuse_links_out(path)  # before the first of them is read
+        refuse_links_out(path)  # before any of them is read
         metadata = CheckpointMetadata(
             read_config(path), 0, _history(path), huggingface=read_kept(path)
         )
@@ -194,16 +194,16 @@ def _best(path: Path, key: str) -> Path:
 
 
 def _again(path: Path, key: str) -> Path:
-    """A path that was recorded inside a snapshot of the Hub's cache, which may have been emptied
-    since."""
+    """A path recorded inside a snapshot of the Hub's cache, which is downloaded again if the cache
+    has been emptied."""
     if path.exists() or not (found := origin(path)):
         return path
     return hub.resolve(f"{PROTOCOL}{found}", key)
 
 
 def _history(directory: Path) -> History:
-    """History of a Hugging Face directory: what our export wrote into the headers of its tensor
-    files, which no other tool preserves when it writes a model."""
+    """History of a Hugging Face directory: written by our export into the headers of the tensor
+    files, and not preserved by other tools that write models."""
     files = sorted(directory.glob("model*.safetensors"))
     told = {safetensors_files.SafetensorsFile(file).metadata.get(HISTORY) for file in files}
     text = told.pop() if len(told) == 1 else None
@@ -216,8 +216,8 @@ def _history(directory: Path) -> History:
 
 
 def open_reader(checkpoint: Checkpoint) -> Reader:
-    """Raises UserError listing everything that is wrong with the checkpoint, except its values; and
-    for LoRA experts, which are not a whole model."""
+    """Open a checkpoint for reading. Raises UserError that lists everything wrong with the
+    checkpoint except its values, and for LoRA experts, which are not a whole model."""
     metadata = checkpoint.metadata
     if metadata.model.lora:
         raise UserError(
@@ -235,15 +235,15 @@ def open_reader(checkpoint: Checkpoint) -> Reader:
 
 
 def reads_by_leaf(readers: Iterable[Reader]) -> bool:
-    """Whether one of the readers reads least when tensors are requested leaf by leaf."""
+    """Whether one of the readers reads fewer bytes when tensors are requested leaf by leaf."""
     return any(getattr(reader, "by_leaf", False) for reader in readers)
 
 
 def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
-    """The parameters, onto the shardings of `abstract`, or all in the host's memory. float32 unless
-    `abstract` says otherwise.
+    """Load all parameters, with the shardings and dtypes of `abstract`, or by default in host
+    memory as float32.
 
-    Raises UserError listing everything that does not fit the checkpoint's own model.
+    Raises UserError that lists everything in which the checkpoint does not fit its own model.
     """
     if abstract is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -262,20 +262,20 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
 
 
 def load_part(checkpoint: Checkpoint, abstract: Any) -> Params:
-    """The parameters of a whole model that `abstract` names, onto its shardings."""
+    """Load the parameters named by `abstract` from a whole model, with its shardings."""
     reader = open_reader(checkpoint)
     return assemble(reader, abstract, _slots_of(abstract, checkpoint.metadata.model))
 
 
 def _slots_of(abstract: Any, model: ModelConfig) -> dict[TensorId, Slot]:
-    """The tensors that these parameters are made of."""
+    """The tensors that make up these parameters."""
     paths = flatten_dict(abstract).keys()
     return {tensor: slot for tensor, slot in slots(model).items() if slot.path in paths}
 
 
 def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params:
-    """The parameters of a model that is not trained, spread over the mesh: operands of matmuls in
-    `dtype`, everything else in float32."""
+    """Load a model for inference, sharded over the mesh: matmul operands in `dtype`, everything
+    else in float32."""
     boxed = abstract_params(checkpoint.metadata.model)
 
     def place(path: Any, x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -290,7 +290,8 @@ def load_for_inference(checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Params
 
 
 def _load_stored(checkpoint: Checkpoint, abstract: Any) -> Params:
-    """What a checkpoint itself contains, without its base, onto the shardings of `abstract`."""
+    """The parameters stored in the checkpoint itself, without its base, with the shardings of
+    `abstract`."""
     metadata = checkpoint.metadata
     if not checkpoint.is_adapter_directory:
         return restore_params(checkpoint.path, metadata, abstract)
@@ -316,15 +317,15 @@ def adapter_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 def load_base(
     base: Base, model: ModelConfig, abstract: Any, whose: Path | str
 ) -> tuple[Params, Base]:
-    """What `abstract` names of the model under LoRA experts, or under a branch, onto its shardings
-    and into its dtypes, in the runs of `model`; and base with its digest.
+    """Load the base of LoRA experts or of a branch: (the parameters named by `abstract`, with its
+    shardings and dtypes, in the runs of `model`; `base` with its digest).
 
-    digest: sha256 over the lines `NAME SHA256`, sorted, of the name (TensorId's) of every tensor
-    that is taken, and its values in Hugging Face's layout, as little-endian float32: the same for a
-    Hugging Face directory and for its conversion.
+    The digest is the sha256 over the sorted lines `NAME SHA256` for every tensor that is used: its
+    name (as TensorId prints it) and the hash of its values in Hugging Face's layout as
+    little-endian float32. It is the same for a Hugging Face directory and its conversion.
 
-    Raises UserError when there is no such checkpoint, it is another model, or base.digest is set
-    and not that of its values.
+    Raises UserError when the base does not exist, is another model, or base.digest is set and
+    differs.
     """
     found = _find_base(base, model, whose)
     hashes: dict[TensorId, str] = {}
@@ -336,14 +337,14 @@ def load_base(
 
 
 def _as_base(found: Checkpoint, model: ModelConfig) -> Reader:
-    """The base of LoRA experts or a branch, read as what `model` uses of it."""
+    """A reader of the base that presents only what `model` uses."""
     reader = open_reader(found)
     return AnchorReader(reader, model) if model.moe and not found.metadata.model.moe else reader
 
 
 def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
-    """The base at base.path, or where it is now if both were moved together. Raises UserError when
-    there is no such checkpoint, or it is another model."""
+    """Find the base at base.path, or at its new place if it was moved together with its user.
+    Raises UserError when it does not exist or is another model."""
     path = base.path
     if not to_path(path, "base").exists() and not origin(path):
         path = _moved(path, to_path(str(whose), "base"))
@@ -365,9 +366,8 @@ def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
 
 
 def _moved(path: str, whose: Path) -> str:
-    """The end of a path, found below one of the directories around what names it: the nearest of
-    these, and the longest such end; "" if there is none. A step is recognised only together with
-    its run."""
+    """Look for a tail of `path` below the directories around `whose`: the nearest directory first,
+    then the longest tail; "" if there is none. A step is recognised only together with its run."""
     parts = to_path(path, "base").parts
     least = 3 if parts[-2:-1] == (DIRECTORY,) else 1
     ends = [parts[start:] for start in range(1, len(parts) - least + 1)]
@@ -376,13 +376,13 @@ def _moved(path: str, whose: Path) -> str:
 
 
 def base_of(checkpoint: Checkpoint) -> Base:
-    """A whole model as the base of LoRA experts, with one tensor in memory at a time."""
+    """A whole model as the base of LoRA experts; reads one tensor at a time."""
     return Base(str(checkpoint.path), _digest_of(checkpoint, lambda path: True))
 
 
 def off_base(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Of models that include branches of a base, those that lack what the first such branch keeps
-    of its base: they do not mix exactly with it."""
+    """Of models that include branches of a base, those that differ from the first branch's base in
+    what branches keep: mixing with them is not exact."""
     digests = [c.metadata.base.digest for c in checkpoints if c.metadata.base]
     if not digests:
         return []
@@ -395,7 +395,7 @@ def off_base(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def off_anchor(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Of models that have an anchor, those whose base or anchor differs from that of the first."""
+    """Of models with an anchor, those whose base or anchor differs from the first one's."""
     bases = [checkpoint.metadata.base for checkpoint in checkpoints]
     if all(bases):
         digests = [base.digest for base in bases if base]
@@ -406,7 +406,7 @@ def off_anchor(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _digest_of(checkpoint: Checkpoint, wanted: Callable[[tuple[str, ...]], bool]) -> str:
-    """Digest as from `load_base`, over the tensors of the leaves that are wanted."""
+    """Digest as in `load_base`, over the tensors of the wanted leaves."""
     reader = open_reader(checkpoint)
     tensors = [tensor for tensor, slot in reader.slots.items() if wanted(slot.path)]
     hashes = {
@@ -418,10 +418,10 @@ def _digest_of(checkpoint: Checkpoint, wanted: Callable[[tuple[str, ...]], bool]
 
 
 def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer beside a checkpoint, or None with a warning: weights alone can be converted and
-    mixed.
+    """The tokenizer stored with a checkpoint. Without one, returns None with a warning: weights
+    alone can be converted and mixed.
 
-    Raises UserError when there is one and it is damaged.
+    Raises UserError when it is damaged.
     """
     try:
         file = find_tokenizer(checkpoint.tokenizer)
@@ -447,13 +447,13 @@ def write_checkpoint(
     inspect: Callable[[Path], None] = lambda written: None,
     by_leaf: bool = False,
 ) -> None:
-    """A new directory, whole or not at all: `make_tensor(tensor)` for every tensor of the model,
-    one at a time, cast to dtypes[tensor].
+    """Write a checkpoint into a new directory, completely or not at all: `make_tensor(tensor)` for
+    every tensor of the model, one at a time, cast to dtypes[tensor].
 
-    The next tensors are made while one is written. check runs when all have been, inspect on the
-    finished directory before it gets its name; when either raises, nothing is left. Raises
-    UserError when the target exists, cannot be written, a tensor is not finite, or its format has
-    no such model.
+    The next tensors are made while one is written. `check` runs after all have been made, `inspect`
+    on the finished directory before it is renamed; if either raises, nothing is left. Raises
+    UserError when the target exists or cannot be written, when a tensor is not finite, or when the
+    format cannot hold the model.
     """
     own, places = slots(model), slots(model)
     if as_huggingface:
@@ -463,7 +463,7 @@ def write_checkpoint(
         model, places = written, slots(written)
         usual = max(dtypes.values(), key=list(dtypes.values()).count)
         dtypes = {tensor: dtypes.get(tensor, usual) for tensor in places}
-        # What a file keeps in one piece must come together.
+        # Tensors that share one tensor of a file must be made consecutively.
         by_leaf = by_leaf and all(
             len(part) == 1 for row in rows(family, model) for part in row.tensors
         )
@@ -474,7 +474,7 @@ def write_checkpoint(
         array = cast(tensor, make_tensor(tensor), dtypes[tensor])
         return array, not array.flags.writeable or is_finite(
             array
-        )  # a reader has seen a read-only one
+        )  # a reader has checked read-only arrays
 
     tensors, bad_values = list(places), []
     if by_leaf:

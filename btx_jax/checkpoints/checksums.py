@@ -1,5 +1,5 @@
-"""Checksums of what is not stored in chunks, which carry their own: JSON that vouches for itself,
-and sha256 of a directory's files in the form that `sha256sum -c` checks."""
+"""Checksums of data that is not stored in chunks with their own: JSON that contains its checksum,
+and sha256 of a directory's files in the format of `sha256sum -c`."""
 
 import hashlib
 import json
@@ -12,16 +12,16 @@ from btx_jax.output import new_file
 
 SEAL = "sha256"
 SUMS = "SHA256SUMS"
-_FREE = ("README.md", "adapter.json", SUMS)  # the one is edited by hand, the other is sealed
+_FREE = ("README.md", "adapter.json", SUMS)  # edited by hand; sealed; itself
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON object with a sha256 over its other values."""
+    """The JSON object with a sha256 over its other values added."""
     return {**values, SEAL: _seal(values)}
 
 
 def unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The object without its sha256. Raises ValueError when that does not match."""
+    """The object without its sha256. Raises ValueError when the sha256 does not match."""
     rest = {key: value for key, value in values.items() if key != SEAL}
     if values.get(SEAL) != _seal(rest):
         raise ValueError("checksum")
@@ -39,8 +39,8 @@ def file_sha256(path: Path) -> str:
 
 
 def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
-    """Write SHA256SUMS for the files directly in the directory. known: file name -> sha256, for
-    those that were hashed while they were written."""
+    """Write SHA256SUMS for the files directly in the directory. known: file name -> sha256 of files
+    already hashed while writing."""
     known = known or {}
     files = (path.name for path in directory.iterdir() if path.is_file())
     names = sorted(name for name in files if name not in _FREE and not name.startswith("."))
@@ -50,7 +50,7 @@ def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
 
 
 def read_sums(directory: Path) -> dict[str, str]:
-    """file name -> sha256; empty where there are no SHA256SUMS. Raises UserError."""
+    """Read SHA256SUMS: file name -> sha256; empty without such a file. Raises UserError."""
     path = directory / SUMS
     if not path.is_file():
         return {}
@@ -65,7 +65,7 @@ def read_sums(directory: Path) -> dict[str, str]:
 
 
 def check_sums(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Compare the files, those of `names` or all, with SHA256SUMS, as far as it lists them. Raises
+    """Compare files (those in `names`, or all) with SHA256SUMS, as far as it lists them. Raises
     UserError when one is missing or differs."""
     sums = read_sums(directory)
     for name in sums if names is None else names:

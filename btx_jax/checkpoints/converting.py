@@ -1,5 +1,4 @@
-"""Conversion of a Hugging Face directory to a checkpoint of ours, or back; the direction follows
-from what the source is."""
+"""Convert a Hugging Face directory to a checkpoint of ours, or back, depending on the source."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +19,10 @@ from btx_jax.checkpoints.training_state import trained_on
 
 
 def convert(source: Checkpoint, target: Path, dtype: str = "") -> int:
-    """Returns how many tensors were converted. dtype: of all tensors of the result; "" keeps each
-    tensor's own, widened to float32 where tensors of one leaf here differ.
+    """Convert a checkpoint; returns the number of tensors. dtype: of all tensors of the result; ""
+    keeps each tensor's own, widened to float32 where the tensors of one of our leaves differ.
 
-    Raises UserError listing everything that is wrong with the source; then there is no target.
+    Raises UserError that lists everything wrong with the source; then no target is written.
     """
     reader = open_reader(source)
     to_huggingface = not source.is_huggingface

@@ -1,5 +1,5 @@
-"""Hugging Face checkpoint directories: reading and writing the tensors of a model under the names,
-and in the pieces, that its family declares."""
+"""Hugging Face checkpoint directories: read and write a model's tensors under the names, and in the
+arrangement, that its family declares."""
 
 import dataclasses
 import json
@@ -45,11 +45,12 @@ _HEADLESS = (
     " (a base model was saved, without its head: save what AutoModelForCausalLM loads; or, if the"
     " head is the embedding, let config.json say tie_word_embeddings)"
 )
-_BUFFER = re.compile(r"rotary_emb\.inv_freq")  # saved by early versions, computed by all
+_BUFFER = re.compile(r"rotary_emb\.inv_freq")  # saved by early releases; can be computed
 
 
 def is_huggingface(path: Path) -> bool:
-    """Decided by config.json: a run of ours has one too, but without model_type."""
+    """Whether a path is a Hugging Face directory. Runs of ours have a config.json too, but without
+    model_type."""
     if (path / "adapter_config.json").is_file():
         return True
     config = path / "config.json"
@@ -60,8 +61,8 @@ def is_huggingface(path: Path) -> bool:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The model of a Hugging Face directory, from its config.json; its weights only decide whether
-    a head that should be tied is. Raises UserError."""
+    """The model of a Hugging Face directory, from its config.json. The weights only decide whether
+    a head declared as tied really is. Raises UserError."""
     if (directory / "adapter_config.json").exists():
         raise UserError(
             f"{directory} is a LoRA adapter, not a model; merge it into its base first (peft:"
@@ -93,9 +94,9 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def read_kept(directory: Path) -> dict[str, Any]:
-    """What a Hugging Face directory says beyond its model, for
-    `CheckpointMetadata.huggingface`: from config.json, and all of
-    generation_config.json, {} where there is none. Raises UserError."""
+    """Read what a Hugging Face directory contains beyond its model, for
+    `CheckpointMetadata.huggingface`: from config.json, and all of generation_config.json ({}
+    without one). Raises UserError."""
     generation = directory / "generation_config.json"
     config = _read_json(directory / "config.json")
     return {
@@ -116,7 +117,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class _Stored(NamedTuple):
-    """A tensor in a file, or a part of it: one expert's, and of that some rows."""
+    """A tensor in a file, or a part: one expert's tensor, or some of its rows."""
 
     file: SafetensorsFile
     name: str
@@ -133,8 +134,8 @@ class _Stored(NamedTuple):
         return self.file.tensors[self.name].shape
 
     def read(self, rows: Range | None = None, columns: Range | None = None) -> np.ndarray:
-        """The tensor in its stored dtype, or in float32 where that is not one of ours. rows,
-        columns: of the part."""
+        """The tensor in its stored dtype, or in float32 if we do not use that dtype. rows, columns:
+        of the part."""
         if rows is not None and self.rows is not None:
             rows = (self.rows[0] + rows[0], self.rows[0] + rows[1])
         array = self.file.read(self.name, self.expert, rows or self.rows, columns)
@@ -145,11 +146,11 @@ class _Stored(NamedTuple):
 
 
 class HuggingFaceReader:
-    """Reads the tensors of a directory. Everything but their values is checked at once, here.
-    model: what `read_config` returned for it, if it was called already.
+    """Reads the tensors of a directory. Everything but their values is checked on opening. model:
+    the result of `read_config`, if already known.
 
-    Raises UserError listing all unknown, missing, duplicate, misshapen or mistyped tensors. `read`
-    notes NaN and infinity, for `check`.
+    Raises UserError that lists all unknown, missing, duplicate, misshapen or mistyped tensors.
+    `read` records NaN and infinity for `check`.
     """
 
     def __init__(self, directory: Path, model: ModelConfig | None = None):
@@ -188,7 +189,7 @@ class HuggingFaceReader:
         self._bad_values: list[str] = []
 
     def _take(self, row: Row, found: _Stored, problems: list[str]) -> None:
-        """Add the tensors of ours that one tensor of a file contains."""
+        """Register our tensors that one tensor of a file contains."""
         self._used.add(row.name)
         if found.dtype not in READABLE:
             problems.append(
@@ -214,7 +215,7 @@ class HuggingFaceReader:
 
     def _compare(self, stored: Mapping[str, _Stored], problems: list[str]) -> None:
         for name, tensor in stored.items():
-            is_copy = name == str(HEAD) and self.model.tied_head  # read_config has looked
+            is_copy = name == str(HEAD) and self.model.tied_head  # verified by read_config
             if not (name in self._used or is_copy or _BUFFER.search(name)):
                 problems.append(f"unknown {tensor.name}")
         for row in rows(self._family, self.model):
@@ -243,7 +244,7 @@ class HuggingFaceReader:
         return array
 
     def check(self) -> None:
-        """Raises UserError when a tensor that was read contained NaN or infinity."""
+        """Raise UserError when a tensor that was read contained NaN or infinity."""
         raise_problems(
             self.directory,
             [f"NaN or infinity in {name}" for name in dict.fromkeys(self._bad_values)],
@@ -251,12 +252,12 @@ class HuggingFaceReader:
 
 
 def _unlike(found: _Stored, wanted: np.ndarray) -> list[str]:
-    """What is wrong with a tensor that must be a constant, in no line or one."""
+    """Problems of a tensor that must be constant: none or one."""
     if found.dtype not in READABLE or found.shape != wanted.shape:
         return [f"{found.name} is {found.dtype} {found.shape}, not {wanted.shape}"]
     array = found.read()
     held = wanted.astype(array.dtype).astype(np.float32)
-    if np.allclose(array.astype(np.float32), held, rtol=2**-8, atol=0):  # as bfloat16 rounds it
+    if np.allclose(array.astype(np.float32), held, rtol=2**-8, atol=0):  # bfloat16's rounding
         return []
     return [f"{found.name} is not {wanted.flat[0]:g} everywhere: such a layer is not supported"]
 
@@ -264,8 +265,8 @@ def _unlike(found: _Stored, wanted: np.ndarray) -> list[str]:
 def _stored(
     directory: Path, family: Family, model: ModelConfig, problems: list[str]
 ) -> dict[str, _Stored]:
-    """The tensors of a directory under the names that the family declares; an unknown one keeps its
-    name. transformers allows `model.` to be missing or doubled."""
+    """The tensors of a directory under the names that the family declares; unknown ones keep their
+    names. As in transformers, `model.` may be missing or doubled."""
     known = {row.name for row in rows(family, model) + other_rows(family, model)}
     known |= {str(HEAD), *constants(family, model)}
     found: dict[str, _Stored] = {}
@@ -279,18 +280,19 @@ def _stored(
 
 
 def _has_own_head(directory: Path, model: ModelConfig) -> bool:
-    """Whether a directory that says tie_word_embeddings contains a head with values of its own."""
+    """Whether a directory with tie_word_embeddings nevertheless contains a head with other
+    values."""
     try:
         family = family_of(_read_json(directory / "config.json"), str(directory))
         stored = _stored(directory, family, model, [])
     except UserError:
-        return False  # told where the weights are read
+        return False  # reported when the weights are read
     head, embedding = (stored.get(str(tensor)) for tensor in (HEAD, EMBEDDING))
     return head is not None and embedding is not None and not _are_equal(head, embedding)
 
 
 def _are_equal(a: _Stored, b: _Stored) -> bool:
-    """Whether two tensors are equal as float32; only a few rows are in memory at a time."""
+    """Whether two tensors are equal as float32, comparing a few rows at a time."""
     if a.shape != b.shape or not {a.dtype, b.dtype} <= set(READABLE):
         return a.shape == b.shape and a.dtype == b.dtype
     if not a.shape:
@@ -304,8 +306,8 @@ def _are_equal(a: _Stored, b: _Stored) -> bool:
 
 
 def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
-    """Tensor name -> the file that contains it. Looked for as transformers does: in the file that
-    config.json names, or else in model.safetensors, or else in all files that the index lists."""
+    """Tensor name -> the file that contains it. As in transformers: the file named by config.json,
+    else model.safetensors, else all files listed by the index."""
     weights = _weights(directory)
     if not weights.name.endswith(".index.json"):
         file = SafetensorsFile(weights)
@@ -375,16 +377,18 @@ def _weights(directory: Path) -> Path:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a file that an index lists is in its directory or below."""
+    """Whether a file listed by an index is in its directory or below."""
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or name in ("", ".") or "\\" in name)
 
 
 class HuggingFaceWriter:
-    """Writes a model into a directory, tensor by tensor; `finish` adds the small files. origin: the
-    model_type that it came from, "" for a model that originated here. dtypes: of each tensor, in
-    the order in which they will be written. `model` is what is written, including the family's
-    zeros. Raises UserError when Hugging Face has no such model."""
+    """Writes a model into a directory, tensor by tensor; `finish` adds the small files.
+
+    origin: the model_type of the source, "" for a model created here. dtypes: of each tensor, in
+    the order in which they will be written. `model` is the model as written, with the zeros that
+    the family requires. Raises UserError when Hugging Face has no such model.
+    """
 
     def __init__(
         self,
@@ -425,8 +429,8 @@ class HuggingFaceWriter:
             )
 
     def write(self, tensor: TensorId, array: np.ndarray) -> None:
-        """Write a tensor. What a file keeps in one piece is written with the last of
-        its tensors."""
+        """Write a tensor. Tensors that share one tensor of a file are written with the last of
+        them."""
         row = self._row_of[tensor]
         waiting = self._waiting.setdefault(row.name, {})
         waiting[tensor] = array
@@ -437,13 +441,13 @@ class HuggingFaceWriter:
 
     @property
     def sha256(self) -> dict[str, str]:
-        """sha256 of the finished tensor files."""
+        """sha256 of each finished tensor file, by name."""
         return self._shards.sha256
 
     def finish(self, kept: Mapping[str, Any], bos: int | None, eos: int | None, card: str) -> None:
         """Write config.json, generation_config.json and the model card; the caller writes the
-        tokenizer. kept: CheckpointMetadata.huggingface. bos, eos: the tokenizer's, for a model that
-        originated here."""
+        tokenizer. kept: CheckpointMetadata.huggingface. bos, eos: the tokenizer's ids, for a model
+        created here."""
         for name, array in self._constants.items():
             self._shards.write(name, array)
         self._shards.finish()
@@ -452,7 +456,7 @@ class HuggingFaceWriter:
         config = config_from_model(self.model, self._family, usual, kept.get("config", ids))
         self._write_json("config.json", config)
         generation = self._directory / "generation_config.json"
-        there = _read_json(generation) if generation.is_file() else {}  # came with the tokenizer
+        there = _read_json(generation) if generation.is_file() else {}  # copied with the tokenizer
         born_here = {} if "config" in kept or there else {"_from_model_config": True} | ids
         wanted = kept.get("generation_config") or born_here
         if wanted and wanted != there:
@@ -472,7 +476,7 @@ class HuggingFaceWriter:
 
 
 def written_as(model: ModelConfig, kept: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
-    """The family that a model is written as, and the model with the zeros that it needs there.
-    kept: CheckpointMetadata.huggingface. Raises UserError when Hugging Face has no such model."""
+    """(the family to write a model as, the model with the zeros that the family requires). kept:
+    CheckpointMetadata.huggingface. Raises UserError when Hugging Face has no such model."""
     family = family_for(model, kept.get("model_type", ""))
     return family, family.filled(model)

@@ -1,5 +1,5 @@
-"""config.json of Hugging Face <-> ModelConfig, as the families declare it, in the spelling of every
-transformers version."""
+"""Conversion between Hugging Face's config.json and ModelConfig, as the families declare it, in the
+spelling of every transformers version."""
 
 import dataclasses
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _POSITIVE = f"must be a positive number, at most {HUGE:g}"
 # Keys that change what other classes compute -> the values that change nothing. transformers
-# ignores them in these; who wrote one meant it.
+# ignores these keys in our classes; whoever wrote another value meant it.
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), (None, 0)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (None, 1)),
@@ -26,8 +26,8 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_qk_norm", "qk_layernorm", "alibi", "parallel_attn"), (None, False)),
 }
 _QUANTISED = ("quantization_config", "compression_config")
-# Keys that are not carried from config.json to config.json: what ModelConfig says itself, and what
-# only holds for the files beside it.
+# Keys that are not copied to a new config.json: those that ModelConfig represents, and those that
+# describe the files of the old directory.
 _NOT_KEPT = {
     *KEYS.values(),
     *("hidden_act", "architectures", "model_type", "layer_types", "sliding_window"),
@@ -39,8 +39,8 @@ _NOT_KEPT = {
 
 
 def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
-    """The model as transformers 5.23 reads it, including its defaults for missing keys. Raises
-    UserError, prefixed with `where`, listing everything that this model cannot represent."""
+    """The model as transformers 5.23 would read it, including defaults for missing keys. Raises
+    UserError, prefixed with `where`, that lists everything our models cannot represent."""
     family = family_of(config, where)
     config = _with_standard_names(config, family)
     values = dict(family.defaults) | {
@@ -87,8 +87,8 @@ def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family, by model_type alone, as transformers' Auto classes have it: `architectures` may
-    name the model without its head, or a finetune's own class. Raises UserError."""
+    """The family, determined by model_type alone as in transformers' Auto classes: `architectures`
+    may name the model without its head, or a finetune's own class. Raises UserError."""
     families = known_families()
     named = class_names(config)
     kind = config.get("model_type")
@@ -105,7 +105,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
 
 def class_names(config: Mapping[str, Any]) -> list[str]:
-    """The names in config.json's `architectures`; none where that is not a list of names."""
+    """The names in config.json's `architectures`; none if it is not a list of names."""
     named = config.get("architectures")
     is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
     return named if is_list else []  # type: ignore[return-value]
@@ -119,7 +119,7 @@ def _with_standard_names(config: Mapping[str, Any], family: Family) -> dict[str,
 
 
 def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: Family) -> list[str]:
-    """Features that change what the weights mean and that this model does not have."""
+    """Features that change the meaning of the weights and that our models lack, as messages."""
     problems = []
     key = family.activation_key
     if values[key] not in family.activations:
@@ -145,9 +145,9 @@ def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: F
     return problems
 
 
-# Beyond them nothing is meant, and tuples of that length would fill the memory.
+# Larger values are mistakes, and tuples of such length would exhaust memory.
 _LARGEST = {"num_hidden_layers": 10_000}
-_LARGEST_COUNT = 4096  # of experts
+_LARGEST_COUNT = 4096  # experts
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
@@ -162,7 +162,7 @@ def _bad_numbers(values: Mapping[str, Any], family: Family) -> list[str]:
     for key in keys:
         value = values.get(key)
         least = 0 if key == "max_window_layers" or (moe and key in moe.may_be_zero) else 1
-        # transformers writes a window that is switched off as 0.
+        # transformers writes a disabled window as 0.
         least = 0 if key == "sliding_window" and family.window == "switched" else least
         largest = _LARGEST_COUNT if moe and key == moe.experts[0] else _LARGEST.get(key, 2**40)
         may_be_null = key in _MAY_BE_NULL or (moe and key == moe.shared_count)
@@ -199,7 +199,7 @@ def _biases(
 
 
 def _numbers(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Fields of ModelConfig that config.json states, or that follow from the width."""
+    """Fields of ModelConfig that config.json states or that follow from the width."""
     found: dict[str, Any] = {
         name: float(values[key]) for name, key in family.numbers.items() if values[key] is not None
     }
@@ -207,7 +207,7 @@ def _numbers(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
         found["attention_scale"] = values[family.query_scalar] ** -0.5
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if found.get("attention_scale") == (values["head_dim"] or width // heads) ** -0.5:
-        del found["attention_scale"]  # what it is without being said
+        del found["attention_scale"]  # the default
     if family.embeds_by_width:
         found["embed_scale"] = width**0.5
     return found
@@ -221,14 +221,14 @@ def _window(
     if has and all(has) and family.window_layers in ("all", "typed"):
         return window, ()
     if not any(has) or window >= values["max_position_embeddings"]:
-        return 0, ()  # as far as the context goes, they see all of it
+        return 0, ()  # the window covers the whole context
     return window, () if all(has) else tuple(layer for layer, it_has in enumerate(has) if it_has)
 
 
 def _have_window(
     config: Mapping[str, Any], values: Mapping[str, Any], family: Family
 ) -> list[bool]:
-    """Of each layer; [] where no window is switched on."""
+    """Whether each layer has the window; [] if no window is enabled."""
     layers = values["num_hidden_layers"]
     if not family.window or not values.get("sliding_window"):
         return []
@@ -267,7 +267,7 @@ def _full_every(config: Mapping[str, Any], family: Family) -> int:
 
 
 def _common_theta(config: Mapping[str, Any], family: Family, outside: float) -> float:
-    """RoPE's base where config.json gives the same one to every layer."""
+    """The RoPE base, if config.json gives every layer with RoPE the same one."""
     thetas = config.get(family.nope)
     if not isinstance(thetas, list) or not any(thetas):
         return outside
@@ -308,7 +308,7 @@ def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise ConfigError(f"{keys.dense_list}={shown(dense)}: must be a list of layers")
     step = values.get(keys.step, 1)
-    # Qwen counts from one, DeepSeek from zero.
+    # Qwen counts layers from one, DeepSeek from zero.
     offset = 1 if keys.dense_list else 0
     first = values.get(keys.dense_first, 0)
     counts = tuple(
@@ -346,7 +346,7 @@ def _of_layer_type(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _local_theta(config: Mapping[str, Any], family: Family, where: str) -> float:
-    """RoPE's base in layers with a window; 0 where it is that of the others."""
+    """RoPE base of layers with a window; 0 if it equals that of the others."""
     if not family.local_theta:
         return 0.0
     own = _of_layer_type(config, "sliding_attention")
@@ -375,9 +375,12 @@ _OF_ORIGINAL = ("llama3", "yarn", "longrope")  # kinds that depend on the origin
 def _rope(
     config: Mapping[str, Any], values: Mapping[str, Any], family: Family, where: str
 ) -> tuple[float, RopeScaling, float]:
-    """(theta, scaling, share of each head that rotates). transformers 5 writes rope_parameters,
-    older releases rope_theta and rope_scaling. Where both are present and contradict each other,
-    what transformers 5 uses is used, with a warning: older releases use the other."""
+    """(theta, scaling, fraction of each head that RoPE rotates).
+
+    transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling. If both are
+    present and contradict each other, the values that transformers 5 uses are taken, with a
+    warning: older releases use the others.
+    """
     usual = values.get("rope_parameters", {})
     chosen = config.get("rope_scaling") or config.get("rope_parameters") or usual
     if family.local_theta:
@@ -391,9 +394,9 @@ def _rope(
     outside = config.get("rope_theta", values["rope_theta"])
     kind = chosen.get("rope_type") or chosen.get("type") or "default"
     if "longrope" in family.scalings and "yarn" not in family.scalings and kind in ("su", "yarn"):
-        kind = "longrope"  # its names in the first Phi-3s
+        kind = "longrope"  # its names in the first Phi-3 releases
     if kind == "dynamic" and "alpha" in family.scalings and chosen.get("alpha"):
-        kind = "alpha"  # under this name its files have another scaling
+        kind = "alpha"  # in this family "dynamic" with alpha is another scaling
     rope: dict[str, Any] = {
         "rope_theta": outside if chosen.get("rope_theta") is None else chosen["rope_theta"],
         "rope_type": kind,
@@ -408,7 +411,7 @@ def _rope(
             rope[key] = chosen.get(key, values["max_position_embeddings"])
     if kind == "yarn" and "factor" in chosen and chosen["factor"] is None:
         original = rope["original_max_position_embeddings"]
-        if _is_positive(original):  # else told below
+        if _is_positive(original):  # otherwise reported below
             rope["factor"] = values["max_position_embeddings"] / original
     _warn_of_contradictions(config, rope, where)
     for key, value in rope.items():
@@ -478,7 +481,7 @@ def _yarn(factor: float, original: int, chosen: Mapping[str, Any]) -> RopeScalin
         raise ConfigError("rope scaling yarn with truncate=False is not supported")
     numbers = {"beta_fast": 32, "beta_slow": 1}
     for key in (*numbers, "attention_factor", "mscale", "mscale_all_dim"):
-        # As transformers has it, 0 is a value of the first of these, and for the others none.
+        # As in transformers, 0 is a valid value of the first and means unset for the others.
         given = chosen.get(key)
         if given is not None if key == "attention_factor" else given:
             numbers[key] = chosen[key]
@@ -502,7 +505,7 @@ def _yarn(factor: float, original: int, chosen: Mapping[str, Any]) -> RopeScalin
 
 
 def _longrope_attention(factor: float, original: int) -> float:
-    """Factor on queries and keys where none is stated."""
+    """Factor on queries and keys when none is stated."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
@@ -529,7 +532,7 @@ def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], 
 
 
 def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says beyond ModelConfig: ids of special tokens, settings of training and
+    """What config.json contains beyond ModelConfig: ids of special tokens, settings of training and
     generation, and anything else."""
     family = family_of(config, "config.json")
     ours = {*_NOT_KEPT, *family.biases, *family.synonyms, *family.numbers.values()}
@@ -537,7 +540,7 @@ def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
     ours -= family.defaults.keys() & {"original_max_position_embeddings"}
     if family.moe:
         ours |= {*family.moe.all(), "num_experts", "num_local_experts"}
-    # Of a mixture's training; what transformers takes where they are left out.
+    # Training settings of a mixture, with transformers' defaults.
     training = ("router_aux_loss_coef", "router_jitter_noise")
     usual = {key: family.defaults[key] for key in training if key in family.defaults}
     return usual | {key: value for key, value in config.items() if key not in ours}
@@ -548,8 +551,8 @@ def _is_positive(value: Any) -> bool:
 
 
 def needed_transformers(model: ModelConfig, family: Family) -> str:
-    """The oldest tested release that reads what `config_from_model` writes; those before it fail.
-    "" for a class that is not part of transformers."""
+    """The oldest tested release that reads what `config_from_model` writes; earlier ones fail. ""
+    for a class that is not part of transformers."""
     if _needs_new_rope(model, family):
         return family.scaling_since
     oldest = [family.since]
@@ -563,19 +566,20 @@ def needed_transformers(model: ModelConfig, family: Family) -> str:
 
 
 def _needs_new_rope(model: ModelConfig, family: Family) -> bool:
-    """What older releases read as a model without scaling."""
+    """Whether older releases would silently read the model without its RoPE scaling."""
     return bool(family.scaling_since) and model.rope_scaling.kind != "none"
 
 
 def config_from_model(
     model: ModelConfig, family: Family, dtype: str, kept: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json, with old and new spellings: transformers 4.42 reads rope_theta and torch_dtype,
-    5 rope_parameters and dtype. kept: what `kept_config` found, or the special tokens' ids. Raises
-    UserError for a model that the family does not hold.
+    """config.json with old and new spellings: transformers 4.42 reads rope_theta and torch_dtype,
+    version 5 rope_parameters and dtype. kept: the result of `kept_config`, or the ids of special
+    tokens. Raises UserError for a model that the family cannot hold.
 
-    Where scaled RoPE has a `scaling_since`, rope_theta is null: releases before it, some of which
-    would leave the scaling out without a word, fail at that; it reads rope_parameters.
+    If the family has a `scaling_since` and RoPE is scaled, rope_theta is null: earlier releases,
+    some of which would silently ignore the scaling, fail on it, and newer ones read
+    rope_parameters.
     """
     require_held(family, model)
     values: dict[str, Any] = {
@@ -593,7 +597,7 @@ def config_from_model(
         if key:
             values[key] = names[0] in model.biases
     if family.window:
-        # Classes that always have layers with a window ask for one even where none has it.
+        # Classes that always have windowed layers require a window even if no layer has it.
         asks = family.window_layers == "spaced" and (family.full_rotates or model.nope_layers)
         none = model.context if asks else None
         values["sliding_window"] = model.window or none
@@ -621,10 +625,10 @@ def _written_maths(model: ModelConfig, family: Family) -> dict[str, Any]:
     scale = model.attention_scale or model.head_dim**-0.5
     for name, key in family.numbers.items():
         number = scale if name == "attention_scale" else getattr(model, name)
-        # A cap of 0 is none, and null there.
+        # A cap of 0 means none, which is null here.
         values[key] = number or None
     if family.query_scalar:
-        # As a whole number where it was one: its power of -1/2 was rounded.
+        # Restores a whole number: its power of -1/2 was rounded.
         scalar = scale**-2
         values[family.query_scalar] = round(scalar) if round(scalar) ** -0.5 == scale else scalar
     if family.nope:
@@ -644,7 +648,7 @@ def _written_moe(model: ModelConfig, keys: MoEKeys) -> dict[str, Any]:
         values["intermediate_size"] = spec.d_ff
     for key, value in (
         (keys.d_ff, spec.d_ff),
-        # Of one expert a class that never renormalises one says it as its mixtures do.
+        # For k = 1, a class that never renormalises has the value of its mixtures with k > 1.
         (keys.renormalise, spec.renormalise or (spec.k == 1 and not keys.renormalises_one)),
         (keys.shared_d_ff, spec.shared_d_ff),
         (keys.shared_count, spec.shared_d_ff // spec.d_ff or keys.none_shared),
@@ -692,7 +696,7 @@ def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
             model.context / scaling.original_context, scaling.original_context
         )
         rope |= lists | {"original_max_position_embeddings": scaling.original_context}
-        if scaling.attention_factor != usual:  # older releases read three keys and no more
+        if scaling.attention_factor != usual:  # older releases read only three keys
             old["attention_factor"] = rope["attention_factor"] = scaling.attention_factor
     values: dict[str, Any] = {}
     if family.rotary:
@@ -722,8 +726,8 @@ def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def same_function(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Lines `key: a's value, b's value` for every setting that makes the same parameters mean
-    something else in the two models."""
+    """Lines `key: a's value, b's value` for every setting in which equal parameters would mean
+    different functions."""
     lines = []
     for field in dataclasses.fields(ModelConfig):
         x, y = getattr(a, field.name), getattr(b, field.name)

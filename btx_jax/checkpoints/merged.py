@@ -1,4 +1,4 @@
-"""Sources of a mixture as mergekit names them, MODEL or MODEL+LORA: a LoRA is merged while its
+"""Sources of a mixture in mergekit's notation, MODEL or MODEL+LORA: the LoRA is merged while the
 model is read, one tensor at a time."""
 
 import dataclasses
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """A LoRA to be merged. model: with its lora section. tensors: as in an adapter directory of
+    """A LoRA to merge. model: config with its lora section. tensors: as in an adapter directory of
     ours."""
 
     path: Path
@@ -41,7 +41,7 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model, and the LoRA to be merged into it, if any. checkpoint: the model's, with the history
+    """A model, and optionally the LoRA to merge into it. checkpoint: the model's, with the history
     of both."""
 
     checkpoint: Checkpoint
@@ -49,13 +49,13 @@ class Source:
 
     @property
     def place(self) -> str:
-        """Identifies its files: the same for two spellings of a path."""
+        """Identifies the source's files; the same for two spellings of a path."""
         return f"{self.checkpoint.path}{f'+{self.lora.path}' if self.lora else ''}"
 
 
 def find_source(path: str, key: str) -> Source:
-    """A model's directory or its name on the Hub, or MODEL+LORA, where LORA is a directory of peft,
-    an adapter of ours, or the name of one. A directory whose own name contains a + is itself.
+    """Find a model's directory or Hub name, or MODEL+LORA, where LORA is a peft directory, an
+    adapter of ours, or a Hub name of one. A directory whose own name contains a + takes precedence.
     Raises UserError for anything else, and for a LoRA that does not fit its model or cannot be
     merged."""
     if not _exists(path, key):
@@ -64,7 +64,7 @@ def find_source(path: str, key: str) -> Source:
         for model, lora in splits:
             if _exists(model, key) and _exists(lora, key):
                 return _with_lora(model, lora, key)
-        if splits:  # told below, of the one that is not there
+        if splits:  # report the missing one below
             model, lora = splits[0]
             path = lora if _exists(model, key) else model
     return Source(find_checkpoint(path, key))
@@ -118,7 +118,7 @@ def _with_lora(model: str, lora: str, key: str) -> Source:
 
 
 def left_out(tensors: Sequence[tuple[Row, np.ndarray]], base: Reader, directory: Path) -> list[str]:
-    """Messages about tensors of the base that are stored beside a peft LoRA: those that equal the
+    """Messages about tensors of the base that are stored with a peft LoRA: those equal to the
     base's are skipped. Raises UserError for others."""
     problems = []
     for row, array in tensors:
@@ -139,14 +139,15 @@ def left_out(tensors: Sequence[tuple[Row, np.ndarray]], base: Reader, directory:
 
 
 def open_source(source: Source) -> Reader:
-    """Raises UserError listing everything that is wrong with the model, except its values."""
+    """Open a source for reading. Raises UserError that lists everything wrong with the model except
+    its values."""
     reader = open_reader(source.checkpoint)
     return MergedReader(reader, source.lora) if source.lora else reader
 
 
 class MergedReader:
-    """A model with a LoRA of one expert a layer merged: W + (alpha / rank) B A in float32, rounded
-    once to the dtype of W."""
+    """Reads a model with a LoRA of one expert per layer merged: W + (alpha / rank) B A in float32,
+    rounded once to the dtype of W."""
 
     def __init__(self, reader: Reader, lora: LoRA):
         self.model, self.slots, self.dtypes = reader.model, reader.slots, reader.dtypes
@@ -176,14 +177,14 @@ class MergedReader:
         return merged
 
     def read_region(self, tensor: TensorId, region: Region) -> np.ndarray:
-        """A region cut from the whole tensor, which the LoRA is merged into."""
+        """A region of the whole merged tensor."""
         if tensor not in self._names:
             return self._reader.read_region(tensor, region)
         whole = self.slots[tensor].to_ours(self.read(tensor))
         return whole[tuple(slice(*along) for along in region)]
 
     def check(self) -> None:
-        """Raises UserError when a tensor that was read contained NaN or infinity."""
+        """Raise UserError when a tensor that was read contained NaN or infinity."""
         self._reader.check()
         bad = [f"{tensor} with it is beyond its dtype's range" for tensor in self._bad_values]
         raise_problems(self._lora.path, list(dict.fromkeys(bad)))

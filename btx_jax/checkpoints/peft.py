@@ -1,9 +1,11 @@
-"""A LoRA as Hugging Face's peft saves it, on the modules of any family. No base model is read here.
+"""LoRA adapters in Hugging Face peft's format, on the modules of any family. No base model is read
+here.
 
-What is read must compute here what peft 0.21 computes with it, or is refused with the setting's
-name. A layer here has one rank and one scale for all of its maps, so a map without LoRA among
-adapted ones holds zeros, a lower rank is padded with zeros, and a scale of its own goes into B.
-Where a module holds several maps, each gets the module's A and its own rows of B.
+Our LoRA must compute what peft 0.21 computes with the files; anything else is refused, naming the
+setting. Our layers have one rank and one scale for all of their maps. Unadapted maps among adapted
+ones are therefore filled with zeros, lower ranks are padded with zeros, and differing scales are
+multiplied into B. Where a module holds several maps, each gets the module's A and its own rows of
+B.
 """
 
 import math
@@ -45,9 +47,9 @@ _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.defa
 
 
 class PeftLoRA(NamedTuple):
-    """A LoRA read from peft. model: the base's with the LoRA. tensors: as in an adapter directory
-    of ours. carried: tensors of the base itself that the file contains beside the LoRA. notes: what
-    was changed to make it fit."""
+    """A LoRA read from peft. model: the base's config with the LoRA. tensors: as in an adapter
+    directory of ours. carried: tensors of the base itself that the file also contains. notes:
+    changes that were needed to make it fit."""
 
     model: ModelConfig
     tensors: dict[str, np.ndarray]
@@ -56,8 +58,7 @@ class PeftLoRA(NamedTuple):
 
 
 class _Map(NamedTuple):
-    """LoRA of one of our maps. alpha, rank: of the module that it is a part of; alpha / rank is the
-    scale."""
+    """The LoRA of one of our maps. alpha, rank: those of its module; alpha / rank is the scale."""
 
     module: str
     a: np.ndarray
@@ -66,14 +67,14 @@ class _Map(NamedTuple):
     rank: int
 
     def alpha_at(self, rank: int) -> float:
-        """The alpha that gives the same scale at this rank."""
+        """The alpha that gives the same scale at another rank."""
         return self.alpha * rank / self.rank
 
 
 def read(directory: Path, base: ModelConfig, origin: str) -> PeftLoRA:
-    """A LoRA saved by peft, for a model like `base`. origin: the base's model_type, "" for a model
-    that originated here. Raises UserError for what LoRA here does not support, naming the setting,
-    and for tensors that do not fit the config or the model."""
+    """Read a LoRA saved by peft for a model like `base`. origin: the base's model_type, "" for a
+    model created here. Raises UserError for settings that are not supported, and for tensors that
+    do not fit the config or the model."""
     check_sums(directory)
     config = read_config(directory)
     where = directory / CONFIG
@@ -123,7 +124,7 @@ def read(directory: Path, base: ModelConfig, origin: str) -> PeftLoRA:
         for target, a, b in _cut(found, places[module], base)
     }
     model, tensors, notes = _fit(maps, config, base, where)
-    from_tensors(model, tensors, directory)  # raises for what does not fit
+    from_tensors(model, tensors, directory)  # raises for misfits
     if says := config.get("base_model_name_or_path"):
         notes.append(f"its config names the base {short(says)}")
     if more := others(directory):
@@ -134,7 +135,7 @@ def read(directory: Path, base: ModelConfig, origin: str) -> PeftLoRA:
 def _require_family(
     keys: Mapping[str, Any], family: Family, config: Mapping[str, Any], directory: Path
 ) -> None:
-    """Raises UserError for a LoRA on modules that other families have and this one does not."""
+    """Raise UserError for a LoRA on modules that only other families have."""
     own = modules_of_layer(family)
     found = [_LORA.fullmatch(key) for key in keys]
     inside = [re.fullmatch(r"model\.layers\.\d+\.(.+)", lora[1]) for lora in found if lora]
@@ -152,7 +153,7 @@ def _require_family(
 
 
 def _known_rows(family: Family, base: ModelConfig) -> dict[str, Row]:
-    """{name: tensor of the base's files}; a tied head may be stored beside the embedding."""
+    """{name: tensor of the base's files}; a tied head may be stored as well as the embedding."""
     known, filled = slots(base), family.filled(base)
     found = {
         row.name: row
@@ -183,7 +184,7 @@ def _shape(place: tuple[int, tuple[str, ...]], base: ModelConfig) -> tuple[int, 
 def _compare(
     module: str, found: Mapping[str, np.ndarray], rank: int | None, shape: tuple[int, int]
 ) -> list[str]:
-    """Problems of a module's tensors. rank: what the config says. shape: the module's own."""
+    """Problems of a module's tensors. rank: from the config. shape: the module's own."""
     problems = [f"missing {module}.lora_{factor}" for factor in "AB" if factor not in found]
     for factor, array in found.items():
         if array.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
@@ -211,7 +212,7 @@ def _float32(array: np.ndarray) -> np.ndarray:
 
 
 def _why(key: str, base: ModelConfig) -> str:
-    """Why a tensor cannot be read, named by the setting that it comes from."""
+    """Why a tensor cannot be read, naming the setting that produces it."""
     lora, layer = _LORA.fullmatch(key), re.search(r"\blayers\.(\d+)\.", key)
     if not key.startswith("base_model.model."):
         return "names without base_model.model., which peft leaves out; save it with peft"
@@ -241,8 +242,8 @@ def _why(key: str, base: ModelConfig) -> str:
 def _cut(
     found: Mapping[str, np.ndarray], place: tuple[int, tuple[str, ...]], base: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(target, A, B) of the maps in a module. Where there are several, each is cut without the
-    ranks that only others use: that is how separate LoRAs are stored in one module."""
+    """Yield (target, A, B) of the maps in a module. Where there are several, ranks that only others
+    use are removed from each: separate LoRAs are stored in one module this way."""
     layer, targets = place
     a, b = (found[factor].astype(np.float32) for factor in "AB")
     start = 0
@@ -252,7 +253,7 @@ def _cut(
         start = end
         used = own.any(0) | ~b.any(0)
         if used.any():
-            # Files are written in the order of memory, which indexing turns.
+            # Files are written in memory order, which indexing changes.
             yield target, a[used], np.ascontiguousarray(own[:, used])
 
 
@@ -262,11 +263,12 @@ def _fit(
     base: ModelConfig,
     where: Path,
 ) -> tuple[ModelConfig, dict[str, np.ndarray], list[str]]:
-    """{(layer, target): its LoRA} -> one rank and one scale per layer, for the same function."""
+    """Express {(layer, target): LoRA} with one rank and one scale per layer, computing the same
+    function: (model, tensors, notes)."""
     largest: dict[int, int] = {}
     for (layer, _), its in found.items():
         largest[layer] = max(len(its.a), largest.get(layer, 0))
-    # what alpha would have to be for each map
+    # the alpha each map would need
     wanted = {place: its.alpha_at(largest[place[0]]) for place, its in found.items()}
     sizes = Counter(abs(alpha) for alpha in wanted.values() if alpha)
     if not sizes:

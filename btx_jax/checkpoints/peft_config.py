@@ -1,5 +1,4 @@
-"""adapter_config.json of a peft LoRA: which settings LoRA here can follow, and which modules peft
-adapts by them."""
+"""peft's adapter_config.json: which settings are supported, and which modules they select."""
 
 import contextlib
 import functools
@@ -23,7 +22,7 @@ TENSORS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "a
 MERGE = (
     "merge it with peft (model.merge_and_unload().save_pretrained(DIR)) and take the whole model"
 )
-# Settings of LoraConfig that change what a LoRA computes, and what to do about each.
+# Settings of LoraConfig that change what a LoRA computes -> advice.
 REFUSED = dict.fromkeys(
     (
         "kasa_config", "layer_replication", "monteclora_config", "target_parameters",
@@ -36,7 +35,7 @@ REFUSED = dict.fromkeys(
     "lora_bias": "B has no bias here; where the base's maps have one, "
     f"{MERGE}, else train one with lora_bias=False",
 }  # fmt: skip
-# Settings that are of training, of other kinds of models, or seen in the tensors themselves.
+# Settings that concern training or other kinds of models, or are evident from the tensors.
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config",
@@ -50,15 +49,15 @@ _READ = {
 }  # fmt: skip
 _INITIALISATIONS_OF_LORA_ALONE = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 _NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
-_PATTERNS, _LENGTH = 1000, 10_000  # of one setting: how many, and characters of each
-_SECONDS = 10  # for matching all of them: a regular expression may take years
+_PATTERNS, _LENGTH = 1000, 10_000  # limits of one setting: number of patterns, characters in each
+_SECONDS = 10  # limit for matching all patterns: a regular expression may take years
 _TOO_LONG = f"takes too long to match (all together may take {_SECONDS} s): simplify it"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def family_of(base: ModelConfig, origin: str) -> Family:
     """The family whose module names peft uses for a model. origin: its model_type, "" for a model
-    that originated here. Raises UserError where Hugging Face has no such model."""
+    created here. Raises UserError where Hugging Face has no such model."""
     try:
         return family_for(base, origin)
     except UserError as error:
@@ -66,12 +65,12 @@ def family_of(base: ModelConfig, origin: str) -> Family:
 
 
 def others(directory: Path) -> list[str]:
-    """Adapters in subdirectories, where peft saves all but the one called default."""
+    """Names of adapters in subdirectories, where peft saves all but the one called default."""
     return sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json, checked setting by setting for what can be expressed here."""
+    """Read adapter_config.json, and check every setting for support."""
     file = directory / CONFIG
     if not file.is_file() and (found := others(directory)):
         raise UserError(f"{directory}: holds adapters in folders; name one: {listed(found)}")
@@ -159,7 +158,7 @@ def short(value: Any) -> str:
 def targeted(
     config: Mapping[str, Any], family: Family, modules: Sequence[str], where: Path
 ) -> dict[str, tuple[int, float]]:
-    """{module that peft adapts: (its rank, its scale)}, as peft 0.21 matches names
+    """{adapted module: (rank, scale)}, matching names as peft 0.21 does
     (check_target_module_exists, get_pattern_key)."""
     names = config.get("target_modules")
     names = family.peft_default if names is None else names
@@ -185,8 +184,8 @@ def targeted(
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside the block after this time, also while a regular expression is
-    matched. Works in the main thread only."""
+    """Raise TimeoutError inside the block after this time, even while a regular expression is
+    matched. Main thread only."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError
@@ -208,8 +207,8 @@ _compiled = functools.lru_cache(maxsize=4 * _PATTERNS)(re.compile)
 
 
 def _match(key: str, pattern: str, module: str, within: str = "") -> re.Match | None:
-    """Match a pattern against a module's name. key: the setting that the pattern comes from.
-    within: the expression that peft puts it into; otherwise it must match the whole name. Raises
+    """Match a pattern against a module's name. key: the setting of the pattern. within: the
+    expression into which peft inserts it; without one it must match the whole name. Raises
     ValueError naming setting and pattern."""
     try:
         if within:

@@ -1,5 +1,5 @@
-"""LoRA of one expert as Hugging Face's peft saves it, on the modules of a family. What is zero is
-left out."""
+"""Write a single-expert LoRA in Hugging Face peft's format, on the modules of a family. Maps that
+are zero are left out."""
 
 import json
 from collections import Counter
@@ -25,9 +25,9 @@ def write(
     base: str,
     origin: str,
 ) -> None:
-    """Write into an existing directory. base, origin: the base's path, and its model_type, "" for a
-    model that originated here. Raises UserError where there are several experts, a gate, or only
-    zeros, and where Hugging Face has no model like the base."""
+    """Write into an existing directory. base, origin: the base's path and model_type, "" for a
+    model created here. Raises UserError for several experts, a gate, or a LoRA of zeros, and where
+    Hugging Face has no model like the base."""
     assert model.lora
     specs = model.lora.specs(model.layers)
     if any(spec and spec.has_router for spec in specs):
@@ -79,7 +79,7 @@ def write(
 
 
 def _without_zeros(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A and B without the last ranks where they are zero."""
+    """A and B without trailing ranks that are zero."""
     rank = int(np.flatnonzero(a.any(1) | b.any(0)).max(initial=-1)) + 1
     return a[:rank], b[:, :rank]
 
@@ -87,9 +87,9 @@ def _without_zeros(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _joined(
     pieces: Mapping[str, tuple[np.ndarray, np.ndarray]], outputs: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of a module, from those of its maps: the A's are stacked, one that several maps share
-    only once, and B has each map's values in its rows and at its A. outputs: rows of every map of
-    the module, in order."""
+    """A and B of a module from those of its maps: the As are stacked, an A that several maps share
+    only once; B has each map's values in its rows and the columns of its A. outputs: number of rows
+    of each map of the module, in order."""
     places: dict[bytes, int] = {}
     rows_of_a: list[np.ndarray] = []
     at: dict[str, int] = {}
@@ -112,7 +112,8 @@ def _joined(
 
 
 def _modules(names: list[str], model: ModelConfig) -> dict[str, Any]:
-    """target_modules and layers_to_transform: short where every adapted layer has the same maps."""
+    """target_modules and layers_to_transform, abbreviated where every adapted layer has the same
+    maps."""
     by_layer: dict[int, list[str]] = {}
     for name in names:
         _, _, layer, *module = name.split(".")

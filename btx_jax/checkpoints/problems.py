@@ -1,4 +1,4 @@
-"""How all that is wrong with a stored model is told at once."""
+"""Report all problems of a stored model at once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,6 @@ def raise_problems(directory: Path, problems: Sequence[str]) -> None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and the number of the others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -1,11 +1,11 @@
-"""The sums behind routers in closed form, in a file beside the mixture: whoever has it can add and
-drop experts exactly, without any expert's text.
+"""The sums from which closed-form routers are solved, in a file stored with the mixture. With it,
+experts can be added and dropped exactly, without any expert's text.
 
-router_statistics.safetensors holds, for each mixture layer, `layers.LAYER.gram` [experts,
-D (D + 1) / 2], the sum of x x^T over an expert's tokens, row by row from the diagonal on;
+router_statistics.safetensors holds, for each mixture layer, `layers.LAYER.gram` [experts, D (D + 1)
+/ 2], the sum of x x^T over an expert's tokens, as the rows of the upper triangle;
 `layers.LAYER.total` [experts, D], the sum of x; and `layers.LAYER.count` [experts], the number of
-tokens; all float64. Its metadata say what they are of (`About`), and the sha256 of the tensors'
-bytes.
+tokens; all float64. Its metadata describe the source (`About`), and contain the sha256 of the
+tensors' bytes.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from btx_jax.errors import UserError
 FILE = "router_statistics.safetensors"
 FORMAT = "btx_jax router statistics 1"
 _PARTS = ("gram", "total", "count")
-LATER = "0" * 64  # in the place of a sha256 until it is known
+LATER = "0" * 64  # placeholder for a sha256 that is not yet known
 
 
 @dataclasses.dataclass(frozen=True)
 class Expert:
-    """The expert that sums belong to. name: of its model. digest: of its feed-forwards in all
-    layers (`base_digest`)."""
+    """The expert of some sums. name: of its model. digest: of its feed-forwards in all layers
+    (`base_digest`)."""
 
     name: str
     digest: str = LATER
@@ -41,9 +41,12 @@ class Expert:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What statistics belong to. layers: those that are mixtures. width: of the model. tokenizer:
-    its sha256. base: digest of what belongs to no single expert and comes before a router. ridge:
-    how rows were solved. tokens: limit on what was read of each text."""
+    """What the statistics were computed from.
+
+    layers: the mixture layers. width: of the model. tokenizer: its sha256. base: digest of the
+    parameters before a router that belong to no single expert. ridge: settings of the regression.
+    tokens: limit of tokens read from each text.
+    """
 
     experts: tuple[Expert, ...]
     layers: tuple[int, ...]
@@ -54,7 +57,7 @@ class About:
     base: str = LATER
 
     def differences(self, other: "About") -> list[str]:
-        """Why the sums of two files cannot be added to each other."""
+        """Reasons why the sums of two files cannot be combined."""
         told = {
             "width": "another width",
             "layers": "mixtures in other layers",
@@ -65,7 +68,8 @@ class About:
 
 
 class Writer:
-    """Writes into a seekable file, layer by layer, so that only one layer is in memory."""
+    """Writes statistics into a seekable file layer by layer, so that only one layer is in
+    memory."""
 
     def __init__(self, file: BinaryIO, about: About):
         self._file, self._about = file, about
@@ -76,7 +80,7 @@ class Writer:
     def write(
         self, layer: int, gram_EDD: np.ndarray, total_ED: np.ndarray, count_E: np.ndarray
     ) -> None:
-        """Write the sums of a layer; layers come in the order of `about`."""
+        """Write the sums of a layer, in the order of `about.layers`."""
         assert (layer, len(gram_EDD)) == (self._pending.pop(0), len(self._about.experts))
         for gram_DD in gram_EDD:
             for i, row in enumerate(gram_DD):
@@ -90,7 +94,8 @@ class Writer:
         self._file.write(data)
 
     def finish(self, base: str, experts: Sequence[str]) -> None:
-        """Write the digests, known when everything has been read, and rewind the file."""
+        """Write the digests, which are known only after everything has been read, and rewind the
+        file."""
         named = [expert.name for expert in self._about.experts]
         about = dataclasses.replace(
             self._about, base=base, experts=tuple(map(Expert, named, experts))
@@ -101,7 +106,7 @@ class Writer:
 
 
 class RouterStatistics:
-    """A statistics file, checked. Raises UserError when it is damaged, or in another format."""
+    """A statistics file, validated. Raises UserError when it is damaged or has another format."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -122,7 +127,7 @@ class RouterStatistics:
 
     def read(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sums of one layer: gram [E, D, D], total [E, D] and count [E], as `Writer.write` takes
-        them. Raises UserError for values that no tokens can add up to."""
+        them. Raises UserError for impossible values."""
         packed, total_ED, count_E = (self._file.read(f"layers.{layer}.{part}") for part in _PARTS)
         width = self.about.width
         gram_EDD = np.empty((len(packed), width, width))
@@ -137,8 +142,8 @@ class RouterStatistics:
 
 
 def find_statistics(checkpoint: Path) -> RouterStatistics | None:
-    """The statistics beside a checkpoint, or in the directory of the run whose step it is; None
-    where there are none."""
+    """The statistics stored with a checkpoint, or in the directory of its run; None if there are
+    none."""
     places = [checkpoint]
     if checkpoint.parent.name == DIRECTORY:
         places.append(checkpoint.parent.parent)

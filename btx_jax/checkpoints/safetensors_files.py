@@ -1,13 +1,13 @@
-"""safetensors files, read and written tensor by tensor, so that no more than one is in memory.
+"""Read and write safetensors files one tensor at a time, so that no more than one is in memory.
 
 Format (https://github.com/huggingface/safetensors): 8 bytes, little-endian length of the header;
 the header, JSON {name: {dtype, shape, data_offsets}}; the tensors, C order, little-endian, without
-gaps. Files are read with pread instead of mapped: mapped pages would count as this process's memory
-until it ends.
+gaps. Files are read with pread rather than mapped: mapped pages would count towards this process's
+memory until it exits.
 
-Beside files of ours lies model.xxh3.json: {tensor: xxh3 of its bytes}, so that a tensor is checked
-where it is read whole, at the speed of memory, not of sha256 over whole files. Where several
-processes read parts of tensors, those are not checked: `btx verify` checks all.
+Files of ours come with model.xxh3.json: {tensor: xxh3 of its bytes}. A tensor that is read whole is
+verified at the speed of memory, without a sha256 over the whole file. Parts of tensors, as several
+processes read them, are not verified; `btx verify` verifies everything.
 """
 
 import hashlib
@@ -51,12 +51,12 @@ _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHECKSUMS = "model.xxh3.json"
-_PIECE = 2**26  # bytes of an object that are asked for at a time
-_BLOCK = 2**22  # bytes that are read at a time: to be hashed, of rows of which columns are cut
+_PIECE = 2**26  # bytes of an object requested at a time
+_BLOCK = 2**22  # bytes read at a time, for hashing or for cutting columns from rows
 
 
 class Tensor(NamedTuple):
-    """Location of one tensor. dtype: the format's name, such as BF16; start: byte offset in the
+    """Location of one tensor. dtype: the format's name, such as BF16. start: byte offset in the
     file."""
 
     dtype: str
@@ -66,7 +66,7 @@ class Tensor(NamedTuple):
 
 
 class _OnDisk:
-    """The bytes of a file. worth_a_call: gaps of fewer bytes are faster to read than to skip."""
+    """The bytes of a file. worth_a_call: smaller gaps are faster to read than to skip."""
 
     worth_a_call = 1024
 
@@ -78,7 +78,7 @@ class _OnDisk:
         return os.pread(self._file.fileno(), stop - start, start)
 
     def fill(self, view: memoryview, start: int) -> bool:
-        """Fill `view` from byte `start`; False where the file ends before."""
+        """Fill `view` from byte `start`; False if the file ends too early."""
         done = 0
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], start + done)
@@ -89,7 +89,7 @@ class _OnDisk:
 
 
 class _OnBucket:
-    """The bytes of an object in a bucket, read by ranges."""
+    """The bytes of an object in a bucket, read in ranges."""
 
     worth_a_call = 2**22
 
@@ -102,7 +102,7 @@ class _OnBucket:
             return buckets.read_range(self._path, start, stop) if stop > start else b""
 
     def fill(self, view: memoryview, start: int) -> bool:
-        """Fill `view` from byte `start`; False where the object ends before."""
+        """Fill `view` from byte `start`; False if the object ends too early."""
         for at in range(0, len(view), _PIECE):
             part = view[at : at + _PIECE]
             data = self.read(start + at, start + at + len(part))
@@ -113,8 +113,8 @@ class _OnBucket:
 
 
 class SafetensorsFile:
-    """The header of one file, checked; tensors are read on demand. Raises UserError for a file that
-    is damaged in any way."""
+    """One file with its validated header; tensors are read on demand. Raises UserError for any
+    damage."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -173,8 +173,8 @@ class SafetensorsFile:
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """A tensor, or its [index], or of that the rows and columns [start, stop). Only a tensor
-        that is read as a whole is compared with its checksum; a part cannot be."""
+        """A tensor, its entry [index], or rows and columns [start, stop) of that. Only a tensor
+        read as a whole is compared with its checksum."""
         tensor = self.tensors[name]
         dtype, shape, start = READABLE[tensor.dtype], tensor.shape, tensor.start
         if index is not None:
@@ -197,7 +197,7 @@ class SafetensorsFile:
         return array
 
     def sha256(self) -> str:
-        """sha256 of the bytes of all tensors, in the order in which they are stored."""
+        """sha256 of the bytes of all tensors, in stored order."""
         total = hashlib.sha256()
         start = min((tensor.start for tensor in self.tensors.values()), default=self._stored.size)
         for begin in range(start, self._stored.size, _BLOCK):
@@ -211,8 +211,8 @@ class SafetensorsFile:
     def _columns(
         self, start: int, shape: tuple[int, ...], dtype: np.dtype, columns: tuple[int, int]
     ) -> np.ndarray:
-        """Columns of the [rows, columns] that begin at byte `start`. Row by row where a row's part
-        is worth a call, otherwise cut from blocks of whole rows."""
+        """Columns of the [rows, columns] array that begins at byte `start`. Read row by row if a
+        row's part is worth a call, otherwise cut from blocks of whole rows."""
         first, last = columns
         stride = shape[1] * dtype.itemsize
         array = np.empty((shape[0], last - first), dtype)
@@ -233,13 +233,13 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 def require_regular(path: Path) -> None:
-    """Raises UserError for a pipe, a device or a directory: reading one may never end."""
+    """Raise UserError for a pipe, a device or a directory: reading one may never end."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: no regular file")
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
-    """Tensor name -> xxh3 of its bytes; empty where there is no file of them. Raises UserError."""
+    """Tensor name -> xxh3 of its bytes; empty if there is no checksum file. Raises UserError."""
     path = directory / CHECKSUMS
     if not path.is_file():
         return {}
@@ -259,10 +259,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """Writes tensors, in the order in which they were announced, into shards of at most
-    `shard_bytes` (or one tensor). sha256: of every finished file. tensors: name -> (shape, dtype).
-    Every shard's header is known beforehand, so data is written as it arrives. metadata: for every
-    header."""
+    """Writes tensors, in the order announced, into shards of at most `shard_bytes` (or one tensor).
+
+    tensors: name -> (shape, dtype). metadata: for every header. sha256: of every finished file.
+    Every shard's header is known in advance, so that data is written as it arrives.
+    """
 
     def __init__(
         self,
@@ -319,17 +320,17 @@ class ShardWriter:
 
     def _write(self, data) -> None:
         view = memoryview(data)
-        summed = self._summer.submit(self._sum.update, view)  # another core's work
+        summed = self._summer.submit(self._sum.update, view)  # runs on another core
         while len(view):
             view = view[self._file.write(view) :]
         summed.result()
 
     def _flush_behind(self) -> None:
-        """Let the disk work while tensors are made: otherwise gigabytes wait for the
-        final fsync."""
+        """Flush to disk while tensors are being made: otherwise gigabytes wait for the final
+        fsync."""
         if self._flush is None or self._flush.done():
             if self._flush is not None:
-                self._flush.result()  # the kernel reports a failed write once
+                self._flush.result()  # the kernel reports a failed write only once
             self._flush = self._flusher.submit(os.fdatasync, self._file.fileno())
 
     def _close(self) -> None:

@@ -1,5 +1,5 @@
-"""A reader's tensors -> parameters spread over devices: each process reads what its own devices
-hold, and no other has to."""
+"""Assemble a reader's tensors into parameters sharded over devices: each process reads only the
+parts that its own devices hold."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from btx_jax.models.llama import Params
 from btx_jax.parallel.hosts import by_all, is_first
 from btx_jax.progress import bar
 
-_ALIGNMENT = 64  # bytes: XLA takes what lies so on the CPU without a copy
+_ALIGNMENT = 64  # bytes; XLA uses such arrays on the CPU without a copy
 
 
 def assemble(
@@ -24,15 +24,16 @@ def assemble(
     slots: Mapping[TensorId, Slot],
     hashes: dict[TensorId, str] | None = None,
 ) -> Params:
-    """Our tree from a reader's tensors, onto the shardings and into the dtypes of `abstract`. Each
-    process reads the layers, experts, rows and columns of a tensor that its devices hold, a
-    replicated one once. Host memory then holds its share of one leaf and the part of one tensor
-    that was read.
+    """Build our parameter tree from a reader's tensors, with the shardings and dtypes of
+    `abstract`.
 
-    hashes: receives the sha256 of each tensor's float32 values; where processes share the mesh,
-    each computes those of some tensors, which it reads whole. Raises UserError, in every process,
-    when a value that any of them read is NaN or infinite, or what it read is damaged. A tensor that
-    is read whole is compared with its checksum where there is one; parts of tensors cannot be.
+    Each process reads the layers, experts, rows and columns that its devices hold, replicated ones
+    once. Host memory holds its share of one leaf and the part of one tensor being read.
+
+    hashes: receives the sha256 of each tensor's float32 values; processes that share the mesh
+    divide the tensors among them and read those whole. Raises UserError, in every process, when a
+    value that any of them read is NaN or infinite, or its data is damaged. Tensors read whole are
+    compared with their checksums, if any; parts cannot be.
     """
     leaves = jax.tree.leaves(abstract)
     devices = {device for leaf in leaves for device in leaf.sharding.device_set}
@@ -88,7 +89,7 @@ def _fill(
     slot: Slot,
     whole: np.ndarray | None,
 ) -> None:
-    """Copy what one tensor contributes to regions of a leaf. whole: the tensor, where it has been
+    """Copy the contribution of one tensor to regions of a leaf. whole: the tensor, if already
     read."""
     depth = len(slot.indices)
     at = tuple((i, i + 1) for i in slot.indices)
@@ -110,7 +111,7 @@ def _fill(
 
 
 def _blocks(regions: list[Region], axes: int) -> set[Region]:
-    """What to read at once: regions that adjoin or overlap are joined."""
+    """The regions to read: those that adjoin or overlap are joined."""
     merged = [_merged(region[axis] for region in regions) for axis in range(axes)]
     return {
         tuple(
@@ -136,7 +137,7 @@ def _holds(outer: Region, inner: Region) -> bool:
 
 
 def _within(inner: Region, outer: Region | None = None) -> Any:
-    """The index of one region in an array that begins where the other does, or at 0."""
+    """Index of the inner region in an array that begins where the outer one does, or at 0."""
     starts = [start for start, _ in outer] if outer is not None else [0] * len(inner)
     return tuple(slice(a - start, b - start) for (a, b), start in zip(inner, starts, strict=True))
 
@@ -154,7 +155,7 @@ def _empty(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 def _exchanged(own: Mapping[TensorId, str], tensors: list[TensorId]) -> dict[TensorId, str]:
-    """The digests of all processes; that of tensor i comes from process i modulo their number."""
+    """The digests of all processes; tensor i's comes from process i modulo their number."""
     table = np.zeros((len(tensors), 32), np.uint8)
     for number, tensor in enumerate(tensors):
         if tensor in own:

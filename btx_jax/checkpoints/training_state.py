@@ -1,12 +1,12 @@
-"""Checkpoints of a run, through Orbax: the only module that knows it.
+"""Checkpoints of a run, through Orbax; no other module uses Orbax.
 
-A run keeps them in WORKDIR/checkpoints/STEP/{params, opt_state, data, about}: separate items, so
-that a mix reads parameters only. `about` makes params self-describing: the model, what it was
-trained on so far. The tokenizer lies in WORKDIR/tokenizer.
+A run stores them in WORKDIR/checkpoints/STEP/{params, opt_state, data, about}: separate items, so
+that a mix can read only the parameters. `about` makes params self-describing: it holds the model
+and its training history. The tokenizer is in WORKDIR/tokenizer.
 
-Arrays are stored as zarr version 3 in one OCDBT key-value store an item, params in one chunk per
-layer and expert. Every chunk carries its CRC-32C, which TensorStore verifies whenever it reads one,
-whoever asks; OCDBT's own files carry theirs; `data` and `about` are sealed (checksums.py).
+Arrays are stored as zarr version 3 in one OCDBT key-value store per item, params in one chunk per
+layer and expert. Every chunk carries its CRC-32C, which TensorStore verifies on every read; OCDBT's
+own files carry theirs; `data` and `about` are sealed (checksums.py).
 """
 
 import dataclasses
@@ -51,18 +51,18 @@ from btx_jax.progress import bar, clock
 from btx_jax.terminal import plain
 
 DIRECTORY = "checkpoints"
-FINISHED = "commit_success.txt"  # Orbax writes it into a step on a bucket, last
+FINISHED = "commit_success.txt"  # the last file that Orbax writes into a step on a bucket
 DESCRIBED, RESUMED = ("about", "params"), ("opt_state", "data")
 FORMAT = 3
-UNSEALED = 2  # still read: as earlier versions wrote it, without checksums
-_LEAVES_HELD = 2  # of a step in large chunks: the one being read, and the next
+UNSEALED = 2  # the format of earlier versions, without checksums, still readable
+_LEAVES_HELD = 2  # for a step in large chunks: the current and the next one
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What one training run took. seconds: in its steps, over all its starts; compiling, saving and
-    evaluating left out. peak_bytes: of one step, per chip, as compiled. after: ids of all runs
-    behind the parameters it started from."""
+    """The costs of one training run. seconds: in its steps, over all its starts, without compiling,
+    saving and evaluating. peak_bytes: of one step, per chip, as compiled. after: ids of all runs
+    that led to its initial parameters."""
 
     tokens: int
     flops: float
@@ -72,25 +72,24 @@ class TrainingRun:
     after: tuple[str, ...] = ()
 
 
-History = Mapping[str, TrainingRun | None]  # None: made elsewhere, so that its costs are unknown
+History = Mapping[str, TrainingRun | None]  # None: made elsewhere, at unknown cost
 
 
 def elsewhere(path: Path) -> History:
-    """That of what was not trained here and has no history of ours: known by its place alone, which
-    on the Hub is a commit."""
+    """History of a model trained elsewhere, identified only by its location, which on the Hub
+    includes the commit."""
     if found := hub_names.origin(path):
         return {str(found): None}
     return {f"{path.name} ({hashlib.sha256(str(path).encode()).hexdigest()[:8]})": None}
 
 
 def together(histories: Iterable[History]) -> History:
-    """Every run behind any of them, each once."""
+    """Every run in any of the histories, each once."""
     return {name: run for history in histories for name, run in history.items()}
 
 
 def trained_on(history: History) -> str:
-    """A sentence or two for a model card, with a space before each; "" when there is nothing to
-    tell."""
+    """Sentences for a model card, each preceded by a space; "" if nothing is known."""
     tokens = sum(run.tokens for run in history.values() if run)
     unknown = [name for name, run in history.items() if run is None]
     told = f" Trained here on {tokens:,.0f} tokens in all, seed included." if tokens else ""
@@ -99,8 +98,8 @@ def trained_on(history: History) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """What a checkpoint leaves out: where it was found, and sha256 over its values
-    (`checkpoint.load_base`)."""
+    """The base of a checkpoint that leaves parameters to it: where it was found, and the sha256
+    over its values (`checkpoint.load_base`)."""
 
     path: str
     digest: str
@@ -108,12 +107,15 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointMetadata:
-    """history: run id -> every training run behind these parameters, each once, and the models made
-    elsewhere that they come from. step: of the last of them. base: the model under LoRA experts,
-    or the one whose attention, norms and embeddings a branch has kept; then the checkpoint holds
-    the LoRA experts, or the branch's feed-forwards, alone. huggingface: what
-    config.json and generation_config.json of the model that this came from say beyond ModelConfig,
-    as {"config": {...}, "generation_config": {...}}; {} for a model that was born here."""
+    """Description of a checkpoint.
+
+    history: run id -> every training run that led to these parameters, and the models made
+    elsewhere that they come from. step: of the last run. base: the model under LoRA experts, or the
+    one whose attention, norms and embeddings a branch has kept; the checkpoint then holds only the
+    LoRA experts or the branch's feed-forwards. huggingface: what config.json and
+    generation_config.json of the original model contain beyond ModelConfig, as {"config": {...},
+    "generation_config": {...}}; {} for a model created here.
+    """
 
     model: ModelConfig
     step: int
@@ -122,15 +124,15 @@ class CheckpointMetadata:
     huggingface: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def holds(self, path: Sequence[str]) -> bool:
-        """Whether a checkpoint of it holds the parameter of this path itself, and not its base."""
+        """Whether the checkpoint itself holds the parameter at this path, rather than its base."""
         if self.model.lora:
             return is_adapter(path)
         return self.base is None or is_feed_forward(path)
 
     def costs(self, without: History | None = None) -> dict[str, Any]:
-        """Of all runs but `without`. unknown: what was made elsewhere; then the numbers are those
-        of the others alone. critical_seconds: of the longest chain of runs that had to
-        wait for each other, so with branches side by side; chip_seconds: of all together."""
+        """Costs of all runs except those in `without`. unknown: models made elsewhere, which the
+        numbers leave out. critical_seconds: of the longest chain of runs that had to wait for each
+        other, so with branches in parallel. chip_seconds: of all runs together."""
         left = {name: run for name, run in self.history.items() if name not in (without or {})}
         runs = {name: run for name, run in left.items() if run}
 
@@ -183,7 +185,7 @@ def metadata_from_json(values: dict[str, Any], path: Path) -> CheckpointMetadata
 
 
 def history_from_json(values: Mapping[str, Any], path: Path) -> History:
-    """Of what to_dict makes of one. Raises ConfigError."""
+    """Parse a history from the result of to_dict. Raises ConfigError."""
     return {
         name: None if run is None else from_dict(TrainingRun, run, f"{path}: history")
         for name, run in values.items()
@@ -191,13 +193,13 @@ def history_from_json(values: Mapping[str, Any], path: Path) -> History:
 
 
 def stored(params: Any, metadata: CheckpointMetadata) -> Any:
-    """What a checkpoint holds of these parameters."""
+    """The part of these parameters that the checkpoint holds."""
     return partition(params, metadata.holds)[0]
 
 
 def quiet() -> None:
-    """Orbax reports every save at INFO through absl; a run's own log says what users need. What
-    fails in a thread of Orbax is raised again where the save is waited for."""
+    """Silence Orbax, which logs every save at INFO through absl; a run's own log says what users
+    need. Errors in Orbax's threads are raised again where the save is awaited."""
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -214,7 +216,7 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 
 def _raised_unseen(raised: Any) -> None:
-    """Reads and writes that end when Orbax has given up, because another one failed."""
+    """Ignore reads and writes that end because Orbax gave up after another one failed."""
     code = getattr(raised.object, "cr_code", None)
     of_orbax = code is not None and "orbax" in Path(code.co_filename).parts
     if not of_orbax and str(raised.exc_value) != "Event loop is closed":
@@ -222,7 +224,7 @@ def _raised_unseen(raised: Any) -> None:
 
 
 def _is_told_nowhere_else(record: logging.LogRecord) -> bool:
-    """Of what asyncio logs: not reads and writes of Orbax that failed beside another one, whose
+    """Filter asyncio's log: drop Orbax's reads and writes that failed along with another one, whose
     error is raised."""
     failed = record.exc_info[2] if record.exc_info else None
     frames = traceback.extract_tb(failed)
@@ -230,7 +232,7 @@ def _is_told_nowhere_else(record: logging.LogRecord) -> bool:
 
 
 def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int]) -> dict[str, Any]:
-    """zarr3's, of an array whose every chunk carries its CRC-32C."""
+    """zarr3 metadata of an array whose chunks all carry a CRC-32C."""
     return {
         "shape": list(shape),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
@@ -243,7 +245,7 @@ def _chunk_metadata(shape: Sequence[int], chunks: Sequence[int]) -> dict[str, An
 
 
 class _Checksummed(tensorstore_utils.ArrayWriteSpec):
-    """Orbax has no setting for codecs; with its own, chunks carry no checksum."""
+    """Adds checksums to Orbax's arrays, for which Orbax has no setting."""
 
     @property
     def json(self) -> dict[str, Any]:
@@ -258,7 +260,7 @@ tensorstore_utils.ArrayWriteSpec = _Checksummed
 
 
 def _leading_axes(model: ModelConfig) -> dict[str, int]:
-    """Leaf -> how many leading axes are layers and experts."""
+    """Leaf -> number of leading axes that are layers and experts."""
     axes = {"/".join(slot.path): len(slot.indices) for slot in slots(model).values()}
     for name in named_leaves(nn.unbox(abstract_params(model))):
         axes.setdefault(name, 1)  # LoRA experts: layers
@@ -266,7 +268,7 @@ def _leading_axes(model: ModelConfig) -> dict[str, int]:
 
 
 def _save_params(params: Params, metadata: CheckpointMetadata) -> ocp.args.PyTreeSave:
-    """In chunks of one layer and expert: what streaming reads at a time."""
+    """Save in chunks of one layer and expert, the unit that streaming reads."""
     axes = _leading_axes(metadata.model)
 
     def chunks(path: Any, _: Any) -> ocp.SaveArgs:
@@ -277,18 +279,18 @@ def _save_params(params: Params, metadata: CheckpointMetadata) -> ocp.args.PyTre
     return ocp.args.PyTreeSave(held, save_args=jax.tree_util.tree_map_with_path(chunks, held))
 
 
-BestOf = Callable[[Iterable[int]], int | None]  # of steps, the best one, if that is known
+BestOf = Callable[[Iterable[int]], int | None]  # steps -> the best of them, if known
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kept(ocp.checkpoint_managers.PreservationPolicy):
-    """The newest steps, and the best."""
+    """Keeps the newest steps, and the best."""
 
     newest: int
     best: BestOf
 
     def of(self, steps: Sequence[int]) -> set[int | None]:
-        """steps: oldest first."""
+        """The steps to keep. steps: oldest first."""
         return {*steps[-self.newest :], self.best(steps)}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
@@ -297,17 +299,19 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class _Manager(ocp.CheckpointManager):
-    """JAX's preemption service counts the places where it is asked, and the run asks it."""
+    """Orbax's manager without its own preemption checks: JAX's preemption service counts calls, and
+    the run makes them."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saves in the background; a save that was interrupted does not
-    exist. What killed processes of the same run left behind is swept.
+    """The checkpoints of one run. Saves run in the background; an interrupted save leaves no
+    checkpoint. Remains of killed processes of the same run are removed.
 
-    best: asked at every save, and here, which step stays besides the newest ones."""
+    best: called at every save and on construction to choose the step to keep besides the newest.
+    """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, best: BestOf = lambda steps: None):
         quiet()
@@ -333,7 +337,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Those that are kept, oldest first."""
+        """The steps that are kept, oldest first."""
         return sorted(self._manager.all_steps())
 
     def path(self, step: int) -> Path:
@@ -346,8 +350,8 @@ class Checkpoints:
         opt_state: Any = None,
         data: dict[str, Any] | None = None,
     ) -> None:
-        """Start saving about.step. Arrays may be donated afterwards: they are copied to the host
-        first."""
+        """Start saving metadata.step. The arrays may be donated afterwards: they are copied to the
+        host first."""
         items = {
             "params": _save_params(params, metadata),
             "about": ocp.args.JsonSave(sealed(metadata_to_json(metadata))),
@@ -361,10 +365,12 @@ class Checkpoints:
         self._told(lambda: self._manager.save(metadata.step, args=ocp.args.Composite(**items)))
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
-        """(params, opt_state, data) of a step, onto the shardings of the abstract arguments: any
-        mesh will do. params: what is `stored`.
+        """(params, opt_state, data) of a step, with the shardings of the abstract arguments, on any
+        mesh. params: those that are `stored`.
 
-        Raises UserError when it is damaged, or holds moments of other leaves than opt_state."""
+        Raises UserError when the step is damaged, or holds optimizer state for other leaves than
+        opt_state.
+        """
         path = self.path(step)
         read_metadata(path)
         data, _ = _read_data(path)
@@ -384,8 +390,8 @@ class Checkpoints:
         self._told(self._manager.wait_until_finished)
 
     def _told(self, save: Callable[[], Any]) -> None:
-        """A save that runs in the background fails where the next one starts, or where it is waited
-        for."""
+        """Run `save`, reporting errors: a background save fails where the next one starts, or where
+        it is awaited."""
         try:
             save()
         except Exception as error:  # Orbax passes on whatever its storage raises
@@ -406,8 +412,8 @@ def steps_of(directory: Path) -> list[int]:
 
 
 def _is_finished(step: Path) -> bool:
-    """On a disk whatever has its name; on a bucket, where nothing is renamed, what says so: Orbax's
-    file for that, or its metadata, of a step that was copied there from a disk."""
+    """Whether a step is finished. On disk, its name is proof enough; on a bucket, where nothing is
+    renamed, Orbax's marker file or the metadata of a step copied from a disk is required."""
     if not is_on_bucket(step) or (step / FINISHED).exists():
         return True
     try:
@@ -418,7 +424,7 @@ def _is_finished(step: Path) -> bool:
 
 
 def _mark_finished(directory: Path) -> None:
-    """The steps that were copied to a bucket, as Orbax looks for them there."""
+    """Mark steps that were copied to a bucket as finished, in the way Orbax expects there."""
     if is_on_bucket(directory) and directory.exists():
         for step in steps_of(directory):
             mark = directory / str(step) / FINISHED
@@ -427,8 +433,8 @@ def _mark_finished(directory: Path) -> None:
 
 
 def _sweep(directory: Path, keep: Callable[[list[int]], set[Any]]) -> None:
-    """Unfinished saves, and steps whose deletion was cut short: those that `keep` leaves out. The
-    caller holds the run's directory, so that no living process owns them."""
+    """Remove unfinished saves, and steps not in `keep`, whose deletion was interrupted. The caller
+    holds the run's directory, so no living process owns them."""
     if not directory.is_dir():
         return
     steps = steps_of(directory)
@@ -440,7 +446,7 @@ def _sweep(directory: Path, keep: Callable[[list[int]], set[Any]]) -> None:
 
 
 def damaged(path: Path, what: str) -> UserError:
-    """Of a step's directory. what: the part, and how it shows."""
+    """The error for a damaged step directory. what: the damaged part, and the symptom."""
     earlier = [step for step in steps_of(path.parent) if str(step) != path.name]
     earlier = [step for step in earlier if path.name.isdigit() and step < int(path.name)]
     cure = (
@@ -452,7 +458,7 @@ def damaged(path: Path, what: str) -> UserError:
 
 
 def _read_json(path: Path, item: str) -> dict[str, Any]:
-    """A JSON item of a step, its seal checked and taken off; earlier versions wrote none."""
+    """Read a JSON item of a step and verify and remove its seal; earlier versions wrote none."""
     values = _json(path, item)
     try:
         bare = SEAL not in values and _is_unsealed(path)
@@ -474,14 +480,14 @@ def _is_unsealed(path: Path) -> bool:
 
 
 def _read_data(path: Path) -> tuple[dict[str, Any], set[str] | None]:
-    """(the data iterator's state, the leaves of the optimizer's state), the latter None as earlier
-    versions wrote it."""
+    """(state of the data iterator, names of the optimizer's leaves); the latter is None in
+    checkpoints of earlier versions."""
     values = _read_json(path, "data")
     return (values["data"], set(values["opt_state"])) if "opt_state" in values else (values, None)
 
 
 def _opt_state_leaves(path: Path) -> set[str]:
-    """Names of the optimizer's stored leaves. Raises UserError when they are not those that were
+    """Names of the optimizer's stored leaves. Raises UserError unless they are those that were
     saved."""
     _, known = _read_data(path)
     held = set(named_leaves(_item_metadata(path, "opt_state")))
@@ -492,7 +498,7 @@ def _opt_state_leaves(path: Path) -> set[str]:
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:
-    """Of a step's directory."""
+    """Metadata of a step directory."""
     values = _read_json(path, "about")
     try:
         return metadata_from_json(values, path)
@@ -501,8 +507,8 @@ def read_metadata(path: Path) -> CheckpointMetadata:
 
 
 def _item_metadata(path: Path, item: str) -> Any:
-    """Opens the store itself first: Orbax would report a damaged one, and a relative path, as
-    empty."""
+    """Metadata of an item. Opens the store itself first: Orbax would report a damaged store, or a
+    relative path, as empty."""
     place = (path / item).resolve()
     try:
         json.loads((place / "_METADATA").read_text(encoding="utf-8"))
@@ -525,10 +531,10 @@ def _restore_item(path: Path, item: str, abstract: Any) -> Any:
 
 
 def restore_params(path: Path, metadata: CheckpointMetadata, abstract: Any) -> Params:
-    """What a step holds of the parameters (`stored`), onto the shardings and into the dtypes of
+    """Restore the parameters that a step holds (`stored`), with the shardings and dtypes of
     `abstract`.
 
-    Raises UserError listing every leaf that is unknown, missing or misshapen against the model, or
+    Raises UserError that lists every leaf that is unknown, missing or misshapen for the model, or
     holds NaN or infinity.
     """
     _check_stored(path, metadata)
@@ -546,12 +552,12 @@ def _check_finite(params: Params, path: Path) -> None:
 
 
 def _unreadable(path: Path, item: str, error: Exception) -> UserError:
-    """What storage raised for an item of a step, in one line. What is no fault of the stored bytes
-    is not told as damage."""
+    """A one-line error for what storage raised while reading an item. Errors that are not the fault
+    of the stored bytes are not reported as damage."""
     if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
         raise error
     cause: BaseException = error
-    while cause.__cause__ is not None:  # Orbax's own words tell where in its code, not what
+    while cause.__cause__ is not None:  # Orbax's own message says where in its code, not why
         cause = cause.__cause__
     told = " ".join(str(cause).split())
     if reason := _system_reason(told):
@@ -563,19 +569,19 @@ def _unreadable(path: Path, item: str, error: Exception) -> UserError:
 
 
 def _system_reason(told: str) -> str:
-    """The operating system's words in TensorStore's, or nothing."""
+    """The operating system's message within TensorStore's, or ""."""
     found = re.search(r": ([^:]+) \[os_error_code='(\d+)'", told)
     return found[1] if found and int(found[2]) != errno.ENOENT else ""
 
 
 def _short(error: Exception) -> str:
-    """TensorStore appends its whole specification."""
+    """One line of an error, without the specification that TensorStore appends."""
     told = " ".join(str(error).split())
     return _system_reason(told) or told[:300]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """layers_0/ffn/gate -> leaf."""
+    """Leaves by name: layers_0/ffn/gate -> leaf."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -600,13 +606,13 @@ def _check_stored(path: Path, metadata: CheckpointMetadata) -> None:
 
 
 def _url(directory: Path) -> str:
-    """As TensorStore names it."""
+    """A directory's URL for TensorStore."""
     return f"{directory}/" if is_on_bucket(directory) else f"file://{directory.resolve()}/"
 
 
 def _array_spec(item: Path, name: str) -> dict[str, Any]:
-    """Orbax keeps every leaf as a zarr array in one OCDBT key-value store: version 3, or 2 as
-    earlier versions wrote it. What is missing is an error, never zeros."""
+    """TensorStore spec of a leaf: Orbax stores each as a zarr array in one OCDBT key-value store,
+    version 3, or 2 in earlier versions. Missing data is an error, never zeros."""
     zarr3 = json.loads((item / "_METADATA").read_text(encoding="utf-8"))["use_zarr3"]
     return {
         "driver": "zarr3" if zarr3 else "zarr",
@@ -620,10 +626,10 @@ def _array_spec(item: Path, name: str) -> dict[str, Any]:
 
 
 class StepReader:
-    """Reads a step's parameters one tensor at a time. slots: of what the step holds.
+    """Reads a step's parameters one tensor at a time. slots: of the tensors that the step holds.
 
-    by_leaf: its chunks span layers or experts, as earlier versions wrote them: a whole leaf is held
-    then, and read once if its tensors are asked for one behind the other.
+    by_leaf: whether its chunks span layers or experts, as earlier versions wrote them. A whole leaf
+    is then held in memory, and read once if its tensors are requested consecutively.
     """
 
     def __init__(self, path: Path):
@@ -682,7 +688,7 @@ class StepReader:
             return self._held[leaf]
 
     def check(self) -> None:
-        """Raises UserError when a tensor that was read held NaN or infinity."""
+        """Raise UserError when a tensor that was read held NaN or infinity."""
         raise_problems(
             self._path,
             [f"NaN or infinity in {tensor}" for tensor in dict.fromkeys(self._bad_values)],
@@ -699,19 +705,19 @@ def _open(path: Path, item: str, name: str) -> Any:
 def _read(path: Path, item: str, store: Any) -> np.ndarray:
     try:
         return np.asarray(store.read().result())
-    except ValueError as error:  # TensorStore's for everything
+    except ValueError as error:  # TensorStore raises it for everything
         raise _unreadable(path, item, error) from error
 
 
 def items_of(path: Path) -> list[str]:
-    """Of a step: those that it should hold. What a run resumes from is there as a whole or, in what
-    was mixed or converted, not at all."""
+    """Items that a step should hold. Those needed to resume are either all present or, in mixed or
+    converted checkpoints, all absent."""
     resumable = any((path / item).is_dir() for item in RESUMED)
     return [*DESCRIBED, *(RESUMED if resumable else ())]
 
 
 def verify_item(path: Path, item: str) -> str:
-    """Reads all of one item of a step; says what was checked. Raises UserError when it is
+    """Read all of one item of a step; returns what was checked. Raises UserError when it is
     damaged."""
     if item in ("about", "data"):
         _read_json(path, item)
@@ -735,7 +741,7 @@ def verify_item(path: Path, item: str) -> str:
 
 
 def _parts(store: Any) -> Iterator[Any]:
-    """Along the first axis, as its chunks lie: so much is held at a time."""
+    """Split along the first axis by chunks, to limit memory."""
     if not store.rank:
         yield store
         return
@@ -745,8 +751,8 @@ def _parts(store: Any) -> Iterator[Any]:
 
 
 class StepWriter:
-    """Writes WORKDIR/checkpoints/0 one tensor at a time, as Orbax would: one zarr chunk per layer
-    and expert.
+    """Writes WORKDIR/checkpoints/0 one tensor at a time, in Orbax's format: one zarr chunk per
+    layer and expert.
 
     Raises UserError when tensors of one leaf differ in dtype.
     """
@@ -777,7 +783,7 @@ class StepWriter:
             spec["metadata"] = _chunk_metadata(
                 self._shapes[slot.path], [1] * len(slot.indices) + list(slot.part)
             )
-            spec["store_data_equal_to_fill_value"] = True  # a tensor of zeros is no missing one
+            spec["store_data_equal_to_fill_value"] = True  # store zeros explicitly
             dtype = self._dtypes[slot.path].name
             self._stores[slot.path] = tensorstore.open(
                 spec, create=True, read=True, write=True, dtype=dtype
@@ -788,14 +794,14 @@ class StepWriter:
         slot = self._slots[tensor]
         try:
             self._store(slot)[slot.indices].write(slot.to_ours(array)).result()
-        except ValueError as error:  # TensorStore's for everything, the disk included
+        except ValueError as error:  # TensorStore raises it for everything, even disk errors
             reason = re.search(r": ([^:]+) \[os_error_code='(\d+)'", str(error))
             raise OSError(
                 int(reason[2]) if reason else 0, reason[1] if reason else str(error)
             ) from error
 
     def _write_metadata(self) -> None:
-        """Orbax's own, of the tree."""
+        """Write Orbax's metadata of the tree."""
         tree = {}
         for leaf, shape in self._shapes.items():
             keys = [{"key": key, "key_type": 2} for key in leaf]
@@ -816,8 +822,8 @@ class StepWriter:
         (self._path / "params" / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
 
     def finish(self, metadata: CheckpointMetadata) -> None:
-        """What the checkpoint says about itself."""
+        """Write the checkpoint's description of itself."""
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             checkpointer.save(self._path / "about", sealed(metadata_to_json(metadata)))
-        for directory in (self._path / "params", self._path):  # Orbax wants it of both, on a bucket
+        for directory in (self._path / "params", self._path):  # Orbax requires both on buckets
             (directory / FINISHED).write_text("Written whole.", encoding="utf-8")
