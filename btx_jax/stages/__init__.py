@@ -1,8 +1,8 @@
-"""The stages: each reads checkpoints and text and writes one directory. Each is idempotent and
-resumable.
+"""The stages of a run. Each reads checkpoints and text and writes one directory; each is idempotent
+and resumable.
 
-A stage module has `run(config, workdir)` and `check(config, coming, mistakes)`, which gathers all
-that is known to be wrong before any work, reads no more than it must for that and writes nothing.
+A stage module has `run(config, workdir)` and `check(config, coming, mistakes)`, which collects all
+known mistakes before any work, reads only what that requires, and writes nothing.
 """
 
 import contextlib
@@ -17,35 +17,35 @@ from btx_jax.errors import Mistakes
 from btx_jax.parallel.hosts import is_first
 from btx_jax.rundir import held, settle_names
 
-# Of a pipeline, what stages that have not run yet will write: `@NAME` -> its model, None if
+# For a pipeline, what stages that have not run yet will write: `@NAME` -> its model, None if
 # unknown.
 Coming = Mapping[str, ModelConfig | None]
 
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
-    """The model that config.stage will write, None if none or unknown. What is wrong goes to
-    mistakes."""
+    """Check config.stage: add what is wrong to mistakes, and return the model that it will write,
+    None if none or unknown."""
     stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
     return stage.check(config, coming, mistakes)
 
 
 def require_right(config: Config) -> None:
-    """`check`, for a stage that runs at once, by every process: a mesh is made by all of them.
-    Raises ConfigError with all that is wrong."""
+    """`check` for a stage about to run. Called by every process, as a mesh spans all of them.
+    Raises ConfigError with everything that is wrong."""
     mistakes = Mistakes()
     check(config, {}, mistakes)
     mistakes.tell()
 
 
 def run(config: Config, workdir: Path, **options: str) -> None:
-    """Run config.stage in workdir. A stage that has finished there returns at once. options: of the
-    pipeline stage alone.
+    """Run config.stage in workdir. A stage that has already finished there returns at once.
+    options: for the pipeline stage only.
 
     Raises UserError when another process is running there, or nothing can be written there. A run
     that is refused leaves no directory behind.
     """
     stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
-    # One stage of a pipeline runs beside others: it takes its own directory.
+    # A single stage of a pipeline runs beside others, and claims its own directory.
     takes_directory = is_first() and not options
     with explained():
         settle_names(workdir, config)
@@ -54,7 +54,7 @@ def run(config: Config, workdir: Path, **options: str) -> None:
 
 
 def next_command(config: Config, workdir: Path) -> str:
-    """What a person may want to do when a run has finished, if there is anything."""
+    """A useful next command after a run has finished; "" if there is none."""
     if (workdir / "report.html").exists():
         return f"open {workdir / 'report.html'}"
     if config.stage == "mix":

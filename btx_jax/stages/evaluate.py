@@ -1,8 +1,8 @@
-"""Evaluate: held-out loss of every model and ensemble on every domain, test sets, what the routers
-of mixtures do. Writes results.json.
+"""Evaluate: held-out loss of every model and ensemble on every domain, test sets, and routing of
+mixtures. Writes results.json.
 
-What is measured is kept under WORKDIR/parts as it comes, so that an interrupted evaluation goes on
-where it was.
+Results are saved under WORKDIR/parts as they come, so that an interrupted evaluation resumes where
+it stopped.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ from btx_jax.stages import Coming, require_right
 log = logging.getLogger(__name__)
 
 RESULTS, PARTS, INPUTS = "results.json", "parts", "inputs.json"
-PROFILE_ROWS = 128  # training rows behind an expert's tf-idf profile
+PROFILE_ROWS = 128  # training rows from which an expert's tf-idf profile is made
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -132,7 +132,7 @@ def run(config: Config, workdir: Path) -> None:
             models[name] |= {"samples": samples}
     for name, ensemble in (
         spread.ensembles.items() if is_first() else ()
-    ):  # who wrote the token losses
+    ):  # which wrote the token losses
         eos = next(iter(tokenizers.values())).eos
         models[name] = ensemble_result(
             ensemble, heldout, workdir / PARTS, profiles.get(name), found, eos
@@ -160,7 +160,7 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def tell(config: Config, workdir: Path, models: Mapping[str, Any]) -> None:
-    """Send the trackers what was measured of every model."""
+    """Send the results of every model to the trackers."""
     keys = ("nats_per_token", "bits_per_byte", "tasks")
     measured = {
         name: {key: model[key] for key in keys if key in model} for name, model in models.items()
@@ -171,7 +171,7 @@ def tell(config: Config, workdir: Path, models: Mapping[str, Any]) -> None:
 
 
 def show(workdir: Path) -> None:
-    """Print the tables of what was measured."""
+    """Print the tables of results."""
     if not is_first():
         return
     results = read_json(workdir / RESULTS)
@@ -222,7 +222,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
-    """What does not fit into a model's context."""
+    """What does not fit into a model's context, as messages."""
     assert config.evaluate
     if config.data and config.data.sequence_length > context:
         yield (
@@ -246,7 +246,7 @@ def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
 def _no_oracle(
     name: str, sent: OracleConfig, models: Mapping[str, ModelConfig], domains: Sequence[str]
 ) -> Iterator[str]:
-    """Why a mixture cannot be told where its tokens go in this way."""
+    """Why the tokens of a mixture cannot be routed as the oracle asks, as messages."""
     key = f"config.evaluate.oracles.{name}"
     if domains and (others := set(domains) ^ set(sent.experts)):
         yield f"{key}.experts: {', '.join(sorted(others))}: must be the domains of held-out text"
@@ -259,8 +259,8 @@ def _no_oracle(
 
 
 def require_same(file: Path, inputs: Mapping[str, str]) -> None:
-    """Raises UserError when what was measured here before was of other weights or items, whose
-    results would stand beside the new ones."""
+    """Raise UserError when earlier results here come from other weights or items, as they would be
+    mixed with the new ones."""
     before = read_json(file) if file.exists() else {}
     if changed := [name for name, value in inputs.items() if before.get(name, value) != value]:
         told = f"{', '.join(changed)}: not what was measured there before"
@@ -277,7 +277,7 @@ def read_heldout(
     config: Config, found: Mapping[str, Checkpoint], tokenizers: Mapping[str, Tokenizer]
 ) -> tuple[dict[str, Rows], dict[str, btm.DomainProfiles]]:
     """(domain -> held-out rows, tf-idf ensemble -> profiles). Raises ConfigError when the models'
-    tokenizers differ: their losses per token could not be compared."""
+    tokenizers differ, as losses per token would not be comparable."""
     assert config.evaluate and config.data
     tokenizer = first_then_others(
         resolve_tokenizer, config.data, next(iter(tokenizers.values())).path.parent
@@ -309,7 +309,7 @@ def read_heldout(
 
 
 def part(file: Path, make: Callable[..., Any], *args: Any) -> Any:
-    """What make(*args) returned, read from the file once it exists."""
+    """The result of make(*args), cached in a file."""
     if not file.exists():
         value = make(*args)
         if is_first():
@@ -333,7 +333,7 @@ def evaluate_model(
     folder: Path,
     progress: tqdm,
 ) -> dict[str, Any]:
-    """One model's entry in results.json; the losses of every held-out token go to
+    """One model's entry in results.json; the losses of all held-out tokens are written to
     FOLDER/DOMAIN.npy."""
     assert config.evaluate and config.compute
     model, batch_size = checkpoint.metadata.model, config.evaluate.batch_size
@@ -343,7 +343,7 @@ def evaluate_model(
         return loss_entries({}) | counts
     params = load_for_inference(
         checkpoint, mesh, "float32"
-    )  # how alike experts are is seen in their last bits
+    )  # expert similarity depends on the last bits
     step = make_heldout_step(model, config.compute, mesh)
     losses: dict[str, HeldoutLoss] = {}
     routed: dict[str, Any] = {}
@@ -397,7 +397,7 @@ def run_tasks(
     mesh: Mesh,
     folder: Path,
 ) -> dict[str, Any]:
-    """Metrics of every task; the model's answer to each item goes to FOLDER/TASK.json."""
+    """Metrics of every task; the model's answer to each item is written to FOLDER/TASK.json."""
     assert config.evaluate and config.compute
     size, compute = config.evaluate.batch_size, config.compute
 
@@ -420,7 +420,7 @@ def run_tasks(
 def continued(
     checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, mesh: Mesh
 ) -> list[dict[str, Any]]:
-    """Of every prompt: prompt, text (its greedy continuation) and, of a mixture, explained: both
+    """For every prompt: prompt, text (its greedy continuation) and, for a mixture, explained: both
     with the experts of every token."""
     assert config.evaluate and config.compute
     model, wanted = checkpoint.metadata.model, config.evaluate
@@ -429,7 +429,7 @@ def continued(
         model, params, config.compute, mesh, stop_ids(checkpoint.metadata, tokenizer)
     )
     prompts = [tokenizer.encode_prompt(prompt) for prompt in wanted.prompts]
-    # As many rows as divide over the mesh.
+    # Rounded up to a number of rows that divides over the mesh.
     rows = -(-len(prompts) // mesh.size) * mesh.size
     padded = [*prompts, *prompts[:1] * (rows - len(prompts))]
     new = generator.generate(padded, wanted.prompt_tokens)[: len(prompts)]
@@ -456,8 +456,8 @@ def loss_entries(losses: Mapping[str, HeldoutLoss]) -> dict[str, Any]:
 def shown_texts(
     config: Config, tokenizer: Tokenizer, all_rows: Mapping[str, Rows]
 ) -> dict[str, list[int]]:
-    """Token ids of the texts whose experts are kept: the beginning of each domain's first held-out
-    document, and config.evaluate.texts."""
+    """Token ids of the texts for which each token's experts are shown: the beginning of each
+    domain's first held-out document, and config.evaluate.texts."""
     assert config.evaluate
     shown = {}
     for domain, rows in all_rows.items() if config.evaluate.shown_tokens else ():
@@ -471,7 +471,7 @@ def shown_texts(
 
 
 def read_profiles(config: Config, tokenizer: Tokenizer) -> dict[str, btm.DomainProfiles]:
-    """Profiles for every tf-idf ensemble."""
+    """Domain profiles for every tf-idf ensemble."""
     assert config.evaluate and config.data
     profiles = {}
     for name, ensemble in config.evaluate.ensembles.items():
@@ -504,8 +504,7 @@ def ensemble_result(
     found: Mapping[str, Checkpoint],
     eos: int | None,
 ) -> dict[str, Any]:
-    """An ensemble's entry, from the token losses of its experts. Its cost is that of
-    all of them."""
+    """An ensemble's entry, from the token losses of its experts. Its cost is the sum of theirs."""
     losses = {}
     for domain, rows in all_rows.items():
         nll = np.stack(
@@ -541,7 +540,7 @@ def oracle_result(
     all_rows: Mapping[str, Rows],
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """The losses of a mixture that is told where the tokens of every domain go. Its cost is the
+    """Losses of a mixture whose tokens are sent to a given expert by domain. Its cost is the
     mixture's."""
     assert config.evaluate and config.compute
     model = checkpoint.metadata.model

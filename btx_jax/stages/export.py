@@ -36,7 +36,7 @@ def run(config: Config, workdir: Path) -> None:
 def _write(config: Config, workdir: Path) -> None:
     assert config.export
     target = workdir / MODEL
-    remove(target)  # of an attempt that was killed before it was told
+    remove(target)  # left by a killed attempt
     convert(find_checkpoint(config.export.model, _KEY), target, config.export.dtype)
     log.info("wrote %s", target)
 

@@ -90,7 +90,7 @@ def run(config: Config, workdir: Path) -> None:
         return
     require_right(config)
     mix = config.mix
-    # What an interrupted attempt saved may be of sources that have been replaced since.
+    # The sources may have been replaced since an interrupted attempt.
     first_then_others(remove, workdir / DIRECTORY)
     first_then_others(remove, workdir / FILE)
     named = {key: find_checkpoint(path, key) for key, path in _named(mix).items()}
@@ -182,7 +182,7 @@ def run(config: Config, workdir: Path) -> None:
         checkpoints.save(metadata, params)
     finally:
         checkpoints.close()
-    experts = sources[: len(mix.experts)]  # without the shared one
+    experts = sources[: len(mix.experts)]  # without the shared expert
     repeated = [str(source.path) for source in experts for _ in range(mix.copies)]
     owned = [repeated[number] for number in owners(mix.method, len(repeated), mix.chunks)]
     finish(
@@ -195,7 +195,7 @@ def run(config: Config, workdir: Path) -> None:
 def _shared(
     mix: MixConfig, experts: Sequence[Checkpoint], base: Checkpoint | None, seed: int
 ) -> Shared | None:
-    """How what experts share is merged, in float32; None where that is their mean."""
+    """The merge of shared parameters, in float32; None for the mean."""
     if mix.merge == "mean":
         return None
     found = {str(source.path): source for source in experts}
@@ -207,8 +207,8 @@ def _shared(
 
 
 def _texts(config: Config, tokenizer: Tokenizer, model: ModelConfig, limit: int) -> list[Rows]:
-    """Text of each expert, about the same number of tokens. Raises ConfigError for text of another
-    tokenizer."""
+    """Text of each expert, with about the same number of tokens each. Raises ConfigError for text
+    of another tokenizer."""
     assert config.mix and config.data
     reads = first_then_others(resolve_tokenizer, config.data, tokenizer.path.parent)
     if told := difference(tokenizer, reads, model.vocab_size):
@@ -223,8 +223,8 @@ def _texts(config: Config, tokenizer: Tokenizer, model: ModelConfig, limit: int)
 
 
 class _Solving:
-    """Solves, in every process, what is solved from text: routers, and for regmean what experts
-    share."""
+    """Solves, in every process, what is solved from text: routers, and for regmean the parameters
+    that experts share."""
 
     def __init__(self, config: Config, model: ModelConfig, tokenizer: Tokenizer):
         assert config.mix
@@ -233,7 +233,8 @@ class _Solving:
         self._merging: Merging | None = None
 
     def merge(self, shared: Shared, places: Sequence[str], file: BinaryIO) -> None:
-        """places: of the experts, equal where they are one model. file: for what is solved."""
+        """Prepare merging. places: of the experts, equal for the same model. file: storage for
+        solved tensors."""
         distinct = list(dict.fromkeys(places))
         models = [distinct.index(place) for place in places]
         counted = _texts(self._config, self._tokenizer, self._model, COUNTED)
@@ -245,8 +246,8 @@ class _Solving:
         )
 
     def run(self, params: Params, statistics: BinaryIO | None) -> Params:
-        """The mixture with everything that is solved. statistics: a file for what ridge's routers
-        are solved from."""
+        """The mixture with all solved parameters. statistics: a file for the sums that ridge's
+        routers are solved from."""
         model, merging = self._model, self._merging
 
         def read(tensor: TensorId) -> np.ndarray:
@@ -279,7 +280,7 @@ class _Solving:
         return rows
 
     def _rows(self, read: Read, fit: Fit) -> np.ndarray:
-        """Router rows [layers, experts, D], the same in every process. Logs how they route."""
+        """Router rows [layers, experts, D], the same in every process. Logs how well they route."""
         texts = [*enumerate(self._texts)]
         solved = solve_routers(self._model, read, texts, fit, self._merging)
         for layer in mixture_layers(self._model):
@@ -305,7 +306,7 @@ def _with_routers(params: Params, model: ModelConfig, rows: np.ndarray) -> Param
 
 
 class _Made:
-    """Reader of a model whose tensors are made when they are requested."""
+    """Reader of a model whose tensors are made on request."""
 
     def __init__(self, model: ModelConfig, make: Read):
         self.model, self.slots, self.read = model, slots(model), make
@@ -316,13 +317,14 @@ class _Made:
         return part[tuple(slice(*along) for along in region)]
 
     def check(self) -> None:
-        """Does nothing: its sources were checked when they were loaded."""
+        """Do nothing: the sources were checked when they were loaded."""
 
 
 def _replaced(
     params: Params, model: ModelConfig, make: Read, tensors: Iterable[TensorId]
 ) -> Params:
-    """The parameters with these tensors, of whole leaves, made by `make`."""
+    """The parameters with the given tensors (all those of a leaf) replaced by the results of
+    `make`."""
     held = {tensor: slots(model)[tensor] for tensor in tensors}
     flat = flatten_dict(params)
     abstract = {
@@ -334,7 +336,7 @@ def _replaced(
 
 
 def _named(mix: MixConfig) -> dict[str, str]:
-    """Key of the config -> the checkpoint that it names: the experts, the shared one, the base."""
+    """Config key -> the checkpoint that it names: the experts, the shared one, the base."""
     named = {f"config.mix.experts[{i}]": path for i, path in enumerate(mix.experts)}
     others = {"config.mix.shared_expert": mix.shared_expert, _BASE: mix.base}
     return named | {key: path for key, path in others.items() if path}
@@ -396,7 +398,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
-    """Settings that branches beside an anchor do not have, as they bring their own rows."""
+    """Settings that do not apply to branches with an anchor, which have their own router rows."""
     only = {
         "method": "btx",
         "copies": 1,
@@ -413,9 +415,9 @@ def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
 
 
 def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> None:
-    """Mix LoRA experts of one base. Gates trained behind finished experts (lora.gating sigmoid)
-    become the router's rows, chosen by cosine. Raises ConfigError when they differ in base, rank,
-    alpha or targets, or the config asks for what adapters do not have."""
+    """Mix LoRA experts of one base. Gates trained with finished experts (lora.gating sigmoid)
+    become router rows, compared by cosine. Raises ConfigError when the adapters differ in base,
+    rank, alpha or targets, or the config asks for what adapters do not support."""
     mix, first = config.mix, sources[0].metadata
     assert mix
     asked = (
@@ -497,10 +499,10 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
 
 
 def mixed_model(dense: ModelConfig, mix: MixConfig) -> ModelConfig:
-    """The model of the mixture. Raises ConfigError when d_ff cannot be cut as asked."""
+    """The model of the mixture. Raises ConfigError when d_ff cannot be split as configured."""
     if mix.method == AVERAGE:
         return dense
-    if dense.moe:  # a branch beside its anchor
+    if dense.moe:  # a branch with its anchor
         experts = (len(mix.experts),) * dense.layers
         moe = MoEConfig(experts, mix.k, mix.routing, mix.first_routing, anchor=True)
         return dataclasses.replace(dense, moe=moe)

@@ -1,6 +1,6 @@
-"""Pipeline: stages in order of their needs. Finished ones are skipped, interrupted ones resume, and
-a failed branch stops only what needs it. Each stage runs in WORKDIR/NAME; what a report stage
-writes is copied to WORKDIR."""
+"""Pipeline: run stages in the order of their needs. Finished ones are skipped, interrupted ones
+resume, and a failed branch stops only the stages that need it. Each stage runs in WORKDIR/NAME; the
+output of a report stage is copied to WORKDIR."""
 
 import logging
 import time
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, workdir: Path, only: str = "") -> None:
-    """only: run only this stage, in WORKDIR/ONLY. Raises ConfigError when it does not exist,
-    UserError when what it needs has not finished."""
+    """Run the pipeline. only: run only this stage, in WORKDIR/ONLY. Raises ConfigError when it does
+    not exist, UserError when stages that it needs have not finished."""
     assert config.pipeline
     start = time.monotonic()
     order = in_order(config.pipeline)
@@ -70,9 +70,7 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
             continue
         try:
             stages.run(resolved[name], workdir / name)
-        except (
-            Exception
-        ) as error:  # a branch that fails must not take the others with it; the error is told below
+        except Exception as error:  # a failed branch must not end the others; reported below
             if not isinstance(error, UserError):
                 log.exception("stage %s failed", name)
             failed[name] = str(error) or type(error).__name__
@@ -92,8 +90,8 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
 
 
 def check_stages(config: Config, resolved: Mapping[str, Config], workdir: Path) -> None:
-    """Raises ConfigError with everything that is known to be wrong with the unfinished stages,
-    before the first of them runs."""
+    """Raise ConfigError with all known mistakes in the unfinished stages, before the first of them
+    runs."""
     assert config.pipeline
     mistakes = Mistakes()
     coming: dict[str, ModelConfig | None] = {}
@@ -112,7 +110,8 @@ def check_stages(config: Config, resolved: Mapping[str, Config], workdir: Path) 
 
 
 def in_order(pipeline: Any) -> list[str]:
-    """Stage names, each after its needs, otherwise as listed. Raises ConfigError on a circle."""
+    """Stage names, each after those it needs, otherwise in the order listed. Raises ConfigError for
+    a cycle."""
     order: list[str] = []
     while len(order) < len(pipeline):
         ready = [
@@ -131,8 +130,8 @@ def in_order(pipeline: Any) -> list[str]:
 
 def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> Config:
     """The stage's config with `@NAME` replaced by directories, the pipeline's rng_seed added to its
-    own, and the pipeline's trackers where it names none. Raises ConfigError for an @NAME that is
-    not in needs."""
+    own, and the pipeline's trackers if it names none. Raises ConfigError for an @NAME that is not
+    in needs."""
 
     def replace(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Prepare: build demo corpora and tokenizer where asked for, tokenise and pack all text of the
+"""Prepare: build demo corpora and tokenizer if configured, tokenise and pack all text of the
 config, print the counts."""
 
 import logging

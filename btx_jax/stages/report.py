@@ -1,5 +1,5 @@
-"""Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk;
-with other seeds, comparison.md, and of the study its tables, study.md."""
+"""Report: tables, summary.json and report.html of a pipeline, from the files of its stages; with
+several seeds also comparison.md, and for the study its tables, study.md."""
 
 import dataclasses
 import hashlib
@@ -37,8 +37,8 @@ from btx_jax.terminal import plain
 
 log = logging.getLogger(__name__)
 
-INPUTS = "inputs.json"  # what the evaluate stage measured: hashes of weights and text
-LONGEST_CHAIN = 100  # of runs that started from each other; a longer one is a circle
+INPUTS = "inputs.json"  # written by the evaluate stage: hashes of weights and text
+LONGEST_CHAIN = 100  # runs that started from each other; a longer chain is a cycle
 
 
 def run(config: Config, workdir: Path) -> None:
@@ -51,8 +51,8 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def report(workdirs: Sequence[str], out: str) -> Path:
-    """Write a report of what finished runs left on disk, anew at each call: of the first, compared
-    with the others, if any. Returns the page's path. Raises UserError for a directory without an
+    """Write a report of finished runs, replacing any earlier one: of the first run, compared with
+    the others, if any. Returns the page's path. Raises UserError for a directory without an
     evaluation."""
     first, *others = (_evaluated(_absolute(path, "WORKDIRS")) for path in workdirs)
     config = dataclasses.replace(first, others=tuple(other.evaluate for other in others))
@@ -70,7 +70,8 @@ def _absolute(path: str, key: str) -> Path:
 
 
 def _evaluated(workdir: Path) -> ReportConfig:
-    """For a pipeline's directory, what its own report shows; for an evaluation's, only that."""
+    """The report config of a directory: for a pipeline, its own report's; for an evaluation, just
+    the evaluation."""
     recorded = recorded_config(workdir)
     if "pipeline" not in recorded:
         return ReportConfig(str(workdir))
@@ -89,7 +90,7 @@ def _within(workdir: Path, path: str) -> str:
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.report
-    with mistakes.gather():  # before a pipeline's first stage, not behind its last
+    with mistakes.gather():  # before a pipeline's first stage rather than after its last
         environment.require("report", "config.stage='report'")
     named = {"config.report.evaluate": config.report.evaluate} | {
         f"config.report.others[{i}]": path for i, path in enumerate(config.report.others)
@@ -113,7 +114,7 @@ def write(config: Config, workdir: Path) -> None:
         name: to_path(directory, f"config.report.runs.{name}")
         for name, directory in config.report.runs.items()
     }
-    # A pipeline's report lies in its directory; one of its own has its own name.
+    # A pipeline's report has the name of the pipeline's directory.
     of = workdir.parent if has_begun(workdir.parent) else workdir
     summary = _write_page(
         workdir, of.name, results, runs, evaluated, others, config.report.continual
@@ -140,8 +141,8 @@ def _write_page(
     others: Sequence[Any] = (),
     continual: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """report.html and summary.json, which it returns. name: of what is reported. evaluated: where
-    the results are from, None for several places."""
+    """Write report.html and summary.json; returns the summary. name: title of the report.
+    evaluated: directory of the results, None if there are several."""
     from btx_jax.reporting.page import render  # matplotlib comes with an extra
 
     recorded = {run: recorded_results(directory) for run, directory in runs.items()}
@@ -167,9 +168,9 @@ def _write_page(
 
 
 def side_by_side(workdirs: Sequence[str], out: str) -> Path:
-    """A report of different runs that were evaluated on the same text: each model under its run's
-    name. Domains whose held-out text differs are left out, with a warning. Returns the page's path.
-    Raises UserError for a directory without an evaluation, and where no domain is left."""
+    """A report of different runs evaluated on the same text, with each model under its run's name.
+    Domains whose held-out text differs are left out, with a warning. Returns the page's path.
+    Raises UserError for a directory without an evaluation, and when no domain is left."""
     target = _absolute(out, "--out")
     homes = [_absolute(path, "WORKDIRS") for path in workdirs]
     told = {label: _evaluated(home) for label, home in zip(_labels(homes), homes, strict=True)}
@@ -201,7 +202,7 @@ def side_by_side(workdirs: Sequence[str], out: str) -> Path:
 
 
 def _labels(homes: Sequence[Path]) -> list[str]:
-    """The shortest ends of their paths that tell them apart."""
+    """The shortest path endings that distinguish the runs."""
     for length in range(1, max(len(home.parts) for home in homes) + 1):
         labels = ["/".join(home.parts[-length:]) for home in homes]
         if len(set(labels)) == len(labels):
@@ -210,7 +211,7 @@ def _labels(homes: Sequence[Path]) -> list[str]:
 
 
 def _common_domains(evaluated: Mapping[str, Path]) -> list[str]:
-    """Those whose held-out text is the same everywhere."""
+    """Domains whose held-out text is the same in all runs."""
     texts = {label: read_json(path / INPUTS) for label, path in evaluated.items()}
     first = next(iter(texts.values()))
     named = [key.removeprefix("text.") for key in first if key.startswith("text.")]
@@ -232,7 +233,8 @@ def read_results(directory: str, key: str) -> Any:
 
 def expert_names(evaluate: Path, shown: str) -> list[str]:
     """Names of the shown mixture's experts: the models it was mixed from, found by tracing its
-    checkpoint back to the mix, or to the recipe beside a mixture's weights. Empty when unknown."""
+    checkpoint back to the mix, or by the recipe stored with a mixture's weights. Empty when
+    unknown."""
     config = recorded_config(evaluate)
     path = config["evaluate"]["models"].get(shown, "") if config else ""
     for _ in range(LONGEST_CHAIN):
@@ -250,8 +252,8 @@ def expert_names(evaluate: Path, shown: str) -> list[str]:
 
 
 def source_names(sources: Sequence[str]) -> list[str]:
-    """What a page calls the experts: their models' directories, with a number where several experts
-    come from one."""
+    """Names of experts for a page: their models' directories, numbered where several experts come
+    from one."""
     places = [Path(source) for source in sources]
     runs = [place.parent.parent if place.parent.name == DIRECTORY else place for place in places]
     names = [run.name.removeprefix("expert_") for run in runs]

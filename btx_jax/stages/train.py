@@ -1,9 +1,9 @@
 """Train: one loop for seed, experts, dense continuation and MoE finetune. Writes checkpoints,
 metrics and done.json.
 
-The order of a run: 1. look the directory up, 2. check all that can be known, 3. tokenizer and data,
-4. compile, 5. state (resumed, from a checkpoint, or random), 6. claim the directory, 7. the loop,
-8. done.json.
+The order of a run: 1. look up the directory, 2. check everything that can be known, 3. tokenizer
+and data, 4. compile, 5. state (resumed, from a checkpoint, or random), 6. claim the directory, 7.
+the loop, 8. done.json.
 """
 
 import contextlib
@@ -95,15 +95,15 @@ from btx_jax.training.watch import Basin, Dropped, FirstSteps
 
 log = logging.getLogger(__name__)
 
-# params -> {domain: {nats_per_token, bits_per_byte}}; what `check`, called before every batch,
-# raises ends it
+# params -> {domain: {nats_per_token, bits_per_byte}}. `check` is called before every batch;
+# whatever it raises ends the evaluation.
 Evaluate = Callable[[Any, Callable[[], None]], dict[str, Any]]
-ENDS = 10  # steps whose mean training loss is told, at the start and at the end
+ENDS = 10  # steps whose mean training loss is reported, at the start and at the end
 
 
 class Preempted(SystemExit):
-    """Ctrl-C or SIGTERM was received and the last whole step is saved. Exit status 130 or 143, as
-    for any program ended by it."""
+    """Ctrl-C or SIGTERM was received and the last complete step has been saved. Exit status 130 or
+    143, as for any program ended by these signals."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -115,7 +115,7 @@ def run(config: Config, workdir: Path) -> None:
     try:
         config = settled(config, recorded_config(workdir))
     except UserError:
-        require_right(config)  # tells that, and all else that is wrong
+        require_right(config)  # reports this and all other mistakes
         raise
     if look_up(workdir, config) is not None:
         log.info("%s: already finished", workdir)
@@ -125,7 +125,7 @@ def run(config: Config, workdir: Path) -> None:
     assert config.train and config.data and config.compute and config.mesh and config.checkpoint
     init, model = starting_point(config)
     mesh = checked_mesh(config, model)
-    kind = mesh.devices.flat[0].device_kind  # a TPU that was not found shows here
+    kind = mesh.devices.flat[0].device_kind  # shows when a TPU was not found
     told = described(model, config.compute)
     log.info("%s: %s, on %d x %s", workdir.name, told, mesh.size, kind)
 
@@ -232,7 +232,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def chosen_tasks(config: Config) -> dict[str, TaskConfig]:
-    """The test sets of config.train.eval_tasks. Raises ConfigError for a name that is none."""
+    """The test sets of config.train.eval_tasks. Raises ConfigError for an unknown name."""
     assert config.train and config.data
     known = {**TASKS, **config.data.tasks}
     for name in config.train.eval_tasks:
@@ -248,7 +248,8 @@ def chosen_tasks(config: Config) -> dict[str, TaskConfig]:
 
 
 def require_embeddings(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Of a model that is made anew. One that comes with a larger vocabulary may never meet it."""
+    """Raise ConfigError when a new model has fewer embeddings than the tokenizer has pieces. A
+    pretrained model may: the missing pieces may never occur."""
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"config.model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size}"
@@ -281,9 +282,10 @@ def start_state(
     batches: Any,
     text: Mapping[str, str],
 ) -> tuple[TrainState, Base | None]:
-    """The run's own latest checkpoint (and its place in the data), else the init checkpoint's
-    parameters, else random ones; and the base that its checkpoints leave the rest to. text: name ->
-    identity of what is read. Raises UserError when the checkpoint's run read something else."""
+    """The initial state: the run's own latest checkpoint (with its position in the data), else the
+    init checkpoint's parameters, else random ones; and the base to which checkpoints leave the
+    rest. text: name -> identity of the text. Raises UserError when the checkpoint's run read other
+    text."""
     assert config.train
     abstract, _ = state_shardings(model, config.train, mesh)
     latest, key = checkpoints.latest_step(), jax.random.key(config.rng_seed)
@@ -332,7 +334,7 @@ def make_evaluation(
     domains: tuple[PreparedDomain, ...],
     tokenizer: Tokenizer,
 ) -> Evaluate | None:
-    """None when the config asks for none."""
+    """The evaluation of held-out loss; None if the config has none."""
     assert config.train and config.data and config.compute
     train = config.train
     if not train.eval_every:
@@ -368,8 +370,8 @@ def make_evaluation(
 def make_tests(
     metadata: CheckpointMetadata, config: Config, mesh: Mesh, tokenizer: Tokenizer
 ) -> Callable[[Any], dict[str, Any]] | None:
-    """params -> {test set: its metrics}, or None when the config asks for none. metadata: of the
-    model that trains."""
+    """params -> {test set: metrics}; None if the config has no test sets. metadata: of the model
+    that trains."""
     assert config.train and config.compute
     compute, size = config.compute, config.train.batch_size // config.train.accumulate
     chosen = [
@@ -386,8 +388,8 @@ def make_tests(
 
 
 class Loop:
-    """Steps, metrics one step late, checkpoints, and a clean end on Ctrl-C, SIGTERM or a
-    non-finite loss."""
+    """The training loop: steps, metrics with a delay of one step, checkpoints, and a clean end on
+    Ctrl-C, SIGTERM or a non-finite loss."""
 
     def __init__(
         self,
@@ -406,7 +408,7 @@ class Loop:
         self.huggingface = init.huggingface if init else {}
         self.train, self.mesh, self.model = config.train, mesh, model
         self.cadence = Cadence(config.checkpoint)
-        self.check: Callable[[], None] = lambda: None  # raises Stopped
+        self.check: Callable[[], None] = lambda: None  # may raise Stopped
         history: History = init.history if init else {}
         self.workdir, self.checkpoints, self.history, self.text, self.base = (
             workdir,
@@ -424,7 +426,7 @@ class Loop:
             lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh)
         )()
         self.last_saved = checkpoints.latest_step() or 0
-        # Without what a resumed run may change: it is the same run.
+        # Leave out what a resumed run may change.
         fixed = {
             key: value for key, value in flatten(to_dict(config)).items() if not is_resumable(key)
         }
@@ -454,7 +456,8 @@ class Loop:
         lines: Sequence[Mapping[str, Any]],
         trackers: Trackers,
     ) -> TrainState:
-        """average: `make_average`'s, where mixing is probed. lines: what metrics.jsonl holds."""
+        """Run all steps. average: from `make_average`, when mixing is probed. lines: the existing
+        contents of metrics.jsonl."""
         train, first = self.train, int(state.step)
         self.peak_bytes = train_step.bytes
         earlier = [line for line in lines if line["step"] <= first]
@@ -465,7 +468,7 @@ class Loop:
         self.first_steps = FirstSteps(train.learning_rate, list(self.losses.values()))
         self.evaluate, self.average, self.try_tasks = evaluate, average, try_tasks
         self.writer = MetricsWriter(self.workdir, first, is_first(), trackers)
-        # Before the first step; or the run was killed behind the save of this one.
+        # Before the first step, or when the run was killed after saving this one.
         if self.is_evaluated(first) and first not in self.heldout:
             if not first:
                 log.info("measuring the held-out losses before the first step")
@@ -500,7 +503,7 @@ class Loop:
                     places = itertools.count()
 
                     def check(places=places, state=state) -> None:
-                        if next(places) == 1:  # the step before has ended
+                        if next(places) == 1:  # the previous step has ended
                             self.log_pending(progress, state)
                         stop.check()
 
@@ -509,7 +512,7 @@ class Loop:
                     whole, position = step, batches.get_state()
                     before: tuple[int, Metrics] | None = self.pending
                     self.pending = step, metrics
-                    if before:  # read while the device works on this step
+                    if before:  # read while the device computes this step
                         self.log(*before, progress, state)
                     evaluating, trying = self.is_evaluated(step), self.is_tried(step)
                     saving = self.cadence.is_due(step) or step == train.steps
@@ -537,14 +540,14 @@ class Loop:
 
     @contextlib.contextmanager
     def aside(self, activity: str) -> Iterator[None]:
-        """What a step's own time leaves out."""
+        """Exclude an activity from the time of steps."""
         with self.goodput.doing(activity):
             yield
         self.clock = time.perf_counter()
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
-        """Reading it is waiting for data where the step before had ended by then: else the device
-        was busy all the time."""
+        """Read the next batch. Counts as waiting for data if the previous step has ended by then;
+        otherwise the device was busy all along."""
         start = time.perf_counter()
         batch = next(batches)
         if self.pending is None or self.pending[1].loss.is_ready():  # type: ignore[attr-defined]
@@ -563,7 +566,7 @@ class Loop:
         return step in (0, self.train.steps) or bool(every and step % every == 0)
 
     def end_early(self, whole: int, state: TrainState, position: Any, number: int) -> NoReturn:
-        """whole: the last step that was not dropped, after which there is this state."""
+        """Save and end after a signal. whole: the last complete step, which `state` follows."""
         if whole > self.last_saved:
             self.save(whole, state, position)
         self.checkpoints.wait()
@@ -573,7 +576,7 @@ class Loop:
         raise Preempted(number)
 
     def save(self, step: int, state: TrainState, position: Any) -> None:
-        """position: of the batches behind this step."""
+        """Save a step. position: of the batches after this step."""
         self.writer.sync()
         with self.aside("save"):
             self.start_save(step, state, position)
@@ -600,13 +603,13 @@ class Loop:
             self.goodput.keep(self.workdir)
 
     def metadata(self, step: int, run: History | None = None) -> CheckpointMetadata:
-        """run: this one, so far."""
+        """Metadata of a step's checkpoint. run: this run so far."""
         history = {**self.history, **(run or {})}
         return CheckpointMetadata(self.model, step, history, self.base, self.huggingface)
 
     def measure(self, step: int, state: TrainState) -> None:
-        """Held-out losses of these parameters, and of what mixing would make of them, written as
-        those of this step."""
+        """Measure held-out losses of these parameters, and of their average with the seed if mixing
+        is probed, and record them for this step."""
         assert self.evaluate
         with self.aside("evaluate"):
             self.heldout[step] = self.evaluate(state.params, self.check)
@@ -617,18 +620,19 @@ class Loop:
             self.tell(self.basin.add(step, values["barrier"]))
 
     def probed(self, step: int, state: TrainState) -> dict[str, Any]:
-        """The losses of the average with the seed, and the barrier, where the seed's are known."""
+        """Losses of the average with the seed, and the mixing barrier if the seed's losses are
+        known."""
         if not (self.evaluate and self.average):
             return {}
         branch, seed = self.heldout[step], self.heldout.get(0)
-        mixed = branch  # which is the seed, before the first step
+        mixed = branch  # equal to the seed before the first step
         if step:
             mixed = self.evaluate(self.average(state.params), self.check)
         told = {"barrier": barrier(seed, branch, mixed)} if seed else {}
         return {"heldout_mixed": mixed} | told
 
     def measure_tasks(self, step: int, state: TrainState) -> None:
-        """How these parameters do on the test sets, written as of this step."""
+        """Evaluate these parameters on the test sets and record the results for this step."""
         assert self.try_tasks
         with self.aside("evaluate"):
             self.tried[step] = self.try_tasks(state.params)
@@ -639,7 +643,7 @@ class Loop:
         self.best.add(step, values)
 
     def since_start(self, step: int) -> dict[str, tuple[float, float]]:
-        """Domain -> held-out nats per token at the start and at this step, where both are known."""
+        """Domain -> held-out nats per token (at the start, at this step), where both are known."""
         before, now = self.heldout.get(0, {}), self.heldout.get(step, {})
         return {
             name: (before[name]["nats_per_token"], now[name]["nats_per_token"])
@@ -648,20 +652,20 @@ class Loop:
         }
 
     def tell(self, warning: str) -> None:
-        """Where it happens, and once more at the end of the run."""
+        """Log a warning now, and once more at the end of the run."""
         if warning:
             self.warnings.append(warning)
             log.warning("%s: %s", self.workdir.name, warning)
 
     def reached(self, steps: int) -> list[str]:
-        """What a person wants to know of a run that has ended, a line each."""
+        """Summary lines about a run that has ended."""
         if domains := self.since_start(steps):
             told = ", ".join(f"{d} {a:.3f} -> {b:.3f}" for d, (a, b) in domains.items())
             lines = [f"held-out nats per token, start -> end: {told}"]
         elif losses := list(self.losses.values()):
             first, last = (mean(part) for part in (losses[:ENDS], losses[-ENDS:]))
             lines = [f"training loss, first -> last steps: {first:.3f} -> {last:.3f}"]
-        else:  # resumed at its end, its metrics deleted
+        else:  # resumed at its end, with its metrics deleted
             lines = []
         if steps in self.barriers:
             lines.append(f"mixing barrier at the end: {self.barriers[steps]:.3f} nats per token")
@@ -671,7 +675,7 @@ class Loop:
         return [*lines, *kept, str(self.goodput), *self.warnings]
 
     def results(self) -> dict[str, Any]:
-        """For done.json: goodput, and which of the steps that are kept is the best."""
+        """Results for done.json: goodput, and the best of the kept steps."""
         best = self.best(self.checkpoints.steps())
         told = {} if best is None else {"best": {"step": best, "score": self.best.of(best)}}
         return told | self.goodput.told()
@@ -682,7 +686,7 @@ class Loop:
             self.log(*before, progress, state)
 
     def log(self, step: int, metrics: Metrics, progress: Steps, state: TrainState) -> None:
-        """`write`, and warn of what it shows. state: the parameters that there are now."""
+        """`write` a step's metrics and warn about what they show. state: the current parameters."""
         loss = self.write(step, metrics, progress)
 
         def heldout() -> dict[str, tuple[float, float]]:
@@ -695,8 +699,8 @@ class Loop:
         self.tell(self.first_steps.add(step, loss, heldout))
 
     def write(self, step: int, metrics: Metrics, progress: Steps) -> float:
-        """One step's metrics; its loss. Raises UserError when that or the gradient is not finite:
-        nothing later is saved."""
+        """Write one step's metrics and return its loss. Raises UserError when the loss or the
+        gradient is not finite; nothing later is saved."""
         values = jax.device_get(metrics)
         now = time.perf_counter()
         rate = self.tokens_per_step / (now - self.clock)
