@@ -1,4 +1,4 @@
-"""Files of text on a bucket, read where they lie: of Parquet only the columns that are wanted."""
+"""Text files in a bucket, read in place: only the required columns of Parquet files."""
 
 import dataclasses
 import glob
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 from btx_jax import buckets
 from btx_jax.errors import UserError
 
-AHEAD = 2**23  # bytes that are fetched at a time where a file is read from end to end
+AHEAD = 2**23  # bytes to fetch at a time when a file is read sequentially
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BucketFile:
         return PurePosixPath(self.name).suffix
 
     def open(self, in_pieces: bool = False) -> BinaryIO:
-        """in_pieces: fetch only what is read, for a reader that seeks to what it needs."""
+        """Open the file. in_pieces: fetch only what is read, for readers that seek."""
         key = buckets.key_of(self.path)
         stream = cast(Any, self.path).fs.open(key, "rb", block_size=AHEAD, cache_type="none")
         return stream if in_pieces else io.BufferedReader(stream, AHEAD)
@@ -48,8 +48,8 @@ class BucketFile:
 
 
 def find_files(where: str, key: str) -> list[BucketFile]:
-    """Files that `gs://BUCKET/GLOB` matches, sorted. Raises UserError, naming the key, when there
-    are none."""
+    """Files matching `gs://BUCKET/GLOB`, sorted. Raises UserError, naming the key, when there are
+    none."""
     path = buckets.at(where, key)
     buckets.require(path, key)
     files = cast(Any, path).fs

@@ -1,4 +1,4 @@
-"""Chats through a tokenizer's own chat template, as transformers renders them."""
+"""Render chats with a tokenizer's own chat template, as transformers does."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import UserError
 
 Message = Mapping[str, Any]
-SECONDS = 10.0  # for one chat
-PIPE = 32_768  # bytes that a pipe surely takes at once
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same, the usual first
+SECONDS = 10.0  # time limit for one chat
+PIPE = 32_768  # bytes that fit a pipe without blocking
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # alternative names of one field
 
 
 class Rendered(NamedTuple):
@@ -35,9 +35,9 @@ class TemplateError(UserError):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template. source: the jinja template. marks_answers: whether
-    it marks what an assistant says with `generation` tags. Raises UserError for a
-    source that is not a template."""
+    """A tokenizer's chat template. source: the jinja template. marks_answers: whether it marks the
+    assistant's text with `generation` tags. Raises UserError for a source that is not a
+    template."""
 
     def __init__(self, source: str, named: Mapping[str, str]):
         self.source, self._named = source, dict(named)
@@ -48,9 +48,9 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any
     ) -> Rendered:
-        """Raises TemplateError, of one line, for a template that cannot render these messages or
-        uses something that the sandbox forbids; UserError for one that loops or needs too much
-        memory."""
+        """Render messages. Raises TemplateError, in one line, for a template that cannot render
+        these messages or uses something that the sandbox forbids; UserError for one that loops or
+        needs too much memory."""
         told = {
             "messages": [_aliased(message) for message in messages],
             "tools": None,
@@ -65,7 +65,7 @@ class ChatTemplate:
         return Rendered(found["text"], [(start, stop) for start, stop in found["spans"]])
 
     def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
-        """The special token with which the template ends what an assistant says, or None."""
+        """The special token that ends an assistant's turn in this template, or None."""
         asked = [{"role": "user", "content": "question"}]
         said = [*asked, {"role": "assistant", "content": "answer"}]
         try:
@@ -77,7 +77,7 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
-    """The tokenizer's template of this name. Raises UserError when it has none."""
+    """The tokenizer's chat template of this name. Raises UserError when it has none."""
     if name not in tokenizer.templates:
         if tokenizer.templates:
             told = f"has chat templates {', '.join(sorted(tokenizer.templates))}, none is {name!r}"
@@ -94,8 +94,8 @@ def chat_template(tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
 
 
 def _aliased(message: Message) -> dict[str, Any]:
-    """A message without keys whose value is null, which templates would print, and with its
-    reasoning under every name that templates look for."""
+    """The message without null values, which templates would print, and with its reasoning under
+    every name that templates use."""
     kept = {key: value for key, value in message.items() if value is not None}
     reasoning = next((kept[name] for name in _REASONING if name in kept), None)
     if reasoning is None:
@@ -104,8 +104,8 @@ def _aliased(message: Message) -> dict[str, Any]:
 
 
 class _Worker:
-    """The process that renders. It starts at the first request, and again after a template had to
-    be killed."""
+    """The rendering process. It is started by the first request, and restarted after a template had
+    to be killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -126,7 +126,7 @@ class _Worker:
         deadline = time.monotonic() + SECONDS
         if len(line) < PIPE:
             _send(process.stdin, line)
-        else:  # it blocks until the other side has read it
+        else:  # blocks until the other side reads
             threading.Thread(target=_send, args=(process.stdin, line), daemon=True).start()
         told = bytearray()
         while not told.endswith(b"\n"):
@@ -149,7 +149,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the asking process's to answer
+                start_new_session=True,  # Ctrl-C is handled by this process
             )
             weakref.finalize(self, self._process.kill)
         return self._process
@@ -166,7 +166,7 @@ def _send(pipe: Any, line: bytes) -> None:
         pipe.write(line)
         pipe.flush()
     except OSError:
-        return  # its end has been closed: the reading side says so
+        return  # the pipe is closed: the reader reports it
 
 
 _WORKER = _Worker()

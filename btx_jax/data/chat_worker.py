@@ -1,12 +1,12 @@
-"""Renders chat templates in a process of its own: `python -I chat_worker.py`.
+"""Renders chat templates in a separate process: `python -I chat_worker.py`.
 
-A template comes with a checkpoint and is code that somebody else wrote. jinja's sandbox keeps it
-from attributes and files; what it takes in time and memory is bounded here, by the kernel, and by
-the process that asks. Reads requests, a JSON line each, and answers each in a line.
+A template comes with a checkpoint and is untrusted code. jinja's sandbox denies it attributes and
+files; its time and memory are limited here, by the kernel, and by the requesting process. Reads
+requests as JSON lines and answers each with one line.
 
-The environment is transformers' (5.23, utils/chat_template_utils.py): trim_blocks, lstrip_blocks,
-loop controls, the `generation` tag, `tojson`, `raise_exception`, `strftime_now`, `dict`,
-`namespace`.
+The environment is that of transformers (5.23, utils/chat_template_utils.py): trim_blocks,
+lstrip_blocks, loop controls, the `generation` tag, `tojson`, `raise_exception`, `strftime_now`,
+`dict`, `namespace`.
 """
 
 import datetime
@@ -21,11 +21,11 @@ import jinja2.ext
 import jinja2.sandbox
 
 MEMORY = 1 << 30  # bytes of address space
-RENDERED = 1 << 26  # characters of one chat at most
+RENDERED = 1 << 26  # maximum characters of one chat
 
 
 class Generation(jinja2.ext.Extension):
-    """The tag `{% generation %}` around what an assistant says; records where that text is."""
+    """The tag `{% generation %}` around the assistant's text; records the spans of that text."""
 
     tags = {"generation"}  # noqa: RUF012  as jinja declares it
 
@@ -105,7 +105,7 @@ def compiled(source: str) -> tuple[Any, jinja2.Template]:
 
 
 def render(source: str, variables: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and the spans of it inside `generation` tags."""
+    """Render a template: (text, spans of it inside `generation` tags)."""
     environment, template = compiled(source)
     environment.parts.clear()
     environment.spans.clear()
@@ -131,7 +131,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": "takes too much memory", "ends": True}
     except RecursionError:
         return {"error": "recurses without end", "ends": True}
-    except Exception as error:  # whatever a template does: the line that asked is answered
+    except Exception as error:  # templates may raise anything; always answer
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 

@@ -1,4 +1,4 @@
-"""Chats as data sets hold them -> messages as a chat template takes them."""
+"""Convert chats from data sets' formats to the messages of a chat template."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -7,15 +7,15 @@ from typing import Any
 Message = dict[str, Any]
 Render = Callable[[list[Message]], str]
 
-SPEAKERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT: {from, value}
-TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's names, of questions and answers
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names: {from, value}
+TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's types of text parts
 CALL = {"type": "function", "id": "call00000", "function": {"name": "look", "arguments": {}}}
-WORD = "wombat"  # stands in no template
+WORD = "wombat"  # a word that occurs in no template
 
 
 class Unusable(ValueError):
-    """An item that does not fit the format: the kind of problem, which is counted, and
-    its details."""
+    """An item that does not fit the format. The message is the kind of problem, which is counted;
+    detail describes this occurrence."""
 
     def __init__(self, why: str, detail: str = ""):
         super().__init__(why)
@@ -23,10 +23,10 @@ class Unusable(ValueError):
 
 
 class Chats:
-    """Converts chats for one template. What the template accepts is passed on unchanged, as
-    transformers does: lists of content parts, and null as the content of an assistant's turn that
-    calls a tool. What it would fail on, or print as Python's `[{'type': ...` or `None`, becomes
-    text: parts joined by a space, as transformers' server does, and an empty string for null."""
+    """Converts chats for one template. What the template accepts is passed on unchanged, as in
+    transformers: lists of content parts, and null as the content of an assistant's turn that calls
+    a tool. What it would fail on, or print as Python's `[{'type': ...` or `None`, becomes text:
+    parts joined by a space, as in transformers' server, and an empty string for null."""
 
     def __init__(self, render: Render):
         self._takes_parts = _takes_parts(render)
@@ -48,7 +48,7 @@ class Chats:
         return [self._message(m) for m in value]
 
     def _message(self, said: Mapping[str, Any]) -> Message:
-        # Parquet gives each message all fields that any has.
+        # Parquet gives every message the fields of all messages.
         message = {name: value for name, value in said.items() if value is not None}
         if "role" not in message and "from" in message:
             speaker = message.pop("from")
@@ -96,7 +96,7 @@ def _takes_null(render: Render, calls: Message) -> bool:
 def _rendered(render: Render, *messages: Message) -> str | None:
     try:
         return render(list(messages))
-    except Exception:  # whatever a template's own operations raise
+    except Exception:  # templates may raise anything
         return None
 
 

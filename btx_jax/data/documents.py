@@ -1,4 +1,4 @@
-"""Documents as tokens, and tokens as rows of a fixed length."""
+"""Documents as tokens, and packing of tokens into rows of fixed length."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,10 +11,13 @@ from btx_jax.data.tokenizers import Tokenizer
 
 
 class Document(NamedTuple):
-    """A tokenised document. ids: its tokens. bytes: of the learnt text in UTF-8, without
-    end-of-text tokens that are written out in it, whose losses do not count in bits per byte.
-    learnt: for each token, whether it is a target; None for all. is_chat: rendered by a chat
-    template, which writes its own beginning."""
+    """A tokenised document.
+
+    ids: its tokens. bytes: UTF-8 length of the learnt text, without end-of-text tokens written out
+    in it, whose losses do not count in bits per byte. learnt: for each token, whether it is a
+    target; None for all. is_chat: whether a chat template rendered it, which includes the beginning
+    of the text.
+    """
 
     ids: list[int]
     bytes: int
@@ -23,8 +26,8 @@ class Document(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Documents concatenated. For each token: its id, the bytes of text that it stands for, and 1
-    if it is learnt, else -1; for each document, its number of tokens."""
+    """Concatenated documents. For each token: its id, the number of bytes of text it represents,
+    and 1 if it is learnt, else -1. For each document: its number of tokens."""
 
     tokens: np.ndarray
     sizes: np.ndarray
@@ -33,8 +36,8 @@ class Columns(NamedTuple):
 
 
 def is_heldout(text: str, fraction: float) -> bool:
-    """Decided by a hash of the text: the same document is held out in every run, whatever its
-    source and however often it occurs."""
+    """Whether a document is held out, by a hash of its text: the decision is the same in every run,
+    whatever its source and however often it occurs."""
     return order(text) < fraction * 2**64
 
 
@@ -44,9 +47,9 @@ def order(text: str) -> int:
 
 
 def columns(documents: Iterable[Document], tokenizer: Tokenizer) -> Columns:
-    """Each document starts with what the tokenizer itself puts there (`Tokenizer.prefix`), a chat
-    with nothing, and ends with EOS, if there is one, unless its text already does. A document's
-    bytes are spread evenly over its learnt tokens, except EOS."""
+    """Concatenate documents. Each starts with the tokens that the tokenizer itself puts there
+    (`Tokenizer.prefix`; none for chats) and ends with EOS, if there is one, unless its text already
+    does. A document's bytes are spread evenly over its learnt tokens, except EOS."""
     after = [tokenizer.eos] if tokenizer.eos is not None else []
     eos = -1 if tokenizer.eos is None else tokenizer.eos
     tokens, sizes, signs = ([np.zeros(0, kind)] for kind in (np.int32, np.int32, np.int8))
@@ -77,17 +80,17 @@ def columns(documents: Iterable[Document], tokenizer: Tokenizer) -> Columns:
 def pack(
     documents: Iterable[Document], tokenizer: Tokenizer, sequence_length: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Documents -> rows: `rows` of the `columns` of them."""
+    """Pack documents into rows, as `rows` of their `columns`."""
     return rows((columns([document], tokenizer) for document in documents), sequence_length)
 
 
 def rows(parts: Iterable[Columns], sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Documents -> rows {tokens, segments, bytes}.
+    """Pack documents into rows {tokens, segments, bytes}.
 
     Each document gets the next segment number of its row, from 1; the last row is padded with
-    segment 0. A token that is read but not learnt, as a prompt's, has its segment's number negated.
-    bytes: of the text whose tokens are targets in the row, so that the bytes of all rows add up to
-    those of the text.
+    segment 0. Tokens that are read but not learnt, such as a prompt's, have a negative segment
+    number. bytes: of the text whose tokens are targets in the row, so that they sum to those of the
+    text over all rows.
     """
     width, number = sequence_length + 1, 0
     left = [np.zeros(0, np.int64) for _ in range(4)]  # tokens, documents, sizes, signs
@@ -129,7 +132,7 @@ def _rows(
 
 def _ends_itself(ids: list[int], tokenizer: Tokenizer, is_chat: bool) -> bool:
     """Whether EOS is already the last token, ignoring whitespace; for a chat, any special token, as
-    templates end a turn with one."""
+    templates end turns with one."""
     ends = tokenizer.special_ids if is_chat else {tokenizer.eos}
     last = ids[-1:] if ids[-1:] and ids[-1] in ends else ids[-2:-1]
     return bool(last) and last[0] in ends and not tokenizer.decode(ids[-1:]).strip()

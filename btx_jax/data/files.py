@@ -1,6 +1,5 @@
-"""Files of text as rows, whatever their kind (plain text, JSON lines, JSON, CSV, TSV, Parquet) and
-compression (gzip, bzip2, Zstandard). A file is read as it comes, never whole, but for a plain text
-that is one document."""
+"""Read text files of any kind (plain text, JSON lines, JSON, CSV, TSV, Parquet) and compression
+(gzip, bzip2, Zstandard) as rows. Files are streamed, except plain text that is one document."""
 
 import codecs
 import csv
@@ -22,11 +21,11 @@ from btx_jax.errors import UserError
 JSON = ("jsonl", "ndjson", "json")
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-# Endings whose content is never text, and what to do instead.
+# Extensions of content that is never text -> what to do instead.
 UNPACK = ("zip", "tar", "tgz", "tbz2", "txz", "7z", "rar", "xz", "lzma", "lz4", "br", "z")
 EXPORT = {"xlsx", "xls", "ods", "arrow", "feather", "avro", "orc", "npy", "npz", "pkl", "sqlite"}
 EXPORT |= {"db", "pdf", "docx", "doc", "odt", "epub"}
-# How a content that is no text begins, and the ending under which it is read or told.
+# First bytes of content that is not text -> the extension under which it is read or reported.
 MAGIC = {
     b"\x1f\x8b": ".gz",
     b"\x28\xb5\x2f\xfd": ".zst",
@@ -35,44 +34,44 @@ MAGIC = {
     b"PK\3\4": ".zip",
     b"PAR1\x15": ".parquet",
 }
-UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # before UTF-16, whose mark begins one of them
+UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # tested before UTF-16, its prefix
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 File = Path | HubFile | BucketFile
-HEAD = 2**16  # bytes that are looked at to tell what a file holds
-BATCH = 1024  # rows of a Parquet file at a time
-# A plain text longer than the first is no document but many: it is cut into pieces of at least the
-# second, about 8,000 tokens, and at most the third.
+HEAD = 2**16  # bytes inspected to identify a file's content
+BATCH = 1024  # rows of a Parquet file to read at a time
+# Plain text longer than the first is not one document: it is split into pieces of at least the
+# second length, about 8,000 tokens, and at most the third.
 LONG_TEXT, PIECE, LARGEST_PIECE = 2**20, 2**15, 2**17
 BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 MAX_SHOWN_FIELDS = 8
 MAX_LINE = (
     2**28
-)  # bytes of a line, characters of an item or field: a small packed file can hold more
+)  # bytes of a line, characters of an item or field; guards against decompression bombs
 
 
 class Problem(NamedTuple):
-    """Something that could not be read. kind: what is wrong, which is counted. detail: of this
-    occurrence."""
+    """Something that could not be read. kind: the kind of problem, which is counted. detail: of
+    this occurrence."""
 
     kind: str
     detail: str = ""
 
 
 class Row(NamedTuple):
-    """A row of a file. place: its location, for messages. value: the row's fields; of plain text, a
-    document; or the problem with it."""
+    """A row of a file. place: its location, for messages. value: the row's fields; for plain text,
+    a document; or the problem with it."""
 
     place: str
     value: Mapping[str, Any] | str | Problem
 
 
 def read_rows(file: File, field: str | None = None) -> Iterator[Row]:
-    """The rows of a file. field: the only field that is needed, None for all (`shown_field`). What
-    cannot be read becomes a row with a Problem, so that a damaged line costs only that line.
+    """Yield the rows of a file. field: the only field needed, None for all. Rows that cannot be
+    read yield a Problem, so that a damaged line costs only that line.
 
-    Raises UserError where a file is damaged as a whole: truncated, not in its format, or, where all
-    rows have the same fields (CSV, Parquet), without the field.
+    Raises UserError where the file as a whole is damaged: truncated, not in its format, or, where
+    all rows have the same fields (CSV, Parquet), without the field.
     """
     kind, compression = _kind(file)
     if kind in UNPACK or f".{kind}" in COMPRESSIONS:
@@ -99,7 +98,7 @@ def size_of(file: File) -> int:
 
 
 def find_field(row: Mapping[str, Any], field: str) -> Any:
-    """The field named `meta.text`, or else the field `text` of `meta`. Raises KeyError."""
+    """The field named `meta.text`, else the field `text` of `meta`. Raises KeyError."""
     if field in row:
         return row[field]
     outer, dot, inner = field.partition(".")
@@ -114,28 +113,28 @@ def shown_fields(fields: Any) -> str:
 
 
 def _kind(file: File) -> tuple[str, str | None]:
-    """(extension in lower case, without that of the compression; compression)."""
+    """(extension in lower case, ignoring that of compression; compression)."""
     name, ending = os.path.splitext(file.name.lower())
     compression = COMPRESSIONS.get(ending)
     return (os.path.splitext(name)[1] if compression else ending)[1:], compression
 
 
 def _open(file: File) -> BinaryIO:
-    """A stream that raises EOFError or OSError, rather than ending, where a compressed file is
-    truncated or has data after its end."""
+    """Open a stream that raises EOFError or OSError, instead of just ending, where a compressed
+    file is truncated or followed by other data."""
     _, compression = _kind(file)
     if compression == "gzip":
         return gzip.open(_plain(file))  # type: ignore[return-value]
     if compression:
         import pyarrow
 
-        # Not bz2 and zstandard: the former ignores what follows a stream, the latter a missing end.
+        # Not bz2 and zstandard: bz2 ignores data after a stream, zstandard a missing end.
         return io.BufferedReader(pyarrow.input_stream(_plain(file), compression, HEAD), HEAD)
     return file.open("rb") if isinstance(file, Path) else file.open()
 
 
 def _plain(file: File) -> Any:
-    """A path, or a stream where the file has no local path."""
+    """A path, or a stream if the file has no local path."""
     return str(file) if isinstance(file, Path) else file.open()
 
 
@@ -157,7 +156,7 @@ def _rows(file: File, kind: str, field: str | None) -> Iterator[Row]:
 
 
 def _no_utf8(head: bytes, file: File) -> Problem | None:
-    """What a file is that does not begin as UTF-8 text does."""
+    """Identify a file that does not begin with UTF-8 text; None if it does."""
     for magic, ending in MAGIC.items():
         if head.startswith(magic):
             told = "unpack it" if ending[1:] in UNPACK else f"name it *{ending}"
@@ -180,7 +179,7 @@ def _no_utf8(head: bytes, file: File) -> Problem | None:
 
 
 def _a_value_a_line(head: bytes) -> bool:
-    """Whether a JSON file has one value per line; otherwise it is one array, or values that span
+    """Whether a JSON file has one value per line, rather than one array, or values that span
     several lines. head: its beginning."""
     text = head.decode("utf-8-sig", "replace").lstrip()
     first, newline, rest = text.partition("\n")
@@ -191,8 +190,8 @@ def _a_value_a_line(head: bytes) -> bool:
     except json.JSONDecodeError as error:
         if not newline:
             return text[0] == "{"
-        # What goes on in the next line breaks off between two tokens, what is damaged within one,
-        # or what follows is whole by itself.
+        # A value continued on the next line breaks off between two tokens; a damaged one breaks off
+        # within a token, or is followed by a complete value.
         return error.pos < len(first.rstrip()) or (text[0] == "{" and _is_object(rest))
     except (ValueError, RecursionError):
         return True
@@ -208,7 +207,8 @@ def _is_object(text: str) -> bool:
 
 
 def _json_lines(file: File, stream: BinaryIO) -> Iterator[Row]:
-    # As bytes, a line ends at \n, \r or both, and not at U+2028, which JSON strings may hold.
+    # Splitting bytes ends lines at \n, \r or both, but not at U+2028, which JSON strings may
+    # contain.
     blocks = iter(lambda: stream.readline(MAX_LINE + 1), b"")
     lines = itertools.chain.from_iterable(_lines(block, file) for block in blocks)
     for number, line in enumerate(lines, start=1):
@@ -238,11 +238,11 @@ def _object(value: Any, noun: str) -> Mapping[str, Any] | Problem:
 
 
 def _json_values(file: File, stream: BinaryIO) -> Iterator[Row]:
-    """The items of one array, or values one after another.
+    """Yield the items of one array, or of consecutive values.
 
-    With the standard library's decoder, on a buffer that grows until it holds a whole item: ijson
-    reads a lone surrogate as `?` and knows neither NaN nor integers of more than 64 bits. Bytes
-    that are no UTF-8 become lone surrogates, so that they cost one item.
+    Uses the standard library's decoder on a buffer that grows until it holds a whole item: ijson
+    reads a lone surrogate as `?` and supports neither NaN nor integers of more than 64 bits.
+    Invalid UTF-8 becomes lone surrogates, so that it costs one item.
     """
     text = _Buffer(stream)
     array = text.next() == "["
@@ -269,7 +269,7 @@ def _json_values(file: File, stream: BinaryIO) -> Iterator[Row]:
 
 
 class _Buffer:
-    """Text that is read as it is needed. at: position of the next character."""
+    """Text that is read on demand. at: position of the next character."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = stream
@@ -288,19 +288,20 @@ class _Buffer:
                 return self._text[self.at : self.at + 1]
 
     def value(self) -> Any:
-        """The value that begins here. Raises ValueError or RecursionError when there is none."""
+        """The value that begins at the current position. Raises ValueError or RecursionError when
+        there is none."""
         while True:
             if len(self._text) - self.at > 2 * MAX_LINE:
                 raise ValueError(f"more than {MAX_LINE >> 20} MiB")
             try:
                 value, end = self._parse(self._text, self.at)
             except json.JSONDecodeError as error:
-                # A string, or the last few characters, may go on.
+                # A string, or the last few characters, may be incomplete.
                 goes_on = error.msg.startswith("Unterminated") or error.pos + 10 > len(self._text)
                 if not (goes_on and self._more()):
                     raise
             else:
-                if end < len(self._text) or not self._more():  # a number may go on
+                if end < len(self._text) or not self._more():  # a number may continue
                     self.at, self._step = end, HEAD
                     return value
 
@@ -316,10 +317,9 @@ class _Buffer:
 
 
 def _table_rows(file: File, stream: BinaryIO, delimiter: str, field: str | None) -> Iterator[Row]:
-    """Rows of CSV and TSV as spreadsheets write them: a header, and quotes where they
-    are needed."""
+    """Rows of CSV and TSV as spreadsheets write them: with a header, and quotes where needed."""
     csv.field_size_limit(MAX_LINE)
-    # Bytes that are no UTF-8 become lone surrogates, so that they cost one row.
+    # Invalid UTF-8 becomes lone surrogates, so that it costs one row.
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
@@ -368,14 +368,14 @@ def _batch_rows(batch: Any) -> list[Mapping[str, Any] | Problem]:
     except UnicodeDecodeError:
         if len(batch) == 1:
             return [Problem("row skipped: invalid UTF-8")]
-    except (KeyError, OverflowError, ValueError) as error:  # dates and zones that Python has not
+    except (KeyError, OverflowError, ValueError) as error:  # dates and time zones that Python lacks
         if len(batch) == 1:
             return [Problem("row skipped: a value that Python has no place for", str(error))]
     return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1))]
 
 
 def _has(fields: Any, field: str) -> bool:
-    """Whether a pyarrow schema or struct type has the field, named as for `find_field`."""
+    """Whether a pyarrow schema or struct type has a field, named as for `find_field`."""
     import pyarrow
 
     types = {each.name: each.type for each in fields}
@@ -397,8 +397,8 @@ def _without(field: str, file: File, fields: Any) -> UserError:
 
 
 def _documents(file: File, stream: BinaryIO) -> Iterator[Row]:
-    """The file as one document, or as several, split at the end of a paragraph, when it is long.
-    The split depends on the file alone, so that every run holds out the same text."""
+    """Yield the file as one document or, if it is long, as several, split between paragraphs. The
+    split depends only on the file, so that every run holds out the same text."""
     start = stream.read(LONG_TEXT + 1)
     is_long = len(start) > LONG_TEXT
     start = start.removeprefix(codecs.BOM_UTF8)
@@ -425,7 +425,7 @@ def _text(data: bytes) -> str | Problem:
 
 
 def _pieces(stream: BinaryIO, start: bytes) -> Iterator[bytes]:
-    """Pieces of the stream, which together are all of its bytes."""
+    """Split the stream into pieces that together contain all of its bytes."""
     left = start
     while True:
         if len(left) < LARGEST_PIECE and (more := stream.read(LONG_TEXT)):
@@ -440,7 +440,7 @@ def _pieces(stream: BinaryIO, start: bytes) -> Iterator[bytes]:
 
 
 def _end_of_piece(data: bytes) -> int:
-    """Where to split: after a blank line, or else a line, or else a space, or else between two
+    """Where to split: after a blank line, else after a line, else after a space, else between two
     characters."""
     if blank := BLANK_LINE.search(data, PIECE, LARGEST_PIECE):
         return blank.end()

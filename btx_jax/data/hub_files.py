@@ -1,5 +1,5 @@
-"""Files of data sets on the Hugging Face Hub, read where they lie: of a Parquet file only the
-columns that are wanted, of lines only as many as are asked for."""
+"""Data set files on the Hugging Face Hub, read in place: only the required columns of Parquet
+files, and only as many lines as needed."""
 
 import dataclasses
 import functools
@@ -14,13 +14,13 @@ from btx_jax.hub import commit, download_file, listing
 from btx_jax.hub_errors import told
 from btx_jax.hub_names import PROTOCOL, Name, matches, named
 
-AHEAD = 2**20  # bytes that are fetched at a time where a file is read from end to end
+AHEAD = 2**20  # bytes to fetch at a time when a file is read sequentially
 
 
 @dataclasses.dataclass(frozen=True)
 class HubFile:
     """A file on the Hub. at: its location, with the commit as revision. blob: git's hash of its
-    content. local: where it was downloaded to; None for one that is read over the network."""
+    content. local: its downloaded copy; None to read over the network."""
 
     at: Name
     size: int
@@ -39,22 +39,23 @@ class HubFile:
         return PurePosixPath(self.at.path).suffix
 
     def open(self, in_pieces: bool = False) -> BinaryIO:
-        """in_pieces: fetch only what is read, for a reader that seeks to what it needs."""
+        """Open the file. in_pieces: fetch only what is read, for readers that seek."""
         if self.local:
             return self.local.open("rb")
         stream = _Stream(self)
         return stream if in_pieces else io.BufferedReader(stream, AHEAD)  # type: ignore[return-value]
 
     def downloaded(self) -> "HubFile":
-        """This file in the local cache, for readers that need all of it more than once."""
+        """This file downloaded to the local cache, for readers that need all of it more than
+        once."""
         return dataclasses.replace(self, local=download_file(self.at, str(self)))
 
     def stamp(self) -> list[Any]:
-        """Values that change when the content does, whatever the commit."""
+        """Values that change when the content does, independent of the commit."""
         return [f"{PROTOCOL}{self.at._replace(revision='')}", self.size, self.blob]
 
     def sha256(self) -> str:
-        """Hash of the content, as the Hub states it for large files."""
+        """sha256 of the content; for large files as stated by the Hub."""
         from huggingface_hub import HfApi
 
         if self.local is None:
@@ -73,8 +74,8 @@ def is_on_hub(where: str) -> bool:
 
 
 def find_files(where: str, key: str) -> list[HubFile]:
-    """Files that `hf://datasets/org/name[@REVISION]/GLOB` matches, sorted. Raises UserError, naming
-    the key, when there are none."""
+    """Files matching `hf://datasets/org/name[@REVISION]/GLOB`, sorted. Raises UserError, naming the
+    key, when there are none."""
     found = named(where, key)
     if found is None or found.type != "dataset" or not found.path:
         raise UserError(
@@ -94,8 +95,7 @@ def find_files(where: str, key: str) -> list[HubFile]:
 
 
 class _Stream(io.RawIOBase):
-    """A file that is read by ranges. Raises UserError when the Hub, or the connection
-    to it, fails."""
+    """A file read in ranges. Raises UserError when the Hub, or the connection to it, fails."""
 
     def __init__(self, file: HubFile):
         self._file = file

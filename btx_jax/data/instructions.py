@@ -1,6 +1,5 @@
-"""Items of instruction data and of classification tasks as documents of which only the answers are
-learnt: prompt and answer from format strings, or a chat through the tokenizer's own chat
-template."""
+"""Instruction data and classification items as documents in which only the answers are learnt:
+prompt and answer from format strings, or a chat rendered by the tokenizer's own chat template."""
 
 import json
 import string
@@ -15,7 +14,7 @@ from btx_jax.data.files import Problem, Row, find_field, shown_fields
 from btx_jax.data.sources import Problems, is_unicode
 from btx_jax.data.tokenizers import Tokenizer
 
-GIVEN = ("tools", "documents")  # fields of an item that a chat template gets
+GIVEN = ("tools", "documents")  # fields of an item that are passed to the chat template
 
 
 class Piece(NamedTuple):
@@ -26,8 +25,8 @@ class Piece(NamedTuple):
 
 
 class Formatter:
-    """Items -> pieces. Raises UserError when the format needs a chat template and the tokenizer has
-    none."""
+    """Formats items as pieces. Raises UserError when the format needs a chat template and the
+    tokenizer has none."""
 
     def __init__(self, config: FormatConfig, tokenizer: Tokenizer, sequence_length: int):
         self._config = config
@@ -38,7 +37,7 @@ class Formatter:
         self.cutoff = min(config.cutoff or sequence_length, sequence_length)
 
     def identity(self) -> list[Any]:
-        """Everything that determines the pieces."""
+        """Everything that determines the pieces of an item."""
         return [
             to_dict(self._config),
             self._template.source if self._template else None,
@@ -46,8 +45,8 @@ class Formatter:
         ]
 
     def items(self, rows: Iterable[Row], problems: Problems) -> Iterator[tuple[str, list[Piece]]]:
-        """(location, pieces) of every item. What cannot be read or does not fit the format is
-        counted in `problems`."""
+        """Yield (location, pieces) of every item. Items that cannot be read or do not fit the
+        format are counted in `problems`."""
         for place, value in rows:
             if isinstance(value, Problem):
                 problems.add(value.kind, f"{place}, {value.detail}" if value.detail else place)
@@ -89,8 +88,8 @@ class Formatter:
         return [Piece(prompt, False), Piece(answer, True)]
 
     def _chat(self, item: Mapping[str, Any]) -> list[Piece]:
-        """A chat's pieces: what the template puts between a prompt for an answer and the end of
-        that answer is learnt."""
+        """A chat's pieces: learnt is what the template puts between a prompt for an answer and the
+        end of that answer."""
         assert self._template is not None
         try:
             said = find_field(item, self._config.messages)
@@ -105,7 +104,7 @@ class Formatter:
             raise Unusable(str(error)) from error
 
     def _marked(self, messages: list[Any], given: Mapping[str, Any]) -> list[Piece]:
-        """A chat's pieces where the template's `generation` tags mark what is learnt."""
+        """A chat's pieces if the template's `generation` tags mark what is learnt."""
         assert self._template is not None
         text, spans = self._template.render(messages, **given)
         for message in messages:
@@ -142,7 +141,7 @@ class Formatter:
 
 
 class _Fill(string.Formatter):
-    """Fills a format string with fields of any type. null: what replaces null; None to raise
+    """Fills a format string with fields of any type. null: replacement for null; None to raise
     Unusable."""
 
     def __init__(self, null: str | None):
@@ -156,7 +155,7 @@ class _Fill(string.Formatter):
         if self._null is None and isinstance(value, Mapping | list):
             told = "a field of the answer is no text; name a part of it, as {field[0]}"
             raise Unusable(told, type(value).__name__)
-        if isinstance(value, bytes):  # as Parquet and tensorflow_datasets may hold text
+        if isinstance(value, bytes):  # text in Parquet and tensorflow_datasets may be bytes
             value = value.decode("utf-8")
         return super().format_field(value, format_spec)
 
@@ -174,7 +173,7 @@ def _objects(name: str, value: Any) -> list[Any]:
 
 
 def _without_null(value: Any) -> Any:
-    """The value without null fields: Parquet gives every object all fields that any of them has."""
+    """The value without null fields: Parquet gives every object the fields of all objects."""
     if isinstance(value, Mapping):
         return {key: _without_null(part) for key, part in value.items() if part is not None}
     return [_without_null(part) for part in value] if isinstance(value, list) else value
@@ -185,12 +184,12 @@ def _no_field(field: Any, item: Mapping[str, Any]) -> Unusable:
 
 
 def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """(ids of the whole text, which of them are learnt). The text is encoded as a whole, as it is
-    when a model is prompted; a token that extends into a learnt piece is learnt, as in
-    transformers' assistant masks."""
+    """(ids of the whole text, whether each is learnt). The text is encoded as a whole, as when a
+    model is prompted; a token that extends into a learnt piece is learnt, as in transformers'
+    assistant masks."""
     ids, told = tokenizer.encode_with_offsets("".join(piece.text for piece in pieces))
-    # Some tokenizers leave spaces out of a token's place in the text: what no token has is the
-    # next's.
+    # Some tokenizers exclude spaces from a token's span: text outside all spans belongs to the next
+    # token.
     ends = [0, *(end for _, end in told)]
     offsets = [(min(start, before), end) for (start, end), before in zip(told, ends, strict=False)]
     learnt = [False] * len(ids)
@@ -198,7 +197,7 @@ def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int],
     for piece in pieces:
         at += len(piece.text)
         while number < len(ids) and offsets[number][1] <= at - len(piece.text):
-            number += 1  # ends in front of the piece
+            number += 1  # ends before the piece
         if piece.learnt and piece.text:
             for i in range(number, len(ids)):
                 if offsets[i][0] >= at:

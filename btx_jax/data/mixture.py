@@ -1,5 +1,5 @@
-"""Prepared domains -> batches, with Grain: weighted mixing, shuffling, sharding by host, prefetch
-and exact resume."""
+"""Batches from prepared domains, with Grain: weighted mixing, shuffling, sharding by host,
+prefetching and exact resumption."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ Row = dict[str, np.ndarray]
 PREFETCH = 4  # batches of rows read ahead
 ENDLESS = (
     2**62
-    # Rows; grain counts in floating point, and batches of one row of a longer set in more than an
-    # index can hold
+    # Rows. grain computes with floats, and a longer set in batches of one row would overflow an
+    # index.
 )
 
 
@@ -29,10 +29,10 @@ def training_batches(
     """Endless batches {tokens, segments: [batch_size / process_count, sequence + 1]} of this
     process's rows.
 
-    A row comes from a domain, and there from a source, in proportion to the weights (normalised);
-    each source is reshuffled every epoch. The batches are a function of (domains, batch_size, seed)
-    alone: all processes together see the same rows whatever their number. `get_state` and
-    `set_state` of the iterator resume it exactly.
+    Rows are drawn from domains, and within them from sources, in proportion to the (normalised)
+    weights; each source is reshuffled every epoch. The batches are a function of (domains,
+    batch_size, seed) alone: all processes together see the same rows whatever their number. The
+    iterator's `get_state` and `set_state` resume it exactly.
 
     Raises UserError when batch_size is not divisible by process_count.
     """
@@ -45,8 +45,8 @@ def training_batches(
         for domain in domains
         for source in domain.sources
     ]
-    # A dataset's own seed decides its order: equal sources in different places must not move in
-    # step.
+    # A data set's own seed determines its order: equal sources in different places must not be read
+    # in the same order.
     parts = [
         grain.MapDataset.source(source.open("train")).seed(seed + 7919 * i).shuffle().repeat()
         for i, (source, _) in enumerate(weighted)
@@ -67,12 +67,13 @@ def training_batches(
 
 def heldout_rows(domain: PreparedDomain, limit: int = 0) -> Row:
     """Held-out rows of a domain: tokens, segments [rows, sequence + 1], bytes [rows]. At most
-    `limit`, 0 for all: the first ones of each of its sources, in proportion to their weights."""
+    `limit`, 0 for all: the first of each of its sources, in proportion to their weights."""
     return _first_rows(domain, "heldout", limit)
 
 
 def first_rows(domain: PreparedDomain, limit: int) -> Row:
-    """Training rows of a domain, chosen and shaped as those of `heldout_rows`."""
+    """The first training rows of a domain, at most `limit`: tokens, segments [rows, sequence + 1],
+    bytes [rows]."""
     return _first_rows(domain, "train", limit)
 
 
@@ -81,7 +82,7 @@ def _first_rows(domain: PreparedDomain, split: str, limit: int) -> Row:
     taken = [0] * len(there) if limit else there
     for _ in range(
         min(limit, sum(there))
-    ):  # one after another to the source that has the least for its weight
+    ):  # add the next row of the source furthest below its share
         left = [i for i, count in enumerate(there) if taken[i] < count]
         taken[min(left, key=lambda i: (taken[i] + 1) / domain.sources[i].weight)] += 1
     rows: list[Row] = []

@@ -1,9 +1,9 @@
-"""Tokenise and pack once, so that training never tokenises: text -> an ArrayRecord TFDS data set
-with a manifest.
+"""Tokenise and pack text once, so that training never tokenises: text -> an ArrayRecord TFDS data
+set with a manifest.
 
-A prepared set holds rows of sequence_length + 1 tokens, in the splits `train` and `heldout`, which
+A prepared set holds rows of sequence_length + 1 tokens in the splits `train` and `heldout`, which
 share no document. Consecutive rows overlap by one token, so that every token but a document's first
-is the target of exactly one row.
+is the target in exactly one row.
 """
 
 import contextlib
@@ -60,16 +60,19 @@ from btx_jax.paths import to_path
 from btx_jax.progress import bar
 from btx_jax.terminal import plain
 
-FORMAT = 3  # changes whenever the rows that the same text gives change
-DEMO = "demo:"  # as a tokenizer: the one that is made for the demo corpora
+FORMAT = 3  # incremented when the same text gives other rows
+DEMO = "demo:"  # as a tokenizer: the one trained on the demo corpora
 
 log = logging.getLogger(__name__)
 
 
 class _Task(NamedTuple):
-    """A source to prepare. files: its files, unless it is a tensorflow_datasets set. target: where
-    the prepared set is in the cache, named by a hash of the text (path, size and modification time
-    of each file), format, tokenizer, sequence length and held-out share."""
+    """A source to prepare.
+
+    files: its files, unless it is a tensorflow_datasets set. target: location of the prepared set
+    in the cache, named by a hash of the text (path, size and modification time of each file),
+    format, tokenizer, sequence length and held-out share.
+    """
 
     source: Source
     files: list[File]
@@ -88,7 +91,8 @@ class _Task(NamedTuple):
 
 
 def _task(source: Source, tokenizer: Tokenizer, config: DataConfig) -> _Task:
-    """Raises UserError for an unknown format, and when there are no files."""
+    """Describe the preparation of a source. Raises UserError for an unknown format, and when there
+    are no files."""
     cache = cache_of(config)
     template = find_format(source, tokenizer, config)
     if source.where.startswith("demo:"):
@@ -111,8 +115,9 @@ def _task(source: Source, tokenizer: Tokenizer, config: DataConfig) -> _Task:
 def prepare_source(
     source: Source, tokenizer: Tokenizer, config: DataConfig, hosts: int = 1
 ) -> PreparedSource:
-    """Tokenise one source into the cache, or find it there; a damaged one is rebuilt. hosts: how
-    many share the work (`tokenise_share`). Raises UserError when it contains no document."""
+    """Tokenise one source into the cache, or find it there; a damaged set is rebuilt. hosts: number
+    of hosts that share the work (`tokenise_share`). Raises UserError when it contains no
+    document."""
     task = _task(source, tokenizer, config)
     target = task.target
     manifest = read_manifest(target)
@@ -120,7 +125,7 @@ def prepare_source(
         try:
             _write(task, hosts if _is_shared(source) else 1)
         except UserError:
-            if not is_there(target):  # otherwise another process has just prepared the same text
+            if not is_there(target):  # otherwise another process has prepared the same text
                 raise
         manifest = read_manifest(target)
         if manifest is None:
@@ -131,9 +136,9 @@ def prepare_source(
 def tokenise_share(
     notation: str, config: DataConfig, tokenizer: Tokenizer, key: str, host: tuple[int, int]
 ) -> None:
-    """What host number `host`, other than the first, contributes to `prepare` with that many hosts:
-    its share of the shards of every large source, in the shared cache. Errors are reported by the
-    first host."""
+    """The contribution of host number `host`, not the first, to `prepare` on several hosts: its
+    share of the shards of every large source, in the shared cache. Errors are reported by the first
+    host."""
     with contextlib.suppress(UserError):
         check_text(config, [(key, notation)])
         for domain in parse_domains(notation, config.domains, key):
@@ -142,13 +147,13 @@ def tokenise_share(
                 if not is_there(task.target):
                     with task.shards(host) as shards:
                         shards.finish_own()
-                    if is_there(task.target):  # the others have not waited
+                    if is_there(task.target):  # the others did not wait
                         discard(task.folder)
 
 
 def _is_shared(source: Source) -> bool:
-    """Whether several hosts tokenise the source; one that a process has to generate or download
-    first is not shared."""
+    """Whether several hosts share the tokenisation of a source; not if one process must generate or
+    download it first."""
     return not source.where.startswith(("demo:", "tfds:"))
 
 
@@ -162,8 +167,8 @@ def _stamp(file: Path) -> list[Any]:
 
 
 def _at_hand(file: File) -> File:
-    """The file as it is best read: of the Hub's files, columns of Parquet over the network,
-    everything else downloaded."""
+    """The file in the form that is fastest to read: Parquet files of the Hub over the network,
+    column by column, all others downloaded."""
     return file.downloaded() if isinstance(file, HubFile) and file.suffix != ".parquet" else file
 
 
@@ -215,7 +220,7 @@ def _write(task: _Task, hosts: int) -> None:
                 shown=is_first(),
             ) as progress,
         ):
-            # TFDS refuses a split without rows.
+            # TFDS rejects a split without rows.
             started: dict[str, Iterator[dict[str, np.ndarray]]] = {}
             for split in SPLITS:
                 rows = merged.rows(split, shards, progress)
@@ -244,8 +249,8 @@ class _Merged:
         self._length = sequence_length
         self.counts = {split: no_counts() for split in SPLITS}
         self.orders: list[int] = []
-        self._told: list[tuple[Told, int]] = []  # and the shard's number
-        self._first_row = dict.fromkeys(SPLITS, math.inf)  # the document that fills it
+        self._told: list[tuple[Told, int]] = []  # with the shard's number
+        self._first_row = dict.fromkeys(SPLITS, math.inf)  # document that completes it
 
     def rows(self, split: str, shards: Shards, progress: tqdm) -> Iterator[dict[str, np.ndarray]]:
         def parts() -> Iterator[Columns]:
@@ -267,7 +272,7 @@ class _Merged:
             yield row
 
     def _add(self, counts: Counts, number: int) -> None:
-        """Add the counts of shard `number`, the next one."""
+        """Add the counts of the next shard, number `number`."""
         before = {split: self.counts[split]["documents"] for split in SPLITS}
         for told in counts.told:
             at = before[told.split] + told.documents
@@ -281,8 +286,8 @@ class _Merged:
                 ours[key] += more[key]
 
     def problems(self) -> Problems:
-        """In the order in which rows are used: up to the first row of each split, then the rest of
-        train, then the rest of what is held out."""
+        """Problems in the order in which rows are used: up to the first row of each split, then the
+        rest of train, then the rest of the held-out split."""
 
         def place(entry: tuple[Told, int]) -> tuple[int, int, int, int]:
             told, number = entry
@@ -300,8 +305,8 @@ def cache_of(config: DataConfig) -> Path:
 
 
 def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> Tokenizer:
-    """The config's tokenizer, or else that of the checkpoint the run starts from. Raises UserError
-    when there is neither."""
+    """The config's tokenizer, or else that of the checkpoint from which the run starts. Raises
+    UserError when there is neither."""
     if config.tokenizer == DEMO:
         found = load_tokenizer(demo.tokenizer(cache_of(config)))
     elif config.tokenizer:
@@ -317,14 +322,14 @@ def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> 
 
 
 def texts(config: DataConfig) -> list[tuple[str, str]]:
-    """(key, notation) of all text that is trained on and held out."""
+    """(key, notation) of all training and held-out text."""
     named = [("config.data.train", config.train), ("config.data.heldout", config.heldout)]
     return [(key, notation) for key, notation in named if notation or key == "config.data.train"]
 
 
 def check_text(config: DataConfig, notations: Iterable[tuple[str, str]]) -> None:
-    """Raises ConfigError with everything that is known to be wrong before any text is read: names,
-    formats and missing files. notations: as `texts` returns them."""
+    """Raise ConfigError with everything known to be wrong before any text is read: names, formats
+    and missing files. notations: as returned by `texts`."""
     mistakes = Mistakes()
     for key, notation in notations:
         domains: tuple[Domain, ...] = ()
@@ -346,7 +351,7 @@ def check_text(config: DataConfig, notations: Iterable[tuple[str, str]]) -> None
 def prepare(
     notation: str, config: DataConfig, tokenizer: Tokenizer, key: str, hosts: int = 1
 ) -> tuple[PreparedDomain, ...]:
-    """Every source of every domain of `notation`, tokenised. The slow step of a first run; later
+    """Tokenise every source of every domain of `notation`. This is slow on the first run; later
     runs find everything in the cache. hosts: as for prepare_source."""
     check_text(config, [(key, notation)])
     prepared = tuple(
@@ -362,8 +367,8 @@ def prepare(
 def already_prepared(
     notation: str, config: DataConfig, tokenizer: Tokenizer | None, key: str
 ) -> list[tuple[Domain, list[Mapping[str, Any] | None]]]:
-    """Every domain of `notation`, with the manifest of each of its sources that is in the cache,
-    and None for those that are not. tokenizer: None where it is not there yet."""
+    """Every domain of `notation`, with the manifest of each of its sources, None for those not in
+    the cache. tokenizer: None if it does not exist yet."""
 
     def manifest(source: Source) -> Mapping[str, Any] | None:
         return read_manifest(_task(source, tokenizer, config).target) if tokenizer else None
@@ -382,12 +387,11 @@ def prepare_by_all(
     return first_then_others(prepare, notation, config, tokenizer, key, count)
 
 
-_told: set[Path] = set()  # sources whose problems this process has told: stages read them again
+_told: set[Path] = set()  # sources whose problems this process has already logged
 
 
 def tell_problems(sources: Sequence[PreparedSource], key: str) -> None:
-    """Log what had to be skipped or truncated, by kind over all sources, once per source and
-    process."""
+    """Log what had to be skipped or truncated, summed by kind, once per source and process."""
     new = {source.directory: source for source in sources if source.directory not in _told}
     _told.update(new)
     together = Problems()

@@ -1,5 +1,5 @@
-"""Prepared sets on disk: an ArrayRecord TFDS data set of rows with a manifest, and the domains that
-they make up."""
+"""Prepared sets on disk (an ArrayRecord TFDS data set of rows, with a manifest) and the domains
+that they make up."""
 
 import contextlib
 import dataclasses
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class PreparedSource:
     """A tokenised source on disk. manifest: hashes of tokenizer and source, counts by split,
-    problems, and `heldout_from`: the held-out shares from which its first and its last document
-    would be held out."""
+    problems, and `heldout_from`: the held-out shares above which its first and its last document
+    are held out."""
 
     directory: Path
     weight: float
@@ -82,7 +82,8 @@ class PreparedDomain:
         return max(split["largest_id"] for split in splits)
 
     def identity(self) -> str:
-        """A hash of what the domain's rows are made of, wherever its files are."""
+        """A hash of the data from which the domain's rows are made, independent of where its files
+        are."""
         made = [(source.manifest, source.weight) for source in self.sources]
         told = [
             [[file["sha256"] for file in m["files"]], m["field"], m["splits"], weight]
@@ -92,7 +93,7 @@ class PreparedDomain:
 
 
 def none_heldout(domain: PreparedDomain) -> str:
-    """Why a domain has no held-out rows, and what would help."""
+    """Why a domain has no held-out rows, and how to get some."""
     manifests = [source.manifest for source in domain.sources]
     told = f"domain {domain.name!r} has no held-out document"
     fraction = manifests[0]["heldout_fraction"]
@@ -108,8 +109,8 @@ def none_heldout(domain: PreparedDomain) -> str:
 
 
 def heldout_share(domain: PreparedDomain) -> float:
-    """The data.heldout_fraction from which on a document of the domain is held out; 0 where there
-    is only one document."""
+    """The smallest data.heldout_fraction that holds out a document of the domain; 0 if there is
+    only one document."""
     orders = [source.manifest["heldout_from"] for source in domain.sources]
     first = min(least for least, _ in orders)
     return 0.0 if first == max(most for _, most in orders) else _above(first)
@@ -165,8 +166,8 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
 
 
 class Serializer:
-    """Rows of integers as tf.train.Example. TFDS's own takes three times as long, most of what
-    writing costs, and leaves the order of a row's features, and so its bytes, to chance."""
+    """Serialises rows of integers as tf.train.Example. TFDS's serializer takes three times as long,
+    most of the cost of writing, and leaves the order of features, and thus the bytes, undefined."""
 
     def __init__(self, example_specs: Any):
         self.example_specs = example_specs
@@ -203,9 +204,9 @@ def write_set(
     sequence_length: int,
     manifest: Callable[[], dict[str, Any]],
 ) -> None:
-    """Write a prepared set, completely or not at all. manifest: returns what it says besides
-    `rows`, called when all rows are written. Raises UserError when the rows or the manifest do, and
-    for a full disk."""
+    """Write a prepared set, completely or not at all. manifest: returns its values other than
+    `rows`; called after all rows are written. Raises UserError when rows or manifest do, and when
+    the disk is full."""
     failed: list[UserError] = []
 
     def watched(of_split: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
@@ -225,9 +226,9 @@ def write_set(
         try:
             _quietly(builder.download_and_prepare)
         except Exception as error:
-            if failed:  # TFDS wraps what its generator raises in pages of its own
+            if failed:  # TFDS wraps exceptions of its generator in pages of text
                 raise failed[0] from None
-            if cause := re.search(r"write\(\) failed: ([^;]*)", str(error)):  # in ArrayRecord
+            if cause := re.search(r"write\(\) failed: ([^;]*)", str(error)):  # from ArrayRecord
                 raise UserError(f"cannot write {target}: {cause[1]}") from error
             raise
         told = manifest()
@@ -242,8 +243,7 @@ def write_set(
 
 
 def _quietly(prepare: Any) -> None:
-    """Run TFDS with our serializer and without its own progress bars and advice: our progress bar
-    and log replace them."""
+    """Run TFDS with our serializer and without its progress bars and advice, which ours replace."""
     tfds.disable_progress_bar()
     absl = logging.getLogger("absl")
     previous = absl.level
@@ -259,9 +259,9 @@ def _quietly(prepare: Any) -> None:
 
 
 def read_manifest(target: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared set; None when there is none, also because it was damaged: then
-    the damage is logged and the set deleted. Small files are compared with their checksums,
-    ArrayRecord files by size: these are verified wherever they are read."""
+    """The manifest of a prepared set; None if there is none, or if the set is damaged, which is
+    then logged and deleted. Small files are compared with their checksums, ArrayRecord files only
+    by size, as they are verified when read."""
     if not is_there(target):
         return None
     try:

@@ -1,5 +1,5 @@
-"""sentencepiece `.model` files: trained here, and turned into the pipeline of the tokenizers
-library, which finds special tokens inside a text as Hugging Face's tokenizers do."""
+"""sentencepiece `.model` files: training, and conversion to a pipeline of the tokenizers library,
+which finds special tokens within a text as Hugging Face's tokenizers do."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,8 +16,8 @@ from btx_jax.output import new_file
 from btx_jax.progress import clock
 
 SPACE = "▁"
-UNIGRAM, BPE = 1, 2  # of trainer_spec.model_type; 3 and 4 are words and characters
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # of a piece
+UNIGRAM, BPE = 1, 2  # values of trainer_spec.model_type; 3 and 4 are words and characters
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # types of pieces
 
 
 def read_model(path: Path) -> Any:
@@ -42,8 +42,8 @@ def read_model(path: Path) -> Any:
 
 
 def merges_of(pieces: Iterable[str], vocab: dict[str, int], rank: Any) -> list[tuple[str, str]]:
-    """Every way to join two pieces into one of `pieces`, best first: by rank(piece), then as
-    transformers breaks ties."""
+    """Every way to join two pieces into one of `pieces`, best first: by rank(piece), with
+    transformers' order among ties."""
     found = []
     for piece in pieces:
         halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
@@ -64,10 +64,10 @@ def added_pieces(proto: Any) -> list[AddedToken]:
 
 
 def pipeline(proto: Any) -> tokenizers.Tokenizer:
-    """A pipeline with sentencepiece's ids for any text that contains no control symbol.
+    """A pipeline that gives sentencepiece's ids for any text without control symbols.
 
-    It follows the flags of a `.model` to the letter. transformers follows some of them, differently
-    from class to class: see tokenizer_files.
+    It follows the flags of a `.model` exactly. transformers follows only some of them, depending on
+    the class: see tokenizer_files.
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -100,7 +100,7 @@ def pipeline(proto: Any) -> tokenizers.Tokenizer:
 
 
 def decoder(strips: bool, byte_fallback: bool = True) -> decoders.Decoder:
-    """Pieces -> text. strips: whether the space that was added in front is removed."""
+    """Decoder from pieces to text. strips: whether to remove the space that was added in front."""
     steps: list[Any] = [decoders.Replace(SPACE, " ")]
     if byte_fallback:
         steps += [decoders.ByteFallback(), decoders.Fuse()]

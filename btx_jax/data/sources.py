@@ -1,7 +1,7 @@
-"""Where text comes from: files, tensorflow_datasets, and the demo corpora.
+"""Sources of text: files, tensorflow_datasets, and the demo corpora.
 
-Notation, everywhere a config names text: comma-separated `WHAT[#FIELD][:WEIGHT]`. WHAT is a file, a
-glob, `gs://BUCKET/GLOB`, `hf://datasets/org/name[@REVISION]/GLOB`, `tfds:NAME[/CONFIG]` or
+Wherever a config names text, the notation is comma-separated `WHAT[#FIELD][:WEIGHT]`. WHAT is a
+file, a glob, `gs://BUCKET/GLOB`, `hf://datasets/org/name[@REVISION]/GLOB`, `tfds:NAME[/CONFIG]` or
 `demo:NAME`; environment variables are expanded. FIELD is the text's field where rows have fields,
 as in JSON lines, CSV, Parquet and tfds ("text" if absent); `meta.text` is the field `text` of the
 field `meta`.
@@ -24,7 +24,7 @@ from btx_jax.data.hub_files import find_files, is_on_hub
 from btx_jax.errors import UserError, suggest
 from btx_jax.paths import expand
 
-TEXT = "text"  # the field of a text, where none is named
+TEXT = "text"  # default field of the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Domain:
 
 
 def parse_sources(notation: str, key: str) -> tuple[Source, ...]:
-    """Raises UserError, naming the config key, for an empty list, an empty entry or a weight of
-    0."""
+    """Parse a notation. Raises UserError, naming the config key, for an empty list, an empty entry
+    or a weight of 0."""
     sources = []
     for entry in notation.split(","):
         where, weight = _split_weight(entry.strip(), key)
@@ -90,7 +90,7 @@ def parse_domains(notation: str, domains: Mapping[str, str], key: str) -> tuple[
 
 
 class Problems:
-    """What had to be skipped or truncated, counted by kind, with the location of the first of each.
+    """Counts what had to be skipped or truncated, by kind, with the location of the first of each.
     Nothing is dropped without being counted."""
 
     def __init__(self) -> None:
@@ -134,8 +134,8 @@ def expand_files(source: Source, key: str = "config.data") -> list[File]:
 
 
 def source_rows(source: Source, files: Iterable[File]) -> Iterator[Row]:
-    """All rows of a source. files: its files, unless it is a tensorflow_datasets set; only the
-    source's field is read, unless it names a format."""
+    """Yield all rows of a source. files: its files, unless it is a tensorflow_datasets set. Only
+    the source's field is read, unless it names a format."""
     field = None if source.field.startswith("@") else source.field
     if source.where.startswith("tfds:"):
         yield from tfds_rows(source.where.removeprefix("tfds:"), field)
@@ -195,8 +195,8 @@ def is_unicode(text: str) -> bool:
 
 
 def read_documents(file: File, field: str, problems: Problems) -> Iterator[str]:
-    """Yield the text of every document in the file, in order; what has none is counted in
-    `problems`. Raises UserError when the file itself is broken."""
+    """Yield the text of every document in the file, in order; rows without text are counted in
+    `problems`. Raises UserError when the file itself is damaged."""
     rows = source_rows(Source(str(file), field), [file])
     return (text for _, text in documents(rows, field, problems))
 
@@ -204,9 +204,9 @@ def read_documents(file: File, field: str, problems: Problems) -> Iterator[str]:
 def read_json_lines(
     path: str, key: str, limit: int = 0, max_bytes: int = 0
 ) -> list[dict[str, Any]]:
-    """The rows of a file that has fields (JSON lines, a JSON array, CSV, Parquet), at most `limit`,
-    0 for all. max_bytes: limit on all of them as JSON, 0 for none. Raises UserError, naming the key
-    and the location, for the first that cannot be read."""
+    """The rows of a file with fields (JSON lines, a JSON array, CSV, Parquet), at most `limit`, 0
+    for all. max_bytes: limit of their total size as JSON, 0 for none. Raises UserError, naming the
+    key and the location, for the first that cannot be read."""
     file = _one_file(path, key)
     items: list[dict[str, Any]] = []
     size = 0
@@ -240,18 +240,18 @@ def _one_file(path: str, key: str) -> File:
 
 
 def tfds_rows(name: str, field: str | None) -> Iterator[Row]:
-    """Rows of the train split of a tensorflow_datasets data set, through `tfds.data_source`:
-    TensorFlow is not needed. field: the field that is needed, None for any. Raises UserError when
-    they lack it."""
+    """Rows of the train split of a tensorflow_datasets data set, through `tfds.data_source`, which
+    does not need TensorFlow. field: the field needed, None for any. Raises UserError when it is
+    missing."""
     import tensorflow_datasets as tfds
 
-    # Its own registration goes through all kinds in turn and ends at the first that lacks a
-    # library: images, before any text.
+    # tfds registers all kinds in turn and stops at the first that lacks a library: images, before
+    # any text.
     for kind in ("text", "question_answering", "summarization", "translate"):
         importlib.import_module(f"tensorflow_datasets.{kind}")
     try:
         rows = tfds.data_source(name, split="train")
-    except Exception as error:  # tfds raises many kinds; all mean that the data set cannot be had
+    except Exception as error:  # tfds raises many types; all mean that the data set is unavailable
         raise UserError(
             f"config.data: tfds:{name} cannot be opened: {str(error).strip().splitlines()[0]}"
         ) from error

@@ -1,9 +1,9 @@
-"""A source's rows -> tokens, by all cores and all processes of a run.
+"""Tokenise a source's rows on all cores of all processes of a run.
 
-One reader cuts the rows into shards of about a mebibyte of text, wherever and by how many they are
-tokenised. A source of a few shards is tokenised where it is read. Of a larger one every finished
-shard is a file, so that a killed preparation resumes after the last of them, and so that several
-hosts can share the work.
+One reader splits the rows into shards of about a mebibyte of text, independent of where and by how
+many they are tokenised. A source of a few shards is tokenised where it is read. For a larger one,
+every finished shard is a file, so that an interrupted preparation resumes after the last of them,
+and several hosts can share the work.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import UserError
 from btx_jax.output import remove
 
-SHARD_CHARACTERS, SHARD_ROWS = 2**20, 4096  # of text, about
-FEW = 8  # shards that are tokenised sooner than workers start
-SILENCE = 60.0  # seconds after which what other hosts have not made is made here
-FOLDER = "tokenised"  # in the cache
-STALE = 7 * 86_400  # seconds after which what a killed preparation left is removed
+SHARD_CHARACTERS, SHARD_ROWS = 2**20, 4096  # approximate size of a shard
+FEW = 8  # shards that are tokenised faster than workers start
+SILENCE = 60.0  # seconds after which missing shards of other hosts are made here
+FOLDER = "tokenised"  # directory in the cache
+STALE = 7 * 86_400  # seconds after which remains of killed preparations are removed
 
 log = logging.getLogger(__name__)
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shards_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows grouped into shards. The grouping depends on the rows alone."""
+    """Group rows into shards. The grouping depends only on the rows."""
     shard: list[Row] = []
     size = 0
     for row in rows:
@@ -71,12 +71,11 @@ class WorkerEnded(UserError):
 
 
 class Shards:
-    """A context manager: tokenises a source's rows while the block lasts.
+    """A context manager that tokenises a source's rows while its block runs.
 
-    read: returns the rows, each time it is called. folder: directory of the finished shards of a
-    large source, which the caller deletes (`discard`). host: (number, count) among those that share
-    the work: each makes its own shards, and the first also makes those of others that do not
-    arrive.
+    read: returns the rows anew at each call. folder: directory of the finished shards of a large
+    source, which the caller deletes (`discard`). host: (number, count) among the hosts that share
+    the work: each makes its own shards, and the first also those of others that do not arrive.
     """
 
     def __init__(
@@ -91,10 +90,10 @@ class Shards:
         self._job, self._read, self._folder = (source, tokenizer, config), read, folder
         self._host, self._host_count = host
         self._few: list[list[Row]] | None = None
-        self._made: dict[int, Tokenised] = {}  # of a small source
+        self._made: dict[int, Tokenised] = {}  # for a small source
         self._counts: dict[int, Counts] = {}
         self._failed: dict[int, BaseException] = {}
-        self._end: int | None = None  # how many there are
+        self._end: int | None = None  # the number of shards
         self._changed = threading.Condition()
         self._stopped = False
         self._reader: threading.Thread | None = None
@@ -125,8 +124,8 @@ class Shards:
             worker.communicate()
 
     def each(self, split: str) -> Iterator[tuple[Counts, Columns]]:
-        """Shards in the order of the rows, each as soon as it is finished. Raises UserError where
-        the source cannot be read or tokenised."""
+        """Yield shards in the order of the rows, as soon as each is finished. Raises UserError
+        where the source cannot be read or tokenised."""
         for number in itertools.count():
             if not self._wait(number):
                 return
@@ -178,8 +177,8 @@ class Shards:
             self._changed.notify_all()
 
     def _run(self, shards: Iterable[list[Row]]) -> None:
-        """Body of the reader's thread: makes this host's shards, then those that other hosts are
-        missing."""
+        """Body of the reader's thread: make this host's shards, then missing ones of other
+        hosts."""
         with ThreadPoolExecutor(cores()) as pool:
             end = self._submit(pool, shards, self._is_own)
             with self._changed:
@@ -193,8 +192,8 @@ class Shards:
     def _submit(
         self, pool: Executor, shards: Iterable[list[Row]], is_wanted: Callable[[int], bool]
     ) -> int | None:
-        """Submit shards to the pool. Returns how many there are; None when they cannot be read or
-        the caller has left."""
+        """Submit shards to the pool. Returns their number; None when they cannot be read or the
+        caller has left."""
         number = 0
         try:
             for rows in shards:
@@ -213,7 +212,7 @@ class Shards:
         return number
 
     def _still_missing(self, end: int) -> set[int]:
-        """Other hosts' shards that nobody has made for a long time."""
+        """Other hosts' shards that have not been made for a long time."""
         missing, since = {n for n in range(end) if not self._is_own(n)}, time.monotonic()
         while missing and not self._stopped:
             made = {number for number in missing if self._file(number).exists()}
@@ -257,7 +256,7 @@ class Shards:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | {"PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is this process's to answer
+                start_new_session=True,  # Ctrl-C is handled by this process
             )
             self._workers.append(worker)
             assert worker.stdin
@@ -267,19 +266,19 @@ class Shards:
 
 
 def discard(folder: Path) -> None:
-    """Delete the shards of a source, and the directory of all sources' shards when this was the
-    last."""
+    """Delete the shards of a source, and the directory of all sources' shards if it is then
+    empty."""
     if not folder.exists():
         return
     remove(folder)
     if not is_on_bucket(folder):
-        with contextlib.suppress(OSError):  # others are there
+        with contextlib.suppress(OSError):  # others remain
             folder.parent.rmdir()
 
 
 def _changed(folder: Path) -> float:
-    """When a directory last changed, in seconds since the epoch."""
-    if is_on_bucket(folder):  # whose folders have no times
+    """Time of a directory's last change, in seconds since the epoch."""
+    if is_on_bucket(folder):  # where directories have no times
         return max((file.stat().st_mtime for file in folder.glob("*")), default=time.time())
     return folder.stat().st_mtime
 

@@ -1,8 +1,8 @@
-"""Tokenises in a process of its own: `python -m btx_jax.data.tokenise_worker`.
+"""Tokenises in a separate process: `python -m btx_jax.data.tokenise_worker`.
 
-It reads pickles from standard input, each behind its length in 8 bytes: (source, tokenizer,
-config) first, then (file, rows) again and again. What `Tokeniser` makes of the rows it writes into
-the file, and answers with its counts, or with the error. It ends with its input.
+Reads pickles from standard input, each preceded by its length in 8 bytes: first (source, tokenizer,
+config), then (file, rows) repeatedly. It writes the result of `Tokeniser` to the file and answers
+with its counts, or with the error. It exits at the end of its input.
 """
 
 import os
@@ -21,7 +21,7 @@ def send(stream: IO[bytes], value: Any) -> None:
 
 
 def receive(stream: IO[bytes]) -> Any:
-    """The next message of the stream. Raises EOFError when the other side has ended."""
+    """The next message of the stream. Raises EOFError when the other side has exited."""
     head = stream.read(8)
     size = int.from_bytes(head, "little")
     data = stream.read(size) if len(head) == 8 else b""
@@ -32,7 +32,7 @@ def receive(stream: IO[bytes]) -> Any:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep output of libraries out of the answers
     try:
         tokenise = Tokeniser(*receive(sys.stdin.buffer))
         while True:

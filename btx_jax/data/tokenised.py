@@ -1,4 +1,4 @@
-"""A run of a source's rows, tokenised: what one worker makes at a time, and its file."""
+"""A run of a source's rows, tokenised: the unit of work of a worker, and its file."""
 
 import dataclasses
 import json
@@ -30,9 +30,9 @@ SPLITS = ("train", "heldout")
 
 
 class Told(NamedTuple):
-    """Problems of one kind. split: the split whose reading reports it; what yields no document is
-    reported with train. documents: how many documents of the split came before the first. item: its
-    number; place: its location, for messages."""
+    """Problems of one kind. split: the split whose reading reports them; rows without a document
+    are reported with train. documents: number of the split's documents before the first. item: its
+    number. place: its location, for messages."""
 
     split: str
     kind: str
@@ -44,8 +44,8 @@ class Told(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Everything about a run of rows except its tokens. splits: counts by split. orders: smallest
-    and largest hash order of its documents; none without documents. characters: of its texts."""
+    """Counts of a run of rows. splits: counts by split. orders: smallest and largest hash order of
+    its documents; empty without documents. characters: of its texts."""
 
     splits: dict[str, dict[str, int]]
     told: tuple[Told, ...]
@@ -63,7 +63,7 @@ def no_counts() -> dict[str, int]:
 
 
 class Tokeniser:
-    """Rows of a source -> Tokenised. Raises UserError for an unknown format."""
+    """Tokenises rows of a source. Raises UserError for an unknown format."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, config: DataConfig):
         self._source, self._tokenizer, self._config = source, tokenizer, config
@@ -149,8 +149,8 @@ def require_format(source: Source, config: DataConfig) -> FormatConfig:
 
 
 def save(tokenised: Tokenised, file: Path) -> None:
-    """Write completely or not at all, in numpy's format, each array in the smallest integer type
-    that holds it."""
+    """Write completely or not at all, in numpy's format, with each array in the smallest integer
+    type that holds it."""
     arrays = {
         f"{split}/{name}": _narrow(array)
         for split, of_split in tokenised.columns.items()
@@ -168,7 +168,7 @@ def _narrow(array: np.ndarray) -> np.ndarray:
 
 
 def load_counts(file: Path) -> Counts | None:
-    """None where there is no such file, or only an incomplete one."""
+    """The counts in a file; None if it is missing or incomplete."""
     try:
         values: dict[str, Any] = json.loads(bytes(_load(file, "counts")))
         told = tuple(Told(*each) for each in values["told"])
@@ -178,7 +178,7 @@ def load_counts(file: Path) -> Counts | None:
 
 
 def load_columns(file: Path, split: str) -> Columns:
-    """Raises UserError when the file is damaged or missing."""
+    """The columns of a split. Raises UserError when the file is damaged or missing."""
     try:
         return Columns(*(_load(file, f"{split}/{name}") for name in Columns._fields))
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:

@@ -1,5 +1,5 @@
-"""Classes of transformers 5.23 that build a tokenizer anew from its vocabulary, whatever pipeline
-its tokenizer.json has, and the class that it takes for a directory."""
+"""Classes of transformers 5.23 that rebuild a tokenizer from its vocabulary, ignoring the pipeline
+in its tokenizer.json, and how the class for a directory is chosen."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,10 +11,10 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from btx_jax.data import sentencepiece_models
 from btx_jax.data.sentencepiece_models import SPACE
 
-# Classes that take tokenizer.json as it is.
+# Classes that use tokenizer.json as it is.
 AS_IT_IS = ("", "PreTrainedTokenizer", "TokenizersBackend")
-# Model families (`model_type` of config.json) whose tokenizer.json is taken as it is, whatever
-# class their files name.
+# Model families (`model_type` of config.json) whose tokenizer.json is used as it is, whatever class
+# their files name.
 _FAMILIES_AS_THEY_ARE = """
     EvollaModel aria beam bigbird_pegasus canary flex_olmo glm glm4 glm4_moe glm4_moe_lite glm4v
     glm4v_moe glm_image glmasr got_ocr2 gpt_bigcode gradium_phonon_tts granite granitemoe
@@ -27,7 +27,7 @@ _FAMILIES_AS_THEY_ARE = """
     molmo2 minicpm3 modernbert-decoder ernie4_5_moe molmo llava_next internlm3 minicpmv step3_vl
     iquestcoder
 """
-# The class that is taken for a family whose files name none.
+# The default class of a family whose files name none.
 _FAMILY_CLASS = {
     family: name
     for name, families in {
@@ -41,11 +41,11 @@ _FAMILY_CLASS = {
     }.items()
     for family in families.split()
 }
-_FAMILIES_DECLARED_WRONGLY = ("qwen2",)  # of which the family's class is taken all the same
+_FAMILIES_DECLARED_WRONGLY = ("qwen2",)  # the family's class takes precedence
 
 
 def class_of(family: str, declared: str, is_byte_level: bool) -> str:
-    """The name of the class, without `Fast`, as AutoTokenizer chooses it. family: `model_type`.
+    """Name of the class, without `Fast`, that AutoTokenizer would choose. family: `model_type`.
     declared: `tokenizer_class`, "" for none."""
     if family in _FAMILIES_AS_THEY_ARE.split():
         return ""
@@ -59,13 +59,13 @@ def class_of(family: str, declared: str, is_byte_level: bool) -> str:
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a class of transformers rebuilds its pipeline. build: (vocab, merges, flags) -> pipeline
-    without added tokens. named: its special tokens where the files name none."""
+    without added tokens. named: default special tokens where the files name none."""
 
     build: Callable[
         [dict[str, int], list[tuple[str, str]], Mapping[str, Any]], tokenizers.Tokenizer
     ]
     named: Mapping[str, str | None]
-    adds_bos: bool | None = None  # its own default, or None to ask the files
+    adds_bos: bool | None = None  # the class's default; None to ask the files
     updates_frame: bool = False
 
 

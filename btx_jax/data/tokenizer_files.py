@@ -1,11 +1,10 @@
-"""How the files of a directory become one tokenizer: tokenizer.json, a sentencepiece
-tokenizer.model or vocab.json with merges.txt, and all that stands beside them
-(tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates), read as
-transformers 5.23 reads them.
+"""Read a directory's files as one tokenizer: tokenizer.json, a sentencepiece tokenizer.model or
+vocab.json with merges.txt, and their companions (tokenizer_config.json, special_tokens_map.json,
+added_tokens.json, chat templates), as transformers 5.23 reads them.
 
-transformers does not take every tokenizer.json as it is: classes such as LlamaTokenizer keep its
-vocabulary, merges and post-processor and build the rest anew from tokenizer_config.json's flags. A
-model was trained with the ids that came of that, so the same is done here.
+transformers does not use every tokenizer.json as it is: classes such as LlamaTokenizer keep its
+vocabulary, merges and post-processor, and rebuild the rest from the flags in tokenizer_config.json.
+Models were trained with the resulting ids, so the same is done here.
 """
 
 import dataclasses
@@ -36,10 +35,13 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """What a tokenizer's files say. backend: the whole pipeline. named: `bos_token` and the like ->
-    the token, for templates too. templates: name -> chat template; a single one is named "default".
-    cleans_up: whether spaces before punctuation are removed from decoded text. verbatim: whether
-    backend is tokenizer.json exactly, which no class of transformers would change."""
+    """The contents of a tokenizer's files.
+
+    backend: the whole pipeline. named: role such as `bos_token` -> the token, also for templates.
+    templates: name -> chat template; a single one is named "default". cleans_up: whether spaces
+    before punctuation are removed from decoded text. verbatim: whether backend is exactly
+    tokenizer.json, which no class of transformers would change.
+    """
 
     backend: tokenizers.Tokenizer
     named: Mapping[str, str]
@@ -49,7 +51,7 @@ class Files:
 
 
 def read_files(file: Path) -> Files:
-    """A tokenizer file with its companions. Raises UserError for a damaged one."""
+    """Read a tokenizer file and its companions. Raises UserError for a damaged one."""
     folder = file.parent
     companions = file.suffix == ".json" or file.name in NAMES
     config = read_json(folder / CONFIG) if companions else {}
@@ -76,8 +78,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_backend(path: Path) -> tokenizers.Tokenizer:
-    """A tokenizer.json. Truncation and padding that it asks for are meant for batches of a
-    classifier, and turned off: text is never truncated silently."""
+    """Load a tokenizer.json. Truncation and padding are turned off: they are meant for a
+    classifier's batches, and text must never be truncated silently."""
     made = _whole(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
     made.no_truncation()
     made.no_padding()
@@ -85,8 +87,8 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _whole(path: Path, make: Callable[[], tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
-    """Raises UserError when the library cannot make a tokenizer of the file: it raises bare
-    Exception, and panics as BaseException."""
+    """Call make. Raises UserError when the library cannot load the file: it raises bare Exception,
+    and panics as BaseException."""
     try:
         return make()
     except BaseException as error:
@@ -96,7 +98,7 @@ def _whole(path: Path, make: Callable[[], tokenizers.Tokenizer]) -> tokenizers.T
 
 
 def frame(backend: tokenizers.Tokenizer, before: list[str], behind: list[str]) -> None:
-    """Make the tokenizer put these special tokens around every text."""
+    """Make the tokenizer add these special tokens around every text."""
     told = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*before, *behind])]
     around = [f"{token}:0" for token in before], [f"{token}:0" for token in behind]
     single: list[str] = [*around[0], "$A:0", *around[1]]
@@ -107,7 +109,7 @@ def frame(backend: tokenizers.Tokenizer, before: list[str], behind: list[str]) -
 
 
 def _sentencepiece_alone(file: Path, templates: Mapping[str, str]) -> Files:
-    """A .model without tokenizer_config.json says everything by itself; BOS comes first."""
+    """Read a .model without tokenizer_config.json, which is self-contained; BOS comes first."""
     proto = sentencepiece_models.read_model(file)
     backend = sentencepiece_models.pipeline(proto)
     named = _named_by_model(proto)
@@ -145,17 +147,17 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Reading:
-    """Reads one directory, in the order in which transformers does."""
+    """Reads one directory, in the order of transformers."""
 
     def __init__(self, file: Path, config: Mapping[str, Any]):
         self.file, self.config = file, dict(config)
         self.read: tokenizers.Tokenizer | None = None
         self.spec: dict[str, Any] = {}
-        self.further_roles: list[str] = []  # such as "image": tokens under names of their own
+        self.further_roles: list[str] = []  # such as "image": tokens with names of their own
         if file.suffix == ".json" and file.name != "vocab.json":
             self.read = load_backend(file)
             self.spec = read_json(file)
-            # The post-processor of tokenizer.json decides, whatever these say.
+            # tokenizer.json's post-processor takes precedence over these.
             self.config.pop("add_bos_token", None)
             self.config.pop("add_eos_token", None)
         model = read_json(file.parent / "config.json")
@@ -229,7 +231,7 @@ class _Reading:
         return found
 
     def _backend(self, values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, list[Any]]:
-        """The pipeline before tokens are added, and the further special tokens to add."""
+        """(the pipeline before tokens are added, further special tokens to add)."""
         extra = list(values.get("extra_special_tokens") or ())
         if self.read is not None:
             if self.recipe is None:
@@ -277,7 +279,7 @@ class _Reading:
         for role in roles:
             value = values[role] if role in values else defaults[role]
             if isinstance(value, bool) or not isinstance(value, str | dict | AddedToken):
-                continue  # add_bos_token and other flags; null: has none
+                continue  # add_bos_token and other flags; null means none
             token = _token(value)
             named[role] = added.get(str(token), token)
         return named
@@ -328,8 +330,8 @@ class _Reading:
 def _from_model(
     proto: Any, vocab: dict[str, int], rank: Any, added: Mapping[int, AddedToken]
 ) -> tokenizers.Tokenizer:
-    """What transformers makes of a .model whose class it does not know: no space is put in front,
-    whatever the model says, and placeholders take the names of added tokens."""
+    """The pipeline that transformers makes from a .model of an unknown class: it adds no space in
+    front, whatever the model says, and placeholders get the names of added tokens."""
     trainer = proto.trainer_spec
     pieces = {i: piece for piece, i in vocab.items()}
     merges = sentencepiece_models.merges_of(vocab, vocab, rank)
@@ -364,7 +366,7 @@ def _from_model(
 def _vocabulary(spec: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     model = spec["model"]
     vocab = model["vocab"]
-    if isinstance(vocab, list):  # of a unigram model: pieces with scores
+    if isinstance(vocab, list):  # unigram models: pieces with scores
         vocab = {entry[0]: i for i, entry in enumerate(vocab)}
     return vocab, [_pair(merge) for merge in model.get("merges") or ()]
 

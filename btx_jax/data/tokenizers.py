@@ -1,4 +1,4 @@
-"""Text <-> token ids: one class over the tokenizers library, whatever file it was read from."""
+"""Text <-> token ids: one class on the tokenizers library, for all kinds of files."""
 
 import functools
 import hashlib
@@ -31,7 +31,7 @@ from btx_jax.output import filled, new_file
 __all__ = ["Tokenizer", "copy_tokenizer", "difference", "find_tokenizer", "load_tokenizer"]
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of sentencepiece's byte fallback
-# Guessed from where nothing names them, the likeliest first.
+# Guesses where no file names the token, the most likely first.
 _USUAL = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>"),
     "eos_token": ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>"),
@@ -40,10 +40,13 @@ _TEMPLATE_FILES = (TEMPLATE, "chat_template.json")
 
 
 class Tokenizer:
-    """path: the file it was read from. vocab_size: one more than the largest id. bos, eos: ids, or
-    None. prefix: ids that the tokenizer itself puts in front of a text, and so in front of every
-    document and prompt: BOS for a Llama, nothing for a Qwen. named: `bos_token` and the like -> its
-    text. templates: name -> chat template."""
+    """A tokenizer.
+
+    path: the file it was read from. vocab_size: one more than the largest id. bos, eos: ids, or
+    None. prefix: ids that the tokenizer itself puts before a text, and so before every document and
+    prompt: BOS for Llama, nothing for Qwen. named: role such as `bos_token` -> its text. templates:
+    name -> chat template.
+    """
 
     def __init__(self, path: Path, files: Files):
         self.path, self.named, self.templates = path, files.named, files.templates
@@ -57,14 +60,13 @@ class Tokenizer:
         return self.__dict__ | {"verbatim": self._tokenizer.encode_special_tokens}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        verbatim = state.pop("verbatim")  # which the library does not pickle
+        verbatim = state.pop("verbatim")  # not pickled by the library
         self.__dict__.update(state)
         self._tokenizer.encode_special_tokens = verbatim
 
     def _special(self, role: str) -> int | None:
-        """Id of a special token: as the tokenizer's own files name it; or else by its number in the
-        model's config.json, so that EOS is never lost; or else, where no file says anything, by its
-        usual names."""
+        """Id of a special token: by its name in the tokenizer's files, else by its number in the
+        model's config.json, so that EOS is never lost, else by its usual names."""
         if role in self.named:
             return self._tokenizer.token_to_id(self.named[role])
         alone = not (self.path.parent / CONFIG).is_file()
@@ -79,8 +81,8 @@ class Tokenizer:
         return next((i for i in ids if i is not None), None)
 
     def _around(self) -> tuple[list[int], list[int]]:
-        """Ids that the post-processor puts before a text and after it."""
-        for text in ("a", "0", ".", "\n"):  # one that the vocabulary knows
+        """Ids that the post-processor puts before and after a text."""
+        for text in ("a", "0", ".", "\n"):  # texts, one of which the vocabulary knows
             bare = self._tokenizer.encode(text, add_special_tokens=False).ids
             whole = self._tokenizer.encode(text, add_special_tokens=True).ids
             for start in range(len(whole) - len(bare) + 1) if bare else ():
@@ -92,7 +94,7 @@ class Tokenizer:
 
     @property
     def eos_text(self) -> str:
-        """EOS as it is written out in a text."""
+        """EOS as written out in a text."""
         return "" if self.eos is None else self.token_of(self.eos)
 
     @functools.cached_property
@@ -102,12 +104,12 @@ class Tokenizer:
         return frozenset(i for i, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone; special tokens that are written out in it are read as such. Raises
-        UserError for invalid Unicode (a lone surrogate)."""
+        """Ids of the text alone; special tokens written out in it are recognised. Raises UserError
+        for invalid Unicode (a lone surrogate)."""
         return self._encode(text).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """`encode`, and for each id the characters [start, stop) of the text that it stands for."""
+        """`encode`, with the span of characters [start, stop) that each id represents."""
         encoding = self._encode(text)
         return encoding.ids, encoding.offsets
 
@@ -116,7 +118,7 @@ class Tokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError as error:
             raise NotUnicode("not valid Unicode: a lone surrogate") from error
-        except BaseException as error:  # the library's panics are no Exception
+        except BaseException as error:  # the library's panics are not Exceptions
             if type(error).__name__ != "PanicException":
                 raise
             raise UserError(
@@ -124,20 +126,20 @@ class Tokenizer:
             ) from error
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued, with what the tokenizer itself puts in front."""
+        """Ids of a text to be continued, including `prefix`."""
         return self.prefix + self.encode(text)
 
     def decode(self, ids: Iterable[int], behind: Sequence[int] = (), special: bool = False) -> str:
-        """The text that `ids` add to that of the ids `behind`, which they follow: what a tokenizer
-        does at the beginning of a text (a Llama's removes a space) is not done in its middle.
-        special: whether special tokens are written out."""
+        """The text that `ids` add after the ids `behind`: effects at the beginning of a text
+        (Llama's tokenizer removes a space) do not apply in its middle. special: whether to write
+        out special tokens."""
         if not behind:
             return self._decode(ids, special)
         before, whole = self._decode(behind, special), self._decode([*behind, *ids], special)
         if whole.startswith(before):
             return whole[len(before) :]
-        # Bytes that follow each other are decoded together, and one that is no character spoils the
-        # prompt's own, which are whole characters: without these.
+        # Consecutive byte tokens are decoded together, and an incomplete character would spoil the
+        # prompt's own, which are complete; so these are left out.
         ends = [
             i for i, number in enumerate(behind, 1) if not BYTE.fullmatch(self.token_of(number))
         ]
@@ -152,7 +154,7 @@ class Tokenizer:
 
     @property
     def cleaned(self) -> Sequence[str]:
-        """The strings that decoding changes where a text contains them."""
+        """The strings that decoding changes."""
         return CLEANED if self._files.cleans_up else ()
 
     def id_of(self, token: str) -> int | None:
@@ -163,14 +165,14 @@ class Tokenizer:
         return self._tokenizer.id_to_token(number) or ""
 
     def with_bos(self, added: bool) -> "Tokenizer":
-        """This tokenizer with BOS in front of every text, or without. Raises UserError when it has
+        """This tokenizer with or without BOS in front of every text. Raises UserError when it has
         no BOS."""
         if added and self.bos is None:
             raise UserError(f"config.data.bos: {self.path} has no BOS to put in front")
         if added == (self.prefix[:1] == [self.bos]) and len(self.prefix) == int(added):
             return self
         backend = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        backend.encode_special_tokens = self._tokenizer.encode_special_tokens  # not in to_str
+        backend.encode_special_tokens = self._tokenizer.encode_special_tokens  # missing from to_str
         bos = [self.token_of(self.bos)] if added and self.bos is not None else []
         tokenizer_files.frame(backend, bos, [self.token_of(i) for i in self.suffix])
         files = Files(backend, self.named, self.templates, self._files.cleans_up, verbatim=False)
@@ -178,8 +180,8 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of everything that determines ids: the same for a file that another version of a
-        library has saved again."""
+        """Hash of everything that determines ids; unchanged when another version of a library saves
+        the file again."""
         told = json.dumps(self._function(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -194,7 +196,7 @@ class Tokenizer:
         }
 
     def to_json(self) -> str:
-        """tokenizer.json, with merges in the form that libraries before 0.20 read too."""
+        """tokenizer.json, with merges in the form that libraries before 0.20 can also read."""
         spec = json.loads(self._tokenizer.to_str())
         merges = spec["model"].get("merges")
         if merges and not any(" " in half for pair in merges for half in pair):
@@ -203,8 +205,8 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, and the files that name special tokens and chat templates, into a
-        directory. What transformers would rebuild, differently for another family, is written out,
-        so that it means the same beside any model."""
+        directory. What transformers would rebuild, depending on the family, is written out, so that
+        the tokenizer behaves the same with any model."""
         with filled(directory) as local:
             self._save(local)
 
@@ -219,11 +221,11 @@ class Tokenizer:
             kept += [SPECIAL_MAP, ADDED]
             _copy(self.path, directory / NAMES[0])
             found = {"bos_token": self.bos, "eos_token": self.eos}
-            for role, number in found.items():  # the model's config.json stays behind
+            for role, number in found.items():  # the model's config.json is not copied
                 if role not in self.named and number is not None:
                     config[role] = self.token_of(number)
             if str(config.get("tokenizer_class")).removesuffix("Fast") not in AS_IT_IS:
-                config["tokenizer_class"] = "PreTrainedTokenizerFast"  # beside any family
+                config["tokenizer_class"] = "PreTrainedTokenizerFast"  # for any family
         else:
             _write(directory / NAMES[0], self.to_json())
             config = self._config(config)
@@ -235,7 +237,7 @@ class Tokenizer:
             _copy(self.path, directory / NAMES[1])
 
     def _config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """tokenizer_config.json beside a tokenizer.json that says everything."""
+        """tokenizer_config.json for a self-contained tokenizer.json."""
         said = (
             "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy",
             "sp_model_kwargs", "from_slow", "auto_map",
@@ -249,19 +251,18 @@ CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class NotUnicode(UserError):
-    """A text that no tokenizer can read."""
+    """A text that no tokenizer can encode."""
 
 
 def clean_up(text: str) -> str:
-    """The text without spaces before punctuation, as transformers' clean_up_tokenization_spaces
-    removes them."""
+    """Remove spaces before punctuation, as transformers' clean_up_tokenization_spaces does."""
     for part in CLEANED:
         text = text.replace(part, part.strip())
     return text
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The tokenizer file: the path itself, or the one in that directory. Raises UserError when
+    """The tokenizer file: the path itself, or the file in that directory. Raises UserError when
     there is none."""
     named, path = path, _at_hand(Path(path) if isinstance(path, str) else path)
     if path.is_dir():
@@ -346,9 +347,9 @@ def _few(tokens: Sequence[str]) -> str:
 
 
 def _probes(tokenizer: Tokenizer, count: int) -> list[str]:
-    """Texts that tell pipelines apart: spaces in every position, digits, case, contractions,
-    compositions, other scripts, emoji, code, bytes; and `count` pieces of the vocabulary itself,
-    alone and in the middle of a text."""
+    """Texts that distinguish pipelines: spaces in every position, digits, case, contractions,
+    compositions, other scripts, emoji, code, bytes; and `count` pieces of the vocabulary, alone and
+    within a text."""
     words = [
         "", " ", "  ", "\n", "\t", "a", " a", "a ", "  a  b ", "A b\nC\r\n\r\nd", "\n\n  x",
         "don't I'LL we've", "1", "12", "123", "1234567", "3.14e-5", "x1y22z333", "é", "e\u0301",
@@ -379,8 +380,8 @@ def _write(target: Path, text: str) -> None:
 def check_ids(
     ids: Iterable[int], rows: int, where: str, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Raises UserError for an id that has no embedding: the vocabulary may be larger than the
-    model, but the text must not use it. rows: embeddings of the model."""
+    """Raise UserError for an id without an embedding: the vocabulary may be larger than the model,
+    but the text must not use the surplus. rows: number of embeddings."""
     if (largest := max(ids, default=-1)) >= rows:
         token = f"{tokenizer.token_of(largest)!r} has id" if tokenizer else "holds token"
         raise UserError(
