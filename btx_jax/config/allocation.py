@@ -1,11 +1,11 @@
-"""How many LoRA experts each layer gets (MoLA, arXiv 2402.08562, section 3): by digits, by a
-shape's name and total, or one by one."""
+"""Number of LoRA experts in each layer (MoLA, arXiv 2402.08562, section 3): given as digits, as a
+shape with a total, or layer by layer."""
 
 from collections.abc import Sequence
 
 from btx_jax.errors import UserError
 
-# Experts per quarter of the depth, bottom to top, at 20 in four layers.
+# Experts in each quarter of the depth, bottom to top, for a total of 20 in four layers.
 SHAPES = {
     "triangle": (8, 6, 4, 2),
     "inverted": (2, 4, 6, 8),
@@ -13,7 +13,7 @@ SHAPES = {
     "diamond": (2, 8, 8, 2),
     "rectangle": (5, 5, 5, 5),
 }
-MAX_EXPERTS = 4096  # of a layer
+MAX_EXPERTS = 4096  # in one layer
 MAX_DIGITS = 9
 
 
@@ -22,9 +22,9 @@ def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
 
     `2468`: layer l of L gets digit floor(n l / L) of n digits; where n does not divide the depth,
     longer blocks come first among equals (30 layers and 4 digits: blocks of 8, 7, 8 and 7).
-    `triangle:160`, of SHAPES: 160 experts in all, in the shape's proportions by largest remainder,
-    the lower layer first. `2,2,4,4`: one number per layer; 0 leaves a layer as it is. Raises
-    UserError when the allocation cannot be read or does not fit the depth.
+    `triangle:160`, of SHAPES: 160 experts in total, in the shape's proportions by largest
+    remainder, the lower layer first. `2,2,4,4`: one number per layer; 0 leaves a layer unchanged.
+    Raises UserError when the allocation cannot be parsed or does not fit the depth.
     """
     name, _, total = allocation.partition(":")
     if name in SHAPES:
@@ -65,7 +65,7 @@ def _shaped(allocation: str, shape: Sequence[int], total: str, layers: int) -> t
             f"allocation={allocation[:80]!r}: {layers} layers; a shape needs {len(shape)} at least"
         )
     weights = [shape[len(shape) * layer // layers] for layer in range(layers)]
-    # In whole numbers: counts + remainders / sum(weights)
+    # In integers: counts + remainders / sum(weights).
     counts, remainders = zip(
         *(divmod(int(total) * weight, sum(weights)) for weight in weights), strict=True
     )

@@ -1,7 +1,8 @@
-"""The schema of every config: frozen dataclasses, checked before anything is compiled.
+"""The schema of every config: frozen dataclasses, validated before anything is compiled.
 
-Every number states its range, every word its choices. An impossible value raises `ConfigError`: the
-key, what is wrong, and what to do. config_dict.py turns configs into plain dictionaries and back.
+Every number states its range, every word its choices. An invalid value raises `ConfigError` with
+the key, what is wrong, and what to do. config_dict.py converts configs to plain dictionaries and
+back.
 """
 
 import re
@@ -48,7 +49,7 @@ REMAT_POLICIES = ("none", "full", "attention", "ffn")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
 FROZEN = ("", "experts", "all_but_routers", "base", "shared", "shared_layers", "anchor")
-BESIDE_ANCHOR = ("shared", "shared_layers", "anchor")  # of these, those that leave an anchor alone
+BESIDE_ANCHOR = ("shared", "shared_layers", "anchor")  # values of frozen that keep the anchor fixed
 ENSEMBLE_WEIGHTS = ("tf_idf", "bayes_uniform", "bayes_updating")
 TASKS = ("multiple_choice", "exact_match", "code")
 BEST = r"|heldout|heldout/.+/(nats_per_token|bits_per_byte)|tasks/[^/]+/[^/]+"
@@ -59,11 +60,11 @@ Dtype = Annotated[str, Choice(DTYPES)]
 Rows = Annotated[int, Range(1, 2**20)]  # sequences at one time
 Tokens = Annotated[int, Range(1, 2**30)]
 Axis = Annotated[int, Range(1, 2**20, also=-1)]
-Seed = Annotated[int, Range(0, 2**32 - 1)]  # random keys are made of 32 bits: larger ones repeat
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # random keys have 32 bits: larger seeds would repeat
 
 
 def _no_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
-    """What is wrong with names under which something is kept in a directory."""
+    """Problems of names that become file names."""
     for name in names:
         usable = name.isprintable() and "/" not in name and name not in ("", ".", "..")
         if not usable or len(name.encode("utf-8", "surrogatepass")) > 100:
@@ -75,57 +76,58 @@ def _no_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class ComputeConfig(Section):
-    """How a model is run. It changes speed and memory; results only through rounding and, with
-    einsum dispatch, through dropped tokens."""
+    """How a model is run. This changes speed and memory; it affects results only through rounding
+    and, with einsum dispatch, through dropped tokens."""
 
     dtype: Dtype = "bfloat16"
-    """Of activations and matmuls. Parameters, norms, softmaxes, routers and losses are always
+    """Dtype of activations and matmuls. Parameters, norms, softmaxes, routers and losses are always
     float32."""
     remat: Annotated[str, Choice(REMAT_POLICIES)] = "full"
-    """What the backward pass finds in memory and need not recompute. full: only each layer's input.
-    attention: also queries, keys, values, the attention's output and the sum after it. ffn: also
-    the gate and up products. none: everything (nothing is rematerialised)."""
+    """What is kept in memory for the backward pass rather than recomputed. full: only each layer's
+    input. attention: also queries, keys, values, the attention's output and the sum after it. ffn:
+    also the gate and up products. none: everything (no rematerialisation)."""
     kernels: Annotated[str, Choice(KERNELS)] = "auto"
-    """auto: pallas on a TPU, xla elsewhere. pallas: splash attention (for sequences that are a
-    multiple of 128 long) and megablox for ragged dispatch. pallas_interpret: the same on any
-    device, slowly."""
+    """auto: pallas on a TPU, xla elsewhere. pallas: splash attention (for sequence lengths that are
+    multiples of 128) and megablox for ragged dispatch. pallas_interpret: the same on any device,
+    slowly."""
     unroll: Annotated[int, Range(1, 10_000)] = 1
-    """Layers per step of the scan. 1 compiles fastest; all layers run up to a quarter faster on a
-    CPU."""
+    """Layers per step of the scan. 1 compiles fastest; unrolling all layers runs up to a quarter
+    faster on a CPU."""
     dispatch: Annotated[str, Choice(DISPATCHES)] = "auto"
     """einsum: with a capacity and groups. ragged: dropless. auto: einsum on TPUs whose mesh has an
     expert axis, ragged elsewhere."""
     capacity_factor: Annotated[float, Range(0, 1e3, above=True)] = 1.25
-    """Of einsum dispatch: slots per expert and group = factor x k x group_size / experts. Tokens
+    """With einsum dispatch: slots per expert and group = factor x k x group_size / experts. Tokens
     beyond them are dropped."""
     group_size: Annotated[int, Range(1, 65_536)] = 512
-    """Tokens that are routed together by einsum dispatch, which costs 2 x group_size / (3 x d_ff)
-    of the experts' FLOPs."""
+    """Tokens that einsum dispatch routes together, which costs 2 x group_size / (3 x d_ff) of the
+    experts' FLOPs."""
     loss_chunk: Tokens = 1024
     """Tokens whose logits exist at the same time in the loss."""
     compiler_options: tuple[str, ...] = ()
-    """NAME=VALUE, on top of those that `parallel/compiler_options.py` has for the chip; NAME=
-    leaves the compiler's default."""
+    """Compiler options NAME=VALUE, in addition to those in `parallel/compiler_options.py` for the
+    chip; NAME= restores the compiler's default."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """Optimisation with AdamW. Defaults are BTX's; where the paper is silent (betas, clipping),
-    Llama 2's."""
+    """Optimisation with AdamW. Defaults are BTX's; where the paper does not state them (betas,
+    clipping), Llama 2's."""
 
     steps: Count
     """Optimizer steps."""
     batch_size: Rows
     """Sequences per step, over all devices."""
     accumulate: Rows = 1
-    """Micro-batches that a step's batch is split into, computed one after another."""
+    """Number of micro-batches into which a step's batch is split; they are computed one after
+    another."""
     learning_rate: Annotated[float, Range(0, HUGE)] = 1e-4
-    """Peak rate. 0: what suits the model that the run starts from
+    """Peak learning rate. 0 chooses one that suits the model from which the run starts
     (`training.start.default_learning_rate`)."""
     warmup_steps: CountOrZero = 100
-    """Steps over which the rate rises linearly from 0 to its peak."""
+    """Warm-up steps, over which the learning rate rises linearly from 0 to its peak."""
     final_lr_fraction: Fraction = 0.1
-    """The rate at the end of the cosine decay, as a fraction of the peak."""
+    """The learning rate at the end of the cosine decay, as a fraction of the peak."""
     beta1: Share = 0.9
     """AdamW's decay of the first moment."""
     beta2: Share = 0.95
@@ -135,39 +137,40 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Range(0, 100)] = 0.1
     """AdamW's decoupled weight decay."""
     clip_norm: Positive = 1.0
-    """Largest global norm of the gradients; larger ones are scaled down to it."""
+    """Maximum global norm of the gradients; larger gradients are scaled down to it."""
     balance_weight: Weight = 0.01
     """Weight (alpha) of the load-balancing loss of mixtures."""
     z_loss_weight: Weight = 0.0
-    """Weight of the router z-loss (ST-MoE) of mixtures; 0 leaves it out."""
+    """Weight of the router z-loss (ST-MoE) of mixtures; 0 disables it."""
     eval_every: CountOrZero = 0
-    """Steps between held-out losses; 0 for none."""
+    """Steps between evaluations of the held-out loss; 0 for none."""
     eval_rows: Rows = 64
-    """Sequences per domain in a held-out loss."""
+    """Sequences per domain in the held-out loss."""
     mixing_probe: bool = False
-    """For a dense branch of `init`, also measure what mixing would do to it: the held-out loss when
-    what mixing shares is the mean of the branch's and the seed's, and the barrier
-    (docs/watching.md). Not where nothing shared moves (LoRA, frozen='shared'), and not beside an
-    anchor."""
+    """For a dense branch of `init`, also measure the effect of mixing it: the held-out loss with
+    the parameters that mixing shares averaged between the branch and its seed, and the mixing
+    barrier (docs/watching.md). Not available where no shared parameter is trained (LoRA,
+    frozen='shared'), nor with an anchor."""
     eval_tasks: tuple[str, ...] = ()
-    """Test sets, from data.tasks or known to `btx evaluate`, scored before the first step, every
-    eval_tasks_every steps and after the last."""
+    """Test sets, from data.tasks or those known to `btx evaluate`, that are scored before the first
+    step, every eval_tasks_every steps and after the last."""
     eval_tasks_every: CountOrZero = 0
-    """Steps between scoring eval_tasks; 0 for not in between."""
+    """Steps between evaluations of eval_tasks; 0 for none in between."""
     eval_tasks_limit: CountOrZero = 0
-    """Items of each test set that are scored, from its beginning; 0 for all."""
+    """Items of each test set to score, from its beginning; 0 for all."""
     frozen: Annotated[str, Choice(FROZEN)] = ""
-    """What is not trained and has no optimizer state. Empty: nothing. experts: the experts'
-    feed-forwards. all_but_routers. base: the model under LoRA experts. shared: of a dense model
-    everything but its feed-forwards, so that branches of one checkpoint mix exactly, with nothing
-    to average. shared_layers: all but feed-forwards, embeddings and head. anchor: the anchor alone.
-    With base and shared, checkpoints hold only what is trained, and name what is under it."""
+    """The parameters that are not trained and have no optimizer state. Empty: none. experts: the
+    experts' feed-forwards. all_but_routers. base: the model under LoRA experts. shared: everything
+    but the feed-forwards of a dense model, so that branches of one checkpoint mix exactly, with
+    nothing to average. shared_layers: everything but feed-forwards, embeddings and head. anchor:
+    only the anchor. With base and shared, checkpoints hold only what is trained, and name their
+    base."""
     frozen_dtype: Dtype = "float32"
-    """What is frozen is kept in this dtype, and so is the mixing probe's seed."""
+    """Dtype of frozen parameters, and of the mixing probe's copy of the seed."""
     anchor: bool = False
-    """The branch trains beside its anchor (FlexOlmo, arXiv 2507.07024): a frozen copy of the
-    feed-forwards that it starts from, with a router between the two in every layer. A checkpoint
-    that has an anchor keeps it, whatever this says."""
+    """Train the branch with an anchor (FlexOlmo, arXiv 2507.07024): a frozen copy of its initial
+    feed-forwards, with a router between the two in every layer. A checkpoint that has an anchor
+    keeps it regardless of this setting."""
 
     @rule
     def _leaves_the_anchor(self) -> Iterator[str]:
@@ -190,18 +193,19 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class FormatConfig(Section):
-    """How an item of instruction data becomes a document of which only the answers are learnt."""
+    """How an item of instruction data becomes a document in which only the answers are learnt."""
 
     prompt: str = ""
-    """Format string over the item's fields; it is read, with its loss masked. `{choice}` is
-    choices[gold], for an item that has both."""
+    """Format string over the item's fields; its tokens are read, with their loss masked. `{choice}`
+    is choices[gold], for an item that has both."""
     answer: str = ""
-    """Format string over the item's fields; it is learnt. Needed unless `messages` is given."""
+    """Format string over the item's fields; its tokens are learnt. Required unless `messages` is
+    given."""
     messages: str = ""
-    """Instead of both: the field of a chat, [{role, content}, ...], which goes through the
-    tokenizer's chat template; what assistants say is learnt."""
+    """Instead of both: the field that holds a chat, [{role, content}, ...], which is rendered by
+    the tokenizer's chat template; the assistant's turns are learnt."""
     cutoff: Annotated[int, Range(0, 2**30)] = 0
-    """Most tokens of a document; what follows is cut off. 0 for data.sequence_length."""
+    """Maximum tokens of a document; the rest is truncated. 0 for data.sequence_length."""
 
     @rule
     def _one_kind(self) -> Iterator[str]:
@@ -214,36 +218,36 @@ class TaskConfig(Section):
     """A test set."""
 
     kind: Annotated[str, Choice(TASKS)]
-    """multiple_choice: fields `choices` and `gold`; the likeliest choice after the prompt.
-    exact_match: field `answer`; the last number of what is generated, or its text. code:
-    HumanEval's fields; what is generated must pass the item's tests."""
+    """multiple_choice: fields `choices` and `gold`; the answer is the most likely choice after the
+    prompt. exact_match: field `answer`; compared with the last number of the generated text, or
+    with the text. code: HumanEval's fields; the generated program must pass the item's tests."""
     file: str
     """JSON lines, one item each; `$BTX_DATA_DIR` and other variables are expanded."""
     prompt: str
     """Format string over an item's fields."""
     limit: CountOrZero = 0
-    """Only the first items; 0 for all."""
+    """Number of items to use, from the first; 0 for all."""
     heldout_fraction: Share = 0.0
-    """Above 0, for multiple_choice: only the items whose prompt and right choice no training run
-    with this data.heldout_fraction has seen."""
+    """If above 0, for multiple_choice: use only the items whose prompt with the right choice is
+    held out from every training run with this data.heldout_fraction."""
     shots: Annotated[int, Range(0, 1000)] = 0
-    """Solved examples in front of each prompt, from the beginning of shots_file."""
+    """Number of solved examples before each prompt, from the beginning of shots_file."""
     shots_file: str = ""
-    """JSON lines of the same kind; needed for shots."""
+    """JSON lines of the same kind; required for shots."""
     max_tokens: Tokens = 256
-    """Most tokens that are generated for an item."""
+    """Maximum number of tokens to generate for an item."""
     temperature: Annotated[float, Range(0, 100)] = 0.0
-    """Of sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
-    """Of sampling: the likeliest tokens up to this probability are kept."""
+    """Nucleus sampling: keep the most likely tokens up to this probability."""
     stop: tuple[str, ...] = ()
     """Strings that end a generated text."""
     samples: Annotated[int, Range(1, 10_000)] = 1
-    """Of code: programs that are generated per item."""
+    """With code: programs to generate per item."""
     pass_at: tuple[Annotated[int, Range(1, 10_000)], ...] = (1,)
-    """Of code: the k of pass@k, each at most `samples`."""
+    """With code: the k of pass@k, each at most `samples`."""
     seconds: Annotated[int, Range(1, 86_400)] = 10
-    """Of code: CPU seconds that each program may take."""
+    """With code: CPU seconds that each program may use."""
 
     @rule
     def _holds_out_choices(self) -> Iterator[str]:
@@ -276,30 +280,31 @@ class DataConfig(Section):
     """Text and its tokenizer."""
 
     train: str
-    """What is trained on: comma-separated `WHAT[#FIELD][:WEIGHT]`, where WHAT is a name from
-    domains, a file, a glob, `hf://datasets/...`, `tfds:NAME` or `demo:NAME`. `FILE#@NAME` uses one
-    of formats."""
+    """Training text: comma-separated `WHAT[#FIELD][:WEIGHT]`, where WHAT is a name from domains, a
+    file, a glob, `hf://datasets/...`, `tfds:NAME` or `demo:NAME`. `FILE#@NAME` uses one of
+    formats."""
     heldout: str = ""
-    """Domains whose held-out documents are measured, in the same notation; empty for those of
+    """Domains whose held-out documents are evaluated, in the same notation; empty for those of
     train."""
     domains: Mapping[str, str] = field(default_factory=dict)
-    """Name -> sources in the same notation."""
+    """Domain name -> sources in the same notation."""
     tokenizer: str = ""
-    """A sentencepiece .model, a tokenizer.json, a directory that has one, a name on the Hub, or
-    `demo:`; empty for the init checkpoint's."""
+    """A sentencepiece .model, a tokenizer.json, a directory that contains one, a name on the Hub,
+    or `demo:`; empty for that of the init checkpoint."""
     bos: Annotated[str, Choice(BOS)] = "auto"
-    """In front of every document and prompt. auto: what the tokenizer itself puts there. always or
-    never: BOS, or nothing, which the run's own tokenizer then does too."""
+    """What precedes every document and prompt. auto: whatever the tokenizer itself adds. always,
+    never: BOS, or nothing; the tokenizer stored with the run then does the same."""
     formats: Mapping[str, FormatConfig] = field(default_factory=dict)
-    """Name -> how instruction data becomes documents."""
+    """Format name -> how instruction data becomes documents."""
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
-    """Name -> test set, for train.eval_tasks."""
+    """Test set name -> test set, for train.eval_tasks."""
     sequence_length: Annotated[int, Range(2, 2**24)] = 4096
     """Tokens of a packed row."""
     heldout_fraction: Share = 0.01
-    """Share of documents, chosen by a hash of their text, that no training run ever sees."""
+    """Share of documents, chosen by a hash of their text, that are held out from every training
+    run."""
     cache: str = "runs/data"
-    """Directory of tokenised data sets, shared by all runs that ask for the same text and
+    """Cache directory of tokenised data sets, shared by all runs with the same text and
     tokenizer."""
 
     @rule
@@ -310,18 +315,19 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class MeshConfig(Section):
-    """Devices along each mesh axis; -1 on at most one axis means all that remain. The batch is
-    split over data, fsdp and expert."""
+    """Devices along each mesh axis; -1 on at most one axis takes all that remain. The batch is
+    sharded over data, fsdp and expert."""
 
     data: Axis = 1
-    """Copies of the weights, each with its part of the batch; the axis that crosses slices."""
+    """Replicas of the weights, each with its part of the batch; the only axis that crosses
+    slices."""
     fsdp: Axis = -1
-    """Devices that weights and optimizer state are sharded over."""
+    """Devices over which weights and optimizer state are sharded."""
     expert: Axis = 1
-    """Devices that experts are placed along; what is not an expert is sharded over it like over
+    """Devices over which experts are distributed; all other parameters are sharded over it as over
     fsdp."""
     tensor: Axis = 1
-    """Devices that heads and hidden units are split over."""
+    """Devices over which heads and hidden units are sharded."""
 
     @rule
     def _one_is_open(self) -> Iterator[str]:
@@ -330,8 +336,8 @@ class MeshConfig(Section):
             yield f"{', '.join(several)}: more than one is -1; name the size of all but one"
 
     def shape(self, devices: int) -> tuple[int, int, int, int]:
-        """(data, fsdp, expert, tensor) on this many devices. Raises ConfigError when they do not
-        fit."""
+        """(data, fsdp, expert, tensor) for this number of devices. Raises ConfigError when they do
+        not fit."""
         sizes = [self.data, self.fsdp, self.expert, self.tensor]
         fixed = 1
         for size in sizes:
@@ -350,20 +356,20 @@ class MeshConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """Which steps are saved. The last one always is."""
+    """Which steps are saved. The last step always is."""
 
     every: Count = 1000
     """Steps between checkpoints."""
     keep: Annotated[int, Range(1, 10**6)] = 2
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints to keep."""
     best: str = "heldout"
-    """The metric by which one more is kept, the best step that was both saved and measured; empty
-    for none. Lowest is best for `heldout` (the mean of all domains' nats per token),
-    `heldout/DOMAIN/nats_per_token` and `heldout/DOMAIN/bits_per_byte`; highest for
+    """The metric that selects one more checkpoint to keep, the best step that was both saved and
+    evaluated; empty for none. Lowest is best for `heldout` (the mean of all domains' nats per
+    token), `heldout/DOMAIN/nats_per_token` and `heldout/DOMAIN/bits_per_byte`; highest for
     `tasks/NAME/METRIC`."""
     every_minutes: Annotated[float, Range(0, 10**6)] = 0.0
-    """Another checkpoint is saved before this many minutes have passed since the last one, which is
-    the most that a killed run loses; 0 for `every` alone."""
+    """Maximum minutes between checkpoints, and thus the most work that a killed run loses; 0 for
+    `every` alone."""
 
     @rule
     def _is_measured(self) -> Iterator[str]:
@@ -376,15 +382,16 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class LogConfig(Section):
-    """Where a run's numbers go besides metrics.jsonl and TensorBoard."""
+    """Trackers that receive a run's numbers in addition to metrics.jsonl and TensorBoard."""
 
     wandb: str = ""
     """A project of Weights & Biases, `[ENTITY/]PROJECT`; WANDB_MODE=offline and its other variables
     apply."""
     mlflow: str = ""
-    """An experiment of MLflow, at MLFLOW_TRACKING_URI or else in WORKDIR/mlflow."""
+    """An MLflow experiment, at MLFLOW_TRACKING_URI or else in WORKDIR/mlflow."""
     group: str = ""
-    """What groups runs in the tracker; of a pipeline's stages its directory's name."""
+    """Name under which the tracker groups runs; for a pipeline's stages, by default the name of its
+    directory."""
 
 
 @dataclass(frozen=True)
@@ -392,7 +399,7 @@ class ProfileConfig(Section):
     """Which steps are profiled, into WORKDIR/profile."""
 
     steps: str = ""
-    """`FIRST:END`: the steps FIRST to END - 1; empty for none."""
+    """`FIRST:END`: profile steps FIRST to END - 1; empty for none."""
 
     @rule
     def _is_a_range(self) -> Iterator[str]:
@@ -408,7 +415,7 @@ class ProfileConfig(Section):
 
 
 def _steps(notation: str) -> range:
-    """FIRST:END; empty where it is none."""
+    """Parse FIRST:END; empty if it is not one."""
     found = re.fullmatch(r"([1-9]\d{0,8}):(\d{1,10})", notation, re.ASCII)
     return range(int(found[1]), int(found[2])) if found else range(0)
 
@@ -418,61 +425,63 @@ _TEXT_READERS = f"router={SOLVED[0]!r} or {SOLVED[1]!r} and merge={REGMEAN!r}"
 
 @dataclass(frozen=True)
 class MixConfig(Section):
-    """What becomes one model."""
+    """How checkpoints become one model."""
 
     experts: tuple[str, ...]
-    """Checkpoints, in the experts' order."""
+    """Checkpoints, in the order of the experts."""
     copies: Experts = 1
-    """How often each checkpoint becomes an expert; one checkpoint with several copies is sparse
+    """Number of experts made from each checkpoint; several copies of one checkpoint are sparse
     upcycling."""
     reinit: Annotated[float, Range(0, 1)] = 0.0
-    """Of copies: the share of each one's hidden units that are drawn anew, different ones in each
+    """With copies: the share of hidden units to reinitialise, drawn separately for each copy
     (Drop-Upcycling, arXiv 2502.19261, uses 0.5): columns of gate and up and the matching rows of
-    down, from normal with the mean and standard deviation of what they replace."""
+    down, drawn from a normal distribution with the mean and standard deviation of the values they
+    replace."""
     method: Annotated[str, Choice((*METHODS, AVERAGE))] = "btx"
-    """btx: each feed-forward becomes an expert. split: each is cut into `chunks` along d_ff, and
-    each chunk becomes an expert. blend: each is cut into as many chunks as there are checkpoints,
-    and expert n is made of the n-th chunk of every one. average: no experts, the mean of all
+    """btx: each feed-forward becomes an expert. split: each is split into `chunks` along d_ff, and
+    each chunk becomes an expert. blend: each is split into as many chunks as there are checkpoints,
+    and expert n consists of the n-th chunk of every one. average: no experts; the mean of all
     parameters, a dense model."""
     chunks: Experts = 1
-    """Of split: experts that each feed-forward is cut into."""
+    """With split: number of experts per feed-forward."""
     k: Experts = 2
     """Experts per token, in every layer."""
     routing: Annotated[str, Choice(ROUTINGS)] = "top_k"
-    """Of every layer of the mixture, as in model.moe."""
+    """Routing of every layer of the mixture, as in model.moe."""
     first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
-    """Another routing for the first layer, as in model.moe; empty for the same."""
+    """Different routing for the first layer, as in model.moe; empty for the same."""
     router: Annotated[str, Choice(ROUTERS)] = "normal"
-    """How routers start. normal, uniform: random, with standard deviation router_std. ridge: solved
-    from text; what they are solved from is kept beside the checkpoint, so that experts can be added
-    and dropped without text. logistic: fitted to text."""
+    """How routers are initialised. normal, uniform: random, with standard deviation router_std.
+    ridge: solved in closed form from text; the sums are stored with the checkpoint, so that experts
+    can be added and dropped without text. logistic: fitted to text."""
     router_std: Annotated[float, Range(0, 1e3, above=True)] = 0.02
     """Standard deviation of random router rows."""
     merge: Annotated[str, Choice((*MERGE_SETTINGS, COPY))] = "mean"
     """What becomes of everything but the feed-forwards. mean; copy: from `base`; ties, dare,
-    task_arithmetic: changes are measured from `base`; slerp: of two models; regmean: solved from
-    `text`. Except in mean, a model that is named twice counts once."""
+    task_arithmetic: merge the changes from `base`; slerp: between two models; regmean: solved from
+    `text`. Except with mean, a model that is named twice counts once."""
     base: str = ""
     """The checkpoint that copy, ties, dare and task_arithmetic read."""
     density: Density = 0.2
-    """Of ties and dare: the share of changes that is kept."""
+    """With ties and dare: the share of changes to keep."""
     scale: Scale = 1.0
-    """Of task_arithmetic: the factor on the sum of changes."""
+    """With task_arithmetic: the factor on the sum of changes."""
     t: Arc = 0.5
-    """Of slerp: how far along the arc, from 0 (the first model) to 1 (the second)."""
+    """With slerp: the position along the arc, from 0 (the first model) to 1 (the second)."""
     alpha: Alpha = 0.99
-    """Of regmean: the factor on the off-diagonal entries of the inputs' second moments."""
+    """With regmean: the factor on the off-diagonal entries of the inputs' second moments."""
     text: tuple[str, ...] = ()
-    """Of ridge, logistic and regmean: the text of each expert's domain, in the experts' order and
-    in data's notation. Training documents are read; held-out ones measure the routers."""
+    """With ridge, logistic and regmean: the text of each expert's domain, in the order of the
+    experts and in data's notation. Training documents are read; held-out ones evaluate the
+    routers."""
     tokens: TextTokens = 8192
-    """Tokens of each text that are read."""
+    """Tokens to read of each text."""
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
-    """How router=ridge solves."""
+    """Settings of router=ridge."""
     shared_expert: str = ""
-    """A checkpoint, such as the seed, whose feed-forwards become a shared expert that sees every
-    token, behind a sigmoid gate that starts at one half; the routed experts contribute the other
-    half, so that a mixture of equals equals each of them. Empty for none."""
+    """A checkpoint, such as the seed, whose feed-forwards become a shared expert that every token
+    passes through, with a sigmoid gate that starts at one half. The routed experts contribute the
+    other half, so that mixing equal models reproduces the model. Empty for none."""
 
     @rule
     def _beside_experts(self) -> Iterator[str]:
@@ -549,17 +558,17 @@ class MixConfig(Section):
 
 @dataclass(frozen=True)
 class EnsembleConfig(Section):
-    """Branch-Train-Merge: dense models that answer together."""
+    """Branch-Train-Merge: an ensemble of dense models."""
 
     experts: Mapping[str, str]
-    """Name among evaluate.models -> the domain of data.domains (or of data.heldout) whose training
+    """Name in evaluate.models -> the domain of data.domains (or of data.heldout) whose training
     text is its profile."""
     weights: Annotated[str, Choice(ENSEMBLE_WEIGHTS)] = "tf_idf"
-    """tf_idf: the `top` experts by cosine with the document so far. bayes_uniform, bayes_updating:
-    the posterior given the document so far, from a prior that is uniform or updated by earlier
-    documents."""
+    """tf_idf: the `top` experts by cosine similarity with the document so far. bayes_uniform,
+    bayes_updating: the posterior given the document so far, with a prior that is uniform or updated
+    by earlier documents."""
     top: Annotated[int, Range(1, 10_000)] = 2
-    """Of tf_idf: how many experts answer."""
+    """With tf_idf: number of experts in use at a time."""
 
     @rule
     def _several(self) -> Iterator[str]:
@@ -571,55 +580,55 @@ class EnsembleConfig(Section):
 
 @dataclass(frozen=True)
 class OracleConfig(Section):
-    """A mixture that is told where its tokens go."""
+    """A mixture whose tokens are routed by their domain."""
 
     mixture: str
-    """Name among evaluate.models."""
+    """Name of the mixture in evaluate.models."""
     experts: Mapping[str, CountOrZero]
-    """Every domain of data.heldout -> the number, from 0, of the expert that all its tokens go to;
-    an anchor is the last."""
+    """Every domain of data.heldout -> the index, from 0, of the expert that receives all of its
+    tokens; an anchor is the last."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Section):
-    """What is measured with which models."""
+    """Which models are evaluated, and on what."""
 
     models: Mapping[str, str]
-    """Name -> checkpoint, each measured on every domain of data.heldout, if there is a data
+    """Name -> checkpoint; each is evaluated on every domain of data.heldout, if there is a data
     section."""
     seed: str = ""
-    """Name among models of what all others started from. Its cost is left out of theirs, and gains
-    are measured from it."""
+    """Name in models of the model from which all others started. Its cost is excluded from theirs,
+    and gains are relative to it."""
     experts: tuple[str, ...] = ()
-    """Names among models of what was trained on one domain alone; with a seed, what each gained is
+    """Names in models of those trained on a single domain; with a seed, the gain of each is
     reported."""
     mixture: str = ""
-    """Name among models of the mixture that a report examines."""
+    """Name in models of the mixture that a report examines."""
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     """Name -> test set, scored with every model."""
     ensembles: Mapping[str, EnsembleConfig] = field(default_factory=dict)
-    """Name -> models that answer together; only their losses are measured."""
+    """Name -> ensemble of models; only its losses are evaluated."""
     oracles: Mapping[str, OracleConfig] = field(default_factory=dict)
-    """Name -> a mixture that is told where tokens go; only its losses are measured."""
+    """Name -> mixture whose tokens are routed by domain; only its losses are evaluated."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    """Name -> further text to keep with the experts that were chosen for it."""
+    """Name -> further text for which the chosen experts are recorded."""
     prompts: tuple[str, ...] = ()
-    """Texts that every model continues, greedily; shown side by side in the report."""
+    """Prompts that every model continues greedily; the report shows them side by side."""
     prompt_tokens: Tokens = 64
-    """Most new tokens of each continuation."""
+    """Maximum new tokens of each continuation."""
     shown_tokens: Annotated[int, Range(0, 100_000)] = 160
-    """Tokens of each domain's held-out text that are kept with the experts every mixture chose for
-    them."""
+    """Tokens of each domain's held-out text for which the experts chosen by every mixture are
+    recorded."""
     rows: CountOrZero = 0
-    """Most sequences per domain; 0 for all."""
+    """Maximum sequences per domain; 0 for all."""
     batch_size: Rows = 8
-    """Sequences at a time over all devices, at least; results do not depend on it."""
+    """Minimum number of sequences in a batch over all devices; results do not depend on it."""
 
     @rule
     def _names(self) -> Iterator[str]:
         for key in ("models", "tasks", "ensembles", "oracles"):
             yield from _no_file_names(key, getattr(self, key))
-        for name in ("result", "samples"):  # files beside those of the test sets
+        for name in ("result", "samples"):  # files stored with those of the test sets
             if name in self.tasks:
                 yield f"tasks.{name}: the name is taken; choose another"
 
@@ -668,12 +677,12 @@ class EvaluateConfig(Section):
 
 @dataclass(frozen=True)
 class ExportConfig(Section):
-    """What becomes a Hugging Face directory."""
+    """What is exported as a Hugging Face directory."""
 
     model: str
-    """The checkpoint that is exported to WORKDIR/model."""
+    """The checkpoint to export to WORKDIR/model."""
     dtype: Annotated[str, Choice(DTYPES, empty=True)] = ""
-    """Of all tensors; empty keeps each one's own."""
+    """Dtype of all tensors; empty to keep each tensor's own."""
 
 
 @dataclass(frozen=True)
@@ -683,13 +692,13 @@ class ReportConfig(Section):
     evaluate: str
     """Directory of the evaluate stage."""
     runs: Mapping[str, str] = field(default_factory=dict)
-    """Name -> directory of every stage whose curves and times are shown."""
+    """Name -> directory, for every stage whose curves and times are shown."""
     others: tuple[str, ...] = ()
-    """Directories of evaluate stages of the same arms with other seeds; with them, arms are
-    compared in pairs."""
+    """Directories of evaluate stages of the same arms with other seeds; arms are then compared in
+    pairs."""
     continual: tuple[str, ...] = ()
-    """`MODEL:TASK` in the order of training, each model having just learnt its task; the scores on
-    all of them give overall performance, performance drop and backward transfer."""
+    """`MODEL:TASK` in the order of training, where each model has just learnt its task; from the
+    scores on all tasks follow overall performance, performance drop and backward transfer."""
 
     @rule
     def _names(self) -> Iterator[str]:
@@ -710,48 +719,48 @@ class PipelineStage(Section):
 
     config: "Config"
     """The stage's config, in which `@NAME` stands for the working directory of stage NAME, which
-    must be in needs."""
+    must be listed in needs."""
     needs: tuple[str, ...] = ()
-    """Stages that must have finished before."""
+    """Stages that must finish first."""
 
 
 @dataclass(frozen=True)
 class Config(Section):
-    """One run. Sections that the stage does not use are left out."""
+    """One run. Sections that its stage does not use are omitted."""
 
     stage: Annotated[str, Choice(STAGES)]
     """What the run does."""
     init: str = ""
-    """The checkpoint that training starts from, or `scratch` for random weights."""
+    """The checkpoint from which training starts, or `scratch` for random weights."""
     rng_seed: Seed = 0
-    """Of everything random: weights, the order of the data, routers, dropout."""
+    """Random seed of weights, data order, routers and dropout."""
     model: ModelConfig | None = None
-    """The model to train from scratch; with a checkpoint in init it may be left out, and must be
-    that checkpoint's."""
+    """The model to train from scratch; with a checkpoint in init it may be omitted, and must
+    otherwise equal the checkpoint's."""
     lora: LoRAConfig | None = None
     """LoRA experts to train on top of init."""
     compute: ComputeConfig | None = None
     """How the model is run."""
     train: TrainConfig | None = None
-    """Optimisation; of stage train."""
+    """Optimisation, for stage train."""
     data: DataConfig | None = None
     """Text and tokenizer."""
     mesh: MeshConfig | None = None
     """Devices along each mesh axis."""
     checkpoint: CheckpointConfig | None = None
-    """Which steps are saved; of stage train."""
+    """Which steps are saved, for stage train."""
     mix: MixConfig | None = None
-    """What becomes one model; of stage mix."""
+    """How checkpoints become one model, for stage mix."""
     evaluate: EvaluateConfig | None = None
-    """What is measured; of stage evaluate."""
+    """Which models are evaluated, and on what, for stage evaluate."""
     export: ExportConfig | None = None
-    """What becomes a Hugging Face directory; of stage export."""
+    """What is exported as a Hugging Face directory, for stage export."""
     report: ReportConfig | None = None
-    """What is shown; of stage report."""
+    """What a report shows, for stage report."""
     pipeline: Mapping[str, PipelineStage] | None = None
-    """Name -> stage; of stage pipeline."""
+    """Name -> stage, for stage pipeline."""
     log: LogConfig = LogConfig()
-    """Trackers besides metrics.jsonl and TensorBoard."""
+    """Trackers in addition to metrics.jsonl and TensorBoard."""
     profile: ProfileConfig = ProfileConfig()
     """Which steps are profiled."""
 

@@ -1,8 +1,8 @@
-"""Configs as dictionaries and back, strictly.
+"""Strict conversion of configs to dictionaries and back.
 
-A config file returns a `Config`, or an `ml_collections.ConfigDict` that `to_config_dict` made of
-one; the command line overrides leaves of a ConfigDict; and `from_config_dict` turns that back into
-a `Config`. Unknown keys and wrong types raise `ConfigError`, as impossible values do.
+A config file returns a `Config`, or an `ml_collections.ConfigDict` made by `to_config_dict`; the
+command line overrides leaves of a ConfigDict; and `from_config_dict` converts it back to a
+`Config`. Unknown keys, wrong types and invalid values raise `ConfigError`.
 """
 
 import dataclasses
@@ -15,11 +15,12 @@ from btx_jax.config.config import Config
 from btx_jax.config.schema import from_dict
 from btx_jax.errors import ConfigError
 
-MAX_DEPTH = 20  # of sections within sections, twice what a pipeline's stages need
+MAX_DEPTH = 20  # sections within sections; twice what a pipeline's stages need
 
 
 def to_dict(config: Any) -> Any:
-    """A config dataclass as plain dicts, lists and scalars; sections that are None are left out."""
+    """Convert a config dataclass to plain dicts, lists and scalars; sections that are None are
+    omitted."""
     if dataclasses.is_dataclass(config):
         values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
         return {name: to_dict(value) for name, value in values if value is not None}
@@ -31,8 +32,8 @@ def to_dict(config: Any) -> Any:
 
 
 class _Names(ml_collections.ConfigDict):
-    """A mapping whose names are the user's own: config_flags finds any name here, "" where it is
-    new, and can set it."""
+    """A mapping with names chosen by the user: config_flags finds any name in it, "" if it is new,
+    and can set it."""
 
     def __getitem__(self, key: str) -> Any:
         return super().__getitem__(key) if key in self else ""
@@ -46,8 +47,9 @@ class _Names(ml_collections.ConfigDict):
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """A ConfigDict, whose keys a config file or the command line can assign: every key is there,
-    and no other can be added, except names of domains and of evaluated models."""
+    """Convert a config to a ConfigDict whose keys a config file or the command line can assign:
+    every key is present, and no other can be added, except names of domains and of evaluated
+    models."""
 
     def converted(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -60,7 +62,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
 
 def from_config_dict(config: ml_collections.ConfigDict | Config) -> Config:
-    """The Config of a ConfigDict; a Config is returned as it is."""
+    """Convert a ConfigDict to a Config; a Config is returned unchanged."""
     if isinstance(config, Config):
         return config
     require_tree(config)
@@ -68,8 +70,8 @@ def from_config_dict(config: ml_collections.ConfigDict | Config) -> Config:
 
 
 def require_tree(config: Any) -> None:
-    """Raises ConfigError for a required_placeholder that is not set, and for nesting so deep that
-    it can only be a cycle."""
+    """Raise ConfigError for a required_placeholder without a value, and for nesting so deep that it
+    can only be a cycle."""
     todo = [("config", config, 0)]
     while todo:
         key, value, depth = todo.pop()

@@ -1,4 +1,5 @@
-"""How what models share becomes one: the names of the merges, and the settings that each reads."""
+"""Methods of merging the parameters that models share: their names, and the settings that each
+reads."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -6,8 +7,8 @@ from typing import Annotated, Any
 from btx_jax.config.schema import HUGE, Range
 
 REGMEAN = "regmean"
-COPY = "copy"  # of the mix stage: base's own; recipes say `base: copy`
-# Merge -> the settings that it reads.
+COPY = "copy"  # in the mix stage: base's parameters; recipes say `base: copy`
+# Merge method -> the settings that it reads.
 MERGE_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "mean": (),
     "ties": ("density",),
@@ -16,7 +17,7 @@ MERGE_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "slerp": ("t",),
     REGMEAN: ("alpha",),
 }
-READ_BASE = ("ties", "dare", "task_arithmetic")  # measure changes from a base
+READ_BASE = ("ties", "dare", "task_arithmetic")  # these measure changes from a base
 
 Density = Annotated[float, Range(1e-6, 1)]
 Scale = Annotated[float, Range(-HUGE, HUGE)]
@@ -26,7 +27,7 @@ TextTokens = Annotated[int, Range(16, 10**9)]
 
 
 def unread(section: Any, kind: type) -> Iterator[str]:
-    """Lines about settings of merges that are set but not read by the section's `merge`."""
+    """Messages about merge settings that are set but not read by the section's `merge`."""
     for key in dict.fromkeys(key for keys in MERGE_SETTINGS.values() for key in keys):
         readers = [name for name, keys in MERGE_SETTINGS.items() if key in keys]
         value = getattr(section, key)

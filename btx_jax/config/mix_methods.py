@@ -1,5 +1,5 @@
-"""How feed-forwards become experts: the methods by name, for recipes and for the mix stage alike,
-and the arithmetic of their cuts."""
+"""Methods of making experts from feed-forwards, for recipes and the mix stage, and the arithmetic
+of splitting them."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -16,9 +16,9 @@ class Piece(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How feed-forwards become experts. pieces: (sources, chunks) -> how many pieces each
-    feed-forward is cut into. per_expert: (sources, chunks) -> how many pieces, joined, make an
-    expert. place: (expert, n, pieces) -> source and number of the expert's n-th piece."""
+    """How feed-forwards become experts. pieces: (sources, chunks) -> number of pieces of each
+    feed-forward. per_expert: (sources, chunks) -> number of pieces joined into an expert. place:
+    (expert, n, pieces) -> source and number of the expert's n-th piece."""
 
     pieces: Callable[[int, int], int]
     per_expert: Callable[[int, int], int]
@@ -42,12 +42,12 @@ METHODS: Mapping[str, Method] = {
         place=lambda expert, n, pieces: (n, expert),
     ),
 }
-AVERAGE = "average"  # of the mix stage: no experts, one dense model
+AVERAGE = "average"  # in the mix stage: no experts, one dense model
 
 
 class Cut(NamedTuple):
-    """Feed-forwards cut into experts. experts: how many there are. d_ff: of each. pieces: how many
-    each source's feed-forward is cut into."""
+    """Feed-forwards split into experts. experts: their number. d_ff: of each. pieces: number of
+    pieces of each source's feed-forward."""
 
     method: str
     experts: int
@@ -62,14 +62,14 @@ class Cut(NamedTuple):
 
 
 def count(method: str, sources: int, chunks: int) -> int:
-    """How many experts there are."""
+    """The number of experts."""
     how = METHODS[method]
     return sources * how.pieces(sources, chunks) // how.per_expert(sources, chunks)
 
 
 def cut(method: str, sources: int, chunks: int, d_ff: int) -> Cut:
-    """How the feed-forwards of that many sources are cut. chunks: of `split`. Raises ConfigError
-    when d_ff cannot be cut."""
+    """How the feed-forwards of this many sources are split. chunks: for `split`. Raises ConfigError
+    when d_ff is not divisible."""
     how = METHODS[method]
     pieces, joined = how.pieces(sources, chunks), how.per_expert(sources, chunks)
     if d_ff % pieces:
@@ -79,8 +79,8 @@ def cut(method: str, sources: int, chunks: int, d_ff: int) -> Cut:
 
 
 def owners(method: str, sources: int, chunks: int) -> list[int]:
-    """The source of each expert; [] where experts are made of several sources, or there
-    are none."""
+    """The source of each expert; [] where experts are made from several sources, or there are
+    none."""
     if method not in METHODS or METHODS[method].per_expert(sources, chunks) > 1:
         return []
     made = cut(method, sources, chunks, METHODS[method].pieces(sources, chunks))

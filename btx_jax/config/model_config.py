@@ -1,5 +1,5 @@
-"""What a model is: architecture, mixtures, LoRA experts. Travels inside every checkpoint; an
-impossible value raises ConfigError."""
+"""The definition of a model: architecture, mixtures, LoRA experts. Stored in every checkpoint; an
+invalid value raises ConfigError."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ NORM_PLACES = ("before", "after", "both")
 QK_NORMS = ("head", "width", "rotated")
 ACTIVATIONS = ("silu", "gelu_tanh")
 
-# Far beyond any model that was ever trained: what is larger is a slip, and would hang or fill the
-# memory before anything else told so.
+# Far beyond any model ever trained: anything larger is a mistake, and would hang or exhaust memory
+# before it is reported otherwise.
 MAX_PARAMETERS = 10**13
-MAX_EXPERTS = 100_000  # of all layers together: each is three tensors of a Hugging Face directory
-MAX_RUNS = 128  # runs of equal layers, each a program of its own
+MAX_EXPERTS = 100_000  # in all layers; each is three tensors of a Hugging Face directory
+MAX_RUNS = 128  # runs of equal layers, each of which is compiled separately
 
 Layers = Annotated[int, Range(1, 10_000)]
 Width = Annotated[int, Range(1, 10**7)]
@@ -37,36 +37,35 @@ LayerNumbers = tuple[Annotated[int, Range(0, 10_000)], ...]
 
 @dataclass(frozen=True)
 class RopeScaling(Section):
-    """Longer contexts through slower rotations."""
+    """RoPE scaling for longer contexts: slower rotations."""
 
     kind: Annotated[str, Choice(SCALINGS)] = "none"
     """linear divides every frequency by factor. llama3 divides only the low ones. yarn (arXiv
     2309.00071) divides those that turn less than beta_slow times within original_context, and
-    between beta_slow and beta_fast a part of each. longrope (arXiv 2402.13753) divides frequency i
-    by short_factors[i], and in documents longer than original_context by long_factors[i]. dynamic
-    slows those of documents longer than original_context, the more the longer, by a larger base.
-    alpha slows all, by a base that is larger by factor ** (d / (d - 2)), where d is the width that
-    rotates."""
+    interpolates between beta_slow and beta_fast. longrope (arXiv 2402.13753) divides frequency i by
+    short_factors[i], or by long_factors[i] in documents longer than original_context. dynamic
+    increases the base in documents longer than original_context, more in longer ones. alpha
+    multiplies the base by factor ** (d / (d - 2)), where d is the rotated width."""
     factor: Positive = 1.0
-    """How much slower."""
+    """The scaling factor."""
     low_freq_factor: Positive = 1.0
-    """Of llama3: frequencies that turn fewer times within original_context are divided whole."""
+    """With llama3: frequencies that turn fewer times within original_context are divided fully."""
     high_freq_factor: Positive = 4.0
-    """Of llama3: frequencies that turn more times within original_context stay."""
+    """With llama3: frequencies that turn more times within original_context are unchanged."""
     original_context: Context = 8192
-    """Tokens of context that the model was trained with before scaling."""
+    """Context in tokens with which the model was trained before scaling."""
     beta_fast: Positive = 32.0
-    """Of yarn: turns within original_context above which a frequency stays."""
+    """With yarn: turns within original_context above which a frequency is unchanged."""
     beta_slow: Positive = 1.0
-    """Of yarn: turns within original_context below which a frequency is divided whole."""
+    """With yarn: turns within original_context below which a frequency is divided fully."""
     attention_factor: Positive = 1.0
-    """Of yarn and longrope: what rotated queries and keys are multiplied by."""
+    """With yarn and longrope: factor on rotated queries and keys."""
     query_growth: MultiplierOrNone = 0.0
     """Queries are multiplied by 1 + query_growth ln(1 + floor(position / original_context))."""
     short_factors: tuple[Positive, ...] = ()
-    """Of longrope: one divisor per rotated pair, within original_context."""
+    """With longrope: one divisor per rotated pair, within original_context."""
     long_factors: tuple[Positive, ...] = ()
-    """Of longrope: one divisor per rotated pair, in longer documents."""
+    """With longrope: one divisor per rotated pair, in longer documents."""
 
     @rule
     def _low_is_lower(self) -> Iterator[str]:
@@ -88,29 +87,29 @@ class MoEConfig(Section):
     """Which layers are mixtures, and how their tokens are routed."""
 
     experts: tuple[Annotated[int, Range(0, 4096)], ...]
-    """One count per layer; 0 for a layer that stays dense."""
+    """Number of experts in each layer; 0 for a layer that stays dense."""
     k: Experts = 2
-    """Experts per token, of top_k only: switch and sample_top1 use 1, soft uses all."""
+    """Experts per token, for top_k only: switch and sample_top1 use 1, soft uses all."""
     routing: Annotated[str, Choice(ROUTINGS)] = "top_k"
     """top_k: the k largest logits. switch: the largest, weighted by its probability. soft: all.
-    sample_top1: one, drawn by Gumbel-softmax in training, the largest otherwise."""
+    sample_top1: in training one drawn by Gumbel-softmax, otherwise the largest."""
     first_routing: Annotated[str, Choice(ROUTINGS, empty=True)] = ""
-    """Another routing for the first MoE layer; empty for the same (BTX pairs sample_top1 with soft
-    there)."""
+    """Different routing for the first MoE layer; empty for the same (BTX pairs sample_top1 with
+    soft there)."""
     renormalise: bool = True
-    """Of top_k: whether the gates of a token's experts sum to one, or are what the softmax over all
-    experts gives them."""
+    """With top_k: whether the gates of a token's experts are normalised to sum to one, or keep
+    their values from the softmax over all experts."""
     d_ff: WidthOrNone = 0
-    """Hidden units of an expert; 0 for those of a dense layer."""
+    """Hidden units of an expert; 0 for as many as a dense layer."""
     shared_d_ff: WidthOrNone = 0
-    """Hidden units of a shared expert, beside the routed ones, that sees every token; 0 for none.
-    """
+    """Hidden units of a shared expert that every token passes through, in addition to the routed
+    ones; 0 for none."""
     shared_gate: bool = False
-    """Whether the shared expert is behind a sigmoid gate."""
+    """Whether the shared expert has a sigmoid gate."""
     anchor: bool = False
-    """Whether the feed-forward that all experts started from is one more expert, the last in the
-    router (FlexOlmo, arXiv 2507.07024). Its logit is 0; those of the others have a bias each.
-    Routing and k count it, `experts` does not."""
+    """Whether the feed-forward that all experts started from is an additional expert, the last in
+    the router (FlexOlmo, arXiv 2507.07024). Its logit is 0; each of the others has a bias. Routing
+    and k count it, `experts` does not."""
 
     @rule
     def _gate_of_something(self) -> Iterator[str]:
@@ -138,28 +137,28 @@ class MoEConfig(Section):
 
 @dataclass(frozen=True)
 class LoRAConfig(Section):
-    """Low-rank experts beside frozen linear maps (MoLA, arXiv 2402.08562): h = W x + sum of g_i
-    (alpha / rank) B_i A_i dropout(x) over the k experts that a router of this layer and map
-    chooses. A layer with one expert has no router: plain LoRA."""
+    """Low-rank experts on frozen linear maps (MoLA, arXiv 2402.08562): h = W x + sum of g_i (alpha
+    / rank) B_i A_i dropout(x) over the k experts chosen by a router of this layer and map. A layer
+    with one expert has no router: plain LoRA."""
 
     allocation: str = "2468"
     """Experts per layer: digits over the depth (`2468`), a shape with its total (`triangle:160`;
     also inverted, hourglass, diamond, rectangle), or one number per layer (`2,2,4,4`)."""
     rank: tuple[Annotated[int, Range(1, 65_536)], ...] = (8,)
-    """Of A and B: one number for all layers, or one per layer."""
+    """Rank of A and B: one number for all layers, or one per layer."""
     k: tuple[Experts, ...] = (2,)
     """Experts per token: one number for all layers, or one per layer."""
     alpha: Annotated[float, Range(0, 1e6, above=True)] = 16.0
-    """Scale: the product of B and A is multiplied by alpha / rank."""
+    """The product of B and A is multiplied by alpha / rank."""
     dropout: Share = 0.05
-    """Share of the inputs of A that is zeroed in training."""
+    """Dropout rate on the inputs of A in training."""
     targets: tuple[str, ...] = LORA_TARGETS
-    """Which maps have experts, of q, k, v, o, gate, up, down."""
+    """The adapted maps, from q, k, v, o, gate, up, down."""
     gating: Annotated[str, Choice(GATINGS)] = "top_k"
-    """top_k: softmax, the k largest, renormalised (MoLA). sigmoid: sigmoid of the router's logit,
-    one expert per layer, which is how PHATGOOSE (arXiv 2402.05859) trains a gate behind a finished
-    expert. cosine: softmax over the k router rows most parallel to x, both standardised, which is
-    how it uses such gates."""
+    """top_k: softmax, the k largest, renormalised (MoLA). sigmoid: the sigmoid of the router's
+    logit, with one expert per layer, as PHATGOOSE (arXiv 2402.05859) trains a gate for a finished
+    expert. cosine: softmax over the k router rows most parallel to x, both standardised, as
+    PHATGOOSE then uses such gates."""
 
     @rule
     def _known_targets(self) -> Iterator[str]:
@@ -172,7 +171,7 @@ class LoRAConfig(Section):
                 yield f"targets[{i}]={target!r}: named twice"
 
     def specs(self, layers: int) -> tuple["LoRASpec | None", ...]:
-        """The LoRA experts of each layer; None for a layer without. Raises ConfigError when
+        """The LoRA experts of each layer; None for a layer without any. Raises ConfigError when
         allocation, rank or k do not fit the depth or each other."""
         try:
             counts = experts_per_layer(self.allocation, layers)
@@ -237,7 +236,7 @@ class LoRASpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer is: experts == 0 is a dense layer. Equal neighbours share one scan.
+    """The definition of one layer; experts == 0 is a dense layer. Equal neighbours share one scan.
 
     d_ff: hidden size of the layer's feed-forward, or of each expert. renormalise, shared_d_ff,
     shared_gate, anchor: as in MoEConfig. activation, window: as in ModelConfig. rope_theta: 0 for a
@@ -260,23 +259,23 @@ class LayerSpec:
 
     @property
     def routed(self) -> int:
-        """How many experts a router chooses from, including their anchor, which is the last."""
+        """Number of experts that a router chooses from, including the anchor, which is last."""
         return self.experts + self.anchor
 
     @property
     def sums_to_one(self) -> bool:
-        """Whether the gates of a token's experts sum to one, where it has several; beside an anchor
-        they do not."""
+        """Whether the gates of a token with several experts sum to one; with an anchor they do
+        not."""
         return self.renormalise and not self.anchor
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """A model's architecture: everything that gives its parameters their meaning. Travels inside
-    every checkpoint."""
+    """A model's architecture: everything that gives its parameters their meaning. Stored in every
+    checkpoint."""
 
     vocab_size: Width
-    """Rows of the embedding."""
+    """Number of rows of the embedding."""
     layers: Layers
     """Number of layers."""
     d_model: Width
@@ -288,61 +287,62 @@ class ModelConfig(Section):
     kv_heads: Heads
     """Key and value heads; must divide heads."""
     head_dim: Heads
-    """Width of a head; even."""
+    """Width of a head; must be even."""
     rope_theta: Positive = 10_000.0
     """Base of the rotary embedding."""
     rope_scaling: RopeScaling = RopeScaling()
-    """Longer contexts through slower rotations."""
+    """RoPE scaling for longer contexts."""
     rope_interleaved: bool = False
-    """Whether RoPE rotates neighbouring numbers against each other, rather than the first half of
-    what it rotates against the second."""
+    """Whether RoPE rotates pairs of neighbouring elements (interleaved), rather than elements of
+    the first half with those of the second."""
     rotary: Annotated[float, Range(0, 1, above=True)] = 1.0
-    """Share of each head that RoPE rotates, from its front."""
+    """Fraction of each head, from its beginning, that RoPE rotates."""
     nope_layers: LayerNumbers = ()
     """Layers without RoPE, by number from 0."""
     biases: tuple[Annotated[str, Choice(LORA_TARGETS)], ...] = ()
-    """Linear maps that add a bias, of q, k, v, o, gate, up, down."""
+    """Linear maps that have a bias, from q, k, v, o, gate, up, down."""
     qk_norm: bool = False
-    """Whether there are norms on queries and keys."""
+    """Whether queries and keys are normalised."""
     qk_norm_kind: Annotated[str, Choice(QK_NORMS)] = "head"
-    """Of qk_norm: over each head before RoPE, over the whole width before RoPE, or over each head
-    after it (rotated)."""
+    """With qk_norm: over each head before RoPE (head), over the whole width before RoPE (width), or
+    over each head after it (rotated)."""
     window: Annotated[int, Range(0, 2**30)] = 0
-    """Tokens that a token sees, itself included; 0 for all before it."""
+    """Sliding window: number of tokens that a token attends to, including itself; 0 for all
+    preceding ones."""
     window_layers: LayerNumbers = ()
-    """Layers that have the window, by number from 0; empty for all."""
+    """Layers with the window, by number from 0; empty for all."""
     window_theta: Annotated[float, Range(0, HUGE)] = 0.0
-    """RoPE's base in layers with a window, without scaling; 0 for the base and scaling of the
+    """RoPE base of layers with a window, without scaling; 0 for the base and scaling of the
     others."""
     norm: Annotated[str, Choice(NORMS)] = "rms"
-    """rms; rms_plus_one, which multiplies by 1 + its scale; or layer, a LayerNorm without
+    """rms; rms_plus_one, which multiplies by 1 + scale; or layer, a LayerNorm without
     parameters."""
     norms: Annotated[str, Choice(NORM_PLACES)] = "before"
-    """Where norms are: before attention and feed-forward, after them, or both."""
+    """Position of norms: before attention and feed-forward, after them, or both."""
     norm_eps: Annotated[float, Range(0, 1)] = 1e-5
-    """Added to the mean square in every norm."""
+    """Epsilon added to the mean square in every norm."""
     activation: Annotated[str, Choice(ACTIVATIONS)] = "silu"
-    """Of the feed-forwards' gates."""
+    """Activation function of the feed-forwards' gates."""
     embed_scale: Multiplier = 1.0
     """Factor on embeddings."""
     residual_scale: Multiplier = 1.0
-    """Factor on what a block adds."""
+    """Factor on the output of each block."""
     attention_scale: MultiplierOrNone = 0.0
     """Factor on attention scores; 0 for head_dim ** -0.5."""
     attention_cap: MultiplierOrNone = 0.0
-    """Scores become cap * tanh(score / cap); 0 for no cap."""
+    """Attention scores become cap * tanh(score / cap); 0 for no cap."""
     logits_divisor: Multiplier = 1.0
-    """What logits are divided by."""
+    """Logits are divided by this."""
     logits_cap: MultiplierOrNone = 0.0
     """Logits become cap * tanh(logit / cap); 0 for no cap."""
     tied_head: bool = False
-    """Whether the head is the embedding."""
+    """Whether the head shares its weights with the embedding."""
     context: Context = 4096
-    """Longest sequence, in tokens."""
+    """Maximum sequence length in tokens."""
     moe: MoEConfig | None = None
-    """Which layers are mixtures; none for a dense model."""
+    """Which layers are mixtures; None for a dense model."""
     lora: LoRAConfig | None = None
-    """LoRA experts beside its maps; none without."""
+    """LoRA experts; None without any."""
 
     @rule
     def _heads_divide(self) -> Iterator[str]:
@@ -414,14 +414,15 @@ class ModelConfig(Section):
 
     @rule
     def _possible(self) -> Iterator[str]:
-        """Refuse models that are too large, by closed formulas: their shapes are not even made."""
+        """Reject models that are too large, by closed formulas, without creating even their
+        shapes."""
         counts = self.moe.experts if self.moe is not None else (1,) * self.layers
         lora = ((0, 0),) * self.layers
         if self.lora is not None:
             try:
                 specs = self.lora.specs(self.layers)
             except ConfigError:
-                return  # told by another rule
+                return  # reported by another rule
             lora = tuple((spec.experts, spec.rank) if spec else (0, 0) for spec in specs)
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         total = self.d_model * self.vocab_size * (1 if self.tied_head else 2)
@@ -516,8 +517,8 @@ class ModelConfig(Section):
         return tuple(specs)
 
     def runs(self) -> tuple[tuple[str, int, LayerSpec], ...]:
-        """The stack as runs of equal layers: (parameter name, length, spec). One run, `layers_0`,
-        in most models."""
+        """The layers as runs of equal layers: (parameter name, length, spec). Most models have a
+        single run, `layers_0`."""
         runs: list[tuple[int, LayerSpec]] = []
         for spec in self.layer_specs():
             if runs and runs[-1][1] == spec:
@@ -527,7 +528,7 @@ class ModelConfig(Section):
         return tuple((f"layers_{i}", length, spec) for i, (length, spec) in enumerate(runs))
 
     def dense(self) -> "ModelConfig":
-        """This model without experts: what each branch is."""
+        """This model without experts, as each branch is."""
         return dataclasses.replace(self, moe=None)
 
     @property
@@ -536,7 +537,7 @@ class ModelConfig(Section):
 
     @property
     def is_branch(self) -> bool:
-        """Whether every layer is one expert beside its anchor."""
+        """Whether every layer is one expert and its anchor."""
         return self.moe is not None and self.moe.anchor and set(self.moe.experts) == {1}
 
     def base(self) -> "ModelConfig":

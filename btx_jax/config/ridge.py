@@ -1,11 +1,11 @@
-"""Routers in closed form: their settings, for recipes and for the mix stage alike."""
+"""Settings of routers in closed form, for recipes and the mix stage."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from btx_jax.config.schema import HUGE, Choice, Range, Section
 
-# In recipes and configs, for how routers start.
+# Names of these routers in recipes and configs.
 RIDGE, LOGISTIC = "ridge", "logistic"
 SOLVED = (RIDGE, LOGISTIC)
 WEIGHTS = ("equal", "share")
@@ -20,8 +20,8 @@ class RidgeConfig(Section):
     """Added to the diagonal of the sum of x x^T over all tokens; DUME's lambda, not scaled by the
     number of tokens."""
     temperature: Annotated[float, Range(1e-4, 1e4)] = 0.1
-    """Of softmax(logits / temperature) for rows of length 1; rows are stored with length 1 /
-    temperature, so that no other program needs to know of it."""
+    """Temperature of softmax(logits / temperature) for router rows of norm 1. Rows are stored with
+    norm 1 / temperature, so that other programs need not know it."""
     weights: Annotated[str, Choice(WEIGHTS)] = "equal"
-    """How much each domain counts. equal: as if it had the mean number of tokens of all. share: as
-    many as it has."""
+    """Weight of each domain. equal: all domains count as if they had the mean number of tokens.
+    share: in proportion to their tokens."""

@@ -1,10 +1,9 @@
-"""What a section of a config may hold, declared with its fields, and all that is wrong told at
-once.
+"""Declaration of config sections with their permitted values, and validation that reports all
+mistakes at once.
 
 A section is a frozen dataclass, a subclass of `Section`. `Annotated[int, Range(1, 10)]` bounds a
-number, `Annotated[str, Choice(...)]` names the words that are known, also inside
-`tuple[...]` and `Mapping[str, ...]`; a method marked `@rule` yields what is wrong with several
-fields together.
+number, `Annotated[str, Choice(...)]` lists the permitted words, also inside `tuple[...]` and
+`Mapping[str, ...]`; a method marked `@rule` yields mistakes that concern several fields.
 """
 
 import dataclasses
@@ -23,14 +22,14 @@ T = TypeVar("T")
 
 MAX_TEXT = 100_000  # characters of a string
 MAX_NAMES = 10_000  # entries of a mapping or of a list
-MAX_UNKNOWN = 10  # unknown keys of a section that are named one by one
-HUGE = 1e30  # the largest value of a float without a bound of its own: float32 ends at 3e38
+MAX_UNKNOWN = 10  # unknown keys of a section to list by name
+HUGE = 1e30  # upper bound of floats without another one: float32 ends at 3e38
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high, both included unless `above` (low is not) or `below` (high is not);
-    never NaN or infinity. also: one further number that is allowed."""
+    """Numbers from low to high, inclusive unless `above` (excludes low) or `below` (excludes high);
+    never NaN or infinity. also: one further permitted number."""
 
     low: float
     high: float
@@ -39,7 +38,7 @@ class Range:
     also: int | None = None
 
     def problem(self, value: float) -> str:
-        """What the value must be; "" when it is."""
+        """What the value must be, if it is out of range; else ""."""
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
         if (low and high) or value == self.also:
@@ -60,24 +59,24 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of these words. empty: whether "" is allowed too."""
+    """A list of permitted words. empty: whether "" is permitted too."""
 
     words: tuple[str, ...]
     empty: bool = False
 
 
-# What most numbers are.
+# The usual kinds of numbers.
 Count = Annotated[int, Range(1, 10**9)]
 CountOrZero = Annotated[int, Range(0, 10**9)]
 Experts = Annotated[int, Range(1, 4096)]
-Share = Annotated[float, Range(0, 1, below=True)]  # less than all
+Share = Annotated[float, Range(0, 1, below=True)]  # below 1
 Fraction = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, HUGE, above=True)]
 Weight = Annotated[float, Range(0, 1e3)]  # of a term of the loss
 
 
 class Section:
-    """A section that checks itself when it is made. Raises ConfigError, with a line for every
+    """A section that validates itself on construction. Raises ConfigError with a line for every
     mistake."""
 
     def __post_init__(self) -> None:
@@ -87,19 +86,19 @@ class Section:
 
 
 def rule(method: Callable[[Any], Iterator[str]]) -> Callable[[Any], Iterator[str]]:
-    """Marks a method that checks several fields of a section together. It yields lines that start
-    with a key, and reads fields of `self` alone: where one of them is wrong by itself, the rule is
+    """Mark a method that validates several fields of a section together. It yields lines that start
+    with a key, and reads only fields of `self`; if one of these is invalid by itself, the rule is
     skipped."""
     method.is_rule = True  # type: ignore[attr-defined]
     return method
 
 
 class Unknown(Exception):
-    """A rule read a field that is wrong by itself, or missing."""
+    """Raised when a rule reads a field that is invalid by itself, or missing."""
 
 
 class _Known:
-    """The fields of a section that are right by themselves, as `self` of its rules."""
+    """The valid fields of a section, as `self` of its rules."""
 
     def __init__(self, fields: Mapping[str, Any]):
         self.__dict__.update(fields)
@@ -109,7 +108,7 @@ class _Known:
 
 
 def is_missing(section: Any, name: str) -> bool:
-    """For rules: whether the optional field is left out, rather than wrong."""
+    """For rules: whether an optional field is omitted, rather than invalid."""
     try:
         return getattr(section, name) is None
     except Unknown:
@@ -117,8 +116,8 @@ def is_missing(section: Any, name: str) -> bool:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], key: str = "config") -> T:
-    """Dict -> dataclass, strictly. Raises ConfigError with every unknown, missing, mistyped and
-    impossible value."""
+    """Strict conversion of a dict to a dataclass. Raises ConfigError with every unknown, missing,
+    mistyped and invalid value."""
     mistakes = Mistakes()
     made = _section(cls, values, key, mistakes)
     mistakes.tell()
@@ -127,7 +126,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], key: str = "config") -> T
 
 
 def shown(value: Any) -> str:
-    """A value in one short line."""
+    """A value as one short line."""
     return _SHORT.repr(value)
 
 
@@ -145,7 +144,7 @@ _SHORT = _Short()
 
 
 def _section(cls: type[T], values: Any, key: str, mistakes: Mistakes) -> T | None:
-    """The section made of `values`; None when there are mistakes."""
+    """The section made from `values`; None when there are mistakes."""
     if not isinstance(values, Mapping):
         mistakes.add(f"{key}={shown(values)}: must be a section with keys")
         return None
@@ -159,8 +158,8 @@ def _section(cls: type[T], values: Any, key: str, mistakes: Mistakes) -> T | Non
 
 
 def _known(cls: type, values: Mapping[str, Any], prefix: str, mistakes: Mistakes) -> dict[str, Any]:
-    """The fields that are right, defaults included; what is wrong, by the rules too, is added to
-    mistakes."""
+    """The valid fields, including defaults; mistakes, including those found by rules, are added to
+    `mistakes`."""
     fields, hints, rules = _declared(cls)
     unknown = [name for name in values if name not in fields]
     for name in unknown[:MAX_UNKNOWN]:
@@ -186,7 +185,7 @@ def _known(cls: type, values: Mapping[str, Any], prefix: str, mistakes: Mistakes
             for line in method(_Known(known)):
                 mistakes.add(line if line.startswith("config.") else prefix + line)
         except Unknown:
-            pass  # what it reads is among the mistakes already
+            pass  # the field is already among the mistakes
     return known
 
 
