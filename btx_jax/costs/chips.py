@@ -1,9 +1,9 @@
-"""What accelerators can do, one table for MFU, for floors and for the compiler's clock.
+"""Specifications of accelerators: one table for MFU, roofline bounds and the compiler's clock.
 
-TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (pages of 2026), of what jax calls a device:
-a chip, of tpu7x one of its two cores. A link's rate, one way, and where links wrap around are those
-that jax-ml.github.io/scaling-book, "How to think about TPUs", gives; tpu7x has v5p's network.
-Data-centre network is a host's share. GPUs: nvidia.com data sheets, dense bfloat16.
+TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (pages of 2026), per jax device: a chip, or
+one of tpu7x's two cores. The one-way rate of a link, and where links wrap around, are from
+jax-ml.github.io/scaling-book, "How to think about TPUs"; tpu7x has v5p's network. The data-centre
+network rate is a host's share. GPUs: nvidia.com data sheets, dense bfloat16.
 """
 
 import functools
@@ -18,11 +18,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """flops: dense bfloat16 FLOP/s. memory: bytes a program may use. bandwidth: of the main memory,
-    link: of one link to a neighbour, one way, network: between slices, bytes/s. clock: cycles/s as
-    the compiler counts them. array: side of the matrix unit; what is narrower fills it in part.
-    cube: links wrap around in slices of which every side is a multiple of 4 (optical
-    switches), else along sides of 16. per_chip: devices that share a chip's links."""
+    """A device's capabilities.
+
+    flops: dense bfloat16 FLOP/s.
+    memory: bytes that a program may use.
+    bandwidth: of main memory, bytes/s.
+    link: one-way rate of one link to a neighbour, bytes/s.
+    network: rate between slices, bytes/s.
+    clock: cycles/s, as the compiler counts them.
+    array: side of the matrix unit; narrower operands fill it only partly.
+    cube: whether links wrap around in slices all of whose sides are multiples of 4 (optical
+        switches), rather than along sides of 16.
+    per_chip: devices that share a chip's links.
+    """
 
     flops: float
     memory: float = 0.0
@@ -36,8 +44,8 @@ class Chip:
 
 
 # jax's device_kind -> Chip. Memory is what the compiler grants a program. The clock is the rate at
-# which a matrix unit that is always busy gives the peak: 4 of 128 x 128 (v5e), 8 (v4, v5p), and as
-# many products a cycle as 4 of 256 x 256 (v6e, a core of tpu7x).
+# which fully used matrix units give peak FLOP/s: 4 of 128 x 128 (v5e), 8 (v4, v5p), and the
+# equivalent of 4 of 256 x 256 (v6e, a core of tpu7x).
 CHIPS = {
     "TPU v4": Chip(275e12, 30.75 * GIB, 1.2e12, 45e9, 6.25e9, 1.05e9),
     "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.8e12, 45e9, 3.125e9, 1.5e9, cube=False),
@@ -51,7 +59,7 @@ CHIPS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The chip with the longest name in the table that device_kind starts with."""
+    """The chip whose name in the table is the longest prefix of device_kind; None if none is."""
     return next(
         (
             c
@@ -64,8 +72,8 @@ def chip(device_kind: str) -> Chip | None:
 
 @functools.cache
 def peak_flops_per_device() -> float:
-    """Peak FLOP/s of the local device: from the table, or on a CPU what a float32 1024 x 1024
-    matmul reaches (the best of ten)."""
+    """Peak FLOP/s of the local device: from the table, or on a CPU as reached by a float32 matmul
+    of 1024 x 1024 (the best of ten)."""
     if known := chip(jax.local_devices()[0].device_kind):
         return known.flops
     n = 1024

@@ -1,12 +1,13 @@
-"""The time of a compiled step by the TPU compiler's own estimates: its cycles for every operation,
-loops with their trips, and what of the collectives no computation hides.
+"""Time of a compiled step according to the TPU compiler's own estimates: its cycles for every
+operation, loops with their trip counts, and the part of collectives that no computation hides.
 
-An estimate, not a timing. The compiler writes `estimated_cycles` beside the operations that it has
-scheduled. It knows nothing of Pallas kernels, which are charged with what their caller says, and it
-leaves out what only moves memory, which is charged with the memory's bandwidth. A collective takes
-what the slice's links need (`costs/links.py`). Asynchronous ones travel one after another, in the
-order of their starts, while other operations run; the compiler's continuation fusions take theirs
-along only while they run themselves. What is left when its end is waited for is exposed.
+This is an estimate, not a measurement. The compiler writes `estimated_cycles` for the operations it
+has scheduled. It cannot estimate Pallas kernels, whose time comes from their caller, and it omits
+operations that only move memory, which are charged at the memory's bandwidth. Collectives take the
+time that the slice's links need (`costs/links.py`). Asynchronous ones are transferred one after
+another, in the order of their starts, while other operations run; those in the compiler's
+continuation fusions progress only while these run. What remains when the end of a collective is
+awaited is exposed.
 """
 
 import collections
@@ -21,7 +22,7 @@ from btx_jax.costs.links import Slice
 from btx_jax.costs.program import Kernel, kernel_of
 from btx_jax.costs.traffic import traffic
 
-Kind = tuple[str, bool]  # of a collective, and whether it crosses slices
+Kind = tuple[str, bool]  # kind of a collective, and whether it crosses slices
 _STRUCTURE = re.compile(
     r"jit\(.*?\)|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|remat\d*"
     r"|(?:transpose\()?jvp\(.*?\)\)?"
@@ -30,8 +31,8 @@ _STRUCTURE = re.compile(
 
 @dataclass
 class Traffic:
-    """Of one kind of collective, all executions. seconds: of those that are hidden, and of those
-    that are not. asynchronous, synchronous: how many run."""
+    """Totals for one kind of collective, over all executions: seconds that are hidden and exposed;
+    numbers of asynchronous and synchronous ones."""
 
     asynchronous: int = 0
     synchronous: int = 0
@@ -41,9 +42,12 @@ class Traffic:
 
 @dataclass
 class Clock:
-    """Seconds of a step. cycles: what the compiler counts; kernels; moves: what it does not count,
-    by the memory's bandwidth; copies: fetched ahead, but not early enough. by_place: (place in our
-    program, instruction) -> seconds of all executions."""
+    """Seconds of a step, by kind.
+
+    cycles: as the compiler counts. kernels: Pallas kernels. moves: operations it does not count, at
+    the memory's bandwidth. copies: prefetches that were not early enough. by_place: (place in our
+    program, instruction) -> seconds of all executions.
+    """
 
     cycles: float = 0.0
     kernels: float = 0.0
@@ -73,9 +77,12 @@ def read_clock(
     times: int = 1,
     clock: Clock | None = None,
 ) -> Clock:
-    """text: of a scheduled module, which runs `times` times, added to `clock`, which is returned.
-    kernel_seconds: of all executions of a kernel. Raises ValueError for a module without the
-    compiler's cycles, and for a loop whose trips cannot be read."""
+    """Read the time of a scheduled module.
+
+    text: of the module, which runs `times` times; its time is added to `clock`, which is returned.
+    kernel_seconds: time of all executions of a kernel. Raises ValueError for a module without the
+    compiler's cycles, and for a loop whose trip count cannot be read.
+    """
     if "is_scheduled=true" not in text or "estimated_cycles" not in text:
         raise ValueError("the program holds no cycles: it was not compiled for a TPU")
     computations, entry = parse(text)
@@ -85,8 +92,9 @@ def read_clock(
 
 
 def place_of(op_name: str) -> str:
-    """jit(step)/transpose(jvp(Llama))/while/body/layers_0/ffn/dot_general -> backward layers_0/ffn
-    dot_general: what is ours of it."""
+    """The part of an op_name that identifies our code:
+    jit(step)/transpose(jvp(Llama))/while/body/layers_0/ffn/dot_general -> backward layers_0/ffn
+    dot_general."""
     way = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else ""
     words = [word for word in op_name.split("/") if word and not _STRUCTURE.fullmatch(word)]
     return " ".join(filter(None, (way, "/".join(words[:-1]), *words[-1:])))
@@ -94,7 +102,8 @@ def place_of(op_name: str) -> str:
 
 @dataclass
 class _Travelling:
-    """What is under way. kind: None for a copy. fused: only fusions that hold it take it along."""
+    """A transfer in progress. kind: None for a copy. fused: whether it progresses only during
+    fusions that contain it."""
 
     name: str
     kind: Kind | None
@@ -103,7 +112,7 @@ class _Travelling:
 
     @property
     def way(self) -> str:
-        """What it occupies, one at a time."""
+        """The resource it occupies, which serves one transfer at a time."""
         if self.kind is None:
             return "memory"
         return "network" if self.kind[1] else "links"
@@ -118,7 +127,7 @@ class _Reader:
     clock: Clock
 
     def walk(self, computation: Computation, trips: int) -> None:
-        """One execution in the order of the schedule, counted `trips` times."""
+        """Account for one execution in schedule order, counted `trips` times."""
         under_way: list[_Travelling] = []
         for instruction in computation.instructions.values():
             opcode = instruction.opcode
@@ -150,7 +159,7 @@ class _Reader:
             collective = next(filter(None, found), None)
         if collective:
             self._depart(start.name, collective, under_way)
-        elif start.opcode != "recv":  # what is received was sent: its send is what is charged
+        elif start.opcode != "recv":  # recv is charged by its send
             moved = traffic(self.computations, computation, start)
             under_way.append(_Travelling(start.name, None, moved / self.chip.bandwidth))
 
@@ -172,7 +181,8 @@ class _Reader:
         under_way: list[_Travelling],
         trips: int,
     ) -> None:
-        """A fusion can hold a whole collective, or start, take along and end asynchronous ones."""
+        """Account for a fusion, which may contain a whole collective, or start, continue and end
+        asynchronous ones."""
         inside = self.computations[next(called(fusion))]
         targets = [
             i.attribute(r'custom_call_target="([^"]*)"') for i in inside.instructions.values()
@@ -221,7 +231,7 @@ class _Reader:
             seconds = self.kernel_seconds(kernel)
             self.clock.kernels += trips * seconds
         elif _holds_collective(self.computations, instruction):
-            return  # charged as one
+            return  # charged as a kernel
         else:
             seconds = traffic(self.computations, computation, instruction) / self.chip.bandwidth
             self.clock.moves += trips * seconds
@@ -236,7 +246,8 @@ class _Reader:
         held: list[str],
         links: bool = True,
     ) -> None:
-        """What travels while something else takes `seconds`. links: whether they are free."""
+        """Advance the transfers while something else takes `seconds`. links: whether the links are
+        free."""
         left = dict.fromkeys(("memory", "network", "links"), seconds)
         left["links"] *= links
         for one in under_way:

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: what is exchanged, between which devices."""
+"""Collectives of a compiled program: what is exchanged between which devices."""
 
 import math
 import re
@@ -20,17 +20,15 @@ COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of the program. bytes: of the larger of its operand and result, per device and
-    execution; groups: of device positions, pairs (source, target) for a collective-permute."""
+    """One collective of the program. bytes: size of the larger of operand and result, per device
+    and execution. groups: of device positions; (source, target) pairs for a collective-permute."""
 
     kind: str
     bytes: float
     trips: int
     groups: tuple[tuple[int, ...], ...]
     where: str  # op_name: the place in our program
-    slices: int = (
-        1  # more than one: the part of a collective that crosses slices, through the hosts
-    )
+    slices: int = 1  # more than one: the part that crosses slices, through the hosts
 
     @property
     def group_size(self) -> int:
@@ -38,7 +36,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in all executions, by the algorithms that send least: an
+        """Bytes that a device sends in all executions, with the algorithms that send least: an
         all-reduce is a reduce-scatter and a gather."""
         n = self.group_size
         share = {"collective-permute": 1.0, "all-reduce": 2 * (n - 1) / n}.get(
@@ -50,8 +48,8 @@ class Collective:
 def of_instruction(
     instruction: Instruction, computation: Computation, trips: int
 ) -> Collective | None:
-    """The collective that an instruction is or starts, executed `trips` times; None for any other,
-    and for one within a single device, which exchanges nothing."""
+    """The collective that an instruction is or starts, executed `trips` times; None for others, and
+    for collectives within a single device, which exchange nothing."""
     kind = instruction.opcode.removesuffix("-start")
     operands = [s for o in computation.operands(instruction) for s in o.shapes]
     place = instruction.place
@@ -62,12 +60,12 @@ def of_instruction(
         return Collective(name, operands[0].bytes, trips, (), place, slices.count(",") + 1)
     if kind not in COLLECTIVES:
         return None
-    # The -start form's result is a tuple that repeats the operand; scalars in it are bookkeeping.
+    # The -start form returns a tuple that repeats the operand; scalars in it are bookkeeping.
     size = max(
         sum(s.bytes for s in operands), max((s.bytes for s in instruction.shapes), default=0)
     )
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # the TPU's own form of it: an all-reduce and a slice in one ring
+        kind = "reduce-scatter"  # the TPU's own form: an all-reduce and a slice in one ring
     groups = groups_of(instruction)
     if groups and max(map(len, groups)) == 1:
         return None
@@ -75,8 +73,8 @@ def of_instruction(
 
 
 def goes_on(collective: Instruction) -> bool:
-    """A TPU hides a collective behind several fusions in turn: each holds the whole instruction,
-    only the first of them has no flag."""
+    """Whether an instruction continues a collective. TPUs hide a collective behind several fusions
+    in turn, each of which contains the whole instruction; only the first has no flag."""
     return bool(re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', collective.text))
 
 
@@ -100,7 +98,7 @@ def groups_of(collective: Instruction) -> tuple[tuple[int, ...], ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """[4,2]T(1,0) -> the devices 0..7 as a grid of 4 by 2, transposed, flattened."""
+    """Parse an iota list: [4,2]T(1,0) -> devices 0..7 as a 4 by 2 grid, transposed, flattened."""
     match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     assert match, text
     sizes, order = match.groups()
@@ -109,8 +107,8 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, ids: str | None, grouped: str) -> tuple[tuple[int, ...], ...]:
-    """mesh['a'=4,'b'=2] {'a':(2)2}: 8 devices in a grid; groups along axes, or along a part of one,
-    (what is before it)its own size."""
+    """Groups in mesh notation: mesh['a'=4,'b'=2] {'a':(2)2} has 8 devices in a grid; groups are
+    along axes, or along a part of one, (size before it)its own size."""
     named = re.findall(r"('\w+')=(\d+)", axes)
     chosen = re.findall(r"('\w+')(?::\((\d+)\)(\d+))?", grouped)
     sizes: list[int] = []

@@ -1,5 +1,5 @@
-"""XLA's optimised HLO text as a structure: computations, their instructions in the order in which
-they are scheduled, and how often loops run.
+"""Parser of XLA's optimised HLO text: computations, their instructions in scheduled order, and trip
+counts of loops.
 
 Format: XLA's HLO text (openxla.org/xla, "HLO syntax").
 """
@@ -32,8 +32,8 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Shape:
-    """on_chip: whether it is in vector or scalar memory (layout S(n)), where reading uses none of
-    the main memory's bandwidth."""
+    """An array's shape. on_chip: whether it is in vector or scalar memory (layout S(n)), which main
+    memory bandwidth does not limit."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -50,7 +50,7 @@ class Instruction:
     opcode: str
     shapes: list[Shape]  # several for a tuple
     operands: list[str]
-    text: str  # what follows the operands
+    text: str  # after the operands
     arguments: str  # inside the operands' parentheses
 
     def attribute(self, pattern: str) -> str:
@@ -59,14 +59,15 @@ class Instruction:
 
     @property
     def place(self) -> str:
-        """Where in our program it comes from: jit(train_step)/.../layers_0/ffn/dot_general."""
+        """The place in our program that it comes from:
+        jit(train_step)/.../layers_0/ffn/dot_general."""
         return self.attribute(r'op_name="([^"]*)"')
 
 
 @dataclass
 class Computation:
-    """instructions: in the order of the text, which is that of execution once a module is
-    scheduled."""
+    """A computation. instructions: in textual order, which is execution order in a scheduled
+    module."""
 
     name: str = ""
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> Mapping[str, list[Instruction]]:
-        """Name of an instruction -> those that have it as an operand."""
+        """Name of an instruction -> the instructions that use it as an operand."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for user in self.instructions.values():
             for operand in user.operands:
@@ -89,7 +90,7 @@ Computations = Mapping[str, Computation]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """({name: computation}, name of the entry)."""
+    """({name: computation}, name of the entry computation)."""
     computations: dict[str, Computation] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -140,7 +141,8 @@ def ints(text: str) -> tuple[int, ...]:
 
 
 def called(instruction: Instruction) -> Iterator[str]:
-    """Computations that run once when the instruction does; a reduction's is not one of them."""
+    """Yield the computations that run once per execution of the instruction; excludes those of
+    reductions."""
     if instruction.opcode.removesuffix("-start") in ("fusion", "call", "conditional", "async"):
         for pattern in (
             r"calls=%?([\w.\-]+)",
@@ -179,7 +181,7 @@ def trip_count(computations: Computations, caller: Computation, loop: Instructio
     ]
     if counter.opcode != "add" or len(steps) != 1:
         raise ValueError(f"loop {loop.name}: its step cannot be read from {counter.name}")
-    first = 0  # as everywhere in XLA's own loops, when no constant is in sight
+    first = 0  # as in all of XLA's own loops, if no constant is found
     inputs = _behind_copies(caller, loop.operands[0])
     if inputs.opcode == "tuple":
         start = _behind_copies(caller, inputs.operands[index])

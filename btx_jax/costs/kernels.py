@@ -1,4 +1,4 @@
-"""FLOPs of the TPU kernels, which the compiler cannot see into, from their operands' shapes."""
+"""FLOPs of TPU kernels, which are opaque to the compiler, from the shapes of their operands."""
 
 import math
 
@@ -6,15 +6,15 @@ from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.program import Kernel
 from btx_jax.models.splash import block_size
 
-# Matmuls of [T, T] by head width in each splash kernel: scores and sum; scores, probabilities'
-# gradient and dq; both and dk, dv.
+# Number of [T, T] by head-width matmuls in each splash kernel: scores and sum; scores,
+# probabilities' gradient and dq; both of these and dk, dv.
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def kernel_flops(kernel: Kernel, window: int = 0) -> float:
-    """FLOPs executed by all runs of the kernel. Splash: the tiles at or below the diagonal; with a
-    window, those that it touches. gmm and tgmm: all rows of the buffer, an upper bound. Raises
-    ValueError for a kernel without a formula."""
+    """FLOPs of all executions of the kernel. Splash: tiles at or below the diagonal; with a window,
+    those that it touches. gmm and tgmm: all rows of the buffer, an upper bound. Raises ValueError
+    for an unknown kernel."""
     for name, matmuls in SPLASH.items():
         if kernel.name.startswith(name):
             q = max(kernel.operands, key=lambda shape: shape.bytes).dims  # [..., H, T, K]
@@ -34,7 +34,7 @@ def kernel_flops(kernel: Kernel, window: int = 0) -> float:
 
 
 def filled(kernel: Kernel, array: int) -> float:
-    """Share of a matrix unit of array x array that a kernel's products fill: those of splash are as
+    """Fraction of an array x array matrix unit that a kernel's matmuls fill: those of splash are as
     narrow as a head."""
     if not kernel.name.startswith("splash"):
         return 1.0
@@ -43,9 +43,9 @@ def filled(kernel: Kernel, array: int) -> float:
 
 
 def rows_in_use(kernel: Kernel, model: ModelConfig, expert_axis: int) -> float:
-    """Share of a grouped matmul's buffer that contains claims when the router balances: the buffer
-    has room for the most claims that its own experts can get."""
+    """Fraction of a grouped matmul's buffer that contains claims when routing is balanced: the
+    buffer has room for the most claims that the device's experts can get."""
     own = (kernel.operands[-1] if kernel.name == "gmm" else kernel.results[0]).dims[0]
     spec = next(spec for spec in model.layer_specs() if spec.experts == own * expert_axis)
-    claims = spec.k * spec.experts / spec.routed  # of a token; those of an anchor have no rows here
+    claims = spec.k * spec.experts / spec.routed  # per token; the anchor's claims have no rows here
     return claims / expert_axis / min(spec.k, own)

@@ -1,8 +1,8 @@
-"""How long a collective takes on the links that a slice really has.
+"""Time of a collective on the actual links of a slice.
 
-Chips lie on a grid of two or three dimensions, each linked to its neighbours. Along a dimension
-that wraps around every chip has two links; along one that does not, those at its ends have one, and
-a gather must bring everything through it.
+Chips form a grid of two or three dimensions, each linked to its neighbours. Along a dimension that
+wraps around, every chip has two links; along one that does not, those at its ends have only one,
+through which a gather must bring all data.
 """
 
 import collections
@@ -15,18 +15,16 @@ import jax
 from btx_jax.costs.chips import Chip
 from btx_jax.costs.collectives import Collective
 
-HOP = (
-    1e-6  # seconds from a chip to the next, however little is sent (scaling-book, "TPU networking")
-)
-BESIDE = 6  # links that the way between two devices of one chip is worth (tpu7x)
+HOP = 1e-6  # seconds per hop, regardless of size (scaling-book, "TPU networking")
+BESIDE = 6  # bandwidth between two devices of one chip, in links (tpu7x)
 
 Coords = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """places: grid position of each device of a program, in the order in which collectives count
-    them. sides: of the grid. wraps: along which of them it is a ring."""
+    """A slice's grid. places: grid position of each device, in the order that collectives use.
+    sides: of the grid. wraps: whether each dimension is a ring."""
 
     places: tuple[Coords, ...]
     sides: tuple[int, ...]
@@ -43,7 +41,8 @@ class Slice:
         return cls(places, sides, wraps, chip)
 
     def seconds(self, collective: Collective) -> float:
-        """Seconds of one execution: the slower of the busiest link's load and the longest path."""
+        """Seconds of one execution: the maximum of the load of the busiest link and the latency of
+        the longest path."""
         if collective.slices > 1:
             return collective.wire_bytes / collective.trips / self.chip.network
         groups = collective.groups or (tuple(range(len(self.places))),)
@@ -55,30 +54,29 @@ class Slice:
         )
 
     def _shape(self, group: Sequence[int]) -> tuple[Coords, ...]:
-        """A group's shape, ignoring shifts: groups that differ only by a shift take
-        equally long."""
+        """A group's shape up to translation; translated groups take equally long."""
         places = [self.places[i] for i in group]
         low = [min(axis) for axis in zip(*places, strict=True)]
         return tuple(sorted(tuple(c - m for c, m in zip(p, low, strict=True)) for p in places))
 
     def _within(self, collective: Collective, group: Sequence[int]) -> float:
         chips = sorted({self.places[i] for i in group})
-        shared = self.chip.per_chip / (len(group) / len(chips))  # groups that share a chip's links
+        shared = self.chip.per_chip / (len(group) / len(chips))  # groups per chip's links
         if len(chips) == 1:
             return collective.bytes / (BESIDE * self.chip.link)
         rate, hops, worst = 0.0, 0, 0.0
         axes = [sorted(set(axis)) for axis in zip(*chips, strict=True)]
-        whole = math.prod(map(len, axes)) == len(chips)  # a grid of its own, not a part of one
+        whole = math.prod(map(len, axes)) == len(chips)  # a full grid, not a part of one
         for axis, side, wraps in zip(axes, self.sides, self.wraps, strict=True):
             if len(axis) == 1:
                 continue
-            stride = (axis[-1] - axis[0]) / (len(axis) - 1)  # so many groups share the links
+            stride = (axis[-1] - axis[0]) / (len(axis) - 1)  # this many groups share the links
             ring = wraps and len(axis) * stride == side
             found = (2 if ring else 1) * self.chip.link / stride
             rate = rate + found if whole else max(rate, found)
             hops += math.ceil((axis[-1] - axis[0]) / (2 if ring else 1))
-            # All-to-all: half of the group has half of its data for the other half, across one link
-            # of each row, or two
+            # All-to-all: half of the group has half of its data for the other half, across one or
+            # two links of each row.
             worst = max(worst, len(axis) / 4 / found)
         share = 1 - 1 / len(chips)
         passes = {"all-reduce": 2}.get(collective.kind, 1)
@@ -87,7 +85,7 @@ class Slice:
         return passes * max(hops * HOP, shared * collective.bytes * share / rate)
 
     def _permute(self, size: float, pairs: Sequence[Sequence[int]]) -> float:
-        """Seconds of a permutation: every message takes the shortest path, dimension by
+        """Seconds of a permutation in which every message takes the shortest path, dimension by
         dimension."""
         load: collections.Counter[tuple[Coords, int, int]] = collections.Counter()
         farthest = 0

@@ -1,4 +1,4 @@
-"""What a model's training costs by its formulas, without compiling anything."""
+"""Cost of training a model from formulas, without compiling."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from btx_jax.models.lora import is_adapter
 
 Path = tuple[str, ...]
 IsTrained = Callable[[Path], bool]  # of a parameter, by its path
-Place = tuple[float, float]  # (layer, row in it): the larger, the later in the forward pass
+Place = tuple[float, float]  # (layer, row in it), ordered as in the forward pass
 
-# The products of a layer in the order of its forward pass. Those of one row get the same input.
+# The matmuls of a layer in the order of its forward pass. Those in one row share their input.
 ROWS = (
     ("attention_norm",),
     ("query", "key", "value", "query_norm", "key_norm", "q", "k", "v"),
@@ -23,7 +23,7 @@ ROWS = (
     ("down",),
     ("ffn_post_norm",),
 )
-SCORES = 2.0  # of attention: made of the row before, what `out` gets
+SCORES = 2.0  # attention scores: made from the preceding row, input of `out`
 
 
 def everything(_: Path) -> bool:
@@ -31,25 +31,26 @@ def everything(_: Path) -> bool:
 
 
 def train_flops(config: ModelConfig, tokens: int, is_trained: IsTrained = everything) -> float:
-    """What training needs, without attention scores and without rematerialisation: tokens times
-    the sum, over all active parameters, of
+    """FLOPs of training, without attention scores and rematerialisation: tokens times the sum over
+    all active parameters of
 
-        2 (forward)  +  2 where it is trained  +  2 where a parameter below it is trained.
+        2 (forward)  +  2 if it is trained  +  2 if a parameter below it is trained.
 
-    The backward pass of a product is two more of its size: one gives its weight's gradient, which
-    what is frozen has no use for; the other its input's, for which parameters that had a part in
-    that input have one. Below the lowest that is trained nothing is gone back through.
+    The backward pass of a matmul consists of two more of its size. One computes the gradient of the
+    weight, which frozen weights do not need; the other that of the input, which is needed only if
+    trained parameters contributed to that input. Backpropagation stops at the lowest trained
+    parameter.
 
-    The embedding is counted as a product by its table, as in 6 N D, though it is a lookup. With all
-    trained this is 6 x active parameters; with frozen experts 4 x theirs and 6 x the others; with a
-    frozen base under LoRA experts, or with frozen shared parts, 4 x what is frozen and 6 x the
-    others, less a part of layer 0, of which nobody needs the input's gradient.
+    The embedding counts as a matmul with its table, as in 6 N D, although it is a lookup. With all
+    parameters trained this is 6 x active parameters; with frozen experts 4 x theirs and 6 x the
+    others; with a frozen base under LoRA experts, or with frozen shared parts, 4 x the frozen and 6
+    x the others, minus a part of layer 0, whose input gradient is not needed.
     """
     return tokens * sum(flops_by_leaf(config, is_trained).values())
 
 
 def flops_by_leaf(config: ModelConfig, is_trained: IsTrained = everything) -> dict[Path, float]:
-    """Path of a parameter -> its part of `train_flops`, for one token."""
+    """Path of a parameter -> its share of `train_flops`, for one token."""
     lowest, flops = _lowest(config, is_trained), {}
     for path, (_, active) in leaf_counts(config).items():
         entered = [enters for enters, _ in _places(config, path)]
@@ -61,9 +62,9 @@ def flops_by_leaf(config: ModelConfig, is_trained: IsTrained = everything) -> di
 def attention_flops(
     config: ModelConfig, tokens: int, length: int, is_trained: IsTrained = everything
 ) -> float:
-    """Scores and weighted sums of causal attention over whole sequences of this length, forward,
-    and backward in the layers that `train_flops` goes back through. A token sees half of them in
-    the mean; of a window, all of it but at the beginning."""
+    """FLOPs of the scores and weighted sums of causal attention over full sequences of this length,
+    forward, and backward in the layers that `train_flops` backpropagates through. On average a
+    token attends to half of the sequence; with a window, to all of it except at the beginning."""
     lowest, seen = _lowest(config, is_trained), 0.0
     for layer, spec in enumerate(config.layer_specs()):
         window = min(spec.window or length, length)
@@ -73,14 +74,14 @@ def attention_flops(
 
 
 def _lowest(config: ModelConfig, is_trained: IsTrained) -> Place:
-    """Where the first trained parameter acts."""
+    """The place of the lowest trained parameter."""
     trained = filter(is_trained, leaf_counts(config))
     acts = (acts for path in trained for _, acts in _places(config, path))
     return min(acts, default=(math.inf, 0.0))
 
 
 def _places(config: ModelConfig, path: Path) -> list[tuple[Place, Place]]:
-    """For each layer of a leaf: (where its input is taken, where its output acts)."""
+    """For each layer of a leaf: (place of its input, place of its output)."""
     top = float(config.layers)
     if path[0] == "embed":
         table = (-1.0, 0.0)
@@ -92,9 +93,9 @@ def _places(config: ModelConfig, path: Path) -> list[tuple[Place, Place]]:
     row = next(float(i) for name in names for i, row in enumerate(ROWS) if name in row)
     acts = row
     if is_router(path):
-        acts = row + 0.5  # its gates scale what B, or the down product, gets
+        acts = row + 0.5  # its gates scale the input of B or of the down matmul
     elif is_adapter(path) and path[-1] == "b":
-        row = acts = row + 0.75  # behind A and the router
+        row = acts = row + 0.75  # after A and the router
     first = 0
     for name, length, _ in config.runs():
         if name == path[0]:

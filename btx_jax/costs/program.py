@@ -1,7 +1,7 @@
-"""What a compiled program does: FLOPs, kernels and collectives read from XLA's optimised HLO text,
-with loop trip counts.
+"""The work of a compiled program: FLOPs, kernels and collectives read from XLA's optimised HLO
+text, with loop trip counts.
 
-XLA's own cost analysis counts a loop's body once, and on TPUs it turns gathers and scatters of
+XLA's own cost analysis counts a loop's body once, and on TPUs XLA turns gathers and scatters of
 weights into loops.
 """
 
@@ -22,7 +22,7 @@ from btx_jax.costs.traffic import traffic
 
 @dataclass(frozen=True)
 class Kernel:
-    """One custom call: its name, its operands' and results' shapes, and how often it runs."""
+    """One custom call: its name, shapes of its operands and results, and number of executions."""
 
     name: str
     operands: tuple[Shape, ...]
@@ -32,9 +32,9 @@ class Kernel:
 
 @dataclass
 class Program:
-    """dot_flops: of every dot and convolution, executed. by_place: the same by op_name.
-    memory_bytes: what operations outside fusions read and write of the main memory, kernels
-    included, as if nothing stayed in a cache between two of them."""
+    """Totals of a program. dot_flops: of all executed dots and convolutions. by_place: the same by
+    op_name. memory_bytes: main memory traffic of operations outside fusions, including kernels,
+    assuming that nothing stays in a cache between them."""
 
     dot_flops: float = 0.0
     memory_bytes: float = 0.0
@@ -44,8 +44,9 @@ class Program:
 
 
 def read_program(text: str, times: int = 1, program: Program | None = None) -> Program:
-    """Run `times` times, added to `program`, which is returned. Raises ValueError, naming it, for a
-    loop whose trip count cannot be read: a count that may be wrong is worse than none."""
+    """Count a program that runs `times` times, adding to `program`, which is returned. Raises
+    ValueError, naming the loop, for a trip count that cannot be read: no count is better than a
+    wrong one."""
     computations, entry = parse(text)
     program = program or Program()
     _walk(computations, computations[entry], times, program, in_fusion=False)
@@ -53,8 +54,8 @@ def read_program(text: str, times: int = 1, program: Program | None = None) -> P
 
 
 def kernel_of(instruction: Instruction, computation: Computation, trips: int) -> Kernel | None:
-    """The Pallas kernel that an instruction calls, None for any other. Raises ValueError for a
-    custom call whose FLOPs nobody knows."""
+    """The Pallas kernel that an instruction calls; None for others. Raises ValueError for a custom
+    call of unknown FLOPs."""
     if instruction.opcode != "custom-call":
         return None
     target = instruction.attribute(r'custom_call_target="([^"]*)"')
@@ -104,8 +105,8 @@ def _dot_flops(dot: Instruction, operands: Sequence[Shape]) -> float:
 
 
 def _convolution_flops(convolution: Instruction, operands: Sequence[Shape]) -> float:
-    """TPUs see matmuls as convolutions, with windows that are mostly padding: only taps on real
-    elements are work."""
+    """FLOPs of a convolution. TPUs express matmuls as convolutions whose windows are mostly
+    padding, so only taps on real elements count."""
     lhs_labels, rhs_labels, out_labels = re.split(
         r"_|->", convolution.attribute(r"dim_labels=(\S+?)(?:,|$)")
     )
@@ -137,7 +138,8 @@ def _convolution_flops(convolution: Instruction, operands: Sequence[Shape]) -> f
 def _taps(
     inputs: int, outputs: int, size: int, low: int, stride: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
-    """(output, kernel position) pairs of one spatial axis that meet an element of the input."""
+    """Number of (output, kernel position) pairs along one spatial axis that hit an element of the
+    input."""
     if size == 1 and low == 0 and stride == 1 and lhs_dilate == 1:
         return min(inputs, outputs)
     at = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * rhs_dilate - low

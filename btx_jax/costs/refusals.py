@@ -1,11 +1,11 @@
-"""Why libtpu refuses a program: for more main memory than a chip has, or more vector memory."""
+"""Parse libtpu's out-of-memory errors: main memory of a chip, or vector memory."""
 
 import re
 from dataclasses import dataclass
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
-# (needed, there is), in the wordings of libtpu 0.0.30 to 0.0.50
+# patterns of (needed, available), in the wordings of libtpu 0.0.30 to 0.0.50
 _MAIN = (
     r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm",
     r"HLO temporaries \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)",
@@ -19,8 +19,8 @@ _VECTOR = (
 
 @dataclass(frozen=True)
 class Refusal:
-    """vector: whether the vector memory (VMEM) of one operation overflows, of which neither more
-    chips nor smaller batches make more. needed, limit: bytes, None where libtpu does not tell."""
+    """An out-of-memory error. vector: whether one operation overflows vector memory (VMEM), which
+    more chips or smaller batches cannot help. needed, limit: bytes, None if not stated."""
 
     vector: bool
     needed: float | None
@@ -28,7 +28,7 @@ class Refusal:
 
 
 def read_refusal(message: str) -> Refusal | None:
-    """None for any other error."""
+    """The out-of-memory error in a message; None for any other error."""
     vector = re.search(r"\bvmem\b", message, re.IGNORECASE) is not None
     if not vector and "RESOURCE_EXHAUSTED" not in message and "hbm" not in message.lower():
         return None

@@ -1,4 +1,4 @@
-"""Main memory that instructions read and write."""
+"""Main memory traffic of instructions."""
 
 from collections.abc import Iterator
 
@@ -22,8 +22,8 @@ FREE = (
 def traffic(
     computations: Computations, computation: Computation, instruction: Instruction
 ) -> float:
-    """Bytes of main memory that one execution reads and writes. Slices count by their own size, not
-    by that of what they cut, however deep in nested fusions they cut it."""
+    """Bytes of main memory that one execution reads and writes. Slices count with their own size,
+    not their operand's, even within nested fusions."""
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0.0
     operands = computation.operands(instruction)
@@ -31,18 +31,17 @@ def traffic(
         return 2 * _size(operands[1])
     if instruction.opcode in ("dynamic-slice", "gather"):
         return 2 * _size(instruction)
-    if instruction.opcode.endswith("-start"):  # a tuple that names both ends again
+    if instruction.opcode.endswith("-start"):  # its tuple repeats both ends
         if instruction.opcode.removesuffix("-start") in COLLECTIVES:
             return _size(instruction)
-        if any(called(instruction)):  # what runs beside is charged by what it does
+        if any(called(instruction)):  # asynchronous work is charged by its contents
             return 0.0
         ends = instruction.shapes[:2]
         return min(end.bytes for end in ends) * sum(not end.on_chip for end in ends)
     if instruction.opcode != "fusion":
         return sum(map(_size, operands)) + _size(instruction)
     inside = _called(computations, instruction)
-    # What a collective that goes on hands through from fusion to fusion is written once, where it
-    # starts.
+    # What a continued collective passes from fusion to fusion is written once, where it starts.
     going = {i.name for i in inside.instructions.values() if i.opcode in COLLECTIVES and goes_on(i)}
     total = 0.0
     for parameter in (i for i in inside.instructions.values() if i.opcode == "parameter"):
@@ -63,8 +62,8 @@ def traffic(
 def _read(
     computations: Computations, computation: Computation, value: Instruction, whole: float
 ) -> float:
-    """Bytes that a computation reads of a value of `whole` bytes: what slices cut from it, all of
-    it for any other use."""
+    """Bytes that a computation reads of a value of `whole` bytes: the slices taken from it, or all
+    of it for any other use."""
     total = 0.0
     for user in computation.users[value.name]:
         if user.opcode in ("dynamic-slice", "gather"):
@@ -86,7 +85,7 @@ def _read(
 
 
 def _updates(computations: Computations, computation: Computation) -> Iterator[Instruction]:
-    """What dynamic-update-slices write in place."""
+    """Yield the values that dynamic-update-slices write in place."""
     for instruction in computation.instructions.values():
         if instruction.opcode == "dynamic-update-slice":
             yield computation.instructions[instruction.operands[1]]

@@ -1,10 +1,11 @@
-"""Branch-Train-Merge: dense experts that answer together, weighted by how well they know the
-context (BTX section 4.2).
+"""Branch-Train-Merge: ensembles of dense experts, weighted by how well each knows the context (BTX
+section 4.2).
 
-Two estimates of the weights: tf-idf cosine between a context and each expert's training text, the
-paper's; and the Bayes posterior over the experts given the tokens so far (DEMix, arXiv 2108.05036;
-BTM, arXiv 2208.03306). An ensemble's loss is that of its mixed *probabilities*. All of it in numpy
-on per-token losses: the experts themselves are evaluated one by one.
+There are two estimates of the weights: the paper's, tf-idf cosine between the context and each
+expert's training text; and the Bayes posterior over the experts given the tokens so far (DEMix,
+arXiv 2108.05036; BTM, arXiv 2208.03306). An ensemble's loss is that of its mixed *probabilities*.
+Everything is computed in numpy from per-token losses: the experts themselves are evaluated one by
+one.
 """
 
 import itertools
@@ -14,12 +15,12 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics.pairwise import cosine_similarity
 
-BLOCK = 32  # tokens that share tf-idf weights, taken from the document's tokens before them
-DECAY = 0.3  # of the updating prior, DEMix's
+BLOCK = 32  # tokens that share tf-idf weights, computed from the preceding tokens of the document
+DECAY = 0.3  # of the updating prior, as in DEMix
 
 
 class DomainProfiles:
-    """tf-idf profiles of experts. documents: expert -> token ids of documents from its training
+    """tf-idf profiles of experts. documents: expert -> token ids of documents of its training
     text."""
 
     def __init__(self, documents: Mapping[str, Sequence[Sequence[int]]]):
@@ -34,9 +35,9 @@ class DomainProfiles:
         )
 
     def weights(self, contexts: Sequence[Sequence[int]], top: int) -> np.ndarray:
-        """[contexts, experts]: non-negative, summing to 1, at most `top` of them positive. A
-        context that no expert knows gives all experts the same weight. Raises ValueError when top
-        is not between 1 and the number of experts."""
+        """Weights [contexts, experts]: non-negative, sum 1, at most `top` positive. A context that
+        no expert knows gives all experts equal weight. Raises ValueError when top is not between 1
+        and the number of experts."""
         if not 1 <= top <= len(self.experts):
             raise ValueError(f"top={top}: there are {len(self.experts)} experts")
         cosine = np.clip(
@@ -52,9 +53,9 @@ class DomainProfiles:
 def tf_idf_weights(
     profiles: DomainProfiles, tokens: np.ndarray, segments: np.ndarray, top: int
 ) -> np.ndarray:
-    """Packed rows [R, T + 1] -> weights [experts, R, T] of each next token. Blocks of BLOCK targets
-    see the preceding tokens of their own document; a document's first block sees none and gives all
-    experts the same weight."""
+    """Weights [experts, R, T] of each next token in packed rows [R, T + 1]. Blocks of BLOCK targets
+    use the preceding tokens of their document; its first block has none, and gives all experts
+    equal weight."""
     rows, width = tokens.shape
     places, contexts = [], []
     for row in range(rows):
@@ -70,11 +71,11 @@ def tf_idf_weights(
 
 
 def bayes_weights(nll: np.ndarray, segments: np.ndarray, updating: bool) -> np.ndarray:
-    """Losses [experts, R, T] of each next token -> the posterior p(expert | document so far)
-    [experts, R, T] for each of them.
+    """Posterior p(expert | document so far), [experts, R, T], for each next token, from its losses
+    [experts, R, T].
 
-    The prior of a document is uniform; or, if updating, the decayed mean of the posteriors at the
-    ends of the documents before it.
+    A document's prior is uniform or, if updating, the decayed mean of the posteriors at the ends of
+    the preceding documents.
     """
     experts = nll.shape[0]
     weights = np.full(nll.shape, 1 / experts)
@@ -99,13 +100,15 @@ def _posterior(prior: np.ndarray, nll: np.ndarray) -> np.ndarray:
 
 
 def ensemble_nll(nll: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """-log sum_e w_e p_e of each next token. nll, weights: [experts, R, T] -> [R, T]."""
-    with np.errstate(divide="ignore"):  # log 0 is -inf: an expert without weight
+    """Ensemble loss -log sum_e w_e p_e of each next token. nll, weights: [experts, R, T] -> [R,
+    T]."""
+    with np.errstate(divide="ignore"):  # log 0 is -inf: an expert with weight 0
         return -np.logaddexp.reduce(np.log(weights) - nll.astype(np.float64), axis=0)
 
 
 def documents(segments: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each document in a packed row [T + 1]; padding (segment 0) is masked."""
+    """Yield (start, stop) of each document in a packed row [T + 1]; padding (segment 0) is
+    masked."""
     segments = abs(segments)
     borders = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
     for start, end in itertools.pairwise(borders):

@@ -1,5 +1,5 @@
-"""Measures of learning tasks one after another: overall performance, performance drop, backward
-transfer (MoLA, section 4.4)."""
+"""Measures of continual learning: overall performance, performance drop, backward transfer (MoLA,
+section 4.4)."""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,5 @@
-"""What a model said: where it ends, and its text. As transformers, vLLM and lm-evaluation-harness
-do with the same files."""
+"""Where a generated text ends, and its decoding, as in transformers, vLLM and lm-evaluation-harness
+with the same files."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,8 +11,9 @@ from btx_jax.data.tokenizers import Tokenizer
 def stop_ids(
     metadata: CheckpointMetadata, tokenizer: Tokenizer, further: Iterable[int | None] = ()
 ) -> list[int]:
-    """Every id that ends a text, each once and in this order: the tokenizer's EOS, all of
-    generation_config.json and config.json, and `further` ones, such as a chat's end of turn."""
+    """Every id that ends a text, without duplicates and in this order: the tokenizer's EOS, all
+    those in generation_config.json and config.json, and `further` ones, such as a chat's end of
+    turn."""
     told: list[Any] = [tokenizer.eos]
     for file in ("generation_config", "config"):
         ids = metadata.huggingface.get(file, {}).get("eos_token_id")
@@ -23,8 +24,8 @@ def stop_ids(
 def continuation(
     tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int], stops: Sequence[str] = ()
 ) -> tuple[str, bool]:
-    """(the text of the ids `new` after those of a prompt, up to the first of the stop strings;
-    whether there was one). A stop string may be, or contain, a token that decoding skips."""
+    """(text of the ids `new` after those of a prompt, up to the first stop string; whether there
+    was one). A stop string may be, or contain, a token that decoding skips."""
     text = tokenizer.decode(new, prompt)
     ends = [text.find(stop) for stop in stops if stop in text]
     if stops and not tokenizer.special_ids.isdisjoint(new):
@@ -35,7 +36,8 @@ def continuation(
 
 
 def _shown(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int], start: int) -> int:
-    """How many of the first `start` characters, with special tokens written out, are shown."""
+    """The number of shown characters among the first `start`, which count special tokens written
+    out."""
     count, written = 0, 0
     while count < len(new):
         length = len(tokenizer.decode(new[: count + 1], prompt, special=True))
@@ -47,16 +49,16 @@ def _shown(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int], star
 
 
 class Stream:
-    """The text of a continuation as it grows: what has been returned never changes."""
+    """The text of a continuation as it grows; text once returned never changes."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()):
         self._tokenizer, self._prompt, self._stops = tokenizer, prompt, stops
         self.given, self.is_finished = "", False
 
     def more(self, new: Sequence[int], is_last: bool = False) -> str:
-        """The text that can be returned after all ids so far, beyond what has been returned. Bytes
-        of an incomplete character, what may become a stop string, and what the tokenizer may still
-        clean up are held back."""
+        """The additional text that can be returned after all ids so far. Bytes of an incomplete
+        character, the possible beginning of a stop string, and characters that the tokenizer may
+        still clean up are held back."""
         text, self.is_finished = continuation(self._tokenizer, self._prompt, new, self._stops)
         if not is_last and not self.is_finished:
             text = text.rstrip("\ufffd")
@@ -69,6 +71,6 @@ class Stream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text begin the stop string."""
+    """Number of characters at the end of the text that begin the stop string."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)

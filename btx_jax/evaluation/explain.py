@@ -1,4 +1,4 @@
-"""Every token of a text with the experts that each layer chose for it."""
+"""The experts that each layer chooses for every token of a text."""
 
 import dataclasses
 import itertools
@@ -27,9 +27,9 @@ def explain(
     texts: Mapping[str, Sequence[int]],
     mesh: Mesh,
 ) -> dict[str, dict[str, Any]]:
-    """texts: name -> token ids. Returns name -> {pieces [T]: text of each token; experts, gates
-    [layers][T][K]: of the MoE layers, best first; layers: their numbers}. A text longer than the
-    model's context is truncated to it."""
+    """Experts of every token of texts, name -> token ids. Returns name -> {pieces [T]: text of each
+    token; experts, gates [layers][T][K]: for the MoE layers, best first; layers: their numbers}.
+    Texts longer than the model's context are truncated."""
     if not texts:
         return {}
     llama = Llama(
@@ -73,10 +73,10 @@ def explain(
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each token; joined, they are the decoded text, with a character that spans
-    several tokens shown at its last one."""
+    """The text of each token; joined, they are the decoded text. A character that spans several
+    tokens is attributed to the last one."""
     whole = tokenizer.decode(ids)
-    # Incomplete bytes may decode differently once more of them follow.
+    # Incomplete bytes may decode differently once more follow.
     sure = (
         _agreeing(whole, tokenizer.decode(ids[:count]).rstrip("\ufffd"))
         for count in range(1, len(ids))
@@ -86,6 +86,6 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def _agreeing(one: str, other: str) -> int:
-    """How many leading characters the two have in common."""
+    """Number of leading characters that the two have in common."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,5 +1,5 @@
-"""Held-out loss: nats per token and bits per byte, dropless, with what the routers did. Shape
-legend: models/layers.py."""
+"""Held-out loss: nats per token and bits per byte, without dropping tokens, and routing statistics.
+Shape legend: models/layers.py."""
 
 import dataclasses
 import functools
@@ -29,8 +29,8 @@ Rows = Mapping[str, np.ndarray]  # tokens, segments: [rows, T + 1] int32; bytes:
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutLoss:
-    """nats_per_token: over every target, ends of documents included. bits_per_byte: over the text
-    alone, per UTF-8 byte."""
+    """Loss on held-out text. nats_per_token: over all targets, including ends of documents.
+    bits_per_byte: over the text only, per UTF-8 byte."""
 
     nats_per_token: float
     bits_per_byte: float
@@ -41,7 +41,7 @@ class HeldoutLoss:
 @functools.lru_cache(maxsize=16)
 def make_heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
     """(params, tokens, segments) -> (nll [B, T], [RoutingSums per MoE run], {LoRA router:
-    GateSums}), jitted under the mesh. Routing drops nothing, whatever training did."""
+    GateSums}), jitted for the mesh. No token is dropped, whatever the training config."""
     jitted = _heldout_step(model, compute, mesh)
 
     def under_mesh(params: Params, tokens: jax.Array, segments: jax.Array) -> Any:
@@ -59,7 +59,8 @@ def lower_heldout_step(
     batch_size: int,
     sequence_length: int,
 ):
-    """The same for abstract parameters, on the mesh's devices, which need not be there."""
+    """Lower the held-out step for abstract parameters, on the mesh's devices, which need not
+    exist."""
     rows = jax.ShapeDtypeStruct(
         (batch_size, sequence_length + 1), np.int32, sharding=batch_sharding(mesh)
     )
@@ -103,11 +104,11 @@ def token_losses(
     mesh: Mesh,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, RoutingSums | None, dict[str, GateSums]]:
-    """(-log p of every next token [rows, T], nats; what the routers did with all of them, layer by
-    layer, or None without experts; the same of each router of LoRA experts).
+    """(-log p of every next token [rows, T], nats; routing sums of all tokens by layer, or None
+    without experts; sums for each router of LoRA experts).
 
-    Where a target does not count (`next_token_targets`) the value means nothing. check: called
-    before every batch; what it raises ends this.
+    Where the target mask is false (`next_token_targets`), the value is meaningless. check: called
+    before every batch; whatever it raises ends the evaluation.
     """
     count = len(rows["tokens"])
     losses, total = [], None
@@ -132,7 +133,7 @@ def token_losses(
 
 
 def mean_loss(nll: np.ndarray, rows: Rows, eos: int | None) -> HeldoutLoss | None:
-    """Of token_losses; None when there is no target among the rows."""
+    """The mean of `token_losses`; None when the rows have no target."""
     _, _, targets, mask = next_token_targets(rows["tokens"], rows["segments"])
     if not mask.any():
         return None

@@ -20,12 +20,12 @@ from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.progress import bar
 from btx_jax.training.losses import token_scores
 
-BUCKET = 64  # widths are multiples of it, so that few shapes are compiled
+BUCKET = 64  # widths are multiples of it, to compile few shapes
 
 
 class Likelihood(NamedTuple):
-    """Result for a continuation: the sum of its tokens' log-probabilities in nats, and whether
-    greedy decoding would have produced it."""
+    """Result for a continuation: sum of its tokens' log-probabilities in nats, and whether greedy
+    decoding would have produced it."""
 
     log_p: float
     is_greedy: bool
@@ -34,9 +34,9 @@ class Likelihood(NamedTuple):
 def encode_pair(
     tokenizer: Tokenizer, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of both, split where the context's own tokens end; its trailing spaces belong to
-    the continuation, as tokenizers have it (the rule of lm-evaluation-harness). An empty context is
-    replaced by what begins a document: BOS, or else EOS."""
+    """Token ids of both, split at the end of the context's own tokens; its trailing spaces belong
+    to the continuation, as tokenizers expect (the rule of lm-evaluation-harness). An empty context
+    is replaced by the beginning of a document: BOS, or else EOS."""
     if not context:
         start = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
         return [start] if start is not None else [], tokenizer.encode(continuation)
@@ -47,8 +47,8 @@ def encode_pair(
 
 
 class Scorer:
-    """Log-likelihoods under one model. mesh: the devices that batches are spread over; batch_size
-    must be divisible by its data, fsdp and expert axes."""
+    """Log-likelihoods under one model. mesh: over which batches are sharded; batch_size must be
+    divisible by its data, fsdp and expert axes."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class Scorer:
     def __call__(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], name: str = "likelihood"
     ) -> list[Likelihood]:
-        """The likelihood of each (context ids, continuation ids). Where they are longer than the
-        model's context, the beginning of the context is cut off. Raises ValueError when a pair has
-        no token in front of its continuation."""
+        """The likelihood of each (context ids, continuation ids). Where they exceed the model's
+        context, the beginning is truncated. Raises ValueError when no token precedes a
+        continuation."""
         context = self._model.context
         rows = []
         for front, behind in pairs:
@@ -81,7 +81,7 @@ class Scorer:
             rows.append((ids, len(behind)))
         order = sorted(
             range(len(rows)), key=lambda i: -len(rows[i][0])
-        )  # longest first: what does not fit fails at once
+        )  # longest first, so that out-of-memory errors come at once
         results: list[Any] = [None] * len(rows)
         with bar(total=len(rows), desc=name, unit="pair", shown=is_first()) as progress:
             for start in range(0, len(order), self._batch_size):
@@ -115,7 +115,7 @@ class Scorer:
 
 @functools.lru_cache(maxsize=8)
 def _scores(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
-    """The compiled program, cached by model and not by parameters: a model in training is scored
+    """The compiled program, cached by model rather than parameters: a model in training is scored
     again and again."""
     llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"))
 

@@ -1,5 +1,5 @@
-"""What people bring from lm-evaluation-harness's `hf` model, as --model_args, --gen_kwargs and a
-task's generation_kwargs: taken over, already so, or refused in one line."""
+"""Arguments of lm-evaluation-harness's `hf` model, in --model_args, --gen_kwargs and a task's
+generation_kwargs: applied, ignored where they change nothing, or refused in one line."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.generation import Sampling
 
-ROWS = 8  # of a batch where --batch_size is auto: without an accelerator, more are no faster
+ROWS = 8  # of a batch with --batch_size auto: without an accelerator, larger ones are no faster
 
 
 class Elsewhere(NamedTuple):
-    """An argument that is not supported here. same: values that ask only for what is so anyway."""
+    """An unsupported argument. same: values that change nothing."""
 
     same: tuple[Any, ...]
     instead: str
@@ -47,11 +47,11 @@ _ARGUMENTS = {
     "low_cpu_mem_usage": Elsewhere((True, False), _SPREAD.instead),
 }
 
-# Of transformers' generate, whose other settings lm_eval hands on. Beams and sampling first: what
-# changes nothing without them.
+# Settings of transformers' generate, which lm_eval passes on. First those of beams and sampling,
+# which have no effect without these.
 _BEAMS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
 _SAMPLING = ("top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_SETTINGS: dict[str, tuple[Any, ...]] = {  # values that change nothing
+_SETTINGS: dict[str, tuple[Any, ...]] = {  # values without effect
     "top_k": (0,),
     "min_p": (0,),
     "top_h": (),
@@ -94,8 +94,8 @@ _HINTS = {
 
 
 class Generation(NamedTuple):
-    """Settings of a generation request. new_tokens: limit on new tokens. stops: texts before which
-    a continuation ends."""
+    """Settings of a generation request. new_tokens: maximum number of new tokens. stops: strings
+    before which a continuation ends."""
 
     new_tokens: int
     sampling: Sampling
@@ -103,8 +103,7 @@ class Generation(NamedTuple):
 
 
 def refuse_others(others: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises UserError for a model argument that is not supported, unless its value asks only for
-    what is so anyway."""
+    """Raise UserError for an unsupported model argument, unless its value has no effect."""
     for name, value in others.items():
         if name not in _ARGUMENTS:
             raise UserError(f"--model_args: unknown {name!r}: {suggest(name, known)}")
@@ -113,7 +112,7 @@ def refuse_others(others: Mapping[str, Any], known: Iterable[str]) -> None:
 
 
 def whole(key: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number in [least, most], or its digits as text. Raises UserError."""
+    """Parse an integer in [least, most], or its digits as text. Raises UserError."""
     digits = isinstance(value, str) and value.isdecimal()
     number = int(value) if digits or (isinstance(value, float) and value.is_integer()) else value
     if type(number) is not int or number < least or (most is not None and number > most):
@@ -123,7 +122,7 @@ def whole(key: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def flag(key: str, value: Any) -> bool:
-    """A boolean, or its name as text. Raises UserError."""
+    """Parse a boolean, or its name as text. Raises UserError."""
     named = {"true": True, "false": False}.get(str(value).lower())
     if named is None:
         raise UserError(f"{key}={value}: must be True or False")
@@ -131,7 +130,7 @@ def flag(key: str, value: Any) -> bool:
 
 
 def number(key: str, value: Any, least: float, most: float) -> float:
-    """Raises UserError unless it lies in [least, most]."""
+    """Parse a number in [least, most]. Raises UserError."""
     try:
         result = float(value)
     except (TypeError, ValueError):
@@ -153,8 +152,8 @@ def batch_rows(batch_size: Any, max_batch_size: Any) -> int:
 
 def generation(options: Mapping[str, Any], new_tokens: int) -> Generation:
     """Settings from the generation_kwargs of a request, as lm_eval's hf model reads them: greedy
-    unless do_sample or a temperature asks for more. new_tokens: the limit where they state none.
-    Raises UserError for what is not supported."""
+    unless do_sample or a temperature is given. new_tokens: the default limit. Raises UserError for
+    unsupported settings."""
     for name in options:
         if name not in _OURS and name not in _SETTINGS:
             hint = _HINTS.get(name) or suggest(name, (*_OURS, *_SETTINGS))
@@ -189,7 +188,7 @@ def generation(options: Mapping[str, Any], new_tokens: int) -> Generation:
 
 
 def not_ours(settings: Mapping[str, Any], sampled: bool) -> list[str]:
-    """Names of transformers' generation settings whose values would change what is generated, and
+    """Names of transformers' generation settings whose values would change the generated text and
     that are not applied here."""
     idle = () if sampled else _SAMPLING
     if settings.get("num_beams", 1) == 1:

@@ -1,9 +1,9 @@
-"""A model class for lm-evaluation-harness (`pip install lm_eval`): any of its tasks on any
-checkpoint, without torch. What its `hf` model does is the rule, argument by argument.
+"""A model class for lm-evaluation-harness (`pip install lm_eval`): all of its tasks on any
+checkpoint, without torch. Arguments behave as those of its `hf` model.
 
-lm_eval up to 0.4.13 finds models by what has been imported, so `btx lm-eval ...`
-imports this module and hands over to its command line; in Python, import it before
-`lm_eval.simple_evaluate`. Later versions find it by themselves, by its entry point.
+lm_eval up to 0.4.13 finds models among imported modules, so `btx lm-eval ...` imports this module
+and calls its command line; in Python, import it before `lm_eval.simple_evaluate`. Later versions
+find it by its entry point.
 """
 
 import bisect
@@ -59,9 +59,9 @@ from btx_jax.progress import bar
 
 log = logging.getLogger(__name__)
 
-CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # stands where a rendered chat is cut, as in transformers
-DEFAULT = "default"  # the template that a tokenizer need not name
-OWNER = "btx_jax"  # key in a cache of answers: whose they are
+CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a rendered chat is cut, as in transformers
+DEFAULT = "default"  # name of an unnamed template
+OWNER = "btx_jax"  # key in a cache of answers that identifies the model
 
 
 @register_model("btx_jax")
@@ -117,7 +117,7 @@ class BtxJaxLM(TemplateLM):
         )
         self._batch_size = batch_rows(batch_size, max_batch_size)
         is_auto = str(batch_size).startswith("auto")
-        self.batch_sizes = {0: self._batch_size} if is_auto else {}  # what lm_eval reports of auto
+        self.batch_sizes = {0: self._batch_size} if is_auto else {}  # what lm_eval reports for auto
         _check_device(device)
         key, context = "--model_args {}".format, self._model.context
         self._max_length = (
@@ -158,7 +158,7 @@ class BtxJaxLM(TemplateLM):
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        """Created at its first use: it keeps a second copy of the parameters."""
+        """Created on first use, as it keeps a second copy of the parameters."""
         ends = stop_ids(self._checkpoint.metadata, self._tokenizer)
         return Generator(self._model, self._params, self._compute, self._mesh, ends)
 
@@ -172,8 +172,8 @@ class BtxJaxLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict, additional_config: dict | None = None
     ) -> "BtxJaxLM":
-        """additional_config: what lm_eval's own arguments say. Raises UserError for
-        what both set."""
+        """additional_config: from lm_eval's own arguments. Raises UserError for an argument given
+        in both."""
         own = {
             name: value for name, value in (additional_config or {}).items() if value is not None
         }
@@ -187,7 +187,8 @@ class BtxJaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Raises UserError when there is none."""
+        """The id before a text that is scored from its first token. Raises UserError when there is
+        none."""
         for found in (self._prefix, self._tokenizer.bos, self._tokenizer.eos):
             if found is not None:
                 return found
@@ -210,14 +211,14 @@ class BtxJaxLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Part of the name of lm_eval's cache of requests; differs for another tokenizer or
+        """Part of the file name of lm_eval's cache of requests; differs by tokenizer and
         template."""
         template = self._chat_template().source
         told = hashlib.sha256((self._tokenizer.sha256 + template).encode()).hexdigest()
         return f"{self._checkpoint.path.name}__{told[:16]}"
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval writes beside its results."""
+        """Information that lm_eval stores with its results."""
         return {
             "model_num_parameters": sum(leaf.size for leaf in jax.tree.leaves(self._params)),
             "model_dtype": self._dtype,
@@ -225,8 +226,8 @@ class BtxJaxLM(TemplateLM):
         }
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """lm_eval's --use_cache, which looks answers up by the request alone. Raises UserError for
-        a file with another model's answers."""
+        """Set lm_eval's --use_cache, which looks answers up by the request only. Raises UserError
+        for a file with another model's answers."""
         super().set_cache_hook(cache_hook)
         answers = cache_hook.dbdict
         if answers is None:
@@ -244,9 +245,8 @@ class BtxJaxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """add_special_tokens: whether to include what the tokenizer itself puts in
-        front; by default unless the text begins with BOS. Raises UserError for an id
-        that has no embedding."""
+        """add_special_tokens: whether to include the tokenizer's prefix; by default unless the text
+        begins with BOS. Raises UserError for an id without an embedding."""
         if add_special_tokens is None:
             bos = self._tokenizer.bos
             first = None if bos is None else self._tokenizer.token_of(bos)
@@ -275,8 +275,8 @@ class BtxJaxLM(TemplateLM):
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihoods of (texts, context ids, continuation ids); the beginning is cut off where
-        both are longer than max_length."""
+        """Log-likelihoods of (texts, context ids, continuation ids); the beginning is truncated
+        where both exceed max_length."""
         pairs = []
         for texts, front, behind in requests:
             if not front or not behind or len(behind) > self._max_length:
@@ -295,9 +295,8 @@ class BtxJaxLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of max_length that contain each
-        token once. As in lm_eval's hf model, what the tokenizer puts in front of a text
-        counts as its first token."""
+        """Log-likelihoods of whole texts, in windows of max_length that contain each token once. As
+        in lm_eval's hf model, the tokenizer's prefix counts as a text's first token."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             found = get_rolling_token_windows(
@@ -337,7 +336,7 @@ class BtxJaxLM(TemplateLM):
         return texts
 
     def _continued(self, prompts: Sequence[str], settings: Generation) -> Iterator[tuple[int, str]]:
-        """(index of a prompt, the text generated after it), in batches of similar length."""
+        """Yield (index of a prompt, the text generated after it), in batches of similar length."""
         room = self._max_length - settings.new_tokens
         if room < 1:
             raise UserError(
@@ -363,20 +362,20 @@ class BtxJaxLM(TemplateLM):
                 rows,
                 settings.new_tokens,
                 settings.sampling,
-                seed=int(np.random.randint(2**32, dtype=np.uint32)),  # lm_eval's --seed sets it
+                seed=int(np.random.randint(2**32, dtype=np.uint32)),  # set by lm_eval's --seed
                 is_finished=lambda row, ids: self._has_ended(rows[row], ids, stops),  # noqa: B023
             )
             for i, front, ids_new in zip(chosen, rows, new, strict=False):
                 yield i, self._answer(front, ids_new, stops)
 
     def _has_ended(self, prompt: list[int], new: list[int], stops: Sequence[str]) -> bool:
-        """Whether a stop string has been generated. Special tokens count as their text here, though
-        no answer shows them."""
+        """Whether a stop string has been generated. Special tokens count as their text here,
+        although answers do not show them."""
         shown = self._tokenizer.decode(new, behind=prompt, special=True)
         return any(stop in shown for stop in stops)
 
     def _answer(self, prompt: list[int], new: list[int], stops: Sequence[str]) -> str:
-        """The text of what was generated, up to the first stop."""
+        """The generated text up to the first stop."""
         end = bisect.bisect_left(
             range(len(new) + 1), True, key=lambda n: self._has_ended(prompt, new[:n], stops)
         )
@@ -389,8 +388,8 @@ class BtxJaxLM(TemplateLM):
         return postprocess_generated_text(text, list(stops), self._think_end)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The source of the template that apply_chat_template renders from now on: the default one,
-        or the one of that name. None for False. Raises UserError when there is none."""
+        """Select the template that apply_chat_template renders, the default one or by name, and
+        return its source. None for False. Raises UserError when there is none."""
         if chat_template is False or chat_template is None:
             return None
         name = chat_template if isinstance(chat_template, str) else DEFAULT
@@ -403,10 +402,10 @@ class BtxJaxLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text that asks for the next answer; or, without add_generation_prompt, the text that
-        the last message's own continuation follows. For a template that refuses a system message it
-        is left out, with a warning, as in lm_eval's hf model. Raises UserError when the template
-        refuses other messages."""
+        """Render a chat up to the next answer or, without add_generation_prompt, up to the
+        continuation of the last message. A system message that the template refuses is left out
+        with a warning, as in lm_eval's hf model. Raises UserError when the template refuses other
+        messages."""
         try:
             return self._rendered(chat_history, add_generation_prompt)
         except TemplateError as error:
@@ -455,7 +454,7 @@ class BtxJaxLM(TemplateLM):
 
 
 def _stored_dtype(found: Checkpoint) -> str:
-    """bfloat16 where most tensors are stored so, else float32, which holds float16 exactly."""
+    """bfloat16 if most tensors are stored so, else float32, which represents float16 exactly."""
     if found.metadata.model.lora:
         return "float32"
     ((commonest, _),) = collections.Counter(open_reader(found).dtypes.values()).most_common(1)
@@ -469,7 +468,7 @@ def _with_bos(tokenizer: Tokenizer, added: bool) -> Tokenizer:
 
 
 def _check_device(device: Any) -> None:
-    """Accepts lm_eval's cuda:0, which it passes where nobody named a device."""
+    """Check --device. Accepts lm_eval's default, cuda:0."""
     here = jax.default_backend()
     if device not in (None, "cuda", "cuda:0", here, f"{here}:0"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What LoRA experts became: how alike those of a layer are, and what their routers choose. Shape
+"""Analysis of LoRA experts: similarity of those in a layer, and the choices of their routers. Shape
 legend: models/lora.py."""
 
 import itertools
@@ -14,8 +14,8 @@ from btx_jax.models.routing import RoutingStats
 
 
 class GateSums(NamedTuple):
-    """Sums over tokens for one router, over the layers of its run. chosen: share of each token's
-    choices; gate: their weights."""
+    """Sums over tokens for one router, by layer of its run. chosen: share of each token's choices.
+    gate: their weights."""
 
     chosen_LE: Any
     gate_LE: Any
@@ -30,8 +30,8 @@ class GateSums(NamedTuple):
 
 
 def by_target(model: ModelConfig, sums: Mapping[str, GateSums]) -> dict[str, Any]:
-    """{target: per layer {load, gate: shares and mean weights of each expert} or None}; None where
-    a layer has no router."""
+    """{target: for each layer {load, gate: share and mean weight of each expert}, or None without a
+    router}."""
     result: dict[str, Any] = {}
     for target in model.lora.targets if model.lora else ():
         layers: list[Any] = []
@@ -52,12 +52,12 @@ def by_target(model: ModelConfig, sums: Mapping[str, GateSums]) -> dict[str, Any
 def redundancy(
     model: ModelConfig, params: Mapping[str, Any]
 ) -> dict[str, list[dict[str, float] | None]]:
-    """{target: per layer {distance, cosine, norm_ratio} or None}: means over the pairs of a layer's
-    experts; None with fewer than two.
+    """{target: for each layer {distance, cosine, norm_ratio}, or None with fewer than two experts}:
+    means over pairs of a layer's experts.
 
-    distance: Frobenius norm of (alpha / rank) (B_i A_i - B_j A_j), which also grows with what was
-    learnt (MoLA section 5 compares it). cosine, of the products as vectors, and norm_ratio, of the
-    shorter to the longer, do not.
+    distance: Frobenius norm of (alpha / rank) (B_i A_i - B_j A_j), which also grows with the amount
+    learnt (compared in MoLA section 5). cosine (of the products as vectors) and norm_ratio (shorter
+    to longer) do not.
     """
     tensors = to_tensors(model, params)
     specs = [spec.lora for spec in model.layer_specs()]
@@ -76,8 +76,8 @@ def redundancy(
 
 
 def gram(a_ERI: np.ndarray, b_EOR: np.ndarray) -> np.ndarray:
-    """Inner products <B_i A_i, B_j A_j> [E, E] = sum of (B_i^T B_j) * (A_i A_j^T), without the
-    products themselves."""
+    """Inner products <B_i A_i, B_j A_j> [E, E] = sum of (B_i^T B_j) * (A_i A_j^T), without
+    computing the products themselves."""
     return np.einsum("eor,fos,eri,fsi->ef", b_EOR, b_EOR, a_ERI, a_ERI, optimize=True)
 
 

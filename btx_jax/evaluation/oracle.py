@@ -1,9 +1,9 @@
-"""A mixture whose routers are told: every token of a domain goes to that domain's own expert. What
-is lost before any router chooses, and so what routing could gain at most.
+"""A mixture with oracle routing: every token of a domain is sent to that domain's expert. It shows
+what is lost before routing, and so the most that routing could gain.
 
-No router is forced: where all experts are copies of one, it does not matter which are chosen.
-Beside an anchor, which answers with the chosen ones, the other experts are shut out by their biases
-instead, and what is left is the branch that the expert was.
+No router is modified: if all experts are copies of one, it does not matter which are chosen. With
+an anchor, which contributes besides the chosen experts, the other experts are disabled by their
+router biases instead; the result is the expert's original branch.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import ConfigError
 from btx_jax.models.llama import Params
 
-SHUT = -1e9  # of a router's logits
+SHUT = -1e9  # router bias of a disabled expert
 
 
 def check(model: ModelConfig, expert: int, key: str) -> None:
-    """Raises ConfigError, naming the key, where a layer with experts has no expert of this number,
-    or gates that do not sum to one."""
+    """Raise ConfigError, naming the key, where a layer with experts has no expert of this number,
+    or its gates do not sum to one."""
     specs = [spec for spec in model.layer_specs() if spec.experts]
     if not specs:
         raise ConfigError(f"{key}: is no mixture; name one")
@@ -36,8 +36,8 @@ def check(model: ModelConfig, expert: int, key: str) -> None:
 
 def told(params: Params, expert: int) -> Params:
     """The mixture's parameters with every expert a copy of one, in feed-forward leaves [L, E, ...];
-    beside an anchor, the others are shut out instead. The last number means the anchor: all are
-    shut out."""
+    with an anchor, the others are disabled instead. The last number means the anchor: all experts
+    are disabled."""
 
     def copied(ffn: Any) -> Any:
         if "router" not in ffn:

@@ -1,5 +1,5 @@
-"""Where the tokens went, layer by layer, and how much the experts still have in common. Shape
-legend: models/layers.py."""
+"""Routing statistics by layer, and similarity of the experts' weights. Shape legend:
+models/layers.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,13 +12,12 @@ from jax.sharding import Mesh
 from btx_jax.models.routing import RoutingStats
 from btx_jax.parallel.sharding import replicated
 
-DEAD = 0.01  # an expert with less than this share of a layer's claims is called dead
+DEAD = 0.01  # an expert with less than this share of a layer's claims is dead
 
 
 class RoutingSums(NamedTuple):
-    """Sums over tokens, layer by layer. load: claims per expert; gate_load: their weights; pairs
-    [first, second choice]: tokens that made them; entropy: nats. Experts that a layer does not have
-    count 0."""
+    """Sums over tokens, by layer. load: claims per expert. gate_load: their weights. pairs [first,
+    second choice]: number of tokens. entropy: nats. Experts that a layer lacks count 0."""
 
     load_LE: Any
     gate_load_LE: Any
@@ -28,7 +27,7 @@ class RoutingSums(NamedTuple):
 
     @classmethod
     def joined(cls, runs: Sequence["RoutingSums"]) -> "RoutingSums":
-        """All runs' layers concatenated, padded to the largest number of experts."""
+        """Concatenate the layers of all runs, padded to the largest number of experts."""
         experts = max(run.load_LE.shape[1] for run in runs)
 
         def padded(name: str, x: np.ndarray) -> np.ndarray:
@@ -83,10 +82,10 @@ def summarise(sums: RoutingSums) -> dict[str, Any]:
 
 
 def mutual_information(load: Mapping[str, Sequence[Sequence[float]]]) -> list[float]:
-    """I(expert; domain) of each layer in nats, domains taken as equally likely. load: domain ->
-    [L][E], rows summing to 1.
+    """I(expert; domain) of each layer in nats, with equally likely domains. load: domain -> [L][E],
+    rows summing to 1.
 
-    0 when every domain uses the experts alike; log(domains) when each has experts of its own.
+    0 when all domains use the experts alike; log(domains) when each has its own experts.
     """
     p_DLE = np.array(list(load.values()), np.float64)
     mean_LE = p_DLE.mean(0)
@@ -96,10 +95,10 @@ def mutual_information(load: Mapping[str, Sequence[Sequence[float]]]) -> list[fl
 
 
 def redundancy(params: Mapping[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
-    """For each MoE layer: {cosine, deviation_cosine [E][E], norm_ratio [E]} between its experts'
-    weights, with gate, up and down as one vector; their anchor is the last of them. Experts of one
-    seed are nearly parallel; `deviation_cosine` compares their deviations from their mean.
-    norm_ratio: to the mean norm."""
+    """For each MoE layer: {cosine, deviation_cosine [E][E], norm_ratio [E]} of its experts'
+    weights, with gate, up and down as one vector; the anchor is last. Experts of one seed are
+    nearly parallel, so `deviation_cosine` compares their deviations from the mean. norm_ratio:
+    relative to the mean norm."""
     runs = sorted(
         (name for name in params if name.startswith("layers_")),
         key=lambda name: int(name.rpartition("_")[2]),
@@ -132,8 +131,8 @@ def redundancy(params: Mapping[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
 
 
 def _grams(w: jax.Array, anchor: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """[L, E, ...] and, where there is one, the anchor [L, ...] -> inner products [L, E, E] of all
-    and of their deviations from the mean."""
+    """Weights [L, E, ...] and optionally an anchor [L, ...] -> inner products [L, E, E] of all, and
+    of their deviations from the mean."""
     if anchor is not None:
         w = jnp.concatenate([w, anchor[:, None]], axis=1)
     flat_LEX = w.reshape(*w.shape[:2], -1).astype(jnp.float32)
@@ -143,8 +142,7 @@ def _grams(w: jax.Array, anchor: jax.Array | None) -> tuple[jax.Array, jax.Array
 
 
 def _cosine(gram: np.ndarray) -> list[list[float]]:
-    """Cosines; zero beside an expert of length zero, as all deviations are when experts
-    are equal."""
+    """Cosines; zero with an expert of norm zero, as all deviations are when experts are equal."""
     norms = np.sqrt(np.maximum(np.diagonal(gram), 0))
     outer = norms[:, None] * norms[None, :]
     return np.divide(gram, outer, out=np.zeros_like(gram), where=outer > 1e-12).tolist()

@@ -1,15 +1,14 @@
-"""Running code that a model wrote: a process of its own that can compute and nothing else (Linux,
-x86-64 and AArch64).
+"""Run code written by a model in a process that can only compute (Linux, x86-64 and AArch64).
 
-What contains it is in sandbox_walls.py, what runs inside in sandboxed.py; this is the outside: it
-starts them, holds the clock, takes the verdict, and removes what is left. Nothing of this needs
-privileges. Name spaces are made here or, where that is forbidden, by bubblewrap if it is installed.
-Without them Landlock and the filter of system calls are the walls: then the number and the bytes of
-files are looked at twenty times a second instead of limited, as threads are everywhere, and of a
-path that it guesses a program can find out whether it exists, its size and its date.
+The containment is in sandbox_walls.py, what runs inside in sandboxed.py. This module is the
+outside: it starts them, enforces the time limit, receives the verdict, and cleans up. No privileges
+are needed. Namespaces are created here or, where that is forbidden, by bubblewrap if it is
+installed. Without namespaces, containment relies on Landlock and the system-call filter: the number
+and size of files are then checked twenty times a second instead of limited, as threads always are,
+and a program can find out the existence, size and date of a path that it guesses.
 
-With UnitTests a program passes by right answers alone: they run in another process, which it cannot
-reach. Without, "passed" is the program's own word that it came to its end.
+With UnitTests, a program passes only by right answers: the tests run in another process, which it
+cannot reach. Without them, "passed" means only that the program reports reaching its end.
 """
 
 import contextlib
@@ -40,19 +39,19 @@ from btx_jax.output import locked
 from btx_jax.progress import bar
 
 log = logging.getLogger(__name__)
-BUBBLEWRAP = "bubblewrap"  # may make name spaces where this process may not
-_PATIENCE = 30  # seconds for what holds the clock to start and to end by itself
+BUBBLEWRAP = "bubblewrap"  # may create namespaces where this process may not
+_PATIENCE = 30  # seconds for the process that enforces the time limit to start and to end by itself
 _PREFIX = "btx_jax-sandbox-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-_PYTHON = os.path.realpath(sys.executable)  # of a virtual environment: sandboxed.py needs no more
+_PYTHON = os.path.realpath(sys.executable)  # not a virtual environment's: no packages needed
 _SCRIPT = Path(__file__).with_name("sandboxed.py")
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use. seconds: CPU time, and one and a half times that in wall time.
-    memory: bytes of address space. file: bytes of any file written. disk: bytes of all files
-    together. files: how many."""
+    """Resource limits of a program. seconds: CPU time; wall time is one and a half times as much.
+    memory: bytes of address space. file: bytes of any one file written. disk: bytes of all files.
+    files: their number."""
 
     seconds: int = 10
     memory: int = 1 << 30
@@ -64,8 +63,8 @@ class Limits:
 @dataclasses.dataclass(frozen=True)
 class UnitTests:
     """Tests of a program: code that defines check(candidate), and the expression that names the
-    candidate among what the program defines. setup is code in front of the program whose names the
-    tests may use, a prompt. Arguments and results are plain data: see sandbox_values.py."""
+    candidate in the program. setup: code before the program, such as a prompt, whose names the
+    tests may use. Arguments and results are plain data: see sandbox_values.py."""
 
     test: str
     entry_point: str
@@ -74,8 +73,8 @@ class UnitTests:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """why: `` when the program passed; otherwise `timeout`, `killed by SIGNAL`, `more than ...`, or
-    the exception on one line."""
+    """The result of a program. why: "" when it passed; otherwise `timeout`, `killed by SIGNAL`,
+    `more than ...`, or the exception on one line."""
 
     passed: bool
     why: str = ""
@@ -97,7 +96,7 @@ def run_program(program: str, limits: Limits = Limits(), tests: UnitTests | None
 
 @functools.cache
 def _walls() -> tuple[str, ...]:
-    """The strongest set of walls that this machine allows: those with which an interpreter still
+    """The strongest set of walls that this machine supports, such that an interpreter still
     runs."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         here = f"{platform.system()} {platform.machine()}"
@@ -165,8 +164,8 @@ def _run(
 
 
 def _remove_left_overs() -> None:
-    """Delete directories of evaluations that were killed; those of running ones are locked, or
-    about to be."""
+    """Delete directories of killed evaluations; those of running ones are locked, or about to
+    be."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), locked(folder):
             if time.time() - folder.stat().st_ctime > 60:
@@ -174,7 +173,7 @@ def _remove_left_overs() -> None:
 
 
 def _bubblewrap(home: str, limits: Limits, packages: list[str]) -> list[str]:
-    """The command that goes before sandboxed.py's: namespaces, and a home in memory."""
+    """The command prefix for sandboxed.py: namespaces, and a home in memory."""
     program, package = shutil.which("bwrap"), _SCRIPT.parent
     assert program
     code = [package.parent / "__init__.py", package]
@@ -190,12 +189,12 @@ def _bubblewrap(home: str, limits: Limits, packages: list[str]) -> list[str]:
 def remove_tree(path: str) -> None:
     """Delete a directory whatever a program has made of it: any depth, locked directories, names
     that are not UTF-8. Links are deleted, never followed. Paths do not grow, and at most two
-    directories are open; nothing else may be working in it any more."""
+    directories are open at a time; no other process may still be using it."""
     _unlock(path)
     here = os.open(path, _FOLDER)
     try:
-        names: list[str] = []  # from path to here
-        left = [_remove_files(here)]  # folders that are still there, at each of these
+        names: list[str] = []  # from path to the current directory
+        left = [_remove_files(here)]  # for each of these, its remaining directories
         while left:
             if left[-1]:
                 names.append(left[-1].pop())
@@ -217,7 +216,7 @@ def remove_tree(path: str) -> None:
 
 
 def _remove_files(folder: int) -> list[str]:
-    """Delete what is not a directory, and return the directories."""
+    """Delete everything but directories, which are returned."""
     folders = []
     for name in os.listdir(folder):
         if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
@@ -228,8 +227,8 @@ def _remove_files(folder: int) -> list[str]:
 
 
 def _unlock(name: str, parent: int | None = None) -> None:
-    """Give the owner access to a directory, by a descriptor: a path may have become a
-    link by now."""
+    """Give the owner access to a directory, through a descriptor, as the path may have become a
+    link."""
     fd = os.open(name, os.O_PATH | _FOLDER, dir_fd=parent)
     try:
         os.chmod(f"/proc/self/fd/{fd}", 0o700)
@@ -244,7 +243,7 @@ def run_programs(
     show: bool = True,
     tests: Sequence[UnitTests] | None = None,
 ) -> list[Outcome]:
-    """run_program for each, several at a time (by default as many as there are cores)."""
+    """Call run_program for each program, several at a time (by default one per core)."""
     judged: Sequence[UnitTests | None] = tests or [None] * len(programs)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         outcomes = pool.map(
@@ -254,7 +253,7 @@ def run_programs(
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that one of k programs drawn from the samples passes: 1 - C(n - c, k) / C(n, k)
+    """Probability that one of k programs drawn from the samples passes: 1 - C(n - c, k) / C(n, k)
     (arXiv 2107.03374, equation 1)."""
     if not 1 <= k <= samples:
         raise ValueError(f"k={k}: there are {samples} samples")

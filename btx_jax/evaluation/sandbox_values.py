@@ -1,9 +1,9 @@
-"""Values on their way between a program that a model wrote and the tests that judge it: data only,
-so that nothing that arrives can run code or decide a comparison. Standard library only.
+"""Transfer of values between a program written by a model and the tests that judge it: data only,
+so that nothing received can run code or affect a comparison. Standard library only.
 
-Plain types arrive as they are; a subclass arrives as the plain type it extends, without the methods
-it changed. NumPy arrays and scalars keep their dtype. Iterators stay where they are and are asked
-for one value at a time.
+Plain types are transferred unchanged; a subclass becomes the plain type it extends, without its
+overridden methods. NumPy arrays and scalars keep their dtype. Iterators stay in their process and
+yield one value per request.
 """
 
 import builtins
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _LENGTH = struct.Struct("!I")
-_MOST = 1 << 26  # bytes of a message
+_MOST = 1 << 26  # maximum bytes of a message
 
 
 def _pairs(value: Any) -> list[list[Any]]:
@@ -26,7 +26,7 @@ def _iso(value: Any) -> str:
     return value.isoformat()
 
 
-# A type's name -> how it becomes JSON, and back. Modules are loaded when a value needs them.
+# Type name -> conversions to JSON and back. Modules are imported when a value needs them.
 _KINDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "builtins.list": (list, list),
     "builtins.tuple": (list, tuple),
@@ -59,15 +59,15 @@ _KINDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "builtins.float": (float.hex, float.fromhex),
     "builtins.str": (str.__str__, str),
 }
-_NUMBERS = "biufc"  # NumPy's kinds of dtype that are nothing but bits
+_NUMBERS = "biufc"  # kinds of NumPy dtypes that contain only bits
 
 
 class Stays(TypeError):
-    """A value that is not plain data and cannot leave its process: the message names its type."""
+    """A value that is not plain data and cannot be transferred; the message names its type."""
 
 
 def encode(value: Any, keep: Callable[[Iterator[Any]], int] | None = None) -> Any:
-    """JSON for a value. `keep` gives iterators a number. Raises Stays for what is not
+    """JSON for a value. `keep` returns a number for an iterator. Raises Stays for anything but
     plain data."""
     if value is None or value is True or value is False:
         return value
@@ -92,8 +92,8 @@ def _each(values: list[Any], keep: Callable[[Iterator[Any]], int] | None) -> lis
 
 
 def decode(given: Any, iterate: Callable[[int], Iterator[Any]] | None = None) -> Any:
-    """The value of encode's JSON; `iterate` makes an iterator of a kept one's number. Raises
-    ValueError, TypeError or KeyError for anything else."""
+    """The value of encode's JSON; `iterate` makes an iterator from a number. Raises ValueError,
+    TypeError or KeyError for invalid input."""
     if given is None or given is True or given is False:
         return given
     name, inside = given
@@ -112,7 +112,7 @@ def decode(given: Any, iterate: Callable[[int], Iterator[Any]] | None = None) ->
 
 
 def mutate(old: Any, new: Any) -> None:
-    """Update a mutable argument with what the call has left in it."""
+    """Update a mutable argument to its state after the call."""
     if type(old) is not type(new):
         return
     if isinstance(old, list | bytearray):
@@ -123,7 +123,7 @@ def mutate(old: Any, new: Any) -> None:
 
 
 def encode_exception(error: BaseException) -> list[Any]:
-    """The names of the exception's built-in types, and its arguments."""
+    """Names of the exception's built-in base types, and its arguments."""
     names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
     try:
         arguments = [encode(argument) for argument in error.args]
@@ -137,17 +137,17 @@ def decode_exception(given: Any) -> BaseException:
     for name in names:
         kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, BaseException):
-            # A StopIteration would end the tests' own loops early
+            # StopIteration would end the tests' own loops early.
             kind = RuntimeError if issubclass(kind, StopIteration) else kind
             try:
                 return kind(*map(decode, arguments))
-            except TypeError:  # one that wants more, as UnicodeDecodeError: the next more general
+            except TypeError:  # it requires more arguments (UnicodeDecodeError): use its base class
                 continue
     raise ValueError(names)
 
 
 def told(error: BaseException) -> str:
-    """An exception as `ValueError: seven`, on one line of at most 500 characters."""
+    """Format an exception as `ValueError: seven`, on one line of at most 500 characters."""
     text = str(error)
     name = type(error).__name__
     return " ".join((f"{name}: {text}" if text else name).split())[:500]
@@ -155,7 +155,7 @@ def told(error: BaseException) -> str:
 
 class Channel:
     """Messages over two pipes: JSON preceded by its length. Raises EOFError when the other end is
-    gone or sends what is not a message."""
+    closed or sends something else."""
 
     def __init__(self, reader: int, writer: int) -> None:
         self.reader, self.writer = reader, writer

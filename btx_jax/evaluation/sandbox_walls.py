@@ -1,9 +1,9 @@
-"""What contains a process that runs code of a model: name spaces, another user, no capabilities,
+"""Containment of a process that runs a model's code: namespaces, another user, no capabilities,
 resource limits, Landlock and an allow-list of system calls (Linux 5.13 or newer, x86-64 and
 AArch64). Standard library only: sandboxed.py imports it in a bare interpreter.
 
-Each wall stands alone, so that what one of them lacks on an old kernel another one holds. Nothing
-here can be taken back by the process that asked for it.
+The walls are independent, so that another one holds where an old kernel lacks one. The process
+cannot undo any of them.
 """
 
 import ctypes
@@ -12,11 +12,11 @@ import resource
 import struct
 import sys
 
-NAME_SPACES, OTHER_USER = "name spaces", "another user"  # the walls that not every machine has
+NAME_SPACES, OTHER_USER = "name spaces", "another user"  # walls that not every machine supports
 
-# System calls that the program may make: numbers on x86-64 and AArch64 (None: not there).
+# Permitted system calls: numbers on x86-64 and AArch64 (None: does not exist).
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
-    # Files: what a path may name is Landlock's business
+    # Files: Landlock decides about paths
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
     "pwrite64": (18, 68), "preadv": (295, 69), "pwritev": (296, 70), "preadv2": (327, 286),
     "pwritev2": (328, 287), "lseek": (8, 62), "close": (3, 57), "close_range": (436, 436),
@@ -32,10 +32,10 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "chdir": (80, 49), "fchdir": (81, 50), "getdents64": (217, 61), "rmdir": (84, None),
     "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38),
     "renameat2": (316, 276),
-    # Memory of its own
+    # Its own memory
     "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "mremap": (25, 216),
     "madvise": (28, 233), "brk": (12, 214),
-    # Threads of its own, signals to itself, clocks
+    # Its own threads, signals to itself, clocks
     "futex": (202, 98), "futex_waitv": (449, 449), "membarrier": (324, 283), "rseq": (334, 293),
     "set_robust_list": (273, 99), "set_tid_address": (218, 96), "sched_yield": (24, 124),
     "sched_getaffinity": (204, 123), "gettid": (186, 178), "rt_sigaction": (13, 134),
@@ -46,14 +46,14 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "clock_getres": (229, 114),
     "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153), "getrusage": (98, 165),
     "exit": (60, 93), "exit_group": (231, 94), "wait4": (61, 260), "waitid": (247, 95),
-    # Who and where it is
+    # Identity and environment
     "getpid": (39, 172), "getppid": (110, 173), "getuid": (102, 174), "geteuid": (107, 175),
     "getgid": (104, 176), "getegid": (108, 177), "getresuid": (118, 148), "getresgid": (120, 150),
     "getgroups": (115, 158), "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156),
     "uname": (63, 160), "sysinfo": (99, 179), "getcpu": (309, 168), "getrlimit": (97, 163),
     "getrandom": (318, 278),
 }  # fmt: skip
-# Allowed for some values of one argument: numbers, which argument, and below what it may be.
+# Permitted for some values of one argument; below: numbers, argument, values.
 _FCNTL, _IOCTL, _CLONE = (72, 25), (16, 29), (56, 220)
 _OPENS = (((2, None), 1), ((257, 56), 2))
 _MKDIRS = (((83, None), 1), ((258, 34), 2))
@@ -62,14 +62,14 @@ _PRLIMIT = (302, 261)
 _MISSING = (
     435,
     437,
-)  # clone3, openat2: pointers to what they ask for; libc then uses clone, openat
+)  # clone3, openat2 take pointers; libc falls back to clone, openat
 _DESCRIPTORS = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
 _SETFL, _ASYNC = 4, 0x2000
 _TERMINALS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # is it one, its size; FIO*CLEX, NBIO
 _CLONE_THREAD, _CLONE_NEW = 0x10000, 0x7E020080
 _ACCESS, _TRUNC = 0x3, 0x200
 
-# Linux's numbers that Python has no names for
+# Linux constants that Python does not define.
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _MOUNT_SETATTR = 442
@@ -79,16 +79,16 @@ _NEW_MOUNTS, _NEW_USER, NEW_PIDS = 0x20000, 0x10000000, 0x20000000
 _NEW_OTHERS = 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000  # cgroups, host name, IPC, network
 _MS_BIND, _MS_REC, _MS_PRIVATE, _NOSUID_NODEV, _MNT_DETACH = 0x1000, 0x4000, 0x40000, 6, 2
 _AT_RECURSIVE, _AT_FDCWD = 0x8000, -100
-# Landlock: rights by version of its interface; what is granted
+# Landlock: rights by ABI version; rights granted.
 _HANDLED = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}
-_READ_FILE, _READ, _OWN = 0x4, 0xC, 0x61BE  # own: also write, remove, make files and folders
+_READ_FILE, _READ, _OWN = 0x4, 0xC, 0x61BE  # own: also write, remove, create
 _NULL = 0x4006  # read, write, truncate
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Refused(Exception):
-    """This machine cannot put up a wall: the message says which, and why."""
+    """This machine cannot set up a wall; the message says which, and why."""
 
 
 def _check(result: int, what: str) -> int:
@@ -121,9 +121,9 @@ def unshare(flags: int) -> None:
 
 
 def enter_name_spaces(home: str, paths: list[str], size: int, files: int) -> str:
-    """Enter a network, host name, IPC and file tree of its own: what `paths` names, read-only, and
-    a new `home` in memory that holds at most `size` bytes and `files` files. Returns the new home.
-    Ordinary users get a user namespace around it."""
+    """Enter a new network, host name, IPC and file tree that contains `paths`, read-only, and a new
+    `home` in memory that holds at most `size` bytes and `files` files. Returns the new home.
+    Ordinary users get a user namespace as well."""
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0:
         unshare(_NEW_MOUNTS | _NEW_OTHERS)
@@ -168,7 +168,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 
 def other_user() -> int:
-    """A user id that nobody has, where root may take any, so that sandboxes do not share one."""
+    """An unused user id, where root may choose one, so that sandboxes do not share it."""
     with open("/proc/self/uid_map") as file:
         first, _, count = file.read().split()[:3]
     alone = 0x70000000 + os.getpid()
@@ -185,11 +185,11 @@ def become(user: int) -> None:
 
 
 def contain(home: str, paths: list[str], seconds: int, memory: int, file: int) -> None:
-    """Take from this process everything that it could harm others with. From here on it computes,
-    reads `paths`, and writes below `home`."""
+    """Remove this process's ability to harm others. From then on it can compute, read `paths`, and
+    write below `home`."""
     os.umask(0o077)
     for limit, value in (
-        (resource.RLIMIT_CPU, seconds),  # both limits: SIGKILL, which no handler outlives
+        (resource.RLIMIT_CPU, seconds),  # both limits: SIGKILL, which cannot be handled
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, file),
         (resource.RLIMIT_CORE, 0),
@@ -200,7 +200,7 @@ def contain(home: str, paths: list[str], seconds: int, memory: int, file: int) -
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     _drop_capabilities()
-    die_with_parent()  # a change of user has undone it
+    die_with_parent()  # undone by the change of user
     _check(_libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
     _landlock(home, paths)
     _seccomp(system_calls(os.uname().machine, os.getpid()))
@@ -250,17 +250,17 @@ Code = list[tuple[int, int, int, int]]
 
 def system_calls(machine: str, pid: int) -> Code:
     """The filter, a classic BPF program over struct seccomp_data {int nr; u32 arch; u64 ip; u64
-    args[6]}, as (operation, jump if true, jump if false, operand). Whatever it does not name is
-    refused. `pid` is the one process that may be signalled."""
+    args[6]}, as (operation, jump if true, jump if false, operand). Everything not listed is
+    refused. `pid` is the only process that may be signalled."""
     column = ("x86_64", "aarch64").index(machine)
     code: Code = [
-        # Another architecture's numbers, and x32's
+        # Numbers of other architectures, and of x32.
         (_LOAD, 0, 0, 4), (_EQUAL, 1, 0, (0xC000003E, 0xC00000B7)[column]), (_GIVE, 0, 0, KILL),
         (_LOAD, 0, 0, 0), (_AT_LEAST, 0, 1, 0x40000000), (_GIVE, 0, 0, KILL),
     ]  # fmt: skip
 
     def when(numbers: tuple[int | None, int | None], argument: int, then: Code) -> None:
-        """For one system call, check one argument."""
+        """Check one argument of one system call."""
         number = numbers[column]
         if number is not None:
             then = [(_LOAD, 0, 0, 16 + 8 * argument), *then, (_GIVE, 0, 0, REFUSE)]
@@ -282,10 +282,10 @@ def system_calls(machine: str, pid: int) -> Code:
         when(numbers, 0, among((pid,)))
     when(_PRLIMIT, 0, among((0, pid)))
     when(_IOCTL, 1, among(_TERMINALS))
-    # The second look at a call that one argument alone does not decide
-    for numbers, argument in _OPENS:  # reading and truncating at once escapes Landlock before 6.2
+    # Further checks of calls that depend on more than one argument.
+    for numbers, argument in _OPENS:  # O_RDONLY with O_TRUNC escapes Landlock before 6.2
         when(numbers, argument, [*unless(_TRUNC), (_AND, 0, 0, _ACCESS), *among((1, 2))])
-    for numbers, argument in _MKDIRS:  # a folder that its owner cannot enter hides what it holds
+    for numbers, argument in _MKDIRS:  # a directory that its owner cannot enter hides its contents
         when(numbers, argument, [(_AND, 0, 0, 0o700), *among((0o700,))])
     when(_CLONE, 0, [(_BITS, 2, 0, _CLONE_NEW), (_BITS, 0, 1, _CLONE_THREAD), (_GIVE, 0, 0, ALLOW)])
     flags: Code = [(_EQUAL, 0, 3, _SETFL), (_LOAD, 0, 0, 32), *unless(_ASYNC)]

@@ -1,9 +1,10 @@
 """The child of sandbox.py, a script in a bare interpreter: python -I -S sandboxed.py REQUEST.
 
-Three processes. The keeper puts up the walls, starts the two others, watches how much they take,
-and prints the verdict. The solver runs the program that a model wrote. The judge runs the tests,
-which the solver never holds in its memory: it answers the tests' calls, and data is all that comes
-back. So a program can pass tests by right answers alone, whatever it does to its own process.
+It consists of three processes. The keeper sets up the walls, starts the two others, watches their
+resource usage, and prints the verdict. The solver runs the program written by a model. The judge
+runs the tests, which are never in the solver's memory: the solver answers the tests' calls, and
+returns only data. A program can thus pass tests only by right answers, whatever it does to its own
+process.
 """
 
 import json
@@ -37,15 +38,15 @@ from btx_jax.evaluation.sandbox_values import (
 if __name__ == "__main__":
     del sys.path[0]
 
-THREADS = 64  # more than the interpreter and OpenBLAS start; less than harms the machine
-_LOOK = 0.05  # seconds between two looks at what the solver takes
-_DESCRIPTORS = 3  # the first behind stdin, stdout and stderr
+THREADS = 64  # more than the interpreter and OpenBLAS start; fewer than would harm the machine
+_LOOK = 0.05  # seconds between checks of the solver's usage
+_DESCRIPTORS = 3  # the first after stdin, stdout and stderr
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Run what stdin contains: the program preceded by its length, then the tests as JSON. Returns
-    {"passed", "why"}, or {"refused": why} when a wall cannot be put up, or {"unsupported": why}
-    when the tests cannot be run from outside the program."""
+    """Run the contents of stdin: the program preceded by its length, then the tests as JSON.
+    Returns {"passed", "why"}, or {"refused": why} when a wall cannot be set up, or {"unsupported":
+    why} when the tests cannot be run from outside the program."""
     walls.die_with_parent()
     (length,) = struct.unpack("!I", read_exactly(0, 4))
     program = read_exactly(0, length).decode("utf-8", "surrogatepass")
@@ -65,7 +66,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(HOME=home, TMPDIR=home)
 
     def inside(descriptors: list[int]) -> None:
-        """Put up the rest of the walls, around a process that keeps only these descriptors."""
+        """Set up the remaining walls, around a process that keeps only these descriptors."""
         _keep(descriptors)
         try:
             if user is not None:
@@ -107,8 +108,8 @@ def _keep(descriptors: list[int]) -> None:
 
 
 def _watch(solver: int, verdict: int, processes: int, home: str, request: dict[str, Any]) -> str:
-    """Wait for the verdict, or until the solver exceeds a limit, and say which: wall time, threads
-    or, on a disk without a limit of its own, files or bytes."""
+    """Wait for the verdict, or until the solver exceeds a limit, which is returned: wall time,
+    threads or, on a disk without its own limit, files or bytes."""
     status = os.open(f"{solver}/status", os.O_RDONLY, dir_fd=processes)
     end = time.monotonic() + request["clock"]
     while not select.select([verdict], [], [], _LOOK)[0]:
@@ -123,8 +124,8 @@ def _watch(solver: int, verdict: int, processes: int, home: str, request: dict[s
 
 
 def _too_much(home: str, size: int, files: int) -> str:
-    """Which limit on files or bytes is exceeded. Looks at no more entries than are allowed.
-    Directories cannot be locked: see sandbox_walls."""
+    """The limit on files or bytes that is exceeded, or "". Visits at most as many entries as are
+    permitted. Directories cannot be locked: see sandbox_walls."""
     folders, seen, taken = [home], 0, 0
     while folders:
         try:
@@ -138,7 +139,7 @@ def _too_much(home: str, size: int, files: int) -> str:
                         return f"more than {size} bytes of files"
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-        except FileNotFoundError:  # it goes on removing while this looks
+        except FileNotFoundError:  # removed in the meantime
             continue
         except OSError as error:  # a path that is too long, for one
             return f"files that cannot be counted: {error.strerror}"
@@ -162,7 +163,7 @@ def _verdict(
 
 
 def _end(process: int, seconds: int, patience: float) -> str:
-    """End a process, after a moment in which it may end by itself, and say what killed it."""
+    """End a process, after giving it a moment to end by itself; returns what killed it."""
     until = time.monotonic() + patience
     while not (ended := os.wait4(process, os.WNOHANG))[0]:
         if time.monotonic() >= until:
@@ -227,13 +228,13 @@ def _judge(tests: int, reader: int, writer: int, verdict: int) -> NoReturn:
 
     def settle(kind: str, why: str = "") -> NoReturn:
         Channel(-1, verdict).send(kind, why)
-        os._exit(0)  # not an exception: tests may catch all of them
+        os._exit(0)  # not an exception, which tests might catch
 
     try:
         with os.fdopen(tests, "rb") as file:
             given = json.load(file)
         _run_tests(Channel(reader, writer), given, settle)
-    except BaseException as error:  # whatever the tests raise: the verdict is what it means
+    except BaseException as error:  # tests may raise anything: they have failed
         settle("failed", told(error))
     settle("passed")
 
@@ -241,7 +242,7 @@ def _judge(tests: int, reader: int, writer: int, verdict: int) -> NoReturn:
 def _run_tests(
     channel: Channel, tests: dict[str, str] | None, settle: Callable[..., NoReturn]
 ) -> None:
-    """Returns when the tests pass."""
+    """Run the tests; returns when they pass."""
     turn = threading.Lock()  # tests may have threads
     entry_point = tests["entry_point"] if tests else ""
 
@@ -251,7 +252,7 @@ def _run_tests(
                 if message:
                     channel.send(*message)
                 return channel.receive()
-            except EOFError:  # the solver has ended, or said what is no message
+            except EOFError:  # the solver has ended, or sent something else
                 settle("failed")
 
     def ask(*message: Any) -> list[Any]:
@@ -287,7 +288,7 @@ def _run_tests(
                 mutate(named[name], new)
         return decode(result, iterate)
 
-    walled, *why = hear()  # before the program has begun
+    walled, *why = hear()  # before the program starts
     if walled != "contained":
         settle("refused", *why)
     ask()  # the program has been loaded
@@ -304,7 +305,7 @@ def _run_tests(
 
 
 def _whole(setup: str) -> CodeType:
-    """The most lines of a prompt, from the first, that compile without what a program adds."""
+    """The longest prefix of a prompt's lines that compiles without the program."""
     lines = setup.splitlines()
     while True:
         for body in ("", "\n    pass"):

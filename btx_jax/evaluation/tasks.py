@@ -1,8 +1,7 @@
 """Test sets: multiple choice by log-likelihood, generation with exact match, code with pass@k.
 
-A test set is a file of JSON lines (.gz and .zst are unpacked). What a task asks of a model is the
-same for dense models, mixtures and checkpoints of any format; each returns its metrics and what it
-got for every item.
+A test set is a file of JSON lines (.gz and .zst are decompressed). Tasks treat dense models,
+mixtures and checkpoints of any format alike; each returns its metrics and the result of every item.
 """
 
 import functools
@@ -29,7 +28,7 @@ from btx_jax.models.llama import Params
 from btx_jax.parallel.hosts import is_first
 from btx_jax.progress import bar
 
-MAX_TEST_SET = 2**28  # bytes, unpacked
+MAX_TEST_SET = 2**28  # bytes, decompressed
 
 Item = dict[str, Any]
 FIELDS = {
@@ -40,15 +39,15 @@ FIELDS = {
 
 
 class TestSet(NamedTuple):
-    """The items of a test set, and the solved examples in front of every question."""
+    """The items of a test set, and the solved examples that precede every question."""
 
     items: list[Item]
     examples: list[Item]
 
 
 def read_test_set(task: TaskConfig, key: str) -> TestSet:
-    """key: of the task, for error messages. Raises UserError when a file cannot be read or its
-    items do not fit the task."""
+    """Read a task's test set. key: of the task, for error messages. Raises UserError when a file
+    cannot be read or its items do not fit the task."""
     limit = 0 if task.heldout_fraction else task.limit
     items = read_json_lines(task.file, f"{key}.file", limit, MAX_TEST_SET)
     if task.heldout_fraction:
@@ -71,15 +70,18 @@ def read_test_set(task: TaskConfig, key: str) -> TestSet:
 
 
 def too_long(task: TaskConfig, context: int) -> bool:
-    """Whether the task generates so much that a model with this context has no room for
-    a prompt."""
+    """Whether the task generates so many tokens that a model with this context has no room for a
+    prompt."""
     return task.kind != "multiple_choice" and task.max_tokens >= context
 
 
 class Candidate:
-    """One model, to be scored on any test sets. params: as trained, or as `load_for_inference`
-    returns them; copied only where text is generated. stops: ids that end a text. batch_size must
-    be divisible by the mesh's data, fsdp and expert axes; results do not depend on it."""
+    """One model, to be scored on test sets.
+
+    params: as trained, or as returned by `load_for_inference`; copied only for generation. stops:
+    ids that end a text. batch_size must be divisible by the mesh's data, fsdp and expert axes;
+    results do not depend on it.
+    """
 
     def __init__(
         self,
@@ -96,7 +98,8 @@ class Candidate:
         self._generator = functools.cache(lambda: Generator(model, params, compute, mesh, stops))
 
     def try_on(self, test_set: TestSet, task: TaskConfig, name: str) -> dict[str, Any]:
-        """Metrics, and `items`: the result for each. name: shown beside the progress."""
+        """Score the model on a test set: its metrics, and `items`: the result of each item. name:
+        for the progress bar."""
         items, examples = test_set
         if task.kind == "multiple_choice":
             return multiple_choice(items, examples, task, self._tokenizer, self._scorer, name)
@@ -107,12 +110,12 @@ class Candidate:
 
 
 def scores(result: dict[str, Any]) -> dict[str, float]:
-    """Only the metrics of a test set's result."""
+    """The metrics of a test set's result, without its items."""
     return {metric: value for metric, value in result.items() if metric != "items"}
 
 
 def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
-    """Raises UserError, naming the item, when a field is missing or of another type, or a gold
+    """Raise UserError, naming the item, when a field is missing or has the wrong type, or a gold
     choice does not exist."""
     if not items:
         raise UserError(f"{key}.file: {task.file} holds no item")
@@ -133,7 +136,7 @@ def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
 
 
 def _wrong_field(item: Item, kind: str) -> str:
-    """What is wrong with the types of an item's fields; "" for nothing."""
+    """The problem with the types of an item's fields; "" for none."""
     if kind == "multiple_choice":
         choices, gold = item["choices"], item["gold"]
         if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
@@ -161,7 +164,7 @@ def solved(item: Item, task: TaskConfig) -> str:
 
 
 def few_shot(examples: Sequence[Item], task: TaskConfig) -> str:
-    """The solved examples in front of every question."""
+    """The solved examples that precede every question."""
     return "".join(f"{solved(item, task)}\n\n" for item in examples)
 
 
@@ -173,8 +176,8 @@ def multiple_choice(
     score: Scorer,
     name: str,
 ) -> dict[str, Any]:
-    """accuracy: the likeliest choice; accuracy_normalised: the likeliest per character of the
-    choice (lm-evaluation-harness's acc_norm)."""
+    """accuracy: by the most likely choice. accuracy_normalised: by the most likely per character of
+    the choice (lm-evaluation-harness's acc_norm)."""
     shots = few_shot(examples, task)
     pairs = [
         encode_pair(tokenizer, shots + task.prompt.format_map(item), f" {choice}")
@@ -210,8 +213,8 @@ def exact_match(
     generator: Generator,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Share of items whose generated answer matches: the last number of both texts where both have
-    one, otherwise the text itself."""
+    """Share of items whose generated answer matches: compared by the last number of both texts if
+    both have one, otherwise as text."""
     shots = few_shot(examples, task)
     texts = continuations(
         tokenizer,
@@ -264,9 +267,9 @@ def continuations(
     task: TaskConfig,
     batch_size: int,
 ) -> list[str]:
-    """Text generated after each prompt, cut before the first of task.stop. Prompts of similar
-    length share a batch; where a prompt leaves no room for task.max_tokens, its beginning is cut
-    off. Raises UserError when the context has no room for a prompt at all."""
+    """The text generated after each prompt, up to the first of task.stop. Prompts of similar length
+    share a batch; where a prompt leaves no room for task.max_tokens, its beginning is truncated.
+    Raises UserError when the context has no room for a prompt at all."""
     room = generator.context - task.max_tokens
     if room < 1:
         raise UserError(
@@ -296,8 +299,8 @@ def continuations(
 
 
 def answer(text: str) -> str:
-    """The last number of a text, without separators of thousands and trailing zeros; or the
-    stripped text when it has none."""
+    """The last number of a text, without thousands separators and trailing zeros, or the stripped
+    text if it has none."""
     numbers = re.findall(
         r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)", text.replace("\N{MINUS SIGN}", "-")
     )
