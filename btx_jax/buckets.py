@@ -1,9 +1,9 @@
-"""Buckets of Cloud Storage and S3, by their URLs: gs://BUCKET/PATH and s3://BUCKET/PATH.
+"""Buckets of Cloud Storage and S3, by URL: gs://BUCKET/PATH and s3://BUCKET/PATH.
 
-A path on a bucket is a `upath.UPath`, which speaks as a pathlib.Path does and is typed as one here.
-Objects appear whole or not at all; nothing can be renamed, appended to or locked. So a directory is
-filled on the local disk and uploaded (`upload`), and one that only local libraries can read is
-copied to the local disk first (`local_copy`).
+A path in a bucket is a `upath.UPath`, which behaves like pathlib.Path and is typed as one here.
+Objects appear completely or not at all; nothing can be renamed, appended to or locked. Therefore a
+directory is filled on the local disk and then uploaded (`upload`), and one that only local
+libraries can read is copied to the local disk first (`local_copy`).
 """
 
 import contextlib
@@ -22,22 +22,22 @@ from typing import Any, cast
 from btx_jax.errors import UserError
 from btx_jax.progress import bar
 
-LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec reads it with
-UNFINISHED = ".unfinished"  # lies in a directory for as long as it is not whole
+LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the library with which fsspec reads it
+UNFINISHED = ".unfinished"  # marks a directory that is incomplete
 LOG_IN = (
     "run `gcloud auth application-default login`, or name a key's file in"
     " GOOGLE_APPLICATION_CREDENTIALS"
 )
 MOUNTS = Path("/proc/self/mounts")
-LARGE = 2**26  # bytes from which a bar shows how many have gone
-AT_ONCE = 8  # objects that are sent or fetched at the same time
+LARGE = 2**26  # bytes from which a progress bar is shown
+AT_ONCE = 8  # objects sent or fetched concurrently
 _URL = re.compile(r"(?P<scheme>\w+)://(?P<bucket>[^/]*)/?(?P<path>.*)", re.DOTALL)
 
-_required: set[str] = set()  # buckets that this process has found to be there
+_required: set[str] = set()  # buckets that this process has found to exist
 
 
 def is_url(text: str) -> bool:
-    """Whether it names something in a bucket, or anything else with a scheme."""
+    """Whether a text is a URL of any scheme, such as one of a bucket."""
     return re.match(r"\w+://", text) is not None
 
 
@@ -46,8 +46,8 @@ def is_on_bucket(path: Path) -> bool:
 
 
 def is_mounted(path: Path) -> bool:
-    """Whether a local path lies on a bucket that is mounted (Cloud Storage FUSE and the like):
-    there only what has been closed is kept when the process is killed."""
+    """Whether a local path is on a mounted bucket (such as by Cloud Storage FUSE), where only files
+    that have been closed survive a kill of the process."""
     with contextlib.suppress(OSError):
         lines = [line.split(" ") for line in MOUNTS.read_text(encoding="utf-8").splitlines()]
         points = {point.replace(r"\040", " "): kind for _, point, kind, *_ in lines}
@@ -76,19 +76,19 @@ def at(url: str, key: str) -> Path:
 
 
 def _configure() -> None:
-    """Configure the libraries before they are imported: no cache may hide what another process
-    writes."""
+    """Configure the libraries before they are imported: caches must not hide what other processes
+    write."""
     import fsspec.config
 
     for library in ("fsspec", "gcsfs"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # what they tell, they raise as well
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for more rights
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what they log, they also raise
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # needs more permissions
     for scheme in ("gcs", *LIBRARIES):
         fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
 
 
 def require(path: Path, key: str) -> None:
-    """Raises UserError when a path is in a bucket that does not exist, or may not be read."""
+    """Raise UserError when a path is in a bucket that does not exist or cannot be read."""
     if not is_on_bucket(path):
         return
     where = _URL.match(str(path))
@@ -112,12 +112,12 @@ def _files(path: Path) -> Any:
 
 
 def key_of(path: Path) -> str:
-    """The path as fsspec's file system names it: BUCKET/PATH."""
+    """The path in the notation of fsspec's file system: BUCKET/PATH."""
     return str(path).split("://", 1)[1]
 
 
 def told(error: BaseException) -> str:
-    """An error of a library for buckets in one line; "" for any other error."""
+    """A bucket library's error in one line; "" for other errors."""
     kind, text = type(error), " ".join(str(error).split())[:300]
     library = kind.__module__.partition(".")[0]
     status = getattr(error, "code", None) or getattr(error, "status", None)
@@ -135,8 +135,8 @@ def told(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(what: str = "") -> Iterator[None]:
-    """Around work on buckets: errors of their libraries become a UserError of one line. what: was
-    being read or written."""
+    """Context for work on buckets: errors of their libraries become a UserError of one line. what:
+    what was being read or written."""
     try:
         yield
     except UserError:
@@ -148,12 +148,12 @@ def explained(what: str = "") -> Iterator[None]:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Write an object unless it exists; False, with nothing written, if it does. Of several that
-    try at the same time, one succeeds."""
+    """Write an object unless it exists; return False, with nothing written, if it does. Of several
+    concurrent attempts one succeeds."""
     try:
         _files(path).pipe_file(key_of(path), data, mode="create")
     except FileExistsError:
-        return path.read_bytes() == data  # a lost answer was asked for again
+        return path.read_bytes() == data  # true after a retry whose first answer was lost
     return True
 
 
@@ -163,7 +163,7 @@ def read_range(path: Path, start: int, stop: int) -> bytes:
 
 
 def objects(directory: Path) -> dict[str, dict[str, Any]]:
-    """Everything below a directory: relative name -> what the store says about it."""
+    """Everything below a directory: relative name -> information from the store."""
     root = key_of(directory).rstrip("/") + "/"
     found = _files(directory).find(root, detail=True)
     return {name.removeprefix(root): info for name, info in sorted(found.items()) if name != root}
@@ -184,15 +184,15 @@ def remove(path: Path) -> None:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether an object, or a directory of them, exists; one that is incomplete, or that a process
-    has only claimed, does not count."""
+    """Whether an object, or a directory of objects, exists; one that is incomplete, or only claimed
+    by a process, does not count."""
     return path.is_file() or (
         any(not name.startswith(".") for name in objects(path)) and not (path / UNFINISHED).exists()
     )
 
 
 def require_whole(directory: Path, key: str) -> None:
-    """Raises UserError for a directory of a bucket that is still being filled, or was left
+    """Raise UserError for a directory in a bucket that is still being filled, or was left
     incomplete by a killed process."""
     if is_on_bucket(directory) and (directory / UNFINISHED).exists():
         raise _not_whole(directory, key)
@@ -206,8 +206,8 @@ def _not_whole(directory: Path, key: str) -> UserError:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what a killed upload left of a directory that only it has written to,
-    except claims."""
+    """Delete the remains of a killed upload from a directory that only it has written to, except
+    claims."""
     if (directory / UNFINISHED).exists():
         for name in objects(directory):
             if name != UNFINISHED and not name.startswith("."):
@@ -215,8 +215,8 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def upload(source: Path, target: Path) -> None:
-    """Upload a local directory's files, over those of the same names, the largest first: the files
-    that describe the others, which readers look for, come last."""
+    """Upload a local directory's files, replacing those of the same names, the largest first:
+    readers look for the small files that describe the others, so these come last."""
     files = sorted(
         (file for file in source.rglob("*") if file.is_file()),
         key=lambda file: (-file.stat().st_size, file),
@@ -235,15 +235,15 @@ def upload(source: Path, target: Path) -> None:
 
 
 def _counted(told: str, total: int) -> Any:
-    """A progress bar of that many bytes, where they may take a while."""
+    """A progress bar in bytes, for uploads and downloads that may take a while."""
     shown = total > LARGE
     return bar(desc=told, total=total, unit="B", unit_scale=True, leave=False, shown=shown)
 
 
 def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Path:
-    """The directory itself; for one in a bucket, a copy in the user's cache on the local disk: of
-    its objects as they are now, those whose relative names are wanted. What is cached already is
-    not downloaded again. Raises UserError for an incomplete one."""
+    """A local copy of a directory in a bucket, in the user's cache, with the objects whose relative
+    names are wanted, as they are now; a local directory itself. Cached objects are not downloaded
+    again. Raises UserError for an incomplete directory."""
     if not is_on_bucket(directory):
         return directory
     found = stamps(directory)
@@ -281,6 +281,6 @@ def _fetch(directory: Path, sizes: Mapping[str, int], target: Path) -> None:
 
 
 def cache() -> Path:
-    """Where copies from buckets are kept."""
+    """The directory of copies from buckets."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "btx_jax" / "buckets"

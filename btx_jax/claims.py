@@ -1,10 +1,10 @@
-"""Claims: which process holds a directory of a bucket, where nothing can be locked.
+"""Claims: which process holds a directory in a bucket, where nothing can be locked.
 
-A claim is an object of the directory, .claims/NUMBER, which its owner renews every few seconds. The
-highest number holds. Who finds the highest to be dead creates the next one, which a bucket grants
-to one of several only. A claim is dead when its process has ended, for one of the same machine, or
-has not renewed it for long. An owner that has lost its directory, as its machine was cut off, ends
-at once: two must not write there.
+A claim is an object in the directory, .claims/NUMBER, which its owner renews every few seconds. The
+highest number holds the directory. A process that finds the highest to be dead creates the next
+one, which the bucket grants to only one of several. A claim is dead when its process on the same
+machine has ended, or when it has not been renewed for long. An owner that has lost its directory,
+because its machine was cut off, ends at once: two processes must not write there.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 from btx_jax import buckets
 
 FOLDER = ".claims"
-RENEWED = 10.0  # seconds between two signs of life
-LAPSED = 45.0  # seconds without one after which a claim is dead
+RENEWED = 10.0  # seconds between renewals
+LAPSED = 45.0  # seconds without renewal after which a claim is dead
 
 log = logging.getLogger(__name__)
 
 
 class _Claim(NamedTuple):
-    """A claim as an object stores it. beat: counts its renewals."""
+    """The contents of a claim object. beat: number of renewals."""
 
     number: int
     process: dict[str, Any]
@@ -41,7 +41,7 @@ class _Claim(NamedTuple):
 
 
 def _this_process() -> dict[str, Any]:
-    """What identifies this process, on machines that have /proc."""
+    """Values that identify this process, on machines with /proc."""
     found: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     with contextlib.suppress(OSError):
         found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -51,13 +51,12 @@ def _this_process() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str:
-    """When a running process started, in ticks since boot. Raises OSError when there is none."""
+    """Start time of a running process, in ticks since boot. Raises OSError when there is none."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def _has_ended(process: dict[str, Any]) -> bool | None:
-    """Whether the claiming process has ended; None where that cannot be known, as it is on another
-    machine."""
+    """Whether the claiming process has ended; None if unknown, as on another machine."""
     here = _this_process()
     machine = ("host", "boot", "namespace")
     if "started" not in here or any(process.get(name) != here[name] for name in machine):
@@ -77,7 +76,7 @@ def _told(claim: _Claim) -> bytes:
 
 
 def _highest(directory: Path) -> _Claim | None:
-    """The highest claim; one that is given up meanwhile does not count."""
+    """The highest claim, ignoring any that is given up meanwhile."""
     for name in reversed(list(buckets.objects(directory / FOLDER))):
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             return _Claim(**json.loads((directory / FOLDER / name).read_bytes()))
@@ -85,7 +84,7 @@ def _highest(directory: Path) -> _Claim | None:
 
 
 def _is_dead(directory: Path, claim: _Claim) -> bool:
-    """Whether the claim is dead. Waits, if it must, for a sign of life."""
+    """Whether the claim is dead. Waits for a renewal if necessary."""
     if (ended := _has_ended(claim.process)) is not None:
         return ended
     log.warning(
@@ -107,8 +106,8 @@ def _is_dead(directory: Path, claim: _Claim) -> bool:
 
 @contextlib.contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """Hold a directory of a bucket for this process while the block lasts. Raises BlockingIOError
-    when another process holds it."""
+    """Hold a directory in a bucket while the block runs. Raises BlockingIOError when another
+    process holds it."""
     before = _highest(directory)
     if before is not None and not _is_dead(directory, before):
         raise BlockingIOError(f"{directory} is held by a process of {before.process.get('host')}")
@@ -126,7 +125,7 @@ def claimed(directory: Path) -> Iterator[None]:
     finally:
         ended.set()
         renewal.join()
-        with contextlib.suppress(Exception):  # whatever hindered the block hinders this
+        with contextlib.suppress(Exception):  # fails for the same reason as the block
             buckets.remove(_file(directory, number))
 
 
@@ -138,7 +137,7 @@ def _renew(directory: Path, claim: _Claim, ended: threading.Event) -> None:
                 claim = claim.renewed()
                 _file(directory, claim.number).write_bytes(_told(claim))
                 continue
-        except Exception as error:  # the way to the bucket is cut; it may come back
+        except Exception as error:  # the connection is lost, and may come back
             log.debug("%s: the claim was not renewed: %s", directory, error)
             continue
         if not ended.is_set():

@@ -1,4 +1,4 @@
-"""How every command ends when something goes wrong that a user can mend: one line, no traceback."""
+"""How commands report errors that users can fix: in one line, without a traceback."""
 
 import contextlib
 import io
@@ -20,8 +20,8 @@ def fail(message: object) -> NoReturn:
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Around the body of a command: errors become one line. When the reader of its output has gone,
-    as in `| head`, the command ends as any program does."""
+    """Context for the body of a command: errors become one line. When the reader of its output is
+    gone, as in `| head`, the command ends like any program."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
     try:
@@ -33,12 +33,12 @@ def told_in_one_line() -> Iterator[None]:
     except UserError as error:
         fail(error)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # prevents another flush by the interpreter
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if of_bucket := buckets.told(error):
             fail(of_bucket)
         if not isinstance(error, OSError):
             raise
-        # a disk that is full or read-only, a file where a directory should be
+        # such as a full or read-only disk, or a file in place of a directory
         fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")

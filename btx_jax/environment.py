@@ -1,6 +1,6 @@
-"""The packages beside btx_jax, against the versions that it was tested with: the ranges of its own
-metadata, which are those of pyproject.toml. A checkout that was never installed has no metadata;
-then nothing is compared."""
+"""Compare installed packages with the tested versions: the ranges in btx_jax's own metadata, which
+are those of pyproject.toml. A checkout that was never installed has no metadata, and nothing is
+compared."""
 
 from collections.abc import Iterator
 from importlib import metadata
@@ -11,11 +11,11 @@ from packaging.requirements import Requirement
 from btx_jax import terminal
 from btx_jax.errors import UserError
 
-BREAKS_BELOW_ITS_RANGE = "jax"  # tests are known to fail; of others nothing older was tried
+BREAKS_BELOW_ITS_RANGE = "jax"  # older versions fail the tests; of other packages none were tried
 
 
 class _Unmet(NamedTuple):
-    """A requirement that is not met. installed: the version that is installed, "" for none."""
+    """An unmet requirement. installed: the installed version, "" for none."""
 
     requirement: Requirement
     installed: str
@@ -26,19 +26,19 @@ class _Unmet(NamedTuple):
 
 
 def require(extra: str, what: str) -> None:
-    """Raises UserError, with the command that fixes it, when a package of the extra is missing or
-    has a version outside its range. what: the key or the command that needs it."""
+    """Raise UserError, with the command that fixes it, when a package of the extra is missing or
+    its version is out of range. what: the key or command that needs it."""
     if unmet := list(_unmet(extra)):
         listed = ", ".join(f"{u.asked} ({u.installed or 'none'} is installed)" for u in unmet)
         raise UserError(f"{what} needs {listed}: pip install 'btx_jax[{extra}]'")
 
 
 def check() -> None:
-    """At the start of a command, warn about versions outside the ranges, in one line each, on
-    stderr. Raises UserError for those that are known to fail."""
+    """Warn about versions out of range, one line each on stderr, at the start of a command. Raises
+    UserError for those known to fail."""
     for unmet in _unmet():
         if not unmet.installed:
-            continue  # the import that needs it tells
+            continue  # reported by the import that needs it
         told = (
             f"{unmet.requirement.name} {unmet.installed} is installed; btx_jax was tested with"
             f" {unmet.requirement.specifier}: pip install '{unmet.asked}'"
@@ -65,7 +65,7 @@ def _unmet(extra: str = "") -> Iterator[_Unmet]:
     for requirement in map(Requirement, asked):
         marker = requirement.marker
         if extra and (marker is None or marker.evaluate({"extra": ""})):
-            continue  # everybody's
+            continue  # required by every installation
         if marker is not None and not marker.evaluate({"extra": extra}):
             continue
         try:

@@ -1,13 +1,13 @@
-"""What users are meant to read: one line that names cause and cure."""
+"""Errors for users: one line that names the cause and the cure."""
 
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
 MAX_LINE = 8000
-MAX_WORD = 100  # characters of a wrong word that are compared with the known ones
-MAX_KNOWN = 40  # known words that are listed
-MAX_TOLD = 20  # mistakes that are told at one time
+MAX_WORD = 100  # characters of a wrong word to compare with known ones
+MAX_KNOWN = 40  # known words to list
+MAX_TOLD = 20  # mistakes to report at once
 
 
 class UserError(Exception):
@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A config that cannot run, for one or more mistakes, each of which starts with its key."""
+    """A config that cannot run: one or more mistakes, each of which starts with its key."""
 
     def __str__(self) -> str:
         if len(self.args) <= 1:
@@ -30,7 +30,8 @@ class ConfigError(UserError):
 
 
 def _by_what(told: list[str]) -> list[str]:
-    """Mistakes, with those that say the same of different keys reduced to one and their number."""
+    """Mistakes, with those that say the same about several keys merged into one with their
+    number."""
     places: dict[str, list[str]] = {}
     for each in told:
         key, _, what = each.partition(": ")
@@ -45,15 +46,15 @@ class Mistakes:
     """Collects mistakes, so that all of them are reported at once."""
 
     def __init__(self) -> None:
-        self.found: dict[str, None] = {}  # in order, each once
+        self.found: dict[str, None] = {}  # in order, without duplicates
 
     def add(self, told: str) -> None:
         self.found[told] = None
 
     @contextlib.contextmanager
     def gather(self, prefix: str = "") -> Iterator[None]:
-        """A UserError inside the block is collected, and the block left. prefix: put before keys
-        that are incomplete."""
+        """Context in which a UserError is collected, ending the block. prefix: put before
+        incomplete keys."""
         try:
             yield
         except UserError as error:
@@ -61,14 +62,14 @@ class Mistakes:
                 self.add(told if told.startswith("config.") else prefix + told)
 
     def tell(self) -> None:
-        """Raises ConfigError when there are any."""
+        """Raise ConfigError if there are any mistakes."""
         if self.found:
             raise ConfigError(*self.found)
 
 
 def one_line(told: object) -> str:
-    """The words of an error on one line: characters that a terminal would obey or cannot show are
-    escaped, and the middle is cut where it is longer than anyone reads."""
+    """An error's message on one line: control and unprintable characters are escaped, and an
+    overlong line is cut in the middle."""
     words = " ".join(str(told).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return (
@@ -77,7 +78,7 @@ def one_line(told: object) -> str:
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ConfigError, with the nearest allowed word, for any other."""
+    """Raise ConfigError, with the closest permitted word, for any other word."""
     if value not in allowed:
         raise ConfigError(f"{key}={value[:MAX_WORD]!r}: {suggest(value, allowed)}")
 

@@ -1,11 +1,12 @@
-"""Models, tokenizers and data sets by their names on the Hugging Face Hub, through the cache, token
-and offline rules of huggingface_hub.
+"""Models, tokenizers and data sets by name on the Hugging Face Hub, with the cache, token and
+offline rules of huggingface_hub.
 
-    org/name[@REVISION][/FOLDER]            a model, wherever a checkpoint or a tokenizer goes
-    hf://org/name[@REVISION][/FOLDER]       the same, whatever lies here under that name
+    org/name[@REVISION][/FOLDER]            a model, wherever a checkpoint or a tokenizer is named
+    hf://org/name[@REVISION][/FOLDER]       the same, even if a local path has that name
     hf://datasets/org/name[@REVISION]/GLOB  text and test sets
 
-Nothing of a repository is run: weights come as safetensors, and of all else only what is read.
+No code of a repository is run: weights must be safetensors, and of other files only those needed
+are downloaded.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from btx_jax.hub_errors import told
 from btx_jax.hub_names import Name, matches, named
 from btx_jax.paths import to_path
 
-MODEL, TOKENIZER = "model", "tokenizer"  # kinds of what is wanted
+MODEL, TOKENIZER = "model", "tokenizer"  # kinds of content to download
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja",
@@ -34,22 +35,21 @@ _MODEL_FILES = (
     "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja", "SHA256SUMS",
     "README.md",
 )  # fmt: skip
-_NEVER_READ = ("trainer_state.json",)  # megabytes
+_NEVER_READ = ("trainer_state.json",)  # megabytes in size
 _SMALL = (".json", ".txt", ".model", ".jinja", ".md", "SHA256SUMS")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".gguf", ".onnx")
-_TRIES = 3  # of a download; huggingface_hub goes on where most cuts were by itself
+_TRIES = 3  # attempts at a download; huggingface_hub itself resumes after most interruptions
 
-_pins: dict[str, str] = {}  # of this process: name without its path -> commit
+_pins: dict[str, str] = {}  # in this process: name without its path -> commit
 
 
 def resolve(name: str, key: str, kind: str = MODEL) -> Path:
-    """A path as it is written, expanded, or the directory of what a name on the Hub stands for, at
-    one commit for as long as the process lives.
+    """Resolve a path, which is expanded, or a name on the Hub: the directory of its contents, at
+    the same commit for the lifetime of the process.
 
-    kind: MODEL downloads the files that a model or an adapter is read from, TOKENIZER those of a
-    tokenizer. Raises UserError, naming the key, when it does not exist on the Hub or cannot be
-    downloaded.
+    kind: MODEL downloads the files of a model or an adapter, TOKENIZER those of a tokenizer. Raises
+    UserError, naming the key, when it does not exist on the Hub or cannot be downloaded.
     """
     found = named(name, key)
     if found is None:
@@ -63,7 +63,7 @@ def resolve(name: str, key: str, kind: str = MODEL) -> Path:
 
 
 def commit(name: Name, key: str) -> str:
-    """The commit of its revision, now or when it was first requested (`pin`)."""
+    """The commit of a name's revision, as of now or of its first use (`pin`)."""
     if re.fullmatch("[0-9a-f]{40}", name.revision):
         return name.revision
     pinned = f"{name.type}/{name.repository}"
@@ -76,18 +76,18 @@ def commit(name: Name, key: str) -> str:
 
 
 def pin(commits: Mapping[str, str]) -> None:
-    """From now on these names stand for these commits, as `pins` returned them."""
+    """From now on resolve these names to these commits, as returned by `pins`."""
     _pins.update(commits)
 
 
 def pins() -> dict[str, str]:
-    """The commits that this process has used: `TYPE/org/name@REVISION` -> commit."""
+    """The commits used by this process: `TYPE/org/name@REVISION` -> commit."""
     return dict(_pins)
 
 
 def listing(name: Name, key: str) -> dict[str, tuple[int, str]]:
-    """All files of a repository: path -> (bytes, git's hash of its content). From the cache where
-    it was requested before."""
+    """All files of a repository: path -> (bytes, git's hash of the content). Cached after the first
+    request."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -96,19 +96,19 @@ def listing(name: Name, key: str) -> dict[str, tuple[int, str]]:
         with contextlib.suppress(CachedRepoTreeNotFoundError), told(name, key):
             files = get_cached_repo_tree(name.repo, repo_type=name.type, revision=at)
             return {file.path: (file.size, file.blob_id) for file in files}
-        folder = _snapshot(name, key, [])  # which keeps it
-    # A cache of an older library, offline.
+        folder = _snapshot(name, key, [])  # which caches it
+    # A cache of an older library version, offline.
     held = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.stat().st_size, "") for path in held}
 
 
 def download_file(name: Name, key: str) -> Path:
-    """The file at name.path, in the cache."""
+    """The file at name.path, downloaded to the cache."""
     return _snapshot(name, key, [name.path]) / name.path
 
 
 def _download(name: Name, key: str, patterns: Iterable[str]) -> Path:
-    """The directory that a name stands for, with the files that match."""
+    """Download the files that match; returns the directory that a name refers to."""
     inside = f"{glob.escape(name.path)}/" if name.path else ""
     wanted = [inside + pattern for pattern in patterns]
     files = [path for path in listing(name, key) if any(matches(path, each) for each in wanted)]
@@ -117,7 +117,7 @@ def _download(name: Name, key: str, patterns: Iterable[str]) -> Path:
 
 
 def _snapshot(name: Name, key: str, files: Sequence[str]) -> Path:
-    """A repository's directory in the cache, with these files."""
+    """Download these files; returns the repository's directory in the cache."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
     from huggingface_hub.utils import disable_progress_bars
@@ -140,14 +140,14 @@ def _snapshot(name: Name, key: str, files: Sequence[str]) -> Path:
                     name.repo, repo_type=name.type, revision=at, allow_patterns=wanted
                 )
                 break
-            except HTTPError as error:  # a connection that broke
+            except HTTPError as error:  # a broken connection
                 if isinstance(error, HfHubHTTPError) or not left:
                     raise
     return Path(folder)
 
 
 def _weights(name: Name, key: str, folder: Path) -> list[str]:
-    """The files that contain the tensors of a model or an adapter, chosen by what exists. Raises
+    """The files that contain the tensors of a model or an adapter, depending on what exists. Raises
     UserError where there are only pickles, or none."""
     inside = f"{name.path}/" if name.path else ""
     tree = listing(name, key)
@@ -186,8 +186,8 @@ def _of_model(folder: Path, files: set[str]) -> set[str]:
 
 
 def _field(path: Path, key: str) -> object:
-    """A field of the JSON object in a file; None where there is none. Damage is reported by whoever
-    reads the file."""
+    """A field of the JSON object in a file; None if missing. Damage is reported by whoever reads
+    the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -207,25 +207,25 @@ def _folders(files: set[str]) -> str:
 
 @functools.cache
 def _quiet() -> None:
-    """Progress bars on terminals only, and errors in this package's words."""
+    """Show progress bars on terminals only, and leave error messages to this package."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
-    for noisy in ("httpx", "httpx2"):  # a line a request
+    for noisy in ("httpx", "httpx2"):  # these log a line per request
         getLogger(noisy).setLevel("WARNING")
     if not sys.stderr.isatty():
         disable_progress_bars()
 
 
 def without_bars() -> None:
-    """For a process whose parent reports for it."""
+    """Disable progress bars, in a process whose parent reports for it."""
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
 
 
 def api() -> Any:
-    """huggingface_hub's API, as quiet as this package."""
+    """huggingface_hub's API, silenced by `_quiet`."""
     from huggingface_hub import HfApi
 
     _quiet()

@@ -1,4 +1,4 @@
-"""What goes wrong with the Hugging Face Hub, in one line with its cure."""
+"""Errors of the Hugging Face Hub, each in one line with its cure."""
 
 import contextlib
 import difflib
@@ -16,7 +16,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def told(name: Name, key: str) -> Iterator[None]:
-    """Whatever huggingface_hub raises in the block becomes a UserError that begins with the key."""
+    """Context in which anything that huggingface_hub raises becomes a UserError that begins with
+    the key."""
     from huggingface_hub import errors
 
     known = (
@@ -117,7 +118,7 @@ def _near(name: Name) -> str:
     ask: Any = HfApi().list_datasets if name.type == "dataset" else HfApi().list_models
     found: list[str] = []
     for asked in ({"author": org}, {"search": own}):
-        with contextlib.suppress(Exception):  # it is help, and no more
+        with contextlib.suppress(Exception):  # only a suggestion
             found += [each.id for each in ask(limit=100, **asked)]
     return next(iter(difflib.get_close_matches(name.repo, found, n=1)), "")
 
@@ -127,7 +128,7 @@ def _revisions(name: Name) -> str:
 
     try:
         refs = HfApi().list_repo_refs(name.repo, repo_type=name.type)
-    except Exception:  # it is help, and no more
+    except Exception:  # only a suggestion
         return "; look for those it has on its page"
     known = [ref.name for ref in (*refs.branches, *refs.tags)]
     near = difflib.get_close_matches(name.revision, known, n=1)

@@ -1,4 +1,4 @@
-"""Names of the Hugging Face Hub, as users write them and as paths of its cache hold them."""
+"""Names on the Hugging Face Hub, as users write them and as they appear in paths of its cache."""
 
 import fnmatch
 import os
@@ -11,7 +11,7 @@ from btx_jax import environment
 from btx_jax.errors import UserError, one_line
 
 PROTOCOL = "hf://"
-# A repository, a revision and a folder, none of which begins with a dot.
+# A repository, a revision and a folder; none begins with a dot.
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.%/-]+?)?(/\w[\w.-]*)*", re.ASCII)
 _SNAPSHOT = re.compile(
     r"/(?P<type>model|dataset)s--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?P<path>(/.*)?)$"
@@ -19,8 +19,8 @@ _SNAPSHOT = re.compile(
 
 
 class Name(NamedTuple):
-    """A name on the Hub. type: model or dataset. revision: a branch, a tag or a commit, "" for the
-    main branch. path: of a folder in it, or of files."""
+    """A name on the Hub. type: model or dataset. revision: a branch, tag or commit, "" for the main
+    branch. path: of a folder in it, or of files."""
 
     type: str
     repo: str
@@ -37,8 +37,8 @@ class Name(NamedTuple):
 
 
 def named(text: str, key: str) -> Name | None:
-    """What a text names on the Hub. None for a path: anything that exists locally, or would be in a
-    folder that does. Raises UserError for hf:// without a name."""
+    """The name on the Hub that a text stands for; None for a path: anything that exists locally, or
+    whose folder does. Raises UserError for hf:// without a valid name."""
     if not text.startswith(PROTOCOL):
         if _NAME.fullmatch(text) is None or os.path.lexists(text):
             return None
@@ -59,12 +59,12 @@ def named(text: str, key: str) -> Name | None:
 
 
 def may_be_named(text: str) -> bool:
-    """Whether the Hub could have such a name."""
+    """Whether this could be a name on the Hub."""
     return _NAME.fullmatch(text) is not None
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Match a path as a shell does: * stays within a folder, ** spans any number of them."""
+    """Match a path as a shell would: * stays within a folder, ** spans any number of them."""
 
     def match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
         if not patterns:
@@ -81,8 +81,8 @@ def matches(path: str, pattern: str) -> bool:
 
 
 def origin(path: Path | str) -> Name | None:
-    """For a path inside a snapshot of the Hub's cache: its name on the Hub, with its commit as
-    revision."""
+    """For a path inside a snapshot of the Hub's cache, its name on the Hub with the commit as
+    revision; None for other paths."""
     match = _SNAPSHOT.search(str(path))
     if match is None:
         return None
@@ -91,6 +91,6 @@ def origin(path: Path | str) -> Name | None:
 
 
 def title(path: Path) -> str:
-    """What a model's directory is called: its name on the Hub, if it comes from there."""
+    """A model directory's name for display: that on the Hub, if it comes from there."""
     found = origin(path)
     return str(found._replace(revision="")) if found else path.name

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM: one line, nothing left behind, whatever the process was doing.
+"""Handle Ctrl-C and SIGTERM: print one line and leave nothing behind, whatever the process was
+doing.
 
-Not by KeyboardInterrupt: where it is raised in a callback of the garbage collector or in a
-finaliser, Python drops it, and the program continues as if nobody had asked.
+KeyboardInterrupt is not used: raised in a callback of the garbage collector or in a finaliser,
+Python drops it, and the program would continue.
 """
 
 import os
@@ -17,15 +18,15 @@ _Handler = Callable[[int, FrameType | None], None]
 
 
 def end_at_once(cure: str) -> None:
-    """From now on either signal ends the process with status 128 + its number, as for any program
-    that it ends. A signal that the caller had ignored (nohup) stays ignored."""
+    """From now on, let either signal end the process with status 128 + its number, as for any
+    program ended by a signal. A signal that the caller had ignored (nohup) stays ignored."""
 
     def end(number: int, _: FrameType | None) -> None:
-        threading.excepthook = lambda _: None  # of those whose files are taken away now
+        threading.excepthook = lambda _: None  # for threads whose files are removed now
         abandon()
-        # No buffers: the signal may have come in the middle of a write to one of them.
+        # Unbuffered: the signal may have interrupted a write to a buffer.
         os.write(2, f"\nbtx_jax: interrupted; {cure}\n".encode())
-        os._exit(128 + number)  # threads of libraries have nothing more to do
+        os._exit(128 + number)  # library threads have nothing more to do
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -34,8 +35,8 @@ def end_at_once(cure: str) -> None:
 
 @contextmanager
 def noted(told: str) -> Iterator[Callable[[], int]]:
-    """Inside the block the first signal ends nothing: the yielded function returns its number, or
-    0. A second one does what it did before. told: is logged when the first arrives."""
+    """Context in which the first signal only makes the yielded function return its number instead
+    of 0; a second one has its previous effect. told: printed when the first arrives."""
     came: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

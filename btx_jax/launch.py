@@ -1,11 +1,11 @@
 """Run one config: python -m btx_jax.launch --config=configs/demo.py[:ARG] [--workdir=DIR]
 [--config.SECTION.KEY=VALUE ...]
 
-`btx run demo[:ARG] ...` is the same, without absl's flags. Every key of the config can be
-overridden on the command line. A directory that holds an unfinished run of the same config is
-resumed; a finished one is left as it is. Exit status: 0 finished, 1 --compile_topology does not
-fit, 2 wrong input (one line says what and how to mend it), 130 and 143 ended by Ctrl-C and SIGTERM,
-in training with the last whole step saved; a second one ends at once.
+`btx run demo[:ARG] ...` does the same, without absl's flags. Every key of the config can be
+overridden on the command line. An unfinished run of the same config in the directory is resumed; a
+finished one is left as it is. Exit status: 0 finished, 1 --compile_topology does not fit, 2 invalid
+input (one line says what is wrong and how to fix it), 130 and 143 ended by Ctrl-C and SIGTERM, in
+training with the last complete step saved; a second signal ends it at once.
 """
 
 from btx_jax import environment, interrupts
@@ -20,7 +20,7 @@ import os
 import re
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about the CPU it compiles for
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's messages about the CPU
 
 import ml_collections
 from absl import app, flags
@@ -38,7 +38,7 @@ try:
     _CONFIG = define_config(
         FLAGS, told="Config file or preset: configs/demo.py, configs/math_expert.py:tiny, btx:tiny."
     )
-except flags.Error as error:  # a --flagfile, which this reads already
+except flags.Error as error:  # from a --flagfile, which is read here
     fail(error)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run keeps everything it writes. Default: runs/NAME-OF-CONFIG."
@@ -77,9 +77,9 @@ def parse(argv: list[str]) -> list[str]:
             return FLAGS(argv, known_only=False)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a config file can raise anything
+        except BaseException as error:  # config files may raise anything
             if file := _config_file(argv):
-                read_config(file, split_overrides(argv)[1])  # raises for what is wrong with either
+                read_config(file, split_overrides(argv)[1])  # raises for mistakes in either
             if not isinstance(error, flags.Error | UserError):
                 raise
             raise UserError(error) from None
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     runs.log_to_terminal()
     with told_in_one_line():
         if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
-            read_config(file)  # raises, as its file could not be read or returns something else
+            read_config(file)  # raises: the file cannot be read, or returns something else
         config = from_config_dict(_CONFIG.value)
         workdir = _WORKDIR.value or ""
         if _TOPOLOGY.value:

@@ -1,4 +1,5 @@
-"""A directory or a file that appears finished or not at all, and locks; on a disk or a bucket."""
+"""Directories and files that appear completely or not at all, and locks; on a disk or in a
+bucket."""
 
 import contextlib
 import fcntl
@@ -17,11 +18,11 @@ from btx_jax.claims import claimed
 from btx_jax.errors import UserError
 
 PARTIAL = ".partial-"
-WAIT = 1.0  # seconds between two looks whether another process has finished an upload
+WAIT = 1.0  # seconds between checks for another process's upload
 
 
 def check_free(target: Path) -> None:
-    """Raises UserError when something exists already: nothing is overwritten."""
+    """Raise UserError when something exists already: nothing is overwritten."""
     if "\0" in str(target):
         raise UserError(f"cannot write {str(target)[:200]!r}: no name of a file")
     buckets.require(target, f"cannot write {target}")
@@ -34,21 +35,20 @@ def check_free(target: Path) -> None:
 
 
 def is_there(target: Path) -> bool:
-    """Whether what `new_directory` or `new_file` makes exists, complete."""
+    """Whether a result of `new_directory` or `new_file` exists and is complete."""
     return buckets.is_taken(target) if buckets.is_on_bucket(target) else target.exists()
 
 
-_unfinished: set[Path] = set()  # of this process
+_unfinished: set[Path] = set()  # in this process
 
 
 @contextlib.contextmanager
 def none_left_empty(*directories: Path) -> Iterator[None]:
-    """When the block fails, directories that it created, parents included, and left empty are
-    deleted."""
+    """If the block fails, delete directories, including parents, that it created and left empty."""
     missing = {
         p: None
         for directory in directories
-        if not buckets.is_on_bucket(directory)  # which has no empty ones
+        if not buckets.is_on_bucket(directory)  # buckets have no empty directories
         for p in (directory, *directory.parents)
         if not p.exists()
     }
@@ -63,12 +63,13 @@ def none_left_empty(*directories: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A hidden directory beside the target, renamed to it at the end of the block, or deleted when
-    the block fails; for a target in a bucket, a local temporary directory, which is uploaded.
+    """Yield a hidden directory beside the target, which is renamed to it at the end of the block,
+    or deleted if the block fails; for a target in a bucket, a local temporary directory, which is
+    uploaded.
 
-    A killed process leaves `.NAME.partial-*`, or an upload that is marked as unfinished, which the
-    next attempt removes; those of running processes are locked and left alone. Raises UserError
-    when the target exists or the disk or bucket cannot take it.
+    A killed process leaves `.NAME.partial-*`, or an upload marked as unfinished, which the next
+    attempt removes; those of running processes are locked and left alone. Raises UserError when the
+    target exists or cannot be written.
     """
     check_free(target)
     if buckets.is_on_bucket(target):
@@ -93,7 +94,7 @@ def _new_on_bucket(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _claimed_when_free(target: Path) -> Iterator[None]:
-    """Wait for another process that is writing there: it may be killed before it has finished."""
+    """Wait for another process that is writing there: it may be killed before it finishes."""
     with contextlib.ExitStack() as held:
         while True:
             try:
@@ -106,8 +107,8 @@ def _claimed_when_free(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filled(directory: Path) -> Iterator[Path]:
-    """The directory, created if missing; for one in a bucket, a temporary directory whose files are
-    uploaded at the end of the block, over those of the same names."""
+    """Yield the directory, created if missing; for one in a bucket, a temporary directory whose
+    files are uploaded at the end of the block, replacing those of the same names."""
     if not buckets.is_on_bucket(directory):
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
@@ -136,10 +137,10 @@ def _new_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A hidden file beside the target, renamed to it at the end of the block, even if it exists, or
-    deleted when the block fails; what killed processes left of it is removed. For a target in a
-    bucket, a temporary file that is uploaded. Its name is unique: process ids do not suffice, as in
-    containers every run is process 1."""
+    """Yield a hidden file beside the target, which is renamed to it at the end of the block,
+    replacing an existing file, or deleted if the block fails; remains of killed processes are
+    removed. For a target in a bucket, yield a temporary file, which is uploaded. The name is
+    unique: a process id would not suffice, as every run in a container is process 1."""
     if buckets.is_on_bucket(target):
         with temporary_directory() as directory:
             yield directory / target.name
@@ -152,8 +153,8 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def require_renames(directory: Path, key: str) -> None:
-    """Raises UserError where directories cannot be renamed, which is how what is whole gets its
-    name; a bucket that is named as such needs none."""
+    """Raise UserError where directories cannot be renamed, which is how complete ones get their
+    name; a bucket named by its URL does not need it."""
     if buckets.is_on_bucket(directory):
         return
     with tempfile.TemporaryDirectory(prefix=f".rename{PARTIAL}", dir=directory) as probe:
@@ -181,7 +182,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError when the file is damaged."""
+    """Read JSON. Raises UserError when the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -198,7 +199,7 @@ def _empty_file(**at: Any) -> Path:
 
 @contextlib.contextmanager
 def _partial(target: Path, make: Callable[..., Path]) -> Iterator[Path]:
-    """What `make` creates, locked while the block lasts, and deleted after it."""
+    """Yield what `make` creates, locked while the block runs, and deleted after it."""
     sweep(target.parent, target.name)
     with contextlib.ExitStack() as held:
         while True:
@@ -207,7 +208,7 @@ def _partial(target: Path, make: Callable[..., Path]) -> Iterator[Path]:
             try:
                 held.enter_context(locked(partial))
             except (BlockingIOError, FileNotFoundError):
-                continue  # another process took it for a left-over, before it was locked
+                continue  # removed as left over before it was locked
             except OSError:
                 pass  # a file system without locks
             if partial.exists():
@@ -231,20 +232,19 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_directory() -> Iterator[Path]:
-    """A directory for temporary files, deleted after the block. Those that killed processes left
-    are removed: one may contain a whole model."""
+    """Yield a directory for temporary files, deleted after the block. Those left by killed
+    processes are removed: each may contain a whole model."""
     target = Path(tempfile.gettempdir(), "btx_jax")
     with _partial(target, lambda **at: Path(tempfile.mkdtemp(**at))) as directory:
         yield directory
 
 
 def abandon() -> None:
-    """Delete what this process has not finished; threads that still write there cannot
-    prevent it."""
+    """Delete what this process has not finished, even if other threads are still writing there."""
     for path in list(_unfinished):
         for _ in range(100):
             if not buckets.is_on_bucket(path) and path.is_dir():
-                # Where it has another name, they find it no more.
+                # Renamed, so that these threads no longer find it.
                 gone = path.with_name(f"{path.name}-gone")
                 with contextlib.suppress(OSError):
                     path.rename(gone)
@@ -255,7 +255,7 @@ def abandon() -> None:
 
 
 def sweep(directory: Path, name: str | None = None) -> None:
-    """Delete what killed processes left of new files and directories of this name, None for all.
+    """Delete what killed processes left of new files and directories with this name, None for all.
     Those of running processes are locked and left alone."""
     if buckets.is_on_bucket(directory):
         return  # nothing hidden is written there
@@ -266,7 +266,7 @@ def sweep(directory: Path, name: str | None = None) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock while the block lasts. Raises BlockingIOError, an OSError, when another process
+    """Hold a lock while the block runs. Raises BlockingIOError, an OSError, when another process
     holds it: on this machine, or on any for a directory in a bucket. The lock ends with the
     process."""
     if buckets.is_on_bucket(path):

@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Parsing of paths as users write them."""
 
 import os
 import re
@@ -9,8 +9,8 @@ from btx_jax.errors import UserError
 
 
 def to_path(path: str, key: str) -> Path:
-    """A path as users write it: as `expand` reads it, or the URL of a bucket. Raises UserError,
-    naming the key, for anything else."""
+    """Parse a path as a user writes it: expanded by `expand`, or the URL of a bucket. Raises
+    UserError, naming the key, for anything else."""
     expanded = expand(path, key)
     if re.match(r"(gs|s3):(?!//)", expanded) and not os.path.lexists(expanded):
         raise UserError(f"{key}={path!r}: no such path; a bucket's begins with {expanded[:2]}://")
@@ -25,8 +25,7 @@ def to_path(path: str, key: str) -> Path:
 
 
 def expand(path: str, key: str) -> str:
-    """A path as a shell reads it: with `~` and `$NAME`. Raises UserError for a variable that is not
-    set."""
+    """Expand `~` and `$NAME` as a shell does. Raises UserError for an unset variable."""
     expanded = os.path.expandvars(os.path.expanduser(path))
     unset = re.search(r"\$\{?(\w+)", expanded)
     if unset and not os.path.lexists(expanded):
@@ -35,15 +34,15 @@ def expand(path: str, key: str) -> str:
 
 
 _BLOB = re.compile(r"/(?:models|datasets|spaces)--[^/]+/blobs/[0-9a-f]{40,64}$")
-_SHARED_BLOB = re.compile(r"/blobs/[0-9a-f]{2}/[0-9a-f]{64}$")  # of all repositories of a cache
+_SHARED_BLOB = re.compile(r"/blobs/[0-9a-f]{2}/[0-9a-f]{64}$")  # shared by repositories
 
 
 def refuse_links_out(directory: Path) -> None:
-    """Raises UserError for a link in somebody else's directory that leads out of it: its target
-    would be read, and copied, as if it had been part of it. Blobs of a Hugging Face cache, which
-    the files of its snapshots and of older downloads link to, are allowed."""
+    """Raise UserError for a link in a downloaded directory that leads out of it: its target would
+    be read and copied as if it were part of it. Blobs of a Hugging Face cache, to which the files
+    of its snapshots and of older downloads link, are permitted."""
     if buckets.is_on_bucket(directory):
-        return  # which has no links
+        return  # has no links
     root = directory.resolve()
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):

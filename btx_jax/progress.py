@@ -1,5 +1,5 @@
-"""How far what takes longer than a few seconds has come: a bar on a terminal; elsewhere, and only
-of training, a log line a minute. Of several processes one tells: the others pass shown=False."""
+"""Progress of everything that takes longer than a few seconds: a bar on a terminal; otherwise, for
+training only, a log line per minute. One process reports: the others pass shown=False."""
 
 import contextlib
 import logging
@@ -13,17 +13,17 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
-SECONDS = 60  # between two lines of a log
+SECONDS = 60  # seconds between log lines
 
 
 def bar(things: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> tqdm:
-    """tqdm's progress bar, with its options; nothing where stderr is not a terminal."""
+    """tqdm's progress bar, with its options; hidden where stderr is not a terminal."""
     return tqdm(things, disable=None if shown else True, **options)
 
 
 @contextlib.contextmanager
 def clock(told: str, shown: bool = True) -> Iterator[None]:
-    """For a block whose progress cannot be counted: shows `told` and the time it has taken."""
+    """Show `told` and the elapsed time, for a block whose progress cannot be measured."""
     with bar(desc=told, bar_format="{desc} [{elapsed}]", leave=False, shown=shown) as running:
         over = threading.Event()
 
@@ -43,7 +43,7 @@ def clock(told: str, shown: bool = True) -> Iterator[None]:
 
 
 class Steps:
-    """Progress of hours of work, in steps: a bar on a terminal, log lines elsewhere."""
+    """Progress of long work in steps: a bar on a terminal, log lines elsewhere."""
 
     def __init__(self, name: str, done: int, total: int, shown: bool = True):
         self._name, self._done, self._total = name, done, total
@@ -58,7 +58,7 @@ class Steps:
         self._bar.close()
 
     def update(self, values: Mapping[str, str]) -> None:
-        """Count one more step. values: what to show beside it."""
+        """Count one more step. values: shown with it."""
         self._done += 1
         self._bar.set_postfix(values, refresh=False)
         self._bar.update()

@@ -1,5 +1,5 @@
-"""A run's directory: whose it is, by a lock and by config.json, which it holds from the start, and
-done.json, once it has finished. hub.json says which commits names of the Hub stood for."""
+"""A run's directory: owned through a lock and config.json, which exists from the start; done.json
+exists once the run has finished. hub.json records the commits of names on the Hub."""
 
 import contextlib
 import json
@@ -20,8 +20,8 @@ from btx_jax.paths import to_path
 
 CONFIG, DONE, COMMITS = "config.json", "done.json", "hub.json"
 
-# A resumed run may change where, in how much memory, how often it looks and whom it tells, not what
-# it computes.
+# Keys that a resumed run may change: where it runs, memory usage, what it evaluates and logs; not
+# what it computes.
 COMPUTE = (
     "compute.remat",
     "compute.kernels",
@@ -37,12 +37,12 @@ RESUMABLE = ("mesh.", "checkpoint.", *COMPUTE, "data.cache", *LOOKS, "log.")
 
 
 def is_resumable(key: str) -> bool:
-    """Whether a run, on its own or in a pipeline, may resume with another value of this key."""
+    """Whether a run, alone or in a pipeline, may resume with another value of this key."""
     return re.sub(r"^pipeline\.[^.]+\.config\.", "", key).startswith(RESUMABLE)
 
 
-# What a config leaves to us (`training.start.settled`), and how it says so. The run has recorded
-# what was decided.
+# Config values that leave a choice to `training.start.settled`; the run has recorded what was
+# chosen.
 LEFT_OPEN = {"compute.dispatch": "auto", "train.learning_rate": 0.0}
 
 
@@ -52,9 +52,9 @@ def _is_left_open(difference: Difference) -> bool:
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Hold the directory, created if missing, for this process while the block lasts. Raises
-    UserError when another process is running there, on this machine or, in a bucket, on any, or
-    nothing can be written there. A block that fails leaves no new empty directory behind."""
+    """Hold the directory, created if missing, while the block runs. Raises UserError when another
+    process is running there (on this machine or, in a bucket, on any), or nothing can be written
+    there. A block that fails leaves no new empty directory."""
     if str(workdir).startswith("s3://"):
         raise UserError(
             f"--workdir={str(workdir)!r}: Orbax finishes a checkpoint by a rename there, which S3"
@@ -81,7 +81,7 @@ def held(workdir: Path) -> Iterator[None]:
         except Exception as error:
             if refused := buckets.told(error):
                 raise UserError(f"--workdir: cannot write to {workdir}: {refused}") from error
-            if not isinstance(error, OSError):  # which a file system without locks raises
+            if not isinstance(error, OSError):  # raised by file systems without locks
                 raise
         yield
 
@@ -101,19 +101,19 @@ def recorded_config(workdir: Path) -> dict[str, Any]:
 
 
 def recorded_results(workdir: Path) -> dict[str, Any] | None:
-    """What the run there recorded when it finished (`finish`); None while it has not."""
+    """The results that the run recorded on finishing (`finish`); None if it has not finished."""
     return read_json(workdir / DONE) if has_finished(workdir) else None
 
 
 def was_made_before(workdir: Path, other: Path) -> bool:
-    """Whether both runs have finished, and this one before the other."""
+    """Whether both runs have finished, this one before the other."""
     first, second = workdir / DONE, other / DONE
     return second.exists() and second.stat().st_mtime > first.stat().st_mtime
 
 
 def settle_names(workdir: Path, config: Config) -> None:
-    """Names on the Hub in the config stand for the commits that the run there used, if it has
-    begun. Of several processes the first downloads, and the others use the same commits."""
+    """Resolve names on the Hub in the config to the commits that the run used, if it has begun.
+    With several processes, the first downloads, and the others use the same commits."""
     if (workdir / COMMITS).is_file():
         hub.pin(read_json(workdir / COMMITS))
     if jax.process_count() == 1:
@@ -136,7 +136,7 @@ def _fetch_names(config: Config) -> None:
 
 
 def _names(config: Config) -> Iterator[tuple[str, str, str]]:
-    """(key, possible name on the Hub, kind) of everything that a config reads."""
+    """Yield (key, possible name on the Hub, kind) for everything that a config reads."""
     yield "config.init", config.init or "", hub.MODEL
     if mix := config.mix:
         for i, expert in enumerate(mix.experts):
@@ -158,8 +158,8 @@ def _names(config: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def look_up(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`done_of`, by all processes. Also raises UserError when they do not share the directory, or
-    the cache of their text."""
+    """`done_of`, called by all processes. Also raises UserError when they do not share the
+    directory, or the cache of tokenised text."""
     done = first_then_others(done_of, workdir, config)
     require_shared(workdir, "--workdir")
     if config.data:
@@ -168,9 +168,9 @@ def look_up(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """done.json if the run there has finished. Writes nothing. Raises UserError, with the
-    differences, when the directory belongs to a run with another config, unless that run, wrong
-    from the start, left nothing."""
+    """The contents of done.json if the run has finished. Writes nothing. Raises UserError, with the
+    differences, when the directory belongs to a run with another config, unless that run failed
+    early and left nothing."""
     try:
         if has_begun(workdir):
             changed = [
@@ -189,8 +189,8 @@ def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`look_up`, and from here on the directory belongs to this run and contains its resolved
-    config. Called once nothing can refuse the run any more."""
+    """`look_up`, then make the directory this run's and write its resolved config. Called once
+    nothing can refuse the run any more."""
     done = look_up(workdir, config)
     if is_first():
         try:
@@ -207,7 +207,7 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _holds_results(workdir: Path) -> bool:
-    """Whether a run, or a pipeline's runs, got further than its config and tokenizer."""
+    """Whether a run, or the runs of a pipeline, got further than config and tokenizer."""
     own = (CONFIG, COMMITS)
     return any(
         p.is_file() and p.name not in own and p.parent.name not in ("tokenizer", claims.FOLDER)
@@ -216,6 +216,6 @@ def _holds_results(workdir: Path) -> bool:
 
 
 def finish(workdir: Path, **results: Any) -> None:
-    """Mark the stage as finished, with what later stages need to know about it."""
+    """Mark the stage as finished, with the results that later stages need."""
     if is_first():
         write_json(workdir / DONE, results)

@@ -1,5 +1,5 @@
-"""What goes out to a terminal: log lines, errors, tables. Control characters in names, paths and
-texts, with which a terminal could be steered, are shown, not sent."""
+"""Output to a terminal: log lines, errors, tables. Control characters in names, paths and texts,
+which could manipulate the terminal, are escaped."""
 
 import logging
 import math
@@ -10,17 +10,17 @@ from typing import Any, TextIO
 import rich.console
 from rich.text import Text
 
-# C0 but tab and newline, DEL, C1, and what turns the direction of writing
+# C0 except tab and newline, DEL, C1, and bidirectional overrides
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def plain(text: str) -> str:
-    """The text with control characters as Python writes them: \\x1b."""
+    """The text with control characters escaped as in Python: \\x1b."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def duration(seconds: float) -> str:
-    """In the unit in which one thinks of it; `?` for what is not finite."""
+    """Format a duration in a suitable unit; `?` if it is not finite."""
     if not math.isfinite(seconds):
         return "?"
     for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
@@ -57,8 +57,8 @@ def log_to(stream: TextIO, level: int) -> None:
 
 
 class Console(rich.console.Console):
-    """A console that prints strings literally: no markup, no control characters. Styles come as
-    Text."""
+    """A console that prints strings literally: no markup, no control characters. Styles are passed
+    as Text."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)

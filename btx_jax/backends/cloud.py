@@ -1,4 +1,4 @@
-"""What the cloud backends share: where files lie on a job's machines, and asking an engine."""
+"""Shared by the cloud backends: where a job's files are, and running an engine's tool."""
 
 import shlex
 import subprocess
@@ -10,9 +10,12 @@ from btx_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """Where cloud jobs run. bucket: gs://NAME, or a directory of it; text and checkpoints are read
-    from its data/, and runs written to its runs/. source: the git URL that machines install btx_jax
-    from. run: a name for this pipeline's jobs. spot: whether machines may be preempted."""
+    """Where cloud jobs run.
+
+    bucket: gs://NAME, or a directory in it; text and checkpoints are read from its data/, and runs
+    written to its runs/. source: the git URL from which machines install btx_jax. run: a name for
+    this pipeline's jobs. spot: whether machines are preemptible.
+    """
 
     bucket: str
     run: str

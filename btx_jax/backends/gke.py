@@ -1,9 +1,9 @@
 """One JobSet per stage on Google Kubernetes Engine (jobset.sigs.k8s.io/v1alpha2); Kueue admits it
 when a queue is named.
 
-JobSet restarts a slice as a whole when one of its hosts is taken away; the run resumes from its
-last checkpoint. TPU node labels: cloud.google.com/kubernetes-engine/docs, "TPUs in GKE". The pods'
-service account gives them the bucket.
+JobSet restarts a slice as a whole when one of its hosts is preempted; the run resumes from its last
+checkpoint. TPU node labels: cloud.google.com/kubernetes-engine/docs, "TPUs in GKE". The pods'
+service account grants access to the bucket.
 """
 
 import yaml
@@ -17,7 +17,7 @@ ACCELERATORS = {
     "v5p": "tpu-v5p-slice",
     "v6e": "tpu-v6e-slice",
 }
-RESTARTS = 100  # preemptions that one job may survive
+RESTARTS = 100  # preemptions after which a job fails
 
 
 class Gke:
@@ -28,7 +28,7 @@ class Gke:
         return {f"{job.name}.yaml": yaml.safe_dump(self._jobset(job), sort_keys=False)}
 
     def submit(self, job: Job) -> None:
-        """Run `kubectl apply`, which leaves a JobSet with the same name and contents as it is."""
+        """Run `kubectl apply`, which leaves a JobSet with the same name and contents unchanged."""
         require(ask(["kubectl", "apply", "-f", "-"], next(iter(self.files(job).values()))))
 
     def keep(self, job: Job) -> None:
@@ -55,7 +55,7 @@ class Gke:
                 "bash",
                 "-c",
                 f"exec env {place.shell(job.command)}",
-            ],  # exec: SIGTERM reaches the run, which saves what is whole
+            ],  # exec: SIGTERM reaches the run, which saves its last complete step
             "resources": resources,
         }
         pod = {

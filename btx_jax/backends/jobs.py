@@ -1,9 +1,8 @@
-"""A pipeline as jobs: one command per stage, each on its own machines, each finished when its
-done.json is there.
+"""A pipeline as jobs: one command per stage, each on its own machines, finished once its done.json
+exists.
 
-Nothing here remembers anything: what has finished is read from the working directory, which lies on
-a disk or in a bucket that all jobs share. A submitter that dies is started again and resumes from
-there.
+No state is kept here: which jobs have finished is read from the working directory, on a disk or in
+a bucket that all jobs share. A submitter that was killed can be restarted and resumes from there.
 """
 
 import graphlib
@@ -24,8 +23,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """name: the stage, which runs in WORKDIR/NAME. needs: stages that must have finished. command:
-    what its machines run. topology: its slice, such as v5p:2x2x4; "" for machines without TPUs."""
+    """A stage of a pipeline as a job. name: the stage, which runs in WORKDIR/NAME. needs: stages
+    that must finish first. command: for its machines. topology: its slice, such as v5p:2x2x4; ""
+    for machines without TPUs."""
 
     name: str
     needs: tuple[str, ...]
@@ -35,21 +35,20 @@ class Job:
 
 
 class Backend(Protocol):
-    """Where jobs run. An existing engine does the work; a backend only writes what the engine is
-    handed."""
+    """Where jobs run. An existing engine does the work; a backend only writes its requests."""
 
     def files(self, job: Job) -> dict[str, str]:
-        """File name -> contents: everything that would be handed to the engine."""
+        """File name -> contents: everything that would be sent to the engine."""
         ...
 
     def submit(self, job: Job) -> None:
-        """Hand the job to the engine. Doing so twice starts it once. Raises UserError, with the
-        engine's message, when it refuses."""
+        """Submit the job to the engine. Submitting it twice starts it once. Raises UserError, with
+        the engine's message, when the engine refuses."""
         ...
 
     def keep(self, job: Job) -> None:
-        """Called periodically while a submitted job has not finished: bring back preempted
-        machines, if its engine does not."""
+        """Called periodically while a submitted job is unfinished: restore preempted machines, if
+        the engine does not."""
         ...
 
 
@@ -72,9 +71,9 @@ def jobs_of(
     python: str = "python",
     cache: str = "",
 ) -> list[Job]:
-    """One job per stage, each after its needs. topologies: stage, or "" for all others -> topology.
-    cache: directory of tokenised text for all of them, "" for what their configs say. Raises
-    ConfigError for a topology of an unknown stage."""
+    """One job per stage, each after those it needs. topologies: stage, or "" for all others ->
+    topology. cache: directory of tokenised text for all stages, "" for that of their configs.
+    Raises ConfigError for a topology of an unknown stage."""
     pipeline = load_pipeline(file, overrides).pipeline
     assert pipeline
     topologies = topologies or {}
@@ -121,8 +120,8 @@ def drive(
     is_finished: Callable[[Job], bool],
     poll_seconds: float = 60.0,
 ) -> None:
-    """Submit every job once its needs have finished, until all have. A job that fails stops only
-    what needs it; its engine retries it."""
+    """Submit every job once its needs have finished, until all jobs have. A job that fails blocks
+    only those that need it; its engine retries it."""
     submitted: set[str] = set()
     while True:
         finished = {job.name for job in jobs if is_finished(job)}
@@ -153,7 +152,8 @@ CHIPS_PER_HOST = 4
 
 
 def parse_topology(topology: str) -> Slice:
-    """Raises UserError for a slice that does not exist, or that the backends do not offer."""
+    """Parse a slice. Raises UserError for one that does not exist, or that the backends do not
+    offer."""
     kind, sides = parse_grid(topology)
     if kind not in KINDS:
         raise UserError(f"--slice: {topology!r}: no backend starts {kind}, only {', '.join(KINDS)}")

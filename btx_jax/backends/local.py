@@ -1,4 +1,4 @@
-"""Jobs as subprocesses of this machine, several at a time."""
+"""Jobs as subprocesses on this machine, several at a time."""
 
 import graphlib
 import logging
@@ -29,8 +29,8 @@ class Local:
         return {f"{job.name}.sh": shlex.join(job.command) + "\n"}
 
     def run(self, jobs: Sequence[Job], is_finished: Callable[[Job], bool]) -> None:
-        """Run all unfinished jobs, each after its needs. A job that fails stops only those that
-        need it. Raises UserError when one failed."""
+        """Run all unfinished jobs, each after those it needs. A job that fails blocks only those
+        that need it. Raises UserError when one failed."""
         self.logs.mkdir(parents=True, exist_ok=True)
         by_name = {job.name: job for job in jobs}
         order = graphlib.TopologicalSorter({job.name: job.needs for job in jobs})
@@ -89,7 +89,7 @@ class Local:
         return status
 
     def stop(self) -> None:
-        """Send SIGTERM to every job, which saves its last whole step and ends."""
+        """Send SIGTERM to every job, which saves its last complete step and ends."""
         with self._lock:
             self._stopping = True
             for process in self._running:

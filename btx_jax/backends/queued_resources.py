@@ -1,10 +1,10 @@
-"""One queued resource per stage (gcloud compute tpus queued-resources): a TPU VM slice that comes
-when there is room for it.
+"""One queued resource per stage (gcloud compute tpus queued-resources): a TPU VM slice that is
+created when capacity is available.
 
 Every host of the slice runs a start-up script: install btx_jax, run the stage, and, once done.json
-is there, delete the slice. The script runs again when a machine restarts, and the run resumes. A
-slice that is taken away leaves its request SUSPENDED; the submitter, while it runs, makes the
-request anew. A stage that fails leaves its slice up, to be looked at: the bill runs on.
+exists, delete the slice. The script runs again when a machine restarts, and the run resumes. A
+preempted slice leaves its request SUSPENDED; the submitter, while it runs, renews the request. A
+failed stage leaves its slice running for inspection, which is billed.
 """
 
 import logging

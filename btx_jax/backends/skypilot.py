@@ -1,5 +1,5 @@
-"""One SkyPilot managed job per stage: `sky jobs launch`, which starts a spot slice again somewhere
-when it is taken away."""
+"""One SkyPilot managed job per stage: `sky jobs launch`, which restarts a preempted spot slice
+wherever there is capacity."""
 
 import shlex
 import tempfile
@@ -11,7 +11,7 @@ from btx_jax.backends.cloud import Place, ask, require
 from btx_jax.backends.jobs import Job, parse_topology
 from btx_jax.errors import UserError
 
-# SkyPilot names a slice by TensorCores on v4 and v5p (two a chip), by chips on v5e and v6e.
+# SkyPilot names slices by TensorCores on v4 and v5p (two per chip), by chips on v5e and v6e.
 NAMES = {
     "v4": ("tpu-v4", 2),
     "v5e": ("tpu-v5litepod", 1),
@@ -47,7 +47,7 @@ class SkyPilot:
         return {f"{job.name}.yaml": yaml.safe_dump(self._task(job), sort_keys=False)}
 
     def submit(self, job: Job) -> None:
-        """Launch the job unless the queue has an unfinished one of that name."""
+        """Launch the job unless the queue has an unfinished one of the same name."""
         name = self.place.job_name(job.name)
         queue = ask(["sky", "jobs", "queue", "--skip-finished"])
         require(queue)
@@ -94,6 +94,6 @@ class SkyPilot:
             "name": place.job_name(job.name),
             "resources": resources,
             "setup": SETUP.format(source=shlex.quote(place.source)),
-            # exec: SIGTERM reaches the run, which saves what is whole
+            # exec: SIGTERM reaches the run, which saves its last complete step
             "run": f"cd btx_jax\nexec env {place.shell(('.venv/bin/python', *job.command[1:]))}\n",
         }

@@ -1,7 +1,8 @@
-"""A pipeline with every stage as a job of its own, so that branches train at the same time and
-apart.
+"""Run a pipeline with every stage as a separate job, so that branches train concurrently on
+separate machines.
 
-Start it again after any interruption: what has finished is skipped, what runs is left alone.
+After any interruption it can be started again: finished stages are skipped, running ones are left
+alone.
 """
 
 import sys
@@ -33,8 +34,8 @@ def on_this_machine(
     dry_run: bool = False,
     out: str = "",
 ) -> None:
-    """Run at most `parallel` stages at a time, as processes. dry_run: write what they would be into
-    files of the directory `out`, or to stdout. Raises UserError."""
+    """Run at most `parallel` stages at a time, as processes. dry_run: only write their commands to
+    files in the directory `out`, or to stdout. Raises UserError."""
     where = to_path(workdir, "--workdir").resolve()
     jobs = jobs_of(pipeline, str(where), overrides, python=sys.executable)
     logs = Path("runs", where.name, "logs") if is_on_bucket(where) else where / "logs"
@@ -45,7 +46,7 @@ def on_this_machine(
     local.run(jobs, lambda job: has_finished(where / job.name))
     command = tuple(word for word in jobs[0].command if not word.startswith("--only="))
     whole = Job("pipeline", (), command, str(where))
-    local.run([whole], lambda job: False)  # all is there: writes the pipeline's own files
+    local.run([whole], lambda job: False)  # all finished: write the pipeline's own files
 
 
 def in_the_cloud(
@@ -58,8 +59,9 @@ def in_the_cloud(
     dry_run: bool = False,
     out: str = "",
 ) -> None:
-    """backend: a key of CLOUD. workdir: as the machines see it, "" for a directory of the bucket
-    named after the run. topologies: stage, or "" for all others -> TPU slice. Raises UserError."""
+    """Submit a pipeline to a cloud backend. backend: a key of CLOUD. workdir: as the machines see
+    it, "" for a directory of the bucket named after the run. topologies: stage, or "" for all
+    others -> TPU slice. Raises UserError."""
     engine = CLOUD[backend](place)
     workdir = workdir or place.path("runs", place.run)
     jobs = jobs_of(pipeline, workdir, overrides, topologies, cache=place.path("cache"))

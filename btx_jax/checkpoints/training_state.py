@@ -450,7 +450,7 @@ def damaged(path: Path, what: str) -> UserError:
     earlier = [step for step in steps_of(path.parent) if str(step) != path.name]
     earlier = [step for step in earlier if path.name.isdigit() and step < int(path.name)]
     cure = (
-        f"delete it to go on from step {earlier[-1]}"
+        f"delete it to resume from step {earlier[-1]}"
         if earlier
         else "no earlier step is there: delete it, and make it again"
     )

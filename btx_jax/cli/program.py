@@ -70,7 +70,7 @@ def run(words: Sequence[str]) -> None:
             print(error.format_message())
             sys.exit(error.exit_code)
         except click.UsageError as error:
-            fail(f"{error.format_message().rstrip('.')}; {_named(words)} --help tells more")
+            fail(f"{error.format_message().rstrip('.')}; see {_named(words)} --help")
 
 
 def _named(words: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Adapter: LoRA experts to and from files, and into the weights they stand beside."""
+"""Export, import and merge LoRA experts."""
 
 import numpy as np
 
@@ -39,8 +39,8 @@ def find_adapter(path: str, key: str) -> Checkpoint:
 
 
 def export(source: str, target: str, output_format: str = "btx_jax") -> str:
-    """A run's LoRA experts -> an adapter directory of ours, or one that peft reads. Returns a line
-    that says what was done."""
+    """Write a run's LoRA experts to an adapter directory, in our format or peft's. Returns a line
+    that reports the result."""
     found = find_adapter(source, "SRC")
     metadata, tensors = found.metadata, adapter_tensors(found)
     assert metadata.base
@@ -57,7 +57,7 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
 
 
 def import_peft(source: str, base: str, target: str) -> str:
-    """A LoRA saved by peft, for the model at `base` -> an adapter directory of ours."""
+    """Convert a LoRA saved by peft, for the model at `base`, to an adapter directory of ours."""
     check_free(to_path(target, "DST"))
     under = find_checkpoint(base, "BASE")
     if under.metadata.model.lora:
@@ -84,12 +84,13 @@ def import_peft(source: str, base: str, target: str) -> str:
 def merge(
     source: str, target: str, base: str = "", expert: int | None = None, gates: str = ""
 ) -> str:
-    """Merge LoRA experts into the weights of their base -> a Hugging Face directory.
+    """Merge LoRA experts into the weights of their base, and write a Hugging Face directory.
 
-    base: where it is now, if it has moved; its digest must be that of training either way. expert:
-    take only this one. gates: `mean`, or one weight per expert, comma-separated; needed where a
-    layer has several experts, as a router's choice cannot be merged. Raises UserError when gates
-    are missing or do not fit, and when the base has other weights; then no target is left.
+    base: where it is now, if it has moved; in any case its digest must be the one recorded in
+    training. expert: merge only this one. gates: `mean`, or one weight per expert, comma-separated;
+    required where a layer has several experts, as a router's choices cannot be merged. Raises
+    UserError when gates are missing or do not fit, and when the base has other weights; then no
+    target is left.
     """
     found = find_adapter(source, "ADAPTER")
     metadata = found.metadata
@@ -144,8 +145,8 @@ def merge(
 
 
 def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int, np.ndarray]:
-    """{number of experts in a layer: their weights}. Raises UserError for what does not fit some
-    layer."""
+    """{number of experts in a layer: their weights}. Raises UserError for values that do not fit
+    some layer."""
     counts = sorted({spec.lora.experts for spec in model.layer_specs() if spec.lora})
     if expert is not None and gates:
         raise UserError("--expert and --gates: give one of the two")

@@ -1,4 +1,4 @@
-"""Convert: a Hugging Face directory -> a checkpoint of ours, or back."""
+"""Convert a Hugging Face directory to a checkpoint of ours, or back."""
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.checkpoints.converting import convert
@@ -6,8 +6,8 @@ from btx_jax.paths import to_path
 
 
 def run(source: str, target: str, dtype: str = "") -> str:
-    """Returns a line that says what was done. dtype: as for `convert`. Raises UserError listing
-    everything that is wrong with the source; then no target is left."""
+    """Convert a checkpoint; returns a line that reports the result. dtype: as for `convert`. Raises
+    UserError that lists everything wrong with the source; then no target is left."""
     found = find_checkpoint(source, "SRC")
     tensors = convert(found, to_path(target, "DST"), dtype)
     kind = "btx_jax" if found.is_huggingface else "Hugging Face"

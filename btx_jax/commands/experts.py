@@ -1,4 +1,4 @@
-"""Add an expert to a finished mixture, or drop one: all other tensors keep their bits."""
+"""Add an expert to a finished mixture, or drop one; all other tensors stay bit-identical."""
 
 import contextlib
 import dataclasses
@@ -67,17 +67,17 @@ def add(
     text: str = "",
     statistics: str = "",
 ) -> str:
-    """A dense model's feed-forwards become the last expert of every MoE layer; its router rows are
-    normal(router_std).
+    """Add a dense model's feed-forwards as the last expert of every MoE layer, with
+    normal(router_std) router rows.
 
-    Where the mixture's routers were solved and the statistics lie beside it, all rows are solved
-    again instead, with the sums over text of the new expert's domain: over `text`
-    (`WHAT[#FIELD][:WEIGHT]`), or those in `statistics`, a file that was made where the text lies.
+    If the mixture's routers were solved and their statistics are stored with it, all rows are
+    solved again instead, including text of the new expert's domain: from `text`
+    (`WHAT[#FIELD][:WEIGHT]`), or from `statistics`, a file computed where the text is.
 
-    To a mixture with an anchor comes a branch that was trained beside the same one, with its rows
-    and biases.
+    To a mixture with an anchor, add a branch trained with the same anchor; its router rows and
+    biases are used.
 
-    Only the feed-forwards are taken: attention, norms and embeddings stay the mixture's. Raises
+    Only the feed-forwards are taken: attention, norms and embeddings remain the mixture's. Raises
     UserError when the models, or the statistics, do not fit.
     """
     mistakes = Mistakes()
@@ -95,7 +95,7 @@ def add(
     elif extra.metadata.model.moe:
         raise UserError(f"SOURCE: {source} is a mixture itself; name a dense model")
     other = within(extra.metadata.model.dense(), model.context, model.window)
-    # Biases of the attention are the mixture's: a Qwen2-MoE made of Llamas has some, of zeros.
+    # Attention biases are the mixture's: a Qwen2-MoE made from Llamas has zero biases.
     other = dataclasses.replace(other, biases=model.biases)
     assert model.moe
     dense_model = dataclasses.replace(model.dense(), d_ff=model.moe.d_ff or model.d_ff)
@@ -185,8 +185,8 @@ def _require_branch(mixture: Checkpoint, source: Checkpoint, named: str) -> None
 
 
 def drop(mixture: str, expert: int, target: str) -> str:
-    """Remove an expert and its router rows from every MoE layer; experts after it move down by one.
-    Where the routers were solved and the statistics are kept beside the mixture, all rows are
+    """Remove an expert and its router rows from every MoE layer; the following experts move down by
+    one. If the routers were solved and their statistics are stored with the mixture, all rows are
     solved again without it. Raises UserError."""
     found = find_checkpoint(mixture, "MIXTURE")
     model = _moe(found.metadata.model, mixture)
@@ -246,10 +246,12 @@ def drop(mixture: str, expert: int, target: str) -> str:
 
 
 class _Solver:
-    """Solves the routers of a mixture again from its stored statistics, with an expert added or
-    dropped. model, read: of the mixture including a new expert, read from `readers` in the dtypes
-    that are written; read is not asked for routers. Raises UserError when the statistics are not
-    the mixture's."""
+    """Solves a mixture's routers again from its stored statistics, with an expert added or dropped.
+
+    model, read: of the mixture including a new expert, with tensors from `readers` in the dtypes to
+    be written; read is never called for routers. Raises UserError when the statistics do not belong
+    to the mixture.
+    """
 
     def __init__(
         self,
@@ -265,15 +267,15 @@ class _Solver:
         self._check(stored, stored.about.base)
 
     def with_text(self, source: str, text: str, file: BinaryIO) -> np.ndarray:
-        """Router rows [layers, experts, D] with a new expert, from its text. Prints how that text
-        is routed."""
+        """Router rows [layers, experts, D] including a new expert, from its text. Prints how that
+        text is routed."""
         about = self._stored.about
         number = len(about.experts)
         rows = read_text(text, "--text", self._tokenizer, self._model, about.tokens)
         writer = self._writer(file, (*about.experts, Expert(source)))
 
         def keep(layer: int, sums: Moments) -> None:
-            _check_values(self._readers)  # NaN in a model is told as such
+            _check_values(self._readers)  # reports NaN in a model as such
             writer.write(layer, *sums)
 
         routers = solve_routers(
@@ -288,8 +290,8 @@ class _Solver:
         return routers.rows
 
     def with_statistics(self, source: str, path: str, file: BinaryIO) -> np.ndarray:
-        """Router rows [layers, experts, D] with a new expert. path: a statistics file that contains
-        the new expert's among others."""
+        """Router rows [layers, experts, D] including a new expert. path: a statistics file in which
+        the new expert is one of those listed."""
         given = RouterStatistics(to_path(path, "--statistics"))
         self._check(given, self._base())
         about = self._stored.about
@@ -342,8 +344,8 @@ class _Solver:
         return [expert.digest for expert in self._stored.about.experts]
 
     def _base(self) -> str:
-        """Digest of the mixture's weights outside the experts, which the stored statistics must
-        have."""
+        """Digest of the mixture's weights outside the experts, after checking it against the stored
+        statistics."""
         for tensor in seen_tensors(self._model):
             self._read(tensor)
         base = base_digest(self._read.of_expert(None))
@@ -368,9 +370,9 @@ class _Solver:
 
 
 def _statistics(path: Path, model: ModelConfig, mixture: str) -> RouterStatistics | None:
-    """The statistics beside a mixture, for as many experts as it has; None without. Raises
+    """The statistics stored with a mixture, for its number of experts; None without. Raises
     UserError."""
-    if name := hub_names.named(mixture, "MIXTURE"):  # of which no more than the model is there
+    if name := hub_names.named(mixture, "MIXTURE"):  # only the model has been downloaded
         file = name._replace(path=f"{name.path}/{FILE}".lstrip("/"))
         if file.path in hub.listing(name, "MIXTURE"):
             hub.download_file(file, "MIXTURE")
@@ -390,7 +392,7 @@ def _check_values(readers: Sequence[Reader]) -> None:
 
 
 def _check_told(mixture: str, stored: RouterStatistics | None, text: str, statistics: str) -> None:
-    """Check that the new expert's domain is given in the form that its rows are solved from."""
+    """Check that the new expert's domain is given in the form that its router rows require."""
     if stored is None and (text or statistics):
         option = "--text" if text else "--statistics"
         raise UserError(
@@ -436,8 +438,8 @@ def _write(
     readers: list[Reader],
     statistics: BinaryIO | None,
 ) -> None:
-    """Write the changed mixture. statistics: what the routers were solved from, to be kept beside
-    the weights."""
+    """Write the changed mixture. statistics: the sums from which the routers were solved, to be
+    stored with the weights."""
 
     def inspect(written: Path) -> None:
         if statistics:

@@ -26,9 +26,9 @@ def generate(
     seed: int = 0,
     dtype: str = "float32",
 ) -> None:
-    """Sample a continuation; `show` receives it piece by piece. is_chat: the prompt is a user's
-    message, and goes through the tokenizer's chat template. Raises UserError when prompt and
-    continuation do not fit the model's context."""
+    """Sample a continuation and pass it to `show` piece by piece. is_chat: render the prompt as a
+    user's message with the tokenizer's chat template. Raises UserError when prompt and continuation
+    do not fit the model's context."""
     found = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(found.tokenizer)
     ends: list[int | None] = []
@@ -40,7 +40,7 @@ def generate(
             ends.append(template.end_of_turn(tokenizer))
         else:
             ids = tokenizer.encode_prompt(prompt)
-    except NotUnicode as error:  # bytes of a terminal that are not UTF-8
+    except NotUnicode as error:  # terminal input that is not UTF-8
         raise UserError(f"--prompt: {error}") from error
     if not ids:
         raise UserError("--prompt: empty, and the tokenizer puts nothing in front to start from")

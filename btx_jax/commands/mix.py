@@ -1,4 +1,4 @@
-"""Mix from a recipe: dense models -> one MoE, streaming: one tensor of each source in memory at a
+"""Mix dense models into one MoE by a recipe, streaming: one tensor of each source is in memory at a
 time."""
 
 import contextlib
@@ -65,8 +65,8 @@ CONDITION_LIMIT = 5.0
 
 
 class Sources(NamedTuple):
-    """base, and the distinct models of the experts; source_of[i] is the index in readers of
-    recipe.sources[i]. The base is readers[0]."""
+    """The base and the distinct models of the experts; the base is readers[0]. source_of[i]: index
+    in readers of recipe.sources[i]."""
 
     checkpoints: list[Checkpoint]
     readers: list[Reader]
@@ -86,9 +86,8 @@ def run(
     verify: bool = False,
     output_format: str = "",
 ) -> None:
-    """Mix from a recipe and print what is done. output_format: "huggingface", "btx_jax", or "" for
-    that of base_model. Raises UserError for anything wrong, before anything is written or with
-    nothing left of it."""
+    """Mix by a recipe and print the progress. output_format: "huggingface", "btx_jax", or "" for
+    that of base_model. Raises UserError for any mistake; then no output is left."""
     recipe = read_recipe(to_path(recipe_path, "RECIPE.yml"))
     check_free(to_path(target, "OUT"))
     sources = _open(recipe)
@@ -122,7 +121,7 @@ def run(
     kept = base.metadata.huggingface
     verdict: list[str] = []
     with contextlib.ExitStack() as held:
-        # Nameless files: nothing of them is left whatever happens.
+        # Unnamed files, which vanish whatever happens.
         merging = None
         if recipe.merge == REGMEAN:
             file = held.enter_context(tempfile.TemporaryFile())
@@ -158,7 +157,7 @@ def run(
             lambda tensor: make_tensor(mixture, tensor),
             sources.tokenizer,
             history=history,
-            # The class that it is written as, now or by an export later.
+            # The class in which it is written, now or in a later export.
             huggingface={**kept, "model_type": family.model_type} if family else kept,
             card=card(mixture, history),
             check=mixture.check,
@@ -175,7 +174,8 @@ def run(
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    """The model_type that a checkpoint came from, or would be written as; "" for none."""
+    """The model_type of a checkpoint's origin, or the one as which it would be written; "" for
+    none."""
     if origin := checkpoint.metadata.huggingface.get("model_type", ""):
         return origin
     try:
@@ -196,7 +196,8 @@ def _dtype(recipe: Recipe, base: Reader) -> np.dtype:
 
 
 def _gates(mixture: Mixture, prompts: Sequence[Prompt], console: Console) -> np.ndarray:
-    """Gates from prompts or at random. Prints what the prompts choose, where there are any."""
+    """Gates from prompts or at random. Prints which experts the prompts choose, if there are
+    any."""
     recipe = mixture.recipe
     with np.errstate(all="ignore"):
         rows, shares = make_gates(recipe, mixture.base, mixture.model, prompts)
@@ -210,13 +211,13 @@ def _gates(mixture: Mixture, prompts: Sequence[Prompt], console: Console) -> np.
     if of_experts:
         chosen = [prompts[i] for i in of_experts]
         console.print(routing_table(mixture.model, chosen, shares[of_experts]))
-    is_drawn = recipe.gate_mode != "normal"  # then a shared expert's row is one like the others
+    is_drawn = recipe.gate_mode != "normal"  # then a shared expert's row is comparable
     _warn_of_similar_rows(rows if is_drawn else rows[:, : recipe.expert_count], console)
     return rows
 
 
 def _unrouted(mixture: Mixture) -> Mixture:
-    """The mixture with router rows of zeros; zeros leave a shared expert's gate half open."""
+    """The mixture with zero router rows, which make a shared expert's gate one half."""
     assert mixture.model.moe
     rows = mixture.recipe.expert_count + mixture.model.moe.shared_gate
     shape = (mixture.model.layers, rows, mixture.model.d_model)
@@ -233,14 +234,14 @@ def _merging(
         try:
             return mixture.shared.make(tensor, seen)
         except UserError:
-            mixture.check()  # NaN in a source is told as such
+            mixture.check()  # reports NaN in a source as such
             raise
 
     return Merging(make, list(zip(sources, texts, strict=True)), counts, file)
 
 
 def _passing(recipe: Recipe, texts: Sequence[Rows]) -> list[tuple[int | None, Rows]]:
-    """Texts with the expert that each passes through; that of a shared expert, which comes last,
+    """Each text with the expert that it passes through; a shared expert's text, which comes last,
     passes through none."""
     routed = len(recipe.experts)
     return [(n if n < routed else None, text) for n, text in enumerate(texts)]
@@ -254,8 +255,8 @@ def _by_ridge(
     statistics: BinaryIO,
     console: Console,
 ) -> np.ndarray:
-    """Solve the routers by ridge regression. statistics: file to write what the rows are solved
-    from."""
+    """Solve the routers by ridge regression. statistics: file for the sums from which the rows are
+    solved."""
     recipe, model = mixture.recipe, mixture.model
     assert tokenizer
     experts = tuple(Expert(expert.source_model) for expert in recipe.experts)
@@ -265,7 +266,7 @@ def _by_ridge(
     read = Hashed(functools.partial(make_tensor, _unrouted(mixture)))
 
     def keep(layer: int, sums: Moments) -> None:
-        mixture.check()  # NaN in a source is told as such
+        mixture.check()  # reports NaN in a source as such
         writer.write(layer, *sums)
 
     gates = _solved(mixture, texts, read, by_ridge(recipe.ridge, keep), merging, console)
@@ -284,7 +285,7 @@ def _solved(
     merging: Merging | None,
     console: Console,
 ) -> np.ndarray:
-    """Solve router rows, and print how they route."""
+    """Solve router rows, and print how well they route."""
     recipe = mixture.recipe
     solved = solve_routers(mixture.model, read, _passing(recipe, texts), fit, merging)
     mixture.check()
@@ -295,8 +296,8 @@ def _solved(
 
 
 def _open(recipe: Recipe) -> Sources:
-    """Open the sources. Raises UserError when they cannot be read, or differ in what gives weights
-    their meaning."""
+    """Open the sources. Raises UserError when they cannot be read, or differ in settings that give
+    weights their meaning."""
     keys = {"base_model": recipe.base_model} | {
         f"{key}[{i}].source_model": expert.source_model
         for key in ("experts", "shared_experts")
@@ -310,7 +311,7 @@ def _open(recipe: Recipe) -> Sources:
         with mistakes.gather():
             found[path] = find_source(path, first[path])
     mistakes.tell()
-    # Two spellings of a place are one source.
+    # Two spellings of a path are one source.
     by_place: dict[str, Source] = {}
     for source in found.values():
         by_place.setdefault(source.place, source)

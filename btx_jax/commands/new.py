@@ -1,4 +1,5 @@
-"""New: a config file for a seed and domains of one's own, with numbers chosen by what is there."""
+"""Write the config file of a new project: a seed and domains, with settings that suit the amount of
+text."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,12 +29,12 @@ from btx_jax.presets.project import (
 )
 from btx_jax.presets.recipes import MODELS
 
-FEW_STEPS = 100  # in which a branch learns little
-UNEVEN = 10  # times the text of another domain
-MANY_EPOCHS = 4  # Muennighoff et al., 2023: up to here as good as new text
-MOST_HELDOUT = 0.3  # of a domain's documents
-# Bytes of all text, at least -> length of rows, held-out share: the less text, the more of it must
-# be measured on.
+FEW_STEPS = 100  # too few for a branch to learn much
+UNEVEN = 10  # ratio of two domains' amounts of text
+MANY_EPOCHS = 4  # Muennighoff et al., 2023: up to here, repetition is as good as new text
+MOST_HELDOUT = 0.3  # share of a domain's documents
+# Minimum bytes of all text -> (row length, held-out share): the less text there is, the larger the
+# share needed for evaluation.
 SIZES = ((4e9, 4096, 0.001), (4e7, 1024, 0.01), (0, 512, 0.05))
 
 FILE = '''"""{count} domains from the seed {seed}, mixed.
@@ -59,8 +60,9 @@ def get_config():
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a person says of a new project. domains: name -> files, in data's notation. branches:
-    name -> its expert, where there is one. tokens: of every branch, 0 for `epochs` of its text."""
+    """The user's choices for a new project. domains: name -> files, in data's notation. branches:
+    name -> its expert, if it exists already. tokens: of every branch, 0 for `epochs` of its
+    text."""
 
     seed: str
     domains: Mapping[str, str]
@@ -76,13 +78,13 @@ class Wanted:
 
     @property
     def texts(self) -> dict[str, str]:
-        """All of them, the general one last."""
+        """The text of all domains, the general one last."""
         return dict(self.domains) | ({GENERAL: self.general} if self.general else {})
 
 
 def run(target: Path, wanted: Wanted) -> str:
-    """Writes the file. Returns what to say of it. Raises ConfigError with all that is wrong, and
-    then nothing is written."""
+    """Write the config file; returns a message. Raises ConfigError with all mistakes; then nothing
+    is written."""
     context, tokenizer = _start(target, wanted)
     texts = wanted.texts
     length, heldout = next(
@@ -104,7 +106,7 @@ def run(target: Path, wanted: Wanted) -> str:
 
 
 def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
-    """(the seed's context, its tokenizer). Raises ConfigError."""
+    """(the seed's context length, its tokenizer). Raises ConfigError."""
     mistakes = Mistakes()
     if target.exists():
         mistakes.add(f"FILE: {target} is there already; choose another name, or delete it")
@@ -149,7 +151,7 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
 
 
 def _bytes(texts: Mapping[str, str]) -> int:
-    """Of all files that have a size."""
+    """Total bytes of all files of known size."""
     sources = [source for text in texts.values() for source in parse_sources(text, "--domain")]
     files = [expand_files(s) for s in sources if not s.where.startswith(("demo:", "tfds:"))]
     return sum(size_of(file) for found in files for file in found)
@@ -158,9 +160,9 @@ def _bytes(texts: Mapping[str, str]) -> int:
 def _prepared(
     texts: Mapping[str, str], tokenizer: Tokenizer, length: int, heldout: float
 ) -> tuple[tuple[PreparedDomain, ...], float]:
-    """(all text, tokenised where `btx run` finds it; the share that is held out: this one, or what
-    gives every domain a held-out document). Raises ConfigError for a domain that cannot have
-    one."""
+    """(all text, tokenised into the cache of `btx run`; the held-out share: the given one, or the
+    smallest that gives every domain a held-out document). Raises ConfigError for a domain that
+    cannot have one."""
     while True:
         data = DataConfig(
             ",".join(texts), domains=texts, sequence_length=length, heldout_fraction=heldout
@@ -176,13 +178,13 @@ def _prepared(
 
 
 def _tokens(domain: PreparedDomain) -> int:
-    """That may be trained on."""
+    """Number of training tokens of a domain."""
     return sum(source.manifest["splits"]["train"]["tokens"] for source in domain.sources)
 
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Tokens that each branch, the finetune and a seed from scratch train on."""
+    """Training tokens of each branch, the finetune, and a seed from scratch."""
 
     branches: Mapping[str, int]
     finetune: int
@@ -231,7 +233,7 @@ def _file(
     length: int,
     heldout: float,
 ) -> str:
-    """Python, as a person would have written it."""
+    """The config file, as Python that a person could have written."""
     name, lines = target.name, []
     if numbers.seed:
         lines += [
@@ -276,5 +278,5 @@ def _quoted(text: str) -> str:
 
 
 def _dtype() -> str:
-    """Of matmuls, as this machine is fastest at them."""
+    """The dtype of matmuls that is fastest on this machine."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"

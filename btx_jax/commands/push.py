@@ -1,4 +1,4 @@
-"""Push: a Hugging Face directory -> a repository of the Hub."""
+"""Upload a Hugging Face directory to a repository of the Hub."""
 
 import logging
 import os
@@ -32,11 +32,11 @@ def push(
     revision: str = "",
     message: str = "",
 ) -> str:
-    """Upload a directory. Returns a line that says where it is now. is_private: of a repository
-    that is created; an existing public one is refused. revision: a branch, "" for main.
+    """Upload a directory. Returns a line with its address. is_private: whether to create a private
+    repository; an existing public one is refused. revision: a branch, "" for main.
 
     Raises UserError when the directory is not one that transformers or peft read, or is damaged,
-    and when the Hub refuses; then there is no commit.
+    and when the Hub refuses; then nothing is committed.
     """
     source = local_copy(to_path(directory, "DIR"))
     name = named(PROTOCOL + repository.removeprefix(PROTOCOL), "ORG/NAME")
@@ -100,13 +100,13 @@ def _checked(directory: Path) -> list[str]:
 
 
 def _base(directory: Path) -> str:
-    """The base that a peft LoRA names; "" for a whole model."""
+    """The base named by a peft LoRA; "" for a whole model."""
     config = directory / peft_config.CONFIG
     return str(read_json(config).get("base_model_name_or_path")) if config.is_file() else ""
 
 
 def _card(directory: Path, name: str) -> str:
-    """A model card for a directory that has none."""
+    """A model card for a directory without one."""
     base = _base(directory)
     if not base or os.path.isabs(base):
         return f"# {name}\n\nUploaded by btx_jax {__version__}.\n"

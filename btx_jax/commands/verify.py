@@ -1,4 +1,4 @@
-"""Verify: read all of what is stored and compare it with the checksums it carries."""
+"""Read everything stored in a directory and compare it with its checksums."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from btx_jax.rundir import CONFIG
 
 
 class Finding(NamedTuple):
-    """Result for one thing that was checked. told: what was checked, or what is wrong."""
+    """Result of one check. told: what was checked, or what is wrong."""
 
     name: str
     told: str
@@ -100,8 +100,8 @@ def _run(directory: Path) -> Iterator[Finding]:
 
 
 def _is_training(directory: Path) -> bool:
-    """Whether it is known to be a training run, which keeps its tokenizer: what was converted, or
-    mixed from adapters, may never have had one."""
+    """Whether it is known to be a training run, which keeps its tokenizer; one that was converted,
+    or mixed from adapters, may never have had one."""
     try:
         return json.loads((directory / CONFIG).read_text(encoding="utf-8"))["stage"] == "train"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -113,7 +113,7 @@ def _step(path: Path, name: str) -> Iterator[Finding]:
         yield _check(f"{name}, {item}", lambda item=item: verify_item(path, item))  # type: ignore[misc]
     try:
         metadata = read_metadata(path)
-    except UserError:  # told above
+    except UserError:  # reported above
         return
     if (base := metadata.base) and not metadata.model.lora:
         yield _check(f"{name}, base", lambda: _base(path, base))
@@ -128,8 +128,8 @@ def _base(path: Path, base: Base) -> str:
 def _metrics(directory: Path) -> str:
     if bad := bad_lines(directory):
         raise UserError(
-            f"{directory / METRICS} is damaged (line {bad[0]}): the run sets it aside when it goes"
-            " on"
+            f"{directory / METRICS} is damaged (line {bad[0]}): the run sets the line aside when it"
+            " resumes"
         )
     return "every line is one"
 
@@ -149,7 +149,7 @@ def _sums(directory: Path) -> Iterator[Finding]:
 
 
 def _blobs(directory: Path) -> Iterator[Finding]:
-    """Check a snapshot of the Hub, whose large files are named by their sha256."""
+    """Check a snapshot of the Hub, in which large files are named by their sha256."""
 
     def check(path: Path) -> str:
         if file_sha256(path) != os.path.basename(os.readlink(path)):

@@ -1,4 +1,4 @@
-"""Watch: a page on this machine that shows a run while it runs."""
+"""Serve a page on this machine that shows a run while it runs."""
 
 import contextlib
 import http.server
@@ -11,7 +11,7 @@ from btx_jax import environment
 from btx_jax.errors import UserError
 from btx_jax.terminal import say
 
-HOST = "127.0.0.1"  # seen by this machine alone
+HOST = "127.0.0.1"  # reachable from this machine only
 LOCAL = (HOST, "localhost", "[::1]")
 
 log = logging.getLogger(__name__)
@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 def serving(
     workdir: Path, host: str, port: int, seconds: float
 ) -> Iterator[http.server.ThreadingHTTPServer]:
-    """A server of the page; it answers while its `serve_forever` runs. Nothing can be changed
-    through it. Raises UserError for a directory that is not there, and for a port that is taken."""
+    """A server of the page; it answers while its `serve_forever` runs. It is read-only. Raises
+    UserError when the directory does not exist or the port is taken."""
     environment.require("report", "btx watch")
     from btx_jax.reporting.live import Page  # matplotlib comes with an extra
 
     if not workdir.is_dir():
         raise UserError(f"RUN: {workdir} is no directory; name that of a run or a pipeline")
     page = Page(workdir)
-    # A page elsewhere could otherwise read this one under a name of its own.
+    # Otherwise another page could read this one under a name of its own (DNS rebinding).
     names = {host, *LOCAL} if host in LOCAL else None
 
     pages = {
@@ -46,7 +46,7 @@ def serving(
             elif make := pages.get(self.path):
                 try:
                     text = make()
-                except (UserError, OSError) as error:  # read while it is written, or not there yet
+                except (UserError, OSError) as error:  # being written, or missing
                     self.send_error(404 if isinstance(error, FileNotFoundError) else 503)
                     log.debug("%s: %s", self.path, error)
                 else:
@@ -78,7 +78,7 @@ def serving(
 
 
 def run(workdir: Path, host: str, port: int, seconds: float) -> None:
-    """Until it is interrupted."""
+    """Serve the page until interrupted."""
     with serving(workdir, host, port, seconds) as server:
         say(f"http://{host}:{server.server_port}/ shows {workdir}; Ctrl-C ends it")
         with contextlib.suppress(KeyboardInterrupt):

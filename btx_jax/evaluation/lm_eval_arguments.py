@@ -175,7 +175,7 @@ def generation(options: Mapping[str, Any], new_tokens: int) -> Generation:
         name = beyond[0]
         same = _SETTINGS[name]
         cure = _HINTS.get(name) or (
-            f"not supported; --gen_kwargs {name}={same[0]} goes on without"
+            f"not supported; --gen_kwargs {name}={same[0]} turns it off"
             if same
             else "not supported; leave it out"
         )

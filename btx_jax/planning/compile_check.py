@@ -1,9 +1,9 @@
-"""Compile check: the step that a training config would run, compiled for a named TPU topology on a
+"""Compile check: compile the step that a training config would run for a given TPU topology, on a
 machine without one.
 
-Needs libtpu (`pip install btx_jax[tpu]`), no TPU and no weights. Prints a table and writes
-compile.json. What it tells is what the compiler decided (memory, FLOPs, collectives), how long it
-expects the step to take (costs/clock.py), and what data sheets allow at least; nothing is timed.
+Needs libtpu (`pip install btx_jax[tpu]`), but no TPU and no weights. Prints a table and writes
+compile.json. It reports what the compiler decided (memory, FLOPs, collectives), how long it expects
+the step to take (costs/clock.py), and lower bounds from data sheets; nothing is measured.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ from btx_jax.training.start import (
 from btx_jax.training.step import Part, lower_train_step, shard_bytes, state_shardings
 
 FILE = "compile.json"
-# libtpu asks its environment which machine it is on; any answer will do for compiling.
+# libtpu asks its environment which machine it is on; any valid answer will do.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -66,23 +66,25 @@ VECTOR_CURE = (
     " not help: use --config.compute.kernels=xla, or another xla_tpu_scoped_vmem_limit_kib in"
     " config.compute.compiler_options"
 )
-DEAREST = 10  # operations that are told by name
+DEAREST = 10  # most expensive operations to list
 DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move tokens
 
 
 @dataclasses.dataclass
 class Check:
-    """Of one step and one device: bytes, FLOPs, seconds. Grouped matmuls: gmm when the router
-    balances, gmm_at_most with every row of their buffer in use. clock: `costs.clock.Clock`, with
-    the step's seconds, its MFU and the dearest operations. floors: seconds that each resource needs
-    alone."""
+    """Results for one step on one device: bytes, FLOPs, seconds.
+
+    Grouped matmuls: gmm for balanced routing, gmm_at_most with every row of their buffer in use.
+    clock: from `costs.clock.Clock`, with the step's seconds, its MFU and the most expensive
+    operations. floors: seconds that each resource alone would need.
+    """
 
     topology: str
     devices: int
     mesh: dict[str, int]
     device_kind: str
     fits: bool
-    refused: str  # by the compiler: for its total memory, its vector memory, or "" for not
+    refused: str  # by the compiler, for main or vector memory; "" if not
     memory: dict[str, float]
     flops: dict[str, float]
     collectives: list[dict[str, Any]]
@@ -93,8 +95,8 @@ class Check:
 
 
 def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
-    """Whether the step fits. Raises ConfigError for a config that trains nothing, UserError for an
-    unknown topology."""
+    """Check a config; returns whether its step fits. Raises ConfigError for a config that trains
+    nothing, UserError for an unknown topology."""
     if config.stage != "train":
         raise ConfigError(
             f"config.stage={config.stage!r}: only the step of a training config, such as"
@@ -123,8 +125,8 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
 
 
 def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
-    """Abstract devices of `v5p:2x2x4` and the like. Raises UserError when libtpu is missing or does
-    not know it, and for a slice that is not offered."""
+    """Abstract devices of a topology such as `v5p:2x2x4`. Raises UserError when libtpu is missing
+    or does not know it, and for a slice that does not exist."""
     from jax.experimental import topologies
 
     if find_spec("libtpu") is None:
@@ -137,13 +139,11 @@ def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     try:
         cores = (
             {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
-        )  # one device per chip, as everywhere else
+        )  # one device per chip, as elsewhere
         description = topologies.get_topology_desc(
             topology_name=topology, platform="tpu", num_slices=num_slices, **cores
         )
-    except (
-        Exception
-    ) as error:  # jaxlib raises several kinds; all mean that there is no such topology to be had
+    except Exception as error:  # jaxlib raises several types; all mean an unknown topology
         first = str(error).splitlines()[0]
         raise UserError(
             f"topology {topology}: libtpu knows no such one ({first}); for example"
@@ -218,7 +218,8 @@ def check(
 
 
 def _memory(part: Part) -> dict[str, float]:
-    """Bytes of one device. What a program does not see and others need is among its arguments."""
+    """Memory of one device in bytes. Arrays outside the program that must coexist count as
+    arguments."""
     stats = part.program.memory_analysis()
     parts = {
         "arguments": stats.argument_size_in_bytes + shard_bytes(part.beside),
@@ -229,9 +230,9 @@ def _memory(part: Part) -> dict[str, float]:
 
 
 def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
-    """Bytes while a held-out loss is measured between two steps, with the optimizer's moments and,
-    where mixing is probed, the seed and its average with the branch; infinite when the compiler
-    refuses."""
+    """Bytes needed while a held-out loss is evaluated between two steps, including optimizer
+    moments and, if mixing is probed, the seed and its average with the branch; infinite when the
+    compiler refuses."""
     assert config.train and config.data and config.compute
     state = state_shardings(model, config.train, mesh)[0]
     micro_batch = config.train.batch_size // config.train.accumulate
@@ -259,7 +260,7 @@ def count_flops(
     tokens = config.train.batch_size * config.data.sequence_length
     attention_kernels = grouped = balanced = 0.0
     for kernel in program.kernels:
-        # Of a layer in the mean: layers with a window run other kernels of the same shape.
+        # Averaged over layers: those with a window run other kernels of the same shape.
         executed = fmean(kernel_flops(kernel, spec.window) for spec in model.layer_specs())
         if "gmm" in kernel.name:
             grouped += executed
@@ -289,7 +290,7 @@ def count_flops(
 
 
 def kernel_seconds(kernel: Kernel, model: ModelConfig, expert_axis: int, limits: Chip) -> float:
-    """Of all executions, as fast as the matrix unit allows: the compiler says nothing of them."""
+    """Seconds of all executions at the matrix unit's peak rate, as the compiler has no estimate."""
     flops = kernel_flops(kernel, model.window)
     if "gmm" in kernel.name:
         flops *= rows_in_use(kernel, model, expert_axis)
@@ -297,9 +298,9 @@ def kernel_seconds(kernel: Kernel, model: ModelConfig, expert_axis: int, limits:
 
 
 def count_collectives(program: Program, read: Clock) -> list[dict[str, Any]]:
-    """Per kind, inside a slice and across: executed count, bytes of the larger of operand and
-    result, bytes on the wire, how many are asynchronous, and the seconds that are hidden and
-    exposed."""
+    """For each kind, within a slice and across slices: number of executions, bytes of the larger of
+    operand and result, bytes sent, number of asynchronous executions, hidden and exposed
+    seconds."""
     rows: dict[tuple[str, bool], dict[str, Any]] = {}
     for one in program.collectives:
         key = (one.kind, one.slices > 1)
@@ -341,7 +342,7 @@ def tell_clock(read: Clock, flops: dict[str, float], limits: Chip) -> dict[str, 
 
 
 def floors(flops: dict[str, float], program: Program, where: Slice) -> dict[str, float]:
-    """Seconds that each resource needs alone: a step takes at least the longest of them."""
+    """Seconds that each resource alone would need; a step takes at least the longest of them."""
     inside = [one for one in program.collectives if one.slices == 1]
     across = [one for one in program.collectives if one.slices > 1]
     return {
@@ -359,8 +360,8 @@ def cures(
     topology: str,
     console: Console,
 ) -> Iterator[dict[str, Any]]:
-    """The cheapest change that makes it fit, found by compiling: first what costs only time, then
-    what needs more chips."""
+    """The cheapest change that makes the step fit, found by compiling: first those that cost only
+    time, then those that need more chips."""
     assert config.train and config.compute and config.mesh
     state_of_model = state_shardings(model, config.train, checked_mesh(config, model, devices))[0]
     bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_of_model))
@@ -407,11 +408,11 @@ def more_chips(config: Config, chips: int, slices: int, topology: str) -> str:
 
 
 def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
-    """(flags, config), each with all of those before it."""
+    """Yield (flags, config), where each includes all preceding changes."""
     assert config.mesh and config.compute and config.train
     mesh, compute, train = config.mesh, config.compute, config.train
     flags: list[str] = []
-    if mesh.data not in (slices, -1):  # copies of the state that nothing needs
+    if mesh.data not in (slices, -1):  # redundant replicas of the state
         flags.append(f"--config.mesh.data={slices} --config.mesh.fsdp=-1")
         config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=slices, fsdp=-1))
         yield flags[0], config

@@ -1,5 +1,5 @@
-"""What one training step takes: timed on this machine, or by the compiler's clock for TPUs that are
-not there."""
+"""Time and memory of one training step: measured on this machine, or from the compiler's clock for
+TPUs."""
 
 import time
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from btx_jax.planning import compile_check
 from btx_jax.training.start import checked_mesh
 from btx_jax.training.step import init_state, make_train_step
 
-TIMED_SECONDS, MOST_TIMED = 3.0, 20  # that a program is timed for, and how often at most
-PASSES = 3  # of a training step over a forward pass, without rematerialisation
+TIMED_SECONDS, MOST_TIMED = 3.0, 20  # time limit and maximum number of repetitions of a measurement
+PASSES = 3  # cost of a training step relative to a forward pass, without rematerialisation
 
 
 @dataclass(frozen=True)
 class Step:
-    """Of one program. seconds: of a step. compile_seconds: here. heldout_seconds: of one row of a
-    held-out loss. memory: bytes on each device, as compiled, 0 where that is unknown. fits: whether
-    that is there."""
+    """Costs of a program. seconds: of a step. compile_seconds: on this machine. heldout_seconds: of
+    one row of the held-out loss. memory: bytes on each device as compiled, 0 if unknown. fits:
+    whether that much is available."""
 
     seconds: float
     compile_seconds: float
@@ -32,11 +32,11 @@ class Step:
     fits: bool = True
 
 
-Steps = Callable[[Config, ModelConfig], Step]  # of a training config and the model it trains
+Steps = Callable[[Config, ModelConfig], Step]  # (training config, the model it trains) -> Step
 
 
 def on_this_machine(config: Config, model: ModelConfig) -> Step:
-    """Compiled, and timed with random parameters and tokens."""
+    """Compile the step, and time it with random parameters and tokens."""
     assert config.train and config.compute and config.data
     train, length = config.train, config.data.sequence_length
     mesh = checked_mesh(config, model)
@@ -69,7 +69,7 @@ def _rows(model: ModelConfig, count: int, length: int) -> dict[str, Any]:
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    """Seconds of a call; the first one is not counted."""
+    """Median seconds of a call, not counting the first."""
     run()
     times: list[float] = []
     while sum(times) < TIMED_SECONDS and len(times) < MOST_TIMED:
@@ -80,8 +80,8 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def on_slice(topology: str, slices: int) -> Steps:
-    """Compiled for so many slices of a TPU topology. Raises UserError where libtpu is missing or
-    has no such topology."""
+    """Make a function that compiles steps for this many slices of a TPU topology. Raises UserError
+    where libtpu is missing or does not know the topology."""
     devices = compile_check.topology_devices(topology, slices)
 
     def step(config: Config, model: ModelConfig) -> Step:

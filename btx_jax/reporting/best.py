@@ -1,4 +1,4 @@
-"""Which step was the best so far (`config.checkpoint.best`)."""
+"""The best step so far (`config.checkpoint.best`)."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,8 @@ HELDOUT, LOSS = "heldout", "nats_per_token"
 
 
 class Best:
-    """Finds the best step by a metric of metrics.jsonl's lines, as CheckpointConfig names it."""
+    """Finds the best step by a metric in the lines of metrics.jsonl, named as in
+    CheckpointConfig."""
 
     def __init__(self, metric: str, lines: Iterable[Mapping[str, Any]]):
         self._metric = metric
@@ -19,13 +20,13 @@ class Best:
             self.add(line["step"], line)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record what was measured at a step; ignored where the metric is not part of it."""
+        """Record the results of a step; ignored if they lack the metric."""
         found = self._value(values)
         if found is not None and math.isfinite(found):
             self._scores[step] = found
 
     def __call__(self, steps: Iterable[int]) -> int | None:
-        """The best of these steps, the first among equals; None where none was measured."""
+        """The best of these steps, the first among equals; None if none was evaluated."""
         sign = -1 if self._metric.startswith("tasks/") else 1
         measured = [step for step in steps if step in self._scores]
         return min(measured, key=lambda step: (sign * self._scores[step], step), default=None)

@@ -1,5 +1,5 @@
-"""What one arm gained over another: paired differences over seeds, with confidence intervals, and
-the paper's signs judged by them."""
+"""Comparison of arms: paired differences over seeds with confidence intervals, and verdicts on the
+paper's claims."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,17 @@ from scipy import stats
 from btx_jax.presets.experiments import CLAIMS, LORA_CLAIMS
 
 CONFIDENCE = 0.95
-SAME = 0.02  # nats per token: an interval inside +-SAME means that two arms do equally well
+SAME = 0.02  # nats per token: two arms are equal if the interval is inside +-SAME
 
 
 def mean_loss(model: Mapping[str, Any]) -> float:
-    """A model's mean loss over its domains, with equal weight for every domain."""
+    """A model's mean loss over its domains, weighted equally."""
     return float(np.mean(list(model["nats_per_token"].values())))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval by Student's t); the half width is infinite for a
-    single value."""
+    """(mean, half width of its 95 % confidence interval by Student's t); the half width is infinite
+    for a single value."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, math.inf
@@ -34,12 +34,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def compare(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """seeds: the models of one results.json per seed. Returns {seeds, arms, claims}, JSON
-    throughout.
+    """Compare arms over seeds. seeds: the models of one results.json per seed. Returns {seeds,
+    arms, claims}, all of it JSON.
 
-    arms: name -> {mean, half_width, losses: one per seed} for every arm that some seed has. claims:
-    those of experiments whose arms are there, with the paired difference (left minus right, nats
-    per token; negative favours the left) and a verdict.
+    arms: name -> {mean, half_width, losses: one per seed}, for every arm that some seed has.
+    claims: those of `experiments` whose arms exist, with the paired difference (left minus right,
+    nats per token; negative favours the left) and a verdict.
     """
     names = list(dict.fromkeys(name for models in seeds for name in models))
     arms = {}
@@ -86,8 +86,8 @@ def _entry(values: Sequence[float]) -> dict[str, Any]:
 
 
 def verdict(sign: str, mean: float, half: float) -> str:
-    """sign `<`: left should have the lower loss; `=`: they should do equally well, within SAME.
-    Returns held, not held, or undecided when the interval allows both."""
+    """Verdict on a claim: held, not held, or undecided when the interval permits both. sign `<`:
+    left should have the lower loss; `=`: they should be equal, within SAME."""
     if sign == "=":
         if abs(mean) + half <= SAME:
             return "held"

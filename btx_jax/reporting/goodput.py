@@ -1,4 +1,4 @@
-"""Goodput: where the wall time of a run went, over all its starts."""
+"""Goodput: how a run's wall time divides among activities, over all its starts."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,18 +9,18 @@ from typing import Any
 from btx_jax.output import read_json, write_json
 
 FILE = "goodput.json"
-# step: training steps, the numbers of each written included. lost: those behind the last checkpoint
-# before a kill, which were done again. compile: the step, ahead of time. restore: putting the state
-# onto the devices, from a checkpoint or anew. save: what a save keeps the run waiting. data: text
-# prepared, and batches that the device waited for. evaluate: held-out losses and test sets, their
-# own compiling included. other: everything else, such as the checks before a run.
+# step: training steps, including writing their metrics. lost: steps after the last checkpoint
+# before a kill, which had to be repeated. compile: ahead-of-time compilation of the step. restore:
+# placing the state on the devices, from a checkpoint or new. save: waiting for saves. data:
+# preparing text, and batches that the device waited for. evaluate: held-out losses and test sets,
+# including their compilation. other: everything else, such as the checks before a run.
 ACTIVITIES = ("step", "lost", "compile", "restore", "save", "data", "evaluate", "other")
 
 
 class Goodput:
-    """Divides time, from when it is made, among activities. Every moment belongs to one, so that
-    the shares add up to 1. What a start did after the last line that it wrote before it was killed
-    is not known, and not counted; nor is the time between two starts."""
+    """Divides time since its construction among activities. Every moment belongs to one, so that
+    the shares sum to 1. What a killed start did after its last written line is unknown and not
+    counted, nor is the time between starts."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
@@ -28,7 +28,7 @@ class Goodput:
 
     @contextmanager
     def doing(self, activity: str) -> Iterator[None]:
-        """Inside the block, time belongs to this activity, except what a nested block claims."""
+        """Within the block, time belongs to this activity, except in nested blocks."""
         outer = self._change(activity)
         try:
             yield
@@ -36,14 +36,14 @@ class Goodput:
             self._change(outer)
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Move seconds that turn out to belong to another activity."""
+        """Reassign seconds that turn out to belong to another activity."""
         self._change(self._activity)
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
     def go_on(self, workdir: Path, lines: Sequence[Mapping[str, Any]], first: int) -> None:
-        """Count the run's earlier starts too. lines: all of metrics.jsonl, including those after
-        step `first`, from which this start resumes: their time was lost."""
+        """Include the run's earlier starts. lines: all of metrics.jsonl, including those after step
+        `first`, from which this start resumes: their time was lost."""
         told = [_of_line(line) for line in lines if "goodput" in line]
         file = workdir / FILE
         ledger = [read_json(file)] if file.exists() else []
@@ -69,7 +69,7 @@ class Goodput:
         return {"goodput": shares, "wall_seconds": total}
 
     def __str__(self) -> str:
-        """Shares, largest first, without those below half a percent."""
+        """The shares, largest first, except those below half a percent."""
         told = self.told()
         shares = sorted(told["goodput"].items(), key=lambda item: -item[1])
         parts = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
@@ -84,5 +84,5 @@ class Goodput:
 
 
 def _of_line(line: Mapping[str, Any]) -> dict[str, float]:
-    """Activity -> seconds, from a line that `told` wrote."""
+    """Activity -> seconds, from a line written by `told`."""
     return {name: share * line["wall_seconds"] for name, share in line["goodput"].items()}

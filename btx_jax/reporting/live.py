@@ -1,5 +1,5 @@
-"""A pipeline or a run while it runs: what every stage is at, from what lies in its directory, and
-the page that shows it. Nothing is written, and no process is asked."""
+"""The state of a pipeline or a run while it runs, read from its directory, and the page that shows
+it. Nothing is written, and no process is contacted."""
 
 import threading
 import time
@@ -19,15 +19,18 @@ from btx_jax.terminal import duration
 from btx_jax.training.watch import BARRIER
 
 FINISHED, RUNNING, WAITING, READY, SILENT = "finished", "running", "waiting", "ready", "silent"
-SILENCE = 120.0  # seconds without a word from a stage that has begun: compiling takes as long
-RECENT = 20  # steps over which speed and loss are told
+SILENCE = 120.0  # seconds without output until a stage is silent; compiling takes as long
+RECENT = 20  # steps over which speed and loss are averaged
 
 
 @dataclass(frozen=True)
 class Stage:
-    """status: finished, running, waiting (for `waits`), ready to start, or silent (it has begun,
-    and has not been heard of for `heard` seconds: killed, or in a long computation). step of steps;
-    rate: tokens a second; left: seconds. lines: of metrics.jsonl."""
+    """State of a stage.
+
+    status: finished, running, waiting (for `waits`), ready to start, or silent (it has started, and
+    has written nothing for `heard` seconds: killed, or in a long computation). step: of steps.
+    rate: tokens per second. left: seconds. lines: of metrics.jsonl.
+    """
 
     name: str
     kind: str
@@ -45,14 +48,14 @@ class Stage:
 
 
 def stages(workdir: Path, now: float | None = None) -> list[Stage]:
-    """Of a pipeline's directory, in the order in which they were listed; of a run's, that alone.
-    Empty where nothing has begun. now: in seconds since the epoch."""
+    """The stages in a pipeline's directory, in the order listed; for a run's directory, that run
+    only. Empty where nothing has started. now: in seconds since the epoch."""
     now = time.time() if now is None else now
     recorded = recorded_config(workdir)
     if "pipeline" not in recorded:
         if recorded:
             return [_stage(workdir.name, workdir, recorded, (), now)]
-        # Jobs run a stage each, and nobody has the whole.
+        # Each job runs one stage, and none has the whole pipeline's config.
         found = sorted(path.parent for path in workdir.glob(f"*/{CONFIG}"))
         return [_stage(path.name, path, recorded_config(path), (), now) for path in found]
     told = []
@@ -105,7 +108,7 @@ def _stage(
 
 
 class Page:
-    """The page of one directory. Figures are drawn anew only when what they show has changed."""
+    """The page of one directory. Figures are drawn again only when their data have changed."""
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
@@ -116,7 +119,7 @@ class Page:
         )
 
     def whole(self, seconds: float) -> str:
-        """HTML that fetches `body` again and again. seconds: in between."""
+        """HTML that periodically fetches `body`. seconds: the interval."""
         return self._templates.get_template("live.html.j2").render(
             title=self._workdir.name, seconds=seconds, body=self.body()
         )

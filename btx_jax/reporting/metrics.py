@@ -1,10 +1,8 @@
-"""What a run says about itself while it runs: metrics.jsonl, TensorBoard,
-trackers.
+"""Metrics of a running run: metrics.jsonl, TensorBoard, trackers.
 
-A bucket takes whole objects only. There both are written on the local disk and uploaded whenever
-nothing of them may be lost; a metrics.jsonl that has grown large is continued in
-metrics.0001.jsonl and so on, and TensorBoard's file in another one, so that what was uploaded
-before is not sent again.
+A bucket stores only whole objects. There both files are written on the local disk and uploaded
+whenever nothing may be lost; a large metrics.jsonl is continued in metrics.0001.jsonl and so on,
+and TensorBoard's file in another one, so that earlier parts are not sent again.
 """
 
 import contextlib
@@ -30,17 +28,17 @@ FILE = "metrics.jsonl"
 ASIDE = "metrics.damaged.jsonl"
 BOARD = "tensorboard"
 _PART = re.compile(r"metrics(\.\d{4})?\.jsonl")
-PART_BYTES = 2**22  # of a file on a bucket, after which another one is begun
-UPLOADED = 30.0  # seconds after which a bucket gets what is new
+PART_BYTES = 2**22  # size of a file in a bucket after which a new part is started
+UPLOADED = 30.0  # seconds between uploads to a bucket
 
 
 class MetricsWriter:
     """Appends one JSON object per line to WORKDIR/metrics.jsonl, and its numbers to
     WORKDIR/tensorboard and to the trackers, which the caller opens and closes.
 
-    A resumed run starts at `first_step`: lines of later steps, written after the checkpoint it
-    resumes from, are removed; a damaged line is moved to metrics.damaged.jsonl. With `enabled`
-    False (every process but the first) nothing is written.
+    A resumed run starts at `first_step`: lines of later steps, written after the checkpoint from
+    which it resumes, are removed; a damaged line is moved to metrics.damaged.jsonl. If not
+    `enabled` (in every process but the first), nothing is written.
     """
 
     def __init__(
@@ -73,8 +71,7 @@ class MetricsWriter:
             self._trackers.write(step, told)
 
     def sync(self) -> None:
-        """Make sure that nothing written so far is lost to a kill, in a bucket either, mounted or
-        not."""
+        """Ensure that a kill loses nothing written so far, even on a bucket, mounted or not."""
         if self._enabled:
             self._files.sync()
 
@@ -90,7 +87,7 @@ class _OnDisk:
         self._workdir = workdir
 
     def open(self, kept: Sequence[Mapping[str, Any]] | None, first_step: int) -> None:
-        """kept: the lines that stay; None where there are none yet."""
+        """kept: the lines to keep; None if there is no file yet."""
         path = self._workdir / FILE
         if kept is not None:
             with new_file(path) as partial:
@@ -105,7 +102,7 @@ class _OnDisk:
         self._board = SummaryWriter(
             str(self._workdir / BOARD),
             purge_step=self._first + 1,
-            filename_suffix=f".{self._first}",  # for another file within the same second
+            filename_suffix=f".{self._first}",  # distinguishes files within the same second
         )
 
     def write(self, line: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
@@ -114,7 +111,7 @@ class _OnDisk:
         self._first = line["step"]
 
     def sync(self) -> None:
-        if self._is_mounted:  # which keeps what is closed
+        if self._is_mounted:  # which keeps only closed files
             self.close()
             self._open()
             return
@@ -127,19 +124,19 @@ class _OnDisk:
 
 
 class _OnBucket:
-    """A run's files in parts: the last part of each kind is written locally and uploaded over the
-    bucket's copy."""
+    """A run's files in parts: the last part of each kind is written locally and uploaded, replacing
+    the bucket's copy."""
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
         self._held = contextlib.ExitStack()
         self._local = self._held.enter_context(temporary_directory())
-        self._text: list[str] = []  # of the part
+        self._text: list[str] = []  # lines of the current part
         self._size, self._number = 0, 0
         self._uploaded = time.monotonic()
 
     def open(self, kept: Sequence[Mapping[str, Any]] | None, first_step: int) -> None:
-        """kept: the lines that stay; None where there are none yet."""
+        """kept: the lines to keep; None if there is no file yet."""
         self._start = first_step + 1
         self._open_board()
         stale = set(parts(self._workdir))
@@ -158,7 +155,7 @@ class _OnBucket:
     def sync(self) -> None:
         try:
             self._send()
-        except Exception as error:  # what the way to a bucket fails with; the next one sends it too
+        except Exception as error:  # any error of a bucket; the next upload includes this one
             log.warning("%s: metrics wait to be uploaded: %s", self._workdir, error)
 
     def close(self) -> None:
@@ -192,7 +189,7 @@ class _OnBucket:
             self._open_board()
 
     def _open_board(self) -> None:
-        suffix = f".{secrets.token_hex(4)}"  # its own name tells only host and second
+        suffix = f".{secrets.token_hex(4)}"  # its own name contains only host and second
         self._board = SummaryWriter(
             str(self._local / BOARD), purge_step=self._start, filename_suffix=suffix
         )
@@ -208,7 +205,7 @@ def _add(board: SummaryWriter, step: int, numbers: Mapping[str, float]) -> None:
 
 
 def parts(workdir: Path) -> list[Path]:
-    """The files that contain a run's metrics, in order: one on a disk."""
+    """The files of a run's metrics, in order; a single one on a disk."""
     return sorted(
         (file for file in workdir.glob("metrics*.jsonl") if _PART.fullmatch(file.name)),
         key=lambda file: (len(file.name), file.name),
@@ -216,18 +213,17 @@ def parts(workdir: Path) -> list[Path]:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines that a run wrote, without damaged ones and a last one truncated by a kill."""
+    """The lines that a run wrote, except damaged ones and a last one truncated by a kill."""
     return _parse(workdir)[0]
 
 
 def bad_lines(workdir: Path) -> list[int]:
-    """The numbers, from 1, of damaged lines."""
+    """Line numbers, from 1, of damaged lines."""
     return list(_parse(workdir)[1])
 
 
 def _parse(workdir: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
-    """(lines, number -> damaged line). A last line without its end is neither: a kill
-    truncated it."""
+    """(lines, number -> damaged line). An incomplete last line is neither: a kill truncated it."""
     lines, bad = [], {}
     *whole, _ = b"".join(file.read_bytes() for file in parts(workdir)).split(b"\n")
     for number, text in enumerate(whole, start=1):
@@ -252,8 +248,7 @@ def _set_aside(path: Path, bad: Mapping[int, bytes]) -> None:
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line, except its step, by `a/b/0`-style names: what curves and trackers
-    show."""
+    """The numbers of a line except its step, by names such as `a/b/0`, for curves and trackers."""
     return dict(_scalars({key: value for key, value in line.items() if key != "step"}))
 
 

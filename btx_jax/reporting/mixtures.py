@@ -1,4 +1,4 @@
-"""What is told of a mixture that a recipe makes: before and while it is made, and on its card."""
+"""Reports about a mixture made by a recipe: before and during its making, and its model card."""
 
 import json
 from collections.abc import Sequence
@@ -17,11 +17,12 @@ from btx_jax.mixing.recipe import PROMPT_MODES, Recipe, describe
 from btx_jax.mixing.streaming import Mixture
 from btx_jax.models.llama import parameter_counts
 
-BANDS = 4  # of layers, in the routing table
+BANDS = 4  # groups of layers in the routing table
 
 
 def routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.ndarray) -> Table:
-    """Which experts the prompts' tokens choose first. shares: [prompts, layers, experts]."""
+    """Table of the experts that the prompts' tokens choose first. shares: [prompts, layers,
+    experts]."""
     layers = [layer for layer, spec in enumerate(model.layer_specs()) if spec.experts]
     bands = [
         band for band in np.array_split(np.array(layers), min(BANDS, len(layers))) if len(band)
@@ -49,8 +50,8 @@ def routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.ndar
 
 
 def own_table(names: Sequence[str], own: np.ndarray) -> Table:
-    """How routers solved from text route what was held out of it. names: of the texts' experts.
-    own: [layers, texts], NaN for dense layers."""
+    """Table of how solved routers route held-out text. names: of the texts' experts. own: [layers,
+    texts], NaN for dense layers."""
     table = Table(title="held-out tokens that choose their own expert first")
     table.add_column("layer", justify="right")
     for name in names:
@@ -62,7 +63,7 @@ def own_table(names: Sequence[str], own: np.ndarray) -> Table:
 
 
 def plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, family: Family | None) -> Table:
-    """A table of what will be made. family: None for our own format."""
+    """Table of the mixture to be made. family: None for our own format."""
     total, active = parameter_counts(model)
     table = Table(title="plan", show_header=False)
     shared = (

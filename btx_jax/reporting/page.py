@@ -1,5 +1,5 @@
-"""The report page: one HTML file that needs no network. All text is escaped; only the figures, made
-here, are markup."""
+"""The report page: one HTML file that needs no network. All text is escaped; only the figures,
+which are made here, are markup."""
 
 import importlib.metadata
 import json
@@ -16,13 +16,12 @@ from btx_jax.reporting.summary import amount, mean, scaled
 from btx_jax.training.watch import BARRIER
 
 PACKAGES = ("btx_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-# Redundancy maps beside each other; of deeper models every n-th layer is drawn, all are in the
-# table
+# Redundancy maps side by side; of deeper models every n-th layer is drawn, and the table has all.
 MOST_MAPS = 8
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """One sentence: which model has the lowest mean over the domains, and what the mixture gained
+    """One sentence: which model has the lowest mean loss over domains, and what the mixture gained
     and forgot."""
     if not summary["domains"]:
         return f"{len(summary['models'])} models on test sets alone."
@@ -64,8 +63,8 @@ def render(
     experts: Sequence[str],
     provenance: Mapping[str, Mapping[str, str]],
 ) -> str:
-    """The report as one HTML page. experts: names of the shown mixture's experts, where they are
-    known. provenance: stage -> {config: text, sha256}."""
+    """Render the report as one HTML page. experts: names of the shown mixture's experts, if known.
+    provenance: stage -> {config: text, sha256}."""
     domains = summary["domains"]
     values = {
         name: [model["nats_per_token"][d] for d in domains]
@@ -128,8 +127,8 @@ def render(
 
 
 def _samples(models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of every prompt and model: prompt ("" below its first model), model, text, explained (None of
-    a dense one)."""
+    """For every prompt and model: prompt ("" after its first model), model, text, explained (None
+    for dense models)."""
     told = {name: model["samples"] for name, model in models.items() if "samples" in model}
     count = max(map(len, told.values()), default=0)
     return [
@@ -150,7 +149,7 @@ def any_pair(found: Mapping[str, Any]) -> bool:
 
 
 def _as_script(values: Any) -> str:
-    """JSON that is safe inside a <script>: no character can end it."""
+    """JSON that is safe inside a <script> element: no character can end it."""
     return (
         json.dumps(values).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     )

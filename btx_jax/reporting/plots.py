@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG text to put into a page."""
+"""Figures of a report, as SVG text to embed in a page."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ matplotlib.rcParams.update(
         "font.family": "sans-serif",
         "font.size": 9,
         "svg.hashsalt": "btx",
-        "text.parse_math": False,  # names are shown as they are
+        "text.parse_math": False,  # names are shown literally
     }
 )
 
@@ -27,9 +27,9 @@ from btx_jax.reporting.compare import mean_loss
 from btx_jax.reporting.summary import over_domains
 from btx_jax.training.watch import BARRIER
 
-WINDOW = 10  # steps of a running mean
-LABEL = 24  # characters of a name in a figure; the tables beside it hold it whole
-CURVES = 12  # more runs than this in one figure cannot be told apart
+WINDOW = 10  # steps in a running mean
+LABEL = 24  # characters of a name in a figure; tables have it in full
+CURVES = 12  # more runs than this in one figure would be indistinguishable
 EXPERT_COLOURS = (
     "#4c78a8",
     "#f58518",
@@ -55,8 +55,7 @@ def short(name: str) -> str:
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
-    """For each value, the mean of the WINDOW values up to it, fewer at the beginning: as many as
-    there are values."""
+    """For each value, the mean of the WINDOW values up to it (fewer at the beginning)."""
     total = np.cumsum([0.0, *values])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - WINDOW, 0)
@@ -64,8 +63,7 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
 
 
 def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Training loss of the runs, running mean; the first CURVES of them. Empty when none
-    trained."""
+    """Running mean of the training loss of the first CURVES runs. "" when none trained."""
     drawn = {
         name: [(line["step"], line["lm_loss"]) for line in lines if "lm_loss" in line]
         for name, lines in curves.items()
@@ -81,8 +79,7 @@ def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def heldout_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Held-out loss of the runs, mean over domains; the first CURVES of them. Empty when none was
-    measured."""
+    """Held-out loss of the first CURVES runs, mean over domains. "" when none was evaluated."""
     drawn = {
         name: [(x["step"], over_domains(x["heldout"])) for x in lines if "heldout" in x]
         for name, lines in curves.items()
@@ -92,7 +89,7 @@ def heldout_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _lines(drawn: Mapping[str, Sequence[tuple[int, float]]], what: str) -> str:
-    """name -> (step, value), a line each; few points are marked."""
+    """Plot name -> (step, value) as one line each; lines with few points have markers."""
     figure, axes = plt.subplots(figsize=(7, 3.4))
     for number, (name, points) in enumerate(list(drawn.items())[:CURVES]):
         axes.plot(
@@ -110,8 +107,7 @@ def _lines(drawn: Mapping[str, Sequence[tuple[int, float]]], what: str) -> str:
 
 
 def test_set_curves(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
-    """run -> TASK/METRIC -> (step, value): one line each, the first CURVES of them. Empty when
-    nothing was tried."""
+    """Plot run -> TASK/METRIC -> (step, value), the first CURVES lines. "" when there are none."""
     drawn = [
         (f"{run}: {metric}", points)
         for run, metrics in found.items()
@@ -131,8 +127,8 @@ def test_set_curves(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]
 
 
 def mixing_probes(probes: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> str:
-    """branch -> (step, its held-out loss, that of its average with the seed, barrier): the losses,
-    and the barriers beside them; the first CURVES of them. Empty when none was probed."""
+    """Plot branch -> (step, held-out loss, loss of its average with the seed, barrier): losses and
+    barriers side by side, for the first CURVES branches. "" when none was probed."""
     if not probes:
         return ""
     figure, (losses, barriers) = plt.subplots(1, 2, figsize=(9, 3.4))
@@ -166,8 +162,8 @@ def _heat_map(
     top: float,
     signed: bool = False,
 ) -> None:
-    """values written into cells coloured by `shades`, from 0 (white) to top (dark blue); signed:
-    and to -top (dark red)."""
+    """Write values into cells coloured by `shades`, from 0 (white) to top (dark blue); if signed,
+    also to -top (dark red)."""
     scale = {"cmap": "RdBu", "vmin": -top} if signed else {"cmap": "Blues", "vmin": 0}
     image = axes.imshow(shades, aspect="auto", vmax=top, **scale)
     axes.set_xticks(range(len(columns)), [short(name) for name in columns])
@@ -189,7 +185,7 @@ def _heat_map(
 
 
 def loss_matrix(summary: Mapping[str, Any]) -> str:
-    """Held-out nats per token, model x domain; coloured by the distance from each domain's best."""
+    """Held-out nats per token, model x domain, coloured by the distance from each domain's best."""
     models, domains = list(summary["models"]), summary["domains"]
     values = np.array(
         [[summary["models"][m]["nats_per_token"][d] for d in domains] for m in models]
@@ -201,8 +197,8 @@ def loss_matrix(summary: Mapping[str, Any]) -> str:
 
 
 def loss_against_compute(models: Mapping[str, Any], seed: str) -> str:
-    """Mean held-out loss over the training FLOPs behind each model: the paper's first figure, with
-    loss for score. Empty when these are not known, or the same for all."""
+    """Mean held-out loss against the training FLOPs of each model: the paper's first figure, with
+    loss in place of score. "" when FLOPs are unknown or all equal."""
     points = sorted(
         (model["flops"], mean_loss(model), name)
         for name, model in models.items()
@@ -234,7 +230,7 @@ def loss_against_compute(models: Mapping[str, Any], seed: str) -> str:
 
 
 def arms(comparison: Mapping[str, Any]) -> str:
-    """Mean loss of every arm with its 95 % interval over seeds; every seed a dot."""
+    """Mean loss of every arm with its 95 % confidence interval over seeds; a dot for every seed."""
     entries = sorted(comparison["arms"].items(), key=lambda item: -item[1]["mean"])
     figure, axes = plt.subplots(figsize=(6.5, 0.24 * len(entries) + 0.9))
     for row, (_, arm) in enumerate(entries):
@@ -256,7 +252,7 @@ def arms(comparison: Mapping[str, Any]) -> str:
 
 
 def routing_maps(load: Mapping[str, Sequence[Sequence[float]]], experts: Sequence[str]) -> str:
-    """One map a domain: share of routed tokens, layer x expert."""
+    """One map per domain: share of routed tokens, layer x expert."""
     figure, all_axes = plt.subplots(
         1,
         len(load),
@@ -281,7 +277,7 @@ def routing_maps(load: Mapping[str, Sequence[Sequence[float]]], experts: Sequenc
 
 
 def lora_maps(found: Mapping[str, Any]) -> str:
-    """Mean cosine between a layer's LoRA experts, map by layer, and how many it has."""
+    """Mean cosine between a layer's LoRA experts, map x layer, and the number of experts."""
     targets, counts = list(found["redundancy"]), found["experts"]
     values = np.array(
         [
@@ -300,7 +296,8 @@ def lora_maps(found: Mapping[str, Any]) -> str:
 
 
 def redundancy_maps(layers: Mapping[int, Mapping[str, Any]], experts: Sequence[str]) -> str:
-    """One map a layer, by its number: cosine between the experts' deviations from their mean."""
+    """One map per layer, titled by its number: cosine between the experts' deviations from their
+    mean."""
     figure, all_axes = plt.subplots(1, len(layers), figsize=(2.3 * len(layers), 2.4), squeeze=False)
     for axes, (number, layer) in zip(all_axes[0], layers.items(), strict=True):
         values = np.array(layer["deviation_cosine"])

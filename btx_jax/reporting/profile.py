@@ -1,4 +1,4 @@
-"""A profile of chosen steps (`config.profile.steps`), for TensorBoard and xprof."""
+"""Profile of selected steps (`config.profile.steps`), for TensorBoard and xprof."""
 
 import contextlib
 import logging
@@ -9,18 +9,18 @@ import jax
 from btx_jax.output import filled
 
 DIRECTORY = "profile"
-STEP = "train_step"  # what each step is called there, with its number
+STEP = "train_step"  # name of the step annotations, which also have the number
 
 log = logging.getLogger(__name__)
 
 
 class Profile:
-    """Profiles the chosen steps that this start takes. Every process writes its own host's part,
+    """Profiles the selected steps that this start takes. Every process writes its own host's part
     into the same session. As a context manager, it stops a profile that is still running."""
 
     def __init__(self, steps: range, workdir: Path):
         self._steps, self._directory = steps, workdir / DIRECTORY
-        self._runs = contextlib.ExitStack()  # what ends with the profile
+        self._runs = contextlib.ExitStack()  # ends with the profile
         self._is_on = False
 
     def __enter__(self) -> "Profile":
@@ -38,16 +38,16 @@ class Profile:
         return self._is_on and step >= self._steps[-1]
 
     def start(self, step: int) -> None:
-        """Call it when no earlier step is running any more."""
+        """Start the profile; call when no earlier step is still running."""
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # every call of Python would be more than the step itself
+        options.python_tracer_level = 0  # tracing Python calls costs more than the step
         options.session_id = f"steps_{step}_to_{self._steps[-1]}"
         local = self._runs.enter_context(filled(self._directory))
         jax.profiler.start_trace(local, profiler_options=options)
         self._is_on = True
 
     def stop(self) -> None:
-        """Call it when the last step has finished; otherwise nothing happens."""
+        """Stop the profile if it is running; call when the last step has finished."""
         if not self._is_on:
             return
         self._is_on, self._steps = False, range(0)

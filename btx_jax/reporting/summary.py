@@ -1,4 +1,4 @@
-"""The summary of a pipeline: one dictionary, one table, made from what its stages left on disk."""
+"""The summary of a pipeline: one dictionary and its tables, from the files of its stages."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ from btx_jax.reporting.goodput import ACTIVITIES
 from btx_jax.reporting.metrics import parts, read_metrics
 from btx_jax.terminal import Console, plain
 
-WINDOW, SHOWN_POINTS = 10, 6  # of loss curves given as numbers
-WIDEST = 200  # characters of a table
-LAST_STEPS = 20  # whose mean dropped fraction is reported
+WINDOW, SHOWN_POINTS = 10, 6  # of loss curves that are given as numbers
+WIDEST = 200  # maximum characters of a table's width
+LAST_STEPS = 20  # steps whose mean dropped fraction is reported
 COSTS = ("tokens", "flops", "chip_seconds", "critical_seconds", "peak_bytes")
 SHOWN = ("nats_per_token", "bits_per_byte", *COSTS, "params_total", "params_active")
 
@@ -35,19 +35,27 @@ def summarise(
     continual: Sequence[str] = (),
     done: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """results: of the evaluate stage; others: the same arms' with other seeds. curves: run -> its
-    metrics lines. seconds: stage -> wall time. done: run -> what it told when it finished.
+    """Summarise a pipeline.
 
-    seed, experts: the roles that the results give, "" and [] where they give none. models: the
-    seed, its experts, then as they were named. before: what the seed itself took, which is taken
-    off all costs; of a cost that is not known it is None. gains: against the seed and the experts.
-    routing: of every mixture; shown: the one that the page looks into, by its role or else the
-    longest trained. dropped_fraction: mean of the last steps of the last run that trained a
-    mixture, None when none did. lora: what LoRA experts became, of every model that has some.
-    continual: scores and measures of tasks learnt in turn (ReportConfig.continual). test_sets: run
-    -> TASK/METRIC -> [(step, value)], as it went. probes: branch -> [(step, its held-out loss, that
-    of the average with its seed, barrier)], means over domains. goodput: run -> shares of its wall
-    time. best: run -> the step that it kept as the best.
+    results: of the evaluate stage; others: of the same arms with other seeds. curves: run -> its
+    metrics lines. seconds: stage -> wall time. done: run -> the results it recorded on finishing.
+
+    Returns a dictionary with:
+
+    seed, experts: the roles given by the results, "" and [] if absent.
+    models: the seed, its experts, then the others as listed.
+    before: the costs of the seed itself, which are subtracted from all others; None where unknown.
+    gains: over the seed and the experts.
+    routing: of every mixture.
+    shown: the mixture that the page examines, by its role or else the one trained longest.
+    dropped_fraction: mean over the last steps of the last run that trained a mixture; None without.
+    lora: analysis of LoRA experts, for every model that has any.
+    continual: scores and measures of continual learning (ReportConfig.continual).
+    test_sets: run -> TASK/METRIC -> [(step, value)] during training.
+    probes: branch -> [(step, held-out loss, loss of the average with its seed, barrier)], as means
+        over domains.
+    goodput: run -> shares of its wall time.
+    best: run -> the best step that it kept.
     """
     roles, found = results.get("roles", {}), results["models"]
     seed, experts = roles.get("seed", ""), list(roles.get("experts", ()))
@@ -64,7 +72,7 @@ def summarise(
     before = dict.fromkeys(spent) if seed and unknown[seed] else spent
     for name, model in models.items():
         if unknown[name] - (unknown.get(seed, set()) if name != seed else set()):
-            model |= dict.fromkeys(COSTS)  # a part was made elsewhere
+            model |= dict.fromkeys(COSTS)  # some weights were made elsewhere
         model |= {cost: difference(model[cost], value) for cost, value in spent.items()}
     routing = {name: found[name]["routing"] for name in names if "routing" in found[name]}
     longest = max(routing, key=lambda name: found[name]["tokens"] or 0, default="")
@@ -112,18 +120,18 @@ def summarise(
 
 
 def difference(cost: float | None, spent: float | None) -> float | None:
-    """cost - spent; None where either is not known."""
+    """cost - spent; None if either is unknown."""
     return None if cost is None or spent is None else cost - spent
 
 
 def amount(value: float | None, form: str) -> str:
-    """A cost as it is displayed."""
+    """A cost formatted for display."""
     return "unknown" if value is None else format(value, form)
 
 
 def learnt_in_turn(models: Mapping[str, Any], continual: Sequence[str]) -> dict[str, Any]:
-    """{models, tasks, scores [t][t] in percent, continual.measures of them}. Raises UserError for a
-    model or task that was not scored."""
+    """{models, tasks, scores [t][t] in percent, and `continual.measures` of them}. Raises UserError
+    for a model or task that was not scored."""
     names, tasks = zip(*(pair.split(":", 1) for pair in continual), strict=True)
     scores = []
     for name in names:
@@ -142,11 +150,12 @@ def learnt_in_turn(models: Mapping[str, Any], continual: Sequence[str]) -> dict[
 def gains(
     models: Mapping[str, Any], domains: Sequence[str], seed: str, experts: Sequence[str]
 ) -> dict[str, Any]:
-    """Of every model but the seed, domain by domain, nats per token. over_seed: L[seed] - L[model].
-    specialist_gap: L[model] - the best expert's. recovered: over_seed as a share of the best
-    expert's own, where that is at least 0.01. general: the domain on which the best expert gains
-    least; forgetting: how much worse than the seed on it, negative if better. Empty without a seed
-    or experts.
+    """For every model but the seed, by domain, in nats per token.
+
+    over_seed: L[seed] - L[model]. specialist_gap: L[model] - the best expert's loss. recovered:
+    over_seed as a share of the best expert's own, if that is at least 0.01. general: the domain on
+    which the best expert gains least; forgetting: how much worse than the seed the model is on it,
+    negative if better. Empty without a seed or experts.
     """
     if not (seed and experts and domains):
         return {}
@@ -169,8 +178,8 @@ def gains(
 
 
 def curve_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, mean training loss of the WINDOW steps up to it) at SHOWN_POINTS steps spread evenly
-    over a run, the last one its end."""
+    """(step, mean training loss of the WINDOW steps up to it) at SHOWN_POINTS steps evenly spread
+    over a run, ending with its last."""
     steps = [(line["step"], line["lm_loss"]) for line in lines if "lm_loss" in line]
     count = min(SHOWN_POINTS, len(steps))
     ends = [round((i + 1) * len(steps) / count) for i in range(count)]
@@ -181,7 +190,8 @@ def curve_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
 
 
 def test_set_curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """TASK/METRIC -> (step, value) wherever the run was scored on it, without standard errors."""
+    """TASK/METRIC -> (step, value) for every time the run was scored on it, without standard
+    errors."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for task, metrics in line.get("tasks", {}).items():
@@ -192,8 +202,8 @@ def test_set_curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[
 
 
 def probe_points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float, float]]:
-    """(step, held-out loss of the branch, of its average with the seed, barrier) wherever mixing
-    was probed."""
+    """(step, held-out loss of the branch, of its average with the seed, barrier) for every mixing
+    probe."""
     return [
         (
             line["step"],
@@ -222,7 +232,7 @@ def _shown(name: str) -> Text:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    """A table whose names may be long, and are wrapped, never truncated."""
+    """A table whose first column may have long names, which are wrapped rather than truncated."""
     made = Table(title=title)
     for i, column in enumerate(columns):
         made.add_column(_shown(column), justify="right" if i else "left", overflow="fold")
@@ -230,7 +240,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def print_tables(tables: Sequence[Table]) -> None:
-    """Print the tables; into a file or a pipe at the tables' own width."""
+    """Print tables; to a file or a pipe at the tables' own width."""
     console = Console()
     if not console.is_terminal:
         wide = console.options.update(max_width=WIDEST)
@@ -241,7 +251,7 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 
 def loss_table(models: Mapping[str, Any], domains: Sequence[str]) -> Table:
-    """Held-out nats per token, model by domain, the best of each column bold."""
+    """Held-out nats per token, model by domain, with the best of each column in bold."""
     made = _table("held-out loss, nats per token (lower is better)", ("model", *domains, "mean"))
     rows = {name: [m["nats_per_token"][d] for d in domains] for name, m in models.items()}
     rows = {name: [*row, mean(row)] for name, row in rows.items()}
@@ -253,7 +263,7 @@ def loss_table(models: Mapping[str, Any], domains: Sequence[str]) -> Table:
 
 
 def cost_table(summary: Mapping[str, Any]) -> Table:
-    """What each model cost, without the seed."""
+    """Cost of each model, without the seed's."""
     left_out = ", the seed's own training left out" if summary["seed"] else ""
     columns = ("model", "tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active")
     made = _table(f"what it took{left_out}", columns)
@@ -275,7 +285,7 @@ def scaled(value: float | None, unit: float) -> float | None:
 
 
 def goodput_table(summary: Mapping[str, Any]) -> Table:
-    """Shares of every run's wall time, over all its starts, in percent."""
+    """Shares of every run's wall time over all its starts, in percent."""
     made = _table("where the time went, % of wall time", ("run", "wall s", *ACTIVITIES))
     for name, told in summary["goodput"].items():
         shares = (f"{100 * told['goodput'][activity]:.1f}" for activity in ACTIVITIES)
@@ -290,7 +300,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def task_table(models: Mapping[str, Any]) -> Table:
-    """Every metric of every test set, model by model, with standard errors."""
+    """Every metric of every test set for each model, with standard errors."""
     made = Table(title="test sets")
     for column in ("model", "test set", "metric", "value"):
         made.add_column(column, justify="right" if column == "value" else "left", overflow="fold")

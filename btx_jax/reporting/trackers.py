@@ -1,7 +1,7 @@
-"""Where else a run's numbers go: Weights & Biases and MLflow (`config.log`).
+"""Trackers that also receive a run's numbers: Weights & Biases and MLflow (`config.log`).
 
-metrics.jsonl and TensorBoard stay the record. A tracker that fails is told once and left alone; it
-never ends a run.
+metrics.jsonl and TensorBoard remain the record. A tracker that fails is reported once and not used
+again; it never ends a run.
 """
 
 import importlib.util
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 Lines = Sequence[tuple[int, Mapping[str, float]]]  # (step, scalars) in order
 
-FILE = "trackers.json"  # NAME:PROJECT -> the id of this run there, which a resumed one continues
-FINISH_SECONDS = 300  # for what W&B has not sent yet when a run ends; it stays in WORKDIR/wandb
-MAX_PARAMETER = 6000  # characters of a value that MLflow takes
+FILE = "trackers.json"  # NAME:PROJECT -> the id there of this run, which a resumed run continues
+FINISH_SECONDS = 300  # time limit of W&B's last upload; the rest stays in WORKDIR/wandb
+MAX_PARAMETER = 6000  # maximum characters of an MLflow parameter
 NO_CREDENTIALS = (
     "config.log.wandb: no credentials of Weights & Biases; run `wandb login`, or set"
     " WANDB_MODE=offline and `wandb sync` the run later"
@@ -34,13 +34,13 @@ NO_CREDENTIALS = (
 
 
 class Tracker(Protocol):
-    """A run in a tracking service. Any method may raise whatever the service's client raises. id:
-    the run's name there."""
+    """A run in a tracking service. Methods may raise anything that the service's client raises. id:
+    of the run in the service."""
 
     id: str
 
     def catch_up(self, written: Lines) -> None:
-        """Send what it lacks of the lines that were written before this start."""
+        """Send those lines written before this start that the service lacks."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
@@ -51,8 +51,8 @@ class Tracker(Protocol):
 
 
 def _on_disk(workdir: Path) -> Path:
-    """Where a tracker without a server keeps its files: in the run's directory; for a run in a
-    bucket, to which no tracker can write, in the local runs/."""
+    """Directory of a tracker without a server: the run's directory; for a run in a bucket, to which
+    trackers cannot write, the local runs/."""
     if not is_on_bucket(workdir):
         return workdir
     local = Path("runs", workdir.name)
@@ -61,9 +61,9 @@ def _on_disk(workdir: Path) -> Path:
 
 
 class WandB:
-    """Rows of one step are one row there, and rows for an earlier step are ignored. W&B's own
-    process may lose its last rows in a kill, and offline every start writes a file of its own:
-    therefore everything that the service does not have yet is sent again."""
+    """Tracker for W&B. Rows of the same step are one row there, and rows for an earlier step are
+    ignored. W&B's own process may lose its last rows in a kill, and offline every start writes its
+    own file: therefore everything that the service lacks is sent again."""
 
     def __init__(self, config: Config, workdir: Path, run_id: str):
         import wandb
@@ -78,7 +78,7 @@ class WandB:
             id=self.id,
             resume="allow",
             config=to_dict(config),
-            allow_val_change=True,  # what a resumed run may change
+            allow_val_change=True,  # a resumed run may change some
             dir=str(_on_disk(workdir)),
             settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_SECONDS),
         )
@@ -100,13 +100,13 @@ class WandB:
 
 
 class MLflow:
-    """What was sent is stored at once, except for the line that a kill interrupted. The config is
-    stored as parameters, as the run's first start had it. A store that does not have the run, such
-    as another machine's directory, gets a new one with everything."""
+    """Tracker for MLflow. What was sent is stored at once, except a line interrupted by a kill. The
+    config is stored as parameters by the first start. A store that lacks the run, such as another
+    machine's directory, gets a new run with all lines."""
 
     def __init__(self, config: Config, workdir: Path, run_id: str):
-        # Without a server the store is a directory, which MLflow 3 keeps for those who ask for it;
-        # with one, a step must not wait for it as long as MLflow would by default.
+        # Without a server the store is a directory, which MLflow 3 supports only on request; with a
+        # server, a step must not wait for it as long as MLflow would by default.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
@@ -115,7 +115,7 @@ class MLflow:
 
         own = (_on_disk(workdir) / "mlflow").resolve().as_uri()
         self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or own)
-        self._held: dict[str, int] = {}  # metric -> the last step of which it is there
+        self._held: dict[str, int] = {}  # metric -> its last step in the store
         if run_id and self._goes_on(run_id):
             self.id = run_id
             return
@@ -130,7 +130,7 @@ class MLflow:
         self.id = run.info.run_id
         values = flatten(to_dict(config)).items()
         parameters = [Param(mlflow_name(key), str(value)[:MAX_PARAMETER]) for key, value in values]
-        for start in range(0, len(parameters), 100):  # as many as one request takes
+        for start in range(0, len(parameters), 100):  # maximum of one request
             self._client.log_batch(self.id, params=parameters[start : start + 100])
 
     def catch_up(self, written: Lines) -> None:
@@ -138,7 +138,7 @@ class MLflow:
             self.write(step, scalars)
 
     def _goes_on(self, run_id: str) -> bool:
-        """Whether the run exists there."""
+        """Whether the run exists in the store."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -160,7 +160,7 @@ class MLflow:
             for name, x in ((mlflow_name(key), x) for key, x in scalars.items())
             if step > self._held.get(name, -1)
         ]
-        for start in range(0, len(metrics), 1000):  # as many as one request takes
+        for start in range(0, len(metrics), 1000):  # maximum of one request
             self._client.log_batch(self.id, metrics=metrics[start : start + 1000])
 
     def finish(self, step: int, results: Mapping[str, float]) -> None:
@@ -171,7 +171,7 @@ class MLflow:
 
 
 def mlflow_name(name: str) -> str:
-    """A metric's name in the characters that MLflow allows: pass@1 -> pass_1."""
+    """A metric's name in MLflow's permitted characters: pass@1 -> pass_1."""
     return re.sub(r"[^\w. :/-]", "_", name, flags=re.ASCII)
 
 
@@ -179,7 +179,7 @@ KINDS: Mapping[str, Callable[[Config, Path, str], Tracker]] = {"wandb": WandB, "
 
 
 def check(config: LogConfig, mistakes: Mistakes) -> None:
-    """Report missing packages of the named trackers, and missing W&B credentials, as mistakes."""
+    """Add missing packages of the named trackers, and missing W&B credentials, to mistakes."""
     for name in KINDS:
         if getattr(config, name) and importlib.util.find_spec(name) is None:
             mistakes.add(f"config.log.{name}: needs a package: pip install 'btx_jax[{name}]'")
@@ -194,22 +194,22 @@ def _has_credentials() -> bool:
 
     try:
         return bool(wandb.login(prompt=False, verify=False))
-    except Exception:  # of a key that is none, or settings that W&B cannot read
+    except Exception:  # an invalid key or unreadable settings
         return False
 
 
 class Trackers:
-    """The trackers that config.log names, as one. With `enabled` False (every process but the
-    first) there are none.
+    """All trackers named by config.log, as one. If not `enabled` (in every process but the first),
+    there are none.
 
-    A resumed run continues in the runs that its workdir names. They are sent everything that they
-    lack of what metrics.jsonl contained when it was resumed, and none of it twice: the steps
-    between the last checkpoint and a kill keep the numbers of the first time.
+    A resumed run continues the tracker runs recorded in its workdir. They receive everything they
+    lack of metrics.jsonl as it was on resumption, and nothing twice: steps between the last
+    checkpoint and a kill keep the numbers of the first time.
     """
 
     def __init__(self, config: Config, workdir: Path, enabled: bool = True):
         self._trackers: dict[str, Tracker] = {}
-        self._told: dict[str, int] = {}  # scalar -> the last step at which it was told before
+        self._told: dict[str, int] = {}  # scalar -> the last step sent by an earlier start
         self._finished = False
         if not enabled or not any(getattr(config.log, name) for name in KINDS):
             return
@@ -221,7 +221,7 @@ class Trackers:
             known = ids.get(f"{name}:{project}", "")
             try:
                 tracker = kind(config, workdir, known)
-            except Exception as error:  # whatever its client raises
+            except Exception as error:  # clients raise anything
                 _failed(name, error)
                 continue
             self._trackers[name] = tracker
@@ -229,8 +229,8 @@ class Trackers:
         write_json(file, ids)
 
     def begin(self, written: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """written: the (step, scalars) of metrics.jsonl, before those after the checkpoint that
-        this start resumes from are removed."""
+        """Send lines that trackers lack. written: the (step, scalars) of metrics.jsonl, before
+        those after the checkpoint from which this start resumes are removed."""
         lines = list(written) if self._trackers else []
         self._each(lambda tracker: tracker.catch_up(lines))
         for step, scalars in lines:
@@ -254,7 +254,7 @@ class Trackers:
         for name, tracker in list(self._trackers.items()):
             try:
                 tell(tracker)
-            except Exception as error:  # whatever its client raises
+            except Exception as error:  # clients raise anything
                 _failed(name, error)
                 del self._trackers[name]
 
@@ -262,8 +262,8 @@ class Trackers:
 def _failed(name: str, error: Exception) -> None:
     told = one_line(error)[:300] or type(error).__name__
     log.warning(
-        "config.log.%s: %s; it is told no more until this run starts again, and metrics.jsonl and"
-        " TensorBoard go on",
+        "config.log.%s: %s; it gets nothing more until this run is resumed; metrics.jsonl and"
+        " TensorBoard continue",
         name,
         told,
     )

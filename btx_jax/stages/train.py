@@ -572,7 +572,7 @@ class Loop:
         self.checkpoints.wait()
         self.writer.close()
         told = f"saved step {whole}" if whole else "no step was done yet"
-        log.warning("%s: %s; run the same command to go on", signal.Signals(number).name, told)
+        log.warning("%s: %s; run the same command to resume", signal.Signals(number).name, told)
         raise Preempted(number)
 
     def save(self, step: int, state: TrainState, position: Any) -> None:

@@ -1,4 +1,4 @@
-"""Bits flipped in what is stored: told as damage, or without effect on any value."""
+"""Flipped bits in stored files: reported as damage, or without effect on any value."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ LORA = dataclasses.replace(TINY, lora=LoRAConfig("2", (4,), (1,), 8.0))
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory, tokenizer_file):
-    """One of each kind: a run, an export in shards, a conversion of it, an adapter."""
+    """One of each kind: a run, a sharded export, its conversion, an adapter."""
     home = tmp_path_factory.mktemp("stored")
     one = make_mesh((1, 1, 1, 1), jax.devices()[:1])
     state = init_state(MOE, TRAIN, one, jax.random.key(0))
@@ -73,7 +73,7 @@ def stored(tmp_path_factory, tokenizer_file):
 
 
 def values(path: Path) -> str:
-    """Of everything that anyone loads from it."""
+    """A hash of everything that is loaded from a path."""
     told: list = []
     if path.name == "run":
         abstract, _ = state_shardings(MOE, TRAIN, make_mesh((1, 1, 1, 1), jax.devices()[:1]))
@@ -95,7 +95,7 @@ def values(path: Path) -> str:
 
 
 def attempt(home: Path, file: Path, seed: int, want: dict[str, str]) -> str:
-    """What is said about a flipped bit, or "" when it changes no value: anything else fails."""
+    """The error for a flipped bit, or "" when it changes no value; anything else fails."""
     original, bit = file.read_bytes(), random.Random(seed).randrange(8 * file.stat().st_size)
     flipped = bytearray(original)
     flipped[bit // 8] ^= 1 << bit % 8
@@ -113,7 +113,7 @@ def attempt(home: Path, file: Path, seed: int, want: dict[str, str]) -> str:
 
 
 def files_by_kind(home: Path) -> dict[str, list[Path]]:
-    """Random names and numbers left out; the largest of each first."""
+    """Files by kind, ignoring random names and numbers; the largest of each first."""
     found: dict[str, list[Path]] = {}
     for file in sorted(home.rglob("*"), key=lambda file: -file.stat().st_size):
         if file.is_file() and file.stat().st_size and "checkpoints/2/" not in str(file):
@@ -127,8 +127,8 @@ def want(stored):
     return {path.name: values(path) for path in stored.iterdir()}
 
 
-# What holds values, by kind: a flip there is always told. Elsewhere (Orbax's dates, model cards,
-# trees of single processes that were merged) it may be without effect.
+# Files that hold values, by kind: a flip there is always reported. Elsewhere (Orbax's dates, model
+# cards, merged trees of single processes) it may have no effect.
 HOLDS_VALUES = (
     "run/checkpoints/N/about/metadata",
     "run/checkpoints/N/data/metadata",
@@ -153,7 +153,7 @@ def test_a_flipped_bit_where_values_are_is_told_as_damage_with_its_cure(stored, 
         cure = "delete it" if "/checkpoints/" in kind else "download or export it again"
         assert cure in told, told
         if kind.startswith("run/checkpoints"):
-            assert told.endswith("delete it to go on from step 2")
+            assert told.endswith("delete it to resume from step 2")
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_verify_names_what_is_damaged_and_nothing_else(stored, capsys):
 
 
 def test_damage_is_one_line_and_names_the_leaf(stored, tmp_path):
-    """In a process of its own: what Orbax's unfinished reads say at its end is part of it."""
+    """In a separate process, to include what Orbax's unfinished reads print at exit."""
     step = tmp_path / "run" / "checkpoints" / "4"
     shutil.copytree(stored / "run", tmp_path / "run")
     for file in (step / "params" / "ocdbt.process_0" / "d").iterdir():
@@ -249,7 +249,7 @@ def test_verify_tells_what_is_cut_off_or_of_other_leaves(stored, tmp_path):
     data.write_text(json.dumps(sealed(leaves)))
     (bad,) = (finding for finding in verify(str(run)) if not finding.good)
     assert bad.name == "step 4, opt_state"
-    assert "(opt_state/, missing more): delete it to go on from step 2" in bad.told
+    assert "(opt_state/, missing more): delete it to resume from step 2" in bad.told
     for text in (metadata.read_text()[:50], "", "5"):
         metadata.write_text(text)
         bad_names = {finding.name for finding in verify(str(run)) if not finding.good}
@@ -272,7 +272,7 @@ def test_every_file_of_an_export_that_is_gone_or_empty_is_told(stored, tmp_path,
             continue
         for change in (file.unlink, lambda file=file: file.write_bytes(b"")):
             change()
-            if file.exists() or file.name != SUMS:  # sums are free to go
+            if file.exists() or file.name != SUMS:  # checksum files may be deleted
                 assert not all(finding.good for finding in verify(str(folder))), file
                 with pytest.raises(UserError, match=re.escape(str(folder))):
                     values(folder)
@@ -318,7 +318,7 @@ def test_sha256sum_itself_checks_an_export(stored):
 
 
 def test_what_earlier_versions_wrote_without_checksums_is_read(stored, tmp_path):
-    """As one chunk a leaf, in zarr 2; the values are those of the run."""
+    """One chunk per leaf, in zarr 2; the values equal those of the run."""
     step = write_unsealed(stored / "run" / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
     old, new = StepReader(step), StepReader(stored / "run" / "checkpoints" / "4")
     assert old.by_leaf
@@ -341,7 +341,7 @@ def write_unsealed(source: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("as_before", [False, True], ids=["checked", "in large chunks"])
 def test_every_byte_of_a_run_is_read_once_when_it_streams(tmp_path, as_before):
-    """A count, not a time. Both convert's way through the tensors and assemble's."""
+    """Counts bytes rather than time, both for convert's tensors and for assemble's."""
     model = dataclasses.replace(MOE, vocab_size=512, d_model=64, d_ff=1024)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(CheckpointMetadata(model, 1, {}), init_params(model, jax.random.key(0)))

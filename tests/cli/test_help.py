@@ -1,4 +1,4 @@
-"""The help of every command, and what a shell completes."""
+"""The help of every command, and shell completion."""
 
 import itertools
 import os
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 
 def commands(group=btx, words=()):
-    """(words, command) of all of them, those in groups too."""
+    """(words, command) of all commands, including those in groups."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from commands(command, (*words, name))
@@ -30,7 +30,7 @@ COMMANDS = dict(commands())
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
-    """Whatever the terminal of the tests is like."""
+    """Independence of the terminal in which the tests run."""
     for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
@@ -92,9 +92,9 @@ def test_presets_are_listed_with_a_line_each(capsys, words):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["mxi"], "No such command 'mxi'. Did you mean 'mix'?; btx --help tells more"),
-        (["mix", "a"], "Missing argument 'OUT'; btx mix --help tells more"),
-        (["mix", "a", "b", "c"], "Got unexpected extra argument (c); btx mix --help tells more"),
+        (["mxi"], "No such command 'mxi'. Did you mean 'mix'?; see btx --help"),
+        (["mix", "a"], "Missing argument 'OUT'; see btx mix --help"),
+        (["mix", "a", "b", "c"], "Got unexpected extra argument (c); see btx mix --help"),
         (["expert", "ad"], "No such command 'ad'. Did you mean 'add'?; btx expert --help"),
         (["generate", "x", "--top_p=1"], "No such option '--top_p'. (Did you mean"),
         (["generate", "x", "--prompt=a", "--top-p=0"], "0.0 is not in the range 0<x<=1; btx gen"),

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness on checkpoints of ours, without torch: its command line with tasks of its
-own kinds from local files, and our model class beside the answers of its own (golden/lm_eval.json,
-by lm_eval_peer.py)."""
+"""lm-evaluation-harness on our checkpoints, without torch: its command line with tasks of its own
+kinds from local files, and our model class compared with the answers of its own
+(golden/lm_eval.json, by lm_eval_peer.py)."""
 
 import functools
 import importlib.metadata
@@ -30,7 +30,7 @@ from tests.evaluation.lm_eval_peer import write_model
 GOLDEN = Path(__file__).parent / "golden"
 TOLD = json.loads((GOLDEN / "lm_eval.json").read_text(encoding="utf-8"))
 
-# One token a byte and nothing else; byte 0 ends documents.
+# One token per byte; byte 0 ends documents.
 BYTES = ModelConfig(
     vocab_size=256, layers=1, d_model=16, d_ff=16, heads=2, kv_heads=2, head_dim=8, context=128
 )
@@ -49,7 +49,7 @@ run(sys.argv[1:])
 
 @pytest.fixture
 def uniform(tmp_path):
-    """A checkpoint that gives every byte the probability 1 / 256."""
+    """A checkpoint that gives every byte probability 1 / 256."""
     params = init_params(BYTES, jax.random.key(0))
     params["head"]["kernel"] = jnp.zeros_like(params["head"]["kernel"])
     checkpoints = Checkpoints(tmp_path / "uniform", CheckpointConfig())
@@ -84,7 +84,7 @@ def write_task(folder, name, rows, **settings):
         "test_split": "test",
         "num_fewshot": 0,
     }
-    # YAML reads JSON.
+    # JSON is YAML.
     (folder / f"{name}.yaml").write_text(
         json.dumps({"task": name, **loading, **settings}), encoding="utf-8"
     )
@@ -167,7 +167,7 @@ def test_the_heldout_loss_of_that_model_is_eight_bits_too(uniform, one_device):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Of the golden answers: name -> Hugging Face directory."""
+    """Checkpoints of the golden answers: name -> Hugging Face directory."""
     folder = tmp_path_factory.mktemp("golden")
     for name, told in TOLD["models"].items():
         shutil.copytree(GOLDEN / f"lm_eval_{name}", folder / name)
@@ -178,14 +178,14 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(checkpoints):
-    """(name, --model_args) -> our model, each made once."""
+    """(name, --model_args) -> our model, each created once."""
     pytest.importorskip("lm_eval")
     from btx_jax.evaluation.lm_eval_model import BtxJaxLM
 
     @functools.cache
     def made(name, arguments="{}"):
         model = BtxJaxLM(pretrained=checkpoints / name, batch_size=4, **json.loads(arguments))
-        if arguments != "{}":  # the same weights: what has been compiled for them will do
+        if arguments != "{}":  # same weights: share compiled programs
             first = made(name)
             model.__dict__.update(_generator=first._generator, _score=first._score)
         return model
@@ -285,7 +285,7 @@ def test_arguments_that_ask_for_nothing_are_taken(checkpoints):
         ({"min_p": 0.1, "temperature": 0.5}, "min_p=0.1: not supported"),
         (
             {"num_beams": 10},
-            "num_beams=10: not supported; --gen_kwargs num_beams=1 goes on without",
+            "num_beams=10: not supported; --gen_kwargs num_beams=1 turns it off",
         ),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2: not supported"),
         ({"suppress_tokens": [1]}, "suppress_tokens=[1]: not supported; leave it out"),
@@ -501,8 +501,7 @@ def test_what_lm_eval_cannot_read_is_told_in_its_own_words(monkeypatch, capsys):
 
 
 def test_extras_have_names_that_every_pip_finds():
-    """pip before 23.3 compares the name that is asked for with the normalised one that is
-    written."""
+    """pip before 23.3 compares the requested name with the normalised one in the metadata."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = config["project"]["optional-dependencies"]
     assert all(name == re.sub(r"[-_.]+", "-", name).lower() for name in extras)
@@ -521,7 +520,7 @@ print(get_model("btx_jax").__name__)
 
 
 def test_the_entry_point_names_what_lm_evals_registry_can_load_when_it_is_asked_for():
-    """As lm_eval's plug-ins will: a placeholder, which our own registration must fit."""
+    """As lm_eval's plug-ins will: a placeholder that our own registration must match."""
     pytest.importorskip("lm_eval")
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     (value,) = points["lm_eval.models"].values()
@@ -534,7 +533,7 @@ def test_the_entry_point_names_what_lm_evals_registry_can_load_when_it_is_asked_
 
 
 def test_lm_evals_own_command_finds_the_model_where_lm_eval_has_plug_ins(uniform, tmp_path):
-    """With the entry points of an installation, made here from pyproject.toml."""
+    """With an installation's entry points, made here from pyproject.toml."""
     registry = pytest.importorskip("lm_eval.api.registry")
     if not hasattr(registry, "import_plugins"):
         pytest.skip(f"lm_eval {importlib.metadata.version('lm_eval')} has no plug-ins for models")

@@ -1,4 +1,4 @@
-"""btx_jax.launch with micro-batches that take so many seconds: python -m tests.stages.long_steps
+"""btx_jax.launch with micro-batches that take SECONDS each: python -m tests.stages.long_steps
 SECONDS ARGUMENT..."""
 
 import sys
@@ -23,5 +23,5 @@ step.loss_function = sleeping
 if __name__ == "__main__":
     from btx_jax import interrupts, launch
 
-    interrupts.end_at_once("run the same command to go on from the last checkpoint")
+    interrupts.end_at_once("run the same command to resume from the last checkpoint")
     app.run(launch.main, flags_parser=launch.parse)

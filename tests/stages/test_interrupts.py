@@ -1,4 +1,4 @@
-"""Signals, full disks and what is done again: one line, nothing lost, nothing left."""
+"""Signals, full disks and repeated work: one line, nothing lost, nothing left over."""
 
 import json
 import os
@@ -65,8 +65,8 @@ def python(code, cwd, ignored=False):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_one_line_and_leaves_nothing_though_threads_write_on(tmp_path, number):
-    """Python drops a KeyboardInterrupt that is raised in the garbage collector's callback, where
-    this process nearly always is."""
+    """Python drops a KeyboardInterrupt raised in the garbage collector's callback, which this
+    process is nearly always running."""
     process = python(WRITES, tmp_path)
     time.sleep(0.3)
     process.send_signal(number)
@@ -126,7 +126,7 @@ def test_unfinished_saves_and_half_deleted_steps_are_swept_at_the_next_start(
 ):
     save(tmp_path, 0, tokenizer_file, steps=(1, 2, 3), keep=3)
     at = tmp_path / "checkpoints"
-    shutil.rmtree(at / "1" / "params")  # a deletion that was cut short
+    shutil.rmtree(at / "1" / "params")  # an interrupted deletion
     (at / "4.orbax-checkpoint-tmp" / "params.orbax-checkpoint-tmp").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
     assert checkpoints.latest_step() == 3
@@ -168,7 +168,7 @@ def test_held_out_losses_lost_to_a_kill_behind_the_save_are_made_up(cli):
 
 @pytest.mark.cli
 def test_a_full_disk_in_training_is_one_line_that_says_what_is_good(cli):
-    """No file may grow beyond 40 KB, as if the disk were full."""
+    """No file may exceed 40 KB, which simulates a full disk."""
     cli.run(*cli.seed("other", steps=2))  # makes the cache of the text
     seed = cli.seed("run", steps=12, every=4)
     limited = subprocess.run(
@@ -206,7 +206,7 @@ def test_ctrl_c_in_training_saves_the_step_and_ends(cli):
     assert "Traceback" not in error
     assert "saving the last whole step; once more to end at once" in error
     last = cli.steps_logged("run")[-1]
-    assert f"SIGINT: saved step {last}; run the same command to go on" in error
+    assert f"SIGINT: saved step {last}; run the same command to resume" in error
     assert (cli.home / "run" / "checkpoints" / str(last) / "params").is_dir()
 
 

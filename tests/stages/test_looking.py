@@ -1,4 +1,4 @@
-"""Where people look at a run: trackers, a profile, goodput, test sets, the best step."""
+"""Observing a run: trackers, profiles, goodput, test sets, the best step."""
 
 import dataclasses
 import importlib.util
@@ -45,7 +45,7 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def fresh(training):
-    """A run from random weights, of `steps` steps, with changes of its sections."""
+    """A run of `steps` steps from random weights, with changed sections."""
 
     def make(steps, every=100, keep=2, best="heldout", log=None, profile="", **train):
         config = training("scratch", steps, DENSE, learning_rate=1e-2, **train)
@@ -60,12 +60,12 @@ def fresh(training):
 
 
 class Killed(BaseException):
-    """As by a signal that nobody hears of."""
+    """Raised to simulate SIGKILL."""
 
 
 @pytest.fixture
 def kill_at(monkeypatch):
-    """Ends a run when it has written the line of a step."""
+    """Kill a run after it has written the line of a step."""
 
     def kill_at(step):
         real = stage.Loop.log
@@ -82,7 +82,7 @@ def kill_at(monkeypatch):
 
 
 def of_steps(workdir):
-    """step -> its numbers, of all its lines."""
+    """step -> its numbers, from all its lines."""
     found = {}
     for line in metrics(workdir):
         found.setdefault(line["step"], {}).update(numbers(line))
@@ -99,7 +99,7 @@ def in_mlflow(workdir, name="experiment"):
 
 
 def in_wandb(workdir):
-    """(the run's id, [(step, numbers)]) of what the last start wrote."""
+    """(the run's id, [(step, numbers)]) as written by the last start."""
     files = (workdir / "wandb").glob("offline-run-*/*.wandb")
     file = max(files, key=lambda file: file.stat().st_mtime)
     rows = [
@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on_in_its_trackers_runs_no_step_twice_none_missing(
 def test_a_line_that_a_kill_kept_from_a_tracker_is_made_up(
     fresh, run, tmp_path, offline, monkeypatch
 ):
-    """Behind the line in metrics.jsonl, before what the trackers are told."""
+    """The kill comes after the line is in metrics.jsonl and before trackers receive it."""
     real = trackers.Trackers.write
 
     def write(self, step, scalars):
@@ -224,7 +224,7 @@ def test_a_tracker_that_is_named_later_is_told_from_the_first_step(
 def test_a_line_that_a_kill_kept_from_a_tracker_is_told_by_the_next_start(
     fresh, run, tmp_path, offline, monkeypatch
 ):
-    """metrics.jsonl had it, MLflow some of it."""
+    """metrics.jsonl had the line, MLflow a part of it."""
     config = fresh(6, every=3, log=LogConfig(mlflow="experiment"))
     write = trackers.MLflow.write
 
@@ -247,7 +247,7 @@ def test_a_line_that_a_kill_kept_from_a_tracker_is_told_by_the_next_start(
 def test_a_store_that_does_not_have_the_run_is_told_all_in_a_new_one(
     fresh, run, tmp_path, offline, kill_at, caplog
 ):
-    """As the directory of another machine, where a run on a bucket goes on."""
+    """Such as the directory of another machine, on which a run on a bucket resumes."""
     config = fresh(6, every=3, log=LogConfig(mlflow="experiment"))
     alive = kill_at(4)
     with pytest.raises(Killed):
@@ -281,8 +281,8 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
     monkeypatch.setattr(trackers.MLflow, "write", write)
     told = run(fresh(5, log=LOG), tmp_path / "seed")
     assert [line for line in told if "config.log.mlflow" in line] == [
-        "config.log.mlflow: the server is down; it is told no more until this run starts again, and"
-        " metrics.jsonl and TensorBoard go on"
+        "config.log.mlflow: the server is down; it gets nothing more until this run is resumed;"
+        " metrics.jsonl and TensorBoard continue"
     ]
     assert set(of_steps(tmp_path / "seed")) == set(range(6))
     assert [step for step, _ in in_wandb(tmp_path / "seed")[1]] == list(range(6)), "the other"
@@ -502,7 +502,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(fresh, run, tmp_path, monkey
 
 @pytest.mark.cli
 def test_trackers_lack_nothing_after_a_kill_that_nobody_hears(offline, cli):
-    """W&B writes in blocks, from a process of its own."""
+    """W&B writes in blocks, from its own process."""
     cli.environment.pop("WANDB_SERVICE", None)  # of this process's own runs
     seed = cli.seed("run", "--config.log.wandb=p", "--config.log.mlflow=experiment", steps=40)
     process = cli.start(*seed)
@@ -555,7 +555,7 @@ def test_a_pipelines_stages_are_one_group_and_evaluation_tells_what_it_measured(
 
 @pytest.mark.cli
 def test_of_several_processes_the_first_tells_and_each_profiles(cli, offline):
-    """Both on this machine, whose part of the profile has one name: the later one's stays."""
+    """On one machine, both parts of the profile have the same name, and the later one stays."""
     cli.run(*cli.seed("other", steps=2))  # makes the cache of the text
     seed = cli.seed("run", "--config.log.mlflow=experiment", "--config.profile.steps=3:5", steps=6)
     processes = cli.start_several(2, 2, *seed)

@@ -1,5 +1,5 @@
-"""Two processes with four simulated devices each, through the real command line: what a slice of
-two hosts does."""
+"""Two processes with four simulated devices each, through the real command line, as on a slice with
+two hosts."""
 
 import json
 import time
@@ -91,7 +91,7 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture)
     told = finish(cli.start_several(2, 4, *finetune(cli, mixture, "two", *MESH)))
     want, got = losses(cli, "one"), losses(cli, "two")
     assert len(want[0]) == 24
-    assert len(want[1]) == 3  # before the first step too
+    assert len(want[1]) == 3  # also before the first step
     for a, b in zip(want, got, strict=True):
         assert b == pytest.approx(a, abs=1e-5), (
             "two processes see other rows, or sum other gradients, than one"
@@ -102,7 +102,7 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(cli, mixture)
     killed = cli.start_several(2, 4, *finetune(cli, mixture, "killed", *MESH))
     cli.wait_for_step("killed", 8, killed[0])
     killed[1].kill()
-    # The survivor may wait for the dead one for minutes: a slice's machines are restarted together
+    # The survivor may wait for minutes: a slice's machines are restarted together.
     for process in killed:
         process.kill()
         process.communicate()
@@ -168,7 +168,7 @@ def test_a_directory_that_is_not_shared_is_refused(cli, mixture):
 
 
 def long_steps(cli, workdir, seconds, *more, count=2, accumulate=8, steps=2):
-    """A run on two devices whose every micro-batch sleeps for so long."""
+    """A run on two devices whose micro-batches each sleep for this long."""
     return cli.start_several(
         count,
         2 // count,
@@ -182,8 +182,8 @@ def long_steps(cli, workdir, seconds, *more, count=2, accumulate=8, steps=2):
 
 
 def interrupt(cli, workdir, processes, which):
-    """SIGTERM to one of them in the middle of step 2. Seconds until step 1 is saved, and until both
-    have ended."""
+    """Send SIGTERM to one process in the middle of step 2. Returns seconds until step 1 is saved,
+    and until both have ended."""
     cli.wait_for_step(workdir, 1, processes[0])
     start = time.monotonic()
     processes[which].terminate()
@@ -192,7 +192,7 @@ def interrupt(cli, workdir, processes, which):
         time.sleep(0.05)
     saved = time.monotonic() - start
     told = finish(processes, (143, 143))
-    assert "SIGTERM: saved step 1; run the same command to go on" in told[0]
+    assert "SIGTERM: saved step 1; run the same command to resume" in told[0]
     assert cli.steps_logged(workdir) == [1]
     return saved, time.monotonic() - start
 
@@ -209,7 +209,7 @@ def test_sigterm_to_one_process_drops_the_step_of_both_which_then_train_as_one_d
 
 @pytest.mark.slow
 def test_steps_of_a_minute_survive_a_preemption(cli):
-    """Within the 15 s that a machine has which is taken away."""
+    """Within the 15 s that a preempted machine has."""
     finish(long_steps(cli, "whole", 0, accumulate=16))
     saved, ended = interrupt(cli, "run", long_steps(cli, "run", 3.75, accumulate=16), 0)
     assert saved < ended < 15
@@ -219,7 +219,7 @@ def test_steps_of_a_minute_survive_a_preemption(cli):
 
 @pytest.mark.slow
 def test_a_kill_loses_no_more_than_the_minutes_between_two_saves(cli):
-    """Two steps of 2 s fit into them."""
+    """Two steps of 2 s fit into this interval."""
     minutes, seconds = 0.15, 0.25
     every = f"--config.checkpoint.every_minutes={minutes}"
     both = long_steps(cli, "run", seconds, every, steps=1000)
@@ -255,8 +255,8 @@ def get_config():
 
 @pytest.mark.slow
 def test_two_processes_mix_and_evaluate_as_one(cli, mixture):
-    """Losses, routing, test sets and generated answers; what one process writes, the other does
-    not."""
+    """Losses, routing, test sets and generated answers; each file is written by one process
+    only."""
     source = f"--config.mix.experts=('{cli.home / 'seed'}',)"
     finish(
         cli.start_several(
