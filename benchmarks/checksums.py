@@ -1,11 +1,11 @@
-"""What checksums cost: saving and loading a run's parameters, and writing and reading safetensors,
-with and without them, alternately in one run.
+"""Cost of checksums: saving and loading a run's parameters, and writing and reading safetensors,
+with and without checksums, alternating in one run.
 
     python benchmarks/checksums.py [--rounds=7] [--megabytes=256]
 
-Seconds of the processor and of the clock, the least of all rounds each way, and their ratio (with /
-without): 1.02 is an overhead of 2 %. sha256 of exported files is computed beside the writing, on
-another core; its seconds are in the processor's.
+Prints processor and wall-clock seconds, the minimum of all rounds for each variant, and their ratio
+(with / without): 1.02 is an overhead of 2 %. The sha256 of exported files is computed on another
+core while writing; processor seconds include it.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def model_of(megabytes: int) -> ModelConfig:
 
 
 class Unhashed:
-    """In place of sha256."""
+    """Stands in for a sha256 object."""
 
     def update(self, data) -> None:
         pass
@@ -112,7 +112,7 @@ def main() -> None:
         name: {True: [], False: []} for name in actions
     }
     try:
-        for number in range(args.rounds + 1):  # the first warms up
+        for number in range(args.rounds + 1):  # the first is a warm-up
             for wanted in (True, False) if number % 2 else (False, True):
                 set_checksums(wanted)
                 shutil.rmtree(folder)

@@ -1,10 +1,10 @@
-"""Every compile check of docs/tpu.md, and the tables in it.
+"""Run every compile check of docs/tpu.md and update its tables.
 
     python benchmarks/compile_checks.py [--folder=runs/compile] [--only=NAME]
 
-Each check is one `--compile_topology` command in a process of its own, two to six minutes on one
-core; a finished one is not run again. Needs libtpu (`pip install -e '.[tpu]'`), no TPU. Writes the
-tables between the marks of docs/tpu.md.
+Each check is one `--compile_topology` command in a separate process, two to six minutes on one
+core; finished ones are skipped. Needs libtpu (`pip install -e '.[tpu]'`), but no TPU. The tables
+are written between the marks in docs/tpu.md.
 """
 
 import argparse
@@ -25,9 +25,9 @@ ONE_STEP = ("--config.train.batch_size=16", "--config.train.accumulate=1")
 FULL, RAGGED = "--config.compute.remat=full", "--config.compute.dispatch=ragged"
 V5P_16, V5E_64 = "--compile_topology=v5p:2x2x4", "--compile_topology=v5e:8x8"
 
-# name -> (arguments, what it is); the peer's figures for the same program, GiB and FLOPs: memory,
-# dots, grouped matmuls, traffic by kind, and what is sent at least: an all-gather or all-to-all (n
-# - 1) / n of its bytes, an all-reduce twice that, n the smallest group there is
+# name -> (arguments, description, the peer's figures for the same program in GiB and FLOPs: memory,
+# dots, grouped matmuls, traffic by kind, and the minimum sent: (n - 1) / n of the bytes of an
+# all-gather or all-to-all, twice that for an all-reduce, with n the smallest group).
 PEERS = {
     "d8": (
         (EXPERT, *ONE_STEP, "--config.train.mixing_probe=False", "--compile_topology=v5p:2x2x2"), "Llama-2-7B, fsdp=8",

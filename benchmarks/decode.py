@@ -1,16 +1,15 @@
-"""Tokens per second of greedy decoding with a cache, against `transformers` generate on the same
-checkpoint, in alternating rounds.
+"""Tokens per second of greedy decoding with a KV cache, compared with `transformers` generate on
+the same checkpoint, in alternating rounds.
 
     pip install -e '.[bench]'
     python benchmarks/decode.py --checkpoint=HF_DIRECTORY [--upcycled=HF_MIXTRAL_DIRECTORY]
     [--dtypes=bfloat16,float32] [--rounds=5]
 
-Both sides: the same dtype for weights and activations, the same prompts of 24 to 40 tokens, a
-key/value cache, exactly --tokens new tokens a row, all cores, a process of their own (threads of
-one that wait for work would slow the other). Prefill is part of a round; compiling is not. Rounds
-alternate, so that a change in the machine's speed meets both; the share of equal tokens tells
-whether both did the same. In bfloat16 they part sooner or later, since sums are rounded in another
-order.
+Both sides use the same dtype for weights and activations, the same prompts of 24 to 40 tokens, a KV
+cache, exactly --tokens new tokens per row, all cores, and a separate process (idle threads of one
+would slow the other). Rounds include prefill but not compilation. They alternate, so that changes
+in the machine's speed affect both sides; the share of equal tokens shows whether both computed the
+same. In bfloat16 they diverge sooner or later because sums are rounded in a different order.
 """
 
 import argparse
@@ -80,7 +79,8 @@ def theirs(path: str, dtype: str, new_tokens: int):
 
 
 def serve(side: str, path: str, dtype: str, new_tokens: int) -> None:
-    """For every batch size on standard input: generate, answer with seconds and tokens."""
+    """For every batch size read from standard input, generate and answer with seconds and
+    tokens."""
     generate = {"ours": ours, "theirs": theirs}[side](path, dtype, new_tokens)
     for line in sys.stdin:
         prompts = prompts_of(int(line))

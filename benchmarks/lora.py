@@ -1,11 +1,11 @@
-"""Seconds and memory of a training step: MoLA against plain LoRA of the same total rank, and
-against full finetuning, in alternating rounds of one process.
+"""Time and memory of a training step: MoLA compared with plain LoRA of the same total rank and with
+full finetuning, in alternating rounds of one process.
 
     python benchmarks/lora.py [--layers=12] [--rounds=5] [--batch=2] [--length=128]
 
-The model has SmolLM2-135M's widths and random weights: what a step takes does not depend on them.
-All sides: float32, the same batch, the same loop over layers. Ratios are medians over rounds;
-memory is that of the compiled step, parameters and moments included.
+The model has SmolLM2-135M's widths and random weights, which do not affect the cost of a step. All
+variants use float32, the same batch and the same loop over layers. Ratios are medians over rounds;
+memory is that of the compiled step, including parameters and moments.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main() -> None:
             start = time.perf_counter()
             states[name], metrics = program(states[name], batch, key)
             jax.block_until_ready((states[name], metrics))
-            if number > 1:  # the first two fault memory in
+            if number > 1:  # the first two fault in memory
                 seconds[name].append(time.perf_counter() - start)
     for name in programs:
         ratios = [a / b for a, b in zip(seconds[name], seconds[PLAIN], strict=True)]

@@ -1,20 +1,19 @@
-"""Time and memory of mixing three models on disk, against copying the same bytes and against
+"""Time and memory of mixing three models on disk, compared with copying the same bytes and with
 mergekit-moe, in one run.
 
     python benchmarks/mix.py [--mergekit=PATH/TO/mergekit-moe] [--rounds=3] [--folder=DIR]
     python benchmarks/mix.py --solved
 
 Writes three random Llamas of TinyLlama's shape (1.1B parameters, bfloat16, 2.2 GB each) under
---folder, then in every round: copies the mixture's bytes (`cp -r` of the previous result, then
-fsync), mixes a frankenMoE with `btx mix`, and, when named, does the same with
-mergekit-moe on the same recipe (gate_mode random). Both mixtures are made again from runs of our
-own that hold the same models, and a mixture is converted from Hugging Face files into a run and
-back, with the bytes that were read (rchar of /proc/self/io). Peak resident memory is the process's own
-high-water mark; that of the interpreter with the same imports is measured beside it. Needs 45 GB of
-disk.
+--folder. Every round copies the mixture's bytes (`cp -r` of the previous result, then fsync), mixes
+a frankenMoE with `btx mix` and, if given, with mergekit-moe on the same recipe (gate_mode random).
+Both mixtures are also made from runs of our own with the same models, and a mixture is converted
+from Hugging Face files to a run and back, recording the bytes read (rchar in /proc/self/io). Peak
+resident memory is the process's own high-water mark; that of the interpreter with the same imports
+is measured for comparison. Needs 45 GB of disk.
 
-With --solved instead, once: the same models with what they share and their routers solved from text
-(merge: regmean, gate_mode: ridge; 8192 tokens of each), against their plain mean.
+With --solved, runs once instead: the same models with shared parameters and routers solved from
+text (merge: regmean, gate_mode: ridge; 8192 tokens each), compared with their plain mean.
 """
 
 import argparse
@@ -47,8 +46,8 @@ TINYLLAMA = ModelConfig(
     context=2048,
 )
 SOURCES = ("a", "b", "c")
-# Run in a process of its own: prints its peak resident memory in KiB. (ru_maxrss would start from
-# that of the process that forked it.)
+# Run in a separate process: prints its peak resident memory in KiB. (ru_maxrss would start from
+# that of the forking process.)
 PEAK = (
     "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
 )
@@ -85,7 +84,7 @@ def timed(command: list[str], **kwargs) -> tuple[float, str]:
 
 
 def write_texts(folder: Path) -> None:
-    """Of each model a tokenizer of words, and words of its own and common ones."""
+    """Write a word tokenizer and a text for each model, with words of its own and common ones."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"<unk>": 0} | {f"w{i}": i for i in range(1, TINYLLAMA.vocab_size)}
@@ -160,7 +159,7 @@ def main() -> None:
             timed([sys.executable, "-m", "btx_jax", "convert", str(folder / source), str(run)])
     names = [file.stem for file in sorted(folder.glob("*.yml"))]
     tokenizer = folder / SOURCES[0] / "tokenizer.json"
-    if not tokenizer.exists():  # mergekit wants one in the base model
+    if not tokenizer.exists():  # mergekit needs one in the base model
         from tokenizers import Tokenizer, models
 
         for name in SOURCES:

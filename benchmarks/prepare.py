@@ -1,12 +1,12 @@
-"""Tokenising a text on one core and on several, alternately, from the demo corpora's documents in
-random order.
+"""Time of tokenising a text on one core and on several, alternating, from the demo corpora's
+documents in random order.
 
     python benchmarks/prepare.py [--megabytes=200] [--cores=1,2] [--rounds=3] [--length=4096]
 
-For each number of cores: seconds of the clock, those of the processor of the process that reads,
-packs and writes and of its workers, the least of all rounds each; and how many times as fast as
-with the first number. Other programs on these cores take their share of the clock, not of the
-processor: the load is printed. The sets must be the same files.
+For each number of cores, prints wall-clock seconds and processor seconds of the process that reads,
+packs and writes and of its workers, each the minimum of all rounds, and the speed-up over the first
+number. Other programs on these cores affect wall-clock but not processor time, so the load is
+printed. The resulting sets must be identical.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 
 
 def write_text(folder: Path, megabytes: float) -> tuple[Path, Path]:
-    """(text, tokenizer)"""
+    """Write the benchmark's text; returns (text, tokenizer)."""
     from btx_jax.data import demo
 
     tokenizer = demo.tokenizer(folder)
@@ -43,7 +43,7 @@ def write_text(folder: Path, megabytes: float) -> tuple[Path, Path]:
 
 
 def prepare(text: Path, tokenizer: Path, length: int) -> dict[str, float | str]:
-    """Of this process."""
+    """Measure a preparation in this process."""
     from btx_jax.config.config import DataConfig
     from btx_jax.data import prepare
     from btx_jax.data.tokenizers import load_tokenizer

@@ -1,12 +1,11 @@
-"""What each process of a pod reads and holds when a Hugging Face checkpoint is loaded: two
+"""Bytes read and held by each process of a pod when it loads a Hugging Face checkpoint: two
 processes with four simulated devices each, on a random mixture of experts in bfloat16.
 
     python benchmarks/read.py [--megabytes=1500] [--mesh=1,2,4,1] [--dtype=bfloat16]
 
-mesh: devices along data, fsdp, expert and tensor. A line for each process: MB that it read (those
-of system calls, whether from the disk or the page cache), peak resident memory above what it held
-before it began to load, its share (what its devices hold, copies included, which simulated devices
-have in common), and seconds.
+mesh: devices along data, fsdp, expert and tensor. Prints a line for each process: MB read (by
+system calls, from disk or page cache), peak resident memory above that before loading, its share
+(the data on its devices, including replicas, which simulated devices share), and seconds.
 """
 
 import argparse
@@ -64,14 +63,14 @@ def write(target: Path, megabytes: int) -> None:
 
 
 def status(file: str, key: str) -> int:
-    """A number of /proc/self/FILE."""
+    """A number in /proc/self/FILE."""
     found = re.search(rf"^{key}:\s+(\d+)", Path("/proc/self", file).read_text(), re.MULTILINE)
     assert found, key
     return int(found[1])
 
 
 def load(path: Path, mesh: tuple[int, ...], dtype: str) -> dict[str, float]:
-    """Of this process: bytes and seconds."""
+    """Load in this process; returns bytes and seconds."""
     from btx_jax.parallel import hosts
 
     hosts.start()
@@ -90,7 +89,7 @@ def load(path: Path, mesh: tuple[int, ...], dtype: str) -> dict[str, float]:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), nn.unbox(boxed), shardings
     )
     multihost_utils.process_allgather(np.zeros(4096, np.uint8))  # compiled once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     held, read, start = status("status", "VmRSS"), status("io", "rchar"), time.monotonic()
     params = jax.block_until_ready(load_params(found, abstract))
     share = sum(s.data.nbytes for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards)
@@ -104,7 +103,7 @@ def load(path: Path, mesh: tuple[int, ...], dtype: str) -> dict[str, float]:
 
 
 def load_in_two(path: Path, mesh: str, dtype: str) -> list[dict[str, float]]:
-    """What `load` tells of each of two processes."""
+    """The results of `load` in two processes."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"

@@ -1,10 +1,10 @@
-"""The pass that routers and shared weights are solved in (mixing/states.py), compiled for one TPU
-chip at Llama-2-7B's shape: does a layer with a text of 8,192 tokens fit, and what does it compute?
+"""The pass that solves routers and shared weights (mixing/states.py), compiled for one TPU chip at
+Llama-2-7B's shape: does a layer with a text of 8,192 tokens fit, and how much does it compute?
 
     python benchmarks/statistics_pass.py [--topology=v5e:2x2] [--preset=llama2_7b]
 
-Each layer of each text runs these programs one after another; sums are made on the host. Needs
-libtpu (`pip install -e '.[tpu]'`), no TPU. Times are not known without one.
+Each layer runs these programs for each text, one after another; sums are computed on the host.
+Needs libtpu (`pip install -e '.[tpu]'`), but no TPU. Times cannot be measured without one.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
         "feed-forward": (states._after_ffn, {"ffn": layer["ffn"]}, x, x),
     }
     print(f"{args.preset}, {rows} rows of {length} tokens, one chip of {args.topology}")
-    # Kernels are chosen by the process's own devices: here those of the chip.
+    # Kernels are chosen by the process's devices; choose those of the chip.
     with mock.patch("jax.default_backend", return_value="tpu"):
         for name, (program, *given) in programs.items():
             compiled = program.lower(model, *given).compile()

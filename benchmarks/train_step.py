@@ -1,14 +1,14 @@
-"""Tokens per second of one training step against transformers (PyTorch), float32, same shapes, same
-machine, in one run.
+"""Tokens per second of a training step compared with transformers (PyTorch), float32, same shapes,
+same machine, in one run.
 
     pip install -e '.[bench]' && python benchmarks/train_step.py [--rounds=5]
 
 Five programs: a dense Llama here and in transformers; a Mixtral (4 experts, top-2) in transformers
-and here with einsum and with ragged dispatch; and a dense model here whose feed-forward is twice as
-wide, which has the mixture's active parameters. A step is forward, backward, gradient clipping and
-AdamW. Every program runs in a process of its own; rounds go A B C D E, A B C D E, ..., so that a
-change in the machine's speed meets all of them; medians over rounds are compared.
-`--profile=PROGRAM` shows where one of our steps spends its time, `--matmuls` how fast each
+and here with einsum and with ragged dispatch; and a dense model here with twice the feed-forward
+width, which has the mixture's active parameters. A step is forward, backward, gradient clipping and
+AdamW. Every program runs in a separate process; rounds go A B C D E, A B C D E, ..., so that
+changes in the machine's speed affect all of them; medians over rounds are compared.
+`--profile=PROGRAM` shows how the time of one of our steps divides, `--matmuls` how fast each
 framework multiplies the matrices of these models.
 """
 
@@ -34,8 +34,8 @@ BATCH, LENGTH = 8, 256
 EXPERTS, TOP_K = 4, 2
 WARM_UP = 4  # untimed steps of each program
 STEPS = 4  # timed steps of each program per round
-# Huge pages: without them every step of either framework asks the kernel for hundreds of megabytes,
-# 4 KiB at a time. No YNN: XLA then multiplies through Eigen, which is the faster of the two for an
+# Huge pages: without them, every step of either framework requests hundreds of megabytes from the
+# kernel, 4 KiB at a time. YNN is off: XLA then multiplies through Eigen, which is faster for an
 # expert's matrices and equal for the rest.
 ENVIRONMENT = {
     **os.environ,
@@ -126,7 +126,7 @@ def torch_step(program: str):
 
 
 def serve(program: str) -> None:
-    """Set the program up, then run one round for every line on standard input and answer with
+    """Set up the program, then run one round for every line on standard input and answer with
     seconds per step."""
     step, counts = (torch_step if program.startswith("torch") else jax_step)(program)
     for _ in range(WARM_UP):
@@ -141,7 +141,7 @@ def serve(program: str) -> None:
 
 def profile(program: str) -> None:
     """Milliseconds per step of each kind of operation in a JAX program, from its profiler trace
-    (threads added up)."""
+    (summed over threads)."""
     import collections
     import glob
     import gzip
@@ -169,7 +169,7 @@ def profile(program: str) -> None:
 
 
 def matmuls() -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
-    """(what, einsum, left shape, right shape) of the products that make up a step."""
+    """(description, einsum, left shape, right shape) of the matmuls that make up a step."""
     rows, d, f, heads, head_dim = (
         BATCH * LENGTH,
         SHAPE["d_model"],
@@ -177,7 +177,7 @@ def matmuls() -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
         BATCH * SHAPE["heads"],
         SHAPE["head_dim"],
     )
-    claims = rows * TOP_K  # rows of all experts together when each token goes to two
+    claims = rows * TOP_K  # rows of all experts together
     return [
         ("FFN in, forward", "md,df->mf", (claims, d), (d, f)),
         ("FFN in, gradient of x", "mf,df->md", (claims, f), (d, f)),
@@ -272,7 +272,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.profile:
-        if dict(os.environ) != ENVIRONMENT:  # both are read when a process starts
+        if dict(os.environ) != ENVIRONMENT:  # both are read only at process start
             os.execve(sys.executable, [sys.executable, *sys.argv], ENVIRONMENT)
         profile(args.profile)
         return
@@ -286,7 +286,7 @@ def main() -> None:
         serve(args.serve)
         return
     workers, seconds = {}, {name: [] for name in PROGRAMS}
-    for name in PROGRAMS:  # one after another: set-up compiles
+    for name in PROGRAMS:  # sequentially, as set-up compiles
         workers[name] = start_worker("--serve", name)
         counts = json.loads(workers[name].stdout.readline())
         print(f"{name}: {counts[0] / 1e6:.2f}M parameters", flush=True)

@@ -1,18 +1,18 @@
-"""Branch-Adapt-Route (arXiv 2604.18473): branches beside an anchor (FlexOlmo, arXiv 2507.07024), of
-which ever less is frozen; what moved is averaged, then the mixture's routers alone are trained.
+"""Branch-Adapt-Route (arXiv 2604.18473): branches with an anchor (FlexOlmo, arXiv 2507.07024)
+that are unfrozen in stages; shared parameters are averaged, then only the routers are trained.
 
     btx run bar:tiny
     btx run bar:from_init,RELEASED_MODEL --workdir=runs/mine
 
-Each branch trains half of its steps with all that is shared frozen, three tenths with embeddings
-and head free, a fifth with all free but the anchor: runs expert_NAME_shared,
-expert_NAME_shared_layers and expert_NAME, each from the one before. Without the last two
+Each branch trains half of its steps with all shared parameters frozen, three tenths with embeddings
+and head trained, a fifth with all but the anchor trained: runs expert_NAME_shared,
+expert_NAME_shared_layers and expert_NAME, each from the previous one. Without the last two
 (`configs/math_expert.py` with `train.frozen=shared` and `train.anchor=True`) nothing is averaged.
 
-Cost: that of configs/btx.py, but for a finetune of a tenth; a branch computes two feed-forwards for
-every token. `:tiny` less than half an hour on 2 cores, shared with other work.
-Expected (paper, 7B, mean over its domains): 49.1, where training the dense model again on all of it
-gives 47.8 and BTX 46.7. `:tiny`, held-out nats of maths, code, world, prose:
+Cost: as configs/btx.py, with a tenth of its finetune; a branch computes two feed-forwards for
+every token. `:tiny` takes less than half an hour on 2 cores shared with other work.
+Expected (paper, 7B, mean over its domains): 49.1; further dense training on all text gives 47.8,
+BTX 46.7. `:tiny`, held-out nats of maths, code, world, prose:
 
     seed                                              1.563  5.289  4.995  4.434
     mixed, routers not trained                        2.401  5.345  4.992  4.910
@@ -20,7 +20,7 @@ gives 47.8 and BTX 46.7. `:tiny`, held-out nats of maths, code, world, prose:
     the branches after their first runs, as these     1.975  5.282  4.970  4.545
     and 20 steps of routers                           1.336  5.171  4.954  4.544
 
-So at this size and rate (2e-3) more is lost in the mean of what moved than the later runs give.
+At this size and rate (2e-3), averaging loses more than the later runs gain.
 """
 
 from btx_jax.presets.registry import PRESETS

@@ -1,12 +1,12 @@
-"""Tasks learnt one after another on the same LoRA experts, each tried on all of them after each:
+"""Tasks learnt one after another on the same LoRA experts, with all tasks evaluated after each:
 overall performance, performance drop and backward transfer (MoLA, section 4.4).
 
     btx run continual:arc_easy,openbook_qa,commonsense_qa --workdir=runs/continual \\
         --config.pipeline.arc_easy.config.init=HF_DIRECTORY
 
-The first task starts from the model named there ($BTX_DATA_DIR/seed by default), every other from
-the one before. Items come from $BTX_DATA_DIR/evals; a tenth of each, chosen by a hash, is held out
-of training and tried.
+The first task starts from the model named there ($BTX_DATA_DIR/seed by default), each other from
+the previous one. Items come from $BTX_DATA_DIR/evals; a tenth of each, chosen by a hash, is held
+out from training and evaluated.
 
 Cost: SmolLM2-135M, three tasks of 300 steps: about six hours on 2 CPU cores.
 Expected: the page's table of scores, with OP, PD and BWT in summary.json.

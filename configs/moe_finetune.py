@@ -7,7 +7,7 @@ balancing.
 
 `from_init` takes a mixture of any size and number of experts, on one machine.
 
-Cost: unadorned 80B tokens, 5.3e21 FLOPs; `:tiny` about two minutes on 2 cores.
+Cost: by default 80B tokens, 5.3e21 FLOPs; `:tiny` about two minutes on 2 cores.
 Expected (paper): 47.9 on 12 tasks, seed 40.7. `:tiny`: mean held-out loss below the seed's and
 every expert's.
 """

@@ -1,10 +1,11 @@
-"""Knowledge expert: the seed continued on Wikipedia (BTX section 4.1); tiny, on the World Factbook.
+"""Knowledge expert: the seed trained further on Wikipedia (BTX section 4.1); `:tiny` on the
+World Factbook.
 
     btx run wiki_expert --config.init=CHECKPOINT
     btx run wiki_expert:tiny --config.init=runs/seed_tiny
     btx run wiki_expert:from_init --config.init=RELEASED_MODEL
 
-Cost: unadorned 42B tokens, 1.7e21 FLOPs; `:tiny` a minute on 2 cores.
+Cost: by default 42B tokens, 1.7e21 FLOPs; `:tiny` a minute on 2 cores.
 Expected: held-out text of the domain well below the seed's.
 """
 

@@ -1,9 +1,9 @@
-"""Tables of reference in docs/, from the code that they describe: every key of a config and of a
-recipe, with its type, its default, and what stands below its field.
+"""Reference tables in docs/, generated from the code: every key of a config and of a recipe, with
+its type, its default, and the docstring below its field.
 
-    python -m tools.references      # writes them anew, between the marks of the pages
+    python -m tools.references      # rewrites them, between the marks of the pages
 
-`tests/documents/test_pages.py` fails where a page differs from what this makes.
+`tests/documents/test_pages.py` fails where a page differs from the generated one.
 """
 
 import ast
@@ -23,11 +23,11 @@ from btx_jax.presets.project import Domain, Project
 
 DOCS = Path(__file__).parent.parent / "docs"
 END = "<!-- end -->"
-UNBOUNDED = 10**6  # upper bounds from here on only keep slips out, and are not told
+UNBOUNDED = 10**6  # larger upper bounds only catch mistakes, and are not shown
 
 
 def field_docs(section: type) -> dict[str, str]:
-    """Field -> the string below it in the source. Raises ValueError where one has none."""
+    """Field -> the docstring below it in the source. Raises ValueError for a field without one."""
     (declared,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(declared, ast.ClassDef)
     told = {}
@@ -44,7 +44,7 @@ def field_docs(section: type) -> dict[str, str]:
 
 
 def sections(section: type = Config, path: str = "config") -> Iterator[tuple[str, type]]:
-    """(path of its keys, dataclass) of a section and all below it, each path once."""
+    """Yield (path of its keys, dataclass) for a section and all those below it, each once."""
     yield path, section
     for name, hint in typing.get_type_hints(section, include_extras=True).items():
         inner, is_named = _section_in(hint)
@@ -53,7 +53,8 @@ def sections(section: type = Config, path: str = "config") -> Iterator[tuple[str
 
 
 def table(section: type, path: str = "") -> str:
-    """A row a field. path: that of its keys, for links to the sections below; "" for none."""
+    """A table with a row per field. path: of its keys, for links to the sections below; "" for
+    none."""
     hints = typing.get_type_hints(section, include_extras=True)
     told = field_docs(section)
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
@@ -73,7 +74,7 @@ def config_reference() -> str:
 
 
 def with_tables(text: str, tables: Mapping[str, str]) -> str:
-    """A page with each table between `<!-- NAME -->` and the next end mark."""
+    """The page with each table between `<!-- NAME -->` and the next end mark."""
     for name, made in tables.items():
         before, mark, behind = text.partition(f"<!-- {name} -->\n")
         _, end, after = behind.partition(END)
@@ -83,7 +84,7 @@ def with_tables(text: str, tables: Mapping[str, str]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Page -> what it should hold."""
+    """Page -> its generated contents."""
     made = {
         DOCS / "config.md": {"config": config_reference()},
         DOCS / "recipes.md": {
@@ -97,7 +98,7 @@ def pages() -> dict[Path, str]:
 
 
 def _section_in(hint: Any) -> tuple[type | None, bool]:
-    """The dataclass that a field holds, and whether it holds several by their names."""
+    """The dataclass in a field's type, and whether the field holds several by name."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return typing.cast(type, hint), False
@@ -109,7 +110,7 @@ def _section_in(hint: Any) -> tuple[type | None, bool]:
 
 
 def _kind(hint: Any, path: str) -> str:
-    """path: that of the key, for a link to the section it holds."""
+    """A field's type as text. path: of the key, for a link to the section it holds."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     inner, is_named = _section_in(hint)
     if inner is not None:

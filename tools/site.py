@@ -1,5 +1,5 @@
-"""mkdocs hook: pages of the site that lie outside docs/, where GitHub and Python packages look for
-them. README.md is its first page; links between them and docs/ are rewritten."""
+"""mkdocs hook for pages outside docs/, where GitHub and Python packages expect them. README.md
+becomes the first page; links between these pages and docs/ are rewritten."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links that lead from docs/ to files beside it."""
+    """Rewrite links from docs/ to files outside it."""
     for source, page in OUTSIDE.items():
         markdown = markdown.replace(f"](../{source}", f"]({page}")
     return markdown
 
 
 def as_page(text: str) -> str:
-    """A file of the root as a page of docs/."""
+    """A file of the root directory as a page of docs/."""
     for source, page in OUTSIDE.items():
         text = text.replace(f"]({source}", f"]({page}")
     return text.replace("](docs/", "](")

@@ -1,4 +1,4 @@
-"""When does mixing pay? Branch-Train-MiX at a million parameters, behind a seed of 20M tokens: what
+"""When does mixing pay? Branch-Train-MiX at a million parameters, from a seed of 20M tokens: what
 branches lose when they are mixed, and the mixture at its best beside tuned peers.
 
     python -m btx_jax.data.corpora           # 88 MB of text in runs/corpora, a minute
@@ -7,9 +7,9 @@ branches lose when they are mixed, and the mixture at its best beside tuned peer
     btx run paper_small:all --config.rng_seed=2 --workdir=runs/paper_small_2
     btx run paper_small:report               # of all three
 
-Cost on 2 quiet cores: the seed 30 minutes, `branches` (what branches lose) an hour with it, `main`
+Cost on 2 idle cores: the seed 30 minutes, `branches` (what branches lose) an hour with it, `main`
 (BTX and its peers) 2, `all` (the paper's other arms, the split of compute) 3, `tuning` (every
-finetune, every rate) 4.5. A killed run resumes, and `--only=STAGE` does a part.
+finetune, every rate) 4.5. A killed run resumes; `--only=STAGE` runs one stage.
 Expected: docs/results.md.
 """
 
