@@ -1,6 +1,6 @@
-"""Cloud Storage on 127.0.0.1, for tests: fake-gcs-server, behind a door that can be told to fail.
+"""Cloud Storage on 127.0.0.1 for tests: fake-gcs-server behind a proxy that can inject failures.
 
-python -m tests.bucket_server BUCKET runs one and prints the environment that leads to it.
+python -m tests.bucket_server BUCKET runs one and prints the environment for its clients.
 """
 
 import asyncio
@@ -21,17 +21,17 @@ _OWN = {"host", "content-length", "transfer-encoding", "content-encoding", "conn
 
 @dataclasses.dataclass
 class Door:
-    """url: of the server. requests: `METHOD PATH?QUERY`, all so far, and the object's name where it
-    is sent in the body. fault: called with each; what
-    it returns, an HTTP status, is the answer, and 0 lets the request through."""
+    """The proxy. url: of the server. requests: all requests so far as `METHOD PATH?QUERY`, with the
+    object's name where it is sent in the body. fault: called with each; a nonzero result is
+    returned as the HTTP status, 0 forwards the request."""
 
     url: str
     requests: list[str] = dataclasses.field(default_factory=list)
     fault: Callable[[str], int] = lambda request: 0
-    received: int = 0  # bytes of answers, so far
+    received: int = 0  # bytes of answers so far
 
     def environment(self) -> dict[str, str]:
-        """In which gcsfs and TensorStore speak to this server."""
+        """The environment with which gcsfs and TensorStore use this server."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
@@ -39,16 +39,16 @@ class Door:
         }
 
     def fetched(self) -> list[str]:
-        """What was asked for of objects' contents."""
+        """Requests for objects' contents."""
         return [line for line in self.requests if "alt=media" in line]
 
 
 @contextmanager
 def running(bucket: str = "bucket") -> Iterator[Door]:
-    """With one bucket in it."""
+    """Run a server with one bucket."""
     server = FakeGCSServer()
     server.start()
-    # It tells of every request, and would stop when nobody reads that.
+    # The server logs every request, and would block if nobody read its stderr.
     threading.Thread(target=lambda: [None for _ in server._process.stderr], daemon=True).start()
     door = Door("")
     loop = asyncio.new_event_loop()
@@ -106,7 +106,7 @@ async def _pass_on(
         if "Content-Encoding" in answer.headers:
             kept["Content-Encoding"] = answer.headers["Content-Encoding"]
         for name in ("Location", "location"):
-            if name in kept:  # of an upload in pieces: through this door too
+            if name in kept:  # parts of an upload also pass through the proxy
                 kept[name] = re.sub(re.escape(url), door.url, kept[name])
         return web.Response(status=answer.status, body=content, headers=kept)
 

@@ -1,19 +1,19 @@
-"""Eight simulated devices for the whole test process; whatever wants one device takes the first.
-The processes that tests start are on CPUs, too: where libtpu is installed it would look for TPUs,
-and say so."""
+"""Provides eight simulated devices to the whole test process; tests that need one device use the
+first. Processes started by tests also run on CPUs: where libtpu is installed it would look for
+TPUs, and report that there are none."""
 
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"  # those that test the Hub have one of their own
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the Hub use their own server
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update(
     "jax_disable_most_optimizations", True
-)  # these programs compile far longer than they run
+)  # these programs take far longer to compile than to run
 
 from pathlib import Path
 
@@ -51,12 +51,13 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-MOST_MAPPINGS = 20_000  # of a process; Linux allows 65,530, and XLA crashes where it gets no more
+MOST_MAPPINGS = 20_000  # per process; Linux permits 65,530, and XLA crashes beyond them
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_heap_of_programs():
-    """Every compiled program keeps memory mappings of its own for as long as jax remembers it."""
+    """Clear jax's caches when needed: every compiled program keeps memory mappings for as long as
+    jax remembers it."""
     yield
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
@@ -65,7 +66,8 @@ def no_heap_of_programs():
 
 @pytest.fixture(autouse=True)
 def own_log_handlers():
-    """A command that is called here logs to the stderr of its test, which ends with it."""
+    """Remove log handlers after each test: a command called in a test logs to that test's
+    stderr."""
     import logging
 
     before = logging.root.handlers[:]
@@ -96,8 +98,8 @@ def one_device():
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processes that tests start keep what they compile: most run programs that another
-    has compiled before."""
+    """The compilation cache of processes started by tests: most of their programs have been
+    compiled by another."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
 
@@ -111,7 +113,7 @@ def cli(tmp_path, tokenizer_file, compiled):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A Hub of this test's own, for a process in an empty folder."""
+    """A Hub server for this test, whose process is in an empty directory."""
     from tests.hub_process import point_at
     from tests.hub_server import serving
 
@@ -122,7 +124,7 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def bucket_server():
-    """Cloud Storage on 127.0.0.1, for this process and those that it starts."""
+    """Cloud Storage on 127.0.0.1, for this process and those it starts."""
     from tests.bucket_server import running
 
     with running() as door:
@@ -134,7 +136,7 @@ def bucket_server():
 
 @pytest.fixture
 def bucket(bucket_server, tmp_path, monkeypatch):
-    """An empty directory of a bucket."""
+    """An empty directory in a bucket."""
     import uuid
 
     from btx_jax import buckets

@@ -1,5 +1,4 @@
-"""A process that has never heard of the Hub, pointed at a server of tests.hub_server; and models for
-that."""
+"""Point a process without any Hub settings at a server of tests.hub_server; and models for it."""
 
 import os
 import subprocess

@@ -1,6 +1,6 @@
-"""A Hub on 127.0.0.1, as far as huggingface_hub 2.4 asks it: repositories with commits, private and
-gated ones, files behind redirects and by ranges, uploads. It keeps a log of all that it was asked,
-and can cut connections."""
+"""A Hub server on 127.0.0.1 that supports what huggingface_hub 2.4 requests: repositories with
+commits, private and gated ones, files behind redirects and by ranges, uploads. It logs all
+requests, and can cut connections."""
 
 import base64
 import contextlib
@@ -14,13 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-GOOD, READ = "hf_good", "hf_read"  # tokens: of somebody who may write, and of one who may not
-LARGE = (".safetensors", ".parquet", ".bin", ".gz", ".model")  # what lies in LFS
+GOOD, READ = "hf_good", "hf_read"  # tokens with and without write permission
+LARGE = (".safetensors", ".parquet", ".bin", ".gz", ".model")  # extensions stored in LFS
 
 
 @dataclasses.dataclass
 class Repository:
-    """refs: branch or tag -> commit. commits: commit -> path -> bytes."""
+    """A repository. refs: branch or tag -> commit. commits: commit -> path -> bytes."""
 
     private: bool = False
     gated: bool = False
@@ -28,7 +28,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
 
     def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
-        """These files beside those that the branch, or main where it is new, has."""
+        """Commit these files on top of the branch, or of main for a new branch."""
         parent = self.refs.get(branch) or self.refs.get("main", "")
         held = {**self.commits.get(parent, {}), **files}
         told = [len(self.commits), *sorted((path, _sha1(data)) for path, data in held.items())]
@@ -49,9 +49,9 @@ class Request:
 
 
 class Hub:
-    """repos: (model or dataset, org/name) -> what is there. cuts: part of an address -> after how
-    many bytes its next bodies end, one after another. status: of every answer, 0 for the right
-    one. after: called behind every answer."""
+    """The server's state. repos: (model or dataset, org/name) -> repository. cuts: part of an
+    address -> numbers of bytes after which its next bodies end. status: of every answer, 0 for the
+    correct one. after: called after every answer."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repository] = {}
@@ -73,13 +73,14 @@ class Hub:
         return [r for r in self.log if part in r.path and method in ("", r.method)]
 
     def bodies(self, part: str = "/cdn/") -> int:
-        """Bytes of files that went out."""
+        """Bytes of files sent."""
         return sum(r.sent for r in self.log if r.method == "GET" and part in r.path)
 
 
 @contextlib.contextmanager
 def serving() -> Iterator[Hub]:
-    """Files in LFS come from another port, as the Hub's come from another host."""
+    """Run a server. Files in LFS come from another port, as the real Hub's come from another
+    host."""
     hub = Hub()
     handler = type("Bound", (_Handler,), {"hub": hub})
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
@@ -143,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.after(self.request_)
 
     def _chunks(self) -> bytes:
-        """A body without a length."""
+        """Read a body without a length."""
         held = b""
         if self.headers.get("Transfer-Encoding") == "chunked":
             while size := int(self.rfile.readline(), 16):

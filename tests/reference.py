@@ -1,4 +1,4 @@
-"""The slow, obvious twin of every fast path. Nothing here is used by the package."""
+"""The slow, obvious twin of every fast path. Not used by the package."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ def swiglu(x, gate, up, down):
 
 
 def loop_over_experts(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD):
-    """Every expert on every token, weighted by its gate (zero where not chosen)."""
+    """Apply every expert to every token, weighted by its gate (zero where not chosen)."""
     y_MD = jnp.zeros_like(x_MD)
     for e in range(gate_EDF.shape[0]):
         weight_M = (gate_MK * (index_MK == e)).sum(-1)
@@ -19,8 +19,8 @@ def loop_over_experts(x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD):
 
 
 def attention(q_BHTK, k_BNTK, v_BNTK, segments_BT):
-    """Softmax over every allowed key, one query head at a time. q heads i share key head i // (H /
-    N)."""
+    """Softmax over every permitted key, one query head at a time. Query head i uses key head i //
+    (H / N)."""
     heads, length = q_BHTK.shape[1], q_BHTK.shape[2]
     share = heads // k_BNTK.shape[1]
     allowed = jnp.tril(jnp.ones((length, length), bool)) & (
@@ -44,7 +44,8 @@ def cross_entropy(hidden, head, targets, weights, divisor=1.0, cap=0.0):
 
 
 def lora_experts(x_MI, a_IER, b_ERO, router_IE, k, scale):
-    """MoLA's equation, one expert after another: what the experts add to a linear map's output."""
+    """MoLA's equation, one expert after another: the experts' contribution to a linear map's
+    output."""
     probs = (
         jax.nn.softmax(x_MI @ router_IE)
         if router_IE is not None

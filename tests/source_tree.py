@@ -1,4 +1,4 @@
-"""What a build of the package reads, in a folder of its own, as building leaves files behind."""
+"""A copy of the sources that a build of the package needs, as building leaves files behind."""
 
 import shutil
 from pathlib import Path

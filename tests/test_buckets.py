@@ -1,4 +1,4 @@
-"""Buckets, against an emulator of Cloud Storage: what is written there appears whole, is read as on
+"""Buckets, with an emulator of Cloud Storage: what is written there appears completely, reads as on
 a disk, and belongs to one process at a time."""
 
 import gzip
@@ -202,7 +202,7 @@ def test_a_local_copy_is_fetched_once_and_anew_when_the_bucket_changes(bucket, b
 
 
 def test_who_fetches_the_same_at_the_same_time_does_not_write_over_the_other(bucket, monkeypatch):
-    """Threads here; in containers processes too have the same number."""
+    """Threads here; in containers, even processes have the same id."""
     (bucket / "d" / "x").write_bytes(b"1")
     both, fetch, targets = threading.Barrier(2, timeout=20), buckets._fetch, set()
 
@@ -277,7 +277,7 @@ def test_a_directory_has_one_process_and_a_killed_one_leaves_it_at_once(bucket):
 
 
 def stranger(bucket, monkeypatch):
-    """A claim of another machine."""
+    """A claim by another machine."""
     here = claims._this_process()
     claim = claims._Claim(3, {**here, "host": "elsewhere"}, "n", 7)
     assert buckets.create(claims._file(bucket, 3), claims._told(claim))

@@ -1,9 +1,9 @@
-"""The notebook's installation leaves Colab's own packages as they are: what is loaded already could
-not be replaced without starting anew, and its TPU needs the jax that came with it.
+"""The notebook's installation leaves Colab's own packages unchanged: those already imported could
+not be replaced without a restart, and its TPU needs the preinstalled jax.
 
 Colab's image of January 2026 is published, with jax 0.7.2, which btx_jax refuses. Later ones, on
 Python 3.13 since August 2026, are not: their JAX stack is assumed to lie between the oldest and the
-newest of our ranges, and both ends are tried, with all else as in January.
+newest of our ranges, and both ends are tested, with everything else as in January.
 """
 
 import json

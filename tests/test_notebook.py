@@ -1,4 +1,4 @@
-"""launch/colab/btx_demo.ipynb, executed as a person would: every cell, on a CPU, with fewer
+"""launch/colab/btx_demo.ipynb executed as a person would: every cell, on a CPU, with fewer
 steps."""
 
 import os

@@ -26,7 +26,7 @@ def test_a_path_is_read_as_a_shell_reads_it(tmp_path, monkeypatch):
 
 
 def hub(tmp_path):
-    """A snapshot as huggingface_hub keeps it: links to blobs beside it."""
+    """A snapshot in huggingface_hub's layout: links to blobs beside it."""
     repository = tmp_path / "hub" / "models--org--name"
     snapshot = repository / "snapshots" / ("1" * 40)
     (snapshot / "onnx").mkdir(parents=True)
@@ -43,7 +43,7 @@ def test_links_to_a_hub_s_blobs_and_inside_a_directory_are_followed(tmp_path):
     refuse_links_out(snapshot)
     (tmp_path / "link").symlink_to(snapshot)
     refuse_links_out(tmp_path / "link")
-    download = tmp_path / "download"  # with --local-dir, as it once was
+    download = tmp_path / "download"  # with the older layout of --local-dir
     download.mkdir()
     (download / "model.safetensors").symlink_to((snapshot / "config.json").resolve())
     (download / "own.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Bars on terminals, none elsewhere."""
+"""Progress bars on terminals, and none elsewhere."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ with Steps("mine", 2, 4, {shown}) as steps:
 
 
 def on_a_terminal(shown):
-    """What a terminal gets."""
+    """The output on a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -34,7 +34,7 @@ def on_a_terminal(shown):
     try:
         while part := os.read(ours, 4096):
             told += part
-    except OSError:  # all is read
+    except OSError:  # everything has been read
         pass
     os.close(ours)
     return told.decode()

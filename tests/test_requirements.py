@@ -1,5 +1,5 @@
-"""An installation without the tests' own tools must hold all that the package imports; where tests
-run, those tools would hide a gap. And what is pinned must be what is asked for."""
+"""An installation without the tests' own tools must contain everything that the package imports;
+where tests run, those tools would hide a gap. Pinned packages must be exactly those required."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# Extras whose packages are imported where they are needed, and told when they are missing.
+# Extras whose packages are imported only where needed, and reported when missing.
 IMPORTED = ("demo", "gcs", "hub", "lm-eval", "mlflow", "report", "wandb")
 PINNED = ("dev", "tpu", *IMPORTED)
 PYTHONS = ("3.11", "3.12", "3.13")

@@ -33,7 +33,7 @@ def test_a_directory_is_a_configs_own_once_it_holds_more_than_that(tmp_path, res
     for file in ("tokenizer/tokenizer.model", "expert_math/config.json"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("")
-    claim(tmp_path, other)  # the run before did not get far: nothing would be lost
+    claim(tmp_path, other)  # the earlier run left no results
     (tmp_path / result).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / result).write_text("")
     claim(tmp_path, other)
@@ -43,7 +43,7 @@ def test_a_directory_is_a_configs_own_once_it_holds_more_than_that(tmp_path, res
     ):
         claim(tmp_path, config)
     less = dataclasses.replace(other, compute=dataclasses.replace(other.compute, remat="attention"))
-    claim(tmp_path, less)  # costs other memory, computes the same
+    claim(tmp_path, less)  # uses other memory, computes the same
 
 
 def test_what_a_config_leaves_open_is_no_other_config_once_it_is_decided(tmp_path):
@@ -96,7 +96,7 @@ def test_a_directory_is_held_by_a_block_that_leaves_nothing_behind_when_it_fails
 
 
 def test_where_directories_cannot_be_renamed_no_run_begins(tmp_path, monkeypatch):
-    """As on a mounted bucket of the flat kind."""
+    """As on a mounted bucket without a hierarchical namespace."""
 
     def rename(self, target):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))

@@ -1,5 +1,5 @@
-"""The wheel, built from the source distribution and installed where nothing else of the project is:
-in an empty folder, without a checkout."""
+"""The wheel, built from the source distribution and installed in an empty directory without a
+checkout."""
 
 import os
 import shutil
@@ -31,11 +31,11 @@ for name in names:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with both distributions."""
+    """A directory with both distributions."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     copy_source(source)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", built, source]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # of which setuptools would warn
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # setuptools would warn
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     told = done.stdout + done.stderr
     assert done.returncode == 0, told
@@ -45,7 +45,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def place(built, tmp_path_factory):
-    """An environment that sees the packages of this one, and btx_jax from the wheel alone."""
+    """An environment with the packages of this one, and btx_jax only from the wheel."""
     place = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
     there = sysconfig.get_path("purelib", vars={"base": str(place)})

@@ -1,6 +1,5 @@
-"""What of ours transformers shall read, with our logits beside: of every golden checkpoint, its
-export (and greedy tokens), for `peer.py table`; and of every dense one, mixtures of it, for
-`peer.py mixtures`:
+"""Exports for transformers to read, each with our logits: of every golden checkpoint (with greedy
+tokens), for `peer.py table`; and mixtures of every dense one, for `peer.py mixtures`:
 
     python -m tests.architectures.exports FOLDER [NAME ...]
     python -m tests.architectures.exports mixtures FOLDER [NAME ...]
@@ -40,7 +39,7 @@ def load(directory: Path) -> tuple[ModelConfig, Params]:
 
 
 def our_logits(model: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
-    """[kept positions, V] of the first row."""
+    """Logits of the first row, [kept positions, V]."""
     hidden, _ = jax.jit(Llama(model, COMPUTE).apply)(
         {"params": params}, tokens, np.ones_like(tokens)
     )
@@ -52,8 +51,8 @@ def our_logits(model: ModelConfig, params: Params, tokens: np.ndarray) -> np.nda
 def our_tokens(
     model: ModelConfig, params: Params, saved: Mapping[str, np.ndarray]
 ) -> list[list[int]]:
-    """The greedy continuation of each golden prompt: in one batch, or each alone with longrope,
-    where transformers lets the longest row choose every row's factors."""
+    """The greedy continuation of each golden prompt: in one batch, or separately for longrope,
+    where transformers lets the longest row choose the factors of every row."""
     prompts = [prompt for prompt, _ in goldens.prompts(saved)]
     batches = [[prompt] for prompt in prompts] if "short_logits" in saved else [prompts]
     mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
@@ -62,7 +61,7 @@ def our_tokens(
 
 
 def write(name: str, directory: Path) -> None:
-    """Through a run of ours."""
+    """Write an export that has passed through a run of ours."""
     with tempfile.TemporaryDirectory() as home:
         convert.run(str(goldens.FOLDER / name), f"{home}/ours")
         convert.run(f"{home}/ours", str(directory))
@@ -83,8 +82,8 @@ def dense_names() -> list[str]:
 def write_variant(
     name: str, directory: Path, seed: int = 0, noise: float = 0.0, without: tuple[str, ...] = ()
 ) -> str:
-    """A golden checkpoint with noise, relative to each tensor, and without the biases of these
-    modules, such as mlp."""
+    """Write a golden checkpoint with noise, relative to each tensor, and without the biases of
+    these modules, such as mlp."""
     shutil.copytree(goldens.FOLDER / name, directory)
     rng = np.random.default_rng(seed)
     tensors = {
@@ -108,7 +107,7 @@ def write_variant(
 def write_mixture(
     sources: list[str], directory: Path, *, output_format: str = "", **changes: object
 ) -> Path:
-    """By a recipe whose base is the first source; with random routers, verified."""
+    """Write a verified mixture with random routers, by a recipe whose base is the first source."""
     recipe = {
         "base_model": sources[0],
         "gate_mode": "random",
@@ -121,10 +120,10 @@ def write_mixture(
 
 
 def write_mixtures(name: str, folder: Path) -> None:
-    """folder/dense; of it folder/equal, four times the same expert, top-2; of three perturbed
-    copies folder/different and, where Qwen2-MoE can hold them, folder/shared, with a shared expert.
-    What no mixture can have is left out of the dense model first. In float32 where norms are
-    folded: what is centred is no longer what bfloat16 holds."""
+    """Write folder/dense and mixtures of it: folder/equal with four equal experts, top-2;
+    folder/different of three perturbed copies; and, where Qwen2-MoE can hold it, folder/shared with
+    a shared expert. Features that no mixture supports are removed from the dense model first.
+    float32 is used where norms are folded, as centred weights are not bfloat16 numbers."""
     folder.mkdir(parents=True)
     model = find_checkpoint(goldens.FOLDER / name).metadata.model
     without = ("mlp", "self_attn") if "up" in model.biases else ()

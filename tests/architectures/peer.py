@@ -1,16 +1,16 @@
-"""What transformers 5.23 itself says of every family that we read: makes the golden checkpoints of
-test_families.py, and reads our exports of them. From the project's root, as
-`python -m tests.architectures.peer` and:
+"""transformers 5.23's own results for every supported family: makes the golden checkpoints of
+test_families.py, and reads our exports of them. From the project's root, as `python -m
+tests.architectures.peer` and:
 
     make tests/architectures/golden [NAME ...]     a NAME that is not listed here is a model_type
-    keys tests/architectures/config_keys.json      what every config class declares
-    decode tests/architectures/decoding.json [NAME ...]     long greedy continuations of them
-    check EXPORT LOGITS.npy     EXPORT is named as its golden directory
-    table FOLDER                a markdown table of all exports in FOLDER, which exports.py made
+    keys tests/architectures/config_keys.json      the keys that every config class declares
+    decode tests/architectures/decoding.json [NAME ...]     long greedy continuations
+    check EXPORT LOGITS.npy     EXPORT is named like its golden directory
+    table FOLDER                a markdown table of all exports in FOLDER, made by exports.py
     mixtures FOLDER             and of all mixtures
 
 Needs torch and transformers (`pip install -e '.[bench]'`). All but `make` fail on any missing,
-unexpected or mismatched key; `check` and `mixtures` also where logits differ by more than 1e-4.
+unexpected or mismatched key; `check` and `mixtures` also when logits differ by more than 1e-4.
 """
 
 import json
@@ -41,13 +41,13 @@ from transformers import (
 from tests.architectures import goldens
 
 LENGTH = 512
-FIRST = 4  # ids below are special: padding among them, to whose embedding torch gives no gradient
+FIRST = 4  # lower ids are special, such as padding, whose embedding gets no gradient in torch
 SHAPE = {
     "vocab_size": 90, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
 }  # fmt: skip
-# The first factors are exact in float32: with others, 512 positions make 1e-4 of a logit of the last
-# bit of the first frequency.
+# The first factors are exact in float32: otherwise, at 512 positions, the last bit of the first
+# frequency would change logits by 1e-4.
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.125, 1.15, 1.4], "long_factor": [1.25, 2.5, 7.25],
 }  # fmt: skip
@@ -61,14 +61,14 @@ LLAMA3 = {
     "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": goldens.SHORT,
 }  # fmt: skip
-# Tensors that a class trains, and that a model of ours holds as constants.
+# Tensors that a class trains and our models hold as constants.
 CONSTANTS = {"sinks": -1e30, "e_score_correction_bias": 0.0}
 
 
 class Kind(NamedTuple):
-    """config: what the model is made with. written: what config.json says besides, as published
-    directories do where transformers itself writes something else. matters: changes of config.json,
-    each of which must change the logits; a dict of its own changes a part of that key."""
+    """A kind of golden checkpoint. config: the model's config. written: additional config.json
+    values, as in published directories where transformers writes others. matters: changes of
+    config.json, each of which must change the logits; a nested dict updates that key."""
 
     config: Any
     written: dict[str, Any] = {}  # noqa: RUF012
@@ -243,7 +243,7 @@ def kinds() -> dict[str, Kind]:
                 intermediate_size=12,
                 num_experts=7,
                 num_experts_per_tok=5,
-                rms_norm_eps=0.05,  # norms behind the blocks see no common factor of their gates
+                rms_norm_eps=0.05,  # hides the gates' common factor from norms
             ),
             written={"num_experts": 7},
             without=("num_local_experts",),
@@ -516,7 +516,7 @@ def kinds() -> dict[str, Kind]:
 
 
 def load(directory: Path) -> transformers.PreTrainedModel:
-    """Strictly, in float32."""
+    """Load strictly, in float32."""
     model, info = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -527,14 +527,14 @@ def load(directory: Path) -> transformers.PreTrainedModel:
 
 @torch.no_grad()
 def logits_of(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
-    """[T, V] of the first row."""
+    """Logits of the first row, [T, V]."""
     return model(torch.from_numpy(tokens).long()).logits[0].numpy()
 
 
 def generate(
     model: transformers.PreTrainedModel, prompt: list[int], new_tokens: int = goldens.NEW_TOKENS
 ) -> tuple[list[int], float]:
-    """(greedy tokens, how far the chosen one leads at least), with the cache."""
+    """Generate with the cache: (greedy tokens, smallest margin of a chosen token over the next)."""
     ids = torch.tensor([prompt])
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -550,10 +550,10 @@ def generate(
 
 
 def randomise(model: transformers.PreTrainedModel) -> None:
-    """No bias is zero, no norm one; routers spread their logits enough to choose, and not so much
-    that renormalising what is chosen changes nothing. Queries and keys are smaller: a sharp softmax
-    would make much of how a rotation is rounded."""
-    ones = 0 if "Gemma" in type(model).__name__ else 1  # its norms multiply by 1 + their weights
+    """Randomise parameters: no bias is zero and no norm is one; router logits are spread enough to
+    choose, but not so much that renormalisation has no effect. Queries and keys are smaller, as a
+    sharp softmax would amplify rounding of the rotation."""
+    ones = 0 if "Gemma" in type(model).__name__ else 1  # Gemma's norms multiply by 1 + weight
     for name, parameter in model.named_parameters():
         small = any(part in name for part in ("q_proj.weight", "k_proj.weight", "qkv_proj.weight"))
         parameter.data.normal_(ones if "norm" in name else 0, 0.15 if small else 0.3)
@@ -562,7 +562,7 @@ def randomise(model: transformers.PreTrainedModel) -> None:
 
 
 def packed(rng: np.random.Generator, vocab_size: int, window: bool) -> dict[str, np.ndarray]:
-    """Rows of documents for one step; longer than the window where there is one."""
+    """Packed rows of documents for one step; longer than the window, if there is one."""
     rows = [[65], [20, 30, 15], [40, 15], [1, 50, 7]]
     if window:
         rows = [[129], [110, 19], [40, 60, 20], [5, 120]]
@@ -580,7 +580,8 @@ def packed(rng: np.random.Generator, vocab_size: int, window: bool) -> dict[str,
 def step(
     model: transformers.PreTrainedModel, batch: dict[str, np.ndarray], window: int | None
 ) -> dict[str, np.ndarray]:
-    """Loss and gradient norm, and one step of AdamW; matrices are decayed, norms and biases not."""
+    """Loss, gradient norm, and one step of AdamW, which decays matrices but not norms and
+    biases."""
     tokens = torch.from_numpy(batch["batch_tokens"]).long()
     segments = torch.from_numpy(batch["batch_segments"])
     inputs, own = tokens[:, :-1], segments[:, :-1]
@@ -617,7 +618,7 @@ def step(
     torch.optim.AdamW(
         groups, goldens.LEARNING_RATE, (goldens.BETA1, goldens.BETA2), goldens.EPS
     ).step()
-    with tempfile.TemporaryDirectory() as folder:  # under the names that a directory has
+    with tempfile.TemporaryDirectory() as folder:  # saved, to get the tensor names of a directory
         model.generation_config = GenerationConfig()
         model.save_pretrained(folder)
         after = goldens.sampled(goldens.tensors(Path(folder)))
@@ -625,13 +626,13 @@ def step(
 
 
 def window_of(model: transformers.PreTrainedModel) -> int | None:
-    """Of all layers."""
+    """The window of all layers."""
     return getattr(model.config, "sliding_window", None) or None
 
 
 def watch_routers(model: transformers.PreTrainedModel) -> list[float]:
-    """Filled by every forward pass: how far the last chosen expert leads the first that is not, at
-    the token where it is least."""
+    """Returns a list to which every forward pass appends the smallest margin of a router's last
+    chosen expert over the next one."""
     leads: list[float] = []
 
     def look(module, _, output):
@@ -645,7 +646,7 @@ def watch_routers(model: transformers.PreTrainedModel) -> list[float]:
 
 
 def changed(directory: Path, change: dict[str, Any]) -> transformers.PreTrainedModel:
-    """The same weights under another config.json."""
+    """Load the same weights with a changed config.json."""
     with tempfile.TemporaryDirectory() as home:
         copy = Path(home) / "changed"
         shutil.copytree(directory, copy)
@@ -657,7 +658,7 @@ def changed(directory: Path, change: dict[str, Any]) -> transformers.PreTrainedM
 
 
 def write(directory: Path, kind: Kind, seed: int) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(what transformers computed, why this seed will not do)."""
+    """Write a golden checkpoint: (transformers' results, reasons to reject this seed)."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = AutoModelForCausalLM.from_config(kind.config, dtype=torch.float32)
@@ -746,15 +747,15 @@ def make(folder: Path, names: list[str]) -> None:
 
 
 def decode(path: Path, names: list[str]) -> None:
-    """Each prompt alone: in a batch, transformers lets the longest row choose every row's RoPE.
-    Without names, of all; what others have stays."""
+    """Each prompt separately: in a batch, transformers lets the longest row choose the RoPE of
+    every row. Without names, all models; other entries are kept."""
     made = json.loads(path.read_text()) if names else {}
     for name in names or goldens.BEYOND:
         model = load(goldens.FOLDER / name)
         rng, rows = np.random.default_rng(0), []
         for length in (31, 90, 117):
             lead = 0.0
-            while lead < 2e-3:  # between the best and the next, where it is least
+            while lead < 2e-3:  # smallest margin over the next token
                 prompt = rng.integers(FIRST, model.config.vocab_size, length).tolist()
                 ids, lead = generate(model, prompt, goldens.MANY_TOKENS)
             assert len(ids) == goldens.MANY_TOKENS
@@ -765,7 +766,7 @@ def decode(path: Path, names: list[str]) -> None:
 
 
 def keys(path: Path) -> None:
-    """Those that a class adds to what every config has."""
+    """The keys that each class adds to those of every config."""
     declared = {
         config.model_type: sorted(key for key in config.__annotations__ if key[0] != "_")
         for config in (type(kind.config) for kind in kinds().values())
@@ -776,7 +777,7 @@ def keys(path: Path) -> None:
 def difference(
     model: transformers.PreTrainedModel, saved: dict[str, np.ndarray], ours: np.ndarray
 ) -> float:
-    """The largest, over the kept positions of the golden directory's tokens."""
+    """Largest difference of logits over the kept positions of the golden tokens."""
     theirs = logits_of(model, saved["tokens"])[goldens.positions(LENGTH)]
     return float(np.abs(theirs - ours).max())
 
@@ -810,8 +811,8 @@ def table(folder: Path) -> None:
 
 
 def mixtures(folder: Path) -> None:
-    """Four equal experts must be their dense model, as far as their context goes; other mixtures
-    must give our logits."""
+    """Four equal experts must equal their dense model within its context; other mixtures must give
+    our logits."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     kept = goldens.positions(LENGTH)

@@ -1,6 +1,6 @@
-"""Every family of Hugging Face models that we read, against what transformers computes with the
-same tiny checkpoint (golden/, see peer.py): its logits, its tensors and settings after there and
-back, its greedy tokens, and one step of training."""
+"""Every supported Hugging Face family, compared with transformers on the same tiny checkpoint
+(golden/, see peer.py): logits, tensors and settings after a round trip, greedy tokens, and one
+training step."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_unequal_prompts_go_on_beyond_the_window_and_the_original_context(name):
 
 
 def constants_of(name):
-    """The tensors that are no parameters here."""
+    """The tensors that are not parameters here."""
     about = find_checkpoint(goldens.FOLDER / name).metadata
     return constants(known_families()[about.huggingface["model_type"]], about.model)
 
@@ -79,7 +79,7 @@ def test_there_and_back_keeps_every_tensor_and_what_the_settings_mean(name, tmp_
     assert set(before) == set(after)
     fixed = constants_of(name)
     for key, tensor in before.items():
-        if key in fixed:  # in float32, whatever they came in
+        if key in fixed:  # float32, whatever their original dtype
             np.testing.assert_array_equal(after[key], fixed[key])
             continue
         assert tensor.dtype == after[key].dtype == ml_dtypes.bfloat16, key
@@ -96,7 +96,7 @@ def test_there_and_back_keeps_every_tensor_and_what_the_settings_mean(name, tmp_
 
 
 def mesh_of(model, devices):
-    """All four axes where the experts divide, else all but their own."""
+    """A mesh with all four axes where the experts divide, else with all but `expert`."""
     if devices == 1:
         return make_mesh((1, 1, 1, 1), jax.devices()[:1])
     even = all(spec.experts % 2 == 0 for spec in model.layer_specs())
@@ -104,7 +104,7 @@ def mesh_of(model, devices):
 
 
 def in_their_names(found, params, directory):
-    """Parameters of this checkpoint's model, as the tensors of a Hugging Face directory."""
+    """Parameters of this checkpoint's model, named as the tensors of a Hugging Face directory."""
     model, places = found.metadata.model, slots(found.metadata.model)
 
     def read(name):
@@ -129,7 +129,7 @@ def in_their_names(found, params, directory):
     return goldens.tensors(directory)
 
 
-# On eight devices of all, but for slow runs: one of every kind of layout.
+# Tested on eight devices; the others only in slow runs. One for every kind of layout.
 SPREAD = ("llama_bias", "phi3", "qwen3", "gemma3", "smollm3", "qwen2_moe", "granitemoe_swa")
 ON_DEVICES = [
     pytest.param(name, devices, marks=[pytest.mark.slow] * (devices > 1 and name not in SPREAD))

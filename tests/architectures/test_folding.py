@@ -1,4 +1,4 @@
-"""LayerNorms without parameters, read as RMSNorms."""
+"""Parameterless LayerNorms read as RMSNorms."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A family is one short file: nothing outside architectures/ knows its name."""
+"""A family is one short file: nothing outside architectures/ mentions its name."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,8 @@ from btx_jax.architectures.registry import known_families
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "btx_jax"
-# What other projects do with families by name: mergekit-moe's layouts, AutoTokenizer's classes.
+# Behaviour of other projects that depends on families by name: mergekit-moe's layouts,
+# AutoTokenizer's classes.
 OTHERS = ("mixing/homes.py", "data/tokenizer_classes.py")
 LONGEST = 70
 

@@ -1,5 +1,5 @@
-"""config.json as it is published (published.json, shortened to what a model depends on): the sizes
-that their makers name, and the same model after it is written."""
+"""Published config.json files (published.json, reduced to what a model depends on): parameter
+counts as stated by their makers, and the same model after writing and reading."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from btx_jax.models.llama import parameter_counts
 from btx_jax.presets.recipes import MODELS
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
-# Billions of parameters, in all and of one token.
+# Billions of parameters: (total, active per token).
 SIZES = {
     "qwen2.5-0.5b": (0.494, 0.494),
     "qwen2.5-7b-yarn": (7.616, 7.616),

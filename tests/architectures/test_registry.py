@@ -1,5 +1,5 @@
-"""Declarations are strict: every tensor of a model in exactly one place, every key of config.json
-read, fixed or known to change nothing."""
+"""Declarations are strict: every tensor of a model occurs in exactly one place, and every key of
+config.json is read, fixed or known to have no effect."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from tests.architectures import goldens
 
 NAMES = goldens.names()
 DECLARED = json.loads((goldens.FOLDER.parent / "config_keys.json").read_text())
-# Of training and generation: nothing that is computed here with a model's weights depends on them.
+# Training and generation settings, which do not affect anything computed here.
 HARMLESS = {
     *("attention_dropout", "resid_pdrop", "embd_pdrop", "initializer_range", "use_cache"),
     *(
@@ -216,7 +216,7 @@ def test_a_model_that_nothing_holds_is_refused_with_what_is_lacking(origin, chan
 )
 def test_a_key_that_changes_the_function_is_read_or_refused_by_name(name, change, told):
     config = json.loads((goldens.FOLDER / name / "config.json").read_text())
-    if name == "phi4_mini":  # what it says is obeyed
+    if name == "phi4_mini":  # its value is applied
         assert model_from_config(config | change, "config.json").rotary == 0.5
         return
     with pytest.raises(UserError, match=told) as refused:
@@ -252,7 +252,7 @@ def test_a_mixture_without_a_home_is_refused_before_anything_is_written(tmp_path
 
 
 def test_what_one_class_ignores_another_reads():
-    """transformers reads num_local_experts in a Qwen3Moe, and not in a Qwen2Moe."""
+    """transformers reads num_local_experts in Qwen3Moe, but not in Qwen2Moe."""
     for name, experts in (("qwen2_moe", 5), ("qwen3_moe_norm", 3)):
         config = json.loads((goldens.FOLDER / name / "config.json").read_text())
         model = model_from_config(config | {"num_local_experts": 3}, name)
@@ -270,7 +270,7 @@ def test_deepseek_never_renormalises_the_gate_of_one_expert():
 
 @pytest.mark.parametrize("context", [64, 8])
 def test_layers_without_rope_are_known_by_their_kind_whatever_the_window_sees(context):
-    """As far as the context goes, a window may see all of it, and those that have it rotate."""
+    """A window may cover the whole context; layers that have it still use RoPE."""
     family = known_families()["exaone4"]
     model = dataclasses.replace(LLAMA, **EXAONE, context=context)
     if context == 8:
@@ -322,7 +322,7 @@ def test_a_constant_is_known_in_every_dtype_and_another_value_is_refused(
                 tensors[key] = np.full(tensors[key].shape, fixed, np.float32).astype(dtype)
         save_file(tensors, tmp_path / name / "model.safetensors")
         open_reader(find_checkpoint(tmp_path / name))
-    # What bfloat16 made of it, in float32.
+    # The bfloat16 rounding of the constant, in float32.
     tensors |= {key: tensors[key].astype(ml_dtypes.bfloat16).astype(np.float32) for key in keys}
     save_file(tensors, tmp_path / name / "model.safetensors")
     open_reader(find_checkpoint(tmp_path / name))

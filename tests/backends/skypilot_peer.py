@@ -1,7 +1,7 @@
-"""SkyPilot's own parser on what --backend=skypilot writes.
+"""SkyPilot's own parser applied to the output of --backend=skypilot.
 
-btx submit --backend=skypilot ... --dry-run --out=DIR
-python tests/backends/skypilot_peer.py DIR        # in an environment with skypilot==0.14.1
+btx submit --backend=skypilot ... --dry-run --out=DIR python tests/backends/skypilot_peer.py DIR
+# in an environment with skypilot==0.14.1
 """
 
 import sys

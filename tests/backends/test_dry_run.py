@@ -1,7 +1,8 @@
-"""What each backend would hand to its engine: golden files, and the engines' own checks of them.
+"""The requests of each backend to its engine: golden files, and validation by the engines' own
+checks.
 
-To accept a change: `python tests/backends/test_dry_run.py` writes the golden files anew; read the
-difference, it is what users will run.
+To accept a change, `python tests/backends/test_dry_run.py` rewrites the golden files; review the
+difference, as it is what users will run.
 """
 
 import gzip
@@ -75,7 +76,7 @@ def test_dry_run_is_the_golden_file(backend):
 
 @pytest.mark.parametrize("backend", ["queued-resources", "gke", "skypilot"])
 def test_no_shell_stands_between_a_signal_and_the_run(backend):
-    """A shell passes nothing on to what it waits for."""
+    """A shell does not forward signals to the process it waits for."""
     lines = (GOLDEN / f"{backend}.txt").read_text().replace("\\\n", " ").splitlines()
     runs = [line.strip() for line in lines if "-m btx_jax.launch" in line]
     assert runs
@@ -110,7 +111,7 @@ def test_jobsets_pass_their_schema(tmp_path):
 
 
 def strict(schema):
-    """The API server prunes unknown fields silently; here they are errors."""
+    """Make unknown fields an error, which the API server prunes silently."""
     if not isinstance(schema, dict):
         return schema
     schema = {

@@ -1,5 +1,5 @@
-"""Submitting jobs as their needs finish, and queued resources against a gcloud that only remembers
-what it was asked."""
+"""Submission of jobs as their needs finish, and queued resources with a fake gcloud that records
+its calls."""
 
 import json
 import os
@@ -35,7 +35,8 @@ if verb == "describe":
 
 
 class Engine:
-    """What drive() asks of a backend, in order; a job finishes when it has been kept twice."""
+    """A backend for drive() that records calls in order; a job finishes when it has been kept
+    twice."""
 
     def __init__(self):
         self.calls = []

@@ -1,5 +1,5 @@
-"""Branches as processes of one machine, through the real command line: together, one killed,
-started again."""
+"""Branches as concurrent processes on one machine, through the real command line: one is killed and
+restarted."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Adapter directories with random experts, and what a directory computes: for tests of adapters."""
+"""Adapter directories with random experts, and the logits of a directory, for tests of adapters."""
 
 import dataclasses
 from pathlib import Path

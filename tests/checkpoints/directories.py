@@ -1,8 +1,8 @@
-"""Hugging Face directories as other tools and people write them, made from the golden ones.
+"""Hugging Face directories as other tools and people write them, derived from the golden ones.
 
-Each row of TABLE is a kind: the golden directory it starts from, what is changed, and what our
-refusal must name, "" where the directory loads. transformers' own logits lie in golden/directories
-.npz (made by transformers_peer.py).
+Each row of TABLE is a kind: the golden directory it starts from, the change, and what our refusal
+must name ("" where the directory loads). transformers' own logits are in golden/directories.npz
+(made by transformers_peer.py).
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 @dataclasses.dataclass
 class Directory:
-    """Changed in memory, then written. files: name -> names of the tensors in it."""
+    """A directory that is modified in memory, then written. files: name -> names of the tensors in
+    it."""
 
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
@@ -42,7 +43,7 @@ class Directory:
             (path / "model.safetensors.index.json").write_text(json.dumps(self.index))
 
     def shard(self, *names: str) -> None:
-        """Its tensors dealt out to files, with an index."""
+        """Distribute its tensors over files, with an index."""
         keys = list(self.tensors)
         self.files = {name: keys[i :: len(names)] for i, name in enumerate(names)}
         weight_map = {key: name for name, keys in self.files.items() for key in keys}
@@ -82,7 +83,7 @@ def without(*keys: str, start: str = "llama", **values: Any) -> Kind:
 
 
 def rope(refusal: str = "", **values: Any) -> Kind:
-    """rope_scaling and rope_theta as transformers 4 writes them."""
+    """rope_scaling and rope_theta as written by transformers 4."""
     return without("rope_parameters", rope_theta=5e5, rope_scaling=values)._replace(refusal=refusal)
 
 

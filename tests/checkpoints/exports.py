@@ -38,7 +38,7 @@ KINDS = {
 
 
 def write(name: str, directory: Path, tokens: np.ndarray) -> np.ndarray:
-    """The logits of what was written."""
+    """Write an export; returns its logits."""
     usual = {"d_model": 32, "head_dim": 8, "norm_eps": 1e-6, "context": 512}
     model = ModelConfig(61, 2, d_ff=48, heads=4, kv_heads=2, **usual | KINDS[name])
     rng = np.random.default_rng(1)

@@ -1,11 +1,12 @@
-"""What peft itself says: a LoRA trained by it gives the same logits here, ours there, and merged.
+"""peft's own results: a LoRA trained by peft gives the same logits here, ours do in peft, and both
+when merged.
 
     python -m tests.checkpoints.peft_peer [HF_DIRECTORY]  # default: golden models of all families
     python -m tests.checkpoints.peft_peer make            # the golden LoRAs of the tests
 
 Needs torch, transformers and peft (`pip install -e '.[bench]' peft`). Fails when logits differ by
-more than 1e-4; also says how far both lie from float64, since a large model's own float32 may be
-further off than that.
+more than 1e-4; also prints the distance of both from float64, since float32 itself may be further
+off than that for a large model.
 """
 
 import json
@@ -34,7 +35,7 @@ def theirs(model, tokens: np.ndarray) -> np.ndarray:
 
 
 def same(name: str, a: np.ndarray, b: np.ndarray, exact: np.ndarray) -> None:
-    """b: peft's own logits; exact: the same in float64."""
+    """Compare logits. b: peft's own; exact: the same in float64."""
     distance = lambda x, y: float(np.abs(x - y).max())  # noqa: E731
     apart, ours, theirs = distance(a, b), distance(a, exact), distance(b, exact)
     print(
@@ -45,14 +46,14 @@ def same(name: str, a: np.ndarray, b: np.ndarray, exact: np.ndarray) -> None:
 
 
 def load(path):
-    """Experts one by one: torch's grouped matmul knows no float64."""
+    """Load with separate experts, as torch's grouped matmul does not support float64."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, experts_implementation="eager"
     )
 
 
 def trained_lora(base: Path, modules: str | list[str], **options):
-    """(a LoRA that peft has trained for a few steps, tokens, its logits of them)."""
+    """(a LoRA trained by peft for a few steps, tokens, its logits on them)."""
     torch.manual_seed(0)
     vocabulary = load(base).config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocabulary, (2, 48)).astype(np.int32)
@@ -70,7 +71,7 @@ def trained_lora(base: Path, modules: str | list[str], **options):
     return trained, tokens, expected
 
 
-# Golden LoRAs that are not the same in every layer and map: options of LoraConfig.
+# Golden LoRAs that differ between layers and maps: options of LoraConfig.
 VARIANTS = {
     "uneven": {"target_modules": r".*(layers\.0\.self_attn\.[qv]_proj|layers\.2\.mlp\.up_proj)"},
     "exclude": {"target_modules": "all-linear", "exclude_modules": r".*layers\.1\.(mlp|\w+\.q).*"},
@@ -92,7 +93,7 @@ VARIANTS = {
     },
     "carried": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "norm"]},
 }
-# The same of golden models of other families: theirs is the base's name.
+# The same for golden models of other families: base's name -> options.
 FAMILIES = {
     "llama_bias": {"target_modules": MODULES, "bias": "all"},
     "qwen2": {"target_modules": None, "bias": "lora_only"},
@@ -104,7 +105,7 @@ FAMILIES = {
     },
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-# Which maps our own LoRAs are on, of golden models.
+# Golden model -> the maps that our own LoRAs adapt.
 OURS = {
     "qwen3": ("q", "k", "v", "o", "gate", "up", "down"),
     "phi3": ("q", "k", "v", "o", "gate", "up", "down"),
@@ -173,7 +174,7 @@ def check(base: Path, modules: str | list[str], **options) -> None:
 
 
 def check_ours(base: Path, targets: tuple[str, ...]) -> None:
-    """A LoRA of ours, of another rank in every layer, computes in peft what it computes here."""
+    """A LoRA of ours, with a different rank in every layer, computes the same in peft as here."""
     vocabulary = load(base).config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocabulary, (2, 48)).astype(np.int32)
     layers = find_checkpoint(base).metadata.model.layers
@@ -199,7 +200,7 @@ def check_ours(base: Path, targets: tuple[str, ...]) -> None:
 
 
 def check_families() -> None:
-    """On golden models in float32, so that merging rounds nothing."""
+    """Check golden models in float32, so that merging does not round."""
     defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     for model_type, family in known_families().items():
         assert list(family.peft_default) == defaults.get(model_type, []), model_type

@@ -108,7 +108,7 @@ def test_what_differs_between_maps_computes_what_peft_computes(tmp_path, name, t
 
 
 def renamed(folder, target, rename, extra=None):
-    """The golden LoRA with its tensors under other names."""
+    """The golden LoRA with renamed tensors."""
     shutil.copytree(folder, target)
     held = {rename(key): x for key, x in load_file(folder / PEFT_TENSORS).items()}
     save_file(held | (extra or {}), target / PEFT_TENSORS)

@@ -1,4 +1,5 @@
-"""What a conversion returns and keeps; the formats themselves are tested in test_huggingface.py."""
+"""Results of a conversion, and what it preserves; the formats themselves are tested in
+test_huggingface.py."""
 
 import pytest
 
@@ -19,4 +20,4 @@ def test_there_and_back_is_the_same_model(tmp_path, tokenizer_file):
     assert digest(load_params(back)) == digest(load_params(source))
     assert back.metadata.history == source.metadata.history
     with pytest.raises(UserError, match="back"):
-        convert(exported, tmp_path / "back")  # which is kept
+        convert(exported, tmp_path / "back")  # unchanged

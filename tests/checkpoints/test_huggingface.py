@@ -1,5 +1,5 @@
-"""Hugging Face in and out, against checkpoints and logits that transformers made (golden/, see
-transformers_peer.py)."""
+"""Reading and writing Hugging Face directories, compared with checkpoints and logits made by
+transformers (golden/, see transformers_peer.py)."""
 
 import dataclasses
 import functools
@@ -371,8 +371,8 @@ MOE = MoEConfig((4, 4))
     ],
 )
 def test_an_export_says_which_transformers_it_needs(change, kind, version, theta):
-    """Older releases fail to load these, found by trying (exports.py, transformers_peer.py releases). A null
-    rope_theta is what makes them fail: some would otherwise compute another model silently."""
+    """Older releases fail to load these, as was tried (exports.py, transformers_peer.py releases).
+    A null rope_theta makes them fail: some would otherwise silently compute another model."""
     model = dataclasses.replace(ModelConfig(61, 2, 32, 48, 4, 2, 8), **change)
     family, written = written_as(model, {})
     config = config_from_model(written, family, "float32", {})
@@ -631,7 +631,7 @@ def test_all_problems_of_a_checkpoint_are_told_at_once(tmp_path):
 
 
 def test_matrices_of_any_size_come_back_as_they_were():
-    """Larger than the squares in which they are transposed, and no multiple of them."""
+    """Larger than the squares in which they are transposed, and not a multiple of them."""
     model = ModelConfig(
         vocab_size=70, layers=1, d_model=130, d_ff=201, heads=2, kv_heads=1, head_dim=70, context=8
     )

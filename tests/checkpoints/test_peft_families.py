@@ -1,5 +1,5 @@
-"""LoRAs on every family of models, under the names that its modules have in peft; those on Llama are
-in test_adapter. What peft itself made and computed lies in golden/peft_*, see peft_peer."""
+"""LoRAs on every family of models, under the names of its modules in peft; those on Llama are in
+test_adapter. For peft's own files and results in golden/peft_* see peft_peer."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def base(name):
 
 
 def lora_on(folder, name, targets, under=None):
-    """Of another rank in every layer."""
+    """An adapter directory with a different rank in every layer."""
     layers = MODELS[name].layers
     return mola_directory(
         folder,
@@ -46,7 +46,7 @@ def lora_on(folder, name, targets, under=None):
 
 
 def changed(tmp_path, name, config=None, tensors=None):
-    """The golden LoRA of a family, with other settings or tensors."""
+    """The golden LoRA of a family with changed settings or tensors."""
     folder = tmp_path / "peft"
     shutil.copytree(GOLDEN / f"peft_{name}", folder)
     told = json.loads((folder / CONFIG).read_text()) | (config or {})

@@ -1,4 +1,4 @@
-"""Checkpoints read by the processes of a run, each what its own devices hold."""
+"""Loading of checkpoints by the processes of a run, each only the data of its own devices."""
 
 import json
 import math
@@ -43,7 +43,8 @@ LARGE = ModelConfig(
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The goldens, two mixtures also with the experts of a layer in one tensor, and a larger one."""
+    """The golden checkpoints, two mixtures also with the experts of a layer in one tensor, and a
+    larger one."""
     home = tmp_path_factory.mktemp("stored")
     for name in NAMES:
         shutil.copytree(goldens.FOLDER / name, home / name)
@@ -69,7 +70,7 @@ def stored(tmp_path_factory):
 
 
 def fused(tensors):
-    """Experts as transformers 5 keeps them: gate_up_proj and down_proj of all of a layer."""
+    """Experts as kept by transformers 5: gate_up_proj and down_proj with all experts of a layer."""
     result, experts = {}, {}
     for name, tensor in tensors.items():
         layer, found, rest = name.partition(".experts.")
@@ -98,7 +99,7 @@ def abstract_of(path, mesh):
 
 
 def fitting(path, meshes=MESHES):
-    """Those of the meshes that divide the model."""
+    """The meshes that divide the model."""
     for shape in meshes:
         try:
             yield shape, abstract_of(path, make_mesh(shape, jax.devices()[: math.prod(shape)]))
@@ -134,7 +135,8 @@ def test_shards_on_eight_devices_are_those_of_whole_tensors(stored, name):
 
 
 def in_pieces(reader, tensor):
-    """Our part of the leaf: read in halves along each axis, then without a first third of all."""
+    """Yield our part of the leaf: read in halves along each axis, then without the first third of
+    all axes."""
     part = reader.slots[tensor].part
     result = np.empty(part, np.float32)
     for axis, size in enumerate(part):
@@ -190,7 +192,7 @@ def test_a_tensor_is_read_once_whatever_the_devices_that_hold_it(stored):
 
 
 def test_what_adjoins_is_read_at_once_and_nothing_between():
-    """A host's devices need not be neighbours in the mesh."""
+    """A host's devices need not be adjacent in the mesh."""
     regions = [((0, 4), (0, 2)), ((0, 4), (2, 4)), ((0, 4), (8, 10)), ((0, 4), (0, 2))]
     assert _blocks(regions, 2) == {((0, 4), (0, 4)), ((0, 4), (8, 10))}
     assert _blocks([], 2) == set()
@@ -241,7 +243,7 @@ print(json.dumps(told))
 
 
 def in_two(*cases):
-    """What both processes, of four devices each, tell of each case."""
+    """The results of each case in two processes with four devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"

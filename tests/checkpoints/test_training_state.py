@@ -178,7 +178,7 @@ def test_costs_add_up_and_branches_wait_for_their_seed_only():
 
 
 def test_reads_and_writes_that_fail_beside_another_are_not_told_again(tmp_path, caplog):
-    """As asyncio does where nobody asks what became of a task; other tasks' errors it tells."""
+    """As asyncio does for a task whose result nobody awaits; errors of other tasks are logged."""
     Checkpoints(tmp_path, CheckpointConfig()).close()
     code = "async def fail(words):\n  raise ValueError(words)"
     failing = {}

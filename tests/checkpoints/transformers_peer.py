@@ -1,4 +1,4 @@
-"""What transformers itself says: makes the golden checkpoints of test_huggingface.py, and reads our
+"""transformers' own results: makes the golden checkpoints of test_huggingface.py, and reads our
 exports. From the project's root, as `python -m tests.checkpoints.transformers_peer` and:
 
     make tests/checkpoints/golden          transformers 5
@@ -8,10 +8,10 @@ exports. From the project's root, as `python -m tests.checkpoints.transformers_p
     parity DIR README.md                   any checkpoint: our logits against transformers'
 
 Needs torch and transformers (`pip install -e '.[bench]'`; for 4.42 `pip install torch
-'transformers==4.42.4' 'numpy<2'`). `check` fails on any missing or unexpected key, and when the
-logits differ by more than 1e-4. `releases` was run with 4.42.4, 4.43.4, 4.45.2, 4.47.1, 4.57.3,
-5.0.0 and 5.23.0: every export gives the same logits or is refused by a release before the one that
-its config.json names.
+'transformers==4.42.4' 'numpy<2'`). `check` fails on any missing or unexpected key, and when logits
+differ by more than 1e-4. `releases` was run with 4.42.4, 4.43.4, 4.45.2, 4.47.1, 4.57.3, 5.0.0 and
+5.23.0: every export gives the same logits, or is refused by a release before the one named in its
+config.json.
 """
 
 import json
@@ -86,7 +86,7 @@ def make(folder: Path) -> None:
         model = model.float().eval()
         for (
             parameter
-        ) in model.parameters():  # larger than at initialisation, so that a wrong layout shows
+        ) in model.parameters():  # larger than at initialisation, to expose a wrong layout
             (
                 parameter.data.normal_(0, 0.12)
                 if parameter.dim() > 1
@@ -102,9 +102,7 @@ def make(folder: Path) -> None:
         np.savez(
             folder / name / "golden.npz", tokens=tokens.numpy(), logits=logits[0, ::37].numpy()
         )
-        if (
-            name == "mixtral"
-        ):  # the layout in memory, which save_pretrained undoes and other tools write
+        if name == "mixtral":  # the layout in memory, written by other tools
             fused = folder / "mixtral_fused"
             shutil.rmtree(fused, ignore_errors=True)
             fused.mkdir()
@@ -139,7 +137,7 @@ def check(export: Path, golden: Path) -> None:
 
 
 def releases(folder: Path) -> None:
-    """What this release makes of our exports: the same logits, an error, or another model."""
+    """The behaviour of this release on our exports: the same logits, an error, or another model."""
     transformers.logging.set_verbosity_error()
     tokens = torch.from_numpy(np.load(folder / "tokens.npy")).long()
     print(f"transformers {transformers.__version__}")
@@ -151,7 +149,7 @@ def releases(folder: Path) -> None:
             )
             with torch.no_grad():
                 logits = model.eval()(tokens).logits.numpy()
-        except Exception as error:  # whatever it raises is its answer
+        except Exception as error:  # any exception is a result
             print(f"{path.name:20} needs {needed:8} raises {type(error).__name__}: {error!s:.60}")
             continue
         theirs = np.load(folder / f"{path.name}.npy")
@@ -161,7 +159,7 @@ def releases(folder: Path) -> None:
 
 
 def parity(directory: Path, text: Path) -> None:
-    """The largest difference of fp32 logits over the first 512 tokens of a text."""
+    """The largest difference of float32 logits over the first 512 tokens of a text."""
     from btx_jax.checkpoints.checkpoint import find_checkpoint, load_params
     from btx_jax.config.config import ComputeConfig
     from btx_jax.data.tokenizers import load_tokenizer
@@ -184,8 +182,8 @@ def parity(directory: Path, text: Path) -> None:
 
 
 def directories(folder: Path) -> None:
-    """Logits of every kind in directories.TABLE, at every 128th position, as transformers 5.23 has
-    them, into FOLDER/directories.npz; and a table of what it says of the others."""
+    """Save logits of every kind in directories.TABLE, at every 128th position, as computed by
+    transformers 5.23, in FOLDER/directories.npz; print a table of its errors for the others."""
     import tempfile
 
     from tests.checkpoints.directories import TABLE, write
@@ -200,7 +198,7 @@ def directories(folder: Path) -> None:
                 model, info = transformers.AutoModelForCausalLM.from_pretrained(
                     Path(home) / "model", dtype=torch.float32, output_loading_info=True
                 )
-            except Exception as error:  # whatever its libraries raise is its answer
+            except Exception as error:  # any exception is a result
                 print(f"{name:45} {kind.refusal or 'LOADS HERE':50} raises {error!r:.90}")
                 continue
         wrong = {key: sorted(value)[:2] for key, value in info.items() if value}

@@ -1,4 +1,4 @@
-"""A command line of `btx`, taken apart as the program does it."""
+"""Parsing of a `btx` command line as the program does it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from btx_jax.cli.program import btx
 
 
 def arguments_of(words: Sequence[str]) -> dict[str, Any]:
-    """What follows `btx` -> what its command would be called with. Raises click.UsageError."""
+    """Parse the words after `btx` into the arguments of their command. Raises click.UsageError."""
     command: click.Command = btx
     rest = list(words)
     while isinstance(command, click.Group):

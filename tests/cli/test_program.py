@@ -1,5 +1,5 @@
-"""Short commands with arguments that nobody should give: exit status 2 and one line, whatever they
-are, with nothing left behind."""
+"""Commands with arguments that nobody should give: they exit with status 2 and one line, and leave
+nothing behind."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BTX_DATA_DIR", str(tmp_path / "data"))
-    # How long gcsfs waits before it asks again for a bucket that cannot be reached.
+    # The time that gcsfs waits before it retries an unreachable bucket.
     monkeypatch.setattr("gcsfs.retry.min", lambda *_: 0, raising=False)
     return tmp_path
 

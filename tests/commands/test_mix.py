@@ -1,4 +1,4 @@
-"""Mixing from a recipe, end to end, against mergekit-moe's output and against mixing by hand."""
+"""Mixing by a recipe, end to end, compared with mergekit-moe's output and with mixing by hand."""
 
 import dataclasses
 import json
@@ -271,8 +271,8 @@ def test_a_mean_that_does_not_fit_float16_is_refused(tmp_path):
 
 
 def test_states_are_what_the_model_computes_layer_by_layer():
-    """The last layer's input, finished by a one-layer model, gives the whole model's output; and so
-    does its router's input, with the last feed-forward silenced and its norm in the place of the
+    """The last layer's input, continued by a one-layer model, gives the whole model's output; and
+    so does its router's input, with the last feed-forward silenced and its norm in place of the
     final norm."""
     reader, found = sources()["a"], find_checkpoint(GOLDEN / "a")
     params, model = load_params(found), found.metadata.model
@@ -336,7 +336,7 @@ def test_verify_notices_a_single_changed_bit(tmp_path, monkeypatch):
         data = bytearray(file.read_bytes())
         data[-3] ^= 1
         file.write_bytes(data)
-        for checksums in (CHECKSUMS, SUMS):  # they would tell first
+        for checksums in (CHECKSUMS, SUMS):  # they would report it first
             (written / checksums).unlink()
         return real(mixture, open_reader(find_checkpoint(written)))
 

@@ -1,4 +1,4 @@
-"""Sources of a recipe as mergekit names them, MODEL+LORA: merged while they are read."""
+"""Sources of a recipe in mergekit's notation MODEL+LORA, merged while they are read."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def refused(tmp_path, *sources):
 
 
 def own_adapter(directory, experts=1, gating="top_k", history=None):
-    """Of the golden base, in a directory of ours."""
+    """An adapter directory of ours on the golden base."""
     base = find_checkpoint(LLAMA / "base")
     lora = LoRAConfig(str(experts), rank=(2,), k=(1,), targets=("q", "down"), gating=gating)
     model = dataclasses.replace(base.metadata.model, lora=lora)
@@ -65,7 +65,7 @@ def own_adapter(directory, experts=1, gating="top_k", history=None):
 
 
 def test_a_merged_source_has_the_bits_of_one_merged_before(tmp_path):
-    """Whichever format the LoRA and its model have."""
+    """Whatever the format of the LoRA and its model."""
     own = own_adapter(tmp_path / "own")
     adapter.merge(str(own), str(tmp_path / "own_merged"))
     adapter.import_peft(str(LORA), str(LLAMA / "base"), str(tmp_path / "imported"))

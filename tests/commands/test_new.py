@@ -1,4 +1,4 @@
-"""`btx new`: from text to a config file that runs, and what newcomers get wrong on the way."""
+"""`btx new`: from text to a config file that runs, and typical mistakes of newcomers."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.stages.test_evaluate import DENSE, checkpoint
 
 @pytest.fixture
 def here(tmp_path, tokenizer_file, monkeypatch):
-    """An empty folder with a seed and text of three domains."""
+    """An empty directory with a seed and text of three domains."""
     monkeypatch.chdir(tmp_path)
     checkpoint(tmp_path / "seed", DENSE, 1, load_tokenizer(tokenizer_file))
     for number, name in enumerate(("law", "tales", "web")):
@@ -64,7 +64,7 @@ def test_its_numbers_are_those_of_the_text(here):
     stages.run(prepared, here / "prepared")
     done = json.loads((here / "prepared/done.json").read_text())
     [law] = done["domains"]["law"]
-    # Tokenised once: what `btx new` counted is what is trained on.
+    # Tokenised once: training uses the tokens that `btx new` counted.
     step = config.train.batch_size * config.data.sequence_length
     tokens = law["splits"]["train"]["tokens"]
     assert f"{2 * tokens:_}," in (here / "my_btx.py").read_text()

@@ -1,4 +1,4 @@
-"""Uploads to a server of the Hub's API on this machine."""
+"""Uploads to a local server of the Hub's API."""
 
 from pathlib import Path
 

@@ -29,12 +29,12 @@ def read_all(path):
     return {tensor: reader.read(tensor) for tensor in reader.slots}
 
 
-# The twin: float64, one document at a time, no code in common.
+# The slow twin: float64, one document at a time, sharing no code.
 
 
 def forward(model, merged, ids, places):
-    """Of one document, asks for what linear layers get: yields (their names, [tokens, width]) and
-    goes on with what `merged` then holds of them."""
+    """Forward pass of one document: yields (names of linear layers, their input [tokens, width])
+    and continues with the weights that `merged` then contains for them."""
     x = merged["model.embed_tokens.weight"][ids]
     for layer in range(3):
         p = f"model.layers.{layer}"
@@ -57,7 +57,7 @@ def forward(model, merged, ids, places):
 
 
 def twin(tmp_path, names="abc"):
-    """What experts share, by name, float64."""
+    """Shared parameters by name, float64."""
     models = [
         {key: array.astype(np.float64) for key, array in loaded.items()}
         for loaded in (load_file(GOLDEN / name / "model.safetensors") for name in names)
@@ -71,7 +71,7 @@ def twin(tmp_path, names="abc"):
             for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
         ]
         every = list(itertools.chain(*documents))
-        # Of all text, but the last eighth, what is counted; of the first TOKENS, what is read.
+        # Counted: all text except the last eighth. Read: the first TOKENS.
         counted = every[: len(every) - len(every) // 8]
         share.append(np.bincount(counted, minlength=259) / len(counted))
         stream = [(i, n) for n, ids in enumerate(documents) for i in ids][:TOKENS]
@@ -88,7 +88,7 @@ def twin(tmp_path, names="abc"):
             rows = np.stack([model["model.embed_tokens.weight"][token] for model in models])
             merged["model.embed_tokens.weight"][token] = weights @ rows / weights.sum()
     running = [[forward(m, merged, *rest) for m, *rest in of_model] for of_model in passing]
-    for _ in range(7):  # twice in each of three layers, and the head
+    for _ in range(7):  # twice in each of three layers, and once for the head
         asked = [[next(document) for document in of_model] for of_model in running]
         grams = []
         for of_model in asked:
@@ -118,7 +118,7 @@ def test_what_experts_share_is_that_of_a_twin_in_float64(tmp_path, text):
 
 
 def test_routers_and_what_experts_share_are_solved_in_one_pass(tmp_path, text):
-    """Statistics beside the mixture are of the weights that were written."""
+    """Statistics stored with the mixture belong to the weights that were written."""
     both = regmean(tmp_path, text, gate_mode="ridge")
     made, alone = read_all(both), read_all(regmean(tmp_path, text, "alone"))
     for tensor in made:
@@ -141,7 +141,7 @@ def test_routers_and_what_experts_share_are_solved_in_one_pass(tmp_path, text):
 
 
 def test_fitted_routers_come_from_the_same_pass(tmp_path, text):
-    """They find the domains, and leave no statistics."""
+    """They identify the domains, and leave no statistics."""
     out = regmean(tmp_path, text, gate_mode="logistic")
     made, alone = read_all(out), read_all(regmean(tmp_path, text, "alone"))
     for tensor in made:
@@ -154,13 +154,13 @@ def test_fitted_routers_come_from_the_same_pass(tmp_path, text):
 
 
 def unit(rows):
-    """Without what all experts have in common, which changes no choice."""
+    """Rows without their common component, which affects no choice, normalised."""
     rows = rows - rows.mean(1, keepdims=True)
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 def test_one_model_in_several_places_counts_once(tmp_path, text):
-    """Its texts count together, as one that is of both."""
+    """Its texts count together, as one text that contains both."""
     named = [{"source_model": n, "text": text(t)} for n, t in ("aa", "ab", "cc")]
     made = read_all(regmean(tmp_path, text, experts=named))
     same = read_all(regmean(tmp_path, text, "same", experts=named[:2] * 2))
@@ -190,7 +190,7 @@ def test_a_shared_experts_model_is_one_of_them(tmp_path, text):
     made = read_all(beside)
     without = read_all(regmean(tmp_path, text, "without", names="ab"))
     assert not np.allclose(made[EMBEDDING], without[EMBEDDING])
-    # What is solved first sees no feed-forward yet: as of three routed experts.
+    # The first ones are solved before any feed-forward is read: as with three routed experts.
     among = read_all(regmean(tmp_path, text, "among"))
     np.testing.assert_array_equal(made[EMBEDDING], among[EMBEDDING])
     for part in ("query", "key", "value", "out"):

@@ -1,4 +1,4 @@
-"""Recipes whose routers are solved from text, and experts that come and go exactly."""
+"""Recipes whose routers are solved from text, and exact addition and removal of experts."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def _in_golden(monkeypatch):
 
 @pytest.fixture
 def text(tmp_path):
-    """A function of a domain: the file of its text."""
+    """A function from a domain to the file of its text."""
     rng = random.Random(0)
     for name, words in WORDS.items():
         lines = (" ".join(rng.choices(words.split(), k=20)) for _ in range(60))
@@ -76,7 +76,7 @@ def all_moments(path):
     return [Moments(*found.read(layer)) for layer in found.about.layers]
 
 
-# The twin: float64, one document at a time, no code in common.
+# The slow twin: float64, one document at a time, sharing no code.
 
 
 def rms(x, scale):
@@ -92,8 +92,8 @@ def turned(x_HTK, places_T):
 
 
 def twin_states(models, expert, ids, places, shared=None):
-    """[layers, tokens, D]: what routers see, of one document. models: tensors by name. shared: of
-    the shared expert behind a half-open gate."""
+    """Router inputs of one document, [layers, tokens, D]. models: tensors by name. shared: of the
+    shared expert, with a gate of one half."""
 
     def mean(name):
         return np.mean([model[name].astype(np.float64) for model in models], axis=0)
@@ -129,7 +129,7 @@ def twin_states(models, expert, ids, places, shared=None):
 
 
 def twin_rows(tmp_path, names="abc", shared=None):
-    """[layers, experts, D] float64."""
+    """Router rows, [layers, experts, D], float64."""
     models = [load_file(GOLDEN / name / "model.safetensors") for name in names]
     tokenizer = find_own_tokenizer(find_checkpoint(GOLDEN / "base"))
     grams, totals = [], []
@@ -141,7 +141,7 @@ def twin_rows(tmp_path, names="abc", shared=None):
         ]
         stream = [(i, n) for n, ids in enumerate(documents) for i in ids][:TOKENS]
         states = []
-        for start in range(0, TOKENS, 128):  # rows of the context's length
+        for start in range(0, TOKENS, 128):  # rows of the model's context length
             row = stream[start : start + 128]
             for number in dict.fromkeys(n for _, n in row):
                 places = np.array([place for place, (_, n) in enumerate(row) if n == number])
@@ -232,7 +232,7 @@ def test_a_statistics_file_is_told_from_that_of_other_experts(tmp_path, text):
 
 
 def rewritten(path, change=lambda *sums: sums, **about):
-    """The file again, with other sums or telling otherwise, and a right checksum."""
+    """Rewrite the file with other sums or metadata, and a correct checksum."""
     found = RouterStatistics(path)
     with path.with_suffix(".new").open("wb") as file:
         writer = Writer(file, dataclasses.replace(found.about, **about))
@@ -288,7 +288,7 @@ def test_verify_reads_the_statistics_too(tmp_path, text):
 
 
 def test_experts_come_and_go_in_bfloat16(tmp_path, text):
-    """What is added is float32: sums are of the weights as they are written."""
+    """Sums are of the weights as written, although additions are in float32."""
     whole = mix(tmp_path, text, dtype="bfloat16")
     experts.drop(str(whole), 2, str(tmp_path / "less"))
     for how, given in (("text", text("c")), ("statistics", str(whole / FILE))):
@@ -321,7 +321,7 @@ def flip(file, at):
 
 
 def tell(file, old, new):
-    """Otherwise, in its metadata: JSON within JSON."""
+    """Replace text in its metadata, which is JSON within JSON."""
     old, new = (text.replace('"', '\\"').encode() for text in (old, new))
     data = file.read_bytes()
     assert old in data and len(old) == len(new)
@@ -329,7 +329,8 @@ def tell(file, old, new):
 
 
 def test_statistics_of_other_weights_are_refused(tmp_path, text):
-    """Of a mixture that was trained since, of one with other layers or of another tokenizer."""
+    """Statistics of a mixture that was trained since, with other layers, or with another
+    tokenizer."""
     out = mix(tmp_path, text)
     other = mix(tmp_path, text, "other", base="copy")
     less = mix(tmp_path, text, "less", names="ac")
@@ -408,7 +409,7 @@ def test_numbers_may_be_text_as_yaml_reads_them(tmp_path, text):
 
 
 def test_a_singular_layer_is_named(tmp_path, text):
-    """A token alone, again and again: nothing but that token's state is ever seen."""
+    """Only one repeated token: a single state is ever seen."""
     named = [
         {"source_model": name, "positive_prompts": [letter * 40]}
         for name, letter in (("a", "e"), ("b", "f"))
@@ -453,7 +454,7 @@ def test_a_kill_during_the_pass_leaves_nothing(tmp_path, text, merge):
 
 
 def test_one_experts_layer_is_in_memory_at_a_time(tmp_path, text, monkeypatch):
-    """Of parameters: what is asked for together is of one layer, and at most of one expert."""
+    """Parameters requested together belong to one layer and at most one expert."""
     asked = []
     real = mix_recipe.make_tensor
 
@@ -473,7 +474,7 @@ def test_one_experts_layer_is_in_memory_at_a_time(tmp_path, text, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, text):
-    """Arrays that Python knows of, at the most, for three layers and for twelve."""
+    """Peak size of arrays known to Python, for three layers and for twelve."""
 
     def peak(layers):
         for name in "abc":

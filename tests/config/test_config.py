@@ -75,7 +75,7 @@ def test_every_config_the_users_rely_on_is_there():
 def test_configs_parse_unadorned_and_tiny_and_say_command_cost_and_result(name):
     module, config = get_config(name)
     assert from_config_dict(to_config_dict(config)) == config
-    if name not in ("demo", "continual"):  # the one is tiny already, the other learns test sets
+    if name not in ("demo", "continual"):  # demo is tiny already, continual learns test sets
         tiny = module.get_config("tiny")
         assert tiny.stage == config.stage
     for word in (f"btx run {name}", "Cost:", "Expected"):
@@ -291,7 +291,7 @@ def test_every_training_takes_a_model_that_is_there(name):
 
 
 def released(tmp_path, context=4096):
-    """A Hugging Face directory of which only the config is looked at."""
+    """A Hugging Face directory of which only the config is read."""
     values = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": context,

@@ -1,4 +1,4 @@
-"""The compiler's clock: programs in HLO text whose times are known, and one libtpu compiles."""
+"""The compiler's clock: HLO programs with known times, and one compiled by libtpu."""
 
 import re
 
@@ -16,8 +16,8 @@ from tests.costs.test_links import Slice, a_slice
 
 V5E = CHIPS["TPU v5 lite"]
 WHERE = a_slice(V5E, 2, 2)
-MICROSECOND = 1500  # cycles
-# 4 devices in a square, two links each: 12 MB of 16 come through them
+MICROSECOND = 1500  # in cycles
+# 4 devices in a square, two links each, through which 12 of 16 MB arrive
 GATHER = 0.75 * 16e6 / (2 * V5E.link)
 
 
@@ -28,7 +28,7 @@ def cycles(microseconds):
 
 
 def loop(*body):
-    """Five times: lines of HLO about %x, 4 MB, and %all, its gather of 16."""
+    """A loop of five iterations over lines of HLO about %x, 4 MB, and %all, its gather of 16 MB."""
     lines = "\n  ".join(body)
     trips = 'backend_config={"known_trip_count":{"n":"5"}}'
     return f"""HloModule step, is_scheduled=true
@@ -100,7 +100,7 @@ def test_of_an_asynchronous_one_what_its_computation_does_not_cover_is():
 
 
 def test_a_collective_on_a_sparse_core_runs_beside():
-    """As libtpu writes one that it offloads: a call on another thread."""
+    """In the form of libtpu's offloading: a call on another thread."""
     offloaded = """%offloaded (p: bf16[2000000]) -> bf16[8000000] {
   %p = bf16[2000000]{0:S(1)} parameter(0)
   ROOT %all-gather.1 = bf16[8000000]{0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
@@ -130,7 +130,7 @@ def test_copies_fetched_ahead_take_the_memory_not_the_links():
     made = "%m = bf16[2000000]{0} get-tuple-element(%s), index=1"
     done = "%d = bf16[2000000]{0:S(1)} copy-done(%c)"
     clock = read(loop(made, start, START, work("a", 3), done, DONE))
-    copy = 4e6 / V5E.bandwidth  # read; its other end is on the chip
+    copy = 4e6 / V5E.bandwidth  # one end is on the chip
     assert clock.copies == pytest.approx(5 * (copy - 3e-6))
     assert clock.collectives["all-gather", False].hidden == pytest.approx(5 * copy), (
         "the links are busy while a copy is waited for"
@@ -199,7 +199,7 @@ def test_a_program_without_cycles_is_an_error():
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_a_product_that_libtpu_compiles_takes_about_its_peak(topology):
-    """A clock that is off by two, or cycles of one core where a chip has two, would show here."""
+    """Detects a clock that is off by two, or that counts one of a chip's two cores."""
     devices = topology_devices(topology, 1)
     chip = CHIPS[devices[0].device_kind]
     mesh = Mesh(devices[:1], ("x",))

@@ -1,4 +1,4 @@
-"""FLOPs and collectives read from compiled programs, against what the programs are known to do."""
+"""FLOPs and collectives read from compiled programs, compared with their known work."""
 
 import re
 
@@ -107,7 +107,7 @@ def test_convolutions_count_only_taps_on_elements(lhs, rhs, stride, padding):
         return jax.lax.conv_general_dilated(x, k, (stride, stride), padding, dimension_numbers=dims)
 
     x, k = jnp.ones(lhs), jnp.ones(rhs)
-    # Of ones, each output is the number of taps on elements times the input features.
+    # For inputs of ones, each output is the number of taps on elements times the input features.
     assert program(f, x, k).dot_flops == 2 * float(f(x, k).sum())
 
 
@@ -159,7 +159,7 @@ ENTRY %main (a: bf16[2,8], x: f32[4,16], w: f32[16,4]) -> bf16[8,8] {
 
 
 def test_a_gather_hidden_behind_several_fusions_happens_once():
-    """As libtpu writes it, cut to what is read: each fusion holds the whole gather."""
+    """In libtpu's form, abbreviated: each fusion contains the whole gather."""
     flag = r'backend_config={"async_collective_fusion_config":{"flag_start":"\1","flag_end":"8"}}'
     counted = read_program(re.sub(r"FLAG\((-?\d)\)", flag, IN_PIECES))
     assert [(c.bytes, c.trips, c.group_size) for c in counted.collectives] == [(2 * 64, 1, 4)]
@@ -206,6 +206,7 @@ ENTRY %main (stack: bf16[32,8,8], out: bf16[32,8,8], i: s32[]) -> bf16[32,8,8] {
 
 
 def test_what_a_nested_fusion_slices_counts_by_the_slice():
-    """As libtpu reads one layer's input from the stack of all: a layer is read and one written."""
+    """As libtpu reads one layer's input from the stack of all layers: one layer is read and one
+    written."""
     layer, index = 2 * 8 * 8, 4
     assert read_program(NESTED).memory_bytes == 2 * layer + index

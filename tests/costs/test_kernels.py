@@ -1,4 +1,4 @@
-"""FLOPs of the TPU's kernels, by their formulas."""
+"""FLOPs of TPU kernels by formula."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from btx_jax.costs.program import Kernel
     ids=str,
 )
 def test_splash_computes_the_tiles_that_a_window_touches(window, tiles):
-    """Of 4 x 4 tiles of 1024 at or below the diagonal."""
+    """Among the 4 x 4 tiles of 1024 at or below the diagonal."""
     q = Shape("bf16", (2, 8, 4096, 128))
     kernel = Kernel("splash_mha_fwd_residuals", (q,), (q,), 3)
     one_tile = 2 * 2 * (2 * 8 * 128) * 1024 * 1024

@@ -1,4 +1,4 @@
-"""What collectives take on the links of real slices, against sums done by hand."""
+"""Times of collectives on the links of real slices, compared with manual calculations."""
 
 import itertools
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from btx_jax.costs.collectives import Collective
 from btx_jax.costs.links import BESIDE, HOP, Slice
 
 V5E, V5P, V7X = (CHIPS[kind] for kind in ("TPU v5 lite", "TPU v5", "TPU7x"))
-B = 64e6  # bytes: far above what a hop takes
+B = 64e6  # bytes: far more than sent in the latency of a hop
 
 
 def a_slice(chip, *sides):
@@ -57,7 +57,7 @@ def test_groups_along_one_side_have_its_links_alone():
 
 
 def test_the_middle_bounds_an_all_to_all():
-    """A row of 4: each of two chips has half of its bytes for the other two."""
+    """In a row of 4, two chips each have half of their bytes for the other two."""
     assert seconds(a_slice(V5E, 4, 1), "all-to-all", ((0, 1, 2, 3),)) == pytest.approx(B / V5E.link)
     ring = a_slice(V5P, 4, 4, 4)
     row = tuple((i, i + 1, i + 2, i + 3) for i in range(0, 64, 4))

@@ -1,4 +1,4 @@
-"""The formula of a training step's FLOPs, against the products that XLA compiles for it."""
+"""The formula for the FLOPs of a training step, compared with the matmuls that XLA compiles."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from btx_jax.training.optimizer import is_trained
 from btx_jax.training.step import lower_train_step
 from tests.models.test_llama import TINY
 
-# All experts take every token, and the layers are unrolled: in a loop the first one's backward
-# pass is that of the others.
+# All experts take every token, and layers are unrolled: in a loop, the first layer would have the
+# backward pass of the others.
 COMPUTE = ComputeConfig(
     "float32", "none", unroll=3, dispatch="einsum", capacity_factor=1.0, group_size=8, loss_chunk=64
 )
@@ -37,7 +37,7 @@ def lora(*targets, allocation="2"):
 
 
 def products(model, frozen, mesh):
-    """FLOPs of a token in the compiled step's products, but for those that move tokens about."""
+    """FLOPs per token in the compiled step's matmuls, except those that move tokens."""
     train = TrainConfig(steps=10, batch_size=ROWS, warmup_steps=2, frozen=frozen)
     (step,) = lower_train_step(model, COMPUTE, train, mesh, LENGTH)
     places = read_program(step.program.compile().as_text()).by_place.items()
@@ -46,7 +46,8 @@ def products(model, frozen, mesh):
 
 
 def is_product(path, model):
-    """The others are lookups, sums, and products of single numbers."""
+    """Whether a parameter is used in a matmul; others are used in lookups, sums, and products of
+    single numbers."""
     lookup = path[0] == "embed" and not model.tied_head
     return not (lookup or is_norm_or_bias(path) or path[-2:] == ("shared_expert", "router"))
 
@@ -71,7 +72,7 @@ def test_flops_are_those_of_the_compiled_step(model, frozen, one_device):
     trained = functools.partial(is_trained, frozen=frozen)
     flops = flops_by_leaf(model, trained)
     needed = sum(n for path, n in flops.items() if is_product(path, model))
-    # XLA's attention computes what lies above the diagonal too.
+    # XLA's attention also computes scores above the diagonal.
     scores = 2 * attention_flops(model, 1, LENGTH, trained)
     assert products(model, frozen, one_device) == needed + scores, (
         "the formula leaves out, or adds, a product of the backward pass"
@@ -86,7 +87,7 @@ def test_all_trained_they_are_6_n_d():
 
 
 def test_what_freezing_saves_of_7b():
-    """Attention, 2.1 of 6.7 billion, and the embeddings need no gradient of their own."""
+    """Attention (2.1 of 6.7 billion) and the embeddings need no weight gradient."""
     shared = functools.partial(is_trained, frozen="shared")
     share = train_flops(LLAMA2_7B, 1, shared) / train_flops(LLAMA2_7B, 1)
     assert share == pytest.approx(0.87, abs=0.01)

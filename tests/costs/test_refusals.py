@@ -1,4 +1,4 @@
-"""What libtpu says when it refuses a program, as versions 0.0.30 to 0.0.50 word it."""
+"""libtpu's out-of-memory errors, as worded by versions 0.0.30 to 0.0.50."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What Hugging Face's datasets reads from the files of `file_kinds`, for `test_files.py`.
+"""The rows that Hugging Face's datasets reads from the files of `file_kinds`, for `test_files.py`.
 
     python -m tests.data.datasets_peer > tests/data/golden/datasets.json
 
@@ -18,7 +18,7 @@ LOADERS = {"csv": "csv", "tsv": "csv", "parquet": "parquet", "txt": "text"}
 
 
 def read(file: Path) -> list | str:
-    """Rows, or why there are none."""
+    """The rows of a file, or the reason why there are none."""
     endings = [ending for ending in file.name.split(".")[1:] if ending not in ("gz", "bz2", "zst")]
     loader = LOADERS.get(endings[0], "json")
     options = {"tsv": {"sep": "\t"}, "txt": {"sample_by": "document"}}.get(endings[0], {})

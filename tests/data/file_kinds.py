@@ -1,5 +1,5 @@
-"""Small files of every kind that text comes in: name -> content. `datasets_peer.py` reads them with
-Hugging Face's datasets, the tests with ours."""
+"""Small text files of every kind: name -> content. `datasets_peer.py` reads them with Hugging
+Face's datasets, the tests with ours."""
 
 import bz2
 import gzip

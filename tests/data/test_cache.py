@@ -1,4 +1,4 @@
-"""Caches of text: what damages, kills and full disks do to them."""
+"""Caches of text under damage, kills and full disks."""
 
 import itertools
 import json
@@ -162,7 +162,7 @@ def test_what_a_killed_preparation_leaves_is_swept_by_any_other(
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer_file):
-    def small_files():  # no file beyond this size: every writer meets the error a full disk gives
+    def small_files():  # limits file size: writers get the error of a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 

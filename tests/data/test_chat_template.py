@@ -1,5 +1,5 @@
-"""What a chat template may do is compared with transformers in test_tokenizers; here, what it may
-not, and how answers are marked."""
+"""Chat templates: what they must not do, and how answers are marked. What they may do is compared
+with transformers in test_tokenizers."""
 
 import contextlib
 import time
@@ -10,7 +10,7 @@ from btx_jax.data import chat_template
 from btx_jax.data.chat_template import ChatTemplate, TemplateError
 from btx_jax.errors import UserError
 
-ENDS = ("memory", "recurse")  # no chat can be rendered
+ENDS = ("memory", "recurse")  # these kill the process
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -27,7 +27,7 @@ HELLO = [{"role": "user", "content": "hello"}]
     ],
 )
 def test_a_template_that_reaches_for_what_is_behind_its_values_gets_nothing(source):
-    text = ""  # jinja's sandbox raises, or answers with an undefined value
+    text = ""  # jinja's sandbox raises, or returns an undefined value
     with contextlib.suppress(TemplateError):
         text = ChatTemplate(source, {}).render(HELLO).text
     assert text == ""

@@ -52,7 +52,7 @@ def text(*words):
 
 @pytest.mark.parametrize("template", [PLAIN, PRINTS])
 def test_content_parts_become_text_where_a_template_knows_none(template, read):
-    """As transformers' server: one space between them."""
+    """Joined by one space, as in transformers' server."""
     whole, learnt = read(template, chat(text("say", "it"), text("four")))
     assert whole == "<user>say it<end><assistant>four<end>"
     assert learnt == ["four<end>"]
@@ -67,7 +67,7 @@ def test_content_parts_reach_a_template_that_takes_them(read):
 
 @pytest.mark.parametrize("template", [PLAIN, PRINTS])
 def test_null_is_the_empty_text_where_a_template_does_not_know_it(template, read):
-    """An empty turn of the assistant is read and not learnt."""
+    """An empty assistant's turn is read but not learnt."""
     messages = [*chat("hello", None), {"role": "assistant", "content": "four"}]
     whole, learnt = read(template, messages)
     assert whole == "<user>hello<end><assistant><end><assistant>four<end>"

@@ -15,7 +15,7 @@ def documents(file):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Short corpora of words, in which every third document comes twice."""
+    """Short corpora of words, in which every third document occurs twice."""
 
     def texts(domain):
         for number in range(300):

@@ -1,4 +1,4 @@
-"""Every kind of file as rows. What Hugging Face's datasets reads from the same files is the oracle:
+"""Every kind of file as rows. The oracle is what Hugging Face's datasets reads from the same files:
 golden/datasets.json, made by datasets_peer.py."""
 
 import bz2
@@ -40,8 +40,8 @@ def texts(file, field="text"):
 
 
 def as_ours(name, row):
-    """datasets names fields that a row lacks, reads numbers in CSV, normalises line ends in plain
-    text and keeps its byte-order mark."""
+    """A row from datasets in our form: datasets adds fields that a row lacks, parses numbers in
+    CSV, normalises line ends in plain text and keeps its byte-order mark."""
     if name.endswith(".txt"):
         return row["text"].removeprefix("\ufeff")
     row = {k.replace("Unnamed: 0", ""): v for k, v in row.items()}
@@ -75,11 +75,11 @@ def test_a_compressed_file_that_is_cut_anywhere_or_goes_on_behind_its_end_is_ref
         else:
             with pytest.raises(UserError, match=r"cannot be read to its end .*; is it truncated"):
                 values(file)
-    if ending != "zst":  # which carries no checksum here
+    if ending != "zst":  # has no checksum here
         for at in range(len(whole)):
             flipped = bytearray(whole)
             flipped[at] ^= 0x10
-            with contextlib.suppress(UserError):  # of one line; a header's dates may be anything
+            with contextlib.suppress(UserError):  # a flipped date in a header is not an error
                 assert values(put(f"x.jsonl.{ending}", bytes(flipped))) == DOCS
     for more in (b"x", b"more than a few bytes of garbage"):
         with pytest.raises(UserError, match="cannot be read to its end"):

@@ -1,4 +1,4 @@
-"""Text and test sets on the Hub: what is fetched of them, byte for byte."""
+"""Text and test sets on the Hub: which bytes are downloaded."""
 
 import gzip
 import io
@@ -20,7 +20,7 @@ from tests.conftest import sentences
 
 
 def table(rows=4000, group=2000):
-    """A column of text beside one that is a hundred times as long."""
+    """A text column next to one that is a hundred times as large."""
     stream = io.BytesIO()
     texts = sentences(rows)
     images = [os.urandom(2000) for _ in range(rows)]

@@ -43,7 +43,7 @@ def write(path, texts):
 
 
 class Letters:
-    """One token per character; BOS 1, EOS 2."""
+    """A tokenizer with one token per character; BOS 1, EOS 2."""
 
     bos, eos, vocab_size, eos_text, prefix = 1, 2, 300, "", [1]
 
@@ -198,7 +198,7 @@ def test_unreadable_documents_are_counted_with_their_place(tmp_path):
 
 
 class SmallPoems(tfds.core.GeneratorBasedBuilder):
-    """A data set as tensorflow_datasets keeps it."""
+    """A data set in the form of tensorflow_datasets."""
 
     VERSION = tfds.core.Version("1.2.3")
     pkg_dir_path = None
@@ -347,7 +347,7 @@ def test_a_file_that_breaks_midway_leaves_nothing_behind(tmp_path, tokenizer):
     assert not left, left
 
 
-# U+2581 is what sentencepiece writes for a space, and comes back as one.
+# U+2581 is sentencepiece's sign for a space, and decodes to one.
 TEXT = st.characters(exclude_categories=["Cs"], exclude_characters="\0\u2581")
 
 

@@ -1,4 +1,4 @@
-"""Rows as they are stored."""
+"""Rows as stored on disk."""
 
 import numpy as np
 import pytest

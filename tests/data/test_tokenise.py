@@ -1,4 +1,4 @@
-"""Tokenising in several processes: the same set as in one, whoever makes its shards."""
+"""Tokenising in several processes gives the same set as in one, whoever makes its shards."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def small_shards(monkeypatch):
 
 
 def write(path, texts):
-    """Documents with something wrong between them."""
+    """Write documents with invalid lines between them."""
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     lines.insert(3, '{"text": 5}\n')
     lines.insert(len(lines) // 2, "no JSON\n")
@@ -44,7 +44,7 @@ def config(tmp_path, cache, train, **values):
 
 
 def files(cache):
-    """Of the prepared sets: name -> bytes."""
+    """Files of the prepared sets: name -> bytes."""
     return {
         str(path.relative_to(cache / "packed")): path.read_bytes()
         for path in (cache / "packed").rglob("*")
@@ -53,7 +53,7 @@ def files(cache):
 
 
 def made_in_one(tmp_path, text, tokenizer, monkeypatch, **values):
-    """The files of a set that is tokenised where it is read."""
+    """The files of a set that is tokenised in the reading process."""
     with monkeypatch.context() as patch:
         patch.setattr(tokenise, "FEW", 10**6)
         made = config(tmp_path, "one", text, **values)
@@ -123,7 +123,7 @@ def test_a_killed_preparation_goes_on_behind_the_last_shard(
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.5)  # its workers end with their input
+    time.sleep(0.5)  # its workers exit at the end of their input
     before = {file.name: file.stat().st_ino for file in shards.glob("*/*.npz")}
     assert len(before) >= 5
     kept = []

@@ -15,14 +15,14 @@ PEER = json.loads(lzma.decompress((GOLDEN / "tokenizers.json.xz").read_bytes()))
 
 @pytest.fixture(params=sorted(PEER))
 def shape(request, tmp_path):
-    """(a tokenizer of a shape that people publish, what transformers 5.23 makes of it)."""
+    """(a tokenizer of a published shape, transformers 5.23's results for it)."""
     with tarfile.open(GOLDEN / "tokenizers" / f"{request.param}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return load_tokenizer(tmp_path / request.param), PEER[request.param]
 
 
 def unequal(tokenizer, told):
-    """Everything in which the tokenizer differs from what transformers says."""
+    """Yield all differences between the tokenizer and transformers' results."""
     for text, ids, prompt in zip(told["texts"], told["ids"], told["prompts"], strict=True):
         if tokenizer.encode(text) != ids:
             yield f"ids of {text!r}: {tokenizer.encode(text)}, not {ids}"

@@ -1,4 +1,4 @@
-"""Directories of tokenizers of the shapes that people publish, small and made from a few lines."""
+"""Small tokenizer directories of all published shapes, made from a few lines of text."""
 
 import io
 import json
@@ -52,7 +52,7 @@ LLAMA_3 = (
     " content }}{% endfor %}{% if add_generation_prompt %}{{"
     " '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-RICH = (  # what a template may use: tojson, namespace, loop controls, dict, strftime_now
+RICH = (  # uses features that templates may use
     "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}{%- if m.role == 'system' -%}{%- continue"
     " -%}{%- endif -%}{%- set ns.n = ns.n + 1 -%}{{ ns.n }}:{{ m | tojson }}{{ dict(a=1) | tojson(indent=2)"
     " }}{{ strftime_now('%') | length }}{%- endfor -%}{{ eos_token }}{{ pad_token is defined }}"
@@ -101,7 +101,7 @@ def template(token: str, made: tokenizers.Tokenizer) -> processors.TemplateProce
 
 
 class Shapes:
-    """NAME -> files of a directory: str or bytes, dictionaries as JSON."""
+    """NAME -> files of a directory: str or bytes; dictionaries become JSON."""
 
     def __init__(self):
         import sentencepiece
@@ -121,7 +121,8 @@ class Shapes:
         return named | {name.replace("__", "."): value for name, value in more.items()}
 
     def llama_2_json(self) -> str:
-        """As transformers 4 saved Llama 2's: a normalizer that prepends, Strip in the decoder."""
+        """Llama 2's tokenizer.json as saved by transformers 4: a normalizer that prepends, Strip in
+        the decoder."""
         vocab = {self.pieces.id_to_piece(i): i for i in range(self.pieces.vocab_size())}
         merges = [
             (p[:k], p[k:])
@@ -253,7 +254,7 @@ class Shapes:
         return self.files("llama", None, tokenizer__json=made.to_str())
 
     def shape_llama_class_over_byte_level(self):
-        """DeepSeek's."""
+        """As in DeepSeek."""
         made = byte_level(["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"])
         made.post_processor = template("<｜begin▁of▁sentence｜>", made)
         told = self.llama(
@@ -293,7 +294,7 @@ class Shapes:
         )
 
     def shape_added_tokens_file_only(self):
-        """Saved before added_tokens_decoder: a plain and a special token."""
+        """Saved before added_tokens_decoder existed: a plain and a special token."""
         last = self.pieces.vocab_size()
         told = self.llama(legacy=False, add_bos_token=True, chat_template=RICH)
         token = {
@@ -312,7 +313,7 @@ class Shapes:
         )
 
     def shape_strips_around(self):
-        """Added tokens that take the spaces around them, or stand for whole words only."""
+        """Added tokens that absorb surrounding spaces, or match whole words only."""
         made = byte_level(["<s>", "</s>"])
         made.add_tokens(
             [AddedToken("<mask>", lstrip=True), AddedToken("word", single_word=True), "user"]
@@ -366,7 +367,7 @@ class Shapes:
         return self.files("mixtral", told, tokenizer__json=made.to_str())
 
     def shape_cuts_and_pads(self):
-        """truncation and padding of a classifier: not for text."""
+        """Truncation and padding for a classifier, not for text."""
         made = byte_level(["<s>", "</s>", "[PAD]"])
         made.enable_truncation(5)
         made.enable_padding(pad_token="[PAD]", pad_id=2, length=8)
@@ -393,17 +394,17 @@ class Shapes:
         return self.files("llama", told, tokenizer__model=sp)
 
     def digits(self, family: str, told: dict | None, special=("<|endoftext|>",), **more) -> dict:
-        """A tokenizer.json that no class's own pipeline equals."""
+        """A tokenizer.json that differs from the pipeline of every class."""
         made = byte_level(list(special), pre_tokenizers.Digits(individual_digits=True))
         made.post_processor = template(special[0], made)
         return self.files(family, told, tokenizer__json=made.to_str(), **more)
 
     def shape_starcoder(self):
-        """A family whose file is taken as it is, whatever class it names."""
+        """A family whose tokenizer.json is used as it is, whatever class it names."""
         return self.digits("gpt_bigcode", {"tokenizer_class": "GPT2Tokenizer"})
 
     def shape_qwen_distilled(self):
-        """A family whose class is taken whatever its files name."""
+        """A family whose class is used whatever its files name."""
         told = self.llama(bos_token="<a>", eos_token="<b>", unk_token=None)
         return self.digits("qwen2", told, ("<a>", "<b>"))
 
@@ -420,7 +421,7 @@ class Shapes:
         return self.digits("llama", named | told)
 
     def shape_named_unsorted(self):
-        roles = ("bos", "cls", "eos", "image", "mask", "pad", "sep", "unk")  # as JSON is sorted
+        roles = ("bos", "cls", "eos", "image", "mask", "pad", "sep", "unk")  # sorted, as in JSON
         return self.plain(**{f"{role}_token": f"[{role.upper()}]" for role in roles})
 
     def shape_named_freely(self):

@@ -1,15 +1,15 @@
-"""Tokenizers of the shapes that people publish, and what transformers makes of them.
+"""Tokenizers of published shapes, and transformers' results for them.
 
     python tests/data/tokenizers_peer.py make     # needs transformers 5.23, sentencepiece, protobuf
 
 writes golden/tokenizers/NAME.tar.xz (a directory's files) and golden/tokenizers.json.xz: for every
 directory the ids of some 200 strings, alone and as prompts, rendered chats with their ids and
-assistant masks, and the texts of continuations, token by token. The tests compare with that file and
-need no transformers.
+assistant masks, and the texts of continuations, token by token. The tests compare with that file
+and do not need transformers.
 
     python tests/data/tokenizers_peer.py check FOLDER   # any transformers
 
-compares what it makes of FOLDER/NAME, tokenizers that were saved again here, with the same file.
+compares the results for FOLDER/NAME, tokenizers saved again by our code, with the same file.
 """
 
 import json
@@ -39,7 +39,7 @@ CHATS = [
 
 
 def strings(special: list[str]) -> list[str]:
-    """200 of them: spaces, code, emoji, other scripts, and special tokens inside."""
+    """200 strings: spaces, code, emoji, other scripts, and special tokens within text."""
     fixed = [
         "", " ", "  ", "\n", "\t", "a", " a", "a ", "hello world", " hello  world ", "Hello world",
         "a  b   c", "\n\n  x\r\n", "def add(a, b):\n    return a + b\n", "1 12 345 6789", "don't we'll",
@@ -73,7 +73,7 @@ def write(files: dict, directory: Path) -> Path:
 
 
 def answers(directory: Path, expected: dict | None = None) -> dict:
-    """transformers' own; to the same texts and ids as in `expected`."""
+    """transformers' results, for the same texts and ids as in `expected` if given."""
     from transformers import AutoTokenizer, __version__
 
     peer = AutoTokenizer.from_pretrained(directory)
@@ -151,7 +151,7 @@ def check(folder: Path) -> None:
         expected = told[directory.name]
         try:
             found = answers(directory, expected)
-        except Exception as error:  # an old version does not know every format
+        except Exception as error:  # old versions do not support every format
             print(f"{directory.name}: not read: {str(error).splitlines()[0]}")
             continue
         parts = ("ids", "prompts", "chats", "continuations")

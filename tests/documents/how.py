@@ -1,8 +1,9 @@
-"""How each command of the documents is tested: patterns, of which every command matches one."""
+"""How each command in the documents is tested: patterns, of which every command matches exactly
+one."""
 
 import fnmatch
 
-# Run by test_commands.py in a folder with small models, in this process.
+# Run by test_commands.py in this process, in a directory with small models.
 QUICK = (
     'btx generate runs/demo/finetune --prompt "def fibonacci(n):"',
     "btx digest *",
@@ -18,7 +19,7 @@ QUICK = (
     "btx tokenizer 'text/*",
     "btx submit * --dry-run",
 )
-# Run by test_commands.py as a reader would, one after another, with two steps a stage.
+# Run by test_commands.py as a reader would, in order, with two steps per stage.
 SLOW = (
     "btx run demo*",
     "btx generate runs/demo/finetune * --seed=1",
@@ -45,8 +46,8 @@ SLOW = (
     "btx verify runs/demo",
     "btx submit --pipeline=btx:tiny --backend=local *",
 )
-# Not run: those of btx are parsed, their configs made and checked; of `python FILE` the arguments
-# are parsed where the file has a parser, and the file must be there.
+# Not run. Commands of btx are parsed, and their configs made and checked; for `python FILE`, the
+# file must exist, and its arguments are parsed if it has a parser.
 ELSEWHERE = {
     "git clone *": "needs the network",
     "cd *": "of the reader's shell",
@@ -89,7 +90,7 @@ ELSEWHERE = {
 
 
 def how(command: str) -> list[str]:
-    """The patterns that it matches: one, unless the table is wrong."""
+    """The patterns that a command matches: exactly one, unless the table is wrong."""
     patterns = (*QUICK, *SLOW, *ELSEWHERE)
     return [pattern for pattern in patterns if fnmatch.fnmatchcase(command, pattern)]
 

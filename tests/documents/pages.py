@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell a reader to type."""
+"""The commands and files in README.md and docs/."""
 
 import re
 import shlex
@@ -9,12 +9,12 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INDENTED = re.compile(r"^(?: {4,}\S.*\n)+", re.MULTILINE)  # a code block without a fence
+INDENTED = re.compile(r"^(?: {4,}\S.*\n)+", re.MULTILINE)  # an indented code block
 PROGRAMS = ("btx ", "python ", "make ", "pip ")
 
 
 class Command(NamedTuple):
-    """text: on one line, without comments, its spaces single."""
+    """A command. text: on one line, without comments, with single spaces."""
 
     page: str
     text: str
@@ -25,7 +25,7 @@ class Command(NamedTuple):
 
 
 def commands() -> list[Command]:
-    """In the order in which pages have them; of each page, each once."""
+    """All commands in page order; each once per page."""
     found = (
         Command(page.name, text)
         for page in PAGES
@@ -36,14 +36,15 @@ def commands() -> list[Command]:
 
 
 def languages() -> Iterator[tuple[str, str]]:
-    """(page, language) of every fence; "" for none."""
+    """Yield (page, language) of every fence; "" for none."""
     for page in PAGES:
         for language, _ in FENCE.findall(page.read_text()):
             yield page.name, language
 
 
 def files(page: str) -> dict[str, str]:
-    """File -> text: what a page tells a reader to write. Such a block says `# NAME` first."""
+    """File -> text of the files that a page tells readers to write. Such a block begins with `#
+    NAME`."""
     (path,) = (path for path in PAGES if path.name == page)
     found = {}
     for _, text in FENCE.findall(path.read_text()):

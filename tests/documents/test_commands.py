@@ -1,5 +1,5 @@
-"""Every command of README.md and docs/ is named in how.py, means something to the program that it
-calls, and runs where it can."""
+"""Every command in README.md and docs/ is listed in how.py, is valid for the program it calls, and
+runs where possible."""
 
 import argparse
 import os
@@ -58,12 +58,12 @@ def here(made, monkeypatch):
 
 
 def config_of(words: list[str]) -> Config | None:
-    """Of a command of btx that takes one: the config, without a checkpoint that is not here."""
+    """The config of a btx command that takes one, without checkpoints that do not exist here."""
     given = arguments_of(words)
     named = given.get("config") or given.get("pipeline")
     if not named:
         return None
-    if named.endswith(".py") and not Path(named).exists():  # another command makes it
+    if named.endswith(".py") and not Path(named).exists():  # another command creates it
         return None
     preset, _, init = named.partition(":from_init,")
     if init and not Path(init).exists():
@@ -78,7 +78,7 @@ def test_our_commands_are_understood(here, text):
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "-m btx_jax.launch" in text])
 def test_commands_of_launch_are_understood(monkeypatch, text):
-    """Their own flags have the names of options of `btx compile`."""
+    """Their flags have the names of the options of `btx compile`."""
     given = dict(word.removeprefix("--").split("=", 1) for word in words_of(text)[3:])
     overrides = [f"--{key}={value}" for key, value in given.items() if key.startswith("config.")]
     own = {key for key in given if not key.startswith("config")}
@@ -88,7 +88,7 @@ def test_commands_of_launch_are_understood(monkeypatch, text):
 
 
 class Parsed(BaseException):
-    """The arguments were."""
+    """Raised once arguments have been parsed."""
 
 
 @pytest.mark.parametrize("text", PYTHON)
@@ -139,7 +139,7 @@ def test_quick_commands_run(here, finished, tmp_path, monkeypatch, page):
 @pytest.mark.slow
 @pytest.mark.cli
 def test_all_commands_run_with_few_steps(tmp_path, tokenizer_file, compiled, monkeypatch):
-    """As readers would type them, a page in a folder of its own, all with the same runs/."""
+    """As readers would type them: each page in its own directory, all with the same runs/."""
     made = tmp_path / "world"
     made.mkdir()
     world.make(made, tokenizer_file)
@@ -153,7 +153,7 @@ def test_all_commands_run_with_few_steps(tmp_path, tokenizer_file, compiled, mon
         "WANDB_MODE": "offline",
     }
     wrong = []
-    first = ["README.md", "getting-started.md"]  # others use what they leave
+    first = ["README.md", "getting-started.md"]  # others use their results
     pages = sorted((page.name for page in PAGES), key=lambda name: (name not in first, name))
     for page in pages:
         folder = world.page_folder(made, page, tmp_path / page)
@@ -174,7 +174,7 @@ def test_all_commands_run_with_few_steps(tmp_path, tokenizer_file, compiled, mon
 
 
 def few_steps(words: list[str]) -> Iterator[str]:
-    """Overrides by which a command takes a moment."""
+    """Overrides with which a command takes only a moment."""
     config = config_of(words)
     if config is None or "--dry-run" in words:
         return

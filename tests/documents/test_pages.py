@@ -1,4 +1,4 @@
-"""Pages say what the code says, and their links lead somewhere, on GitHub and on the site alike."""
+"""Pages agree with the code, and their links resolve, on GitHub and on the site."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ OUTSIDE = {
     "README.md",
     "CONTRIBUTING.md",
     "LICENSE",
-}  # of docs/; tools/site.py puts them on the site
+}  # paths relative to docs/; tools/site.py puts them on the site
 
 
 def test_readme_stays_one_page():
@@ -48,7 +48,7 @@ def test_every_preset_and_every_command_is_told():
 
 
 def links(page: Path) -> Iterator[tuple[Path, str]]:
-    """(file, anchor) of the links to our own files; the page itself where none is named."""
+    """Yield (file, anchor) of links to our own files; a bare anchor links to the page itself."""
     for target in LINK.findall(FENCE.sub("", page.read_text())):
         if not re.match(r"\w+:", target):
             path, _, anchor = target.partition("#")
@@ -56,7 +56,7 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub and mkdocs make them."""
+    """Anchors of a page's headings, as made by GitHub and mkdocs."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
     kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
     return {heading.strip().replace(" ", "-") for heading in kept}
@@ -72,7 +72,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_in_the_navigation():
-    # Its tags are material's own.
+    # Removes material's own YAML tags.
     text = re.sub(r"!!\S+", "", (ROOT / "mkdocs.yml").read_text())
     nav = re.findall(r"[\w-]+\.md", str(yaml.safe_load(text)["nav"]))
     there = {page.name for page in PAGES} - {"README.md"} | {"index.md", "contributing.md"}

@@ -1,5 +1,5 @@
-"""A folder in which the commands of the documents can run: small models, text and test sets under
-the names that the pages use."""
+"""A directory in which the documents' commands can run: small models, text and test sets under the
+names used by the pages."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ SHARED = ("models", "text", "data", "runs")
 
 
 def make(folder: Path, tokenizer_file: Path) -> None:
-    """models/seed and finetunes of it, text/ and data/evals/."""
+    """Make models/seed and finetunes of it, text/ and data/evals/."""
     rng = np.random.default_rng(0)
     base = {name: rng.normal(0, 0.1, slot.shape) for name, slot in slots(MODEL).items()}
     for number, name in enumerate(("seed", *DOMAINS)):
@@ -44,7 +44,7 @@ def make(folder: Path, tokenizer_file: Path) -> None:
 
 
 def stand_ins(folder: Path) -> None:
-    """Under the names of the runs that quick commands read: a mixture nobody trained."""
+    """Make stand-ins for runs that quick commands read: an untrained mixture."""
     write_files(folder, "README.md")
     run(["mix", str(folder / "recipe.yml"), str(folder / "mixed")])
     for name in ("demo/finetune", "mine_finetuned"):
@@ -53,7 +53,8 @@ def stand_ins(folder: Path) -> None:
 
 
 def page_folder(world: Path, page: str, where: Path) -> Path:
-    """A folder for one page's commands: the world, and the files that the page tells to write."""
+    """A directory for one page's commands: the world, and the files that the page tells readers to
+    write."""
     where.mkdir()
     for name in SHARED:
         (where / name).symlink_to(world / name)
@@ -63,12 +64,12 @@ def page_folder(world: Path, page: str, where: Path) -> Path:
 
 def write_files(folder: Path, page: str) -> None:
     for name, text in files(page).items():
-        # Models and text lie where commands start; a recipe's paths are seen from there.
+        # Recipes with absolute paths: models and text are in the directory where commands start.
         (folder / name).write_text(re.sub(r"\b(models|text)/", rf"{folder}/\1/", text))
 
 
 def _model(path: Path, base: dict, number: int, tokenizer_file: Path) -> None:
-    """The seed, changed a little by its number."""
+    """Write the seed with small changes that depend on its number."""
     rng = np.random.default_rng(number)
     write_checkpoint(
         path,

@@ -1,19 +1,20 @@
-"""lm-evaluation-harness's own Hugging Face model beside ours; by hand, since it needs torch.
+"""lm-evaluation-harness's own Hugging Face model compared with ours; run manually, as it needs
+torch.
 
     python tests/evaluation/lm_eval_peer.py make tests/evaluation/golden
     python tests/evaluation/lm_eval_peer.py ask hf HF_DIRECTORY THEIRS.json FILE ... [--items=50]
     python tests/evaluation/lm_eval_peer.py ask btx_jax HF_DIRECTORY OURS.json FILE ... [--items=50]
     python tests/evaluation/lm_eval_peer.py compare THEIRS.json OURS.json
 
-`make` and `ask hf` run where torch, transformers, accelerate, sentencepiece and lm_eval 0.4.13 are,
-`ask btx_jax` where we are. FILE: JSON lines, each a task of its kind: {query, choices, gold}
+`make` and `ask hf` need torch, transformers, accelerate, sentencepiece and lm_eval 0.4.13; `ask
+btx_jax` needs btx_jax. FILE: JSON lines, each a task of its kind: {query, choices, gold}
 (log-likelihoods), {context, answer} (as gsm8k) or {prompt, test, entry_point} (as HumanEval), the
 latter two generated greedily.
 
-Their model decodes a continuation alone, so that a tokenizer that takes away a text's first space
-(a Llama 2's) takes away the continuation's. A right answer to HumanEval then no longer compiles.
-Golden texts are those that it would give behind the prompt; `compare` counts what differs in that
-space alone.
+lm_eval's model decodes a continuation separately, so that a tokenizer that strips a text's first
+space (Llama 2's) strips the continuation's, and right answers to HumanEval no longer compile.
+Golden texts are those it would give after the prompt; `compare` counts differences in that space
+separately.
 """
 
 import argparse
@@ -41,8 +42,8 @@ Question: What is two plus two? Answer: It is four, not 5.
 
 
 def write_model(directory: Path, vocab: int, twins: dict[int, int], **more) -> None:
-    """A Llama of random weights, the same on every machine. twins: tokens that it says in place of
-    others."""
+    """Write a Llama with random weights, the same on every machine. twins: token -> the token that
+    it predicts instead."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 128,
@@ -75,7 +76,7 @@ def write_model(directory: Path, vocab: int, twins: dict[int, int], **more) -> N
 
 
 def write_llama_tokenizer(directory: Path) -> None:
-    """As Llama 2's: byte fallback, BOS, a space in front that decoding takes away."""
+    """As Llama 2's: byte fallback, BOS, a leading space that decoding strips."""
     import io
 
     import sentencepiece
@@ -140,7 +141,7 @@ def write_chat_tokenizer(directory: Path) -> None:
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
 
 
-MODELS = {  # name -> what makes its tokenizer, (token, its twin), what its config.json says besides
+MODELS = {  # name -> (tokenizer writer, (token, its twin), further config.json values)
     "llama": (write_llama_tokenizer, {"</s>": "<0xA0>"}, {"bos_token_id": 1, "eos_token_id": 2}),
     "chat": (
         write_chat_tokenizer,
@@ -149,7 +150,7 @@ MODELS = {  # name -> what makes its tokenizer, (token, its twin), what its conf
     ),
 }
 
-# Each a method of lm_eval's model classes, --model_args, and what it is asked.
+# For each: a method of lm_eval's model classes, --model_args, and its requests.
 PROMPTS = [
     "The quick brown",
     "def add(a, b):\n",
@@ -177,12 +178,13 @@ BEGUN = [*CHAT[1:], {"role": "assistant", "content": "I am \n"}]
 
 
 def stops_of(texts: list[str]) -> list[str]:
-    """Parts of what was generated freely, inside and across tokens."""
+    """Substrings of freely generated texts, within and across tokens."""
     return [text[at : at + 3] for text, at in zip(texts, (4, 7, 11, 2, 9, 5), strict=True)]
 
 
 def their_model(directory: Path, **arguments):
-    """Theirs, one prompt at a time, decoding behind the prompt; and alone, as it does."""
+    """lm_eval's model, one prompt at a time, decoding after the prompt; or separately, as it does
+    by default."""
     from lm_eval.models.huggingface import HFLM
 
     class Behind(HFLM):
@@ -195,7 +197,7 @@ def their_model(directory: Path, **arguments):
         def tok_decode(self, tokens, skip_special_tokens=True):
             if self.behind is None or not isinstance(tokens, list):
                 return super().tok_decode(tokens, skip_special_tokens)
-            # A run of byte tokens is decoded as one: the prompt's own, a whole text, stays out of it.
+            # Consecutive byte tokens are decoded together; the prompt's own must not be among them.
             pieces = self.tokenizer.convert_ids_to_tokens(self.behind)
             ends = [i for i, piece in enumerate(pieces, 1) if not re.fullmatch("<0x..>", piece)]
             behind = self.behind[: ends[-1]]
@@ -284,7 +286,7 @@ def make(folder: Path) -> None:
 
 
 def write_task(folder: Path, file: Path) -> str:
-    """A task of lm_eval for a file of JSON lines. Returns its name."""
+    """Write an lm_eval task for a file of JSON lines. Returns its name."""
     with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
         fields = json.loads(lines.readline())
     name = "own_" + file.name.split(".")[0]
@@ -307,12 +309,12 @@ def write_task(folder: Path, file: Path) -> str:
             "doc_to_text": "Question: {{context}}\nAnswer:", "doc_to_target": "{{answer}}",
             "generation_kwargs": GSM8K, "metric_list": match,
         }  # fmt: skip
-    (folder / f"{name}.yaml").write_text(json.dumps(task))  # YAML reads JSON
+    (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
     return name
 
 
 def ask(args: argparse.Namespace) -> None:
-    """Every sample's answers, as lm_eval logs them."""
+    """Every sample's answers, as logged by lm_eval."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 

@@ -1,10 +1,10 @@
-"""Programs that try to get out of the sandbox, and a process that runs them all and tells what they
-could do to it and to what it owns: python sandbox_attacks.py {as_is,nobody} {all,fewest}, as root
-or as anyone. It is the parent that is attacked, so that no harm comes to the tests. `fewest`: without
-the walls that not every machine has.
+"""Programs that try to escape from the sandbox, and a process that runs them all and reports their
+effects on itself and its files: python sandbox_attacks.py {as_is,nobody} {all,fewest}, as root or
+any user. This process, the parent, is the target, so that the tests are not harmed. `fewest`:
+without the walls that not every machine supports.
 
-A program passes when its attack has succeeded; none may. Should one, it does little harm: it sets
-what is set already, or touches the victim.
+A program passes if its attack succeeds; none may. If one did, it would do little harm: it sets what
+is already set, or touches the victim.
 """
 
 import json
@@ -50,9 +50,10 @@ def any_of(*attempts):
     raise OSError("all attempts failed")
 '''  # fmt: skip
 
-# name -> program. VICTIM is a file of the parent's, SECRET one that it alone may read, PARENT it.
+# name -> program. VICTIM is a file of the parent, SECRET one that only the parent may read, PARENT
+# its process id.
 ATTACKS = {
-    # Signals and what decides how others run
+    # Signals and scheduling of other processes
     "SIGKILL through F_SETOWN": """
 import fcntl, time
 r, w = os.pipe()
@@ -197,7 +198,7 @@ while True: pass
     "execveat": "import sys\ncall('execveat', -100, sys.executable.encode(), None, None, 0)",
     "clone": "call('clone', 17, 0, 0, 0, 0) or os._exit(0)",
     "clone into name spaces": "call('clone', 0x10000000 | 17, 0, 0, 0, 0) or os._exit(0)",
-    # What root may do
+    # Privileges of root
     "host name": "name = os.uname().nodename.encode()\ncall('sethostname', name, len(name))",
     "clock": """
 import struct, time
@@ -219,7 +220,7 @@ import struct
 call('capset', struct.pack('Ii', 0x20080522, 0), b'\\xff' * 24)
 """,
     "kernel log": "call('syslog', 10, None, 0)",
-    # Doors into the kernel
+    # Entry points of the kernel
     "socket": "import socket\nsocket.socket()",
     "socket pair": "import socket\nsocket.socketpair()",
     "connects": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 2)",
@@ -263,7 +264,7 @@ assert ctypes.CFUNCTYPE(ctypes.c_int)(address)() > 0
     "not Python": "def f(:",
 }  # fmt: skip
 
-# Solutions of "the square of x" that are wrong and want to pass: the tests are in another process.
+# Wrong solutions of "the square of x" that try to pass; the tests are in another process.
 FORGERIES = {
     "wrong": "def square(x): return 5",
     "nothing": "",
@@ -371,7 +372,7 @@ def check(candidate):
 
 
 def state(victim: Path) -> dict:
-    """What an attack may have changed: the victim, this process, what others share."""
+    """State that an attack may change: the victim, this process, and shared resources."""
     entry = victim.stat()
     kept = Path("/proc/sysvipc")
     return {
@@ -430,7 +431,7 @@ def main(extent: str) -> dict:
 
 
 def _mine(process: Path) -> bool:
-    """Whether a process is a sandbox of this one that has not ended."""
+    """Whether a process is an unfinished sandbox of this one."""
     try:
         return f"/{os.getpid()}/" in (process / "cmdline").read_text().replace("\0", " ") or (
             f"PPid:\t{os.getpid()}\n" in (process / "status").read_text()
@@ -440,8 +441,8 @@ def _mine(process: Path) -> bool:
 
 
 def as_nobody(arguments: list[str]) -> None:
-    """Becomes user 65534. Folders that root alone may enter are first laid open where they hide the
-    interpreter or this project: for this process, by mounts that show these and nothing else."""
+    """Become user 65534. Directories that only root may enter and that contain the interpreter or
+    this project are first exposed to this process, by mounts that show only these."""
     from btx_jax.evaluation import sandbox_walls as walls
 
     def locked(path: str) -> list[str]:
@@ -454,7 +455,7 @@ def as_nobody(arguments: list[str]) -> None:
         walls._mount(None, "/", None, walls._MS_REC | walls._MS_PRIVATE)
         held = {path: os.open(path, os.O_PATH) for path in hidden}
         for path in hidden:
-            if outer := locked(path):  # another path may have laid it open by now
+            if outer := locked(path):  # another path may have exposed it already
                 walls._mount("tmpfs", outer[0], "tmpfs", 0, "mode=755")
             os.makedirs(path, exist_ok=True)
             walls._mount(f"/proc/self/fd/{held[path]}", path, None, walls._MS_BIND)

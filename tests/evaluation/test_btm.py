@@ -51,7 +51,7 @@ def test_tf_idf_weights_see_only_what_came_before_in_the_same_document():
     for word in (
         0,
         99,
-    ):  # either expert's own, from the first token on that block 32 .. 63 must not see
+    ):  # each expert's own tokens, starting after those that block 32 .. 63 may use
         later = tokens.copy()
         later[0, 33:] = word
         np.testing.assert_array_equal(
@@ -62,7 +62,7 @@ def test_tf_idf_weights_see_only_what_came_before_in_the_same_document():
 def test_the_posterior_follows_the_better_expert_and_starts_anew_with_each_document():
     _, segments = packed()
     nll = np.ones((2, 2, 100))
-    nll[0] = 0.5  # always the better one
+    nll[0] = 0.5  # always the better expert
     weights = bayes_weights(nll, segments, updating=False)
     np.testing.assert_allclose(weights[:, 0, 0], 0.5)
     np.testing.assert_allclose(weights[0, 0, 1], np.exp(0.5) / (1 + np.exp(0.5)))

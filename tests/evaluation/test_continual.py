@@ -4,8 +4,8 @@ import pytest
 from btx_jax.errors import UserError
 from btx_jax.evaluation.continual import measures
 
-# LoRA on biology, physics, chemistry, economics, earth science (MoLA, its table of continual
-# learning)
+# LoRA on biology, physics, chemistry, economics, earth science (MoLA's table of continual
+# learning).
 PAPER = [
     [92.19, 61.46, 55.46, 60.71, 52.31],
     [88.16, 89.58, 55.46, 72.62, 61.54],

@@ -18,7 +18,7 @@ TEXT = "def add(a, b):\n    return a + b\nhello world, stop here é 漢 😀\n" 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """As Llama 2's: a space is put in front of every text, and taken away again."""
+    """As Llama 2's tokenizer: adds a leading space to every text, and strips it when decoding."""
     folder = tmp_path_factory.mktemp("llama")
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -74,7 +74,7 @@ def test_a_stop_string_ends_the_text_whatever_it_is_made_of(chatty):
     new = chatty.encode(" world, stop<|im_end|>\nhere</s>")
     for stops, text in (
         (["stop"], " world, "),
-        (["<|im_end|>"], " world, stop"),  # a token that decoding leaves out
+        (["<|im_end|>"], " world, stop"),  # a token that decoding skips
         (["stop<|im_end|>"], " world, "),  # begins in text and ends in such a token
         (["<|im_end|>\nhe"], " world, stop"),
         (["</s>", "\n"], " world, stop"),
@@ -141,7 +141,7 @@ def test_every_end_that_the_files_name_ends_a_text(chatty):
 
 @pytest.mark.skipif("BTX_DATA_DIR" not in os.environ, reason="HumanEval is read from $BTX_DATA_DIR")
 def test_every_reference_solution_is_streamed_as_it_was_written(llama):
-    """HumanEval behind a Llama-2-like tokenizer, token by token."""
+    """HumanEval with a tokenizer like Llama 2's, token by token."""
     file = Path(os.environ["BTX_DATA_DIR"]) / "evals" / "humaneval.jsonl.gz"
     items = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
     assert len(items) == 164

@@ -14,7 +14,7 @@ from tests.models.test_llama import TINY
 COMPUTE = ComputeConfig(dtype="float32", remat="none", dispatch="ragged")
 MIXED = dataclasses.replace(
     TINY, vocab_size=320, moe=MoEConfig((0, 4, 2))
-)  # a dense layer, then two runs of mixtures
+)  # a dense layer, then two runs of MoE layers
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 2, 1)])
@@ -51,7 +51,7 @@ def test_a_character_of_several_tokens_is_shown_at_its_last_one(tokenizer):
 
 
 def test_bytes_that_are_no_character_are_shown_once(tokenizer):
-    first, second = (tokenizer.encode(character)[-1] for character in "éö")  # second bytes alone
+    first, second = (tokenizer.encode(character)[-1] for character in "éö")  # second bytes
     ids = [*tokenizer.encode("the"), first, second, first, *tokenizer.encode("é city"), first]
     shown = pieces(tokenizer, ids)
     assert len(shown) == len(ids)

@@ -27,7 +27,7 @@ TOP1 = dataclasses.replace(TINY, moe=MoEConfig((6, 6, 6), k=1, routing="switch")
 
 
 def scaled(model):
-    """Random parameters large enough for greedy decoding not to repeat one token."""
+    """Random parameters, large enough that greedy decoding does not repeat one token."""
 
     def larger(path, x):
         return (
@@ -42,7 +42,7 @@ def scaled(model):
 
 
 def without_cache(model, params, prompt, new_tokens):
-    """Greedy: a forward pass over everything so far for every token."""
+    """Greedy decoding with a full forward pass for every token."""
     llama, ids = Llama(model, COMPUTE), list(prompt)
     forward = jax.jit(
         lambda tokens, segments: logits(
@@ -117,8 +117,8 @@ def test_the_cache_changes_no_token_whatever_shares_the_batch(model, one_device)
     ],
 )
 def test_bfloat16_rounds_and_changes_nothing_else(model, rows, one_device):
-    """Next-token distributions after a prompt and after one more token, against the model in
-    float32."""
+    """Compares next-token distributions after a prompt and after one more token with the float32
+    model."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), scaled(model))
     ids = np.random.default_rng(0).integers(1, model.vocab_size, (rows, 9)).astype(np.int32)
     hidden = jax.jit(Llama(model, COMPUTE).apply)({"params": params}, ids, np.ones_like(ids))[0]

@@ -22,7 +22,7 @@ def rows_of(rows=5, length=16):
     segments = np.ones_like(tokens)
     segments[1, 9:] = 2
     segments[4, 6:] = 0
-    tokens[0, 5] = tokens[2, 0] = 2  # 2 is EOS; one as a target, one not
+    tokens[0, 5] = tokens[2, 0] = 2  # 2 is EOS: once as a target, once not
     return {"tokens": tokens, "segments": segments, "bytes": np.full(rows, 30, np.int32)}
 
 

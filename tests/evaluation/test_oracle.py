@@ -19,7 +19,7 @@ EXPERTS = 3
 
 
 def test_a_mixture_that_is_told_is_its_shared_leaves_around_one_expert(one_device):
-    """Against the dense model that this is."""
+    """Compared with the equivalent dense model."""
     models = [init_params(TINY, jax.random.key(seed)) for seed in range(EXPERTS)]
     mixture = dataclasses.replace(TINY, moe=MoEConfig((EXPERTS,) * TINY.layers))
     router = jax.random.normal(jax.random.key(9), (TINY.layers, TINY.d_model, EXPERTS))

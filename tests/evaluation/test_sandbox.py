@@ -1,5 +1,5 @@
-"""What models write runs in the sandbox, and nothing gets out: sandbox_attacks.py holds the attacks
-and the forged verdicts."""
+"""Models' programs run in the sandbox, and nothing escapes: sandbox_attacks.py has the attacks and
+the forged verdicts."""
 
 import gzip
 import json
@@ -32,7 +32,7 @@ SQUARE = UnitTests("def check(candidate):\n    assert candidate(3) == 9", "squar
 
 @pytest.fixture(scope="module")
 def attacked():
-    """What all attacks did, by user and walls; each combination runs once."""
+    """The effects of all attacks, by user and walls; each combination runs once."""
     found = {}
 
     def told(user: str, extent: str) -> dict:
@@ -276,7 +276,7 @@ def test_values_arrive_as_they_left():
 
 
 def kernel(code, arch, number, arguments):
-    """A classic BPF machine, as the kernel runs it: what becomes of a system call."""
+    """A classic BPF machine like the kernel's: returns the verdict on a system call."""
     data = {0: number, 4: arch}
     for i, argument in enumerate(arguments):
         data[16 + 8 * i] = argument & 0xFFFFFFFF
@@ -306,7 +306,7 @@ def test_what_the_filter_allows(machine, arch):
 
     allow, refuse = sandbox_walls.ALLOW, sandbox_walls.REFUSE
     allowed = {numbers[column] for numbers in sandbox_walls.ALLOWED.values()}
-    # Those that one argument decides, asked for in the one way that must fail
+    # Calls decided by one argument, in a form that must fail
     numbers = {
         "open": (2, 56)[column], "fcntl": (72, 25)[column], "ioctl": (16, 29)[column], "clone": (56, 220)[column],
         "kill": (62, 129)[column], "tgkill": (234, 131)[column], "prlimit": (302, 261)[column],
@@ -390,7 +390,7 @@ def test_nothing_is_truncated_where_landlock_cannot_forbid_it(tmp_path):
 
 
 def test_the_filter_s_numbers_are_the_kernel_s():
-    """Against the headers, where this machine has them; AArch64's are the generic ones."""
+    """Compared with the headers, if installed; AArch64 uses the generic numbers."""
     headers = {
         0: Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
         1: Path("/usr/include/asm-generic/unistd.h"),
@@ -412,7 +412,7 @@ def test_the_filter_s_numbers_are_the_kernel_s():
 
 
 def test_what_is_left_is_removed_whatever_it_is():
-    with tempfile.TemporaryDirectory() as folder:  # which anyone may be let into
+    with tempfile.TemporaryDirectory() as folder:  # accessible to anyone
         remove_all_kinds(Path(folder))
 
 
@@ -445,7 +445,7 @@ def remove_all_kinds(tmp_path):
     (locked / "inner").chmod(0)
     locked.chmod(0)
     home.chmod(0)
-    if root := os.geteuid() == 0:  # whom no lock keeps out
+    if root := os.geteuid() == 0:  # whom locks do not stop
         subprocess.run(["chown", "-hR", "65534:65534", tmp_path], check=True)
     if (child := os.fork()) == 0:
         try:

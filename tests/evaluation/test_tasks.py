@@ -33,7 +33,7 @@ def whole(model):
 
 
 def log_p(model, params, front, behind):
-    """One pair alone, without padding."""
+    """Log-probability of one pair, without padding."""
     ids = [*front, *behind]
     table = jax.nn.log_softmax(whole(model)(params, np.array([ids[:-1]]))[0])
     places = range(len(front) - 1, len(ids) - 1)
@@ -127,7 +127,7 @@ def test_the_last_number_is_the_answer(text, want):
 
 
 class Parrot:
-    """A generator that answers what it was given to say."""
+    """A generator with prescribed answers."""
 
     context = 500
 

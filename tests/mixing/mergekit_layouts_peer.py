@@ -1,12 +1,11 @@
-"""What mergekit-moe itself makes in each of its layouts: golden_layouts of
-test_mergekit_layouts.py.
+"""mergekit-moe's own results in each of its layouts: golden_layouts of test_mergekit_layouts.py.
 
     python tests/mixing/mergekit_layouts_peer.py tests/mixing/golden_layouts     # in an
     environment with mergekit==0.1.5 and peft
 
 Writes three small models of each family below sources/ (the base with a byte-level tokenizer) and a
 LoRA, then one directory for each recipe: recipe.yml, and config.json and model.safetensors as
-mergekit wrote them. Paths in recipes are relative to the folder of all these.
+written by mergekit. Paths in recipes are relative to the folder that contains all of these.
 """
 
 import json
@@ -249,8 +248,8 @@ def write_lora(target: Path, base: Path) -> None:
 
 
 def mix(folder: Path, name: str, recipe: str) -> None:
-    """mergekit-moe takes no MODEL+LORA: such sources are first merged as mergekit's other commands
-    do."""
+    """Mix with mergekit-moe. It does not accept MODEL+LORA, so such sources are first merged as
+    mergekit's other commands would."""
     with tempfile.TemporaryDirectory() as scratch:
         for word in recipe.split():
             if "+sources/" in word:

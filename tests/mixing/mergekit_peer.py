@@ -1,11 +1,11 @@
-"""What mergekit-moe itself makes: the golden gates of test_recipe.py.
+"""mergekit-moe's own results: the golden gates of test_recipe.py.
 
     python tests/mixing/mergekit_peer.py tests/mixing/golden      # in an environment with
     mergekit==0.1.5
 
 Writes four small Llamas with a byte-level tokenizer, mixes a, b and c over `base` with the recipe
-below in every gate mode that reads prompts, and keeps the routers. Prompts of one list have equal
-lengths: mergekit 0.1.5 averages padding into hidden_avg otherwise.
+below in every gate mode that reads prompts, and keeps the routers. Prompts in one list have equal
+lengths, as mergekit 0.1.5 would average padding into hidden_avg.
 """
 
 import json

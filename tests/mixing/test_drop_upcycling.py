@@ -19,7 +19,7 @@ OF_UNITS = {"gate": -2, "up": -2, "down": -1}  # the axis that is not d_ff
 
 @pytest.fixture(scope="module")
 def mixture():
-    """Copies of a model whose matrices have means and deviations of their own."""
+    """Copies of a model whose matrices have distinct means and standard deviations."""
     seed = init_params(TINY, jax.random.key(0))
     ffn = {
         name: leaf * scale + jnp.arange(leaf.shape[0])[:, None, None]
@@ -31,7 +31,7 @@ def mixture():
 
 
 def changed_units(before, after):
-    """name -> [layers, experts, d_ff], whether any, and whether all, of a unit's values moved."""
+    """name -> [layers, experts, d_ff]: whether any, and whether all, of a unit's values changed."""
     moved = {name: np.asarray(before[name] != after[name]) for name in OF_UNITS}
     return (
         {name: moved[name].any(axis) for name, axis in OF_UNITS.items()},

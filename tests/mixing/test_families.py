@@ -1,5 +1,4 @@
-"""Mixtures of every family, by a recipe: in the class that is their home, or refused in one
-line."""
+"""Mixtures of every family by a recipe: in the class that is their home, or refused in one line."""
 
 import json
 import shutil
@@ -27,7 +26,7 @@ from tests.architectures.exports import (
 from tests.conftest import ROOT
 
 LAYOUTS = ROOT / "tests" / "mixing" / "golden_layouts" / "sources"
-BIASED = ("ernie", "internlm3", "llama_bias")  # their feed-forwards too, which no mixture has
+BIASED = ("ernie", "internlm3", "llama_bias")  # their feed-forwards too; no mixture has such
 HOMELESS = {
     "phi4_mini": "heads of which 0.75 rotates",
     "gemma": "norms of kind rms_plus_one; the activation gelu_tanh; embed_scale=4.89898",
@@ -45,7 +44,7 @@ HOMELESS = {
     "ministral3": "queries that grow with their position",
     "olmo3": "a window of 100; a RoPE base of 500000 in layers with a window alone",
 }
-FOLDED = ("olmo",)  # whose norms their home has not
+FOLDED = ("olmo",)  # their home lacks these norms
 AT_HOME = [name for name in dense_names() if name not in (*BIASED, *HOMELESS, *FOLDED)]
 
 
@@ -59,8 +58,8 @@ def dense_logits(path, tokens):
 
 @pytest.mark.parametrize("name", [*AT_HOME, *BIASED, *FOLDED])
 def test_four_equal_experts_compute_what_the_dense_model_computes(name, tmp_path):
-    """At home: whatever the router says, once it is read back from Hugging Face's files; as far as
-    a home without windows goes."""
+    """In their home class, whatever the router chooses, after reading back Hugging Face's files;
+    within the context of a home without windows."""
     without = ("mlp", "self_attn") if name in BIASED else ()
     dense = write_variant(name, tmp_path / "dense", without=without)
     dtype = "float32" if name in FOLDED else ""
@@ -76,7 +75,7 @@ def test_four_equal_experts_compute_what_the_dense_model_computes(name, tmp_path
 
 
 def test_a_home_without_windows_goes_as_far_as_the_window(tmp_path):
-    """Beyond it, it would compute something else."""
+    """Beyond the window it would compute something else."""
     source = str(goldens.FOLDER / "olmo3_plain")
     model = find_checkpoint(write_mixture([source] * 2, tmp_path / "mixture")).metadata.model
     assert (model.context, model.window) == (100, 0)
@@ -96,7 +95,7 @@ def test_three_different_experts_are_verified_and_read_back(name, base, tmp_path
         if tensor.expert is not None:
             wanted = dense[tensor.expert].read(tensor.of_dense())
             assert found.tobytes() == wanted.tobytes(), tensor
-        elif tensor.is_shared:  # what Qwen2-MoE cannot do without
+        elif tensor.is_shared:  # required by Qwen2-MoE
             assert not found.any()
         elif not tensor.is_router and base == "copy":
             assert found.tobytes() == dense[0].read(tensor).tobytes(), tensor
@@ -114,7 +113,7 @@ def test_three_different_experts_are_verified_and_read_back(name, base, tmp_path
 
 @pytest.mark.parametrize("name", HOMELESS)
 def test_a_family_without_a_home_mixes_into_our_own_format_alone(name, tmp_path):
-    """And computes there what its dense model computes: the experts are equal."""
+    """There it computes what the dense model computes, as the experts are equal."""
     sources = [str(goldens.FOLDER / name)] * 2
     with pytest.raises(UserError) as caught:
         write_mixture(sources, tmp_path / "refused")
@@ -153,7 +152,7 @@ def test_biases_in_the_feed_forwards_are_refused_in_one_line(name, tmp_path):
 def test_layer_norms_are_folded_when_a_mixture_becomes_hugging_faces(
     name, changes, tmp_path, caplog
 ):
-    """By the recipe at once, and by an export of what it made in our own format."""
+    """By the recipe directly, and by exporting its result in our own format."""
     sources = [write_variant(name, tmp_path / f"{i}", i, 0.3) for i in range(3)]
     if changes:
         changes = changes | {"shared_experts": [{"source_model": sources[0]}]}
@@ -284,7 +283,7 @@ def windowed(directory, name, **config):
 
 
 def test_equal_windows_are_kept_and_unequal_ones_cut_the_context(tmp_path, caplog):
-    """In recipes, in the mix stage's plan and by its models, whatever the contexts are."""
+    """In recipes, in the mix stage's plan and in its result, whatever the contexts are."""
     a = windowed(tmp_path / "a", "mistral_window")
     b = windowed(tmp_path / "b", "mistral_window", max_position_embeddings=512)
     c = windowed(tmp_path / "c", "mistral_window", sliding_window=64)
@@ -317,7 +316,7 @@ def test_experts_come_to_and_leave_a_mixture_with_a_shared_one(tmp_path):
 
 
 def test_a_mixture_with_zeros_in_it_comes_back_from_our_own_format(tmp_path):
-    """Tensors of zeros are written there too."""
+    """Zero tensors are also written there."""
     source = write_mixture([str(LAYOUTS / "qwen2" / "a")] * 2, tmp_path / "mixture")
     convert.run(str(source), str(tmp_path / "ours"))
     convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))

@@ -8,7 +8,7 @@ from btx_jax.mixing.logistic import logistic_rows
 
 
 def domains(experts, width=6, seed=0):
-    """Overlapping clouds, of which the later have more tokens."""
+    """Overlapping clusters; later ones have more tokens."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(experts, width))
     return [
@@ -18,7 +18,7 @@ def domains(experts, width=6, seed=0):
 
 
 def objective(rows, states):
-    """As the docstring has it: (value, gradient)."""
+    """The objective in the docstring: (value, gradient)."""
     count, total, gradient = sum(map(len, states)), 0.0, rows.copy()
     for number, state in enumerate(states):
         x, weight = state.astype(np.float64), count / len(states) / len(state)
@@ -47,7 +47,7 @@ def test_rows_minimise_what_they_should(experts):
 
 
 def test_how_much_text_a_domain_has_does_not_matter():
-    """But for the weight of all tokens against that of the squares, which is small here."""
+    """Except for the weight of tokens relative to that of squares, which is small here."""
     states = [np.concatenate([state] * 50) for state in domains(3)]
     one = logistic_rows(states)
     other = logistic_rows([states[0], np.concatenate([states[1]] * 5), states[2]])

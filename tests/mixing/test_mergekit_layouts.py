@@ -1,5 +1,5 @@
-"""Mixing against what mergekit-moe itself made of the same recipes, in each of its layouts
-(golden_layouts/, see mergekit_layouts_peer.py). Random numbers are compared by their size."""
+"""Mixing compared with mergekit-moe's results for the same recipes, in each of its layouts
+(golden_layouts/, see mergekit_layouts_peer.py). Random numbers are compared by magnitude."""
 
 import json
 
@@ -22,7 +22,7 @@ def _in_golden(monkeypatch):
 
 
 def mixed(tmp_path, name, **changes):
-    """Our mixture of a golden recipe, its keys changed; None leaves one out."""
+    """Our mixture of a golden recipe with changed keys; None omits one."""
     recipe = RECIPES[name]
     if changes:
         values = yaml.safe_load(recipe.read_text()) | changes
@@ -96,7 +96,7 @@ def test_settings_mean_those_of_mergekit(tmp_path, name):
 
 
 def meaning(config):
-    """What a mixture's config.json says, under one name for each setting."""
+    """The settings in a mixture's config.json, under one name each."""
     kind = config["model_type"]
     counts = ("num_local_experts", "num_experts", "n_routed_experts")
     width = config.get("moe_intermediate_size", config["intermediate_size"])
@@ -129,8 +129,8 @@ def meaning(config):
 
 
 def test_noise_has_the_size_of_mergekits(tmp_path):
-    """Each side has noise of its own, so that their difference has sqrt(2) times its size; noise on
-    the down projection is scaled with it."""
+    """Each side has independent noise, so that their difference has sqrt(2) times its standard
+    deviation; noise on the down projection is scaled with it."""
     ours, theirs = read(mixed(tmp_path, NOISE)), read(LAYOUTS / NOISE)
     apart = {}
     for tensor in theirs.slots:

@@ -1,4 +1,4 @@
-"""Merges of one tensor, each against a few lines of numpy in float64, and against numbers of
+"""Merges of one tensor, each compared with a few lines of numpy in float64, and with results of
 mergekit 0.1.5 (its merge_methods, float32)."""
 
 import numpy as np
@@ -15,7 +15,7 @@ LARGE = (260, 257)  # more elements than are merged at a time
 
 
 def models(dtype, count=3, shape=LARGE, seed=0):
-    """base_model's tensor, and those of models that were trained from it."""
+    """base_model's tensor, and those of models trained from it."""
     rng = np.random.default_rng(seed)
     base = rng.standard_normal(shape)
     tensors = [base + 0.3 * rng.standard_normal(shape) for _ in range(count)]

@@ -56,7 +56,7 @@ def test_the_mixture_has_the_tree_of_its_model(models):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_equal_numbers_are_their_mean_bit_for_bit(dtype):
-    """Which sums divided by their count are not: seven times 0.1 is no multiple of it."""
+    """A sum divided by its count need not be: seven times 0.1 is not a multiple of it."""
     rng = np.random.default_rng(0)
     tiny = float(jnp.finfo(dtype).smallest_subnormal)
     odd = [0.0, -0.0, tiny, -tiny, float(jnp.finfo(dtype).tiny), 0.1, 1 / 3]
@@ -99,7 +99,8 @@ def test_a_run_without_a_router_stays_dense(models):
 
 
 def test_with_a_shared_expert_equal_models_mix_to_the_same_model(models):
-    """The shared one gives half through its gate of zeros, the routed ones the other half."""
+    """The shared expert contributes half through its gate of one half, the routed ones the other
+    half."""
     equal = [models[0]] * 3
     mixture = dataclasses.replace(
         TINY, moe=MoEConfig((3, 3, 3), shared_d_ff=TINY.d_ff, shared_gate=True)

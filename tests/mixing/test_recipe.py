@@ -1,4 +1,4 @@
-"""Recipes: parsing, merging one tensor, and gates, against mergekit-moe's own (golden/, see
+"""Recipes: parsing, merging of one tensor, and gates, compared with mergekit-moe (golden/, see
 mergekit_peer.py)."""
 
 import gzip
@@ -98,7 +98,7 @@ def test_prompts_are_required_where_they_are_read_and_must_differ(tmp_path):
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [  # as pydantic reads them for mergekit
+    [  # as pydantic parses them in mergekit
         ("1e-4", 0.0001), ("1E2", 100.0), ("1e-05", 1e-05), (".5", 0.5), ("5.", 5.0),
         ("1_0", 10.0), ("'1_0.5'", 10.5), ("'0.5'", 0.5), ("' 0.5 '", 0.5), ("'+1'", 1.0),
         ("0x10", 16.0), ("'.5e1'", 5.0), ("0", 0.0), ("null", 0.0),
@@ -178,14 +178,14 @@ MERGE_BOMB = "m0: &m0 {k: x}\n" + "".join(
 
 
 def aliases(count, file):
-    """A recipe of one expert, `count` times."""
+    """A recipe in which one expert occurs `count` times."""
     source = f"{{source_model: a, positive_prompts_file: {file}}}"
     return f"base_model: b\ngate_mode: random\nexperts:\n- &e {source}\n" + "- *e\n" * (count - 1)
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A folder of prompt files that are none."""
+    """A directory of invalid prompt files."""
     home = tmp_path_factory.mktemp("hostile")
     (home / "p.gz").write_bytes(gzip.compress(bytes(10**7)))
     (home / "lines").write_text("a prompt\n" * 9_000)
@@ -291,7 +291,7 @@ def test_bfloat16_widens_exactly():
 def test_ties_trims_elects_signs_and_averages_those_that_agree():
     base = np.zeros(4, np.float32)
     a, b = np.array([4.0, 0.1, -3.0, 2.0], np.float32), np.array([2.0, 0.2, 5.0, -2.5], np.float32)
-    # density 3/4 drops each one's smallest change. Element 0: mean(4, 2). 1: both trimmed. 2: +5
+    # Density 3/4 drops the smallest change of each. Element 0: mean(4, 2). 1: both trimmed. 2: +5
     # wins. 3: -2.5 wins.
     np.testing.assert_allclose(
         ties(base, [a, b], 0.75, np.dtype(np.float32)), [3.0, 0.0, 5.0, -2.5]

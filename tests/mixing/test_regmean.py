@@ -1,4 +1,4 @@
-"""RegMean against least squares on the inputs themselves."""
+"""RegMean compared with least squares on the inputs themselves."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ IN, OUT = 12, 5
 
 
 def layers(count=3, tokens=40, seed=0):
-    """Weights, and inputs on which the models differ in scale and direction."""
+    """Weights, and inputs that differ between the models in scale and direction."""
     rng = np.random.default_rng(seed)
     weights = [rng.standard_normal((IN, OUT)).astype(np.float32) for _ in range(count)]
     inputs = [rng.standard_normal((tokens, IN)) @ rng.standard_normal((IN, IN)) for _ in weights]
@@ -63,7 +63,7 @@ def test_inputs_that_are_always_zero_keep_the_mean():
 
 
 def test_the_size_of_inputs_does_not_matter():
-    """Of a feature that is a million times another's, weights are as much smaller."""
+    """A feature a million times larger than another has proportionally smaller weights."""
     weights, _, grams = layers()
     size = np.logspace(-6, 6, IN)
     sized = (

@@ -1,4 +1,4 @@
-"""Routers in closed form against a twin in numpy float64 that shares no code with them."""
+"""Closed-form routers compared with a twin in numpy float64 that shares no code."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ D = 12
 
 
 def clouds(counts=(900, 300, 500), seed=0, offset=0.7):
-    """States of domains that differ in mean and spread, far from zero: what a bias helps with."""
+    """States of domains that differ in mean and spread, far from zero, where a bias helps."""
     rng = np.random.default_rng(seed)
     return [
         (rng.normal(size=(n, D)) @ rng.normal(size=(D, D)) / 3 + rng.normal(size=D) + offset)
@@ -24,7 +24,7 @@ def clouds(counts=(900, 300, 500), seed=0, offset=0.7):
 
 
 def twin(states, penalty, weights):
-    """DUME's equations, a token at a time."""
+    """DUME's equations, one token at a time."""
     a, b = np.zeros((len(states[0][0]),) * 2), []
     mean = np.mean([len(domain) for domain in states])
     for domain in states:
@@ -50,7 +50,7 @@ def test_rows_are_those_of_the_twin(weights, penalty):
 
 
 def test_equal_domains_do_not_depend_on_how_much_text_each_has():
-    """Where every domain's text is read once or nine times; with `share` it does matter."""
+    """Whether a domain's text is read once or nine times; with `share` it matters."""
     states = clouds((200, 200, 200))
     once = joined([moments([domain]) for domain in states])
     more = once._replace(
@@ -64,7 +64,8 @@ def test_equal_domains_do_not_depend_on_how_much_text_each_has():
 
 
 def test_the_sums_give_dumes_rows_with_its_constant_and_little_is_lost_without_it():
-    """A constant 1 behind x makes a row and a column of A out of what is kept: totals, counts."""
+    """A constant 1 appended to x makes a row and a column of A from what is stored: totals and
+    counts."""
     states, held_out = clouds(seed=1), clouds((400, 400, 400), seed=1)
     sums = joined([moments([domain]) for domain in states])
     a = np.zeros((D + 1, D + 1))

@@ -1,4 +1,4 @@
-"""States that stream layer by layer, with one layer in memory, are those of the whole model, in
+"""States streamed layer by layer, with one layer in memory, equal those of the whole model, in
 every family."""
 
 import jax.numpy as jnp

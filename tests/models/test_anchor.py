@@ -1,4 +1,4 @@
-"""Experts that share an anchor: every path against the formula."""
+"""Experts with an anchor: every implementation compared with the formula."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ D, F = 16, 24
 
 
 def params_of(experts, seed=0):
-    """Of the block and of its anchor, with biases that matter."""
+    """Parameters of the block and its anchor, with biases that matter."""
     shapes = {
         "gate": (experts, D, F), "up": (experts, D, F), "down": (experts, F, D),
         "router": (D, experts), "router_bias": (experts,),
@@ -37,7 +37,7 @@ def params_of(experts, seed=0):
 
 
 def formula(x_MD, ffn, anchor, k):
-    """The k largest of the experts' logits and 0, their softmax, a loop over all."""
+    """The k largest among the experts' logits and 0, their softmax, and a loop over all."""
     logits = jnp.concatenate(
         [x_MD @ ffn["router"] + ffn["router_bias"], jnp.zeros((len(x_MD), 1))], 1
     )

@@ -1,5 +1,5 @@
-"""What enters a model, a kernel or a router with a wrong rank, shape or dtype is told while it is
-traced."""
+"""Inputs of a model, a kernel or a router with a wrong rank, shape or dtype are reported while
+tracing."""
 
 import re
 

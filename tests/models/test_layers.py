@@ -70,7 +70,7 @@ def test_the_written_derivative_of_a_gated_block_is_autodiffs(activation):
 @pytest.mark.parametrize("kernels", ["xla", "pallas_interpret"])
 @pytest.mark.parametrize("sizes", [[40, 0, 100, 7], [5, 256, 0, 140], [1, 1, 1, 1]])
 def test_separate_experts_answer_as_stacked_ones(sizes, kernels, activation):
-    """Rows that are one block, whole blocks and parts of one; experts without any."""
+    """Rows that form one block, several whole blocks, and partial ones; some experts have none."""
     rows = sum(sizes)
     x, *weights = (
         jax.random.normal(jax.random.key(i), shape)

@@ -1,4 +1,4 @@
-"""What a parameter is, told by its path."""
+"""Properties of a parameter, from its path."""
 
 import jax
 import pytest

@@ -41,7 +41,7 @@ def forward(model, params, tokens, segments=None, compute=FP32, **kwargs):
 @pytest.mark.parametrize(("k", "active"), [(2, 11.07e9), (1, 6.74e9)], ids=["top-2", "top-1"])
 def test_parameter_counts_of_the_paper(k, active):
     """The paper's sizes; another number means another architecture (a missing leaf, a router per
-    linear, a tied head)."""
+    linear map, a tied head)."""
     dense, _ = parameter_counts(LLAMA2_7B)
     total, used = parameter_counts(dataclasses.replace(LLAMA2_7B, moe=MoEConfig((4,) * 32, k=k)))
     assert dense == 6_738_415_616
@@ -70,7 +70,7 @@ def test_attention_in_query_blocks_equals_one_head_at_a_time():
 
 
 def test_a_window_is_a_mask_that_is_never_made():
-    """`attend` computes no more of the keys than its blocks see; the slow twin masks all of them."""
+    """`attend` computes only the keys that its blocks see; the slow twin masks all of them."""
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (2, 4, 300, 8))
     k, v = (jax.random.normal(key, (2, 2, 300, 8)) for key in keys[1:3])
@@ -100,7 +100,7 @@ def test_splash_attention_equals_attend(kv_heads, window, scale, cap):
     probe = jax.random.normal(keys[4], q.shape)
     segments = jnp.cumsum(
         jax.random.bernoulli(keys[3], 0.02, (2, 384)), axis=1
-    )  # 0, padding, at first
+    )  # 0, padding, first
     results = []
     for f in (
         lambda *a: splash_attend(*a, segments, window, True, scale, cap),
@@ -116,7 +116,7 @@ def test_splash_attention_equals_attend(kv_heads, window, scale, cap):
 
 
 def test_remat_policies_name_what_the_backward_pass_finds():
-    """A name that no longer exists saves nothing, and nothing would fail but speed."""
+    """A name that no longer exists would save nothing, and only speed would suffer."""
     params = init_params(TINY, jax.random.key(0))
 
     def products(remat):
@@ -165,8 +165,8 @@ def test_rope_scaling():
     "model", [TINY, MOE, dataclasses.replace(TINY, tied_head=True)], ids=["dense", "moe", "tied"]
 )
 def test_causality_and_packing_by_gradients(model):
-    """A position's logits have no gradient from later tokens or from another document, and have one
-    from earlier tokens of its own."""
+    """A position's logits have no gradient from later tokens or from other documents, and have one
+    from earlier tokens of their own document."""
     params = init_params(model, jax.random.key(0))
     tokens = tokens_of(1, 24)
     segments = jnp.array([[1] * 9 + [2] * 11 + [0] * 4])
@@ -319,6 +319,6 @@ def test_bfloat16_compute_stays_near_float32():
 def test_shapes_are_found_under_any_mesh():
     from btx_jax.parallel.sharding import make_mesh
 
-    model = dataclasses.replace(TINY, d_model=40)  # that nobody has asked for yet
+    model = dataclasses.replace(TINY, d_model=40)  # not used elsewhere, so not compiled yet
     with jax.set_mesh(make_mesh((2, 2, 2, 1))):
         assert abstract_params(model)["embed"]["embedding"].value.shape == (TINY.vocab_size, 40)

@@ -30,7 +30,7 @@ LORA_TRAIN = TrainConfig(
 
 @functools.cache
 def busy(model, seed=1):
-    """Parameters whose B are not zero."""
+    """Parameters with nonzero B."""
     params = init_params(model, jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
 
@@ -39,7 +39,7 @@ def busy(model, seed=1):
 
     return jax.device_get(
         jax.tree_util.tree_map_with_path(noise, params)
-    )  # a step donates what is on the device
+    )  # a step donates device arrays
 
 
 @functools.cache
@@ -64,8 +64,7 @@ def logits_of(model, params, tokens, segments=None, **rngs):
     + [("8888", 169_017_344), ("4444", 84_508_672), ("6622", 84_508_672)],
 )  # fmt: skip
 def test_the_papers_parameter_counts(allocation, count, one_device):
-    """Of Llama-2-7B; another number means a phantom parameter, a bias, or a router that is
-    shared."""
+    """For Llama-2-7B; another number means a superfluous parameter, a bias, or a shared router."""
     model = dataclasses.replace(LLAMA2_7B, lora=LoRAConfig(allocation))
     assert parameter_counts(model)[0] - parameter_counts(LLAMA2_7B)[0] == count
     state, _ = state_shardings(model, LORA_TRAIN, one_device)
@@ -211,8 +210,8 @@ def test_a_base_in_bfloat16_costs_half_and_stays_there(one_device):
 
 
 def test_eight_devices_train_as_one_dropout_included(one_device):
-    """Gradients of q and down pass through inputs that devices share out; masks must not depend on
-    the mesh."""
+    """Gradients of q and down pass through sharded inputs; dropout masks must not depend on the
+    mesh."""
     lines = []
     for mesh in (one_device, make_mesh((1, 2, 2, 2))):
         train = dataclasses.replace(LORA_TRAIN, batch_size=8)
@@ -248,7 +247,7 @@ def test_dropout_acts_in_training_alone():
 
 
 def test_padding_and_neighbours_change_nothing():
-    """A document's logits are the same whatever is packed behind it."""
+    """A document's logits do not depend on what is packed after it."""
     params, tokens = busy(MOLA), tokens_of(1, 24)
     segments = jnp.where(jnp.arange(24) < 10, 1, 2)[None]
     packed, alone = (

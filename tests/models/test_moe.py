@@ -72,8 +72,8 @@ def test_einsum_equals_ragged_equals_a_loop_over_experts(spec, block, monkeypatc
 
 @pytest.mark.parametrize("tokens", [40, 300])
 def test_every_platform_s_ragged_path_is_the_same_function(monkeypatch, tokens):
-    """`platform_dependent` picks ragged_dot on a GPU; here its branch is run on purpose, and
-    megablox as a TPU runs it, interpreted."""
+    """`platform_dependent` picks ragged_dot on a GPU; here its branch is run explicitly, as is
+    megablox, interpreted, as on a TPU."""
     x = jax.random.normal(jax.random.key(0), (tokens, D))
     index = (
         jax.random.randint(jax.random.key(1), (tokens, 2), 0, E).at[tokens - 10 :].set(E)
@@ -97,8 +97,8 @@ def test_every_platform_s_ragged_path_is_the_same_function(monkeypatch, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_equal_experts_agree_bit_for_bit_however_they_are_weighted(tokens):
-    """Rounding here grows through the layers of a real model: SmolLM2 upcycled would miss its own
-    logits by 1e-4."""
+    """Rounding here would grow through the layers of a real model: SmolLM2 upcycled would miss its
+    own logits by 1e-4."""
     x = jax.random.normal(jax.random.key(0), (tokens, D))
     one = [w[0] for w in expert_weights()]
     logits, index = jax.lax.top_k(jax.random.normal(jax.random.key(1), (tokens, E)), 3)

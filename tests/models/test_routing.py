@@ -56,7 +56,7 @@ def test_sample_top1_samples_in_training_and_is_argmax_with_weight_one_at_infere
     shares = np.bincount(np.array(sampled.index_GSK).ravel(), minlength=4) / 20_000
     np.testing.assert_allclose(
         shares, [0.6, 0.3, 0.1, 0], atol=0.015
-    )  # argmax of logits + Gumbel is a sample of the softmax
+    )  # the argmax of logits + Gumbel is a sample from the softmax
     assert ((sampled.gate_GSK > 0.25) & (sampled.gate_GSK <= 1)).all()
     assert np.std(sampled.gate_GSK) > 0.01, "the weight is the largest Gumbel-softmax value, not 1"
     inferred, _ = routed(spec, logits)
@@ -85,8 +85,8 @@ def test_mean_gates_and_mean_probabilities_sum_to_one(routing, k):
 
 
 def test_balance_loss_is_1_at_uniform_and_n_at_collapse():
-    """alpha times this is the paper's L: alpha at uniform, alpha N at collapse. Another value is
-    another convention (Switch, HF)."""
+    """alpha times this is the paper's L: alpha when uniform, alpha N at collapse. Another value
+    means another convention (Switch, HF)."""
     uniform = 1e-4 * jnp.stack([jnp.roll(jnp.arange(4.0), i) for i in range(4)])[None]
     _, stats = routed(LayerSpec(4, 1, "top_k"), uniform)
     assert float(stats.balance_loss) == pytest.approx(1, abs=1e-3)

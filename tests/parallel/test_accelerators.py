@@ -1,5 +1,5 @@
-"""JAX looks for a TPU wherever there may be one, and leaves libtpu alone, and silent, where there
-is none."""
+"""JAX looks for a TPU wherever there may be one; elsewhere libtpu is not loaded and prints
+nothing."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def bare(monkeypatch, tmp_path):
     devices = (str(tmp_path / "accel[0-9]*"), str(tmp_path / "vfio" / "[0-9]*"))
     monkeypatch.setattr(accelerators, "DEVICES", devices)
     (tmp_path / "vfio").mkdir()
-    (tmp_path / "vfio" / "vfio").touch()  # of every Linux machine with the module
+    (tmp_path / "vfio" / "vfio").touch()  # exists on every Linux machine with the module
     return tmp_path
 
 
@@ -70,7 +70,7 @@ GOLDEN = str(ROOT / "tests" / "checkpoints" / "golden" / "llama")
 
 
 def bare_environment() -> dict[str, str]:
-    """Without what asks for CPUs, and what compiling for TPUs left in this process."""
+    """The environment without variables that select CPUs or were set by compiling for TPUs."""
     left_out = {"JAX_PLATFORMS", *ENVIRONMENT}
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     return kept | {"PYTHONPATH": str(ROOT)}
@@ -92,7 +92,7 @@ def bare_environment() -> dict[str, str]:
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else str(x),
 )
 def test_stderr_holds_nothing_but_our_line(tmp_path, module, arguments, lines):
-    """With libtpu installed, as for development and on TPU machines."""
+    """With libtpu installed, as in development and on TPU machines."""
     pytest.importorskip("libtpu")
     environment = bare_environment()
     done = subprocess.run(

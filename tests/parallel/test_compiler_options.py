@@ -1,4 +1,4 @@
-"""Compiler options: of the chip's table, of the config, in every program of a run."""
+"""Compiler options: from the chip's table and from the config, in every program of a run."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Two processes that find each other from the environment, as on a pod."""
+"""Two processes that find each other through the environment, as on a pod."""
 
 import os
 import socket

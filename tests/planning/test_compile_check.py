@@ -1,5 +1,5 @@
-"""The step of a small MoE compiled for TPU topologies by libtpu, on a machine without one, through
-the real command line."""
+"""The step of a small MoE compiled for TPU topologies by libtpu, on a machine without a TPU,
+through the real command line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Branch-Adapt-Route, all of its runs, with few steps."""
+"""Branch-Adapt-Route: all of its runs, with few steps."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ MODEL = ModelConfig(320, 2, 32, 64, 2, 2, 16, context=64)
 
 
 def small(config, home, tokenizer_file):
-    """The same run on sentences, of a model and for steps that take seconds."""
+    """The same run on sentences, with a model and steps that take seconds."""
     if config.data:
         domains = {name: str(home / f"{name}.jsonl") for name in config.data.domains}
         tokenizer = str(tokenizer_file) if config.data.tokenizer else ""

@@ -1,4 +1,4 @@
-"""Config files that are none, and overrides that are wrong: one line that names the place."""
+"""Invalid config files and overrides: one line that gives the location."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Presets by name and the files in configs/ are the same."""
+"""Presets by name agree with the files in configs/."""
 
 from btx_jax.presets.config_file import read_config
 from btx_jax.presets.registry import PRESETS
@@ -12,7 +12,7 @@ def test_every_file_is_a_preset_and_every_preset_a_file():
 
 
 def test_a_name_makes_what_its_file_makes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # an installed package has no checkout around it
+    monkeypatch.chdir(tmp_path)  # an installed package is not inside a checkout
     for name, file in FILES.items():
         arguments = [""]
         if "SIZE" in PRESETS[name].argument:

@@ -1,9 +1,9 @@
-"""Opens a report in headless Chromium as a reader would; by hand, since it needs a browser.
+"""Open a report in headless Chromium as a reader would; run manually, as it needs a browser.
 
     pip install playwright
     python tests/reporting/browser_peer.py REPORT.html SCREENSHOTS [--chromium=/usr/bin/chromium]
 
-Checks: nothing on the console, no request but the file itself, every figure drawn, no sideways
+Checks: no console output, no request but the file itself, every figure drawn, no horizontal
 scrolling of the page on a phone, and for every layer each token's colours and title equal to the
 JSON in the page. Writes wide and phone screenshots, light and dark.
 """
@@ -18,7 +18,7 @@ SIZES = {"wide": (1400, 1000), "phone": (390, 844)}
 
 
 def check_tokens(page: Page) -> int:
-    """How many (layer, token) pairs were compared."""
+    """Returns the number of (layer, token) pairs compared."""
     if not page.query_selector("#choices"):
         return 0
     data = json.loads(

@@ -1,4 +1,4 @@
-"""What trackers keep, read back."""
+"""Reading back the data of trackers."""
 
 import struct
 import time
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from wandb.proto import wandb_internal_pb2
 
-BLOCK, HEADER, FILE_HEADER = 32_768, 7, 7  # of LevelDB's log format, in which W&B writes
+BLOCK, HEADER, FILE_HEADER = 32_768, 7, 7  # of LevelDB's log format, which W&B uses
 
 
 def offline_records(file: Path):
-    """The records of an offline run of W&B, as its own messages."""
+    """Yield the records of an offline W&B run, as its own messages."""
     data, at, whole = file.read_bytes(), FILE_HEADER, b""
     while at + HEADER <= len(data):
         left = BLOCK - at % BLOCK
@@ -20,7 +20,7 @@ def offline_records(file: Path):
         _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
         whole += data[at + HEADER : at + HEADER + length]
         at += HEADER + length
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # complete, or its last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(whole)
             yield record
@@ -38,7 +38,7 @@ def finished(file: Path):
 
 
 def wandb_rows(file: Path):
-    """[(step, {name: JSON text of its value})] in order, those of one step together."""
+    """[(step, {name: JSON text of its value})] in order, merged by step."""
     rows = []
     for record in finished(file):
         if record.WhichOneof("record_type") == "history":

@@ -1,4 +1,4 @@
-"""The live page: what it says of stages in every state, and that it can only be read."""
+"""The live page: how it shows stages in every state, and that it is read-only."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def begin(path, config, lines=(), age=1.0, done=False):
 
 @pytest.fixture
 def pipeline(tmp_path):
-    """One stage in every state."""
+    """One stage in each state."""
     home = tmp_path / "my<b>run"
     needs = {
         "seed": [],
@@ -103,7 +103,7 @@ def test_figures_change_when_lines_come(pipeline):
     page = Page(pipeline)
     before = page.body()
     with (pipeline / "a" / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line(3)) + '\n{"step": 4, "lm_lo')  # the writer is in the middle
+        file.write(json.dumps(line(3)) + '\n{"step": 4, "lm_lo')  # an unfinished line
     assert page.body() != before and "3/10" in page.body()
 
 

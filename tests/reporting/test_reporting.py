@@ -90,7 +90,7 @@ def test_metrics_of_lost_steps_are_removed_on_resume_and_a_torn_line_is_ignored(
 
 @pytest.mark.parametrize("kind", ["fuse.gcsfuse", "ext4"])
 def test_on_a_mounted_bucket_what_is_synced_is_closed(tmp_path, monkeypatch, kind):
-    """It keeps of a file what it was when it was closed, and nothing of one that never was."""
+    """A mounted bucket stores a file as it was when closed, and nothing of one that never was."""
     mounts = tmp_path / "mounts"
     point = str(tmp_path / "my bucket").replace(" ", r"\040")
     mounts.write_text(f"/dev/vda / ext4 rw 0 0\nbucket {point} {kind} rw 0 0\n")
@@ -166,7 +166,7 @@ def test_what_was_spent_elsewhere_is_unknown_and_not_zero():
     assert {name: model["tokens"] for name, model in summary["models"].items()} == {
         "seed": None,
         "expert_math": 1000,
-        "btx_untuned": 2000,  # what the seed does not know either is taken off with the seed
+        "btx_untuned": 2000,  # costs unknown for the seed are subtracted with it
         "btx": None,
     }
     assert summary["models"]["btx"]["critical_seconds"] is None
@@ -202,7 +202,7 @@ def test_gains_by_hand():
 
 
 def renamed(**names):
-    """RESULTS with other names for models, and their roles."""
+    """RESULTS with other names for models, also in the roles."""
     new = lambda name: names.get(name, name)  # noqa: E731
     models = {new(name): model for name, model in RESULTS["models"].items()}
     roles = {

@@ -1,4 +1,4 @@
-"""Runs the real command line in subprocesses."""
+"""Run the real command line in subprocesses."""
 
 import json
 import os
@@ -25,7 +25,8 @@ SMALL = (
 
 
 def heed_ctrl_c():
-    """A shell's background jobs ignore Ctrl-C, and what they start would, too."""
+    """Restore Ctrl-C: a shell's background jobs ignore it, and so would the processes they
+    start."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -72,7 +73,7 @@ class CLI:
         return self.run("digest", self.home / workdir, module="btx_jax")[0].strip()
 
     def fails(self, *arguments, module="btx_jax.launch"):
-        """The one line of an expected error."""
+        """The single line of an expected error."""
         _, error = self.run(*arguments, module=module, status=2)
         lines = [line for line in error.splitlines() if line.startswith("btx_jax: error:")]
         assert len(lines) == 1, error[-2000:]
@@ -99,8 +100,8 @@ class CLI:
         raise AssertionError("no progress in three minutes")
 
     def start_several(self, count, devices, *arguments, each=None, module="btx_jax.launch"):
-        """`count` processes of one run on this machine, with `devices` simulated devices each.
-        each: further arguments of every one."""
+        """Start `count` processes of one run on this machine, with `devices` simulated devices
+        each. each: further arguments for each process."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"

@@ -29,7 +29,7 @@ def one_device_only(monkeypatch):
 
 @pytest.fixture
 def training(tmp_path, tokenizer_file):
-    """A config of `steps` steps with changes of its sections' keys."""
+    """A config of `steps` steps with changed keys in its sections."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(200, seed=1)))
 

@@ -1,9 +1,10 @@
-"""SIGKILL, SIGINT and SIGTERM at random moments of train, mix, convert and a pipeline, then the same
-command again until it has finished: the same digests and metrics as without, and no litter.
+"""SIGKILL, SIGINT and SIGTERM at random moments of train, mix, convert and a pipeline, repeating
+the same command until it finishes: digests and metrics must equal those of an undisturbed run, and
+no files may be left over.
 
     python tests/stages/storm.py [--signals=100] [--seed=0] [--home=DIR]
 
-prints a table. Some ten seconds a signal.
+prints a table. Takes about ten seconds per signal.
 """
 
 import argparse
@@ -106,7 +107,7 @@ class Storm:
         )
 
     def outcome(self, kind: str) -> dict[str, str]:
-        """Everything that must not depend on what happened on the way."""
+        """Everything that must not depend on interruptions."""
         out = self.home / self.commands[kind][1]
         found = {}
         for file in sorted(out.rglob("*")):
@@ -120,7 +121,7 @@ class Storm:
             elif file.name == "about" and int(file.parent.name) < max(
                 int(step.name) for step in file.parents[1].iterdir() if step.name.isdigit()
             ):
-                pass  # a step that a signal saved may be kept in another one's place
+                pass  # a step saved by a signal may displace another one
             elif file.name == "about" or file.name.endswith(".safetensors"):
                 found[name] = (
                     self.cli.digest(file.parent)
@@ -136,7 +137,7 @@ class Storm:
         shutil.rmtree(self.home / self.commands[kind][1], ignore_errors=True)
 
     def run(self, signals: int) -> collections.Counter:
-        """Raises AssertionError for whatever is wrong."""
+        """Run the test. Raises AssertionError for any violation."""
         table: collections.Counter = collections.Counter()
         want, seconds = {}, {}
         for kind in self.commands:
@@ -161,7 +162,7 @@ class Storm:
                 ended = process.returncode
                 progress.update()
                 table[kind, number.name, ended] += 1
-                # By the signal itself: before our first line, or behind our last one.
+                # Killed by the signal itself: before our first line, or after our last one.
                 assert ended in (0, -number, 128 + number), (kind, number, ended, told)
                 assert "Traceback" not in told, (kind, number, told)
                 if number != signal.SIGKILL and kind == "convert" and ended:

@@ -1,5 +1,5 @@
-"""Branches that train beside an anchor, through the real stages: what they keep, that they mix
-exactly, and that their experts come and go."""
+"""Branches with an anchor through the real stages: what they keep, that they mix exactly, and that
+experts can be added and dropped."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ OWN, ANCHOR = "/ffn/", "/anchor/"
 
 @pytest.fixture(autouse=True, scope="module")
 def one_device_only():
-    """These stages take one of the eight simulated devices."""
+    """These stages use one of the eight simulated devices."""
     real = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(jax, "device_count", lambda: 1)
@@ -61,7 +61,7 @@ def training(home, name, init="seed", **train):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tokenizer_file):
-    """A seed, text of three domains, and for each a branch beside the seed's feed-forwards."""
+    """A seed, text of three domains, and for each a branch with an anchor."""
     home = tmp_path_factory.mktemp("anchors")
     checkpoint(home / "seed", DENSE, 1, load_tokenizer(tokenizer_file))
     for number, name in enumerate(NAMES):
@@ -73,7 +73,7 @@ def made(tmp_path_factory, tokenizer_file):
 
 @pytest.fixture
 def home(made, tmp_path):
-    """The same, to be changed: where all of it was moved to."""
+    """A modifiable copy, as if all of it had been moved."""
     shutil.copytree(made, tmp_path / "moved", symlinks=True)
     return tmp_path / "moved"
 
@@ -172,7 +172,7 @@ def test_a_run_goes_on_exactly(made, tmp_path):
 
 
 def test_a_branch_starts_as_its_base(made, tmp_path):
-    """And names the first one's base when it goes on."""
+    """A branch continued from another names the first one's base."""
     config = training(made, "b", eval_every=4)
     stages.run(config, tmp_path / "run")
     dense = test_branches.training(made, "b", eval_every=4)
@@ -200,7 +200,7 @@ def test_an_anchor_kept_in_bfloat16_rounds_nothing_of_its_copy(made, one_device)
 
 
 def test_less_and_less_frozen_from_one_run_to_the_next(home, tmp_path):
-    """BAR's schedule: what moved is averaged, what did not keeps its bits."""
+    """BAR's schedule: trained parameters are averaged, the others stay bit-identical."""
     for name in "ab":
         stages.run(training(home, name, name, frozen="shared_layers"), home / f"{name}2")
         stages.run(training(home, name, f"{name}2", frozen="anchor"), home / f"{name}3")

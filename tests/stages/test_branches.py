@@ -1,5 +1,5 @@
-"""Branches of which the feed-forwards alone are trained, through the real stages: what they keep,
-how they are read, and that they mix exactly."""
+"""Branches that train only their feed-forwards, through the real stages: what they keep, how they
+are read, and that they mix exactly."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ COMPUTE = ComputeConfig(dtype="float32", remat="none", loss_chunk=64, dispatch="
 
 @pytest.fixture(autouse=True, scope="module")
 def one_device_only():
-    """These stages take one of the eight simulated devices."""
+    """These stages use one of the eight simulated devices."""
     real = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(jax, "device_count", lambda: 1)
@@ -78,7 +78,7 @@ def made(tmp_path_factory, tokenizer_file):
 
 @pytest.fixture
 def home(made, tmp_path):
-    """The same, to be changed: where all of it was moved to."""
+    """A modifiable copy, as if all of it had been moved."""
     shutil.copytree(made, tmp_path / "moved", symlinks=True)
     return tmp_path / "moved"
 
@@ -98,7 +98,7 @@ def test_a_branch_keeps_its_feed_forwards_and_is_read_as_a_whole(made, tmp_path)
     whole = named_leaves(load_params(found))
     for name, leaf in whole.items():
         assert np.array_equal(leaf, seed[name]) is ("/ffn/" not in name), name
-    # Which has compared them with what lies there.
+    # It has been compared with the stored data.
     held = {"/".join(slot.path) for slot in StepReader(found.path).slots.values()}
     assert held == {name for name in whole if "/ffn/" in name}
     reader = open_reader(found)

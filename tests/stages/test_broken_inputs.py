@@ -1,8 +1,8 @@
 """Broken checkpoints and recipes through the real command line: one clear line, exit status 2, and
 nothing that looks like a result.
 
-Each row of the table damages a copy of four small models in one way and names what the line must
-say.
+Each row of the table damages a copy of four small models in one way, and gives what the line must
+contain.
 """
 
 import json
@@ -60,7 +60,7 @@ def set_value(value):
 def shards(
     home, *, names=("model-1.safetensors", "model-2.safetensors"), twice=False, without=None
 ):
-    """b as two shards with an index."""
+    """Store b as two shards with an index."""
     model = home / "b"
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
@@ -239,7 +239,7 @@ def test_killed_midway_leaves_nothing_that_looks_finished_and_the_next_try_succe
 @pytest.mark.cli
 @pytest.mark.parametrize("to", ["huggingface", "btx_jax"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(home, to):
-    """No file may grow beyond 1 MB, as if the disk were full."""
+    """No file may exceed 1 MB, which simulates a full disk."""
     big(home)
     if to == "huggingface":
         assert start("convert", "big", "ours").wait(120) == 0

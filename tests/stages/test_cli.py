@@ -1,4 +1,4 @@
-"""The real command line in subprocesses: kill, resume, stop, own text, wrong input."""
+"""The real command line in subprocesses: kill, resume, stop, custom text, invalid input."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def test_three_sigkills_change_nothing(cli):
     assert len(want) == 64
     moments = random.Random(time.time_ns())
     kills = 0
-    for lowest in (3, 18, 36):  # each kill falls at a random moment of the run's next third
+    for lowest in (3, 18, 36):  # each kill comes at a random moment of the run's next third
         process = cli.start(*cli.seed("killed"))
         cli.wait_for_step("killed", lowest + moments.randrange(14), process)
         time.sleep(moments.random() * 0.1)

@@ -1,4 +1,4 @@
-"""What a run's history says that its training took."""
+"""The training costs recorded in a run's history."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The mix stage with copies whose hidden units are drawn anew."""
+"""The mix stage with copies whose hidden units are reinitialised."""
 
 import dataclasses
 

@@ -129,7 +129,7 @@ def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(
     assert len(routing["mutual_information"]) == len(routing["redundancy"]) == 2
     assert "routing" not in models["seed"]
 
-    # Kill it after the first model: what is there stays, the rest is done again.
+    # Simulate a kill after the first model: its results stay, the rest is repeated.
     for file in (
         workdir / "done.json",
         workdir / "results.json",
@@ -145,7 +145,7 @@ def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(
     assert (workdir / "parts" / "seed" / "result.json").stat().st_mtime_ns == kept
     assert json.loads((workdir / "results.json").read_text()) == results
 
-    # Other weights, other items: what was measured is not theirs.
+    # Other weights, other items: earlier results do not apply.
     (tmp_path / "seed" / "checkpoints" / "0" / "_CHECKPOINT_METADATA").touch()
     with pytest.raises(
         UserError, match=r"models\.seed: not what was measured there before; name another directory"

@@ -1,5 +1,5 @@
-"""What models of other families compute, through the stages: branches with the mixing probe, LoRA,
-mixing in closed form, a finetune of the mixture, text."""
+"""Models of other families through the stages: branches with the mixing probe, LoRA, closed-form
+mixing, finetuning of the mixture, text."""
 
 import dataclasses
 
@@ -76,12 +76,12 @@ def logits_of(path):
     return np.asarray(logits(params, hidden, Readout.of(model)))
 
 
-FAST = ("olmo3", "gemma2")  # which have most of what the others have
+FAST = ("olmo3", "gemma2")  # these two have most of the features
 SIZES = ("vocab_size", "layers", "d_model", "d_ff", "heads", "kv_heads", "head_dim", "context")
 
 
 def settings(model):
-    """What is not as usual of what it computes: a kind by its name, numbers by their key."""
+    """The features of a model that differ from the default: kinds by name, numbers by key."""
     usual = {field.name: field.default for field in dataclasses.fields(model)}
     for key in usual.keys() - {*SIZES, "moe", "lora", "rope_theta", "norm_eps", "tied_head"}:
         value = getattr(model, key)

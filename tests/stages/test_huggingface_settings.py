@@ -1,5 +1,5 @@
-"""What a Hugging Face directory says beyond its weights, through the stages that make a model of
-it: the ids and settings that travel, and the window that limits a mixture."""
+"""Settings of Hugging Face directories through the stages: ids and settings that are carried over,
+and the window that limits a mixture."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ GENERATION = {"eos_token_id": [1, 2, 5], "temperature": 0.6}
 
 @pytest.fixture(autouse=True)
 def one_device_only(monkeypatch):
-    """These stages take one of the eight simulated devices."""
+    """These stages use one of the eight simulated devices."""
     real = sharding.make_mesh
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     for module in ("btx_jax.training.start", "btx_jax.stages.mix"):

@@ -71,7 +71,7 @@ def training(base, file, tmp_path, lora=LORA, steps=4, **train):
 
 @pytest.fixture(autouse=True)
 def one_device_only(monkeypatch):
-    """These stages take one of the eight simulated devices."""
+    """These stages use one of the eight simulated devices."""
     real = sharding.make_mesh
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     for module in ("btx_jax.training.start", "btx_jax.stages.evaluate", "btx_jax.stages.mix"):
@@ -162,8 +162,8 @@ def test_a_resumed_run_refuses_moments_of_other_leaves_and_another_base(base, tm
 
 
 def test_only_answers_are_learnt_and_prompts_are_read(base, tmp_path):
-    """The answer repeats a word of the prompt: it can be learnt only by reading what is not a
-    target."""
+    """The answer repeats a word of the prompt, so it can be learnt only by reading masked
+    tokens."""
     config = training(
         base,
         items(tmp_path / "a.jsonl"),

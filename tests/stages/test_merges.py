@@ -1,4 +1,4 @@
-"""The mix stage with other merges than the mean of what experts share."""
+"""The mix stage with merges other than the mean of shared parameters."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_a_stage_merges_as_a_recipe_does(home, merge, settings):
         if merge != "regmean":
             assert one[tensor].tobytes() == other[tensor].tobytes(), tensor
             continue
-        # From other tokens of the same texts: a stage leaves out what its data hold out, and packs
+        # From other tokens of the same texts: a stage leaves out held-out documents, and packs
         # whole documents.
         apart, moved = (np.linalg.norm(one[tensor] - x[tensor]) for x in (other, mean))
         assert apart == moved == 0 or apart < 0.5 * moved, tensor
@@ -103,7 +103,7 @@ def test_eight_devices_merge_as_one(home, monkeypatch):
 
 
 def test_routers_and_what_experts_share_are_solved_together(home):
-    """Statistics are of the weights that were written: experts come and go."""
+    """Statistics belong to the weights as written, so that experts can be added and dropped."""
     solved = {"router": "ridge", "ridge": RidgeConfig(temperature=0.5)}
     stages.run(regmean(home, **solved), home / "both")
     stages.run(regmean(home), home / "alone")
@@ -130,7 +130,7 @@ def test_fitted_routers_find_their_domains(home, caplog, merge):
 
 
 def test_biased_attention_and_a_tied_head(home, tokenizer_file):
-    """A family with more leaves: each is merged, or is the mean."""
+    """A family with more leaves: each is merged, or averaged."""
     model = dataclasses.replace(
         MODEL, tied_head=True, qk_norm=True, biases=("q", "k", "v"), head_dim=MODEL.head_dim
     )

@@ -1,4 +1,4 @@
-"""The mixing probe through the real stages: what it measures, when it speaks, and when there is
+"""The mixing probe through the real stages: what it measures, when it warns, and when there is
 none."""
 
 import dataclasses
@@ -31,7 +31,7 @@ def seed(tmp_path, tokenizer_file):
 
 @pytest.fixture
 def branch(training, seed):
-    """A config of six steps, measured and saved at every second."""
+    """A config of six steps, evaluated and saved at every second."""
 
     def make(**train):
         given = {"eval_every": 2, "mixing_probe": True, "learning_rate": 1e-2} | train

@@ -1,5 +1,5 @@
 """The real command line with every path on a bucket: the same weights as on a disk, whatever is
-killed on the way."""
+killed in between."""
 
 import random
 import signal
@@ -23,7 +23,7 @@ experts:
 
 
 class Home:
-    """Where a test's paths lie: a folder of the disk or of a bucket."""
+    """The root of a test's paths: a directory on the disk or in a bucket."""
 
     def __init__(self, cli, home):
         self.cli, self.home = cli, home
@@ -83,7 +83,7 @@ def test_all_that_runs_on_a_disk_runs_on_a_bucket_and_gives_the_same(homes):
     on_disk = [str(path.relative_to(disk.home)) for path in disk.home.rglob("*") if path.is_file()]
 
     def kept(names):
-        """Those that are called alike wherever they lie."""
+        """The names that are the same in either place."""
         own = ("/params/", "opt_state/", "tfevents", "cache/packed")
         return {name for name in names if not any(part in name for part in own)}
 
@@ -113,7 +113,7 @@ def wait(condition, process, seconds=180):
 
 @pytest.mark.slow
 def test_a_pipeline_on_a_bucket_survives_kills_at_random_moments(homes, tmp_path):
-    """Ten kills; what they leave half written is never taken for finished."""
+    """Ten kills; their partial results are never mistaken for finished ones."""
     outcomes, seconds = [], 0.0
     for home, kills in zip(homes, (0, 10), strict=True):
         at, rng = home.home, random.Random(3)

@@ -1,4 +1,4 @@
-"""What refuses a run refuses it before any work, all of it at once, and nothing is left behind."""
+"""A run is refused before any work, with all mistakes at once, and nothing is left behind."""
 
 import copy
 import dataclasses
@@ -69,7 +69,7 @@ def everything(home):
 
 
 def refused(home, config, workdir="deep/er/run"):
-    """The words of the refusal, once nothing was found to have changed."""
+    """The refusal's message, after checking that nothing has changed."""
     before = everything(home)
     with pytest.raises(UserError) as error:
         stages.run(config, home / workdir)

@@ -93,7 +93,7 @@ def test_other_seeds_are_compared(tmp_path, capsys):
 
 
 def pipeline(directory, number):
-    """What a pipeline of two stages and a report leaves there."""
+    """Write the files of a pipeline with two stages and a report."""
     config = to_dict(recipes.demo())
     for name in ("seed", "evaluate", "report"):
         (directory / name).mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_a_finished_pipeline_is_reported_again_and_several_are_compared(tmp_path
     summary = json.loads((tmp_path / "demo_0" / "summary.json").read_text())
     assert summary["wall_seconds"] == {"seed": 12.5}
     assert not summary["comparison"]
-    for _ in range(2):  # as often as one likes
+    for _ in range(2):  # repeatable
         report.report([*runs[:2], f"{runs[2]}/evaluate"], str(tmp_path / "three"))
     told = (tmp_path / "three" / "comparison.md").read_text()
     assert "| BTX beats its seed (btx < seed, mean) | -0.600 ± 0.000 | 3 | held |" in told
@@ -163,7 +163,7 @@ def test_the_names_of_experts_are_unknown_where_nothing_tells_them(tmp_path):
 
 
 def measured(path, number, **texts):
-    """A pipeline, with the hashes of its held-out text."""
+    """A pipeline with the hashes of its held-out text."""
     pipeline(path, number)
     inputs = {f"text.{domain}": value for domain, value in texts.items()}
     (path / "evaluate" / "inputs.json").write_text(json.dumps(inputs | {"models.seed": "x"}))

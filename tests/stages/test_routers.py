@@ -1,4 +1,4 @@
-"""The mix stage with routers that are solved from text, and what becomes of them."""
+"""The mix stage with routers solved from text, and later uses of them."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_all_but_the_routers_is_as_without(home):
 
 
 def test_a_recipe_gives_nearly_the_same_routers(home):
-    """From other tokens of the same texts: a stage leaves out what its data hold out."""
+    """From other tokens of the same texts, as a stage leaves out held-out documents."""
     stages.run(config(home), home / "mix")
     recipe = {
         "base_model": str(home / "a"),
@@ -113,7 +113,7 @@ def test_experts_come_and_go_beside_a_run(home):
 
 
 def test_a_shared_expert_answers_beside_the_forced_one(home):
-    """Zeros in its place change what the layers behind the first see, and nothing before."""
+    """Replacing it by zeros changes the inputs of layers after the first, and nothing before."""
     made = config(home, shared_expert=str(home / "seed"))
     stages.run(made, home / "mix")
     stages.run(config(home), home / "plain")

@@ -1,4 +1,4 @@
-"""What a training run says: what it decided, what goes wrong at its start, what it reached."""
+"""Messages of a training run: decisions, mistakes at its start, and results."""
 
 import dataclasses
 import json
@@ -76,7 +76,7 @@ def test_a_released_model_is_trained_gently_and_everything_after_it(seed, traini
     for name in (SUMS, CHECKSUMS):
         (tmp_path / "released" / name).unlink()
     file = tmp_path / "released" / "model.safetensors"
-    save_file(load_file(file), file)  # without the history in its header, as anybody else's
+    save_file(load_file(file), file)  # without our history in its header
     told = run(training(tmp_path / "released", 5), tmp_path / "expert")
     assert f"learning rate {PRETRAINED_RATE:g}, chosen by what the run starts from" in told
     history = find_checkpoint(tmp_path / "expert").metadata.history

@@ -1,5 +1,5 @@
-"""The training step of a branch beside its anchor, against a twin from the formulas, and spread over
-eight devices."""
+"""The training step of a branch with an anchor, compared with a twin from the formulas, and sharded
+over eight devices."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def batch_of(seed=0):
 
 
 def started(model=BRANCH):
-    """Parameters of which every one matters."""
+    """Parameters that all affect the output."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: 3 * x + (0.3 if path[-1].key == "router_bias" else 0),
         init_params(model, jax.random.key(0)),
@@ -41,7 +41,7 @@ def started(model=BRANCH):
 
 
 def loss(own, shared, batch):
-    """LM loss and z-loss, one layer, one head and one expert after the other."""
+    """LM loss and z-loss, one layer, head and expert after another."""
     rows, segments = batch["tokens"][:, :-1], batch["segments"][:, :-1]
     targets = (batch["segments"][:, 1:] > 0) & (segments == batch["segments"][:, 1:])
     norm = lambda x, scale: x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale  # noqa: E731

@@ -1,4 +1,4 @@
-"""What mixing would do to a branch: the average itself, and the barrier."""
+"""The mixing probe: the average with the seed, and the barrier."""
 
 import dataclasses
 

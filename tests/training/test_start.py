@@ -29,7 +29,7 @@ def run(tokens, **more):
 @pytest.mark.parametrize(
     ("init", "pretrained"),
     [
-        (metadata(), True),  # Hugging Face, or mixed from there: what made it is not known
+        (metadata(), True),  # from Hugging Face, or mixed from there: origin unknown
         (metadata(run(1000)), False),
         (metadata(None), True),  # from Hugging Face
         (metadata(run(1000), None), True),

@@ -10,7 +10,7 @@ from btx_jax.training.stopping import Cadence, Stop, Stopped, stop_signal
 
 
 def due(cadence, seconds, clock):
-    """At which of the steps that take so many seconds each."""
+    """The steps, taking this many seconds each, at which a save is due."""
     saved = []
     for step, took in enumerate(seconds, start=1):
         clock[0] += took
@@ -49,7 +49,7 @@ def test_a_stop_is_heard_once_and_stays():
     stop = Stop(lambda: next(came))
     stop.check()
     stop.check()
-    for _ in range(2):  # nobody is asked again
+    for _ in range(2):  # not asked again
         with pytest.raises(Stopped):
             stop.check()
         assert stop.number == signal.SIGTERM

@@ -4,7 +4,7 @@ from btx_jax.training.watch import DROPPED_STEPS, FIRST_STEPS, Dropped, FirstSte
 
 
 def warnings(losses, heldout=None, resumed=()):
-    """Step -> what is said. heldout: domain -> (start, now), as if always measured so."""
+    """Step -> warning. heldout: domain -> (start, now), as if it were always evaluated so."""
     watch = FirstSteps(2e-3, resumed)
     said = {}
     for step, loss in enumerate(losses, start=len(resumed) + 1):
