@@ -200,8 +200,8 @@ def require_whole(directory: Path, key: str) -> None:
 
 def _not_whole(directory: Path, key: str) -> UserError:
     return UserError(
-        f"{key}: {directory} is not whole: a command is filling it, or was killed; run that command"
-        " again, or delete the directory"
+        f"{key}: {directory} is incomplete: a command is filling it, or was killed; run that"
+        " command again, or delete the directory"
     )
 
 

@@ -202,7 +202,7 @@ def _folders(files: set[str]) -> str:
     }
     if not parents:
         return "name a repository of safetensors that transformers loads"
-    return f"name one of its folders behind it: {', '.join(sorted(parents)[:8])}"
+    return f"name one of its folders after it: {', '.join(sorted(parents)[:8])}"
 
 
 @functools.cache

@@ -70,7 +70,7 @@ def _why(error: BaseException, name: Name) -> str:
     return f"{repo} cannot be had: {one_line(error)}"
 
 
-_AGAIN = "run the same command again, files that are whole are kept"
+_AGAIN = "run the same command again, complete files are kept"
 
 
 def _transport(error: BaseException, repo: str) -> str:
@@ -92,11 +92,11 @@ def _answer(error: Any, repo: str) -> str:
     said = one_line(error.server_message or re.sub(r"\(Request ID.*?\)", "", str(error)))
     if status == 401:
         return (
-            f"{constants.ENDPOINT} does not take your token ({said}): make another one at"
+            f"{constants.ENDPOINT} rejects your token ({said}): make another one at"
             f" {constants.ENDPOINT}/settings/tokens, then: {_LOGIN}"
         )
     if status == 403:
-        return f"your token may not do that with {repo} ({said}); take one with the right to"
+        return f"your token may not do that with {repo} ({said}); use one with the right to"
     if status == 429 or status >= 500:
         return f"{constants.ENDPOINT} answers {status} for {repo} ({said}); try again later"
     return f"{constants.ENDPOINT} answers {status} for {repo}: {said}"

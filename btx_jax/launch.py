@@ -46,7 +46,7 @@ _WORKDIR = flags.DEFINE_string(
 _TOPOLOGY = flags.DEFINE_string(
     "compile_topology",
     None,
-    "Compile the step for TPUs such as v5p:2x2x4, tell what it takes, and stop.",
+    "Compile the step for TPUs such as v5p:2x2x4, print what it takes, and stop.",
 )
 _SLICES = flags.DEFINE_integer(
     "num_slices", 1, "With --compile_topology: this many slices of it.", lower_bound=1

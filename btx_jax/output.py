@@ -186,9 +186,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged: {error}; delete it, or the directory it lies in"
-        ) from error
+        raise UserError(f"{path} is damaged: {error}; delete it, or its directory") from error
 
 
 def _empty_file(**at: Any) -> Path:

@@ -124,7 +124,7 @@ def test_a_directory_appears_whole_or_is_marked(bucket, bucket_server):
 def test_what_is_half_there_is_read_by_none(bucket, read):
     for name in (buckets.UNFINISHED, "checkpoints/0/params/x", "config.json", "tokenizer.json"):
         (bucket / name).write_text("{}")
-    with pytest.raises(UserError, match="is not whole: a command is filling it, or was killed"):
+    with pytest.raises(UserError, match="is incomplete: a command is filling it, or was killed"):
         read(bucket)
 
 

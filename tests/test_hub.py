@@ -94,8 +94,8 @@ def test_a_model_may_lie_in_a_folder_of_a_repository(server):
     server.add("org/many", {f"models/small/{name}": data for name, data in MODEL.items()})
     found = find_checkpoint("org/many/models/small")
     assert found.path.name == "small" and found.name == "org/many/models/small"
-    assert "name one of its folders behind it: models/small" in refused("org/many")
-    assert "no folder large; name one of its folders behind it: models/small" in refused(
+    assert "name one of its folders after it: models/small" in refused("org/many")
+    assert "no folder large; name one of its folders after it: models/small" in refused(
         "org/many/large"
     )
 
@@ -323,7 +323,7 @@ def test_gated_and_private_repositories(server, monkeypatch):
         "org/private"
     )
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "does not take your token" in refused("org/private")
+    assert "rejects your token" in refused("org/private")
     monkeypatch.setenv("HF_TOKEN", GOOD)
     assert find_checkpoint("org/gated") and find_checkpoint("org/private")
     assert all(not r.token for r in server.asked("/cdn/"))  # tokens are not sent to another host

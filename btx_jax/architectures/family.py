@@ -345,7 +345,7 @@ class Family:
         if any(dense) and not keys.has_dense_layers:
             told.append("dense layers among the mixtures")
         elif keys.dense_first and not keys.dense_list and dense != sorted(dense, reverse=True):
-            told.append("dense layers behind mixtures")
+            told.append("dense layers after mixtures")
         if model.moe.d_ff not in (0, model.d_ff) and not keys.d_ff and any(dense):
             told.append("experts of another width than dense layers")
         if not all(spec.renormalise for spec in specs) and not keys.renormalise:
@@ -358,13 +358,11 @@ class Family:
         if shared and not keys.has_shared:
             told.append("a shared expert")
         elif shared and model.moe.shared_gate != keys.has_shared_gate:
-            told.append(
-                f"a shared expert {'behind a' if model.moe.shared_gate else 'without'} gate"
-            )
+            told.append(f"a shared expert {'with a' if model.moe.shared_gate else 'without'} gate")
         elif shared and keys.shares_one and shared != specs[0].d_ff:
             told.append(f"a shared expert of {shared} beside others of {specs[0].d_ff}")
         elif shared and keys.shared_count and shared % specs[0].d_ff:
-            told.append(f"a shared expert of {shared}, which is no multiple of {specs[0].d_ff}")
+            told.append(f"a shared expert of {shared}, which is not a multiple of {specs[0].d_ff}")
         return told
 
     def filled(self, model: ModelConfig) -> ModelConfig:

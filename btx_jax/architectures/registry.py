@@ -13,7 +13,7 @@ from btx_jax.errors import UserError
 
 @functools.cache
 def known_families() -> Mapping[str, Family]:
-    """model_type -> family. Raises ValueError for duplicates and for a home that is no mixture."""
+    """model_type -> family. Raises ValueError for duplicates and homes that are no mixtures."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(families.__path__):
         loaded = importlib.import_module(f"{families.__name__}.{module.name}")
@@ -23,7 +23,7 @@ def known_families() -> Mapping[str, Family]:
         found[family.model_type] = family
     for family in found.values():
         if family.home and (family.home not in found or not found[family.home].moe):
-            raise ValueError(f"{family.model_type}: {family.home} is no family of mixtures")
+            raise ValueError(f"{family.model_type}: {family.home} is not a family of mixtures")
     return found
 
 

@@ -55,9 +55,7 @@ class Local:
                         for future in wait(running, return_when=FIRST_COMPLETED).done:
                             name = running.pop(future)
                             if status := future.result():
-                                failed[name] = (
-                                    f"exit status {status}, {self.logs / name}.log says why"
-                                )
+                                failed[name] = f"exit status {status}, see {self.logs / name}.log"
                                 log.error("%s failed: %s", name, failed[name])
                             order.done(name)
             except BaseException:

@@ -163,11 +163,11 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         if not steps:
             raise UserError(f"{key}: {path} holds no finished checkpoint yet")
         if has_begun(path) and not has_finished(path):
-            log.warning("%s: %s has not finished; step %d is taken", key, path, max(steps))
+            log.warning("%s: %s has not finished; using step %d", key, path, max(steps))
         path = path / DIRECTORY / str(max(steps))
     if not (path / "params").is_dir() or not (path / "about").is_dir():
         raise UserError(
-            f"{key}: {path} is no checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, a"
+            f"{key}: {path} is not a checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, a"
             f" Hugging Face directory (config.json) or an adapter ({adapter.ABOUT})"
         )
     found = Checkpoint(path, read_metadata(path))
@@ -221,7 +221,7 @@ def open_reader(checkpoint: Checkpoint) -> Reader:
     metadata = checkpoint.metadata
     if metadata.model.lora:
         raise UserError(
-            f"{checkpoint.path} holds LoRA experts, no whole model; merge them first: python -m"
+            f"{checkpoint.path} holds LoRA experts, not a whole model; merge them first: python -m"
             " btx_jax adapter merge"
         )
     if checkpoint.is_huggingface:
@@ -349,10 +349,10 @@ def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
     if not to_path(path, "base").exists() and not origin(path):
         path = _moved(path, to_path(str(whose), "base"))
     if not path:
-        cure = "put it there again, or to where it was beside this run"
+        cure = "put it back, or at its former place relative to this run"
         if model.lora:
             cure = (
-                "put it there again, or export the adapter and write the new place into base.path"
+                "put it back, or export the adapter and write the new place into base.path"
                 f" of its {adapter.ABOUT}"
             )
         raise UserError(f"{whose}: its base {base.path} is gone; {cure} (the digest is checked)")
@@ -426,7 +426,7 @@ def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     try:
         file = find_tokenizer(checkpoint.tokenizer)
     except UserError:
-        log.warning("%s: no tokenizer found; only the weights are taken along", checkpoint.path)
+        log.warning("%s: no tokenizer found; only the weights are kept", checkpoint.path)
         return None
     return load_tokenizer(file)
 

@@ -323,7 +323,7 @@ def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
     for name in sorted(names):
         if not _is_inside(name):
             raise UserError(
-                f"{weights}: {name!r} is no file of this directory; refusing to read it"
+                f"{weights}: {name!r} is not a file of this directory; refusing to read it"
             )
         if not (directory / name).is_file():
             problems.append(f"missing shard {name}")
@@ -346,9 +346,11 @@ def _weights(directory: Path) -> Path:
     named = _read_json(directory / "config.json").get("transformers_weights")
     if named is not None:
         if not (isinstance(named, str) and _is_inside(named) and (directory / named).is_file()):
-            raise UserError(f"{directory}: transformers_weights={named!r} is no file of it")
+            raise UserError(f"{directory}: transformers_weights={named!r} is not one of its files")
         if not named.endswith((".safetensors", ".safetensors.index.json")):
-            raise UserError(f"{directory}: transformers_weights={named!r} is no safetensors file")
+            raise UserError(
+                f"{directory}: transformers_weights={named!r} is not a safetensors file"
+            )
         return directory / named
     single, index = directory / SINGLE, directory / INDEX
     if single.is_file():

@@ -521,7 +521,7 @@ def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], 
             others -= {"su", "yarn"}
         if others:
             log.warning(
-                "%s: says %s %s and %s; %s is taken, as transformers 5 does, and older ones may"
+                "%s: says %s %s and %s; %s is used, as transformers 5 does, and older ones may"
                 " not: delete what is wrong",
                 where,
                 key,

@@ -215,7 +215,7 @@ def _match(key: str, pattern: str, module: str, within: str = "") -> re.Match | 
             return _compiled(within % pattern).match(module)
         return _compiled(pattern).fullmatch(module)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{key}: {short(pattern)} is no regular expression: {error}") from error
+        raise ValueError(f"{key}: {short(pattern)} is not a regular expression: {error}") from error
     except TimeoutError as error:
         raise ValueError(f"{key}: {short(pattern)} {_TOO_LONG}") from error
 

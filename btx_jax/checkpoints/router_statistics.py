@@ -121,7 +121,7 @@ class RouterStatistics:
         shapes = {name: list(tensor.shape) for name, tensor in self._file.tensors.items()}
         kinds = {tensor.dtype for tensor in self._file.tensors.values()}
         if shapes != _shapes(self.about) or kinds != {"F64"}:
-            raise UserError(f"{path} is damaged: other tensors than it tells of")
+            raise UserError(f"{path} is damaged: its tensors do not match its metadata")
         if self._file.sha256() != told.get("sha256"):
             raise UserError(f"{path} is damaged (checksum); get or make it again")
 

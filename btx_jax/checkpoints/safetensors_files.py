@@ -132,7 +132,8 @@ class SafetensorsFile:
         length = int.from_bytes(self._stored.read(0, min(size, 8)), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise UserError(
-                f"{self.path}: truncated or no safetensors file ({size} bytes, header of {length})"
+                f"{self.path}: truncated or not a safetensors file ({size} bytes, header of"
+                f" {length})"
             )
         try:
             header = json.loads(self._stored.read(8, 8 + length), object_pairs_hook=_unique)
@@ -144,14 +145,13 @@ class SafetensorsFile:
                 shape = tuple(entry["shape"])
                 if not all(type(number) is int and number >= 0 for number in (begin, stop, *shape)):
                     raise UserError(
-                        f"{self.path}: damaged header: shape or offsets of {name} are no whole"
+                        f"{self.path}: damaged header: shape or offsets of {name} are not whole"
                         " numbers"
                     )
                 bits = math.prod(shape) * _BITS[entry["dtype"]]
                 if begin != end or (stop - begin) * 8 != bits:
                     raise UserError(
-                        f"{self.path}: damaged header: {name} does not lie where its shape {shape}"
-                        " says"
+                        f"{self.path}: damaged header: {name} is not where its shape {shape} says"
                     )
                 tensors[name], end = (
                     Tensor(entry["dtype"], shape, 8 + length + begin, stop - begin),
@@ -235,7 +235,7 @@ def _bytes(array: np.ndarray) -> memoryview:
 def require_regular(path: Path) -> None:
     """Raise UserError for a pipe, a device or a directory: reading one may never end."""
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: no regular file")
+        raise UserError(f"{path}: not a regular file")
 
 
 def read_checksums(directory: Path) -> dict[str, str]:

@@ -452,7 +452,7 @@ def damaged(path: Path, what: str) -> UserError:
     cure = (
         f"delete it to resume from step {earlier[-1]}"
         if earlier
-        else "no earlier step is there: delete it, and make it again"
+        else "there is no earlier step: delete it, and make it again"
     )
     return UserError(f"{path} is damaged ({what}): {cure}")
 

@@ -47,7 +47,7 @@ def run(
     if not hosts.is_first():
         logging.disable(logging.WARNING)  # only one process reports; errors come from all
     if only and config.stage != "pipeline":
-        raise UserError(f"--only={only}: {named} is no pipeline")
+        raise UserError(f"--only={only}: {named} is not a pipeline")
     stages.run(config, where, **({"only": only} if only else {}))
     if not only and (command := stages.next_command(config, where)):
         logging.info("next: %s", command)

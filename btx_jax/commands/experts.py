@@ -175,12 +175,12 @@ def add(
 def _require_branch(mixture: Checkpoint, source: Checkpoint, named: str) -> None:
     if not source.metadata.model.is_branch:
         raise UserError(
-            f"SOURCE: {named} is no branch beside an anchor, as the experts of {mixture.path} are;"
+            f"SOURCE: {named} is not a branch with an anchor, as the experts of {mixture.path} are;"
             " train one from their base with train.anchor=True"
         )
     if off_anchor([mixture, source]):
         raise UserError(
-            f"SOURCE: {named} was trained beside another anchor than the experts of {mixture.path}"
+            f"SOURCE: {named} was trained with another anchor than the experts of {mixture.path}"
         )
 
 

@@ -43,7 +43,7 @@ FILE = '''"""{count} domains from the seed {seed}, mixed.
     btx run {name}      all of it; the same command resumes it
     btx submit --pipeline={name} --backend=gke ...     its branches as jobs, side by side
 
-docs/your-domains.md tells of every field. What it makes can be changed on the command line, too:
+docs/your-domains.md describes every field. What it makes can be changed on the command line, too:
 btx run {name} --config.pipeline.finetune.config.train.learning_rate=1e-5
 """
 
@@ -109,7 +109,7 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
     """(the seed's context length, its tokenizer). Raises ConfigError."""
     mistakes = Mistakes()
     if target.exists():
-        mistakes.add(f"FILE: {target} is there already; choose another name, or delete it")
+        mistakes.add(f"FILE: {target} exists already; choose another name, or delete it")
     if len(wanted.texts) < 2:
         mistakes.add(f"--domain: {TOO_FEW}")
     for name in wanted.domains:

@@ -59,7 +59,7 @@ def _upload(name: Name, source: Path, files: list[str], is_private: bool, messag
     api.create_repo(name.repo, private=is_private or None, exist_ok=True)
     if is_private and not api.model_info(name.repo).private:
         raise UserError(
-            f"ORG/NAME: {name.repo} is there and public; name another one, or make it private first"
+            f"ORG/NAME: {name.repo} exists and is public; name another, or make it private first"
         )
     branch = name.revision or None
     if branch:
@@ -74,7 +74,7 @@ def _upload(name: Name, source: Path, files: list[str], is_private: bool, messag
 def _checked(directory: Path) -> list[str]:
     """Files to upload, relative to the directory. Raises UserError when they are damaged."""
     if not directory.is_dir():
-        raise UserError(f"DIR: {directory} is no directory")
+        raise UserError(f"DIR: {directory} is not a directory")
     if (directory / adapter.ABOUT).is_file():
         raise UserError(
             f"DIR: {directory} is an adapter of btx_jax's own; write it for peft first: btx"
@@ -83,7 +83,7 @@ def _checked(directory: Path) -> list[str]:
     is_run = (directory / DIRECTORY).is_dir() or (directory / "params").is_dir()
     if is_run or not is_huggingface(directory):
         cure = f"btx convert {directory} HF_DIR"
-        raise UserError(f"DIR: {directory} is no Hugging Face directory; make one: {cure}")
+        raise UserError(f"DIR: {directory} is not a Hugging Face directory; make one: {cure}")
     refuse_links_out(directory)
     check_sums(directory)
     if (directory / peft_config.CONFIG).is_file():

@@ -45,7 +45,7 @@ def verify(path: str) -> Iterator[Finding]:
     quiet()
     directory = hub.resolve(path, "PATH")
     if not directory.is_dir():
-        raise UserError(f"PATH: {directory} is no directory")
+        raise UserError(f"PATH: {directory} is not a directory")
     buckets.require_whole(directory, "PATH")
     found = False
     for finding in _verify(directory.resolve()):

@@ -27,7 +27,7 @@ def serving(
     from btx_jax.reporting.live import Page  # matplotlib comes with an extra
 
     if not workdir.is_dir():
-        raise UserError(f"RUN: {workdir} is no directory; name that of a run or a pipeline")
+        raise UserError(f"RUN: {workdir} is not a directory; name that of a run or a pipeline")
     page = Page(workdir)
     # Otherwise another page could read this one under a name of its own (DNS rebinding).
     names = {host, *LOCAL} if host in LOCAL else None

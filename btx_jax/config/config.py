@@ -497,7 +497,7 @@ class MixConfig(Section):
     def _reinit_of_copies(self) -> Iterator[str]:
         if self.reinit and (self.method != "btx" or self.copies == 1):
             yield (
-                f"reinit={self.reinit:g}: draws parts of copies anew, and there are none with"
+                f"reinit={self.reinit:g}: reinitialises parts of copies, and there are none with"
                 f" method={self.method!r} and copies={self.copies}; needs method='btx' and"
                 " copies=2 or more"
             )

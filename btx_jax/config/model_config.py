@@ -184,7 +184,7 @@ class LoRAConfig(Section):
             if 0 < experts < k[layer]:
                 mistakes.add(f"k={k[layer]}: more than {many}; lower k or give one k per layer")
             if self.gating == "sigmoid" and experts > 1:
-                mistakes.add(f"gating='sigmoid': a gate behind one expert, not behind {many}")
+                mistakes.add(f"gating='sigmoid': a gate for one expert, not for {many}")
             if mistakes.found:
                 break
         mistakes.tell()

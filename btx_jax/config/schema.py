@@ -258,7 +258,7 @@ def _convert_mapping(kind: Any, value: Any, key: str, mistakes: Mistakes) -> Any
     elif len(value) > MAX_NAMES:
         mistakes.add(f"{key}: {len(value)} names; at most {MAX_NAMES}")
     elif wrong := [name for name in value if not isinstance(name, str) or not name]:
-        mistakes.add(f"{key}: {shown(wrong[0])} is no name; names are text")
+        mistakes.add(f"{key}: {shown(wrong[0])} is not a name; names are text")
     else:
         return {
             name: _convert(kind, item, f"{key}.{name[:200]}", mistakes)

@@ -44,7 +44,7 @@ class Chats:
             except (ValueError, RecursionError):
                 value = None
         if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
-            raise Unusable("no list of messages")
+            raise Unusable("not a list of messages")
         return [self._message(m) for m in value]
 
     def _message(self, said: Mapping[str, Any]) -> Message:
@@ -68,11 +68,11 @@ class Chats:
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
-            raise Unusable("a message's content is no text", type(content).__name__)
+            raise Unusable("a message's content is not text", type(content).__name__)
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-                raise Unusable("a message's content has parts that are no text", str(kind))
+                raise Unusable("a message's content has parts that are not text", str(kind))
         texts = [part["text"] for part in content]
         if self._takes_parts:
             return [{"type": "text", "text": text} for text in texts]
@@ -111,7 +111,7 @@ def check_calls(message: Message, rendered: str) -> None:
     """Raises Unusable when the rendered text lacks a turn's tool calls."""
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list):
-        raise Unusable("tool calls that are no list")
+        raise Unusable("tool calls that are not a list")
     for call in calls:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None

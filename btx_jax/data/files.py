@@ -227,7 +227,7 @@ def _json_lines(file: File, stream: BinaryIO) -> Iterator[Row]:
 
 def _lines(block: bytes, file: File) -> list[bytes]:
     if len(block) > MAX_LINE:
-        raise UserError(f"{file}: a line of more than {MAX_LINE >> 20} MiB is no document")
+        raise UserError(f"{file}: a line of more than {MAX_LINE >> 20} MiB is not a document")
     return block.splitlines()
 
 
@@ -337,7 +337,7 @@ def _table_rows(file: File, stream: BinaryIO, delimiter: str, field: str | None)
                 yield Row(place, Problem("row skipped: more or fewer fields than columns", told))
     except csv.Error as error:
         raise UserError(
-            f"{file}, line {reader.line_num}: {error}; a field with quotes must stand in quotes,"
+            f"{file}, line {reader.line_num}: {error}; a field with quotes must be quoted,"
             " each quote in it written twice"
         ) from error
 

@@ -62,7 +62,7 @@ class Formatter:
         """An item's pieces. Raises Unusable."""
         pieces = self._chat(item) if self._template else self._filled(item)
         if not all(is_unicode(piece.text) for piece in pieces):
-            raise Unusable("no valid Unicode")
+            raise Unusable("not valid Unicode")
         return pieces
 
     def _filled(self, item: Mapping[str, Any]) -> list[Piece]:
@@ -153,7 +153,7 @@ class _Fill(string.Formatter):
                 raise Unusable("a field of the answer is null")
             return self._null
         if self._null is None and isinstance(value, Mapping | list):
-            told = "a field of the answer is no text; name a part of it, as {field[0]}"
+            told = "a field of the answer is not text; name a part of it, as {field[0]}"
             raise Unusable(told, type(value).__name__)
         if isinstance(value, bytes):  # text in Parquet and tensorflow_datasets may be bytes
             value = value.decode("utf-8")
@@ -168,7 +168,7 @@ def _objects(name: str, value: Any) -> list[Any]:
         except (ValueError, RecursionError):
             value = None
     if not isinstance(value, list):
-        raise Unusable(f"{name} is no list")
+        raise Unusable(f"{name} is not a list")
     return [_without_null(entry) for entry in value]
 
 

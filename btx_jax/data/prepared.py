@@ -66,7 +66,7 @@ class _Rows:
         except (RuntimeError, OSError) as error:  # ArrayRecord checks a hash of whatever it reads
             raise UserError(
                 f"{self._directory}: row {index} cannot be read ({str(error).splitlines()[0]});"
-                " delete that directory and run the same command again: its text is prepared anew"
+                " delete that directory and run the same command again: its text is prepared again"
             ) from error
 
 
@@ -275,7 +275,7 @@ def read_manifest(target: Path) -> dict[str, Any] | None:
             ):
                 raise ValueError(f"rows/{name} is not as it was written")
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s is damaged (%s); its text is prepared anew", target, error)
+        log.warning("%s is damaged (%s); its text is prepared again", target, error)
         remove(target)
         return None
     return manifest

@@ -180,7 +180,7 @@ def _text(value: Any, field: str) -> str | Problem:
     if not isinstance(value, str):
         return Problem(f"document skipped: field {field!r} holds no text", type(value).__name__)
     if not is_unicode(value):
-        return Problem("document skipped: no valid Unicode")
+        return Problem("document skipped: not valid Unicode")
     return value if value.strip() else Problem("document skipped: empty")
 
 
@@ -219,7 +219,7 @@ def read_json_lines(
             raise UserError(f"{key}: {place} is plain text; give it as JSON lines, CSV or Parquet")
         told = json.dumps(value, ensure_ascii=False, default=str)
         if not is_unicode(told):
-            raise UserError(f"{key}: {place}: no valid Unicode")
+            raise UserError(f"{key}: {place}: not valid Unicode")
         size += len(told)
         if max_bytes and size > max_bytes:
             raise UserError(f"{key}: {file} holds more than {max_bytes >> 20} MiB; split it")

@@ -94,7 +94,7 @@ def _whole(path: Path, make: Callable[[], tokenizers.Tokenizer]) -> tokenizers.T
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise UserError(f"{path} is no tokenizer: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def frame(backend: tokenizers.Tokenizer, before: list[str], behind: list[str]) -> None:
@@ -169,7 +169,7 @@ class _Reading:
         )
         if self.name not in CLASSES and self.name not in AS_IT_IS:
             log.warning(
-                "%s: tokenizer_class %s is not known here; %s is taken as it is",
+                "%s: tokenizer_class %s is not known here; %s is used as it is",
                 file.parent, self.name, file.name,
             )  # fmt: skip
         self.recipe = CLASSES.get(self.name)

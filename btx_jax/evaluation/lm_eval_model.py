@@ -193,7 +193,7 @@ class BtxJaxLM(TemplateLM):
             if found is not None:
                 return found
         raise UserError(
-            f"{self._tokenizer.path} has neither BOS nor EOS to stand before a text; give"
+            f"{self._tokenizer.path} has neither BOS nor EOS to precede a text; give"
             " --model_args prefix_token_id=ID"
         )
 
@@ -266,7 +266,7 @@ class BtxJaxLM(TemplateLM):
             )
         for request in requests:
             if not request.args[1]:
-                raise UserError(f"nothing to score behind {request.args[0][-60:]!r}")
+                raise UserError(f"nothing to score after {request.args[0][-60:]!r}")
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
@@ -281,7 +281,7 @@ class BtxJaxLM(TemplateLM):
         for texts, front, behind in requests:
             if not front or not behind or len(behind) > self._max_length:
                 raise UserError(
-                    f"{texts}: {len(front)} tokens and {len(behind)} to be scored behind them;"
+                    f"{texts}: {len(front)} tokens and {len(behind)} to be scored after them;"
                     f" needs one of each at least, and at most {self._max_length} to be scored"
                 )
             whole = [*front, *behind][-(self._max_length + 1) :]

@@ -22,7 +22,7 @@ def check(model: ModelConfig, expert: int, key: str) -> None:
     or its gates do not sum to one."""
     specs = [spec for spec in model.layer_specs() if spec.experts]
     if not specs:
-        raise ConfigError(f"{key}: is no mixture; name one")
+        raise ConfigError(f"{key}: is not a mixture; name one")
     if expert >= (fewest := min(spec.routed for spec in specs)):
         raise ConfigError(
             f"{key}: has no expert {expert} in every layer; there are {fewest}, counted from 0"

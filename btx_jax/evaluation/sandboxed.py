@@ -276,7 +276,7 @@ def _run_tests(
         try:
             sent = [encode(list(arguments), hand_back), encode(named, hand_back)]
         except Stays as error:
-            settle("unsupported", f"they call the program with {error}, which is no data")
+            settle("unsupported", f"they call the program with {error}, which is not data")
         reply = ask("call", entry_point, *sent)
         if len(reply) != 3:
             settle("failed")

@@ -98,7 +98,7 @@ def _prompts(file: str, key: str) -> list[str]:
 def _text(path: Path, most: int) -> str:
     """The text of a regular file of at most `most` bytes. Raises OSError or ValueError."""
     if path.exists() and not path.is_file():
-        raise ValueError("no regular file")
+        raise ValueError("not a regular file")
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -106,7 +106,7 @@ def _text(path: Path, most: int) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"no UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _with_files_read(recipe: Recipe) -> Recipe:

@@ -125,7 +125,7 @@ def read_text(
     that the model does not have.
     """
     if tokenizer is None:
-        raise UserError(f"{key}: cannot be read without a tokenizer, and none is beside the model")
+        raise UserError(f"{key}: cannot be read without a tokenizer, and the model has none")
     if isinstance(text, str):
         found: Iterable[list[int]] = _of_sources(text, key, tokenizer, limit)
     else:

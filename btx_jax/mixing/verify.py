@@ -27,7 +27,7 @@ def verify(mixture: Mixture, written: Reader) -> str:
             wrong.append(tensor)
     if wrong:
         raise UserError(
-            f"the output was not kept: {len(wrong)} tensors are not what the recipe says:"
+            f"the output was not kept: {len(wrong)} tensors differ from what the recipe makes:"
             f" {', '.join(map(str, wrong[:5]))}"
         )
     count = len(written.slots)

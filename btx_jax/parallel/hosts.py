@@ -86,8 +86,7 @@ def first_then_others(function: Callable[P, R], *args: P.args, **kwargs: P.kwarg
     if not is_first():
         if not _agreed(False):
             raise UserError(
-                f"process {jax.process_index()} stops because the first process failed; its log"
-                " says why"
+                f"process {jax.process_index()} stops because the first process failed; see its log"
             )
         return function(*args, **kwargs)
     try:
@@ -109,7 +108,7 @@ def by_all(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     except UserError as error:
         told = _all_told(str(error))
     except BaseException:
-        _all_told(f"process {jax.process_index()} failed; its log says why")
+        _all_told(f"process {jax.process_index()} failed; see its log")
         raise
     else:
         told = _all_told("")

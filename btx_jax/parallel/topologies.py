@@ -16,7 +16,7 @@ def parse_grid(topology: str) -> tuple[str, tuple[int, ...]]:
     match = re.fullmatch(rf"({'|'.join(DIMENSIONS)}):([1-9]\d*(?:x[1-9]\d*)+)", topology)
     if not match:
         raise UserError(
-            f"{topology!r} is no TPU topology; for example v5p:2x2x4 or v5e:4x4 (kinds:"
+            f"{topology!r} is not a TPU topology; for example v5p:2x2x4 or v5e:4x4 (kinds:"
             f" {', '.join(DIMENSIONS)})"
         )
     kind, grid = match.groups()

@@ -151,7 +151,7 @@ def _require_arguments(make: object, arguments: list[str], told: str) -> None:
     try:
         inspect.signature(make).bind(*arguments)  # type: ignore[arg-type]
     except TypeError:
-        cure = "takes none, leave out what stands behind the colon"
+        cure = "takes none, leave out what follows the colon"
         if not arguments:
             cure = "needs one: FILE:ARGUMENT"
         raise ConfigError(f"{told}: argument of get_config: {cure}") from None

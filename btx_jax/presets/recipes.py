@@ -514,7 +514,7 @@ def mola_small(what: str = "") -> Config:
     """MoLA's shapes at a million parameters. `report` compares three seeds, found in
     runs/mola_small_0 (whose curves and routing are shown), _1 and _2."""
     if what not in ("", "report"):
-        raise ConfigError(f"{what}: must be `report`, or nothing behind the colon")
+        raise ConfigError(f"{what}: must be `report`, or nothing after the colon")
     pipeline = compared(TINY, "lora")
     return reported("mola_small", pipeline) if what else pipeline
 

@@ -41,9 +41,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
         own, general, seed = gained[summary["shown"]], summary["gains"]["general"], summary["seed"]
         experts = mean(gained[name]["forgetting"] for name in summary["experts"])
         told += (
-            f" {summary['shown']} {_gains(mean(own['over_seed'].values()))} over {seed} in the"
-            f" mean; on {general} it lies {_apart(own['forgetting'])} {seed}, its experts"
-            f" {_apart(experts)} it in the mean."
+            f" {summary['shown']} {_gains(mean(own['over_seed'].values()))} over {seed} on"
+            f" average; on {general} it is {_apart(own['forgetting'])} {seed}, its experts"
+            f" {_apart(experts)} it on average."
         )
     return told
 

@@ -288,7 +288,7 @@ def read_heldout(
             if not told.startswith("adds "):
                 raise ConfigError(
                     f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}: {told};"
-                    " evaluate it in a run of its own"
+                    " evaluate it in a separate run"
                 )
             log.warning("%s: its tokenizer %s; text is read without them", name, told)
     key = "heldout" if config.data.heldout else "train"

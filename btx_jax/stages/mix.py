@@ -360,7 +360,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
         for key, found in beside_anchors.items():
             if found in others:
                 mistakes.add(
-                    f"{key}: {found.path} was trained beside another anchor than"
+                    f"{key}: {found.path} was trained with another anchor than"
                     f" {next(iter(beside_anchors.values())).path}; branches of one base mix"
                 )
     with mistakes.gather():
@@ -409,7 +409,7 @@ def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
     for key, value in only.items():
         if (given := getattr(mix, key)) != value:
             yield (
-                f"config.mix.{key}={given!r}: branches that were trained beside an anchor are put"
+                f"config.mix.{key}={given!r}: branches that were trained with an anchor are put"
                 " together as they are, with their own router rows; leave it out"
             )
 

@@ -734,7 +734,7 @@ class Loop:
             )
             raise UserError(
                 f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite;"
-                f" {saved}; lower config.train.learning_rate or look at the data of this step"
+                f" {saved}; lower config.train.learning_rate or inspect the data of this step"
             )
         self.losses[step] = line["lm_loss"]
         shown = {"loss": f"{line['lm_loss']:.3f}", "tok_s": f"{rate:.0f}"}

@@ -73,7 +73,7 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
         if config.train and (config.train.frozen == "shared" or config.train.anchor):
             key = "anchor" if config.train.anchor else "frozen='shared'"
             raise ConfigError(
-                f"config.train.{key}: random weights are no base that branches share; name a"
+                f"config.train.{key}: branches cannot share random weights as their base; name a"
                 " checkpoint in config.init"
             )
         return config.model
@@ -342,7 +342,7 @@ def _misfits(
         )
     if train.mixing_probe and config.init == SCRATCH:
         yield (
-            "config.train.mixing_probe: random weights are no seed that branches share; name a"
+            "config.train.mixing_probe: branches cannot share random weights as their seed; name a"
             " checkpoint in config.init, or set it to False"
         )
     if train.mixing_probe and model.moe and not model.is_branch:

@@ -45,7 +45,7 @@ def stop_signal() -> Iterator[Stop]:
         reached = multihost_utils.reached_preemption_sync_point
         yield Stop(lambda: signal.SIGTERM * reached(next(places)))
         return
-    with interrupts.noted("saving the last whole step; once more to end at once") as came:
+    with interrupts.noted("saving the last complete step; again to end at once") as came:
         yield Stop(came)
 
 

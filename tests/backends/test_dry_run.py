@@ -186,7 +186,7 @@ def test_commands_inside_manifests_pass_shellcheck(tmp_path):
         (("--backend=gke", "--pipeline=configs/btx.py", "--bucket=my-bucket"), "must be gs://NAME"),
         (
             ("--backend=gke", "--pipeline=configs/btx.py", "--bucket=gs://b", "--topology=v5p-8"),
-            "'v5p-8' is no TPU topology",
+            "'v5p-8' is not a TPU topology",
         ),
         (
             (

@@ -135,7 +135,7 @@ def test_topologies():
     assert (slice_.kind, slice_.grid, slice_.chips, slice_.hosts) == ("v5p", "2x2x4", 16, 4)
     assert parse_topology("v6e:2x2").hosts == 1
     for wrong in ("v5p-8", "v7:2x2", "v5e:4", ""):
-        with pytest.raises(UserError, match="is no TPU topology"):
+        with pytest.raises(UserError, match="is not a TPU topology"):
             parse_topology(wrong)
     with pytest.raises(UserError, match="no backend starts tpu7x"):
         parse_topology("tpu7x:2x2x1")

@@ -309,7 +309,7 @@ def test_files_that_are_cut_off_are_refused(tmp_path):
         adapter_tensors(find_checkpoint(folder))
     (folder / TENSORS).unlink()
     os.mkfifo(folder / TENSORS)
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         adapter_tensors(find_checkpoint(folder))
     (folder / ABOUT).write_text((folder / ABOUT).read_text()[:50])
     with pytest.raises(UserError, match="damaged"):
@@ -349,9 +349,9 @@ def test_files_that_are_cut_off_are_refused(tmp_path):
         ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': must be a list of names"),
         ({"rank_pattern": dict.fromkeys(map(str, range(1001)), 4)}, "rank_pattern: 1001 patterns"),
         ({"exclude_modules": "a" * 10_001}, "exclude_modules: a pattern of 10001 characters"),
-        ({"exclude_modules": "(" * 5000}, "exclude_modules: .* is no regular expression"),
-        ({"exclude_modules": "a{99999999999}"}, "exclude_modules: .* is no regular expression"),
-        ({"exclude_modules": "(("}, "is no regular expression"),
+        ({"exclude_modules": "(" * 5000}, "exclude_modules: .* is not a regular expression"),
+        ({"exclude_modules": "a{99999999999}"}, "exclude_modules: .* is not a regular expression"),
+        ({"exclude_modules": "(("}, "is not a regular expression"),
         ({"exclude_modules": ["down_proj"]}, "leave out what the file holds LoRA for: .*down_proj"),
         ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers_to_transform leave out"),
         ({"layers_to_transform": "0"}, "layers_to_transform='0': must be layers' numbers"),

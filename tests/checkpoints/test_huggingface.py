@@ -261,9 +261,9 @@ def test_a_directory_that_transformers_loads_gives_its_logits_or_names_what_is_m
 
 def test_what_a_directory_contradicts_itself_in_is_told(tmp_path, caplog):
     for name, said in (
-        ("two thetas", "says rope_theta 500000.0 and 10000.0; 500000.0 is taken"),
-        ("a theta that scaling hides", "says rope_theta 10000.0 and 500000.0; 10000.0 is taken"),
-        ("two scalings", "says factor 2.0 and 4.0; 2.0 is taken"),
+        ("two thetas", "says rope_theta 500000.0 and 10000.0; 500000.0 is used"),
+        ("a theta that scaling hides", "says rope_theta 10000.0 and 500000.0; 10000.0 is used"),
+        ("two scalings", "says factor 2.0 and 4.0; 2.0 is used"),
         ("llama3 with two contexts", "says original_max_position_embeddings 64 and 128; 64 is"),
         ("tied and different", "lm_head.weight holds other values than the embedding"),
         ("a single file and a stale index", "delete the one that is out of date"),
@@ -596,7 +596,7 @@ def pipe(directory):
     [
         (deep_history, "model.safetensors: damaged history: maximum recursion"),
         (lambda d: (d / "model.xxh3.json").write_text(DEEP), "model.xxh3.json is damaged: maximum"),
-        (pipe, "model.safetensors: no regular file"),
+        (pipe, "model.safetensors: not a regular file"),
     ],
     ids=["history", "checksums", "pipe"],
 )

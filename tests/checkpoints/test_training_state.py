@@ -110,7 +110,7 @@ def test_a_stored_nan_is_refused(tmp_path):
 def test_what_is_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(UserError, match=r"config\.init: .* does not exist"):
         find_checkpoint(tmp_path / "nothing", "config.init")
-    with pytest.raises(UserError, match="is no checkpoint; name a run's --workdir"):
+    with pytest.raises(UserError, match="is not a checkpoint; name a run's --workdir"):
         find_checkpoint(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no finished checkpoint yet"):

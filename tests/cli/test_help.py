@@ -95,7 +95,7 @@ def test_presets_are_listed_with_a_line_each(capsys, words):
         (["mxi"], "No such command 'mxi'. Did you mean 'mix'?; see btx --help"),
         (["mix", "a"], "Missing argument 'OUT'; see btx mix --help"),
         (["mix", "a", "b", "c"], "Got unexpected extra argument (c); see btx mix --help"),
-        (["expert", "ad"], "No such command 'ad'. Did you mean 'add'?; btx expert --help"),
+        (["expert", "ad"], "No such command 'ad'. Did you mean 'add'?; see btx expert --help"),
         (["generate", "x", "--top_p=1"], "No such option '--top_p'. (Did you mean"),
         (["generate", "x", "--prompt=a", "--top-p=0"], "0.0 is not in the range 0<x<=1; btx gen"),
         (
@@ -106,7 +106,7 @@ def test_presets_are_listed_with_a_line_each(capsys, words):
         (["run", "seed:huge"], "CONFIG: seed: huge: no such size; known: llama2_7b, "),
         (["run", "demo:x"], "CONFIG: demo: argument of get_config: takes none"),
         (["run", "my.py"], "CONFIG: no file my.py"),
-        (["run", "demo", "--only"], "Option '--only' requires an argument; btx run --help"),
+        (["run", "demo", "--only"], "Option '--only' requires an argument; see btx run --help"),
         (["run", "demo", "--workdri=x"], "No such option '--workdri'. Did you mean '--workdir'?"),
         (["compile", "mix", "v5p:2x2x2"], "config.stage='mix': only the step of a training config"),
         (["submit", "--backend=local", "--pipeline=seed"], "its stage is 'train', not a pipeline"),

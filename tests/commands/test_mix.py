@@ -341,7 +341,9 @@ def test_verify_notices_a_single_changed_bit(tmp_path, monkeypatch):
         return real(mixture, open_reader(find_checkpoint(written)))
 
     monkeypatch.setattr(mix_recipe, "verified", damaged)
-    with pytest.raises(UserError, match=r"1 tensors are not what the recipe says: lm_head.weight"):
+    with pytest.raises(
+        UserError, match=r"1 tensors differ from what the recipe makes: lm_head.weight"
+    ):
         mix(tmp_path)
     assert not (tmp_path / "out").exists(), (
         "a mixture that failed verification must not look like a result"

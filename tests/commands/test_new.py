@@ -135,7 +135,7 @@ def test_a_file_that_is_there_is_kept(here, capsys):
     (here / "my_btx.py").write_text("mine")
     with pytest.raises(SystemExit):
         new(SEED, LAW, TALES)
-    assert "my_btx.py is there already" in capsys.readouterr().err
+    assert "my_btx.py exists already" in capsys.readouterr().err
     assert (here / "my_btx.py").read_text() == "mine"
 
 

@@ -62,7 +62,7 @@ def test_what_cannot_be_pushed_is_told(server, export, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", GOOD)
     assert "your token may not do that with org/model" in told("export", "org/model")
     server.add("me/public", {})
-    assert "me/public is there and public" in told("export", "me/public", is_private=True)
+    assert "me/public exists and is public" in told("export", "me/public", is_private=True)
     assert not [r for r in server.log if "/commit/" in r.path or "/preupload/" in r.path]
     (export / "config.json").write_text((export / "config.json").read_text() + " ")
     assert "is damaged (sha256, SHA256SUMS)" in told("export", "me/model")

@@ -127,7 +127,7 @@ def test_what_an_item_gives_its_template_reaches_it(chat_tokenizer):
     assert prompt(tools=bare) == bare + "-<x>", "as JSON text"
     assert prompt(documents=[{"text": "y"}]) == '-[{"text": "y"}]<x>'
     for bad in ("look", {"name": "look"}, 5):
-        with pytest.raises(Unusable, match="tools is no list"):
+        with pytest.raises(Unusable, match="tools is not a list"):
             prompt(tools=bad)
 
 

@@ -33,7 +33,7 @@ def test_test_sets_are_read_from_every_kind_with_fields_and_all_or_not(tmp_path)
         assert read_json_lines(str(file), "k") == [{"q": "x"}, {"q": "y"}]
         assert read_json_lines(str(file), "k", 1) == [{"q": "x"}]
     for name, content, message in (
-        ("x.jsonl", b'{"q": "x"}\n{"q": "\\ud800"}\n', "k: .*line 2: no valid Unicode"),
+        ("x.jsonl", b'{"q": "x"}\n{"q": "\\ud800"}\n', "k: .*line 2: not valid Unicode"),
         ("x.jsonl", b'{"q": "x"}\n{"q": \n', "k: .*line 2: line skipped: not JSON"),
         ("x.jsonl", b'{"q": "\xff"}', "k: .*line 1: .*invalid UTF-8"),
         ("x.txt", b"text", "is plain text; give it as JSON lines"),

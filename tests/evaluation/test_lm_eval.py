@@ -340,7 +340,7 @@ def test_what_is_drawn_is_decided_by_lm_evals_seed(models):
 @pytest.mark.parametrize(
     ("method", "request_", "told"),
     [
-        ("loglikelihood", ["x", ""], "nothing to score behind 'x'"),
+        ("loglikelihood", ["x", ""], "nothing to score after 'x'"),
         ("loglikelihood", ["x", "y" * 200], "at most 128 to be scored"),
         ("loglikelihood", ["x", "\ud800"], "Unicode"),
         ("generate_until", ["", {"max_gen_toks": 4}], "empty prompt"),

@@ -218,7 +218,7 @@ def test_a_program_that_ends_in_a_call_fails_whatever_the_tests_catch():
 
 def test_tests_that_cannot_be_asked_from_outside_are_an_error_not_a_failure():
     test = "def check(candidate):\n    assert candidate(lambda x: x) == 1"
-    with pytest.raises(UserError, match="they call the program with a function, which is no data"):
+    with pytest.raises(UserError, match="they call the program with a function, which is not data"):
         run_program("def f(g): return 1", tests=UnitTests(test, "f"))
     test = "def check(candidate):\n    assert candidate(1)(1) == 1"
     outcome = run_program("def f(x): return lambda y: y", tests=UnitTests(test, "f"))
@@ -232,7 +232,7 @@ def test_a_program_cannot_make_its_tests_an_error():
     outcome = run_program("def f(x): yield x", tests=UnitTests(test, "f"))
     assert outcome.why == "TypeError: the program returned an iterator, which it is to be given"
     test = "def check(candidate):\n    assert candidate(iter([1])) == 1"
-    with pytest.raises(UserError, match="with a list_iterator, which is no data"):
+    with pytest.raises(UserError, match="with a list_iterator, which is not data"):
         run_program("def f(x): return 1", tests=UnitTests(test, "f"))
 
 

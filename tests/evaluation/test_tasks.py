@@ -268,7 +268,7 @@ def test_test_sets_without_end_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"k\.file: .*bomb\.jsonl\.gz holds more than 0 MiB"):
         read_json_lines(str(bomb), "k.file", max_bytes=5000)
     monkeypatch.setattr(files, "MAX_LINE", 2000)
-    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: a line of more than .* is no document"):
+    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: a line of more than .* is not a doc"):
         read_json_lines(str(bomb), "k.file")
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     monkeypatch.setattr(files, "MAX_LINE", 2**20)

@@ -224,12 +224,12 @@ def hostile(tmp_path_factory):
         (BARE + "    noise_scale: .inf\n", "noise_scale=inf: must be"),
         (BARE + "    residual_scale: 1e300\n", "residual_scale=1e+300: must be at most"),
         (BARE + "    residual_scale: .nan\n", "residual_scale=nan: must be finite"),
-        (BARE + "    positive_prompts_file: /dev/zero\n", "'/dev/zero': no regular file"),
-        (BARE + "    positive_prompts_file: /\n", "'/': no regular file"),
-        (BARE + "    negative_prompts_file: HOME/p.gz\n", "no UTF-8 text"),
+        (BARE + "    positive_prompts_file: /dev/zero\n", "'/dev/zero': not a regular file"),
+        (BARE + "    positive_prompts_file: /\n", "'/': not a regular file"),
+        (BARE + "    negative_prompts_file: HOME/p.gz\n", "not UTF-8 text"),
         (BARE + "    negative_prompts_file: HOME/many\n", "1000000 prompts, at most 10000"),
         (BARE + "    negative_prompts_file: HOME/large\n", "more than 16777216 bytes"),
-        (BARE + "    negative_prompts_file: HOME/pipe\n", "no regular file"),
+        (BARE + "    negative_prompts_file: HOME/pipe\n", "not a regular file"),
         (BARE + "    negative_prompts_file: HOME/empty\n", "holds no prompt"),
         (BARE + "    negative_prompts_file: HOME/none\n", "No such file"),
         (aliases(10_000, "HOME/lines"), "experts: 10000; at most 1024"),
@@ -255,7 +255,7 @@ def test_what_would_hang_or_fill_the_memory_is_refused_at_once(tmp_path, hostile
 def test_a_recipe_that_is_a_device_or_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
-        with pytest.raises(UserError, match="no regular file"):
+        with pytest.raises(UserError, match="not a regular file"):
             read_recipe(path)
 
 

@@ -30,8 +30,8 @@ def test_slices_that_are_offered(name, sides):
         ("v5p:4x4", "v5p slices have three dimensions"),
         ("v5p:2x2x3", "v5p slices have three dimensions, of 1, 2 or 4 chips, or all multiples"),
         ("v5p:2x2x8", "three dimensions"),
-        ("v4:0x2x2", "is no TPU topology"),
-        ("v7:2x2", "is no TPU topology; for example v5p:2x2x4 or v5e:4x4 (kinds: v4, v5e, v5p,"),
+        ("v4:0x2x2", "is not a TPU topology"),
+        ("v7:2x2", "is not a TPU topology; for example v5p:2x2x4 or v5e:4x4 (kinds: v4, v5e, v5p,"),
     ],
 )
 def test_slices_that_are_not(name, told):

@@ -155,7 +155,7 @@ def test_more_chips_come_with_the_micro_batches_that_divide_over_them(chips, top
     [
         ((*MOE, "--compile_topology=v5p:2x2x3"), "v5p slices have three dimensions"),
         ((*MOE, "--compile_topology=v5e:2x2x2"), "v5e slices have two dimensions"),
-        ((*MOE, "--compile_topology=h100:8"), "'h100:8' is no TPU topology"),
+        ((*MOE, "--compile_topology=h100:8"), "'h100:8' is not a TPU topology"),
         (
             (*MOE, "--config.train.accumulate=4", "--compile_topology=v5p:2x2x4"),
             "do not divide over the 16 devices of data x fsdp x expert; use"

@@ -148,7 +148,7 @@ def test_nothing_else_is(url, path, options, status):
 
 
 def test_what_cannot_be_served_is_told(pipeline, tmp_path):
-    with pytest.raises(UserError, match="is no directory"), serving(tmp_path / "no", "::1", 0, 1):
+    with pytest.raises(UserError, match="not a directory"), serving(tmp_path / "no", "::1", 0, 1):
         pass
     with (
         serving(pipeline, "127.0.0.1", 0, 5.0) as server,

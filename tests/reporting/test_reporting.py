@@ -237,8 +237,8 @@ def test_models_stand_in_the_order_of_their_roles_and_then_as_named():
 def test_a_mixture_below_its_seed_is_said_to_be_below():
     better = json.loads(json.dumps(RESULTS))
     better["models"]["btx"]["nats_per_token"][DOMAINS[1]] = 1.9
-    assert f"on {DOMAINS[1]} it lies 0.100 below seed" in page_verdict(summarise(better, {}, {}))
-    assert f"on {DOMAINS[1]} it lies 0.300 above seed" in page_verdict(summarise(RESULTS, {}, {}))
+    assert f"on {DOMAINS[1]} it is 0.100 below seed" in page_verdict(summarise(better, {}, {}))
+    assert f"on {DOMAINS[1]} it is 0.300 above seed" in page_verdict(summarise(RESULTS, {}, {}))
 
 
 def test_costs_that_are_not_known_are_said_to_be_so(capsys):

@@ -236,14 +236,10 @@ def test_another_anchor_is_refused(home, tmp_path):
     stages.run(training(home, "c", "stranger", frozen="anchor"), home / "far")
     mixed(home, "ab", home / "mix")
     for name in ("stranger", "far"):
-        told = (
-            rf"experts\[2\]: .*{name}.* was trained beside another anchor than .*; branches of one"
-        )
+        told = rf"experts\[2\]: .*{name}.* was trained with another anchor than .*; branches of one"
         with pytest.raises(ConfigError, match=told):
             mixed(home, ["a", "b", name], tmp_path / "out")
-        with pytest.raises(
-            UserError, match=r"SOURCE: .* was trained beside another anchor than the"
-        ):
+        with pytest.raises(UserError, match=r"SOURCE: .* was trained with another anchor than the"):
             experts.add(str(home / "mix"), str(home / name), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -288,7 +284,7 @@ def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
         (lambda: convert.run(a, out), "cannot hold .*an anchor, beside which the router adds a bias"),
         (lambda: convert.run(mix, out), "an anchor, beside which the router adds a bias"),
         (recipe, "is a mixture already"),
-        (lambda: experts.add(mix, seed, out), "is no branch beside an anchor, as the experts of"),
+        (lambda: experts.add(mix, seed, out), "is not a branch with an anchor, as the experts of"),
         (lambda: experts.add(str(home / "mixture"), a, out), "is a mixture itself"),
         (lambda: experts.drop(mix, 3, out), "no expert 3 in layer 0, which has experts 0 to 2"),
         (lambda: experts.drop(a, 0, out), "cannot drop the only expert"),
@@ -299,7 +295,7 @@ def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
         (mixing("a", "b", method="average"), r"config.mix.method='average': branches that were"),
         (mixing("a", "b", shared_expert=seed), "config.mix.shared_expert="),
         (mixing("a", "b", merge="copy", base=seed), "config.mix.merge='copy': branches that were"),
-        (train(init="scratch", model=DENSE), "config.train.anchor: random weights are no base"),
+        (train(init="scratch", model=DENSE), "config.train.anchor: branches cannot share"),
         (train(init=str(home / "mixture")), "config.train.anchor: the model is a mixture already"),
         (train(train=two, data=long, mesh=MeshConfig(2)), "3 mistakes: .*mesh.*500.*balance_weight"),
         (train(train=bare), "config.train.frozen='anchor': the model has none"),

@@ -261,7 +261,7 @@ def test_the_base_is_found_where_it_was_moved_to_and_another_is_refused(home, ma
 
 def test_what_cannot_be_such_a_branch_is_told(home, tmp_path):
     scratch = dataclasses.replace(training(home, "a"), init="scratch", model=DENSE)
-    with pytest.raises(ConfigError, match="random weights are no base"):
+    with pytest.raises(ConfigError, match="branches cannot share random weights"):
         stages.run(scratch, tmp_path / "out")
     checkpoint(home / "mixture", MIXTURE, 2, load_tokenizer(home / "seed" / "tokenizer"))
     with pytest.raises(ConfigError, match="the model is a mixture already"):

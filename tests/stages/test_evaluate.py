@@ -183,7 +183,7 @@ def test_wrong_settings_are_refused_before_any_model_is_read(config, tmp_path):
         (OracleConfig("bt", {}), r"oracles\.x\.mixture: no model 'bt'; did you mean 'btx'"),
         (OracleConfig("btx", {"a": 0}), r"oracles\.x\.experts: b: must be the domains of held-out"),
         (OracleConfig("btx", {"a": 0, "b": 4}), r"oracles\.x\.experts\.b: btx: has no expert 4"),
-        (OracleConfig("seed", {"a": 0, "b": 0}), r"seed: is no mixture"),
+        (OracleConfig("seed", {"a": 0, "b": 0}), r"seed: is not a mixture"),
     ):
         with pytest.raises(ConfigError, match=said):
             evaluate.run(

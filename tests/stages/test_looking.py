@@ -334,8 +334,7 @@ def test_the_profile_holds_the_chosen_steps_and_no_others(fresh, run, tmp_path):
     told = run(fresh(9, profile="4:7"), tmp_path / "seed")
     assert profiled(tmp_path / "seed") == {"steps_4_to_6": [4, 5, 6]}
     assert (
-        f"profiled; to look at it: pip install xprof; xprof --logdir={tmp_path}/seed/profile"
-        in told
+        f"profiled; to view it: pip install xprof; xprof --logdir={tmp_path}/seed/profile" in told
     )
 
 

@@ -144,7 +144,10 @@ def test_what_has_no_seed_or_is_no_branch_is_refused_with_all_else(
     stages.run(Config("mix", mix=mix, mesh=MeshConfig()), tmp_path / "mix")
     fresh = training("scratch", 6, DENSE, mixing_probe=True)
     mixture = dataclasses.replace(branch(), init=str(tmp_path / "mix"))
-    for config, told in ((fresh, "random weights are no seed"), (mixture, "is a mixture already")):
+    for config, told in (
+        (fresh, "branches cannot share random weights"),
+        (mixture, "is a mixture already"),
+    ):
         wrong = dataclasses.replace(config.data, sequence_length=4096)
         with pytest.raises(ConfigError) as refused:
             stages.run(dataclasses.replace(config, data=wrong), tmp_path / "refused")

@@ -216,6 +216,6 @@ def test_a_stage_that_has_finished_needs_its_sources_no_more(home, monkeypatch):
         pipeline.run(config, home / "P")
     (home / "P" / "seed" / "done.json").write_text("{}")
     with pytest.raises(
-        UserError, match=r"config\.pipeline\.a\.config\.init: .*seed is no checkpoint"
+        UserError, match=r"config\.pipeline\.a\.config\.init: .*seed is not a checkpoint"
     ):
         pipeline.run(config, home / "P")
