@@ -1,5 +1,6 @@
 """A run's directory: whose it is, by a lock and by config.json, which it holds from the start, and
-done.json, once it has finished. hub.json says which commits names of the Hub stood for."""
+done.json, once it has finished. hub.json says which commits names of the Hub stood for, plan.json
+what `btx plan` expected of the run."""
 
 import contextlib
 import json
@@ -18,7 +19,7 @@ from btx_jax.output import locked, none_left_empty, read_json, require_renames, 
 from btx_jax.parallel.hosts import first_then_others, is_first, require_shared, text_of_first
 from btx_jax.paths import to_path
 
-CONFIG, DONE, COMMITS = "config.json", "done.json", "hub.json"
+CONFIG, DONE, COMMITS, PLAN = "config.json", "done.json", "hub.json", "plan.json"
 
 # A resumed run may change where, in how much memory, how often it looks and whom it tells, not what
 # it computes.
@@ -208,7 +209,7 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 def _holds_results(workdir: Path) -> bool:
     """Whether a run, or a pipeline's runs, got further than its config and tokenizer."""
-    own = (CONFIG, COMMITS)
+    own = (CONFIG, COMMITS, PLAN)
     return any(
         p.is_file() and p.name not in own and p.parent.name not in ("tokenizer", claims.FOLDER)
         for p in workdir.rglob("*")

@@ -95,7 +95,7 @@ def run(
     examples="""
 btx plan my_btx.py
 btx plan my_btx.py --slice=v5p:2x2x2 --price=4.2
-btx plan demo --json=plan.json
+btx plan demo
 """,
 )
 @click.argument("config", type=CONFIG, help=CONFIG_TOLD)
@@ -111,7 +111,6 @@ btx plan demo --json=plan.json
 @click.option(
     "--price", type=NOT_NEGATIVE, metavar="P", default=0.0, help="of one chip for one hour"
 )
-@text("--json", "file", type=WHERE, metavar="FILE", help="also write it there")
 @WORKDIR
 def plan(
     config: str,
@@ -119,7 +118,6 @@ def plan(
     topology: str,
     num_slices: int,
     price: float,
-    file: str,
     workdir: str,
 ) -> None:
     """What a pipeline takes, before anything of it is trained.
@@ -127,14 +125,15 @@ def plan(
     Tokens, epochs, FLOPs, memory, time, storage, cost, and what dense training on as many tokens
     would take. A few steps of every kind are timed here with random parameters; with --slice they
     are compiled for that TPU slice instead (minutes each; needs pip install 'btx_jax[tpu]') and
-    take the time of the compiler's clock.
+    take the time of the compiler's clock. The plan is also written to DIR/plan.json, and appears in
+    the run's report.
     """
     from btx_jax.cli import runs
     from btx_jax.presets.config_file import read_config
 
     runs.log_to_terminal()
     made = read_config(config, overrides, "CONFIG")
-    runs.plan(made, config, workdir, topology, num_slices, price, file)
+    runs.plan(made, config, workdir, topology, num_slices, price)
 
 
 @command(

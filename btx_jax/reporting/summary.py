@@ -34,9 +34,11 @@ def summarise(
     others: Sequence[Mapping[str, Any]] = (),
     continual: Sequence[str] = (),
     done: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    planned: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """results: of the evaluate stage; others: the same arms' with other seeds. curves: run -> its
     metrics lines. seconds: stage -> wall time. done: run -> what it told when it finished.
+    planned: plan.json of `btx plan`, where somebody planned.
 
     seed, experts: the roles that the results give, "" and [] where they give none. models: the
     seed, its experts, then as they were named. before: what the seed itself took, which is taken
@@ -47,7 +49,7 @@ def summarise(
     continual: scores and measures of tasks learnt in turn (ReportConfig.continual). test_sets: run
     -> TASK/METRIC -> [(step, value)], as it went. probes: branch -> [(step, its held-out loss, that
     of the average with its seed, barrier)], means over domains. goodput: run -> shares of its wall
-    time. best: run -> the step that it kept as the best.
+    time. best: run -> the step that it kept as the best. plan: what was planned.
     """
     roles, found = results.get("roles", {}), results["models"]
     seed, experts = roles.get("seed", ""), list(roles.get("experts", ()))
@@ -104,6 +106,7 @@ def summarise(
         },
         "best": {name: told["best"] for name, told in done.items() if "best" in told},
         "lora": {name: found[name]["lora"] for name in names if "lora" in found[name]},
+        "plan": dict(planned),
         "continual": learnt_in_turn(found, continual) if continual else None,
         "comparison": (
             compare([found, *(other["models"] for other in others)]) if others else None
