@@ -54,9 +54,11 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
 @text("--tokenizer", type=WHERE, metavar="FILE", help="of a seed from scratch")
 @click.option(
     "--method",
-    type=click.Choice(["btx", "ffn_only", "flexolmo"]),
-    default="btx",
-    help="branches train everything, their feed-forwards alone, or those beside an anchor",
+    type=click.Choice(["ffn_only", "btx", "flexolmo"]),
+    help=(
+        "branches train their feed-forwards alone, everything, or feed-forwards beside an anchor;"
+        " by default ffn_only, and btx where a --branch is given"
+    ),
 )
 @click.option(
     "--compare",
@@ -81,7 +83,7 @@ def new(
     general: str,
     branches: tuple[str, ...],
     tokenizer: str,
-    method: str,
+    method: str | None,
     compare: tuple[str, ...],
     epochs: float,
     tokens: int | None,
@@ -111,7 +113,7 @@ def new(
         experts,
         general,
         tokenizer,
-        method,
+        method or ("btx" if experts else "ffn_only"),
         compare,
         tokens or 0,
         finetune_tokens or 0,

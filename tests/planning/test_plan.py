@@ -141,6 +141,9 @@ def test_dense_training_and_upcycling_of_the_same_tokens(home):
     assert ours.tokens == dense.tokens == upcycled.tokens
     assert dense.flops < ours.flops < upcycled.flops
     assert ours.seconds < ours.chip_seconds
+    for way in told.otherwise:
+        assert way.expected and way.expected.low < way.expected.change < way.expected.high < 0
+        assert any("tokens per parameter" in beyond for beyond in way.expected.beyond)
 
 
 def test_a_step_is_timed_here(home):
