@@ -1,5 +1,6 @@
 """A run's directory: owned through a lock and config.json, which exists from the start; done.json
-exists once the run has finished. hub.json records the commits of names on the Hub."""
+exists once the run has finished. hub.json records the commits of names on the Hub, plan.json what
+`btx plan` expected of the run."""
 
 import contextlib
 import json
@@ -18,7 +19,7 @@ from btx_jax.output import locked, none_left_empty, read_json, require_renames, 
 from btx_jax.parallel.hosts import first_then_others, is_first, require_shared, text_of_first
 from btx_jax.paths import to_path
 
-CONFIG, DONE, COMMITS = "config.json", "done.json", "hub.json"
+CONFIG, DONE, COMMITS, PLAN = "config.json", "done.json", "hub.json", "plan.json"
 
 # Keys that a resumed run may change: where it runs, memory usage, what it evaluates and logs; not
 # what it computes.
@@ -208,7 +209,7 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 def _holds_results(workdir: Path) -> bool:
     """Whether a run, or the runs of a pipeline, got further than config and tokenizer."""
-    own = (CONFIG, COMMITS)
+    own = (CONFIG, COMMITS, PLAN)
     return any(
         p.is_file() and p.name not in own and p.parent.name not in ("tokenizer", claims.FOLDER)
         for p in workdir.rglob("*")

@@ -54,9 +54,11 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
 @text("--tokenizer", type=WHERE, metavar="FILE", help="tokenizer of a seed trained from scratch")
 @click.option(
     "--method",
-    type=click.Choice(["btx", "ffn_only", "flexolmo"]),
-    default="btx",
-    help="branches train everything, only their feed-forwards, or these beside an anchor",
+    type=click.Choice(["ffn_only", "btx", "flexolmo"]),
+    help=(
+        "branches train only their feed-forwards, everything, or feed-forwards with an anchor;"
+        " by default ffn_only, or btx if a --branch is given"
+    ),
 )
 @click.option(
     "--compare",
@@ -91,7 +93,7 @@ def new(
     general: str,
     branches: tuple[str, ...],
     tokenizer: str,
-    method: str,
+    method: str | None,
     compare: tuple[str, ...],
     epochs: float,
     tokens: int | None,
@@ -121,7 +123,7 @@ def new(
         experts,
         general,
         tokenizer,
-        method,
+        method or ("btx" if experts else "ffn_only"),
         compare,
         tokens or 0,
         finetune_tokens or 0,

@@ -11,6 +11,7 @@ from btx_jax.errors import UserError
 from btx_jax.output import write_json
 from btx_jax.parallel import hosts
 from btx_jax.paths import to_path
+from btx_jax.rundir import PLAN
 
 
 def log_to_terminal() -> None:
@@ -68,10 +69,9 @@ def plan(
     topology: str,
     slices: int,
     price: float,
-    file: str,
 ) -> None:
     """Print what a pipeline takes on this many slices of a TPU topology, or on this machine if
-    topology is "". file: where to write it as JSON; "" for nowhere. Raises UserError."""
+    topology is "", and write it to WORKDIR/plan.json for the report. Raises UserError."""
     import jax
 
     from btx_jax.planning import compile_check, steps, tables
@@ -87,5 +87,10 @@ def plan(
     print_tables(tables.tables(made, price))
     for warning in tables.warnings(made):
         terminal.warn(warning)
-    if file:
-        write_json(to_path(file, "--json"), tables.as_json(made, price))
+    where.mkdir(parents=True, exist_ok=True)
+    write_json(where / PLAN, {"on": topology or "this machine", **tables.as_json(made, price)})
+    print(
+        terminal.plain(
+            f"{where / PLAN}: written; the run's report shows it beside what was measured"
+        )
+    )

@@ -95,7 +95,7 @@ def run(
     examples="""
 btx plan my_btx.py
 btx plan my_btx.py --slice=v5p:2x2x2 --price=4.2
-btx plan demo --json=plan.json
+btx plan demo
 """,
 )
 @click.argument("config", type=CONFIG, help=CONFIG_TOLD)
@@ -109,7 +109,6 @@ btx plan demo --json=plan.json
     "--num-slices", type=click.IntRange(min=1), metavar="N", default=1, help="number of slices"
 )
 @click.option("--price", type=NOT_NEGATIVE, metavar="P", default=0.0, help="price of one chip-hour")
-@text("--json", "file", type=WHERE, metavar="FILE", help="also write the plan to this file")
 @WORKDIR
 def plan(
     config: str,
@@ -117,7 +116,6 @@ def plan(
     topology: str,
     num_slices: int,
     price: float,
-    file: str,
     workdir: str,
 ) -> None:
     """Estimate what a pipeline takes before training any of it.
@@ -125,14 +123,15 @@ def plan(
     Tokens, epochs, FLOPs, memory, time, storage, cost, and the same for dense training on as many
     tokens. A few steps of each kind are timed on this machine with random parameters; with --slice
     they are instead compiled for that TPU slice (minutes each; needs pip install 'btx_jax[tpu]'),
-    and the compiler's clock gives their time.
+    and the compiler's clock gives their time. The plan is also written to DIR/plan.json, and
+    appears in the run's report.
     """
     from btx_jax.cli import runs
     from btx_jax.presets.config_file import read_config
 
     runs.log_to_terminal()
     made = read_config(config, overrides, "CONFIG")
-    runs.plan(made, config, workdir, topology, num_slices, price, file)
+    runs.plan(made, config, workdir, topology, num_slices, price)
 
 
 @command(

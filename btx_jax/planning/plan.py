@@ -1,6 +1,7 @@
 """Plan: what a pipeline takes, stage by stage, before anything of it is trained."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from btx_jax.data.prepare import already_prepared, resolve_tokenizer
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.models.llama import leaf_counts, parameter_counts
+from btx_jax.planning.expected import Expected, Spent, curves
 from btx_jax.planning.steps import Step, Steps
 from btx_jax.progress import bar
 from btx_jax.stages.mix import mixed_model
@@ -64,13 +66,15 @@ class Stage:
 @dataclass(frozen=True)
 class Otherwise:
     """A way to spend the tokens of all branches and the finetune. seconds: of training steps, where
-    branches run side by side; chip_seconds: of all of them, by one machine."""
+    branches run side by side; chip_seconds: of all of them, by one machine. expected: what that
+    does to the seed's held-out loss; None where nothing like it was measured."""
 
     name: str
     tokens: int
     flops: float
     seconds: float
     chip_seconds: float
+    expected: Expected | None = None
 
 
 @dataclass(frozen=True)
@@ -329,14 +333,29 @@ def _otherwise(
         parts = [told[n] for n in (*branches, tuned)]
         tokens, flops = sum(s.tokens for s in parts), sum(s.flops for s in parts)
         longest = max(told[n].stepping for n in branches) + told[tuned].stepping
-        yield Otherwise(
-            "this: branches, mixture", tokens, flops, longest, sum(s.stepping for s in parts)
+        dense = dataclasses.replace(models[branches[0]], moe=None)
+        seed = _stage_at(stages[branches[0]].init, workdir)
+        expected = functools.partial(
+            curves().expected,
+            parameters=_parameters(dense),
+            seed_tokens=told[seed].tokens if seed in told else None,
         )
-        for other, like in (("dense training", branches[0]), ("sparse upcycling", tuned)):
-            model = models[like]
-            if like != tuned:
-                model = dataclasses.replace(model, moe=None)
-            cost = train_flops(model, tokens)
-            seconds = cost * told[like].stepping / told[like].flops
-            yield Otherwise(other, tokens, cost, seconds, seconds)
+        cost = train_flops(models[tuned], 1) / train_flops(dense, 1)
+        apart = Spent(tokens - told[tuned].tokens, told[tuned].tokens * cost)
+        finetune = stages[tuned].train
+        yield Otherwise(
+            "this: branches, mixture",
+            tokens,
+            flops,
+            longest,
+            sum(s.stepping for s in parts),
+            expected(apart) if finetune and not finetune.frozen else None,
+        )
+        for other, spent, like, model in (
+            ("dense training", Spent(tokens), branches[0], dense),
+            ("sparse upcycling", Spent(0, tokens * cost), tuned, models[tuned]),
+        ):
+            flops = train_flops(model, tokens)
+            seconds = flops * told[like].stepping / told[like].flops
+            yield Otherwise(other, tokens, flops, seconds, seconds, expected(spent))
         return

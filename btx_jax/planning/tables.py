@@ -1,12 +1,13 @@
 """A plan as tables for a terminal, and as JSON."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from btx_jax.planning.expected import Expected
 from btx_jax.planning.plan import Plan, Stage
 from btx_jax.terminal import duration, plain
 
@@ -114,8 +115,16 @@ def _text(plan: Plan) -> Table:
 
 
 def _otherwise(plan: Plan) -> Table:
-    made = Table(title="the same tokens, spent otherwise")
-    for i, column in enumerate(("", "tokens", "FLOPs", "time", "chip-hours")):
+    columns = ["", "tokens", "FLOPs", "time", "chip-hours"]
+    beyond = {what for other in plan.otherwise if other.expected for what in other.expected.beyond}
+    if is_expected := any(other.expected for other in plan.otherwise):
+        columns.append("held-out loss")
+    made = Table(
+        title="the same tokens, spent otherwise",
+        caption=expectation(sorted(beyond)) if is_expected else None,
+        caption_justify="left",
+    )
+    for i, column in enumerate(columns):
         made.add_column(column, justify="right" if i else "left", overflow="fold")
     for other in plan.otherwise:
         chips = _hours(other.chip_seconds) * plan.chips
@@ -125,8 +134,28 @@ def _otherwise(plan: Plan) -> Table:
             f"{other.flops:.2g}",
             duration(other.seconds),
             f"{chips:.2f}",
+            *([change(other.expected)] if is_expected else []),
         )
     return made
+
+
+def change(expected: Expected | None) -> str:
+    """How the held-out loss changes; "" where nothing is expected."""
+    if not expected:
+        return ""
+    low, high = 100 * expected.low, 100 * expected.high
+    return f"{100 * expected.change:+.1f} % ({low:+.1f} to {high:+.1f})"
+
+
+def expectation(beyond: Sequence[str]) -> str:
+    """What the expected losses are worth. beyond: in what they are extrapolated."""
+    told = (
+        "Held-out loss: change against the seed's, mean over domains, with its 95 % interval, from"
+        " the curves of the study in docs/results.md."
+    )
+    if not beyond:
+        return told
+    return f"{told} Extrapolated, so that the interval says too little: {'; '.join(beyond)}."
 
 
 def _hours(seconds: float) -> float:

@@ -33,6 +33,7 @@ from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.models.llama import parameter_counts
 from btx_jax.presets.experiments import mixed_text
 from btx_jax.presets.recipes import MODELS, TASKS
+from btx_jax.training.start import default_learning_rate
 
 GENERAL, SEED = "general", "seed"
 # What branches see of the general text, in percent, as in the paper, so that they forget less.
@@ -43,6 +44,9 @@ MICRO_TOKENS = 2**16  # of a micro-batch, at most
 # Of a domain, at each evaluation within a run and at the end: as many rows as a share of the tokens
 # that are trained on fills, within bounds.
 RUNNING, FINAL = (0.01, 4, 32), (0.1, 16, 128)
+# Peak rate of what is trained on all domains, in peaks of the seed: the best of 1, 0.3 and 0.1 for
+# the finetune, dense training and upcycling alike (docs/results.md).
+LATER_RATE = 0.3
 SMALL = 2e7  # parameters of a model whose activations fit anywhere
 COMPARISONS = DENSE, UPCYCLING = "dense", "upcycling"
 
@@ -67,8 +71,8 @@ class Method:
 
 
 METHODS = {
-    "btx": Method({"mixing_probe": True}, {"merge": REGMEAN, "router": RIDGE}, {}),
     "ffn_only": Method({"frozen": "shared"}, {"router": RIDGE}, {}, is_exact=True),
+    "btx": Method({"mixing_probe": True}, {"merge": REGMEAN, "router": RIDGE}, {}),
     "flexolmo": Method(
         {"frozen": "shared", "anchor": True, "balance_weight": 0.0, "z_loss_weight": 1e-3},
         {},
@@ -120,9 +124,9 @@ class Project(Section):
     """How many a seed from scratch is trained on, of all text."""
     tokenizer: str = ""
     """Of a seed from scratch: a `.model`, a `tokenizer.json`, or a directory with one."""
-    method: Annotated[str, Choice(tuple(METHODS))] = "btx"
-    """`btx`: branches train everything, and what they share is merged in closed form. `ffn_only`:
-    branches train their feed-forwards alone, and mix exactly. `flexolmo`: branches train beside the
+    method: Annotated[str, Choice(tuple(METHODS))] = "ffn_only"
+    """`ffn_only`: branches train their feed-forwards alone, and mix exactly. `btx`: branches train
+    everything, and what they share is merged in closed form. `flexolmo`: branches train beside the
     seed as their anchor, and of the mixture only the routers are finetuned."""
     compare: tuple[Annotated[str, Choice(COMPARISONS)], ...] = ()
     """What is trained beside it, on as many tokens of the same text."""
@@ -219,16 +223,15 @@ def schedule(tokens: int, length: int, **changes: Any) -> TrainConfig:
     rows = 2 ** round(math.log2(max(tokens / STEPS / length, 1)))
     rows = max(min(rows, STEP_TOKENS // length), ROWS)
     steps = max(round(tokens / (rows * length)), 1)
-    return TrainConfig(
-        steps,
-        batch_size=rows,
-        accumulate=max(rows * length // MICRO_TOKENS, 1),
-        learning_rate=0.0,
-        warmup_steps=min(steps // 10, 100),
-        eval_every=max(min(steps // 4, 1000), 1),
-        eval_rows=measured_rows(tokens, length, RUNNING),
-        **changes,
-    )
+    chosen: dict[str, Any] = {
+        "batch_size": rows,
+        "accumulate": max(rows * length // MICRO_TOKENS, 1),
+        "learning_rate": 0.0,
+        "warmup_steps": min(steps // 10, 100),
+        "eval_every": max(min(steps // 4, 1000), 1),
+        "eval_rows": measured_rows(tokens, length, RUNNING),
+    }
+    return TrainConfig(steps, **chosen | changes)
 
 
 def measured_rows(tokens: int, length: int, bounds: tuple[float, int, int]) -> int:
@@ -269,7 +272,8 @@ class _Stages:
                 mesh=MeshConfig(),
             ),
         )
-        finetune = self.training(self.mixed, project.finetune_tokens, "@mix", **method.finetune)
+        changes = {"learning_rate": self.later_rate, **method.finetune}
+        finetune = self.training(self.mixed, project.finetune_tokens, "@mix", **changes)
         self.add("finetune", finetune)
         models = {
             SEED: seed,
@@ -326,6 +330,15 @@ class _Stages:
             return name
         return f"{name}:{100 - GENERAL_SHARE},{GENERAL}:{GENERAL_SHARE}"
 
+    @property
+    def later_rate(self) -> float:
+        """Of what is trained on all domains; 0, which is the stage's own default, where the seed's
+        peak is not known."""
+        if not self.project.is_from_scratch:
+            return 0.0
+        seed = schedule(self.project.seed_tokens, self.project.sequence_length)
+        return LATER_RATE * default_learning_rate(None, self.model, seed)
+
     def training(self, text: str, tokens: int, init: str, **changes: Any) -> Config:
         train = schedule(tokens, self.project.sequence_length, **changes)
         return Config(
@@ -353,11 +366,15 @@ class _Stages:
         text = mixed_text({name: float(tokens) for name, tokens in seen.items()})
         tokens = sum(seen.values())
         if DENSE in project.compare:
-            made[DENSE] = self.add(DENSE, self.training(text, tokens, seed))
+            made[DENSE] = self.add(
+                DENSE, self.training(text, tokens, seed, learning_rate=self.later_rate)
+            )
         if UPCYCLING in project.compare:
             copies = MixConfig((seed,), copies=experts)
             start = self.add("copies", Config("mix", mix=copies, mesh=MeshConfig()))
-            made[UPCYCLING] = self.add(UPCYCLING, self.training(text, tokens, start))
+            made[UPCYCLING] = self.add(
+                UPCYCLING, self.training(text, tokens, start, learning_rate=self.later_rate)
+            )
         return made
 
     def evaluate(self, models: dict[str, str]) -> None:

@@ -43,6 +43,8 @@ from btx_jax.presets.experiments import (
 from btx_jax.presets.recipes import MODELS, TINY, reported
 
 MODEL = MODELS[TINY]
+MIXTURE = dataclasses.replace(MODEL, moe=MoEConfig((4,) * MODEL.layers))
+MIXTURE_COST = train_flops(MIXTURE, 1) / train_flops(MODEL, 1)  # of a token, in a dense one's
 DOMAINS = tuple(SHARES)
 SEED_TEXT = "prose_seed:42,code_seed:33,math_seed:22.5,world_seed:2.5"
 # Expert -> its text, of which a little is everybody's, as in the paper; and its domain.
@@ -156,7 +158,6 @@ def _seed() -> Config:
 
 
 def _setting() -> Setting:
-    mixture = dataclasses.replace(MODEL, moe=MoEConfig((4,) * MODEL.layers))
     return Setting(
         seed="@seed",
         texts=TEXTS,
@@ -165,7 +166,7 @@ def _setting() -> Setting:
         mixed=MIXED,
         expert=_training("", BRANCH_STEPS, BRANCHES[BEST].rate, **BRANCHES[BEST].train),
         finetune=_training(MIXED, FINETUNE_STEPS, BEST_RATE["btx"]),
-        moe_cost=train_flops(mixture, 1) / train_flops(MODEL, 1),
+        moe_cost=MIXTURE_COST,
         rows=128,
         before={"seed": PipelineStage(_seed())},
     )

@@ -34,11 +34,13 @@ def summarise(
     others: Sequence[Mapping[str, Any]] = (),
     continual: Sequence[str] = (),
     done: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    planned: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Summarise a pipeline.
 
     results: of the evaluate stage; others: of the same arms with other seeds. curves: run -> its
     metrics lines. seconds: stage -> wall time. done: run -> the results it recorded on finishing.
+    planned: plan.json of `btx plan`, {} without a plan.
 
     Returns a dictionary with:
 
@@ -56,6 +58,7 @@ def summarise(
         over domains.
     goodput: run -> shares of its wall time.
     best: run -> the best step that it kept.
+    plan: as `planned`.
     """
     roles, found = results.get("roles", {}), results["models"]
     seed, experts = roles.get("seed", ""), list(roles.get("experts", ()))
@@ -112,6 +115,7 @@ def summarise(
         },
         "best": {name: told["best"] for name, told in done.items() if "best" in told},
         "lora": {name: found[name]["lora"] for name in names if "lora" in found[name]},
+        "plan": dict(planned),
         "continual": learnt_in_turn(found, continual) if continual else None,
         "comparison": (
             compare([found, *(other["models"] for other in others)]) if others else None

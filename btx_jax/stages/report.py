@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from btx_jax import environment
@@ -25,6 +26,7 @@ from btx_jax.reporting.compare import markdown
 from btx_jax.reporting.summary import print_tables, read_curves, summarise, tables
 from btx_jax.rundir import (
     CONFIG,
+    PLAN,
     claim,
     finish,
     has_begun,
@@ -114,10 +116,18 @@ def write(config: Config, workdir: Path) -> None:
         name: to_path(directory, f"config.report.runs.{name}")
         for name, directory in config.report.runs.items()
     }
+    plan = evaluated.parent / PLAN  # of the pipeline that the evaluation is a stage of
     # A pipeline's report has the name of the pipeline's directory.
     of = workdir.parent if has_begun(workdir.parent) else workdir
     summary = _write_page(
-        workdir, of.name, results, runs, evaluated, others, config.report.continual
+        workdir,
+        of.name,
+        results,
+        runs,
+        evaluated,
+        others,
+        config.report.continual,
+        read_json(plan) if plan.exists() else {},
     )
     if summary["comparison"]:
         write_text(workdir / "comparison.md", markdown(summary["comparison"], summary["models"]))
@@ -140,16 +150,18 @@ def _write_page(
     evaluated: Path | None = None,
     others: Sequence[Any] = (),
     continual: Sequence[str] = (),
+    planned: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write report.html and summary.json; returns the summary. name: title of the report.
-    evaluated: directory of the results, None if there are several."""
+    evaluated: directory of the results, None if there are several. planned: contents of plan.json,
+    {} without a plan."""
     from btx_jax.reporting.page import render  # matplotlib comes with an extra
 
     recorded = {run: recorded_results(directory) for run, directory in runs.items()}
     done = {run: values for run, values in recorded.items() if values is not None}
     seconds = {run: values["seconds"] for run, values in done.items()}
     curves = read_curves(runs)
-    summary = summarise(results, curves, seconds, others, continual, done)
+    summary = summarise(results, curves, seconds, others, continual, done, planned)
     configs = {
         run: (directory / CONFIG).read_text(encoding="utf-8")
         for run, directory in runs.items()

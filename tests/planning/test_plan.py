@@ -141,6 +141,9 @@ def test_dense_training_and_upcycling_of_the_same_tokens(home):
     assert ours.tokens == dense.tokens == upcycled.tokens
     assert dense.flops < ours.flops < upcycled.flops
     assert ours.seconds < ours.chip_seconds
+    for way in told.otherwise:
+        assert way.expected and way.expected.low < way.expected.change < way.expected.high < 0
+        assert any("tokens per parameter" in beyond for beyond in way.expected.beyond)
 
 
 def test_a_step_is_timed_here(home):
@@ -158,13 +161,15 @@ def test_the_command(home, capsys, monkeypatch):
     (home / "my.py").write_text(
         "from tests.planning.test_plan import made\n\n\ndef get_config():\n    return made()\n"
     )
-    btx(["plan", "my.py", "--price=2", "--json=plan.json"])
+    btx(["plan", "my.py", "--price=2"])
     out, err = capsys.readouterr()
     assert "expert_a" in out and "sparse upcycling" in out and "cost" in out
     assert "not tokenised yet" in err
-    written = json.loads((home / "plan.json").read_text())
+    run = home / "runs" / "my"
+    assert [path.name for path in run.iterdir()] == ["plan.json"]
+    written = json.loads((run / "plan.json").read_text())
     assert next(stage["name"] for stage in written["stages"]) == "prepare"
-    assert not (home / "runs" / "my").exists()
+    assert written["on"] == "this machine" and str(run / "plan.json") in out.replace("\n", "")
 
 
 @pytest.mark.parametrize("name", ["demo", "bar:tiny", "comparison:tiny,all", "seed:tiny"])

@@ -104,7 +104,7 @@ def test_steps_are_of_a_sensible_size(tokens, length):
 
 def test_a_branch_that_is_there_is_not_trained(fields, home):
     fields["domains"]["b"] = {"text": str(home / "b.jsonl"), "branch": str(home / "seed")}
-    configs = stages_of(project(**fields, compare=["dense"]))
+    configs = stages_of(project(**fields, method="btx", compare=["dense"]))
     assert "expert_b" not in configs
     assert configs["mix"].mix.experts == ("@expert_a", str(home / "seed"))
     assert configs["evaluate"].evaluate.models["expert_b"] == str(home / "seed")
@@ -149,6 +149,19 @@ def test_all_that_is_wrong_is_told_at_once(fields, home):
     told = str(error.value)
     assert "project.seed: missing" in told
     assert "project.domains.general.tokens=3: the domain has a branch already" in told
+
+
+def test_what_is_trained_on_all_domains_has_a_lower_rate(fields, tokenizer_file):
+    scratch = fields | {"seed": "tiny", "tokenizer": str(tokenizer_file), "seed_tokens": 10**6}
+    configs = stages_of(project(**scratch, compare=("dense", "upcycling")))
+    rates = {name: config.train.learning_rate for name, config in configs.items() if config.train}
+    later = pytest.approx(0.3 * 2e-3)
+    assert rates == {
+        **dict.fromkeys(("seed", "expert_a", "expert_b"), 0.0),
+        **dict.fromkeys(("finetune", "dense", "upcycling"), later),
+    }
+    finetune = stages_of(project(**fields))["finetune"].train
+    assert finetune and finetune.learning_rate == 0, "of a seed that is there the peak is not known"
 
 
 def test_a_foreign_branch_does_not_mix_exactly(fields, home):

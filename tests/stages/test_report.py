@@ -6,6 +6,9 @@ import pytest
 from btx_jax.config.config import Config, ReportConfig
 from btx_jax.config.config_dict import to_dict
 from btx_jax.errors import UserError
+from btx_jax.planning.expected import Expected
+from btx_jax.planning.plan import Otherwise, Plan, Stage
+from btx_jax.planning.tables import as_json
 from btx_jax.presets import recipes
 from btx_jax.reporting.goodput import ACTIVITIES
 from btx_jax.stages import report
@@ -61,6 +64,20 @@ def test_a_report_is_made_from_what_stages_left_behind(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "expert_math" in said and "where the time went" in said
     assert (tmp_path / "out" / "done.json").exists()
+
+
+def test_what_was_planned_stands_beside_what_was_measured(tmp_path):
+    home = pipeline(tmp_path / "demo", 0)
+    seed = Stage("seed", "train", (), tokens=2000, steps=4, flops=3e9, seconds=10.0, storage=2**21)
+    way = Otherwise("dense training", 9000, 1e9, 2.0, 2.0, Expected(-0.1, -0.12, -0.08, ("so",)))
+    planned = {"on": "v5e:2x2", **as_json(Plan((seed,), 4, (way,)), price=0)}
+    (tmp_path / "demo" / "plan.json").write_text(json.dumps(planned))
+    report.report([home], str(tmp_path / "elsewhere"))
+    page = (tmp_path / "elsewhere" / "report.html").read_text()
+    assert "expected, for v5e:2x2" in page
+    row = ("seed", "2,000", "3.00e+09", "10.0", "12.5", "2")
+    assert "".join(f"<td>{cell}</td>" for cell in row) in page
+    assert "<td>-10.0 % (-12.0 to -8.0)</td>" in page and "says too little: so." in page
 
 
 def test_without_an_evaluation_there_is_nothing_to_report(tmp_path):
