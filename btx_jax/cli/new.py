@@ -57,7 +57,8 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
     type=click.Choice(["ffn_only", "btx", "flexolmo"]),
     help=(
         "branches train their feed-forwards alone, everything, or feed-forwards beside an anchor;"
-        " by default ffn_only, and btx where a --branch is given"
+        " by default ffn_only, and btx where a --branch is given or the seed has had little"
+        " training"
     ),
 )
 @click.option(
@@ -113,7 +114,7 @@ def new(
         experts,
         general,
         tokenizer,
-        method or ("btx" if experts else "ffn_only"),
+        method or "",
         compare,
         tokens or 0,
         finetune_tokens or 0,
