@@ -120,7 +120,7 @@ Region = tuple[Range, ...]  # one range for each axis of an array
 
 
 class Slot(NamedTuple):
-    """Where one tensor lies in our parameters.
+    """Where one tensor is stored in our parameters.
 
     path: of the leaf. indices: into its leading axes (layer in its run, expert). inputs: number of
     leading axes of `part` that are inputs of a linear map; 0 for tensors with the same layout on

@@ -57,7 +57,7 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
     type=click.Choice(["ffn_only", "btx", "flexolmo"]),
     help=(
         "branches train only their feed-forwards, everything, or feed-forwards with an anchor;"
-        " by default ffn_only, or btx if a --branch is given"
+        " by default ffn_only, but btx if a --branch is given or the seed has had little training"
     ),
 )
 @click.option(
@@ -123,7 +123,7 @@ def new(
         experts,
         general,
         tokenizer,
-        method or ("btx" if experts else "ffn_only"),
+        method or "",
         compare,
         tokens or 0,
         finetune_tokens or 0,

@@ -17,6 +17,7 @@ from btx_jax.data.prepared import PreparedDomain, heldout_share, none_heldout
 from btx_jax.data.sources import expand_files, parse_sources
 from btx_jax.data.tokenizers import Tokenizer, find_tokenizer
 from btx_jax.errors import ConfigError, Mistakes
+from btx_jax.models.llama import parameter_counts
 from btx_jax.output import write_text
 from btx_jax.presets.project import (
     COMPARISONS,
@@ -28,6 +29,7 @@ from btx_jax.presets.project import (
     schedule,
 )
 from btx_jax.presets.recipes import MODELS
+from btx_jax.training.start import COMPUTE_OPTIMAL, is_pretrained
 
 FEW_STEPS = 100  # too few for a branch to learn much
 UNEVEN = 10  # ratio of two domains' amounts of text
@@ -61,8 +63,8 @@ def get_config():
 @dataclass(frozen=True)
 class Wanted:
     """The user's choices for a new project. domains: name -> files, in data's notation. branches:
-    name -> its expert, if it exists already. tokens: of every branch, 0 for `epochs` of its
-    text."""
+    name -> its expert, if it exists already. method: "" to choose by the seed. tokens: of every
+    branch, 0 for `epochs` of its text."""
 
     seed: str
     domains: Mapping[str, str]
@@ -200,6 +202,20 @@ def _numbers(wanted: Wanted, counted: Mapping[str, int]) -> _Numbers:
     return _Numbers(branches, finetune, seed if wanted.seed in MODELS else 0)
 
 
+def _method(wanted: Wanted, numbers: _Numbers) -> str:
+    """The chosen method, or by default what docs/results.md advises: if the seed has had much
+    training, ffn_only, whose branches mix exactly; otherwise, or with a `--branch`, btx."""
+    if wanted.method:
+        return wanted.method
+    if wanted.branches:
+        return "btx"
+    if wanted.seed in MODELS:
+        needed = COMPUTE_OPTIMAL * parameter_counts(MODELS[wanted.seed])[1]
+        return "ffn_only" if numbers.seed >= needed else "btx"
+    metadata = find_checkpoint(wanted.seed, "--seed").metadata
+    return "ffn_only" if is_pretrained(metadata) else "btx"
+
+
 def _warnings(
     wanted: Wanted, counted: Mapping[str, int], numbers: _Numbers, length: int
 ) -> Iterator[str]:
@@ -258,7 +274,7 @@ def _file(
     compare = "".join(f"{_quoted(word)}, " for word in wanted.compare).rstrip()
     lines += [
         f"finetune_tokens={numbers.finetune:_},  # of the mixture, on all domains alike",
-        f"method={_quoted(wanted.method)},  # {', '.join(METHODS)}",
+        f"method={_quoted(_method(wanted, numbers))},  # {', '.join(METHODS)}",
         f"compare=({compare}),  # also trained, on as many tokens: {', '.join(COMPARISONS)}",
         'tasks=(),  # test sets beside held-out loss, such as "arc_easy"',
         "prompts=(),  # continued by every model, side by side in the report",

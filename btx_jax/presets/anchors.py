@@ -13,9 +13,9 @@ ROUTERS, ROUTER_RATE = 0.1, 2e-3
 
 
 def bar(what: str = LLAMA2) -> Config:
-    """Branch-Adapt-Route (arXiv 2604.18473): `btx` with branches beside an anchor that are unfrozen
-    in stages. Their shared parameters are averaged, and then only the mixture's routers are
-    trained."""
+    """Branch-Adapt-Route (arXiv 2604.18473): `btx` whose branches train with an anchor and are
+    unfrozen in stages. Their shared parameters are averaged, and then only the mixture's routers
+    are trained."""
     stages: dict[str, PipelineStage] = {}
     for name, stage in (btx(what).pipeline or {}).items():
         if name.startswith("expert_"):

@@ -537,7 +537,7 @@ def _with_steps(config: Config, steps: int) -> Config:
 
 def demo() -> Config:
     """Branch-Train-MiX from scratch, tiny: train seed and three experts, mix with the seed as
-    generalist, finetune, evaluate beside dense training on as many tokens of the same text, report.
+    generalist, finetune, compare with dense training on as many tokens of the same text, report.
     The shared parameters and the routers are solved in closed form from text."""
     prepared = dataclasses.replace(_data(TINY, "math,code,world,prose"), tokenizer="demo:")
     stages = {

@@ -94,7 +94,7 @@ def trained_model(config: Config, held: ModelConfig) -> ModelConfig:
 
 
 def anchored_model(model: ModelConfig) -> ModelConfig:
-    """The model of a dense branch that trains beside an anchor: a mixture of the two. A model that
+    """The model of a dense branch that trains with an anchor: a mixture of the two. A model that
     has an anchor is returned unchanged. Raises ConfigError for a model that cannot have one."""
     if model.has_anchor:
         return model

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from btx_jax import stages
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
@@ -89,6 +90,26 @@ def test_a_seed_from_scratch(here):
     made = read_config("my_btx.py", [], "CONFIG")
     assert made.pipeline and made.pipeline["seed"].config.model
     assert made.pipeline["seed"].config.model.vocab_size == 320
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        (["--seed=exported"], "ffn_only"),  # trained by somebody else
+        ([SEED], "btx"),  # trained here, on too little text
+        ([SEED, "--method=flexolmo"], "flexolmo"),
+        ([SEED, "--branch=law=seed"], "btx"),
+        (["--seed=tiny", "--tokenizer=my.model"], "btx"),
+        (["--seed=tiny", "--tokenizer=my.model", "--seed-tokens=30000000"], "ffn_only"),
+    ],
+    ids=str,
+)
+def test_the_method_suits_the_seed(here, words, method):
+    btx(["convert", "seed", "exported"])
+    [weights] = (here / "exported").glob("*.safetensors")
+    save_file(load_file(weights), weights)  # without the history that ours carry
+    new(*words, LAW, TALES)
+    assert f'method="{method}"' in (here / "my_btx.py").read_text()
 
 
 MISTAKES = {
