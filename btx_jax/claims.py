@@ -88,7 +88,7 @@ def _is_dead(directory: Path, claim: _Claim) -> bool:
     if (ended := _has_ended(claim.process)) is not None:
         return ended
     log.warning(
-        "%s is claimed by a process of %s; whether it lives shows within %.0f s",
+        "%s is claimed by a process of %s; whether it is alive will be known within %.0f s",
         directory,
         claim.process.get("host"),
         LAPSED,
@@ -143,7 +143,7 @@ def _renew(directory: Path, claim: _Claim, ended: threading.Event) -> None:
         if not ended.is_set():
             log.error(
                 "%s: another process has taken this directory, as nothing was heard of this one for"
-                " %.0f s; it ends, and what it has saved is kept",
+                " %.0f s; this one ends, and what it has saved is kept",
                 directory,
                 LAPSED,
             )

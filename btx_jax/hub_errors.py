@@ -67,7 +67,7 @@ def _why(error: BaseException, name: Name) -> str:
         return f"the download of {repo} ended early: {_AGAIN}"
     if (found := find(OSError)) and found.errno:
         return f"{found.filename or cache} cannot be written for {repo}: {found.strerror}"
-    return f"{repo} cannot be had: {one_line(error)}"
+    return f"{repo} cannot be loaded: {one_line(error)}"
 
 
 _AGAIN = "run the same command again, complete files are kept"

@@ -24,7 +24,7 @@ WAIT = 1.0  # seconds between checks for another process's upload
 def check_free(target: Path) -> None:
     """Raise UserError when something exists already: nothing is overwritten."""
     if "\0" in str(target):
-        raise UserError(f"cannot write {str(target)[:200]!r}: no name of a file")
+        raise UserError(f"cannot write {str(target)[:200]!r}: not a file name")
     buckets.require(target, f"cannot write {target}")
     try:
         exists = is_there(target)

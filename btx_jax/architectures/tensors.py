@@ -239,7 +239,7 @@ def slots(model: ModelConfig) -> dict[TensorId, Slot]:
     missing = {path for path in leaves if not is_adapter(path)} - {
         slot.path for slot in result.values()
     }
-    assert not missing, f"leaves that are no tensor: {missing}"
+    assert not missing, f"leaves without a tensor: {missing}"
     return result
 
 

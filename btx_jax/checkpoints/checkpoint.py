@@ -349,7 +349,7 @@ def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
     if not to_path(path, "base").exists() and not origin(path):
         path = _moved(path, to_path(str(whose), "base"))
     if not path:
-        cure = "put it back, or at its former place relative to this run"
+        cure = "put it back there, or at its former place relative to this run"
         if model.lora:
             cure = (
                 "put it back, or export the adapter and write the new place into base.path"

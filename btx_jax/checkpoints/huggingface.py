@@ -225,7 +225,7 @@ class HuggingFaceReader:
         named = class_names(self._config)
         classes = {family.model_class for family in known_families().values()}
         if problems and not set(named) <= classes:
-            problems.insert(0, f"config.json says {', '.join(named)}: is it that?")
+            problems.insert(0, f"config.json says {', '.join(named)}: is that right?")
 
     def read(self, tensor: TensorId) -> np.ndarray:
         array = self._seen(tensor, self._where[tensor].read())

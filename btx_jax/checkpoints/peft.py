@@ -188,9 +188,9 @@ def _compare(
     problems = [f"missing {module}.lora_{factor}" for factor in "AB" if factor not in found]
     for factor, array in found.items():
         if array.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
-            problems.append(f"{module}.lora_{factor} is {array.dtype.name}, no floating point")
+            problems.append(f"{module}.lora_{factor} is {array.dtype.name}, not floating point")
         elif array.ndim != 2:
-            problems.append(f"{module}.lora_{factor} is {array.shape}, no matrix")
+            problems.append(f"{module}.lora_{factor} is {array.shape}, not a matrix")
         elif not is_finite(_float32(array)):
             problems.append(f"{module}.lora_{factor} holds NaN, infinity or what float32 does not")
     if not problems and rank not in (None, len(found["A"])):

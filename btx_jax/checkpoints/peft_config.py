@@ -61,7 +61,7 @@ def family_of(base: ModelConfig, origin: str) -> Family:
     try:
         return family_for(base, origin)
     except UserError as error:
-        raise UserError(f"peft adapts Hugging Face's models, and this is none: {error}") from error
+        raise UserError(f"peft adapts Hugging Face's models, not this one: {error}") from error
 
 
 def others(directory: Path) -> list[str]:

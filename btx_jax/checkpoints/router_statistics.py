@@ -123,7 +123,7 @@ class RouterStatistics:
         if shapes != _shapes(self.about) or kinds != {"F64"}:
             raise UserError(f"{path} is damaged: its tensors do not match its metadata")
         if self._file.sha256() != told.get("sha256"):
-            raise UserError(f"{path} is damaged (checksum); get or make it again")
+            raise UserError(f"{path} is damaged (checksum); download or make it again")
 
     def read(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sums of one layer: gram [E, D, D], total [E, D] and count [E], as `Writer.write` takes

@@ -506,7 +506,7 @@ class MixConfig(Section):
     def _merge_of_a_mixture(self) -> Iterator[str]:
         yield from unread(self, MixConfig)
         if self.merge != "mean" and self.method == AVERAGE:
-            yield f"merge={self.merge!r}: of mixtures; method='average' makes a dense model"
+            yield f"merge={self.merge!r}: for mixtures only; method='average' makes a dense model"
         if self.base and self.merge not in (COPY, *READ_BASE):
             yield f"base={self.base!r}: merge={self.merge!r} reads none; leave it out"
         if not self.base and self.merge in (COPY, *READ_BASE):
@@ -774,7 +774,7 @@ class Config(Section):
     def _profiles_its_steps(self) -> Iterator[str]:
         chosen = self.profile.chosen
         if chosen and self.stage != "train":
-            yield f"profile.steps={self.profile.steps!r}: of stage 'train' only"
+            yield f"profile.steps={self.profile.steps!r}: for stage 'train' only"
         elif chosen and self.train and chosen[-1] > self.train.steps:
             yield (
                 f"profile.steps={self.profile.steps!r}: train.steps={self.train.steps} is the last"

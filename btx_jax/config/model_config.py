@@ -79,7 +79,7 @@ class RopeScaling(Section):
     def _factors_of_longrope(self) -> Iterator[str]:
         for key in ("short_factors", "long_factors"):
             if (self.kind == "longrope") != bool(getattr(self, key)):
-                yield f"{key}: of longrope, which needs both, and of no other kind"
+                yield f"{key}: for longrope only, which needs both"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class MoEConfig(Section):
     @rule
     def _gate_of_something(self) -> Iterator[str]:
         if self.shared_gate and not self.shared_d_ff:
-            yield "shared_gate: of a shared expert; give its shared_d_ff"
+            yield "shared_gate: needs a shared expert; give its shared_d_ff"
 
     @rule
     def _some_experts(self) -> Iterator[str]:
@@ -379,7 +379,7 @@ class ModelConfig(Section):
     @rule
     def _kind_of_something(self) -> Iterator[str]:
         if not self.qk_norm and self.qk_norm_kind != "head":
-            yield f"qk_norm_kind={self.qk_norm_kind!r}: of norms on queries and keys; set qk_norm"
+            yield f"qk_norm_kind={self.qk_norm_kind!r}: needs qk_norm, norms on queries and keys"
 
     @rule
     def _biases_fit(self) -> Iterator[str]:

@@ -146,7 +146,7 @@ def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     except Exception as error:  # jaxlib raises several types; all mean an unknown topology
         first = str(error).splitlines()[0]
         raise UserError(
-            f"topology {topology}: libtpu knows no such one ({first}); for example"
+            f"topology {topology}: libtpu does not know it ({first}); for example"
             " v5p:2x2x4 or v5e:4x4"
         ) from None
     return description.devices

@@ -571,7 +571,7 @@ class Loop:
             self.save(whole, state, position)
         self.checkpoints.wait()
         self.writer.close()
-        told = f"saved step {whole}" if whole else "no step was done yet"
+        told = f"saved step {whole}" if whole else "no step was finished yet"
         log.warning("%s: %s; run the same command to resume", signal.Signals(number).name, told)
         raise Preempted(number)
 

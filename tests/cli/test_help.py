@@ -97,7 +97,7 @@ def test_presets_are_listed_with_a_line_each(capsys, words):
         (["mix", "a", "b", "c"], "Got unexpected extra argument (c); see btx mix --help"),
         (["expert", "ad"], "No such command 'ad'. Did you mean 'add'?; see btx expert --help"),
         (["generate", "x", "--top_p=1"], "No such option '--top_p'. (Did you mean"),
-        (["generate", "x", "--prompt=a", "--top-p=0"], "0.0 is not in the range 0<x<=1; btx gen"),
+        (["generate", "x", "--prompt=a", "--top-p=0"], "0.0 is not in the range 0<x<=1; see btx"),
         (
             ["run", "demoo"],
             "CONFIG: no file demoo, and no preset; did you mean 'demo'? known: demo,",

@@ -237,7 +237,7 @@ def test_names_that_become_files_stay_in_their_directory(name):
         (lambda: DataConfig("t", domains={name: "a"}), "domains"),
         (lambda: Config(stage="pipeline", pipeline={name: stage}), "pipeline"),
     ):
-        told = f"(?s)^{key}[:.].*(becomes the name of a file|is no name|no name for a stage)"
+        told = f"(?s)^{key}[:.].*(becomes the name of a file|is not a name|no name for a stage)"
         with pytest.raises(ConfigError, match=told):
             make()
 

@@ -272,7 +272,7 @@ def test_rules_over_several_fields_wait_for_the_fields_they_read_and_no_others()
         ((("mix", "experts"), ["a"] * 50_000), "50000 entries; at most 10000"),
         ((("evaluate", "texts"), {str(i): "a" for i in range(50_000)}), "50000 names"),
         ((("evaluate", "texts"), {"a": "b" * 10**7}), "10000000 characters; at most 100000"),
-        ((("evaluate", "texts"), {5: "b"}), "5 is no name"),
+        ((("evaluate", "texts"), {5: "b"}), "5 is not a name"),
         ((("lora", "rank"), [10**9]), "rank=1000000000: must be at most 65536"),
         ((("rng_seed",), 2**32), "rng_seed=4294967296: must be at most 4294967295"),
     ],
@@ -294,7 +294,7 @@ def test_50_000_unknown_keys_are_counted_not_listed():
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "a b", "é/", "x" * 200])
 def test_a_stage_is_named_as_its_directory_can_be(name):
     stage = Config("report", report=ReportConfig("a"))
-    with pytest.raises(ConfigError, match=r"is no name|no name for a stage"):
+    with pytest.raises(ConfigError, match=r"is not a name|no name for a stage"):
         Config("pipeline", pipeline={name: PipelineStage(stage)})
 
 

@@ -137,8 +137,8 @@ def test_what_parquet_fills_with_nulls_is_absent(tmp_path):
         ({"q": "\udfff", "a": "x"}, "not valid Unicode"),
         ({"q": "x", "a": b"\xff"}, "does not fit"),
         ({"q": "x"}, "no field 'a'"),
-        ({"q": "x", "a": ["b"]}, "no text; name a part of it"),
-        ({"q": "x", "a": {"text": "b"}}, "no text; name a part of it"),
+        ({"q": "x", "a": ["b"]}, "not text; name a part of it"),
+        ({"q": "x", "a": {"text": "b"}}, "not text; name a part of it"),
     ],
 )
 def test_fields_that_hold_no_text_say_why(item, why, tokenizer):

@@ -47,7 +47,7 @@ def test_a_prompt_is_read_and_an_answer_learnt(tokenizer):
         ({"query": "x", "choices": ["a"], "gold": 3}, "not the number of a choice"),
         ({"query": "x", "choices": ["a", "b"], "gold": -1}, "not the number of a choice"),
         ({"query": "x", "choices": ["a", "b"], "gold": True}, "not the number of a choice"),
-        ({"query": "x", "choices": [["a"]], "gold": 0}, "no text; name a part of it"),
+        ({"query": "x", "choices": [["a"]], "gold": 0}, "not text; name a part of it"),
         ({"query": "x", "choices": [" "], "gold": 0}, "empty"),
     ],
 )
@@ -69,7 +69,7 @@ def test_a_chat_s_assistant_is_learnt_turn_by_turn(chat_tokenizer):
     )
     for wrong, why in (
         ([{"role": "user", "content": "u"}], "no assistant"),
-        ("text", "no list"),
+        ("text", "not a list"),
         ([{"role": "user"}], "without content"),
     ):
         with pytest.raises(Unusable, match=why):

@@ -103,7 +103,7 @@ def other_tokenizer(home):
 
 TABLE = [
     ("truncated file", truncate, "b/model.safetensors: truncated"),
-    ("not a safetensors file", lambda home: (home / "b" / "model.safetensors").write_bytes(b"hello, world"), "truncated or no safetensors"),
+    ("not a safetensors file", lambda home: (home / "b" / "model.safetensors").write_bytes(b"hello, world"), "truncated or not a safetensors"),
     ("wrong shape", lambda home: edit(home / "b", lambda t: t.update({GATE: t[GATE][:-1].copy()})), f"{GATE} is (23, 16), not (24, 16)"),
     ("missing tensor", lambda home: edit(home / "b", lambda t: t.pop(GATE)), f"missing {GATE}"),
     ("missing shard", lambda home: shards(home, without="model-2.safetensors"), "missing shard model-2.safetensors"),
