@@ -1,5 +1,5 @@
 """Report: the table, summary.json and report.html of a pipeline, from what its stages left on disk;
-with other seeds, comparison.md, and of the study its tables, study.md."""
+with other seeds, comparison.md, and of the study its tables and figure, study.md and study.svg."""
 
 import dataclasses
 import hashlib
@@ -137,7 +137,10 @@ def write(config: Config, workdir: Path) -> None:
         for each, path in zip((results, *others), paths, strict=True)
     ]
     if told := study.tables(values):
+        from btx_jax.reporting import study_figure  # matplotlib comes with an extra
+
         write_text(workdir / "study.md", told)
+        write_text(workdir / "study.svg", study_figure.figure(values))
         print(plain(told))
 
 
