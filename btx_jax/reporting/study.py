@@ -215,7 +215,7 @@ def peer_table(seeds: Sequence[Models]) -> str:
             rows.append([peer, *cells])
     return table(
         "Branch-Train-MiX minus its peers",
-        ("peer", "as in the paper", "with routers and merge in closed form"),
+        ("peer", "routers at random", "routers in closed form"),
         rows,
     )
 
