@@ -42,7 +42,8 @@ EXPERT_COLOURS = (
 )
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """The figure as SVG text, the same for the same data; closes it."""
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
@@ -103,7 +104,7 @@ def _lines(drawn: Mapping[str, Sequence[tuple[int, float]]], what: str) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def test_set_curves(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
@@ -123,7 +124,7 @@ def test_set_curves(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def mixing_probes(probes: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> str:
@@ -149,7 +150,7 @@ def mixing_probes(probes: Mapping[str, Sequence[tuple[int, float, float, float]]
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _heat_map(
@@ -193,7 +194,7 @@ def loss_matrix(summary: Mapping[str, Any]) -> str:
     figure, axes = plt.subplots(figsize=(1.3 * len(domains) + 1.6, 0.3 * len(models) + 0.8))
     above = values - values.min(axis=0)
     _heat_map(axes, values, above, models, domains, "{:.2f}", max(above.max(), 1e-9))
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def loss_against_compute(models: Mapping[str, Any], seed: str) -> str:
@@ -226,7 +227,7 @@ def loss_against_compute(models: Mapping[str, Any], seed: str) -> str:
     axes.set(xlabel=f"training FLOPs{behind}", ylabel="held-out loss, mean over domains")
     axes.grid(alpha=0.3)
     axes.margins(x=0.15)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def arms(comparison: Mapping[str, Any]) -> str:
@@ -248,7 +249,7 @@ def arms(comparison: Mapping[str, Any]) -> str:
     axes.set_yticks(range(len(entries)), [short(name) for name, _ in entries])
     axes.set(xlabel="held-out loss, mean over domains, nats per token")
     axes.grid(alpha=0.3, axis="x")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def routing_maps(load: Mapping[str, Sequence[Sequence[float]]], experts: Sequence[str]) -> str:
@@ -273,7 +274,7 @@ def routing_maps(load: Mapping[str, Sequence[Sequence[float]]], experts: Sequenc
         axes.set_title(short(domain))
         axes.tick_params(axis="x", rotation=30)
     figure.tight_layout()
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def lora_maps(found: Mapping[str, Any]) -> str:
@@ -292,7 +293,7 @@ def lora_maps(found: Mapping[str, Any]) -> str:
     columns = [f"{layer}\n({count})" for layer, count in enumerate(counts)]
     _heat_map(axes, values, np.nan_to_num(values), targets, columns, "{:.2f}", top=1, signed=True)
     axes.set_xlabel("layer (experts)")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def redundancy_maps(layers: Mapping[int, Mapping[str, Any]], experts: Sequence[str]) -> str:
@@ -305,4 +306,4 @@ def redundancy_maps(layers: Mapping[int, Mapping[str, Any]], experts: Sequence[s
         axes.set_title(f"layer {number}")
         axes.tick_params(axis="x", rotation=30)
     figure.tight_layout()
-    return _svg(figure)
+    return to_svg(figure)

@@ -86,22 +86,31 @@ def points(models: Models, kind: str) -> dict[str, Point]:
     return found
 
 
-def barrier_table(seeds: Sequence[Models]) -> str:
-    """Barriers against learning rate and length, for every kind of branch, means over
-    its experts."""
-    rows = []
-    for kind, branch in BRANCHES.items():
+def barriers(seeds: Sequence[Models]) -> dict[str, dict[int, list[float]]]:
+    """Kind of branch -> step -> barrier of every seed value, a mean over the kind's experts; of the
+    kinds that measured one."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for kind in BRANCHES:
         by_step: dict[int, list[float]] = {}
         for models in seeds:
             own = [models.get(f"expert-{kind}-{expert}", {}) for expert in DOMAIN_OF]
-            barriers = [model["barriers"] for model in own if model.get("barriers")]
-            for step in barriers[0] if barriers else ():
+            measured = [model["barriers"] for model in own if model.get("barriers")]
+            for step in measured[0] if measured else ():
                 by_step.setdefault(step, []).append(
-                    float(np.mean([each[step] for each in barriers if step in each]))
+                    float(np.mean([each[step] for each in measured if step in each]))
                 )
-        for step, values in sorted(by_step.items()):
-            tokens = f"{step * TOKENS / 1e6:.2f}M"
-            rows.append([kind, f"{branch.rate:g} x", tokens, number(values)])
+        if by_step:
+            found[kind] = dict(sorted(by_step.items()))
+    return found
+
+
+def barrier_table(seeds: Sequence[Models]) -> str:
+    """Barriers against learning rate and length."""
+    rows = [
+        [kind, f"{BRANCHES[kind].rate:g} x", f"{step * TOKENS / 1e6:.2f}M", number(values)]
+        for kind, by_step in barriers(seeds).items()
+        for step, values in by_step.items()
+    ]
     return table("Barrier", ("branch", "rate, of the seed's peak", "tokens", "barrier"), rows)
 
 
@@ -206,7 +215,7 @@ def peer_table(seeds: Sequence[Models]) -> str:
             rows.append([peer, *cells])
     return table(
         "Branch-Train-MiX minus its peers",
-        ("peer", "as in the paper", "with routers and merge in closed form"),
+        ("peer", "routers at random", "routers in closed form"),
         rows,
     )
 

@@ -1,5 +1,6 @@
 """Report: tables, summary.json and report.html of a pipeline, from the files of its stages; with
-several seeds also comparison.md, and for the study its tables, study.md."""
+several seeds also comparison.md, and for the study its tables and figure, study.md and
+study.svg."""
 
 import dataclasses
 import hashlib
@@ -138,7 +139,10 @@ def write(config: Config, workdir: Path) -> None:
         for each, path in zip((results, *others), paths, strict=True)
     ]
     if told := study.tables(values):
+        from btx_jax.reporting import study_figure  # matplotlib comes with an extra
+
         write_text(workdir / "study.md", told)
+        write_text(workdir / "study.svg", study_figure.figure(values))
         print(plain(told))
 
 

@@ -61,6 +61,7 @@ def test_every_arm_runs_and_is_reported(group, parts, tmp_path, monkeypatch):
     config = at_two_steps(study.paper_small(group))
     stages.run(config, tmp_path / "out")
     told = (tmp_path / "out" / "study.md").read_text()
+    assert (tmp_path / "out" / "study.svg").read_text().startswith("<svg")
     assert all(part in told for part in parts) and "nan" not in told
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(config.pipeline["evaluate"].config.evaluate.models) <= set(summary["models"])

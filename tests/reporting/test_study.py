@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from btx_jax.presets.study import BRANCHES, DOMAIN_OF
-from btx_jax.reporting import study
+from btx_jax.reporting import study, study_figure
 
 DOMAINS = ("math", "code", "world", "prose")
 
@@ -124,3 +124,14 @@ def test_finetunes_and_rates_are_told():
 def test_other_results_have_no_such_tables():
     others = ("seed", "expert_math", "btx", "dense", "upcycling_flops", "share_50")
     assert study.tables([dict.fromkeys(others, model())]) == ""
+
+
+def test_the_figure_shows_what_the_tables_say():
+    seeds = [branches({"full_30": barrier, "ffn_30": barrier}) for barrier in (0.2, 0.4)]
+    part = study_figure.figure(seeds)
+    assert "0.3 x the seed" in part and "random routers, mean" in part and "1 x" not in part
+    assert "routers at random" not in part
+    for models in seeds:
+        models |= {"btx": model(), "btx_closed": model(math=3.0), "dense": model(math=3.5)}
+    whole = study_figure.figure(seeds)
+    assert "routers at random" in whole and "routers in closed form" in whole
