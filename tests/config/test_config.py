@@ -166,7 +166,7 @@ def test_impossible_shapes_fail_before_any_compile():
         dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **train)),
         config.model,
     )
-    assert check(MeshConfig()).devices.shape == (1, 8, 1, 1)
+    assert check(MeshConfig()).devices.shape == (1, 8, 1, 1, 1)
     with pytest.raises(
         ConfigError,
         match=(
@@ -189,10 +189,12 @@ def test_impossible_shapes_fail_before_any_compile():
 
 
 def test_mesh_shape_takes_what_remains():
-    assert MeshConfig().shape(8) == (1, 8, 1, 1)
-    assert MeshConfig(expert=4).shape(8) == (1, 2, 4, 1)
-    assert MeshConfig(fsdp=2, expert=4).shape(8) == (1, 2, 4, 1)
-    assert make_mesh((1, 2, 4, 1)).shape == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
+    assert MeshConfig().shape(8) == (1, 8, 1, 1, 1)
+    assert MeshConfig(expert=4).shape(8) == (1, 2, 4, 1, 1)
+    assert MeshConfig(fsdp=2, expert=4).shape(8) == (1, 2, 4, 1, 1)
+    assert MeshConfig(context=4).shape(8) == (1, 2, 1, 1, 4)
+    sizes = {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1, "context": 1}
+    assert make_mesh((1, 2, 4, 1)).shape == sizes
 
 
 def test_pipeline_order_references_and_circles(tmp_path):
