@@ -7,7 +7,7 @@ key, what is wrong, and what to do. config_dict.py turns configs into plain dict
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from btx_jax.config.allocation import MAX_EXPERTS
@@ -329,7 +329,8 @@ class MeshConfig(Section):
 
     @rule
     def _one_is_open(self) -> Iterator[str]:
-        axes = asdict(self)
+        names = ("data", "fsdp", "expert", "tensor", "context")
+        axes = {axis: getattr(self, axis) for axis in names}
         if len(several := [axis for axis, size in axes.items() if size == -1]) > 1:
             yield f"{', '.join(several)}: more than one is -1; name the size of all but one"
 
@@ -345,7 +346,8 @@ class MeshConfig(Section):
             raise ConfigError(
                 f"config.mesh: data={self.data} fsdp={self.fsdp} expert={self.expert}"
                 f" tensor={self.tensor} context={self.context} does not fit {devices}"
-                f" device{'s' if devices > 1 else ''}; the product must be {devices} (-1 takes what remains)"
+                f" device{'s' if devices > 1 else ''}; the product must be {devices} (-1 takes what"
+                " remains)"
             )
         return data, fsdp, expert, tensor, context
 
