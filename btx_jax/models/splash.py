@@ -28,10 +28,10 @@ def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool
     """length: of whole rows. The queries are those of this device (parallel/sequence.py)."""
     count = shards()
     size = shard_block_size(length, count)
-    part = min(size, 512) if size % 512 == 0 else size
+    inner = min(size, 512) if size % 512 == 0 else size
     sizes = splash.BlockSizes(
-        block_q=size, block_kv=size, block_kv_compute=part,
-        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=part,
+        block_q=size, block_kv=size, block_kv_compute=inner,
+        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=inner,
         block_q_dq=size, block_kv_dq=size,
     )  # fmt: skip
     seen = (

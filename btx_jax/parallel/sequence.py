@@ -54,9 +54,10 @@ def order(length: int, count: int) -> np.ndarray:
 def part(x: Array, axis: int) -> Array | jax.Array:
     """Inside `shard_map`: what this device holds of an array that lies along a whole row, in the
     order of the text."""
-    count, index = shards(), axis_index("sequence")
+    count = shards()
     if count == 1:
         return x
+    index = axis_index("sequence")
     size = x.shape[axis] // (2 * count)
     pieces = [
         jax.lax.dynamic_slice_in_dim(x, number * size, size, axis)
