@@ -5,6 +5,7 @@ the key, what is wrong, and what to do. config_dict.py converts configs to plain
 back.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -328,30 +329,33 @@ class MeshConfig(Section):
     fsdp."""
     tensor: Axis = 1
     """Devices over which heads and hidden units are sharded."""
+    context: Axis = 1
+    """Devices that share the tokens of one row, for training on long sequences; weights and
+    optimizer state are sharded over it as over fsdp."""
 
     @rule
     def _one_is_open(self) -> Iterator[str]:
-        axes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "expert", "tensor")}
+        names = ("data", "fsdp", "expert", "tensor", "context")
+        axes = {axis: getattr(self, axis) for axis in names}
         if len(several := [axis for axis, size in axes.items() if size == -1]) > 1:
             yield f"{', '.join(several)}: more than one is -1; name the size of all but one"
 
-    def shape(self, devices: int) -> tuple[int, int, int, int]:
-        """(data, fsdp, expert, tensor) for this number of devices. Raises ConfigError when they do
-        not fit."""
-        sizes = [self.data, self.fsdp, self.expert, self.tensor]
-        fixed = 1
-        for size in sizes:
-            fixed *= size if size > 0 else 1
+    def shape(self, devices: int) -> tuple[int, int, int, int, int]:
+        """(data, fsdp, expert, tensor, context) for this number of devices. Raises ConfigError when
+        they do not fit."""
+        sizes = [self.data, self.fsdp, self.expert, self.tensor, self.context]
+        fixed = math.prod(size for size in sizes if size > 0)
         if -1 in sizes and devices % fixed == 0:
             sizes[sizes.index(-1)] = devices // fixed
-        data, fsdp, expert, tensor = sizes
-        if data * fsdp * expert * tensor != devices:
+        data, fsdp, expert, tensor, context = sizes
+        if math.prod(sizes) != devices:
             raise ConfigError(
                 f"config.mesh: data={self.data} fsdp={self.fsdp} expert={self.expert}"
-                f" tensor={self.tensor} does not fit {devices} device{'s' if devices > 1 else ''};"
-                f" the product must be {devices} (-1 takes what remains)"
+                f" tensor={self.tensor} context={self.context} does not fit {devices}"
+                f" device{'s' if devices > 1 else ''}; the product must be {devices} (-1 takes what"
+                " remains)"
             )
-        return data, fsdp, expert, tensor
+        return data, fsdp, expert, tensor, context
 
 
 @dataclass(frozen=True)
@@ -789,6 +793,16 @@ class Config(Section):
         if name not in self.train.eval_tasks:
             known = suggest(name, self.train.eval_tasks) if self.train.eval_tasks else "none"
             yield f"checkpoint.best: no {name!r} in train.eval_tasks; {known}"
+
+    @rule
+    def _cuts_rows_of_training(self) -> Iterator[str]:
+        if self.mesh is None or self.mesh.context == 1:
+            return
+        told = f"mesh.context={self.mesh.context}"
+        if self.stage != "train":
+            yield f"{told}: for stage 'train' only; leave it out"
+        if self.train and self.train.eval_tasks:
+            yield f"{told}: test sets are not cut; leave it out, or train.eval_tasks"
 
     @rule
     def _has_text_of_routers(self) -> Iterator[str]:

@@ -4,7 +4,7 @@ import math
 
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.program import Kernel
-from btx_jax.models.splash import block_size
+from btx_jax.models.splash import shard_block_size
 
 # Number of [T, T] by head-width matmuls in each splash kernel: scores and sum; scores,
 # probabilities' gradient and dq; both of these and dk, dv.
@@ -13,15 +13,15 @@ SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 def kernel_flops(kernel: Kernel, window: int = 0) -> float:
     """FLOPs of all executions of the kernel. Splash: tiles at or below the diagonal; with a window,
-    those that it touches. gmm and tgmm: all rows of the buffer, an upper bound. Raises ValueError
-    for an unknown kernel."""
+    those that it touches; where a device holds a part of its rows, its share of them. gmm and tgmm:
+    all rows of the buffer, an upper bound. Raises ValueError for an unknown kernel."""
     for name, matmuls in SPLASH.items():
         if kernel.name.startswith(name):
-            q = max(kernel.operands, key=lambda shape: shape.bytes).dims  # [..., H, T, K]
-            side = block_size(q[-2])
-            tiles, reach = q[-2] // side, window or q[-2]
+            q, (*_, length, _) = _queries_and_keys(kernel)
+            side = shard_block_size(length, length // q[-2])
+            tiles, reach = length // side, window or length
             met = sum(row - max(0, row * side - reach + 1) // side + 1 for row in range(tiles))
-            return 2.0 * matmuls * math.prod(q) * q[-2] * met / tiles**2 * kernel.trips
+            return 2.0 * matmuls * math.prod(q) * length * met / tiles**2 * kernel.trips
     if kernel.name == "gmm":
         rows, weights = kernel.operands[-2].dims, kernel.operands[-1].dims
         return 2.0 * rows[0] * weights[1] * weights[2] * kernel.trips
@@ -38,8 +38,13 @@ def filled(kernel: Kernel, array: int) -> float:
     narrow as a head."""
     if not kernel.name.startswith("splash"):
         return 1.0
-    head = max(kernel.operands, key=lambda shape: shape.bytes).dims[-1]
-    return min(1.0, head / array)
+    return min(1.0, _queries_and_keys(kernel)[0][-1] / array)
+
+
+def _queries_and_keys(splash: Kernel) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """[..., H, T, K], [..., N, S, K]. In front of them stand integers: which tiles are seen."""
+    q, k, *_ = (shape.dims for shape in splash.operands if shape.dtype in ("bf16", "f32"))
+    return q, k
 
 
 def rows_in_use(kernel: Kernel, model: ModelConfig, expert_axis: int) -> float:

@@ -23,22 +23,22 @@ def training_batches(
     domains: Sequence[PreparedDomain],
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: int = 0,
+    shares: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches {tokens, segments: [batch_size / process_count, sequence + 1]} of this
-    process's rows.
+    """Endless batches {tokens, segments: [batch_size / shares, sequence + 1]} of one share of their
+    rows (`hosts.share_of_rows`).
 
     Rows are drawn from domains, and within them from sources, in proportion to the (normalised)
     weights; each source is reshuffled every epoch. The batches are a function of (domains,
-    batch_size, seed) alone: all processes together see the same rows whatever their number. The
+    batch_size, seed) alone: all shares together are the same rows whatever their number. The
     iterator's `get_state` and `set_state` resume it exactly.
 
-    Raises UserError when batch_size is not divisible by process_count.
+    Raises UserError when batch_size is not divisible by shares.
     """
-    if batch_size % process_count:
+    if batch_size % shares:
         raise UserError(
-            f"config.train.batch_size={batch_size}: not divisible by the {process_count} processes"
+            f"config.train.batch_size={batch_size}: not divisible by the {shares} processes"
         )
     weighted = [
         (source, domain.weight * source.weight / sum(s.weight for s in domain.sources))
@@ -56,10 +56,10 @@ def training_batches(
         if len(parts) == 1
         else grain.MapDataset.mix(parts, [weight for _, weight in weighted])
     )
-    rows = rows[process_index:ENDLESS:process_count].map(
+    rows = rows[share:ENDLESS:shares].map(
         lambda row: {name: row[name] for name in ("tokens", "segments")}
     )
-    batches = rows.batch(batch_size // process_count)
+    batches = rows.batch(batch_size // shares)
     return iter(
         batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH))
     )

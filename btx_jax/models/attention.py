@@ -23,7 +23,8 @@ from btx_jax.models.layers import (
     scaled_norm,
 )
 from btx_jax.models.lora import Adapted, adapter_params, cut
-from btx_jax.models.splash import assert_heads, block_size, splash_attend
+from btx_jax.models.splash import assert_heads, shard_block_size, splash_attend
+from btx_jax.parallel.sequence import TOKENS, part, shards, whole
 from btx_jax.parallel.sharding import all_gather, psum, shard_map
 
 
@@ -138,42 +139,47 @@ def attend(
     q_BNGTK: jax.Array,
     k_BNSK: jax.Array,
     v_BNSK: jax.Array,
-    segments_BT: jax.Array,
+    segments_BS: jax.Array,
     window: int = 0,
     scale: float = 0.0,
     cap: float = 0.0,
 ) -> jax.Array:
     """Softmax attention of G query heads per key head; token t sees s <= t of its own segment, of
-    a window only t - window < s. Returns [B, N, G, T, K]. scale, cap: as in ModelConfig.
+    a window only t - window < s. Returns [B, N, G, T, K]. scale, cap: as in ModelConfig. Keys are
+    those of whole rows, queries of the part that this device holds (parallel/sequence.py).
 
-    Queries go in blocks that meet only the keys up to their end, and from the window's begin: the
-    upper triangle, 3/8 to 7/16 of the work, is not computed. Scores and softmax are float32.
+    Queries go in blocks. Of rows that are not cut they meet only the keys up to their end, and from
+    the window's begin: the upper triangle, 3/8 to 7/16 of the work, is not computed. Scores and
+    softmax are float32.
     Dividing by the sum after the second matmul touches K columns instead of T.
     """
-    assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BT)
-    length = q_BNGTK.shape[-2]
+    assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BS)
+    length, row = q_BNGTK.shape[-2], k_BNSK.shape[-2]
+    position_T, segments_BT = part(np.arange(row), axis=0), part(segments_BS, axis=1)
     q = q_BNGTK * (scale or q_BNGTK.shape[-1] ** -0.5)
     block = query_block(length)
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        first = max(0, start - window + 1) if window else 0
+        first, last = max(0, start - window + 1) if window else 0, end
+        if length < row:  # where the block stands is known to its device alone
+            first, last = 0, row
         scores = jnp.einsum(
             "bngtk,bnsk->bngts",
             q[..., start:end, :],
-            k_BNSK[..., first:end, :],
+            k_BNSK[..., first:last, :],
             preferred_element_type=jnp.float32,
         )
         scores = capped(scores, cap)
-        distance = np.arange(start, end)[:, None] - np.arange(first, end)[None, :]
+        distance = position_T[start:end, None] - np.arange(first, last)[None, :]
         seen = (distance >= 0) & (distance < window) if window else distance >= 0
-        allowed = seen & (segments_BT[:, start:end, None] == segments_BT[:, None, first:end])
+        allowed = seen & (segments_BT[:, start:end, None] == segments_BS[:, None, first:last])
         scores = scores + jnp.where(allowed, 0.0, -1e30)[:, None, None]
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         summed = jnp.einsum(
             "bngts,bnsk->bngtk",
             weights.astype(v_BNSK.dtype),
-            v_BNSK[..., first:end, :],
+            v_BNSK[..., first:last, :],
             preferred_element_type=jnp.float32,
         )
         outputs.append((summed / weights.sum(axis=-1, keepdims=True)).astype(v_BNSK.dtype))
@@ -272,8 +278,8 @@ class Attention(nn.Module):
             return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
         names, outputs = (
-            (("batch",), ("batch",), *map(self._axes, weights), *adapters.names),
-            (("batch",),) * (1 + len(adapters.routed)),
+            (TOKENS, TOKENS, *map(self._axes, weights), *adapters.names),
+            (TOKENS,) * (1 + len(adapters.routed)),
         )
         y_BTD, *logits = shard_map(local, names, outputs)(
             x_BTD, segments_BT, *weights.values(), *adapters.arrays
@@ -342,24 +348,26 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """The answers of one device's heads, [B, N, G, T, K]."""
         kernels = platform_kernels(self.kernels)
-        length, window = x_BTD.shape[1], self.spec.window
+        segments_BS = whole(segments_BT, axis=1)
+        length, window = segments_BS.shape[1], self.spec.window
         window = window if window < length else 0
         scaling, length_BT = self.spec.rope_scaling, None
         if changes_with_length(scaling, length):
-            length_BT = document_lengths(segments_BT)
-        position: Any = np.arange(length, dtype=np.float32)
+            length_BT = part(document_lengths(segments_BS), axis=1)
+        position: Any = part(np.arange(length, dtype=np.float32), axis=0)
         is_absolute = scaling.query_growth or self.config.qk_norm_kind == "rotated"
         if is_absolute:  # all else depends on differences of positions alone
-            position = places_in_document(segments_BT).astype(jnp.float32)
+            position = part(places_in_document(segments_BS), axis=1).astype(jnp.float32)
         heads = self._project(x_BTD, position, length_BT, w, lora)
         q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in heads)
+        k_BNSK, v_BNSK = whole(k_BNTK, axis=2), whole(v_BNTK, axis=2)
         scale, cap = self.config.attention_scale, self.config.attention_cap
-        if kernels == "xla" or not block_size(length):
-            y_BNGTK = attend(q_BNGTK, k_BNTK, v_BNTK, segments_BT, window, scale, cap)
+        if kernels == "xla" or not shard_block_size(length, shards()):
+            y_BNGTK = attend(q_BNGTK, k_BNSK, v_BNSK, segments_BS, window, scale, cap)
             return checkpoint_name(y_BNGTK, "attention")
         is_interpreted = kernels == "pallas_interpret"
         return splash_attend(
-            q_BNGTK, k_BNTK, v_BNTK, segments_BT, window, is_interpreted, scale, cap
+            q_BNGTK, k_BNSK, v_BNSK, segments_BS, window, is_interpreted, scale, cap
         )
 
     def _project(

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from btx_jax.config.model_config import LoRASpec, ModelConfig
 from btx_jax.models.lora import Adapted, adapter_params, cut
+from btx_jax.parallel.sequence import TOKENS
 from btx_jax.parallel.sharding import all_gather, psum, shard_map
 
 INIT_STD = 0.02
@@ -429,14 +430,14 @@ class FeedForward(nn.Module):
             return y_BTD, *(lora.logits[target] for target in adapters.routed)
 
         names = (
-            ("batch",),
+            TOKENS,
             ("embed", "hidden"),
             ("embed", "hidden"),
             ("hidden", "embed"),
             *(BIAS_AXES[name] for name in biases),
             *adapters.names,
         )
-        outputs = (("batch",),) * (1 + len(adapters.routed))
+        outputs = (TOKENS,) * (1 + len(adapters.routed))
         weights = (w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD))
         y_BTD, *logits = shard_map(local, names, outputs)(
             x_BTD, *weights, *biases.values(), *adapters.arrays

@@ -37,6 +37,7 @@ from btx_jax.models.leaves import is_router
 from btx_jax.models.lora import is_adapter, router_statistics
 from btx_jax.models.moe import MoEFeedForward
 from btx_jax.models.routing import RoutingStats
+from btx_jax.parallel.sequence import TOKENS, exchanged
 from btx_jax.parallel.sharding import shard
 
 Params = Mapping[str, Any]
@@ -61,7 +62,7 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, RoutingStats]]:
         c, lora, activation = self.config, self.spec.lora, self.spec.activation
-        x_BTD = shard(x_BTD, "batch", None, None)
+        x_BTD = shard(x_BTD, *TOKENS, None)
         h_BTD = Before(c, name="attention_norm")(x_BTD)
         y_BTD, logits = Attention(c, self.spec, self.compute.kernels, name="attention")(
             h_BTD, segments_BT
@@ -95,7 +96,7 @@ class Block(nn.Module):
             assert lora
             stats[f"/{target}"] = router_statistics(logits_BTE, segments_BT > 0, lora)
         x_BTD = After(c, name="ffn_post_norm")(x_BTD, y_BTD)
-        return shard(x_BTD, "batch", None, None), stats
+        return shard(x_BTD, *TOKENS, None), stats
 
 
 class Llama(nn.Module):
@@ -123,6 +124,7 @@ class Llama(nn.Module):
         chex.assert_type([tokens, segments], int)
         c = self.config
         step = jnp.asarray(step)
+        tokens, segments = exchanged(tokens), exchanged(segments)
         x_BTD = Embed(c.vocab_size, c.d_model, name="embed")(tokens).astype(self.compute.dtype)
         x_BTD = times(x_BTD, c.embed_scale)
         if not c.tied_head:
@@ -146,7 +148,7 @@ class Llama(nn.Module):
                 x_BTD, segments, step
             )
             stats |= {name + router: values for router, values in run_stats.items()}
-        return Norm(c, name="final_norm")(x_BTD), stats
+        return exchanged(Norm(c, name="final_norm")(x_BTD)), stats
 
 
 def head_kernel(params: Params) -> jax.Array:

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from btx_jax.config.model_config import LoRASpec
 from btx_jax.models.routing import RoutingStats
+from btx_jax.parallel.sequence import TOKENS, exchanged
 from btx_jax.parallel.sharding import all_gather, psum
 
 NAME = "lora"  # name of the sub-tree of a module's adapters, by target
@@ -135,16 +136,16 @@ def cut(
             "a": (into, None, None),
             "b": (None, None, out),
             "router": (into, None),
-            "mask": ("batch", None, into),
+            "mask": (*TOKENS, into),
         }
         if key is not None:
             inputs = adapter["a"].shape[0]
-            trees[target]["mask"] = jax.random.bernoulli(
+            kept_BTI = jax.random.bernoulli(
                 jax.random.fold_in(key, number), 1 - spec.dropout, (*rows, inputs)
             )
+            trees[target]["mask"] = exchanged(kept_BTI)
             places["mask"] = (
-                "batch",
-                None,
+                *TOKENS,
                 None if into == "embed" else into,
             )  # activations are not sharded along D
         names[target] = {name: places[name] for name in trees[target]}

@@ -29,6 +29,7 @@ from btx_jax.models.routing import (
     statistics,
     without_anchor,
 )
+from btx_jax.parallel.sequence import exchanged, groups, shards, ungrouped
 from btx_jax.parallel.sharding import all_gather, psum, shard, shard_map
 
 
@@ -196,7 +197,7 @@ class MoEFeedForward(nn.Module):
         chex.assert_rank([x_BTD, valid_BT], [3, 2])
         chex.assert_equal_shape_prefix([x_BTD, valid_BT], 2)
         chex.assert_type(valid_BT, bool)
-        _, length, d_model = x_BTD.shape
+        batch, length, d_model = x_BTD.shape
         experts, d_ff = self.spec.experts, self.d_ff
         router_DE = normal_param(self, "router", (d_model, experts), ("embed", "router"))
         gate_EDF = normal_param(
@@ -210,17 +211,20 @@ class MoEFeedForward(nn.Module):
         )
         gate_EDF, up_EDF, down_EFD = (w.astype(x_BTD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
 
-        tokens = (
-            min(self.compute.group_size, length) if self.compute.dispatch == "einsum" else length
-        )  # ragged dispatch has no groups
-        x_GSD = x_BTD.reshape(-1, tokens, d_model)
-        valid_GS = valid_BT.reshape(-1, tokens)
+        tokens = length // shards()
+        if self.compute.dispatch == "einsum":  # ragged dispatch has no groups
+            tokens = min(self.compute.group_size, tokens)
+        x_GSD, valid_GS = groups(x_BTD, tokens), groups(valid_BT, tokens)
         bias_E = None
         if self.spec.anchor:
             bias_E = bias_param(self, "router_bias", (experts,), ("router",))
         logits_GSE = router_logits(x_GSD, router_DE, bias_E)
-        sample_key = self.make_rng("routing") if self.has_rng("routing") else None
-        choice = own = route(logits_GSE, valid_GS, self.spec, sample_key, step)
+        noise_GSE = None
+        if self.spec.routing == "sample_top1" and self.has_rng("routing"):
+            shape = (batch, length, logits_GSE.shape[-1])
+            noise_BTE = jax.random.gumbel(self.make_rng("routing"), shape)
+            noise_GSE = groups(exchanged(noise_BTE), tokens)
+        choice = own = route(logits_GSE, valid_GS, self.spec, noise_GSE, step)
         if self.spec.anchor:
             own, anchor_gate_GS = without_anchor(choice, experts)
         if self.compute.dispatch == "einsum":
@@ -239,10 +243,10 @@ class MoEFeedForward(nn.Module):
                 platform_kernels(self.compute.kernels),
                 self.spec.sums_to_one,
                 self.spec.activation,
-            )
+            ).reshape(x_GSD.shape)
             dropped = jnp.zeros(())
         stats = statistics(logits_GSE, choice, valid_GS, dropped)
-        y_BTD = y_GSD.reshape(x_BTD.shape)
+        y_BTD = ungrouped(y_GSD, batch)
         if anchor_BTD is not None:
-            y_BTD = _plus_anchor(y_BTD, anchor_gate_GS.reshape(valid_BT.shape), anchor_BTD)
+            y_BTD = _plus_anchor(y_BTD, ungrouped(anchor_gate_GS, batch), anchor_BTD)
         return y_BTD, stats._replace(choice=choice) if self.keep_choices else stats

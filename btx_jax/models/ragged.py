@@ -66,7 +66,7 @@ def ragged_experts(
             y_MD = weighted_sum(y_MKD, gate_MK, sums_to_one)
         return psum(y_MD, "hidden")
 
-    rows = ("batch",)
+    rows = ("group",)
     into, out = ("expert", "expert_embed", "hidden"), ("expert", "hidden", "expert_embed")
     return shard_map(local, (rows, rows, rows, into, into, out), rows)(
         x_MD, gate_MK, index_MK, gate_EDF, up_EDF, down_EFD

@@ -58,15 +58,15 @@ def route(
     logits_GSE: jax.Array,
     valid_GS: jax.Array,
     spec: LayerSpec,
-    sample_key: jax.Array | None,
+    noise_GSE: jax.Array | None,
     step: jax.Array,
 ) -> Choice:
     """Router logits (float32) -> Choice.
 
     top_k: SoftMax(TopK(logits)), or TopK(SoftMax(logits)) if gates are not renormalised. switch:
     the best expert, weighted by its full-softmax probability. soft: all experts, full softmax.
-    sample_top1: with `sample_key` (training), the largest of a Gumbel-softmax sample, which keeps
-    its weight; without it (inference), the best expert with weight 1.
+    sample_top1: with `noise_GSE`, Gumbel-distributed (training), the largest of a Gumbel-softmax
+    sample, which keeps its weight; without it (inference), the best expert with weight 1.
     """
     chex.assert_rank([logits_GSE, valid_GS], [3, 2])
     chex.assert_equal_shape_prefix([logits_GSE, valid_GS], 2)
@@ -84,8 +84,8 @@ def route(
         gate_GSK, index_GSK = jax.lax.top_k(probs_GSE, experts)
     elif spec.routing == "switch":
         gate_GSK, index_GSK = jax.lax.top_k(probs_GSE, 1)
-    elif spec.routing == "sample_top1" and sample_key is not None:
-        noisy_GSE = logits_GSE + jax.random.gumbel(sample_key, logits_GSE.shape)
+    elif spec.routing == "sample_top1" and noise_GSE is not None:
+        noisy_GSE = logits_GSE + noise_GSE
         gate_GSK, index_GSK = jax.lax.top_k(jax.nn.softmax(noisy_GSE / gumbel_temperature(step)), 1)
     elif spec.routing == "sample_top1":
         top_GSK, index_GSK = jax.lax.top_k(logits_GSE, 1)

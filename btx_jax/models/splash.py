@@ -5,6 +5,9 @@ import chex
 import jax
 import numpy as np
 
+from btx_jax.parallel.sequence import order, part, shards
+from btx_jax.parallel.sharding import axis_index
+
 LANES = 128  # the kernel's key tiles are whole vector registers
 BLOCK = 1024  # queries by keys per tile, when that divides the sequence
 SAVED_NAME = "attention"  # name of the kernel's output and log-sum-exp in remat policies
@@ -15,12 +18,20 @@ def block_size(length: int) -> int:
     return next((size for size in range(BLOCK, 0, -LANES) if length % size == 0), 0)
 
 
+def shard_block_size(length: int, count: int) -> int:
+    """`block_size` for rows cut into `count` parts (parallel/sequence.py): a tile lies within one
+    of a part's two pieces."""
+    return block_size(length if count == 1 else length // (2 * count))
+
+
 def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool, cap: float):
-    size = block_size(length)
-    part = min(size, 512) if size % 512 == 0 else size
+    """length: of whole rows. The queries are those of this device (parallel/sequence.py)."""
+    count = shards()
+    size = shard_block_size(length, count)
+    inner = min(size, 512) if size % 512 == 0 else size
     sizes = splash.BlockSizes(
-        block_q=size, block_kv=size, block_kv_compute=part,
-        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=part,
+        block_q=size, block_kv=size, block_kv_compute=inner,
+        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=inner,
         block_q_dq=size, block_kv_dq=size,
     )  # fmt: skip
     seen = (
@@ -28,42 +39,53 @@ def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool
         if window
         else masks.CausalMask((length, length))
     )
-    return splash.make_splash_mha(
+    seen.q_sequence = order(length, count)
+    kernel = splash.make_splash_mha(
         masks.MultiHeadMask([seen] * heads),
         block_sizes=sizes,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=count,
         residual_checkpoint_name=SAVED_NAME,
         attn_logits_soft_cap=cap or None,
         interpret=interpret,
     )
+    if count == 1:
+        return kernel
+
+    def own(x: jax.Array) -> jax.Array:  # tiles [heads, T, S] that are seen, or positions [T]
+        axis = 1 if x.ndim == 3 else 0
+        size = x.shape[axis] // count
+        return jax.lax.dynamic_slice_in_dim(x, axis_index("sequence") * size, size, axis)
+
+    return jax.tree.map(own, kernel)
 
 
 def assert_heads(
-    q_BNGTK: jax.Array, k_BNTK: jax.Array, v_BNTK: jax.Array, segments_BT: jax.Array
+    q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BS: jax.Array
 ) -> None:
     """Check the shapes of the inputs of attention within rows, for any kernel."""
     chex.assert_rank(q_BNGTK, 5)
     dims = chex.Dimensions()
     dims["BNGTK"] = q_BNGTK.shape
-    chex.assert_shape([k_BNTK, v_BNTK], dims["BNTK"])
-    chex.assert_shape(segments_BT, dims["BT"])
-    chex.assert_type(segments_BT, int)
+    dims["S"] = (q_BNGTK.shape[3] * shards(),)
+    chex.assert_shape([k_BNSK, v_BNSK], dims["BNSK"])
+    chex.assert_shape(segments_BS, dims["BS"])
+    chex.assert_type(segments_BS, int)
 
 
 def splash_attend(
     q_BNGTK: jax.Array,
     k_BNSK: jax.Array,
     v_BNSK: jax.Array,
-    segments_BT: jax.Array,
+    segments_BS: jax.Array,
     window: int,
     interpret: bool,
     scale: float = 0.0,
     cap: float = 0.0,
 ) -> jax.Array:
     """`attention.attend` by the kernel, for the rows and heads of one device. T must be a multiple
-    of 128."""
-    assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BT)
+    of 128, and so must both pieces of a part of it."""
+    assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BS)
     # Imported here because the import is slow and few commands need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -72,8 +94,10 @@ def splash_attend(
     q_BHTK = (q_BNGTK * np.asarray(scale or head_dim**-0.5, q_BNGTK.dtype)).reshape(
         batch, kv_heads * groups, length, head_dim
     )
-    kernel = _kernel(splash, masks, kv_heads * groups, length, window, interpret, cap)
-    y_BHTK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(
-        q_BHTK, k_BNSK, v_BNSK, segments_BT
+    row = k_BNSK.shape[2]
+    kernel = _kernel(splash, masks, kv_heads * groups, row, window, interpret, cap)
+    segments = splash.SegmentIds(part(segments_BS, axis=1), segments_BS)
+    y_BHTK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=s))(
+        q_BHTK, k_BNSK, v_BNSK, segments
     )
     return y_BHTK.reshape(q_BNGTK.shape)

@@ -185,6 +185,19 @@ def any_of_all(value: bool) -> ArrayLike:
     return largest(jax.make_array_from_process_local_data(spread, own))
 
 
+def share_of_rows(sharding: Sharding) -> tuple[int, int]:
+    """(i, n): a batch's rows fall into n parts, and the devices of this process hold part i. All of
+    them where processes hold some rows together and others apart."""
+    held: dict[int, set[int]] = {}
+    places: dict[Any, Any] = dict(sharding.devices_indices_map((sharding.num_devices,)))
+    for device, (rows,) in places.items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted({frozenset(rows) for rows in held.values()}, key=min)
+    if sum(map(len, parts)) > len(frozenset.union(*parts)):
+        return 0, 1
+    return parts.index(frozenset(held[jax.process_index()])), len(parts)
+
+
 def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
     """Put a host array that every process holds in full onto this process's devices, sharded."""
     whole = np.asarray(array)

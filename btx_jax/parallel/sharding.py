@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # activations
@@ -27,9 +27,16 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
         "data",
         "fsdp",
         "expert",
-    ),  # tokens are spread over all axes but `tensor`
-    "group": ("data", "fsdp", "expert"),  # routing groups are cut from the batch
+    ),  # rows are spread over all axes but `tensor` and `context`
+    "sequence": "context",
+    "group": (
+        "context",
+        "data",
+        "fsdp",
+        "expert",
+    ),  # routing groups are cut from the batch (`sequence.groups`)
     "expert_group": (
+        "context",
         "data",
         "fsdp",
     ),  # the same tokens once the expert axis holds experts: the flip is the all-to-all
@@ -40,8 +47,9 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "embed": (
         "fsdp",
         "expert",
+        "context",
     ),  # also over the expert axis, which would replicate them
-    "expert_embed": "fsdp",
+    "expert_embed": ("fsdp", "context"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -201,13 +209,14 @@ _scatter.defvjp(
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """(data, fsdp, expert, tensor) -> Mesh with Auto axes: Linen's constraints fail under jax's
-    default, Explicit.
+    """(data, fsdp, expert, tensor, context) -> Mesh with Auto axes: Linen's constraints fail under
+    jax's default, Explicit. Axes that are left out at the end are 1.
 
     With several slices, the data axis spans them, so that only gradients cross between slices.
     Raises UserError when it cannot.
     """
     auto = (AxisType.Auto,) * len(MESH_AXES)
+    shape = (*shape, *[1] * (len(MESH_AXES) - len(shape)))
     slices = len(
         {
             getattr(device, "slice_index", 0)
@@ -215,7 +224,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
         }
     )
     if slices == 1:
-        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=auto, devices=devices)
+        return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
     data, *rest = shape
     if data % slices:
         raise UserError(
@@ -223,7 +232,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
             " only gradients should travel"
         )
     grid = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *rest), (slices, 1, 1, 1), devices=devices
+        (data // slices, *rest), (slices, *[1] * len(rest)), devices=devices
     )
     return Mesh(grid, MESH_AXES, axis_types=auto)
 

@@ -402,7 +402,9 @@ def more_chips(config: Config, chips: int, slices: int, topology: str) -> str:
     kind = parse_grid(topology)[0]
     if DIMENSIONS[kind] == 2 and chips > slices * LARGEST_PLANE:
         return f"no slice of {kind} holds it, use chips with more memory"
-    accumulate = dividing_accumulate(config.train, chips // max(config.mesh.tensor, 1))
+    accumulate = dividing_accumulate(
+        config.train, chips // max(config.mesh.tensor, 1) // max(config.mesh.context, 1)
+    )
     fewer = accumulate and accumulate != config.train.accumulate
     return f"use {chips} chips" + (f" with --config.train.accumulate={accumulate}" if fewer else "")
 

@@ -58,7 +58,7 @@ from btx_jax.evaluation.heldout import make_heldout_step, mean_loss, token_losse
 from btx_jax.evaluation.tasks import Candidate, read_test_set, scores, too_long
 from btx_jax.models.llama import parameter_counts
 from btx_jax.models.lora import join, partition
-from btx_jax.parallel.hosts import first_then_others, is_first, put
+from btx_jax.parallel.hosts import first_then_others, is_first, put, share_of_rows
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.presets.recipes import TASKS
 from btx_jax.progress import Steps, clock
@@ -146,7 +146,10 @@ def run(config: Config, workdir: Path) -> None:
         domain.name: domain.identity() for domain in domains
     }
     batches = training_batches(
-        domains, config.train.batch_size, config.rng_seed, jax.process_index(), jax.process_count()
+        domains,
+        config.train.batch_size,
+        config.rng_seed,
+        *share_of_rows(batch_sharding(mesh)),
     )
 
     log.info("compiling the step of %s", workdir.name)
@@ -497,7 +500,9 @@ class Loop:
                             self.profile.start(step)
                     local = self.next_batch(batches)
                     batch = {
-                        name: jax.make_array_from_process_local_data(sharding, rows)
+                        name: jax.make_array_from_process_local_data(
+                            sharding, rows, (train.batch_size, rows.shape[1])
+                        )
                         for name, rows in local.items()
                     }
                     places = itertools.count()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btx_jax.models.layers import Readout
+from btx_jax.parallel.sequence import TOKENS
 from btx_jax.parallel.sharding import all_gather, axis_index, pmax, psum, shard_map
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -97,8 +98,7 @@ def token_scores(
         )
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(targets_BT.shape), scores)
 
-    names = (("batch",), HEAD, ("batch",))
-    return shard_map(local, names, (("batch",), ("batch",)))(
+    return shard_map(local, (TOKENS, HEAD, TOKENS), (TOKENS, TOKENS))(
         hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT
     )
 
@@ -144,13 +144,13 @@ def _forward(hidden_BTD, head_DV, targets_BT, weights_BT, chunk, readout):
         dhead_DV, (loss_NB, dh) = jax.lax.scan(body, jnp.zeros(head.shape, jnp.float32), xs)
         (dhead_DV,) = gather_transposed(dhead_DV.astype(dtype))
         return (
-            loss_NB.sum(axis=0),
+            psum(loss_NB.sum(axis=0), "sequence"),
             dh.swapaxes(0, 1).reshape(hidden_BTD.shape),
             psum(dhead_DV, "replica"),
         )
 
-    names = (("batch",), HEAD, ("batch",), ("batch",))
-    compute = shard_map(local, names, (("batch",), ("batch",), HEAD))
+    names = (TOKENS, HEAD, TOKENS, TOKENS)
+    compute = shard_map(local, names, (("batch",), TOKENS, HEAD))
     loss_B, dh, dhead_DV = compute(
         hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT, weights_BT
     )

@@ -266,7 +266,7 @@ def checked_mesh(
     with mistakes.gather():
         shape = config.mesh.shape(jax.device_count() if devices is None else len(devices))
     platform = devices[0].platform if devices else jax.default_backend()
-    for told in _misfits(config, model, shape or (1, 1, 1, 1), platform):
+    for told in _misfits(config, model, shape or (1, 1, 1, 1, 1), platform):
         mistakes.add(told)
     mistakes.tell()
     assert shape
@@ -283,12 +283,12 @@ def dividing_accumulate(train: TrainConfig, shards: int) -> int:
 
 
 def _misfits(
-    config: Config, model: ModelConfig, shape: tuple[int, int, int, int], platform: str
+    config: Config, model: ModelConfig, shape: tuple[int, int, int, int, int], platform: str
 ) -> Iterator[str]:
     """Conflicts between a training config's sections and its model, as messages. shape: of the
     mesh."""
     assert config.train and config.data and config.compute
-    shards, expert_axis = math.prod(shape[:3]), shape[2]
+    shards, expert_axis, context_axis = math.prod(shape[:3]), shape[2], shape[4]
     train, data, compute = config.train, config.data, config.compute
     if (train.batch_size // train.accumulate) % shards:
         fewer = dividing_accumulate(train, shards)
@@ -308,15 +308,23 @@ def _misfits(
             f"config.data.sequence_length={data.sequence_length}: longer than"
             f" config.model.context={model.context}"
         )
-    if (
+    pieces = 2 * context_axis if context_axis > 1 else 1  # of a row (parallel/sequence.py)
+    if data.sequence_length % pieces:
+        yield (
+            f"config.data.sequence_length={data.sequence_length}: does not divide into two pieces"
+            f" for each of the {context_axis} devices of config.mesh.context; use a multiple of"
+            f" {pieces}"
+        )
+    elif (
         model.moe
         and platform_dispatch(compute.dispatch, platform, expert_axis) == "einsum"
-        and compute.group_size < data.sequence_length
-        and data.sequence_length % compute.group_size
+        and (compute.group_size < data.sequence_length or pieces > 1)
+        and data.sequence_length // pieces % compute.group_size
     ):
+        cut = f" / {pieces} (two pieces a device of config.mesh.context)" if pieces > 1 else ""
         yield (
             f"config.compute.group_size={compute.group_size}: does not divide"
-            f" config.data.sequence_length={data.sequence_length}"
+            f" config.data.sequence_length={data.sequence_length}{cut}"
         )
     if model.lora and train.frozen not in ("base", "all_but_routers"):
         yield (

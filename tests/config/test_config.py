@@ -14,6 +14,7 @@ from btx_jax.config.config import (
     EnsembleConfig,
     EvaluateConfig,
     MeshConfig,
+    MixConfig,
     PipelineStage,
     ReportConfig,
     TaskConfig,
@@ -26,6 +27,7 @@ from btx_jax.config.config_dict import (
     to_config_dict,
     to_dict,
 )
+from btx_jax.config.model_config import MoEConfig
 from btx_jax.errors import ConfigError
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.presets import lora_recipes, recipes
@@ -166,7 +168,7 @@ def test_impossible_shapes_fail_before_any_compile():
         dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **train)),
         config.model,
     )
-    assert check(MeshConfig()).devices.shape == (1, 8, 1, 1)
+    assert check(MeshConfig()).devices.shape == (1, 8, 1, 1, 1)
     with pytest.raises(
         ConfigError,
         match=(
@@ -188,11 +190,38 @@ def test_impossible_shapes_fail_before_any_compile():
         checked_mesh(dataclasses.replace(config, data=long), config.model)
 
 
+def test_what_does_not_cut_into_pieces_is_refused():
+    config = recipes.seed("tiny")
+    model = dataclasses.replace(config.model, moe=MoEConfig((4,) * config.model.layers))
+
+    def check(length, mesh, model=config.model, **compute):
+        data = dataclasses.replace(config.data, sequence_length=length)
+        compute = dataclasses.replace(config.compute, **compute)
+        changed = dataclasses.replace(config, data=data, compute=compute, mesh=mesh)
+        return checked_mesh(changed, model).shape["context"]
+
+    cut = MeshConfig(context=8)
+    assert check(256, cut) == 8
+    with pytest.raises(ConfigError, match=r"sequence_length=248: .* two pieces .* multiple of 16"):
+        check(248, cut)
+    assert check(256, cut, model, dispatch="einsum", group_size=16) == 8
+    for size in (32, 512):
+        with pytest.raises(ConfigError, match=f"group_size={size}: does not divide .*256 / 16"):
+            check(256, cut, model, dispatch="einsum", group_size=size)
+    with pytest.raises(ConfigError, match=r"mesh\.context=2: for stage 'train' only"):
+        Config("mix", mix=MixConfig(("a", "b")), mesh=MeshConfig(context=2))
+    train = dataclasses.replace(config.train, eval_every=1, eval_tasks=("gsm8k",))
+    with pytest.raises(ConfigError, match=r"mesh\.context=8: test sets are not cut"):
+        dataclasses.replace(config, train=train, mesh=cut)
+
+
 def test_mesh_shape_takes_what_remains():
-    assert MeshConfig().shape(8) == (1, 8, 1, 1)
-    assert MeshConfig(expert=4).shape(8) == (1, 2, 4, 1)
-    assert MeshConfig(fsdp=2, expert=4).shape(8) == (1, 2, 4, 1)
-    assert make_mesh((1, 2, 4, 1)).shape == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
+    assert MeshConfig().shape(8) == (1, 8, 1, 1, 1)
+    assert MeshConfig(expert=4).shape(8) == (1, 2, 4, 1, 1)
+    assert MeshConfig(fsdp=2, expert=4).shape(8) == (1, 2, 4, 1, 1)
+    assert MeshConfig(context=4).shape(8) == (1, 2, 1, 1, 4)
+    sizes = {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1, "context": 1}
+    assert make_mesh((1, 2, 4, 1)).shape == sizes
 
 
 def test_pipeline_order_references_and_circles(tmp_path):

@@ -85,7 +85,14 @@ ZERO = {
 }
 POSSIBLE = {
     0: {name for names in ZERO.values() for name in names},
-    -1: {"data", "fsdp", "expert", "tensor", "scale"},  # all remaining devices, but scale
+    -1: {
+        "data",
+        "fsdp",
+        "expert",
+        "tensor",
+        "mesh.context",
+        "scale",
+    },  # all remaining devices, but scale
     1.5: {
         *("capacity_factor", "learning_rate", "eps", "clip_norm", "weight_decay", "temperature"),
         *("balance_weight", "z_loss_weight", "router_std", "lora.alpha", "rope_theta", "factor"),
@@ -339,7 +346,7 @@ def test_a_section_made_directly_checks_itself_too():
                 " 10:13 for the steps 10, 11 and 12",
             ],
         ),
-        ([(("profile", "steps"), "3:5"), (("stage",), "mix")], ["config.profile.steps='3:5': of"]),
+        ([(("profile", "steps"), "3:5"), (("stage",), "mix")], ["config.profile.steps='3:5': for"]),
         ([(("profile", "steps"), "99:102")], ["config.profile.steps='99:102': train.steps="]),
         (
             [(("checkpoint", "best"), "tasks/arc/accuracy")],

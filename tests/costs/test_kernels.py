@@ -17,9 +17,17 @@ from btx_jax.costs.program import Kernel
 def test_splash_computes_the_tiles_that_a_window_touches(window, tiles):
     """Among the 4 x 4 tiles of 1024 at or below the diagonal."""
     q = Shape("bf16", (2, 8, 4096, 128))
-    kernel = Kernel("splash_mha_fwd_residuals", (q,), (q,), 3)
+    kernel = Kernel("splash_mha_fwd_residuals", (q, q, q), (q,), 3)
     one_tile = 2 * 2 * (2 * 8 * 128) * 1024 * 1024
     assert kernel_flops(kernel, window) == pytest.approx(3 * tiles * one_tile)
+
+
+def test_splash_of_a_part_of_rows_computes_its_share():
+    """Of 16 x 16 tiles at or below the diagonal, 136, two devices compute 68 each."""
+    seen = Shape("s8", (1, 8, 16))
+    q, k = Shape("bf16", (32, 8192, 128)), Shape("bf16", (8, 16384, 128))
+    kernel = Kernel("splash_mha_fwd_residuals", (seen, seen, q, k, k), (q,), 1)
+    assert kernel_flops(kernel) == pytest.approx(68 * 2 * 2 * (32 * 128) * 1024 * 1024)
 
 
 def test_a_window_bounds_what_attention_costs():
@@ -33,6 +41,6 @@ def test_a_window_bounds_what_attention_costs():
 
 def test_heads_narrower_than_the_matrix_unit_fill_it_in_part():
     q = Shape("bf16", (8, 4096, 128))
-    splash, grouped = (Kernel(name, (q,), (q,), 1) for name in ("splash_mha_dq", "gmm"))
+    splash, grouped = (Kernel(name, (q, q, q), (q,), 1) for name in ("splash_mha_dq", "gmm"))
     assert [filled(splash, array) for array in (128, 256)] == [1, 0.5]
     assert filled(grouped, 256) == 1

@@ -84,7 +84,7 @@ def test_under_jit_onto_a_mesh_and_leaf_by_leaf_it_is_the_same(models):
     sharded = leaves(jax.jit(mix_params, out_shardings=shardings)(models, routers()))
     sources = [leaves(model) for model in models]
     assert sharded["layers_0/ffn/gate"].sharding.spec == jax.sharding.PartitionSpec(
-        None, "expert", "fsdp", "tensor"
+        None, "expert", ("fsdp", "context"), "tensor"
     )
     for name, value in want.items():
         np.testing.assert_allclose(sharded[name], value, rtol=1e-6, err_msg=name)

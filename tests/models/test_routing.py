@@ -15,15 +15,15 @@ def logits_of(shape=(2, 16, 4), seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def routed(spec, logits, valid=None, key=None):
+def routed(spec, logits, valid=None, noise=None):
     valid = jnp.ones(logits.shape[:2], bool) if valid is None else valid
 
     @jax.jit
-    def run(logits, valid, key):
-        choice = route(logits, valid, spec, key, STEP)
+    def run(logits, valid, noise):
+        choice = route(logits, valid, spec, noise, STEP)
         return choice, statistics(logits, choice, valid, jnp.zeros(()))
 
-    return run(logits, valid, key)
+    return run(logits, valid, noise)
 
 
 def test_top_k_is_softmax_of_the_kept_logits_and_equals_renormalised_probabilities():
@@ -52,7 +52,7 @@ def test_soft_uses_all_experts_with_the_full_softmax():
 def test_sample_top1_samples_in_training_and_is_argmax_with_weight_one_at_inference():
     logits = jnp.array(np.log(np.tile(np.array([0.6, 0.3, 0.1, 1e-9], np.float32), (1, 20_000, 1))))
     spec = LayerSpec(4, 1, "sample_top1")
-    sampled, _ = routed(spec, logits, key=jax.random.key(1))
+    sampled, _ = routed(spec, logits, noise=jax.random.gumbel(jax.random.key(1), logits.shape))
     shares = np.bincount(np.array(sampled.index_GSK).ravel(), minlength=4) / 20_000
     np.testing.assert_allclose(
         shares, [0.6, 0.3, 0.1, 0], atol=0.015

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -53,3 +54,42 @@ def test_half_a_description_of_the_processes_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(UserError, match="JAX_PROCESS_ID='': must be a number"):
         hosts.start()
+
+
+class Device(NamedTuple):
+    process_index: int
+    number: int
+
+
+class Laid(NamedTuple):
+    """A sharding: the rows that the devices of each process hold."""
+
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_devices(self):
+        return sum(map(len, self.rows))
+
+    def devices_indices_map(self, shape):
+        return {
+            Device(process, number): (slice(row, row + 1),)
+            for process, rows in enumerate(self.rows)
+            for number, row in enumerate(rows)
+        }
+
+
+@pytest.mark.parametrize(
+    ("rows", "shares"),
+    [
+        (((0, 1), (2, 3)), [(0, 2), (1, 2)]),
+        (((0, 2), (1, 3)), [(0, 2), (1, 2)]),
+        (((0, 0), (1, 1), (0, 0), (1, 1)), [(0, 2), (1, 2), (0, 2), (1, 2)]),
+        (((0, 0), (0, 0)), [(0, 1), (0, 1)]),
+        (((0, 1), (1, 2), (2, 0)), [(0, 1)] * 3),
+    ],
+    ids=["apart", "interleaved", "in pairs", "together", "overlapping"],
+)
+def test_processes_that_hold_the_same_rows_read_the_same(rows, shares, monkeypatch):
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(hosts.jax, "process_index", lambda process=process: process)
+        assert hosts.share_of_rows(Laid(rows)) == share

@@ -44,7 +44,7 @@ def batch_of(seed=0, length=32):
 
 def test_names_resolve_by_one_table():
     assert resolve(("layer", "expert", "expert_embed", "hidden")) == jax.sharding.PartitionSpec(
-        None, "expert", "fsdp", "tensor"
+        None, "expert", ("fsdp", "context"), "tensor"
     )
     assert resolve(("batch", None)) == jax.sharding.PartitionSpec(("data", "fsdp", "expert"), None)
 
@@ -200,4 +200,10 @@ def test_inference_spreads_weights_over_as_many_devices_as_divide_them():
         (heads, 3),
     ):
         mesh = inference_mesh(model)
-        assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": count}
+        assert dict(mesh.shape) == {
+            "data": 1,
+            "fsdp": 1,
+            "expert": 1,
+            "tensor": count,
+            "context": 1,
+        }

@@ -43,7 +43,7 @@ def test_a_moe_on_one_slice_and_on_two(cli):
     einsum, told = check(cli, "einsum", *MOE, "--compile_topology=v5p:2x2x4")
     assert einsum["fits"]
     assert 0 < einsum["memory"]["heldout"] < einsum["memory"]["limit"]
-    assert einsum["mesh"] == {"data": 1, "fsdp": 4, "expert": 4, "tensor": 1}
+    assert einsum["mesh"] == {"data": 1, "fsdp": 4, "expert": 4, "tensor": 1, "context": 1}
     assert "step by the compiler's clock" in told
     step, rows = einsum["clock"], einsum["collectives"]
     assert 0 < step["mfu"] < 1

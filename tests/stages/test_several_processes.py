@@ -254,6 +254,16 @@ def get_config():
 
 
 @pytest.mark.slow
+def test_two_processes_that_share_their_rows_train_as_one(cli, mixture):
+    mesh = ("--config.mesh.fsdp=1", "--config.mesh.context=8")
+    for name, count in (("one", 1), ("two", 2)):
+        run = finetune(cli, mixture, name, *mesh, steps=4)
+        finish(cli.start_several(count, 8 // count, *run), (0,) * count)
+    for a, b in zip(losses(cli, "one"), losses(cli, "two"), strict=True):
+        assert b == pytest.approx(a, abs=1e-5), "the processes hold different rows"
+
+
+@pytest.mark.slow
 def test_two_processes_mix_and_evaluate_as_one(cli, mixture):
     """Losses, routing, test sets and generated answers; each file is written by one process
     only."""
