@@ -25,6 +25,7 @@ from tests.checkpoints.adapters import GOLDEN, logits_of, mola_directory
 MODELS = {name: find_checkpoint(goldens.FOLDER / name).metadata.model for name in goldens.names()}
 DENSE = [name for name, model in MODELS.items() if not model.moe]
 MIXTURES = [name for name, model in MODELS.items() if model.moe]
+FAST = ("gemma2", "olmo", "olmo3", "phi3", "qwen2", "granitemoe", "qwen3_moe")  # all module names
 ATTENTION, ALL = ("q", "k", "v", "o"), ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -89,7 +90,13 @@ def test_pefts_lora_computes_the_same_here_and_goes_back_to_the_bit(tmp_path, na
     same_tensors(tmp_path / "imported", tmp_path / "again")
 
 
-@pytest.mark.parametrize("name", [*DENSE, *MIXTURES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in (*DENSE, *MIXTURES)
+    ],
+)
 def test_lora_on_any_family_goes_to_peft_and_back_and_into_the_weights(tmp_path, name):
     """In float32, where merging does not round."""
     shutil.copytree(base(name), tmp_path / "base")

@@ -67,12 +67,12 @@ def require_equal(found, expected):
 @pytest.mark.parametrize(
     ("model", "compute", "shapes"),
     [
-        (TINY, COMPUTE, [(1, 4, 1, 1, 2), (1, 1, 1, 2, 4), (1, 1, 1, 1, 8)]),
-        (MIXTURE, COMPUTE, [(1, 1, 2, 1, 4), (1, 4, 1, 1, 2)]),
-        (MIXTURE, EINSUM, [(1, 1, 2, 1, 4), (2, 1, 1, 1, 4)]),
-        (LOCAL, COMPUTE, [(1, 2, 1, 1, 4)]),
-        (SAMPLED, COMPUTE, [(1, 2, 1, 1, 4)]),
-        (ADAPTED, COMPUTE, [(1, 2, 1, 2, 2)]),
+        (TINY, COMPUTE, [(1, 1, 1, 2, 4), (1, 1, 1, 1, 8)]),
+        (MIXTURE, COMPUTE, [(1, 1, 2, 1, 4)]),
+        (MIXTURE, EINSUM, [(2, 1, 1, 1, 4)]),
+        pytest.param(LOCAL, COMPUTE, [(1, 2, 1, 1, 4)], marks=pytest.mark.slow),
+        pytest.param(SAMPLED, COMPUTE, [(1, 2, 1, 1, 4)], marks=pytest.mark.slow),
+        pytest.param(ADAPTED, COMPUTE, [(1, 2, 1, 2, 2)], marks=pytest.mark.slow),
     ],
     ids=["dense", "ragged", "einsum", "local", "sampled", "lora"],
 )
