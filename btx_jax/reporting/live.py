@@ -27,9 +27,9 @@ RECENT = 20  # steps over which speed and loss are averaged
 class Stage:
     """State of a stage.
 
-    status: finished, running, waiting (for `waits`), ready to start, or silent (it has started, and
-    has written nothing for `heard` seconds: killed, or in a long computation). step: of steps.
-    rate: tokens per second. left: seconds. lines: of metrics.jsonl.
+    status: finished, running, waiting (for `waits`, the last of its needs), ready to start, or
+    silent (it has started, and has written nothing for `heard` seconds: killed, or in a long
+    computation). step: of steps. rate: tokens per second. left: seconds. lines: of metrics.jsonl.
     """
 
     name: str
@@ -58,11 +58,28 @@ def stages(workdir: Path, now: float | None = None) -> list[Stage]:
         # Each job runs one stage, and none has the whole pipeline's config.
         found = sorted(path.parent for path in workdir.glob(f"*/{CONFIG}"))
         return [_stage(path.name, path, recorded_config(path), (), now) for path in found]
-    told = []
-    for name, stage in recorded["pipeline"].items():
-        waits = tuple(need for need in stage["needs"] if not has_finished(workdir / need))
-        told.append(_stage(name, workdir / name, stage["config"], waits, now))
-    return told
+    pipeline = recorded["pipeline"]
+    finished = {name for name in pipeline if has_finished(workdir / name)}
+    waits = {
+        name: [need for need in stage["needs"] if need not in finished]
+        for name, stage in pipeline.items()
+    }
+    return [
+        _stage(name, workdir / name, stage["config"], _last(waits[name], waits), now)
+        for name, stage in pipeline.items()
+    ]
+
+
+def _last(names: Sequence[str], waits: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Those of the names that no other one of them waits for, at any remove: when these finish, all
+    have."""
+    behind: set[str] = set()
+    left = [need for name in names for need in waits[name]]
+    while left:
+        if (need := left.pop()) not in behind:
+            behind.add(need)
+            left += waits[need]
+    return tuple(name for name in names if name not in behind)
 
 
 def _stage(

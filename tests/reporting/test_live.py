@@ -43,9 +43,10 @@ def pipeline(tmp_path):
         "b": ["seed"],
         "c": ["seed"],
         "mix": ["a", "b"],
+        "export": ["seed", "a", "mix"],
         "report": ["seed"],
     }
-    kinds = {"mix": {"stage": "mix"}, "report": {"stage": "report"}}
+    kinds = {name: {"stage": name} for name in ("mix", "export", "report")}
     recorded = {
         name: {"config": kinds.get(name, TRAIN), "needs": need} for name, need in needs.items()
     }
@@ -69,9 +70,11 @@ def test_every_stage_says_what_it_is_at(pipeline):
         "b": "silent",
         "c": "ready",
         "mix": "waiting",
+        "export": "waiting",
         "report": "ready",
     }
     assert told["mix"].waits == ("a", "b")
+    assert told["export"].waits == ("mix",), "the mix waits for the others"
     a = told["a"]
     assert (a.step, a.steps, a.heldout, a.rate) == (2, 10, 3.0, 50.0)
     assert a.loss == pytest.approx(2.85) and a.left == pytest.approx(8 * 100 / 50)
@@ -91,7 +94,7 @@ def test_the_page_shows_all_of_it_and_escapes_names(pipeline):
     assert "my&lt;b&gt;run" in whole and "my<b>run" not in whole
     body = page.body()
     for words in (
-        "1 of 6 stages finished", "waiting for a, b", "2/10", "Training loss", "Held-out loss",
+        "1 of 7 stages finished", "waiting for a, b", "2/10", "Training loss", "Held-out loss",
         "Mixing probe", "Routing load of a",
     ):  # fmt: skip
         assert words in body, words
@@ -125,7 +128,7 @@ def ask(url, **options):
 
 def test_it_is_served(url, pipeline):
     assert "<!doctype html>" in ask(f"{url}/")
-    assert "of 6 stages finished" in ask(f"{url}/body")
+    assert "of 7 stages finished" in ask(f"{url}/body")
     (pipeline / "report.html").write_text("the report")
     assert ask(f"{url}/report") == "the report"
     assert 'href="report"' in ask(f"{url}/body")
@@ -167,4 +170,4 @@ def test_a_run_in_a_bucket_is_shown(pipeline, bucket):
     assert statuses["seed"] == "finished" and statuses["mix"] == "waiting"
     assert statuses["a"] == "running" and told["a"].step == 2  # written a moment ago
     with serving(bucket, "127.0.0.1", 0, 5.0):
-        assert "1 of 6 stages finished" in Page(bucket).body()
+        assert "1 of 7 stages finished" in Page(bucket).body()
