@@ -64,6 +64,10 @@ def serving(
             self.end_headers()
             self.wfile.write(data)
 
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # the page was closed before its answer came
+                super().handle()
+
         def log_message(self, format: str, *args: Any) -> None:
             log.debug(format, *args)
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import socket
+import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -148,6 +151,18 @@ def test_nothing_else_is(url, path, options, status):
     with pytest.raises(urllib.error.HTTPError) as error:
         ask(url + path, **options)
     assert error.value.code == status
+
+
+def test_a_page_that_closes_before_its_answer_comes_is_no_error(url, capfd):
+    before = threading.active_count()
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as browser:
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            browser.sendall(b"GET /body HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    assert "<!doctype html>" in ask(f"{url}/")
+    while threading.active_count() > before:
+        time.sleep(0.05)
+    assert capfd.readouterr().err == ""
 
 
 def test_what_cannot_be_served_is_told(pipeline, tmp_path):
