@@ -20,6 +20,7 @@ EXTRAS = (
 )  # fmt: skip
 STANDING_ON_EXTRAS = {
     "btx_jax.reporting.plots", "btx_jax.reporting.page", "btx_jax.reporting.live",
+    "btx_jax.reporting.study_figure",
     "btx_jax.evaluation.lm_eval_model", "btx_jax.evaluation.lm_eval_arguments",
 }  # fmt: skip
 

@@ -255,7 +255,7 @@ def no_tokens(gram, total, count):
     ("damage", "told"),
     [
         (lambda file: file.write_bytes(file.read_bytes()[:-8]), "truncated"),
-        (lambda file: file.write_bytes(b"not safetensors"), "no safetensors file"),
+        (lambda file: file.write_bytes(b"not safetensors"), "not a safetensors file"),
         (lambda file: flip(file, -3), "is damaged .checksum."),
         (lambda file: shutil.copy(GOLDEN / "a" / "model.safetensors", file), "no router statis"),
         (lambda file: rewritten(file, nan), "NaN, infinity or no token in layer 0"),

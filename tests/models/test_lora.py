@@ -276,7 +276,7 @@ def test_a_mixture_s_attention_can_be_adapted():
         ({"rank": (4, 4)}, "rank: 2 numbers for 3 layers"),
         ({"rank": (0,)}, "rank=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
-        ({"gating": "sigmoid"}, "behind one expert"),
+        ({"gating": "sigmoid"}, "a gate for one expert"),
     ],
 )
 def test_what_cannot_be_is_refused(change, told):
