@@ -53,7 +53,7 @@ def words(tmp_path, monkeypatch):
     ],
 )
 def test_every_arm_runs_and_is_reported(group, parts, tmp_path, monkeypatch):
-    kinds = {kind: study.BRANCHES[kind] for kind in (study.BEST, "ffn_30", "anchor_30")}
+    kinds = {kind: study.BRANCHES[kind] for kind in (study.BEST, "full_30", "anchor_30")}
     for module in (study, tables):
         monkeypatch.setattr(module, "BRANCHES", kinds)
     monkeypatch.setattr(study, "ROUTERS", study.ROUTERS[:2])
