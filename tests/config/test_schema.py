@@ -1,4 +1,5 @@
-"""Every number of every config states its range, and all mistakes in a config are reported at once."""
+"""Every number of every config states its range, and all mistakes in a config are reported at
+once."""
 
 import copy
 import dataclasses

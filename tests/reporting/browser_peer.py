@@ -17,6 +17,20 @@ from playwright.sync_api import Page, sync_playwright
 SIZES = {"wide": (1400, 1000), "phone": (390, 844)}
 
 
+def arguments(told: str | None, what: str) -> argparse.Namespace:
+    """Those of a check in a browser, with `screenshots` created. told: its help; what: the name of
+    its first argument."""
+    parser = argparse.ArgumentParser(
+        description=told, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(what, type=Path)
+    parser.add_argument("screenshots", type=Path)
+    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    args = parser.parse_args()
+    args.screenshots.mkdir(parents=True, exist_ok=True)
+    return args
+
+
 def check_tokens(page: Page) -> int:
     """Returns the number of (layer, token) pairs compared."""
     if not page.query_selector("#choices"):
@@ -52,14 +66,7 @@ def check_tokens(page: Page) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("report", type=Path)
-    parser.add_argument("screenshots", type=Path)
-    parser.add_argument("--chromium", default="/usr/bin/chromium")
-    args = parser.parse_args()
-    args.screenshots.mkdir(parents=True, exist_ok=True)
+    args = arguments(__doc__, "report")
     url = args.report.resolve().as_uri()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])

@@ -1,41 +1,41 @@
-"""Watches the demo in headless Chromium while it runs, is killed and starts again; by hand, since it
-needs a browser.
+"""Watch the demo in headless Chromium while it runs, is killed and starts again; run manually, as
+it needs a browser.
 
     pip install playwright
-    python tests/reporting/live_peer.py WORKDIR SCREENSHOTS [--btx=.venv/bin/btx]
+    python -m tests.reporting.live_peer WORKDIR SCREENSHOTS
 
-Checks: nothing on the console, no request but the page's own, no sideways scrolling on a phone, and
+Checks: no console output, no request but the page's own, no horizontal scrolling on a phone, and
 that steps and curves move, stand still while nothing runs, and move again. Writes wide and phone
 screenshots, light and dark, of each of these three.
 """
 
-import argparse
 import re
 import subprocess
 import time
-from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-SIZES = {"wide": (1400, 1000), "phone": (390, 844)}
+from tests.reporting.browser_peer import SIZES, arguments
+
+BTX = ".venv/bin/btx"
 PORT, PATIENCE = 8623, 900  # seconds
 URL = f"http://127.0.0.1:{PORT}/"
 
 
-def step(page: Page) -> tuple[int, int]:
-    """(training steps that all stages have done, points of all curves)."""
+def progress(page: Page) -> tuple[int, int]:
+    """(training steps of all stages, length of what draws all curves)."""
     table = page.inner_text("#body")
-    points = page.eval_on_selector_all(
+    lengths = page.eval_on_selector_all(
         "figure svg path", "paths => paths.map(p => p.getAttribute('d').length)"
     )
-    return sum(int(done) for done in re.findall(r"(\d+)/\d+", table)), sum(points)
+    return sum(int(done) for done in re.findall(r"(\d+)/\d+", table)), sum(lengths)
 
 
 def moved(page: Page, before: tuple[int, int]) -> tuple[int, int]:
-    """Waits until there are more steps, and other curves, than before."""
+    """Wait until there are more steps, and other curves, than before."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        now = step(page)
+        now = progress(page)
         if now[0] > before[0] and now[1] != before[1]:
             return now
         time.sleep(1)
@@ -43,19 +43,11 @@ def moved(page: Page, before: tuple[int, int]) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("workdir", type=Path)
-    parser.add_argument("screenshots", type=Path)
-    parser.add_argument("--btx", default=".venv/bin/btx")
-    parser.add_argument("--chromium", default="/usr/bin/chromium")
-    args = parser.parse_args()
-    args.screenshots.mkdir(parents=True, exist_ok=True)
+    args = arguments(__doc__, "workdir")
     args.workdir.mkdir(parents=True, exist_ok=True)
-    run = [args.btx, "run", "demo", f"--workdir={args.workdir}"]
+    run = [BTX, "run", "demo", f"--workdir={args.workdir}"]
     watch = subprocess.Popen(
-        [args.btx, "watch", str(args.workdir), f"--port={PORT}", "--every=2"],
+        [BTX, "watch", str(args.workdir), f"--port={PORT}", "--every=2"],
         stdout=subprocess.DEVNULL,
     )
     running = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -81,7 +73,7 @@ def main() -> None:
                     assert wide <= SIZES[size][0], f"{size}: the page is {wide} wide"
                     name = f"live_{when}_{size}_{scheme}.png"
                     page.screenshot(path=args.screenshots / name, full_page=True)
-                print(f"{when}: steps and curves {step(first)}", flush=True)
+                print(f"{when}: steps and curves {progress(first)}", flush=True)
 
             time.sleep(10)  # until the server listens
             for page in pages.values():
@@ -92,9 +84,9 @@ def main() -> None:
             running.kill()
             running.wait()
             time.sleep(5)
-            stopped = step(first)
+            stopped = progress(first)
             time.sleep(20)
-            assert step(first) == stopped >= now
+            assert progress(first) == stopped >= now
             shoot("killed")
             running = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             moved(first, moved(first, stopped))
