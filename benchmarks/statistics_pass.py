@@ -45,12 +45,12 @@ def main() -> None:
     length = min(512, model.context)
     rows = MixConfig.tokens // length
     x, segments = array(rows, length, model.d_model), array(rows, length, dtype=jnp.int32)
-    y, scale = array(rows, length, model.heads * model.head_dim), array(model.d_model)
+    y, spec = array(rows, length, model.heads * model.head_dim), model.layer_specs()[0]
     programs = {
-        "norm": (states._normed, scale, x),
-        "heads": (states._heads, layer["attention"], x, segments),
-        "output projection": (states._after_heads, layer["attention"], scale, x, y),
-        "feed-forward": (states._after_ffn, {"ffn": layer["ffn"]}, x, x),
+        "norm": (states._into_attention, layer, x),
+        "heads": (states._heads, spec, layer["attention"], x, segments),
+        "output projection": (states._after_heads, layer, x, y),
+        "feed-forward": (states._after_ffn, layer, x, x),
     }
     print(f"{args.preset}, {rows} rows of {length} tokens, one chip of {args.topology}")
     # Kernels are chosen by the process's devices; choose those of the chip.
