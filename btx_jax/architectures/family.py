@@ -347,7 +347,7 @@ class Family:
         elif keys.dense_first and not keys.dense_list and dense != sorted(dense, reverse=True):
             told.append("dense layers after mixtures")
         if model.moe.d_ff not in (0, model.d_ff) and not keys.d_ff and any(dense):
-            told.append("experts of another width than dense layers")
+            told.append("experts of a different width from dense layers")
         if not all(spec.renormalise for spec in specs) and not keys.renormalise:
             told.append("gates that do not sum to one")
         if any(spec.k == 1 and spec.renormalise for spec in specs) and not keys.renormalises_one:

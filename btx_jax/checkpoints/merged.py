@@ -95,7 +95,7 @@ def _with_lora(model: str, lora: str, key: str) -> Source:
         if trained.metadata.base is None or trained.metadata.model.lora is None:
             raise UserError(f"{key}: {lora} holds no LoRA; name a directory of peft or an adapter")
         if trained.metadata.model.base() != found.metadata.model:
-            raise UserError(f"{key}: {lora} was trained on another model than {model}")
+            raise UserError(f"{key}: {lora} was trained on a different model from {model}")
         if base_of(found).digest != trained.metadata.base.digest:
             raise UserError(
                 f"{key}: {model} has other weights than the model that {lora} was trained on"

@@ -100,7 +100,7 @@ def merge(
     reader = open_reader(under)
     if reader.model != metadata.model.base():
         raise UserError(
-            f"BASE: {under.path} is another model than the one that {found.path} was trained on"
+            f"BASE: {under.path} is a different model from the one that {found.path} was trained on"
         )
     deltas = adapter.merged_delta(
         metadata.model, adapter_tensors(found), lambda experts: fixed[experts]

@@ -106,7 +106,7 @@ def add(
     differing += [f"tokenizer: {told}"] if told else []
     if differing:
         raise UserError(
-            f"SOURCE: {source} is another kind of model than {mixture}: {'; '.join(differing)}"
+            f"SOURCE: {source} is a different kind of model from {mixture}: {'; '.join(differing)}"
         )
     reader, dense = open_reader(found), open_reader(extra)
     named = {str(found.path): model, str(extra.path): extra.metadata.model}
@@ -145,7 +145,7 @@ def add(
                 rows = solver.with_statistics(source, statistics, file)
             told = "all router rows were solved again"
         if off_base([extra, found]):
-            told += "; it was trained on another base than the mixture's"
+            told += "; it was trained on a different base from the mixture's"
 
         def make_tensor(tensor: TensorId) -> np.ndarray:
             if not tensor.is_router:
@@ -180,7 +180,8 @@ def _require_branch(mixture: Checkpoint, source: Checkpoint, named: str) -> None
         )
     if off_anchor([mixture, source]):
         raise UserError(
-            f"SOURCE: {named} was trained with another anchor than the experts of {mixture.path}"
+            f"SOURCE: {named} was trained with a different anchor from the experts of"
+            f" {mixture.path}"
         )
 
 

@@ -106,7 +106,7 @@ def run(
     console.print(plan(recipe, model, dtype, family if as_huggingface else None))
     _warn_of_vocabularies(sources, console)
     for other in off_base(sources.checkpoints):
-        told = f"{other.path} is on another base than the branches: they do not mix exactly"
+        told = f"{other.path} is on a different base from the branches: they do not mix exactly"
         console.print(Text("warning:", "yellow"), told)
     prompts = read_prompts(recipe, sources.tokenizer, model)
     texts = counts = []
@@ -354,7 +354,7 @@ def _require_alike(
         own, others = _kind(base), _kind(checkpoint)
         kinds = (f" ({others})", f" ({own})") if own != others else ("", "")
         raise UserError(
-            f"{path}{kinds[0]} is another kind of model than {recipe.base_model}{kinds[1]}:"
+            f"{path}{kinds[0]} is a different kind of model from {recipe.base_model}{kinds[1]}:"
             f" {'; '.join(differing)} (list under `allow` what should not matter)"
         )
 

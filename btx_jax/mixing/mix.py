@@ -87,7 +87,7 @@ def mix_params(
     for i, other in enumerate(others, start=1):
         if difference := set(names) ^ set(_paths(other)):
             raise ValueError(
-                f"model {i} is another model than model 0: they differ in"
+                f"model {i} is a different model from model 0: they differ in"
                 f" {', '.join(sorted(difference))}"
             )
     for run in routers:

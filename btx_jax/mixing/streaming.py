@@ -76,7 +76,7 @@ def check_shapes(mixture: Mixture, names: Sequence[str]) -> None:
             rows = 1 if tensor in VOCABULARY else 0  # vocabularies may differ where allowed
             if tensor not in other or other[tensor].shape[rows:] != base[tensor].shape[rows:]:
                 raise UserError(
-                    f"{names[number]}: {tensor} has another shape than in"
+                    f"{names[number]}: {tensor} has a different shape from that in"
                     f" {mixture.recipe.base_model}; it cannot be averaged"
                 )
 

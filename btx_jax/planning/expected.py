@@ -60,7 +60,7 @@ class Study:
 @dataclass(frozen=True)
 class Expected:
     """Change of the held-out loss, as a share of the seed's, with its 95 % prediction interval.
-    beyond: in what it lies outside of what was measured; then the interval says too little."""
+    beyond: the quantities outside the measured range; if any, the interval is too narrow."""
 
     change: float
     low: float

@@ -1,4 +1,4 @@
-"""Plan: what a pipeline takes, stage by stage, before anything of it is trained."""
+"""What a pipeline will take, stage by stage, known before anything is trained."""
 
 import dataclasses
 import functools
@@ -25,13 +25,13 @@ from btx_jax.training.probe import is_probed
 from btx_jax.training.start import SCRATCH, starting_model
 
 BYTES = 4  # of a parameter, and of each of AdamW's two moments of it
-ONE_STAGE = "run"  # what a config that is no pipeline is called
+ONE_STAGE = "run"  # name of the stage of a config that is not a pipeline
 
 
 @dataclass(frozen=True)
 class Read:
-    """A source of text, as one stage reads it. there: its tokens to train on, None where it is not
-    tokenised yet. read: that the stage reads of it."""
+    """A source of text as read by one stage. there: number of training tokens it has, None if it is
+    not tokenised yet. read: number of tokens the stage reads from it."""
 
     domain: str
     where: str
@@ -45,9 +45,10 @@ class Read:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one takes. tokens, steps, flops: of training; flops as `costs.model.train_flops` counts
-    them. memory: of each device, bytes, None where nothing was compiled. seconds: of wall time;
-    stepping: of it, in training steps. storage: bytes that it leaves, at most."""
+    """What one stage takes. tokens, steps, flops: of training, FLOPs as counted by
+    `costs.model.train_flops`. memory: bytes on each device, None if nothing was compiled. seconds:
+    wall time. stepping: the part of it spent in training steps. storage: an upper bound on the
+    bytes that are left on disk."""
 
     name: str
     kind: str
@@ -65,9 +66,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Otherwise:
-    """A way to spend the tokens of all branches and the finetune. seconds: of training steps, where
-    branches run side by side; chip_seconds: of all of them, by one machine. expected: what that
-    does to the seed's held-out loss; None where nothing like it was measured."""
+    """A way to spend the tokens of all branches and the finetune. seconds: wall time of the
+    training steps if branches run side by side. chip_seconds: their total on one machine.
+    expected: the change of the seed's held-out loss; None if the study has nothing comparable."""
 
     name: str
     tokens: int
@@ -79,7 +80,7 @@ class Otherwise:
 
 @dataclass(frozen=True)
 class Plan:
-    """stages: in the order in which they run. chips: of every stage's machines."""
+    """stages: in execution order. chips: number of chips each stage runs on."""
 
     stages: tuple[Stage, ...]
     chips: int
@@ -87,12 +88,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """One stage after another."""
+        """Total wall time if the stages run one after another."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
     def critical(self) -> list[Stage]:
-        """The stages that one must wait for where each runs as soon as its needs have finished."""
+        """The longest chain of stages if each starts as soon as its needs have finished."""
         ends: dict[str, tuple[float, list[Stage]]] = {}
         for stage in self.stages:
             before = max(
@@ -103,7 +104,7 @@ class Plan:
 
 
 def plan(config: Config, workdir: Path, steps: Steps, chips: int) -> Plan:
-    """steps: what a step takes. Raises ConfigError, UserError."""
+    """Plan a config. steps: measures or compiles a training step. Raises ConfigError, UserError."""
     stages = _resolved(config, workdir)
     models = _models(stages, workdir)
     tokenizers = _tokenizers(stages, workdir)
@@ -140,7 +141,7 @@ def plan(config: Config, workdir: Path, steps: Steps, chips: int) -> Plan:
 
 
 def _resolved(config: Config, workdir: Path) -> dict[str, Config]:
-    """The stages in the order in which they run."""
+    """The stages in execution order."""
     if config.pipeline is None:
         if config.train is None:
             raise ConfigError(f"config.stage={config.stage!r}: trains nothing; plan a pipeline")
@@ -152,13 +153,13 @@ def _resolved(config: Config, workdir: Path) -> dict[str, Config]:
 
 
 def _stage_at(path: str, workdir: Path) -> str:
-    """The stage that leaves its checkpoint there, "" for none."""
+    """The stage that writes its checkpoint to this path, "" if none does."""
     return Path(path).name if path and Path(path).parent == workdir else ""
 
 
 def _models(stages: Mapping[str, Config], workdir: Path) -> dict[str, ModelConfig]:
-    """Of every stage that leaves one. LoRA experts are not mixed here, and what starts from their
-    mixture is left out."""
+    """The model of every stage that has one. Mixtures of LoRA experts, and stages that start from
+    them, are left out."""
     models: dict[str, ModelConfig] = {}
 
     def held(path: str, key: str) -> ModelConfig | None:
@@ -179,7 +180,7 @@ def _models(stages: Mapping[str, Config], workdir: Path) -> dict[str, ModelConfi
 
 
 def _tokenizers(stages: Mapping[str, Config], workdir: Path) -> dict[str, Tokenizer | None]:
-    """Of every stage with text; None where it is made by a stage that has not run."""
+    """The tokenizer of every stage with text; None if a stage that has not run creates it."""
     found: dict[str, Tokenizer | None] = {}
     for name, stage in stages.items():
         if not stage.data:
@@ -199,7 +200,7 @@ def _tokenizers(stages: Mapping[str, Config], workdir: Path) -> dict[str, Tokeni
 
 
 def _program(stage: Config, model: ModelConfig) -> object:
-    """What decides how long a step takes."""
+    """Everything that decides how long a training step takes, as a dictionary key."""
     assert stage.train
     train = dataclasses.replace(
         stage.train, steps=1, learning_rate=0.0, warmup_steps=0, eval_every=0, mixing_probe=False
@@ -208,7 +209,7 @@ def _program(stage: Config, model: ModelConfig) -> object:
 
 
 def _compiled(stage: Config, model: ModelConfig) -> object:
-    """What a pipeline compiles a step for: once for all stages in which this is the same."""
+    """Stages for which this is equal compile their step once between them."""
     return model, stage.compute, stage.train, _length(stage), stage.mesh
 
 
@@ -268,7 +269,7 @@ def _reads(stage: Config, tokens: int, tokenizer: Tokenizer | None) -> Iterator[
 
 
 def _checkpoints(stage: Config, model: ModelConfig) -> float:
-    """Bytes of all that a run keeps, at most: its newest checkpoints and its best one."""
+    """Upper bound on the bytes of the checkpoints that a run keeps: the newest and the best."""
     assert stage.train and stage.checkpoint
     own = trained = 0
     for path, (count, _) in leaf_counts(model).items():
@@ -287,7 +288,8 @@ def _parameters(model: ModelConfig) -> int:
 def _mixed(
     told: Stage, stage: Config, model: ModelConfig, rates: Mapping[ModelConfig, float]
 ) -> Stage:
-    """What is solved reads each expert's text twice, with the expert and with the mixture."""
+    """Solving routers or merges reads each expert's text twice: with the expert and with the
+    mixture."""
     assert stage.mix
     rate = min(rates.values(), default=0.0)
     tokens = stage.mix.tokens * len(stage.mix.experts) if stage.mix.text else 0
@@ -301,7 +303,7 @@ def _evaluated(
     workdir: Path,
     rates: Mapping[ModelConfig, float],
 ) -> float:
-    """Seconds of held-out losses; test sets are not counted."""
+    """Seconds of measuring held-out losses; test sets are not included."""
     assert stage.evaluate and stage.data
     domains = (stage.data.heldout or stage.data.train).count(",") + 1
     tokens = stage.evaluate.rows * domains * _length(stage)
@@ -317,7 +319,7 @@ def _otherwise(
     made: list[Stage],
     workdir: Path,
 ) -> Iterator[Otherwise]:
-    """Of a pipeline with branches, a mix and a finetune of it."""
+    """The alternatives to a pipeline of branches, a mix and its finetune."""
     told = {stage.name: stage for stage in made}
     for name, stage in stages.items():
         if not stage.mix or stage.mix.copies > 1:

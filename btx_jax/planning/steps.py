@@ -15,7 +15,8 @@ from btx_jax.planning import compile_check
 from btx_jax.training.start import checked_mesh
 from btx_jax.training.step import init_state, make_train_step
 
-TIMED_SECONDS, MOST_TIMED = 3.0, 20  # time limit and maximum number of repetitions of a measurement
+TIMED_SECONDS, MOST_TIMED = 5.0, 20  # time limit and maximum number of repetitions of a measurement
+WARM_UP = 2  # first calls take longer: memory is still being allocated
 PASSES = 3  # cost of a training step relative to a forward pass, without rematerialisation
 
 
@@ -69,8 +70,9 @@ def _rows(model: ModelConfig, count: int, length: int) -> dict[str, Any]:
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    """Median seconds of a call, not counting the first."""
-    run()
+    """Median seconds of a call, not counting the first WARM_UP."""
+    for _ in range(WARM_UP):
+        run()
     times: list[float] = []
     while sum(times) < TIMED_SECONDS and len(times) < MOST_TIMED:
         start = time.monotonic()

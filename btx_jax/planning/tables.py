@@ -27,16 +27,17 @@ def warnings(plan: Plan) -> Iterator[str]:
                 f"{stage.name}: does not fit; `btx compile` names the cheapest change that helps"
             )
         for read in stage.reads:
-            if read.epochs is None:
-                yield (
-                    f"{stage.name}: {read.where} is not tokenised yet, so that its epochs are not"
-                    " known; the prepare stage does it, or `btx run`"
-                )
-            elif read.epochs > MANY_EPOCHS:
+            if (read.epochs or 0) > MANY_EPOCHS:
                 yield (
                     f"{stage.name}: reads {read.where} {read.epochs:.1f} times; beyond"
                     f" {MANY_EPOCHS}, what is read again teaches ever less"
                 )
+    reads = (read for stage in plan.stages for read in stage.reads)
+    if unknown := sorted({read.where for read in reads if read.epochs is None}):
+        yield (
+            f"not tokenised yet, so that the epochs are not known: {', '.join(unknown)}; the"
+            " prepare stage does it, or `btx run`"
+        )
 
 
 def as_json(plan: Plan, price: float) -> dict[str, Any]:
@@ -148,14 +149,14 @@ def change(expected: Expected | None) -> str:
 
 
 def expectation(beyond: Sequence[str]) -> str:
-    """What the expected losses are worth. beyond: in what they are extrapolated."""
+    """Say where the expected losses come from. beyond: the quantities that are extrapolated."""
     told = (
-        "Held-out loss: change against the seed's, mean over domains, with its 95 % interval, from"
-        " the curves of the study in docs/results.md."
+        "Held-out loss: change relative to the seed, mean over domains, with its 95 % interval,"
+        " from the curves of the study in docs/results.md."
     )
     if not beyond:
         return told
-    return f"{told} Extrapolated, so that the interval says too little: {'; '.join(beyond)}."
+    return f"{told} Extrapolated, so the interval is too narrow: {'; '.join(beyond)}."
 
 
 def _hours(seconds: float) -> float:

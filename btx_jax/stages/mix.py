@@ -106,13 +106,15 @@ def run(config: Config, workdir: Path) -> None:
         )
         return
     for other in off_base(sources):
-        log.warning("%s is on another base than the branches: they do not mix exactly", other.path)
+        told = f"{other.path} is on a different base from the branches: they do not mix exactly"
+        log.warning("%s", told)
     read = named | ({_BASE: base} if base else {})
     tokenizers = [load_tokenizer(source.tokenizer) for source in read.values()]
     for key, tokenizer in zip(read, tokenizers, strict=True):
         if told := difference(tokenizers[0], tokenizer, first.metadata.model.vocab_size):
             raise ConfigError(
-                f"{key}: {tokenizer.path} is another tokenizer than {tokenizers[0].path}: {told}"
+                f"{key}: {tokenizer.path} is a different tokenizer from"
+                f" {tokenizers[0].path}: {told}"
             )
     found = {str(source.path): source.metadata.model for source in sources}
     dense_model = within(first.metadata.model, *limits(found))
@@ -212,7 +214,7 @@ def _texts(config: Config, tokenizer: Tokenizer, model: ModelConfig, limit: int)
     assert config.mix and config.data
     reads = first_then_others(resolve_tokenizer, config.data, tokenizer.path.parent)
     if told := difference(tokenizer, reads, model.vocab_size):
-        raise ConfigError(f"config.data.tokenizer: another one than the experts': {told}")
+        raise ConfigError(f"config.data.tokenizer: not the experts': {told}")
     texts = []
     for i, notation in enumerate(config.mix.text):
         key = f"config.mix.text[{i}]"
@@ -360,7 +362,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
         for key, found in beside_anchors.items():
             if found in others:
                 mistakes.add(
-                    f"{key}: {found.path} was trained with another anchor than"
+                    f"{key}: {found.path} was trained with a different anchor from"
                     f" {next(iter(beside_anchors.values())).path}; branches of one base mix"
                 )
     with mistakes.gather():
@@ -379,7 +381,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             other = within(model, first.context, first.window)
             if changed := differences(to_dict(first), to_dict(other)):
                 mistakes.add(
-                    f"{key}: another model than {name.removeprefix('config.mix.')}:"
+                    f"{key}: a different model from {name.removeprefix('config.mix.')}:"
                     f" {'; '.join(map(str, changed))}"
                 )
         if first.moe and not first.is_branch:
@@ -450,7 +452,7 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
             )
         if metadata.base.digest != first.base.digest:
             raise ConfigError(
-                f"config.mix.experts[{i}]: {source.path} was trained on another base than"
+                f"config.mix.experts[{i}]: {source.path} was trained on a different base from"
                 " experts[0]"
             )
         differ = {key: getattr(metadata.model.lora, key) for key in ("rank", "alpha", "targets")}

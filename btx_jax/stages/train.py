@@ -443,7 +443,7 @@ class Loop:
             read_metadata(checkpoints.path(self.last_saved)).history if self.last_saved else {}
         )
         if resumed and self.run_id not in resumed:
-            told = f"config.init={config.init!r} is another checkpoint than when this run began"
+            told = f"config.init={config.init!r} is not the checkpoint that this run began with"
             raise UserError(f"{workdir}: {told}; choose another --workdir")
         before = resumed.get(self.run_id)
         self.seconds = before.seconds if before else 0.0

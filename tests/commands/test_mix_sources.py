@@ -130,7 +130,7 @@ def test_wrong_loras_are_told_all_at_once(tmp_path):
         f"experts[1].source_model: {LLAMA / 'b'} holds no LoRA",
         f"experts[2].source_model: {tmp_path / 'none'} does not exist",
         f"experts[3].source_model: {tmp_path / 'nowhere'} does not exist",
-        f"experts[4].source_model: {tmp_path / 'own'} was trained on another model than",
+        f"experts[4].source_model: {tmp_path / 'own'} was trained on a different model from",
     ):
         assert wanted in told
 

@@ -273,7 +273,7 @@ def test_models_of_two_families_are_refused_with_the_names_of_both(tmp_path):
     with pytest.raises(UserError) as caught:
         write_mixture(paths, tmp_path / "out")
     told = str(caught.value)
-    assert "qwen2/base (qwen2) is another kind of model than" in told
+    assert "qwen2/base (qwen2) is a different kind of model from" in told
     assert "llama/base (llama): " in told and "biases: () against ('q', 'k', 'v')" in told
     assert "\n" not in told and not (tmp_path / "out").exists()
 

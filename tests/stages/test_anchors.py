@@ -236,10 +236,12 @@ def test_another_anchor_is_refused(home, tmp_path):
     stages.run(training(home, "c", "stranger", frozen="anchor"), home / "far")
     mixed(home, "ab", home / "mix")
     for name in ("stranger", "far"):
-        told = rf"experts\[2\]: .*{name}.* was trained with another anchor than .*; branches of one"
+        told = rf"experts\[2\]: .*{name}.* was trained with a different anchor from .*; branches of one"
         with pytest.raises(ConfigError, match=told):
             mixed(home, ["a", "b", name], tmp_path / "out")
-        with pytest.raises(UserError, match=r"SOURCE: .* was trained with another anchor than the"):
+        with pytest.raises(
+            UserError, match=r"SOURCE: .* was trained with a different anchor from the"
+        ):
             experts.add(str(home / "mix"), str(home / name), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -288,8 +290,8 @@ def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
         (lambda: experts.add(str(home / "mixture"), a, out), "is a mixture itself"),
         (lambda: experts.drop(mix, 3, out), "no expert 3 in layer 0, which has experts 0 to 2"),
         (lambda: experts.drop(a, 0, out), "cannot drop the only expert"),
-        (mixing("a", "seed"), "another model than experts"),
-        (mixing("a", "mix"), "another model than experts"),
+        (mixing("a", "seed"), "a different model from experts"),
+        (mixing("a", "mix"), "a different model from experts"),
         (mixing("mix", "mix"), "is a mixture already"),
         (mixing("a", "b", copies=2, router="uniform"), "2 mistakes: .*copies=2: .*router='uniform'"),
         (mixing("a", "b", method="average"), r"config.mix.method='average': branches that were"),

@@ -1,5 +1,5 @@
-"""Models of other families through the stages: branches with the mixing probe, LoRA, closed-form
-mixing, finetuning of the mixture, text."""
+"""Models of other families through the stages: their plans, branches with the mixing probe, LoRA,
+closed-form mixing, finetuning of the mixture, text."""
 
 import dataclasses
 
@@ -16,6 +16,8 @@ from btx_jax.evaluation.generation import Generator
 from btx_jax.models.layers import Readout
 from btx_jax.models.llama import Llama, logits
 from btx_jax.parallel.sharding import make_mesh
+from btx_jax.planning import steps
+from btx_jax.planning.plan import plan
 from tests.architectures import goldens
 from tests.architectures.exports import dense_names
 from tests.stages import test_routers
@@ -98,14 +100,27 @@ def test_everything_that_a_family_computes_is_tried_here():
         assert set(settings(model)) <= tried, name
 
 
+def as_planned(config, workdir, monkeypatch):
+    """Plan a run, run it, and compare."""
+    monkeypatch.setattr(steps, "TIMED_SECONDS", 0.01)
+    (planned,) = plan(config, workdir, steps.on_this_machine, 1).stages
+    assert planned.memory and planned.seconds > planned.stepping > 0
+    stages.run(config, workdir)
+    history = find_checkpoint(workdir).metadata.history
+    own = [run for run in history.values() if run][-1]
+    assert (planned.tokens, planned.flops) == (own.tokens, pytest.approx(own.flops))
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in FEATURES]
 )
-def test_a_family_goes_through_every_stage(name, home, training, tokenizer_file, tmp_path):
+def test_a_family_goes_through_every_stage(
+    name, home, training, tokenizer_file, tmp_path, monkeypatch
+):
     model = changed(FEATURES[name])
     seed = checkpoint(tmp_path / "seed2", model, 1, load_tokenizer(tokenizer_file))
     branch = training(seed, 2, eval_every=2, mixing_probe=True, learning_rate=1e-2)
-    stages.run(branch, tmp_path / "branch")
+    as_planned(branch, tmp_path / "branch", monkeypatch)
     first, last = (line for line in metrics(tmp_path / "branch") if "heldout" in line)
     assert first["barrier"] == 0 and last["heldout"] != first["heldout"]
 
@@ -121,7 +136,8 @@ def test_a_family_goes_through_every_stage(name, home, training, tokenizer_file,
     mixed("equal", seed, seed)
     np.testing.assert_allclose(logits_of(tmp_path / "equal"), logits_of(seed), atol=1e-4)
     mixed("mix", seed, str(tmp_path / "branch"))
-    stages.run(training(tmp_path / "mix", 2, learning_rate=1e-3), tmp_path / "finetuned")
+    finetune = training(tmp_path / "mix", 2, learning_rate=1e-3)
+    as_planned(finetune, tmp_path / "finetuned", monkeypatch)
     found = find_checkpoint(tmp_path / "finetuned")
     mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
     generator = Generator(found.metadata.model, load_params(found), FP32, mesh)

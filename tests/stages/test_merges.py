@@ -183,6 +183,6 @@ def test_a_base_of_another_model_or_tokenizer_is_refused(home, tokenizer_file):
     checkpoints.save(CheckpointMetadata(other, 1, {}), init_params(other, jax.random.key(0)))
     checkpoints.close()
     copy_tokenizer(load_tokenizer(tokenizer_file), home / "deep" / "tokenizer")
-    with pytest.raises(UserError, match=r"config\.mix\.base: another model than experts\[0\]"):
+    with pytest.raises(UserError, match=r"config\.mix\.base: a different model from experts\[0\]"):
         stages.run(config(home, merge="copy", base=str(home / "deep")), home / "mix")
     assert not (home / "mix").exists()
