@@ -86,6 +86,12 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
     metavar="N",
     help="tokens of a seed from scratch; by default all text",
 )
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="tokens of a row; by default 512 to 4096, by the amount of text",
+)
 def new(
     file: str,
     seed: str,
@@ -99,6 +105,7 @@ def new(
     tokens: int | None,
     finetune_tokens: int | None,
     seed_tokens: int | None,
+    sequence_length: int | None,
 ) -> None:
     """Write a config file for your own seed and domains: train, mix, finetune, evaluate, export.
 
@@ -128,6 +135,7 @@ def new(
         tokens or 0,
         finetune_tokens or 0,
         seed_tokens or 0,
+        sequence_length or 0,
         epochs,
     )
     terminal.say(run(to_path(file, "FILE"), wanted))

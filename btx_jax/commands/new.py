@@ -64,7 +64,8 @@ def get_config():
 class Wanted:
     """The user's choices for a new project. domains: name -> files, in data's notation. branches:
     name -> its expert, if it exists already. method: "" to choose by the seed. tokens: of every
-    branch, 0 for `epochs` of its text."""
+    branch, 0 for `epochs` of its text. sequence_length: of a row, 0 to choose by the amount of
+    text."""
 
     seed: str
     domains: Mapping[str, str]
@@ -76,6 +77,7 @@ class Wanted:
     tokens: int
     finetune_tokens: int
     seed_tokens: int
+    sequence_length: int
     epochs: float
 
     @property
@@ -92,7 +94,7 @@ def run(target: Path, wanted: Wanted) -> str:
     length, heldout = next(
         (length, share) for least, length, share in SIZES if _bytes(texts) >= least
     )
-    length = min(length, context)
+    length = min(wanted.sequence_length or length, context)
     prepared, heldout = _prepared(texts, tokenizer, length, heldout)
     counted = {domain.name: _tokens(domain) for domain in prepared}
     numbers = _numbers(wanted, counted)
@@ -147,6 +149,10 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
         else:
             seed = find_checkpoint(wanted.seed, "--seed")
             context, own = seed.metadata.model.context, find_tokenizer(seed.tokenizer)
+        if wanted.sequence_length > context:
+            raise ConfigError(
+                f"--sequence-length={wanted.sequence_length}: beyond the seed's context of {context}"
+            )
     mistakes.tell()
     data = DataConfig("", tokenizer="" if own else wanted.tokenizer)
     return context, resolve_tokenizer(data, own)
@@ -223,7 +229,7 @@ def _warnings(
         if (steps := schedule(tokens, length).steps) < FEW_STEPS:
             yield (
                 f"{name}: its branch is {steps} steps on {tokens:,} tokens, in which it learns"
-                " little; give it more text, or more than one epoch"
+                f" little; {_more(wanted)}, or shorten its rows, --sequence-length={length // 2}"
             )
         if (epochs := tokens / counted[name]) > MANY_EPOCHS:
             yield (
@@ -239,6 +245,12 @@ def _warnings(
             f"{longest[0]}: its branch is {longest[1] / shortest[1]:.0f} times as long as that of"
             f" {shortest[0]}, and all wait for it; set their tokens in the file, or --tokens"
         )
+
+
+def _more(wanted: Wanted) -> str:
+    if wanted.tokens:
+        return "raise --tokens"
+    return "give it more text, or more --epochs"
 
 
 def _file(

@@ -166,4 +166,13 @@ def test_uneven_and_short_branches_are_warned_of(here, capsys):
     new(SEED, LAW, TALES)
     told = capsys.readouterr().err
     assert "tales: its branch is 1" in told and "times as long as that of law" in told
-    assert "law: its branch is" in told and "in which it learns little" in told
+    assert "law: its branch is" in told and "in which it learns little; give it more text" in told
+
+
+def test_rows_are_as_long_as_asked(here, capsys):
+    with pytest.raises(SystemExit):
+        new(SEED, LAW, TALES, "--sequence-length=4096")
+    assert "--sequence-length=4096: beyond the seed's context of" in capsys.readouterr().err
+    new(SEED, LAW, TALES, "--sequence-length=16", "--tokens=1000")
+    assert "raise --tokens, or shorten its rows, --sequence-length=8" in capsys.readouterr().err
+    assert "sequence_length=16," in (here / "my_btx.py").read_text()
