@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint
-from btx_jax.config.config import Config
+from btx_jax.config.config import Config, DataConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.model import train_flops
 from btx_jax.data.prepare import already_prepared, resolve_tokenizer
@@ -180,22 +180,22 @@ def _models(stages: Mapping[str, Config], workdir: Path) -> dict[str, ModelConfi
 
 
 def _tokenizers(stages: Mapping[str, Config], workdir: Path) -> dict[str, Tokenizer | None]:
-    """The tokenizer of every stage with text; None if a stage that has not run creates it."""
+    """The tokenizer of every stage that trains or mixes; None if it is not known yet. A stage
+    without one of its own has that of the checkpoint it starts from."""
     found: dict[str, Tokenizer | None] = {}
     for name, stage in stages.items():
-        if not stage.data:
-            continue
-        before = _stage_at(stage.init, workdir)
-        if not stage.data.tokenizer and before in found:
+        start = stage.mix.experts[0] if stage.mix else stage.init
+        before = _stage_at(start, workdir)
+        if before in found and not (stage.data and stage.data.tokenizer):
             found[name] = found[before]
-            continue
-        try:
-            own = None
-            if stage.init not in ("", SCRATCH) and before not in stages:
-                own = find_checkpoint(stage.init, "config.init").tokenizer
-            found[name] = resolve_tokenizer(stage.data, own)
-        except UserError:
-            found[name] = None
+        elif stage.train or stage.mix:
+            try:
+                own = None
+                if start not in ("", SCRATCH) and before not in stages:
+                    own = find_checkpoint(start, "config.init").tokenizer
+                found[name] = resolve_tokenizer(stage.data or DataConfig(""), own)
+            except UserError:
+                found[name] = None
     return found
 
 

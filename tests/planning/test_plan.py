@@ -72,7 +72,9 @@ def test_epochs_are_told_once_text_is_tokenised(home):
     stages.run(config.pipeline["prepare"].config, home / "prepared")
     done = json.loads((home / "prepared/done.json").read_text())
     there = done["domains"]["a"][0]["splits"]["train"]["tokens"]
-    stage = next(s for s in plan(config, home / "run", fixed, 1).stages if s.name == "expert_a")
+    after = plan(config, home / "run", fixed, 1)
+    assert all(read.epochs for stage in after.stages for read in stage.reads)
+    stage = next(s for s in after.stages if s.name == "expert_a")
     read = {read.domain: read for read in stage.reads}
     assert read["a"].there == there and read["a"].read == pytest.approx(0.95 * stage.tokens)
     assert read["a"].epochs == pytest.approx(0.95 * stage.tokens / there)
