@@ -151,7 +151,8 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
             context, own = seed.metadata.model.context, find_tokenizer(seed.tokenizer)
         if wanted.sequence_length > context:
             raise ConfigError(
-                f"--sequence-length={wanted.sequence_length}: beyond the seed's context of {context}"
+                f"--sequence-length={wanted.sequence_length}: beyond the seed's context of"
+                f" {context}"
             )
     mistakes.tell()
     data = DataConfig("", tokenizer="" if own else wanted.tokenizer)

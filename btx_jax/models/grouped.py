@@ -78,14 +78,24 @@ def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
     )  # as for splash: only who needs it pays for the import
 
     def matmul(rows, kernel):
-        tiles = (
-            tile,
-            min(TILES[1] // rows.dtype.itemsize, kernel.shape[1]),
-            min(TILES[2] // rows.dtype.itemsize, kernel.shape[2]),
-        )
+        tiles = _tiles(tile, rows.dtype.itemsize)
         return megablox.gmm(rows, kernel, sizes_E, rows.dtype, tiles, interpret=interpret)
 
     return matmul
+
+
+@functools.cache  # one function per choice, so that JAX recognises what it has traced already
+def _tiles(tile: int, itemsize: int):
+    """The tile of each product, forward and backward: all of a dimension, or a multiple of 128."""
+
+    def tiles(rows: int, contracted: int, columns: int) -> tuple[int, int, int]:
+        return (
+            tile,
+            min(TILES[1] // itemsize, contracted),
+            min(TILES[2] // itemsize, columns),
+        )
+
+    return tiles
 
 
 def _ragged_dot(x_RD, sizes_E, *weights, activation):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LayerSpec
@@ -93,6 +94,22 @@ def test_every_platform_s_ragged_path_is_the_same_function(monkeypatch, tokens):
     for got in (run("default"), run("cpu", "pallas_interpret")):
         for a, b in zip(jax.tree.leaves(got), want, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(576, 1536), (96, 200), (1536, 8960), (2048, 3000)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_megablox_has_tiles_that_a_tpu_takes_whatever_the_widths(width, hidden, dtype):
+    """Lowered for a TPU, forward and backward; a tile is a whole dimension or a multiple of 128."""
+    shaped = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    weights = (shaped(3, width, hidden), shaped(3, width, hidden), shaped(3, hidden, width))
+    sizes = jax.ShapeDtypeStruct((3,), "int32")
+
+    def loss(x, sizes, *weights):
+        return grouped.grouped_swiglu(x, sizes, weights, 256, "pallas").astype("float32").sum()
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4)))
+    lowered = export.export(step, platforms=["tpu"])(shaped(600, width), sizes, *weights)
+    assert lowered.mlir_module().count("tpu_custom_call") == 6  # of two shapes, each in three roles
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])
