@@ -21,6 +21,7 @@ from btx_jax.parallel.sharding import (
     resolve,
     shard,
 )
+from btx_jax.planning.compile_check import topology_devices
 from btx_jax.training.step import init_state, lower_train_step, make_train_step
 from tests.models.test_llama import TINY
 
@@ -75,6 +76,28 @@ def test_a_dimension_that_does_not_divide_is_named():
         ),
     ):
         param_shardings(abstract_params(MODEL), make_mesh((1, 1, 1, 8)))
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "shape"),
+    [
+        ("v5p:2x2x4", 1, (1, 4, 4, 1, 1)),
+        ("v5e:8x8", 1, (1, 16, 4, 1, 1)),
+        ("v6e:8x8", 1, (1, 16, 4, 1, 1)),
+        ("v6e:8x8", 1, (1, 16, 2, 2, 1)),
+        ("v6e:8x16", 1, (1, 32, 4, 1, 1)),
+        ("v5p:4x4x4", 1, (1, 8, 8, 1, 1)),
+        ("v6e:8x8", 2, (2, 16, 4, 1, 1)),
+    ],
+)
+def test_a_mesh_fits_a_slice_though_its_axes_share_those_of_the_torus(topology, slices, shape):
+    devices = topology_devices(topology, slices)
+    mesh = make_mesh(shape, devices)
+    assert tuple(mesh.shape.values()) == shape and mesh.devices.size == len(devices)
+    if topology.startswith("v6e"):  # there experts lie along a part of one axis
+        experts = mesh.devices[0, 0, :, 0, 0]
+        places = np.array([device.coords for device in experts])
+        assert (abs(np.diff(places, axis=0)).sum(1) == mesh.shape["tensor"]).all()
 
 
 def test_shard_outside_any_mesh_is_the_identity():
