@@ -60,6 +60,7 @@ ELSEWHERE = {
     "apt-get *": "needs the network",
     "dpkg *": "needs what that fetches",
     "mkdir *": "of the reader's shell",
+    "cp *": "of the reader's shell",
     "zcat *": "of the reader's shell",
     "echo *": "of the reader's shell",
     "wc *": "of the reader's shell",

@@ -32,11 +32,14 @@ def make(folder: Path, tokenizer_file: Path) -> None:
     for number, domain in enumerate((*DOMAINS, "general")):
         rows = [{"text": text, "body": text} for text in sentences(300, seed=number)]
         _json_lines(folder / "text" / f"{domain}.jsonl.gz", rows)
-    for number, name in enumerate(
-        ("notes.txt", "foldoc.txt", "bible.txt", "hol-light/Jordan/a.ml")
-    ):
-        (folder / "text" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "text" / name).write_text("\n\n".join(sentences(100, seed=9 + number)))
+    (folder / "text" / "notes.txt").write_text("".join(sentences(100, seed=9)))
+    for number, name in enumerate(("foldoc", "bible")):  # long enough to be cut into documents
+        text = "\n\n".join(sentences(400, seed=10 + number))
+        (folder / "text" / f"{name}.txt").write_text(text * (2**20 // len(text) + 1))
+    proofs = folder / "text" / "hol-light"
+    proofs.mkdir()
+    for number in range(20):
+        (proofs / f"{number}.ml").write_text("".join(sentences(20, seed=20 + number)))
     evals = folder / "data" / "evals"
     evals.mkdir(parents=True)
     item = {"query": "Question: which is it?", "choices": ["the river", "the city"], "gold": 1}
