@@ -31,6 +31,7 @@ SLOW = (
     "btx run my_btx.py",
     "btx plan my_btx.py",
     "btx plan smol.py",
+    "btx plan demo *",
     "btx run smol.py",
     "btx generate runs/smol/* *",
     "btx run *_expert:tiny *",
