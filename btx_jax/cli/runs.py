@@ -7,7 +7,7 @@ from pathlib import Path
 
 from btx_jax import stages, terminal
 from btx_jax.config.config import Config
-from btx_jax.errors import UserError
+from btx_jax.errors import Mistakes, UserError
 from btx_jax.output import write_json
 from btx_jax.parallel import hosts
 from btx_jax.paths import to_path
@@ -77,8 +77,13 @@ def plan(
     from btx_jax.planning import compile_check, steps, tables
     from btx_jax.planning.plan import plan
     from btx_jax.reporting.summary import print_tables
+    from btx_jax.stages.pipeline import find_mistakes, resolved_stages
 
     where = _directory(workdir, named)
+    if config.pipeline and not topology:  # a slice has other devices than this machine
+        mistakes = Mistakes()
+        find_mistakes(resolved_stages(config, where), where, mistakes)
+        mistakes.tell()
     if topology:
         chips = len(compile_check.topology_devices(topology, slices))
         made = plan(config, where, steps.on_slice(topology, slices), chips)

@@ -33,7 +33,7 @@ DTYPE = click.option(
 @command(
     panel=USE,
     examples="""
-btx generate runs/demo --prompt "def fibonacci(n):"
+btx generate runs/demo/finetune --prompt "def fibonacci(n):"
 btx generate org/name --chat --prompt "Who wrote Faust?" --temperature=0.8
 """,
 )

@@ -2,6 +2,7 @@
 text."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from btx_jax.data.prepare import prepare, resolve_tokenizer
 from btx_jax.data.prepared import PreparedDomain, heldout_share, none_heldout
 from btx_jax.data.sources import expand_files, parse_sources
 from btx_jax.data.tokenizers import Tokenizer, find_tokenizer
-from btx_jax.errors import ConfigError, Mistakes
+from btx_jax.errors import ConfigError, Mistakes, suggest
 from btx_jax.models.llama import parameter_counts
 from btx_jax.output import write_text
 from btx_jax.presets.project import (
@@ -114,6 +115,12 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
     mistakes = Mistakes()
     if target.exists():
         mistakes.add(f"FILE: {target} exists already; choose another name, or delete it")
+    elif not target.parent.is_dir():
+        mistakes.add(f"FILE: {target.parent} is not a directory; create it first")
+    elif not os.access(target.parent, os.W_OK):
+        mistakes.add(f"FILE: cannot write to {target.parent}; choose another directory")
+    if target.suffix != ".py":
+        mistakes.add(f"FILE: {target} is a config, which is Python; call it {target.stem}.py")
     if len(wanted.texts) < 2:
         mistakes.add(f"--domain: {TOO_FEW}")
     for name in wanted.domains:
@@ -147,12 +154,23 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
                     " a .model or tokenizer.json (`btx tokenizer FILES --out=my.model` trains one)"
                 )
         else:
+            if "/" not in wanted.seed and not Path(wanted.seed).exists():
+                raise ConfigError(
+                    f"--seed={wanted.seed}: no such directory here, and no size to train from"
+                    f" scratch; {suggest(wanted.seed, MODELS)}"
+                )
+            for option, value in (
+                ("--tokenizer", wanted.tokenizer),
+                ("--seed-tokens", wanted.seed_tokens),
+            ):
+                if value:
+                    mistakes.add(f"{option}={value}: the seed is there already; leave it out")
             seed = find_checkpoint(wanted.seed, "--seed")
             context, own = seed.metadata.model.context, find_tokenizer(seed.tokenizer)
         if wanted.sequence_length > context:
             raise ConfigError(
-                f"--sequence-length={wanted.sequence_length}: beyond the seed's context of"
-                f" {context}"
+                f"--sequence-length={wanted.sequence_length}: longer than the seed's context; use"
+                f" at most {context}"
             )
     mistakes.tell()
     data = DataConfig("", tokenizer="" if own else wanted.tokenizer)
@@ -229,8 +247,8 @@ def _warnings(
     for name, tokens in numbers.branches.items():
         if (steps := schedule(tokens, length).steps) < FEW_STEPS:
             yield (
-                f"{name}: its branch is {steps} steps on {tokens:,} tokens, in which it learns"
-                f" little; {_more(wanted)}, or shorten its rows, --sequence-length={length // 2}"
+                f"{name}: its branch learns little in {steps} steps on {tokens:,} tokens;"
+                f" {_more(wanted)}, or shorten rows (--sequence-length, now {length})"
             )
         if (epochs := tokens / counted[name]) > MANY_EPOCHS:
             yield (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from btx_jax import environment
+from btx_jax import environment, interrupts
 from btx_jax.errors import UserError
 from btx_jax.terminal import say
 
@@ -85,5 +85,5 @@ def run(workdir: Path, host: str, port: int, seconds: float) -> None:
     """Serve the page until interrupted."""
     with serving(workdir, host, port, seconds) as server:
         say(f"http://{host}:{server.server_port}/ shows {workdir}; Ctrl-C ends it")
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+        interrupts.end_at_once("the page is no longer served")
+        server.serve_forever()

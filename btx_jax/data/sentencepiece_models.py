@@ -1,6 +1,7 @@
 """sentencepiece `.model` files: training, and conversion to a pipeline of the tokenizers library,
 which finds special tokens within a text as Hugging Face's tokenizers do."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,17 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> 
             )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"cannot train a tokenizer of {vocab_size} pieces on this text:"
-            f" {str(error).splitlines()[-1]}"
+            f"cannot train a tokenizer of {vocab_size} pieces on this text: {_cause(str(error))}"
         ) from error
+
+
+def _cause(told: str) -> str:
+    """What sentencepiece's messages mean, in the words of btx_jax."""
+    if "sentences_.empty()" in told:
+        return "it has no documents, or they are empty"
+    if least := re.search(r"required_chars. \d+ vs (\d+)", told):
+        return f"its characters alone, and all bytes, take {least[1]}"
+    return told.splitlines()[-1]
 
 
 def _pieces(texts: Iterable[str], size: int = 4000) -> Iterator[str]:

@@ -19,7 +19,7 @@ from btx_jax.planning.expected import Expected, Spent, curves
 from btx_jax.planning.steps import Step, Steps
 from btx_jax.progress import bar
 from btx_jax.stages.mix import mixed_model
-from btx_jax.stages.pipeline import in_order, resolve
+from btx_jax.stages.pipeline import resolved_stages
 from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import is_probed
 from btx_jax.training.start import SCRATCH, starting_model
@@ -146,10 +146,7 @@ def _resolved(config: Config, workdir: Path) -> dict[str, Config]:
         if config.train is None:
             raise ConfigError(f"config.stage={config.stage!r}: trains nothing; plan a pipeline")
         return {ONE_STAGE: config}
-    return {
-        name: resolve(name, config.pipeline[name], config, workdir)
-        for name in in_order(config.pipeline)
-    }
+    return resolved_stages(config, workdir)
 
 
 def _stage_at(path: str, workdir: Path) -> str:

@@ -130,6 +130,8 @@ def _require_file(path: str, file: str, flag: str) -> None:
             )
         if not Path(path).is_file():
             is_word = not {"/", "."} & set(path)
+            if Path(f"{path}.py").is_file():
+                raise ConfigError(f"{flag}: no file {path[:200]}; did you mean {path[:200]}.py?")
             hint = f", and no preset; {suggest(path, PRESETS)}" if is_word else ""
             raise ConfigError(f"{flag}: no file {path[:200]}{hint}")
         if (size := Path(path).stat().st_size) > MAX_BYTES:

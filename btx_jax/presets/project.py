@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint
@@ -29,6 +30,7 @@ from btx_jax.config.model_config import ModelConfig
 from btx_jax.config.ridge import RIDGE
 from btx_jax.config.schema import Choice, Range, Section, Share, from_dict, rule
 from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.errors import ConfigError, suggest
 from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.models.llama import parameter_counts
 from btx_jax.presets.experiments import mixed_text
@@ -138,8 +140,8 @@ class Project(Section):
     sequence_length: Annotated[int, Range(2, 2**24)] = 512
     """Tokens of a row."""
     heldout_fraction: Share = 0.01
-    """Share of every domain's documents, chosen by a hash of their text, that is measured on and
-    never trained on."""
+    """Share of every domain's documents, above 0, chosen by a hash of their text, that is measured
+    on and never trained on."""
     dtype: Dtype = DTYPES[1]
     """Of activations and matmuls: `bfloat16` on TPUs and GPUs, `float32` on CPUs."""
 
@@ -161,6 +163,12 @@ class Project(Section):
                 f" train from scratch: {', '.join(MODELS)}"
             )
         elif self.seed not in MODELS:
+            if "/" not in self.seed and not Path(self.seed).exists():
+                yield (
+                    f"seed={self.seed!r}: no such directory here, and no size to train from"
+                    f" scratch; {suggest(self.seed, MODELS)}"
+                )
+                return
             for key in ("tokenizer", "seed_tokens"):
                 if value := getattr(self, key):
                     yield f"{key}={value!r}: the seed is there already; leave it out"
@@ -171,7 +179,15 @@ class Project(Section):
                 " or tokenizer.json (`btx tokenizer FILES --out=my.model` trains one)"
             )
         if self.seed and not self.seed_tokens:
-            yield f"seed_tokens: missing, and seed={self.seed!r} is trained from scratch"
+            yield (
+                f"seed_tokens: missing, and seed={self.seed!r} is trained from scratch; 20 per"
+                " parameter make a well-trained one"
+            )
+
+    @rule
+    def _can_be_measured(self) -> Iterator[str]:
+        if not self.heldout_fraction:
+            yield "heldout_fraction=0: no text would be left to measure on; 0.01 is a good share"
 
     @rule
     def _has_experts(self) -> Iterator[str]:
@@ -193,7 +209,8 @@ class Project(Section):
 
 TOO_FEW = "fewer than two and no general text: there is nothing to mix"
 NO_NAME = (
-    f"no name for a domain; letters, digits, _ and - alone, and neither {GENERAL!r} nor {SEED!r}"
+    f"not a valid name for a domain; use letters, digits, _ and -, and neither {GENERAL!r} nor"
+    f" {SEED!r}"
 )
 
 
@@ -208,6 +225,11 @@ def project(**fields: Any) -> Config:
     made = from_dict(Project, fields, "project")
     scratch = _from_scratch(made) if made.is_from_scratch else None
     held = scratch or find_checkpoint(made.seed, "project.seed").metadata.model
+    if made.sequence_length > held.context:
+        raise ConfigError(
+            f"project.sequence_length={made.sequence_length}: longer than the context of the seed"
+            f" {made.seed}; use at most {held.context}"
+        )
     return _Stages(made, held).all()
 
 

@@ -33,12 +33,8 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
     not exist, UserError when stages that it needs have not finished."""
     assert config.pipeline
     start = time.monotonic()
-    order = in_order(config.pipeline)
-    mistakes, resolved = Mistakes(), dict[str, Config]()
-    for name in order:
-        with mistakes.gather():
-            resolved[name] = resolve(name, config.pipeline[name], config, workdir)
-    mistakes.tell()
+    resolved = resolved_stages(config, workdir)
+    order = list(resolved)
     if only:
         if only not in resolved:
             raise ConfigError(f"--only={only}: no such stage; known: {', '.join(order)}")
@@ -49,12 +45,14 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
         stages.run(resolved[only], workdir / only)
         return
     look_up(workdir, config)
-    check_stages(config, resolved, workdir)
+    check_stages(resolved, workdir)
     claim(workdir, config)
     failed: dict[str, str] = {}
+    waiting: list[str] = []
     for number, name in enumerate(order, start=1):
         if blocked := [need for need in config.pipeline[name].needs if need in failed]:
             failed[name] = f"needs {blocked[0]}"
+            waiting.append(name)
             continue
         finished = has_finished(workdir / name)
         log.info("[%d/%d] %s%s", number, len(order), name, ": already finished" if finished else "")
@@ -76,10 +74,11 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
             failed[name] = str(error) or type(error).__name__
             log.error("%s failed: %s", name, failed[name])
     if failed:
-        told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        causes = [f"{name}: {why}" for name, why in failed.items() if name not in waiting]
+        told = "; ".join(causes + [f"waiting for these: {', '.join(waiting)}"] * bool(waiting))
         raise UserError(
-            f"{len(failed)} of {len(order)} stages did not finish ({told}); run the same command"
-            " again to resume"
+            f"{len(failed)} of {len(order)} stages did not finish ({told}); once that is mended,"
+            " the same command resumes the run"
         )
     for name in (name for name in order if resolved[name].stage == "report" and is_first()):
         for file in (workdir / name).glob("*.*"):
@@ -89,24 +88,42 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
     finish(workdir, seconds=time.monotonic() - start)
 
 
-def check_stages(config: Config, resolved: Mapping[str, Config], workdir: Path) -> None:
+def resolved_stages(config: Config, workdir: Path) -> dict[str, Config]:
+    """The stages in execution order, as they will run in this directory. Raises ConfigError."""
+    assert config.pipeline
+    mistakes, resolved = Mistakes(), dict[str, Config]()
+    for name in in_order(config.pipeline):
+        with mistakes.gather():
+            resolved[name] = resolve(name, config.pipeline[name], config, workdir)
+    mistakes.tell()
+    return resolved
+
+
+def check_stages(resolved: Mapping[str, Config], workdir: Path) -> None:
     """Raise ConfigError with all known mistakes in the unfinished stages, before the first of them
     runs."""
-    assert config.pipeline
     mistakes = Mistakes()
-    coming: dict[str, ModelConfig | None] = {}
-    for name in resolved:
-        path = workdir / name
-        if has_finished(path):
-            continue
+    left = {name: stage for name, stage in resolved.items() if not has_finished(workdir / name)}
+    for name, stage in left.items():
         with mistakes.gather():
-            done_of(path, resolved[name])
-        own = Mistakes()
-        coming[str(path)] = stages.check(resolved[name], coming, own)
-        for told in own.found:
-            within = f"config.pipeline.{name}.config."
-            mistakes.add(within + told.removeprefix("config.") if told[:7] == "config." else told)
+            done_of(workdir / name, stage)
+    find_mistakes(left, workdir, mistakes)
     mistakes.tell()
+
+
+def find_mistakes(resolved: Mapping[str, Config], workdir: Path, mistakes: Mistakes) -> None:
+    """Add all known mistakes in these stages; one that several stages share is told once."""
+    coming: dict[str, ModelConfig | None] = {}
+    stages_of: dict[str, list[str]] = {}
+    for name, stage in resolved.items():
+        own = Mistakes()
+        coming[str(workdir / name)] = stages.check(stage, coming, own)
+        for told in own.found:
+            stages_of.setdefault(told, []).append(name)
+    for told, names in stages_of.items():
+        within = f"config.pipeline.{names[0]}.config."
+        whole = within + told.removeprefix("config.") if told[:7] == "config." else told
+        mistakes.add(f"{whole} (so also in {', '.join(names[1:])})" if names[1:] else whole)
 
 
 def in_order(pipeline: Any) -> list[str]:

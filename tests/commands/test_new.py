@@ -115,10 +115,17 @@ def test_the_method_suits_the_seed(here, words, method):
 MISTAKES = {
     "no seed": ([LAW, TALES], "--seed: missing; name a checkpoint"),
     "no tokenizer": (["--seed=tiny", LAW, TALES], "--tokenizer: missing, and --seed=tiny is"),
-    "a seed that is not there": (["--seed=sed", LAW, TALES], "sed does not exist"),
+    "a seed that is not there": (
+        ["--seed=tny", LAW, TALES],
+        "--seed=tny: no such directory here, and no size to train from scratch; did you mean 'tiny'?",
+    ),
     "a tokenizer that is not there": (
         ["--seed=tiny", "--tokenizer=other.model", LAW, TALES],
         "other.model",
+    ),
+    "a tokenizer beside a seed that has one": (
+        [SEED, "--tokenizer=my.model", LAW, TALES],
+        "--tokenizer=my.model: the seed is there already; leave it out",
     ),
     "no domain": ([SEED], "--domain: none; name one for each"),
     "a domain without a name": ([SEED, "--domain=law.jsonl"], "must be NAME=FILES"),
@@ -131,7 +138,7 @@ MISTAKES = {
     "one domain alone": ([SEED, LAW], "--domain: fewer than two and no general text"),
     "a name that is taken": (
         [SEED, LAW, "--domain=general=tales.jsonl"],
-        "--domain general: no name",
+        "--domain general: not a valid name",
     ),
     "a branch without its text": ([SEED, LAW, TALES, "--branch=x=seed"], "--branch=x=...: no such"),
     "a branch that is not there": (
@@ -152,6 +159,20 @@ def test_what_newcomers_get_wrong_is_one_line(here, capsys, words, told):
     assert not (here / "my_btx.py").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("nowhere/my.py", "FILE: nowhere is not a directory; create it first"),
+        ("my.txt", "FILE: my.txt is a config, which is Python; call it my.py"),
+    ],
+)
+def test_where_it_cannot_be_written_is_told_before_text_is_read(here, capsys, file, told):
+    with pytest.raises(SystemExit):
+        btx(["new", file, SEED, LAW, TALES])
+    assert capsys.readouterr().err.strip() == f"btx_jax: error: {told}"
+    assert not (here / "runs").exists()
+
+
 def test_a_file_that_is_there_is_kept(here, capsys):
     (here / "my_btx.py").write_text("mine")
     with pytest.raises(SystemExit):
@@ -166,13 +187,16 @@ def test_uneven_and_short_branches_are_warned_of(here, capsys):
     new(SEED, LAW, TALES)
     told = capsys.readouterr().err
     assert "tales: its branch is 1" in told and "times as long as that of law" in told
-    assert "law: its branch is" in told and "in which it learns little; give it more text" in told
+    assert "law: its branch learns little in" in told and "; give it more text" in told
 
 
 def test_rows_are_as_long_as_asked(here, capsys):
     with pytest.raises(SystemExit):
         new(SEED, LAW, TALES, "--sequence-length=4096")
-    assert "--sequence-length=4096: beyond the seed's context of" in capsys.readouterr().err
+    assert (
+        "--sequence-length=4096: longer than the seed's context; use at most"
+        in capsys.readouterr().err
+    )
     new(SEED, LAW, TALES, "--sequence-length=16", "--tokens=1000")
-    assert "raise --tokens, or shorten its rows, --sequence-length=8" in capsys.readouterr().err
+    assert "raise --tokens, or shorten rows (--sequence-length, now 16)" in capsys.readouterr().err
     assert "sequence_length=16," in (here / "my_btx.py").read_text()

@@ -34,6 +34,7 @@ SLOW = (
     "btx plan demo *",
     "btx run smol.py",
     "btx generate runs/smol/* *",
+    "btx generate runs/my_btx/* *",
     "btx run *_expert:tiny *",
     "btx run *_expert:from_init --config.init=models/seed *",
     "btx run mix *",

@@ -175,6 +175,20 @@ def test_the_command(home, capsys, monkeypatch):
     assert written["on"] == "this machine" and str(run / "plan.json") in out.replace("\n", "")
 
 
+def test_the_command_finds_mistakes_before_it_times_anything(home, capsys, monkeypatch):
+    monkeypatch.setattr("btx_jax.planning.steps.on_this_machine", None)
+    (home / "a.jsonl").unlink()
+    (home / "my.py").write_text(
+        "from tests.planning.test_plan import made\n\n\ndef get_config():\n    return made()\n"
+    )
+    with pytest.raises(SystemExit):
+        btx(["plan", "my.py"])
+    err = capsys.readouterr().err.strip()
+    assert err.count("no file matches 'a.jsonl'") == 1 and "\n" not in err
+    assert "config.pipeline.prepare.config.data" in err and "(so also in expert_a, " in err
+    assert not (home / "runs").exists()
+
+
 @pytest.mark.parametrize("name", ["demo", "bar:tiny", "comparison:tiny,all", "seed:tiny"])
 def test_presets_can_be_planned(home, name):
     preset, _, argument = name.partition(":")

@@ -9,7 +9,7 @@ from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import ConfigError
 from btx_jax.presets import project as projects
 from btx_jax.presets.project import COMPARISONS, METHODS, STEP_TOKENS, project, schedule
-from btx_jax.stages.pipeline import check_stages, in_order, resolve
+from btx_jax.stages.pipeline import check_stages, resolved_stages
 from tests.conftest import sentences
 from tests.stages.test_evaluate import DENSE, checkpoint
 
@@ -56,11 +56,7 @@ def test_every_method_makes_a_pipeline_that_is_right(fields, home, tmp_path, met
         fields["general"] = str(home / "general.jsonl")
     made = project(**fields, method=method)
     assert made.pipeline
-    check_stages(
-        made,
-        {n: resolve(n, made.pipeline[n], made, tmp_path) for n in in_order(made.pipeline)},
-        tmp_path,
-    )
+    check_stages(resolved_stages(made, tmp_path), tmp_path)
     configs = stages_of(made)
     has_generalist = general and method != "flexolmo"
     experts = ["@expert_a", "@expert_b", *([fields["seed"]] if has_generalist else [])]
@@ -170,11 +166,25 @@ def test_a_foreign_branch_does_not_mix_exactly(fields, home):
         project(**fields, method="ffn_only")
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"heldout_fraction": 0.0}, "project.heldout_fraction=0: no text would be left"),
+        ({"sequence_length": 10**6}, r"sequence_length=1000000: longer than .*; use at most \d+"),
+        ({"seed": "tny"}, "project.seed='tny': no such directory here, .*did you mean 'tiny'"),
+    ],
+)
+def test_what_would_be_found_late_is_told_by_the_name_of_its_field(fields, changes, told):
+    with pytest.raises(ConfigError, match=told) as error:
+        project(**fields | changes)
+    assert len(error.value.args) == 1
+
+
 def test_domains_have_names_of_files(fields):
     fields["domains"] = {"seed": {"text": "x", "tokens": 3}, "../b": {"text": "x", "tokens": 3}}
     with pytest.raises(ConfigError) as error:
         project(**fields)
-    assert str(error.value).count("no name for a domain") == 2
+    assert str(error.value).count("not a valid name for a domain") == 2
 
 
 def test_methods_and_comparisons_are_those_of_the_command_line():

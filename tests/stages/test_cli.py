@@ -203,7 +203,7 @@ def test_a_failing_branch_leaves_the_others_results(cli):
     assert (
         f"2 of 4 stages did not finish (bad: config.data: {cli.home / 'empty.txt'} gives no" in line
     )
-    assert "mix: needs bad" in line
+    assert "; waiting for these: mix)" in line
     assert (cli.home / "P" / "good" / "done.json").exists()
     before = (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns
     cli.fails(*arguments)
