@@ -49,7 +49,7 @@ def test_a_report_is_made_from_what_stages_left_behind(tmp_path, capsys):
         Config("report", report=ReportConfig(str(tmp_path / "evaluate"), runs)), tmp_path / "out"
     )
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["wall_seconds"] == {"seed": 12.5, "mix": 1.0}
+    assert summary["wall_seconds"] == {"seed": 20.0, "mix": 1.0}
     assert summary["goodput"] == {"seed": {"wall_seconds": 20.0, "goodput": shares}}
     assert summary["best"] == {"seed": {"step": 5, "score": 1.25}}
     assert summary["test_sets"] == {"seed": {"arc/accuracy": [[0, 0.0], [8, 0.8]]}}
