@@ -210,7 +210,8 @@ _scatter.defvjp(
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """(data, fsdp, expert, tensor, context) -> Mesh with Auto axes: Linen's constraints fail under
-    jax's default, Explicit. Axes that are left out at the end are 1.
+    jax's default, Explicit. Axes that are left out at the end are 1; a smaller mesh takes the first
+    of the devices.
 
     With several slices, the data axis spans them, so that only gradients cross between slices.
     Raises UserError when it cannot.
@@ -221,7 +222,8 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Splitting is JAX's last resort: on 8x8 chips, fsdp=16 expert=4 must share a torus axis.
     if slices == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        taken = devices[: math.prod(shape)]
+        grid = mesh_utils.create_device_mesh(shape, taken, allow_split_physical_axes=True)
         return Mesh(grid, MESH_AXES, axis_types=auto)
     data, *rest = shape
     if data % slices:

@@ -14,7 +14,7 @@ class Best:
     CheckpointConfig."""
 
     def __init__(self, metric: str, lines: Iterable[Mapping[str, Any]]):
-        self._metric = metric
+        self.metric = metric
         self._scores: dict[int, float] = {}
         for line in lines:
             self.add(line["step"], line)
@@ -27,7 +27,7 @@ class Best:
 
     def __call__(self, steps: Iterable[int]) -> int | None:
         """The best of these steps, the first among equals; None if none was evaluated."""
-        sign = -1 if self._metric.startswith("tasks/") else 1
+        sign = -1 if self.metric.startswith("tasks/") else 1
         measured = [step for step in steps if step in self._scores]
         return min(measured, key=lambda step: (sign * self._scores[step], step), default=None)
 
@@ -35,7 +35,7 @@ class Best:
         return self._scores[step]
 
     def _value(self, values: Mapping[str, Any]) -> float | None:
-        if self._metric == HELDOUT:
+        if self.metric == HELDOUT:
             losses = [domain[LOSS] for domain in values.get(HELDOUT, {}).values()]
             return sum(losses) / len(losses) if losses else None
-        return numbers(values).get(self._metric) if self._metric else None
+        return numbers(values).get(self.metric) if self.metric else None

@@ -676,7 +676,8 @@ class Loop:
             lines.append(f"mixing barrier at the end: {self.barriers[steps]:.3f} nats per token")
         kept = [f"step {steps} is kept in {self.checkpoints.path(steps)}"]
         if (best := self.best(self.checkpoints.steps())) is not None and best != steps:
-            kept.append(f"step {best}, the best, is kept in {self.checkpoints.path(best)}")
+            told = f"step {best}, the best by {self.best.metric}, is kept in"
+            kept.append(f"{told} {self.checkpoints.path(best)}")
         return [*lines, *kept, str(self.goodput), *self.warnings]
 
     def results(self) -> dict[str, Any]:
