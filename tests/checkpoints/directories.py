@@ -271,7 +271,7 @@ TABLE = {
     ),
     "null in between": config(pad_token_id=None, eos_token_id=None, quantization_config=None),
     "lists of ids": config(eos_token_id=[2, 5], pad_token_id=0),
-    "a dtype that is not the stored one": config(dtype="float64", torch_dtype="bfloat16"),
+    "another dtype than is stored": config(dtype="float64", torch_dtype="bfloat16"),
     "window": config("mistral", sliding_window=700),
     "window left out": without("sliding_window", start="mistral"),
     "window, Mixtral": config("mixtral", sliding_window=700),

@@ -172,8 +172,8 @@ def test_a_branch_of_another_base_is_told(home, tmp_path, caplog):
     assert not warned("seed", "a", "b")
     assert len(warned("a", "b", "stranger")) == len(warned("other", "a")) == 1
     mixture = str(tmp_path / "seed-a-b")
-    assert "another base" in experts.add(mixture, str(home / "stranger"), str(tmp_path / "x"))
-    assert "another base" not in experts.add(mixture, str(home / "c"), str(tmp_path / "y"))
+    assert "a different base" in experts.add(mixture, str(home / "stranger"), str(tmp_path / "x"))
+    assert "a different base" not in experts.add(mixture, str(home / "c"), str(tmp_path / "y"))
 
 
 @pytest.mark.parametrize("dropped", range(3))
