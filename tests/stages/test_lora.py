@@ -311,7 +311,10 @@ def test_what_cannot_be_mixed_is_refused(base, tmp_path, tokenizer):
                 MixConfig((str(tmp_path / "a"), str(tmp_path / "other_rank"))),
                 r"other LoRA experts .*rank",
             ),
-            (MixConfig((str(tmp_path / "a"), str(tmp_path / "other_base"))), "a different base from"),
+            (
+                MixConfig((str(tmp_path / "a"), str(tmp_path / "other_base"))),
+                "a different base from",
+            ),
             (MixConfig((str(tmp_path / "a"), base)), "adapters and whole models"),
             (
                 MixConfig((str(tmp_path / "a"), str(tmp_path / "a")), method="average"),
