@@ -147,7 +147,7 @@ def _cause(told: str) -> str:
     """What sentencepiece's messages mean, in the words of btx_jax."""
     if "sentences_.empty()" in told:
         return "it has no documents, or they are empty"
-    if least := re.search(r"required_chars. \d+ vs (\d+)", told):
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", told):
         return f"its characters alone, and all bytes, take {least[1]}"
     return told.splitlines()[-1]
 

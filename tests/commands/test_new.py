@@ -117,7 +117,8 @@ MISTAKES = {
     "no tokenizer": (["--seed=tiny", LAW, TALES], "--tokenizer: missing, and --seed=tiny is"),
     "a seed that is not there": (
         ["--seed=tny", LAW, TALES],
-        "--seed=tny: no such directory here, and no size to train from scratch; did you mean 'tiny'?",
+        "--seed=tny: no such directory here, and no size to train from scratch; did you mean"
+        " 'tiny'?",
     ),
     "a tokenizer that is not there": (
         ["--seed=tiny", "--tokenizer=other.model", LAW, TALES],

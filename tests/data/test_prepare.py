@@ -369,6 +369,22 @@ def test_tokenizer_files(tmp_path, tokenizer, tokenizer_file):
         load_tokenizer(tmp_path / "junk.model")
 
 
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        ([], "of 100 pieces on this text: it has no documents, or they are empty"),
+        (
+            ["hello world"],
+            r"of 100 pieces on this text: its characters alone, and all bytes, take 2",
+        ),
+    ],
+)
+def test_why_no_tokenizer_can_be_trained_is_told_in_plain_words(tmp_path, texts, told):
+    with pytest.raises(UserError, match=told):
+        train_sentencepiece(texts, 100, tmp_path / "out.model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_hugging_face_tokenizers_speak_the_same_interface(tmp_path):
     made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -100,7 +100,10 @@ def test_every_platform_s_ragged_path_is_the_same_function(monkeypatch, tokens):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_megablox_has_tiles_that_a_tpu_takes_whatever_the_widths(width, hidden, dtype):
     """Lowered for a TPU, forward and backward; a tile is a whole dimension or a multiple of 128."""
-    shaped = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+
+    def shaped(*shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
     weights = (shaped(3, width, hidden), shaped(3, width, hidden), shaped(3, hidden, width))
     sizes = jax.ShapeDtypeStruct((3,), "int32")
 

@@ -236,7 +236,10 @@ def test_another_anchor_is_refused(home, tmp_path):
     stages.run(training(home, "c", "stranger", frozen="anchor"), home / "far")
     mixed(home, "ab", home / "mix")
     for name in ("stranger", "far"):
-        told = rf"experts\[2\]: .*{name}.* was trained with a different anchor from .*; branches of one"
+        told = (
+            rf"experts\[2\]: .*{name}.* was trained with a different anchor from .*;"
+            " branches of one"
+        )
         with pytest.raises(ConfigError, match=told):
             mixed(home, ["a", "b", name], tmp_path / "out")
         with pytest.raises(
