@@ -2,6 +2,7 @@
 resume, and a failed branch stops only the stages that need it. Each stage runs in WORKDIR/NAME; the
 output of a report stage is copied to WORKDIR."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from btx_jax import stages
 from btx_jax.config.config import Config, PipelineStage
 from btx_jax.config.config_dict import from_dict, to_dict
 from btx_jax.config.model_config import ModelConfig
+from btx_jax.data.prepare import changed_text
 from btx_jax.errors import ConfigError, Mistakes, UserError
-from btx_jax.parallel.hosts import is_first
+from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.rundir import (
     CONFIG,
     DONE,
@@ -22,8 +24,11 @@ from btx_jax.rundir import (
     finish,
     has_finished,
     look_up,
+    recorded_results,
     was_made_before,
 )
+
+SHOWN = 3  # changed files to name
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +47,12 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
             need for need in config.pipeline[only].needs if not has_finished(workdir / need)
         ]:
             raise UserError(f"--only={only}: needs {', '.join(missing)}, not finished in {workdir}")
+        first_then_others(require_same_text, resolved, workdir)
         stages.run(resolved[only], workdir / only)
         return
     look_up(workdir, config)
     check_stages(resolved, workdir)
+    first_then_others(require_same_text, resolved, workdir)
     claim(workdir, config)
     failed: dict[str, str] = {}
     waiting: list[str] = []
@@ -66,6 +73,8 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
                         workdir / name,
                     )
             continue
+        if resolved[name].data:
+            first_then_others(require_same_text, resolved, workdir)
         try:
             stages.run(resolved[name], workdir / name)
         except Exception as error:  # a failed branch must not end the others; reported below
@@ -109,6 +118,25 @@ def check_stages(resolved: Mapping[str, Config], workdir: Path) -> None:
             done_of(workdir / name, stage)
     find_mistakes(left, workdir, mistakes)
     mistakes.tell()
+
+
+def require_same_text(resolved: Mapping[str, Config], workdir: Path) -> None:
+    """Raise UserError, naming the files, when text has changed since the pipeline prepared it: its
+    stages would learn from, and be measured on, different texts."""
+    for name, stage in resolved.items():
+        done = recorded_results(workdir / name) if stage.stage == "prepare" else None
+        if not done or "files" not in done:
+            continue
+        assert stage.data
+        changed: list[str] = []
+        with contextlib.suppress(UserError):  # told by the stages that still have to read it
+            changed = changed_text(stage.data, done["files"])
+        if changed:
+            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            raise UserError(
+                f"{workdir}: {', '.join(changed[:SHOWN])}{more}, and a run keeps the text it began"
+                f" with; put it back, choose another --workdir, or delete {workdir} to begin anew"
+            )
 
 
 def find_mistakes(resolved: Mapping[str, Config], workdir: Path, mistakes: Mistakes) -> None:
