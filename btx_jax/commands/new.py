@@ -13,7 +13,7 @@ from btx_jax import terminal
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config.config import DataConfig
 from btx_jax.data.files import size_of
-from btx_jax.data.prepare import prepare, resolve_tokenizer
+from btx_jax.data.prepare import already_prepared, prepare, resolve_tokenizer, shared_text
 from btx_jax.data.prepared import PreparedDomain, heldout_share, none_heldout
 from btx_jax.data.sources import expand_files, parse_sources
 from btx_jax.data.tokenizers import Tokenizer, find_tokenizer
@@ -96,12 +96,13 @@ def run(target: Path, wanted: Wanted) -> str:
         (length, share) for least, length, share in SIZES if _bytes(texts) >= least
     )
     length = min(wanted.sequence_length or length, context)
-    prepared, heldout = _prepared(texts, tokenizer, length, heldout)
+    prepared, data = _prepared(texts, tokenizer, length, heldout)
     counted = {domain.name: _tokens(domain) for domain in prepared}
     numbers = _numbers(wanted, counted)
-    for warning in _warnings(wanted, counted, numbers, length):
+    shared = shared_text(already_prepared(data.train, data, tokenizer, "--domain"))
+    for warning in (*_warnings(wanted, counted, numbers, length), *shared):
         terminal.warn(warning)
-    write_text(target, _file(target, wanted, counted, numbers, length, heldout))
+    write_text(target, _file(target, wanted, counted, numbers, length, data.heldout_fraction))
     name = terminal.plain(str(target))
     return (
         f"wrote {name}: read it, change what you like, then\n"
@@ -186,10 +187,10 @@ def _bytes(texts: Mapping[str, str]) -> int:
 
 def _prepared(
     texts: Mapping[str, str], tokenizer: Tokenizer, length: int, heldout: float
-) -> tuple[tuple[PreparedDomain, ...], float]:
-    """(all text, tokenised into the cache of `btx run`; the held-out share: the given one, or the
-    smallest that gives every domain a held-out document). Raises ConfigError for a domain that
-    cannot have one."""
+) -> tuple[tuple[PreparedDomain, ...], DataConfig]:
+    """(all text, tokenised into the cache of `btx run`; how it was read: with the given held-out
+    share, or the smallest that gives every domain a held-out document). Raises ConfigError for a
+    domain that cannot have one."""
     while True:
         data = DataConfig(
             ",".join(texts), domains=texts, sequence_length=length, heldout_fraction=heldout
@@ -197,7 +198,7 @@ def _prepared(
         prepared = prepare(data.train, data, tokenizer, "--domain")
         bare = [d for d in prepared if not sum(s.rows("heldout") for s in d.sources)]
         if not bare:
-            return prepared, heldout
+            return prepared, data
         needed = max(map(heldout_share, bare))
         if not heldout < needed <= MOST_HELDOUT:
             raise ConfigError(*(f"--domain: {none_heldout(domain)}" for domain in bare))

@@ -407,6 +407,34 @@ def already_prepared(
     return [(domain, [*map(manifest, domain.sources)]) for domain in domains]
 
 
+def shared_text(
+    found: Iterable[tuple[Domain, Sequence[Mapping[str, Any] | None]]],
+) -> Iterator[str]:
+    """Warnings, one for each two domains that have a file in common: the same file or, once it is
+    prepared, one of the same content. found: as returned by `already_prepared`."""
+    owners: dict[tuple[str, str], tuple[str, str]] = {}  # (path or sha256, field) -> domain, file
+    shared: dict[tuple[str, str], list[str]] = {}
+    for domain, manifests in found:
+        for source, manifest in zip(domain.sources, manifests, strict=True):
+            files = expand_files(source) if _is_shared(source) else []
+            sums = [told["sha256"] for told in manifest["files"]] if manifest else [""] * len(files)
+            for file, sha256 in zip(files, sums, strict=False):  # none of demo:
+                if not size_of(file):
+                    continue
+                keys = [(key, source.field) for key in (_stamp(file)[0], sha256) if key]
+                owner, other = next((owners[k] for k in keys if k in owners), (domain.name, ""))
+                if owner != domain.name:
+                    same = str(file) if str(file) == other else f"{other} is {file}"
+                    shared.setdefault((owner, domain.name), []).append(same)
+                owners |= {key: (domain.name, str(file)) for key in keys if key not in owners}
+    for (first, second), files_told in shared.items():
+        more = f" and {len(files_told) - 1} more" if files_told[1:] else ""
+        yield (
+            f"{first} and {second} have text in common ({files_told[0]}{more}), which makes their"
+            " experts alike and counts twice in the finetune; leave it to one of them"
+        )
+
+
 def prepare_by_all(
     notation: str, config: DataConfig, tokenizer: Tokenizer, key: str
 ) -> tuple[PreparedDomain, ...]:

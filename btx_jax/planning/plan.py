@@ -11,7 +11,7 @@ from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config.config import Config, DataConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.model import train_flops
-from btx_jax.data.prepare import already_prepared, resolve_tokenizer
+from btx_jax.data.prepare import already_prepared, resolve_tokenizer, shared_text
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import ConfigError, UserError
 from btx_jax.models.llama import leaf_counts, parameter_counts
@@ -80,11 +80,13 @@ class Otherwise:
 
 @dataclass(frozen=True)
 class Plan:
-    """stages: in execution order. chips: number of chips each stage runs on."""
+    """stages: in execution order. chips: number of chips each stage runs on. shared: warnings about
+    text that two domains have in common."""
 
     stages: tuple[Stage, ...]
     chips: int
     otherwise: tuple[Otherwise, ...] = ()
+    shared: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -137,7 +139,8 @@ def plan(config: Config, workdir: Path, steps: Steps, chips: int) -> Plan:
         elif stage.export and (source := _stage_at(stage.export.model, workdir)) in models:
             told = dataclasses.replace(told, storage=_parameters(models[source]) * BYTES)
         made.append(told)
-    return Plan(tuple(made), chips, tuple(_otherwise(stages, models, made, workdir)))
+    shared = tuple(_shared(stages, tokenizers))
+    return Plan(tuple(made), chips, tuple(_otherwise(stages, models, made, workdir)), shared)
 
 
 def _resolved(config: Config, workdir: Path) -> dict[str, Config]:
@@ -263,6 +266,16 @@ def _reads(stage: Config, tokens: int, tokenizer: Tokenizer | None) -> Iterator[
             share = domain.weight / whole * source.weight / parts
             there = manifest["splits"]["train"]["tokens"] if manifest else None
             yield Read(domain.name, source.where, there, tokens * share)
+
+
+def _shared(
+    stages: Mapping[str, Config], tokenizers: Mapping[str, Tokenizer | None]
+) -> Iterator[str]:
+    """Warnings about the text of the first stage that reads any: that which prepares all of it."""
+    data = next((stage.data for stage in stages.values() if stage.data), None)
+    if data:
+        tokenizer = next(filter(None, tokenizers.values()), None)
+        yield from shared_text(already_prepared(data.train, data, tokenizer, "config.data.train"))
 
 
 def _checkpoints(stage: Config, model: ModelConfig) -> float:

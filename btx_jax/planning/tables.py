@@ -32,6 +32,7 @@ def warnings(plan: Plan) -> Iterator[str]:
                     f"{stage.name}: reads {read.where} {read.epochs:.1f} times; beyond"
                     f" {MANY_EPOCHS}, what is read again teaches ever less"
                 )
+    yield from plan.shared
     reads = (read for stage in plan.stages for read in stage.reads)
     if unknown := sorted({read.where for read in reads if read.epochs is None}):
         yield (

@@ -191,6 +191,23 @@ def test_uneven_and_short_branches_are_warned_of(here, capsys):
     assert "law: its branch learns little in" in told and "; give it more text" in told
 
 
+def test_text_that_two_domains_have_in_common_is_warned_of(here, capsys):
+    new(SEED, LAW, TALES, "--general=web.jsonl,law.jsonl")
+    told = "law and general have text in common (law.jsonl), which makes their experts alike"
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "in common" in line]
+    assert told in line and line.endswith("leave it to one of them")
+    (here / "my_btx.py").unlink()
+    (here / "copy.jsonl").write_bytes((here / "law.jsonl").read_bytes())
+    (here / "copied.jsonl").write_bytes((here / "tales.jsonl").read_bytes())
+    new(SEED, "--domain=old=law.jsonl,tales.jsonl", "--domain=new=cop*.jsonl", WEB)
+    assert "old and new have text in common (tales.jsonl is copied.jsonl and 1 more)," in (
+        capsys.readouterr().err
+    )
+    (here / "my_btx.py").unlink()
+    new(SEED, LAW, TALES, WEB)
+    assert "in common" not in capsys.readouterr().err
+
+
 def test_rows_are_as_long_as_asked(here, capsys):
     with pytest.raises(SystemExit):
         new(SEED, LAW, TALES, "--sequence-length=4096")
