@@ -14,7 +14,7 @@ from btx_jax.costs.model import train_flops
 from btx_jax.data.prepare import already_prepared, resolve_tokenizer, shared_text
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import ConfigError, UserError
-from btx_jax.models.llama import leaf_counts, parameter_counts
+from btx_jax.models.llama import parameter_counts
 from btx_jax.planning.expected import Expected, Spent, curves
 from btx_jax.planning.steps import Step, Steps
 from btx_jax.progress import bar
@@ -23,8 +23,8 @@ from btx_jax.stages.pipeline import resolved_stages
 from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import is_probed
 from btx_jax.training.start import SCRATCH, starting_model
+from btx_jax.training.storage import storage
 
-BYTES = 4  # of a parameter, and of each of AdamW's two moments of it
 ONE_STAGE = "run"  # name of the stage of a config that is not a pipeline
 
 
@@ -137,7 +137,7 @@ def plan(config: Config, workdir: Path, steps: Steps, chips: int) -> Plan:
                 told, seconds=_evaluated(stage, stages, models, workdir, rates)
             )
         elif stage.export and (source := _stage_at(stage.export.model, workdir)) in models:
-            told = dataclasses.replace(told, storage=_parameters(models[source]) * BYTES)
+            told = dataclasses.replace(told, storage=storage(stage, models[source]))
         made.append(told)
     shared = tuple(_shared(stages, tokenizers))
     return Plan(tuple(made), chips, tuple(_otherwise(stages, models, made, workdir)), shared)
@@ -251,7 +251,7 @@ def _trained(
         fits=step.fits,
         seconds=train.steps * step.seconds + measured + compiling,
         stepping=train.steps * step.seconds,
-        storage=_checkpoints(stage, model),
+        storage=storage(stage, model),
         reads=reads,
     )
 
@@ -278,19 +278,6 @@ def _shared(
         yield from shared_text(already_prepared(data.train, data, tokenizer, "config.data.train"))
 
 
-def _checkpoints(stage: Config, model: ModelConfig) -> float:
-    """Upper bound on the bytes of the checkpoints that a run keeps: the newest and the best."""
-    assert stage.train and stage.checkpoint
-    own = trained = 0
-    for path, (count, _) in leaf_counts(model).items():
-        is_own = is_trained(path, stage.train.frozen)
-        trained += count * is_own
-        own += count * (is_own or stage.train.frozen not in ("base", "shared"))
-    saved = math.ceil(stage.train.steps / stage.checkpoint.every)
-    kept = min(saved, stage.checkpoint.keep + bool(stage.checkpoint.best))
-    return kept * BYTES * (own + 2 * trained)
-
-
 def _parameters(model: ModelConfig) -> int:
     return parameter_counts(model)[0]
 
@@ -303,7 +290,7 @@ def _mixed(
     assert stage.mix
     rate = min(rates.values(), default=0.0)
     tokens = stage.mix.tokens * len(stage.mix.experts) if stage.mix.text else 0
-    return dataclasses.replace(told, seconds=2 * tokens * rate, storage=_parameters(model) * BYTES)
+    return dataclasses.replace(told, seconds=2 * tokens * rate, storage=storage(stage, model))
 
 
 def _evaluated(

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from btx_jax.planning.expected import Expected
 from btx_jax.planning.plan import Plan, Stage
-from btx_jax.terminal import duration, plain
+from btx_jax.terminal import duration, plain, size
 
 MANY_EPOCHS = 4  # Muennighoff et al., 2023: up to here nearly as good as new text
 
@@ -162,11 +162,3 @@ def expectation(beyond: Sequence[str]) -> str:
 
 def _hours(seconds: float) -> float:
     return seconds / 3600
-
-
-def size(count: float) -> str:
-    """Bytes, in powers of 1024."""
-    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.2f} {name}"
-    return f"{count / 1024:.0f} KiB"

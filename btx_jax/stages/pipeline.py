@@ -27,6 +27,7 @@ from btx_jax.rundir import (
     recorded_results,
     was_made_before,
 )
+from btx_jax.training.storage import shortage, storage
 
 SHOWN = 3  # changed files to name
 
@@ -51,8 +52,11 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
         stages.run(resolved[only], workdir / only)
         return
     look_up(workdir, config)
-    check_stages(resolved, workdir)
+    models = check_stages(resolved, workdir)
     first_then_others(require_same_text, resolved, workdir)
+    needed = {workdir / name: storage(resolved[name], model) for name, model in models.items()}
+    if is_first() and (short := shortage(needed, workdir)):
+        log.warning("%s", short)
     claim(workdir, config)
     failed: dict[str, str] = {}
     waiting: list[str] = []
@@ -108,16 +112,17 @@ def resolved_stages(config: Config, workdir: Path) -> dict[str, Config]:
     return resolved
 
 
-def check_stages(resolved: Mapping[str, Config], workdir: Path) -> None:
-    """Raise ConfigError with all known mistakes in the unfinished stages, before the first of them
-    runs."""
+def check_stages(resolved: Mapping[str, Config], workdir: Path) -> dict[str, ModelConfig]:
+    """The models that unfinished stages will write, by stage, where they are known. Raises
+    ConfigError with all known mistakes in these stages, before the first of them runs."""
     mistakes = Mistakes()
     left = {name: stage for name, stage in resolved.items() if not has_finished(workdir / name)}
     for name, stage in left.items():
         with mistakes.gather():
             done_of(workdir / name, stage)
-    find_mistakes(left, workdir, mistakes)
+    models = find_mistakes(left, workdir, mistakes)
     mistakes.tell()
+    return models
 
 
 def require_same_text(resolved: Mapping[str, Config], workdir: Path) -> None:
@@ -139,8 +144,11 @@ def require_same_text(resolved: Mapping[str, Config], workdir: Path) -> None:
             )
 
 
-def find_mistakes(resolved: Mapping[str, Config], workdir: Path, mistakes: Mistakes) -> None:
-    """Add all known mistakes in these stages; one that several stages share is told once."""
+def find_mistakes(
+    resolved: Mapping[str, Config], workdir: Path, mistakes: Mistakes
+) -> dict[str, ModelConfig]:
+    """Add all known mistakes in these stages; one that several stages share is told once. Returns
+    the models that they will write, by stage, where they are known."""
     coming: dict[str, ModelConfig | None] = {}
     stages_of: dict[str, list[str]] = {}
     for name, stage in resolved.items():
@@ -152,6 +160,7 @@ def find_mistakes(resolved: Mapping[str, Config], workdir: Path, mistakes: Mista
         within = f"config.pipeline.{names[0]}.config."
         whole = within + told.removeprefix("config.") if told[:7] == "config." else told
         mistakes.add(f"{whole} (so also in {', '.join(names[1:])})" if names[1:] else whole)
+    return {name: model for name in resolved if (model := coming[str(workdir / name)])}
 
 
 def in_order(pipeline: Any) -> list[str]:

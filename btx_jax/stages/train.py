@@ -91,6 +91,7 @@ from btx_jax.training.step import (
     state_shardings,
 )
 from btx_jax.training.stopping import Cadence, Stopped, stop_signal
+from btx_jax.training.storage import shortage, storage
 from btx_jax.training.watch import Basin, Dropped, FirstSteps
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,8 @@ def run(config: Config, workdir: Path) -> None:
         *share_of_rows(batch_sharding(mesh)),
     )
 
+    if is_first() and (short := shortage({workdir: storage(config, model)}, workdir)):
+        log.warning("%s", short)
     log.info("compiling the step of %s", workdir.name)
     with goodput.doing("compile"), clock("compiling", is_first()):
         train_step = make_train_step(
