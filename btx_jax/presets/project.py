@@ -2,6 +2,7 @@
 that call `project`; docs/your-domains.md tells of every field."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from btx_jax.config.config import (
     ReportConfig,
     TrainConfig,
 )
+from btx_jax.config.config_dict import flatten, to_dict
 from btx_jax.config.merges import REGMEAN
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.config.ridge import RIDGE
@@ -309,7 +311,8 @@ class _Stages:
             self.add("export", Config("export", export=ExportConfig("@finetune")))
         runs = {name: f"@{name}" for name in self.stages}
         self.add("report", Config("report", report=ReportConfig("@evaluate", runs)))
-        return Config("pipeline", pipeline=self.stages)
+        fields = tuple(f"{k}={json.dumps(v)}" for k, v in flatten(to_dict(project)).items())
+        return Config("pipeline", pipeline=self.stages, project=fields)
 
     def add(self, name: str, config: Config) -> str:
         """A stage that needs all that its config names. Returns its `@NAME`."""
