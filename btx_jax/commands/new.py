@@ -13,10 +13,10 @@ from btx_jax import terminal
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config.config import DataConfig
 from btx_jax.data.files import size_of
-from btx_jax.data.prepare import already_prepared, prepare, resolve_tokenizer, shared_text
+from btx_jax.data.prepare import already_prepared, prepare, shared_text
 from btx_jax.data.prepared import PreparedDomain, heldout_share, none_heldout
 from btx_jax.data.sources import expand_files, parse_sources
-from btx_jax.data.tokenizers import Tokenizer, find_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, named_tokenizer
 from btx_jax.errors import ConfigError, Mistakes, suggest
 from btx_jax.models.llama import parameter_counts
 from btx_jax.output import write_text
@@ -174,8 +174,7 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
                 f" at most {context}"
             )
     mistakes.tell()
-    data = DataConfig("", tokenizer="" if own else wanted.tokenizer)
-    return context, resolve_tokenizer(data, own)
+    return context, load_tokenizer(own) if own else named_tokenizer(wanted.tokenizer, "--tokenizer")
 
 
 def _bytes(texts: Mapping[str, str]) -> int:

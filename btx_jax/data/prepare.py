@@ -51,9 +51,8 @@ from btx_jax.data.tokenised import (
     no_counts,
     require_format,
 )
-from btx_jax.data.tokenizers import Tokenizer, load_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, named_tokenizer
 from btx_jax.errors import Mistakes, UserError
-from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.output import is_there
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import to_path
@@ -340,7 +339,7 @@ def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> 
     if config.tokenizer == DEMO:
         found = load_tokenizer(demo.tokenizer(cache_of(config)))
     elif config.tokenizer:
-        found = load_tokenizer(resolve(config.tokenizer, "config.data.tokenizer", TOKENIZER))
+        found = named_tokenizer(config.tokenizer, "config.data.tokenizer")
     elif checkpoint_tokenizer is None:
         raise UserError(
             "config.data.tokenizer: not set, and no init checkpoint to take it from; name a .model"

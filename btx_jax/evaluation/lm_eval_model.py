@@ -37,7 +37,7 @@ from btx_jax.checkpoints.checkpoint import (
 from btx_jax.config.config import ComputeConfig
 from btx_jax.data.chat_template import ChatTemplate, TemplateError
 from btx_jax.data.chat_template import chat_template as find_chat_template
-from btx_jax.data.tokenizers import Tokenizer, check_ids, load_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, check_ids, load_tokenizer, named_tokenizer
 from btx_jax.errors import UserError, one_of
 from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.generation import Generator
@@ -52,7 +52,6 @@ from btx_jax.evaluation.lm_eval_arguments import (
     refuse_others,
     whole,
 )
-from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.parallel.hosts import is_first
 from btx_jax.parallel.sharding import inference_mesh
 from btx_jax.progress import bar
@@ -110,10 +109,10 @@ class BtxJaxLM(TemplateLM):
         named = str(pretrained if checkpoint is None else checkpoint)
         found = find_checkpoint(named, "--model_args checkpoint")
         self._checkpoint, self._model = found, found.metadata.model
-        self._tokenizer = load_tokenizer(
-            found.tokenizer
+        self._tokenizer = (
+            load_tokenizer(found.tokenizer)
             if tokenizer is None
-            else resolve(str(tokenizer), "--model_args tokenizer", TOKENIZER)
+            else named_tokenizer(str(tokenizer), "--model_args tokenizer")
         )
         self._batch_size = batch_rows(batch_size, max_batch_size)
         is_auto = str(batch_size).startswith("auto")

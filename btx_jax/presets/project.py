@@ -31,9 +31,8 @@ from btx_jax.config.merges import REGMEAN
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.config.ridge import RIDGE
 from btx_jax.config.schema import Choice, Range, Section, Share, from_dict, rule
-from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.data.tokenizers import named_tokenizer
 from btx_jax.errors import ConfigError, suggest
-from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.models.llama import parameter_counts
 from btx_jax.presets.experiments import mixed_text
 from btx_jax.presets.recipes import MODELS, TASKS
@@ -237,7 +236,7 @@ def project(**fields: Any) -> Config:
 
 def _from_scratch(project: Project) -> ModelConfig:
     """The model of this size, with a row for each of the tokenizer's ids."""
-    found = load_tokenizer(resolve(project.tokenizer, "project.tokenizer", TOKENIZER))
+    found = named_tokenizer(project.tokenizer, "project.tokenizer")
     return dataclasses.replace(MODELS[project.seed], vocab_size=found.vocab_size)
 
 

@@ -122,7 +122,11 @@ MISTAKES = {
     ),
     "a tokenizer that is not there": (
         ["--seed=tiny", "--tokenizer=other.model", LAW, TALES],
-        "other.model",
+        "error: --tokenizer: other.model does not exist",
+    ),
+    "a tokenizer that is none": (
+        ["--seed=tiny", "--tokenizer=law.jsonl", LAW, TALES],
+        "error: --tokenizer: law.jsonl is not a sentencepiece model",
     ),
     "a tokenizer beside a seed that has one": (
         [SEED, "--tokenizer=my.model", LAW, TALES],

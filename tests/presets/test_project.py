@@ -147,6 +147,10 @@ def test_a_seed_from_scratch_has_the_table_of_its_tokenizer(fields, tokenizer_fi
         ({"seed": ""}, "project.seed: missing; name a checkpoint"),
         ({"seed": "tiny"}, "project.tokenizer: missing, and seed='tiny' is trained from scratch"),
         ({"tokenizer": "x.model"}, "project.tokenizer='x.model': the seed is there already"),
+        (
+            {"seed": "tiny", "seed_tokens": 9_000, "tokenizer": "no.model"},
+            "project.tokenizer: no.model does not exist",
+        ),
         ({"domains": {}}, "project.domains: fewer than two"),
         ({"domains": {"a b": {"text": "x"}}}, "project.domains.a b.tokens: missing"),
         ({"method": "btm"}, "project.method='btm': did you mean 'btx'?"),
