@@ -300,8 +300,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def named_tokenizer(name: str, key: str) -> Tokenizer:
-    """The tokenizer at a path or of a name on the Hub. Raises ConfigError, naming the key, when there
-    is none or it cannot be read."""
+    """The tokenizer at a path or of a name on the Hub. Raises ConfigError, naming the key, when
+    there is none or it cannot be read."""
     path = resolve(name, key, TOKENIZER)
     try:
         return load_tokenizer(path)

@@ -75,6 +75,7 @@ from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import barrier, is_probed, make_average
 from btx_jax.training.start import (
     checked_mesh,
+    is_pretrained,
     is_started_as_branch,
     settled,
     start_adapted,
@@ -424,7 +425,7 @@ class Loop:
             base,
         )
         self.dispatch, self.dropped = config.compute.dispatch, Dropped(config.train.steps)
-        self.basin = Basin()
+        self.basin = Basin(init is not None and is_pretrained(init))
         self.goodput, self.best = goodput, best
         self.profile = Profile(config.profile.chosen, workdir)
         self.warnings: list[str] = []
