@@ -66,8 +66,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Otherwise:
-    """A way to spend the tokens of all branches and the finetune. seconds: wall time of the
-    training steps if branches run side by side. chip_seconds: their total on one machine.
+    """A way to spend the tokens of all branches and the finetune on the seed, whose own training is
+    not included. seconds: wall time of the training steps, and of the mix, if branches run side by
+    side. chip_seconds: their total on one machine.
     expected: the change of the seed's held-out loss; None if the study has nothing comparable."""
 
     name: str
@@ -331,7 +332,7 @@ def _otherwise(
             continue
         parts = [told[n] for n in (*branches, tuned)]
         tokens, flops = sum(s.tokens for s in parts), sum(s.flops for s in parts)
-        longest = max(told[n].stepping for n in branches) + told[tuned].stepping
+        apart_seconds = max(told[n].stepping for n in branches)
         dense = dataclasses.replace(models[branches[0]], moe=None)
         seed = _stage_at(stages[branches[0]].init, workdir)
         expected = functools.partial(
@@ -343,11 +344,11 @@ def _otherwise(
         apart = Spent(tokens - told[tuned].tokens, told[tuned].tokens * cost)
         finetune = stages[tuned].train
         yield Otherwise(
-            "this: branches, mixture",
+            "this run: branches, mix, finetune",
             tokens,
             flops,
-            longest,
-            sum(s.stepping for s in parts),
+            apart_seconds + told[name].seconds + told[tuned].stepping,
+            sum(s.stepping for s in parts) + told[name].seconds,
             expected(apart) if finetune and not finetune.frozen else None,
         )
         for other, spent, like, model in (

@@ -11,6 +11,7 @@ from btx_jax.planning.expected import Expected
 from btx_jax.planning.plan import Plan, Stage
 from btx_jax.terminal import duration, plain, size
 
+COMMON = "All start from the seed, whose own training is not counted here."
 MANY_EPOCHS = 4  # Muennighoff et al., 2023: up to here nearly as good as new text
 
 
@@ -122,8 +123,8 @@ def _otherwise(plan: Plan) -> Table:
     if is_expected := any(other.expected for other in plan.otherwise):
         columns.append("held-out loss")
     made = Table(
-        title="the same tokens, spent otherwise",
-        caption=expectation(sorted(beyond)) if is_expected else None,
+        title="three ways to spend the same tokens",
+        caption=" ".join([COMMON, *([expectation(sorted(beyond))] if is_expected else [])]),
         caption_justify="left",
     )
     for i, column in enumerate(columns):
@@ -152,12 +153,15 @@ def change(expected: Expected | None) -> str:
 def expectation(beyond: Sequence[str]) -> str:
     """Say where the expected losses come from. beyond: the quantities that are extrapolated."""
     told = (
-        "Held-out loss: change relative to the seed, mean over domains, with its 95 % interval,"
-        " from the curves of the study in docs/results.md."
+        "Held-out loss is how far it should move from the seed's, in the mean over domains, and in"
+        " brackets the range that should hold in 95 % of runs, by the study in docs/results.md."
     )
     if not beyond:
         return told
-    return f"{told} Extrapolated, so the interval is too narrow: {'; '.join(beyond)}."
+    return (
+        f"{told} This run is unlike that study: {'; '.join(beyond)}. So the ranges are too narrow,"
+        " and the numbers at best say which way is better."
+    )
 
 
 def _hours(seconds: float) -> float:

@@ -14,7 +14,7 @@ from btx_jax.data.tokenizers import load_tokenizer
 from btx_jax.errors import UserError
 from btx_jax.planning.plan import Plan, Read, Stage, plan
 from btx_jax.planning.steps import Step, on_this_machine
-from btx_jax.planning.tables import as_json, warnings
+from btx_jax.planning.tables import as_json, tables, warnings
 from btx_jax.presets.project import METHODS, project
 from btx_jax.presets.registry import PRESETS
 from btx_jax.stages import pipeline
@@ -156,6 +156,13 @@ def test_dense_training_and_upcycling_of_the_same_tokens(home):
     assert ours.tokens == dense.tokens == upcycled.tokens
     assert dense.flops < ours.flops < upcycled.flops
     assert ours.seconds < ours.chip_seconds
+    mix = next(stage for stage in told.stages if stage.kind == "mix")
+    assert ours.name == "this run: branches, mix, finetune" and mix.seconds
+    of = {stage.name: stage.stepping for stage in told.stages}
+    longest = max(of["expert_a"], of["expert_b"])
+    assert ours.seconds == pytest.approx(longest + mix.seconds + of["finetune"])
+    caption = str(tables(told, price=0.0)[-1].caption)
+    assert "whose own training is not counted here" in caption and "unlike that study" in caption
     for way in told.otherwise:
         assert way.expected and way.expected.low < way.expected.change < way.expected.high < 0
         assert any("tokens per parameter" in beyond for beyond in way.expected.beyond)
