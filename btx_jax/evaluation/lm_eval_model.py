@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a rendered chat is cut, as in transformers
 DEFAULT = "default"  # name of an unnamed template
+NO_TEMPLATE = "leave --apply_chat_template out"
 OWNER = "btx_jax"  # key in a cache of answers that identifies the model
 
 
@@ -395,7 +396,7 @@ class BtxJaxLM(TemplateLM):
         if list(self._tokenizer.templates) == [DEFAULT] and name != DEFAULT:
             self._tell(f"--apply_chat_template {name}: there is only one template, which is taken")
             name = DEFAULT
-        self._template = find_chat_template(self._tokenizer, name)
+        self._template = find_chat_template(self._tokenizer, NO_TEMPLATE, name)
         return self._template.source
 
     def apply_chat_template(
@@ -433,7 +434,7 @@ class BtxJaxLM(TemplateLM):
 
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:
-            self._template = find_chat_template(self._tokenizer)
+            self._template = find_chat_template(self._tokenizer, NO_TEMPLATE)
         return self._template
 
     def _tell(self, message: str) -> None:
