@@ -1,6 +1,7 @@
 """Write the config file of a new project: a seed and domains, with settings that suit the amount of
 text."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +101,8 @@ def run(target: Path, wanted: Wanted) -> str:
     counted = {domain.name: _tokens(domain) for domain in prepared}
     numbers = _numbers(wanted, counted)
     shared = shared_text(already_prepared(data.train, data, tokenizer, "--domain"))
-    for warning in (*_warnings(wanted, counted, numbers, length), *shared):
+    too_large = _scratch_warnings(wanted, numbers, tokenizer)
+    for warning in (*too_large, *_warnings(wanted, counted, numbers, length), *shared):
         terminal.warn(warning)
     write_text(target, _file(target, wanted, counted, numbers, length, data.heldout_fraction))
     name = terminal.plain(str(target))
@@ -138,7 +140,7 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
         option = "--general" if name == GENERAL else f"--domain {name}"
         with mistakes.gather():
             for source in parse_sources(text, option):
-                if ":" not in source.where:
+                if not source.where.startswith(("demo:", "tfds:")):
                     expand_files(source, option)
     context, own = 0, None
     with mistakes.gather():
@@ -239,6 +241,28 @@ def _method(wanted: Wanted, numbers: _Numbers) -> str:
         return "ffn_only" if numbers.seed >= needed else "btx"
     metadata = find_checkpoint(wanted.seed, "--seed").metadata
     return "ffn_only" if is_pretrained(metadata) else "btx"
+
+
+def _scratch_warnings(wanted: Wanted, numbers: _Numbers, tokenizer: Tokenizer) -> Iterator[str]:
+    """About a seed from scratch with more parameters than it has tokens to learn from."""
+    if wanted.seed not in MODELS:
+        return
+    sizes = {
+        name: parameter_counts(dataclasses.replace(model, vocab_size=tokenizer.vocab_size))[0]
+        for name, model in MODELS.items()
+    }
+    own = sizes[wanted.seed]
+    if numbers.seed >= own:
+        return
+    smaller = {name: size for name, size in sizes.items() if size < own / 2}
+    # The nearest to a token for each parameter.
+    better = min(smaller, key=lambda name: abs(smaller[name] - numbers.seed), default="")
+    cure = f"use --seed={better} ({sizes[better]:,}) or" if better else "use"
+    yield (
+        f"--seed={wanted.seed}: {own:,} parameters learn little from {numbers.seed:,} tokens,"
+        f" {numbers.seed / own:.2g} for each ({COMPUTE_OPTIMAL} make a well-trained seed); {cure} a"
+        " checkpoint, or give more text"
+    )
 
 
 def _warnings(
