@@ -670,7 +670,8 @@ class Loop:
         """Summary lines about a run that has ended."""
         if domains := self.since_start(steps):
             told = ", ".join(f"{d} {a:.3f} -> {b:.3f}" for d, (a, b) in domains.items())
-            lines = [f"held-out nats per token, start -> end: {told}"]
+            rows = f"train.eval_rows={self.train.eval_rows}"
+            lines = [f"held-out nats per token ({rows}), start -> end: {told}"]
         elif losses := list(self.losses.values()):
             first, last = (mean(part) for part in (losses[:ENDS], losses[-ENDS:]))
             lines = [f"training loss, first -> last steps: {first:.3f} -> {last:.3f}"]
