@@ -5,7 +5,7 @@ exists once the run has finished. hub.json records the commits of names on the H
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ LOOKS = (
     "train.eval_every", "train.eval_rows", "train.eval_tasks", "train.mixing_probe", "data.tasks",
     "profile.",
 )  # fmt: skip
-RESUMABLE = ("mesh.", "checkpoint.", *COMPUTE, "data.cache", *LOOKS, "log.")
+RESUMABLE = ("mesh.", "checkpoint.", *COMPUTE, "data.cache", *LOOKS, "log.", "project")
 
 
 def is_resumable(key: str) -> bool:
@@ -49,6 +49,18 @@ LEFT_OPEN = {"compute.dispatch": "auto", "train.learning_rate": 0.0}
 
 def _is_left_open(difference: Difference) -> bool:
     return difference.key in LEFT_OPEN and difference.new == LEFT_OPEN[difference.key]
+
+
+def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Differences in the fields of the project that both configs were made from, from which their
+    other differences follow; empty where one of them was made otherwise."""
+    if not (old.get("project") and new.get("project")):
+        return []
+    before, after = (
+        {f"project.{name}": json.loads(value) for name, _, value in fields}
+        for fields in ([field.partition("=") for field in each["project"]] for each in (old, new))
+    )
+    return differences(before, after)
 
 
 @contextlib.contextmanager
@@ -174,15 +186,17 @@ def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
     early and left nothing."""
     try:
         if has_begun(workdir):
+            old, new = recorded_config(workdir), to_dict(config)
             changed = [
                 difference
-                for difference in differences(recorded_config(workdir), to_dict(config))
+                for difference in differences(old, new)
                 if not is_resumable(difference.key) and not _is_left_open(difference)
             ]
             if changed and _holds_results(workdir):
+                told = "; ".join(map(str, _changed_fields(old, new) or changed))
                 raise UserError(
-                    f"{workdir} belongs to a run with another config:"
-                    f" {'; '.join(map(str, changed))}; choose another --workdir or undo the change"
+                    f"{workdir} belongs to a run with another config: {told}; choose another"
+                    " --workdir or undo the change"
                 )
         return recorded_results(workdir)
     except OSError as error:

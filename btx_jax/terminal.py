@@ -29,6 +29,14 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def size(count: float) -> str:
+    """Bytes, in powers of 1024."""
+    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.2f} {name}"
+    return f"{count / 1024:.0f} KiB"
+
+
 def say(message: str) -> None:
     """Print a line to stdout."""
     print(plain(message))

@@ -62,3 +62,11 @@ def test_tables_show_names_as_they_are(name):
 )
 def test_durations_are_in_the_unit_one_thinks_of(seconds, told):
     assert terminal.duration(seconds) == told
+
+
+def test_sizes_are_in_powers_of_1024():
+    assert [terminal.size(x) for x in (512, 3 * 2**20, 5 * 2**30)] == [
+        "0 KiB",
+        "3.00 MiB",
+        "5.00 GiB",
+    ]

@@ -70,6 +70,7 @@ log = logging.getLogger(__name__)
 
 HISTORY = "btx_jax.history"  # key of the History, as JSON, in the headers of exports
 BEST = "best"  # accepted in place of a step number; also a key of a run's results
+SHOWN = 12  # checkpoints of a directory to list
 AHEAD = 2  # tensors to make ahead of the one being written
 
 DTYPES = {dtype.name: dtype for dtype in safetensors_files.DTYPES.values()}
@@ -166,6 +167,12 @@ def _find(path: str | Path, key: str) -> Checkpoint:
             log.warning("%s: %s has not finished; using step %d", key, path, max(steps))
         path = path / DIRECTORY / str(max(steps))
     if not (path / "params").is_dir() or not (path / "about").is_dir():
+        if within := _checkpoints_in(path):
+            listed = ", ".join(f"{named.rstrip('/')}/{name}" for name in within[:SHOWN])
+            more = ", ..." if within[SHOWN:] else ""
+            raise UserError(f"{key}: {path} is not a checkpoint, but holds some: {listed}{more}")
+        if has_begun(path):
+            raise UserError(f"{key}: {path} is a run that has saved no checkpoint yet")
         raise UserError(
             f"{key}: {path} is not a checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, a"
             f" Hugging Face directory (config.json) or an adapter ({adapter.ABOUT})"
@@ -173,6 +180,19 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     found = Checkpoint(path, read_metadata(path))
     check_sums(found.tokenizer)
     return found
+
+
+def _checkpoints_in(directory: Path) -> list[str]:
+    """The checkpoints in a directory, as paths relative to it: runs, such as a pipeline's stages,
+    and models, such as their export."""
+
+    def is_one(path: Path) -> bool:
+        if (path / DIRECTORY).is_dir():
+            return bool(steps_of(path / DIRECTORY))
+        return is_huggingface(path) or adapter.is_adapter_directory(path)
+
+    found = (path for pattern in ("*", "*/model") for path in directory.glob(pattern))
+    return sorted(str(path.relative_to(directory)) for path in found if is_one(path))
 
 
 def _best(path: Path, key: str) -> Path:

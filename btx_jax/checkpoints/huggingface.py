@@ -49,15 +49,15 @@ _BUFFER = re.compile(r"rotary_emb\.inv_freq")  # saved by early releases; can be
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a path is a Hugging Face directory. Runs of ours have a config.json too, but without
-    model_type."""
+    """Whether a path is a Hugging Face directory. Runs of ours have a config.json too, but with a
+    stage, and without model_type."""
     if (path / "adapter_config.json").is_file():
         return True
-    config = path / "config.json"
-    return config.is_file() and (
-        not (path / "checkpoints").is_dir()
-        or '"model_type"' in config.read_text("utf-8", "replace")
-    )
+    if not (path / "config.json").is_file():
+        return False
+    config = (path / "config.json").read_text("utf-8", "replace")
+    is_run = '"stage"' in config or (path / "checkpoints").is_dir()
+    return '"model_type"' in config or not is_run
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -70,13 +70,6 @@ def read_config(directory: Path) -> ModelConfig:
         )
     path = directory / "config.json"
     config = _read_json(path)
-    if "stage" in config and "model_type" not in config:
-        if config["stage"] == "pipeline":
-            raise UserError(
-                f"{directory} is a pipeline's directory; name one of its runs:"
-                f" {', '.join(config.get('pipeline') or ())}"
-            )
-        raise UserError(f"{directory} is a run that has saved no checkpoint yet")
     try:
         model = model_from_config(config, str(path))
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:

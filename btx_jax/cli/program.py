@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import cast
@@ -70,7 +71,16 @@ def run(words: Sequence[str]) -> None:
             print(error.format_message())
             sys.exit(error.exit_code)
         except click.UsageError as error:
-            fail(f"{error.format_message().rstrip('.')}; see {_named(words)} --help")
+            told = error.format_message().rstrip(".")
+            fail(f"{told}{_expanded(told)}; see {_named(words)} --help")
+
+
+def _expanded(told: str) -> str:
+    """The cure if unexpected arguments are files, as when a shell expands a glob; else ""."""
+    extra = re.fullmatch(r"Got unexpected extra arguments? \((.+)\)", told)
+    if extra and os.path.isfile(extra[1].split(" ")[0]):
+        return ": quote globs ('*.txt'), which the shell expands, and separate files by commas"
+    return ""
 
 
 def _named(words: Sequence[str]) -> str:

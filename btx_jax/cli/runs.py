@@ -78,6 +78,7 @@ def plan(
     from btx_jax.planning.plan import plan
     from btx_jax.reporting.summary import print_tables
     from btx_jax.stages.pipeline import find_mistakes, resolved_stages
+    from btx_jax.training.storage import shortage
 
     where = _directory(workdir, named)
     if config.pipeline and not topology:  # a slice has other devices than this machine
@@ -90,8 +91,10 @@ def plan(
     else:
         made = plan(config, where, steps.on_this_machine, jax.device_count())
     print_tables(tables.tables(made, price))
-    for warning in tables.warnings(made):
-        terminal.warn(warning)
+    needed = {where / stage.name: stage.storage for stage in made.stages}
+    for warning in (*tables.warnings(made), shortage(needed, where)):
+        if warning:
+            terminal.warn(warning)
     where.mkdir(parents=True, exist_ok=True)
     write_json(where / PLAN, {"on": topology or "this machine", **tables.as_json(made, price)})
     print(

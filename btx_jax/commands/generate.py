@@ -13,6 +13,11 @@ from btx_jax.evaluation.generation import Generator, Sampling
 from btx_jax.parallel.sharding import inference_mesh
 from btx_jax.progress import clock
 
+NOT_CHATTY = (
+    "a model that was not trained on chats has none: leave --chat out, or name its chat version, or"
+    " put the template there"
+)
+
 
 def generate(
     checkpoint: str,
@@ -34,7 +39,7 @@ def generate(
     ends: list[int | None] = []
     try:
         if is_chat:
-            template = chat_template(tokenizer)
+            template = chat_template(tokenizer, NOT_CHATTY)
             asked = [{"role": "user", "content": prompt}]
             ids = tokenizer.encode(template.render(asked, add_generation_prompt=True).text)
             ends.append(template.end_of_turn(tokenizer))

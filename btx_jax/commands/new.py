@@ -1,6 +1,7 @@
 """Write the config file of a new project: a seed and domains, with settings that suit the amount of
 text."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +14,10 @@ from btx_jax import terminal
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config.config import DataConfig
 from btx_jax.data.files import size_of
-from btx_jax.data.prepare import prepare, resolve_tokenizer
+from btx_jax.data.prepare import already_prepared, prepare, shared_text
 from btx_jax.data.prepared import PreparedDomain, heldout_share, none_heldout
 from btx_jax.data.sources import expand_files, parse_sources
-from btx_jax.data.tokenizers import Tokenizer, find_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, named_tokenizer
 from btx_jax.errors import ConfigError, Mistakes, suggest
 from btx_jax.models.llama import parameter_counts
 from btx_jax.output import write_text
@@ -96,12 +97,14 @@ def run(target: Path, wanted: Wanted) -> str:
         (length, share) for least, length, share in SIZES if _bytes(texts) >= least
     )
     length = min(wanted.sequence_length or length, context)
-    prepared, heldout = _prepared(texts, tokenizer, length, heldout)
+    prepared, data = _prepared(texts, tokenizer, length, heldout)
     counted = {domain.name: _tokens(domain) for domain in prepared}
     numbers = _numbers(wanted, counted)
-    for warning in _warnings(wanted, counted, numbers, length):
+    shared = shared_text(already_prepared(data.train, data, tokenizer, "--domain"))
+    too_large = _scratch_warnings(wanted, numbers, tokenizer)
+    for warning in (*too_large, *_warnings(wanted, counted, numbers, length), *shared):
         terminal.warn(warning)
-    write_text(target, _file(target, wanted, counted, numbers, length, heldout))
+    write_text(target, _file(target, wanted, counted, numbers, length, data.heldout_fraction))
     name = terminal.plain(str(target))
     return (
         f"wrote {name}: read it, change what you like, then\n"
@@ -137,7 +140,7 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
         option = "--general" if name == GENERAL else f"--domain {name}"
         with mistakes.gather():
             for source in parse_sources(text, option):
-                if ":" not in source.where:
+                if not source.where.startswith(("demo:", "tfds:")):
                     expand_files(source, option)
     context, own = 0, None
     with mistakes.gather():
@@ -173,8 +176,7 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
                 f" at most {context}"
             )
     mistakes.tell()
-    data = DataConfig("", tokenizer="" if own else wanted.tokenizer)
-    return context, resolve_tokenizer(data, own)
+    return context, load_tokenizer(own) if own else named_tokenizer(wanted.tokenizer, "--tokenizer")
 
 
 def _bytes(texts: Mapping[str, str]) -> int:
@@ -186,10 +188,10 @@ def _bytes(texts: Mapping[str, str]) -> int:
 
 def _prepared(
     texts: Mapping[str, str], tokenizer: Tokenizer, length: int, heldout: float
-) -> tuple[tuple[PreparedDomain, ...], float]:
-    """(all text, tokenised into the cache of `btx run`; the held-out share: the given one, or the
-    smallest that gives every domain a held-out document). Raises ConfigError for a domain that
-    cannot have one."""
+) -> tuple[tuple[PreparedDomain, ...], DataConfig]:
+    """(all text, tokenised into the cache of `btx run`; how it was read: with the given held-out
+    share, or the smallest that gives every domain a held-out document). Raises ConfigError for a
+    domain that cannot have one."""
     while True:
         data = DataConfig(
             ",".join(texts), domains=texts, sequence_length=length, heldout_fraction=heldout
@@ -197,7 +199,7 @@ def _prepared(
         prepared = prepare(data.train, data, tokenizer, "--domain")
         bare = [d for d in prepared if not sum(s.rows("heldout") for s in d.sources)]
         if not bare:
-            return prepared, heldout
+            return prepared, data
         needed = max(map(heldout_share, bare))
         if not heldout < needed <= MOST_HELDOUT:
             raise ConfigError(*(f"--domain: {none_heldout(domain)}" for domain in bare))
@@ -239,6 +241,28 @@ def _method(wanted: Wanted, numbers: _Numbers) -> str:
         return "ffn_only" if numbers.seed >= needed else "btx"
     metadata = find_checkpoint(wanted.seed, "--seed").metadata
     return "ffn_only" if is_pretrained(metadata) else "btx"
+
+
+def _scratch_warnings(wanted: Wanted, numbers: _Numbers, tokenizer: Tokenizer) -> Iterator[str]:
+    """About a seed from scratch with more parameters than it has tokens to learn from."""
+    if wanted.seed not in MODELS:
+        return
+    sizes = {
+        name: parameter_counts(dataclasses.replace(model, vocab_size=tokenizer.vocab_size))[0]
+        for name, model in MODELS.items()
+    }
+    own = sizes[wanted.seed]
+    if numbers.seed >= own:
+        return
+    smaller = {name: size for name, size in sizes.items() if size < own / 2}
+    # The nearest to a token for each parameter.
+    better = min(smaller, key=lambda name: abs(smaller[name] - numbers.seed), default="")
+    cure = f"use --seed={better} ({sizes[better]:,}) or" if better else "use"
+    yield (
+        f"--seed={wanted.seed}: {own:,} parameters learn little from {numbers.seed:,} tokens,"
+        f" {numbers.seed / own:.2g} for each ({COMPUTE_OPTIMAL} make a well-trained seed); {cure} a"
+        " checkpoint, or give more text"
+    )
 
 
 def _warnings(

@@ -763,6 +763,9 @@ class Config(Section):
     """What a report shows, for stage report."""
     pipeline: Mapping[str, PipelineStage] | None = None
     """Name -> stage, for stage pipeline."""
+    project: tuple[str, ...] = ()
+    """The fields of `project(...)` that the pipeline was made from, `FIELD=JSON`: recorded, so that
+    a change of one is reported by its name."""
     log: LogConfig = LogConfig()
     """Trackers in addition to metrics.jsonl and TensorBoard."""
     profile: ProfileConfig = ProfileConfig()

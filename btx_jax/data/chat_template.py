@@ -76,16 +76,14 @@ class ChatTemplate:
         return next((i for i in behind[:2] if i in tokenizer.special_ids), None)
 
 
-def chat_template(tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
-    """The tokenizer's chat template of this name. Raises UserError when it has none."""
+def chat_template(tokenizer: Tokenizer, cure: str, name: str = "default") -> ChatTemplate:
+    """The tokenizer's chat template of this name. cure: what to do where there is none. Raises
+    UserError when there is none."""
     if name not in tokenizer.templates:
         if tokenizer.templates:
             told = f"has chat templates {', '.join(sorted(tokenizer.templates))}, none is {name!r}"
         else:
-            told = (
-                "the tokenizer has no chat template (chat_template.jinja); give the format a prompt"
-                " and an answer instead"
-            )
+            told = f"the tokenizer has no chat template (chat_template.jinja); {cure}"
         raise UserError(f"{tokenizer.path.parent}: {told}")
     try:
         return ChatTemplate(tokenizer.templates[name], tokenizer.named)

@@ -17,6 +17,9 @@ from btx_jax.data.tokenizers import Tokenizer
 GIVEN = ("tools", "documents")  # fields of an item that are passed to the chat template
 
 
+NO_TEMPLATE = "give the format a prompt and an answer instead"
+
+
 class Piece(NamedTuple):
     """A part of a document. learnt: whether its tokens are targets."""
 
@@ -30,7 +33,7 @@ class Formatter:
 
     def __init__(self, config: FormatConfig, tokenizer: Tokenizer, sequence_length: int):
         self._config = config
-        self._template = chat_template(tokenizer) if config.messages else None
+        self._template = chat_template(tokenizer, NO_TEMPLATE) if config.messages else None
         if template := self._template:
             self._chats = Chats(lambda messages: template.render(messages).text)
         self.is_chat = bool(config.messages)

@@ -51,9 +51,8 @@ from btx_jax.data.tokenised import (
     no_counts,
     require_format,
 )
-from btx_jax.data.tokenizers import Tokenizer, load_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, load_tokenizer, named_tokenizer
 from btx_jax.errors import Mistakes, UserError
-from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.output import is_there
 from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.paths import to_path
@@ -69,13 +68,14 @@ log = logging.getLogger(__name__)
 class _Task(NamedTuple):
     """A source to prepare.
 
-    files: its files, unless it is a tensorflow_datasets set. target: location of the prepared set
-    in the cache, named by a hash of the text (path, size and modification time of each file),
-    format, tokenizer, sequence length and held-out share.
+    files: its files, unless it is a tensorflow_datasets set. stamps: of the files, when the task
+    was made. target: location of the prepared set in the cache, named by a hash of the text (its
+    stamps), format, tokenizer, sequence length and held-out share.
     """
 
     source: Source
     files: list[File]
+    stamps: list[list[Any]]
     tokenizer: Tokenizer
     config: DataConfig
     target: Path
@@ -100,16 +100,17 @@ def _task(source: Source, tokenizer: Tokenizer, config: DataConfig) -> _Task:
             source, where=str(demo.corpus(source.where.removeprefix("demo:"), cache))
         )
     files: list[File] = [] if source.where.startswith("tfds:") else expand_files(source)
+    stamps = [*map(_stamp, files)]
     identity = {
         "format": FORMAT,
-        "source": _stamps(files) if files else source.where,
+        "source": stamps or source.where,
         "field": source.field,
         "tokenizer_sha256": tokenizer.sha256,
         "sequence_length": config.sequence_length,
         "heldout_fraction": config.heldout_fraction,
     } | ({"how": template.identity()} if template else {})
     target = cache / "packed" / sha256_of(identity)[:16]
-    return _Task(source, files, tokenizer, config, target)
+    return _Task(source, files, stamps, tokenizer, config, target)
 
 
 def prepare_source(
@@ -130,7 +131,13 @@ def prepare_source(
         manifest = read_manifest(target)
         if manifest is None:
             raise UserError(f"{target}: was damaged as soon as it was written; check the disk")
-    return PreparedSource(target / "rows", source.weight, manifest)
+    together = zip(task.files, task.stamps, manifest["files"], strict=True)
+    read = {
+        str(file): (size, version, told["sha256"])
+        for file, (_, size, version), told in together
+        if _is_shared(source)
+    }
+    return PreparedSource(target / "rows", source.weight, manifest, read)
 
 
 def tokenise_share(
@@ -157,13 +164,36 @@ def _is_shared(source: Source) -> bool:
     return not source.where.startswith(("demo:", "tfds:"))
 
 
-def _stamps(files: Sequence[File]) -> list[Any]:
-    """Values that change when a file does."""
-    return [_stamp(file) if isinstance(file, Path) else file.stamp() for file in files]
-
-
-def _stamp(file: Path) -> list[Any]:
+def _stamp(file: File) -> list[Any]:
+    """[path, size, version]: the version changes when the content does; on a disk it is the time of
+    the last change."""
+    if not isinstance(file, Path):
+        return file.stamp()
     return [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def changed_text(config: DataConfig, read: Mapping[str, Sequence[Any]]) -> list[str]:
+    """What has changed in the files of config.train, one line each. read: `PreparedSource.files` of
+    all its sources, when they were prepared. A file is read only where its version is another and
+    its size the same. Raises UserError where a source has no file left."""
+    sources = [
+        source
+        for domain in parse_domains(config.train, config.domains, "config.data.train")
+        for source in filter(_is_shared, domain.sources)
+    ]
+    now = {str(file): file for source in sources for file in expand_files(source)}
+
+    def differs(name: str) -> bool:
+        size, version, sha256 = read[name]
+        _, new_size, new_version = _stamp(now[name])
+        if (new_size, new_version) == (size, version):
+            return False
+        return new_size != size or _sha256(_at_hand(now[name])) != sha256
+
+    told = {name: "is gone" for name in read if name not in now}
+    told |= {name: "is new" for name in now if name not in read}
+    told |= {name: "has changed" for name in now if name in read and differs(name)}
+    return [f"{name} {what}" for name, what in told.items()]
 
 
 def _at_hand(file: File) -> File:
@@ -177,8 +207,7 @@ def _sha256(file: File) -> str:
 
 
 def _write(task: _Task, hosts: int) -> None:
-    source, files, tokenizer, config, target = task
-    stamps = _stamps(files)
+    source, files, stamps, tokenizer, config, target = task
     sweep_stale(cache_of(config))
     merged = _Merged(config.sequence_length)
     total = sum(map(size_of, files))
@@ -202,7 +231,7 @@ def _write(task: _Task, hosts: int) -> None:
                 for kind, count in merged.problems().counts.items()
             },
         }
-        if _stamps(files) != stamps:
+        if [*map(_stamp, files)] != stamps:
             raise UserError(
                 f"{source.where}: changed while it was read; run the same command again"
             )
@@ -310,7 +339,7 @@ def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> 
     if config.tokenizer == DEMO:
         found = load_tokenizer(demo.tokenizer(cache_of(config)))
     elif config.tokenizer:
-        found = load_tokenizer(resolve(config.tokenizer, "config.data.tokenizer", TOKENIZER))
+        found = named_tokenizer(config.tokenizer, "config.data.tokenizer")
     elif checkpoint_tokenizer is None:
         raise UserError(
             "config.data.tokenizer: not set, and no init checkpoint to take it from; name a .model"
@@ -375,6 +404,34 @@ def already_prepared(
 
     domains = parse_domains(notation, config.domains, key)
     return [(domain, [*map(manifest, domain.sources)]) for domain in domains]
+
+
+def shared_text(
+    found: Iterable[tuple[Domain, Sequence[Mapping[str, Any] | None]]],
+) -> Iterator[str]:
+    """Warnings, one for each two domains that have a file in common: the same file or, once it is
+    prepared, one of the same content. found: as returned by `already_prepared`."""
+    owners: dict[tuple[str, str], tuple[str, str]] = {}  # (path or sha256, field) -> domain, file
+    shared: dict[tuple[str, str], list[str]] = {}
+    for domain, manifests in found:
+        for source, manifest in zip(domain.sources, manifests, strict=True):
+            files = expand_files(source) if _is_shared(source) else []
+            sums = [told["sha256"] for told in manifest["files"]] if manifest else [""] * len(files)
+            for file, sha256 in zip(files, sums, strict=False):  # none of demo:
+                if not size_of(file):
+                    continue
+                keys = [(key, source.field) for key in (_stamp(file)[0], sha256) if key]
+                owner, other = next((owners[k] for k in keys if k in owners), (domain.name, ""))
+                if owner != domain.name:
+                    same = str(file) if str(file) == other else f"{other} is {file}"
+                    shared.setdefault((owner, domain.name), []).append(same)
+                owners |= {key: (domain.name, str(file)) for key in keys if key not in owners}
+    for (first, second), files_told in shared.items():
+        more = f" and {len(files_told) - 1} more" if files_told[1:] else ""
+        yield (
+            f"{first} and {second} have text in common ({files_told[0]}{more}), which makes their"
+            " experts alike and counts twice in the finetune; leave it to one of them"
+        )
 
 
 def prepare_by_all(

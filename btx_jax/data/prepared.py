@@ -33,11 +33,13 @@ log = logging.getLogger(__name__)
 class PreparedSource:
     """A tokenised source on disk. manifest: hashes of tokenizer and source, counts by split,
     problems, and `heldout_from`: the held-out shares above which its first and its last document
-    are held out."""
+    are held out. files: name -> (size in bytes, version, sha256) of each file it was made from;
+    empty for text that is generated or downloaded (demo:, tfds:)."""
 
     directory: Path
     weight: float
     manifest: dict[str, Any]
+    files: Mapping[str, tuple[Any, ...]]
 
     def rows(self, split: str) -> int:
         return self.manifest["splits"][split]["rows"]

@@ -123,14 +123,21 @@ def expand_files(source: Source, key: str = "config.data") -> list[File]:
             f" '{folder}/*.jsonl'"
         )
     if not files:
-        is_corpus = source.where.startswith(f"{corpora.DIRECTORY}/")
-        cure = (
-            "`python -m btx_jax.data.corpora` writes it"
-            if is_corpus
-            else "check the path (globs are allowed, quote them in a shell)"
-        )
-        raise UserError(f"{key}: no file matches {source.where!r}; {cure}")
+        raise UserError(f"{key}: no file matches {source.where!r}; {_cure(source.where)}")
     return files
+
+
+def _cure(where: str) -> str:
+    """What to write instead of a path that no file matches."""
+    if where.startswith(f"{corpora.DIRECTORY}/"):
+        return "`python -m btx_jax.data.corpora` writes it"
+    file, _, weight = where.rpartition(":")
+    if file and glob.glob(file, recursive=True):
+        return f"a weight is one number above 0, as in {file}:2, and {weight!r} is none"
+    words = re.split("[ ;]+", where.strip())
+    if words[1:] and all(glob.glob(word, recursive=True) for word in words):
+        return f"separate files by commas: '{','.join(words)}'"
+    return "check the path (globs are allowed, quote them in a shell)"
 
 
 def source_rows(source: Source, files: Iterable[File]) -> Iterator[Row]:

@@ -23,8 +23,8 @@ from btx_jax.data.tokenizer_files import (
     TEMPLATES,
     Files,
 )
-from btx_jax.errors import UserError
-from btx_jax.hub import TOKENIZER_FILES
+from btx_jax.errors import ConfigError, UserError
+from btx_jax.hub import TOKENIZER, TOKENIZER_FILES, resolve
 from btx_jax.hub_names import matches
 from btx_jax.output import filled, new_file
 
@@ -274,7 +274,7 @@ def find_tokenizer(path: str | Path) -> Path:
         wanted = " or ".join(NAMES[:2])
         raise UserError(f"no tokenizer in {named}: expected {wanted}; put one there")
     if not path.is_file():
-        raise UserError(f"config.data.tokenizer: {named} does not exist")
+        raise UserError(f"{named} does not exist")
     return path
 
 
@@ -297,6 +297,16 @@ def _at_hand(path: Path) -> Path:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     found = find_tokenizer(path)
     return Tokenizer(found, tokenizer_files.read_files(found))
+
+
+def named_tokenizer(name: str, key: str) -> Tokenizer:
+    """The tokenizer at a path or of a name on the Hub. Raises ConfigError, naming the key, when
+    there is none or it cannot be read."""
+    path = resolve(name, key, TOKENIZER)
+    try:
+        return load_tokenizer(path)
+    except UserError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

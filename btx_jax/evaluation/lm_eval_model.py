@@ -37,7 +37,7 @@ from btx_jax.checkpoints.checkpoint import (
 from btx_jax.config.config import ComputeConfig
 from btx_jax.data.chat_template import ChatTemplate, TemplateError
 from btx_jax.data.chat_template import chat_template as find_chat_template
-from btx_jax.data.tokenizers import Tokenizer, check_ids, load_tokenizer
+from btx_jax.data.tokenizers import Tokenizer, check_ids, load_tokenizer, named_tokenizer
 from btx_jax.errors import UserError, one_of
 from btx_jax.evaluation.continuation import stop_ids
 from btx_jax.evaluation.generation import Generator
@@ -52,7 +52,6 @@ from btx_jax.evaluation.lm_eval_arguments import (
     refuse_others,
     whole,
 )
-from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.parallel.hosts import is_first
 from btx_jax.parallel.sharding import inference_mesh
 from btx_jax.progress import bar
@@ -61,6 +60,7 @@ log = logging.getLogger(__name__)
 
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a rendered chat is cut, as in transformers
 DEFAULT = "default"  # name of an unnamed template
+NO_TEMPLATE = "leave --apply_chat_template out"
 OWNER = "btx_jax"  # key in a cache of answers that identifies the model
 
 
@@ -110,10 +110,10 @@ class BtxJaxLM(TemplateLM):
         named = str(pretrained if checkpoint is None else checkpoint)
         found = find_checkpoint(named, "--model_args checkpoint")
         self._checkpoint, self._model = found, found.metadata.model
-        self._tokenizer = load_tokenizer(
-            found.tokenizer
+        self._tokenizer = (
+            load_tokenizer(found.tokenizer)
             if tokenizer is None
-            else resolve(str(tokenizer), "--model_args tokenizer", TOKENIZER)
+            else named_tokenizer(str(tokenizer), "--model_args tokenizer")
         )
         self._batch_size = batch_rows(batch_size, max_batch_size)
         is_auto = str(batch_size).startswith("auto")
@@ -396,7 +396,7 @@ class BtxJaxLM(TemplateLM):
         if list(self._tokenizer.templates) == [DEFAULT] and name != DEFAULT:
             self._tell(f"--apply_chat_template {name}: there is only one template, which is taken")
             name = DEFAULT
-        self._template = find_chat_template(self._tokenizer, name)
+        self._template = find_chat_template(self._tokenizer, NO_TEMPLATE, name)
         return self._template.source
 
     def apply_chat_template(
@@ -434,7 +434,7 @@ class BtxJaxLM(TemplateLM):
 
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:
-            self._template = find_chat_template(self._tokenizer)
+            self._template = find_chat_template(self._tokenizer, NO_TEMPLATE)
         return self._template
 
     def _tell(self, message: str) -> None:

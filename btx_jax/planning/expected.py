@@ -60,7 +60,8 @@ class Study:
 @dataclass(frozen=True)
 class Expected:
     """Change of the held-out loss, as a share of the seed's, with its 95 % prediction interval.
-    beyond: the quantities outside the measured range; if any, the interval is too narrow."""
+    beyond: what lies outside of what the study measured, a clause each; if anything does, the
+    interval is too narrow."""
 
     change: float
     low: float
@@ -114,20 +115,21 @@ class Curves:
     def _beyond(self, spent: Spent, parameters: int, seed_tokens: int | None) -> tuple[str, ...]:
         own, found = self.measured.parameters, []
         if not 1 / SIMILAR <= parameters / own <= SIMILAR:
-            found.append(f"{short(parameters)} parameters, measured at {short(own)}")
+            found.append(f"your model has {short(parameters)} parameters, the study's {short(own)}")
         seed, own_seed = seed_tokens, self.measured.seed_tokens / own
         if seed is not None and not 1 / SIMILAR <= seed / parameters / own_seed <= SIMILAR:
             found.append(
-                f"a seed of {seed / parameters:.2g} tokens per parameter, measured with one of"
-                f" {own_seed:.2g}"
+                f"your seed is trained on {seed / parameters:.2g} tokens per parameter, the"
+                f" study's {own_seed:.2g}"
             )
         x, is_mixture, _ = self._at(spent, parameters)
         arms = (self._at(arm.spent, own) for arm in self.measured.arms)
         measured = [arm_x for arm_x, of_mixture, _ in arms if of_mixture == is_mixture]
         if not min(measured) <= x <= max(measured):
+            kind = "a mixture" if is_mixture else "dense training"
             found.append(
-                f"FLOPs of {x:.2g} tokens per parameter, measured from {min(measured):.2g} to"
-                f" {max(measured):.2g}"
+                f"{kind} takes the FLOPs of {x:.2g} tokens per parameter, in the"
+                f" study {min(measured):.2g} to {max(measured):.2g}"
             )
         return tuple(found)
 

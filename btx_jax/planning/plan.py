@@ -11,10 +11,10 @@ from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config.config import Config, DataConfig
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.model import train_flops
-from btx_jax.data.prepare import already_prepared, resolve_tokenizer
+from btx_jax.data.prepare import already_prepared, resolve_tokenizer, shared_text
 from btx_jax.data.tokenizers import Tokenizer
 from btx_jax.errors import ConfigError, UserError
-from btx_jax.models.llama import leaf_counts, parameter_counts
+from btx_jax.models.llama import parameter_counts
 from btx_jax.planning.expected import Expected, Spent, curves
 from btx_jax.planning.steps import Step, Steps
 from btx_jax.progress import bar
@@ -23,8 +23,8 @@ from btx_jax.stages.pipeline import resolved_stages
 from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import is_probed
 from btx_jax.training.start import SCRATCH, starting_model
+from btx_jax.training.storage import storage
 
-BYTES = 4  # of a parameter, and of each of AdamW's two moments of it
 ONE_STAGE = "run"  # name of the stage of a config that is not a pipeline
 
 
@@ -66,8 +66,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Otherwise:
-    """A way to spend the tokens of all branches and the finetune. seconds: wall time of the
-    training steps if branches run side by side. chip_seconds: their total on one machine.
+    """A way to spend the tokens of all branches and the finetune on the seed, whose own training is
+    not included. seconds: wall time of the training steps, and of the mix, if branches run side by
+    side. chip_seconds: their total on one machine.
     expected: the change of the seed's held-out loss; None if the study has nothing comparable."""
 
     name: str
@@ -80,11 +81,13 @@ class Otherwise:
 
 @dataclass(frozen=True)
 class Plan:
-    """stages: in execution order. chips: number of chips each stage runs on."""
+    """stages: in execution order. chips: number of chips each stage runs on. shared: warnings about
+    text that two domains have in common."""
 
     stages: tuple[Stage, ...]
     chips: int
     otherwise: tuple[Otherwise, ...] = ()
+    shared: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -135,9 +138,10 @@ def plan(config: Config, workdir: Path, steps: Steps, chips: int) -> Plan:
                 told, seconds=_evaluated(stage, stages, models, workdir, rates)
             )
         elif stage.export and (source := _stage_at(stage.export.model, workdir)) in models:
-            told = dataclasses.replace(told, storage=_parameters(models[source]) * BYTES)
+            told = dataclasses.replace(told, storage=storage(stage, models[source]))
         made.append(told)
-    return Plan(tuple(made), chips, tuple(_otherwise(stages, models, made, workdir)))
+    shared = tuple(_shared(stages, tokenizers))
+    return Plan(tuple(made), chips, tuple(_otherwise(stages, models, made, workdir)), shared)
 
 
 def _resolved(config: Config, workdir: Path) -> dict[str, Config]:
@@ -248,7 +252,7 @@ def _trained(
         fits=step.fits,
         seconds=train.steps * step.seconds + measured + compiling,
         stepping=train.steps * step.seconds,
-        storage=_checkpoints(stage, model),
+        storage=storage(stage, model),
         reads=reads,
     )
 
@@ -265,17 +269,14 @@ def _reads(stage: Config, tokens: int, tokenizer: Tokenizer | None) -> Iterator[
             yield Read(domain.name, source.where, there, tokens * share)
 
 
-def _checkpoints(stage: Config, model: ModelConfig) -> float:
-    """Upper bound on the bytes of the checkpoints that a run keeps: the newest and the best."""
-    assert stage.train and stage.checkpoint
-    own = trained = 0
-    for path, (count, _) in leaf_counts(model).items():
-        is_own = is_trained(path, stage.train.frozen)
-        trained += count * is_own
-        own += count * (is_own or stage.train.frozen not in ("base", "shared"))
-    saved = math.ceil(stage.train.steps / stage.checkpoint.every)
-    kept = min(saved, stage.checkpoint.keep + bool(stage.checkpoint.best))
-    return kept * BYTES * (own + 2 * trained)
+def _shared(
+    stages: Mapping[str, Config], tokenizers: Mapping[str, Tokenizer | None]
+) -> Iterator[str]:
+    """Warnings about the text of the first stage that reads any: that which prepares all of it."""
+    data = next((stage.data for stage in stages.values() if stage.data), None)
+    if data:
+        tokenizer = next(filter(None, tokenizers.values()), None)
+        yield from shared_text(already_prepared(data.train, data, tokenizer, "config.data.train"))
 
 
 def _parameters(model: ModelConfig) -> int:
@@ -290,7 +291,7 @@ def _mixed(
     assert stage.mix
     rate = min(rates.values(), default=0.0)
     tokens = stage.mix.tokens * len(stage.mix.experts) if stage.mix.text else 0
-    return dataclasses.replace(told, seconds=2 * tokens * rate, storage=_parameters(model) * BYTES)
+    return dataclasses.replace(told, seconds=2 * tokens * rate, storage=storage(stage, model))
 
 
 def _evaluated(
@@ -331,7 +332,7 @@ def _otherwise(
             continue
         parts = [told[n] for n in (*branches, tuned)]
         tokens, flops = sum(s.tokens for s in parts), sum(s.flops for s in parts)
-        longest = max(told[n].stepping for n in branches) + told[tuned].stepping
+        apart_seconds = max(told[n].stepping for n in branches)
         dense = dataclasses.replace(models[branches[0]], moe=None)
         seed = _stage_at(stages[branches[0]].init, workdir)
         expected = functools.partial(
@@ -343,11 +344,11 @@ def _otherwise(
         apart = Spent(tokens - told[tuned].tokens, told[tuned].tokens * cost)
         finetune = stages[tuned].train
         yield Otherwise(
-            "this: branches, mixture",
+            "this run: branches, mix, finetune",
             tokens,
             flops,
-            longest,
-            sum(s.stepping for s in parts),
+            apart_seconds + told[name].seconds + told[tuned].stepping,
+            sum(s.stepping for s in parts) + told[name].seconds,
             expected(apart) if finetune and not finetune.frozen else None,
         )
         for other, spent, like, model in (

@@ -9,8 +9,9 @@ from rich.text import Text
 
 from btx_jax.planning.expected import Expected
 from btx_jax.planning.plan import Plan, Stage
-from btx_jax.terminal import duration, plain
+from btx_jax.terminal import duration, plain, size
 
+COMMON = "All start from the seed, whose own training is not counted here."
 MANY_EPOCHS = 4  # Muennighoff et al., 2023: up to here nearly as good as new text
 
 
@@ -32,6 +33,7 @@ def warnings(plan: Plan) -> Iterator[str]:
                     f"{stage.name}: reads {read.where} {read.epochs:.1f} times; beyond"
                     f" {MANY_EPOCHS}, what is read again teaches ever less"
                 )
+    yield from plan.shared
     reads = (read for stage in plan.stages for read in stage.reads)
     if unknown := sorted({read.where for read in reads if read.epochs is None}):
         yield (
@@ -121,8 +123,8 @@ def _otherwise(plan: Plan) -> Table:
     if is_expected := any(other.expected for other in plan.otherwise):
         columns.append("held-out loss")
     made = Table(
-        title="the same tokens, spent otherwise",
-        caption=expectation(sorted(beyond)) if is_expected else None,
+        title="three ways to spend the same tokens",
+        caption=" ".join([COMMON, *([expectation(sorted(beyond))] if is_expected else [])]),
         caption_justify="left",
     )
     for i, column in enumerate(columns):
@@ -151,21 +153,16 @@ def change(expected: Expected | None) -> str:
 def expectation(beyond: Sequence[str]) -> str:
     """Say where the expected losses come from. beyond: the quantities that are extrapolated."""
     told = (
-        "Held-out loss: change relative to the seed, mean over domains, with its 95 % interval,"
-        " from the curves of the study in docs/results.md."
+        "Held-out loss is how far it should move from the seed's, in the mean over domains, and in"
+        " brackets the range that should hold in 95 % of runs, by the study in docs/results.md."
     )
     if not beyond:
         return told
-    return f"{told} Extrapolated, so the interval is too narrow: {'; '.join(beyond)}."
+    return (
+        f"{told} This run is unlike that study: {'; '.join(beyond)}. So the ranges are too narrow,"
+        " and the numbers at best say which way is better."
+    )
 
 
 def _hours(seconds: float) -> float:
     return seconds / 3600
-
-
-def size(count: float) -> str:
-    """Bytes, in powers of 1024."""
-    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.2f} {name}"
-    return f"{count / 1024:.0f} KiB"

@@ -2,6 +2,7 @@
 that call `project`; docs/your-domains.md tells of every field."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -25,13 +26,13 @@ from btx_jax.config.config import (
     ReportConfig,
     TrainConfig,
 )
+from btx_jax.config.config_dict import flatten, to_dict
 from btx_jax.config.merges import REGMEAN
 from btx_jax.config.model_config import ModelConfig
 from btx_jax.config.ridge import RIDGE
 from btx_jax.config.schema import Choice, Range, Section, Share, from_dict, rule
-from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.data.tokenizers import named_tokenizer
 from btx_jax.errors import ConfigError, suggest
-from btx_jax.hub import TOKENIZER, resolve
 from btx_jax.models.llama import parameter_counts
 from btx_jax.presets.experiments import mixed_text
 from btx_jax.presets.recipes import MODELS, TASKS
@@ -235,7 +236,7 @@ def project(**fields: Any) -> Config:
 
 def _from_scratch(project: Project) -> ModelConfig:
     """The model of this size, with a row for each of the tokenizer's ids."""
-    found = load_tokenizer(resolve(project.tokenizer, "project.tokenizer", TOKENIZER))
+    found = named_tokenizer(project.tokenizer, "project.tokenizer")
     return dataclasses.replace(MODELS[project.seed], vocab_size=found.vocab_size)
 
 
@@ -309,7 +310,8 @@ class _Stages:
             self.add("export", Config("export", export=ExportConfig("@finetune")))
         runs = {name: f"@{name}" for name in self.stages}
         self.add("report", Config("report", report=ReportConfig("@evaluate", runs)))
-        return Config("pipeline", pipeline=self.stages)
+        fields = tuple(f"{k}={json.dumps(v)}" for k, v in flatten(to_dict(project)).items())
+        return Config("pipeline", pipeline=self.stages, project=fields)
 
     def add(self, name: str, config: Config) -> str:
         """A stage that needs all that its config names. Returns its `@NAME`."""

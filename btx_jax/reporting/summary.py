@@ -260,6 +260,10 @@ def print_tables(tables: Sequence[Table]) -> None:
 def loss_table(models: Mapping[str, Any], domains: Sequence[str]) -> Table:
     """Held-out nats per token, model by domain, with the best of each column in bold."""
     made = _table("held-out loss, nats per token (lower is better)", ("model", *domains, "mean"))
+    made.caption = (
+        "On evaluate.rows rows of each domain; the losses in a run's log are on train.eval_rows,"
+        " and differ for that reason."
+    )
     rows = {name: [m["nats_per_token"][d] for d in domains] for name, m in models.items()}
     rows = {name: [*row, mean(row)] for name, row in rows.items()}
     best = [min(column) for column in zip(*rows.values(), strict=True)]

@@ -48,9 +48,10 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
         if source in coming:
             if model := coming[source]:
                 written_as(model, {})
-            return None
+            return model
         found = find_checkpoint(source, _KEY)
         if found.is_huggingface:
             raise ConfigError(f"{source} is a Hugging Face directory already")
         written_as(found.metadata.model, found.metadata.huggingface)
+        return found.metadata.model
     return None

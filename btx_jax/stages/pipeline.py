@@ -2,6 +2,7 @@
 resume, and a failed branch stops only the stages that need it. Each stage runs in WORKDIR/NAME; the
 output of a report stage is copied to WORKDIR."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from btx_jax import stages
 from btx_jax.config.config import Config, PipelineStage
 from btx_jax.config.config_dict import from_dict, to_dict
 from btx_jax.config.model_config import ModelConfig
+from btx_jax.data.prepare import changed_text
 from btx_jax.errors import ConfigError, Mistakes, UserError
-from btx_jax.parallel.hosts import is_first
+from btx_jax.parallel.hosts import first_then_others, is_first
 from btx_jax.rundir import (
     CONFIG,
     DONE,
@@ -22,8 +24,12 @@ from btx_jax.rundir import (
     finish,
     has_finished,
     look_up,
+    recorded_results,
     was_made_before,
 )
+from btx_jax.training.storage import shortage, storage
+
+SHOWN = 3  # changed files to name
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +48,15 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
             need for need in config.pipeline[only].needs if not has_finished(workdir / need)
         ]:
             raise UserError(f"--only={only}: needs {', '.join(missing)}, not finished in {workdir}")
+        first_then_others(require_same_text, resolved, workdir)
         stages.run(resolved[only], workdir / only)
         return
     look_up(workdir, config)
-    check_stages(resolved, workdir)
+    models = check_stages(resolved, workdir)
+    first_then_others(require_same_text, resolved, workdir)
+    needed = {workdir / name: storage(resolved[name], model) for name, model in models.items()}
+    if is_first() and (short := shortage(needed, workdir)):
+        log.warning("%s", short)
     claim(workdir, config)
     failed: dict[str, str] = {}
     waiting: list[str] = []
@@ -66,6 +77,8 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
                         workdir / name,
                     )
             continue
+        if resolved[name].data:
+            first_then_others(require_same_text, resolved, workdir)
         try:
             stages.run(resolved[name], workdir / name)
         except Exception as error:  # a failed branch must not end the others; reported below
@@ -99,20 +112,43 @@ def resolved_stages(config: Config, workdir: Path) -> dict[str, Config]:
     return resolved
 
 
-def check_stages(resolved: Mapping[str, Config], workdir: Path) -> None:
-    """Raise ConfigError with all known mistakes in the unfinished stages, before the first of them
-    runs."""
+def check_stages(resolved: Mapping[str, Config], workdir: Path) -> dict[str, ModelConfig]:
+    """The models that unfinished stages will write, by stage, where they are known. Raises
+    ConfigError with all known mistakes in these stages, before the first of them runs."""
     mistakes = Mistakes()
     left = {name: stage for name, stage in resolved.items() if not has_finished(workdir / name)}
     for name, stage in left.items():
         with mistakes.gather():
             done_of(workdir / name, stage)
-    find_mistakes(left, workdir, mistakes)
+    models = find_mistakes(left, workdir, mistakes)
     mistakes.tell()
+    return models
 
 
-def find_mistakes(resolved: Mapping[str, Config], workdir: Path, mistakes: Mistakes) -> None:
-    """Add all known mistakes in these stages; one that several stages share is told once."""
+def require_same_text(resolved: Mapping[str, Config], workdir: Path) -> None:
+    """Raise UserError, naming the files, when text has changed since the pipeline prepared it: its
+    stages would learn from, and be measured on, different texts."""
+    for name, stage in resolved.items():
+        done = recorded_results(workdir / name) if stage.stage == "prepare" else None
+        if not done or "files" not in done:
+            continue
+        assert stage.data
+        changed: list[str] = []
+        with contextlib.suppress(UserError):  # told by the stages that still have to read it
+            changed = changed_text(stage.data, done["files"])
+        if changed:
+            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            raise UserError(
+                f"{workdir}: {', '.join(changed[:SHOWN])}{more}, and a run keeps the text it began"
+                f" with; put it back, choose another --workdir, or delete {workdir} to begin anew"
+            )
+
+
+def find_mistakes(
+    resolved: Mapping[str, Config], workdir: Path, mistakes: Mistakes
+) -> dict[str, ModelConfig]:
+    """Add all known mistakes in these stages; one that several stages share is told once. Returns
+    the models that they will write, by stage, where they are known."""
     coming: dict[str, ModelConfig | None] = {}
     stages_of: dict[str, list[str]] = {}
     for name, stage in resolved.items():
@@ -124,6 +160,7 @@ def find_mistakes(resolved: Mapping[str, Config], workdir: Path, mistakes: Mista
         within = f"config.pipeline.{names[0]}.config."
         whole = within + told.removeprefix("config.") if told[:7] == "config." else told
         mistakes.add(f"{whole} (so also in {', '.join(names[1:])})" if names[1:] else whole)
+    return {name: model for name in resolved if (model := coming[str(workdir / name)])}
 
 
 def in_order(pipeline: Any) -> list[str]:

@@ -4,6 +4,7 @@ config, print the counts."""
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.config.config import Config
@@ -27,10 +28,11 @@ def run(config: Config, workdir: Path) -> None:
     require_right(config)
     init = find_checkpoint(config.init, "config.init") if config.init else None
     tokenizer = first_then_others(resolve_tokenizer, config.data, init.tokenizer if init else None)
-    manifests = {}
+    manifests, files = {}, dict[str, tuple[Any, ...]]()
     for domain in prepare_by_all(config.data.train, config.data, tokenizer, "config.data.train"):
         manifests[domain.name] = [source.manifest for source in domain.sources]
         for source in domain.sources:
+            files |= source.files
             train, heldout = (source.manifest["splits"][split] for split in ("train", "heldout"))
             log.info(
                 "%s: %s: %d documents, %d tokens to train on; %d documents, %d tokens held out",
@@ -45,7 +47,7 @@ def run(config: Config, workdir: Path) -> None:
         if config.data.heldout_fraction and not held_out:
             log.warning("%s", none_heldout(domain))
     claim(workdir, config)
-    finish(workdir, seconds=time.monotonic() - start, domains=manifests)
+    finish(workdir, seconds=time.monotonic() - start, domains=manifests, files=files)
 
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:

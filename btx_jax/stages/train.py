@@ -75,6 +75,7 @@ from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import barrier, is_probed, make_average
 from btx_jax.training.start import (
     checked_mesh,
+    is_pretrained,
     is_started_as_branch,
     settled,
     start_adapted,
@@ -91,6 +92,7 @@ from btx_jax.training.step import (
     state_shardings,
 )
 from btx_jax.training.stopping import Cadence, Stopped, stop_signal
+from btx_jax.training.storage import shortage, storage
 from btx_jax.training.watch import Basin, Dropped, FirstSteps
 
 log = logging.getLogger(__name__)
@@ -152,6 +154,8 @@ def run(config: Config, workdir: Path) -> None:
         *share_of_rows(batch_sharding(mesh)),
     )
 
+    if is_first() and (short := shortage({workdir: storage(config, model)}, workdir)):
+        log.warning("%s", short)
     log.info("compiling the step of %s", workdir.name)
     with goodput.doing("compile"), clock("compiling", is_first()):
         train_step = make_train_step(
@@ -421,7 +425,7 @@ class Loop:
             base,
         )
         self.dispatch, self.dropped = config.compute.dispatch, Dropped(config.train.steps)
-        self.basin = Basin()
+        self.basin = Basin(init is not None and is_pretrained(init))
         self.goodput, self.best = goodput, best
         self.profile = Profile(config.profile.chosen, workdir)
         self.warnings: list[str] = []
@@ -666,7 +670,8 @@ class Loop:
         """Summary lines about a run that has ended."""
         if domains := self.since_start(steps):
             told = ", ".join(f"{d} {a:.3f} -> {b:.3f}" for d, (a, b) in domains.items())
-            lines = [f"held-out nats per token, start -> end: {told}"]
+            rows = f"train.eval_rows={self.train.eval_rows}"
+            lines = [f"held-out nats per token ({rows}), start -> end: {told}"]
         elif losses := list(self.losses.values()):
             first, last = (mean(part) for part in (losses[:ENDS], losses[-ENDS:]))
             lines = [f"training loss, first -> last steps: {first:.3f} -> {last:.3f}"]

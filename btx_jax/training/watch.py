@@ -97,18 +97,29 @@ class FirstSteps:
 
 class Basin:
     """Warns once, when a branch has left its seed's basin: averaging what mixing shares with the
-    seed's loses more than mixing gains."""
+    seed's loses more than mixing gains. Branches of a seed that has had little training always do:
+    a rate that keeps them near it would teach them nothing."""
 
-    def __init__(self) -> None:
-        self._said = False
+    def __init__(self, is_pretrained: bool):
+        """is_pretrained: whether the seed has had much training (`training.start`)."""
+        self._is_pretrained, self._said = is_pretrained, False
 
     def add(self, step: int, barrier: float) -> str:
         """barrier: from `training.probe.barrier`. Returns a warning or ""."""
         if self._said or barrier <= BARRIER:
             return ""
         self._said = True
-        return (
+        told = (
             f"step {step}: mixing barrier {barrier:.2f} nats per token: this branch has left the"
-            " seed's basin; lower config.train.learning_rate or freeze what is shared"
-            " (config.train.frozen='shared')"
+            " seed's basin"
+        )
+        if self._is_pretrained:
+            return (
+                f"{told}; lower config.train.learning_rate or freeze what is shared"
+                " (config.train.frozen='shared')"
+            )
+        return (
+            f"{told}, as is usual behind a seed that has had little training; merge what is shared"
+            " by config.mix.merge='regmean' (`btx new` sets it), which loses less than the mean,"
+            " and finetune; a seed trained longer keeps its branches closer"
         )

@@ -107,6 +107,29 @@ def test_a_stored_nan_is_refused(tmp_path):
         load_params(find_checkpoint(tmp_path))
 
 
+def test_a_directory_of_checkpoints_names_those_that_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = init_params(TINY, jax.random.key(0))
+    run = tmp_path / "runs/mine"
+    for stage in ("prepare", "expert_a", "finetune", "export"):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "config.json").write_text('{"stage": "train"}')
+    (run / "config.json").write_text('{"stage": "pipeline", "pipeline": {}}')
+    save(run / "expert_a", params)
+    save(run / "finetune", params)
+    (run / "export/model").mkdir()
+    (run / "export/model/config.json").write_text('{"model_type": "llama"}')
+    for named, listed in (
+        ("runs/mine", "runs/mine/expert_a, runs/mine/export/model, runs/mine/finetune"),
+        ("runs/mine/export/", "runs/mine/export/model"),
+    ):
+        with pytest.raises(UserError) as error:
+            find_checkpoint(named, "--model")
+        path = tmp_path / named
+        assert str(error.value) == f"--model: {path} is not a checkpoint, but holds some: {listed}"
+    assert find_checkpoint("runs/mine/finetune")
+
+
 def test_what_is_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(UserError, match=r"config\.init: .* does not exist"):
         find_checkpoint(tmp_path / "nothing", "config.init")
@@ -116,12 +139,8 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(UserError, match="holds no finished checkpoint yet"):
         find_checkpoint(tmp_path)
     (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "config.json").write_text(
-        '{"stage": "pipeline", "pipeline": {"seed": {}, "math": {}}}'
-    )
-    with pytest.raises(
-        UserError, match=r"is a pipeline's directory; name one of its runs: seed, math"
-    ):
+    (tmp_path / "pipeline" / "config.json").write_text('{"stage": "pipeline", "pipeline": {}}')
+    with pytest.raises(UserError, match="pipeline is a run that has saved no checkpoint yet"):
         find_checkpoint(tmp_path / "pipeline")
     with pytest.raises(
         UserError,

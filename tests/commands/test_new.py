@@ -1,5 +1,6 @@
 """`btx new`: from text to a config file that runs, and typical mistakes of newcomers."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,9 @@ from btx_jax import stages
 from btx_jax.checkpoints.checkpoint import digest, find_checkpoint, load_params
 from btx_jax.cli.program import run as btx
 from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.models.llama import parameter_counts
 from btx_jax.presets.config_file import read_config
+from btx_jax.presets.recipes import MODELS
 from tests.conftest import sentences
 from tests.stages.test_evaluate import DENSE, checkpoint
 
@@ -122,7 +125,11 @@ MISTAKES = {
     ),
     "a tokenizer that is not there": (
         ["--seed=tiny", "--tokenizer=other.model", LAW, TALES],
-        "other.model",
+        "error: --tokenizer: other.model does not exist",
+    ),
+    "a tokenizer that is none": (
+        ["--seed=tiny", "--tokenizer=law.jsonl", LAW, TALES],
+        "error: --tokenizer: law.jsonl is not a sentencepiece model",
     ),
     "a tokenizer beside a seed that has one": (
         [SEED, "--tokenizer=my.model", LAW, TALES],
@@ -132,6 +139,20 @@ MISTAKES = {
     "a domain without a name": ([SEED, "--domain=law.jsonl"], "must be NAME=FILES"),
     "a domain twice": ([SEED, LAW, LAW], "law is named twice"),
     "a path that is not there": ([SEED, LAW, "--domain=x=nowhere/*.txt"], "no file matches"),
+    "a weight that is no number": (
+        [SEED, LAW, "--domain=x=tales.jsonl:abc"],
+        "--domain x: no file matches 'tales.jsonl:abc'; a weight is one number above 0, as in"
+        " tales.jsonl:2, and 'abc' is none",
+    ),
+    "files with a space between them": (
+        [SEED, LAW, "--domain=x=tales.jsonl web.*"],
+        "separate files by commas: 'tales.jsonl,web.*'",
+    ),
+    "a glob that the shell expanded": (
+        [SEED, LAW, "--domain", "x=tales.jsonl", "web.jsonl", "one.jsonl"],
+        "Got unexpected extra arguments (web.jsonl one.jsonl): quote globs ('*.txt'), which the"
+        " shell expands, and separate files by commas; see btx new --help",
+    ),
     "a folder": ([SEED, LAW, "--domain=x=folder"], "is a directory; name its files"),
     "an empty file": ([SEED, LAW, "--domain=x=empty.jsonl"], "gives no document to train on"),
     "one document": ([SEED, LAW, "--domain=x=one.jsonl"], "'x' has no held-out document: its text"),
@@ -189,6 +210,44 @@ def test_uneven_and_short_branches_are_warned_of(here, capsys):
     told = capsys.readouterr().err
     assert "tales: its branch is 1" in told and "times as long as that of law" in told
     assert "law: its branch learns little in" in told and "; give it more text" in told
+
+
+def test_text_that_two_domains_have_in_common_is_warned_of(here, capsys):
+    new(SEED, LAW, TALES, "--general=web.jsonl,law.jsonl")
+    told = "law and general have text in common (law.jsonl), which makes their experts alike"
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "in common" in line]
+    assert told in line and line.endswith("leave it to one of them")
+    (here / "my_btx.py").unlink()
+    (here / "copy.jsonl").write_bytes((here / "law.jsonl").read_bytes())
+    (here / "copied.jsonl").write_bytes((here / "tales.jsonl").read_bytes())
+    new(SEED, "--domain=old=law.jsonl,tales.jsonl", "--domain=new=cop*.jsonl", WEB)
+    assert "old and new have text in common (tales.jsonl is copied.jsonl and 1 more)," in (
+        capsys.readouterr().err
+    )
+    (here / "my_btx.py").unlink()
+    new(SEED, LAW, TALES, WEB)
+    assert "in common" not in capsys.readouterr().err
+
+
+def test_a_seed_too_large_for_its_text_is_warned_of(here, capsys):
+    words = ("--tokenizer=my.model", LAW, TALES)
+    new("--seed=llama3_8b", *words, "--seed-tokens=2000000")
+    told = capsys.readouterr().err.splitlines()[0]
+    large, small = (
+        parameter_counts(dataclasses.replace(MODELS[name], vocab_size=320))[0]
+        for name in ("llama3_8b", "tiny")
+    )
+    assert told == (
+        f"btx_jax: warning: --seed=llama3_8b: {large:,} parameters learn little from 2,000,000"
+        f" tokens, {2e6 / large:.2g} for each (20 make a well-trained seed); use --seed=tiny"
+        f" ({small:,}) or a checkpoint, or give more text"
+    )
+    (here / "my_btx.py").unlink()
+    new("--seed=tiny", *words, "--seed-tokens=2000000")
+    assert "learn little from" not in capsys.readouterr().err
+    (here / "my_btx.py").unlink()
+    new("--seed=tiny", *words, "--seed-tokens=20000")
+    assert "well-trained seed); use a checkpoint, or give more text" in capsys.readouterr().err
 
 
 def test_rows_are_as_long_as_asked(here, capsys):

@@ -53,11 +53,11 @@ def test_nine_in_ten_new_measurements_lie_in_their_interval():
 def test_what_lies_outside_is_said():
     fitted = Curves(made())
     assert fitted.expected(Spent(3000 * 7), 7000, 10_000).beyond == (
-        "7k parameters, measured at 1k",
-        "a seed of 1.4 tokens per parameter, measured with one of 20",
+        "your model has 7k parameters, the study's 1k",
+        "your seed is trained on 1.4 tokens per parameter, the study's 20",
     )
     assert fitted.expected(Spent(500), 1000).beyond == (
-        "FLOPs of 0.5 tokens per parameter, measured from 1 to 4",
+        "dense training takes the FLOPs of 0.5 tokens per parameter, in the study 1 to 4",
     )
     assert not fitted.expected(Spent(3000), 2000, 30_000).beyond
 

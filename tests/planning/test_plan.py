@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,11 +11,15 @@ from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.cli.program import run as btx
 from btx_jax.config.config import Config
 from btx_jax.data.tokenizers import load_tokenizer
+from btx_jax.errors import UserError
 from btx_jax.planning.plan import Plan, Read, Stage, plan
 from btx_jax.planning.steps import Step, on_this_machine
-from btx_jax.planning.tables import as_json, size, warnings
+from btx_jax.planning.tables import as_json, tables, warnings
 from btx_jax.presets.project import METHODS, project
 from btx_jax.presets.registry import PRESETS
+from btx_jax.stages import pipeline
+from btx_jax.terminal import size
+from btx_jax.training.storage import shortage
 from tests.conftest import sentences
 from tests.stages.test_evaluate import DENSE, checkpoint
 
@@ -78,6 +83,13 @@ def test_epochs_are_told_once_text_is_tokenised(home):
     read = {read.domain: read for read in stage.reads}
     assert read["a"].there == there and read["a"].read == pytest.approx(0.95 * stage.tokens)
     assert read["a"].epochs == pytest.approx(0.95 * stage.tokens / there)
+
+
+def test_text_in_common_is_warned_of_before_it_is_tokenised(home):
+    told = warnings(plan(made(general="*.jsonl"), home / "run", fixed, 1))
+    pairs = [warning.split(" have")[0] for warning in told if "text in common" in warning]
+    assert pairs == ["a and general", "b and general"]
+    assert not any("in common" in each for each in warnings(plan(made(), home / "run", fixed, 1)))
 
 
 def test_every_program_is_asked_for_once(home):
@@ -144,6 +156,13 @@ def test_dense_training_and_upcycling_of_the_same_tokens(home):
     assert ours.tokens == dense.tokens == upcycled.tokens
     assert dense.flops < ours.flops < upcycled.flops
     assert ours.seconds < ours.chip_seconds
+    mix = next(stage for stage in told.stages if stage.kind == "mix")
+    assert ours.name == "this run: branches, mix, finetune" and mix.seconds
+    of = {stage.name: stage.stepping for stage in told.stages}
+    longest = max(of["expert_a"], of["expert_b"])
+    assert ours.seconds == pytest.approx(longest + mix.seconds + of["finetune"])
+    caption = str(tables(told, price=0.0)[-1].caption)
+    assert "whose own training is not counted here" in caption and "unlike that study" in caption
     for way in told.otherwise:
         assert way.expected and way.expected.low < way.expected.change < way.expected.high < 0
         assert any("tokens per parameter" in beyond for beyond in way.expected.beyond)
@@ -173,6 +192,44 @@ def test_the_command(home, capsys, monkeypatch):
     written = json.loads((run / "plan.json").read_text())
     assert next(stage["name"] for stage in written["stages"]) == "prepare"
     assert written["on"] == "this machine" and str(run / "plan.json") in out.replace("\n", "")
+
+
+def test_a_full_disk_is_foreseen(home, capsys, monkeypatch):
+    monkeypatch.setattr("btx_jax.planning.steps.on_this_machine", fixed)
+    (home / "my.py").write_text(
+        "from tests.planning.test_plan import made\n\n\ndef get_config():\n    return made()\n"
+    )
+    run = home / "runs" / "my"
+    needed = sum(stage.storage for stage in plan(made(), run, fixed, 1).stages)
+
+    def told(free, do):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr("btx_jax.training.storage.shutil.disk_usage", lambda path: usage)
+        do()
+        return [line for line in capsys.readouterr().err.splitlines() if "its disk has" in line]
+
+    def started():
+        monkeypatch.setattr("btx_jax.stages.pipeline.stages.run", None)
+        with pytest.raises(UserError, match="did not finish"):
+            pipeline.run(made(), run)
+
+    warned = (
+        f"{run}: checkpoints may take up to {size(needed)} more, and its disk has"
+        f" {size(needed - 1)} free; make room, or choose a --workdir on a larger disk"
+    )
+    assert told(needed, lambda: btx(["plan", "my.py"])) == []
+    assert told(needed - 1, lambda: btx(["plan", "my.py"])) == [f"btx_jax: warning: {warned}"]
+    assert told(needed - 1, started) == [warned]
+
+
+def test_what_is_written_already_needs_no_more_room(home, monkeypatch):
+    free = SimpleNamespace(free=100)
+    monkeypatch.setattr("btx_jax.training.storage.shutil.disk_usage", lambda path: free)
+    (home / "run/a").mkdir(parents=True)
+    (home / "run/a/written").write_bytes(bytes(50))
+    needed = {home / "run/a": 100.0, home / "run/b": 51.0}
+    assert shortage(needed, home / "run").startswith(f"{home}/run: checkpoints may take up to")
+    assert not shortage(needed | {home / "run/b": 50.0}, home / "run")
 
 
 def test_the_command_finds_mistakes_before_it_times_anything(home, capsys, monkeypatch):
@@ -216,7 +273,3 @@ def _without_text(config):
         for name, stage in config.pipeline.items()
     }
     return dataclasses.replace(config, pipeline=changed)
-
-
-def test_sizes_are_in_powers_of_1024():
-    assert [size(x) for x in (512, 3 * 2**20, 5 * 2**30)] == ["0 KiB", "3.00 MiB", "5.00 GiB"]

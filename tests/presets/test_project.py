@@ -1,14 +1,16 @@
 """The pipeline of one's own domains: what stages it has and what they read."""
 
+import dataclasses
 import json
 
 import pytest
 
 from btx_jax.config.config import Config
 from btx_jax.data.tokenizers import load_tokenizer
-from btx_jax.errors import ConfigError
+from btx_jax.errors import ConfigError, UserError
 from btx_jax.presets import project as projects
 from btx_jax.presets.project import COMPARISONS, METHODS, STEP_TOKENS, project, schedule
+from btx_jax.rundir import claim, look_up
 from btx_jax.stages.pipeline import check_stages, resolved_stages
 from tests.conftest import sentences
 from tests.stages.test_evaluate import DENSE, checkpoint
@@ -83,6 +85,29 @@ def test_runs_are_as_long_as_they_were_asked_to_be(fields):
     assert float(shares["b"]) == pytest.approx(100 * (8_000 + 1_000) / 14_000, abs=0.01)
 
 
+def test_a_change_after_a_run_began_is_named_as_the_file_names_it(fields, home, tmp_path):
+    begun = project(**fields)
+    claim(tmp_path, begun)
+    (tmp_path / "prepare").mkdir()
+    (tmp_path / "prepare" / "done.json").write_text("{}")
+    fields["domains"]["a"]["tokens"] = 5_000
+    fields["sequence_length"] = 16
+    with pytest.raises(UserError) as error:
+        look_up(tmp_path, project(**fields))
+    assert str(error.value) == (
+        f"{tmp_path} belongs to a run with another config: project.domains.a.tokens: 4000 -> 5000;"
+        " project.sequence_length: 32 -> 16; choose another --workdir or undo the change"
+    )
+    overridden = begun.pipeline["finetune"].config
+    train = dataclasses.replace(overridden.train, learning_rate=1e-5)
+    stage = dataclasses.replace(
+        begun.pipeline["finetune"], config=dataclasses.replace(overridden, train=train)
+    )
+    other = dataclasses.replace(begun, pipeline={**begun.pipeline, "finetune": stage})
+    with pytest.raises(UserError, match=r"finetune\.config\.train\.learning_rate: 0\.0 -> 1e-"):
+        look_up(tmp_path, other)
+
+
 @pytest.mark.parametrize("length", [32, 512, 4096])
 @pytest.mark.parametrize("tokens", [1e4, 3e6, 1e9, 2e11])
 def test_steps_are_of_a_sensible_size(tokens, length):
@@ -122,6 +147,10 @@ def test_a_seed_from_scratch_has_the_table_of_its_tokenizer(fields, tokenizer_fi
         ({"seed": ""}, "project.seed: missing; name a checkpoint"),
         ({"seed": "tiny"}, "project.tokenizer: missing, and seed='tiny' is trained from scratch"),
         ({"tokenizer": "x.model"}, "project.tokenizer='x.model': the seed is there already"),
+        (
+            {"seed": "tiny", "seed_tokens": 9_000, "tokenizer": "no.model"},
+            "project.tokenizer: no.model does not exist",
+        ),
         ({"domains": {}}, "project.domains: fewer than two"),
         ({"domains": {"a b": {"text": "x"}}}, "project.domains.a b.tokens: missing"),
         ({"method": "btm"}, "project.method='btm': did you mean 'btx'?"),

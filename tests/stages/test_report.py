@@ -77,7 +77,11 @@ def test_what_was_planned_stands_beside_what_was_measured(tmp_path):
     assert "expected, for v5e:2x2" in page
     row = ("seed", "2,000", "3.00e+09", "10.0", "12.5", "2")
     assert "".join(f"<td>{cell}</td>" for cell in row) in page
-    assert "<td>-10.0 % (-12.0 to -8.0)</td>" in page and "is too narrow: so." in page
+    assert (
+        "<td>-10.0 % (-12.0 to -8.0)</td>" in page
+        and "unlike that study: so. So the ranges are too narrow" in page
+    )
+    assert "a run measures while it trains" in page and "<code>train.eval_rows</code> rows" in page
 
 
 def test_without_an_evaluation_there_is_nothing_to_report(tmp_path):

@@ -47,7 +47,11 @@ def test_a_run_tells_where_it_began_and_what_it_reached(seed, training, run, tmp
     assert list(found) == [0, 5, 10]
     assert found[0] == pytest.approx(heldout(seed)[60], abs=1e-5), "the seed as it was"
     start, end = f"{found[0]:.3f}", f"{found[10]:.3f}"
-    assert f"expert: held-out nats per token, start -> end: words {start} -> {end}" in told
+    rows = training(seed, 10).train.eval_rows
+    assert (
+        f"expert: held-out nats per token (train.eval_rows={rows}), start -> end:"
+        f" words {start} -> {end}"
+    ) in told
     assert f"expert: step 10 is kept in {tmp_path}/expert/checkpoints/10" in told
     assert json.loads((tmp_path / "expert" / "config.json").read_text())["train"][
         "learning_rate"

@@ -1,6 +1,13 @@
 import pytest
 
-from btx_jax.training.watch import DROPPED_STEPS, FIRST_STEPS, Dropped, FirstSteps
+from btx_jax.training.watch import (
+    BARRIER,
+    DROPPED_STEPS,
+    FIRST_STEPS,
+    Basin,
+    Dropped,
+    FirstSteps,
+)
 
 
 def warnings(losses, heldout=None, resumed=()):
@@ -72,3 +79,19 @@ def test_dropped_claims_are_told_once_over_a_few_per_cent():
     assert not any(few.add(0.04) for _ in range(30))
     short = Dropped(3)
     assert [bool(short.add(0.2)) for _ in range(3)] == [False, False, True], "a run of three steps"
+
+
+@pytest.mark.parametrize(
+    ("is_pretrained", "cure"),
+    [
+        (True, "lower config.train.learning_rate or freeze what is shared"),
+        (False, "usual behind a seed that has had little training; merge what is shared by"),
+    ],
+)
+def test_the_cure_of_a_high_barrier_suits_the_seed(is_pretrained, cure):
+    basin = Basin(is_pretrained)
+    assert basin.add(2, BARRIER) == ""
+    told = basin.add(4, 0.25)
+    assert told.startswith("step 4: mixing barrier 0.25 nats per token: this branch has left the")
+    assert cure in told
+    assert basin.add(6, 0.3) == "", "once"

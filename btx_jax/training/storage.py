@@ -1,0 +1,55 @@
+"""The space that a run takes on disk, beside what is free there."""
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from btx_jax.buckets import is_on_bucket
+from btx_jax.config.config import Config
+from btx_jax.config.model_config import ModelConfig
+from btx_jax.models.llama import leaf_counts
+from btx_jax.models.lora import is_adapter
+from btx_jax.terminal import size
+from btx_jax.training.optimizer import is_trained
+
+BYTES = 4  # of a parameter, and of each of AdamW's two moments of it
+
+
+def storage(stage: Config, model: ModelConfig) -> float:
+    """Upper bound on the bytes of the checkpoints that a stage leaves on disk: of training, the
+    newest and the best. model: what it writes."""
+    leaves = leaf_counts(model)
+    if not stage.train:
+        held = (path for path in leaves if not model.lora or is_adapter(path))
+        return BYTES * sum(leaves[path][0] for path in held)
+    assert stage.checkpoint
+    own = trained = 0
+    for path, (count, _) in leaves.items():
+        is_own = is_trained(path, stage.train.frozen)
+        trained += count * is_own
+        own += count * (is_own or stage.train.frozen not in ("base", "shared"))
+    saved = math.ceil(stage.train.steps / stage.checkpoint.every)
+    kept = min(saved, stage.checkpoint.keep + bool(stage.checkpoint.best))
+    return kept * BYTES * (own + 2 * trained)
+
+
+def shortage(needed: Mapping[Path, float], workdir: Path) -> str:
+    """A warning if the disk of `workdir` has less free than may still be written; "" if it has
+    enough, and in a bucket. needed: directory of a stage -> `storage` of it."""
+    if is_on_bucket(workdir):
+        return ""
+    left = sum(max(most - _written(directory), 0.0) for directory, most in needed.items())
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if left <= free:
+        return ""
+    return (
+        f"{workdir}: checkpoints may take up to {size(left)} more, and its disk has {size(free)}"
+        " free; make room, or choose a --workdir on a larger disk"
+    )
+
+
+def _written(directory: Path) -> int:
+    """Bytes of all files in a directory, which need not exist."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
