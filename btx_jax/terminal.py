@@ -37,6 +37,11 @@ def size(count: float) -> str:
     return f"{count / 1024:.0f} KiB"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def say(message: str) -> None:
     """Print a line to stdout."""
     print(plain(message))

@@ -64,6 +64,11 @@ def test_durations_are_in_the_unit_one_thinks_of(seconds, told):
     assert terminal.duration(seconds) == told
 
 
+def test_one_thing_is_no_plural():
+    told = [terminal.counted(count, "step") for count in (0, 1, 2, 2_000)]
+    assert told == ["0 steps", "1 step", "2 steps", "2,000 steps"]
+
+
 def test_sizes_are_in_powers_of_1024():
     assert [terminal.size(x) for x in (512, 3 * 2**20, 5 * 2**30)] == [
         "0 KiB",

@@ -39,6 +39,7 @@ from btx_jax.checkpoints.peft_config import (
 from btx_jax.checkpoints.problems import listed, raise_problems
 from btx_jax.config.model_config import LORA_TARGETS, LoRAConfig, ModelConfig
 from btx_jax.errors import ConfigError, UserError
+from btx_jax.terminal import counted
 
 _OF_TRAINING = ".lora_velora_embed"  # a buffer for VeLoRA's backward pass
 _PREFIX = "base_model.model."
@@ -337,4 +338,4 @@ def _notes(
 
 
 def _maps(count: int) -> str:
-    return f"{count} map{'s' if count > 1 else ''}"
+    return counted(count, "map")

@@ -26,6 +26,7 @@ from btx_jax.errors import UserError
 from btx_jax.hub import resolve
 from btx_jax.output import check_free, new_directory
 from btx_jax.paths import to_path
+from btx_jax.terminal import counted
 
 FORMATS = ("btx_jax", "peft")
 
@@ -53,7 +54,7 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
         if (tokenizer := find_own_tokenizer(found)) is not None and output_format != "peft":
             copy_tokenizer(tokenizer, partial)
         write_sums(partial)
-    return f"wrote {target} ({output_format}, {len(tensors)} tensors)"
+    return f"wrote {target} ({output_format}, {counted(len(tensors), 'tensor')})"
 
 
 def import_peft(source: str, base: str, target: str) -> str:
@@ -78,7 +79,9 @@ def import_peft(source: str, base: str, target: str) -> str:
         write_sums(partial)
     assert lora.model.lora
     ranks = "/".join(map(str, sorted(set(lora.model.lora.rank))))
-    return "; ".join([f"wrote {target} ({len(lora.tensors)} tensors, rank {ranks})", *notes])
+    return "; ".join(
+        [f"wrote {target} ({counted(len(lora.tensors), 'tensor')}, rank {ranks})", *notes]
+    )
 
 
 def merge(
@@ -155,8 +158,8 @@ def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int,
         if expert is not None:
             if not 0 <= expert < experts:
                 raise UserError(
-                    f"--expert={expert}: some layers have {experts}"
-                    f" expert{'s' if experts > 1 else ''}, numbered from 0"
+                    f"--expert={expert}: some layers have"
+                    f" {counted(experts, 'expert')}, numbered from 0"
                 )
             result[experts] = np.eye(experts)[expert]
         elif gates == "mean":
@@ -173,7 +176,7 @@ def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int,
             if len(result[experts]) != experts:
                 raise UserError(
                     f"--gates={gates}: {len(result[experts])} numbers, but some layers have"
-                    f" {experts} experts"
+                    f" {counted(experts, 'expert')}"
                 )
         elif experts > 1 or (model.lora and model.lora.gating == "sigmoid"):
             raise UserError(

@@ -3,6 +3,7 @@
 from btx_jax.checkpoints.checkpoint import find_checkpoint
 from btx_jax.checkpoints.converting import convert
 from btx_jax.paths import to_path
+from btx_jax.terminal import counted
 
 
 def run(source: str, target: str, dtype: str = "") -> str:
@@ -11,4 +12,4 @@ def run(source: str, target: str, dtype: str = "") -> str:
     found = find_checkpoint(source, "SRC")
     tensors = convert(found, to_path(target, "DST"), dtype)
     kind = "btx_jax" if found.is_huggingface else "Hugging Face"
-    return f"wrote {target} ({kind}, {tensors} tensors)"
+    return f"wrote {target} ({kind}, {counted(tensors, 'tensor')})"

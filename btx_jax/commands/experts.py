@@ -54,7 +54,7 @@ from btx_jax.mixing.text import read_text
 from btx_jax.output import check_free
 from btx_jax.paths import to_path
 from btx_jax.reporting.mixtures import own_table
-from btx_jax.terminal import Console
+from btx_jax.terminal import Console, counted
 
 
 def add(
@@ -169,7 +169,7 @@ def add(
             [reader, dense],
             file,
         )
-    return f"wrote {target}: {number + 1} experts; {told}"
+    return f"wrote {target}: {counted(number + 1, 'expert')}; {told}"
 
 
 def _require_branch(mixture: Checkpoint, source: Checkpoint, named: str) -> None:
@@ -243,7 +243,7 @@ def drop(mixture: str, expert: int, target: str) -> str:
             [reader],
             file,
         )
-    return f"wrote {target}: {_count(smaller)} experts{told}"
+    return f"wrote {target}: {counted(_count(smaller), 'expert')}{told}"
 
 
 class _Solver:
@@ -381,7 +381,7 @@ def _statistics(path: Path, model: ModelConfig, mixture: str) -> RouterStatistic
     counts = {spec.experts for spec in model.layer_specs() if spec.experts}
     if stored is not None and counts != {len(stored.about.experts)}:
         raise UserError(
-            f"{stored.path}: of {len(stored.about.experts)} experts, and {mixture} has"
+            f"{stored.path}: of {counted(len(stored.about.experts), 'expert')}, and {mixture} has"
             f" {' and '.join(map(str, sorted(counts)))}; put its own there, or delete it"
         )
     return stored

@@ -270,8 +270,9 @@ def _warnings(
 ) -> Iterator[str]:
     for name, tokens in numbers.branches.items():
         if (steps := schedule(tokens, length).steps) < FEW_STEPS:
+            few = terminal.counted(steps, "step")
             yield (
-                f"{name}: its branch learns little in {steps} steps on {tokens:,} tokens;"
+                f"{name}: its branch learns little in {few} on {tokens:,} tokens;"
                 f" {_more(wanted)}, or shorten rows (--sequence-length, now {length})"
             )
         if (epochs := tokens / counted[name]) > MANY_EPOCHS:

@@ -17,6 +17,7 @@ from btx_jax.hub_errors import told
 from btx_jax.hub_names import PROTOCOL, Name, named
 from btx_jax.output import read_json
 from btx_jax.paths import refuse_links_out, to_path
+from btx_jax.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def push(
         url = _upload(name, source, files, is_private, message or f"Upload {source.resolve().name}")
     left = sorted({path.name for path in source.iterdir()} - {file.split("/")[0] for file in files})
     left_out = f"; left out: {', '.join(left)}" if left else ""
-    return f"wrote {url} ({len(files)} files{left_out})"
+    return f"wrote {url} ({counted(len(files), 'file')}{left_out})"
 
 
 def _upload(name: Name, source: Path, files: list[str], is_private: bool, message: str) -> str:

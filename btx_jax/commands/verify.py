@@ -29,6 +29,7 @@ from btx_jax.progress import bar
 from btx_jax.reporting.metrics import FILE as METRICS
 from btx_jax.reporting.metrics import bad_lines, parts
 from btx_jax.rundir import CONFIG
+from btx_jax.terminal import counted
 
 
 class Finding(NamedTuple):
@@ -170,7 +171,7 @@ def _model(directory: Path) -> str:
         reader.read(tensor)
     reader.check()
     how = "checksums" if read_checksums(directory) else "no checksums are there; structure"
-    return f"{how}, finite values: {len(reader.slots)} tensors"
+    return f"{how}, finite values: {counted(len(reader.slots), 'tensor')}"
 
 
 def _adapter(directory: Path) -> str:
@@ -182,7 +183,8 @@ def _adapter(directory: Path) -> str:
 
 def _statistics(path: Path) -> str:
     about = RouterStatistics(path).about
-    return f"checksum: {len(about.experts)} experts in {len(about.layers)} layers"
+    experts, layers = counted(len(about.experts), "expert"), counted(len(about.layers), "layer")
+    return f"checksum: {experts} in {layers}"
 
 
 def _tensors(path: Path) -> str:
@@ -190,4 +192,4 @@ def _tensors(path: Path) -> str:
     for name, tensor in file.tensors.items():
         if tensor.dtype in DTYPES and not is_finite(file.read(name)):
             raise UserError(f"{path}: NaN or infinity in {name}")
-    return f"structure, finite values: {len(file.tensors)} tensors"
+    return f"structure, finite values: {counted(len(file.tensors), 'tensor')}"

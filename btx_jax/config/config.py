@@ -43,6 +43,7 @@ from btx_jax.config.schema import (
     rule,
 )
 from btx_jax.errors import ConfigError, suggest
+from btx_jax.terminal import counted
 
 ROUTERS = ("normal", "uniform", *SOLVED)
 DISPATCHES = ("auto", "einsum", "ragged")
@@ -351,8 +352,8 @@ class MeshConfig(Section):
         if math.prod(sizes) != devices:
             raise ConfigError(
                 f"config.mesh: data={self.data} fsdp={self.fsdp} expert={self.expert}"
-                f" tensor={self.tensor} context={self.context} does not fit {devices}"
-                f" device{'s' if devices > 1 else ''}; the product must be {devices} (-1 takes what"
+                f" tensor={self.tensor} context={self.context} does not fit"
+                f" {counted(devices, 'device')}; the product must be {devices} (-1 takes what"
                 " remains)"
             )
         return data, fsdp, expert, tensor, context

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from btx_jax.config.allocation import experts_per_layer
 from btx_jax.config.schema import HUGE, Choice, Experts, Positive, Range, Section, Share, rule
 from btx_jax.errors import ConfigError, Mistakes, UserError, suggest
+from btx_jax.terminal import counted
 
 ROUTINGS = ("top_k", "switch", "soft", "sample_top1")
 GATINGS = ("top_k", "sigmoid", "cosine")
@@ -129,8 +130,8 @@ class MoEConfig(Section):
         for layer, experts in enumerate(self.experts):
             if 0 < experts < self.k - self.anchor:
                 yield (
-                    f"k={self.k}: more than the {experts} experts of layer {layer}{beside}; lower k"
-                    " or add experts"
+                    f"k={self.k}: more than the {counted(experts, 'expert')} of layer"
+                    f" {layer}{beside}; lower k or add experts"
                 )
                 return
 
@@ -180,7 +181,7 @@ class LoRAConfig(Section):
         mistakes = Mistakes()
         rank, k = (self._per_layer(key, layers, mistakes) for key in ("rank", "k"))
         for layer, experts in enumerate(counts):
-            many = f"the {experts} expert{'s' if experts > 1 else ''} of layer {layer}"
+            many = f"the {counted(experts, 'expert')} of layer {layer}"
             if 0 < experts < k[layer]:
                 mistakes.add(f"k={k[layer]}: more than {many}; lower k or give one k per layer")
             if self.gating == "sigmoid" and experts > 1:

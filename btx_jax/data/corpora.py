@@ -29,6 +29,7 @@ from btx_jax.data.sentencepiece_models import train_sentencepiece
 from btx_jax.errors import UserError
 from btx_jax.output import new_directory
 from btx_jax.progress import bar
+from btx_jax.terminal import counted
 
 DIRECTORY = "runs/corpora"
 MATHS_BYTES = 18_000_000  # of endless generators; halved where BTX_DATA_DIR adds text
@@ -95,7 +96,8 @@ def write(directory: Path) -> None:
             (partial / part).mkdir()
         for domain in SHARES:
             for part, (documents, size) in zip(PARTS, _write(domain, partial), strict=True):
-                print(f"{part}/{domain}.jsonl.gz: {documents} documents, {size / 1e6:.1f} MB")
+                told = counted(documents, "document")
+                print(f"{part}/{domain}.jsonl.gz: {told}, {size / 1e6:.1f} MB")
         train_sentencepiece(_sample(partial), VOCAB_SIZE, partial / TOKENIZER)
 
 

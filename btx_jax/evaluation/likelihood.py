@@ -18,6 +18,7 @@ from btx_jax.models.llama import Llama, Params, head_kernel
 from btx_jax.parallel.hosts import is_first, put
 from btx_jax.parallel.sharding import batch_sharding, replicated
 from btx_jax.progress import bar
+from btx_jax.terminal import counted
 from btx_jax.training.losses import token_scores
 
 BUCKET = 64  # widths are multiples of it, to compile few shapes
@@ -75,8 +76,8 @@ class Scorer:
             check_ids(ids, self._model.vocab_size, name)
             if not front or len(behind) > context:
                 raise ValueError(
-                    f"a continuation of {len(behind)} tokens needs a token in front of it, and"
-                    f" {context} have room"
+                    f"a continuation of {counted(len(behind), 'token')} needs a token in front of"
+                    f" it, and {context} have room"
                 )
             rows.append((ids, len(behind)))
         order = sorted(

@@ -27,6 +27,7 @@ from btx_jax.evaluation.sandbox import Limits, UnitTests, pass_at_k, run_program
 from btx_jax.models.llama import Params
 from btx_jax.parallel.hosts import is_first
 from btx_jax.progress import bar
+from btx_jax.terminal import counted
 
 MAX_TEST_SET = 2**28  # bytes, decompressed
 
@@ -55,8 +56,8 @@ def read_test_set(task: TaskConfig, key: str) -> TestSet:
         kept = [item for item in items if is_heldout(solved(item, task), task.heldout_fraction)]
         if not kept:
             raise ConfigError(
-                f"{key}.heldout_fraction={task.heldout_fraction}: holds out none of the"
-                f" {len(items)} items of {task.file}"
+                f"{key}.heldout_fraction={task.heldout_fraction}: holds out none of"
+                f" {counted(len(items), 'item')} of {task.file}"
             )
         items = kept[: task.limit or None]
     examples = (

@@ -23,6 +23,7 @@ from btx_jax.data.sources import (
 from btx_jax.data.tokenizers import Tokenizer, check_ids
 from btx_jax.errors import UserError
 from btx_jax.mixing.recipe import Recipe
+from btx_jax.terminal import counted
 
 HELD_OUT = 8  # one token in this many is held out
 LENGTH = 512  # tokens per row, unless the model's context is shorter
@@ -132,7 +133,9 @@ def read_text(
         found = map(tokenizer.encode_prompt, text)
     rows = pack(found, min(LENGTH, model.context), limit)
     if (count := int((rows.segments_RT > 0).sum())) < LEAST:
-        raise UserError(f"{key}: {count} tokens in all; give at least {LEAST}, better thousands")
+        raise UserError(
+            f"{key}: {counted(count, 'token')} in all; give at least {LEAST}, better thousands"
+        )
     check_ids([int(rows.tokens_RT.max())], model.vocab_size, key, tokenizer)
     return rows
 

@@ -5,6 +5,7 @@ from btx_jax.errors import UserError
 from btx_jax.mixing.merge import MERGES
 from btx_jax.mixing.streaming import Mixture, is_averaged, make_tensor
 from btx_jax.progress import bar
+from btx_jax.terminal import counted
 
 
 def verify(mixture: Mixture, written: Reader) -> str:
@@ -27,8 +28,8 @@ def verify(mixture: Mixture, written: Reader) -> str:
             wrong.append(tensor)
     if wrong:
         raise UserError(
-            f"the output was not kept: {len(wrong)} tensors differ from what the recipe makes:"
-            f" {', '.join(map(str, wrong[:5]))}"
+            f"the output was not kept: {counted(len(wrong), 'tensor')} not equal to what the recipe"
+            f" makes: {', '.join(map(str, wrong[:5]))}"
         )
     count = len(written.slots)
     rest = f"{count - means} equal what the recipe makes of their sources, bit for bit"

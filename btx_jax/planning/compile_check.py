@@ -42,7 +42,7 @@ from btx_jax.output import new_file
 from btx_jax.parallel.compiler_options import compiled
 from btx_jax.parallel.topologies import DIMENSIONS, LARGEST_PLANE, parse_grid
 from btx_jax.progress import clock
-from btx_jax.terminal import Console
+from btx_jax.terminal import Console, counted
 from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import abstract_seed, is_probed
 from btx_jax.training.start import (
@@ -108,8 +108,8 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
     )
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     console.print(
-        f"compiling the step of {workdir.name} for {len(devices)} chips of {topology}; a model of"
-        " 7B takes some minutes ..."
+        f"compiling the step of {workdir.name} for {counted(len(devices), 'chip')} of {topology}; a"
+        " model of 7B takes some minutes ..."
     )
     result = check(config, model, devices, topology)
     print_check(result, console)
@@ -392,7 +392,7 @@ def cures(
         if found.fits:
             return
     change = more_chips(config, 2 * len(devices), slices, topology)
-    console.print(f"none of these is enough on {len(devices)} chips: {change}")
+    console.print(f"none of these is enough on {counted(len(devices), 'chip')}: {change}")
     yield {"change": change, "compiled": False}
 
 
@@ -449,7 +449,7 @@ def print_check(result: Check, console: Console) -> None:
     table = Table(
         "per device and step",
         "",
-        title=f"{result.topology}, {result.devices} chips, mesh {result.mesh}",
+        title=f"{result.topology}, {counted(result.devices, 'chip')}, mesh {result.mesh}",
         title_justify="left",
     )
     memory, flops, limit = result.memory, result.flops, result.memory["limit"]

@@ -13,6 +13,7 @@ import jinja2
 from btx_jax.reporting import plots
 from btx_jax.reporting.goodput import ACTIVITIES
 from btx_jax.reporting.summary import amount, mean, scaled
+from btx_jax.terminal import counted
 from btx_jax.training.watch import BARRIER
 
 PACKAGES = ("btx_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -24,7 +25,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     """One sentence: which model has the lowest mean loss over domains, and what the mixture gained
     and forgot."""
     if not summary["domains"]:
-        return f"{len(summary['models'])} models on test sets alone."
+        return f"{counted(len(summary['models']), 'model')} on test sets alone."
     means = {
         name: mean(model["nats_per_token"].values()) for name, model in summary["models"].items()
     }

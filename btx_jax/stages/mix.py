@@ -76,6 +76,7 @@ from btx_jax.parallel.hosts import first_then_others, is_first, of_first, put, w
 from btx_jax.parallel.sharding import make_mesh, param_shardings
 from btx_jax.rundir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
+from btx_jax.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -151,9 +152,10 @@ def run(config: Config, workdir: Path) -> None:
 
     into = "their mean"
     if model.moe:
-        into = f"{model.moe.experts[0]} experts{' and a shared one' if mix.shared_expert else ''}"
+        into = counted(model.moe.experts[0], "expert")
+        into += " and a shared one" if mix.shared_expert else ""
         into += " and their anchor" if model.has_anchor else ""
-    log.info("mixing %d checkpoints into %s", len(sources), into)
+    log.info("mixing %s into %s", counted(len(sources), "checkpoint"), into)
     with jax.set_mesh(mesh):
         mix_jit = jax.jit(mixed, out_shardings=param_shardings(abstract_params(model), mesh))
         params = mix_jit([load_params(source, abstract) for source in sources])
@@ -482,9 +484,9 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"config.mix: {error}") from error
     log.info(
-        "mixing %d adapters into %d LoRA experts a layer at most, %s",
-        len(sources),
-        max(counts),
+        "mixing %s into %s a layer at most, %s",
+        counted(len(sources), "adapter"),
+        counted(max(counts), "LoRA expert"),
         lora.gating,
     )
     history = together(source.metadata.history for source in sources)

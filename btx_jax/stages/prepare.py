@@ -15,6 +15,7 @@ from btx_jax.errors import Mistakes
 from btx_jax.parallel.hosts import first_then_others
 from btx_jax.rundir import claim, finish, look_up
 from btx_jax.stages import Coming, require_right
+from btx_jax.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +36,12 @@ def run(config: Config, workdir: Path) -> None:
             files |= source.files
             train, heldout = (source.manifest["splits"][split] for split in ("train", "heldout"))
             log.info(
-                "%s: %s: %d documents, %d tokens to train on; %d documents, %d tokens held out",
+                "%s: %s: %s, %d tokens to train on; %s, %d tokens held out",
                 domain.name,
                 source.manifest["source"],
-                train["documents"],
+                counted(train["documents"], "document"),
                 train["tokens"],
-                heldout["documents"],
+                counted(heldout["documents"], "document"),
                 heldout["tokens"],
             )
         held_out = sum(source.rows("heldout") for source in domain.sources)

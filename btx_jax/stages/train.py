@@ -70,7 +70,7 @@ from btx_jax.reporting.profile import Profile, annotated
 from btx_jax.reporting.trackers import Trackers
 from btx_jax.rundir import claim, finish, is_resumable, look_up, recorded_config
 from btx_jax.stages import Coming, require_right
-from btx_jax.terminal import plain
+from btx_jax.terminal import counted, plain
 from btx_jax.training.optimizer import is_trained
 from btx_jax.training.probe import barrier, is_probed, make_average
 from btx_jax.training.start import (
@@ -269,7 +269,7 @@ def described(model: ModelConfig, compute: ComputeConfig) -> str:
     kind = "a dense model"
     if model.moe:
         shared = " and a shared one" if model.moe.shared_d_ff else ""
-        kind = f"a mixture of {max(model.moe.experts)} experts{shared}"
+        kind = f"a mixture of {counted(max(model.moe.experts), 'expert')}{shared}"
         if model.has_anchor:
             kind += " and their anchor"
         if model.is_branch:
@@ -277,7 +277,7 @@ def described(model: ModelConfig, compute: ComputeConfig) -> str:
     lora = " with LoRA experts" if model.lora else ""
     used = f" ({active:.3g} for a token)" if active < total else ""
     dispatch = f", {compute.dispatch} dispatch" if model.moe else ""
-    return f"{kind}{lora}, {model.layers} layers, {total:.3g} parameters{used}{dispatch}"
+    return f"{kind}{lora}, {counted(model.layers, 'layer')}, {total:.3g} parameters{used}{dispatch}"
 
 
 def start_state(

@@ -342,7 +342,7 @@ def test_verify_notices_a_single_changed_bit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mix_recipe, "verified", damaged)
     with pytest.raises(
-        UserError, match=r"1 tensors differ from what the recipe makes: lm_head.weight"
+        UserError, match=r"1 tensor not equal to what the recipe makes: lm_head.weight"
     ):
         mix(tmp_path)
     assert not (tmp_path / "out").exists(), (

@@ -111,7 +111,7 @@ def test_it_is_counted():
     spent = train_flops(branch, 1, lambda path: is_trained(path, "shared"))
     assert 4 * parameter_counts(branch)[1] < spent < train_flops(branch, 1)
     with pytest.raises(
-        ConfigError, match="k=3: more than the 1 experts of layer 0 and their anchor"
+        ConfigError, match="k=3: more than the 1 expert of layer 0 and their anchor"
     ):
         MoEConfig((1,), k=3, anchor=True)
     MoEConfig((1,), k=2, anchor=True)
