@@ -14,8 +14,8 @@ test: install-dev
 	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 # What another jax could change: numbers, compiled programs, files; and the wheel.
-FAST := $(addprefix tests/,checkpoints data mixing models parallel training) \
-  tests/test_environment.py tests/test_wheel.py --ignore=tests/checkpoints/test_peft_families.py
+FAST := $(addprefix tests/,checkpoints/test_training_state.py data models parallel training) \
+  tests/test_environment.py tests/test_wheel.py
 test-fast: install-dev
 	$(BIN)/python -m pytest -n 2 --dist=worksteal $(FAST)
 

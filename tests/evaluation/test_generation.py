@@ -66,9 +66,9 @@ def without_cache(model, params, prompt, new_tokens):
     "model",
     [
         pytest.param(MIXED, id="dense and mixed layers"),
-        pytest.param(SOFT, id="soft"),
         pytest.param(LORA, id="lora"),
         pytest.param(ANCHORED, id="anchored"),
+        pytest.param(SOFT, id="soft", marks=pytest.mark.slow),
         pytest.param(TINY, id="dense", marks=pytest.mark.slow),
         pytest.param(MOE, id="moe", marks=pytest.mark.slow),
         pytest.param(TOP1, id="switch", marks=pytest.mark.slow),

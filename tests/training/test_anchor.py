@@ -130,7 +130,7 @@ def test_what_each_step_of_a_schedule_trains(frozen):
 @pytest.mark.parametrize(
     ("model", "frozen", "dispatch"),
     [
-        (BRANCH, "shared", "ragged"),
+        pytest.param(BRANCH, "shared", "ragged", marks=pytest.mark.slow),
         (MIXTURE, "all_but_routers", "einsum"),
         pytest.param(BRANCH, "anchor", "einsum", marks=pytest.mark.slow),
         pytest.param(MIXTURE, "", "ragged", marks=pytest.mark.slow),
