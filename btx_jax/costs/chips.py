@@ -1,9 +1,9 @@
 """Specifications of accelerators: one table for MFU, roofline bounds and the compiler's clock.
 
 TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (pages of 2026), per jax device: a chip, or
-one of tpu7x's two cores. The one-way rate of a link, and where links wrap around, are from
-jax-ml.github.io/scaling-book, "How to think about TPUs"; tpu7x has v5p's network. The data-centre
-network rate is a host's share. GPUs: nvidia.com data sheets, dense bfloat16.
+one of tpu7x's two cores. The one-way rate of a link or to the host, and where links wrap around,
+are from jax-ml.github.io/scaling-book, "How to think about TPUs"; tpu7x has v5p's network. The
+data-centre network rate is a host's share. GPUs: nvidia.com data sheets, dense bfloat16.
 """
 
 import functools
@@ -25,6 +25,7 @@ class Chip:
     bandwidth: of main memory, bytes/s.
     link: one-way rate of one link to a neighbour, bytes/s.
     network: rate between slices, bytes/s.
+    host: one-way rate to the host's memory (PCIe), bytes/s.
     clock: cycles/s, as the compiler counts them.
     array: side of the matrix unit; narrower operands fill it only partly.
     cube: whether links wrap around in slices all of whose sides are multiples of 4 (optical
@@ -41,6 +42,7 @@ class Chip:
     array: int = 128
     cube: bool = True
     per_chip: int = 1
+    host: float = 15e9
 
 
 # jax's device_kind -> Chip. Memory is what the compiler grants a program. The clock is the rate at

@@ -17,10 +17,18 @@ from dataclasses import dataclass, field
 
 from btx_jax.costs.chips import Chip
 from btx_jax.costs.collectives import Collective, goes_on, of_instruction
-from btx_jax.costs.hlo import Computation, Computations, Instruction, called, parse, trip_count
+from btx_jax.costs.hlo import (
+    HOST,
+    Computation,
+    Computations,
+    Instruction,
+    called,
+    parse,
+    trip_count,
+)
 from btx_jax.costs.links import Slice
 from btx_jax.costs.program import Kernel, kernel_of
-from btx_jax.costs.traffic import traffic
+from btx_jax.costs.traffic import moved, traffic
 
 Kind = tuple[str, bool]  # kind of a collective, and whether it crosses slices
 _STRUCTURE = re.compile(
@@ -45,8 +53,8 @@ class Clock:
     """Seconds of a step, by kind.
 
     cycles: as the compiler counts. kernels: Pallas kernels. moves: operations it does not count, at
-    the memory's bandwidth. copies: prefetches that were not early enough. by_place: (place in our
-    program, instruction) -> seconds of all executions.
+    the memory's bandwidth. copies: what of prefetches, and of moves to and from the host, no
+    computation covers. by_place: (place in our program, instruction) -> seconds of all executions.
     """
 
     cycles: float = 0.0
@@ -103,18 +111,19 @@ def place_of(op_name: str) -> str:
 @dataclass
 class _Travelling:
     """A transfer in progress. kind: None for a copy. fused: whether it progresses only during
-    fusions that contain it."""
+    fusions that contain it. by_host: whether it goes to the host's memory, or comes from it."""
 
     name: str
     kind: Kind | None
     remaining: float
     fused: bool = False
+    by_host: bool = False
 
     @property
     def way(self) -> str:
         """The resource it occupies, which serves one transfer at a time."""
         if self.kind is None:
-            return "memory"
+            return "host" if self.by_host else "memory"
         return "network" if self.kind[1] else "links"
 
 
@@ -160,8 +169,12 @@ class _Reader:
         if collective:
             self._depart(start.name, collective, under_way)
         elif start.opcode != "recv":  # recv is charged by its send
-            moved = traffic(self.computations, computation, start)
-            under_way.append(_Travelling(start.name, None, moved / self.chip.bandwidth))
+            if any(shape.space == HOST for shape in start.shapes):
+                to_host = _Travelling(start.name, None, moved(start) / self.chip.host, by_host=True)
+                under_way.append(to_host)
+                return
+            seconds = traffic(self.computations, computation, start) / self.chip.bandwidth
+            under_way.append(_Travelling(start.name, None, seconds))
 
     def _depart(
         self,
@@ -248,7 +261,7 @@ class _Reader:
     ) -> None:
         """Advance the transfers while something else takes `seconds`. links: whether the links are
         free."""
-        left = dict.fromkeys(("memory", "network", "links"), seconds)
+        left = dict.fromkeys(("memory", "host", "network", "links"), seconds)
         left["links"] *= links
         for one in under_way:
             if one.fused and one.name not in held:

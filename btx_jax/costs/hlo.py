@@ -26,18 +26,19 @@ BITS = {
 }
 BITS |= {"s64": 64, "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8, "token": 0}
 
+HOST = "S(5)"
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An array's shape. on_chip: whether it is in vector or scalar memory (layout S(n)), which main
-    memory bandwidth does not limit."""
+    """An array's shape. space: the memory that it is in, by its layout: empty for main memory,
+    HOST, or another S(n), which is vector or scalar memory on the chip."""
 
     dtype: str
     dims: tuple[int, ...]
-    on_chip: bool = False
+    space: str = ""
 
     @property
     def bytes(self) -> float:
@@ -110,9 +111,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 def _instruction(line: str) -> Instruction:
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    shapes = [
-        Shape(dtype, ints(dims), bool(space)) for dtype, dims, space in _SHAPE.findall(rest[:end])
-    ]
+    shapes = [Shape(dtype, ints(dims), space) for dtype, dims, space in _SHAPE.findall(rest[:end])]
     opcode, _, _ = (called := rest[end:].lstrip()).partition("(")
     start = len(opcode)
     close = _closing(called, start)

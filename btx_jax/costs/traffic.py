@@ -36,8 +36,8 @@ def traffic(
             return _size(instruction)
         if any(called(instruction)):  # asynchronous work is charged by its contents
             return 0.0
-        ends = instruction.shapes[:2]
-        return min(end.bytes for end in ends) * sum(not end.on_chip for end in ends)
+        ends = [shape for shape in instruction.shapes if shape.dims][:2]
+        return moved(instruction) * sum(not end.space for end in ends)
     if instruction.opcode != "fusion":
         return sum(map(_size, operands)) + _size(instruction)
     inside = _called(computations, instruction)
@@ -57,6 +57,12 @@ def traffic(
         return total + sum(_size(i) for i in own if i.name not in going and i.opcode != "parameter")
     updates = list(_updates(computations, inside))
     return total + (sum(map(_size, updates)) if updates else _size(instruction))
+
+
+def moved(start: Instruction) -> float:
+    """Bytes that an asynchronous copy or slice moves: those of the smaller of its two arrays, of
+    which the other may be a stack of such."""
+    return min((shape.bytes for shape in start.shapes if shape.dims), default=0.0)
 
 
 def _read(
@@ -94,7 +100,7 @@ def _updates(computations: Computations, computation: Computation) -> Iterator[I
 
 
 def _size(instruction: Instruction) -> float:
-    return sum(shape.bytes for shape in instruction.shapes if not shape.on_chip)
+    return sum(shape.bytes for shape in instruction.shapes if not shape.space)
 
 
 def _called(computations: Computations, fusion: Instruction) -> Computation:

@@ -59,6 +59,14 @@ OPTIONS: Mapping[str, tuple[Options, ...]] = {
             "sparse cores gather weights while products run",
             "v6e:4x4, both rows: 53.7 s to 41.8 s",
         ),
+        Options(
+            {
+                f"{CONTINUE}reduce_scatter": "false",
+                "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+            },
+            "and scatter gradients",
+            "v6e:4x4: 41.8 s to 37.8 s",
+        ),
     ),
 }
 

@@ -61,7 +61,10 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "rank": None,
 }
 
+# device kind -> the longest line of chips; sparse cores gather, beside products, along one only
+LINE = {"TPU v6 lite": 8}
 
+Stage = tuple[str | tuple[str, ...], list[list[int]] | None]  # mesh axes, groups of their devices
 Names = Sequence[str | None]  # logical axes of an array; None for an unsharded dimension
 
 
@@ -169,7 +172,18 @@ def axis_index(name: str) -> jax.Array | int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
-    return jax.lax.all_gather(x, axes, axis=axis, tiled=True)
+    """Gather at once, which uses all links; or in stages, each along a line of chips, where larger
+    gathers could not run beside products. JAX lays the 16 chips of a small slice out as a ring."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    line = LINE.get(device.device_kind, mesh.size) if device else mesh.size
+    chips = math.prod(mesh.shape[name] for name in axes)
+    stages: list[Stage] = [(axes, None)]
+    if chips > line and mesh.size > 2 * line:
+        stages = _stages(axes, lambda size: math.gcd(size, line) if size > line else 1)[::-1]
+    for name, groups in stages:
+        x = jax.lax.all_gather(x, name, axis=axis, axis_index_groups=groups, tiled=True)
+    return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -177,25 +191,40 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
     """Reduce-scatter in stages. The TPU compiler turns a single stage over all chips of a slice
     into an all-reduce, with twice the traffic; it does the same when axes of size one precede the
     sharded axis."""
-    mesh = jax.sharding.get_abstract_mesh()
     if x.shape[0] == 1 and axis > 0:
         return _scatter(x[0], axes, axis - 1)[None]
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def inner(size: int) -> int:
+        if size < mesh.size:
+            return 1
+        return next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
+
+    for name, groups in _stages(axes, inner):
+        x = jax.lax.psum_scatter(
+            x, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True
+        )
+    return x
+
+
+def _stages(axes: tuple[str, ...], inner: Callable[[int], int]) -> list[Stage]:
+    """Stages of a reduce-scatter; those of a gather are the same, backwards.
+
+    inner: size of an axis -> devices of its second stage, 1 for one stage. Of two, device number
+    outer * inner + i holds part `outer` after the first, and piece i of that part after the second.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    stages: list[Stage] = []
     for name in axes:
         size = mesh.shape[name]
-        inner = (
-            next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
-            if size == mesh.size
-            else 1
-        )
-        # Device number outer * inner + i holds part `outer` after the first stage, and piece i of
-        # that part after the second.
-        apart = [[i + inner * o for o in range(size // inner)] for i in range(inner)]
-        together = [[i + inner * o for i in range(inner)] for o in range(size // inner)]
-        for groups in (apart, together) if inner > 1 else (None,):
-            x = jax.lax.psum_scatter(
-                x, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True
-            )
-    return x
+        within = inner(size)
+        if within == 1:
+            stages.append((name, None))
+            continue
+        apart = [[i + within * o for o in range(size // within)] for i in range(within)]
+        together = [[i + within * o for i in range(within)] for o in range(size // within)]
+        stages += [(name, apart), (name, together)]
+    return stages
 
 
 _gather.defvjp(

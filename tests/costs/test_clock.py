@@ -137,6 +137,28 @@ def test_copies_fetched_ahead_take_the_memory_not_the_links():
     )
 
 
+def test_what_goes_to_the_host_takes_its_own_way():
+    """In the form of a layer's input written to a stack of them in the host's memory."""
+    stack = "bf16[5,2000000]{1,0:S(5)}"
+    start = (
+        f"%d = (({stack}, bf16[1,2000000]{{1,0}}, s32[]), {stack}, u32[]{{:S(2)}})"
+        " dynamic-update-slice-start(%x, %x, %i)"
+    )
+    done = f"%kept = {stack} dynamic-update-slice-done(%d)"
+    needed = 4e6 / V5E.host
+    covered = read(loop(start, work("a", 1000), done))
+    assert covered.copies == pytest.approx(0)
+    late = read(loop(start, START, work("a", 50), DONE, done))
+    waited = late.collectives["all-gather", False].exposed / 5  # the host's way goes on meanwhile
+    assert late.copies == pytest.approx(5 * (needed - 50e-6 - waited))
+    fetched = (
+        f"%d = (({stack}, s32[], s32[]), bf16[1,2000000]{{1,0}}, u32[]{{:S(2)}})"
+        " dynamic-slice-start(%x, %i, %i)"
+    )
+    done = "%kept = bf16[1,2000000]{1,0} dynamic-slice-done(%d)"
+    assert read(loop(fetched, done, work("a", 1))).copies == pytest.approx(5 * needed)
+
+
 def test_what_has_no_cycles_takes_the_memorys_time():
     clock = read(loop(work("a", 1), "%m = bf16[2000000]{0} concatenate(%x), dimensions={0}"))
     assert clock.moves == pytest.approx(5 * 4e6 / V5E.bandwidth)

@@ -13,13 +13,17 @@ from btx_jax.config.model_config import MoEConfig
 from btx_jax.costs.program import read_program
 from btx_jax.errors import UserError
 from btx_jax.models.llama import abstract_params
+from btx_jax.parallel import sharding
 from btx_jax.parallel.sharding import (
     MESH_AXES,
+    all_gather,
+    axis_index,
     inference_mesh,
     make_mesh,
     param_shardings,
     resolve,
     shard,
+    shard_map,
 )
 from btx_jax.planning.compile_check import topology_devices
 from btx_jax.training.step import init_state, lower_train_step, make_train_step
@@ -100,15 +104,45 @@ def test_a_mesh_fits_a_slice_though_its_axes_share_those_of_the_torus(topology, 
         assert (abs(np.diff(places, axis=0)).sum(1) == mesh.shape["tensor"]).all()
 
 
+def test_a_gather_in_stages_is_the_gather(monkeypatch):
+    """Lines of two chips, as if eight CPUs were a large v6e."""
+    mesh = make_mesh((1, 4, 2, 1))
+    x = jnp.arange(16.0 * 3).reshape(16, 3)
+
+    def both(x):
+        def local(x):
+            return all_gather(x, "embed", 0) * (1 + axis_index("embed"))
+
+        y = shard_map(local, (("embed", None),), ("batch", None))(x)
+        return (y * jnp.arange(y.size).reshape(y.shape)).sum(), y
+
+    def program():
+        with jax.set_mesh(mesh):
+            made = jax.jit(jax.grad(both, has_aux=True)).lower(x).compile()
+            return made.as_text(), made(x)
+
+    text, whole = program()
+    assert text.count(" all-gather(") == 1
+    monkeypatch.setattr(sharding, "LINE", {jax.devices()[0].device_kind: 2})
+    text, staged = program()
+    assert text.count(" all-gather(") == 3, "two stages of fsdp, one of expert"
+    jax.tree.map(np.testing.assert_array_equal, staged, whole)
+
+
 def test_shard_outside_any_mesh_is_the_identity():
     x = jnp.ones(4)
     assert shard(x, "batch") is x
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "kernels"), [("einsum", "xla"), ("ragged", "xla"), ("ragged", "pallas_interpret")]
+    ("dispatch", "kernels", "remat"),
+    [
+        ("einsum", "xla", "offload"),
+        ("ragged", "xla", "full"),
+        ("ragged", "pallas_interpret", "full"),
+    ],
 )
-def test_eight_devices_give_the_loss_and_gradients_of_one(dispatch, kernels):
+def test_eight_devices_give_the_loss_and_gradients_of_one(dispatch, kernels, remat):
     results = []
     for mesh in (
         make_mesh((1, 1, 1, 1), jax.devices()[:1]),
@@ -116,9 +150,9 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(dispatch, kernels):
         make_mesh((2, 1, 2, 2)),
     ):
         used = kernels if results else "xla"
-        step = make_train_step(
-            MODEL, dataclasses.replace(COMPUTE, dispatch=dispatch, kernels=used), TRAIN, mesh, 32
-        )
+        kept = remat if results else "none"
+        compute = dataclasses.replace(COMPUTE, dispatch=dispatch, kernels=used, remat=kept)
+        step = make_train_step(MODEL, compute, TRAIN, mesh, 32)
         state = init_state(MODEL, TRAIN, mesh, jax.random.key(0))
         losses = []
         for i in range(2):
