@@ -47,7 +47,7 @@ from btx_jax.terminal import counted
 
 ROUTERS = ("normal", "uniform", *SOLVED)
 DISPATCHES = ("auto", "einsum", "ragged")
-REMAT_POLICIES = ("none", "full", "attention", "ffn")
+REMAT_POLICIES = ("auto", "none", "full", "attention", "ffn", "offload")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
 DTYPES = ("float32", "bfloat16")
 FROZEN = ("", "experts", "all_but_routers", "base", "shared", "shared_layers", "anchor")
@@ -84,10 +84,12 @@ class ComputeConfig(Section):
     dtype: Dtype = "bfloat16"
     """Dtype of activations and matmuls. Parameters, norms, softmaxes, routers and losses are always
     float32."""
-    remat: Annotated[str, Choice(REMAT_POLICIES)] = "full"
-    """What is kept in memory for the backward pass rather than recomputed. full: only each layer's
+    remat: Annotated[str, Choice(REMAT_POLICIES)] = "auto"
+    """What is kept in memory for the backward pass rather than recomputed. auto: on a TPU ffn,
+    attention or full, by an estimate of its memory; full elsewhere. full: only each layer's
     input. attention: also queries, keys, values, the attention's output and the sum after it. ffn:
-    also the gate and up products. none: everything (no rematerialisation)."""
+    also the gate and up products. offload: what attention keeps, but in the host's memory. none:
+    everything (no rematerialisation)."""
     kernels: Annotated[str, Choice(KERNELS)] = "auto"
     """auto: pallas on a TPU, xla elsewhere. pallas: splash attention (for sequence lengths that are
     multiples of 128) and megablox for ragged dispatch. pallas_interpret: the same on any device,
@@ -134,6 +136,8 @@ class TrainConfig(Section):
     """AdamW's decay of the first moment."""
     beta2: Share = 0.95
     """AdamW's decay of the second moment."""
+    first_moment_dtype: Dtype = "float32"
+    """Dtype in which AdamW keeps the first moment; bfloat16 saves two bytes per parameter."""
     eps: Positive = 1e-8
     """AdamW's epsilon, added to the root of the second moment."""
     weight_decay: Annotated[float, Range(0, 100)] = 0.1

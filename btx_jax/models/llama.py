@@ -44,9 +44,24 @@ Params = Mapping[str, Any]
 
 SAVED = {
     "full": (),
+    "auto": (),  # where no training step decides
     "attention": ("attention",),
     "ffn": ("attention", "ffn"),
 }  # remat policy -> names that the backward pass finds
+OFFLOADED = ("input", "attention")  # names that it fetches from the host, with remat="offload"
+
+
+def remat_policy(remat: str) -> Any:
+    """What jax.checkpoint keeps of a layer, for ComputeConfig.remat."""
+    policies = jax.checkpoint_policies
+    if remat != "offload":
+        return policies.save_only_these_names(*SAVED[remat])
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=OFFLOADED,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 class Block(nn.Module):
@@ -62,7 +77,7 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, RoutingStats]]:
         c, lora, activation = self.config, self.spec.lora, self.spec.activation
-        x_BTD = shard(x_BTD, *TOKENS, None)
+        x_BTD = checkpoint_name(shard(x_BTD, *TOKENS, None), "input")
         h_BTD = Before(c, name="attention_norm")(x_BTD)
         y_BTD, logits = Attention(c, self.spec, self.compute.kernels, name="attention")(
             h_BTD, segments_BT
@@ -133,7 +148,7 @@ class Llama(nn.Module):
         for name, length, spec in c.runs():
             block = Block
             if self.compute.remat != "none":
-                policy = jax.checkpoint_policies.save_only_these_names(*SAVED[self.compute.remat])
+                policy = remat_policy(self.compute.remat)
                 block = nn.remat(Block, policy=policy, prevent_cse=False)
             stack = nn.scan(
                 block,

@@ -51,7 +51,7 @@ from btx_jax.training.start import (
     starting_point,
     trained_model,
 )
-from btx_jax.training.step import Part, lower_train_step, shard_bytes, state_shardings
+from btx_jax.training.step import Part, decided, lower_train_step, shard_bytes, state_shardings
 
 FILE = "compile.json"
 # libtpu asks its environment which machine it is on; any valid answer will do.
@@ -72,7 +72,7 @@ DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move to
 
 @dataclasses.dataclass
 class Check:
-    """Results for one step on one device: bytes, FLOPs, seconds.
+    """Results for one step on one device: bytes, FLOPs, seconds. remat: what `auto` became.
 
     Grouped matmuls: gmm for balanced routing, gmm_at_most with every row of their buffer in use.
     clock: from `costs.clock.Clock`, with the step's seconds, its MFU and the most expensive
@@ -92,6 +92,7 @@ class Check:
     floors: dict[str, float]
     compile_seconds: float
     host_memory: float
+    remat: str = ""
 
 
 def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
@@ -118,7 +119,10 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
         console.print(VECTOR_CURE)
         changes = [{"change": VECTOR_CURE, "compiled": False}]
     elif not result.fits:
-        changes = list(cures(config, model, devices, topology, console))
+        assert config.compute
+        compute = dataclasses.replace(config.compute, remat=result.remat)
+        tried = dataclasses.replace(config, compute=compute)
+        changes = list(cures(tried, model, devices, topology, console))
     write(workdir / FILE, result, changes)
     console.print(f"wrote {workdir / FILE}")
     return result.fits
@@ -176,10 +180,11 @@ def check(
         0.0,
         0.0,
     )
+    length = config.data.sequence_length
+    compute = decided(model, config.compute, config.train, mesh, length)
+    result.remat = compute.remat
     start = time.monotonic()
-    lowered = lower_train_step(
-        model, config.compute, config.train, mesh, config.data.sequence_length
-    )
+    lowered = lower_train_step(model, compute, config.train, mesh, length)
     try:
         with clock("compiling"):
             parts = [part._replace(program=compiled(part.program)) for part in lowered]
@@ -499,6 +504,7 @@ def print_check(result: Check, console: Console) -> None:
         f"{flops['model']:.3e} (6 N D, less what frozen parts need not), attention"
         f" {flops['model_attention']:.3e}: compiled / model {flops['ratio']:.2f}",
     )
+    table.add_row("remat", result.remat)
     table.add_row("einsum dispatch", f"{flops['dispatch_share']:.1%} of the FLOPs")
     for row in result.collectives:
         where = "across slices" if row["across_slices"] else "inside a slice"

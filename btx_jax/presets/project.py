@@ -340,7 +340,7 @@ class _Stages:
     @property
     def compute(self) -> ComputeConfig:
         is_small = parameter_counts(self.model)[0] < SMALL
-        return ComputeConfig(self.project.dtype, remat="none" if is_small else "full")
+        return ComputeConfig(self.project.dtype, remat="none" if is_small else "auto")
 
     @property
     def mixed(self) -> str:

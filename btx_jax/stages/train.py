@@ -87,6 +87,7 @@ from btx_jax.training.step import (
     Metrics,
     TrainState,
     TrainStep,
+    decided,
     init_state,
     make_train_step,
     state_shardings,
@@ -156,11 +157,11 @@ def run(config: Config, workdir: Path) -> None:
 
     if is_first() and (short := shortage({workdir: storage(config, model)}, workdir)):
         log.warning("%s", short)
-    log.info("compiling the step of %s", workdir.name)
+    length = config.data.sequence_length
+    compute = decided(model, config.compute, config.train, mesh, length)
+    log.info("compiling the step of %s with remat=%s", workdir.name, compute.remat)
     with goodput.doing("compile"), clock("compiling", is_first()):
-        train_step = make_train_step(
-            model, config.compute, config.train, mesh, config.data.sequence_length
-        )
+        train_step = make_train_step(model, compute, config.train, mesh, length)
 
     lines = read_metrics(workdir)
     best = Best(config.checkpoint.best, lines)

@@ -75,6 +75,6 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             config.eps,
             weight_decay=config.weight_decay,
             mask=decayed,
-            mu_dtype=jnp.float32,
+            mu_dtype=config.first_moment_dtype,
         ),
     )

@@ -26,6 +26,7 @@ from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from btx_jax.training.losses import cross_entropy, next_token_targets
 from btx_jax.training.optimizer import make_optimizer, schedule, split
+from btx_jax.training.remat import chosen_remat
 
 Batch = Mapping[
     str, jax.Array
@@ -257,6 +258,25 @@ class TrainStep:
         return update.program(state, sums)
 
 
+def decided(
+    model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
+) -> ComputeConfig:
+    """The settings with everything that is `auto` decided for this mesh."""
+    platform = mesh.devices.flat[0].platform
+    compute = dataclasses.replace(
+        compute,
+        kernels=platform_kernels(compute.kernels, platform),
+        dispatch=platform_dispatch(compute.dispatch, platform, mesh.shape["expert"]),
+    )
+    if compute.remat != "auto":
+        return compute
+    state = state_shardings(model, train, mesh)[0]
+    trained = split(state.params, train.frozen)[0]
+    sizes = shard_bytes(state), shard_bytes(trained)
+    remat = chosen_remat(model, compute, train, mesh, sequence_length, *sizes)
+    return dataclasses.replace(compute, remat=remat)
+
+
 @functools.lru_cache(maxsize=8)
 def make_train_step(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
@@ -273,12 +293,7 @@ def lower_train_step(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
 ) -> list[Part]:
     """The whole step; with several micro-batches its start, one micro-batch, and the update."""
-    platform = mesh.devices.flat[0].platform
-    compute = dataclasses.replace(
-        compute,
-        kernels=platform_kernels(compute.kernels, platform),
-        dispatch=platform_dispatch(compute.dispatch, platform, mesh.shape["expert"]),
-    )
+    compute = decided(model, compute, train, mesh, sequence_length)
     llama, optimizer, rate = Llama(model, compute), make_optimizer(train), schedule(train)
     count = train.accumulate
 

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from btx_jax.buckets import is_on_bucket
 from btx_jax.config.config import Config
 from btx_jax.config.model_config import ModelConfig
@@ -13,7 +15,7 @@ from btx_jax.models.lora import is_adapter
 from btx_jax.terminal import size
 from btx_jax.training.optimizer import is_trained
 
-BYTES = 4  # of a parameter, and of each of AdamW's two moments of it
+BYTES = 4  # of a parameter, and of AdamW's second moment of it
 
 
 def storage(stage: Config, model: ModelConfig) -> float:
@@ -31,7 +33,8 @@ def storage(stage: Config, model: ModelConfig) -> float:
         own += count * (is_own or stage.train.frozen not in ("base", "shared"))
     saved = math.ceil(stage.train.steps / stage.checkpoint.every)
     kept = min(saved, stage.checkpoint.keep + bool(stage.checkpoint.best))
-    return kept * BYTES * (own + 2 * trained)
+    moments = jnp.dtype(stage.train.first_moment_dtype).itemsize + BYTES
+    return kept * (own * BYTES + trained * moments)
 
 
 def shortage(needed: Mapping[Path, float], workdir: Path) -> str:

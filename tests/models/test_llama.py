@@ -289,7 +289,7 @@ def test_restacked_runs_are_the_same_model():
         restack(params, [1, 1])
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "ffn"])
+@pytest.mark.parametrize("remat", ["full", "attention", "ffn", "offload"])
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_remat_and_unroll_change_no_gradient(remat, unroll):
     params = init_params(MOE, jax.random.key(0))

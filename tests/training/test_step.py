@@ -133,6 +133,20 @@ def test_clipping_is_optaxs_up_to_rounding():
     )
 
 
+def test_a_first_moment_in_bfloat16_is_half_the_size_and_trains_as_well(one_device):
+    less = dataclasses.replace(TRAIN, first_moment_dtype="bfloat16")
+    for count, tolerance in ((1, 0), (3, 1e-3)):  # the first update is made before it is rounded
+        want, lines = steps(TINY, TRAIN, one_device, count)
+        got, others = steps(TINY, less, one_device, count)
+        chex.assert_trees_all_close(got.params, want.params, rtol=0, atol=tolerance)
+    losses = ([float(line.loss) for line in run] for run in (others, lines))
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    moments = optax.tree_utils.tree_get(got.opt_state, "mu")
+    assert {leaf.dtype for leaf in jax.tree.leaves(moments)} == {jnp.dtype("bfloat16")}
+    seconds = optax.tree_utils.tree_get(got.opt_state, "nu")
+    assert {leaf.dtype for leaf in jax.tree.leaves(seconds)} == {jnp.dtype("float32")}
+
+
 @pytest.mark.parametrize("frozen", ["experts", "all_but_routers", "shared"])
 def test_what_is_frozen_keeps_its_bits_and_has_no_moments(frozen, one_device):
     train = dataclasses.replace(TRAIN, frozen=frozen)
