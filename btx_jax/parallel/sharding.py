@@ -180,7 +180,7 @@ def _gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
     chips = math.prod(mesh.shape[name] for name in axes)
     stages: list[Stage] = [(axes, None)]
     if chips > line and mesh.size > 2 * line:
-        stages = _stages(axes, lambda size: math.gcd(size, line) if size > line else 1)[::-1]
+        stages = _stages(axes)[::-1]
     for name, groups in stages:
         x = jax.lax.all_gather(x, name, axis=axis, axis_index_groups=groups, tiled=True)
     return x
@@ -193,36 +193,31 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
     sharded axis."""
     if x.shape[0] == 1 and axis > 0:
         return _scatter(x[0], axes, axis - 1)[None]
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def inner(size: int) -> int:
-        if size < mesh.size:
-            return 1
-        return next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
-
-    for name, groups in _stages(axes, inner):
+    for name, groups in _stages(axes):
         x = jax.lax.psum_scatter(
             x, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True
         )
     return x
 
 
-def _stages(axes: tuple[str, ...], inner: Callable[[int], int]) -> list[Stage]:
-    """Stages of a reduce-scatter; those of a gather are the same, backwards.
+def _stages(axes: tuple[str, ...]) -> list[Stage]:
+    """Stages of a reduce-scatter, one for each axis; those of a gather are the same, backwards.
 
-    inner: size of an axis -> devices of its second stage, 1 for one stage. Of two, device number
-    outer * inner + i holds part `outer` after the first, and piece i of that part after the second.
+    An axis of all chips of a slice is two stages: device number outer * inner + i holds part
+    `outer` after the first, and piece i of that part after the second.
     """
     mesh = jax.sharding.get_abstract_mesh()
     stages: list[Stage] = []
     for name in axes:
         size = mesh.shape[name]
-        within = inner(size)
-        if within == 1:
+        inner = 1
+        if size == mesh.size:
+            inner = next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
+        if inner == 1:
             stages.append((name, None))
             continue
-        apart = [[i + within * o for o in range(size // within)] for i in range(within)]
-        together = [[i + within * o for i in range(within)] for o in range(size // within)]
+        apart = [[i + inner * o for o in range(size // inner)] for i in range(inner)]
+        together = [[i + inner * o for i in range(inner)] for o in range(size // inner)]
         stages += [(name, apart), (name, together)]
     return stages
 
