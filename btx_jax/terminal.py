@@ -39,7 +39,7 @@ def size(count: float) -> str:
 
 def counted(count: int, noun: str) -> str:
     """`1 step`, `2,000 steps`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def say(message: str) -> None:

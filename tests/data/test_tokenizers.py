@@ -29,7 +29,7 @@ def unequal(tokenizer, told):
         if tokenizer.encode_prompt(text) + tokenizer.suffix != prompt:
             yield f"prompt {text!r}: {tokenizer.encode_prompt(text)}, not {prompt}"
     for chat in told["chats"]:
-        template = chat_template(tokenizer, chat["name"])
+        template = chat_template(tokenizer, "cure", chat["name"])
         for prompted in (False, True):
             text = template.render(chat["chat"], add_generation_prompt=prompted).text
             if text != chat[f"text_{prompted}"]:
