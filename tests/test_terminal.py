@@ -1,6 +1,7 @@
 import io
 import logging
 
+import numpy as np
 import pytest
 from rich.table import Table
 from rich.text import Text
@@ -65,7 +66,7 @@ def test_durations_are_in_the_unit_one_thinks_of(seconds, told):
 
 
 def test_one_thing_is_no_plural():
-    told = [terminal.counted(count, "step") for count in (0, 1, 2, 2_000)]
+    told = [terminal.counted(count, "step") for count in (0, 1, 2, np.int64(2_000))]
     assert told == ["0 steps", "1 step", "2 steps", "2,000 steps"]
 
 
