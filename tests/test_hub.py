@@ -287,7 +287,7 @@ def test_all_processes_of_a_run_take_the_commit_of_the_first(server, tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", JOB],
             env=environment(
-                server, tmp_path / str(i), JAX_PLATFORMS="cpu", XLA_FLAGS="", JAX_PROCESS_ID=str(i),
+                server, tmp_path / str(i), JAX_PROCESS_ID=str(i),
                 JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2",
             ),
             stdout=subprocess.PIPE, text=True, cwd=tmp_path,

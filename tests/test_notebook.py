@@ -31,8 +31,6 @@ def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch):
     overrides.append("--config.pipeline.evaluate.config.evaluate.rows=8")
     monkeypatch.setenv("BTX_DEMO_OVERRIDES", " ".join(overrides))
     monkeypatch.setenv("BTX_DEMO_WORKDIR", str(tmp_path / "demo"))
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
     notebook = nbformat.read(ROOT / "launch" / "colab" / "btx_demo.ipynb", as_version=4)
     nbformat.validate(notebook)

@@ -57,9 +57,8 @@ def place(built, tmp_path_factory):
 
 
 @pytest.fixture
-def run(place, tmp_path, compiled):
+def run(place, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
 
     def run(program, *arguments):
         done = subprocess.run(

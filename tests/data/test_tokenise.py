@@ -293,7 +293,7 @@ def test_two_processes_of_a_run_tokenise_half_each(
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
+        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
     }  # fmt: skip
     both = [
         subprocess.Popen(

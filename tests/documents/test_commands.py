@@ -138,7 +138,7 @@ def test_quick_commands_run(here, finished, tmp_path, monkeypatch, page):
 
 @pytest.mark.slow
 @pytest.mark.cli
-def test_all_commands_run_with_few_steps(tmp_path, tokenizer_file, compiled, monkeypatch):
+def test_all_commands_run_with_few_steps(tmp_path, tokenizer_file, monkeypatch):
     """As readers would type them: each page in its own directory, all with the same runs/."""
     made = tmp_path / "world"
     made.mkdir()
@@ -147,9 +147,6 @@ def test_all_commands_run_with_few_steps(tmp_path, tokenizer_file, compiled, mon
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "WANDB_MODE": "offline",
     }
     wrong = []

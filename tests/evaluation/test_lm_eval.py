@@ -446,7 +446,7 @@ def test_a_token_without_an_embedding_is_an_error_only_where_a_text_has_it(check
             ask(model, method, [request])
 
 
-def test_the_command_line_asks_as_a_chat(checkpoints, tmp_path, compiled):
+def test_the_command_line_asks_as_a_chat(checkpoints, tmp_path):
     pytest.importorskip("lm_eval")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -465,7 +465,6 @@ def test_the_command_line_asks_as_a_chat(checkpoints, tmp_path, compiled):
     del told["num_fewshot"]
     settings.write_text(json.dumps(told))
     environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
     command = [sys.executable, "-c", COMMAND]
     ran = subprocess.run(
         command + arguments, env=environment, capture_output=True, text=True, timeout=300

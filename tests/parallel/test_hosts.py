@@ -21,7 +21,7 @@ print(jax.process_index(), jax.process_count(), jax.device_count(), hosts.is_fir
 
 
 def run(**environment):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
+    environment = {**os.environ, **environment}
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         env=environment,

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from tests.conftest import ROOT, sentences
+from tests.conftest import ROOT, XLA_FLAGS, sentences
 
 SMALL = (
     "--config.model.vocab_size=320",
@@ -32,17 +32,14 @@ def heed_ctrl_c():
 
 
 class CLI:
-    def __init__(self, tmp_path, tokenizer_file, compiled):
+    def __init__(self, tmp_path, tokenizer_file):
         self.home = tmp_path
         self.text = tmp_path / "text.jsonl"
         self.text.write_text(
             "".join(json.dumps({"text": t}) + "\n" for t in sentences(200, seed=1))
         )
         self.tokenizer = tokenizer_file
-        self.environment = {
-            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }  # fmt: skip
+        self.environment = dict(os.environ)
 
     def start(self, *arguments, module="btx_jax.launch"):
         command = [sys.executable, "-m", module, *map(str, arguments)]
@@ -106,7 +103,8 @@ class CLI:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
         flags = ("--coordinator=" + address, f"--num_processes={count}")
-        self.environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        devices_flag = f"--xla_force_host_platform_device_count={devices}"
+        self.environment["XLA_FLAGS"] = f"{XLA_FLAGS} {devices_flag}"
         try:
             return [
                 self.start(
@@ -119,4 +117,4 @@ class CLI:
                 for number in range(count)
             ]
         finally:
-            self.environment["XLA_FLAGS"] = ""
+            self.environment["XLA_FLAGS"] = XLA_FLAGS
