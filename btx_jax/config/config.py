@@ -60,6 +60,7 @@ STAGES = ("prepare", "train", "mix", "evaluate", "export", "report", "pipeline")
 
 Dtype = Annotated[str, Choice(DTYPES)]
 Rows = Annotated[int, Range(1, 2**20)]  # sequences at one time
+RowsOrZero = Annotated[int, Range(0, 2**20)]
 Tokens = Annotated[int, Range(1, 2**30)]
 Axis = Annotated[int, Range(1, 2**20, also=-1)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # random keys have 32 bits: larger seeds would repeat
@@ -122,9 +123,9 @@ class TrainConfig(Section):
     """Optimizer steps."""
     batch_size: Rows
     """Sequences per step, over all devices."""
-    accumulate: Rows = 1
+    accumulate: RowsOrZero = 1
     """Number of micro-batches into which a step's batch is split; they are computed one after
-    another."""
+    another. 0: as few as a TPU's memory holds, by an estimate; elsewhere one sequence a device."""
     learning_rate: Annotated[float, Range(0, HUGE)] = 1e-4
     """Peak learning rate. 0 chooses one that suits the model from which the run starts
     (`training.start.default_learning_rate`)."""
@@ -188,7 +189,7 @@ class TrainConfig(Section):
 
     @rule
     def _accumulates(self) -> Iterator[str]:
-        if self.batch_size % self.accumulate:
+        if self.accumulate and self.batch_size % self.accumulate:
             yield f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}"
 
     @rule

@@ -72,7 +72,8 @@ DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move to
 
 @dataclasses.dataclass
 class Check:
-    """Results for one step on one device: bytes, FLOPs, seconds. remat: what `auto` became.
+    """Results for one step on one device: bytes, FLOPs, seconds. remat, accumulate: as used, where
+    the config leaves them open.
 
     Grouped matmuls: gmm for balanced routing, gmm_at_most with every row of their buffer in use.
     clock: from `costs.clock.Clock`, with the step's seconds, its MFU and the most expensive
@@ -93,6 +94,7 @@ class Check:
     compile_seconds: float
     host_memory: float
     remat: str = ""
+    accumulate: int = 0
 
 
 def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
@@ -119,9 +121,10 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
         console.print(VECTOR_CURE)
         changes = [{"change": VECTOR_CURE, "compiled": False}]
     elif not result.fits:
-        assert config.compute
+        assert config.compute and config.train
         compute = dataclasses.replace(config.compute, remat=result.remat)
-        tried = dataclasses.replace(config, compute=compute)
+        train = dataclasses.replace(config.train, accumulate=result.accumulate)
+        tried = dataclasses.replace(config, compute=compute, train=train)
         changes = list(cures(tried, model, devices, topology, console))
     write(workdir / FILE, result, changes)
     console.print(f"wrote {workdir / FILE}")
@@ -181,10 +184,10 @@ def check(
         0.0,
     )
     length = config.data.sequence_length
-    compute = decided(model, config.compute, config.train, mesh, length)
-    result.remat = compute.remat
+    compute, train = decided(model, config.compute, config.train, mesh, length)
+    result.remat, result.accumulate = compute.remat, train.accumulate
     start = time.monotonic()
-    lowered = lower_train_step(model, compute, config.train, mesh, length)
+    lowered = lower_train_step(model, compute, train, mesh, length)
     try:
         with clock("compiling"):
             parts = [part._replace(program=compiled(part.program)) for part in lowered]
@@ -203,9 +206,9 @@ def check(
         params = state_shardings(model, config.train, mesh)[0].params
         result.memory["seed"] = shard_bytes(abstract_seed(params, config.train))
         result.memory["total"] += result.memory["seed"]
-    result.memory |= (
-        {"heldout": _heldout_memory(config, model, mesh)} if config.train.eval_every else {}
-    )
+    if train.eval_every:
+        micro_batch = train.batch_size // train.accumulate
+        result.memory["heldout"] = _heldout_memory(config, model, mesh, micro_batch)
     result.fits = max(result.memory["total"], result.memory.get("heldout", 0.0)) <= limits.memory
     where = Slice.of(list(mesh.devices.flat), limits)
     expert_axis = mesh.shape["expert"]
@@ -234,13 +237,12 @@ def _memory(part: Part) -> dict[str, float]:
     return parts | {"total": sum(parts.values())}
 
 
-def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh) -> float:
-    """Bytes needed while a held-out loss is evaluated between two steps, including optimizer
-    moments and, if mixing is probed, the seed and its average with the branch; infinite when the
-    compiler refuses."""
+def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh, micro_batch: int) -> float:
+    """Bytes needed while the held-out loss of `micro_batch` sequences is evaluated between two
+    steps, including optimizer moments and, if mixing is probed, the seed and its average with the
+    branch; infinite when the compiler refuses."""
     assert config.train and config.data and config.compute
     state = state_shardings(model, config.train, mesh)[0]
-    micro_batch = config.train.batch_size // config.train.accumulate
     lowered = lower_heldout_step(
         model, config.compute, mesh, state.params, micro_batch, config.data.sequence_length
     )
@@ -504,7 +506,7 @@ def print_check(result: Check, console: Console) -> None:
         f"{flops['model']:.3e} (6 N D, less what frozen parts need not), attention"
         f" {flops['model_attention']:.3e}: compiled / model {flops['ratio']:.2f}",
     )
-    table.add_row("remat", result.remat)
+    table.add_row("micro-batches, remat", f"{result.accumulate}, {result.remat}")
     table.add_row("einsum dispatch", f"{flops['dispatch_share']:.1%} of the FLOPs")
     for row in result.collectives:
         where = "across slices" if row["across_slices"] else "inside a slice"

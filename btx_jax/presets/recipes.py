@@ -197,7 +197,7 @@ def _train(
     return TrainConfig(
         steps,
         batch_size=1024,
-        accumulate=64,
+        accumulate=0,
         learning_rate=rate,
         warmup_steps=warmup,
         eval_every=1000,

@@ -158,10 +158,15 @@ def run(config: Config, workdir: Path) -> None:
     if is_first() and (short := shortage({workdir: storage(config, model)}, workdir)):
         log.warning("%s", short)
     length = config.data.sequence_length
-    compute = decided(model, config.compute, config.train, mesh, length)
-    log.info("compiling the step of %s with remat=%s", workdir.name, compute.remat)
+    compute, train = decided(model, config.compute, config.train, mesh, length)
+    log.info(
+        "compiling the step of %s with accumulate=%d, remat=%s",
+        workdir.name,
+        train.accumulate,
+        compute.remat,
+    )
     with goodput.doing("compile"), clock("compiling", is_first()):
-        train_step = make_train_step(model, compute, config.train, mesh, length)
+        train_step = make_train_step(model, compute, train, mesh, length)
 
     lines = read_metrics(workdir)
     best = Best(config.checkpoint.best, lines)
@@ -192,8 +197,9 @@ def run(config: Config, workdir: Path) -> None:
             goodput,
             best,
         )
-        evaluate = make_evaluation(model, config, mesh, heldout, tokenizer)
-        try_tasks = make_tests(loop.metadata(int(state.step)), config, mesh, tokenizer)
+        rows = train.batch_size // train.accumulate
+        evaluate = make_evaluation(model, config, mesh, heldout, tokenizer, rows)
+        try_tasks = make_tests(loop.metadata(int(state.step)), config, mesh, tokenizer, rows)
         watching = Trackers(config, workdir, enabled=is_first())
         opened.callback(watching.close)
         state = loop.run(state, batches, train_step, evaluate, average, try_tasks, lines, watching)
@@ -341,8 +347,10 @@ def make_evaluation(
     mesh: Mesh,
     domains: tuple[PreparedDomain, ...],
     tokenizer: Tokenizer,
+    at_once: int,
 ) -> Evaluate | None:
-    """The evaluation of held-out loss; None if the config has none."""
+    """The evaluation of held-out loss, `at_once` sequences at a time; None if the config has
+    none."""
     assert config.train and config.data and config.compute
     train = config.train
     if not train.eval_every:
@@ -352,15 +360,12 @@ def make_evaluation(
         if not len(rows[domain.name]["tokens"]):
             log.warning("%s; its held-out loss is left out", none_heldout(domain))
             del rows[domain.name]
-    step, micro_batch = (
-        make_heldout_step(model, config.compute, mesh),
-        train.batch_size // train.accumulate,
-    )
+    step = make_heldout_step(model, config.compute, mesh)
 
     def evaluate(params: Any, check: Callable[[], None]) -> dict[str, Any]:
         losses = {
             name: mean_loss(
-                token_losses(step, params, values, micro_batch, mesh, check)[0],
+                token_losses(step, params, values, at_once, mesh, check)[0],
                 values,
                 tokenizer.eos,
             )
@@ -376,12 +381,16 @@ def make_evaluation(
 
 
 def make_tests(
-    metadata: CheckpointMetadata, config: Config, mesh: Mesh, tokenizer: Tokenizer
+    metadata: CheckpointMetadata,
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    at_once: int,
 ) -> Callable[[Any], dict[str, Any]] | None:
     """params -> {test set: metrics}; None if the config has no test sets. metadata: of the model
-    that trains."""
-    assert config.train and config.compute
-    compute, size = config.compute, config.train.batch_size // config.train.accumulate
+    that trains. at_once: sequences of a batch."""
+    compute = config.compute
+    assert config.train and compute
     chosen = [
         (name, task, read_test_set(task, f"config.train.eval_tasks.{name}"))
         for name, task in chosen_tasks(config).items()
@@ -389,7 +398,7 @@ def make_tests(
     stops = stop_ids(metadata, tokenizer)
 
     def try_tasks(params: Any) -> dict[str, Any]:
-        model = Candidate(metadata.model, params, compute, mesh, tokenizer, stops, size)
+        model = Candidate(metadata.model, params, compute, mesh, tokenizer, stops, at_once)
         return {name: scores(model.try_on(test_set, task, name)) for name, task, test_set in chosen}
 
     return try_tasks if chosen else None

@@ -278,7 +278,7 @@ def checked_mesh(
 def dividing_accumulate(train: TrainConfig, shards: int) -> int:
     """The largest number of micro-batches, up to the config's, whose rows divide over this many
     shards; 0 for none."""
-    counts = range(train.accumulate, 0, -1)
+    counts = range(train.accumulate, 0, -1)  # none where the config leaves it open
     return next((n for n in counts if train.batch_size % (n * shards) == 0), 0)
 
 
@@ -290,7 +290,12 @@ def _misfits(
     assert config.train and config.data and config.compute
     shards, expert_axis, context_axis = math.prod(shape[:3]), shape[2], shape[4]
     train, data, compute = config.train, config.data, config.compute
-    if (train.batch_size // train.accumulate) % shards:
+    if not train.accumulate and train.batch_size % shards:
+        yield (
+            f"config.train.batch_size={train.batch_size}: does not divide over the {shards} devices"
+            f" of data x fsdp x expert; use a multiple of {shards}"
+        )
+    if train.accumulate and (train.batch_size // train.accumulate) % shards:
         fewer = dividing_accumulate(train, shards)
         cure = (
             f"use config.train.accumulate={fewer}"

@@ -25,8 +25,8 @@ from btx_jax.parallel.compiler_options import compiled, compiler_options
 from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from btx_jax.training.losses import cross_entropy, next_token_targets
+from btx_jax.training.memory import chosen
 from btx_jax.training.optimizer import make_optimizer, schedule, split
-from btx_jax.training.remat import chosen_remat
 
 Batch = Mapping[
     str, jax.Array
@@ -260,21 +260,21 @@ class TrainStep:
 
 def decided(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
-) -> ComputeConfig:
-    """The settings with everything that is `auto` decided for this mesh."""
+) -> tuple[ComputeConfig, TrainConfig]:
+    """The settings with everything that they leave open decided for this mesh."""
     platform = mesh.devices.flat[0].platform
     compute = dataclasses.replace(
         compute,
         kernels=platform_kernels(compute.kernels, platform),
         dispatch=platform_dispatch(compute.dispatch, platform, mesh.shape["expert"]),
     )
-    if compute.remat != "auto":
-        return compute
+    if compute.remat != "auto" and train.accumulate:
+        return compute, train
     state = state_shardings(model, train, mesh)[0]
     trained = split(state.params, train.frozen)[0]
     sizes = shard_bytes(state), shard_bytes(trained)
-    remat = chosen_remat(model, compute, train, mesh, sequence_length, *sizes)
-    return dataclasses.replace(compute, remat=remat)
+    remat, count = chosen(model, compute, train, mesh, sequence_length, *sizes)
+    return dataclasses.replace(compute, remat=remat), dataclasses.replace(train, accumulate=count)
 
 
 @functools.lru_cache(maxsize=8)
@@ -293,7 +293,7 @@ def lower_train_step(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
 ) -> list[Part]:
     """The whole step; with several micro-batches its start, one micro-batch, and the update."""
-    compute = decided(model, compute, train, mesh, sequence_length)
+    compute, train = decided(model, compute, train, mesh, sequence_length)
     llama, optimizer, rate = Llama(model, compute), make_optimizer(train), schedule(train)
     count = train.accumulate
 

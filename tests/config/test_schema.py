@@ -76,6 +76,7 @@ ZERO = {
         "t.temperature",
     ),
     "by what it starts from": ("learning_rate",),
+    "by the memory": ("accumulate",),
     "weights": ("weight_decay", "balance_weight", "z_loss_weight"),
     "others": ("final_lr_fraction", "beta1", "beta2", "norm_eps", "experts", "penalty"),
     "none": ("window", "shared_d_ff", "reinit", "scale", "mix.t", "mix.alpha"),
