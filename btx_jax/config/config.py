@@ -89,8 +89,8 @@ class ComputeConfig(Section):
     """What is kept in memory for the backward pass rather than recomputed. auto: on a TPU ffn,
     attention or full, by an estimate of its memory; full elsewhere. full: only each layer's
     input. attention: also queries, keys, values, the attention's output and the sum after it. ffn:
-    also the gate and up products. offload: what attention keeps, but in the host's memory. none:
-    everything (no rematerialisation)."""
+    also the gate and up products. offload: what attention keeps, but all except keys and values
+    in the host's memory. none: everything (no rematerialisation)."""
     kernels: Annotated[str, Choice(KERNELS)] = "auto"
     """auto: pallas on a TPU, xla elsewhere. pallas: splash attention (for sequence lengths that are
     multiples of 128) and megablox for ragged dispatch. pallas_interpret: the same on any device,

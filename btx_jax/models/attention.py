@@ -359,7 +359,8 @@ class Attention(nn.Module):
         if is_absolute:  # all else depends on differences of positions alone
             position = part(places_in_document(segments_BS), axis=1).astype(jnp.float32)
         heads = self._project(x_BTD, position, length_BT, w, lora)
-        q_BNGTK, k_BNTK, v_BNTK = (checkpoint_name(x, "attention") for x in heads)
+        names = "attention", "keys_values", "keys_values"
+        q_BNGTK, k_BNTK, v_BNTK = map(checkpoint_name, heads, names)
         k_BNSK, v_BNSK = whole(k_BNTK, axis=2), whole(v_BNTK, axis=2)
         scale, cap = self.config.attention_scale, self.config.attention_cap
         if kernels == "xla" or not shard_block_size(length, shards()):

@@ -45,8 +45,9 @@ Params = Mapping[str, Any]
 SAVED = {
     "full": (),
     "auto": (),  # where no training step decides
-    "attention": ("attention",),
-    "ffn": ("attention", "ffn"),
+    "attention": ("attention", "keys_values"),
+    "ffn": ("attention", "keys_values", "ffn"),
+    "offload": ("keys_values",),  # few with grouped heads, and needed first
 }  # remat policy -> names that the backward pass finds
 OFFLOADED = ("input", "attention")  # names that it fetches from the host, with remat="offload"
 
@@ -57,7 +58,7 @@ def remat_policy(remat: str) -> Any:
     if remat != "offload":
         return policies.save_only_these_names(*SAVED[remat])
     return policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=(),
+        names_which_can_be_saved=SAVED[remat],
         names_which_can_be_offloaded=OFFLOADED,
         offload_src="device",
         offload_dst="pinned_host",
