@@ -124,13 +124,10 @@ def _sort(x_MD: jax.Array, order_R: jax.Array, rank_MK: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _unsort(y_RD: jax.Array, order_R: jax.Array, rank_MK: jax.Array) -> jax.Array:
-    """[R, D] -> [M, K, D]: row rank[m, k], or zeros where rank is R.
-
-    In memory K leads: a TPU would pad the few choices of a token to a whole tile.
-    """
-    rows, rank_KM = y_RD.shape[0], rank_MK.T
-    y_KMD = jnp.where((rank_KM < rows)[..., None], y_RD[jnp.minimum(rank_KM, rows - 1)], 0)
-    return y_KMD.swapaxes(0, 1)
+    """[R, D] -> [M, K, D]: row rank[m, k], or zeros where rank is R."""
+    return jnp.where(
+        (rank_MK < y_RD.shape[0])[..., None], y_RD[jnp.minimum(rank_MK, y_RD.shape[0] - 1)], 0
+    )
 
 
 def _sort_backward(places, dy_RD):
@@ -139,11 +136,8 @@ def _sort_backward(places, dy_RD):
 
 def _unsort_backward(places, dy_MKD):
     order_R, rank_MK = places
-    tokens, k = rank_MK.shape
-    is_own_MK = rank_MK < order_R.shape[0]
-    dy_KMD = jnp.where(is_own_MK[..., None], dy_MKD, 0).swapaxes(0, 1)
-    place_R = order_R % k * tokens + order_R // k  # of claim m K + k in [K, M]
-    return dy_KMD.reshape(k * tokens, -1)[place_R], None, None
+    mine_MK1 = (rank_MK < order_R.shape[0])[..., None]
+    return jnp.where(mine_MK1, dy_MKD, 0).reshape(-1, dy_MKD.shape[-1])[order_R], None, None
 
 
 _sort.defvjp(lambda x, *places: (_sort(x, *places), places), _sort_backward)
