@@ -22,6 +22,11 @@ from tests.architectures import goldens
 from tests.architectures.exports import COMPUTE, load, our_logits, our_tokens
 
 NAMES = goldens.names()
+# Whose maths another golden has, with other settings: decoded and trained in slow runs only.
+ALIKE = (
+    "cwm", "exaone4_full", "ministral", "mixtral_window", "olmo3_plain", "qwen2_moe_norm",
+    "qwen2_window", "qwen3_moe_norm", "qwen3_yarn", "seed_oss",
+)  # fmt: skip
 TRAIN = TrainConfig(
     steps=10,
     batch_size=4,
@@ -48,7 +53,9 @@ def test_logits_are_those_of_transformers(name):
         np.testing.assert_allclose(ours, theirs, atol=goldens.TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ALIKE else ()) for n in NAMES]
+)
 def test_greedy_tokens_are_those_of_transformers(name):
     model, params = load(goldens.FOLDER / name)
     saved = goldens.expected(name)
@@ -131,11 +138,6 @@ def in_their_names(found, params, directory):
 
 # Tested on eight devices; the others only in slow runs. One for every kind of layout.
 SPREAD = ("llama_bias", "qwen3", "gemma3", "qwen2_moe")
-# Whose maths another golden has, with other settings: trained in slow runs only.
-ALIKE = (
-    "cwm", "exaone4_full", "ministral", "mixtral_window", "olmo3_plain", "qwen2_moe_norm",
-    "qwen2_window", "qwen3_moe_norm", "qwen3_yarn", "seed_oss",
-)  # fmt: skip
 FAST = {1: [name for name in NAMES if name not in ALIKE], 8: SPREAD}
 ON_DEVICES = [
     pytest.param(name, devices, marks=() if name in FAST[devices] else pytest.mark.slow)

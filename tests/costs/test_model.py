@@ -63,7 +63,7 @@ def is_product(path, model):
         pytest.param(MOE, "all_but_routers", id="moe-routers"),
         pytest.param(SHARED, "experts", id="shared_expert-experts"),
         pytest.param(lora(), "base", id="lora"),
-        pytest.param(lora(), "all_but_routers", id="lora-routers"),
+        pytest.param(lora(), "all_but_routers", id="lora-routers", marks=pytest.mark.slow),
         pytest.param(lora("down"), "base", id="lora_down"),
         pytest.param(lora("o", "gate", allocation="0,2,2"), "base", id="lora_upper_layers"),
     ],

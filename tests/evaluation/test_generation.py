@@ -66,7 +66,7 @@ def without_cache(model, params, prompt, new_tokens):
     "model",
     [
         pytest.param(MIXED, id="dense and mixed layers"),
-        pytest.param(LORA, id="lora"),
+        pytest.param(LORA, id="lora", marks=pytest.mark.slow),
         pytest.param(ANCHORED, id="anchored"),
         pytest.param(SOFT, id="soft", marks=pytest.mark.slow),
         pytest.param(TINY, id="dense", marks=pytest.mark.slow),

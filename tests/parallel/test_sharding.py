@@ -139,7 +139,7 @@ def test_shard_outside_any_mesh_is_the_identity():
     ("dispatch", "kernels", "remat"),
     [
         ("einsum", "xla", "offload"),
-        ("ragged", "xla", "full"),
+        pytest.param("ragged", "xla", "full", marks=pytest.mark.slow),
         ("ragged", "pallas_interpret", "full"),
     ],
 )

@@ -60,7 +60,7 @@ class Storm:
         tokenizer = home / "small.model"
         if not tokenizer.exists():
             train_sentencepiece(sentences(300), 320, tokenizer)
-        self.cli = CLI(home, tokenizer, home / "compiled")
+        self.cli = CLI(home, tokenizer)
         small = [s for s in SMALL if "eval_every" not in s]
         train = self.cli.seed(
             "train", "--config.train.eval_every=5", "--config.train.eval_rows=8", steps=60

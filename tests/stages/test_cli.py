@@ -18,6 +18,7 @@ from tests.conftest import sentences
 pytestmark = pytest.mark.cli
 
 
+@pytest.mark.slow
 def test_three_sigkills_change_nothing(cli):
     cli.run(*cli.seed("whole"))
     want = cli.digest("whole")
@@ -96,6 +97,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     assert not (cli.home / "nan" / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_own_text_from_a_checkpoint(cli):
     cli.run(*cli.seed("seed", steps=4, every=4))
     folder = cli.home / "own"

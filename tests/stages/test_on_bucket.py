@@ -43,7 +43,7 @@ class Home:
 
 @pytest.fixture
 def homes(tmp_path, tokenizer_file, bucket, bucket_server, tmp_path_factory):
-    cli = CLI(tmp_path, tokenizer_file, tmp_path_factory.getbasetemp() / "compiled")
+    cli = CLI(tmp_path, tokenizer_file)
     disk = tmp_path / "disk"
     disk.mkdir()
     for home in (disk, bucket):
