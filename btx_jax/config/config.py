@@ -49,6 +49,7 @@ ROUTERS = ("normal", "uniform", *SOLVED)
 DISPATCHES = ("auto", "einsum", "ragged")
 REMAT_POLICIES = ("auto", "none", "full", "attention", "ffn", "offload")
 KERNELS = ("auto", "xla", "pallas", "pallas_interpret")
+QUANTIZATIONS = ("none", "int8")
 DTYPES = ("float32", "bfloat16")
 FROZEN = ("", "experts", "all_but_routers", "base", "shared", "shared_layers", "anchor")
 BESIDE_ANCHOR = ("shared", "shared_layers", "anchor")  # values of frozen that keep the anchor fixed
@@ -95,6 +96,10 @@ class ComputeConfig(Section):
     """auto: pallas on a TPU, xla elsewhere. pallas: splash attention (for sequence lengths that are
     multiples of 128) and megablox for ragged dispatch. pallas_interpret: the same on any device,
     slowly."""
+    quantize: Annotated[str, Choice(QUANTIZATIONS)] = "none"
+    """int8: round the factors of training's large matmuls to int8, but not those of the gradients
+    of weights (SwitchBack, models/int8.py). TPUs multiply int8 up to twice as fast. Not with ragged
+    dispatch."""
     unroll: Annotated[int, Range(1, 10_000)] = 1
     """Layers per step of the scan. 1 compiles fastest; unrolling all layers runs up to a quarter
     faster on a CPU."""

@@ -21,6 +21,7 @@ class Chip:
     """A device's capabilities.
 
     flops: dense bfloat16 FLOP/s.
+    int8: the rate of int8 products, as a multiple of flops.
     memory: bytes that a program may use.
     bandwidth: of main memory, bytes/s.
     link: one-way rate of one link to a neighbour, bytes/s.
@@ -43,6 +44,7 @@ class Chip:
     cube: bool = True
     per_chip: int = 1
     host: float = 15e9
+    int8: float = 1.0
 
 
 # jax's device_kind -> Chip. Memory is what the compiler grants a program. The clock is the rate at
@@ -50,9 +52,9 @@ class Chip:
 # equivalent of 4 of 256 x 256 (v6e, a core of tpu7x).
 CHIPS = {
     "TPU v4": Chip(275e12, 30.75 * GIB, 1.2e12, 45e9, 6.25e9, 1.05e9),
-    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.8e12, 45e9, 3.125e9, 1.5e9, cube=False),
-    "TPU v5": Chip(459e12, 95.74 * GIB, 2.765e12, 90e9, 6.25e9, 1.75e9),
-    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1.6e12, 90e9, 12.5e9, 1.75e9, 256, cube=False),
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.8e12, 45e9, 3.125e9, 1.5e9, cube=False, int8=2),
+    "TPU v5": Chip(459e12, 95.74 * GIB, 2.765e12, 90e9, 6.25e9, 1.75e9, int8=2),
+    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1.6e12, 90e9, 12.5e9, 1.75e9, 256, cube=False, int8=2),
     "TPU7x": Chip(1153e12, 94.75 * GIB, 3.69e12, 90e9, 6.25e9, 2.2e9, 256, per_chip=2),
     "NVIDIA A100": Chip(312e12),
     "NVIDIA H100": Chip(989e12),

@@ -32,11 +32,13 @@ class Kernel:
 
 @dataclass
 class Program:
-    """Totals of a program. dot_flops: of all executed dots and convolutions. by_place: the same by
-    op_name. memory_bytes: main memory traffic of operations outside fusions, including kernels,
-    assuming that nothing stays in a cache between them."""
+    """Totals of a program. dot_flops: of all executed dots and convolutions. int8_flops: of those
+    whose factors are int8. by_place: dot_flops by op_name. memory_bytes: main memory traffic of
+    operations outside fusions, including kernels, assuming that nothing stays in a cache between
+    them."""
 
     dot_flops: float = 0.0
+    int8_flops: float = 0.0
     memory_bytes: float = 0.0
     by_place: dict[str, float] = field(default_factory=lambda: collections.defaultdict(float))
     collectives: list[Collective] = field(default_factory=list)
@@ -87,6 +89,8 @@ def _walk(
             count = _dot_flops if instruction.opcode == "dot" else _convolution_flops
             flops: float = trips * count(instruction, operands)
             program.dot_flops += flops
+            if all(shape.dtype == "s8" for shape in operands):
+                program.int8_flops += flops
             program.by_place[instruction.place] += flops
         elif collective := of_instruction(instruction, computation, trips):
             if not goes_on(instruction):

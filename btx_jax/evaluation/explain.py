@@ -33,7 +33,9 @@ def explain(
     if not texts:
         return {}
     llama = Llama(
-        model, dataclasses.replace(compute, dispatch="ragged", remat="none"), keep_choices=True
+        model,
+        dataclasses.replace(compute, dispatch="ragged", remat="none", quantize="none"),
+        keep_choices=True,
     )
     cut = {name: list(ids)[: model.context] for name, ids in texts.items()}
     width = -(-max(map(len, cut.values())) // 64) * 64

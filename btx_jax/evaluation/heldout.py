@@ -72,7 +72,9 @@ def _heldout_step(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any
     kernels = platform_kernels(compute.kernels, mesh.devices.flat[0].platform)
     llama = Llama(
         model,
-        dataclasses.replace(compute, dispatch="ragged", remat="none", kernels=kernels),
+        dataclasses.replace(
+            compute, dispatch="ragged", remat="none", kernels=kernels, quantize="none"
+        ),
         keep_choices=True,
     )
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.config.model_config import LayerSpec, ModelConfig, RopeScaling
+from btx_jax.models.int8 import gathered, trained_product
 from btx_jax.models.layers import (
     Scale,
     bias_param,
@@ -25,7 +26,7 @@ from btx_jax.models.layers import (
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.models.splash import assert_heads, shard_block_size, splash_attend
 from btx_jax.parallel.sequence import TOKENS, part, shards, whole
-from btx_jax.parallel.sharding import all_gather, psum, shard_map
+from btx_jax.parallel.sharding import psum, shard_map
 
 
 def rope_frequencies(
@@ -216,11 +217,12 @@ Weights = Mapping[str, jax.Array]  # by these names, on one device
 
 class Attention(nn.Module):
     """x [B, T, D], segments [B, T] -> ([B, T, D], router logits [B, T, E] of each adapted map).
-    kernels: as in ComputeConfig."""
+    kernels, quantize: as in ComputeConfig."""
 
     config: ModelConfig
     spec: LayerSpec
     kernels: str = "auto"
+    quantize: str = "none"
 
     def setup(self):
         c = self.config
@@ -378,8 +380,8 @@ class Attention(nn.Module):
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
 
         def project(name, target):  # [D, N, K] -> [B, T, N K]
-            kernel = all_gather(w[name], "embed", axis=0)
-            y_MX = x_MD @ kernel.reshape(len(kernel), -1)
+            shard = w[name].reshape(len(w[name]), -1)
+            y_MX = trained_product(x_MD, gathered(shard, "embed", 0, self.quantize))
             if f"{name}_bias" in w:
                 y_MX += w[f"{name}_bias"].reshape(-1)
             return lora.plus(target, x_BTD, y_MX.reshape(*x_BTD.shape[:2], -1))
@@ -390,14 +392,12 @@ class Attention(nn.Module):
     def _merge(self, y_BNGTK: jax.Array, w: Weights, lora: Adapted) -> jax.Array:
         """Heads -> [B, T, D], summed over the devices that share them."""
         batch, length = y_BNGTK.shape[0], y_BNGTK.shape[3]
-        y_MD = _side_by_side(y_BNGTK)
-        out_HKD = all_gather(w["out"], "embed", axis=2)
-        y_BTD = psum(
-            (y_MD @ out_HKD.reshape(y_MD.shape[1], -1)).reshape(batch, length, -1), "heads"
-        )
+        y_MX = _side_by_side(y_BNGTK)
+        out_XD = gathered(w["out"].reshape(y_MX.shape[1], -1), "embed", 1, self.quantize)
+        y_BTD = psum(trained_product(y_MX, out_XD).reshape(batch, length, -1), "heads")
         if "out_bias" in w:
             y_BTD += w["out_bias"]
-        return lora.plus("o", y_MD.reshape(batch, length, -1), y_BTD)
+        return lora.plus("o", y_MX.reshape(batch, length, -1), y_BTD)
 
 
 Heads = tuple[jax.Array, jax.Array, jax.Array]  # q [B, N, G, T, K], k and v [B, N, T, K]

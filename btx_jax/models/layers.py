@@ -19,9 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from btx_jax.config.model_config import LoRASpec, ModelConfig
+from btx_jax.models import int8
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.parallel.sequence import TOKENS
-from btx_jax.parallel.sharding import all_gather, psum, shard_map
+from btx_jax.parallel.sharding import psum, shard_map
 
 INIT_STD = 0.02
 
@@ -276,9 +277,9 @@ def joint_swiglu(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def swiglu(
     x_MD: jax.Array,
-    gate_DF: jax.Array,
-    up_DF: jax.Array,
-    down_FD: jax.Array,
+    gate_DF: int8.Kernel,
+    up_DF: int8.Kernel,
+    down_FD: int8.Kernel,
     activation: str = "silu",
 ) -> jax.Array:
     """(silu(x gate) * (x up)) down, or with another activation. Leading axes are batched: [E, M, D]
@@ -286,12 +287,14 @@ def swiglu(
 
     The derivative is written out to keep two [M, F] residuals where autodiff keeps four.
     """
-    return (activate(x_MD @ gate_DF, activation) * (x_MD @ up_DF)) @ down_FD
+    h_MF = activate(int8.product(x_MD, gate_DF), activation) * int8.product(x_MD, up_DF)
+    return int8.product(h_MF, down_FD)
 
 
 def swiglu_forward(x, gate, up, down, activation):
-    a, b = (checkpoint_name(x @ w, "ffn") for w in (gate, up))
-    return (activate(a, activation) * b) @ down, (x, a, b, gate, up, down)
+    a, b = (checkpoint_name(int8.product(x, w), "ffn") for w in (gate, up))
+    y = int8.product(activate(a, activation) * b, down)
+    return y, (x, a, b, gate, up, down)
 
 
 def swiglu_backward(activation, residuals, dy):
@@ -306,9 +309,9 @@ swiglu.defvjp(swiglu_forward, swiglu_backward)
 def scaled_swiglu(
     x_MD: jax.Array,
     scale_M: jax.Array,
-    gate_DF: jax.Array,
-    up_DF: jax.Array,
-    down_FD: jax.Array,
+    gate_DF: int8.Kernel,
+    up_DF: int8.Kernel,
+    down_FD: int8.Kernel,
     activation: str = "silu",
 ) -> jax.Array:
     """scale * swiglu(x), row by row.
@@ -340,17 +343,17 @@ def _scaled_backward(activation, saved, dy):
     # Otherwise XLA shares sigmoid(a) with the forward pass, which would then write it to memory and
     # no longer fuse.
     x, a, b, gate, up, down = jax.lax.optimization_barrier(residuals)
-    transposed = lambda w: jnp.swapaxes(w, -1, -2)  # noqa: E731
     active, slope = _activated(a, activation)
     h, scale = active * b, scale_M[..., None].astype(dy.dtype)
-    dh_unscaled = dy @ transposed(down)
+    dh_unscaled = int8.back_product(dy, down)
     dscale = jnp.sum(dh_unscaled.astype(jnp.float32) * h.astype(jnp.float32), axis=-1).astype(
         scale_M.dtype
     )
     dh = dh_unscaled * scale
     da, db = dh * b * slope(), dh * active
-    dx = da @ transposed(gate) + db @ transposed(up)
-    return dx, dscale, transposed(x) @ da, transposed(x) @ db, transposed(h) @ (dy * scale)
+    dx = int8.back_product(da, gate) + int8.back_product(db, up)
+    pairs = (x, da, gate), (x, db, up), (h, dy * scale, down)
+    return dx, dscale, *(int8.kernel_gradient(*pair) for pair in pairs)
 
 
 scaled_swiglu.defvjp(_scaled_forward, _scaled_backward)
@@ -378,6 +381,7 @@ class FeedForward(nn.Module):
     gated: bool = False
     lora: LoRASpec | None = None
     activation: str = "silu"
+    quantize: str = "none"
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -404,9 +408,8 @@ class FeedForward(nn.Module):
         def local(x_BTD, gate_DF, up_DF, down_FD, *others):
             bias = dict(zip(biases, others, strict=False))
             gate_DF, up_DF, down_FD = (
-                all_gather(gate_DF, "embed", 0),
-                all_gather(up_DF, "embed", 0),
-                all_gather(down_FD, "embed", 1),
+                int8.gathered(w, "embed", axis, self.quantize)
+                for w, axis in ((gate_DF, 0), (up_DF, 0), (down_FD, 1))
             )
             # Two-dimensional operands: XLA's CPU matmul is a third slower on [B, T, D].
             x_MD = x_BTD.reshape(-1, d_model)
@@ -416,13 +419,14 @@ class FeedForward(nn.Module):
             lora = Adapted(self.lora, adapters.restore(others[len(bias) :]))
 
             def into(name, w):
-                y_MF = x_MD @ w + bias[name] if name in bias else x_MD @ w
+                y_MF = int8.trained_product(x_MD, w)
+                y_MF = y_MF + bias[name] if name in bias else y_MF
                 return lora.plus(name, x_BTD, y_MF.reshape(*x_BTD.shape[:2], -1))
 
             gate_BTF = checkpoint_name(into("gate", gate_DF), "ffn")
             up_BTF = checkpoint_name(into("up", up_DF), "ffn")
             h_BTF = activate(gate_BTF, self.activation) * up_BTF
-            y_MD = h_BTF.reshape(-1, h_BTF.shape[-1]) @ down_FD
+            y_MD = int8.trained_product(h_BTF.reshape(-1, h_BTF.shape[-1]), down_FD)
             y_BTD = psum(y_MD.reshape(x_BTD.shape), "hidden")
             if "down" in bias:
                 y_BTD += bias["down"]

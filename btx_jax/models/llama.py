@@ -78,17 +78,21 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, segments_BT: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, RoutingStats]]:
         c, lora, activation = self.config, self.spec.lora, self.spec.activation
+        quantize = self.compute.quantize
         x_BTD = checkpoint_name(shard(x_BTD, *TOKENS, None), "input")
         h_BTD = Before(c, name="attention_norm")(x_BTD)
-        y_BTD, logits = Attention(c, self.spec, self.compute.kernels, name="attention")(
-            h_BTD, segments_BT
+        attention = Attention(
+            c, self.spec, self.compute.kernels, quantize=quantize, name="attention"
         )
+        y_BTD, logits = attention(h_BTD, segments_BT)
         x_BTD = checkpoint_name(After(c, name="attention_post_norm")(x_BTD, y_BTD), "attention")
         h_BTD = Before(c, name="ffn_norm")(x_BTD)
         if self.spec.experts:
             anchor_BTD = None
             if self.spec.anchor:
-                anchor = FeedForward(self.spec.d_ff, activation=activation, name="anchor")
+                anchor = FeedForward(
+                    self.spec.d_ff, activation=activation, quantize=quantize, name="anchor"
+                )
                 anchor_BTD = anchor(h_BTD)[0]
             y_BTD, routing = MoEFeedForward(
                 self.spec.d_ff, self.spec, self.compute, self.keep_choices, name="ffn"
@@ -99,12 +103,18 @@ class Block(nn.Module):
                     self.spec.shared_d_ff,
                     gated=self.spec.shared_gate,
                     activation=activation,
+                    quantize=quantize,
                     name="shared_expert",
                 )
                 y_BTD += shared(h_BTD)[0]
         else:
             feed_forward = FeedForward(
-                self.spec.d_ff, c.biases, lora=lora, activation=activation, name="ffn"
+                self.spec.d_ff,
+                c.biases,
+                lora=lora,
+                activation=activation,
+                quantize=quantize,
+                name="ffn",
             )
             y_BTD, inner_logits = feed_forward(h_BTD)
             stats, logits = {}, logits | inner_logits

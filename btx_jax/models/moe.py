@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LayerSpec
+from btx_jax.models.int8 import gathered
 from btx_jax.models.layers import (
     Kernel,
     bias_param,
@@ -30,7 +31,7 @@ from btx_jax.models.routing import (
     without_anchor,
 )
 from btx_jax.parallel.sequence import exchanged, groups, shards, ungrouped
-from btx_jax.parallel.sharding import all_gather, psum, shard, shard_map
+from btx_jax.parallel.sharding import psum, shard, shard_map
 
 
 def einsum_experts(
@@ -42,6 +43,7 @@ def einsum_experts(
     up_EDF,
     down_EFD,
     activation: str = "silu",
+    quantize: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """GShard dispatch with a capacity: (y_GSD, share of claims dropped). Uses two all-to-alls when
     experts are sharded over the mesh."""
@@ -54,8 +56,10 @@ def einsum_experts(
     gate_EGC = shard(gate_GEC.swapaxes(0, 1), "expert", "expert_group", None)
 
     def local(x_EGCD, gate_EGC, gate_EDF, up_EDF, down_EFD):
-        gate_EDF, up_EDF = (all_gather(w, "expert_embed", axis=1) for w in (gate_EDF, up_EDF))
-        down_EFD = all_gather(down_EFD, "expert_embed", axis=2)
+        gate_EDF, up_EDF, down_EFD = (
+            gathered(w, "expert_embed", axis, quantize)
+            for w, axis in ((gate_EDF, 1), (up_EDF, 1), (down_EFD, 2))
+        )
         own = x_EGCD.shape[0]
         y_EMD = scaled_swiglu(
             x_EGCD.reshape(own, -1, d_model),
@@ -230,7 +234,15 @@ class MoEFeedForward(nn.Module):
         if self.compute.dispatch == "einsum":
             factor = self.compute.capacity_factor * experts / self.spec.routed
             y_GSD, dropped = einsum_experts(
-                x_GSD, own, self.spec.k, factor, gate_EDF, up_EDF, down_EFD, self.spec.activation
+                x_GSD,
+                own,
+                self.spec.k,
+                factor,
+                gate_EDF,
+                up_EDF,
+                down_EFD,
+                self.spec.activation,
+                self.compute.quantize,
             )
         else:
             flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731

@@ -352,8 +352,9 @@ def floors(flops: dict[str, float], program: Program, where: Slice) -> dict[str,
     """Seconds that each resource alone would need; a step takes at least the longest of them."""
     inside = [one for one in program.collectives if one.slices == 1]
     across = [one for one in program.collectives if one.slices > 1]
+    saved = program.int8_flops * (1 - 1 / where.chip.int8)
     return {
-        "compute": flops["compiled"] / where.chip.flops,
+        "compute": (flops["compiled"] - saved) / where.chip.flops,
         "memory": program.memory_bytes / where.chip.bandwidth,
         "links": sum(where.seconds(one) * one.trips for one in inside),
         "network": sum(where.seconds(one) * one.trips for one in across),

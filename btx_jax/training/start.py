@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -331,6 +332,14 @@ def _misfits(
             f"config.compute.group_size={compute.group_size}: does not divide"
             f" config.data.sequence_length={data.sequence_length}{cut}"
         )
+    if compute.quantize != "none":
+        if find_spec("qwix") is None:
+            yield "config.compute.quantize: needs a package: pip install 'btx_jax[int8]'"
+        if model.moe and platform_dispatch(compute.dispatch, platform, expert_axis) == "ragged":
+            yield (
+                f"config.compute.quantize={compute.quantize!r}: experts reached by ragged dispatch"
+                " are not quantized; set config.compute.dispatch to 'einsum'"
+            )
     if model.lora and train.frozen not in ("base", "all_but_routers"):
         yield (
             f"config.train.frozen={train.frozen!r}: the optimizer would hold leaves of the base,"

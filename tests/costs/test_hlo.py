@@ -30,6 +30,23 @@ def test_dots_count_with_the_trips_of_every_loop_around_them():
     assert program(f, x, w).dot_flops == 7 * 5 * 2 * 16 * 32 * 32
 
 
+def test_products_of_int8_are_counted_apart():
+    found = read_program("""HloModule step, is_scheduled=true
+
+ENTRY %main (a: s8[16,32], b: s8[32,8], c: bf16[16,32], d: bf16[32,8]) -> (s32[16,8], f32[16,8]) {
+  %a = s8[16,32]{1,0} parameter(0)
+  %b = s8[32,8]{1,0} parameter(1)
+  %c = bf16[16,32]{1,0} parameter(2)
+  %d = bf16[32,8]{1,0} parameter(3)
+  %e = s32[16,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %f = f32[16,8]{1,0} dot(%c, %d), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %g = (s32[16,8]{1,0}, f32[16,8]{1,0}) tuple(%e, %f)
+}
+""")
+    each = 2 * 16 * 32 * 8
+    assert (found.dot_flops, found.int8_flops) == (2 * each, each)
+
+
 def test_collectives_count_with_trips_and_groups():
     mesh = make_mesh((1, 2, 4, 1))
     w = jax.ShapeDtypeStruct((3, 64, 16), jnp.float32, sharding=N(mesh, resolve((None, "embed"))))
