@@ -27,8 +27,9 @@ def chosen(
     trained_bytes: int,
 ) -> tuple[str, int]:
     """(remat, accumulate), with what the config leaves open decided: the fastest policy, and with
-    it the fewest micro-batches, whose estimated memory leaves FREE of a chip's. `full`, and one
-    sequence for each device, where the chip's memory is not known, as on CPUs.
+    it the fewest micro-batches, whose estimated memory leaves FREE of a chip's. A second sequence
+    for each device is worth more than a faster policy. `full`, and one sequence for each device,
+    where the chip's memory is not known, as on CPUs.
 
     state_bytes, trained_bytes: of parameters and moments, and of the trained parameters alone, on
     one device.
@@ -61,8 +62,9 @@ def chosen(
 
     remat = compute.remat
     if remat == "auto":
-        usual = (policy for policy in POLICIES if policy not in SLOWER.get(device_kind, ()))
-        remat = next((policy for policy in usual if fits(policy, counts[0])), "full")
+        usual = [policy for policy in POLICIES if policy not in SLOWER.get(device_kind, ())]
+        pairs = ((policy, count) for count in counts[1::-1] for policy in usual)
+        remat = next((policy for policy, count in pairs if fits(policy, count)), "full")
     fewer = (count for count in reversed(counts) if remat in POLICIES and fits(remat, count))
     return remat, next(fewer, counts[0])
 
