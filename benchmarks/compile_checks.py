@@ -21,6 +21,7 @@ GIB = 2**30
 WEIGHTS = ("all-gather", "reduce-scatter")
 
 EXPERT, MOE = "--config=configs/math_expert.py", "--config=configs/moe_finetune.py"
+MICRO_BATCHES = "--config.train.accumulate=64"  # where a check names no other number
 ONE_STEP = ("--config.train.batch_size=16", "--config.train.accumulate=1")
 FULL, FFN = "--config.compute.remat=full", "--config.compute.remat=ffn"
 RAGGED = "--config.compute.dispatch=ragged"
@@ -86,7 +87,8 @@ def run(name: str, arguments: tuple[str, ...], folder: Path) -> dict | None:
     file = folder / name / "compile.json"
     if not file.exists():
         print(f"{name}: {' '.join(arguments)}", flush=True)
-        command = [sys.executable, "-m", "btx_jax.launch", *arguments, f"--workdir={folder / name}"]
+        config, *others = (*arguments, f"--workdir={folder / name}")
+        command = [sys.executable, "-m", "btx_jax.launch", config, MICRO_BATCHES, *others]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if not file.exists():
             print(f"{name}: exit status {done.returncode}: {done.stderr[-500:]}")
