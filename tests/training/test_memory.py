@@ -30,7 +30,7 @@ def choices(preset, devices, *overrides):
         ("math_expert", "v5e:4x4", "full", 1),  # takes 14.5 GiB of 15.8 so
         ("moe_finetune", "v5p:2x2x4", "ffn", 2),
         ("moe_finetune", "v5e:8x8", "full", 1),
-        ("moe_finetune", "v6e:8x8", "full", 4),  # two rows 14.8 GiB; with attention one, slower
+        ("moe_finetune", "v6e:8x8", "full", 4),  # 22.4 GiB
         ("moe_finetune:granite3_8b", "v6e:8x8", "full", 2),
         ("moe_finetune:olmo2_7b", "v6e:8x8", "full", 2),
         ("moe_finetune:gemma3_4b", "v6e:8x8", "attention", 2),  # ffn: 41.3 GiB, one row 18.8
