@@ -305,6 +305,22 @@ def test_remat_and_unroll_change_no_gradient(remat, unroll):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_offload_keeps_keys_and_values_on_the_device_and_the_rest_on_the_host():
+    params = init_params(TINY, jax.random.key(0))
+    tokens, compute = tokens_of(), dataclasses.replace(FP32, remat="offload")
+    loss = lambda params: jnp.sin(forward(TINY, params, tokens, compute=compute)[0]).sum()  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    batch, length = tokens.shape
+    residual = f"[{TINY.layers},{batch},{length},{TINY.d_model}]"
+    heads = f"{length},{TINY.head_dim}]"
+    groups = TINY.heads // TINY.kv_heads
+    keys = f"[{TINY.layers},{batch},{TINY.kv_heads},{heads}"
+    queries = f"[{TINY.layers},{batch},{TINY.kv_heads},{groups},{heads}"
+    for shape, is_on_host in ((residual, True), (queries, True), (keys, False)):
+        assert (f"f32<host>{shape}" in text) == is_on_host
+        assert (f"f32{shape}" in text) != is_on_host
+
+
 def test_bfloat16_compute_stays_near_float32():
     params = init_params(MOE, jax.random.key(0))
     want, _ = forward(MOE, params, tokens_of())
