@@ -32,55 +32,113 @@ V5P_16, V5E_64 = "--compile_topology=v5p:2x2x4", "--compile_topology=v5e:8x8"
 # all-gather or all-to-all, twice that for an all-reduce, with n the smallest group).
 PEERS = {
     "d8": (
-        (EXPERT, *ONE_STEP, FULL, "--config.train.mixing_probe=False", "--compile_topology=v5p:2x2x2"), "Llama-2-7B, fsdp=8",
+        (
+            EXPERT,
+            *ONE_STEP,
+            FULL,
+            "--config.train.mixing_probe=False",
+            "--compile_topology=v5p:2x2x2",
+        ),
+        "Llama-2-7B, fsdp=8",
         (22.27, 4.072e14, 0, "9.6 / 0.0 / 30.4", 38.8),
     ),
     "e16": (
-        (MOE, *ONE_STEP, FULL, "--config.mesh.expert=1", V5P_16), "MoE einsum, fsdp=16", (27.87, 4.942e14, 0, "40.6 / 0.0 / 77.3", 115.4),
+        (MOE, *ONE_STEP, FULL, "--config.mesh.expert=1", V5P_16),
+        "MoE einsum, fsdp=16",
+        (27.87, 4.942e14, 0, "40.6 / 0.0 / 77.3", 115.4),
     ),
     "r16": (
-        (MOE, *ONE_STEP, FULL, RAGGED, "--config.mesh.expert=1", V5P_16), "MoE ragged, fsdp=16",
+        (MOE, *ONE_STEP, FULL, RAGGED, "--config.mesh.expert=1", V5P_16),
+        "MoE ragged, fsdp=16",
         (27.59, 0.736e14, 2.837e14, "72.8 / 32.3 / 8.8", 137.6),
     ),
-    "e44": ((MOE, *ONE_STEP, FULL, V5P_16), "MoE einsum, expert=4 x fsdp=4", (28.08, 4.942e14, 0, "89.0 / 40.5 / 8.9", 136.4)),
+    "e44": (
+        (MOE, *ONE_STEP, FULL, V5P_16),
+        "MoE einsum, expert=4 x fsdp=4",
+        (28.08, 4.942e14, 0, "89.0 / 40.5 / 8.9", 136.4),
+    ),
     "r44": (
-        (MOE, *ONE_STEP, FULL, RAGGED, V5P_16), "MoE ragged, expert=4 x fsdp=4",
+        (MOE, *ONE_STEP, FULL, RAGGED, V5P_16),
+        "MoE ragged, expert=4 x fsdp=4",
         (27.75, 0.736e14, 5.674e14, "24.4 / 8.1 / 8.8, ragged all-to-all 18.0", 52.8),
     ),
-}  # fmt: skip
+}
 CHECKS = {
     "expert_v5p": ((EXPERT, FULL, "--compile_topology=v5p:2x2x2"), "Llama-2-7B expert"),
     "expert_v5e": ((EXPERT, FULL, "--compile_topology=v5e:4x4"), "Llama-2-7B expert"),
     "expert_2slices": (
-        (EXPERT, FULL, "--config.mesh.data=2", "--config.train.accumulate=32", "--compile_topology=v5e:4x4", "--num_slices=2"),
+        (
+            EXPERT,
+            FULL,
+            "--config.mesh.data=2",
+            "--config.train.accumulate=32",
+            "--compile_topology=v5e:4x4",
+            "--num_slices=2",
+        ),
         "Llama-2-7B expert, two slices",
     ),
-    "llama3_v5p": (("--config=configs/seed.py:llama3_8b", FULL, "--compile_topology=v5p:2x2x2"), "Llama-3-8B seed"),
+    "llama3_v5p": (
+        ("--config=configs/seed.py:llama3_8b", FULL, "--compile_topology=v5p:2x2x2"),
+        "Llama-3-8B seed",
+    ),
     "moe_einsum_default": ((MOE, FFN, V5P_16), "BTX 4x7B Top-2, einsum"),
     "moe_ragged_default": ((MOE, RAGGED, FULL, V5P_16), "BTX 4x7B Top-2, ragged"),
     "moe_2slices": (
-        (MOE, FFN, "--config.mesh.data=2", "--config.train.accumulate=32", V5P_16, "--num_slices=2"), "BTX 4x7B Top-2, einsum, two slices",
+        (
+            MOE,
+            FFN,
+            "--config.mesh.data=2",
+            "--config.train.accumulate=32",
+            V5P_16,
+            "--num_slices=2",
+        ),
+        "BTX 4x7B Top-2, einsum, two slices",
     ),
-    "moe_einsum_v5e": ((MOE, "--config.train.accumulate=16", FULL, "--compile_topology=v5e:8x8"), "BTX 4x7B Top-2, einsum"),
+    "moe_einsum_v5e": (
+        (MOE, "--config.train.accumulate=16", FULL, "--compile_topology=v5e:8x8"),
+        "BTX 4x7B Top-2, einsum",
+    ),
     "moe_einsum_v5e_capacity_1": (
-        (MOE, "--config.train.accumulate=16", FULL, "--config.compute.capacity_factor=1.0", "--compile_topology=v5e:8x8"),
+        (
+            MOE,
+            "--config.train.accumulate=16",
+            FULL,
+            "--config.compute.capacity_factor=1.0",
+            "--compile_topology=v5e:8x8",
+        ),
         "BTX 4x7B Top-2, einsum, capacity 1.0",
     ),
-    "qwen3_v5p": (("--config=configs/math_expert.py:qwen3_8b", FULL, "--compile_topology=v5p:2x2x2"), "Qwen3-8B expert"),
-    "qwen3_v5e": (
-        ("--config=configs/math_expert.py:qwen3_8b", FULL, "--config.train.accumulate=16", V5E_64), "Qwen3-8B expert",
+    "qwen3_v5p": (
+        ("--config=configs/math_expert.py:qwen3_8b", FULL, "--compile_topology=v5p:2x2x2"),
+        "Qwen3-8B expert",
     ),
-    "qwen3_moe_v5p": (("--config=configs/moe_finetune.py:qwen3_8b", FFN, V5P_16), "BTX 4xQwen3-8B Top-2, einsum"),
+    "qwen3_v5e": (
+        ("--config=configs/math_expert.py:qwen3_8b", FULL, "--config.train.accumulate=16", V5E_64),
+        "Qwen3-8B expert",
+    ),
+    "qwen3_moe_v5p": (
+        ("--config=configs/moe_finetune.py:qwen3_8b", FFN, V5P_16),
+        "BTX 4xQwen3-8B Top-2, einsum",
+    ),
     "qwen3_moe_v5e": (
-        ("--config=configs/moe_finetune.py:qwen3_8b", "--config.train.accumulate=16", FULL, V5E_64), "BTX 4xQwen3-8B Top-2, einsum",
+        ("--config=configs/moe_finetune.py:qwen3_8b", "--config.train.accumulate=16", FULL, V5E_64),
+        "BTX 4xQwen3-8B Top-2, einsum",
     ),
     "mistral_window": (
-        ("--config=configs/math_expert.py:mistral_7b", FULL, "--config.data.sequence_length=16384", "--config.train.batch_size=512",
-         "--compile_topology=v5p:2x2x2"),
+        (
+            "--config=configs/math_expert.py:mistral_7b",
+            FULL,
+            "--config.data.sequence_length=16384",
+            "--config.train.batch_size=512",
+            "--compile_topology=v5p:2x2x2",
+        ),
         "Mistral-7B 0.1 expert, rows of 16384, window 4096",
     ),
-    "moe_ragged_v5e": ((MOE, RAGGED, "--config.train.accumulate=16", FULL, "--compile_topology=v5e:8x8"), "BTX 4x7B Top-2, ragged"),
-}  # fmt: skip
+    "moe_ragged_v5e": (
+        (MOE, RAGGED, "--config.train.accumulate=16", FULL, "--compile_topology=v5e:8x8"),
+        "BTX 4x7B Top-2, ragged",
+    ),
+}
 
 
 def run(name: str, arguments: tuple[str, ...], folder: Path) -> dict | None:

@@ -1,4 +1,5 @@
-"""Matmuls of training whose factors are rounded to int8, which TPUs multiply at twice the rate.
+"""Matmuls of training, with factors rounded to int8 where asked to: TPUs multiply those at twice
+the rate. Without, each function is the plain gather or product.
 
 SwitchBack (Wortsman et al., arXiv 2304.13013): outputs and the gradients of inputs are int8
 products; the gradients of kernels, sums over all tokens, are not. Kernels have one scale, so that
