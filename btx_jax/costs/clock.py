@@ -31,6 +31,7 @@ from btx_jax.costs.program import Kernel, kernel_of
 from btx_jax.costs.traffic import moved, traffic
 
 Kind = tuple[str, bool]  # kind of a collective, and whether it crosses slices
+Site = tuple[str, bool, str]  # the same, and its place in our program
 _STRUCTURE = re.compile(
     r"jit\(.*?\)|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|remat\d*"
     r"|(?:transpose\()?jvp\(.*?\)\)?"
@@ -39,13 +40,19 @@ _STRUCTURE = re.compile(
 
 @dataclass
 class Traffic:
-    """Totals for one kind of collective, over all executions: seconds that are hidden and exposed;
+    """Totals for some collectives, over all executions: seconds that are hidden and exposed;
     numbers of asynchronous and synchronous ones."""
 
     asynchronous: int = 0
     synchronous: int = 0
     hidden: float = 0.0
     exposed: float = 0.0
+
+    def add(self, other: "Traffic") -> None:
+        self.asynchronous += other.asynchronous
+        self.synchronous += other.synchronous
+        self.hidden += other.hidden
+        self.exposed += other.exposed
 
 
 @dataclass
@@ -61,16 +68,22 @@ class Clock:
     kernels: float = 0.0
     moves: float = 0.0
     copies: float = 0.0
-    collectives: dict[Kind, Traffic] = field(
-        default_factory=lambda: collections.defaultdict(Traffic)
-    )
+    by_site: dict[Site, Traffic] = field(default_factory=lambda: collections.defaultdict(Traffic))
     by_place: dict[tuple[str, str], float] = field(
         default_factory=lambda: collections.defaultdict(float)
     )
 
     @property
+    def collectives(self) -> dict[Kind, Traffic]:
+        """Totals of every kind; of a kind that the program does not have, none."""
+        kinds: dict[Kind, Traffic] = collections.defaultdict(Traffic)
+        for (kind, is_across, _), site in self.by_site.items():
+            kinds[kind, is_across].add(site)
+        return kinds
+
+    @property
     def exposed(self) -> float:
-        return sum(kind.exposed for kind in self.collectives.values())
+        return sum(site.exposed for site in self.by_site.values())
 
     @property
     def seconds(self) -> float:
@@ -110,11 +123,11 @@ def place_of(op_name: str) -> str:
 
 @dataclass
 class _Travelling:
-    """A transfer in progress. kind: None for a copy. fused: whether it progresses only during
+    """A transfer in progress. site: None for a copy. fused: whether it progresses only during
     fusions that contain it. by_host: whether it goes to the host's memory, or comes from it."""
 
     name: str
-    kind: Kind | None
+    site: Site | None
     remaining: float
     fused: bool = False
     by_host: bool = False
@@ -122,9 +135,9 @@ class _Travelling:
     @property
     def way(self) -> str:
         """The resource it occupies, which serves one transfer at a time."""
-        if self.kind is None:
+        if self.site is None:
             return "host" if self.by_host else "memory"
-        return "network" if self.kind[1] else "links"
+        return "network" if self.site[1] else "links"
 
 
 @dataclass
@@ -183,9 +196,9 @@ class _Reader:
         under_way: list[_Travelling],
         fused: bool = False,
     ) -> None:
-        kind = (collective.kind, collective.slices > 1)
-        self.clock.collectives[kind].asynchronous += collective.trips
-        under_way.append(_Travelling(name, kind, self.where.seconds(collective), fused))
+        site = _site(collective)
+        self.clock.by_site[site].asynchronous += collective.trips
+        under_way.append(_Travelling(name, site, self.where.seconds(collective), fused))
 
     def _fusion(
         self,
@@ -223,10 +236,10 @@ class _Reader:
     def _synchronous(
         self, collective: Collective, under_way: list[_Travelling], trips: int
     ) -> None:
-        kind = self.clock.collectives[collective.kind, collective.slices > 1]
-        kind.synchronous += trips
+        site = self.clock.by_site[_site(collective)]
+        site.synchronous += trips
         seconds = self.where.seconds(collective)
-        kind.exposed += trips * seconds
+        site.exposed += trips * seconds
         self._advance(under_way, seconds, trips, [], links=False)
 
     def _compute(
@@ -269,19 +282,23 @@ class _Reader:
             moved = min(one.remaining, left[one.way])
             one.remaining -= moved
             left[one.way] -= moved
-            if one.kind:
-                self.clock.collectives[one.kind].hidden += trips * moved
+            if one.site:
+                self.clock.by_site[one.site].hidden += trips * moved
 
     def _wait(self, under_way: list[_Travelling], name: str, trips: int) -> None:
         one = next((one for one in under_way if one.name == name), None)
         if one is None:
             return  # started in another computation
         under_way.remove(one)
-        if one.kind:
-            self.clock.collectives[one.kind].exposed += trips * one.remaining
+        if one.site:
+            self.clock.by_site[one.site].exposed += trips * one.remaining
         else:
             self.clock.copies += trips * one.remaining
         self._advance(under_way, one.remaining, trips, [], links=one.way != "links")
+
+
+def _site(collective: Collective) -> Site:
+    return collective.kind, collective.slices > 1, place_of(collective.where)
 
 
 def _holds_collective(computations: Computations, instruction: Instruction) -> bool:

@@ -335,6 +335,7 @@ def tell_clock(read: Clock, flops: dict[str, float], limits: Chip) -> dict[str, 
             DEAREST, read.by_place.items(), key=lambda item: item[1]
         )
     ]
+    sites = sorted(read.by_site.items(), key=lambda item: -item[1].exposed)
     return {
         "seconds": read.seconds,
         "mfu": (flops["model"] + flops["model_attention"]) / limits.flops / read.seconds,
@@ -345,6 +346,15 @@ def tell_clock(read: Clock, flops: dict[str, float], limits: Chip) -> dict[str, 
         "exposed": read.exposed,
         "hidden": sum(kind.hidden for kind in read.collectives.values()),
         "dearest": dearest,
+        "collectives": [
+            {
+                "kind": kind,
+                "across_slices": is_across,
+                "place": place,
+                **dataclasses.asdict(traffic),
+            }
+            for (kind, is_across, place), traffic in sites
+        ],
     }
 
 
@@ -519,6 +529,11 @@ def print_check(result: Check, console: Console) -> None:
         )
     for one in step["dearest"]:
         table.add_row(f"  {_time(one['seconds'])}", f"{one['place']} ({one['name']})".strip())
+    for one in step["collectives"][:DEAREST]:
+        if one["exposed"]:
+            counts = f"{one['asynchronous']} async, {one['synchronous']} sync"
+            where = f"{one['kind']}: {one['place']} ({counts})"
+            table.add_row(f"  {_time(one['exposed'])} exposed", where)
     table.add_row(
         "compiled in", f"{result.compile_seconds:.0f} s, {gib(result.host_memory)} on this machine"
     )

@@ -146,8 +146,9 @@ def change(expected: Expected | None) -> str:
     """How the held-out loss changes; "" where nothing is expected."""
     if not expected:
         return ""
-    low, high = 100 * expected.low, 100 * expected.high
-    return f"{100 * expected.change:+.1f} % ({low:+.1f} to {high:+.1f})"
+    shares = (expected.change, expected.low, expected.high)
+    change, low, high = (round(100 * share, 1) + 0.0 for share in shares)  # + 0.0: no -0.0
+    return f"{change:+.1f} % ({low:+.1f} to {high:+.1f})"
 
 
 def expectation(beyond: Sequence[str]) -> str:

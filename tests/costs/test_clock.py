@@ -92,6 +92,18 @@ def test_a_synchronous_collective_is_exposed_whole():
     assert clock.seconds == pytest.approx(5 * (GATHER + 1e-3))
 
 
+def test_collectives_are_told_apart_by_the_place_they_serve():
+    place = 'metadata={op_name="jit(f)/jvp(Llama)/while/body/layers_0/ffn/all_gather"}'
+    own = SYNC.replace("%all", "%own")
+    clock = read(loop(f"{own}, {place}", START, work("a", 1000), DONE))
+    sync = clock.by_site["all-gather", False, "forward layers_0/ffn all_gather"]
+    assert sync == Traffic(0, 5, 0.0, pytest.approx(5 * GATHER))
+    assert clock.by_site["all-gather", False, ""].asynchronous == 5
+    whole = clock.collectives["all-gather", False]
+    assert (whole.asynchronous, whole.synchronous) == (5, 5)
+    assert whole.exposed == pytest.approx(clock.exposed) == pytest.approx(5 * GATHER)
+
+
 def test_of_an_asynchronous_one_what_its_computation_does_not_cover_is():
     covered = gathers(loop(START, work("a", 1000), DONE))
     assert covered == Traffic(5, 0, pytest.approx(5 * GATHER), pytest.approx(0))

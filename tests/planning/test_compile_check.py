@@ -53,6 +53,9 @@ def test_a_moe_on_one_slice_and_on_two(cli):
     assert all(row["asynchronous"] + row["synchronous"] == row["count"] for row in rows)
     assert len(step["dearest"]) == 10
     assert any("layers_0/ffn" in one["place"] for one in step["dearest"])
+    assert sum(one["exposed"] for one in step["collectives"]) == pytest.approx(step["exposed"])
+    gathers = [one for one in step["collectives"] if one["kind"] == "all-gather"]
+    assert any("layers_0/ffn" in one["place"] for one in gathers)
     flops = einsum["flops"]
     attention, experts, head = 4 * D * D, 3 * D * F, D * VOCAB
     least = 6 * TOKENS / 16 * (LAYERS * (attention + 2 * 1.25 * experts) + head)
