@@ -90,15 +90,15 @@ class ComputeConfig(Section):
     """What is kept in memory for the backward pass rather than recomputed. auto: on a TPU ffn,
     attention or full, by an estimate of its memory; full elsewhere. full: only each layer's
     input. attention: also queries, keys, values, the attention's output and the sum after it. ffn:
-    also the gate and up products. offload: what attention keeps, but all except keys and values
-    in the host's memory. none: everything (no rematerialisation)."""
+    also the gate and up products. offload: the same as attention, with everything but keys and
+    values in host memory. none: everything (no rematerialisation)."""
     kernels: Annotated[str, Choice(KERNELS)] = "auto"
     """auto: pallas on a TPU, xla elsewhere. pallas: splash attention (for sequence lengths that are
     multiples of 128) and megablox for ragged dispatch. pallas_interpret: the same on any device,
     slowly."""
     quantize: Annotated[str, Choice(QUANTIZATIONS)] = "none"
-    """int8: round the factors of training's large matmuls to int8, but not those of the gradients
-    of weights (SwitchBack, models/int8.py). TPUs multiply int8 up to twice as fast. Not with ragged
+    """int8: round the operands of the large matmuls in training to int8, except for weight
+    gradients (SwitchBack, models/int8.py). TPUs multiply int8 up to twice as fast. Not with ragged
     dispatch."""
     unroll: Annotated[int, Range(1, 10_000)] = 1
     """Layers per step of the scan. 1 compiles fastest; unrolling all layers runs up to a quarter
@@ -130,7 +130,7 @@ class TrainConfig(Section):
     """Sequences per step, over all devices."""
     accumulate: RowsOrZero = 1
     """Number of micro-batches into which a step's batch is split; they are computed one after
-    another. 0: as few as a TPU's memory holds, by an estimate; elsewhere one sequence a device."""
+    another. 0: as few as are estimated to fit a TPU's memory; elsewhere one row per device."""
     learning_rate: Annotated[float, Range(0, HUGE)] = 1e-4
     """Peak learning rate. 0 chooses one that suits the model from which the run starts
     (`training.start.default_learning_rate`)."""
@@ -311,7 +311,7 @@ class DataConfig(Section):
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     """Test set name -> test set, for train.eval_tasks."""
     sequence_length: Annotated[int, Range(2, 2**24)] = 4096
-    """Tokens of a packed row."""
+    """Tokens per packed row."""
     heldout_fraction: Share = 0.01
     """Share of documents, chosen by a hash of their text, that are held out from every training
     run."""

@@ -90,16 +90,16 @@ class Domain(Section):
     """One domain: its text, and its expert."""
 
     text: str
-    """Files, globs, `hf://datasets/org/name/GLOB` or `gs://...`, comma-separated, each with
-    `#FIELD` and `:WEIGHT` where it has them."""
+    """Files, globs, `hf://datasets/org/name/GLOB` or `gs://...`, comma-separated, each optionally
+    with `#FIELD` and `:WEIGHT`."""
     tokens: Tokens = 0
-    """How many its branch is trained on."""
+    """Tokens that the domain's branch is trained on; 0 only if `branch` is given."""
     branch: str = ""
-    """Instead of training one: a checkpoint that is this domain's expert already, trained from the
-    same seed."""
+    """An existing checkpoint to use as this domain's expert instead of training one; it must have
+    been trained from the same seed."""
     share: Annotated[float, Range(0, 1e6, above=True)] = 1.0
-    """Of the text that the mixture is finetuned on, relative to the other domains; general text has
-    1."""
+    """The domain's weight in the text that the mixture is finetuned on, relative to the other
+    domains; general text has 1."""
 
     @rule
     def _is_trained_or_there(self) -> Iterator[str]:
@@ -114,37 +114,40 @@ class Project(Section):
     """What a project is made from."""
 
     seed: str
-    """What branches start from: a run's directory, a Hugging Face directory, `org/name` of the Hub;
-    or a size, such as `tiny`, to train a seed from scratch."""
+    """The checkpoint that branches start from: a run's directory, a Hugging Face directory,
+    `org/name` on the Hub; or a size, such as `tiny`, to train a seed from scratch."""
     domains: Mapping[str, Domain]
     """The domains, in the order of the experts."""
     finetune_tokens: Annotated[int, Range(1, 10**14)]
-    """How many the mixture is finetuned on."""
+    """Tokens that the mixture is finetuned on."""
     general: str = ""
     """Text like the seed's own. With it the seed becomes an expert too, and branches see 5 % of it,
     so that they forget less."""
     seed_tokens: Tokens = 0
-    """How many a seed from scratch is trained on, of all text."""
+    """Tokens, from all text, that a seed from scratch is trained on; 0 for an existing seed."""
     tokenizer: str = ""
-    """Of a seed from scratch: a `.model`, a `tokenizer.json`, or a directory with one."""
+    """The tokenizer of a seed from scratch: a `.model`, a `tokenizer.json`, or a directory with
+    one."""
     method: Annotated[str, Choice(tuple(METHODS))] = "ffn_only"
-    """`ffn_only`: branches train their feed-forwards alone, and mix exactly. `btx`: branches train
-    everything, and what they share is merged in closed form. `flexolmo`: branches train beside the
-    seed as their anchor, and of the mixture only the routers are finetuned."""
+    """`ffn_only`: branches train only their feed-forwards, and mix exactly. `btx`: branches train
+    everything, and the shared weights are merged in closed form. `flexolmo`: branches train beside
+    the seed as their anchor, and only the mixture's routers are finetuned."""
     compare: tuple[Annotated[str, Choice(COMPARISONS)], ...] = ()
-    """What is trained beside it, on as many tokens of the same text."""
+    """Baselines to train as well, on as many tokens of the same text as branches and finetune
+    together."""
     tasks: tuple[Annotated[str, Choice(tuple(TASKS))], ...] = ()
-    """Test sets beside held-out loss; their files lie in `$BTX_DATA_DIR/evals`."""
+    """Test sets to score in addition to held-out loss; their files are in
+    `$BTX_DATA_DIR/evals`."""
     prompts: tuple[str, ...] = ()
-    """Continued by the seed, every expert and the mixture, side by side in the report; the
-    mixture's tokens are coloured by expert."""
+    """Prompts that the seed, every expert and the mixture continue, shown side by side in the
+    report; the mixture's tokens are coloured by expert."""
     sequence_length: Annotated[int, Range(2, 2**24)] = 512
-    """Tokens of a row."""
+    """Tokens per row."""
     heldout_fraction: Share = 0.01
-    """Share of every domain's documents, above 0, chosen by a hash of their text, that is measured
-    on and never trained on."""
+    """Share of every domain's documents, above 0, chosen by a hash of their text, that is held out
+    for evaluation and never trained on."""
     dtype: Dtype = DTYPES[1]
-    """Of activations and matmuls: `bfloat16` on TPUs and GPUs, `float32` on CPUs."""
+    """Dtype of activations and matmuls: `bfloat16` suits TPUs and GPUs, `float32` CPUs."""
 
     @property
     def is_from_scratch(self) -> bool:
