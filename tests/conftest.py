@@ -14,8 +14,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # shared with the processes s
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import gc
+
 import jax
 
+# Tracing makes millions of small objects, and collecting them a tenth of the tests' time.
+gc.set_threshold(200_000, 20, 50)
 # Without XLA's newer emitters of fusions programs compile in half the time; an XLA that does not
 # know the flag aborts.
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""

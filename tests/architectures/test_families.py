@@ -22,7 +22,7 @@ from tests.architectures import goldens
 from tests.architectures.exports import COMPUTE, load, our_logits, our_tokens
 
 NAMES = goldens.names()
-# Whose maths another golden has, with other settings: decoded and trained in slow runs only.
+# Whose maths another golden has, with other settings: decoded in slow runs only.
 ALIKE = (
     "cwm", "exaone4_full", "ministral", "mixtral_window", "olmo3_plain", "qwen2_moe_norm",
     "qwen2_window", "qwen3_moe_norm", "qwen3_yarn", "seed_oss",
@@ -136,9 +136,14 @@ def in_their_names(found, params, directory):
     return goldens.tensors(directory)
 
 
-# Tested on eight devices; the others only in slow runs. One for every kind of layout.
+# Trained on one device and on eight; the others only in slow runs. One for every kind of maths, and
+# for every kind of layout.
+TRAINED = (
+    "ernie_moe", "exaone4", "gemma2", "gemma3", "glm4", "granite", "granitemoe_swa", "hunyuan_moe",
+    "llama_bias", "ministral3", "olmo", "olmo3", "phi35", "qwen2_moe", "qwen3_moe", "smollm3",
+)  # fmt: skip
 SPREAD = ("llama_bias", "qwen3", "gemma3", "qwen2_moe")
-FAST = {1: [name for name in NAMES if name not in ALIKE], 8: SPREAD}
+FAST = {1: TRAINED, 8: SPREAD}
 ON_DEVICES = [
     pytest.param(name, devices, marks=() if name in FAST[devices] else pytest.mark.slow)
     for name in NAMES

@@ -209,6 +209,7 @@ def test_a_base_in_bfloat16_costs_half_and_stays_there(one_device):
     assert state.params["embed"]["embedding"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_dropout_included(one_device):
     """Gradients of q and down pass through sharded inputs; dropout masks must not depend on the
     mesh."""

@@ -49,7 +49,7 @@ def made(method="btx", **changes):
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "flexolmo")) for name in METHODS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "ffn_only")) for name in METHODS],
 )
 def test_tokens_flops_and_storage_are_what_they_will_be(home, method):
     config = made(method, compare=["dense"])

@@ -149,6 +149,7 @@ def test_a_mix_that_was_interrupted_takes_the_sources_as_they_are_now(tmp_path, 
     assert again == fresh != first
 
 
+@pytest.mark.slow
 @pytest.mark.cli
 def test_held_out_losses_lost_to_a_kill_behind_the_save_are_made_up(cli):
     seed = cli.seed("run", "--config.train.eval_every=4", "--config.train.eval_rows=8", steps=8)

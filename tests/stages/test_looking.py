@@ -499,6 +499,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(fresh, run, tmp_path, monkey
     assert json.loads((tmp_path / "seed" / "done.json").read_text())["best"]["step"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.cli
 def test_trackers_lack_nothing_after_a_kill_that_nobody_hears(offline, cli):
     """W&B writes in blocks, from its own process."""
@@ -552,6 +553,7 @@ def test_a_pipelines_stages_are_one_group_and_evaluation_tells_what_it_measured(
     assert groups == {"seed": "all", "evaluate": "all", "again": "own"}
 
 
+@pytest.mark.slow
 @pytest.mark.cli
 def test_of_several_processes_the_first_tells_and_each_profiles(cli, offline):
     """On one machine, both parts of the profile have the same name, and the later one stays."""

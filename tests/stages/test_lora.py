@@ -85,6 +85,7 @@ def losses(workdir):
     return [line["lm_loss"] for line in lines if "lm_loss" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.cli
 def test_a_killed_run_goes_on_exactly_and_the_base_keeps_every_bit(cli):
     cli.run(*cli.seed("base", steps=3, every=3))

@@ -160,6 +160,7 @@ def test_a_bucket_that_is_overloaded_for_a_while_costs_a_run_nothing(homes, buck
     assert (bucket.home / "run" / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_rights_that_are_taken_away_in_the_middle_are_one_line_and_lose_nothing(
     homes, bucket_server
 ):

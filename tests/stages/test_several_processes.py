@@ -61,6 +61,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_solve_the_routers_that_one_does(cli):
     cli.run(*cli.seed("seed", steps=3))
     other = cli.home / "other.jsonl"
