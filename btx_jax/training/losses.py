@@ -17,9 +17,9 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 def next_token_targets(tokens: Array, segments: Array) -> tuple[Array, Array, Array, Array]:
     """Packed rows [B, T + 1] -> (inputs, input segments, targets, target mask), each [B, T].
 
-    The mask is true where a target continues the document of its input: not across documents, not
-    in padding (segment 0), and not where the segment is negative, which marks text that is read but
-    not learnt. Input segments are returned without sign.
+    The mask is true where the target belongs to the same document as its input. It is false across
+    documents, in padding (segment 0), and where the target's segment is negative, which marks text
+    that is attended to but not learnt. The input segments returned are absolute values.
     """
     document = abs(segments)
     mask = (document[:, 1:] == document[:, :-1]) & (segments[:, 1:] > 0)
@@ -27,7 +27,7 @@ def next_token_targets(tokens: Array, segments: Array) -> tuple[Array, Array, Ar
 
 
 def _positions_per_chunk(targets_BT: jax.Array, chunk: int) -> int:
-    """The largest divisor of T for which [B, positions] holds at most about `chunk` tokens."""
+    """The largest divisor of T for which [B, divisor] holds at most `chunk` tokens; at least 1."""
     batch, length = targets_BT.shape
     wanted = max(1, min(length, chunk // batch))
     return next(n for n in range(wanted, 0, -1) if length % n == 0)
@@ -39,9 +39,9 @@ def _chunks(x: jax.Array, positions: int) -> jax.Array:
 
 
 def _log_softmax_parts(h_BCD: jax.Array, head_DV: jax.Array, y_BC: jax.Array, readout: Readout):
-    """(nll [B, C], exp(logits - peak) [B, C, V], its sum over the whole vocabulary [B, C, 1],
-    one-hot targets [B, C, V], logits [B, C, V]) on one device, which may hold only a shard of the
-    vocabulary."""
+    """Return (nll [B, C], exp(logits - peak) [B, C, V], its sum over the whole vocabulary
+    [B, C, 1], one-hot targets [B, C, V], logits [B, C, V]) on one device, where V may be only a
+    shard of the vocabulary."""
     products = jnp.matmul(
         h_BCD.reshape(-1, h_BCD.shape[-1]), head_DV, preferred_element_type=jnp.float32
     )
@@ -67,8 +67,8 @@ def token_nll(
 ) -> jax.Array:
     """-log p(target) in nats, [B, T], float32.
 
-    chunk: tokens per device whose logits exist at the same time. readout: how the model computes
-    logits from the head's products.
+    chunk: tokens per device whose logits are held at once. readout: how the model turns the head's
+    matmul output into logits.
     """
     return token_scores(hidden_BTD, head_DV, targets_BT, chunk, readout)[0]
 
@@ -112,11 +112,12 @@ def cross_entropy(
     chunk: int,
     readout: Readout = Readout(),
 ) -> jax.Array:
-    """Sum of weights * -log p(target) in nats. Differentiable in hidden and head.
+    """Sum of weights * -log p(target) in nats. Differentiable with respect to hidden and head.
 
-    The forward pass computes the gradient of each chunk while its logits exist: three matmuls with
-    the head in all, and none repeated. Each device accumulates its share of the head's gradient in
-    float32 over all chunks; it is reduced once, in the dtype of the matmuls.
+    The forward pass computes each chunk's gradient while its logits are held, so there are three
+    matmuls with the head in all and none is repeated. Each device accumulates its share of the
+    head's gradient in float32 over all chunks; it is reduced across devices once, in the dtype of
+    the matmuls.
     """
     return (token_nll(hidden_BTD, head_DV, targets_BT, chunk, readout) * weights_BT).sum()
 

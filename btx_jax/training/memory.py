@@ -1,7 +1,7 @@
-"""Chooses by a chip's memory what the backward pass keeps (`compute.remat='auto'`) and how many
-micro-batches a batch is split into (`train.accumulate=0`). Keeping more saves computing it again,
-up to a quarter of a step; a micro-batch of twice the rows gathers weights and scatters gradients
-half as often."""
+"""Choose the remat policy (`compute.remat='auto'`) and the number of micro-batches
+(`train.accumulate=0`) from the chip's memory. Keeping more activations saves recomputing them, up
+to a quarter of a step; doubling the rows of a micro-batch halves how often weights are gathered and
+gradients scattered."""
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -10,11 +10,11 @@ from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.config.model_config import LayerSpec, ModelConfig
 from btx_jax.costs.chips import chip
 
-POLICIES = ("ffn", "attention", "full")  # the fastest first
-# On a v6e, reading gate and up products takes as long as making them again (docs/tpu.md).
-SLOWER = {"TPU v6 lite": ("ffn",)}  # device kind -> policies that do not pay
-FREE = 0.2  # share of a chip's memory for what is not estimated, and for held-out losses
-WORKING = 12  # inputs and hidden products of one layer that exist at once
+POLICIES = ("ffn", "attention", "full")  # fastest first
+# On a v6e, reading the gate and up products takes as long as recomputing them (docs/tpu.md).
+SLOWER = {"TPU v6 lite": ("ffn",)}  # device kind -> policies that do not pay off
+FREE = 0.2  # share of a chip's memory reserved for held-out losses and whatever is not estimated
+WORKING = 12  # copies of one layer's input and hidden activations that are live at once
 
 
 def chosen(
@@ -26,26 +26,28 @@ def chosen(
     state_bytes: int,
     trained_bytes: int,
 ) -> tuple[str, int]:
-    """(remat, accumulate), with what the config leaves open decided: the fastest policy, and with
-    it the fewest micro-batches, whose estimated memory leaves FREE of a chip's. A second sequence
-    for each device is worth more than a faster policy. `full`, and one sequence for each device,
-    where the chip's memory is not known, as on CPUs.
+    """Return (remat, accumulate). Values that the config sets are kept; open ones are chosen.
 
-    state_bytes, trained_bytes: of parameters and moments, and of the trained parameters alone, on
-    one device.
+    The choice is the fastest policy, then the fewest micro-batches, that are estimated to leave the
+    fraction FREE of a chip's memory unused. Two sequences per device take precedence over a faster
+    policy. Where the chip's memory is unknown, as on CPUs, the choice is `full` and one sequence
+    per device.
+
+    state_bytes: parameters and moments on one device. trained_bytes: trained parameters on one
+    device.
     """
     tensor = mesh.shape["tensor"]
     shards = mesh.size // tensor // mesh.shape["context"]
     counts = [train.accumulate]
     if not train.accumulate:
-        rows = train.batch_size // shards  # of a device, in a step
+        rows = train.batch_size // shards  # per device and step
         counts = [count for count in range(rows, 0, -1) if rows % count == 0]
     device_kind = mesh.devices.flat[0].device_kind
     known = chip(device_kind)
     if known is None or not known.memory:
         return "full" if compute.remat == "auto" else compute.remat, counts[0]
     size = jnp.dtype(compute.dtype).itemsize
-    gradients = 2 * trained_bytes  # a micro-batch's, and their sums
+    gradients = 2 * trained_bytes  # those of one micro-batch, and the running sums
     copies = trained_bytes * size / 4
     head = 2 * model.vocab_size * model.d_model * (size + 4) / tensor  # gathered, with its gradient
     room = (1 - FREE) * known.memory - state_bytes - gradients - copies - head
@@ -70,7 +72,7 @@ def chosen(
 
 
 def _hidden(spec: LayerSpec, compute: ComputeConfig) -> float:
-    """Numbers per token that the feed-forwards' hidden layers have, copies for experts included."""
+    """Hidden width of the feed-forwards per token, counting one copy per slot of its experts."""
     spread = compute.capacity_factor if compute.dispatch == "einsum" else 2.0
     copies = spec.k * spread if spec.experts else 1.0
     return copies * spec.d_ff + spec.shared_d_ff + spec.anchor * spec.d_ff
@@ -79,7 +81,8 @@ def _hidden(spec: LayerSpec, compute: ComputeConfig) -> float:
 def _kept(
     model: ModelConfig, spec: LayerSpec, compute: ComputeConfig, policy: str, tensor: int
 ) -> float:
-    """Numbers per token and layer that are kept on one device: the layer's input, and more."""
+    """Values per token that one layer keeps on one device for the backward pass: its input, plus
+    whatever the policy keeps."""
     kept = float(model.d_model)
     if policy != "full":
         heads = 2 * model.heads + 2 * model.kv_heads  # queries, output, keys, values

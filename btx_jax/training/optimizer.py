@@ -25,14 +25,14 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def decayed(params: Any) -> Any:
-    """Tree of bools: true for kernels and the embedding, which are decayed; false for biases and
+    """Weight decay mask, a tree of bools: true for kernels and the embedding, false for biases and
     norm scales."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not is_norm_or_bias(path), params)
 
 
 def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
-    """Like optax.clip_by_global_norm, but multiplies by one factor: optax's elementwise division
-    keeps XLA from fusing the clipping into AdamW."""
+    """Like optax.clip_by_global_norm, but multiplies by a single factor: optax's elementwise
+    division prevents XLA from fusing the clipping into AdamW."""
 
     def clip(updates: Any, _: Any = None) -> Any:
         factor = jnp.minimum(
@@ -65,7 +65,7 @@ def split(params: Mapping[str, Any], frozen: str) -> tuple[dict[str, Any], dict[
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient clipping and AdamW, for the trained part of `split`."""
+    """Gradient clipping followed by AdamW, for the trained parameters that `split` returns."""
     return optax.chain(
         clip_by_global_norm(config.clip_norm),
         optax.adamw(

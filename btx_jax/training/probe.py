@@ -1,5 +1,5 @@
-"""The mixing probe: while a branch trains, the held-out loss it would have with all parameters that
-mixing shares averaged with those of its seed."""
+"""The mixing probe: while a branch trains, measures the held-out loss that it would have if the
+parameters that mixing shares were averaged with its seed's."""
 
 from collections.abc import Callable, Mapping
 from statistics import mean
@@ -21,16 +21,17 @@ Heldout = Mapping[str, Mapping[str, float]]  # domain -> nats_per_token and othe
 
 
 def is_probed(model: ModelConfig, train: TrainConfig) -> bool:
-    """Whether a run measures the mixing barrier: only dense branches do. LoRA experts and branches
-    with frozen shared parts have no barrier, as nothing shared moves; a branch with an anchor is
-    not dense."""
+    """Whether a run measures the mixing barrier. Only dense branches do: with LoRA experts or
+    frozen shared parameters nothing shared changes, so there is no barrier, and a branch with an
+    anchor is not dense."""
     moves = not (model.moe or model.lora) and train.frozen != "shared"
     return train.mixing_probe and bool(train.eval_every) and moves
 
 
 def abstract_seed(params: Any, train: TrainConfig) -> Any:
-    """The abstract parameters of the seed to keep beside a branch with these (abstract) parameters:
-    those that mixing shares, sharded like the branch's, in `frozen_dtype`."""
+    """Abstract parameters of the seed to hold in memory alongside a branch: those that mixing
+    shares, sharded like the branch's, in `frozen_dtype`. params: abstract parameters of the
+    branch."""
     shared = partition(params, is_feed_forward)[1]
     shapes = jax.eval_shape(lambda tree: in_frozen_dtype(tree, train), shared)
     return jax.tree.map(
@@ -39,8 +40,8 @@ def abstract_seed(params: Any, train: TrainConfig) -> Any:
 
 
 def make_average(init: Checkpoint, params: Any, train: TrainConfig) -> Callable[[Params], Params]:
-    """Make a function from a branch's parameters to those it has when mixed with its seed, init:
-    shared parameters averaged, feed-forwards unchanged. params: abstract parameters of the
+    """Return a function that takes a branch's parameters and averages the shared ones with its
+    seed's, leaving feed-forwards unchanged. init: the seed. params: abstract parameters of the
     branch."""
     seed = load_part(init, abstract_seed(params, train))
 
@@ -63,8 +64,9 @@ def make_average(init: Checkpoint, params: Any, train: TrainConfig) -> Callable[
 
 
 def barrier(seed: Heldout, branch: Heldout, mixed: Heldout) -> float:
-    """How much worse the average is than the better of seed and branch: nats per token, averaged
-    over all domains. This is the loss due to averaging in a mixture that routes perfectly."""
+    """How much higher the averaged model's loss is than the lower of seed's and branch's, in nats
+    per token, averaged over all domains. This is what averaging costs in a mixture that routes
+    perfectly."""
     return mean(
         average["nats_per_token"] - min(of[domain]["nats_per_token"] for of in (seed, branch))
         for domain, average in mixed.items()

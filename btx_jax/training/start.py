@@ -1,4 +1,5 @@
-"""Where a training run starts: its model and mesh, checked before anything is compiled."""
+"""Starting point of a training run: its model, initial parameters and mesh, checked before anything
+is compiled."""
 
 import dataclasses
 import logging
@@ -35,20 +36,22 @@ log = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
 
-# Peak learning rates for weights with much training behind them: the default of transformers'
-# Trainer, which lies between the 1e-5 and 1e-4 of published continuations; and for LoRA experts on
-# such weights (MoLA, section 4.1).
+# Peak learning rates for pretrained weights: the default of transformers' Trainer, which lies
+# between the 1e-5 and 1e-4 of published continued pretraining; and for LoRA experts on pretrained
+# weights (MoLA, section 4.1).
 PRETRAINED_RATE, PRETRAINED_LORA_RATE = 5e-5, 3e-4
 # Peak rates for other weights: Llama's 3e-4 at 7B (also Llama 3's at 8B), scaled with the inverse
 # fourth root of the size. This also gives TinyLlama's 4e-4 at 1.1B and Llama's 1.5e-4 at 65B. The
 # caps are the demo's rates.
 FRESH_RATE, FRESH_LORA_RATE = 2e-3, 5e-3
-COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022); more counts as pretrained
+# Tokens per parameter (Hoffmann et al., 2022); weights with at least this many count as pretrained.
+COMPUTE_OPTIMAL = 20
 
 
 def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
-    """(checkpoint or None, model) of a run. Raises ConfigError as `starting_model` does, UserError
-    when the checkpoint does not exist."""
+    """Return (checkpoint, model) that a run starts from; the checkpoint is None for random
+    parameters. Raises ConfigError if config.init is not set and as `starting_model` does, UserError
+    if the checkpoint does not exist."""
     if not config.init:
         raise ConfigError(
             f"config.init: not set; name the checkpoint to start from, or {SCRATCH!r} for random"
@@ -59,10 +62,11 @@ def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
 
 
 def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
-    """The model to train. held: that of the checkpoint in config.init; None for scratch.
+    """The model to train. held: the model of the checkpoint in config.init; None for scratch.
 
-    Raises ConfigError when the config names another model, when there is neither a checkpoint nor a
-    model, or when the LoRA experts differ from the checkpoint's.
+    Raises ConfigError if the config names another model, if there is neither a checkpoint nor a
+    model, if the run needs a base but starts from scratch, or if the LoRA experts differ from the
+    checkpoint's.
     """
     if held is None:
         if config.model is None:
@@ -88,15 +92,16 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
 
 
 def trained_model(config: Config, held: ModelConfig) -> ModelConfig:
-    """The model to train, starting from `held`: with the config's LoRA experts, or with an anchor.
-    Raises ConfigError for a combination that is not possible."""
+    """The model to train, starting from `held`: with LoRA experts or an anchor added where the
+    config asks for them. Raises ConfigError for an impossible combination."""
     adapted = adapted_model(held, config.lora)
     return anchored_model(adapted) if config.train and config.train.anchor else adapted
 
 
 def anchored_model(model: ModelConfig) -> ModelConfig:
-    """The model of a dense branch that trains with an anchor: a mixture of the two. A model that
-    has an anchor is returned unchanged. Raises ConfigError for a model that cannot have one."""
+    """The model of a dense branch trained with an anchor: a mixture of one expert per layer and the
+    anchor. A model that already has an anchor is returned unchanged. Raises ConfigError for a model
+    that cannot have one."""
     if model.has_anchor:
         return model
     if model.moe or model.lora:
@@ -109,8 +114,8 @@ def anchored_model(model: ModelConfig) -> ModelConfig:
 
 
 def is_pretrained(metadata: CheckpointMetadata) -> bool:
-    """Whether these weights carry training that a high learning rate would undo: training done
-    elsewhere, or a compute-optimal amount done here."""
+    """Whether these weights have had training that a high learning rate would undo: any training
+    outside btx_jax, or a compute-optimal amount in it."""
     runs = [run for run in metadata.history.values() if run]
     tokens = sum(run.tokens for run in runs)
     return (
@@ -122,8 +127,8 @@ def is_pretrained(metadata: CheckpointMetadata) -> bool:
 def default_learning_rate(
     init: CheckpointMetadata | None, model: ModelConfig, train: TrainConfig
 ) -> float:
-    """The value of config.train.learning_rate=0. init: the checkpoint that the run starts from;
-    None for random weights."""
+    """The peak learning rate that config.train.learning_rate=0 stands for. init: metadata of the
+    checkpoint that the run starts from; None for random weights."""
     pretrained = init is not None and is_pretrained(init)
     if train.frozen == "base":
         return PRETRAINED_LORA_RATE if pretrained else FRESH_LORA_RATE
@@ -134,10 +139,10 @@ def default_learning_rate(
 
 
 def settled(config: Config, recorded: Mapping[str, Any]) -> Config:
-    """The config with its automatic values decided: learning rate and dispatch.
+    """The config with its automatic values filled in: learning rate and dispatch.
 
-    recorded: the config of the interrupted run to resume, whose decisions are kept on any machine;
-    empty for a new run.
+    recorded: the config recorded by the interrupted run to resume, whose choices are kept whatever
+    the machine; empty for a new run.
     """
     assert config.train and config.compute and config.mesh
     compute, train = config.compute, config.train
@@ -160,7 +165,8 @@ def settled(config: Config, recorded: Mapping[str, Any]) -> Config:
 
 def adapted_model(model: ModelConfig, lora: LoRAConfig | None) -> ModelConfig:
     """The checkpoint's model with the config's LoRA experts. If the model already has LoRA experts,
-    only their use may change: k, dropout and gating, which may need a new router."""
+    only k, dropout and gating may change; a new gating may need a new router. Raises ConfigError
+    for other changes and for LoRA experts that the model cannot have."""
     if lora is None:
         return model
     if model.lora:
@@ -183,8 +189,9 @@ def adapted_model(model: ModelConfig, lora: LoRAConfig | None) -> ModelConfig:
 def start_adapted(
     init: Checkpoint, model: ModelConfig, abstract: Any, key: jax.Array
 ) -> tuple[Params, Base]:
-    """Step 0 of LoRA experts: (all parameters, the base below them). Expert parameters that the
-    checkpoint lacks are initialised."""
+    """Initial parameters of a run that trains LoRA experts: (all parameters, their base). Expert
+    parameters that the checkpoint lacks are initialised at random. abstract: all parameters, with
+    shardings."""
     abstract_experts, abstract_base = partition(abstract, is_adapter)
     tensors = to_tensors(
         model, jax.jit(lambda key: partition(init_params(model, key), is_adapter)[0])(key)
@@ -204,20 +211,21 @@ def start_adapted(
 
 
 def is_started_as_branch(init: CheckpointMetadata, model: ModelConfig, train: TrainConfig) -> bool:
-    """Whether `start_branch` starts this run. A model with an anchor that is stored whole, because
-    more than its feed-forwards was trained, starts like any other model."""
+    """Whether `start_branch` makes the initial parameters of this run. A model with an anchor that
+    is stored in full, because more than its feed-forwards was trained, starts like any other
+    model."""
     if model.has_anchor and init.model.has_anchor:
         return train.frozen == "shared" and init.base is not None
     return train.frozen == "shared" or model.has_anchor
 
 
 def start_branch(init: Checkpoint, model: ModelConfig, abstract: Any) -> tuple[Params, Base]:
-    """Step 0 of a branch that trains only the feed-forwards of its base, or has them as its anchor:
-    (all parameters, the base). A branch of a branch keeps the first one's base, as long as both
-    have an anchor or neither has.
+    """Initial parameters of a branch that trains only its base's feed-forwards, or keeps them as
+    its anchor: (all parameters, the base). A branch of a branch keeps the first branch's base,
+    provided that both have an anchor or neither does. abstract: all parameters, with shardings.
 
-    The feed-forwards beside a new anchor start as a copy of it. Router and biases start at zero,
-    which gives both a gate of one half, so that the branch equals its base bit for bit.
+    The expert next to a new anchor starts as a copy of it. Router and biases start at zero, so
+    expert and anchor both get a gate of one half, and the branch equals its base bit for bit.
     """
     own, shared = partition(abstract, is_feed_forward)
     is_new = model.has_anchor and not init.metadata.model.has_anchor
@@ -259,8 +267,8 @@ def _beside_anchor(init: Checkpoint, abstract: Any) -> Params:
 def checked_mesh(
     config: Config, model: ModelConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh over all devices, or over the given ones, after checking that every size divides.
-    Raises ConfigError that lists everything that does not fit, by key."""
+    """The mesh over the given devices, by default all, after checking that every size divides.
+    Raises a ConfigError that lists every conflict by its config key."""
     assert config.train and config.data and config.compute and config.mesh
     mistakes = Mistakes()
     shape = None
@@ -277,17 +285,17 @@ def checked_mesh(
 
 
 def dividing_accumulate(train: TrainConfig, shards: int) -> int:
-    """The largest number of micro-batches, up to the config's, whose rows divide over this many
-    shards; 0 for none."""
-    counts = range(train.accumulate, 0, -1)  # none where the config leaves it open
+    """The largest number of micro-batches, at most the config's, whose rows divide over this many
+    shards; 0 if there is none."""
+    counts = range(train.accumulate, 0, -1)  # empty for accumulate=0 (automatic)
     return next((n for n in counts if train.batch_size % (n * shards) == 0), 0)
 
 
 def _misfits(
     config: Config, model: ModelConfig, shape: tuple[int, int, int, int, int], platform: str
 ) -> Iterator[str]:
-    """Conflicts between a training config's sections and its model, as messages. shape: of the
-    mesh."""
+    """Yield a message for every conflict between a training config's sections, its model and the
+    mesh. shape: of the mesh."""
     assert config.train and config.data and config.compute
     shards, expert_axis, context_axis = math.prod(shape[:3]), shape[2], shape[4]
     train, data, compute = config.train, config.data, config.compute
@@ -314,7 +322,7 @@ def _misfits(
             f"config.data.sequence_length={data.sequence_length}: longer than"
             f" config.model.context={model.context}"
         )
-    pieces = 2 * context_axis if context_axis > 1 else 1  # of a row (parallel/sequence.py)
+    pieces = 2 * context_axis if context_axis > 1 else 1  # per row (parallel/sequence.py)
     if data.sequence_length % pieces:
         yield (
             f"config.data.sequence_length={data.sequence_length}: does not divide into two pieces"

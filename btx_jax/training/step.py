@@ -34,19 +34,21 @@ Batch = Mapping[
 
 
 class TrainState(NamedTuple):
-    """opt_state: of what is trained alone (`optimizer.split`)."""
+    """State of training. opt_state covers only the trained parameters (`optimizer.split`)."""
 
-    # [], int32: optimizer steps done; Any, since shardings and shapes travel in the same structure
+    # Optimizer steps done, [] int32. Typed Any because the same structure also holds shardings and
+    # shapes.
     step: Any
     params: Params
     opt_state: Any
 
 
 class Metrics(NamedTuple):
-    """Of one step, over the global batch. Losses in nats; balance and z are unweighted sums over
-    layers.
+    """Metrics of one step over the global batch. Losses are in nats; balance_loss and z_loss are
+    unweighted sums over layers, averaged over micro-batches.
 
-    routing: run name -> RoutingStats with a leading layer axis, averaged over micro-batches.
+    routing: name of a run of layers -> RoutingStats with a leading layer axis, averaged over
+    micro-batches.
     """
 
     loss: jax.Array
@@ -69,8 +71,9 @@ def loss_function(
     step: jax.Array,
     key: jax.Array | None,
 ):
-    """LM loss of one micro-batch as its share of `targets` (all targets of the step), plus the
-    auxiliary losses."""
+    """Return (loss of one micro-batch, (LM loss, balance loss, z loss, routing)). The LM loss is
+    summed over the micro-batch and divided by `targets`, the number of targets in the whole step;
+    the loss adds the weighted auxiliary losses, divided by train.accumulate."""
     params = join(trained, frozen)
     inputs, segments, labels, mask = next_token_targets(batch["tokens"], batch["segments"])
     rngs = {} if key is None else {"routing": key, "dropout": jax.random.fold_in(key, 1)}
@@ -85,17 +88,19 @@ def loss_function(
 
 
 def matmul_copies(params: Params, dtype: str) -> Params:
-    """The parameters as matmuls see them. A gradient with respect to these is half the size of one
-    with respect to the float32 parameters and what the cast's own derivative would make of it; the
-    head's, summed in float32, is rounded once."""
+    """Parameters cast to the matmul dtype, except those that stay float32. Gradients are taken with
+    respect to these copies: in bfloat16 they are half the size of the float32 gradients that
+    differentiating through the cast would yield. The head's gradient, which is summed in float32,
+    is rounded once."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x if stays_float32(path) else x.astype(dtype), params
     )
 
 
 class Sums(NamedTuple):
-    """Over the micro-batches of a step so far. grads: float32, of what is trained. targets: of the
-    whole step, known from the start. The others as in Metrics, not yet divided by `accumulate`."""
+    """Running sums over the micro-batches of a step. grads: float32, for the trained parameters.
+    targets: their number in the whole step, known from the start. The other fields are as in
+    Metrics, not yet divided by `accumulate`."""
 
     grads: Params
     loss: jax.Array
@@ -115,8 +120,9 @@ def gradients(
     step: jax.Array,
     key: jax.Array,
 ) -> Sums:
-    """Of one micro-batch. Summed over a step's, they equal those of one big batch for the LM loss;
-    the auxiliary losses are means over micro-batches: a balance loss is not linear in its batch."""
+    """Gradients, losses and routing of one micro-batch. For the LM loss, gradients summed over a
+    step's micro-batches equal those of one big batch. The auxiliary losses are averaged over
+    micro-batches instead: a balance loss is not linear in its batch."""
     trained, frozen = split(matmul_copies(params, model.compute.dtype), train.frozen)
     grad = jax.value_and_grad(loss_function, has_aux=True)
     (loss, (lm_loss, balance, z, routing)), grads = grad(
@@ -131,7 +137,8 @@ def count_targets(batch: Batch) -> jax.Array:
 
 
 def micro_batch(batch: Batch, index: jax.Array, count: int) -> Batch:
-    """Number `index` of `count`: every count-th row, so that each is spread over all devices."""
+    """Micro-batch number `index` of `count`: every count-th row, so that each micro-batch is spread
+    over all devices."""
     return {
         name: jax.lax.dynamic_index_in_dim(
             x.reshape(-1, count, *x.shape[1:]), index, axis=1, keepdims=False
@@ -141,8 +148,9 @@ def micro_batch(batch: Batch, index: jax.Array, count: int) -> Batch:
 
 
 def state_shardings(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """(abstract TrainState, its shardings): moments lie where their parameters lie, what is frozen
-    has its own dtype and no moments."""
+    """Return (abstract TrainState, its shardings). Moments are sharded like their parameters;
+    frozen parameters are in `frozen_dtype` and have no moments. Raises for a dimension that does
+    not divide over the mesh."""
     boxed = abstract_params(model)
     shapes, params = nn.unbox(boxed), param_shardings(boxed, mesh)
     trained, frozen = split(shapes, train.frozen)
@@ -161,8 +169,8 @@ def state_shardings(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple
 
 
 def in_frozen_dtype(frozen: Params, train: TrainConfig) -> Params:
-    """What is frozen as it is kept. A frozen embedding gets no gradient and need not stay in
-    float32."""
+    """Frozen parameters in `frozen_dtype`, except those whose computation is in float32. A frozen
+    embedding gets no gradient, so it is cast too."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x if computes_in_float32(path) else x.astype(train.frozen_dtype), frozen
     )
@@ -175,8 +183,8 @@ def init_state(
     key: jax.Array | None = None,
     params: Params | None = None,
 ) -> TrainState:
-    """Step 0: random parameters from `key`, or the given ones; zero moments. Laid out on the mesh
-    from the start."""
+    """The state at step 0: random parameters from `key`, or the given ones, and zero moments. It is
+    created sharded over the mesh."""
     _, shardings = state_shardings(model, train, mesh)
     optimizer = make_optimizer(train)
     if params is None:
@@ -190,8 +198,8 @@ def init_state(
 
 
 class Part(NamedTuple):
-    """A program of a step. times: how often a step runs it. beside: what devices hold of the state
-    while it runs, and it does not see."""
+    """One of the programs that make up a step. times: how often a step runs it. beside: state that
+    the devices hold while it runs but that is not among its arguments."""
 
     program: Any
     times: int = 1
@@ -199,14 +207,14 @@ class Part(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of memory that one device needs; of a compiled program."""
+        """Bytes of memory that one device needs. The program must be compiled."""
         used = self.program.memory_analysis()
         own = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes
         return int(own - used.alias_size_in_bytes + shard_bytes(self.beside))
 
 
 def shard_bytes(abstract: Any) -> int:
-    """What one device holds of these arrays."""
+    """Bytes of these arrays that one device holds."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(abstract)
@@ -214,20 +222,20 @@ def shard_bytes(abstract: Any) -> int:
 
 
 class TrainStep:
-    """(state, batch, key) -> (state, Metrics), compiled. The state is donated to what changes it:
-    to the whole step, or, with several micro-batches, to the update behind the last of them.
+    """A compiled step: (state, batch, key) -> (state, Metrics). The state is donated to the program
+    that changes it: the whole step, or, with several micro-batches, the update after the last one.
 
-    Between two micro-batches a step can be dropped, and then the state is as it was."""
+    A step can be abandoned between two micro-batches; the state is then unchanged."""
 
-    LONG = 2.0  # seconds of a micro-batch behind which the next one does not queue
+    LONG = 2.0  # seconds; after a micro-batch longer than this, the next is not queued behind it
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
-        self._took = 0.0  # seconds, the last micro-batch
+        self._took = 0.0  # seconds that the last micro-batch took
 
     @property
     def bytes(self) -> int:
-        """Of memory that one device needs."""
+        """Bytes of memory that one device needs: the largest of the step's programs."""
         return max(part.bytes for part in self.parts)
 
     def __call__(
@@ -237,11 +245,13 @@ class TrainStep:
         key: jax.Array,
         check: Callable[[], None] = lambda: None,
     ) -> tuple[TrainState, Metrics]:
-        """check: called before every micro-batch and the update; what it raises drops the step.
+        """Run one step. check: called before every micro-batch and before the update; an exception
+        from it abandons the step.
 
-        A micro-batch is started while the one before it runs, so that devices never wait, and no
-        earlier, so that nobody waits for more than two of them; for one only where they are long
-        and the pause between two, some milliseconds, is nothing.
+        Each micro-batch is launched while the previous one runs, so that devices never idle, but
+        not earlier, so that a stop waits for at most two micro-batches. If micro-batches take
+        longer than LONG, the next is launched only when the previous one has finished: a stop then
+        waits for one, and the gap of some milliseconds is negligible.
         """
         if len(self.parts) == 1:
             check()
@@ -261,7 +271,8 @@ class TrainStep:
 def decided(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
 ) -> tuple[ComputeConfig, TrainConfig]:
-    """The settings with everything that they leave open decided for this mesh."""
+    """The settings with their automatic values (kernels, dispatch, remat, accumulate) chosen for
+    this mesh."""
     platform = mesh.devices.flat[0].platform
     compute = dataclasses.replace(
         compute,
@@ -281,9 +292,9 @@ def decided(
 def make_train_step(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
 ) -> TrainStep:
-    """Compiled here, under the mesh: a jitted function called outside it would silently lose every
-    activation constraint. Equal arguments return the same programs, so that branches of a pipeline
-    compile once.
+    """Compile a training step. This happens here, under the mesh, because a jitted function called
+    outside it would silently lose every activation constraint. Results are cached by their
+    arguments, so that the branches of a pipeline compile once.
     """
     parts = lower_train_step(model, compute, train, mesh, sequence_length)
     return TrainStep([part._replace(program=compiled(part.program)) for part in parts])
@@ -292,7 +303,8 @@ def make_train_step(
 def lower_train_step(
     model: ModelConfig, compute: ComputeConfig, train: TrainConfig, mesh: Mesh, sequence_length: int
 ) -> list[Part]:
-    """The whole step; with several micro-batches its start, one micro-batch, and the update."""
+    """Lower the programs of a step: the whole step in one, or, with several micro-batches, its
+    start (which zeroes the sums), one micro-batch, and the update."""
     compute, train = decided(model, compute, train, mesh, sequence_length)
     llama, optimizer, rate = Llama(model, compute), make_optimizer(train), schedule(train)
     count = train.accumulate
@@ -324,7 +336,7 @@ def lower_train_step(
         )
 
     def one(params: Params, step: Any, batch: Batch, targets: Any, index: Any, key: Any) -> Sums:
-        """Of a micro-batch; all numbers as they are summed."""
+        """Sums of one micro-batch, in float32."""
         key = jax.random.fold_in(jax.random.fold_in(key, step), index)
         batch = micro_batch(batch, index, count)
         found = gradients(params, batch, llama, train, targets, step, key)

@@ -1,4 +1,4 @@
-"""The space that a run takes on disk, beside what is free there."""
+"""Estimate the disk space that a run needs and compare it with the free space."""
 
 import math
 import shutil
@@ -15,12 +15,12 @@ from btx_jax.models.lora import is_adapter
 from btx_jax.terminal import size
 from btx_jax.training.optimizer import is_trained
 
-BYTES = 4  # of a parameter, and of AdamW's second moment of it
+BYTES = 4  # per parameter, and per entry of AdamW's second moment
 
 
 def storage(stage: Config, model: ModelConfig) -> float:
-    """Upper bound on the bytes of the checkpoints that a stage leaves on disk: of training, the
-    newest and the best. model: what it writes."""
+    """Upper bound, in bytes, on the checkpoints that a stage leaves on disk; a training stage keeps
+    the newest ones and the best. model: the model that the stage writes."""
     leaves = leaf_counts(model)
     if not stage.train:
         held = (path for path in leaves if not model.lora or is_adapter(path))
@@ -38,8 +38,8 @@ def storage(stage: Config, model: ModelConfig) -> float:
 
 
 def shortage(needed: Mapping[Path, float], workdir: Path) -> str:
-    """A warning if the disk of `workdir` has less free than may still be written; "" if it has
-    enough, and in a bucket. needed: directory of a stage -> `storage` of it."""
+    """Return a warning if the disk of `workdir` has less free space than may still be written, else
+    "". Always "" in a bucket. needed: directory of a stage -> its `storage`."""
     if is_on_bucket(workdir):
         return ""
     left = sum(max(most - _written(directory), 0.0) for directory, most in needed.items())
@@ -54,5 +54,5 @@ def shortage(needed: Mapping[Path, float], workdir: Path) -> str:
 
 
 def _written(directory: Path) -> int:
-    """Bytes of all files in a directory, which need not exist."""
+    """Total bytes of the files below a directory; 0 if it does not exist."""
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 DROPPED = 0.05  # share of routed claims above which training is known to suffer
-DROPPED_STEPS = 10  # the mean over this many is compared with DROPPED
+DROPPED_STEPS = 10  # number of steps whose mean is compared with DROPPED
 FIRST_STEPS = 100
-RISE = 0.5  # nats per token; batches of one run differ by less, new weights fall from the start
+RISE = 0.5  # nats per token: more than the spread between batches; from scratch the loss only falls
 ASKED_EVERY = 10  # minimum number of steps between held-out evaluations made only for this check
-RISEN_STEPS = 3  # in a row, so that one hard batch does not count
+RISEN_STEPS = 3  # consecutive steps, so that a single hard batch does not warn
 BARRIER = 0.1  # nats per token (training.probe.barrier)
 
 
@@ -23,7 +23,7 @@ def dropped_warning(share: float) -> str:
 
 
 class Dropped:
-    """Warns once, when the mean dropped share over the last steps is too high."""
+    """Warns once, when the mean share of dropped claims over the last steps is too high."""
 
     def __init__(self, steps: int):
         """steps: length of the run, which may be short."""
@@ -31,7 +31,7 @@ class Dropped:
         self._said = False
 
     def add(self, share: float) -> str:
-        """Add a step's share; returns a warning or ""."""
+        """Add a step's share of dropped claims; return a warning or ""."""
         self._shares.append(share)
         full = len(self._shares) == self._shares.maxlen
         if self._said or not full or mean(self._shares) <= DROPPED:
@@ -44,23 +44,23 @@ class FirstSteps:
     """Warns once, when the loss within the first steps rises far above its initial value.
 
     The loss of step 1 is that of the initial weights. Batches differ, so several in a row must
-    exceed it. Where held-out losses are measured, every domain must exceed its own initial loss by
-    as much: learning one domain may well mean forgetting another.
+    exceed it by RISE. Where held-out losses are measured, every domain must exceed its own initial
+    loss by as much, since learning one domain may well mean forgetting another.
     """
 
     def __init__(self, learning_rate: float, losses: Sequence[float] = ()):
-        """learning_rate: the peak, for the message. losses: those of earlier steps, in a resumed
-        run."""
+        """learning_rate: the peak rate, for the message. losses: those of the steps before a
+        resume."""
         self._rate, self._losses, self._said = learning_rate, list(losses), False
         self._ask_from = 0
 
     def add(
         self, step: int, loss: float, heldout: Callable[[], Mapping[str, tuple[float, float]]]
     ) -> str:
-        """Add a step; returns a warning or "".
+        """Add a step; return a warning or "".
 
-        loss: of this step's batch. heldout: returns domain -> (initial loss, current loss), called
-        only when the batches look bad; empty when not measured.
+        loss: training loss of this step's batch. heldout: returns domain -> (initial loss, current
+        loss), or {} when not measured; called only when the batch losses look bad.
         """
         self._losses.append(loss)
         if self._said or not RISEN_STEPS < len(self._losses) == step <= FIRST_STEPS:
@@ -77,7 +77,7 @@ class FirstSteps:
         return self._warning(step, "training", before, now) if now >= before + 2 * RISE else ""
 
     def compare(self, step: int, heldout: Mapping[str, tuple[float, float]]) -> str:
-        """Check held-out losses alone, domain -> (initial, current); returns a warning or ""."""
+        """Check held-out losses alone, domain -> (initial, current); return a warning or ""."""
         if self._said or step > FIRST_STEPS or not heldout:
             return ""
         if not all(now >= before + RISE for before, now in heldout.values()):
@@ -96,16 +96,17 @@ class FirstSteps:
 
 
 class Basin:
-    """Warns once, when a branch has left its seed's basin: averaging what mixing shares with the
-    seed's loses more than mixing gains. Branches of a seed that has had little training always do:
-    a rate that keeps them near it would teach them nothing."""
+    """Warns once, when a branch has left its seed's basin: averaging the shared parameters with the
+    seed's then loses more than mixing gains. Branches of a seed with little training always leave
+    it: a learning rate low enough to stay near the seed would teach them nothing."""
 
     def __init__(self, is_pretrained: bool):
-        """is_pretrained: whether the seed has had much training (`training.start`)."""
+        """is_pretrained: whether the seed counts as pretrained (`training.start.is_pretrained`)."""
         self._is_pretrained, self._said = is_pretrained, False
 
     def add(self, step: int, barrier: float) -> str:
-        """barrier: from `training.probe.barrier`. Returns a warning or ""."""
+        """Check the barrier measured at a step (`training.probe.barrier`), in nats per token;
+        return a warning or ""."""
         if self._said or barrier <= BARRIER:
             return ""
         self._said = True
