@@ -1,9 +1,10 @@
 """Specifications of accelerators: one table for MFU, roofline bounds and the compiler's clock.
 
-TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (pages of 2026), per jax device: a chip, or
-one of tpu7x's two cores. The one-way rate of a link or to the host, and where links wrap around,
-are from jax-ml.github.io/scaling-book, "How to think about TPUs"; tpu7x has v5p's network. The
-data-centre network rate is a host's share. GPUs: nvidia.com data sheets, dense bfloat16.
+TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (as of 2026), per jax device: a chip, or one
+of tpu7x's two cores. One-way rates of links and to the host, and which links wrap around, are from
+jax-ml.github.io/scaling-book, "How to think about TPUs"; tpu7x is given v5p's network. The
+data-centre network rate is that of a host divided among its chips. GPUs: nvidia.com data sheets,
+dense bfloat16.
 """
 
 import functools
@@ -21,7 +22,7 @@ class Chip:
     """A device's capabilities.
 
     flops: dense bfloat16 FLOP/s.
-    int8: the rate of int8 products, as a multiple of flops.
+    int8: int8 operations/s, as a multiple of flops.
     memory: bytes that a program may use.
     bandwidth: of main memory, bytes/s.
     link: one-way rate of one link to a neighbour, bytes/s.
@@ -29,8 +30,8 @@ class Chip:
     host: one-way rate to the host's memory (PCIe), bytes/s.
     clock: cycles/s, as the compiler counts them.
     array: side of the matrix unit; narrower operands fill it only partly.
-    cube: whether links wrap around in slices all of whose sides are multiples of 4 (optical
-        switches), rather than along sides of 16.
+    cube: where links wrap around. True: in slices all of whose sides are multiples of 4 (optical
+        switches). False: along sides of 16.
     per_chip: devices that share a chip's links.
     """
 
@@ -47,9 +48,9 @@ class Chip:
     int8: float = 1.0
 
 
-# jax's device_kind -> Chip. Memory is what the compiler grants a program. The clock is the rate at
-# which fully used matrix units give peak FLOP/s: 4 of 128 x 128 (v5e), 8 (v4, v5p), and the
-# equivalent of 4 of 256 x 256 (v6e, a core of tpu7x).
+# jax's device_kind -> Chip. Memory is what the compiler lets a program use. The clock is the rate
+# at which fully used matrix units reach peak FLOP/s: 4 of 128 x 128 (v5e), 8 of 128 x 128 (v4,
+# v5p), and the equivalent of 4 of 256 x 256 (v6e, a core of tpu7x).
 CHIPS = {
     "TPU v4": Chip(275e12, 30.75 * GIB, 1.2e12, 45e9, 6.25e9, 1.05e9),
     "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.8e12, 45e9, 3.125e9, 1.5e9, cube=False, int8=2),
@@ -63,7 +64,7 @@ CHIPS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The chip whose name in the table is the longest prefix of device_kind; None if none is."""
+    """The entry of CHIPS whose name is the longest prefix of device_kind; None if there is none."""
     return next(
         (
             c
@@ -76,8 +77,8 @@ def chip(device_kind: str) -> Chip | None:
 
 @functools.cache
 def peak_flops_per_device() -> float:
-    """Peak FLOP/s of the local device: from the table, or on a CPU as reached by a float32 matmul
-    of 1024 x 1024 (the best of ten)."""
+    """Peak FLOP/s of a local device: from the table if it is listed there; otherwise (on a CPU)
+    measured with a float32 matmul of 1024 x 1024, the best of ten."""
     if known := chip(jax.local_devices()[0].device_kind):
         return known.flops
     n = 1024

@@ -30,8 +30,8 @@ from btx_jax.costs.links import Slice
 from btx_jax.costs.program import Kernel, kernel_of
 from btx_jax.costs.traffic import moved, traffic
 
-Kind = tuple[str, bool]  # kind of a collective, and whether it crosses slices
-Site = tuple[str, bool, str]  # the same, and its place in our program
+Kind = tuple[str, bool]  # kind of a collective; whether it crosses slices
+Site = tuple[str, bool, str]  # kind; whether it crosses slices; its place in our program
 _STRUCTURE = re.compile(
     r"jit\(.*?\)|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|remat\d*"
     r"|(?:transpose\()?jvp\(.*?\)\)?"
@@ -40,8 +40,8 @@ _STRUCTURE = re.compile(
 
 @dataclass
 class Traffic:
-    """Totals for some collectives, over all executions: seconds that are hidden and exposed;
-    numbers of asynchronous and synchronous ones."""
+    """Totals for some collectives over all executions: how many are asynchronous and synchronous,
+    and how many seconds are hidden behind computation and exposed."""
 
     asynchronous: int = 0
     synchronous: int = 0
@@ -59,9 +59,11 @@ class Traffic:
 class Clock:
     """Seconds of a step, by kind.
 
-    cycles: as the compiler counts. kernels: Pallas kernels. moves: operations it does not count, at
-    the memory's bandwidth. copies: what of prefetches, and of moves to and from the host, no
-    computation covers. by_place: (place in our program, instruction) -> seconds of all executions.
+    cycles: the compiler's estimated cycles. kernels: Pallas kernels. moves: operations for which
+    the compiler estimates no cycles, at main-memory bandwidth. copies: the part of prefetches and
+    of transfers to and from the host that is not hidden behind computation. by_site: totals of the
+    collectives at each place. by_place: (place in our program, instruction) -> seconds of all
+    executions.
     """
 
     cycles: float = 0.0
@@ -75,7 +77,7 @@ class Clock:
 
     @property
     def collectives(self) -> dict[Kind, Traffic]:
-        """Totals of every kind; of a kind that the program does not have, none."""
+        """Totals by kind; all zero for a kind that the program does not contain."""
         kinds: dict[Kind, Traffic] = collections.defaultdict(Traffic)
         for (kind, is_across, _), site in self.by_site.items():
             kinds[kind, is_across].add(site)
@@ -98,10 +100,10 @@ def read_clock(
     times: int = 1,
     clock: Clock | None = None,
 ) -> Clock:
-    """Read the time of a scheduled module.
+    """Add the time of a scheduled module to `clock` (by default a new one) and return it.
 
-    text: of the module, which runs `times` times; its time is added to `clock`, which is returned.
-    kernel_seconds: time of all executions of a kernel. Raises ValueError for a module without the
+    text: HLO of the module, which runs `times` times. where: the slice it runs on. kernel_seconds:
+    returns the time of all executions of a kernel. Raises ValueError for a module without the
     compiler's cycles, and for a loop whose trip count cannot be read.
     """
     if "is_scheduled=true" not in text or "estimated_cycles" not in text:
@@ -123,8 +125,9 @@ def place_of(op_name: str) -> str:
 
 @dataclass
 class _Travelling:
-    """A transfer in progress. site: None for a copy. fused: whether it progresses only during
-    fusions that contain it. by_host: whether it goes to the host's memory, or comes from it."""
+    """A transfer in progress. site: None for a copy. remaining: seconds. fused: whether it
+    progresses only during fusions that contain it. by_host: whether it goes to or comes from the
+    host's memory."""
 
     name: str
     site: Site | None
@@ -134,7 +137,7 @@ class _Travelling:
 
     @property
     def way(self) -> str:
-        """The resource it occupies, which serves one transfer at a time."""
+        """The resource that the transfer occupies, which serves one transfer at a time."""
         if self.site is None:
             return "host" if self.by_host else "memory"
         return "network" if self.site[1] else "links"
@@ -175,7 +178,7 @@ class _Reader:
         self, computation: Computation, start: Instruction, under_way: list[_Travelling], trips: int
     ) -> None:
         collective = of_instruction(start, computation, trips)
-        for name in () if collective else called(start):  # of an async-start
+        for name in () if collective else called(start):  # an async-start wraps the collective
             inside = self.computations[name]
             found = (of_instruction(i, inside, trips) for i in inside.instructions.values())
             collective = next(filter(None, found), None)
@@ -207,7 +210,7 @@ class _Reader:
         under_way: list[_Travelling],
         trips: int,
     ) -> None:
-        """Account for a fusion, which may contain a whole collective, or start, continue and end
+        """Account for a fusion, which may contain a whole collective, or may start, continue or end
         asynchronous ones."""
         inside = self.computations[next(called(fusion))]
         targets = [
@@ -272,8 +275,8 @@ class _Reader:
         held: list[str],
         links: bool = True,
     ) -> None:
-        """Advance the transfers while something else takes `seconds`. links: whether the links are
-        free."""
+        """Advance the transfers in progress by `seconds`, during which something else runs. held:
+        collectives that the running fusion contains. links: whether the links are free."""
         left = dict.fromkeys(("memory", "host", "network", "links"), seconds)
         left["links"] *= links
         for one in under_way:

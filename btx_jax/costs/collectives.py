@@ -21,14 +21,15 @@ COLLECTIVES = (
 @dataclass(frozen=True)
 class Collective:
     """One collective of the program. bytes: size of the larger of operand and result, per device
-    and execution. groups: of device positions; (source, target) pairs for a collective-permute."""
+    and execution. trips: number of executions. groups: groups of device positions that exchange
+    data; (source, target) pairs for a collective-permute."""
 
     kind: str
     bytes: float
     trips: int
     groups: tuple[tuple[int, ...], ...]
     where: str  # op_name: the place in our program
-    slices: int = 1  # more than one: the part that crosses slices, through the hosts
+    slices: int = 1  # more than one: the part that crosses slices over the hosts' network
 
     @property
     def group_size(self) -> int:
@@ -36,8 +37,8 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in all executions, with the algorithms that send least: an
-        all-reduce is a reduce-scatter and a gather."""
+        """Bytes that a device sends over all executions, assuming the algorithms that send least:
+        an all-reduce counts as a reduce-scatter and an all-gather."""
         n = self.group_size
         share = {"collective-permute": 1.0, "all-reduce": 2 * (n - 1) / n}.get(
             self.kind, (n - 1) / n
@@ -48,8 +49,8 @@ class Collective:
 def of_instruction(
     instruction: Instruction, computation: Computation, trips: int
 ) -> Collective | None:
-    """The collective that an instruction is or starts, executed `trips` times; None for others, and
-    for collectives within a single device, which exchange nothing."""
+    """The collective that an instruction performs or starts, executed `trips` times; None if there
+    is none, or if its groups are single devices, which exchange nothing."""
     kind = instruction.opcode.removesuffix("-start")
     operands = [s for o in computation.operands(instruction) for s in o.shapes]
     place = instruction.place
@@ -65,7 +66,7 @@ def of_instruction(
         sum(s.bytes for s in operands), max((s.bytes for s in instruction.shapes), default=0)
     )
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # the TPU's own form: an all-reduce and a slice in one ring
+        kind = "reduce-scatter"  # TPU form: an all-reduce and a slice fused in one ring
     groups = groups_of(instruction)
     if groups and max(map(len, groups)) == 1:
         return None
@@ -73,8 +74,9 @@ def of_instruction(
 
 
 def goes_on(collective: Instruction) -> bool:
-    """Whether an instruction continues a collective. TPUs hide a collective behind several fusions
-    in turn, each of which contains the whole instruction; only the first has no flag."""
+    """Whether an instruction continues a collective that an earlier one started. TPUs hide a
+    collective behind several consecutive fusions, each of which contains the whole instruction;
+    only in the first does it have no flag."""
     return bool(re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', collective.text))
 
 
@@ -107,8 +109,8 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, ids: str | None, grouped: str) -> tuple[tuple[int, ...], ...]:
-    """Groups in mesh notation: mesh['a'=4,'b'=2] {'a':(2)2} has 8 devices in a grid; groups are
-    along axes, or along a part of one, (size before it)its own size."""
+    """Parse groups in mesh notation. mesh['a'=4,'b'=2] {'a':(2)2} has 8 devices in a grid; a group
+    spans whole axes, or a part of one, written (size before the part)size of the part."""
     named = re.findall(r"('\w+')=(\d+)", axes)
     chosen = re.findall(r"('\w+')(?::\((\d+)\)(\d+))?", grouped)
     sizes: list[int] = []

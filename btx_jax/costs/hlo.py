@@ -1,7 +1,7 @@
-"""Parser of XLA's optimised HLO text: computations, their instructions in scheduled order, and trip
-counts of loops.
+"""Parser for XLA's optimised HLO text: computations, their instructions in scheduled order, and
+trip counts of loops.
 
-Format: XLA's HLO text (openxla.org/xla, "HLO syntax").
+Format: openxla.org/xla, "HLO syntax".
 """
 
 import functools
@@ -33,8 +33,8 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Shape:
-    """An array's shape. space: the memory that it is in, by its layout: empty for main memory,
-    HOST, or another S(n), which is vector or scalar memory on the chip."""
+    """An array's shape. space: the memory it is in, according to its layout: "" for main memory,
+    HOST for the host's, any other S(n) for vector or scalar memory on the chip."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -60,7 +60,7 @@ class Instruction:
 
     @property
     def place(self) -> str:
-        """The place in our program that it comes from:
+        """The place in our program that the instruction comes from, such as
         jit(train_step)/.../layers_0/ffn/dot_general."""
         return self.attribute(r'op_name="([^"]*)"')
 
@@ -91,7 +91,7 @@ Computations = Mapping[str, Computation]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """({name: computation}, name of the entry computation)."""
+    """Parse a module: ({name: computation}, name of the entry computation)."""
     computations: dict[str, Computation] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -140,8 +140,8 @@ def ints(text: str) -> tuple[int, ...]:
 
 
 def called(instruction: Instruction) -> Iterator[str]:
-    """Yield the computations that run once per execution of the instruction; excludes those of
-    reductions."""
+    """Yield the names of the computations that run once per execution of the instruction, which
+    excludes the bodies of loops and reductions."""
     if instruction.opcode.removesuffix("-start") in ("fusion", "call", "conditional", "async"):
         for pattern in (
             r"calls=%?([\w.\-]+)",
@@ -180,7 +180,7 @@ def trip_count(computations: Computations, caller: Computation, loop: Instructio
     ]
     if counter.opcode != "add" or len(steps) != 1:
         raise ValueError(f"loop {loop.name}: its step cannot be read from {counter.name}")
-    first = 0  # as in all of XLA's own loops, if no constant is found
+    first = 0  # if no constant is found: all loops that XLA itself makes start at 0
     inputs = _behind_copies(caller, loop.operands[0])
     if inputs.opcode == "tuple":
         start = _behind_copies(caller, inputs.operands[index])

@@ -6,15 +6,16 @@ from btx_jax.config.model_config import ModelConfig
 from btx_jax.costs.program import Kernel
 from btx_jax.models.splash import shard_block_size
 
-# Number of [T, T] by head-width matmuls in each splash kernel: scores and sum; scores,
-# probabilities' gradient and dq; both of these and dk, dv.
+# Number of matmuls of T x T x head width in each splash kernel. Forward: scores and weighted sum.
+# dq: scores, gradient of the probabilities, and dq. dkv: the first two of these, dk and dv.
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def kernel_flops(kernel: Kernel, window: int = 0) -> float:
-    """FLOPs of all executions of the kernel. Splash: tiles at or below the diagonal; with a window,
-    those that it touches; where a device holds a part of its rows, its share of them. gmm and tgmm:
-    all rows of the buffer, an upper bound. Raises ValueError for an unknown kernel."""
+    """FLOPs of all executions of the kernel. Splash counts the tiles at or below the diagonal, with
+    a window only those that it touches; a device that holds part of each row (context parallelism)
+    counts its share. gmm and tgmm count all rows of the buffer, an upper bound. Raises ValueError
+    for an unknown kernel."""
     for name, matmuls in SPLASH.items():
         if kernel.name.startswith(name):
             q, (*_, length, _) = _queries_and_keys(kernel)
@@ -34,22 +35,23 @@ def kernel_flops(kernel: Kernel, window: int = 0) -> float:
 
 
 def filled(kernel: Kernel, array: int) -> float:
-    """Fraction of an array x array matrix unit that a kernel's matmuls fill: those of splash are as
-    narrow as a head."""
+    """Fraction of an array x array matrix unit that a kernel's matmuls fill. Only splash's are
+    narrower, if its heads are."""
     if not kernel.name.startswith("splash"):
         return 1.0
     return min(1.0, _queries_and_keys(kernel)[0][-1] / array)
 
 
 def _queries_and_keys(splash: Kernel) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """[..., H, T, K], [..., N, S, K]. In front of them stand integers: which tiles are seen."""
+    """Shapes of a splash kernel's queries [..., H, T, K] and keys [..., N, S, K]. The operands
+    before them are integers that say which tiles are computed."""
     q, k, *_ = (shape.dims for shape in splash.operands if shape.dtype in ("bf16", "f32"))
     return q, k
 
 
 def rows_in_use(kernel: Kernel, model: ModelConfig, expert_axis: int) -> float:
-    """Fraction of a grouped matmul's buffer that contains claims when routing is balanced: the
-    buffer has room for the most claims that the device's experts can get."""
+    """Fraction of the rows of a grouped matmul's buffer that hold claims when routing is balanced.
+    The buffer is sized for the largest number of claims that the device's experts can receive."""
     own = (kernel.operands[-1] if kernel.name == "gmm" else kernel.results[0]).dims[0]
     spec = next(spec for spec in model.layer_specs() if spec.experts == own * expert_axis)
     claims = spec.k * spec.experts / spec.routed  # per token; the anchor's claims have no rows here

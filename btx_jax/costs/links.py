@@ -1,8 +1,8 @@
 """Time of a collective on the actual links of a slice.
 
-Chips form a grid of two or three dimensions, each linked to its neighbours. Along a dimension that
-wraps around, every chip has two links; along one that does not, those at its ends have only one,
-through which a gather must bring all data.
+Chips form a grid of two or three dimensions, each chip linked to its neighbours. Along a dimension
+that wraps around, every chip has two links. Along one that does not, the chips at its ends have
+only one, which must carry all the data that they gather.
 """
 
 import collections
@@ -23,8 +23,8 @@ Coords = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice's grid. places: grid position of each device, in the order that collectives use.
-    sides: of the grid. wraps: whether each dimension is a ring."""
+    """A slice's grid. places: grid position of each device, in the order in which collectives
+    number devices. sides: length of each dimension. wraps: whether each dimension is a ring."""
 
     places: tuple[Coords, ...]
     sides: tuple[int, ...]
@@ -33,7 +33,8 @@ class Slice:
 
     @classmethod
     def of(cls, devices: Sequence[jax.Device], chip: Chip) -> "Slice":
-        """devices: of one slice or of several equal ones, in the order of the program's mesh."""
+        """Make the grid from devices in the order of the program's mesh: those of one slice, or of
+        several equal ones."""
         places = tuple(tuple(device.coords) for device in devices)
         sides = tuple(1 + max(place[d] for place in places) for d in range(len(places[0])))
         cubes = all(side % 4 == 0 for side in sides)
@@ -41,8 +42,8 @@ class Slice:
         return cls(places, sides, wraps, chip)
 
     def seconds(self, collective: Collective) -> float:
-        """Seconds of one execution: the maximum of the load of the busiest link and the latency of
-        the longest path."""
+        """Seconds of one execution: the longer of the busiest link's transfer time and the longest
+        path's latency."""
         if collective.slices > 1:
             return collective.wire_bytes / collective.trips / self.chip.network
         groups = collective.groups or (tuple(range(len(self.places))),)
@@ -54,14 +55,15 @@ class Slice:
         )
 
     def _shape(self, group: Sequence[int]) -> tuple[Coords, ...]:
-        """A group's shape up to translation; translated groups take equally long."""
+        """A group's positions relative to its lowest corner: groups that differ only by a
+        translation take equally long."""
         places = [self.places[i] for i in group]
         low = [min(axis) for axis in zip(*places, strict=True)]
         return tuple(sorted(tuple(c - m for c, m in zip(p, low, strict=True)) for p in places))
 
     def _within(self, collective: Collective, group: Sequence[int]) -> float:
         chips = sorted({self.places[i] for i in group})
-        shared = self.chip.per_chip / (len(group) / len(chips))  # groups per chip's links
+        shared = self.chip.per_chip / (len(group) / len(chips))  # groups that share a chip's links
         if len(chips) == 1:
             return collective.bytes / (BESIDE * self.chip.link)
         rate, hops, worst = 0.0, 0, 0.0
@@ -75,8 +77,8 @@ class Slice:
             found = (2 if ring else 1) * self.chip.link / stride
             rate = rate + found if whole else max(rate, found)
             hops += math.ceil((axis[-1] - axis[0]) / (2 if ring else 1))
-            # All-to-all: half of the group has half of its data for the other half, across one or
-            # two links of each row.
+            # All-to-all: each half of the group sends half of its data to the other half, across
+            # one or two links per row.
             worst = max(worst, len(axis) / 4 / found)
         share = 1 - 1 / len(chips)
         passes = {"all-reduce": 2}.get(collective.kind, 1)

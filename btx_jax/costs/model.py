@@ -1,4 +1,4 @@
-"""Cost of training a model from formulas, without compiling."""
+"""FLOPs of training a model, computed from formulas without compiling."""
 
 import math
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from btx_jax.models.llama import leaf_counts
 from btx_jax.models.lora import is_adapter
 
 Path = tuple[str, ...]
-IsTrained = Callable[[Path], bool]  # of a parameter, by its path
-Place = tuple[float, float]  # (layer, row in it), ordered as in the forward pass
+IsTrained = Callable[[Path], bool]  # whether the parameter at this path is trained
+Place = tuple[float, float]  # (layer, index into ROWS), ordered as in the forward pass
 
-# The matmuls of a layer in the order of its forward pass. Those in one row share their input.
+# The parameters of a layer in the order of its forward pass. Those in one row share their input.
 ROWS = (
     ("attention_norm",),
     ("query", "key", "value", "query_norm", "key_norm", "q", "k", "v"),
@@ -23,7 +23,7 @@ ROWS = (
     ("down",),
     ("ffn_post_norm",),
 )
-SCORES = 2.0  # attention scores: made from the preceding row, input of `out`
+SCORES = 2.0  # place of the attention scores: computed from row 1, input of row 2 (`out`)
 
 
 def everything(_: Path) -> bool:
@@ -36,15 +36,15 @@ def train_flops(config: ModelConfig, tokens: int, is_trained: IsTrained = everyt
 
         2 (forward)  +  2 if it is trained  +  2 if a parameter below it is trained.
 
-    The backward pass of a matmul consists of two more of its size. One computes the gradient of the
-    weight, which frozen weights do not need; the other that of the input, which is needed only if
-    trained parameters contributed to that input. Backpropagation stops at the lowest trained
-    parameter.
+    The backward pass of a matmul consists of two more matmuls of the same size. One computes the
+    gradient of the weight, which frozen weights do not need; the other computes the gradient of the
+    input, which is needed only if trained parameters contributed to that input. Backpropagation
+    stops at the lowest trained parameter.
 
     The embedding counts as a matmul with its table, as in 6 N D, although it is a lookup. With all
-    parameters trained this is 6 x active parameters; with frozen experts 4 x theirs and 6 x the
-    others; with a frozen base under LoRA experts, or with frozen shared parts, 4 x the frozen and 6
-    x the others, minus a part of layer 0, whose input gradient is not needed.
+    parameters trained, FLOPs per token are 6 x active parameters; with frozen experts, 4 x the
+    experts' and 6 x the others; with a frozen base under LoRA experts, or with frozen shared parts,
+    4 x the frozen and 6 x the others, minus the part of layer 0 whose input gradient is not needed.
     """
     return tokens * sum(flops_by_leaf(config, is_trained).values())
 
@@ -62,9 +62,10 @@ def flops_by_leaf(config: ModelConfig, is_trained: IsTrained = everything) -> di
 def attention_flops(
     config: ModelConfig, tokens: int, length: int, is_trained: IsTrained = everything
 ) -> float:
-    """FLOPs of the scores and weighted sums of causal attention over full sequences of this length,
-    forward, and backward in the layers that `train_flops` backpropagates through. On average a
-    token attends to half of the sequence; with a window, to all of it except at the beginning."""
+    """FLOPs of the scores and weighted sums of causal attention over full sequences of this length:
+    the forward pass, and the backward pass of the layers that `train_flops` backpropagates through.
+    A token attends to half of the sequence on average; with a window, to the whole window except at
+    the beginning of the sequence."""
     lowest, seen = _lowest(config, is_trained), 0.0
     for layer, spec in enumerate(config.layer_specs()):
         window = min(spec.window or length, length)
@@ -81,7 +82,8 @@ def _lowest(config: ModelConfig, is_trained: IsTrained) -> Place:
 
 
 def _places(config: ModelConfig, path: Path) -> list[tuple[Place, Place]]:
-    """For each layer of a leaf: (place of its input, place of its output)."""
+    """For each layer of a stacked leaf: (place whose gradient its input needs, place at which the
+    leaf itself acts)."""
     top = float(config.layers)
     if path[0] == "embed":
         table = (-1.0, 0.0)

@@ -32,10 +32,10 @@ class Kernel:
 
 @dataclass
 class Program:
-    """Totals of a program. dot_flops: of all executed dots and convolutions. int8_flops: of those
-    whose factors are int8. by_place: dot_flops by op_name. memory_bytes: main memory traffic of
-    operations outside fusions, including kernels, assuming that nothing stays in a cache between
-    them."""
+    """Totals of a program. dot_flops: FLOPs of all executed dots and convolutions. int8_flops: the
+    part of them whose operands are int8. by_place: dot_flops by op_name. memory_bytes: main-memory
+    traffic of fusions, kernels and other operations outside fusions, assuming that nothing stays in
+    a cache between them."""
 
     dot_flops: float = 0.0
     int8_flops: float = 0.0
@@ -46,9 +46,9 @@ class Program:
 
 
 def read_program(text: str, times: int = 1, program: Program | None = None) -> Program:
-    """Count a program that runs `times` times, adding to `program`, which is returned. Raises
-    ValueError, naming the loop, for a trip count that cannot be read: no count is better than a
-    wrong one."""
+    """Add the totals of a program that runs `times` times to `program` (by default a new one) and
+    return it. text: its optimised HLO. Raises ValueError, naming the loop, for a trip count that
+    cannot be read: no count is better than a wrong one."""
     computations, entry = parse(text)
     program = program or Program()
     _walk(computations, computations[entry], times, program, in_fusion=False)
@@ -109,8 +109,8 @@ def _dot_flops(dot: Instruction, operands: Sequence[Shape]) -> float:
 
 
 def _convolution_flops(convolution: Instruction, operands: Sequence[Shape]) -> float:
-    """FLOPs of a convolution. TPUs express matmuls as convolutions whose windows are mostly
-    padding, so only taps on real elements count."""
+    """FLOPs of a convolution. XLA expresses matmuls on TPUs as convolutions whose windows are
+    mostly padding, so only taps on real elements count."""
     lhs_labels, rhs_labels, out_labels = re.split(
         r"_|->", convolution.attribute(r"dim_labels=(\S+?)(?:,|$)")
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
-# patterns of (needed, available), in the wordings of libtpu 0.0.30 to 0.0.50
+# Each pattern captures (needed, available). Wordings are those of libtpu 0.0.30 to 0.0.50.
 _MAIN = (
     r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm",
     r"HLO temporaries \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)",
@@ -19,8 +19,8 @@ _VECTOR = (
 
 @dataclass(frozen=True)
 class Refusal:
-    """An out-of-memory error. vector: whether one operation overflows vector memory (VMEM), which
-    more chips or smaller batches cannot help. needed, limit: bytes, None if not stated."""
+    """An out-of-memory error. vector: whether a single operation overflows vector memory (VMEM),
+    which neither more chips nor smaller batches cure. needed, limit: bytes, None if not stated."""
 
     vector: bool
     needed: float | None

@@ -1,4 +1,4 @@
-"""Main memory traffic of instructions."""
+"""Main-memory traffic of HLO instructions."""
 
 from collections.abc import Iterator
 
@@ -22,8 +22,8 @@ FREE = (
 def traffic(
     computations: Computations, computation: Computation, instruction: Instruction
 ) -> float:
-    """Bytes of main memory that one execution reads and writes. Slices count with their own size,
-    not their operand's, even within nested fusions."""
+    """Bytes of main memory that one execution of an instruction reads and writes. A slice counts
+    its own size, not its operand's, even within nested fusions."""
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0.0
     operands = computation.operands(instruction)
@@ -31,17 +31,17 @@ def traffic(
         return 2 * _size(operands[1])
     if instruction.opcode in ("dynamic-slice", "gather"):
         return 2 * _size(instruction)
-    if instruction.opcode.endswith("-start"):  # its tuple repeats both ends
+    if instruction.opcode.endswith("-start"):  # its result tuple repeats source and destination
         if instruction.opcode.removesuffix("-start") in COLLECTIVES:
             return _size(instruction)
-        if any(called(instruction)):  # asynchronous work is charged by its contents
+        if any(called(instruction)):  # the instructions inside are charged instead
             return 0.0
         ends = [shape for shape in instruction.shapes if shape.dims][:2]
         return moved(instruction) * sum(not end.space for end in ends)
     if instruction.opcode != "fusion":
         return sum(map(_size, operands)) + _size(instruction)
     inside = _called(computations, instruction)
-    # What a continued collective passes from fusion to fusion is written once, where it starts.
+    # The buffers that a collective passes from one fusion to the next count once, where it starts.
     going = {i.name for i in inside.instructions.values() if i.opcode in COLLECTIVES and goes_on(i)}
     total = 0.0
     for parameter in (i for i in inside.instructions.values() if i.opcode == "parameter"):
@@ -60,16 +60,16 @@ def traffic(
 
 
 def moved(start: Instruction) -> float:
-    """Bytes that an asynchronous copy or slice moves: those of the smaller of its two arrays, of
-    which the other may be a stack of such."""
+    """Bytes that an asynchronous copy or slice moves: the size of the smaller of its source and
+    destination, since the other may be a stack of such arrays."""
     return min((shape.bytes for shape in start.shapes if shape.dims), default=0.0)
 
 
 def _read(
     computations: Computations, computation: Computation, value: Instruction, whole: float
 ) -> float:
-    """Bytes that a computation reads of a value of `whole` bytes: the slices taken from it, or all
-    of it for any other use."""
+    """Bytes that a computation reads from a value of `whole` bytes: the slices taken from it, or
+    all of it if it is used in any other way."""
     total = 0.0
     for user in computation.users[value.name]:
         if user.opcode in ("dynamic-slice", "gather"):
