@@ -1,5 +1,5 @@
-"""Compile check: compile the step that a training config would run for a given TPU topology, on a
-machine without one.
+"""Compile check: compile a training config's step for a given TPU topology, on a machine without a
+TPU.
 
 Needs libtpu (`pip install btx_jax[tpu]`), but no TPU and no weights. Prints a table and writes
 compile.json. It reports what the compiler decided (memory, FLOPs, collectives), how long it expects
@@ -54,7 +54,7 @@ from btx_jax.training.start import (
 from btx_jax.training.step import Part, decided, lower_train_step, shard_bytes, state_shardings
 
 FILE = "compile.json"
-# libtpu asks its environment which machine it is on; any valid answer will do.
+# libtpu reads from its environment which machine it is on; any valid answer will do.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -67,17 +67,17 @@ VECTOR_CURE = (
     " config.compute.compiler_options"
 )
 DEAREST = 10  # most expensive operations to list
-DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # the einsums that only move tokens
+DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # einsums that only move tokens
 
 
 @dataclasses.dataclass
 class Check:
-    """Results for one step on one device: bytes, FLOPs, seconds. remat, accumulate: as used, where
-    the config leaves them open.
+    """Results for one step on one device, in bytes, FLOPs and seconds.
 
-    Grouped matmuls: gmm for balanced routing, gmm_at_most with every row of their buffer in use.
-    clock: from `costs.clock.Clock`, with the step's seconds, its MFU and the most expensive
-    operations. floors: seconds that each resource alone would need.
+    flops: of grouped matmuls, `gmm` assumes balanced routing and `gmm_at_most` counts every row of
+    their buffer. clock: from `costs.clock.Clock`, with the step's seconds, its MFU and the most
+    expensive operations. floors: seconds that each resource alone would need. remat, accumulate:
+    the values used, also where the config leaves them to be chosen.
     """
 
     topology: str
@@ -85,7 +85,8 @@ class Check:
     mesh: dict[str, int]
     device_kind: str
     fits: bool
-    refused: str  # by the compiler, for main or vector memory; "" if not
+    # Memory for which the compiler refused: "total" (main memory), "vector", or "" if it did not.
+    refused: str
     memory: dict[str, float]
     flops: dict[str, float]
     collectives: list[dict[str, Any]]
@@ -98,8 +99,8 @@ class Check:
 
 
 def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
-    """Check a config; returns whether its step fits. Raises ConfigError for a config that trains
-    nothing, UserError for an unknown topology."""
+    """Check a config, print the result, write it to compile.json and return whether the step fits.
+    Raises ConfigError for a config that trains nothing, UserError for an unknown topology."""
     if config.stage != "train":
         raise ConfigError(
             f"config.stage={config.stage!r}: only the step of a training config, such as"
@@ -132,8 +133,8 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
 
 
 def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
-    """Abstract devices of a topology such as `v5p:2x2x4`. Raises UserError when libtpu is missing
-    or does not know it, and for a slice that does not exist."""
+    """Abstract devices of `num_slices` slices of a topology such as `v5p:2x2x4`. Raises UserError
+    if libtpu is missing or does not know the topology, or if there is no such slice."""
     from jax.experimental import topologies
 
     if find_spec("libtpu") is None:
@@ -146,7 +147,7 @@ def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     try:
         cores = (
             {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
-        )  # one device per chip, as elsewhere
+        )  # one device per chip, as on other kinds
         description = topologies.get_topology_desc(
             topology_name=topology, platform="tpu", num_slices=num_slices, **cores
         )
@@ -226,8 +227,8 @@ def check(
 
 
 def _memory(part: Part) -> dict[str, float]:
-    """Memory of one device in bytes. Arrays outside the program that must coexist count as
-    arguments."""
+    """Memory of one device in bytes, by use. Arrays that must be in memory at the same time but are
+    not arguments of the program count as arguments."""
     stats = part.program.memory_analysis()
     parts = {
         "arguments": stats.argument_size_in_bytes + shard_bytes(part.beside),
@@ -238,9 +239,9 @@ def _memory(part: Part) -> dict[str, float]:
 
 
 def _heldout_memory(config: Config, model: ModelConfig, mesh: Mesh, micro_batch: int) -> float:
-    """Bytes needed while the held-out loss of `micro_batch` sequences is evaluated between two
-    steps, including optimizer moments and, if mixing is probed, the seed and its average with the
-    branch; infinite when the compiler refuses."""
+    """Bytes needed per device while the held-out loss of `micro_batch` sequences is evaluated
+    between two steps, including optimizer moments and, with the mixing probe, the seed and its
+    average with the branch. If the compiler runs out of memory: the bytes it names, or infinity."""
     assert config.train and config.data and config.compute
     state = state_shardings(model, config.train, mesh)[0]
     lowered = lower_heldout_step(
@@ -267,7 +268,7 @@ def count_flops(
     tokens = config.train.batch_size * config.data.sequence_length
     attention_kernels = grouped = balanced = 0.0
     for kernel in program.kernels:
-        # Averaged over layers: those with a window run other kernels of the same shape.
+        # Averaged over layers: layers with a window run other kernels, but with the same shapes.
         executed = fmean(kernel_flops(kernel, spec.window) for spec in model.layer_specs())
         if "gmm" in kernel.name:
             grouped += executed
@@ -297,7 +298,8 @@ def count_flops(
 
 
 def kernel_seconds(kernel: Kernel, model: ModelConfig, expert_axis: int, limits: Chip) -> float:
-    """Seconds of all executions at the matrix unit's peak rate, as the compiler has no estimate."""
+    """Seconds of all executions of a kernel at the matrix unit's peak rate, since the compiler has
+    no estimate for it."""
     flops = kernel_flops(kernel, model.window)
     if "gmm" in kernel.name:
         flops *= rows_in_use(kernel, model, expert_axis)
@@ -305,9 +307,9 @@ def kernel_seconds(kernel: Kernel, model: ModelConfig, expert_axis: int, limits:
 
 
 def count_collectives(program: Program, read: Clock) -> list[dict[str, Any]]:
-    """For each kind, within a slice and across slices: number of executions, bytes of the larger of
-    operand and result, bytes sent, number of asynchronous executions, hidden and exposed
-    seconds."""
+    """One row for each kind of collective, within a slice and across slices: number of executions,
+    bytes of the larger of operand and result, bytes sent, numbers of asynchronous and synchronous
+    executions, hidden and exposed seconds."""
     rows: dict[tuple[str, bool], dict[str, Any]] = {}
     for one in program.collectives:
         key = (one.kind, one.slices > 1)
@@ -378,8 +380,8 @@ def cures(
     topology: str,
     console: Console,
 ) -> Iterator[dict[str, Any]]:
-    """The cheapest change that makes the step fit, found by compiling: first those that cost only
-    time, then those that need more chips."""
+    """Yield the changes tried to make the step fit, up to the first that succeeds: first changes
+    that cost only time, each compiled, then more chips, which are not."""
     assert config.train and config.compute and config.mesh
     state_of_model = state_shardings(model, config.train, checked_mesh(config, model, devices))[0]
     bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_of_model))
@@ -415,7 +417,8 @@ def cures(
 
 
 def more_chips(config: Config, chips: int, slices: int, topology: str) -> str:
-    """ "use 128 chips", with the micro-batches that divide over them."""
+    """Advice such as "use 128 chips", with a number of micro-batches that divides over them where
+    the config's does not; or that no slice of this kind is large enough."""
     assert config.train and config.mesh
     kind = parse_grid(topology)[0]
     if DIMENSIONS[kind] == 2 and chips > slices * LARGEST_PLANE:
@@ -428,7 +431,7 @@ def more_chips(config: Config, chips: int, slices: int, topology: str) -> str:
 
 
 def _candidates(config: Config, slices: int) -> Iterator[tuple[str, Config]]:
-    """Yield (flags, config), where each includes all preceding changes."""
+    """Yield (flags, config) for each change to try; each includes the preceding ones."""
     assert config.mesh and config.compute and config.train
     mesh, compute, train = config.mesh, config.compute, config.train
     flags: list[str] = []

@@ -1,11 +1,11 @@
-"""What training may bring: the held-out loss to expect, from the study of docs/results.md.
+"""The held-out loss to expect from training, by curves fitted to the study in docs/results.md.
 
-Training gains a share of the seed's loss that grows with the logarithm of the FLOPs, from nothing
-at none: scale * log(1 + x / reach), where x counts FLOPs as tokens of the dense model, per
-parameter of it. Dense training and mixtures have a scale each and the reach in common. A mixture
-whose experts were trained apart gains less, by `apart` times the square of the share of the FLOPs
-that its branches took: none in sparse upcycling. study.json has what was measured (`python -m
-tools.curves` writes it).
+Training lowers the seed's loss by a fraction that grows with the logarithm of the FLOPs spent:
+scale * log(1 + x / reach), where x is the FLOPs expressed as tokens of the dense model, per
+parameter of that model. Dense training and mixtures each have their own scale; they share the
+reach. A mixture whose experts were trained apart gains less: its scale is multiplied by
+1 - apart * share**2, where share is the fraction of the FLOPs spent on its branches (0 for sparse
+upcycling). study.json holds the measurements (written by `python -m tools.curves`).
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
-SIMILAR = 3.0  # times as many parameters, or as few, are not called an extrapolation
-# log(reach), scale of dense training, scale of mixtures, apart: where the fit starts, and bounds.
+SIMILAR = 3.0  # up to this factor more or fewer parameters does not count as extrapolation
+# Start and bounds of the fit: log(reach), scale of dense training, scale of mixtures, apart.
 START, LEAST, MOST = (0.0, 0.05, 0.05, 0.1), (-5.0, 0.0, 0.0, -1.0), (5.0, 1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """FLOPs behind the seed, as tokens of the dense model: dense, in dense training or branches;
-    mixture, in a mixture."""
+    """FLOPs spent after the seed, expressed as tokens of the dense model. dense: in dense training
+    or branches. mixture: in training a mixture."""
 
     dense: float
     mixture: float = 0.0
 
     @property
     def apart(self) -> float:
-        """The share of a mixture's FLOPs that its branches took; 0 of dense training."""
+        """Fraction of a mixture's FLOPs spent on its branches; 0 for dense training."""
         return self.dense / (self.dense + self.mixture) if self.mixture else 0.0
 
 
@@ -50,7 +50,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """parameters: of its dense model. seed_tokens: what its seed was trained on."""
+    """The measurements of a study. parameters: of its dense model. seed_tokens: number of tokens
+    that its seed was trained on."""
 
     parameters: int
     seed_tokens: int
@@ -59,9 +60,9 @@ class Study:
 
 @dataclass(frozen=True)
 class Expected:
-    """Change of the held-out loss, as a share of the seed's, with its 95 % prediction interval.
-    beyond: what lies outside of what the study measured, a clause each; if anything does, the
-    interval is too narrow."""
+    """Change of the held-out loss, as a fraction of the seed's, with its 95 % prediction interval.
+    beyond: one clause for each quantity outside the range that the study measured; if there are
+    any, the interval is too narrow."""
 
     change: float
     low: float
@@ -81,7 +82,7 @@ def study() -> Study:
 
 
 class Curves:
-    """The curves that fit a study's arms best."""
+    """The curves that best fit a study's arms."""
 
     def __init__(self, measured: Study):
         self.measured = measured
@@ -97,13 +98,13 @@ class Curves:
 
     @staticmethod
     def _at(spent: Spent, parameters: int) -> tuple[float, float, float]:
-        """(FLOPs as tokens per parameter, whether it is a mixture, share of its branches)."""
+        """(FLOPs as tokens per parameter, 1 for a mixture or 0, its branches' share of them)."""
         x = (spent.dense + spent.mixture) / parameters
         return x, float(spent.mixture > 0), spent.apart
 
     def expected(self, spent: Spent, parameters: int, seed_tokens: int | None = None) -> Expected:
-        """Of what is spent on a dense seed of so many parameters. seed_tokens: what it was trained
-        on before, None where that is not known."""
+        """The change to expect from spending these FLOPs on a dense seed. parameters: of the seed.
+        seed_tokens: number of tokens that it was trained on, None if unknown."""
         at = np.array(self._at(spent, parameters))
         gain = float(_gains(at, *self.fitted))
         gradient = optimize.approx_fprime(self.fitted, lambda fitted: float(_gains(at, *fitted)))
@@ -148,7 +149,7 @@ def curves() -> Curves:
 
 
 def without(measured: Study, names: Sequence[str]) -> Study:
-    """The study without some of its arms, to see what the others say of these."""
+    """The study without the named arms, to see how well the others predict them."""
     left = tuple(arm for arm in measured.arms if arm.name not in names)
     return dataclasses.replace(measured, arms=left)
 

@@ -1,4 +1,4 @@
-"""What a pipeline will take, stage by stage, known before anything is trained."""
+"""Estimate the cost of a pipeline, stage by stage, before anything is trained."""
 
 import dataclasses
 import functools
@@ -30,8 +30,8 @@ ONE_STAGE = "run"  # name of the stage of a config that is not a pipeline
 
 @dataclass(frozen=True)
 class Read:
-    """A source of text as read by one stage. there: number of training tokens it has, None if it is
-    not tokenised yet. read: number of tokens the stage reads from it."""
+    """A source of text as read by one stage. there: number of training tokens in the source, None
+    if it is not tokenised yet. read: number of tokens that the stage reads from it."""
 
     domain: str
     where: str
@@ -45,10 +45,10 @@ class Read:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage takes. tokens, steps, flops: of training, FLOPs as counted by
+    """Cost of one stage. tokens, steps, flops: of its training; FLOPs as counted by
     `costs.model.train_flops`. memory: bytes on each device, None if nothing was compiled. seconds:
     wall time. stepping: the part of it spent in training steps. storage: an upper bound on the
-    bytes that are left on disk."""
+    bytes left on disk."""
 
     name: str
     kind: str
@@ -66,10 +66,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Otherwise:
-    """A way to spend the tokens of all branches and the finetune on the seed, whose own training is
-    not included. seconds: wall time of the training steps, and of the mix, if branches run side by
-    side. chip_seconds: their total on one machine.
-    expected: the change of the seed's held-out loss; None if the study has nothing comparable."""
+    """One way to spend the tokens of all branches and the finetune, starting from the seed, whose
+    own training is not included. seconds: wall time of the training steps and the mix, if branches
+    run in parallel. chip_seconds: the same, if everything runs one after another on one machine.
+    expected: change of the seed's held-out loss; None if the study has nothing comparable."""
 
     name: str
     tokens: int
@@ -81,8 +81,9 @@ class Otherwise:
 
 @dataclass(frozen=True)
 class Plan:
-    """stages: in execution order. chips: number of chips each stage runs on. shared: warnings about
-    text that two domains have in common."""
+    """Cost of a whole config. stages: in execution order. chips: number of chips that each stage
+    runs on. otherwise: alternatives, including this run. shared: warnings about text that two
+    domains have in common."""
 
     stages: tuple[Stage, ...]
     chips: int
@@ -96,7 +97,8 @@ class Plan:
 
     @property
     def critical(self) -> list[Stage]:
-        """The longest chain of stages if each starts as soon as its needs have finished."""
+        """The chain of stages that takes longest if each stage starts as soon as the stages it
+        needs have finished."""
         ends: dict[str, tuple[float, list[Stage]]] = {}
         for stage in self.stages:
             before = max(
@@ -107,7 +109,8 @@ class Plan:
 
 
 def plan(config: Config, workdir: Path, steps: Steps, chips: int) -> Plan:
-    """Plan a config. steps: measures or compiles a training step. Raises ConfigError, UserError."""
+    """Plan a config. steps: measures or compiles a training step. chips: number of chips that each
+    stage runs on. Raises ConfigError or UserError for a config that cannot run."""
     stages = _resolved(config, workdir)
     models = _models(stages, workdir)
     tokenizers = _tokenizers(stages, workdir)
@@ -145,7 +148,8 @@ def plan(config: Config, workdir: Path, steps: Steps, chips: int) -> Plan:
 
 
 def _resolved(config: Config, workdir: Path) -> dict[str, Config]:
-    """The stages in execution order."""
+    """The stages in execution order, by name. Raises ConfigError for a single stage that trains
+    nothing."""
     if config.pipeline is None:
         if config.train is None:
             raise ConfigError(f"config.stage={config.stage!r}: trains nothing; plan a pipeline")
@@ -154,13 +158,14 @@ def _resolved(config: Config, workdir: Path) -> dict[str, Config]:
 
 
 def _stage_at(path: str, workdir: Path) -> str:
-    """The stage that writes its checkpoint to this path, "" if none does."""
+    """Name of the stage that would write a checkpoint at this path, directly in the workdir; "" if
+    it is elsewhere."""
     return Path(path).name if path and Path(path).parent == workdir else ""
 
 
 def _models(stages: Mapping[str, Config], workdir: Path) -> dict[str, ModelConfig]:
-    """The model of every stage that has one. Mixtures of LoRA experts, and stages that start from
-    them, are left out."""
+    """The model of every stage that trains or mixes. Mixtures of LoRA experts, and stages that
+    start from them, are left out."""
     models: dict[str, ModelConfig] = {}
 
     def held(path: str, key: str) -> ModelConfig | None:
@@ -181,8 +186,8 @@ def _models(stages: Mapping[str, Config], workdir: Path) -> dict[str, ModelConfi
 
 
 def _tokenizers(stages: Mapping[str, Config], workdir: Path) -> dict[str, Tokenizer | None]:
-    """The tokenizer of every stage that trains or mixes; None if it is not known yet. A stage
-    without one of its own has that of the checkpoint it starts from."""
+    """The tokenizer of every stage that trains or mixes; None if it is not known yet. A stage that
+    names no tokenizer uses the one of the checkpoint it starts from."""
     found: dict[str, Tokenizer | None] = {}
     for name, stage in stages.items():
         start = stage.mix.experts[0] if stage.mix else stage.init
@@ -201,7 +206,7 @@ def _tokenizers(stages: Mapping[str, Config], workdir: Path) -> dict[str, Tokeni
 
 
 def _program(stage: Config, model: ModelConfig) -> object:
-    """Everything that decides how long a training step takes, as a dictionary key."""
+    """Dictionary key of everything that determines how long a training step takes."""
     assert stage.train
     train = dataclasses.replace(
         stage.train, steps=1, learning_rate=0.0, warmup_steps=0, eval_every=0, mixing_probe=False
@@ -210,7 +215,8 @@ def _program(stage: Config, model: ModelConfig) -> object:
 
 
 def _compiled(stage: Config, model: ModelConfig) -> object:
-    """Stages for which this is equal compile their step once between them."""
+    """Dictionary key of everything that determines the compiled step: stages with equal keys share
+    one compilation."""
     return model, stage.compute, stage.train, _length(stage), stage.mesh
 
 
@@ -272,7 +278,8 @@ def _reads(stage: Config, tokens: int, tokenizer: Tokenizer | None) -> Iterator[
 def _shared(
     stages: Mapping[str, Config], tokenizers: Mapping[str, Tokenizer | None]
 ) -> Iterator[str]:
-    """Warnings about the text of the first stage that reads any: that which prepares all of it."""
+    """Yield warnings about text that two domains have in common. They are about the text of the
+    first stage that reads any, which prepares all of it."""
     data = next((stage.data for stage in stages.values() if stage.data), None)
     if data:
         tokenizer = next(filter(None, tokenizers.values()), None)
@@ -286,8 +293,8 @@ def _parameters(model: ModelConfig) -> int:
 def _mixed(
     told: Stage, stage: Config, model: ModelConfig, rates: Mapping[ModelConfig, float]
 ) -> Stage:
-    """Solving routers or merges reads each expert's text twice: with the expert and with the
-    mixture."""
+    """The stage with its seconds and storage. Solving routers or merges reads each expert's text
+    twice: once with the expert and once with the mixture."""
     assert stage.mix
     rate = min(rates.values(), default=0.0)
     tokens = stage.mix.tokens * len(stage.mix.experts) if stage.mix.text else 0
@@ -301,7 +308,7 @@ def _evaluated(
     workdir: Path,
     rates: Mapping[ModelConfig, float],
 ) -> float:
-    """Seconds of measuring held-out losses; test sets are not included."""
+    """Seconds spent measuring held-out losses, not including test sets."""
     assert stage.evaluate and stage.data
     domains = (stage.data.heldout or stage.data.train).count(",") + 1
     tokens = stage.evaluate.rows * domains * _length(stage)
@@ -317,7 +324,8 @@ def _otherwise(
     made: list[Stage],
     workdir: Path,
 ) -> Iterator[Otherwise]:
-    """The alternatives to a pipeline of branches, a mix and its finetune."""
+    """Yield this run and its alternatives (dense training, sparse upcycling) for a pipeline of
+    branches, a mix and its finetune; nothing for other pipelines."""
     told = {stage.name: stage for stage in made}
     for name, stage in stages.items():
         if not stage.mix or stage.mix.copies > 1:

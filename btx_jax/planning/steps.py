@@ -15,16 +15,16 @@ from btx_jax.planning import compile_check
 from btx_jax.training.start import checked_mesh
 from btx_jax.training.step import init_state, make_train_step
 
-TIMED_SECONDS, MOST_TIMED = 5.0, 20  # time limit and maximum number of repetitions of a measurement
+TIMED_SECONDS, MOST_TIMED = 5.0, 20  # most seconds and most repetitions of a measurement
 WARM_UP = 2  # first calls take longer: memory is still being allocated
-PASSES = 3  # cost of a training step relative to a forward pass, without rematerialisation
+PASSES = 3  # cost of a training step in forward passes, without rematerialisation
 
 
 @dataclass(frozen=True)
 class Step:
-    """Costs of a program. seconds: of a step. compile_seconds: on this machine. heldout_seconds: of
-    one row of the held-out loss. memory: bytes on each device as compiled, 0 if unknown. fits:
-    whether that much is available."""
+    """Cost of a training step. seconds: per step. compile_seconds: on this machine.
+    heldout_seconds: per row of the held-out loss. memory: bytes on each device as compiled, 0 if
+    unknown. fits: whether that much is available."""
 
     seconds: float
     compile_seconds: float
@@ -37,7 +37,7 @@ Steps = Callable[[Config, ModelConfig], Step]  # (training config, the model it 
 
 
 def on_this_machine(config: Config, model: ModelConfig) -> Step:
-    """Compile the step, and time it with random parameters and tokens."""
+    """Compile the step and time it here, with random parameters and tokens."""
     assert config.train and config.compute and config.data
     train, length = config.train, config.data.sequence_length
     mesh = checked_mesh(config, model)
@@ -70,7 +70,7 @@ def _rows(model: ModelConfig, count: int, length: int) -> dict[str, Any]:
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    """Median seconds of a call, not counting the first WARM_UP."""
+    """Median seconds of a call, after WARM_UP untimed calls."""
     for _ in range(WARM_UP):
         run()
     times: list[float] = []
@@ -82,8 +82,8 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def on_slice(topology: str, slices: int) -> Steps:
-    """Make a function that compiles steps for this many slices of a TPU topology. Raises UserError
-    where libtpu is missing or does not know the topology."""
+    """Return a function that compiles steps for this many slices of a TPU topology. Raises
+    UserError if libtpu is missing or does not know the topology."""
     devices = compile_check.topology_devices(topology, slices)
 
     def step(config: Config, model: ModelConfig) -> Step:

@@ -12,11 +12,11 @@ from btx_jax.planning.plan import Plan, Stage
 from btx_jax.terminal import duration, plain, size
 
 COMMON = "All start from the seed, whose own training is not counted here."
-MANY_EPOCHS = 4  # Muennighoff et al., 2023: up to here nearly as good as new text
+MANY_EPOCHS = 4  # up to here, repeated text is nearly as good as new (Muennighoff et al., 2023)
 
 
 def tables(plan: Plan, price: float) -> list[Table]:
-    """price: of a chip for an hour, 0 where nobody asked."""
+    """A plan as tables to print. price: of one chip for one hour; 0 leaves costs out."""
     read = [_text(plan)] if any(stage.reads for stage in plan.stages) else []
     return [_stages(plan, price), *read, *([_otherwise(plan)] if plan.otherwise else [])]
 
@@ -143,7 +143,8 @@ def _otherwise(plan: Plan) -> Table:
 
 
 def change(expected: Expected | None) -> str:
-    """How the held-out loss changes; "" where nothing is expected."""
+    """The expected change of the held-out loss as text, in percent with its interval; "" for
+    None."""
     if not expected:
         return ""
     shares = (expected.change, expected.low, expected.high)
@@ -152,7 +153,7 @@ def change(expected: Expected | None) -> str:
 
 
 def expectation(beyond: Sequence[str]) -> str:
-    """Say where the expected losses come from. beyond: the quantities that are extrapolated."""
+    """Explain where the expected losses come from. beyond: clauses as in `Expected.beyond`."""
     told = (
         "Held-out loss is how far it should move from the seed's, in the mean over domains, and in"
         " brackets the range that should hold in 95 % of runs, by the study in docs/results.md."
