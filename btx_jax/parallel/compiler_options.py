@@ -1,8 +1,8 @@
-"""TPU compiler options that differ from its defaults, by kind of chip. They apply to every program
-of a run, and so to the compile check.
+"""TPU compiler options set to other values than libtpu's defaults, by kind of chip. They apply to
+every program of a run, and to the compile check.
 
-Gains are measured with the compiler's clock (costs/clock.py) on a training step of the Llama-2-7B
-expert with jax 0.10.2 and libtpu 0.0.42.1, each on top of the preceding ones; "gathers continued"
+Gains are computed with the compiler's clock (costs/clock.py) on a training step of the Llama-2-7B
+expert with jax 0.10.2 and libtpu 0.0.42.1, each on top of the preceding ones. "gathers continued"
 means with the continuation fusions that docs/tpu.md describes. Names and groups follow MaxText's
 xla_flags_library.py.
 """
@@ -18,8 +18,8 @@ from btx_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Options that belong together. values: name -> value. gain: measured with the compiler's
-    clock."""
+    """Options that belong together. values: name -> value. gain: step times without and with them,
+    by the compiler's clock."""
 
     values: Mapping[str, str]
     reason: str
@@ -31,8 +31,8 @@ CONTINUE = "xla_tpu_enable_async_collective_fusion_fuse_"
 TILES = (
     "larger matmul tiles: operands are read, and producers fused into them recomputed, less often"
 )
-# Continuation fusions of gathers would hide them on v5p and v6e as well. libtpu 0.0.50 rejects them
-# there because they "might lead to incorrect results"; on v5e they are its default.
+# Continuation fusions would hide gathers on v5p and v6e as well, but libtpu 0.0.50 rejects them
+# there because they "might lead to incorrect results". On v5e they are its default.
 SCATTERS = Options(
     {f"{CONTINUE}reduce_scatter": "true", "xla_enable_async_reduce_scatter_fusion": "true"},
     "gradients are scattered while products run",
@@ -76,8 +76,8 @@ OPTIONS: Mapping[str, tuple[Options, ...]] = {
 def compiler_options(device: jax.Device, overrides: Sequence[str] = ()) -> dict[str, str]:
     """Options for programs on this kind of device: name -> value.
 
-    overrides: NAME=VALUE, which take precedence over the table; NAME= restores the compiler's
-    default. Raises UserError for anything else.
+    overrides: each NAME=VALUE, which takes precedence over the table, or NAME=, which restores the
+    compiler's default. Raises UserError for anything else.
     """
     chosen: dict[str, str] = {}
     for options in OPTIONS.get(device.device_kind, ()):

@@ -58,7 +58,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         except (
             ValueError,
             RuntimeError,
-        ) as error:  # a device that looks like a TPU, or a TPU without a cluster
+        ) as error:  # a device that only looks like a TPU, or a TPU without a cluster
             log.info("this process runs alone: %s", str(error).splitlines()[0])
 
 
@@ -79,7 +79,7 @@ def is_first() -> bool:
 
 
 def first_then_others(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call function(...) in the first process, then in the others, which find what it wrote. An
+    """Call function(...) in the first process, then in the others, which can read what it wrote. An
     error in the first process ends all of them."""
     if jax.process_count() == 1:
         return function(*args, **kwargs)
@@ -118,7 +118,7 @@ def by_all(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def _all_told(text: str) -> list[str]:
-    """Gather a text from every process: distinct texts, without empty ones."""
+    """The distinct non-empty texts that the processes pass; every process must call this."""
     said = np.zeros(4096, np.uint8)
     data = np.frombuffer(text.encode("utf-8", "replace")[: len(said)], np.uint8)
     said[: len(data)] = data
@@ -176,8 +176,9 @@ def _largest() -> tuple[Any, Sharding]:
 
 
 def any_of_all(value: bool) -> ArrayLike:
-    """[] bool: whether `value` is true in any process; every process must call this. The result is
-    not waited for: reading it blocks until the devices have finished the work dispatched before."""
+    """Whether `value` is true in any process, [] bool; every process must call this. Returns
+    without waiting: reading the result blocks until the devices have finished the work dispatched
+    before it."""
     if jax.process_count() == 1:
         return value
     largest, spread = _largest()
@@ -186,8 +187,9 @@ def any_of_all(value: bool) -> ArrayLike:
 
 
 def share_of_rows(sharding: Sharding) -> tuple[int, int]:
-    """(i, n): a batch's rows fall into n parts, and the devices of this process hold part i. All of
-    them where processes hold some rows together and others apart."""
+    """Return (i, n): processes divide a batch's rows into n parts, and this process's devices hold
+    part i. (0, 1), all rows in every process, if the parts of two processes overlap without being
+    equal."""
     held: dict[int, set[int]] = {}
     places: dict[Any, Any] = dict(sharding.devices_indices_map((sharding.num_devices,)))
     for device, (rows,) in places.items():
@@ -212,7 +214,7 @@ def whole(array: jax.Array) -> np.ndarray:
 
 
 def of_first(array: np.ndarray) -> np.ndarray:
-    """The first process's array, in every process. All processes must pass an array of that
+    """The first process's array, in every process. All processes must pass an array of the same
     shape."""
     if jax.process_count() == 1:
         return array

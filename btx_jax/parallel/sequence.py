@@ -1,13 +1,14 @@
-"""How a sequence is cut over the mesh's `context` axis, so that the devices along it share one row.
+"""Context parallelism: how a row is divided over the devices along the mesh's `context` axis.
 
-Under causal attention late tokens see more than early ones: of parts that follow each other, the
-last would have nearly twice the mean work, and all others would wait for it. So device i of n holds
-two pieces of 2 n: number 2 i, and number 2 n - 1 - 2 i, which stands as far from the end as the
-first from the beginning. From consecutive parts to these and back is one exchange of second halves
-between i and n - 1 - i, as a row enters the model and as it leaves it.
+Under causal attention, late tokens attend to more than early ones. If each of n devices held a
+consecutive part, the last would have nearly twice the mean work, and all others would wait for it.
+Instead, rows are cut into 2 n pieces, and device i holds pieces 2 i and 2 n - 1 - 2 i: the second
+is as far from the end of the row as the first is from its beginning. Converting between this order
+and consecutive parts is one exchange of second halves between devices i and n - 1 - i, when a row
+enters the model and when it leaves it.
 
-Keys and values of a whole row are gathered within a layer (Llama 3, arXiv 2407.21783, section
-3.3.2); only attention does that. Everything else works on tokens, wherever these are.
+Attention gathers the keys and values of the whole row within each layer (Llama 3, arXiv 2407.21783,
+section 3.3.2). Everything else works on single tokens, wherever they are.
 """
 
 from typing import TypeVar
@@ -25,14 +26,14 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def shards() -> int:
-    """Parts that a row falls into under the mesh that the caller has set, 1 outside any."""
+    """Number of devices that share a row under the current mesh; 1 outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[AXIS]
 
 
 def exchanged(x_BT: jax.Array) -> jax.Array:
-    """[B, T, ...], from the order of the text to that in which devices hold it, or back: they are
-    each other's inverse. T must be a multiple of 2 `shards()`."""
+    """Reorder [B, T, ...] from the order of the text to the order in which devices hold it, or
+    back: the exchange is its own inverse. T must be a multiple of 2 `shards()`."""
     count = shards()
     if count == 1:
         return x_BT
@@ -46,13 +47,14 @@ def exchanged(x_BT: jax.Array) -> jax.Array:
 
 
 def order(length: int, count: int) -> np.ndarray:
-    """[length]: the position in the text of each token, device by device of `count`."""
+    """Position in the text of each token of a row, [length], in the order in which `count` devices
+    hold the row."""
     pieces = np.arange(length, dtype=np.int32).reshape(count, 2, -1)
     return np.stack([pieces[:, 0], pieces[::-1, 1]], axis=1).reshape(length)
 
 
 def part(x: Array, axis: int) -> Array | jax.Array:
-    """Inside `shard_map`: what this device holds of an array that lies along a whole row, in the
+    """Inside `shard_map`: this device's two pieces of x, whose `axis` runs along a whole row in the
     order of the text."""
     count = shards()
     if count == 1:
@@ -67,7 +69,8 @@ def part(x: Array, axis: int) -> Array | jax.Array:
 
 
 def whole(x: jax.Array, axis: int) -> jax.Array:
-    """Inside `shard_map`: the row of which each device holds a `part`, in the order of the text."""
+    """Inside `shard_map`: gather along `axis` the row of which each device holds a `part`, and put
+    it in the order of the text."""
     count = shards()
     if count == 1:
         return x
@@ -79,15 +82,15 @@ def whole(x: jax.Array, axis: int) -> jax.Array:
 
 
 def groups(x_BT: jax.Array, tokens: int) -> jax.Array:
-    """[B, T, ...] -> [G, tokens, ...]: the groups of each device, which follow each other in the
-    text when `tokens` divides T / (2 shards). Nothing moves between devices."""
+    """Cut each device's tokens into groups: [B, T, ...] -> [G, tokens, ...]. A group is consecutive
+    text if `tokens` divides T / (2 `shards()`). Nothing moves between devices."""
     batch, rest = x_BT.shape[0], x_BT.shape[2:]
     parts = x_BT.reshape(batch, shards(), -1, *rest).swapaxes(0, 1)
     return parts.reshape(-1, tokens, *rest)
 
 
 def ungrouped(x_GS: jax.Array, batch: int) -> jax.Array:
-    """`groups` undone: [G, S, ...] -> [batch, T, ...]."""
+    """Inverse of `groups`: [G, S, ...] -> [batch, T, ...]."""
     rest = x_GS.shape[2:]
     parts = x_GS.reshape(shards(), batch, -1, *rest).swapaxes(0, 1)
     return parts.reshape(batch, -1, *rest)

@@ -1,8 +1,8 @@
 """One strict table from logical axis names to mesh axes, for parameters, optimizer state and
 activations.
 
-A sharding mistake affects speed and memory but no number, so nothing downstream would notice it:
-everything here raises on error.
+A sharding mistake affects speed and memory but no result, so nothing downstream would notice it.
+Everything here therefore raises on error.
 """
 
 import functools
@@ -34,12 +34,12 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
         "data",
         "fsdp",
         "expert",
-    ),  # routing groups are cut from the batch (`sequence.groups`)
+    ),  # routing groups, cut from the batch (`sequence.groups`)
     "expert_group": (
         "context",
         "data",
         "fsdp",
-    ),  # the same tokens once the expert axis holds experts: the flip is the all-to-all
+    ),  # the same groups while the expert axis shards experts: the change is an all-to-all
     # parameters
     "replica": "data",  # devices that hold the same parameters
     "layer": None,
@@ -48,7 +48,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
         "fsdp",
         "expert",
         "context",
-    ),  # also over the expert axis, which would replicate them
+    ),  # also over the expert axis, along which these weights would otherwise be replicated
     "expert_embed": ("fsdp", "context"),
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -61,7 +61,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "rank": None,
 }
 
-# device kind -> the longest line of chips; sparse cores gather, beside products, along one only
+# device kind -> length of the longest line of chips. Sparse cores can gather while matmuls run only
+# along such a line.
 LINE = {"TPU v6 lite": 8}
 
 Stage = tuple[str | tuple[str, ...], list[list[int]] | None]  # mesh axes, groups of their devices
@@ -69,8 +70,8 @@ Names = Sequence[str | None]  # logical axes of an array; None for an unsharded 
 
 
 def inference_mesh(model: ModelConfig) -> Mesh:
-    """A mesh of this process's devices along `tensor`, as many as divide the model. Weights are
-    sharded and batches are not, so any number of rows works."""
+    """A mesh of this process's devices along `tensor`, as many as the model divides over. Weights
+    are sharded and batches are not, so any number of rows works."""
     devices = jax.local_devices()
     inner = {width for spec in model.layer_specs() for width in (spec.d_ff, spec.shared_d_ff)}
     widths = (model.vocab_size, model.heads, model.kv_heads, *inner)
@@ -117,9 +118,9 @@ def shard_map(
     mesh. On one device, or without a mesh, return `function` itself. Names of trailing unsharded
     axes may be omitted.
 
-    Layers with weights run inside it and state what they gather and sum. Left to itself, the
-    compiler gathers a weight again for each use and all-reduces gradients of which each device
-    needs only a shard; kernels it cannot partition at all.
+    Layers with weights run inside it and state explicitly what they gather and sum. Left to itself,
+    the compiler gathers a weight again for each use, and all-reduces gradients of which each device
+    needs only a shard; it cannot partition Pallas kernels at all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -133,7 +134,7 @@ def shard_map(
 
 
 def _axes(name: str) -> tuple[str, ...]:
-    """Mesh axes of a logical axis that have more than one device."""
+    """The mesh axes of a logical axis, leaving out those with a single device."""
     rule = RULES[name]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -172,8 +173,9 @@ def axis_index(name: str) -> jax.Array | int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
-    """Gather at once, which uses all links; or in stages, each along a line of chips, where larger
-    gathers could not run beside products. JAX lays the 16 chips of a small slice out as a ring."""
+    """Gather in one stage, which uses all links; or in stages, each along a line of chips, where a
+    larger gather could not run while matmuls do. On a slice of 16 chips one stage suffices, because
+    JAX lays them out as a ring."""
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
     line = LINE.get(device.device_kind, mesh.size) if device else mesh.size
@@ -201,10 +203,10 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
 
 
 def _stages(axes: tuple[str, ...]) -> list[Stage]:
-    """Stages of a reduce-scatter, one for each axis; those of a gather are the same, backwards.
+    """Stages of a reduce-scatter, one per axis; a gather has the same stages in reverse order.
 
-    An axis of all chips of a slice is two stages: device number outer * inner + i holds part
-    `outer` after the first, and piece i of that part after the second.
+    An axis that spans all chips of a slice takes two stages. They divide the array by device number
+    = outer * inner + i: the first into parts by `outer`, the second each part into pieces by i.
     """
     mesh = jax.sharding.get_abstract_mesh()
     stages: list[Stage] = []
@@ -233,18 +235,19 @@ _scatter.defvjp(
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """(data, fsdp, expert, tensor, context) -> Mesh with Auto axes: Linen's constraints fail under
-    jax's default, Explicit. Axes that are left out at the end are 1; a smaller mesh takes the first
-    of the devices.
+    """Make a mesh of shape (data, fsdp, expert, tensor, context). Its axes are Auto, since Linen's
+    constraints fail under jax's default, Explicit. Trailing axes that are left out are 1; a mesh
+    smaller than the number of devices takes the first ones.
 
     With several slices, the data axis spans them, so that only gradients cross between slices.
-    Raises UserError when it cannot.
+    Raises UserError if it cannot.
     """
     auto = (AxisType.Auto,) * len(MESH_AXES)
     shape = (*shape, *[1] * (len(MESH_AXES) - len(shape)))
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    # Splitting is JAX's last resort: on 8x8 chips, fsdp=16 expert=4 must share a torus axis.
+    # JAX splits physical axes only as a last resort: on 8x8 chips, fsdp=16 expert=4 needs it, since
+    # two mesh axes must share a torus axis.
     if slices == 1:
         taken = devices[: math.prod(shape)]
         grid = mesh_utils.create_device_mesh(shape, taken, allow_split_physical_axes=True)
@@ -265,10 +268,10 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Boxed abstract parameters (`jax.eval_shape` of a Linen init) -> tree of NamedSharding,
-    unboxed.
+    """Tree of NamedSharding (unboxed) for boxed abstract parameters, as from `jax.eval_shape` of a
+    Linen init.
 
-    Raises UserError, naming the leaf, when a dimension does not divide over its mesh axes, and
+    Raises UserError, naming the leaf, if a dimension does not divide over its mesh axes, and
     ValueError for a parameter without logical names, which would otherwise be replicated silently.
     """
 

@@ -4,7 +4,8 @@ import re
 
 from btx_jax.errors import UserError
 
-# From Cloud TPU's page on each kind, 2026. v5e and v6e slices are two-dimensional, in these shapes.
+# From Cloud TPU's page on each kind, 2026. v5e and v6e slices are two-dimensional and exist only in
+# these shapes.
 PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 LARGEST_PLANE = 256  # chips
