@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions, causal and blind across documents. Shape legend:
+"""Grouped-query attention with rotary positions, causal and masked across documents. Shape legend:
 layers.py."""
 
 import math
@@ -34,10 +34,10 @@ def rope_frequencies(
 ) -> np.ndarray:
     """Radians per position of the first `rotated` elements of a head, [rotated / 2], float32.
 
-    `llama3` as in Llama 3.1: wavelengths above original_context / low_freq_factor are slowed by
-    factor, those below original_context / high_freq_factor kept, those between interpolated. `yarn`
-    interpolates linearly over the frequencies' numbers instead. is_long: longrope's for documents
-    longer than original_context.
+    `llama3` as in Llama 3.1: frequencies with a wavelength above original_context / low_freq_factor
+    are divided by factor, those below original_context / high_freq_factor are kept, and those in
+    between are interpolated. `yarn` interpolates linearly over the index of the frequency instead.
+    is_long: use longrope's factors for documents longer than original_context.
     """
     if scaling.kind == "alpha":
         theta *= scaling.factor ** (rotated / (rotated - 2))
@@ -55,7 +55,7 @@ def rope_frequencies(
         frequencies = frequencies * (smooth + (1 - smooth) / scaling.factor)
     elif scaling.kind == "yarn":
         first, last = (
-            # the number of the frequency that turns so often within the original context
+            # index of the frequency that makes beta full turns within the original context
             rotated
             * math.log(scaling.original_context / (beta * 2 * math.pi))
             / (2 * math.log(theta))
@@ -65,7 +65,8 @@ def rope_frequencies(
         slowed = np.clip((np.arange(rotated // 2) - first) / max(last - first, 0.001), 0, 1)
         frequencies = frequencies * (1 - slowed + slowed / scaling.factor)
     elif scaling.kind == "longrope":
-        # In float32 and in transformers' order: at 100,000 positions a last bit can be seen.
+        # In float32 and in transformers' order of operations: at position 100,000, a difference in
+        # the last bit is visible.
         factors = np.array(scaling.long_factors if is_long else scaling.short_factors, np.float32)
         powers = np.float32(theta) ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)
         frequencies = 1 / (factors * powers)
@@ -75,10 +76,10 @@ def rope_frequencies(
 def rotate(
     x_BNTK: jax.Array, angles_TK: jax.Array, factor: float = 1.0, interleaved: bool = False
 ) -> jax.Array:
-    """RoPE in Hugging Face's layout: the first half of what is rotated turns against the second
-    (`rotate_half`), or each element against its neighbour, and is multiplied by factor; what angles
-    leave out of the head stays as it is. angles: [T, rotated / 2], or [B, 1, T, rotated / 2] where
-    rows differ."""
+    """Apply RoPE in Hugging Face's layout to the first `rotated` elements of each head, and
+    multiply them by factor; the rest of the head is unchanged. Pairs consist of an element of the
+    first half and its counterpart in the second (`rotate_half`), or, if interleaved, of two
+    neighbours. angles: [T, rotated / 2], or [B, 1, T, rotated / 2] where rows differ."""
     cos, sin = jnp.cos(angles_TK) * factor, jnp.sin(angles_TK) * factor
     rotated, rest = jnp.split(x_BNTK, [2 * angles_TK.shape[-1]], axis=-1)
     if interleaved:
@@ -93,19 +94,20 @@ def rotate(
 
 
 def changes_with_length(scaling: RopeScaling, longest: int) -> bool:
-    """Whether among rows of up to `longest` tokens some rotate otherwise than others."""
+    """Whether RoPE's frequencies depend on a document's length, for rows of up to `longest`
+    tokens."""
     return scaling.kind in ("longrope", "dynamic") and longest > scaling.original_context
 
 
 def document_lengths(segments_BT: jax.Array) -> jax.Array:
-    """[B, T]: how many tokens of its row have the segment of a token."""
+    """For each token, the number of tokens in its row with the same segment, [B, T]."""
     rows = jnp.arange(len(segments_BT))[:, None]
     counts = jnp.zeros((len(segments_BT), segments_BT.shape[1] + 1), jnp.int32)
     return counts.at[rows, segments_BT].add(1)[rows, segments_BT]
 
 
 def places_in_document(segments_BT: jax.Array) -> jax.Array:
-    """[B, T]: how many tokens of a token's segment stand in front of it."""
+    """Position of each token within its segment, from 0, [B, T]."""
     place_T = jnp.arange(segments_BT.shape[1])
     is_first = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
     return place_T - jax.lax.cummax(jnp.where(is_first, place_T, 0), axis=1)
@@ -114,8 +116,8 @@ def places_in_document(segments_BT: jax.Array) -> jax.Array:
 def _angles(
     position: Any, rotated: int, theta: float, scaling: RopeScaling, length: jax.Array | None
 ) -> Any:
-    """[T, rotated / 2], or [B, T, rotated / 2] where position or length has rows. length: of a
-    token's document, where frequencies depend on it."""
+    """Rotation angles in radians, [T, rotated / 2], or [B, T, rotated / 2] if position or length
+    has rows. length: tokens in each token's document, if frequencies depend on it."""
     frequencies = rope_frequencies(rotated, theta, scaling)
     if length is None:
         return position[..., None] * frequencies
@@ -123,8 +125,8 @@ def _angles(
         is_long = (length > scaling.original_context)[..., None]
         long_angles = position[..., None] * rope_frequencies(rotated, theta, scaling, True)
         return jnp.where(is_long, long_angles, position[..., None] * frequencies)
-    # A base that is larger by s ** (rotated / (rotated - 2)), so that the last frequency is s times
-    # as slow.
+    # `dynamic`: multiplies theta by s ** (rotated / (rotated - 2)), which divides the last
+    # frequency by s.
     ratio = jnp.maximum(length / scaling.original_context, 1)
     slower = jnp.log(scaling.factor * ratio - (scaling.factor - 1))
     powers = np.arange(0, rotated, 2) / max(rotated - 2, 1)
@@ -132,7 +134,8 @@ def _angles(
 
 
 def query_block(length: int) -> int:
-    """Rows of queries computed together: at most 8 blocks a sequence, none under 64 rows."""
+    """Number of query rows computed together: at most 8 blocks per sequence, at least 64 rows per
+    block."""
     return max(64, math.ceil(length / 8))
 
 
@@ -145,14 +148,15 @@ def attend(
     scale: float = 0.0,
     cap: float = 0.0,
 ) -> jax.Array:
-    """Softmax attention of G query heads per key head; token t sees s <= t of its own segment, of
-    a window only t - window < s. Returns [B, N, G, T, K]. scale, cap: as in ModelConfig. Keys are
-    those of whole rows, queries of the part that this device holds (parallel/sequence.py).
+    """Softmax attention with G query heads per key head, [B, N, G, T, K]. Token t attends to tokens
+    s <= t of its own segment, with a window only to those with t - window < s. scale, cap: as in
+    ModelConfig. Keys and values are those of whole rows, queries those of the part of each row that
+    this device holds (parallel/sequence.py).
 
-    Queries go in blocks. Of rows that are not cut they meet only the keys up to their end, and from
-    the window's begin: the upper triangle, 3/8 to 7/16 of the work, is not computed. Scores and
-    softmax are float32.
-    Dividing by the sum after the second matmul touches K columns instead of T.
+    Queries are processed in blocks. Where rows are not divided over devices, a block reads only the
+    keys up to its own end, and from the start of its window: the upper triangle, 3/8 to 7/16 of the
+    work, is not computed. Scores and softmax are float32. Dividing by the sum after the second
+    matmul touches K columns instead of T.
     """
     assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BS)
     length, row = q_BNGTK.shape[-2], k_BNSK.shape[-2]
@@ -163,7 +167,7 @@ def attend(
     for start in range(0, length, block):
         end = min(start + block, length)
         first, last = max(0, start - window + 1) if window else 0, end
-        if length < row:  # where the block stands is known to its device alone
+        if length < row:  # the block's position in the row is known only at run time
             first, last = 0, row
         scores = jnp.einsum(
             "bngtk,bnsk->bngts",
@@ -188,9 +192,9 @@ def attend(
 
 
 class KVCache(NamedTuple):
-    """Of one layer. keys so far [B, N, K, S], so that CPUs sum side by side as with the values;
-    values [B, N, S, K]; how many slots of each row are filled [B]; how many will be once the tokens
-    at hand have been added [B]."""
+    """Keys and values of one layer. keys [B, N, K, S]: laid out so that CPUs accumulate over
+    contiguous memory, as with the values [B, N, S, K]. length [B]: number of filled slots per row.
+    total [B]: the same after the current tokens have been added."""
 
     keys_BNKS: jax.Array
     values_BNSK: jax.Array
@@ -198,7 +202,7 @@ class KVCache(NamedTuple):
     total_B: jax.Array
 
 
-# Logical axes of an attention's parameters; those that are not here are not cut.
+# Logical axes of attention's parameters; trailing axes that are left out are not sharded.
 AXES: Mapping[str, tuple[str, ...]] = {
     "query": ("embed", "heads"),
     "key": ("embed", "kv_heads"),
@@ -212,12 +216,12 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "key_norm": ("norm",),
 }
 WIDE_NORMS = {"query_norm": ("heads", "head_dim"), "key_norm": ("kv_heads", "head_dim")}
-Weights = Mapping[str, jax.Array]  # by these names, on one device
+Weights = Mapping[str, jax.Array]  # by the names in AXES, on one device
 
 
 class Attention(nn.Module):
-    """x [B, T, D], segments [B, T] -> ([B, T, D], router logits [B, T, E] of each adapted map).
-    kernels, quantize: as in ComputeConfig."""
+    """x [B, T, D], segments [B, T] -> ([B, T, D], router logits [B, T, E] of each adapted map that
+    has a router). kernels, quantize: as in ComputeConfig."""
 
     config: ModelConfig
     spec: LayerSpec
@@ -289,15 +293,15 @@ class Attention(nn.Module):
         return y_BTD, dict(zip(adapters.routed, logits, strict=True))
 
     def heads(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        """What `out` multiplies, [B, T, N G K]. On one device, without LoRA."""
+        """Input of the output projection, [B, T, N G K]. For one device, without LoRA."""
         y_BNGTK = self._attend(x_BTD, segments_BT, self._weights(x_BTD.dtype), Adapted(None, {}))
         return _side_by_side(y_BNGTK).reshape(*x_BTD.shape[:2], -1)
 
     def continued(
         self, x_BTD: jax.Array, past: KVCache
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """x behind its past -> (y [B, T, D], (keys, values) of both). A row of x begins at slot
-        length_B."""
+        """Attention of new tokens x [B, T, D] to the cached ones and to each other: (y [B, T, D],
+        (keys, values) including the new ones). Each row of x starts at slot length_B."""
         adapters = cut(self, self.spec.lora, self.adapters, x_BTD.shape[:2], x_BTD.dtype)
         weights = self._weights(x_BTD.dtype)
 
@@ -331,7 +335,8 @@ class Attention(nn.Module):
         return y_BTD, (keys, values)
 
     def _weights(self, dtype: Any) -> dict[str, jax.Array]:
-        """Those that the model has, scales in float32."""
+        """The parameters in AXES that the model has: norm scales in float32, the others in
+        `dtype`."""
         found = {
             name: getattr(self, name).astype(dtype)
             for name in AXES
@@ -348,7 +353,7 @@ class Attention(nn.Module):
     def _attend(
         self, x_BTD: jax.Array, segments_BT: jax.Array, w: Weights, lora: Adapted
     ) -> jax.Array:
-        """The answers of one device's heads, [B, N, G, T, K]."""
+        """Outputs of one device's heads, [B, N, G, T, K]."""
         kernels = platform_kernels(self.kernels)
         segments_BS = whole(segments_BT, axis=1)
         length, window = segments_BS.shape[1], self.spec.window
@@ -358,7 +363,7 @@ class Attention(nn.Module):
             length_BT = part(document_lengths(segments_BS), axis=1)
         position: Any = part(np.arange(length, dtype=np.float32), axis=0)
         is_absolute = scaling.query_growth or self.config.qk_norm_kind == "rotated"
-        if is_absolute:  # all else depends on differences of positions alone
+        if is_absolute:  # otherwise only differences of positions matter
             position = part(places_in_document(segments_BS), axis=1).astype(jnp.float32)
         heads = self._project(x_BTD, position, length_BT, w, lora)
         names = "attention", "keys_values", "keys_values"
@@ -376,7 +381,7 @@ class Attention(nn.Module):
     def _project(
         self, x_BTD: jax.Array, position: Any, length: Any, w: Weights, lora: Adapted
     ) -> "Heads":
-        """The heads of one device, as _rotated_heads gives them."""
+        """Queries, keys and values of one device's heads, as `_rotated_heads` returns them."""
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
 
         def project(name, target):  # [D, N, K] -> [B, T, N K]
@@ -390,7 +395,8 @@ class Attention(nn.Module):
         return _rotated_heads(self.config, self.spec, q_BTX, k_BTX, v_BTX, position, length, w)
 
     def _merge(self, y_BNGTK: jax.Array, w: Weights, lora: Adapted) -> jax.Array:
-        """Heads -> [B, T, D], summed over the devices that share them."""
+        """Apply the output projection: heads -> [B, T, D], summed over the devices that share the
+        heads."""
         batch, length = y_BNGTK.shape[0], y_BNGTK.shape[3]
         y_MX = _side_by_side(y_BNGTK)
         out_XD = gathered(w["out"].reshape(y_MX.shape[1], -1), "embed", 1, self.quantize)
@@ -404,7 +410,7 @@ Heads = tuple[jax.Array, jax.Array, jax.Array]  # q [B, N, G, T, K], k and v [B,
 
 
 def _lengths(spec: LayerSpec, past: KVCache) -> jax.Array | None:
-    """[B, 1]: tokens of each row, None where rotations do not depend on them."""
+    """Number of tokens in each row, [B, 1]; None if rotations do not depend on it."""
     if not changes_with_length(spec.rope_scaling, past.values_BNSK.shape[2]):
         return None
     return past.total_B[:, None]
@@ -420,7 +426,7 @@ def _rotated_heads(
     length: jax.Array | None,
     w: Weights,
 ) -> Heads:
-    """Heads from projections that hold them side by side, normalised and rotated. position: [T] or
+    """Split projections [B, T, heads * K] into heads, normalised and rotated. position: [T] or
     [B, T]. length: as in `_angles`."""
     batch, tokens, _ = q_BTX.shape
     q_BHTK, k_BNTK, v_BNTK = (
@@ -461,8 +467,8 @@ def _rotated_heads(
 def _wide_norm(
     c: ModelConfig, x_BHTK: jax.Array, scale_HK: jax.Array | None, heads: int, name: str
 ) -> jax.Array:
-    """Each token's heads over the root of their common mean square. heads: those of all devices
-    that share them along the logical axis `name`."""
+    """RMSNorm over all heads of a token together. heads: their number over all devices along the
+    logical axis `name`."""
     x32 = x_BHTK.astype(jnp.float32)
     total_BT = psum((x32 * x32).sum((1, 3)), name)
     root_BT = jax.lax.rsqrt(total_BT / (heads * c.head_dim) + c.norm_eps)
@@ -473,7 +479,7 @@ def _wide_norm(
 
 
 def _side_by_side(y_BNGTK: jax.Array) -> jax.Array:
-    """[B T, N G K]"""
+    """Concatenate the heads of each token: [B, N, G, T, K] -> [B T, N G K]."""
     batch, _, _, length, _ = y_BNGTK.shape
     return y_BNGTK.transpose(0, 3, 1, 2, 4).reshape(batch * length, -1)
 
@@ -487,8 +493,8 @@ def _attend_past(
     past: KVCache,
     position_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(answers [B, N, G, T, K], keys, values), where new keys and values stand at slots
-    position_BT, in the dtype of the old."""
+    """Write the new keys and values to slots position_BT, in the cache's dtype, and attend:
+    (outputs [B, N, G, T, K], keys, values)."""
     keys_BNKS, values_BNSK = past.keys_BNKS, past.values_BNSK
     write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
     q_BNGTK, k_BNTK, v_BNTK = (x.astype(keys_BNKS.dtype) for x in (q_BNGTK, k_BNTK, v_BNTK))
@@ -512,9 +518,9 @@ def _attend_past(
 def joint_attention(
     config: ModelConfig, spec: LayerSpec, x_BTD: jax.Array, past: KVCache, w: Mapping[str, Any]
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention.continued on one device and without LoRA, its first three matmuls as one: columns
-    of queries, then keys, then values. w: query_key_value, out and, where the model has them,
-    query_key_value_bias, out_bias, query_norm, key_norm."""
+    """`Attention.continued` on one device and without LoRA, with its first three matmuls joined:
+    columns of queries, then keys, then values. w: query_key_value, out and, where the model has
+    them, query_key_value_bias, out_bias, query_norm, key_norm."""
     batch, length, d_model = x_BTD.shape
     ends = np.array([config.heads, config.heads + config.kv_heads]) * config.head_dim
     projected_MX = matmul(x_BTD.reshape(-1, d_model), w["query_key_value"], jnp.float32)

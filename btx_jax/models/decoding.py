@@ -3,7 +3,7 @@ legend: layers.py, and
 
   S cache slots per sequence
 
-Prompts are left-aligned in their rows; padding is written to the cache too, and overwritten token
+Prompts are left-aligned in their rows. Padding is written to the cache too, but overwritten token
 by token before it can be attended to. Layers are applied one at a time with their own parameters: a
 scan would copy each layer's weights out of the stack for every token.
 """
@@ -48,8 +48,8 @@ class Cache(NamedTuple):
 
 
 class _Leaves:
-    """A tree from which leaves are taken one by one; a leaf that is never taken is an error rather
-    than silently dropped."""
+    """A tree from which leaves are taken one by one, so that a leaf that nothing takes raises an
+    error (`require_empty`) instead of being dropped silently."""
 
     def __init__(self, tree: Mapping[str, Any], where: str):
         self._tree, self._where = dict(tree), where
@@ -72,14 +72,14 @@ class _Leaves:
             raise ValueError(f"{self._where}: decoding has no use for {', '.join(self._tree)}")
 
 
-# Norms of a layer, of which a model may lack some.
+# Norms that a layer may have.
 NORMS = ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm")
 
 
 def _joint_attention(
     leaves: _Leaves, model: ModelConfig, kernel: Callable[..., Kernel]
 ) -> dict[str, Any]:
-    """An attention's weights in the form that `joint_attention` reads."""
+    """Attention's weights in the form that `joint_attention` takes."""
     inner = [leaves.take(name).reshape(model.d_model, -1) for name in ("query", "key", "value")]
     made: dict[str, Any] = {
         "query_key_value": kernel(*inner),
@@ -102,8 +102,8 @@ def _joint_attention(
 
 
 def _joint_feed_forward(leaves: _Leaves, kernel: Callable[..., Kernel]) -> dict[str, Any]:
-    """A feed-forward's weights in the form that `joint_swiglu` reads, and the router of a shared
-    expert."""
+    """A feed-forward's weights in the form that `joint_swiglu` takes, and for a shared expert its
+    gate, `router`."""
     gate, up, down = leaves.take("gate"), leaves.take("up"), leaves.take("down")
     made: dict[str, Any] = {"gate_up": kernel(gate, up), "down": kernel(down)}
     if "gate_bias" in leaves or "up_bias" in leaves:
@@ -127,7 +127,7 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
     gate_up [D, 2 F] and down [F, D], per expert if it has experts. Jit it, so that casts and slices
     fuse.
     """
-    # In float32, XLA has no fast kernel for a single row.
+    # bfloat16 only: in float32, XLA has no fast kernel for a single row.
     transpose = one_device and dtype == "bfloat16" and jax.default_backend() == "cpu"
 
     def kernel(*parts: jax.Array) -> Kernel:
@@ -168,8 +168,8 @@ def unstack(params: Params, model: ModelConfig, dtype: str, one_device: bool) ->
             layer.require_empty()
             layers.append(made)
     embedding = params["embed"]["embedding"]
-    # XLA would convert the whole table to float32 before taking rows; an integer table it indexes
-    # directly.
+    # XLA would convert the whole table to float32 before taking rows; it indexes a table of
+    # integers directly.
     if transpose:
         embedding = jax.lax.bitcast_convert_type(embedding, jnp.uint16)
     outer = {
@@ -286,7 +286,7 @@ def _feed_forward(
 
 
 def _dense(module: FeedForward, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """A dense feed-forward, with parameters in the form of the module or of `joint_swiglu`."""
+    """Apply a dense feed-forward. params: in the form of the module or of `joint_swiglu`."""
     if "gate_up" not in params:
         return cast(Any, module.apply({"params": params}, x_BTD))[0]
     weights = {name: w for name, w in params.items() if name != "router"}

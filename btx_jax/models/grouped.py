@@ -24,8 +24,8 @@ from btx_jax.models.layers import (
 # Rows per block on a CPU: large enough for full matmul speed, small enough to waste little on
 # padding
 BLOCK = 128
-# Rows, bytes of contracted columns and of output columns per tile on a TPU: each byte feeds at
-# least 512 multiplications, within 10 MiB of on-chip memory.
+# Tile on a TPU: rows, bytes of contracted columns, bytes of output columns. Each byte read feeds at
+# least 512 multiplications, and the tiles fit in 10 MiB of on-chip memory.
 TILES = (512, 2048, 2048)
 
 
@@ -75,7 +75,7 @@ def _swiglu(matmul, activation, x_RD, *weights):
 def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
     from jax.experimental.pallas.ops.tpu.megablox import (
         ops as megablox,
-    )  # as for splash: only who needs it pays for the import
+    )  # imported here, as for splash, because the import is slow
 
     def matmul(rows, kernel):
         tiles = _tiles(tile, rows.dtype.itemsize)
@@ -84,9 +84,10 @@ def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
     return matmul
 
 
-@functools.cache  # one function per choice, so that JAX recognises what it has traced already
+@functools.cache  # equal arguments give the same function, so that JAX reuses its traces
 def _tiles(tile: int, itemsize: int):
-    """The tile of each product, forward and backward: all of a dimension, or a multiple of 128."""
+    """Return a function that chooses the tile of each matmul, forward and backward. A tile spans
+    the whole of a dimension or a multiple of 128."""
 
     def tiles(rows: int, contracted: int, columns: int) -> tuple[int, int, int]:
         return (
@@ -104,8 +105,8 @@ def _ragged_dot(x_RD, sizes_E, *weights, activation):
 
 
 def _in_turn(x_RD, sizes_E, *experts, block, activation):
-    """Separate experts one after another, each in blocks. Surplus rows written by an expert's last
-    block are overwritten by the next expert."""
+    """Run separate experts one after another, each in blocks of rows. Surplus rows written by an
+    expert's last block are overwritten by the next expert."""
     x_padded = jnp.pad(x_RD, ((0, block), (0, 0)))
     y_padded = jnp.zeros_like(x_padded)
     for start, size, expert in zip(jnp.cumsum(sizes_E) - sizes_E, sizes_E, experts, strict=True):
@@ -130,7 +131,7 @@ def _blocked(x_RD, sizes_E, gate_EDF, up_EDF, down_EFD, block, activation):
     expert_R = jnp.searchsorted(last_E, row_R, side="right")
     safe_R = jnp.minimum(expert_R, experts - 1)
     place_R = (last_padded_E - padded_E)[safe_R] + row_R - (last_E - sizes_E)[safe_R]
-    place_R = jnp.where(expert_R < experts, place_R, blocks * block)  # no expert: dropped
+    place_R = jnp.where(expert_R < experts, place_R, blocks * block)  # rows of no expert: dropped
     source = jnp.full(blocks * block, rows).at[place_R].set(row_R, mode="drop")
     x_padded = jnp.concatenate([x_RD, jnp.zeros_like(x_RD[:1])])[source].reshape(blocks, block, -1)
     expert_of_block = jnp.searchsorted(last_padded_E, jnp.arange(blocks) * block, side="right")

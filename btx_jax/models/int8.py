@@ -1,10 +1,10 @@
-"""Matmuls of training, with factors rounded to int8 where asked to: TPUs multiply those at twice
-the rate. Without, each function is the plain gather or product.
+"""Training matmuls, optionally with operands rounded to int8, which some TPUs multiply at twice the
+rate of bfloat16. Without quantization, each function is the plain gather or matmul.
 
-SwitchBack (Wortsman et al., arXiv 2304.13013): outputs and the gradients of inputs are int8
-products; the gradients of kernels, sums over all tokens, are not. Kernels have one scale, so that
-they are rounded where they are sharded and gathered as int8, in half the bytes; rows of the other
-factor have one each.
+SwitchBack (Wortsman et al., arXiv 2304.13013): outputs and input gradients are int8 matmuls; kernel
+gradients, which are sums over all tokens, are not. A kernel has a single scale, so it can be
+rounded while sharded and gathered as int8, in half the bytes. Each row of the other operand has its
+own scale.
 """
 
 import dataclasses
@@ -20,8 +20,9 @@ from btx_jax.parallel.sharding import all_gather, pmax, psum_scatter
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8Kernel:
-    """A gathered kernel: values [..., D, F] of int8, times scale [..., 1, 1]. shard: what one
-    device has of the kernel, to which the gradient belongs. name, axis: as it was gathered."""
+    """A gathered kernel: int8 values [..., D, F] times scale [..., 1, 1]. shard: this device's
+    shard of the unrounded kernel, which receives the gradient. name, axis: the logical axis and
+    array axis along which it was gathered."""
 
     values: jax.Array
     scale: jax.Array
@@ -34,7 +35,7 @@ Kernel = jax.Array | Int8Kernel
 
 
 def gathered(shard: jax.Array, name: str, axis: int, quantize: str) -> Kernel:
-    """Inside `shard_map`: the kernel of which each device has a shard along `axis`, by logical axis
+    """Inside `shard_map`: gather a kernel whose array axis `axis` is sharded over logical axis
     `name`. quantize: as in ComputeConfig."""
     if quantize == "none":
         return all_gather(shard, name, axis)
@@ -46,20 +47,21 @@ def gathered(shard: jax.Array, name: str, axis: int, quantize: str) -> Kernel:
 
 
 def product(x: jax.Array, kernel: Kernel) -> jax.Array:
-    """x @ kernel, [..., M, D] @ [D, F] or [E, M, D] @ [E, D, F]. JAX cannot derive that of an
-    Int8Kernel; `trained_product` and the gated block (layers.py) do."""
+    """x @ kernel, [..., M, D] @ [D, F] or [E, M, D] @ [E, D, F]. Not differentiable by JAX for an
+    Int8Kernel; `trained_product` and the gated block (layers.py) define the derivative."""
     return _int8_dot(x, kernel, -2) if isinstance(kernel, Int8Kernel) else x @ kernel
 
 
 def back_product(dy: jax.Array, kernel: Kernel) -> jax.Array:
-    """The gradient of `product`'s x: dy @ kernel^T."""
+    """Gradient of `product` with respect to x: dy @ kernel^T."""
     if isinstance(kernel, Int8Kernel):
         return _int8_dot(dy, kernel, -1)
     return dy @ jnp.swapaxes(kernel, -1, -2)
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, kernel: Kernel) -> Any:
-    """The gradient of `product`'s kernel, x^T @ dy; of an Int8Kernel, with that of its shard."""
+    """Gradient of `product` with respect to the kernel, x^T @ dy; for an Int8Kernel, an Int8Kernel
+    whose shard is the shard's gradient."""
     gradient = jnp.swapaxes(x, -1, -2) @ dy
     if not isinstance(kernel, Int8Kernel):
         return gradient
@@ -69,7 +71,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, kernel: Kernel) -> Any:
 
 
 def trained_product(x_MD: jax.Array, kernel_DF: Kernel) -> jax.Array:
-    """`product` with a derivative, for an Int8Kernel SwitchBack's."""
+    """`product`, differentiable; for an Int8Kernel with SwitchBack's derivative."""
     if isinstance(kernel_DF, Int8Kernel):
         return _switchback(x_MD, kernel_DF)
     return x_MD @ kernel_DF
@@ -87,7 +89,8 @@ _switchback.defvjp(
 
 
 def _int8_dot(x: jax.Array, kernel: Int8Kernel, axis: int) -> jax.Array:
-    """x times the kernel over the last axis of x and an axis of the kernel."""
+    """x times the kernel, contracted over the last axis of x and `axis` of the kernel (-1 or -2),
+    with x's rows rounded to int8."""
     import qwix  # an optional package
 
     batch = tuple(range(kernel.values.ndim - 2))

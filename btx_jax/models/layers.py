@@ -38,8 +38,8 @@ def platform_dispatch(dispatch: str, platform: str, expert_axis: int) -> str:
     """Resolve `auto` in ComputeConfig.dispatch, for a mesh with `expert_axis` devices along the
     expert axis.
 
-    Ragged drops no tokens and is faster on one device; between TPUs, einsum's two all-to-alls send
-    half of what ragged gathers (docs/tpu.md).
+    Ragged drops no tokens and is faster on one device. Across TPUs, einsum's two all-to-alls send
+    half the bytes that ragged gathers (docs/tpu.md).
     """
     if dispatch != "auto":
         return dispatch
@@ -90,21 +90,21 @@ def scaled_norm(config: ModelConfig, x: jax.Array, scale_D: jax.Array | None) ->
 
 
 def effective_scale(config: ModelConfig, scale_D: jax.Array) -> jax.Array:
-    """The factor of an RMSNorm: the scale, or 1 + scale."""
+    """The factor that an RMSNorm multiplies by: scale or 1 + scale, depending on the model."""
     return 1 + scale_D if config.norm == "rms_plus_one" else scale_D
 
 
 def scale_param(
     module: nn.Module, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> jax.Array:
-    """The scale of a norm, float32, initialised so that the norm multiplies by one."""
+    """A norm's scale as a float32 parameter, initialised so that the norm multiplies by one."""
     fill = nn.initializers.zeros if config.norm == "rms_plus_one" else nn.initializers.ones
     init = nn.with_logical_partitioning(fill, axes)
     return cast(jax.Array, module.param("scale", init, shape, jnp.float32))
 
 
 class Scale(nn.Module):
-    """Owns the scale of a norm that is applied elsewhere."""
+    """Holds the scale of a norm that is applied elsewhere."""
 
     config: ModelConfig
     shape: tuple[int, ...]
@@ -167,7 +167,7 @@ def capped(x: jax.Array, cap: float) -> jax.Array:
 
 
 class Readout(NamedTuple):
-    """Turns the head's products into logits. Fields as in ModelConfig."""
+    """Turns the head's matmul output into logits. Fields as in ModelConfig."""
 
     divisor: float = 1.0
     cap: float = 0.0
@@ -180,7 +180,8 @@ class Readout(NamedTuple):
         return capped(products if self.divisor == 1 else products / self.divisor, self.cap)
 
     def pulled(self, logits: jax.Array, dlogits: jax.Array) -> jax.Array:
-        """Gradient with respect to the products, from the gradient with respect to the logits."""
+        """Gradient with respect to the head's matmul output, from that with respect to the
+        logits."""
         if self.cap:
             dlogits = dlogits * (1 - (logits / self.cap) ** 2)
         return dlogits if self.divisor == 1 else dlogits / self.divisor
@@ -198,8 +199,8 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """Owns the kernel [D, V]; the loss multiplies by it in chunks, so that [tokens, V] never exists
-    at once."""
+    """Holds the kernel [D, V]. The loss multiplies by it in chunks, so that [tokens, V] is never
+    held at once."""
 
     vocab_size: int
     d_model: int
@@ -210,8 +211,8 @@ class Head(nn.Module):
 
 
 def exact_matmuls(dtype: str) -> contextlib.AbstractContextManager:
-    """Context in which compiled programs multiply float32 in full precision, if dtype is float32.
-    By default, a TPU rounds the factors to bfloat16."""
+    """Context in which float32 matmuls are compiled with full precision, if dtype is float32. By
+    default, a TPU rounds the operands to bfloat16."""
     return (
         jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
     )
@@ -241,8 +242,8 @@ Kernel = jax.Array | Transposed
 
 
 def matmul(x_MD: jax.Array, kernel_DF: Kernel, out_dtype: Any = None) -> jax.Array:
-    """x times a kernel, for inference. A transposed kernel must be bfloat16: XLA's CPU backend
-    multiplies it fast if the result is float32 and there is more than one row."""
+    """x times a kernel, for inference. A transposed kernel must be bfloat16; XLA's CPU backend is
+    fast for it only if the result is float32 and x has more than one row."""
     if not isinstance(kernel_DF, Transposed):
         return jnp.matmul(x_MD, kernel_DF, preferred_element_type=out_dtype)
     rows = jnp.pad(x_MD, ((0, 1), (0, 0))) if len(x_MD) == 1 else x_MD
@@ -265,7 +266,7 @@ def joint_swiglu(
     down_bias: jax.Array | None = None,
     activation: str = "silu",
 ) -> jax.Array:
-    """swiglu for inference, with its first two matmuls joined: gate's columns, then up's."""
+    """`swiglu` for inference, with its first two matmuls joined: gate's columns, then up's."""
     h_MF = matmul(x_MD, gate_up, jnp.float32)
     if gate_up_bias is not None:
         h_MF += gate_up_bias
@@ -340,8 +341,8 @@ def _activated(a: jax.Array, activation: str) -> tuple[jax.Array, Callable[[], j
 
 def _scaled_backward(activation, saved, dy):
     residuals, scale_M = saved
-    # Otherwise XLA shares sigmoid(a) with the forward pass, which would then write it to memory and
-    # no longer fuse.
+    # Without the barrier, XLA shares sigmoid(a) with the forward pass, which then writes it to
+    # memory instead of fusing it.
     x, a, b, gate, up, down = jax.lax.optimization_barrier(residuals)
     active, slope = _activated(a, activation)
     h, scale = active * b, scale_M[..., None].astype(dy.dtype)
@@ -360,7 +361,7 @@ scaled_swiglu.defvjp(_scaled_forward, _scaled_backward)
 
 
 def sigmoid_gate(x_BTD: jax.Array, router_D1: jax.Array) -> jax.Array:
-    """The gate of a shared expert, [B, T, 1], float32."""
+    """A shared expert's gate, sigmoid(x router), [B, T, 1], float32."""
     logits = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_D1, precision="highest")
     return jax.nn.sigmoid(logits)
 
@@ -369,11 +370,11 @@ BIAS_AXES = {"gate": ("hidden",), "up": ("hidden",), "down": ("norm",)}
 
 
 class FeedForward(nn.Module):
-    """The dense block, SwiGLU or with another activation: x [B, T, D] -> ([B, T, D], router logits
-    [B, T, E] of each adapted map).
+    """Dense feed-forward, SwiGLU or with another activation: x [B, T, D] -> ([B, T, D], router
+    logits [B, T, E] of each adapted map that has a router).
 
-    biases: those of gate, up and down that have one; other names are ignored. gated: whether its
-    output is multiplied by its own sigmoid gate, as in shared experts.
+    biases: the maps that have one; names other than gate, up and down are ignored. gated: whether
+    the output is multiplied by a sigmoid gate of its own, as in shared experts.
     """
 
     d_ff: int

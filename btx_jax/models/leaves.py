@@ -1,4 +1,4 @@
-"""Properties of a parameter, from its path: which leaves stay float32, and which are decayed.
+"""Properties of a parameter derived from its path, such as whether it stays float32 or is decayed.
 
 A path is a sequence of names, or of the keys of jax.tree_util. For LoRA see `lora.is_adapter`.
 """
@@ -38,17 +38,17 @@ def is_norm_or_bias(path: Path) -> bool:
 
 
 def computes_in_float32(path: Path) -> bool:
-    """Whether it is a norm's scale or a router, which compute in float32 whatever the dtype of
-    matmuls: they are small, norms divide by a sum, and rounded logits would choose other experts.
+    """Whether it is a norm's scale or a router. These compute in float32 whatever the matmul dtype:
+    they are small, norms divide by a sum, and rounded logits would choose other experts.
 
-    All other leaves without gradients may be stored in the dtype of matmuls, even the embedding,
+    All other leaves that get no gradient may be stored in the matmul dtype, even the embedding,
     whose rows are rounded to that dtype on lookup.
     """
     return leaf_name(path) == "scale" or is_router(path)
 
 
 def stays_float32(path: Path) -> bool:
-    """Whether it computes in float32 or is the embedding. A trained embedding sums the gradients of
-    a token's many positions in its dtype; a frozen one is rounded on lookup anyway, and another
-    copy of the table would only cost memory."""
+    """Whether it computes in float32 or is the embedding. A trained embedding accumulates the
+    gradients of all occurrences of a token in its own dtype. A frozen one is rounded on lookup
+    anyway, and a second copy of the table would only cost memory."""
     return computes_in_float32(path) or leaf_name(path) == "embedding"

@@ -1,13 +1,12 @@
-"""The one model here: a Llama, with what its relatives add to it, whose layers are dense or
-mixtures of experts. Shape legend: layers.py.
+"""The model: a Llama, with the variations of its relatives, whose layers are dense or mixtures of
+experts. Shape legend: layers.py.
 
 Parameters are plain nested dicts: embed/embedding [V, D]; layers_R/{attention_norm, attention,
 ffn_norm, ffn}/... with a leading layer axis, one layers_R per run of equal layers, and
-attention_post_norm and ffn_post_norm where a model has norms behind its blocks; final_norm/scale
+attention_post_norm and ffn_post_norm where a model has norms after its blocks; final_norm/scale
 [D]; head/kernel [D, V] unless tied. A dense and an MoE tree differ only under ffn: [L, D, F]
-against [L, E, D, F] and a router [L, D, E]; and, where the mixture has a shared expert or an
-anchor, by shared_expert/... or anchor/... beside it; experts of an anchor have a router_bias [L, E]
-too.
+against [L, E, D, F] and a router [L, D, E]. A mixture with a shared expert or an anchor also has
+shared_expert/... or anchor/... next to ffn; with an anchor, ffn also has a router_bias [L, E].
 """
 
 import functools
@@ -44,16 +43,16 @@ Params = Mapping[str, Any]
 
 SAVED = {
     "full": (),
-    "auto": (),  # where no training step decides
+    "auto": (),  # where it is not resolved, as outside training steps
     "attention": ("attention", "keys_values"),
     "ffn": ("attention", "keys_values", "ffn"),
-    "offload": ("keys_values",),  # few with grouped heads, and needed first
-}  # remat policy -> names that the backward pass finds
-OFFLOADED = ("input", "attention")  # names that it fetches from the host, with remat="offload"
+    "offload": ("keys_values",),  # small with grouped heads, and needed first
+}  # remat policy -> names of the values kept on the device for the backward pass
+OFFLOADED = ("input", "attention")  # names of the values kept on the host, with remat="offload"
 
 
 def remat_policy(remat: str) -> Any:
-    """What jax.checkpoint keeps of a layer, for ComputeConfig.remat."""
+    """The jax.checkpoint policy of a layer. remat: as in ComputeConfig."""
     policies = jax.checkpoint_policies
     if remat != "offload":
         return policies.save_only_these_names(*SAVED[remat])
@@ -66,7 +65,7 @@ def remat_policy(remat: str) -> Any:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward. The carry and output of the scan over layers."""
+    """One layer, attention and feed-forward, as the body of the scan over layers."""
 
     config: ModelConfig
     compute: ComputeConfig
@@ -129,12 +128,12 @@ class Llama(nn.Module):
     """tokens [B, T], segments [B, T] (0 = padding, equal = same document) -> (final hidden states
     [B, T, D], {router: RoutingStats}).
 
-    A router is called by its run, `layers_0`, where it chooses feed-forwards, and by run and map,
-    `layers_0/q`, where it chooses LoRA experts; its stats have a leading layer axis. Logits are
-    what `Readout` makes of products with `head_kernel(params)`. keep_choices: the stats of
-    feed-forwards hold every token's experts. The "routing" rng makes sample_top1 sample, the
-    "dropout" rng drops inputs of LoRA experts; without them the model is deterministic. step: the
-    training step, for sample_top1's temperature.
+    A router is named after its run (`layers_0`) if it chooses feed-forwards, and after run and map
+    (`layers_0/q`) if it chooses LoRA experts; its stats have a leading layer axis. For logits,
+    multiply by `head_kernel(params)` and apply `Readout`. keep_choices: whether the stats of
+    feed-forwards hold every token's experts. With a "routing" rng, sample_top1 samples; with a
+    "dropout" rng, inputs of LoRA experts are dropped; without either, the model is deterministic.
+    step: the training step, for sample_top1's temperature.
     """
 
     config: ModelConfig
@@ -178,12 +177,13 @@ class Llama(nn.Module):
 
 
 def head_kernel(params: Params) -> jax.Array:
-    """[D, V]: the output projection, or the embedding transposed when the head is tied."""
+    """The output projection [D, V], which is the transposed embedding if the head is tied."""
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
 
 
 def logits(params: Params, hidden_BTD: jax.Array, readout: Readout = Readout()) -> jax.Array:
-    """[B, T, V] in float32. For a few positions; the training loss works in chunks instead."""
+    """Logits [B, T, V] in float32. For a few positions; the training loss works in chunks
+    instead."""
     products_BTV = jnp.einsum(
         "btd,dv->btv",
         hidden_BTD,
@@ -195,15 +195,15 @@ def logits(params: Params, hidden_BTD: jax.Array, readout: Readout = Readout()) 
 
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: ModelConfig) -> Any:
-    """Shapes of the parameters with their logical axis names (boxed), without computing anything,
-    under whatever mesh it is called."""
+    """Shapes of the parameters with their logical axis names (boxed), without computing anything.
+    The current mesh makes no difference."""
     model = Llama(
         config, ComputeConfig(dtype="float32", remat="none", kernels="xla")
-    )  # the least to trace, and no device is touched
+    )  # quickest to trace, and touches no device
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     with jax.sharding.use_abstract_mesh(
         jax.sharding.AbstractMesh((), ())
-    ):  # one row could not be cut
+    ):  # a mesh could not divide the single row
         return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, tokens), tokens)[
             "params"
         ]
@@ -211,8 +211,8 @@ def abstract_params(config: ModelConfig) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Random parameters, float32, every kernel normal(0.02). A function of (config, key) alone,
-    whatever the mesh."""
+    """Random parameters, float32, every kernel normal(0.02). They depend only on config and key,
+    not on the mesh."""
     tokens = jnp.zeros((1, 8), jnp.int32)
     return nn.unbox(
         Llama(config, ComputeConfig(dtype="float32")).init(key, tokens, tokens)["params"]
@@ -220,8 +220,8 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def leaf_counts(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, int]]:
-    """Path of a parameter -> (all its numbers, those active for one token): active counts k of the
-    E experts, their anchor besides, which answers every token, and the whole router."""
+    """Path of a parameter -> (number of elements, number active for one token). Of E experts, k are
+    active; routers and an anchor, which processes every token, are active in full."""
     shapes = nn.unbox(abstract_params(config))
     specs = {name: spec for name, _, spec in config.runs()}
     counts = {}
@@ -239,6 +239,6 @@ def leaf_counts(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, int]]:
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """(all, active for one token), as `leaf_counts` has them."""
+    """(number of parameters, number active for one token), as counted by `leaf_counts`."""
     total, active = zip(*leaf_counts(config).values(), strict=True)
     return sum(total), sum(active)

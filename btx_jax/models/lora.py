@@ -21,7 +21,7 @@ from btx_jax.models.routing import RoutingStats
 from btx_jax.parallel.sequence import TOKENS, exchanged
 from btx_jax.parallel.sharding import all_gather, psum
 
-NAME = "lora"  # name of the sub-tree of a module's adapters, by target
+NAME = "lora"  # name of the sub-tree that holds a module's adapters, by target
 
 # target -> logical axes of the map's inputs and outputs
 PLACES = {
@@ -58,8 +58,8 @@ def join(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Uniform within 1 / sqrt(inputs), PyTorch's initialisation of a Linear (a = sqrt(5)). The
-    first axis is the inputs."""
+    """Uniform within +-1 / sqrt(inputs), PyTorch's initialisation of a Linear (a = sqrt(5)). The
+    first axis of `shape` is the inputs."""
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -67,8 +67,8 @@ def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.flo
 def adapter_params(
     module: nn.Module, spec: LoRASpec | None, widths: Mapping[str, tuple[int, int]]
 ) -> dict[str, Adapter]:
-    """Create the parameters of spec's targets that are in widths (target -> I, O). B starts at
-    zero, so that the model is initially unchanged."""
+    """Create the adapters of those of spec's targets that are in widths (target -> I, O). B starts
+    at zero, so that the model is initially unchanged."""
     if spec is None:
         return {}
     targets = {target: widths[target] for target in spec.targets if target in widths}
@@ -116,8 +116,9 @@ def cut(
 ) -> Cut:
     """Flatten adapters for `shard_map`.
 
-    rows: (B, T) of the activations to come. With a "dropout" rng, every target also gets its own
-    mask [B, T, I], as in peft; it is drawn here so that it does not depend on the mesh.
+    rows: (B, T) of the activations that the adapters will be applied to. With a "dropout" rng,
+    every target also gets its own mask [B, T, I], as in peft; it is drawn here so that it does not
+    depend on the mesh.
     """
     trees: dict[str, dict[str, jax.Array]] = {}
     names: dict[str, dict[str, tuple[str | None, ...]]] = {}
@@ -199,8 +200,8 @@ def adapt(
 
 
 class Adapted:
-    """A module's adapters on one device. logits [B, T, E]: of the routers applied so far, by
-    target."""
+    """A module's adapters on one device. logits: target -> router logits [B, T, E], for the routers
+    applied so far."""
 
     def __init__(self, spec: LoRASpec | None, adapters: Mapping[str, Adapter]):
         self._spec, self._adapters = spec, adapters
@@ -228,8 +229,8 @@ def _dot(x_BTI: jax.Array, router_IE: jax.Array) -> jax.Array:
 def _cosine_logits(
     x_BTI: jax.Array, router_IE: jax.Array, whole: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """sqrt(I) times the cosine between x and each router row, both centred (PHATGOOSE, section
-    3.2). Zero padding gives 0."""
+    """Router logits [M, E]: sqrt(I) times the cosine between x and each expert's router row, both
+    centred (PHATGOOSE, section 3.2). Zero padding gives 0."""
     x_MI = x_BTI.reshape(-1, x_BTI.shape[-1]).astype(jnp.float32)
     w_IE = router_IE.astype(jnp.float32)
     size = whole(jnp.full((), x_MI.shape[-1], jnp.float32))
@@ -244,8 +245,8 @@ def _cosine_logits(
 
 
 def chosen(logits_ME: jax.Array, k: int) -> jax.Array:
-    """Whether an expert is among the k largest of its row; ties go to the first. Done by
-    comparisons, as sorting a few numbers is slower."""
+    """Mask of the k largest logits along the last axis; ties go to the lower index. Uses pairwise
+    comparisons, since sorting a few numbers is slower."""
     earlier = jnp.arange(logits_ME.shape[-1])[:, None] > jnp.arange(
         logits_ME.shape[-1]
     )  # [expert, rival]
@@ -254,7 +255,8 @@ def chosen(logits_ME: jax.Array, k: int) -> jax.Array:
 
 
 def gates(logits_ME: jax.Array, spec: LoRASpec) -> jax.Array:
-    """Weight of each expert, 0 where it is not chosen; float32."""
+    """Weight of each expert, float32, in the shape of the logits; with softmax gating 0 for experts
+    that are not chosen."""
     if spec.gating == "sigmoid":
         return jax.nn.sigmoid(logits_ME)
     return jax.nn.softmax(jnp.where(chosen(logits_ME, spec.k), logits_ME, -jnp.inf))

@@ -45,8 +45,8 @@ def einsum_experts(
     activation: str = "silu",
     quantize: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
-    """GShard dispatch with a capacity: (y_GSD, share of claims dropped). Uses two all-to-alls when
-    experts are sharded over the mesh."""
+    """Apply the experts by GShard dispatch with a capacity: (y_GSD, share of claims dropped). Uses
+    two all-to-alls if experts are sharded over the mesh."""
     _, tokens, d_model = x_GSD.shape
     experts = gate_EDF.shape[0]
     dispatch_GSEC, gate_GEC, dropped = place(choice, experts, capacity(tokens, experts, k, factor))
@@ -88,13 +88,13 @@ def router_logits(
 ) -> jax.Array:
     """Router logits [G, S, E]; with biases [G, S, E + 1], the anchor's last.
 
-    The anchor's logit is 0: softmax depends only on differences, so that a router row for it would
-    add nothing.
+    The anchor's logit is always 0: softmax depends only on differences of logits, so a router row
+    for the anchor would add nothing.
     """
     if bias_E is None:
         return jnp.einsum("gsd,de->gse", x_GSD.astype(jnp.float32), router_DE, precision="highest")
-    # One row at a time, including the anchor's zeros: the rounding of a matmul depends on its
-    # number of rows, and a branch has one.
+    # One router row at a time, including the anchor's zeros, so that a mixture's logits equal its
+    # branches': a matmul's rounding depends on the number of router rows, and a branch has one.
     x_GSD = x_GSD.astype(jnp.float32)
     rows_EGS = jax.lax.map(
         lambda row_D: jnp.einsum("gsd,d->gs", x_GSD, row_D, precision="highest"),
@@ -115,8 +115,8 @@ def separate_experts(
     compute: ComputeConfig,
     anchor: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """The block without a capacity, on one device, for inference; every expert's kernels are
-    separate arrays. anchor: the experts' router biases [E], and the anchor's output [B, T, D]."""
+    """The MoE block without a capacity, on one device, for inference; each expert's kernels are
+    separate arrays. anchor: (the experts' router biases [E], the anchor's output [B, T, D])."""
     one_token = x_BTD.shape[1] == 1
     logits_BTE = router_logits(x_BTD, router_DE, anchor[0] if anchor else None)
     choice = route(logits_BTE, valid_BT | one_token, spec, None, jnp.int32(0))
@@ -146,11 +146,12 @@ def _few_tokens(
     experts: Sequence[Expert],
     activation: str,
 ) -> jax.Array:
-    """The block for a few tokens, when reading weights takes longer than multiplying by them:
-    experts that no token chose are not read, and nothing is copied."""
+    """The MoE block for a few tokens, where reading weights takes longer than multiplying by them.
+    With at most as many claims as experts, only the chosen experts' weights are read. Nothing is
+    copied."""
     if index_BK.size <= len(experts):
 
-        def answer(x, experts, e):  # index len(experts): the anchor
+        def answer(x, experts, e):  # index len(experts): the anchor, which is added elsewhere
             if e == len(experts):
                 return jnp.zeros_like(x)
             return _answer(x, experts[e], activation)

@@ -5,8 +5,8 @@ A claim is one (token, choice) pair; R of them, sorted by expert, are the rows o
 matmuls. Over an expert axis of n devices, the tokens of all n are gathered, each device computes
 its own experts, and the outputs are summed and scattered back. Each way, (n - 1) M rows are sent, n
 / k times as many as the k M (n - 1) / n of an all-to-all. In return, sizes do not depend on the
-router, nothing can overflow, and the program is the same on every platform. The largest R is that
-of an all-to-all that never drops.
+router, nothing can overflow, and the program is the same on every platform. The maximum of R is the
+same as for an all-to-all that never drops.
 """
 
 import jax
@@ -81,8 +81,8 @@ def weighted_sum(y_MKD: jax.Array, gate_MK: jax.Array, sums_to_one: bool) -> jax
         return y_MKD[:, 0] * gate_MK
     if not sums_to_one:
         return jnp.einsum("mkd,mk->md", y_MKD, gate_MK)
-    # Equal to the weighted sum because the gates sum to one; experts that agree give their common
-    # answer without rounding.
+    # Equal to the weighted sum because the gates sum to one. Where all experts agree, the result is
+    # their common output without rounding.
     first_MD = y_MKD[:, 0]
     return first_MD + jnp.einsum("mkd,mk->md", y_MKD[:, 1:] - first_MD[:, None], gate_MK[:, 1:])
 
@@ -106,7 +106,7 @@ def expert_outputs(
         .set(jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True)
     )
     sizes_E = (expert_N[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
-    rows = tokens * min(k, experts)  # a token's choices differ: at most `experts` claims
+    rows = tokens * min(k, experts)  # a token's choices are distinct: at most `experts` claims
     places = (order_N[:rows], jnp.where(expert_N < experts, rank_N, rows).reshape(tokens, k))
     y_RD = grouped_swiglu(_sort(x_MD, *places), sizes_E, weights, tokens, kernels, activation)
     return _unsort(y_RD, *places)

@@ -1,5 +1,5 @@
-"""Which experts a token is routed to, and with what weight: BTX section 3.2 and its variants. Shape
-legend: layers.py."""
+"""Routing: which experts a token goes to, and with what weight (BTX section 3.2 and variants).
+Shape legend: layers.py."""
 
 import math
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class RoutingStats(NamedTuple):
     load_E: share of (token, choice) pairs per expert, sums to 1. balance_loss: E sum_i u_i p_i, 1.0
     when uniform, E at collapse (BTX section 3.2 without alpha). gate_load_E: u, the mean gate of
     each expert. entropy: of the full softmax, in nats, mean over tokens. dropped: share of pairs
-    without a slot. choice: every token's, if the model was asked to keep it.
+    without a slot. choice: every token's experts, if the model has keep_choices set.
     """
 
     load_E: jax.Array
@@ -108,7 +108,8 @@ def without_anchor(choice: Choice, experts: int) -> tuple[Choice, jax.Array]:
 def statistics(
     logits_GSE: jax.Array, choice: Choice, valid_GS: jax.Array, dropped: jax.Array
 ) -> RoutingStats:
-    """Means over valid tokens, before any drop. A batch of only padding gives zeros."""
+    """RoutingStats over valid tokens, before any are dropped. A batch of only padding gives
+    zeros."""
     experts = logits_GSE.shape[-1]
     tokens = jnp.maximum(valid_GS.sum(), 1)
     chosen_GSKE = jax.nn.one_hot(choice.index_GSK, experts)

@@ -8,7 +8,7 @@ import numpy as np
 from btx_jax.parallel.sequence import order, part, shards
 from btx_jax.parallel.sharding import axis_index
 
-LANES = 128  # the kernel's key tiles are whole vector registers
+LANES = 128  # the kernel's key tiles fill whole vector registers
 BLOCK = 1024  # queries by keys per tile, when that divides the sequence
 SAVED_NAME = "attention"  # name of the kernel's output and log-sum-exp in remat policies
 
@@ -19,13 +19,14 @@ def block_size(length: int) -> int:
 
 
 def shard_block_size(length: int, count: int) -> int:
-    """`block_size` for rows cut into `count` parts (parallel/sequence.py): a tile lies within one
-    of a part's two pieces."""
+    """`block_size` for rows divided over `count` devices (parallel/sequence.py): a tile must lie
+    within one of a device's two pieces."""
     return block_size(length if count == 1 else length // (2 * count))
 
 
 def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool, cap: float):
-    """length: of whole rows. The queries are those of this device (parallel/sequence.py)."""
+    """Make the kernel for the queries that this device holds (parallel/sequence.py). length: tokens
+    in a whole row."""
     count = shards()
     size = shard_block_size(length, count)
     inner = min(size, 512) if size % 512 == 0 else size
@@ -52,7 +53,7 @@ def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool
     if count == 1:
         return kernel
 
-    def own(x: jax.Array) -> jax.Array:  # tiles [heads, T, S] that are seen, or positions [T]
+    def own(x: jax.Array) -> jax.Array:  # x: which tiles [heads, T, S] are seen, or positions [T]
         axis = 1 if x.ndim == 3 else 0
         size = x.shape[axis] // count
         return jax.lax.dynamic_slice_in_dim(x, axis_index("sequence") * size, size, axis)
@@ -63,7 +64,7 @@ def _kernel(splash, masks, heads: int, length: int, window: int, interpret: bool
 def assert_heads(
     q_BNGTK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, segments_BS: jax.Array
 ) -> None:
-    """Check the shapes of the inputs of attention within rows, for any kernel."""
+    """Check the shapes of attention's inputs, whichever kernel computes it."""
     chex.assert_rank(q_BNGTK, 5)
     dims = chex.Dimensions()
     dims["BNGTK"] = q_BNGTK.shape
@@ -83,8 +84,8 @@ def splash_attend(
     scale: float = 0.0,
     cap: float = 0.0,
 ) -> jax.Array:
-    """`attention.attend` by the kernel, for the rows and heads of one device. T must be a multiple
-    of 128, and so must both pieces of a part of it."""
+    """`attention.attend` by the splash kernel, for the rows and heads of one device. T must be a
+    multiple of 128, and so must each of the two pieces if rows are divided over devices."""
     assert_heads(q_BNGTK, k_BNSK, v_BNSK, segments_BS)
     # Imported here because the import is slow and few commands need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
