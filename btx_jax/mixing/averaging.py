@@ -1,5 +1,5 @@
-"""Merging of the tensors that models share, one at a time, from readers of the models. Memory holds
-no more than the sources of one tensor."""
+"""Merge the tensors that models share, one at a time, from readers of the models. Memory holds no
+more than the sources of one tensor."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ def generator(seed: int, tensor: TensorId) -> np.random.Generator:
 class Shared:
     """Merges the tensors that experts share, one at a time.
 
-    merge, settings: the method, a key of MERGES, and its settings. base: determines the shapes, and
-    is what changes are measured from. readers: of the distinct models. dtype: of the result. seed:
-    for random numbers.
+    merge, settings: the method, a key of MERGES, and its settings. base: the model that determines
+    shapes and from which changes are measured. readers: of the distinct models. dtype: of the
+    result. seed: for random numbers.
     """
 
     merge: str
@@ -35,7 +35,8 @@ class Shared:
     seed: int
 
     def make(self, tensor: TensorId, seen: Sequence[np.ndarray] | None = None) -> np.ndarray:
-        """Merge a tensor. seen: for each model, the argument of `merge.solved`.
+        """Merge a tensor. seen: for merges solved from text, what `merge.solved` takes for each
+        model.
 
         Raises UserError for values beyond the range of dtype; values that were not finite in the
         sources are not reported here.
@@ -64,14 +65,14 @@ class Shared:
                 blocks.append(made)
         result = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         if is_finite(result):
-            result.flags.writeable = False  # as from a reader, whose values have been checked
+            result.flags.writeable = False  # as from a reader: marks values as checked
         elif all(map(is_finite, arrays)):
             check_range(tensor, result)
         return result
 
     def is_right(self, tensor: TensorId, found: np.ndarray) -> bool:
-        """Whether `found` is the merged tensor, by an independent check; only for merges that have
-        one."""
+        """Whether `found` is the merged tensor, by the merge's independent check. Only for merges
+        that have one."""
         is_right = MERGES[self.merge].is_right
         assert is_right
         arrays = [reader.read(tensor) for reader in self.readers]
@@ -86,8 +87,9 @@ class Shared:
     def _having(
         self, arrays: Sequence[np.ndarray], tensor: TensorId
     ) -> list[tuple[slice, list[int]]]:
-        """Blocks of rows of the base's tensor, each with the models that have them: one block
-        unless vocabularies differ. Rows that no model has are the base's."""
+        """Blocks of rows of the base's tensor, each with the indices of the models that have these
+        rows; a single block unless vocabularies differ. Rows that no model has come from the
+        base."""
         rows = self.base.slots[tensor].shape[0]
         ends = sorted({min(len(array), rows) for array in arrays} | {rows})
         return [

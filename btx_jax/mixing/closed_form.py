@@ -1,6 +1,6 @@
-"""Closed-form routers and shared parameters of a mixture, solved layer by layer while the experts'
-texts pass through it: sums are accumulated, weights follow from them, and held-out tokens measure
-how well the routers route."""
+"""Solve a mixture's routers and shared parameters in closed form, layer by layer, while the
+experts' texts pass through it: sums over tokens are accumulated, weights are computed from the
+sums, and held-out tokens measure how well the routers route."""
 
 import hashlib
 import os
@@ -61,7 +61,8 @@ def by_logistic(layer: int, states: Sequence[Iterable[np.ndarray]]) -> np.ndarra
 
 
 def _used(states: Iterable[np.ndarray], text: Rows) -> Iterable[np.ndarray]:
-    """The tokens that are used for fitting, of rows [length, D]."""
+    """Yield the states of each row's tokens that are used for fitting. states: one [length, D] per
+    row."""
     return (row[use] for row, use in zip(states, text.is_used, strict=True))
 
 
@@ -76,7 +77,7 @@ def solve_routers(
 
     read: returns a tensor of the mixture; never called for routers. texts: (expert, its text).
     Texts without a routed expert are used only by `merging`, which solves the shared parameters in
-    the same pass. Raises UserError, naming the layer, where rows cannot be solved.
+    the same pass. Raises UserError, naming the layer, if rows cannot be solved.
     """
     experts = max(spec.experts for spec in model.layer_specs())
     rows = np.zeros((model.layers, experts, model.d_model), np.float32)
@@ -105,19 +106,20 @@ def _passed(
 def solve_shared(
     model: ModelConfig, read: Read, texts: Sequence[tuple[int | None, Rows]], merging: "Merging"
 ) -> None:
-    """Solve only what `merging` solves, without routers. Arguments as for `solve_routers`."""
+    """Solve only the parameters that `merging` solves, without routers. Arguments as for
+    `solve_routers`."""
     for _ in _passed(model, read, texts, merging):
         pass
 
 
 class Merging:
-    """Solves the parameters that experts share: the embedding at once, all others just before
+    """Solves the parameters that experts share: the embedding immediately, all others just before
     `forced_states` reads them.
 
-    make: (tensor, for each model the sums that its merge is solved from) -> the tensor. texts:
-    (index of the model, its text), in the order in which they pass. counts: how often each text
-    contains each token, [vocab_size]. Every model has the same weight, however much text it has.
-    file: seekable storage for the solved tensors. solved: the solved tensors.
+    make: (tensor, for each model the sums that its merge is solved from) -> the merged tensor.
+    texts: (index of the model, its text), in the order in which they are processed. counts: how
+    often each text contains each token, [vocab_size]. Every model has the same weight, however much
+    text it has. file: seekable storage for the solved tensors. solved: the solved tensors.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ def joined(parts: Sequence[Moments]) -> Moments:
 
 
 def solved(layer: int, whole: Moments, ridge: RidgeConfig) -> np.ndarray:
-    """`solve`, whose errors name the layer."""
+    """Like `solve`, but errors name the layer."""
     try:
         return solve(whole, ridge)
     except UserError as error:
@@ -214,9 +216,9 @@ class Hashed:
         return array
 
     def of_expert(self, expert: int | None) -> dict[TensorId, str]:
-        """Hashes of an expert's tensors that were read, under their names in a dense model, so that
-        the expert's index does not matter. None: hashes of the tensors before a router that belong
-        to no expert."""
+        """Hashes of those of an expert's tensors that were read and that a router's input depends
+        on, under their names in a dense model, so that the expert's index does not matter. None:
+        hashes of such tensors that belong to no expert."""
         return {
             tensor if expert is None else tensor.of_dense(): sha256
             for tensor, sha256 in self._hashes.items()

@@ -10,8 +10,8 @@ class Home(NamedTuple):
     """A class that mergekit-moe writes.
 
     name: mergekit's name. sources: the model_types of dense models that it accepts; all models must
-    share one. has_shared, has_gate: whether it has a shared expert, and a gate on it. biases:
-    biases that it always has, zeros where the sources have none.
+    have the same one. has_shared, has_gate: whether it has a shared expert, and a gate on it.
+    biases: the maps that always have a bias, zero where the sources have none.
     """
 
     name: str
@@ -37,8 +37,8 @@ MERGEKIT: Mapping[str, Home] = {
 
 
 def model_types(architecture: str) -> list[str]:
-    """The model_types that a recipe's `architecture` can mean: a model_type, or the first letters
-    of mergekit's names; all for "", none for an unknown one."""
+    """The model_types that a recipe's `architecture` can stand for: a model_type, or the first
+    letters of one of mergekit's names. All of them for "", none for an unknown value."""
     mixtures = [family.model_type for family in known_families().values() if family.moe]
     if not architecture:
         return mixtures
@@ -49,6 +49,6 @@ def model_types(architecture: str) -> list[str]:
 
 
 def spellings() -> str:
-    """Everything that `architecture` may say, for messages."""
+    """All values that a recipe's `architecture` accepts, comma-separated, for messages."""
     others = [kind for kind in model_types("") if kind not in MERGEKIT]
     return ", ".join([*(home.name for home in MERGEKIT.values()), *MERGEKIT, *others])

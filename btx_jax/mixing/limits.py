@@ -1,5 +1,5 @@
-"""Context and window limits of a model made from several: not what the weights mean, but the
-lengths at which they may be used."""
+"""Context and window of a model made from several: the lengths at which its weights may be used,
+which do not affect what the weights mean."""
 
 import dataclasses
 import logging
@@ -11,10 +11,10 @@ log = logging.getLogger(__name__)
 
 
 def limits(models: Mapping[str, ModelConfig], warn: bool = True) -> tuple[int, int]:
-    """(context, window) of a model made from these, given by name.
+    """(context, window) of a model made from `models`, given by name.
 
-    The context is the shortest of theirs. A window that all share is kept; otherwise there is none,
-    and the context is at most the shortest window. warn: whether to log reductions.
+    The context is the shortest of the models'. A window that all of them share is kept; otherwise
+    there is none, and the context is at most the shortest window. warn: whether to log reductions.
     """
     windows = {model.window for model in models.values()}
     window = windows.pop() if len(windows) == 1 else 0
@@ -30,8 +30,8 @@ def limits(models: Mapping[str, ModelConfig], warn: bool = True) -> tuple[int, i
 
 
 def within(model: ModelConfig, context: int, window: int) -> ModelConfig:
-    """The same weights with other limits. A window is kept where its layers have their own RoPE
-    base."""
+    """The same model with another context and window. With window=0, the model's own window is kept
+    if its windowed layers have their own RoPE base."""
     if window or model.window_theta:
         return dataclasses.replace(model, context=context, window=window or model.window)
     return dataclasses.replace(model, context=context, window=0, window_layers=())

@@ -24,7 +24,8 @@ def logistic_rows(states: Sequence[np.ndarray]) -> np.ndarray:
     lengths = [len(state) for state in states]
     domain_M = np.repeat(np.arange(experts), lengths)
     weight_M = np.repeat([count / experts / length for length in lengths], lengths)
-    # For two domains scikit-learn fits one row, the difference of ours; its square counts half.
+    # For two domains scikit-learn fits a single row, the difference of our two. Its squared norm is
+    # twice the sum of ours, so its penalty must count half.
     half = experts == 2
     fitted = LogisticRegression(C=2.0 if half else 1.0, fit_intercept=False, max_iter=MOST)
     rows = fitted.fit(x_MD, domain_M, weight_M).coef_

@@ -16,7 +16,7 @@ def mix_lora(
 
     If all branches have router rows (gates trained with finished experts), these stay with their
     experts; otherwise routers are new, normal with router_std. Raises ValueError, naming the
-    tensor, when the branches adapt different maps or their shapes differ beyond the number of
+    tensor, if the branches adapt different maps or their shapes differ in more than the number of
     experts.
     """
     maps = [sorted(name[:-2] for name in branch if name.endswith(".a")) for branch in branches]

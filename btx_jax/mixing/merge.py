@@ -11,11 +11,11 @@ from btx_jax.mixing.regmean import regmean, weighted_rows
 
 _STEP = (
     1 << 16
-    # Elements at a time: the accumulator stays in a core's cache, and memory does not grow with the
-    # tensor
+    # Elements processed at a time: the accumulator stays in a core's cache, and memory does not
+    # grow with the tensor.
 )
-_ROWS = 2048  # rows of a tensor to solve at a time, in float64
-_LEAST_NORM, _PARALLEL = 1e-8, 0.9995  # mergekit's: shorter is zero, larger |cosine| is 1
+_ROWS = 2048  # rows of a tensor solved at a time, in float64
+_LEAST_NORM, _PARALLEL = 1e-8, 0.9995  # as in mergekit: below is zero; |cosine| above is parallel
 
 
 def wide(array: np.ndarray) -> np.ndarray:
@@ -23,9 +23,9 @@ def wide(array: np.ndarray) -> np.ndarray:
     cast."""
     if array.dtype.name == "bfloat16":
         bits = array.view(np.uint16).astype(np.uint32)
-        bits <<= 16  # in place: a second array of the chunk's size falls out of the cache
+        bits <<= 16  # in place: a second array of the chunk's size would not fit in the cache
         return bits.view(np.float32)
-    return array.astype(np.float32)  # a copy, always: callers add into it
+    return array.astype(np.float32)  # always a copy, since callers add into it
 
 
 def _parts(size: int) -> Iterator[slice]:
@@ -98,7 +98,7 @@ def task_arithmetic(
     base: np.ndarray, tensors: Sequence[np.ndarray], scale: float, dtype: np.dtype
 ) -> np.ndarray:
     """Task arithmetic (arXiv 2212.04089): base plus scale times the sum of changes from it, in
-    float64. As mergekit's with all weights 1 and its lambda as scale."""
+    float64. The same as mergekit's with all weights 1 and lambda = scale."""
     base_flat, flat = base.reshape(-1), [tensor.reshape(-1) for tensor in tensors]
     result = np.empty(base_flat.shape, dtype)
     for part in _parts(result.size):
@@ -178,10 +178,10 @@ def is_mean(found: np.ndarray, tensors: Sequence[np.ndarray]) -> bool:
 class Merge(NamedTuple):
     """A merge method.
 
-    make: (base's tensor, models' tensors, dtype, random generator, settings) -> merged tensor; the
-    base's is None for methods that do not read it, and regmean also takes what it is solved from
-    (`solved`). models: number of distinct models required; None for any. is_right: independent
-    check of a result; None where verification merges again and compares bit for bit.
+    make: (base's tensor, models' tensors, dtype, random generator, settings) -> merged tensor. The
+    base's tensor is None for methods that do not read it; regmean also takes `seen`, as for
+    `solved`. models: number of distinct models required; None for any. is_right: independent check
+    of a result; None if verification merges again and compares bit for bit.
     """
 
     make: Callable[..., np.ndarray]

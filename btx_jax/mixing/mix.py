@@ -44,12 +44,12 @@ def leaf_class(path: Sequence[str]) -> str:
 
 
 def mix_leaf(path: Sequence[str], leaves: Sequence[jax.Array], is_moe: bool = True) -> jax.Array:
-    """One leaf of the mixture from the same leaf of N models.
+    """Make one leaf of the mixture from the same leaf of N models.
 
-    A feed-forward leaf [L, ...] of an MoE run becomes [L, N, ...]; every other leaf is the mean,
-    taken in float32 and cast back. Values equal in all models stay bit-identical, which a sum
-    divided by the count would not guarantee. Raises ValueError, naming the leaf, when shapes or
-    dtypes differ.
+    A feed-forward leaf [L, ...] of an MoE run becomes [L, N, ...]; every other leaf becomes the
+    mean, computed in float32 and cast back. Values that are equal in all models stay bit-identical,
+    which dividing a sum by the count would not guarantee. Raises ValueError, naming the leaf, if
+    shapes or dtypes differ.
     """
     kinds = {(leaf.shape, str(leaf.dtype)) for leaf in leaves}
     if len(kinds) > 1:
@@ -70,15 +70,15 @@ def mix_params(
     """Branch-Train-MiX. models: dense trees of equal structure, in expert order. routers: run name
     -> [L, D, N].
 
-    A run without a router stays dense and is averaged. Use `restack` first where the mixture has
-    other runs than the models.
+    A run without a router stays dense and is averaged. Call `restack` first if the mixture's runs
+    differ from the models'.
 
     shared: a dense tree whose feed-forwards become shared experts. Their gates start at zero, which
-    is a weight of one half, and the routed experts' down projections are halved exactly, so that
+    gives a weight of one half, and the routed experts' down projections are halved exactly, so that
     mixing equal models reproduces the model.
 
-    Raises ValueError, naming the leaf, when the trees differ in structure, shape or dtype, already
-    contain experts, or when a router does not fit them.
+    Raises ValueError, naming the leaf, if the trees differ in structure, shape or dtype, if they
+    already contain experts, or if a router does not fit them.
     """
     if not models:
         raise ValueError("no models to mix")
@@ -143,8 +143,9 @@ def upcycle_params(params: Params, copies: int, routers: Mapping[str, jax.Array]
 
 
 def restack(params: Params, lengths: Sequence[int]) -> dict[str, Any]:
-    """The same dense layers as runs of other lengths: layers_0 [32, ...] -> layers_0 [1, ...] and
-    layers_1 [31, ...]. Raises ValueError when the lengths do not sum to the model's layers."""
+    """Divide the same dense layers into runs of other lengths: with (1, 31), layers_0 [32, ...]
+    becomes layers_0 [1, ...] and layers_1 [31, ...]. Raises ValueError if the lengths do not sum to
+    the number of layers."""
     runs = sorted(
         (name for name in params if name.startswith("layers_")),
         key=lambda name: int(name.rpartition("_")[2]),

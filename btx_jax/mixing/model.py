@@ -1,4 +1,4 @@
-"""The Hugging Face class and ModelConfig of a recipe's mixture."""
+"""Choose the Hugging Face class and ModelConfig of a recipe's mixture."""
 
 import dataclasses
 import logging
@@ -28,16 +28,16 @@ class Chosen(NamedTuple):
 def choose(
     recipe: Recipe, dense: ModelConfig, kinds: Sequence[str], as_huggingface: bool
 ) -> Chosen:
-    """Choose the class of the mixture, and add the zero tensors that the class requires to its
-    model.
+    """Choose the mixture's class and model; the model includes any zero tensors that the class
+    requires.
 
     dense: base_model's config, within the limits of all sources. kinds: the model_types of
     base_model and of each source, "" where unknown.
 
     The class is the one that mergekit would choose, if it can hold the mixture; otherwise the home
     of base_model's family, or else the first class that can. A class without sliding windows limits
-    the context to the window. Raises UserError when no class can hold it, unless the mixture stays
-    in our own format and names no class.
+    the context to the window. Raises UserError if no class can hold the mixture, unless it is
+    written in our own format and the recipe names no class.
     """
     tried: list[tuple[Family, ModelConfig, list[str]]] = []
     for family in _in_order(recipe, kinds):
@@ -105,8 +105,8 @@ def _mergekits(recipe: Recipe, kinds: Sequence[str]) -> list[str]:
 
 
 def _of_gate(recipe: Recipe, family: Family) -> list[str]:
-    """Reasons why the class cannot have the gate that the shared expert's prompts describe, or
-    requires prompts that are missing."""
+    """What the class lacks with regard to the shared expert's gate, as short phrases: a gate, if
+    the recipe has prompts for one, or no gate, if prompts for it are missing. [] if it fits."""
     if not recipe.shared_experts or not family.moe or not family.moe.has_shared:
         return []
     shared = recipe.shared_experts[0]

@@ -1,4 +1,4 @@
-"""Gates of a recipe: random, or from the hidden states of its prompts in base_model."""
+"""Router rows of a recipe: random, or from base_model's hidden states of the recipe's prompts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,8 +16,7 @@ from btx_jax.progress import bar
 
 
 class Prompt(NamedTuple):
-    """A prompt of an expert. source: index into recipe.sources, in which the shared expert is
-    last."""
+    """A prompt of an expert. source: index into recipe.sources, where the shared expert is last."""
 
     source: int
     is_positive: bool
@@ -38,8 +37,8 @@ class Gates(NamedTuple):
 
 
 def read_prompts(recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig) -> list[Prompt]:
-    """Every prompt that gates are computed from, with BOS in front if there is one, as mergekit
-    reads them; none for random gates. Raises UserError for prompts that the model cannot read."""
+    """Every prompt that gates are computed from, starting with BOS if the tokenizer has one, as in
+    mergekit; none for random gates. Raises UserError for prompts that the model cannot read."""
     has_gate = bool(model.moe and model.moe.shared_gate)
     sources = recipe.sources if has_gate else recipe.experts
     if recipe.gate_mode not in PROMPT_MODES:
@@ -79,8 +78,9 @@ def make_gates(
 ) -> Gates:
     """The gates of the mixture `model`.
 
-    A shared expert's gate gets the row that a routed expert with its prompts would get: in random
-    modes another row of the same distribution, with `normal` zeros, which is a weight of one half.
+    A shared expert's gate gets the row that a routed expert with the same prompts would get. In
+    random modes it gets another row of the same distribution, except for `normal`: there it is
+    zero, which gives a weight of one half.
     """
     has_gate = bool(recipe.shared_experts and model.moe and model.moe.shared_gate)
     experts, mode = recipe.expert_count, recipe.gate_mode

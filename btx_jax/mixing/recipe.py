@@ -23,7 +23,7 @@ from btx_jax.mixing.homes import model_types, spellings
 from btx_jax.mixing.merge import MERGES
 
 PROMPT_MODES = ("cheap_embed", "hidden", "hidden_avg", "router_input")
-HIDDEN_LAST = "hidden_last"  # mergekit's alias of hidden
+HIDDEN_LAST = "hidden_last"  # mergekit's alias for hidden
 GATE_MODES = ("normal", "random", "uniform_random", *PROMPT_MODES, HIDDEN_LAST, *SOLVED)
 MAX_EXPERTS = 1024
 _READ_TEXT = f"gate_mode={SOLVED[0]!r} or {SOLVED[1]!r} and merge={REGMEAN!r}"
@@ -99,12 +99,12 @@ class Recipe(Section):
     chunks: Annotated[int, Range(2, MAX_EXPERTS)] = 2
     """With method split: number of experts per source."""
     merge: Annotated[str, Choice(tuple(MERGE_SETTINGS))] = "mean"
-    """How `average` averages. mean. ties (arXiv 2306.01708): keep the `density` largest changes
-    from base_model, elect signs, take the mean of those that agree. dare (arXiv 2311.03099): drop
-    changes at random down to `density`, rescale, take the mean. task_arithmetic (arXiv 2212.04089):
-    base_model plus `scale` times the sum of all changes from it. slerp: spherical interpolation
-    between two models, tensor by tensor. regmean (arXiv 2212.09849): solve each linear layer to
-    reproduce each model's outputs on its own text."""
+    """How base: average merges. mean: plain mean. ties (arXiv 2306.01708): keep the `density`
+    largest changes from base_model, elect signs, take the mean of those that agree. dare (arXiv
+    2311.03099): drop changes at random down to `density`, rescale, take the mean. task_arithmetic
+    (arXiv 2212.04089): base_model plus `scale` times the sum of all changes from it. slerp:
+    spherical interpolation between two models, tensor by tensor. regmean (arXiv 2212.09849): solve
+    each linear layer to reproduce each model's outputs on its own text."""
     density: Density = 0.2
     """With ties and dare: the share of changes to keep."""
     scale: Scale = 1.0

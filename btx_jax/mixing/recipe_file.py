@@ -22,8 +22,8 @@ KEPT = "mergekit_moe_config.yml"  # name under which a mixture keeps its recipe,
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys, of which YAML would silently keep the last, and
-    aliases that expand beyond what a file could contain."""
+    """YAML loader that rejects duplicate keys (YAML would silently keep the last) and aliases that
+    expand to more nodes than a file of the maximum size could contain."""
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
     def _size(self, node: Any, known: dict[int, int]) -> int:
         """Number of nodes, with aliases expanded."""
         if id(node) not in known:
-            known[id(node)] = MAX_NODES + 1  # for a node that contains itself
+            known[id(node)] = MAX_NODES + 1  # in case the node contains itself
             parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
             if isinstance(node, yaml.MappingNode):
                 parts = [part for pair in parts for part in pair]
@@ -143,8 +143,8 @@ def _with_files_read(recipe: Recipe) -> Recipe:
 
 
 def expert_sources(mixture: Path) -> list[str]:
-    """The source model of each expert of a mixture, from the recipe stored with its weights; empty
-    without a recipe, or where every expert is made from all models."""
+    """The source model of each expert of a mixture, from the recipe stored with its weights; [] if
+    there is no recipe, or if every expert is made from all models."""
     path = mixture / KEPT
     if not path.exists():
         return []
@@ -165,7 +165,8 @@ def _without_none(values: Any) -> Any:
 
 
 def _as_ours(values: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
-    """The values without mergekit keys for what always holds here, and with numbers parsed."""
+    """The values with numbers parsed, and without those of mergekit's keys that ask for what
+    btx_jax always does."""
     values = _with_numbers(Recipe, values)
     for key in ("experts", "shared_experts"):
         if isinstance(experts := values.get(key), list):

@@ -1,8 +1,8 @@
 """Router rows by ridge regression on sums over tokens (DUME, arXiv 2603.29765). Pure numpy.
 
 For each domain, a layer needs the sum of x x^T, the sum of x, and the number of tokens, where x is
-the router's input. Sums of several texts of one domain can be added, and those of other domains are
-stored separately, so that adding or dropping an expert needs no other expert's text.
+the router's input. Sums of several texts of one domain can be added. Each domain's sums are stored
+separately, so that adding or dropping an expert needs no other expert's text.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,8 @@ class Moments(NamedTuple):
 
 
 def moments(states: Iterable[np.ndarray]) -> Moments:
-    """The sums of one domain, in float64. states: batches of its tokens, [tokens, D]."""
+    """The sums of one domain, in float64. states: router inputs of its tokens, in batches
+    [tokens, D]."""
     gram_DD, total_D, count = np.zeros(()), np.zeros(()), 0
     for state in states:
         x_MD = state.astype(np.float64)
@@ -37,18 +38,19 @@ def moments(states: Iterable[np.ndarray]) -> Moments:
 
 
 def domain_weights(count_E: np.ndarray, weights: str) -> np.ndarray:
-    """The weight of a token in each domain. With `equal`, all domains have the same total weight;
-    weights always sum to the number of tokens."""
+    """The weight of a token in each domain, [E]. With `equal`, all domains have the same total
+    weight. Summed over all tokens, weights always equal the number of tokens."""
     return count_E.mean() / count_E if weights == "equal" else np.ones(len(count_E))
 
 
 def solve(layer: Moments, ridge: RidgeConfig) -> np.ndarray:
-    """Router rows [E, D], float64: those of (A + penalty I)^-1 [b_1 ... b_E], each divided by its
-    norm and the temperature. A is the sum of w_e gram_e, b_e is w_e total_e; w: `domain_weights`.
+    """Router rows [E, D], float64: the columns of (A + penalty I)^-1 [b_1 ... b_E], each divided by
+    its norm and by the temperature. A is the sum of w_e gram_e, b_e is w_e total_e; w:
+    `domain_weights`.
 
     DUME appends a constant 1 to x, which gives the logits a bias. Routers here have none, so the
     system is solved without it: dropping the bias from a solution with one would not be optimal.
-    Raises UserError where there is no unique solution.
+    Raises UserError if there is no unique solution.
     """
     weight_E = domain_weights(layer.count_E, ridge.weights)
     a_DD = np.einsum("e,eij->ij", weight_E, layer.gram_EDD)
@@ -83,6 +85,7 @@ def solve_positive(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
 
 
 def own_share(states: Iterable[np.ndarray], rows_ED: np.ndarray, expert: int) -> float:
-    """The share of tokens that choose this expert first; NaN without tokens."""
+    """The share of tokens whose largest logit is this expert's; NaN if there are no tokens. states:
+    router inputs in batches [tokens, D]."""
     hits = [(state @ rows_ED.T).argmax(-1) == expert for state in states]
     return float(np.concatenate(hits).mean()) if sum(map(len, hits)) else float("nan")

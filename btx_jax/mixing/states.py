@@ -1,5 +1,5 @@
-"""Hidden states of a model, layer by layer, with the parameters of one layer in memory: of a dense
-model, or of a mixture in which each text passes through a chosen expert. Shape legend:
+"""Hidden states of a dense model, or of a mixture in which each text passes through a chosen
+expert. Computed layer by layer, with the parameters of only one layer in memory. Shape legend:
 models/layers.py."""
 
 import functools
@@ -18,16 +18,16 @@ from btx_jax.models.attention import Attention
 from btx_jax.models.layers import After, Before, FeedForward, Norm, exact_matmuls, times
 from btx_jax.models.llama import Params
 
-TOKENS_PER_BATCH = 4096  # of prompts
-# Intermediate values within a layer, such as attention scores, exist for this many tokens at a
-# time.
+TOKENS_PER_BATCH = 4096  # prompt tokens per batch
+# Number of tokens for which intermediate values within a layer, such as attention scores, are held
+# at a time.
 TOKENS_AT_ONCE = 512
 
 Read = Callable[[TensorId], np.ndarray]
 
 
-# Called with the linear layers that share an input, before their weights are read, and with that
-# input: for each text [rows, length, width], float32.
+# Called before the weights of linear layers are read, with the layers that share an input and with
+# that input: for each text [rows, length, width], float32.
 Inputs = Callable[[Sequence[TensorId], Sequence[np.ndarray]], None]
 
 _INTO_HEADS = ("attention/query", "attention/key", "attention/value")
@@ -59,8 +59,8 @@ def _applied(module: Any, params: Params, name: str, *x_BTD: jax.Array) -> jax.A
 def _heads(
     model: ModelConfig, spec: LayerSpec, attention, h_BTD: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """Input of attention's output projection, [B, T, heads * head_dim]. The projection's parameters
-    may be absent."""
+    """Input of attention's output projection, [B, T, heads * head_dim]. `attention` may lack the
+    parameters of the output projection."""
     out = jnp.zeros((model.heads, model.head_dim, model.d_model))
     params = {"params": {"out": out} | attention}
 
@@ -154,14 +154,14 @@ def forced_states(
     texts: Sequence[tuple[int | None, Rows]],
     inputs: Inputs | None = None,
 ) -> Iterator[list[np.ndarray]]:
-    """Yield for each layer of a mixture, for each text: the input of the router, or of a dense
-    layer's feed-forward, [rows, length, D], float32. In MoE layers every token of a text passes
-    through the text's expert, with weight 1.
+    """Yield, for each layer of a mixture, a list with one array per text: the input of the router,
+    or of a dense layer's feed-forward, [rows, length, D], float32. In MoE layers every token of a
+    text passes through the text's expert, with weight 1.
 
-    read: returns a tensor of the mixture. texts: (expert, its text); None bypasses the routed
-    experts. inputs: receives the inputs of attention's projections and of the head. Memory holds
-    the states of one layer, its parameters outside the experts, and those of one expert. A yielded
-    list is valid until the next one.
+    read: returns a tensor of the mixture. texts: (expert, its text); for expert None the routed
+    experts are bypassed. inputs: receives the inputs of attention's projections and of the head.
+    Memory holds the states of one layer, its parameters outside the experts, and those of one
+    expert. A yielded list is valid until the next one.
     """
     dense, table = model.dense(), read(EMBEDDING)
     segments = [jnp.asarray(rows.segments_RT) for _, rows in texts]

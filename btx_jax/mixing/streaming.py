@@ -66,8 +66,8 @@ def is_averaged(tensor: TensorId) -> bool:
 
 
 def check_shapes(mixture: Mixture, names: Sequence[str]) -> None:
-    """Check that sources whose differences `allow` permits still have the expected shapes. names:
-    of the readers. Raises UserError."""
+    """Raise UserError unless the sources have the expected shapes, as they may not where `allow`
+    permits differences. names: of the readers."""
     base = mixture.base.slots
     averaged = [t for t in slots(mixture.model) if is_averaged(t) and t in base]
     for number in mixture.averaged():
@@ -116,7 +116,7 @@ def make_tensor(mixture: Mixture, tensor: TensorId) -> np.ndarray:
 
 
 def _zeros(mixture: Mixture, tensor: TensorId) -> np.ndarray:
-    """A tensor that the class of the mixture requires and no source has."""
+    """Make a tensor that the mixture's class requires and no source has."""
     return np.zeros(slots(mixture.model)[tensor].shape, mixture.dtype)
 
 
@@ -132,8 +132,8 @@ def _changed(
     array: np.ndarray, expert: ExpertSource, dense: TensorId, rng: np.random.Generator
 ) -> np.ndarray:
     """The array with noise_scale applied to feed-forward weights, then residual_scale to the down
-    projection, each rounded to the source's dtype as in mergekit. Without either, bits are
-    unchanged."""
+    projection, each rounded to the source's dtype as in mergekit. Bit-identical if neither is
+    set."""
     stored = array.dtype
     if expert.noise_scale:
         noise = rng.standard_normal(array.shape, np.float32) * np.float32(expert.noise_scale)

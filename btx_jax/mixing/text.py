@@ -1,4 +1,4 @@
-"""Text of the experts' domains, as rows of tokens for a model."""
+"""Read the text of the experts' domains as rows of tokens for a model."""
 
 import itertools
 import logging
@@ -78,8 +78,8 @@ def token_counts(rows: Rows, vocab_size: int) -> np.ndarray:
 
 
 def prepared_rows(domains: Sequence[PreparedDomain], limit: int) -> Rows:
-    """About `limit` tokens: an eighth from held-out documents, if there are enough, the rest from
-    training documents. Domains are sampled by weight."""
+    """Rows with about `limit` tokens of prepared domains: an eighth from held-out documents, if
+    there are enough of them, the rest from training documents. Domains are sampled by weight."""
     total = sum(domain.weight for domain in domains)
     parts: list[Rows] = []
     for domain in domains:
@@ -100,7 +100,7 @@ def expert_texts(
     recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig, limit: int
 ) -> list[Rows]:
     """The first `limit` tokens of each routed expert's text, or of its prompts if it has no text;
-    for regmean also a shared expert's."""
+    for regmean also of a shared expert's."""
     named = {f"recipe.experts[{i}]": expert for i, expert in enumerate(recipe.experts)}
     if recipe.merge == REGMEAN:
         named |= {f"recipe.shared_experts[{i}]": e for i, e in enumerate(recipe.shared_experts)}
