@@ -33,8 +33,9 @@ def tensor(name: str, *parts: str, stacked: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that the class requires and our models lack, in every layer or in those with
-    experts. Filled with `value`, it does not change what the class computes. Stored in float32."""
+    """A tensor that the class requires but our models lack, in every layer or, with of_experts, in
+    those with experts. Filled with `value`, it does not change what the class computes. Stored in
+    float32."""
 
     name: str
     value: float
@@ -70,7 +71,8 @@ QK_NORM = (
 
 
 def swiglu(prefix: str, into: str) -> tuple[Tensor, ...]:
-    """Tensors PREFIX.gate_proj.weight and so on, for INTO/gate, up and down, with their biases."""
+    """Tensors PREFIX.gate_proj.weight, up_proj and down_proj, which hold INTO/gate, up and down;
+    with biases for the dense feed-forward, swiglu("mlp", "ffn")."""
     return tuple(
         tensor(f"{prefix}.{name}_proj.{kind}", f"{into}/{name}{'_bias' * (kind == 'bias')}")
         for name in FEED_FORWARD_MAPS
@@ -87,7 +89,7 @@ FUSED_EXPERTS = (
     tensor("mlp.experts.down_proj", "ffn/down", stacked=True),
 )
 
-SHARED_OF_ZEROS = 128  # width of a shared expert of zeros; a multiple that device meshes divide
+SHARED_OF_ZEROS = 128  # width of a shared expert of zeros; device meshes divide it
 
 # ModelConfig field -> config.json key, in every family.
 KEYS = {
@@ -102,7 +104,8 @@ KEYS = {
     "norm_eps": "rms_norm_eps",
     "tied_head": "tie_word_embeddings",
 }
-# Numbers of ModelConfig that change nothing at their defaults and may have a key in config.json.
+# Numeric fields of ModelConfig that have no effect at their defaults; a family may have keys for
+# them in config.json.
 NUMBERS = (
     *("embed_scale", "residual_scale", "attention_scale", "attention_cap", "logits_divisor"),
     "logits_cap",
@@ -116,7 +119,7 @@ _FIXED: Mapping[str, Callable[[Any], str]] = {
     "rope_interleaved": lambda is_so: f"RoPE of {'neighbours' if is_so else 'halves'}",
 }
 _USUAL = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
-SILU = {"silu": "silu", "swish": "silu"}  # two names for one function
+SILU = {"silu": "silu", "swish": "silu"}  # two names for the same function
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class MoEKeys:
     d_ff: width of an expert; without it, experts are as wide as dense layers.
     renormalise: whether gates are normalised to sum to one; without it, they are.
     shared_d_ff: width of the shared expert.
-    shared_count: its width as a multiple of d_ff, in classes that give it so.
+    shared_count: its width as a multiple of d_ff, in classes that specify it that way.
     none_shared: value of shared_count where there is no shared expert.
     has_shared_gate: whether a sigmoid gate multiplies the shared expert's output.
     needs_shared: whether the class requires a shared expert.
@@ -187,7 +190,7 @@ class Family:
     maths: ModelConfig fields that the family fixes.
     activation_key, activations: the activation's key, and its values -> ModelConfig's.
     numbers: ModelConfig number -> its key in config.json.
-    query_scalar: key of a number whose power of -1/2 is attention_scale.
+    query_scalar: key of a number n such that attention_scale is n ** -0.5.
     embeds_by_width: whether embeddings are multiplied by the square root of the width.
     window: when `sliding_window` applies: never (""), always ("always"), or if
         `use_sliding_window` is set ("switched").
@@ -199,9 +202,9 @@ class Family:
         whether the first of a period has none rather than the last.
     full_rotates: whether layers without a window have RoPE in a model that has windows.
     local_theta: RoPE base of layers with a window, where it differs; these are never scaled.
-    local_theta_key: the key that older releases use for it.
+    local_theta_key: the key that older releases use for local_theta.
     nope: key of a list that says for each layer whether it has RoPE.
-    nope_every_key: without that list, the last layer in every so many has none.
+    nope_every_key: without that list, key of a period n: the last of every n layers has no RoPE.
     nope_thetas: whether the list holds RoPE bases.
     rotary: default fraction of each head that RoPE rotates; 0 if it always rotates the whole head.
     grows_queries: whether RopeScaling's query_growth is supported.
@@ -212,7 +215,7 @@ class Family:
     usual: further keys to write, with their values.
     since: first release of transformers that has the family; "" for remote code.
     head_dim_since, scaling_since: first release that reads independent head sizes, and scaled RoPE;
-        earlier ones silently load another model.
+        earlier ones ignore them silently and compute something else.
     fallback: rank among the families tried when no other fits; 0 to exclude it.
     whole_heads: whether the width must be a multiple of the number of heads.
     own_head_dim: whether the head size may differ from width / heads.
@@ -263,8 +266,8 @@ class Family:
         return self.biases.get("", ())
 
     def lacks(self, model: ModelConfig) -> list[str]:
-        """What checkpoints of this class cannot represent of the model, as short phrases; [] if
-        they can represent it, possibly with added zeros (`filled`)."""
+        """Features of the model that checkpoints of this class cannot represent, as short phrases;
+        [] if they can represent the model, possibly with added zeros (`filled`)."""
         told = []
         groups = list(self.biases.values())
         for name in model.biases:
@@ -366,8 +369,8 @@ class Family:
         return told
 
     def filled(self, model: ModelConfig) -> ModelConfig:
-        """The model with what this class cannot omit added, without changing what it computes: zero
-        biases, a shared expert of zeros, and norm scales of one."""
+        """The model with the parameters added that this class cannot omit: zero biases, a shared
+        expert of zeros, and norm scales of one. They do not change what the model computes."""
         biases = tuple(dict.fromkeys((*model.biases, *self.always_biased())))
         moe = model.moe
         keys = self.moe

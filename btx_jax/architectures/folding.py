@@ -1,7 +1,7 @@
 """Fold parameterless LayerNorms into RMSNorms, for classes without LayerNorm.
 
-A LayerNorm subtracts the mean of the residual stream, and nothing else reads that mean. If nothing
-added to the stream has a mean, the stream has none and the two norms are equal.
+A LayerNorm subtracts the mean of the residual stream, and nothing else reads that mean. If
+everything added to the stream has zero mean, so has the stream, and the two norms are equal.
 """
 
 import dataclasses
@@ -29,7 +29,8 @@ def folding(
     read: Callable[[TensorId], np.ndarray], model: ModelConfig
 ) -> Callable[[TensorId], np.ndarray]:
     """Wrap `read`, which returns tensors of a model with LayerNorms, to return those of the folded
-    model: tensors that write to the stream lose their mean, in float32, and scales are ones."""
+    model: tensors that write to the stream have their mean subtracted, in float32, and norm scales
+    are ones."""
     own, places = slots(model), slots(folded(model))
 
     def read_folded(tensor: TensorId) -> np.ndarray:

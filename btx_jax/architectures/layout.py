@@ -13,7 +13,8 @@ from btx_jax.config.model_config import ModelConfig
 
 
 class Row(NamedTuple):
-    """One tensor of a file and our tensors in it: [1][parts], or [experts][parts] if stacked."""
+    """One tensor of a file. tensors: our tensors in it, indexed [1][parts], or [experts][parts] if
+    stacked."""
 
     name: str
     tensors: tuple[tuple[TensorId, ...], ...]
@@ -53,7 +54,7 @@ def rows(family: Family, model: ModelConfig) -> tuple[Row, ...]:
 
 @functools.lru_cache(maxsize=16)
 def other_rows(family: Family, model: ModelConfig) -> tuple[Row, ...]:
-    """The model's tensors under the family's alternative names."""
+    """Like `rows`, but under the family's alternative names."""
     return tuple(_rows(family.also, model))
 
 

@@ -23,14 +23,14 @@ _PREFIX, _SUFFIX = "model.layers.{l}.", ".weight"
 
 
 def adapted(target: str, layer: int) -> TensorId:
-    """The weight of `layer` that the LoRA of a target adapts."""
+    """The weight in `layer` that a LoRA for this target adapts."""
     return TensorId(PARTS[target], layer)
 
 
 @functools.cache
 def modules_of_layer(family: Family) -> Mapping[str, tuple[str, ...]]:
-    """{module, such as self_attn.qkv_proj: its targets, in the order of their rows}, for dense
-    layers; experts cannot be targets."""
+    """Module of a dense layer, such as self_attn.qkv_proj -> its targets, in the order of their
+    rows. Experts cannot be targets."""
     found = {}
     for tensor in family.tensors:
         targets = tuple(_TARGET_OF[part] for part in tensor.parts if part in _TARGET_OF)
@@ -41,8 +41,8 @@ def modules_of_layer(family: Family) -> Mapping[str, tuple[str, ...]]:
 
 
 def modules(family: Family, model: ModelConfig) -> dict[str, tuple[int, tuple[str, ...]]]:
-    """{full module name: (layer, targets)} for every module that LoRA can adapt. In a mixture these
-    are the attention modules only."""
+    """Full module name -> (layer, targets), for every module that LoRA can adapt. In a mixture
+    these are only the attention modules."""
     known = slots(model)
     return {
         f"{_PREFIX.format(l=layer)}{name}": (layer, targets)

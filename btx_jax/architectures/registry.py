@@ -13,7 +13,8 @@ from btx_jax.errors import UserError
 
 @functools.cache
 def known_families() -> Mapping[str, Family]:
-    """model_type -> family. Raises ValueError for duplicates and homes that are no mixtures."""
+    """model_type -> family. Raises ValueError for duplicates and for homes that are not
+    mixtures."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(families.__path__):
         loaded = importlib.import_module(f"{families.__name__}.{module.name}")

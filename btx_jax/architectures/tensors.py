@@ -1,5 +1,5 @@
-"""A model as single tensors in the layout of Hugging Face files, where a Linear's weight is [out,
-in]. All streaming code identifies tensors in these terms, whatever a file calls them."""
+"""A model as individual tensors in the layout of Hugging Face files, where a Linear's weight is
+[out, in]. All streaming code identifies tensors by TensorId, whatever a file calls them."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ _SHARED = {
     "shared_expert/down": "mlp.shared_expert.down_proj.weight",
     "shared_expert/router": "mlp.shared_expert_gate.weight",
 }
-_ANCHOR = {  # names of the dense model whose feed-forward the anchor is
+_ANCHOR = {  # under the names of the dense model whose feed-forward became the anchor
     f"anchor/{name}": _DENSE[f"ffn/{name}"] for name in ("gate", "up", "down")
 }
 _ROUTER = {
@@ -244,8 +244,8 @@ def slots(model: ModelConfig) -> dict[TensorId, Slot]:
 
 
 def _flat(shape: tuple[int, ...], region: Region) -> Range:
-    """Merge a shape's axes into one: the flat range of the region's first axis, with the others
-    taken whole."""
+    """The range that a region covers when the shape's axes are merged into one; the region must
+    span all axes but the first in full."""
     inner = _size(shape[1:])
     return (region[0][0] * inner, region[0][1] * inner) if shape else (0, 1)
 

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: a shared expert with a sigmoid gate beside the routed experts."""
+"""Qwen1.5-MoE and Qwen2-MoE: a shared expert with a sigmoid gate next to the routed experts."""
 
 import dataclasses
 
