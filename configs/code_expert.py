@@ -5,8 +5,8 @@
     btx run code_expert:from_init --config.init=RELEASED_MODEL
 
 Cost: by default 210B tokens, 8.5e21 FLOPs; `:tiny` a minute on 2 cores.
-Expected (paper): code tasks from 16.8 to the level of BTM's 36.6. `:tiny`: held-out code well below
-the seed's.
+Expected (paper): code tasks from 16.8 to the level of BTM's 36.6. `:tiny`: held-out loss on code
+well below the seed's.
 """
 
 from btx_jax.presets.registry import PRESETS

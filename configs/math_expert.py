@@ -6,7 +6,7 @@
 
 Cost: by default 201B tokens, 8.1e21 FLOPs: about 65 hours on 256 TPU v5p chips at 30 % MFU, by
 arithmetic. `:tiny` a minute on 2 cores. Expected (paper): 8.6 -> 18 or more on its maths tasks.
-`:tiny`: held-out maths well below the seed's.
+`:tiny`: held-out loss on maths well below the seed's.
 """
 
 from btx_jax.presets.registry import PRESETS

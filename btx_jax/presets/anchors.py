@@ -6,16 +6,16 @@ from typing import Any
 from btx_jax.config.config import Config, MeshConfig, MixConfig, PipelineStage
 from btx_jax.presets.recipes import LLAMA2, btx
 
-# For each run of a branch: TrainConfig.frozen, and its share of the branch's steps.
+# The runs of a branch, in order: (TrainConfig.frozen, share of the branch's steps).
 SCHEDULE = (("shared", 0.5), ("shared_layers", 0.3), ("anchor", 0.2))
-# Training of the mixture's routers: share of `btx`'s finetuning steps, and FlexOlmo's peak rate.
+# Training of the mixture's routers: steps as a share of `btx`'s finetune, and FlexOlmo's peak rate.
 ROUTERS, ROUTER_RATE = 0.1, 2e-3
 
 
 def bar(what: str = LLAMA2) -> Config:
-    """Branch-Adapt-Route (arXiv 2604.18473): `btx` whose branches train with an anchor and are
-    unfrozen in stages. Their shared parameters are averaged, and then only the mixture's routers
-    are trained."""
+    """Branch-Adapt-Route (arXiv 2604.18473): the `btx` pipeline, but branches train with an anchor
+    and are unfrozen in stages. Their shared parameters are averaged, and then only the mixture's
+    routers are trained."""
     stages: dict[str, PipelineStage] = {}
     for name, stage in (btx(what).pipeline or {}).items():
         if name.startswith("expert_"):
@@ -54,7 +54,7 @@ def _branch(name: str, stage: PipelineStage) -> dict[str, PipelineStage]:
 
 
 def _trained(config: Config, share: float, **changes: Any) -> Config:
-    """The same run with a share of its steps, and other changes of its train section."""
+    """The same run with `share` of its steps, and with other changes to its train section."""
     assert config.train
     for key in ("steps", "warmup_steps"):
         changes[key] = max(1, round(share * getattr(config.train, key)))

@@ -1,8 +1,8 @@
 """Config files (Python whose `get_config` returns a Config or a ConfigDict), presets by name, and
 command-line overrides. All mistakes are reported together, each in one line.
 
-A Config is immutable, so that its validation stays true. A file that assigns to the fields of a
-preset uses `to_config_dict(recipes.seed("tiny"))` and returns that.
+A Config is immutable, so that it stays valid. A file that assigns to fields of a preset does so on
+`to_config_dict(recipes.seed("tiny"))`, for example, and returns that.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ MAX_BYTES = 10**6  # maximum size of a config file
 
 
 class _ConfigFileParser(flags.ArgumentParser):
-    """ml_collections' parser, extended by presets and by files that return a Config."""
+    """ml_collections' parser, extended to presets and to files that return a Config."""
 
     def __init__(self, parser: flags.ArgumentParser):
         self._parser = parser
@@ -86,8 +86,8 @@ def read_config(file: str, overrides: Sequence[str] = (), flag: str = "--config"
 
 
 def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
-    """The ConfigDict that get_config([ARGUMENT]) of FILE[:ARGUMENT] returns, or the preset's.
-    Raises ConfigError, with the line of the file, when there is neither or it raises."""
+    """The ConfigDict that get_config([ARGUMENT]) of FILE[:ARGUMENT], or of a preset, returns.
+    Raises ConfigError if there is neither; if get_config raises, with the line in the file."""
     path, colon, argument = file.partition(":")
     told = f"{flag}: {path[:200]}"
     preset = PRESETS.get(path)
@@ -136,7 +136,7 @@ def _require_file(path: str, file: str, flag: str) -> None:
             raise ConfigError(f"{flag}: no file {path[:200]}{hint}")
         if (size := Path(path).stat().st_size) > MAX_BYTES:
             raise ConfigError(f"{flag}: {path[:200]}: {size} bytes; no config file is so large")
-    except (OSError, ValueError) as error:  # such as a name too long, or with a NUL
+    except (OSError, ValueError) as error:  # such as a name that is too long or contains a NUL
         raise ConfigError(f"{flag}: {path[:200]!r}: {one_line(error)[:100]}") from None
 
 

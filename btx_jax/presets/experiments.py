@@ -1,9 +1,9 @@
-"""The comparison behind the paper's claim: Branch-Train-MiX with its baselines and ablations, as
-one pipeline of shared stages.
+"""The comparison that supports the paper's claim: Branch-Train-MiX with its baselines and
+ablations, as one pipeline of shared stages.
 
-An arm is one or more stages that end in a model. All arms start from the same seed and see the same
-domains; the function that builds an arm says how it differs. `main` has the arms of the paper's
-Tables 2 to 4, `ablations` those of its Tables 5 to 7 and others.
+An arm is one or more stages that end in a model. All arms start from the same seed and train on the
+same domains; the function that builds an arm says how it differs. `main` has the arms of the
+paper's Tables 2 to 4, `ablations` those of its Tables 5 to 7 and others.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class Setting:
 
     @property
     def dense(self) -> Config:
-        """Config of dense training: a branch's, without the mixing probe."""
+        """Config of dense training: the same as a branch's, but without the mixing probe."""
         assert self.expert.train
         train = dataclasses.replace(self.expert.train, mixing_probe=False)
         return dataclasses.replace(self.expert, train=train)
@@ -92,8 +92,8 @@ class Setting:
 
     @property
     def budgets(self) -> dict[str, tuple[int, int]]:
-        """Budgets equal to BTX's -> (steps of a dense model, steps of a mixture): the same tokens,
-        the same FLOPs, or the same time with all branches training in parallel."""
+        """Budget -> (steps of a dense model, steps of a mixture) that spend as much as BTX: as many
+        `tokens`, as many `flops`, or as much `time` with all branches training in parallel."""
         tokens = self.domain_steps + self.finetune_steps
         time = self.expert_steps + self.finetune_steps * self.moe_cost
         dense = {"tokens": tokens, "flops": self.flops, "time": time}
@@ -104,8 +104,8 @@ class Setting:
 
 
 def mixed_text(shares: dict[str, float]) -> str:
-    """Combine `name:weight,...` texts in proportion to their shares into one such text, with
-    weights that sum to 100."""
+    """Combine texts, each written `name:weight,...`, in proportion to their shares. Returns the
+    result in the same notation, with weights that sum to 100."""
     total: dict[str, float] = {}
     for text, share in shares.items():
         weights = {
@@ -121,7 +121,7 @@ def mixed_text(shares: dict[str, float]) -> str:
 
 @dataclass
 class Arms:
-    """Collects the stages of the arms, and the models among them."""
+    """Collects the stages of the arms, and which of them are models to evaluate."""
 
     setting: Setting
     stages: dict[str, PipelineStage] = field(default_factory=dict)
@@ -151,8 +151,8 @@ class Arms:
         rng_seed: int = 0,
         **changes: Any,
     ) -> str:
-        """Add a training stage: `base` with another text, number of steps, and further changes to
-        its train section or, as compute_KEY, its compute section. Returns `@NAME`."""
+        """Add a training stage: `base` with another init, text and number of steps. changes: fields
+        of its train section or, as compute_KEY, of its compute section. Returns `@NAME`."""
         assert base.train and base.data and base.compute
         compute = {
             key.removeprefix("compute_"): value
@@ -192,8 +192,8 @@ class Arms:
         return self.add(name, config, needs, is_model)
 
     def experts(self, prefix: str = "expert", steps: int = 0, is_model: bool = True) -> list[str]:
-        """Add one branch per domain; returns their references, with the seed last as the
-        generalist."""
+        """Add one branch per domain. Returns the experts' references: the branches, then the seed
+        as the generalist."""
         s = self.setting
         steps = steps or s.expert_steps
         return [
@@ -253,7 +253,7 @@ def btm(arms: Arms) -> None:
 
 
 def ablations(arms: Arms, experts: list[str], mixture: str = "@btx_untuned") -> None:
-    """Add the ablations of the method's parts. mixture: the experts' mixture before finetuning.
+    """Add the ablations of the method's parts. mixture: the mixture of `experts` before finetuning.
     Routing variants are compared without load balancing, as in the paper."""
     s = arms.setting
     arms.finetune("no_balance", mixture, balance_weight=0.0)
@@ -279,7 +279,7 @@ def ablations(arms: Arms, experts: list[str], mixture: str = "@btx_untuned") -> 
     sample = arms.mix("mix_sample", experts, routing="sample_top1", first_routing="soft", k=1)
     arms.finetune("sample_top1", sample, balance_weight=0.0)
     arms.finetune("soft", arms.mix("mix_soft", experts, routing="soft"), balance_weight=0.0)
-    # Different random seeds: branches on equal text must not be equal.
+    # Different random seeds: branches that train on the same text must still differ.
     random = [
         arms.train(
             f"random_{i}",
@@ -321,7 +321,7 @@ def lora_shapes(arms: Arms, total: int, plain_rank: int, targets: tuple[str, ...
         )
 
 
-SHARES = (25, 50, 75, 100)  # % of the compute spent on experts; 0 is upcycling_flops
+SHARES = (25, 50, 75, 100)  # % of the compute spent on experts; 0 % is the arm upcycling_flops
 
 
 def compute_split(arms: Arms) -> None:
@@ -347,8 +347,8 @@ GROUPS = ("main", "ablations", "all", "lora")
 
 
 def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
-    """A pipeline of a group of arms, evaluated and reported: main; ablations (with main); all
-    (these and the compute split); lora (MoLA's shapes only)."""
+    """A pipeline that trains, evaluates and reports a group of arms. main; ablations, which
+    includes main; all, which adds the compute split; or lora (MoLA's shapes only)."""
     arms = Arms(setting)
     if group == "lora":
         lora_shapes(arms, *setting.lora)
@@ -369,8 +369,8 @@ def comparison(setting: Setting, group: str, rng_seed: int = 0) -> Config:
 
 
 def evaluated(arms: Arms, experts: tuple[str, ...], mixture: str, rng_seed: int = 0) -> Config:
-    """The pipeline of the added stages, followed by evaluation and report. experts, mixture: names
-    of the models in these roles."""
+    """A pipeline of the added stages, followed by evaluation and report. experts, mixture: names of
+    the models in these roles."""
     setting = arms.setting
     assert setting.expert.data
     heldout = ",".join([*setting.domains.values(), setting.general])
@@ -403,8 +403,8 @@ def evaluated(arms: Arms, experts: tuple[str, ...], mixture: str, rng_seed: int 
     return Config("pipeline", rng_seed=rng_seed, pipeline=stages)
 
 
-# The claims of the paper's tables: (in words, sign, left arm, right arm, domain or "" for the
-# mean). `<`: the left arm has the lower loss; `=`: their scores differ by at most 0.2 points.
+# The claims of the paper's tables: (claim in words, sign, left arm, right arm, domain or "" for the
+# mean). `<`: the left arm has the lower loss; `=`: the arms' scores differ by at most 0.2 points.
 CLAIMS = (
     ("BTX beats its seed", "<", "btx", "seed", ""),
     ("BTX beats the maths expert", "<", "btx", "expert_math", ""),
@@ -430,7 +430,7 @@ CLAIMS = (
     ("Sample Top-1 beats Switch", "<", "sample_top1", "switch", ""),
     ("Soft beats Top-2", "<", "soft", "no_balance", ""),
 )
-# Claims of MoLA's tables, in the same form.
+# The claims of MoLA's tables, in the form of CLAIMS.
 LORA_CLAIMS = (
     (
         "MoLA: more experts above beat the same number everywhere",

@@ -61,8 +61,8 @@ def _mola(task: str, init: str) -> Config:
 
 
 def mola(task: str = "arc_easy") -> Config:
-    """LoRA experts trained on a test set's answers, or on the demo's mathematics: `tiny`, from the
-    tiny seed, or `from_init`."""
+    """LoRA experts trained on the answers of a test set. `tiny` and `from_init` train on the demo's
+    mathematics instead: `tiny` from the tiny seed, `from_init` from an existing checkpoint."""
     if task.partition(",")[0] in SMALL:
         config = expert("math", task)
         assert config.train

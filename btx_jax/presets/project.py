@@ -1,5 +1,5 @@
-"""A seed and domains of one's own, from text to a mixture and its report. `btx new` writes files
-that call `project`; docs/your-domains.md tells of every field."""
+"""Pipelines for the user's own seed and domains, from text to a mixture and its report. `btx new`
+writes files that call `project`; docs/your-domains.md documents every field."""
 
 import dataclasses
 import json
@@ -39,18 +39,18 @@ from btx_jax.presets.recipes import MODELS, TASKS
 from btx_jax.training.start import default_learning_rate
 
 GENERAL, SEED = "general", "seed"
-# What branches see of the general text, in percent, as in the paper, so that they forget less.
+# Percentage of general text in a branch's text, as in the paper, so that branches forget less.
 GENERAL_SHARE = 5
-STEPS = 1000  # that a run is cut into, where these are of a sensible size
-ROWS, STEP_TOKENS = 8, 2**22  # of a step, at least and at most (the paper's)
-MICRO_TOKENS = 2**16  # of a micro-batch, at most
-# Of a domain, at each evaluation within a run and at the end: as many rows as a share of the tokens
-# that are trained on fills, within bounds.
+STEPS = 1000  # steps of a run, if that gives steps of a sensible size
+ROWS, STEP_TOKENS = 8, 2**22  # least rows and most tokens of a step (the latter is the paper's)
+MICRO_TOKENS = 2**16  # most tokens of a micro-batch
+# Held-out rows per domain, at each evaluation during a run and at the end of the pipeline: (their
+# tokens as a fraction of the training tokens, least rows, most rows).
 RUNNING, FINAL = (0.01, 4, 32), (0.1, 16, 128)
-# Peak rate of what is trained on all domains, in peaks of the seed: the best of 1, 0.3 and 0.1 for
-# the finetune, dense training and upcycling alike (docs/results.md).
+# Peak learning rate of runs on all domains, as a fraction of the seed's peak: the best of 1, 0.3
+# and 0.1 for the finetune, dense training and upcycling alike (docs/results.md).
 LATER_RATE = 0.3
-SMALL = 2e7  # parameters of a model whose activations fit anywhere
+SMALL = 2e7  # activations of models with fewer parameters fit anywhere
 COMPARISONS = DENSE, UPCYCLING = "dense", "upcycling"
 
 Tokens = Annotated[int, Range(0, 10**14)]
@@ -58,8 +58,9 @@ Tokens = Annotated[int, Range(0, 10**14)]
 
 @dataclass(frozen=True)
 class Method:
-    """What a method's branches (of their train section), its mix and its finetune have of their
-    own. is_exact: its branches leave alone what the mixture shares."""
+    """Settings that are specific to a method. branch, finetune: fields of their train sections.
+    mix: fields of the mix section. is_exact: whether branches leave unchanged what the mixture
+    shares."""
 
     branch: Mapping[str, Any]
     mix: Mapping[str, Any]
@@ -68,8 +69,8 @@ class Method:
 
     @property
     def has_anchor(self) -> bool:
-        """Whether the seed is in the mixture as every branch's anchor; routers then have biases,
-        for which Hugging Face's classes have no place."""
+        """Whether the mixture contains the seed as the anchor of all branches. Routers then have
+        biases, which Hugging Face's classes cannot hold."""
         return bool(self.branch.get("anchor"))
 
 
@@ -111,7 +112,7 @@ class Domain(Section):
 
 @dataclass(frozen=True)
 class Project(Section):
-    """What a project is made from."""
+    """The settings that a project's pipeline is made from."""
 
     seed: str
     """The checkpoint that branches start from: a run's directory, a Hugging Face directory,
@@ -121,8 +122,8 @@ class Project(Section):
     finetune_tokens: Annotated[int, Range(1, 10**14)]
     """Tokens that the mixture is finetuned on."""
     general: str = ""
-    """Text like the seed's own. With it the seed becomes an expert too, and branches see 5 % of it,
-    so that they forget less."""
+    """Text like the seed's own training text. With it the seed becomes an expert too, and 5 % of
+    each branch's text is general, so that branches forget less."""
     seed_tokens: Tokens = 0
     """Tokens, from all text, that a seed from scratch is trained on; 0 for an existing seed."""
     tokenizer: str = ""
@@ -130,10 +131,10 @@ class Project(Section):
     one."""
     method: Annotated[str, Choice(tuple(METHODS))] = "ffn_only"
     """`ffn_only`: branches train only their feed-forwards, and mix exactly. `btx`: branches train
-    everything, and the shared weights are merged in closed form. `flexolmo`: branches train beside
+    everything, and the shared weights are merged in closed form. `flexolmo`: branches train with
     the seed as their anchor, and only the mixture's routers are finetuned."""
     compare: tuple[Annotated[str, Choice(COMPARISONS)], ...] = ()
-    """Baselines to train as well, on as many tokens of the same text as branches and finetune
+    """Baselines to train as well, on the same text and number of tokens as branches and finetune
     together."""
     tasks: tuple[Annotated[str, Choice(tuple(TASKS))], ...] = ()
     """Test sets to score in addition to held-out loss; their files are in
@@ -219,13 +220,14 @@ NO_NAME = (
 
 
 def is_name(word: str) -> bool:
-    """Whether a domain may be called so: stages and files are, after it."""
+    """Whether a word is a valid name for a domain. Stages and files are named after it."""
     return bool(re.fullmatch(r"[A-Za-z0-9_-]{1,80}", word)) and word not in (GENERAL, SEED)
 
 
 def project(**fields: Any) -> Config:
-    """A pipeline: text, branches, mix, finetune, evaluation, Hugging Face export, report. fields:
-    of `Project`, domains as dictionaries. Raises ConfigError with all that is wrong with them."""
+    """The pipeline of a project: prepare text, train branches, mix, finetune, evaluate, export to
+    Hugging Face, report. fields: those of `Project`, with domains as dictionaries. Raises a
+    ConfigError that lists everything wrong with them."""
     made = from_dict(Project, fields, "project")
     scratch = _from_scratch(made) if made.is_from_scratch else None
     held = scratch or find_checkpoint(made.seed, "project.seed").metadata.model
@@ -238,14 +240,16 @@ def project(**fields: Any) -> Config:
 
 
 def _from_scratch(project: Project) -> ModelConfig:
-    """The model of this size, with a row for each of the tokenizer's ids."""
+    """The model of the size that project.seed names, with one embedding row per token id."""
     found = named_tokenizer(project.tokenizer, "project.tokenizer")
     return dataclasses.replace(MODELS[project.seed], vocab_size=found.vocab_size)
 
 
 def schedule(tokens: int, length: int, **changes: Any) -> TrainConfig:
-    """Of a run on so many tokens in rows of this length: some thousand steps, as long as they are
-    neither tiny nor larger than the paper's. Its rate is what suits the model it starts from."""
+    """Training settings for a run on `tokens` tokens in rows of `length`: about STEPS steps, each
+    of at least ROWS rows and, as far as those allow, at most the paper's STEP_TOKENS tokens. The
+    learning rate is 0: chosen by the model that the run starts from. changes: fields to
+    override."""
     rows = 2 ** round(math.log2(max(tokens / STEPS / length, 1)))
     rows = max(min(rows, STEP_TOKENS // length), ROWS)
     steps = max(round(tokens / (rows * length)), 1)
@@ -267,7 +271,7 @@ def measured_rows(tokens: int, length: int, bounds: tuple[float, int, int]) -> i
 
 @dataclass
 class _Stages:
-    """The stages of a project, as they are added. model: the seed's."""
+    """Collects the stages of a project. model: the seed's."""
 
     project: Project
     model: ModelConfig
@@ -317,7 +321,8 @@ class _Stages:
         return Config("pipeline", pipeline=self.stages, project=fields)
 
     def add(self, name: str, config: Config) -> str:
-        """A stage that needs all that its config names. Returns its `@NAME`."""
+        """Add a stage; it needs all stages that its config refers to. Returns its reference
+        `@NAME`."""
         needs = [word[1:] for word in _words(config) if word.startswith("@")]
         if config.data and config.stage != "prepare":
             needs.insert(0, "prepare")
@@ -326,7 +331,7 @@ class _Stages:
 
     @property
     def has_generalist(self) -> bool:
-        """Whether the seed is an expert of its own."""
+        """Whether the seed is one of the routed experts."""
         return bool(self.project.general) and not METHODS[self.project.method].has_anchor
 
     @property
@@ -347,20 +352,20 @@ class _Stages:
 
     @property
     def mixed(self) -> str:
-        """The text of the finetune, and of a seed from scratch."""
+        """The text that the finetune, and a seed from scratch, are trained on."""
         shares = {name: domain.share for name, domain in self.project.domains.items()}
         return mixed_text(shares | ({GENERAL: 1.0} if self.project.general else {}))
 
     def text_of(self, name: str) -> str:
-        """Of a domain's branch."""
+        """The text that a domain's branch is trained on."""
         if not self.project.general:
             return name
         return f"{name}:{100 - GENERAL_SHARE},{GENERAL}:{GENERAL_SHARE}"
 
     @property
     def later_rate(self) -> float:
-        """Of what is trained on all domains; 0, which is the stage's own default, where the seed's
-        peak is not known."""
+        """Peak learning rate of the runs on all domains. 0, which lets the stage choose, if the
+        seed's peak is not known."""
         if not self.project.is_from_scratch:
             return 0.0
         seed = schedule(self.project.seed_tokens, self.project.sequence_length)
@@ -386,7 +391,8 @@ class _Stages:
         )
 
     def comparisons(self, seed: str, experts: int) -> dict[str, str]:
-        """Name -> model. Each sees what all branches that are trained here and the finetune see."""
+        """Add the baselines of project.compare; returns name -> model. Each trains on the text of
+        the finetune and of all branches that are trained here."""
         project, made = self.project, {}
         seen = {self.text_of(name): d.tokens for name, d in project.domains.items() if d.tokens}
         seen[self.mixed] = seen.get(self.mixed, 0) + project.finetune_tokens
@@ -428,7 +434,7 @@ class _Stages:
 
 
 def _words(config: Config) -> Iterator[str]:
-    """All that a stage reads from others."""
+    """Yield everything in a stage's config that may refer to another stage."""
     yield config.init
     if config.mix:
         yield from config.mix.experts

@@ -83,7 +83,7 @@ MODELS = {
     ),
 }  # fmt: skip
 LLAMA2, TINY, FROM_INIT = "llama2_7b", "tiny", "from_init"
-SMALL = (TINY, FROM_INIT)  # these use the demo corpora
+SMALL = (TINY, FROM_INIT)  # sizes that use the demo corpora
 RELEASED = "$BTX_DATA_DIR/seed"  # the model that pipelines start from
 FROM_INIT_LENGTH = 512  # tokens; less for a model with a shorter context
 
@@ -103,8 +103,8 @@ PAPER_DOMAINS = {
     "wiki": "$BTX_DATA_DIR/wikipedia/*.parquet:90.91,$BTX_DATA_DIR/common-crawl/*.jsonl.zst:9.09",
     "general": "$BTX_DATA_DIR/common-crawl/*.jsonl.zst",
 }
-# The demo corpora that stand in for the paper's: world for Wikipedia, prose for CommonCrawl and the
-# seed's own text.
+# The demo corpora that stand in for the paper's: world for Wikipedia, prose for CommonCrawl and for
+# the text that the seed was trained on.
 TINY_DOMAINS = {name: f"demo:{name}" for name in ("math", "code", "world", "prose")}
 
 # expert's domain -> (its training text at `tiny`, its tokens in the paper)
@@ -153,7 +153,7 @@ def _split(what: str) -> tuple[str, str]:
 
 
 def _compute(size: str) -> ComputeConfig:
-    """Compute settings. At 7B: the dispatch whose tokens travel least between TPUs."""
+    """Compute settings. At 7B, with the dispatch that sends the fewest bytes between TPUs."""
     if size == TINY:
         return ComputeConfig(dtype="float32", remat="none", unroll=4, group_size=64, loss_chunk=512)
     if size == FROM_INIT:
@@ -183,7 +183,8 @@ def _train(
     rate: float = 1e-4,
     warmup: int = 100,
 ) -> TrainConfig:
-    """Training settings. tiny_rate: 0 to choose by the model that the run starts from."""
+    """Training settings. tiny_rate: peak learning rate at `tiny`; 0 to choose by the model that the
+    run starts from."""
     if size in SMALL:
         return TrainConfig(
             tiny_steps,
@@ -264,8 +265,8 @@ def _finetune(size: str) -> Config:
 
 
 def _dense(size: str) -> Config:
-    """The seed trained further on as much as BTX saw in total: 453B tokens of domains and 80B of
-    the mix, in the proportions of the two phases."""
+    """The seed trained further on as many tokens as BTX in total: 453B of domains and 80B of the
+    mix, in the proportions of the two phases."""
     tokens = sum(tokens for _, tokens in EXPERTS.values()) + MOE_TOKENS
     shares = {
         "math": 201 + 80 * 0.3016,
@@ -325,18 +326,18 @@ def expert(domain: str, what: str = LLAMA2) -> Config:
 
 
 def _left_by(size: str, names: tuple[str, ...], seed: str = "") -> dict[str, str]:
-    """Name -> the directory in which the config of that name leaves its run. seed: a released model
-    to use instead of a run."""
+    """Config name -> the directory of its run. seed: a released model to use in place of the seed
+    config's run."""
     suffix = "" if size == "llama2_7b" else f"_{size}"
     released = {"seed": seed or RELEASED} if size == FROM_INIT else {}
     return {name: f"runs/{name}{suffix}" for name in names} | (released if "seed" in names else {})
 
 
-BRANCHES = ("math_expert", "code_expert", "wiki_expert")  # configs of these names
+BRANCHES = ("math_expert", "code_expert", "wiki_expert")  # names of configs
 
 
 def mix(what: str = LLAMA2) -> Config:
-    """Mix the runs that the seed and expert configs leave; the seed itself is the last expert."""
+    """Mix the runs of the expert configs and the seed config; the seed is the last expert."""
     size, init = _split(what)
     return _mix(tuple(_left_by(size, (*BRANCHES, "seed"), init).values()))
 
@@ -445,8 +446,8 @@ def _mixed_and_reported(
 
 def comparison(what: str = LLAMA2) -> Config:
     """The paper's method with its baselines and ablations: at 7B from a released seed in
-    $BTX_DATA_DIR/seed; `tiny` from scratch; `from_init,CHECKPOINT` from that checkpoint. The arms
-    follow another comma; `main` by default."""
+    $BTX_DATA_DIR/seed; `tiny` from scratch; `from_init,CHECKPOINT` from that checkpoint. A group of
+    arms may follow after another comma; `main` by default."""
     size, *rest = what.split(",")
     start = [rest.pop(0)] if size == FROM_INIT and rest else []
     return compared(",".join([size, *start]), ",".join(rest) or "main")
@@ -491,8 +492,8 @@ def compared(what: str, group: str) -> Config:
         moe_cost=train_flops(mixture, 1) / train_flops(dense, 1),
         rows={TINY: 64, FROM_INIT: 16}.get(size, 1024),
         before=before,
-        # As many experts per layer as MoLA's 160 over 32 layers. Plain LoRA's rank is the nearest
-        # with as many parameters, counting a router of 8 logits as its share of a rank.
+        # As many experts per layer as MoLA's 160 over 32 layers. Plain LoRA's rank is the one whose
+        # number of parameters is nearest, counting a router of 8 logits as its share of a rank.
         lora=(5 * dense.layers, 42, LORA_TARGETS),
     )
     if is_lora:
@@ -519,8 +520,8 @@ def mola_small(what: str = "") -> Config:
 
 
 def reported(name: str, pipeline: Config) -> Config:
-    """A report of the pipeline in runs/NAME_0, whose curves and routing are shown, compared with
-    the seed values 1 and 2 in runs/NAME_1 and _2."""
+    """A report of `pipeline` for three seed values, in runs/NAME_0, NAME_1 and NAME_2. Curves and
+    routing are those of the first."""
     assert pipeline.pipeline
     runs = {stage: f"runs/{name}_0/{stage}" for stage in pipeline.pipeline if stage != "report"}
     evaluates = tuple(f"runs/{name}_{value}/evaluate" for value in range(3))
@@ -535,9 +536,9 @@ def _with_steps(config: Config, steps: int) -> Config:
 
 
 def demo() -> Config:
-    """Branch-Train-MiX from scratch, tiny: train seed and three experts, mix with the seed as
-    generalist, finetune, compare with dense training on as many tokens of the same text, report.
-    The shared parameters and the routers are solved in closed form from text."""
+    """Branch-Train-MiX from scratch, at the tiny size: train a seed and three experts, mix them
+    with the seed as generalist, finetune, compare with dense training on as many tokens of the same
+    text, report. The shared parameters and the routers are solved in closed form from text."""
     prepared = dataclasses.replace(_data(TINY, "math,code,world,prose"), tokenizer="demo:")
     stages = {
         "prepare": PipelineStage(Config("prepare", data=prepared)),

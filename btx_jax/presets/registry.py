@@ -15,8 +15,8 @@ class Preset:
 
     told: description in one line.
     function: MODULE.NAME in this package.
-    fixed: its first arguments; the ARGUMENT after the colon follows them.
-    argument: what may follow the colon; "" for nothing.
+    fixed: the function's first arguments; the ARGUMENT after the colon is its next.
+    argument: description of what may follow the colon; "" for nothing.
     """
 
     told: str

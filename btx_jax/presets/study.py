@@ -1,14 +1,15 @@
-"""When does mixing pay? The study behind docs/results.md, at a million parameters: what branches
-lose when they are mixed, by how far they went and how they are mixed, and Branch-Train-MiX at its
-best beside tuned peers.
+"""When does mixing pay off? The study reported in docs/results.md, at a million parameters. It
+measures what branches lose when they are mixed, depending on how far they moved from the seed and
+how they are mixed, and compares Branch-Train-MiX at its best with tuned peers.
 
-A seed is trained on 20M tokens, so that branches of 1M start from a model that has learnt much. No
-text is seen twice: seed, branches and finetunes have parts of their own of the corpora that
-`python -m btx_jax.data.corpora` makes. All rates are shares of the seed's peak.
+A seed is trained on 20M tokens, so that branches of 1M tokens start from a model that has learnt
+much. No text is seen twice: seed, branches and finetunes each use their own parts of the corpora
+that `python -m btx_jax.data.corpora` makes. Learning rates are given as fractions of the seed's
+peak rate.
 
-What an arm is stands in its name, in parts between dashes: `expert-BRANCH-EXPERT`,
+The name of an arm says what it is, in parts separated by dashes: `expert-BRANCH-EXPERT`,
 `untuned-BRANCH-ROUTER-MERGE`, `oracle-BRANCH-MERGE`, `tuned-BRANCH-ROUTER-MERGE-WHAT`,
-`tried-PEER-RATE`; rates there in percent.
+`tried-PEER-RATE`. Rates in names are in percent.
 """
 
 import dataclasses
@@ -44,28 +45,28 @@ from btx_jax.presets.recipes import MODELS, TINY, reported
 
 MODEL = MODELS[TINY]
 MIXTURE = dataclasses.replace(MODEL, moe=MoEConfig((4,) * MODEL.layers))
-MIXTURE_COST = train_flops(MIXTURE, 1) / train_flops(MODEL, 1)  # of a token, in a dense one's
+MIXTURE_COST = train_flops(MIXTURE, 1) / train_flops(MODEL, 1)  # per token, relative to dense
 DOMAINS = tuple(SHARES)
 SEED_TEXT = "prose_seed:42,code_seed:33,math_seed:22.5,world_seed:2.5"
-# Expert -> its text, of which a little is everybody's, as in the paper; and its domain.
+# Expert -> its text, a little of which is the general domain's, as in the paper.
 TEXTS = {
     "math": "math_branch:94.99,prose_branch:5.01",
     "code": "code_branch:93.07,prose_branch:6.93",
     "wiki": "world_branch:90.91,prose_branch:9.09",
 }
 DOMAIN_OF = {"math": "math", "code": "code", "wiki": "world"}
-GENERAL = "prose"  # of the seed, which stays an expert
-# Every domain counts the same in what is measured, and so in what is trained on.
+GENERAL = "prose"  # domain of the seed, which stays an expert
+# All domains have equal weight in the evaluation, and therefore in the finetune's text.
 MIXED = ",".join(f"{domain}_finetune:25" for domain in DOMAINS)
 
-TOKENS = 8 * 256  # of a step
+TOKENS = 8 * 256  # per step
 SEED_STEPS = 9800
-SEED_RATE = 1.5e-3  # 4.73 nats behind 200 steps of 400; half of it 4.87, twice 4.83
+SEED_RATE = 1.5e-3  # 4.73 nats after 200 of 400 steps; half this rate gives 4.87, twice 4.83
 BRANCH_STEPS = FINETUNE_STEPS = 500
 
 
-OWN = "own"  # routers of rows that the branches were trained with
-# As FlexOlmo trains them.
+OWN = "own"  # routers made of the rows that the branches were trained with
+# Training of branches with an anchor, as in FlexOlmo.
 BESIDE_ANCHOR: Mapping[str, Any] = {
     "frozen": "shared", "anchor": True, "balance_weight": 0.0, "z_loss_weight": 1e-3
 }  # fmt: skip
@@ -73,24 +74,27 @@ BESIDE_ANCHOR: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """rate: of its peak, in peaks of the seed. train: other changes of its train section."""
+    """A kind of branch. rate: its peak learning rate, as a fraction of the seed's peak. train:
+    other changes to its train section."""
 
     rate: float
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing that branches share has moved, so that there is nothing to merge."""
+        """Whether training leaves the parameters that branches share unchanged, so that there is
+        nothing to merge."""
         return bool(self.train)
 
     @property
     def has_anchor(self) -> bool:
-        """Whether it brings its own router row, and the seed's feed-forwards as its anchor."""
+        """Whether the branch trains with the seed's feed-forwards as its anchor, and so with a
+        router row of its own."""
         return bool(self.train.get("anchor"))
 
     @property
     def routers(self) -> tuple[str, ...]:
-        """How those of its mixtures start."""
+        """The ways in which the routers of its mixtures are initialised."""
         return (OWN,) if self.has_anchor else ROUTERS
 
 
@@ -106,15 +110,16 @@ BRANCHES = {
 ROUTERS = ("normal", *SOLVED)
 MERGES = ("mean", REGMEAN, "ties", COPY)
 FROM_SEED = ("ties", COPY)  # merges that read the seed
-# What is trained of a mixture.
+# Name of a way to finetune a mixture -> changes to the train section.
 WHAT: Mapping[str, Mapping[str, Any]] = {"all": {}, "routers": {"frozen": "all_but_routers"}}
 
-# For the first seed value to choose: `tried-PEER-RATE` and the untuned mixtures tell.
+# Choices made with the first seed value: rates by the arms `tried-PEER-RATE`, branches (BEST) by
+# the untuned mixtures.
 RATES = (1.0, 0.3, 0.1)
 BEST_RATE = {"btx": 0.3, "dense": 0.3, "upcycling": 0.3}
-# The name among the paper's arms of each, on as many tokens as BTX.
+# Peer -> its name among the paper's arms, trained on as many tokens as BTX.
 PEERS = {"btx": "btx", "dense": "dense", "upcycling": "upcycling_tokens"}
-BEST = "ffn_100"  # branches of btx, not beside an anchor
+BEST = "ffn_100"  # kind of the branches that btx mixes; they have no anchor
 UNTUNED = f"@untuned-{BEST}-{ROUTERS[0]}-{MERGES[0]}"  # as in the paper
 
 GROUPS = ("branches", "main", "all", "tuning")
@@ -125,7 +130,7 @@ def _data(train: str) -> DataConfig:
         domain: {f"{domain}_{part}": f"{DIRECTORY}/{part}/{domain}.jsonl.gz" for part in PARTS}
         for domain in DOMAINS
     }
-    # A domain by its own name is measured on what all its parts hold out.
+    # Under its own name, a domain is evaluated on the held-out text of all its parts.
     whole = {domain: ",".join(parts.values()) for domain, parts in files.items()}
     return DataConfig(
         train,
@@ -138,7 +143,7 @@ def _data(train: str) -> DataConfig:
 
 
 def _training(train: str, steps: int, rate: float, **changes: Any) -> Config:
-    """rate: in peaks of the seed."""
+    """A training config. rate: peak learning rate, as a fraction of the seed's peak."""
     given = {"batch_size": 8, "warmup_steps": 20, "eval_every": 125, "eval_rows": 32} | changes
     return Config(
         "train",
@@ -173,8 +178,8 @@ def _setting() -> Setting:
 
 
 def _branches(arms: Arms) -> dict[str, list[str]]:
-    """Branches of every kind, mixtures of them that are not trained, and those told where tokens
-    go. Returns kind -> its experts."""
+    """Add branches of every kind, their mixtures before finetuning, and oracles, which route the
+    tokens of each domain to its expert. Returns kind -> its experts."""
     s = arms.setting
     arms.models["seed"] = s.seed
     experts: dict[str, list[str]] = {}
@@ -198,18 +203,21 @@ def _branches(arms: Arms) -> dict[str, list[str]]:
 
 
 def _merges(kind: str) -> tuple[str, ...]:
-    """Ways to merge what branches of this kind share; where it has not moved, all are the same."""
+    """The ways to merge what branches of this kind share. One suffices if it is unchanged, since
+    all ways then give the same."""
     return MERGES[:1] if BRANCHES[kind].is_exact else MERGES
 
 
 def _closed_form(kind: str) -> tuple[str, str]:
-    """Router and merge that are solved, of what there is to solve."""
+    """(router, merge) that are solved from text; where there is nothing to merge, the plain
+    mean."""
     return RIDGE, REGMEAN if REGMEAN in _merges(kind) else MERGES[0]
 
 
 def _trained_on(kind: str) -> tuple[tuple[str, str], ...]:
-    """Router and merge of the mixtures that are trained on: as in the paper and in closed form, or
-    as branches beside an anchor bring them. What lies between is told by the untuned ones."""
+    """(router, merge) of the mixtures that are finetuned: the paper's and the closed form's, or,
+    with an anchor, the branches' own routers. Combinations in between are compared only without
+    finetuning."""
     if BRANCHES[kind].has_anchor:
         return ((OWN, MERGES[0]),)
     return (ROUTERS[0], MERGES[0]), _closed_form(kind)
@@ -226,13 +234,14 @@ def _mixture(arms: Arms, kind: str, experts: list[str], router: str, merge: str)
 
 
 def _peers(arms: Arms) -> None:
-    """BTX at its best, and dense training, sparse upcycling and Drop-Upcycling at theirs: on as
-    many tokens, for as many FLOPs, in as much time as BTX with its branches side by side."""
+    """Add BTX, dense training and sparse upcycling, each at its best rate, and Drop-Upcycling. The
+    peers get as many tokens as BTX; dense training and sparse upcycling also as many FLOPs, and as
+    much time as BTX with its branches in parallel."""
     s = arms.setting
     copies = len(s.texts) + 1
     upcycled = arms.mix("upcycled", [s.seed], copies=copies)
     dropped = arms.mix("drop_upcycled", [s.seed], copies=copies, reinit=0.5)
-    # By the names that the paper's arms have everywhere.
+    # Under the names that the paper's arms have in `experiments`.
     for name in s.texts:
         arms.models[f"expert_{name}"] = f"@expert-{BEST}-{name}"
     arms.models["btx_untuned"] = UNTUNED
@@ -252,7 +261,8 @@ def _peers(arms: Arms) -> None:
 
 
 def _at_rate(arms: Arms, peer: str, rate: float) -> str:
-    """BTX, or a peer of it on as many tokens; as it is where it is there already."""
+    """Add BTX at this peak rate, or one of its peers on as many tokens, unless it has been added
+    already. Returns its reference."""
     s = arms.setting
     name = f"tried-{peer}-{round(100 * rate)}"
     if name in arms.stages:
@@ -265,8 +275,8 @@ def _at_rate(arms: Arms, peer: str, rate: float) -> str:
 
 
 def _finetunes(arms: Arms) -> None:
-    """Every kind of branch, mixed in the ways that are trained on: all of it, or its routers
-    alone."""
+    """Add the finetunes of every kind of branch, for each mixture in `_trained_on`: of all
+    parameters, and of the routers alone."""
     for kind in BRANCHES:
         for (router, merge), (what, train) in itertools.product(_trained_on(kind), WHAT.items()):
             untuned = f"untuned-{kind}-{router}-{merge}"
@@ -278,9 +288,10 @@ def _finetunes(arms: Arms) -> None:
 
 
 def paper_small(group: str = "main") -> Config:
-    """The arms of a group, each holding those before it. branches: what branches lose when they are
-    mixed; main: BTX and its peers; all: the paper's other arms and the split of compute; tuning:
-    every finetune and every rate. `report`: of three seed values of `all`, the first `tuning`."""
+    """A pipeline of a group of arms; each group includes the preceding ones. branches: what
+    branches lose when they are mixed. main: BTX and its peers. all: the paper's other arms and the
+    split of compute. tuning: every finetune and every rate. `report`: a report of three seed
+    values, the first of `tuning`, the others of `all`."""
     if group == "report":
         return reported("paper_small", paper_small(GROUPS[-1]))
     if group not in GROUPS:
