@@ -44,7 +44,7 @@ def model_of(megabytes: int) -> ModelConfig:
 
 
 class Unhashed:
-    """Stands in for a sha256 object."""
+    """Stands in for a sha256 object, without hashing anything."""
 
     def update(self, data) -> None:
         pass

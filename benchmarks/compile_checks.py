@@ -21,15 +21,16 @@ GIB = 2**30
 WEIGHTS = ("all-gather", "reduce-scatter")
 
 EXPERT, MOE = "--config=configs/math_expert.py", "--config=configs/moe_finetune.py"
-MICRO_BATCHES = "--config.train.accumulate=64"  # where a check names no other number
+MICRO_BATCHES = "--config.train.accumulate=64"  # unless a check sets another number
 ONE_STEP = ("--config.train.batch_size=16", "--config.train.accumulate=1")
 FULL, FFN = "--config.compute.remat=full", "--config.compute.remat=ffn"
 RAGGED = "--config.compute.dispatch=ragged"
 V5P_16, V5E_64 = "--compile_topology=v5p:2x2x4", "--compile_topology=v5e:8x8"
 
-# name -> (arguments, description, the peer's figures for the same program in GiB and FLOPs: memory,
-# dots, grouped matmuls, traffic by kind, and the minimum sent: (n - 1) / n of the bytes of an
-# all-gather or all-to-all, twice that for an all-reduce, with n the smallest group).
+# name -> (arguments, description, MaxText's figures for the same program). The figures, in GiB and
+# FLOPs: memory, dots, grouped matmuls, traffic by kind, and a lower bound on what is sent: (n - 1)
+# / n of the bytes of an all-gather or all-to-all, twice that for an all-reduce, with n the smallest
+# group.
 PEERS = {
     "d8": (
         (

@@ -75,7 +75,7 @@ def main() -> None:
             start = time.perf_counter()
             states[name], metrics = program(states[name], batch, key)
             jax.block_until_ready((states[name], metrics))
-            if number > 1:  # the first two fault in memory
+            if number > 1:  # not the first two, which allocate memory
                 seconds[name].append(time.perf_counter() - start)
     for name in programs:
         ratios = [a / b for a, b in zip(seconds[name], seconds[PLAIN], strict=True)]

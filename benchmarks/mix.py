@@ -5,12 +5,13 @@ mergekit-moe, in one run.
     python benchmarks/mix.py --solved
 
 Writes three random Llamas of TinyLlama's shape (1.1B parameters, bfloat16, 2.2 GB each) under
---folder. Every round copies the mixture's bytes (`cp -r` of the previous result, then fsync), mixes
-a frankenMoE with `btx mix` and, if given, with mergekit-moe on the same recipe (gate_mode random).
-Both mixtures are also made from runs of our own with the same models, and a mixture is converted
-from Hugging Face files to a run and back, recording the bytes read (rchar in /proc/self/io). Peak
-resident memory is the process's own high-water mark; that of the interpreter with the same imports
-is measured for comparison. Needs 45 GB of disk.
+--folder. Every round copies the mixture's bytes (`cp -r` of the previous result, then fsync), makes
+a mixture with base: copy (a frankenMoE) and one with base: average by `btx mix` and, if given, the
+first by mergekit-moe on the same recipe (gate_mode random). `btx mix` also makes both from btx_jax
+runs of the same models, and a mixture is converted from Hugging Face files to a run and back,
+recording the bytes read (rchar in /proc/self/io). Peak resident memory is the process's own
+high-water mark; that of the interpreter with the same imports is measured for comparison. Needs 45
+GB of disk.
 
 With --solved, runs once instead: the same models with shared parameters and routers solved from
 text (merge: regmean, gate_mode: ridge; 8192 tokens each), compared with their plain mean.
@@ -84,7 +85,7 @@ def timed(command: list[str], **kwargs) -> tuple[float, str]:
 
 
 def write_texts(folder: Path) -> None:
-    """Write a word tokenizer and a text for each model, with words of its own and common ones."""
+    """Write a word tokenizer, and for each model a text with words of its own and common words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"<unk>": 0} | {f"w{i}": i for i in range(1, TINYLLAMA.vocab_size)}

@@ -43,7 +43,7 @@ def write_text(folder: Path, megabytes: float) -> tuple[Path, Path]:
 
 
 def prepare(text: Path, tokenizer: Path, length: int) -> dict[str, float | str]:
-    """Measure a preparation in this process."""
+    """Prepare the text in this process; returns its measurements."""
     from btx_jax.config.config import DataConfig
     from btx_jax.data import prepare
     from btx_jax.data.tokenizers import load_tokenizer

@@ -4,8 +4,9 @@ processes with four simulated devices each, on a random mixture of experts in bf
     python benchmarks/read.py [--megabytes=1500] [--mesh=1,2,4,1] [--dtype=bfloat16]
 
 mesh: devices along data, fsdp, expert and tensor. Prints a line for each process: MB read (by
-system calls, from disk or page cache), peak resident memory above that before loading, its share
-(the data on its devices, including replicas, which simulated devices share), and seconds.
+system calls, from disk or page cache), peak resident memory above the level before loading, the
+process's share of the checkpoint (the data on its devices, including replicas, which simulated
+devices share), and seconds.
 """
 
 import argparse
@@ -27,7 +28,8 @@ KEYS = ("read", "peak", "share")
 
 
 def write(target: Path, megabytes: int) -> None:
-    """A Mixtral of random values; larger ones have more layers."""
+    """Write a Mixtral with random weights of about this many megabytes; more megabytes give more
+    layers."""
     from btx_jax.architectures.tensors import slots
     from btx_jax.checkpoints.checkpoint import write_checkpoint
     from btx_jax.config.model_config import ModelConfig, MoEConfig
@@ -63,7 +65,7 @@ def write(target: Path, megabytes: int) -> None:
 
 
 def status(file: str, key: str) -> int:
-    """A number in /proc/self/FILE."""
+    """The number after `key` in /proc/self/FILE."""
     found = re.search(rf"^{key}:\s+(\d+)", Path("/proc/self", file).read_text(), re.MULTILINE)
     assert found, key
     return int(found[1])

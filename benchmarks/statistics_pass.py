@@ -53,7 +53,7 @@ def main() -> None:
         "feed-forward": (states._after_ffn, layer, x, x),
     }
     print(f"{args.preset}, {rows} rows of {length} tokens, one chip of {args.topology}")
-    # Kernels are chosen by the process's devices; choose those of the chip.
+    # Kernels are chosen by this process's devices; make that choose the chip's.
     with mock.patch("jax.default_backend", return_value="tpu"):
         for name, (program, *given) in programs.items():
             compiled = program.lower(model, *given).compile()

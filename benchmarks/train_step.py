@@ -8,7 +8,7 @@ and here with einsum and with ragged dispatch; and a dense model here with twice
 width, which has the mixture's active parameters. A step is forward, backward, gradient clipping and
 AdamW. Every program runs in a separate process; rounds go A B C D E, A B C D E, ..., so that
 changes in the machine's speed affect all of them; medians over rounds are compared.
-`--profile=PROGRAM` shows how the time of one of our steps divides, `--matmuls` how fast each
+`--profile=PROGRAM` shows what one of our steps spends its time on, `--matmuls` how fast each
 framework multiplies the matrices of these models.
 """
 
@@ -34,9 +34,9 @@ BATCH, LENGTH = 8, 256
 EXPERTS, TOP_K = 4, 2
 WARM_UP = 4  # untimed steps of each program
 STEPS = 4  # timed steps of each program per round
-# Huge pages: without them, every step of either framework requests hundreds of megabytes from the
-# kernel, 4 KiB at a time. YNN is off: XLA then multiplies through Eigen, which is faster for an
-# expert's matrices and equal for the rest.
+# Huge pages are on: without them, every step of either framework requests hundreds of megabytes
+# from the kernel, 4 KiB at a time. YNN is off: XLA then multiplies with Eigen, which is faster for
+# an expert's matrices and equally fast for the rest.
 ENVIRONMENT = {
     **os.environ,
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -46,7 +46,7 @@ PROGRAMS = ("torch_dense", "jax_dense", "torch_moe", "jax_einsum", "jax_ragged",
 
 
 def jax_step(program: str):
-    """(step function that blocks, parameters)."""
+    """Return (step function that blocks until the step is done, parameters)."""
     import dataclasses
 
     import jax
