@@ -5,8 +5,8 @@ question-answering set.
         --config.lora.allocation=triangle:160 --config.lora.rank='(4,)'
     btx run mola:tiny    # on runs/seed_tiny, from btx run seed:tiny; or :from_init
 
-Also commonsense_qa, gsm8k, openbook_qa, piqa; read from $BTX_DATA_DIR/evals. For your own data
-see data.formats.
+Other tasks: commonsense_qa, gsm8k, openbook_qa, piqa. All are read from $BTX_DATA_DIR/evals. For
+your own data see data.formats.
 
 Cost: SmolLM2-135M, 300 steps of 8 x 256 tokens: about two hours on 2 CPU cores; 250 of 4 x 128,
 twenty minutes; `:tiny` a minute or two.

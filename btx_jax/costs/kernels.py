@@ -35,8 +35,8 @@ def kernel_flops(kernel: Kernel, window: int = 0) -> float:
 
 
 def filled(kernel: Kernel, array: int) -> float:
-    """Fraction of an array x array matrix unit that a kernel's matmuls fill. Only splash's are
-    narrower, if its heads are."""
+    """Fraction of an array x array matrix unit that a kernel's matmuls fill. Only splash's can be
+    too narrow: they are as wide as a head."""
     if not kernel.name.startswith("splash"):
         return 1.0
     return min(1.0, _queries_and_keys(kernel)[0][-1] / array)

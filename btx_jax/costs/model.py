@@ -82,8 +82,7 @@ def _lowest(config: ModelConfig, is_trained: IsTrained) -> Place:
 
 
 def _places(config: ModelConfig, path: Path) -> list[tuple[Place, Place]]:
-    """For each layer of a stacked leaf: (place whose gradient its input needs, place at which the
-    leaf itself acts)."""
+    """For each layer of a leaf: (place of its input, place at which its output takes effect)."""
     top = float(config.layers)
     if path[0] == "embed":
         table = (-1.0, 0.0)

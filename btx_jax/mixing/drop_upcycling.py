@@ -1,5 +1,5 @@
 """Drop-Upcycling (arXiv 2502.19261): copies of one feed-forward become distinct experts by
-reinitialising some hidden units of each. Pure: a tree to a tree."""
+reinitialising some hidden units of each. Pure functions on parameter trees."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +11,8 @@ Params = Mapping[str, Any]
 
 
 def redrawn(params: Params, key: jax.Array, share: float) -> dict[str, Any]:
-    """The mixture with round(share * d_ff) hidden units of every expert, at least one, drawn anew;
-    units are chosen at random for each expert and layer.
+    """The mixture with round(share * d_ff) hidden units of every expert reinitialised, at least
+    one; units are chosen at random for each expert and layer.
 
     A unit is a column of gate, the same column of up and the same row of down. New values are
     normal, with the mean and standard deviation of those they replace in that matrix. Everything
@@ -31,7 +31,7 @@ def redrawn(params: Params, key: jax.Array, share: float) -> dict[str, Any]:
 def _redrawn_ffn(
     ffn: Mapping[str, jax.Array], key: jax.Array, share: float
 ) -> dict[str, jax.Array]:
-    """Redraw units. gate, up: [L, N, D, F]; down: [L, N, F, D]."""
+    """Reinitialise hidden units. ffn: gate and up [L, N, D, F], down [L, N, F, D]."""
     layers, experts, _, d_ff = ffn["gate"].shape
     of_units, *of_matrices = jax.random.split(key, 4)
     count = max(1, round(share * d_ff))
@@ -45,8 +45,8 @@ def _redrawn_ffn(
 
 
 def _redrawn(matrices: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
-    """Redraw entries of matrices [L, N, ., .]. mask: the entries, 1 along the axis that is not
-    d_ff."""
+    """Reinitialise entries of matrices [L, N, ., .]. mask: true for these entries; of size 1 along
+    the axis that is not d_ff."""
     values = matrices.astype(jnp.float32)
     mask = jnp.broadcast_to(mask, matrices.shape)
     mean = values.mean((-2, -1), keepdims=True, where=mask)

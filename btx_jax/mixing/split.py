@@ -32,9 +32,9 @@ def split_ffn(ffn: Mapping[str, jax.Array], chunks: int) -> dict[str, jax.Array]
 
 
 def expert_models(models: Sequence[Params], method: str, chunks: int = 1) -> list[dict[str, Any]]:
-    """Make one dense tree for each expert of the method from N dense trees, for `mix_params` to
-    mix. It has the expert's feed-forwards, and the other parameters of the source in the same
-    position. Raises ConfigError if d_ff cannot be split."""
+    """Make one dense tree for each of the method's M experts from N dense trees, for `mix_params`
+    to mix. Tree e has the feed-forwards of expert e and the other parameters of source e * N // M.
+    Raises ConfigError if d_ff cannot be split."""
     first = next(iter(_runs(models[0])))
     d_ff = models[0][first]["ffn"]["gate"].shape[-1]
     made = cut(method, len(models), chunks, d_ff)

@@ -8,7 +8,7 @@ and consecutive parts is one exchange of second halves between devices i and n -
 enters the model and when it leaves it.
 
 Attention gathers the keys and values of the whole row within each layer (Llama 3, arXiv 2407.21783,
-section 3.3.2). Everything else works on single tokens, wherever they are.
+section 3.3.2). Everything else works token by token, wherever the tokens are.
 """
 
 from typing import TypeVar

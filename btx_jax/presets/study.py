@@ -48,7 +48,7 @@ MIXTURE = dataclasses.replace(MODEL, moe=MoEConfig((4,) * MODEL.layers))
 MIXTURE_COST = train_flops(MIXTURE, 1) / train_flops(MODEL, 1)  # per token, relative to dense
 DOMAINS = tuple(SHARES)
 SEED_TEXT = "prose_seed:42,code_seed:33,math_seed:22.5,world_seed:2.5"
-# Expert -> its text, a little of which is the general domain's, as in the paper.
+# Expert -> its text, a little of which is general text, as in the paper; and expert -> its domain.
 TEXTS = {
     "math": "math_branch:94.99,prose_branch:5.01",
     "code": "code_branch:93.07,prose_branch:6.93",

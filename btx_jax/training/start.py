@@ -190,7 +190,7 @@ def start_adapted(
     init: Checkpoint, model: ModelConfig, abstract: Any, key: jax.Array
 ) -> tuple[Params, Base]:
     """Initial parameters of a run that trains LoRA experts: (all parameters, their base). Expert
-    parameters that the checkpoint lacks are initialised at random. abstract: all parameters, with
+    parameters that the checkpoint lacks are newly initialised. abstract: all parameters, with
     shardings."""
     abstract_experts, abstract_base = partition(abstract, is_adapter)
     tensors = to_tensors(

@@ -99,7 +99,7 @@ def matmul_copies(params: Params, dtype: str) -> Params:
 
 class Sums(NamedTuple):
     """Running sums over the micro-batches of a step. grads: float32, for the trained parameters.
-    targets: their number in the whole step, known from the start. The other fields are as in
+    targets: number of targets in the whole step, known from the start. The other fields are as in
     Metrics, not yet divided by `accumulate`."""
 
     grads: Params

@@ -44,8 +44,9 @@ class FirstSteps:
     """Warns once, when the loss within the first steps rises far above its initial value.
 
     The loss of step 1 is that of the initial weights. Batches differ, so several in a row must
-    exceed it by RISE. Where held-out losses are measured, every domain must exceed its own initial
-    loss by as much, since learning one domain may well mean forgetting another.
+    exceed it: by RISE where held-out losses are measured too, otherwise by twice RISE. Held-out,
+    every domain must exceed its own initial loss by RISE, since learning one domain may well mean
+    forgetting another.
     """
 
     def __init__(self, learning_rate: float, losses: Sequence[float] = ()):
