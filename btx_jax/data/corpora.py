@@ -32,7 +32,7 @@ from btx_jax.progress import bar
 from btx_jax.terminal import counted
 
 DIRECTORY = "runs/corpora"
-MATHS_BYTES = 18_000_000  # of endless generators; halved where BTX_DATA_DIR adds text
+MATHS_BYTES = 18_000_000  # taken from an endless generator; halved where BTX_DATA_DIR adds text
 LONGEST = 60_000  # bytes of a code module; longer ones are mostly tables
 TOKENIZER, VOCAB_SIZE = "tokenizer.model", 2048
 TOKENIZER_BYTES = 2_000_000  # bytes of each domain to train the tokenizer on

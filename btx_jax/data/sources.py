@@ -252,8 +252,8 @@ def tfds_rows(name: str, field: str | None) -> Iterator[Row]:
     missing."""
     import tensorflow_datasets as tfds
 
-    # tfds registers all kinds in turn and stops at the first that lacks a library: images, before
-    # any text.
+    # By itself, tfds registers all kinds in turn and stops at the first that lacks a library:
+    # images, which come before any text.
     for kind in ("text", "question_answering", "summarization", "translate"):
         importlib.import_module(f"tensorflow_datasets.{kind}")
     try:
