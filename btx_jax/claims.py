@@ -1,10 +1,11 @@
 """Claims: which process holds a directory in a bucket, where nothing can be locked.
 
 A claim is an object in the directory, .claims/NUMBER, which its owner renews every few seconds. The
-highest number holds the directory. A process that finds the highest to be dead creates the next
-one, which the bucket grants to only one of several. A claim is dead when its process on the same
-machine has ended, or when it has not been renewed for long. An owner that has lost its directory,
-because its machine was cut off, ends at once: two processes must not write there.
+highest number holds the directory. A process that finds the highest claim dead creates the next
+one, which the bucket grants to only one of several processes. A claim is dead when its process, on
+the same machine, has ended, or when it has not been renewed for LAPSED seconds. An owner that has
+lost its directory, because its machine was cut off, ends at once: two processes must not write
+there.
 """
 
 import contextlib

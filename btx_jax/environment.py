@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from btx_jax import terminal
 from btx_jax.errors import UserError
 
-BREAKS_BELOW_ITS_RANGE = "jax"  # older versions fail the tests; of other packages none were tried
+BREAKS_BELOW_ITS_RANGE = "jax"  # older versions fail the tests; those of others were not tried
 
 
 class _Unmet(NamedTuple):

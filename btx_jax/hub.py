@@ -96,7 +96,7 @@ def listing(name: Name, key: str) -> dict[str, tuple[int, str]]:
         with contextlib.suppress(CachedRepoTreeNotFoundError), told(name, key):
             files = get_cached_repo_tree(name.repo, repo_type=name.type, revision=at)
             return {file.path: (file.size, file.blob_id) for file in files}
-        folder = _snapshot(name, key, [])  # which caches it
+        folder = _snapshot(name, key, [])  # caches the listing
     # A cache of an older library version, offline.
     held = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.stat().st_size, "") for path in held}
