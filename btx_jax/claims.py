@@ -77,7 +77,7 @@ def _told(claim: _Claim) -> bytes:
 
 
 def _highest(directory: Path) -> _Claim | None:
-    """The highest claim, ignoring any that is given up meanwhile."""
+    """The highest claim, ignoring any that is given up while it is being read."""
     for name in reversed(list(buckets.objects(directory / FOLDER))):
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             return _Claim(**json.loads((directory / FOLDER / name).read_bytes()))
@@ -126,7 +126,7 @@ def claimed(directory: Path) -> Iterator[None]:
     finally:
         ended.set()
         renewal.join()
-        with contextlib.suppress(Exception):  # fails for the same reason as the block
+        with contextlib.suppress(Exception):  # may fail for the same reason as the block
             buckets.remove(_file(directory, number))
 
 

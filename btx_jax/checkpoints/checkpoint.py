@@ -148,7 +148,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
     # Tensors are checked when they are read.
     sums = [name for name in read_sums(path) if not name.endswith(".safetensors")]
-    if origin(path):  # downloads only what is read
+    if origin(path):  # of a snapshot, only the files that are needed are downloaded
         sums = [name for name in sums if (path / name).exists()]
     check_sums(path, sums)
     if is_huggingface(path):

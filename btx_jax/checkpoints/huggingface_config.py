@@ -481,7 +481,7 @@ def _yarn(factor: float, original: int, chosen: Mapping[str, Any]) -> RopeScalin
         raise ConfigError("rope scaling yarn with truncate=False is not supported")
     numbers = {"beta_fast": 32, "beta_slow": 1}
     for key in (*numbers, "attention_factor", "mscale", "mscale_all_dim"):
-        # As in transformers, 0 is a valid value of the first and means unset for the others.
+        # As in transformers, 0 is a value for attention_factor and means unset for the others.
         given = chosen.get(key)
         if given is not None if key == "attention_factor" else given:
             numbers[key] = chosen[key]

@@ -55,7 +55,7 @@ FINISHED = "commit_success.txt"  # the last file that Orbax writes into a step o
 DESCRIBED, RESUMED = ("about", "params"), ("opt_state", "data")
 FORMAT = 3
 UNSEALED = 2  # the format of earlier versions, without checksums, still readable
-_LEAVES_HELD = 2  # for a step in large chunks: the current and the next one
+_LEAVES_HELD = 2  # leaves in memory, for a step in large chunks: the current and the next one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,8 +123,8 @@ def plan(
     Prints tokens, epochs, FLOPs, memory, time, storage and cost, and the same for dense training on
     as many tokens. A few steps of each kind are timed on this machine with random parameters; with
     --slice they are instead compiled for that TPU slice (minutes each; needs pip install
-    'btx_jax[tpu]'), and their time is the compiler's estimate. The plan is also written to
-    DIR/plan.json, and appears in the run's report.
+    'btx_jax[tpu]'), and their time is estimated from the compiled program. The plan is also written
+    to DIR/plan.json, and appears in the run's report.
     """
     from btx_jax.cli import runs
     from btx_jax.presets.config_file import read_config

@@ -316,7 +316,7 @@ class _Solver:
         return self._solve(file, (*about.experts, Expert(source, digest)), parts)
 
     def without(self, expert: int, file: BinaryIO) -> np.ndarray:
-        """Router rows [layers, experts, D] without an expert."""
+        """Router rows [layers, experts, D] after dropping an expert."""
         self._base()
         experts = self._stored.about.experts
         return self._solve(
@@ -373,7 +373,7 @@ class _Solver:
 def _statistics(path: Path, model: ModelConfig, mixture: str) -> RouterStatistics | None:
     """The statistics stored with a mixture; None if there are none. Raises UserError when they are
     for a different number of experts."""
-    if name := hub_names.named(mixture, "MIXTURE"):  # only the model has been downloaded
+    if name := hub_names.named(mixture, "MIXTURE"):  # so far only the model has been downloaded
         file = name._replace(path=f"{name.path}/{FILE}".lstrip("/"))
         if file.path in hub.listing(name, "MIXTURE"):
             hub.download_file(file, "MIXTURE")

@@ -255,8 +255,8 @@ def _by_ridge(
     statistics: BinaryIO,
     console: Console,
 ) -> np.ndarray:
-    """Router rows solved by ridge regression. statistics: file to which the sums behind the
-    solution are written."""
+    """Router rows solved by ridge regression. statistics: file to which the sums that they are
+    solved from are written."""
     recipe, model = mixture.recipe, mixture.model
     assert tokenizer
     experts = tuple(Expert(expert.source_model) for expert in recipe.experts)

@@ -256,7 +256,7 @@ def _scratch_warnings(wanted: Wanted, numbers: _Numbers, tokenizer: Tokenizer) -
     if numbers.seed >= own:
         return
     smaller = {name: size for name, size in sizes.items() if size < own / 2}
-    # The size whose parameters come nearest to one per token.
+    # The size that comes closest to one token per parameter.
     better = min(smaller, key=lambda name: abs(smaller[name] - numbers.seed), default="")
     cure = f"use --seed={better} ({sizes[better]:,}) or" if better else "use"
     yield (

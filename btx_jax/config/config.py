@@ -490,7 +490,7 @@ class MixConfig(Section):
     experts and in data's notation. Training documents are read; held-out ones evaluate the
     routers."""
     tokens: TextTokens = 8192
-    """Tokens to read of each text."""
+    """Tokens to read from each text."""
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     """Settings of router=ridge."""
     shared_expert: str = ""

@@ -80,7 +80,7 @@ def columns(documents: Iterable[Document], tokenizer: Tokenizer) -> Columns:
 def pack(
     documents: Iterable[Document], tokenizer: Tokenizer, sequence_length: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Pack documents into rows, as `rows` of their `columns`."""
+    """Pack documents into rows {tokens, segments, bytes}; see `rows`."""
     return rows((columns([document], tokenizer) for document in documents), sequence_length)
 
 

@@ -34,7 +34,7 @@ MAGIC = {
     b"PK\3\4": ".zip",
     b"PAR1\x15": ".parquet",
 }
-UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # tested before UTF-16, its prefix
+UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # tested first: one begins with UTF-16's mark
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 File = Path | HubFile | BucketFile
 HEAD = 2**16  # bytes inspected to identify a file's content

@@ -154,7 +154,7 @@ def tokenise_share(
                 if not is_there(task.target):
                     with task.shards(host) as shards:
                         shards.finish_own()
-                    if is_there(task.target):  # the others did not wait
+                    if is_there(task.target):  # the first host did not wait for this one
                         discard(task.folder)
 
 
@@ -417,7 +417,7 @@ def shared_text(
         for source, manifest in zip(domain.sources, manifests, strict=True):
             files = expand_files(source) if _is_shared(source) else []
             sums = [told["sha256"] for told in manifest["files"]] if manifest else [""] * len(files)
-            for file, sha256 in zip(files, sums, strict=False):  # none of demo:
+            for file, sha256 in zip(files, sums, strict=False):  # no files for demo:, tfds:
                 if not size_of(file):
                     continue
                 keys = [(key, source.field) for key in (_stamp(file)[0], sha256) if key]

@@ -142,7 +142,7 @@ def all_heldout(orders: list[int], fraction: float) -> str:
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder behind `write_set`."""
+    """The TFDS builder that `write_set` uses."""
 
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = None

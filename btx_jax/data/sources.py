@@ -192,8 +192,8 @@ def _text(value: Any, field: str) -> str | Problem:
 
 
 def is_unicode(text: str) -> bool:
-    """False for a text with a lone surrogate, which JSON can contain and no tokenizer accepts, or
-    which stands for a byte that is not UTF-8."""
+    """Whether a text is free of lone surrogates, which no tokenizer accepts. They come from JSON,
+    which can contain them, or stand for bytes that are not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -34,7 +34,7 @@ SHARD_CHARACTERS, SHARD_ROWS = 2**20, 4096  # approximate size of a shard
 FEW = 8  # shards that are tokenised faster than workers start
 SILENCE = 60.0  # seconds after which missing shards of other hosts are made here
 FOLDER = "tokenised"  # directory in the cache
-STALE = 7 * 86_400  # seconds after which remains of killed preparations are removed
+STALE = 7 * 86_400  # seconds after which the shards of killed preparations are removed
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class Shards:
                 if self._end is not None and number >= self._end:
                     return False
                 if self._failed and not (self._reader and self._reader.is_alive()):
-                    raise self._failed[min(self._failed)]  # nobody will make it
+                    raise self._failed[min(self._failed)]  # nothing will make this shard any more
                 if self._is_own(number):
                     self._changed.wait(1.0)
                 elif (found := load_counts(self._file(number))) is not None:

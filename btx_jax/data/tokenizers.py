@@ -140,7 +140,8 @@ class Tokenizer:
         if whole.startswith(before):
             return whole[len(before) :]
         # Consecutive byte tokens are decoded together, so an incomplete character in `ids` would
-        # spoil the complete ones at the end of `behind`. Those are left out of the context.
+        # spoil the complete characters of the byte tokens at the end of `behind`, which are
+        # therefore left out.
         ends = [
             i for i, number in enumerate(behind, 1) if not BYTE.fullmatch(self.token_of(number))
         ]

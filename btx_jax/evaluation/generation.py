@@ -98,7 +98,7 @@ class Generator:
         """
         check_ids((max(prompt) for prompt in prompts if prompt), self._model.vocab_size, "prompt")
         scaling = self._model.rope_scaling
-        # A row that has just filled the original context draws its last token with short factors.
+        # A row that has just filled the original context still draws one token with short factors.
         room = [scaling.original_context + 1 - len(prompt) for prompt in prompts]
         crossing = [0 < left < new_tokens for left in room]
         if scaling.kind != "longrope" or not any(crossing):

@@ -141,7 +141,7 @@ def _too_much(home: str, size: int, files: int) -> str:
                         folders.append(entry.path)
         except FileNotFoundError:  # removed in the meantime
             continue
-        except OSError as error:  # a path that is too long, for one
+        except OSError as error:  # such as a path that is too long
             return f"files that cannot be counted: {error.strerror}"
     return ""
 

@@ -69,7 +69,7 @@ def with_barriers(models: Models, evaluate: Path) -> Models:
 
 
 def points(models: Models, kind: str) -> dict[str, Point]:
-    """Expert -> its point, for every branch of a kind that measured its barrier."""
+    """Expert -> its Point, for every branch of a kind that measured its barrier."""
     found = {}
     mixture, oracle = f"untuned-{kind}-{ROUTERS[0]}-mean", f"oracle-{kind}-mean"
     for expert, domain in DOMAIN_OF.items():

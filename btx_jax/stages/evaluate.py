@@ -429,7 +429,7 @@ def continued(
         model, params, config.compute, mesh, stop_ids(checkpoint.metadata, tokenizer)
     )
     prompts = [tokenizer.encode_prompt(prompt) for prompt in wanted.prompts]
-    # Rounded up to a number of rows that divides over the mesh.
+    # Rounded up to a number of rows that is divisible by the number of devices.
     rows = -(-len(prompts) // mesh.size) * mesh.size
     padded = [*prompts, *prompts[:1] * (rows - len(prompts))]
     new = generator.generate(padded, wanted.prompt_tokens)[: len(prompts)]

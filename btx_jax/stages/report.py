@@ -117,7 +117,7 @@ def write(config: Config, workdir: Path) -> None:
         name: to_path(directory, f"config.report.runs.{name}")
         for name, directory in config.report.runs.items()
     }
-    plan = evaluated.parent / PLAN  # of the pipeline that the evaluation is a stage of
+    plan = evaluated.parent / PLAN  # the plan of the pipeline to which the evaluation belongs
     # A pipeline's report has the name of the pipeline's directory.
     of = workdir.parent if has_begun(workdir.parent) else workdir
     summary = _write_page(

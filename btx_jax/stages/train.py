@@ -296,10 +296,10 @@ def start_state(
     batches: Any,
     text: Mapping[str, str],
 ) -> tuple[TrainState, Base | None]:
-    """Returns (the initial state, the base that holds the parameters which checkpoints omit, or
-    None). The state is the run's own latest checkpoint (with its position in the data), else the
-    init checkpoint's parameters, else random ones. text: name -> identity of the text. Raises
-    UserError when the text has changed since the run's checkpoint was saved."""
+    """The initial state, and the base that holds the parameters which checkpoints omit (None if
+    they omit none). The state is the run's own latest checkpoint (with its position in the data),
+    else the init checkpoint's parameters, else random ones. text: name -> identity of the text.
+    Raises UserError when the text has changed since the run's checkpoint was saved."""
     assert config.train
     abstract, _ = state_shardings(model, config.train, mesh)
     latest, key = checkpoints.latest_step(), jax.random.key(config.rng_seed)
