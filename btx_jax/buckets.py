@@ -241,9 +241,9 @@ def _counted(told: str, total: int) -> Any:
 
 
 def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> Path:
-    """A local copy of a directory in a bucket, in the user's cache, with the objects whose relative
-    names are wanted, as they are now; a local directory itself. Cached objects are not downloaded
-    again. Raises UserError for an incomplete directory."""
+    """A copy of a directory in a bucket, as it is now, in the user's local cache; a local directory
+    is returned unchanged. is_wanted: selects objects by their relative names. A copy that is cached
+    already is not downloaded again. Raises UserError for an incomplete directory."""
     if not is_on_bucket(directory):
         return directory
     found = stamps(directory)

@@ -1,10 +1,11 @@
 """Claims: which process holds a directory in a bucket, where nothing can be locked.
 
 A claim is an object in the directory, .claims/NUMBER, which its owner renews every few seconds. The
-highest number holds the directory. A process that finds the highest to be dead creates the next
-one, which the bucket grants to only one of several. A claim is dead when its process on the same
-machine has ended, or when it has not been renewed for long. An owner that has lost its directory,
-because its machine was cut off, ends at once: two processes must not write there.
+highest number holds the directory. A process that finds the highest claim dead creates the next
+one, which the bucket grants to only one of several processes. A claim is dead when its process, on
+the same machine, has ended, or when it has not been renewed for LAPSED seconds. An owner that has
+lost its directory, because its machine was cut off, ends at once: two processes must not write
+there.
 """
 
 import contextlib
@@ -76,7 +77,7 @@ def _told(claim: _Claim) -> bytes:
 
 
 def _highest(directory: Path) -> _Claim | None:
-    """The highest claim, ignoring any that is given up meanwhile."""
+    """The highest claim, ignoring any that is given up while it is being read."""
     for name in reversed(list(buckets.objects(directory / FOLDER))):
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             return _Claim(**json.loads((directory / FOLDER / name).read_bytes()))
@@ -125,7 +126,7 @@ def claimed(directory: Path) -> Iterator[None]:
     finally:
         ended.set()
         renewal.join()
-        with contextlib.suppress(Exception):  # fails for the same reason as the block
+        with contextlib.suppress(Exception):  # may fail for the same reason as the block
             buckets.remove(_file(directory, number))
 
 

@@ -28,7 +28,7 @@ def told_in_one_line() -> Iterator[None]:
         try:
             yield
         finally:
-            if sys.stdout is not None:  # closed by the shell
+            if sys.stdout is not None:  # None if the shell has closed it
                 sys.stdout.flush()
     except UserError as error:
         fail(error)

@@ -11,7 +11,8 @@ from packaging.requirements import Requirement
 from btx_jax import terminal
 from btx_jax.errors import UserError
 
-BREAKS_BELOW_ITS_RANGE = "jax"  # older versions fail the tests; of other packages none were tried
+# Older versions of it fail the tests; older versions of other packages were not tried.
+BREAKS_BELOW_ITS_RANGE = "jax"
 
 
 class _Unmet(NamedTuple):

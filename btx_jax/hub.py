@@ -63,7 +63,8 @@ def resolve(name: str, key: str, kind: str = MODEL) -> Path:
 
 
 def commit(name: Name, key: str) -> str:
-    """The commit of a name's revision, as of now or of its first use (`pin`)."""
+    """The commit that a name's revision refers to. It is looked up once per process, and stays the
+    same from then on (`pin`)."""
     if re.fullmatch("[0-9a-f]{40}", name.revision):
         return name.revision
     pinned = f"{name.type}/{name.repository}"
@@ -96,8 +97,8 @@ def listing(name: Name, key: str) -> dict[str, tuple[int, str]]:
         with contextlib.suppress(CachedRepoTreeNotFoundError), told(name, key):
             files = get_cached_repo_tree(name.repo, repo_type=name.type, revision=at)
             return {file.path: (file.size, file.blob_id) for file in files}
-        folder = _snapshot(name, key, [])  # which caches it
-    # A cache of an older library version, offline.
+        folder = _snapshot(name, key, [])  # caches the listing
+    # Offline, with a cache that was written by an older version of the library.
     held = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.stat().st_size, "") for path in held}
 

@@ -22,7 +22,7 @@ def end_at_once(cure: str) -> None:
     program ended by a signal. A signal that the caller had ignored (nohup) stays ignored."""
 
     def end(number: int, _: FrameType | None) -> None:
-        threading.excepthook = lambda _: None  # for threads whose files are removed now
+        threading.excepthook = lambda _: None  # silences threads whose files are removed below
         abandon()
         # Unbuffered: the signal may have interrupted a write to a buffer.
         os.write(2, f"\nbtx_jax: interrupted; {cure}\n".encode())
@@ -35,8 +35,9 @@ def end_at_once(cure: str) -> None:
 
 @contextmanager
 def noted(told: str) -> Iterator[Callable[[], int]]:
-    """Context in which the first signal only makes the yielded function return its number instead
-    of 0; a second one has its previous effect. told: printed when the first arrives."""
+    """Context in which the first signal only makes the yielded function return the signal's number
+    instead of 0; a second signal has the effect it had before. told: printed when the first signal
+    arrives."""
     came: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -63,9 +63,9 @@ def none_left_empty(*directories: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Yield a hidden directory beside the target, which is renamed to it at the end of the block,
-    or deleted if the block fails; for a target in a bucket, a local temporary directory, which is
-    uploaded.
+    """Yield a hidden directory next to the target. At the end of the block it is renamed to the
+    target; if the block fails, it is deleted. For a target in a bucket, yield a local temporary
+    directory, which is uploaded.
 
     A killed process leaves `.NAME.partial-*`, or an upload marked as unfinished, which the next
     attempt removes; those of running processes are locked and left alone. Raises UserError when the
@@ -94,7 +94,8 @@ def _new_on_bucket(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _claimed_when_free(target: Path) -> Iterator[None]:
-    """Wait for another process that is writing there: it may be killed before it finishes."""
+    """Hold the target once no other process is writing there: one that is may be killed before it
+    finishes."""
     with contextlib.ExitStack() as held:
         while True:
             try:
@@ -137,9 +138,9 @@ def _new_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Yield a hidden file beside the target, which is renamed to it at the end of the block,
-    replacing an existing file, or deleted if the block fails; remains of killed processes are
-    removed. For a target in a bucket, yield a temporary file, which is uploaded. The name is
+    """Yield a hidden file next to the target. At the end of the block it is renamed to the target,
+    replacing an existing file; if the block fails, it is deleted. What killed processes left behind
+    is removed. For a target in a bucket, yield a temporary file, which is uploaded. The name is
     unique: a process id would not suffice, as every run in a container is process 1."""
     if buckets.is_on_bucket(target):
         with temporary_directory() as directory:
@@ -154,7 +155,7 @@ def new_file(target: Path) -> Iterator[Path]:
 
 def require_renames(directory: Path, key: str) -> None:
     """Raise UserError where directories cannot be renamed, which is how complete ones get their
-    name; a bucket named by its URL does not need it."""
+    names. A bucket named by its URL needs no renames."""
     if buckets.is_on_bucket(directory):
         return
     with tempfile.TemporaryDirectory(prefix=f".rename{PARTIAL}", dir=directory) as probe:
@@ -171,12 +172,12 @@ def require_renames(directory: Path, key: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write completely or not at all."""
+    """Write values as JSON, completely or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write completely or not at all."""
+    """Write a text file, completely or not at all."""
     with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -206,7 +207,7 @@ def _partial(target: Path, make: Callable[..., Path]) -> Iterator[Path]:
             try:
                 held.enter_context(locked(partial))
             except (BlockingIOError, FileNotFoundError):
-                continue  # removed as left over before it was locked
+                continue  # another process took it for a leftover before it was locked
             except OSError:
                 pass  # a file system without locks
             if partial.exists():
@@ -253,8 +254,8 @@ def abandon() -> None:
 
 
 def sweep(directory: Path, name: str | None = None) -> None:
-    """Delete what killed processes left of new files and directories with this name, None for all.
-    Those of running processes are locked and left alone."""
+    """Delete the unfinished files and directories that killed processes left behind. name: of their
+    target; None for all. Those of running processes are locked and left alone."""
     if buckets.is_on_bucket(directory):
         return  # nothing hidden is written there
     for left_over in directory.glob(f".{'*' if name is None else glob.escape(name)}{PARTIAL}*"):

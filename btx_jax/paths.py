@@ -42,7 +42,7 @@ def refuse_links_out(directory: Path) -> None:
     be read and copied as if it were part of it. Blobs of a Hugging Face cache, to which the files
     of its snapshots and of older downloads link, are permitted."""
     if buckets.is_on_bucket(directory):
-        return  # has no links
+        return  # buckets have no links
     root = directory.resolve()
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):

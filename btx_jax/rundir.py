@@ -52,8 +52,8 @@ def _is_left_open(difference: Difference) -> bool:
 
 
 def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Differences in the fields of the project that both configs were made from, from which their
-    other differences follow; empty where one of them was made otherwise."""
+    """Differences between the project fields that the two configs were made from; all their other
+    differences follow from these. Empty if either config was not made from a project."""
     if not (old.get("project") and new.get("project")):
         return []
     before, after = (
@@ -204,8 +204,8 @@ def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """`look_up`, then make the directory this run's and write its resolved config. Called once
-    nothing can refuse the run any more."""
+    """Call `look_up`, then claim the directory for this run by writing its resolved config there.
+    To be called once nothing can refuse the run any more. Returns the result of `look_up`."""
     done = look_up(workdir, config)
     if is_first():
         try:
@@ -222,7 +222,7 @@ def claim(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _holds_results(workdir: Path) -> bool:
-    """Whether a run, or the runs of a pipeline, got further than config and tokenizer."""
+    """Whether a run, or any run of a pipeline, has written more than its config and tokenizer."""
     own = (CONFIG, COMMITS, PLAN)
     return any(
         p.is_file() and p.name not in own and p.parent.name not in ("tokenizer", claims.FOLDER)

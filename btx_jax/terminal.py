@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, in powers of 1024."""
+    """Format a number of bytes, in powers of 1024."""
     for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB")):
         if count >= 1024**power:
             return f"{count / 1024**power:.2f} {name}"
@@ -38,7 +38,7 @@ def size(count: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 step`, `2,000 steps`."""
+    """Format a count with its noun: `1 step`, `2,000 steps`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 

@@ -1,5 +1,5 @@
-"""btx_jax/planning/study.json, from which `btx plan` expects losses, made from the study's
-evaluations:
+"""Write btx_jax/planning/study.json, from which `btx plan` estimates losses. It is made from the
+study's evaluations:
 
     python -m tools.curves runs/paper_small_0/evaluate runs/paper_small_1/evaluate ...
 """
@@ -25,7 +25,7 @@ SPLIT = ("btx", *(f"share_{share}" for share in SHARES if share < 100))
 
 
 def made(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """seeds: the models of each seed value's results.json."""
+    """The contents of study.json. seeds: the models of each seed value's results.json."""
     evaluate = PIPELINE["evaluate"].config.evaluate
     assert evaluate
     arms = []
@@ -39,8 +39,8 @@ def made(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spent(path: str) -> tuple[int, int]:
-    """FLOPs behind the seed of the stage `@NAME`, as tokens of the dense model: (in dense training
-    and branches, in a mixture)."""
+    """FLOPs spent between the seed and the stage `@NAME`, as tokens of the dense model: (in dense
+    training and branches, in a mixture)."""
     name = path.removeprefix("@")
     config = PIPELINE[name].config
     if name == "seed":

@@ -1,4 +1,5 @@
-"""Shared by the cloud backends: where a job's files are, and running an engine's tool."""
+"""Shared by the cloud backends: where cloud jobs run and keep their files, and how an engine's tool
+is called."""
 
 import shlex
 import subprocess
@@ -57,7 +58,7 @@ def ask(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess:
 
 
 def require(result: subprocess.CompletedProcess) -> None:
-    """Raises UserError with the tool's own words when it failed."""
+    """Raise UserError with the tool's own message if it failed."""
     if result.returncode:
         words = " ".join((result.stderr or result.stdout).split())[-500:]
         raise UserError(f"{result.args[0]} failed with exit status {result.returncode}: {words}")

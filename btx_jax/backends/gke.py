@@ -1,5 +1,5 @@
-"""One JobSet per stage on Google Kubernetes Engine (jobset.sigs.k8s.io/v1alpha2); Kueue admits it
-when a queue is named.
+"""One JobSet per stage on Google Kubernetes Engine (jobset.x-k8s.io/v1alpha2). If a queue is named,
+Kueue admits it.
 
 JobSet restarts a slice as a whole when one of its hosts is preempted; the run resumes from its last
 checkpoint. TPU node labels: cloud.google.com/kubernetes-engine/docs, "TPUs in GKE". The pods'

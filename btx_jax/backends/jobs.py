@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Job:
     """A stage of a pipeline as a job. name: the stage, which runs in WORKDIR/NAME. needs: stages
-    that must finish first. command: for its machines. topology: its slice, such as v5p:2x2x4; ""
-    for machines without TPUs."""
+    that must finish first. command: what its machines run. topology: its slice, such as v5p:2x2x4;
+    "" for machines without TPUs."""
 
     name: str
     needs: tuple[str, ...]
@@ -72,7 +72,7 @@ def jobs_of(
     cache: str = "",
 ) -> list[Job]:
     """One job per stage, each after those it needs. topologies: stage, or "" for all others ->
-    topology. cache: directory of tokenised text for all stages, "" for that of their configs.
+    topology. cache: directory of tokenised text for all stages, "" for the one in their configs.
     Raises ConfigError for a topology of an unknown stage."""
     pipeline = load_pipeline(file, overrides).pipeline
     assert pipeline

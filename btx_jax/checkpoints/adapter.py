@@ -1,4 +1,5 @@
-"""LoRA experts in files of our own format; for peft's files see `peft`. No base model is read here.
+"""LoRA experts in btx_jax's own file format; for peft's files see `peft`. No base model is read
+here.
 
 A directory holds adapter.safetensors, with `layers.LAYER.TARGET.a` [experts, rank, inputs], `.b`
 [experts, outputs, rank] and `.router` [experts, inputs] (layouts as in Hugging Face, float32), and
@@ -43,7 +44,7 @@ def block_of(target: str) -> str:
 
 
 def places(model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Yield (name in our files, leaf path, index of the layer in its run) for every tensor of the
+    """Yield (name in files, leaf path, index of the layer in its run) for every tensor of the
     model's adapters."""
     layer = 0
     for run, length, spec in model.runs():
@@ -79,8 +80,8 @@ def to_tensors(model: ModelConfig, adapter: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _turned(x: np.ndarray, part: str) -> np.ndarray:
-    """Convert a tensor from our layout to that of files. For `a`, [I, E, R] -> [E, R, I] is not its
-    own inverse; see `_ours`."""
+    """Convert a tensor from the layout of parameters to that of files. For `a`, [I, E, R] ->
+    [E, R, I], this is not its own inverse; see `_ours`."""
     return {
         "a": lambda: x.transpose(1, 2, 0),
         "b": lambda: x.swapaxes(1, 2),

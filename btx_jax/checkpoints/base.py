@@ -24,7 +24,8 @@ def base_digest(hashes: Mapping[TensorId, str]) -> str:
 
 
 def require_digest(held: Base, digest: str, whose: Path | str) -> None:
-    """Raise UserError when the base found now has another digest. held: the base that was found."""
+    """Raise UserError when the base found now has another digest. held: the base that was found.
+    digest: the expected one. whose: the checkpoint that needs the base."""
     if held.digest != digest:
         raise UserError(
             f"{whose}: was trained on a base with digest {digest[:16]}..., but {held.path} has"

@@ -1,5 +1,5 @@
-"""Readers for branches with a base: of a branch as a whole model, and of its base as the part the
-branch keeps."""
+"""Readers for branches with a base: one presents a branch as a whole model, the other presents the
+base as the part that the branch keeps."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class BranchReader:
     are float32, as in training, whatever the dtype of the base."""
 
     def __init__(self, own: StepReader, under: Reader, base: Base, path: Path):
-        """base: where `under` reads, with the expected digest. path: of the branch."""
+        """base: the path that `under` reads, and the expected digest. path: of the branch."""
         self.model, self.slots = own.model, slots(own.model)
         self.dtypes = dict.fromkeys(self.slots, np.dtype(np.float32))
         self.by_leaf = own.by_leaf or getattr(under, "by_leaf", False)

@@ -87,7 +87,7 @@ class Checkpoint:
 
     def identity(self) -> str:
         """A hash of its files' names, sizes and modification times, which changes when the model is
-        trained further, replaced or converted again. For a model of the Hub, its name and
+        trained further, replaced or converted again. For a model on the Hub, its name and
         commit."""
         if found := origin(self.path):
             return str(found)
@@ -123,7 +123,7 @@ class Checkpoint:
 def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Checkpoint:
     """Find a checkpoint: a run's working directory (its last step), the directory of a step
     (`checkpoints/best`: the one kept by CheckpointConfig.best), a Hugging Face directory or an
-    adapter directory. Raises UserError for anything else, and for links out of it."""
+    adapter directory. Raises UserError for anything else, and for links that lead out of it."""
     found = _find(path, key)
     refuse_links_out(found.tokenizer)  # all files of a Hugging Face or adapter directory
     return found
@@ -148,7 +148,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         raise UserError(f"{key}: {str(path)[:200]!r}: {error}") from error
     # Tensors are checked when they are read.
     sums = [name for name in read_sums(path) if not name.endswith(".safetensors")]
-    if origin(path):  # downloads only what is read
+    if origin(path):  # of a snapshot, only the files that are needed are downloaded
         sums = [name for name in sums if (path / name).exists()]
     check_sums(path, sums)
     if is_huggingface(path):
@@ -196,7 +196,7 @@ def _checkpoints_in(directory: Path) -> list[str]:
 
 
 def _best(path: Path, key: str) -> Path:
-    """The step that RUN/checkpoints/best stands for."""
+    """The step that RUN/checkpoints/best stands for; any other path is returned unchanged."""
     run = path.parent.parent
     if (path.parent.name, path.name) != (DIRECTORY, BEST) or not run.is_dir():
         return path
@@ -214,16 +214,16 @@ def _best(path: Path, key: str) -> Path:
 
 
 def _again(path: Path, key: str) -> Path:
-    """A path recorded inside a snapshot of the Hub's cache, which is downloaded again if the cache
-    has been emptied."""
+    """The path itself; if it is inside a snapshot of the Hub's cache and the cache has been
+    emptied, the snapshot is downloaded again."""
     if path.exists() or not (found := origin(path)):
         return path
     return hub.resolve(f"{PROTOCOL}{found}", key)
 
 
 def _history(directory: Path) -> History:
-    """History of a Hugging Face directory: written by our export into the headers of the tensor
-    files, and not preserved by other tools that write models."""
+    """History of a Hugging Face directory. btx_jax's export writes it into the headers of the
+    tensor files; other tools that write models do not preserve it."""
     files = sorted(directory.glob("model*.safetensors"))
     told = {safetensors_files.SafetensorsFile(file).metadata.get(HISTORY) for file in files}
     text = told.pop() if len(told) == 1 else None
@@ -263,7 +263,7 @@ def load_params(checkpoint: Checkpoint, abstract: Any = None) -> Params:
     """Load all parameters, with the shardings and dtypes of `abstract`, or by default in host
     memory as float32.
 
-    Raises UserError that lists everything in which the checkpoint does not fit its own model.
+    Raises UserError that lists every way in which the checkpoint does not match its own model.
     """
     if abstract is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -363,8 +363,8 @@ def _as_base(found: Checkpoint, model: ModelConfig) -> Reader:
 
 
 def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
-    """Find the base at base.path, or at its new place if it was moved together with its user.
-    Raises UserError when it does not exist or is another model."""
+    """Find the base at base.path, or at its new place if it was moved together with the checkpoint
+    that needs it. Raises UserError when it does not exist or is another model."""
     path = base.path
     if not to_path(path, "base").exists() and not origin(path):
         path = _moved(path, to_path(str(whose), "base"))
@@ -402,7 +402,7 @@ def base_of(checkpoint: Checkpoint) -> Base:
 
 def off_base(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Of models that include branches of a base, those that differ from the first branch's base in
-    what branches keep: mixing with them is not exact."""
+    the parameters that branches keep. Mixing with these models is not exact."""
     digests = [c.metadata.base.digest for c in checkpoints if c.metadata.base]
     if not digests:
         return []

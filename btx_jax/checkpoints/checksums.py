@@ -1,5 +1,5 @@
-"""Checksums of data that is not stored in chunks with their own: JSON that contains its checksum,
-and sha256 of a directory's files in the format of `sha256sum -c`."""
+"""Checksums for data that is not stored in chunks with checksums of their own: JSON that contains
+its checksum, and sha256 of a directory's files in the format of `sha256sum -c`."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from btx_jax.output import new_file
 
 SEAL = "sha256"
 SUMS = "SHA256SUMS"
-_FREE = ("README.md", "adapter.json", SUMS)  # edited by hand; sealed; itself
+_FREE = ("README.md", "adapter.json", SUMS)  # may be edited; has its own seal; this file itself
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Convert a Hugging Face directory to a checkpoint of ours, or back, depending on the source."""
+"""Convert a Hugging Face directory to a btx_jax checkpoint, or back, depending on the source."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from btx_jax.checkpoints.training_state import trained_on
 
 def convert(source: Checkpoint, target: Path, dtype: str = "") -> int:
     """Convert a checkpoint; returns the number of tensors. dtype: of all tensors of the result; ""
-    keeps each tensor's own, widened to float32 where the tensors of one of our leaves differ.
+    keeps each tensor's own, widened to float32 where the tensors that make up a leaf differ.
 
     Raises UserError that lists everything wrong with the source; then no target is written.
     """

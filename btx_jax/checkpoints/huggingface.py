@@ -49,7 +49,7 @@ _BUFFER = re.compile(r"rotary_emb\.inv_freq")  # saved by early releases; can be
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a path is a Hugging Face directory. Runs of ours have a config.json too, but with a
+    """Whether a path is a Hugging Face directory. btx_jax's runs have a config.json too, but with a
     stage, and without model_type."""
     if (path / "adapter_config.json").is_file():
         return True
@@ -127,8 +127,8 @@ class _Stored(NamedTuple):
         return self.file.tensors[self.name].shape
 
     def read(self, rows: Range | None = None, columns: Range | None = None) -> np.ndarray:
-        """The tensor in its stored dtype, or in float32 if we do not use that dtype. rows, columns:
-        of the part."""
+        """The tensor in its stored dtype, or in float32 if that dtype is not one of DTYPES. rows,
+        columns: of the part."""
         if rows is not None and self.rows is not None:
             rows = (self.rows[0] + rows[0], self.rows[0] + rows[1])
         array = self.file.read(self.name, self.expert, rows or self.rows, columns)
@@ -168,7 +168,7 @@ class HuggingFaceReader:
             else:
                 problems.append(f"missing {name}")
         self._compare(stored, problems)
-        if problems:  # damage, in a header, comes first
+        if problems:  # a damaged header may be their cause: report damage first
             files = [name for name in read_sums(directory) if name.endswith(".safetensors")]
             check_sums(directory, files)
         raise_problems(directory, problems)
@@ -182,7 +182,7 @@ class HuggingFaceReader:
         self._bad_values: list[str] = []
 
     def _take(self, row: Row, found: _Stored, problems: list[str]) -> None:
-        """Register our tensors that one tensor of a file contains."""
+        """Register the model's tensors that one tensor of a file contains."""
         self._used.add(row.name)
         if found.dtype not in READABLE:
             problems.append(
@@ -380,9 +380,9 @@ def _is_inside(name: str) -> bool:
 class HuggingFaceWriter:
     """Writes a model into a directory, tensor by tensor; `finish` adds the small files.
 
-    origin: the model_type of the source, "" for a model created here. dtypes: of each tensor, in
-    the order in which they will be written. `model` is the model as written, with the zeros that
-    the family requires. Raises UserError when Hugging Face has no such model.
+    model, family: as returned by `written_as`, so that model includes the zeros that the family
+    requires. dtypes: of each tensor, in the order in which they will be written. Raises UserError
+    when tensors that the family stores as one differ in dtype.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Conversion between Hugging Face's config.json and ModelConfig, as the families declare it, in the
-spelling of every transformers version."""
+"""Conversion between Hugging Face's config.json and ModelConfig, as the families declare it. Reads
+and writes the spellings of all transformers versions."""
 
 import dataclasses
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _POSITIVE = f"must be a positive number, at most {HUGE:g}"
 # Keys that change what other classes compute -> the values that change nothing. transformers
-# ignores these keys in our classes; whoever wrote another value meant it.
+# ignores these keys in the supported classes, but whoever wrote another value meant it to count.
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), (None, 0)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (None, 1)),
@@ -40,7 +40,7 @@ _NOT_KEPT = {
 
 def model_from_config(config: dict[str, Any], where: str) -> ModelConfig:
     """The model as transformers 5.23 would read it, including defaults for missing keys. Raises
-    UserError, prefixed with `where`, that lists everything our models cannot represent."""
+    UserError, prefixed with `where`, that lists everything ModelConfig cannot represent."""
     family = family_of(config, where)
     config = _with_standard_names(config, family)
     values = dict(family.defaults) | {
@@ -119,7 +119,7 @@ def _with_standard_names(config: Mapping[str, Any], family: Family) -> dict[str,
 
 
 def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: Family) -> list[str]:
-    """Features that change the meaning of the weights and that our models lack, as messages."""
+    """Messages about features that change the meaning of the weights and are not supported."""
     problems = []
     key = family.activation_key
     if values[key] not in family.activations:
@@ -481,7 +481,7 @@ def _yarn(factor: float, original: int, chosen: Mapping[str, Any]) -> RopeScalin
         raise ConfigError("rope scaling yarn with truncate=False is not supported")
     numbers = {"beta_fast": 32, "beta_slow": 1}
     for key in (*numbers, "attention_factor", "mscale", "mscale_all_dim"):
-        # As in transformers, 0 is a valid value of the first and means unset for the others.
+        # As in transformers, 0 is a value for attention_factor and means unset for the others.
         given = chosen.get(key)
         if given is not None if key == "attention_factor" else given:
             numbers[key] = chosen[key]
@@ -532,8 +532,8 @@ def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], 
 
 
 def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json contains beyond ModelConfig: ids of special tokens, settings of training and
-    generation, and anything else."""
+    """Everything in config.json that ModelConfig does not represent: ids of special tokens,
+    settings of training and generation, and anything else."""
     family = family_of(config, "config.json")
     ours = {*_NOT_KEPT, *family.biases, *family.synonyms, *family.numbers.values()}
     ours |= {family.query_scalar, family.activation_key, family.local_theta_key, family.nope}
@@ -726,8 +726,8 @@ def _written_rope(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def same_function(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Lines `key: a's value, b's value` for every setting in which equal parameters would mean
-    different functions."""
+    """A line `KEY: A's value against B's value` for every setting that differs, so that equal
+    parameters would compute different functions."""
     lines = []
     for field in dataclasses.fields(ModelConfig):
         x, y = getattr(a, field.name), getattr(b, field.name)

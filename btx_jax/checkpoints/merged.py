@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """A LoRA to merge. model: config with its lora section. tensors: as in an adapter directory of
-    ours."""
+    """A LoRA to merge. model: config with its lora section. tensors: as in a btx_jax adapter
+    directory."""
 
     path: Path
     model: ModelConfig
@@ -54,10 +54,10 @@ class Source:
 
 
 def find_source(path: str, key: str) -> Source:
-    """Find a model's directory or Hub name, or MODEL+LORA, where LORA is a peft directory, an
-    adapter of ours, or a Hub name of one. A directory whose own name contains a + takes precedence.
-    Raises UserError for anything else, and for a LoRA that does not fit its model or cannot be
-    merged."""
+    """Find a model's directory or Hub name, or MODEL+LORA, where LORA is a peft directory, a
+    btx_jax adapter, or the Hub name of one. A directory whose own name contains a + takes
+    precedence. Raises UserError for anything else, and for a LoRA that does not fit its model or
+    cannot be merged."""
     if not _exists(path, key):
         parts = path.split("+")
         splits = [("+".join(parts[:i]), "+".join(parts[i:])) for i in range(1, len(parts))]
@@ -118,8 +118,8 @@ def _with_lora(model: str, lora: str, key: str) -> Source:
 
 
 def left_out(tensors: Sequence[tuple[Row, np.ndarray]], base: Reader, directory: Path) -> list[str]:
-    """Messages about tensors of the base that are stored with a peft LoRA: those equal to the
-    base's are skipped. Raises UserError for others."""
+    """Messages about tensors of the base that are stored with a peft LoRA. Those equal to the
+    base's own are skipped. Raises UserError if any differs."""
     problems = []
     for row, array in tensors:
         own = row.joined(base.read)

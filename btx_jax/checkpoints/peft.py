@@ -1,11 +1,11 @@
 """LoRA adapters in Hugging Face peft's format, on the modules of any family. No base model is read
 here.
 
-Our LoRA must compute what peft 0.21 computes with the files; anything else is refused, naming the
-setting. Our layers have one rank and one scale for all of their maps. Unadapted maps among adapted
-ones are therefore filled with zeros, lower ranks are padded with zeros, and differing scales are
-multiplied into B. Where a module holds several maps, each gets the module's A and its own rows of
-B.
+A LoRA that has been read must compute what peft 0.21 computes with the files; anything else is
+refused, naming the setting. Layers here have one rank and one scale for all of their maps.
+Unadapted maps among adapted ones are therefore filled with zeros, lower ranks are padded with
+zeros, and differing scales are multiplied into B. Where a module holds several maps, each gets the
+module's A and its own rows of B.
 """
 
 import math
@@ -48,8 +48,8 @@ _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.defa
 
 
 class PeftLoRA(NamedTuple):
-    """A LoRA read from peft. model: the base's config with the LoRA. tensors: as in an adapter
-    directory of ours. carried: tensors of the base itself that the file also contains. notes:
+    """A LoRA read from peft. model: the base's config with the LoRA. tensors: as in a btx_jax
+    adapter directory. carried: tensors of the base itself that the file also contains. notes:
     changes that were needed to make it fit."""
 
     model: ModelConfig
@@ -59,7 +59,7 @@ class PeftLoRA(NamedTuple):
 
 
 class _Map(NamedTuple):
-    """The LoRA of one of our maps. alpha, rank: those of its module; alpha / rank is the scale."""
+    """The LoRA of one map. alpha, rank: those of its module; alpha / rank is the scale."""
 
     module: str
     a: np.ndarray
@@ -243,8 +243,8 @@ def _why(key: str, base: ModelConfig) -> str:
 def _cut(
     found: Mapping[str, np.ndarray], place: tuple[int, tuple[str, ...]], base: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield (target, A, B) of the maps in a module. Where there are several, ranks that only others
-    use are removed from each: separate LoRAs are stored in one module this way."""
+    """Yield (target, A, B) of the maps in a module. If there are several, ranks that only the
+    others use are removed from each: this is how one module stores separate LoRAs."""
     layer, targets = place
     a, b = (found[factor].astype(np.float32) for factor in "AB")
     start = 0

@@ -158,8 +158,9 @@ def short(value: Any) -> str:
 def targeted(
     config: Mapping[str, Any], family: Family, modules: Sequence[str], where: Path
 ) -> dict[str, tuple[int, float]]:
-    """{adapted module: (rank, scale)}, matching names as peft 0.21 does
-    (check_target_module_exists, get_pattern_key)."""
+    """{adapted module: (rank, alpha)}, matching names as peft 0.21 does
+    (check_target_module_exists, get_pattern_key). alpha / rank is the scale, also with
+    use_rslora."""
     names = config.get("target_modules")
     names = family.peft_default if names is None else names
     if not names and config.get("target_modules") is None:
@@ -207,9 +208,9 @@ _compiled = functools.lru_cache(maxsize=4 * _PATTERNS)(re.compile)
 
 
 def _match(key: str, pattern: str, module: str, within: str = "") -> re.Match | None:
-    """Match a pattern against a module's name. key: the setting of the pattern. within: the
-    expression into which peft inserts it; without one it must match the whole name. Raises
-    ValueError naming setting and pattern."""
+    """Match a pattern against a module's name. key: the setting that contains the pattern. within:
+    the expression into which peft inserts it; without one it must match the whole name. Raises
+    ValueError that names the setting and the pattern."""
     try:
         if within:
             return _compiled(within % pattern).match(module)

@@ -32,8 +32,8 @@ LATER = "0" * 64  # placeholder for a sha256 that is not yet known
 
 @dataclasses.dataclass(frozen=True)
 class Expert:
-    """The expert of some sums. name: of its model. digest: of its feed-forwards in all layers
-    (`base_digest`)."""
+    """The expert that sums belong to. name: of its model. digest: of its feed-forwards in all
+    layers (`base_digest`)."""
 
     name: str
     digest: str = LATER

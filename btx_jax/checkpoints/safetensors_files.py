@@ -5,9 +5,9 @@ the header, JSON {name: {dtype, shape, data_offsets}}; the tensors, C order, lit
 gaps. Files are read with pread rather than mapped: mapped pages would count towards this process's
 memory until it exits.
 
-Files of ours come with model.xxh3.json: {tensor: xxh3 of its bytes}. A tensor that is read whole is
-verified at the speed of memory, without a sha256 over the whole file. Parts of tensors, as several
-processes read them, are not verified; `btx verify` verifies everything.
+Files written by btx_jax come with model.xxh3.json: {tensor: xxh3 of its bytes}. A tensor that is
+read whole is verified at the speed of memory, without a sha256 over the whole file. Parts of
+tensors, as several processes read them, are not verified; `btx verify` verifies everything.
 """
 
 import hashlib
@@ -66,7 +66,8 @@ class Tensor(NamedTuple):
 
 
 class _OnDisk:
-    """The bytes of a file. worth_a_call: smaller gaps are faster to read than to skip."""
+    """The bytes of a file. worth_a_call: bytes from which a part is faster to read by a call of its
+    own than together with what surrounds it."""
 
     worth_a_call = 1024
 
@@ -261,8 +262,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class ShardWriter:
     """Writes tensors, in the order announced, into shards of at most `shard_bytes` (or one tensor).
 
-    tensors: name -> (shape, dtype). metadata: for every header. sha256: of every finished file.
-    Every shard's header is known in advance, so that data is written as it arrives.
+    tensors: name -> (shape, dtype). metadata: stored in every header. sha256: file name -> sha256
+    of every finished file. Every shard's header is known in advance, so data is written as it
+    arrives.
     """
 
     def __init__(

@@ -24,11 +24,11 @@ def assemble(
     slots: Mapping[TensorId, Slot],
     hashes: dict[TensorId, str] | None = None,
 ) -> Params:
-    """Build our parameter tree from a reader's tensors, with the shardings and dtypes of
-    `abstract`.
+    """Build a parameter tree from a reader's tensors, with the shardings and dtypes of `abstract`.
 
-    Each process reads the layers, experts, rows and columns that its devices hold, replicated ones
-    once. Host memory holds its share of one leaf and the part of one tensor being read.
+    Each process reads only the layers, experts, rows and columns that its devices hold; replicated
+    ones are read once. Host memory holds the process's share of one leaf, and the part of one
+    tensor being read.
 
     hashes: receives the sha256 of each tensor's float32 values; processes that share the mesh
     divide the tensors among them and read those whole. Raises UserError, in every process, when a
@@ -155,7 +155,8 @@ def _empty(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 def _exchanged(own: Mapping[TensorId, str], tensors: list[TensorId]) -> dict[TensorId, str]:
-    """The digests of all processes; tensor i's comes from process i modulo their number."""
+    """The digests of all tensors, gathered from all processes: that of tensor i comes from process
+    i modulo the number of processes."""
     table = np.zeros((len(tensors), 32), np.uint8)
     for number, tensor in enumerate(tensors):
         if tensor in own:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, through Orbax; no other module uses Orbax.
+"""Checkpoints of a run, saved and restored with Orbax; no other module uses Orbax.
 
 A run stores them in WORKDIR/checkpoints/STEP/{params, opt_state, data, about}: separate items, so
 that a mix can read only the parameters. `about` makes params self-describing: it holds the model
@@ -6,7 +6,7 @@ and its training history. The tokenizer is in WORKDIR/tokenizer.
 
 Arrays are stored as zarr version 3 in one OCDBT key-value store per item, params in one chunk per
 layer and expert. Every chunk carries its CRC-32C, which TensorStore verifies on every read; OCDBT's
-own files carry theirs; `data` and `about` are sealed (checksums.py).
+own files have checksums too; `data` and `about` are sealed (checksums.py).
 """
 
 import dataclasses
@@ -55,14 +55,14 @@ FINISHED = "commit_success.txt"  # the last file that Orbax writes into a step o
 DESCRIBED, RESUMED = ("about", "params"), ("opt_state", "data")
 FORMAT = 3
 UNSEALED = 2  # the format of earlier versions, without checksums, still readable
-_LEAVES_HELD = 2  # for a step in large chunks: the current and the next one
+_LEAVES_HELD = 2  # leaves in memory, for a step in large chunks: the current and the next one
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """The costs of one training run. seconds: in its steps, over all its starts, without compiling,
-    saving and evaluating. peak_bytes: of one step, per chip, as compiled. after: ids of all runs
-    that led to its initial parameters."""
+    """The costs of one training run. seconds: time spent in steps, over all of the run's starts,
+    without compiling, saving and evaluating. peak_bytes: memory of one step, per chip, according to
+    the compiler. after: ids of all runs that led to its initial parameters."""
 
     tokens: int
     flops: float
@@ -131,8 +131,8 @@ class CheckpointMetadata:
 
     def costs(self, without: History | None = None) -> dict[str, Any]:
         """Costs of all runs except those in `without`. unknown: models made elsewhere, which the
-        numbers leave out. critical_seconds: of the longest chain of runs that had to wait for each
-        other, so with branches in parallel. chip_seconds: of all runs together."""
+        numbers leave out. critical_seconds: duration of the longest chain of runs that had to wait
+        for each other, that is, with branches in parallel. chip_seconds: of all runs together."""
         left = {name: run for name, run in self.history.items() if name not in (without or {})}
         runs = {name: run for name, run in left.items() if run}
 
@@ -199,7 +199,7 @@ def stored(params: Any, metadata: CheckpointMetadata) -> Any:
 
 def quiet() -> None:
     """Silence Orbax, which logs every save at INFO through absl; a run's own log says what users
-    need. Errors in Orbax's threads are raised again where the save is awaited."""
+    need to know. Errors in Orbax's threads are raised again where the save is awaited."""
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -300,7 +300,7 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
 
 class _Manager(ocp.CheckpointManager):
     """Orbax's manager without its own preemption checks: JAX's preemption service counts calls, and
-    the run makes them."""
+    the run itself makes them (training/stopping.py)."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
@@ -308,9 +308,10 @@ class _Manager(ocp.CheckpointManager):
 
 class Checkpoints:
     """The checkpoints of one run. Saves run in the background; an interrupted save leaves no
-    checkpoint. Remains of killed processes of the same run are removed.
+    checkpoint. What killed processes of the same run left behind is removed.
 
-    best: called at every save and on construction to choose the step to keep besides the newest.
+    best: called at every save and on construction to choose the step that is kept in addition to
+    the newest.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, best: BestOf = lambda steps: None):

@@ -126,7 +126,7 @@ def submit(
 @text("--revision", metavar="BRANCH", help="a branch, created if missing; by default main")
 @text("--message", metavar="TEXT", help="commit message")
 def push(directory: str, repository: str, private: bool, revision: str, message: str) -> None:
-    """Upload a Hugging Face directory to a repository of the Hub."""
+    """Upload a Hugging Face directory to a repository on the Hub."""
     from btx_jax.commands.push import push as upload
 
     told = upload(directory, repository, is_private=private, revision=revision, message=message)

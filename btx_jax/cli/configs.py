@@ -28,7 +28,7 @@ class ConfigName(Where):
             for name, preset in PRESETS.items()
             if name.startswith(incomplete)
         ]
-        # bash puts completed files first, without what precedes them.
+        # Files come first: click's bash script discards the items that precede a file item.
         return [*super().shell_complete(ctx, param, incomplete), *names]
 
 

@@ -34,7 +34,7 @@ btx mix recipe.yml mixture --verify
     help="format of OUT; by default that of base_model",
 )
 def mix(recipe: str, out: str, dry_run: bool, verify: bool, format: str | None) -> None:
-    """Mix dense models into one Mixture-of-Experts, as a recipe describes."""
+    """Mix dense models into one Mixture-of-Experts model, following a recipe."""
     from btx_jax.commands.mix import run
 
     file = to_path(recipe, "RECIPE.yml")
@@ -60,7 +60,7 @@ btx convert runs/demo/finetune mixture --dtype=bfloat16
     help="dtype of the result; by default each tensor keeps its own",
 )
 def convert(src: str, dst: str, dtype: str | None) -> None:
-    """Convert a Hugging Face directory to a checkpoint of ours, or back."""
+    """Convert a Hugging Face directory to a btx_jax checkpoint, or back."""
     from btx_jax.commands.convert import run
 
     terminal.say(run(src, dst, dtype or ""))
@@ -213,7 +213,7 @@ btx adapter merge runs/mola merged --expert=0
     help="with several experts: their mean, or one weight per expert, comma-separated",
 )
 def adapter_merge(adapter: str, dst: str, base: str, expert: int | None, gates: str) -> None:
-    """Merge LoRA experts into the weights of their base, as a Hugging Face directory."""
+    """Merge LoRA experts into the weights of their base, and write a Hugging Face directory."""
     from btx_jax.commands.adapter import merge
 
     terminal.say(merge(adapter, dst, base, expert, gates))

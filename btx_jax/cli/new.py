@@ -109,8 +109,8 @@ def new(
 ) -> None:
     """Write a config file for your own seed and domains: train, mix, finetune, evaluate, export.
 
-    Reads and tokenises the text, once, and chooses the settings to suit it. `btx plan FILE` shows
-    what the file takes, `btx run FILE` runs it.
+    Reads and tokenises the text once, and chooses settings that suit it. `btx plan FILE` then
+    estimates what the run takes, and `btx run FILE` runs it.
     """
     from btx_jax.commands.new import Wanted, run
 

@@ -1,8 +1,8 @@
 """Building blocks of the `btx` commands: help with examples, arguments that a shell completes,
 numbers in ranges.
 
-Neither this module nor those that define commands import more than help and completion need; a
-command's implementation is imported when it runs.
+This module and those that define commands import only what help and completion need; a command's
+implementation is imported when it runs.
 """
 
 import functools
@@ -34,7 +34,7 @@ HELP: dict[str, Any] = {
 }
 
 
-PANELS = TRAIN, MIX, USE, CLOUD, SHELL = (  # of commands, in this order
+PANELS = TRAIN, MIX, USE, CLOUD, SHELL = (  # groups of commands in the help, in this order
     "Train",
     "Mix and convert",
     "Use and measure",
@@ -44,7 +44,7 @@ PANELS = TRAIN, MIX, USE, CLOUD, SHELL = (  # of commands, in this order
 
 
 class Light(click.RichCommand):
-    """A command whose help ends in examples."""
+    """A command whose help ends with examples."""
 
     def __init__(self, *args: Any, examples: str = "", **options: Any):
         """examples: one command per line; continuation lines are indented."""

@@ -55,8 +55,8 @@ def run(
 
 
 def compiles(config: Config, named: str, workdir: str, topology: str, slices: int) -> bool:
-    """Whether the step of a training config fits this many slices of a TPU topology; logs what it
-    takes. Raises UserError."""
+    """Whether the training step of a config fits this many slices of a TPU topology. Logs what the
+    step takes. Raises UserError."""
     from btx_jax.planning import compile_check
 
     return compile_check.run(config, _directory(workdir, named), topology, slices)
@@ -70,8 +70,9 @@ def plan(
     slices: int,
     price: float,
 ) -> None:
-    """Print what a pipeline takes on this many slices of a TPU topology, or on this machine if
-    topology is "", and write it to WORKDIR/plan.json for the report. Raises UserError."""
+    """Print an estimate of what a pipeline takes on this many slices of a TPU topology, or on this
+    machine if topology is "", and write it to WORKDIR/plan.json for the report. Raises
+    UserError."""
     import jax
 
     from btx_jax.planning import compile_check, steps, tables

@@ -120,11 +120,11 @@ def plan(
 ) -> None:
     """Estimate what a pipeline takes before training any of it.
 
-    Tokens, epochs, FLOPs, memory, time, storage, cost, and the same for dense training on as many
-    tokens. A few steps of each kind are timed on this machine with random parameters; with --slice
-    they are instead compiled for that TPU slice (minutes each; needs pip install 'btx_jax[tpu]'),
-    and the compiler's clock gives their time. The plan is also written to DIR/plan.json, and
-    appears in the run's report.
+    Prints tokens, epochs, FLOPs, memory, time, storage and cost, and the same for dense training on
+    as many tokens. A few steps of each kind are timed on this machine with random parameters; with
+    --slice they are instead compiled for that TPU slice (minutes each; needs pip install
+    'btx_jax[tpu]'), and their time is estimated from the compiled program. The plan is also written
+    to DIR/plan.json, and appears in the run's report.
     """
     from btx_jax.cli import runs
     from btx_jax.presets.config_file import read_config
@@ -152,7 +152,7 @@ btx compile math_expert v6e:8x8 --num-slices=2 --config.mesh.fsdp=64
 def compile_step(
     config: str, overrides: list[str], topology: str, num_slices: int, workdir: str
 ) -> None:
-    """Compile a training step for TPUs without having one: memory, FLOPs, traffic, time.
+    """Compile a training step for TPUs without having one; report memory, FLOPs, traffic, time.
 
     Needs libtpu (pip install 'btx_jax[tpu]'). If the step does not fit, exits with status 1 and
     suggests the cheapest change that helps.

@@ -161,7 +161,7 @@ def evaluate(
     options_metavar="[OPTIONS of lm_eval]...",
 )
 def lm_eval(arguments: tuple[str, ...]) -> None:
-    """Run lm-evaluation-harness with our model class."""
+    """Run lm-evaluation-harness with btx_jax's model class."""
     try:
         from lm_eval.__main__ import cli_evaluate
 
@@ -246,8 +246,8 @@ btx watch gs://bucket/runs/my_btx --every=30
 def watch(run: str, port: int, host: str, every: float) -> None:
     """Show a run in your browser while it runs, here or in a bucket.
 
-    Every branch's curve, held-out losses, the mixing probe, routing load, where the time goes, and
-    which stages are finished, running or waiting. It reads the run's directory and changes nothing.
+    The page shows every branch's curve, held-out losses, the mixing probe, routing load, where time
+    is spent, and which stages are finished, running or waiting. The run's directory is only read.
     """
     from btx_jax.commands.watch import run as serve
     from btx_jax.paths import to_path
@@ -275,7 +275,7 @@ btx verify mixture
 def verify(path: str) -> None:
     """Read everything that is stored and compare it with its checksums.
 
-    Exits with status 1 when something is damaged.
+    Exits with status 1 if anything is damaged.
     """
     from btx_jax.commands.verify import verify as findings
 

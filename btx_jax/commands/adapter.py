@@ -40,8 +40,8 @@ def find_adapter(path: str, key: str) -> Checkpoint:
 
 
 def export(source: str, target: str, output_format: str = "btx_jax") -> str:
-    """Write a run's LoRA experts to an adapter directory, in our format or peft's. Returns a line
-    that reports the result."""
+    """Write a run's LoRA experts to an adapter directory, in btx_jax's format or peft's. Returns a
+    line that reports the result."""
     found = find_adapter(source, "SRC")
     metadata, tensors = found.metadata, adapter_tensors(found)
     assert metadata.base
@@ -58,7 +58,8 @@ def export(source: str, target: str, output_format: str = "btx_jax") -> str:
 
 
 def import_peft(source: str, base: str, target: str) -> str:
-    """Convert a LoRA saved by peft, for the model at `base`, to an adapter directory of ours."""
+    """Convert a LoRA saved by peft, for the model at `base`, to a btx_jax adapter directory.
+    Returns a line that reports the result."""
     check_free(to_path(target, "DST"))
     under = find_checkpoint(base, "BASE")
     if under.metadata.model.lora:
@@ -89,11 +90,11 @@ def merge(
 ) -> str:
     """Merge LoRA experts into the weights of their base, and write a Hugging Face directory.
 
-    base: where it is now, if it has moved; in any case its digest must be the one recorded in
+    base: where the base is now, if it has moved; its digest must still be the one recorded in
     training. expert: merge only this one. gates: `mean`, or one weight per expert, comma-separated;
     required where a layer has several experts, as a router's choices cannot be merged. Raises
-    UserError when gates are missing or do not fit, and when the base has other weights; then no
-    target is left.
+    UserError, and leaves no target, when gates are missing or do not fit, or the base's weights
+    differ.
     """
     found = find_adapter(source, "ADAPTER")
     metadata = found.metadata

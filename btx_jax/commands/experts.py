@@ -71,14 +71,14 @@ def add(
     normal(router_std) router rows.
 
     If the mixture's routers were solved and their statistics are stored with it, all rows are
-    solved again instead, including text of the new expert's domain: from `text`
-    (`WHAT[#FIELD][:WEIGHT]`), or from `statistics`, a file computed where the text is.
+    instead solved again, with the new expert's domain included. That domain is given by its `text`
+    (`WHAT[#FIELD][:WEIGHT]`), or by `statistics`, a file computed where the text is.
 
-    To a mixture with an anchor, add a branch trained with the same anchor; its router rows and
-    biases are used.
+    If the mixture has an anchor, the new expert must be a branch trained with the same anchor; the
+    branch's router rows and biases are used.
 
     Only the feed-forwards are taken: attention, norms and embeddings remain the mixture's. Raises
-    UserError when the models, or the statistics, do not fit.
+    UserError when the models, or the statistics, do not match.
     """
     mistakes = Mistakes()
     for option, value, bound in (
@@ -249,9 +249,9 @@ def drop(mixture: str, expert: int, target: str) -> str:
 class _Solver:
     """Solves a mixture's routers again from its stored statistics, with an expert added or dropped.
 
-    model, read: of the mixture including a new expert, with tensors from `readers` in the dtypes to
-    be written; read is never called for routers. Raises UserError when the statistics do not belong
-    to the mixture.
+    model: the mixture's, including any new expert. read: returns its tensors, which come from
+    `readers`, in the dtypes to be written; it is never called for routers. Raises UserError when
+    the statistics do not belong to the mixture.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class _Solver:
         writer = self._writer(file, (*about.experts, Expert(source)))
 
         def keep(layer: int, sums: Moments) -> None:
-            _check_values(self._readers)  # reports NaN in a model as such
+            _check_values(self._readers)  # reports NaN in a model as the cause
             writer.write(layer, *sums)
 
         routers = solve_routers(
@@ -291,8 +291,8 @@ class _Solver:
         return routers.rows
 
     def with_statistics(self, source: str, path: str, file: BinaryIO) -> np.ndarray:
-        """Router rows [layers, experts, D] including a new expert. path: a statistics file in which
-        the new expert is one of those listed."""
+        """Router rows [layers, experts, D] including a new expert. path: a statistics file that
+        lists the new expert, alone or among others."""
         given = RouterStatistics(to_path(path, "--statistics"))
         self._check(given, self._base())
         about = self._stored.about
@@ -316,7 +316,7 @@ class _Solver:
         return self._solve(file, (*about.experts, Expert(source, digest)), parts)
 
     def without(self, expert: int, file: BinaryIO) -> np.ndarray:
-        """Router rows [layers, experts, D] without an expert."""
+        """Router rows [layers, experts, D] after dropping an expert."""
         self._base()
         experts = self._stored.about.experts
         return self._solve(
@@ -371,9 +371,9 @@ class _Solver:
 
 
 def _statistics(path: Path, model: ModelConfig, mixture: str) -> RouterStatistics | None:
-    """The statistics stored with a mixture, for its number of experts; None without. Raises
-    UserError."""
-    if name := hub_names.named(mixture, "MIXTURE"):  # only the model has been downloaded
+    """The statistics stored with a mixture; None if there are none. Raises UserError when they are
+    for a different number of experts."""
+    if name := hub_names.named(mixture, "MIXTURE"):  # so far only the model has been downloaded
         file = name._replace(path=f"{name.path}/{FILE}".lstrip("/"))
         if file.path in hub.listing(name, "MIXTURE"):
             hub.download_file(file, "MIXTURE")

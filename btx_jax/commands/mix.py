@@ -1,5 +1,5 @@
-"""Mix dense models into one MoE by a recipe, streaming: one tensor of each source is in memory at a
-time."""
+"""Mix dense models into one MoE as a recipe describes. Tensors are streamed: one tensor of each
+source is in memory at a time."""
 
 import contextlib
 import dataclasses
@@ -86,8 +86,8 @@ def run(
     verify: bool = False,
     output_format: str = "",
 ) -> None:
-    """Mix by a recipe and print the progress. output_format: "huggingface", "btx_jax", or "" for
-    that of base_model. Raises UserError for any mistake; then no output is left."""
+    """Mix as a recipe describes, and print progress. output_format: "huggingface", "btx_jax", or ""
+    for the format of base_model. Raises UserError for any mistake, and then leaves no output."""
     recipe = read_recipe(to_path(recipe_path, "RECIPE.yml"))
     check_free(to_path(target, "OUT"))
     sources = _open(recipe)
@@ -121,7 +121,7 @@ def run(
     kept = base.metadata.huggingface
     verdict: list[str] = []
     with contextlib.ExitStack() as held:
-        # Unnamed files, which vanish whatever happens.
+        # Temporary files without a name, which are deleted however the process ends.
         merging = None
         if recipe.merge == REGMEAN:
             file = held.enter_context(tempfile.TemporaryFile())
@@ -157,7 +157,7 @@ def run(
             lambda tensor: make_tensor(mixture, tensor),
             sources.tokenizer,
             history=history,
-            # The class in which it is written, now or in a later export.
+            # The class it is written as, now or in a later export.
             huggingface={**kept, "model_type": family.model_type} if family else kept,
             card=card(mixture, history),
             check=mixture.check,
@@ -174,8 +174,8 @@ def run(
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    """The model_type of a checkpoint's origin, or the one as which it would be written; "" for
-    none."""
+    """The model_type that a checkpoint was converted from, or else the one that it would be
+    exported as; "" if there is neither."""
     if origin := checkpoint.metadata.huggingface.get("model_type", ""):
         return origin
     try:
@@ -196,8 +196,8 @@ def _dtype(recipe: Recipe, base: Reader) -> np.dtype:
 
 
 def _gates(mixture: Mixture, prompts: Sequence[Prompt], console: Console) -> np.ndarray:
-    """Gates from prompts or at random. Prints which experts the prompts choose, if there are
-    any."""
+    """Router rows [layers, rows, D] from prompts, or random. If there are prompts, prints which
+    experts they choose."""
     recipe = mixture.recipe
     with np.errstate(all="ignore"):
         rows, shares = make_gates(recipe, mixture.base, mixture.model, prompts)
@@ -211,7 +211,7 @@ def _gates(mixture: Mixture, prompts: Sequence[Prompt], console: Console) -> np.
     if of_experts:
         chosen = [prompts[i] for i in of_experts]
         console.print(routing_table(mixture.model, chosen, shares[of_experts]))
-    is_drawn = recipe.gate_mode != "normal"  # then a shared expert's row is comparable
+    is_drawn = recipe.gate_mode != "normal"  # only then is a shared expert's row comparable
     _warn_of_similar_rows(rows if is_drawn else rows[:, : recipe.expert_count], console)
     return rows
 
@@ -234,15 +234,15 @@ def _merging(
         try:
             return mixture.shared.make(tensor, seen)
         except UserError:
-            mixture.check()  # reports NaN in a source as such
+            mixture.check()  # reports NaN in a source as the cause
             raise
 
     return Merging(make, list(zip(sources, texts, strict=True)), counts, file)
 
 
 def _passing(recipe: Recipe, texts: Sequence[Rows]) -> list[tuple[int | None, Rows]]:
-    """Each text with the expert that it passes through; a shared expert's text, which comes last,
-    passes through none."""
+    """(index of the expert that a text passes through, the text), for each text. A shared expert's
+    text, which comes last, passes through no routed expert: None."""
     routed = len(recipe.experts)
     return [(n if n < routed else None, text) for n, text in enumerate(texts)]
 
@@ -255,8 +255,8 @@ def _by_ridge(
     statistics: BinaryIO,
     console: Console,
 ) -> np.ndarray:
-    """Solve the routers by ridge regression. statistics: file for the sums from which the rows are
-    solved."""
+    """Router rows solved by ridge regression. statistics: file to which the sums that they are
+    solved from are written."""
     recipe, model = mixture.recipe, mixture.model
     assert tokenizer
     experts = tuple(Expert(expert.source_model) for expert in recipe.experts)
@@ -266,7 +266,7 @@ def _by_ridge(
     read = Hashed(functools.partial(make_tensor, _unrouted(mixture)))
 
     def keep(layer: int, sums: Moments) -> None:
-        mixture.check()  # reports NaN in a source as such
+        mixture.check()  # reports NaN in a source as the cause
         writer.write(layer, *sums)
 
     gates = _solved(mixture, texts, read, by_ridge(recipe.ridge, keep), merging, console)
@@ -285,7 +285,7 @@ def _solved(
     merging: Merging | None,
     console: Console,
 ) -> np.ndarray:
-    """Solve router rows, and print how well they route."""
+    """Router rows [layers, rows, D] solved from text. Prints how well they route."""
     recipe = mixture.recipe
     solved = solve_routers(mixture.model, read, _passing(recipe, texts), fit, merging)
     mixture.check()
@@ -296,8 +296,8 @@ def _solved(
 
 
 def _open(recipe: Recipe) -> Sources:
-    """Open the sources. Raises UserError when they cannot be read, or differ in settings that give
-    weights their meaning."""
+    """Open the sources. Raises UserError when they cannot be read, or differ in settings that
+    change what their weights mean."""
     keys = {"base_model": recipe.base_model} | {
         f"{key}[{i}].source_model": expert.source_model
         for key in ("experts", "shared_experts")
@@ -311,7 +311,7 @@ def _open(recipe: Recipe) -> Sources:
         with mistakes.gather():
             found[path] = find_source(path, first[path])
     mistakes.tell()
-    # Two spellings of a path are one source.
+    # A path spelled in two ways is one source.
     by_place: dict[str, Source] = {}
     for source in found.values():
         by_place.setdefault(source.place, source)
@@ -360,7 +360,7 @@ def _require_alike(
 
 
 def _warn_of_vocabularies(sources: Sources, console: Console) -> None:
-    """Warn where a source's vocabulary differs from base_model's, which the mixture gets."""
+    """Warn where a source's vocabulary differs from base_model's, which the mixture will have."""
     size = sources.checkpoints[0].metadata.model.vocab_size
     for checkpoint in sources.checkpoints[1:]:
         other = checkpoint.metadata.model.vocab_size

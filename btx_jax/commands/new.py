@@ -65,9 +65,9 @@ def get_config():
 @dataclass(frozen=True)
 class Wanted:
     """The user's choices for a new project. domains: name -> files, in data's notation. branches:
-    name -> its expert, if it exists already. method: "" to choose by the seed. tokens: of every
-    branch, 0 for `epochs` of its text. sequence_length: of a row, 0 to choose by the amount of
-    text."""
+    name -> the domain's expert, where it exists already. method: "" to choose by the seed. tokens:
+    training tokens per branch; 0 for `epochs` of its text. sequence_length: tokens per row; 0 to
+    choose by the amount of text."""
 
     seed: str
     domains: Mapping[str, str]
@@ -89,8 +89,8 @@ class Wanted:
 
 
 def run(target: Path, wanted: Wanted) -> str:
-    """Write the config file; returns a message. Raises ConfigError with all mistakes; then nothing
-    is written."""
+    """Write the config file; returns a message. Raises ConfigError with all mistakes, and then
+    writes nothing."""
     context, tokenizer = _start(target, wanted)
     texts = wanted.texts
     length, heldout = next(
@@ -189,9 +189,10 @@ def _bytes(texts: Mapping[str, str]) -> int:
 def _prepared(
     texts: Mapping[str, str], tokenizer: Tokenizer, length: int, heldout: float
 ) -> tuple[tuple[PreparedDomain, ...], DataConfig]:
-    """(all text, tokenised into the cache of `btx run`; how it was read: with the given held-out
-    share, or the smallest that gives every domain a held-out document). Raises ConfigError for a
-    domain that cannot have one."""
+    """Tokenise all text into the cache that `btx run` uses. Returns the prepared domains, and the
+    DataConfig that they were read with: its held-out share is the given one, or, if that leaves a
+    domain without held-out documents, the smallest that gives every domain one. Raises ConfigError
+    for a domain that cannot have one."""
     while True:
         data = DataConfig(
             ",".join(texts), domains=texts, sequence_length=length, heldout_fraction=heldout
@@ -230,8 +231,8 @@ def _numbers(wanted: Wanted, counted: Mapping[str, int]) -> _Numbers:
 
 
 def _method(wanted: Wanted, numbers: _Numbers) -> str:
-    """The chosen method, or by default what docs/results.md advises: if the seed has had much
-    training, ffn_only, whose branches mix exactly; otherwise, or with a `--branch`, btx."""
+    """The chosen method, or the default that docs/results.md advises: ffn_only, whose branches mix
+    exactly, if the seed has had much training; btx otherwise, or with a `--branch`."""
     if wanted.method:
         return wanted.method
     if wanted.branches:
@@ -244,7 +245,7 @@ def _method(wanted: Wanted, numbers: _Numbers) -> str:
 
 
 def _scratch_warnings(wanted: Wanted, numbers: _Numbers, tokenizer: Tokenizer) -> Iterator[str]:
-    """About a seed from scratch with more parameters than it has tokens to learn from."""
+    """Warn about a seed trained from scratch on fewer tokens than it has parameters."""
     if wanted.seed not in MODELS:
         return
     sizes = {
@@ -255,7 +256,7 @@ def _scratch_warnings(wanted: Wanted, numbers: _Numbers, tokenizer: Tokenizer) -
     if numbers.seed >= own:
         return
     smaller = {name: size for name, size in sizes.items() if size < own / 2}
-    # The nearest to a token for each parameter.
+    # The size that comes closest to one token per parameter.
     better = min(smaller, key=lambda name: abs(smaller[name] - numbers.seed), default="")
     cure = f"use --seed={better} ({sizes[better]:,}) or" if better else "use"
     yield (

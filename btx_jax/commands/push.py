@@ -1,4 +1,4 @@
-"""Upload a Hugging Face directory to a repository of the Hub."""
+"""Upload a Hugging Face directory to a repository on the Hub."""
 
 import logging
 import os
@@ -36,8 +36,8 @@ def push(
     """Upload a directory. Returns a line with its address. is_private: whether to create a private
     repository; an existing public one is refused. revision: a branch, "" for main.
 
-    Raises UserError when the directory is not one that transformers or peft read, or is damaged,
-    and when the Hub refuses; then nothing is committed.
+    Raises UserError, and commits nothing, when transformers or peft could not read the directory,
+    when it is damaged, and when the Hub refuses it.
     """
     source = local_copy(to_path(directory, "DIR"))
     name = named(PROTOCOL + repository.removeprefix(PROTOCOL), "ORG/NAME")

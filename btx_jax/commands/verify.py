@@ -41,8 +41,9 @@ class Finding(NamedTuple):
 
 
 def verify(path: str) -> Iterator[Finding]:
-    """Check the directory of a pipeline or a run (all its steps), a step, a Hugging Face directory,
-    or an adapter, ours or peft's. Raises UserError for anything else."""
+    """Yield the findings for everything stored in a directory: a pipeline's or a run's (all steps),
+    a single step's, a Hugging Face directory, or an adapter, btx_jax's or peft's. Raises UserError
+    for anything else."""
     quiet()
     directory = hub.resolve(path, "PATH")
     if not directory.is_dir():
@@ -101,8 +102,8 @@ def _run(directory: Path) -> Iterator[Finding]:
 
 
 def _is_training(directory: Path) -> bool:
-    """Whether it is known to be a training run, which keeps its tokenizer; one that was converted,
-    or mixed from adapters, may never have had one."""
+    """Whether the directory is known to be a training run, which always has a tokenizer. A run that
+    was converted, or mixed from adapters, may never have had one."""
     try:
         return json.loads((directory / CONFIG).read_text(encoding="utf-8"))["stage"] == "train"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -150,7 +151,7 @@ def _sums(directory: Path) -> Iterator[Finding]:
 
 
 def _blobs(directory: Path) -> Iterator[Finding]:
-    """Check a snapshot of the Hub, in which large files are named by their sha256."""
+    """Check a snapshot from the Hub, in which large files are named after their sha256."""
 
     def check(path: Path) -> str:
         if file_sha256(path) != os.path.basename(os.readlink(path)):

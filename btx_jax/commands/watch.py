@@ -1,4 +1,4 @@
-"""Serve a page on this machine that shows a run while it runs."""
+"""Serve a web page from this machine that shows a run in progress."""
 
 import contextlib
 import http.server
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def serving(
     workdir: Path, host: str, port: int, seconds: float
 ) -> Iterator[http.server.ThreadingHTTPServer]:
-    """A server of the page; it answers while its `serve_forever` runs. It is read-only. Raises
+    """Open a read-only HTTP server for the page; it answers while its `serve_forever` runs. Raises
     UserError when the directory does not exist or the port is taken."""
     environment.require("report", "btx watch")
     from btx_jax.reporting.live import Page  # matplotlib comes with an extra
@@ -29,7 +29,7 @@ def serving(
     if not workdir.is_dir():
         raise UserError(f"RUN: {workdir} is not a directory; name that of a run or a pipeline")
     page = Page(workdir)
-    # Otherwise another page could read this one under a name of its own (DNS rebinding).
+    # Otherwise a foreign page could read this one under its own host name (DNS rebinding).
     names = {host, *LOCAL} if host in LOCAL else None
 
     pages = {

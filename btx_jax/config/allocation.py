@@ -20,10 +20,10 @@ MAX_DIGITS = 9
 def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
     """Experts of each layer, from an allocation.
 
-    `2468`: layer l of L gets digit floor(n l / L) of n digits; where n does not divide the depth,
-    longer blocks come first among equals (30 layers and 4 digits: blocks of 8, 7, 8 and 7).
-    `triangle:160`, of SHAPES: 160 experts in total, in the shape's proportions by largest
-    remainder, the lower layer first. `2,2,4,4`: one number per layer; 0 leaves a layer unchanged.
+    `2468`: layer l of L gets digit floor(n l / L) of n digits; if n does not divide L, block
+    lengths differ by one (30 layers and 4 digits: blocks of 8, 7, 8 and 7). `triangle:160`, or
+    another of SHAPES: 160 experts in total, in the shape's proportions by largest remainder, with
+    ties going to the lower layer. `2,2,4,4`: one number per layer; 0 leaves a layer unchanged.
     Raises UserError when the allocation cannot be parsed or does not fit the depth.
     """
     name, _, total = allocation.partition(":")
@@ -65,7 +65,7 @@ def _shaped(allocation: str, shape: Sequence[int], total: str, layers: int) -> t
             f"allocation={allocation[:80]!r}: {layers} layers; a shape needs {len(shape)} at least"
         )
     weights = [shape[len(shape) * layer // layers] for layer in range(layers)]
-    # In integers: counts + remainders / sum(weights).
+    # Each layer's exact share is count + remainder / sum(weights), kept in integers.
     counts, remainders = zip(
         *(divmod(int(total) * weight, sum(weights)) for weight in weights), strict=True
     )

@@ -1,8 +1,8 @@
 """The schema of every config: frozen dataclasses, validated before anything is compiled.
 
-Every number states its range, every word its choices. An invalid value raises `ConfigError` with
-the key, what is wrong, and what to do. config_dict.py converts configs to plain dictionaries and
-back.
+Every numeric field declares its range, and every option its choices. An invalid value raises
+`ConfigError` with the key, what is wrong, and what to do. config_dict.py converts configs to plain
+dictionaries and back.
 """
 
 import math
@@ -68,7 +68,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]  # random keys have 32 bits: larger s
 
 
 def _no_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
-    """Problems of names that become file names."""
+    """Yield a message for each name that cannot be used as a file name."""
     for name in names:
         usable = name.isprintable() and "/" not in name and name not in ("", ".", "..")
         if not usable or len(name.encode("utf-8", "surrogatepass")) > 100:
@@ -430,7 +430,7 @@ class ProfileConfig(Section):
 
 
 def _steps(notation: str) -> range:
-    """Parse FIRST:END; empty if it is not one."""
+    """Parse FIRST:END as a range of steps; empty if the notation is invalid."""
     found = re.fullmatch(r"([1-9]\d{0,8}):(\d{1,10})", notation, re.ASCII)
     return range(int(found[1]), int(found[2])) if found else range(0)
 
@@ -472,9 +472,9 @@ class MixConfig(Section):
     router_std: Annotated[float, Range(0, 1e3, above=True)] = 0.02
     """Standard deviation of random router rows."""
     merge: Annotated[str, Choice((*MERGE_SETTINGS, COPY))] = "mean"
-    """What becomes of everything but the feed-forwards. mean; copy: from `base`; ties, dare,
-    task_arithmetic: merge the changes from `base`; slerp: between two models; regmean: solved from
-    `text`. Except with mean, a model that is named twice counts once."""
+    """How everything but the feed-forwards is merged. mean: averaged. copy: taken from `base`.
+    ties, dare, task_arithmetic: merge the changes relative to `base`. slerp: between two models.
+    regmean: solved from `text`. Except with mean, a model that is named twice counts once."""
     base: str = ""
     """The checkpoint that copy, ties, dare and task_arithmetic read."""
     density: Density = 0.2
@@ -490,7 +490,7 @@ class MixConfig(Section):
     experts and in data's notation. Training documents are read; held-out ones evaluate the
     routers."""
     tokens: TextTokens = 8192
-    """Tokens to read of each text."""
+    """Tokens to read from each text."""
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     """Settings of router=ridge."""
     shared_expert: str = ""
@@ -712,8 +712,9 @@ class ReportConfig(Section):
     """Directories of evaluate stages of the same arms with other seeds; arms are then compared in
     pairs."""
     continual: tuple[str, ...] = ()
-    """`MODEL:TASK` in the order of training, where each model has just learnt its task; from the
-    scores on all tasks follow overall performance, performance drop and backward transfer."""
+    """`MODEL:TASK` in the order of training, where each model has just learnt its task. Overall
+    performance, performance drop and backward transfer are computed from the scores on all
+    tasks."""
 
     @rule
     def _names(self) -> Iterator[str]:
@@ -775,8 +776,8 @@ class Config(Section):
     pipeline: Mapping[str, PipelineStage] | None = None
     """Name -> stage, for stage pipeline."""
     project: tuple[str, ...] = ()
-    """The fields of `project(...)` that the pipeline was made from, `FIELD=JSON`: recorded, so that
-    a change of one is reported by its name."""
+    """The fields of the `project(...)` that the pipeline was made from, as `FIELD=JSON`. They are
+    recorded so that a changed field can be reported by name."""
     log: LogConfig = LogConfig()
     """Trackers in addition to metrics.jsonl and TensorBoard."""
     profile: ProfileConfig = ProfileConfig()

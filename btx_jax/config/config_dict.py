@@ -15,7 +15,7 @@ from btx_jax.config.config import Config
 from btx_jax.config.schema import from_dict
 from btx_jax.errors import ConfigError
 
-MAX_DEPTH = 20  # sections within sections; twice what a pipeline's stages need
+MAX_DEPTH = 20  # levels of nested sections; twice what a pipeline's stages need
 
 
 def to_dict(config: Any) -> Any:
@@ -32,8 +32,8 @@ def to_dict(config: Any) -> Any:
 
 
 class _Names(ml_collections.ConfigDict):
-    """A mapping with names chosen by the user: config_flags finds any name in it, "" if it is new,
-    and can set it."""
+    """A mapping whose keys the user chooses: config_flags can look up any key ("" if it is new) and
+    set it."""
 
     def __getitem__(self, key: str) -> Any:
         return super().__getitem__(key) if key in self else ""

@@ -1,5 +1,5 @@
 """Methods of making experts from feed-forwards, for recipes and the mix stage, and the arithmetic
-of splitting them."""
+of splitting feed-forwards into pieces."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -46,8 +46,9 @@ AVERAGE = "average"  # in the mix stage: no experts, one dense model
 
 
 class Cut(NamedTuple):
-    """Feed-forwards split into experts. experts: their number. d_ff: of each. pieces: number of
-    pieces of each source's feed-forward."""
+    """How feed-forwards are split into experts. experts: number of experts. d_ff: hidden units of
+    each. pieces: number of pieces that each source's feed-forward is split into. per_expert: number
+    of pieces joined into an expert."""
 
     method: str
     experts: int
@@ -62,14 +63,14 @@ class Cut(NamedTuple):
 
 
 def count(method: str, sources: int, chunks: int) -> int:
-    """The number of experts."""
+    """The number of experts that the method makes from this many sources."""
     how = METHODS[method]
     return sources * how.pieces(sources, chunks) // how.per_expert(sources, chunks)
 
 
 def cut(method: str, sources: int, chunks: int, d_ff: int) -> Cut:
-    """How the feed-forwards of this many sources are split. chunks: for `split`. Raises ConfigError
-    when d_ff is not divisible."""
+    """How the feed-forwards of this many sources are split. chunks: used by `split` only. Raises
+    ConfigError when d_ff is not divisible."""
     how = METHODS[method]
     pieces, joined = how.pieces(sources, chunks), how.per_expert(sources, chunks)
     if d_ff % pieces:
@@ -79,8 +80,8 @@ def cut(method: str, sources: int, chunks: int, d_ff: int) -> Cut:
 
 
 def owners(method: str, sources: int, chunks: int) -> list[int]:
-    """The source of each expert; [] where experts are made from several sources, or there are
-    none."""
+    """The source of each expert; [] if experts are made from several sources, or if there are no
+    experts."""
     if method not in METHODS or METHODS[method].per_expert(sources, chunks) > 1:
         return []
     made = cut(method, sources, chunks, METHODS[method].pieces(sources, chunks))

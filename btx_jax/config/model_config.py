@@ -21,10 +21,10 @@ QK_NORMS = ("head", "width", "rotated")
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 # Far beyond any model ever trained: anything larger is a mistake, and would hang or exhaust memory
-# before it is reported otherwise.
+# before another check could report it.
 MAX_PARAMETERS = 10**13
-MAX_EXPERTS = 100_000  # in all layers; each is three tensors of a Hugging Face directory
-MAX_RUNS = 128  # runs of equal layers, each of which is compiled separately
+MAX_EXPERTS = 100_000  # over all layers; each expert is three tensors in a Hugging Face directory
+MAX_RUNS = 128  # runs of consecutive equal layers, each of which is compiled separately
 
 Layers = Annotated[int, Range(1, 10_000)]
 Width = Annotated[int, Range(1, 10**7)]
@@ -50,9 +50,11 @@ class RopeScaling(Section):
     factor: Positive = 1.0
     """The scaling factor."""
     low_freq_factor: Positive = 1.0
-    """With llama3: frequencies that turn fewer times within original_context are divided fully."""
+    """With llama3: frequencies that turn fewer times than this within original_context are divided
+    fully."""
     high_freq_factor: Positive = 4.0
-    """With llama3: frequencies that turn more times within original_context are unchanged."""
+    """With llama3: frequencies that turn more times than this within original_context are
+    unchanged."""
     original_context: Context = 8192
     """Context in tokens with which the model was trained before scaling."""
     beta_fast: Positive = 32.0
@@ -343,7 +345,7 @@ class ModelConfig(Section):
     moe: MoEConfig | None = None
     """Which layers are mixtures; None for a dense model."""
     lora: LoRAConfig | None = None
-    """LoRA experts; None without any."""
+    """LoRA experts; None for a model without any."""
 
     @rule
     def _heads_divide(self) -> Iterator[str]:
@@ -415,8 +417,8 @@ class ModelConfig(Section):
 
     @rule
     def _possible(self) -> Iterator[str]:
-        """Reject models that are too large, by closed formulas, without creating even their
-        shapes."""
+        """Reject models that are too large. Sizes come from closed formulas; not even shapes are
+        created."""
         counts = self.moe.experts if self.moe is not None else (1,) * self.layers
         lora = ((0, 0),) * self.layers
         if self.lora is not None:
@@ -529,7 +531,7 @@ class ModelConfig(Section):
         return tuple((f"layers_{i}", length, spec) for i, (length, spec) in enumerate(runs))
 
     def dense(self) -> "ModelConfig":
-        """This model without experts, as each branch is."""
+        """This model without experts, which is the architecture of each branch."""
         return dataclasses.replace(self, moe=None)
 
     @property

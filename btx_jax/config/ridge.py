@@ -1,4 +1,4 @@
-"""Settings of routers in closed form, for recipes and the mix stage."""
+"""Settings of routers that are solved from text, for recipes and the mix stage."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,7 +13,7 @@ WEIGHTS = ("equal", "share")
 
 @dataclass(frozen=True)
 class RidgeConfig(Section):
-    """Router rows by ridge regression of a token's domain on the router's input (DUME, arXiv
+    """Router rows solved by ridge regression of a token's domain on the router's input (DUME, arXiv
     2603.29765)."""
 
     penalty: Annotated[float, Range(0, HUGE)] = 1e-2
@@ -24,4 +24,4 @@ class RidgeConfig(Section):
     norm 1 / temperature, so that other programs need not know it."""
     weights: Annotated[str, Choice(WEIGHTS)] = "equal"
     """Weight of each domain. equal: all domains count as if they had the mean number of tokens.
-    share: in proportion to their tokens."""
+    share: domains count in proportion to their tokens."""

@@ -1,9 +1,10 @@
 """Declaration of config sections with their permitted values, and validation that reports all
 mistakes at once.
 
-A section is a frozen dataclass, a subclass of `Section`. `Annotated[int, Range(1, 10)]` bounds a
-number, `Annotated[str, Choice(...)]` lists the permitted words, also inside `tuple[...]` and
-`Mapping[str, ...]`; a method marked `@rule` yields mistakes that concern several fields.
+A section is a frozen dataclass that subclasses `Section`. `Annotated[int, Range(1, 10)]` bounds a
+number, and `Annotated[str, Choice(...)]` lists the permitted words; both also work inside
+`tuple[...]` and `Mapping[str, ...]`. A method marked `@rule` yields mistakes that concern several
+fields.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ T = TypeVar("T")
 MAX_TEXT = 100_000  # characters of a string
 MAX_NAMES = 10_000  # entries of a mapping or of a list
 MAX_UNKNOWN = 10  # unknown keys of a section to list by name
-HUGE = 1e30  # upper bound of floats without another one: float32 ends at 3e38
+HUGE = 1e30  # upper bound for floats that have no other: float32 ends at 3e38
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ Experts = Annotated[int, Range(1, 4096)]
 Share = Annotated[float, Range(0, 1, below=True)]  # below 1
 Fraction = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, HUGE, above=True)]
-Weight = Annotated[float, Range(0, 1e3)]  # of a term of the loss
+Weight = Annotated[float, Range(0, 1e3)]  # weight of a loss term
 
 
 class Section:
@@ -87,18 +88,18 @@ class Section:
 
 def rule(method: Callable[[Any], Iterator[str]]) -> Callable[[Any], Iterator[str]]:
     """Mark a method that validates several fields of a section together. It yields lines that start
-    with a key, and reads only fields of `self`; if one of these is invalid by itself, the rule is
-    skipped."""
+    with a key, and reads only fields of `self`. If one of those fields is invalid on its own, the
+    rule is skipped."""
     method.is_rule = True  # type: ignore[attr-defined]
     return method
 
 
 class Unknown(Exception):
-    """Raised when a rule reads a field that is invalid by itself, or missing."""
+    """Raised when a rule reads a field that is missing or invalid on its own."""
 
 
 class _Known:
-    """The valid fields of a section, as `self` of its rules."""
+    """The valid fields of a section; passed to its rules as `self`."""
 
     def __init__(self, fields: Mapping[str, Any]):
         self.__dict__.update(fields)
@@ -126,7 +127,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], key: str = "config") -> T
 
 
 def shown(value: Any) -> str:
-    """A value as one short line."""
+    """A value as one short line for a message; long strings and containers are abbreviated."""
     return _SHORT.repr(value)
 
 

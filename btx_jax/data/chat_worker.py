@@ -1,8 +1,8 @@
 """Renders chat templates in a separate process: `python -I chat_worker.py`.
 
 A template comes with a checkpoint and is untrusted code. jinja's sandbox denies it attributes and
-files; its time and memory are limited here, by the kernel, and by the requesting process. Reads
-requests as JSON lines and answers each with one line.
+files. The length of its output is limited here, its memory by the kernel, and its time by the
+requesting process. Reads requests as JSON lines and answers each with one line.
 
 The environment is that of transformers (5.23, utils/chat_template_utils.py): trim_blocks,
 lstrip_blocks, loop controls, the `generation` tag, `tojson`, `raise_exception`, `strftime_now`,

@@ -108,7 +108,7 @@ def says_something(message: Message) -> bool:
 
 
 def check_calls(message: Message, rendered: str) -> None:
-    """Raises Unusable when the rendered text lacks a turn's tool calls."""
+    """Raise Unusable when the rendered text lacks a turn's tool calls."""
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list):
         raise Unusable("tool calls that are not a list")

@@ -32,11 +32,12 @@ from btx_jax.progress import bar
 from btx_jax.terminal import counted
 
 DIRECTORY = "runs/corpora"
-MATHS_BYTES = 18_000_000  # of endless generators; halved where BTX_DATA_DIR adds text
+MATHS_BYTES = 18_000_000  # taken from an endless generator; halved where BTX_DATA_DIR adds text
 LONGEST = 60_000  # bytes of a code module; longer ones are mostly tables
 TOKENIZER, VOCAB_SIZE = "tokenizer.model", 2048
 TOKENIZER_BYTES = 2_000_000  # bytes of each domain to train the tokenizer on
-# Libraries for code, and for docstrings besides the demo's numpy; none is in both.
+# Libraries whose modules go into code, and libraries whose docstrings go into prose in addition to
+# numpy's, which the demo has; none is in both.
 CODE = ("jax", "flax", "optax", "orbax", "sympy", "tensorflow_datasets", "grain")
 DOCSTRINGS = ("scipy", "sklearn")
 # Additional text of a domain, if it exists: files under BTX_DATA_DIR/text.

@@ -243,7 +243,7 @@ def tokenizer(cache: Path) -> Path:
     corpora; cached."""
     target = cache / "demo" / f"tokenizer-{VOCAB_SIZE}.model"
     if not target.exists():
-        # Made here because sentencepiece hides exceptions of iterators.
+        # The corpora are made before training because sentencepiece hides exceptions of iterators.
         corpora = [corpus(name, cache) for name in CORPORA]
 
         def texts() -> Iterator[str]:

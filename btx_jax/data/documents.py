@@ -15,8 +15,8 @@ class Document(NamedTuple):
 
     ids: its tokens. bytes: UTF-8 length of the learnt text, without end-of-text tokens written out
     in it, whose losses do not count in bits per byte. learnt: for each token, whether it is a
-    target; None for all. is_chat: whether a chat template rendered it, which includes the beginning
-    of the text.
+    target; None for all. is_chat: whether a chat template rendered it; templates write the tokens
+    at the beginning of a text themselves.
     """
 
     ids: list[int]
@@ -80,7 +80,7 @@ def columns(documents: Iterable[Document], tokenizer: Tokenizer) -> Columns:
 def pack(
     documents: Iterable[Document], tokenizer: Tokenizer, sequence_length: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Pack documents into rows, as `rows` of their `columns`."""
+    """Pack documents into rows {tokens, segments, bytes}; see `rows`."""
     return rows((columns([document], tokenizer) for document in documents), sequence_length)
 
 
@@ -89,8 +89,8 @@ def rows(parts: Iterable[Columns], sequence_length: int) -> Iterator[dict[str, n
 
     Each document gets the next segment number of its row, from 1; the last row is padded with
     segment 0. Tokens that are read but not learnt, such as a prompt's, have a negative segment
-    number. bytes: of the text whose tokens are targets in the row, so that they sum to those of the
-    text over all rows.
+    number. bytes: size of the text whose tokens are targets in the row; its sum over all rows is
+    the size of the whole text.
     """
     width, number = sequence_length + 1, 0
     left = [np.zeros(0, np.int64) for _ in range(4)]  # tokens, documents, sizes, signs

@@ -21,7 +21,7 @@ from btx_jax.errors import UserError
 JSON = ("jsonl", "ndjson", "json")
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-# Extensions of content that is never text -> what to do instead.
+# Extensions of content that is never text, by what the user must do instead.
 UNPACK = ("zip", "tar", "tgz", "tbz2", "txz", "7z", "rar", "xz", "lzma", "lz4", "br", "z")
 EXPORT = {"xlsx", "xls", "ods", "arrow", "feather", "avro", "orc", "npy", "npz", "pkl", "sqlite"}
 EXPORT |= {"db", "pdf", "docx", "doc", "odt", "epub"}
@@ -34,7 +34,7 @@ MAGIC = {
     b"PK\3\4": ".zip",
     b"PAR1\x15": ".parquet",
 }
-UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # tested before UTF-16, its prefix
+UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # tested first: one begins with UTF-16's mark
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 File = Path | HubFile | BucketFile
 HEAD = 2**16  # bytes inspected to identify a file's content
@@ -51,8 +51,8 @@ MAX_LINE = (
 
 
 class Problem(NamedTuple):
-    """Something that could not be read. kind: the kind of problem, which is counted. detail: of
-    this occurrence."""
+    """Something that could not be read. kind: the kind of problem; problems of a kind are counted.
+    detail: describes this occurrence."""
 
     kind: str
     detail: str = ""
@@ -113,7 +113,7 @@ def shown_fields(fields: Any) -> str:
 
 
 def _kind(file: File) -> tuple[str, str | None]:
-    """(extension in lower case, ignoring that of compression; compression)."""
+    """(extension in lower case, ignoring that of a compression; the compression or None)."""
     name, ending = os.path.splitext(file.name.lower())
     compression = COMPRESSIONS.get(ending)
     return (os.path.splitext(name)[1] if compression else ending)[1:], compression
@@ -219,7 +219,7 @@ def _json_lines(file: File, stream: BinaryIO) -> Iterator[Row]:
             value = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             yield Row(place, Problem("line skipped: invalid UTF-8", f"byte {error.start}"))
-        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # also for a number with thousands of digits
             yield Row(place, Problem("line skipped: not JSON", str(error).splitlines()[0]))
         else:
             yield Row(place, _object(value, "line"))

@@ -91,8 +91,8 @@ class Formatter:
         return [Piece(prompt, False), Piece(answer, True)]
 
     def _chat(self, item: Mapping[str, Any]) -> list[Piece]:
-        """A chat's pieces: learnt is what the template puts between a prompt for an answer and the
-        end of that answer."""
+        """A chat's pieces. What the template puts between the prompt for an answer and the end of
+        that answer is learnt."""
         assert self._template is not None
         try:
             said = find_field(item, self._config.messages)

@@ -14,8 +14,8 @@ Row = dict[str, np.ndarray]
 PREFETCH = 4  # batches of rows read ahead
 ENDLESS = (
     2**62
-    # Rows. grain computes with floats, and a longer set in batches of one row would overflow an
-    # index.
+    # Rows of an endless data set. grain computes lengths in floats: with more rows, in batches of
+    # one row, an index would overflow.
 )
 
 
@@ -66,8 +66,9 @@ def training_batches(
 
 
 def heldout_rows(domain: PreparedDomain, limit: int = 0) -> Row:
-    """Held-out rows of a domain: tokens, segments [rows, sequence + 1], bytes [rows]. At most
-    `limit`, 0 for all: the first of each of its sources, in proportion to their weights."""
+    """Held-out rows of a domain: tokens, segments [rows, sequence + 1], bytes [rows]. limit:
+    maximum number of rows, taken from the beginning of each source in proportion to the sources'
+    weights; 0 for all."""
     return _first_rows(domain, "heldout", limit)
 
 

@@ -59,7 +59,7 @@ from btx_jax.paths import to_path
 from btx_jax.progress import bar
 from btx_jax.terminal import plain
 
-FORMAT = 3  # incremented when the same text gives other rows
+FORMAT = 3  # incremented when a change of the code makes different rows from the same text
 DEMO = "demo:"  # as a tokenizer: the one trained on the demo corpora
 
 log = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ log = logging.getLogger(__name__)
 class _Task(NamedTuple):
     """A source to prepare.
 
-    files: its files, unless it is a tensorflow_datasets set. stamps: of the files, when the task
-    was made. target: location of the prepared set in the cache, named by a hash of the text (its
-    stamps), format, tokenizer, sequence length and held-out share.
+    files: its files, unless it is a tensorflow_datasets set. stamps: `_stamp` of each file when the
+    task was created. target: location of the prepared set in the cache, named by a hash of the text
+    (its stamps), format, tokenizer, sequence length and held-out share.
     """
 
     source: Source
@@ -143,9 +143,9 @@ def prepare_source(
 def tokenise_share(
     notation: str, config: DataConfig, tokenizer: Tokenizer, key: str, host: tuple[int, int]
 ) -> None:
-    """The contribution of host number `host`, not the first, to `prepare` on several hosts: its
-    share of the shards of every large source, in the shared cache. Errors are reported by the first
-    host."""
+    """What a host other than the first does while the first runs `prepare`: tokenise its share of
+    the shards of every large source into the shared cache. host: (index, number of hosts). Errors
+    are reported by the first host."""
     with contextlib.suppress(UserError):
         check_text(config, [(key, notation)])
         for domain in parse_domains(notation, config.domains, key):
@@ -154,7 +154,7 @@ def tokenise_share(
                 if not is_there(task.target):
                     with task.shards(host) as shards:
                         shards.finish_own()
-                    if is_there(task.target):  # the others did not wait
+                    if is_there(task.target):  # the first host did not wait for this one
                         discard(task.folder)
 
 
@@ -174,8 +174,8 @@ def _stamp(file: File) -> list[Any]:
 
 def changed_text(config: DataConfig, read: Mapping[str, Sequence[Any]]) -> list[str]:
     """What has changed in the files of config.train, one line each. read: `PreparedSource.files` of
-    all its sources, when they were prepared. A file is read only where its version is another and
-    its size the same. Raises UserError where a source has no file left."""
+    all its sources, when they were prepared. A file is read only if its version has changed and its
+    size has not. Raises UserError if a source has no file left."""
     sources = [
         source
         for domain in parse_domains(config.train, config.domains, "config.data.train")
@@ -197,8 +197,8 @@ def changed_text(config: DataConfig, read: Mapping[str, Sequence[Any]]) -> list[
 
 
 def _at_hand(file: File) -> File:
-    """The file in the form that is fastest to read: Parquet files of the Hub over the network,
-    column by column, all others downloaded."""
+    """The file in the form that is fastest to read: Parquet files on the Hub are read over the
+    network, column by column; all other files there are downloaded."""
     return file.downloaded() if isinstance(file, HubFile) and file.suffix != ".parquet" else file
 
 
@@ -279,7 +279,7 @@ class _Merged:
         self.counts = {split: no_counts() for split in SPLITS}
         self.orders: list[int] = []
         self._told: list[tuple[Told, int]] = []  # with the shard's number
-        self._first_row = dict.fromkeys(SPLITS, math.inf)  # document that completes it
+        self._first_row = dict.fromkeys(SPLITS, math.inf)  # number of the document that fills it
 
     def rows(self, split: str, shards: Shards, progress: tqdm) -> Iterator[dict[str, np.ndarray]]:
         def parts() -> Iterator[Columns]:
@@ -409,15 +409,15 @@ def already_prepared(
 def shared_text(
     found: Iterable[tuple[Domain, Sequence[Mapping[str, Any] | None]]],
 ) -> Iterator[str]:
-    """Warnings, one for each two domains that have a file in common: the same file or, once it is
-    prepared, one of the same content. found: as returned by `already_prepared`."""
+    """Yield a warning for each pair of domains that have a file in common: the same file or, once
+    they are prepared, files of the same content. found: as returned by `already_prepared`."""
     owners: dict[tuple[str, str], tuple[str, str]] = {}  # (path or sha256, field) -> domain, file
     shared: dict[tuple[str, str], list[str]] = {}
     for domain, manifests in found:
         for source, manifest in zip(domain.sources, manifests, strict=True):
             files = expand_files(source) if _is_shared(source) else []
             sums = [told["sha256"] for told in manifest["files"]] if manifest else [""] * len(files)
-            for file, sha256 in zip(files, sums, strict=False):  # none of demo:
+            for file, sha256 in zip(files, sums, strict=False):  # no files for demo:, tfds:
                 if not size_of(file):
                     continue
                 keys = [(key, source.field) for key in (_stamp(file)[0], sha256) if key]

@@ -142,7 +142,7 @@ def all_heldout(orders: list[int], fraction: float) -> str:
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder behind `write_set`."""
+    """The TFDS builder that `write_set` uses."""
 
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = None
@@ -206,9 +206,9 @@ def write_set(
     sequence_length: int,
     manifest: Callable[[], dict[str, Any]],
 ) -> None:
-    """Write a prepared set, completely or not at all. manifest: returns its values other than
-    `rows`; called after all rows are written. Raises UserError when rows or manifest do, and when
-    the disk is full."""
+    """Write a prepared set, completely or not at all. manifest: returns the manifest's values other
+    than `rows`; called after all rows are written. Raises UserError when rows or manifest do, and
+    when the disk is full."""
     failed: list[UserError] = []
 
     def watched(of_split: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
@@ -245,7 +245,8 @@ def write_set(
 
 
 def _quietly(prepare: Any) -> None:
-    """Run TFDS with our serializer and without its progress bars and advice, which ours replace."""
+    """Run TFDS with `Serializer`, and without TFDS's own progress bars and advice, which btx_jax
+    replaces with its own."""
     tfds.disable_progress_bar()
     absl = logging.getLogger("absl")
     previous = absl.level

@@ -112,7 +112,8 @@ def decoder(strips: bool, byte_fallback: bool = True) -> decoders.Decoder:
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> None:
     """Train a byte-fallback BPE that decodes any text exactly: no normalisation, every space kept,
-    digits split. Only U+2581, its own sign for a space, comes back as a space."""
+    digits split. Only U+2581, sentencepiece's own sign for a space, comes back as a space. Raises
+    UserError when the target exists, or the text does not suit the vocabulary size."""
     if target.exists():
         raise UserError(f"{target} exists; delete it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -192,8 +192,8 @@ def _text(value: Any, field: str) -> str | Problem:
 
 
 def is_unicode(text: str) -> bool:
-    """False for a text with a lone surrogate, which JSON can contain and no tokenizer accepts, or
-    which stands for a byte that is not UTF-8."""
+    """Whether a text is free of lone surrogates, which no tokenizer accepts. They come from JSON,
+    which can contain them, or stand for bytes that are not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -252,8 +252,8 @@ def tfds_rows(name: str, field: str | None) -> Iterator[Row]:
     missing."""
     import tensorflow_datasets as tfds
 
-    # tfds registers all kinds in turn and stops at the first that lacks a library: images, before
-    # any text.
+    # By itself, tfds registers all kinds in turn and stops at the first that lacks a library:
+    # images, which come before any text.
     for kind in ("text", "question_answering", "summarization", "translate"):
         importlib.import_module(f"tensorflow_datasets.{kind}")
     try:

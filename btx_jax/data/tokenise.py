@@ -1,9 +1,9 @@
 """Tokenise a source's rows on all cores of all processes of a run.
 
-One reader splits the rows into shards of about a mebibyte of text, independent of where and by how
-many they are tokenised. A source of a few shards is tokenised where it is read. For a larger one,
-every finished shard is a file, so that an interrupted preparation resumes after the last of them,
-and several hosts can share the work.
+One reader splits the rows into shards of about a mebibyte of text; the split does not depend on
+where the shards are tokenised, or by how many processes. A source of a few shards is tokenised
+where it is read. For a larger one, every finished shard is stored in a file, so that an interrupted
+preparation resumes after the last of them, and several hosts can share the work.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ SHARD_CHARACTERS, SHARD_ROWS = 2**20, 4096  # approximate size of a shard
 FEW = 8  # shards that are tokenised faster than workers start
 SILENCE = 60.0  # seconds after which missing shards of other hosts are made here
 FOLDER = "tokenised"  # directory in the cache
-STALE = 7 * 86_400  # seconds after which remains of killed preparations are removed
+STALE = 7 * 86_400  # seconds after which the shards of killed preparations are removed
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,9 @@ class Shards:
     """A context manager that tokenises a source's rows while its block runs.
 
     read: returns the rows anew at each call. folder: directory of the finished shards of a large
-    source, which the caller deletes (`discard`). host: (number, count) among the hosts that share
-    the work: each makes its own shards, and the first also those of others that do not arrive.
+    source, which the caller deletes (`discard`). host: (index of this host, number of hosts that
+    share the work). Each makes its own shards; the first also makes those that other hosts fail to
+    deliver.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class Shards:
                 if self._end is not None and number >= self._end:
                     return False
                 if self._failed and not (self._reader and self._reader.is_alive()):
-                    raise self._failed[min(self._failed)]  # nobody will make it
+                    raise self._failed[min(self._failed)]  # nothing will make this shard any more
                 if self._is_own(number):
                     self._changed.wait(1.0)
                 elif (found := load_counts(self._file(number))) is not None:
@@ -212,7 +213,8 @@ class Shards:
         return number
 
     def _still_missing(self, end: int) -> set[int]:
-        """Other hosts' shards that have not been made for a long time."""
+        """Wait for the other hosts' shards. Returns those still missing after SILENCE seconds in
+        which none has arrived."""
         missing, since = {n for n in range(end) if not self._is_own(n)}, time.monotonic()
         while missing and not self._stopped:
             made = {number for number in missing if self._file(number).exists()}

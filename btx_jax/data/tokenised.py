@@ -1,4 +1,5 @@
-"""A run of a source's rows, tokenised: the unit of work of a worker, and its file."""
+"""Tokenise a run of consecutive rows of a source: the unit of work of a worker, and the file that
+holds the result."""
 
 import dataclasses
 import json
@@ -30,9 +31,10 @@ SPLITS = ("train", "heldout")
 
 
 class Told(NamedTuple):
-    """Problems of one kind. split: the split whose reading reports them; rows without a document
-    are reported with train. documents: number of the split's documents before the first. item: its
-    number. place: its location, for messages."""
+    """Problems of one kind in a run of rows. split: the split with which they are reported; train
+    for rows without a document. times: number of occurrences. Of the first occurrence, documents is
+    the number of the split's documents before it, item the number of its row in the run, and place
+    its location for messages."""
 
     split: str
     kind: str
@@ -44,8 +46,8 @@ class Told(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts of a run of rows. splits: counts by split. orders: smallest and largest hash order of
-    its documents; empty without documents. characters: of its texts."""
+    """Counts for a run of rows. splits: counts by split. orders: smallest and largest `order` of
+    its documents; empty without documents. characters: total length of its texts."""
 
     splits: dict[str, dict[str, int]]
     told: tuple[Told, ...]
@@ -131,7 +133,8 @@ class Tokeniser:
 
 
 def find_format(source: Source, tokenizer: Tokenizer, config: DataConfig) -> Formatter | None:
-    """The formatter of `FILE#@NAME`; None without one. Raises UserError for an unknown name."""
+    """The formatter of `FILE#@NAME`; None for a source that names no format. Raises UserError for
+    an unknown name."""
     if not source.field.startswith("@"):
         return None
     return Formatter(require_format(source, config), tokenizer, config.sequence_length)
@@ -149,8 +152,8 @@ def require_format(source: Source, config: DataConfig) -> FormatConfig:
 
 
 def save(tokenised: Tokenised, file: Path) -> None:
-    """Write completely or not at all, in numpy's format, with each array in the smallest integer
-    type that holds it."""
+    """Write to a file in numpy's format, completely or not at all. Each array is stored in the
+    smallest integer type that holds it."""
     arrays = {
         f"{split}/{name}": _narrow(array)
         for split, of_split in tokenised.columns.items()

@@ -109,7 +109,8 @@ def frame(backend: tokenizers.Tokenizer, before: list[str], behind: list[str]) -
 
 
 def _sentencepiece_alone(file: Path, templates: Mapping[str, str]) -> Files:
-    """Read a .model without tokenizer_config.json, which is self-contained; BOS comes first."""
+    """Read a .model that has no tokenizer_config.json and so is self-contained. BOS is added in
+    front of every text."""
     proto = sentencepiece_models.read_model(file)
     backend = sentencepiece_models.pipeline(proto)
     named = _named_by_model(proto)
@@ -147,13 +148,13 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Reading:
-    """Reads one directory, in the order of transformers."""
+    """Reads one directory's files, in the order in which transformers applies them."""
 
     def __init__(self, file: Path, config: Mapping[str, Any]):
         self.file, self.config = file, dict(config)
         self.read: tokenizers.Tokenizer | None = None
         self.spec: dict[str, Any] = {}
-        self.further_roles: list[str] = []  # such as "image": tokens with names of their own
+        self.further_roles: list[str] = []  # names that the files give to tokens, such as "image"
         if file.suffix == ".json" and file.name != "vocab.json":
             self.read = load_backend(file)
             self.spec = read_json(file)

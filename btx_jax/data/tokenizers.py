@@ -1,4 +1,5 @@
-"""Text <-> token ids: one class on the tokenizers library, for all kinds of files."""
+"""Text <-> token ids: one class, based on the tokenizers library, for all kinds of tokenizer
+files."""
 
 import functools
 import hashlib
@@ -82,7 +83,7 @@ class Tokenizer:
 
     def _around(self) -> tuple[list[int], list[int]]:
         """Ids that the post-processor puts before and after a text."""
-        for text in ("a", "0", ".", "\n"):  # texts, one of which the vocabulary knows
+        for text in ("a", "0", ".", "\n"):  # the vocabulary contains at least one of these
             bare = self._tokenizer.encode(text, add_special_tokens=False).ids
             whole = self._tokenizer.encode(text, add_special_tokens=True).ids
             for start in range(len(whole) - len(bare) + 1) if bare else ():
@@ -130,16 +131,17 @@ class Tokenizer:
         return self.prefix + self.encode(text)
 
     def decode(self, ids: Iterable[int], behind: Sequence[int] = (), special: bool = False) -> str:
-        """The text that `ids` add after the ids `behind`: effects at the beginning of a text
-        (Llama's tokenizer removes a space) do not apply in its middle. special: whether to write
-        out special tokens."""
+        """The text that `ids` add when they follow the ids `behind`. What tokenizers do only at the
+        beginning of a text (Llama's removes a space) is not done in its middle. special: whether to
+        write out special tokens."""
         if not behind:
             return self._decode(ids, special)
         before, whole = self._decode(behind, special), self._decode([*behind, *ids], special)
         if whole.startswith(before):
             return whole[len(before) :]
-        # Consecutive byte tokens are decoded together, and an incomplete character would spoil the
-        # prompt's own, which are complete; so these are left out.
+        # Consecutive byte tokens are decoded together, so an incomplete character in `ids` would
+        # spoil the complete characters of the byte tokens at the end of `behind`, which are
+        # therefore left out.
         ends = [
             i for i, number in enumerate(behind, 1) if not BYTE.fullmatch(self.token_of(number))
         ]
@@ -205,8 +207,8 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, and the files that name special tokens and chat templates, into a
-        directory. What transformers would rebuild, depending on the family, is written out, so that
-        the tokenizer behaves the same with any model."""
+        directory. Whatever transformers would rebuild depending on the model family is written out,
+        so that the tokenizer behaves the same with any model."""
         with filled(directory) as local:
             self._save(local)
 
@@ -316,10 +318,10 @@ def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def difference(a: Tokenizer, b: Tokenizer, rows: int) -> str:
     """ "" when both give the same ids for every text; otherwise, briefly, how b differs from a.
 
-    They are the same when what determines ids is equal as one library writes it, or when
-    vocabulary, merges and added tokens are equal and so are the ids of some thousand texts, chosen
-    to tell pipelines apart (transformers 5 writes a Llama's prefix differently from 4). The answer
-    begins with `adds ` where b only has further tokens. Ids from `rows` on have no embedding: no
+    They give the same ids if their `sha256` is equal, or if vocabulary, merges and added tokens are
+    equal and so are the ids of some thousand texts that were chosen to tell pipelines apart
+    (transformers 5 writes a Llama's prefix differently from 4). The answer begins with `adds ` if b
+    only has additional tokens. rows: number of embeddings; ids from `rows` on are ignored, as no
     model can read them.
     """
     if a.sha256 == b.sha256:

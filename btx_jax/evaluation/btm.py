@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics.pairwise import cosine_similarity
 
 BLOCK = 32  # tokens that share tf-idf weights, computed from the preceding tokens of the document
-DECAY = 0.3  # of the updating prior, as in DEMix
+DECAY = 0.3  # weight of the previous prior in an update, as in DEMix
 
 
 class DomainProfiles:

@@ -14,8 +14,8 @@ def measures(scores: Sequence[Sequence[float]]) -> dict[str, float]:
 
     overall_performance: mean of the last row. performance_drop: 2 / (t (t - 1)) times the sum over
     k >= 2 and i < k of R[k, i] - R[k-1, i]. backward_transfer: mean over i < t of R[t, i] - R[i,
-    i]; performance_drop is 2 / t of it. Negative values mean forgetting. Raises UserError for fewer
-    than two tasks or a matrix that is not square.
+    i]; performance_drop is 2 / t times as much. Negative values mean forgetting. Raises UserError
+    for fewer than two tasks or a matrix that is not square.
     """
     r = np.array(scores, np.float64)
     if r.ndim != 2 or r.shape[0] != r.shape[1] or len(r) < 2:

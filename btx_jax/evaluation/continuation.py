@@ -1,5 +1,5 @@
-"""Where a generated text ends, and its decoding, as in transformers, vLLM and lm-evaluation-harness
-with the same files."""
+"""Decode a generated text and find where it ends, as transformers, vLLM and lm-evaluation-harness
+do with the same files."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -36,8 +36,8 @@ def continuation(
 
 
 def _shown(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int], start: int) -> int:
-    """The number of shown characters among the first `start`, which count special tokens written
-    out."""
+    """Number of characters of the decoded text that correspond to the first `start` characters of
+    the text with special tokens written out."""
     count, written = 0, 0
     while count < len(new):
         length = len(tokenizer.decode(new[: count + 1], prompt, special=True))

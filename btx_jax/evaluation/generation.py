@@ -1,5 +1,5 @@
-"""Generating text: greedy, temperature, top-p; a batch of unequal prompts with a key/value cache.
-Shape legend: models/decoding.py."""
+"""Generate text with a KV cache, for a batch of prompts of unequal length: greedily, or sampled
+with temperature and top-p. Shape legend: models/decoding.py."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from btx_jax.parallel.hosts import put
 from btx_jax.parallel.sharding import batch_sharding, replicated, shard
 
 BUCKET = 16  # prompts and caches are padded to a multiple, so that few shapes are compiled
-CHUNK = 32  # tokens generated between two looks at them
+CHUNK = 32  # tokens to generate between two checks of which texts have ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Sampling:
 
 
 def _argmax(values_V: jax.Array) -> jax.Array:
-    """Index of the first of the largest values, block by block: XLA's CPU backend finds a maximum
-    fast, and its index in a loop over numbers."""
+    """Index of the first of the largest values, found block by block: XLA's CPU backend is fast at
+    a maximum, but finds its index in a loop over single values."""
     blocks = jnp.pad(values_V, (0, -len(values_V) % 128), constant_values=-jnp.inf).reshape(-1, 128)
     block = jnp.argmax(blocks.max(axis=1))
     return (block * 128 + jnp.argmax(blocks[block])).astype(jnp.int32)
@@ -56,8 +56,8 @@ def sample_token(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax
 class Generator:
     """Continues prompts. Keeps a second copy of the parameters, layer by layer.
 
-    mesh: where batches are spread; their size must divide over its data, fsdp and expert axes.
-    stops: ids that end a text.
+    mesh: over which batches are sharded; their size must be divisible by its data, fsdp and expert
+    axes. stops: ids that end a text.
     """
 
     def __init__(
@@ -86,18 +86,19 @@ class Generator:
         seed: int = 0,
         is_finished: Callable[[int, list[int]], bool] = lambda row, ids: False,
     ) -> list[list[int]]:
-        """The continuation of each prompt, at most new_tokens ids, ending before one of stops, or
-        once is_finished(row, its continuation so far) is true, which is asked every CHUNK tokens.
+        """The continuation of each prompt: at most new_tokens ids. It ends before one of stops, or
+        once is_finished(row, its continuation so far) is true, which is called every CHUNK tokens.
         What is sampled for a row does not depend on the others. Raises UserError for an id without
-        embedding.
+        an embedding.
 
-        Longrope rotates what is longer than its original context by other factors, which changes
-        the whole cache: a row that crosses it is processed again from its beginning, as in
-        transformers. Dynamic RoPE leaves the cache as it was rotated, as in transformers too.
+        Longrope rotates texts longer than its original context by different factors, which changes
+        the whole cache: a row that grows beyond that context is processed again from its beginning,
+        as in transformers. With dynamic RoPE the cache stays as it was rotated, also as in
+        transformers.
         """
         check_ids((max(prompt) for prompt in prompts if prompt), self._model.vocab_size, "prompt")
         scaling = self._model.rope_scaling
-        # The last token of the short factors is drawn where a row has filled the original context.
+        # A row that has just filled the original context still draws one token with short factors.
         room = [scaling.original_context + 1 - len(prompt) for prompt in prompts]
         crossing = [0 < left < new_tokens for left in room]
         if scaling.kind != "longrope" or not any(crossing):
@@ -132,7 +133,8 @@ class Generator:
         is_finished: Callable[[int, list[int]], bool],
         limits: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """limits: most new tokens of each row."""
+        """`generate` without recomputing the cache for longrope. limits: maximum number of new
+        tokens of each row."""
         limits = limits or [new_tokens] * len(prompts)
         batch, longest = len(prompts), max(map(len, prompts))
         width = -(-longest // BUCKET) * BUCKET
@@ -159,7 +161,7 @@ class Generator:
             done = np.array([limit == 0 for limit in limits])
             for first in range(0, new_tokens, CHUNK):
                 left = new_tokens - first
-                steps = np.int32(left - 1 if left <= CHUNK else CHUNK)  # the last token needs none
+                steps = np.int32(left - 1 if left <= CHUNK else CHUNK)  # none after the last token
                 new_BC, token_B, cache = proceed(
                     self._weights,
                     token_B,
@@ -191,8 +193,8 @@ def _programs(
     slots: int,
     sampling: Sampling,
 ) -> tuple[Any, Any]:
-    """The compiled programs, cached by shapes and not by parameters: a model in training is asked
-    again and again. mesh: under which they are traced."""
+    """The jitted programs (start, proceed), cached by shapes and not by parameters, because a model
+    in training generates again and again. mesh: the mesh under which they are traced."""
     row_B = jnp.arange(batch)
 
     def draw(weights, hidden_BD, seed, position_B):

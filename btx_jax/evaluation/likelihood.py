@@ -116,8 +116,8 @@ class Scorer:
 
 @functools.lru_cache(maxsize=8)
 def _scores(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
-    """The compiled program, cached by model rather than parameters: a model in training is scored
-    again and again."""
+    """The jitted program, cached by model rather than by parameters, because a model in training is
+    scored again and again."""
     llama = Llama(model, dataclasses.replace(compute, dispatch="ragged", remat="none"))
 
     def scores(

@@ -9,11 +9,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from btx_jax.errors import UserError, suggest
 from btx_jax.evaluation.generation import Sampling
 
-ROWS = 8  # of a batch with --batch_size auto: without an accelerator, larger ones are no faster
+ROWS = 8  # per batch with --batch_size auto; larger batches are no faster without an accelerator
 
 
 class Elsewhere(NamedTuple):
-    """An unsupported argument. same: values that change nothing."""
+    """An unsupported argument. same: values that change nothing. instead: what to do instead."""
 
     same: tuple[Any, ...]
     instead: str
@@ -47,8 +47,8 @@ _ARGUMENTS = {
     "low_cpu_mem_usage": Elsewhere((True, False), _SPREAD.instead),
 }
 
-# Settings of transformers' generate, which lm_eval passes on. First those of beams and sampling,
-# which have no effect without these.
+# Settings of transformers' generate, which lm_eval passes on. The first two groups have no effect
+# without beam search and without sampling, respectively.
 _BEAMS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
 _SAMPLING = ("top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _SETTINGS: dict[str, tuple[Any, ...]] = {  # values without effect

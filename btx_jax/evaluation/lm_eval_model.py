@@ -70,16 +70,18 @@ class BtxJaxLM(TemplateLM):
 
     checkpoint, or pretrained: a run's directory, one of its checkpoints, or a Hugging Face
         directory. Spread over the process's devices.
-    tokenizer: a directory or file, where it is not the checkpoint's own.
-    dtype: float32, bfloat16 or auto, what most of the checkpoint is stored in.
-    max_length: tokens that prompt and continuation may have together; the model's context.
-    max_gen_toks: new tokens, where a task does not say.
-    add_bos_token: whether BOS stands before every text; by default, what the tokenizer itself does.
-    prefix_token_id: what stands before a text that is scored from its first token on; BOS, or EOS.
-    think_end_token: an id or a text; what is generated up to its last one is not answer.
+    tokenizer: a directory or file, if it is not the checkpoint's own.
+    dtype: float32, bfloat16, or auto for the dtype that most of the checkpoint is stored in.
+    max_length: maximum tokens of prompt and continuation together; by default the model's context.
+    max_gen_toks: maximum new tokens where a task does not set them.
+    add_bos_token: whether BOS precedes every text; by default as the tokenizer itself does it.
+    prefix_token_id: the id before a text that is scored from its first token; by default BOS, or
+        else EOS.
+    think_end_token: an id or a text; everything up to its last occurrence is left out of the
+        answer.
     chat_template_args, enable_thinking: variables of the chat template.
 
-    Everything else that lm_eval's hf model knows is refused, unless it asks for nothing.
+    All other arguments of lm_eval's hf model are refused, unless their values have no effect.
     """
 
     def __init__(
@@ -226,8 +228,8 @@ class BtxJaxLM(TemplateLM):
         }
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Set lm_eval's --use_cache, which looks answers up by the request only. Raises UserError
-        for a file with another model's answers."""
+        """Set the cache of lm_eval's --use_cache, which looks up answers by the request alone.
+        Raises UserError if its file holds another model's answers."""
         super().set_cache_hook(cache_hook)
         answers = cache_hook.dbdict
         if answers is None:
@@ -245,8 +247,9 @@ class BtxJaxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """add_special_tokens: whether to include the tokenizer's prefix; by default unless the text
-        begins with BOS. Raises UserError for an id without an embedding."""
+        """Token ids of a text. add_special_tokens: whether to include the tokenizer's prefix; by
+        default it is included unless the text begins with BOS. Raises UserError for an id without
+        an embedding."""
         if add_special_tokens is None:
             bos = self._tokenizer.bos
             first = None if bos is None else self._tokenizer.token_of(bos)

@@ -1,9 +1,10 @@
 """A mixture with oracle routing: every token of a domain is sent to that domain's expert. It shows
-what is lost before routing, and so the most that routing could gain.
+what mixing loses even if every token goes to the right expert, and so the most that better routing
+could gain.
 
 No router is modified: if all experts are copies of one, it does not matter which are chosen. With
-an anchor, which contributes besides the chosen experts, the other experts are disabled by their
-router biases instead; the result is the expert's original branch.
+an anchor, which contributes in addition to the chosen experts, the other experts are disabled by
+their router biases instead; the result is the expert's original branch.
 """
 
 from typing import Any
@@ -35,9 +36,9 @@ def check(model: ModelConfig, expert: int, key: str) -> None:
 
 
 def told(params: Params, expert: int) -> Params:
-    """The mixture's parameters with every expert a copy of one, in feed-forward leaves [L, E, ...];
-    with an anchor, the others are disabled instead. The last number means the anchor: all experts
-    are disabled."""
+    """The mixture's parameters with every expert a copy of one, in feed-forward leaves [L, E, ...].
+    With an anchor, the other experts are disabled instead; the last number then selects the anchor,
+    with all experts disabled."""
 
     def copied(ffn: Any) -> Any:
         if "router" not in ffn:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from btx_jax.models.routing import RoutingStats
 from btx_jax.parallel.sharding import replicated
 
-DEAD = 0.01  # an expert with less than this share of a layer's claims is dead
+DEAD = 0.01  # an expert that gets less than this share of a layer's choices is dead
 
 
 class RoutingSums(NamedTuple):
@@ -142,7 +142,8 @@ def _grams(w: jax.Array, anchor: jax.Array | None) -> tuple[jax.Array, jax.Array
 
 
 def _cosine(gram: np.ndarray) -> list[list[float]]:
-    """Cosines; zero with an expert of norm zero, as all deviations are when experts are equal."""
+    """Cosines [E][E]; zero where a norm is zero, as those of the deviations of equal experts
+    are."""
     norms = np.sqrt(np.maximum(np.diagonal(gram), 0))
     outer = norms[:, None] * norms[None, :]
     return np.divide(gram, outer, out=np.zeros_like(gram), where=outer > 1e-12).tolist()

@@ -1,14 +1,14 @@
 """Run code written by a model in a process that can only compute (Linux, x86-64 and AArch64).
 
-The containment is in sandbox_walls.py, what runs inside in sandboxed.py. This module is the
-outside: it starts them, enforces the time limit, receives the verdict, and cleans up. No privileges
-are needed. Namespaces are created here or, where that is forbidden, by bubblewrap if it is
-installed. Without namespaces, containment relies on Landlock and the system-call filter: the number
-and size of files are then checked twenty times a second instead of limited, as threads always are,
-and a program can find out the existence, size and date of a path that it guesses.
+sandbox_walls.py sets up the containment, and sandboxed.py is what runs inside it. This module is
+the outside: it starts them, enforces the time limit, receives the verdict, and cleans up. No
+privileges are needed. Namespaces are created here or, where that is forbidden, by bubblewrap if it
+is installed. Without namespaces, containment relies on Landlock and the system-call filter: the
+number and size of files are then checked twenty times a second instead of limited, as threads
+always are, and a program can find out the existence, size and date of a path that it guesses.
 
-With UnitTests, a program passes only by right answers: the tests run in another process, which it
-cannot reach. Without them, "passed" means only that the program reports reaching its end.
+With UnitTests, a program can pass only with right answers: the tests run in another process, which
+it cannot reach. Without them, "passed" means only that the program reports that it reached its end.
 """
 
 import contextlib

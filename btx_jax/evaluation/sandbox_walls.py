@@ -53,7 +53,8 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "uname": (63, 160), "sysinfo": (99, 179), "getcpu": (309, 168), "getrlimit": (97, 163),
     "getrandom": (318, 278),
 }  # fmt: skip
-# Permitted for some values of one argument; below: numbers, argument, values.
+# Permitted only for some values of one argument. Below: the numbers of the system calls, the index
+# of the argument, and its permitted values.
 _FCNTL, _IOCTL, _CLONE = (72, 25), (16, 29), (56, 220)
 _OPENS = (((2, None), 1), ((257, 56), 2))
 _MKDIRS = (((83, None), 1), ((258, 34), 2))
@@ -65,7 +66,8 @@ _MISSING = (
 )  # clone3, openat2 take pointers; libc falls back to clone, openat
 _DESCRIPTORS = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
 _SETFL, _ASYNC = 4, 0x2000
-_TERMINALS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # is it one, its size; FIO*CLEX, NBIO
+# TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+_TERMINALS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _CLONE_THREAD, _CLONE_NEW = 0x10000, 0x7E020080
 _ACCESS, _TRUNC = 0x3, 0x200
 
@@ -121,9 +123,9 @@ def unshare(flags: int) -> None:
 
 
 def enter_name_spaces(home: str, paths: list[str], size: int, files: int) -> str:
-    """Enter a new network, host name, IPC and file tree that contains `paths`, read-only, and a new
-    `home` in memory that holds at most `size` bytes and `files` files. Returns the new home.
-    Ordinary users get a user namespace as well."""
+    """Enter new namespaces for network, host name and IPC, and a new file tree. The tree contains
+    `paths`, read-only, and a new `home` in memory that holds at most `size` bytes and `files`
+    files. Returns the new home. Ordinary users get a user namespace as well."""
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0:
         unshare(_NEW_MOUNTS | _NEW_OTHERS)
@@ -168,7 +170,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 
 def other_user() -> int:
-    """An unused user id, where root may choose one, so that sandboxes do not share it."""
+    """A user id that no other sandbox uses; 65534 (nobody) where root may not choose freely."""
     with open("/proc/self/uid_map") as file:
         first, _, count = file.read().split()[:3]
     alone = 0x70000000 + os.getpid()
@@ -189,7 +191,7 @@ def contain(home: str, paths: list[str], seconds: int, memory: int, file: int) -
     write below `home`."""
     os.umask(0o077)
     for limit, value in (
-        (resource.RLIMIT_CPU, seconds),  # both limits: SIGKILL, which cannot be handled
+        (resource.RLIMIT_CPU, seconds),  # soft and hard: SIGKILL, which cannot be handled
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, file),
         (resource.RLIMIT_CORE, 0),
@@ -200,7 +202,7 @@ def contain(home: str, paths: list[str], seconds: int, memory: int, file: int) -
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     _drop_capabilities()
-    die_with_parent()  # undone by the change of user
+    die_with_parent()  # must follow the change of user, which undoes it
     _check(_libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
     _landlock(home, paths)
     _seccomp(system_calls(os.uname().machine, os.getpid()))
@@ -254,7 +256,7 @@ def system_calls(machine: str, pid: int) -> Code:
     refused. `pid` is the only process that may be signalled."""
     column = ("x86_64", "aarch64").index(machine)
     code: Code = [
-        # Numbers of other architectures, and of x32.
+        # Kill for the numbers of other architectures and of x32.
         (_LOAD, 0, 0, 4), (_EQUAL, 1, 0, (0xC000003E, 0xC00000B7)[column]), (_GIVE, 0, 0, KILL),
         (_LOAD, 0, 0, 0), (_AT_LEAST, 0, 1, 0x40000000), (_GIVE, 0, 0, KILL),
     ]  # fmt: skip

@@ -125,7 +125,7 @@ def _watch(solver: int, verdict: int, processes: int, home: str, request: dict[s
 
 def _too_much(home: str, size: int, files: int) -> str:
     """The limit on files or bytes that is exceeded, or "". Visits at most as many entries as are
-    permitted. Directories cannot be locked: see sandbox_walls."""
+    permitted. A program cannot hide files in a directory without access: see sandbox_walls."""
     folders, seen, taken = [home], 0, 0
     while folders:
         try:
@@ -141,7 +141,7 @@ def _too_much(home: str, size: int, files: int) -> str:
                         folders.append(entry.path)
         except FileNotFoundError:  # removed in the meantime
             continue
-        except OSError as error:  # a path that is too long, for one
+        except OSError as error:  # such as a path that is too long
             return f"files that cannot be counted: {error.strerror}"
     return ""
 

@@ -19,7 +19,7 @@ from btx_jax.terminal import duration
 from btx_jax.training.watch import BARRIER
 
 FINISHED, RUNNING, WAITING, READY, SILENT = "finished", "running", "waiting", "ready", "silent"
-SILENCE = 120.0  # seconds without output until a stage is silent; compiling takes as long
+SILENCE = 120.0  # seconds without output after which a stage is silent; compiling takes as long
 RECENT = 20  # steps over which speed and loss are averaged
 
 
@@ -55,7 +55,7 @@ def stages(workdir: Path, now: float | None = None) -> list[Stage]:
     if "pipeline" not in recorded:
         if recorded:
             return [_stage(workdir.name, workdir, recorded, (), now)]
-        # Each job runs one stage, and none has the whole pipeline's config.
+        # A pipeline run as jobs: each runs one stage, and none has the whole pipeline's config.
         found = sorted(path.parent for path in workdir.glob(f"*/{CONFIG}"))
         return [_stage(path.name, path, recorded_config(path), (), now) for path in found]
     pipeline = recorded["pipeline"]
@@ -71,8 +71,8 @@ def stages(workdir: Path, now: float | None = None) -> list[Stage]:
 
 
 def _last(names: Sequence[str], waits: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Those of the names that no other one of them waits for, at any remove: when these finish, all
-    have."""
+    """Those of the names that none of the others waits for, directly or indirectly: once these have
+    finished, all have."""
     behind: set[str] = set()
     left = [need for name in names for need in waits[name]]
     while left:

@@ -1,8 +1,9 @@
 """Metrics of a running run: metrics.jsonl, TensorBoard, trackers.
 
-A bucket stores only whole objects. There both files are written on the local disk and uploaded
-whenever nothing may be lost; a large metrics.jsonl is continued in metrics.0001.jsonl and so on,
-and TensorBoard's file in another one, so that earlier parts are not sent again.
+A bucket stores only whole objects. For a run in a bucket, both files are written on the local disk
+and uploaded periodically, and at every point after which nothing may be lost. A large metrics.jsonl
+is continued in metrics.0001.jsonl and so on, and TensorBoard's file in another one, so that earlier
+parts are not sent again.
 """
 
 import contextlib
@@ -111,7 +112,7 @@ class _OnDisk:
         self._first = line["step"]
 
     def sync(self) -> None:
-        if self._is_mounted:  # which keeps only closed files
+        if self._is_mounted:  # a mounted bucket keeps only closed files
             self.close()
             self._open()
             return
@@ -189,7 +190,7 @@ class _OnBucket:
             self._open_board()
 
     def _open_board(self) -> None:
-        suffix = f".{secrets.token_hex(4)}"  # its own name contains only host and second
+        suffix = f".{secrets.token_hex(4)}"  # names are otherwise unique only by host and second
         self._board = SummaryWriter(
             str(self._local / BOARD), purge_step=self._start, filename_suffix=suffix
         )

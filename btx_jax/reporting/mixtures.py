@@ -1,4 +1,5 @@
-"""Reports about a mixture made by a recipe: before and during its making, and its model card."""
+"""Reports about a mixture made by a recipe: tables to print before and while it is made, and its
+model card."""
 
 import json
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def own_table(names: Sequence[str], own: np.ndarray) -> Table:
 
 
 def plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, family: Family | None) -> Table:
-    """Table of the mixture to be made. family: None for our own format."""
+    """Table of the mixture to be made. family: None for btx_jax's own format."""
     total, active = parameter_counts(model)
     table = Table(title="plan", show_header=False)
     shared = (

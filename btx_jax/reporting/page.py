@@ -17,7 +17,8 @@ from btx_jax.terminal import counted
 from btx_jax.training.watch import BARRIER
 
 PACKAGES = ("btx_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-# Redundancy maps side by side; of deeper models every n-th layer is drawn, and the table has all.
+# Maximum redundancy maps side by side. Of deeper models only every n-th layer is drawn; the table
+# has all layers.
 MOST_MAPS = 8
 
 
@@ -145,7 +146,7 @@ def _samples(models: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def any_pair(found: Mapping[str, Any]) -> bool:
-    """Whether some layer has two LoRA experts."""
+    """Whether some layer has two or more LoRA experts."""
     return any(layer for layers in found["redundancy"].values() for layer in layers)
 
 

@@ -1,6 +1,6 @@
 """When does mixing pay? The tables of presets.study, from its evaluations, one per seed value, and
-from what its branches measured while they trained. An arm that is not there is left out, so that a
-part of the study has its tables too."""
+from what its branches measured while they trained. Arms without results are left out, so that a
+partial study has tables too."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ from btx_jax.reporting.metrics import read_metrics
 from btx_jax.reporting.summary import probe_points
 from btx_jax.rundir import recorded_config
 
-Models = Mapping[str, Any]  # of one results.json; of branches also `barriers`, step -> nats
-RESAMPLES = 10_000  # of the points of a rank correlation
-BRANCH = "expert-"  # how the name of a branch begins, in the study alone
+Models = Mapping[str, Any]  # from one results.json; branches also have `barriers`: step -> nats
+RESAMPLES = 10_000  # bootstrap resamples for the interval of a rank correlation
+BRANCH = "expert-"  # prefix of the names of branches, used in the study only
 PEERS = (
     *("dense", "dense_flops", "dense_time"),
     *("upcycling_tokens", "upcycling_flops", "upcycling_time", "drop_upcycling"),
@@ -30,9 +30,10 @@ PEERS = (
 class Point(NamedTuple):
     """One branch of one seed value, nats per token.
 
-    barrier: of its mixing probe, at its end. On its own domain, gain: over the seed; above_oracle:
-    of the untuned mixture with random routers, above the same mixture told where tokens go;
-    above_expert: above the branch itself.
+    barrier: from the branch's last mixing probe. The others are differences of losses on the
+    branch's own domain. gain: seed minus branch. above_oracle: the untuned mixture with random
+    routers minus the same mixture with oracle routing. above_expert: that untuned mixture minus the
+    branch.
     """
 
     barrier: float
@@ -68,7 +69,7 @@ def with_barriers(models: Models, evaluate: Path) -> Models:
 
 
 def points(models: Models, kind: str) -> dict[str, Point]:
-    """Expert -> its point, for every branch of a kind that measured its barrier."""
+    """Expert -> its Point, for every branch of a kind that measured its barrier."""
     found = {}
     mixture, oracle = f"untuned-{kind}-{ROUTERS[0]}-mean", f"oracle-{kind}-mean"
     for expert, domain in DOMAIN_OF.items():
@@ -87,8 +88,8 @@ def points(models: Models, kind: str) -> dict[str, Point]:
 
 
 def barriers(seeds: Sequence[Models]) -> dict[str, dict[int, list[float]]]:
-    """Kind of branch -> step -> barrier of every seed value, a mean over the kind's experts; of the
-    kinds that measured one."""
+    """Kind of branch -> step -> one barrier per seed value, the mean over the kind's experts. Kinds
+    without a measured barrier are left out."""
     found: dict[str, dict[int, list[float]]] = {}
     for kind in BRANCHES:
         by_step: dict[int, list[float]] = {}
@@ -134,7 +135,7 @@ def loss_table(seeds: Sequence[Models]) -> str:
 
 
 def kept(models: Models, name: str, kind: str) -> dict[str, float]:
-    """Domain -> the share of its expert's gain over the seed that a model has."""
+    """Domain -> the share of its expert's gain over the seed that a model keeps."""
     found = {}
     for expert, domain in DOMAIN_OF.items():
         seed = loss(models, "seed", domain)
@@ -244,7 +245,8 @@ def rate_table(seeds: Sequence[Models]) -> str:
 
 
 def split_table(seeds: Sequence[Models]) -> str:
-    """Loss by the share of the same FLOPs that is spent in the experts; 0 is upcycling."""
+    """Loss against the share of the FLOPs, whose total is fixed, that is spent in the experts; 0 is
+    upcycling."""
     arms = {0: "upcycling_flops"} | {share: f"share_{share}" for share in SHARES}
     rows = [
         [f"{share} %", number(losses(seeds, arm)), number(paired(seeds, arm, arms[0]), "+.3f")]

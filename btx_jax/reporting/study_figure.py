@@ -1,5 +1,5 @@
 """The study's tables as one figure, SVG: barrier, gain kept without a finetune, Branch-Train-MiX
-beside its peers, split of the compute. Bars are 95 % intervals over seed values."""
+next to its peers, split of the compute. Bars are 95 % intervals over seed values."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +13,9 @@ from btx_jax.reporting.compare import interval
 from btx_jax.reporting.plots import EXPERT_COLOURS, to_svg
 from btx_jax.reporting.study import PEERS, Models, barriers, kept, losses, paired
 
-FLOOR = -1.0  # shares of the gain below this are drawn here
-# Router, merge -> label. Branches that leave alone what is shared have a mean alone. told: the
-# oracle, each domain sent to its own expert.
+FLOOR = -1.0  # shares of the gain below this are drawn at this value
+# (router, merge) -> label. Branches that do not train shared parameters have no merge but the mean.
+# Router "told" is the oracle: each domain is sent to its own expert.
 WAYS = {
     ("normal", "mean"): "random routers, mean",
     ("ridge", "mean"): "ridge, mean",
@@ -99,7 +99,7 @@ def _peers(axes: Any, seeds: Sequence[Models]) -> None:
 
 
 def _legend(axes: Any, **options: Any) -> None:
-    """Where something is drawn: a part of the study has its figure too."""
+    """Add a legend if anything is drawn; a partial study has a figure with empty axes."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(**{"fontsize": 8} | options)
 

@@ -15,7 +15,7 @@ from btx_jax.reporting.goodput import ACTIVITIES
 from btx_jax.reporting.metrics import parts, read_metrics
 from btx_jax.terminal import Console, plain
 
-WINDOW, SHOWN_POINTS = 10, 6  # of loss curves that are given as numbers
+WINDOW, SHOWN_POINTS = 10, 6  # of loss curves in numbers: steps in a mean, points of a curve
 WIDEST = 200  # maximum characters of a table's width
 LAST_STEPS = 20  # steps whose mean dropped fraction is reported
 COSTS = ("tokens", "flops", "chip_seconds", "critical_seconds", "peak_bytes")
@@ -50,7 +50,8 @@ def summarise(
     gains: over the seed and the experts.
     routing: of every mixture.
     shown: the mixture that the page examines, by its role or else the one trained longest.
-    dropped_fraction: mean over the last steps of the last run that trained a mixture; None without.
+    dropped_fraction: mean over the last steps of the last run that trained a mixture; None if none
+        did.
     lora: analysis of LoRA experts, for every model that has any.
     continual: scores and measures of continual learning (ReportConfig.continual).
     test_sets: run -> TASK/METRIC -> [(step, value)] during training.
@@ -107,7 +108,7 @@ def summarise(
         "probes": {
             name: probed for name, lines in curves.items() if (probed := probe_points(lines))
         },
-        # Over all starts of a run, where it counted them.
+        # Over all starts of a run, if the run counted them.
         "wall_seconds": {
             name: done.get(name, {}).get("wall_seconds", last) for name, last in seconds.items()
         },

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Lines = Sequence[tuple[int, Mapping[str, float]]]  # (step, scalars) in order
 
-FILE = "trackers.json"  # NAME:PROJECT -> the id there of this run, which a resumed run continues
+FILE = "trackers.json"  # NAME:PROJECT -> this run's id in the service, for a resumed run
 FINISH_SECONDS = 300  # time limit of W&B's last upload; the rest stays in WORKDIR/wandb
 MAX_PARAMETER = 6000  # maximum characters of an MLflow parameter
 NO_CREDENTIALS = (
@@ -61,9 +61,9 @@ def _on_disk(workdir: Path) -> Path:
 
 
 class WandB:
-    """Tracker for W&B. Rows of the same step are one row there, and rows for an earlier step are
-    ignored. W&B's own process may lose its last rows in a kill, and offline every start writes its
-    own file: therefore everything that the service lacks is sent again."""
+    """Tracker for W&B. There, rows of the same step become one row, and rows for an earlier step
+    are ignored. W&B's own process may lose its last rows when it is killed, and offline every start
+    writes a file of its own, so everything that the service lacks is sent again."""
 
     def __init__(self, config: Config, workdir: Path, run_id: str):
         import wandb
@@ -202,9 +202,9 @@ class Trackers:
     """All trackers named by config.log, as one. If not `enabled` (in every process but the first),
     there are none.
 
-    A resumed run continues the tracker runs recorded in its workdir. They receive everything they
-    lack of metrics.jsonl as it was on resumption, and nothing twice: steps between the last
-    checkpoint and a kill keep the numbers of the first time.
+    A resumed run continues the tracker runs recorded in its workdir. They receive those lines of
+    metrics.jsonl, as it was on resumption, that they lack, and nothing twice: steps between the
+    last checkpoint and a kill keep the numbers that were sent first.
     """
 
     def __init__(self, config: Config, workdir: Path, enabled: bool = True):

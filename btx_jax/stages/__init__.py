@@ -17,8 +17,8 @@ from btx_jax.errors import Mistakes
 from btx_jax.parallel.hosts import is_first
 from btx_jax.rundir import held, settle_names
 
-# For a pipeline, what stages that have not run yet will write: `@NAME` -> its model, None if
-# unknown.
+# For a pipeline, what its unfinished stages will write: directory of the stage -> its model, None
+# if unknown.
 Coming = Mapping[str, ModelConfig | None]
 
 
@@ -30,8 +30,8 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def require_right(config: Config) -> None:
-    """`check` for a stage about to run. Called by every process, as a mesh spans all of them.
-    Raises ConfigError with everything that is wrong."""
+    """`check` for a stage about to run. Must be called by every process, as a mesh spans all of
+    them. Raises ConfigError with everything that is wrong."""
     mistakes = Mistakes()
     check(config, {}, mistakes)
     mistakes.tell()
@@ -45,7 +45,7 @@ def run(config: Config, workdir: Path, **options: str) -> None:
     that is refused leaves no directory behind.
     """
     stage = importlib.import_module(f"btx_jax.stages.{config.stage}")
-    # A single stage of a pipeline runs beside others, and claims its own directory.
+    # A single stage of a pipeline (--only) runs alongside others, and holds only its own directory.
     takes_directory = is_first() and not options
     with explained():
         settle_names(workdir, config)

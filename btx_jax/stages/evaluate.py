@@ -132,7 +132,7 @@ def run(config: Config, workdir: Path) -> None:
             models[name] |= {"samples": samples}
     for name, ensemble in (
         spread.ensembles.items() if is_first() else ()
-    ):  # which wrote the token losses
+    ):  # only the first process wrote the token losses
         eos = next(iter(tokenizers.values())).eos
         models[name] = ensemble_result(
             ensemble, heldout, workdir / PARTS, profiles.get(name), found, eos
@@ -222,7 +222,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
-    """What does not fit into a model's context, as messages."""
+    """Yield a message for everything that does not fit into a model's context."""
     assert config.evaluate
     if config.data and config.data.sequence_length > context:
         yield (
@@ -246,7 +246,7 @@ def _too_long(config: Config, name: str, context: int) -> Iterator[str]:
 def _no_oracle(
     name: str, sent: OracleConfig, models: Mapping[str, ModelConfig], domains: Sequence[str]
 ) -> Iterator[str]:
-    """Why the tokens of a mixture cannot be routed as the oracle asks, as messages."""
+    """Yield messages that say why the tokens of a mixture cannot be routed as the oracle asks."""
     key = f"config.evaluate.oracles.{name}"
     if domains and (others := set(domains) ^ set(sent.experts)):
         yield f"{key}.experts: {', '.join(sorted(others))}: must be the domains of held-out text"
@@ -259,8 +259,8 @@ def _no_oracle(
 
 
 def require_same(file: Path, inputs: Mapping[str, str]) -> None:
-    """Raise UserError when earlier results here come from other weights or items, as they would be
-    mixed with the new ones."""
+    """Raise UserError when earlier results in this directory come from other weights or items; the
+    new results would be mixed with them."""
     before = read_json(file) if file.exists() else {}
     if changed := [name for name, value in inputs.items() if before.get(name, value) != value]:
         told = f"{', '.join(changed)}: not what was measured there before"
@@ -420,8 +420,8 @@ def run_tasks(
 def continued(
     checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, mesh: Mesh
 ) -> list[dict[str, Any]]:
-    """For every prompt: prompt, text (its greedy continuation) and, for a mixture, explained: both
-    with the experts of every token."""
+    """For every prompt, a dict with keys prompt, text (its greedy continuation) and, for a mixture,
+    explained (prompt and continuation with the experts of every token)."""
     assert config.evaluate and config.compute
     model, wanted = checkpoint.metadata.model, config.evaluate
     params = load_for_inference(checkpoint, mesh, config.compute.dtype)
@@ -429,7 +429,7 @@ def continued(
         model, params, config.compute, mesh, stop_ids(checkpoint.metadata, tokenizer)
     )
     prompts = [tokenizer.encode_prompt(prompt) for prompt in wanted.prompts]
-    # Rounded up to a number of rows that divides over the mesh.
+    # Rounded up to a number of rows that is divisible by the number of devices.
     rows = -(-len(prompts) // mesh.size) * mesh.size
     padded = [*prompts, *prompts[:1] * (rows - len(prompts))]
     new = generator.generate(padded, wanted.prompt_tokens)[: len(prompts)]

@@ -1,4 +1,4 @@
-"""Export: a checkpoint as a Hugging Face directory, WORKDIR/model."""
+"""Export: write a checkpoint as a Hugging Face directory, WORKDIR/model."""
 
 import logging
 import time

@@ -211,8 +211,8 @@ def _shared(
 
 
 def _texts(config: Config, tokenizer: Tokenizer, model: ModelConfig, limit: int) -> list[Rows]:
-    """Text of each expert, with about the same number of tokens each. Raises ConfigError for text
-    of another tokenizer."""
+    """Text of each expert, with about the same number of tokens each. Raises ConfigError when the
+    text's tokenizer is not the experts'."""
     assert config.mix and config.data
     reads = first_then_others(resolve_tokenizer, config.data, tokenizer.path.parent)
     if told := difference(tokenizer, reads, model.vocab_size):
@@ -227,8 +227,8 @@ def _texts(config: Config, tokenizer: Tokenizer, model: ModelConfig, limit: int)
 
 
 class _Solving:
-    """Solves, in every process, what is solved from text: routers, and for regmean the parameters
-    that experts share."""
+    """Solves parameters from text, in every process: routers and, for regmean, the parameters that
+    experts share."""
 
     def __init__(self, config: Config, model: ModelConfig, tokenizer: Tokenizer):
         assert config.mix
@@ -237,8 +237,8 @@ class _Solving:
         self._merging: Merging | None = None
 
     def merge(self, shared: Shared, places: Sequence[str], file: BinaryIO) -> None:
-        """Prepare merging. places: of the experts, equal for the same model. file: storage for
-        solved tensors."""
+        """Prepare merging. places: path of each expert's checkpoint; experts with equal paths are
+        the same model. file: storage for solved tensors."""
         distinct = list(dict.fromkeys(places))
         models = [distinct.index(place) for place in places]
         counted = _texts(self._config, self._tokenizer, self._model, COUNTED)
@@ -250,8 +250,8 @@ class _Solving:
         )
 
     def run(self, params: Params, statistics: BinaryIO | None) -> Params:
-        """The mixture with all solved parameters. statistics: a file for the sums that ridge's
-        routers are solved from."""
+        """The mixture with all solved parameters. statistics: for router=ridge, the file to which
+        the sums that the routers are solved from are written."""
         model, merging = self._model, self._merging
 
         def read(tensor: TensorId) -> np.ndarray:
@@ -310,7 +310,7 @@ def _with_routers(params: Params, model: ModelConfig, rows: np.ndarray) -> Param
 
 
 class _Made:
-    """Reader of a model whose tensors are made on request."""
+    """A reader of a model whose tensors are computed on request."""
 
     def __init__(self, model: ModelConfig, make: Read):
         self.model, self.slots, self.read = model, slots(model), make
@@ -327,8 +327,8 @@ class _Made:
 def _replaced(
     params: Params, model: ModelConfig, make: Read, tensors: Iterable[TensorId]
 ) -> Params:
-    """The parameters with the given tensors (all those of a leaf) replaced by the results of
-    `make`."""
+    """The parameters with the given tensors replaced by the results of `make`. tensors: all
+    tensors of each leaf that is replaced."""
     held = {tensor: slots(model)[tensor] for tensor in tensors}
     flat = flatten_dict(params)
     abstract = {
@@ -402,7 +402,8 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
 
 
 def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
-    """Settings that do not apply to branches with an anchor, which have their own router rows."""
+    """Yield a message for each setting that does not apply to branches with an anchor, which have
+    their own router rows."""
     only = {
         "method": "btx",
         "copies": 1,
@@ -419,9 +420,9 @@ def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
 
 
 def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> None:
-    """Mix LoRA experts of one base. Gates trained with finished experts (lora.gating sigmoid)
-    become router rows, compared by cosine. Raises ConfigError when the adapters differ in base,
-    rank, alpha or targets, or the config asks for what adapters do not support."""
+    """Mix LoRA experts of one base. Gates that were trained for finished experts (lora.gating
+    sigmoid) become router rows, compared by cosine. Raises ConfigError when the adapters differ in
+    base, rank, alpha or targets, or the config has a setting that adapters do not support."""
     mix, first = config.mix, sources[0].metadata
     assert mix
     asked = (

@@ -1,6 +1,6 @@
-"""Pipeline: run stages in the order of their needs. Finished ones are skipped, interrupted ones
-resume, and a failed branch stops only the stages that need it. Each stage runs in WORKDIR/NAME; the
-output of a report stage is copied to WORKDIR."""
+"""Pipeline: run stages in dependency order. Finished stages are skipped, interrupted ones resume,
+and a failed branch stops only the stages that need it. Each stage runs in WORKDIR/NAME; the output
+of a report stage is copied to WORKDIR."""
 
 import contextlib
 import logging
@@ -134,7 +134,7 @@ def require_same_text(resolved: Mapping[str, Config], workdir: Path) -> None:
             continue
         assert stage.data
         changed: list[str] = []
-        with contextlib.suppress(UserError):  # told by the stages that still have to read it
+        with contextlib.suppress(UserError):  # reported by the stages that still have to read it
             changed = changed_text(stage.data, done["files"])
         if changed:
             more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
@@ -147,8 +147,8 @@ def require_same_text(resolved: Mapping[str, Config], workdir: Path) -> None:
 def find_mistakes(
     resolved: Mapping[str, Config], workdir: Path, mistakes: Mistakes
 ) -> dict[str, ModelConfig]:
-    """Add all known mistakes in these stages; one that several stages share is told once. Returns
-    the models that they will write, by stage, where they are known."""
+    """Add all known mistakes in these stages; one that several stages share is reported once.
+    Returns the models that they will write, by stage, where they are known."""
     coming: dict[str, ModelConfig | None] = {}
     stages_of: dict[str, list[str]] = {}
     for name, stage in resolved.items():

@@ -1,5 +1,5 @@
 """Prepare: build demo corpora and tokenizer if configured, tokenise and pack all text of the
-config, print the counts."""
+config, and log the counts."""
 
 import logging
 import time

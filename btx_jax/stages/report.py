@@ -54,8 +54,8 @@ def run(config: Config, workdir: Path) -> None:
 
 
 def report(workdirs: Sequence[str], out: str) -> Path:
-    """Write a report of finished runs, replacing any earlier one: of the first run, compared with
-    the others, if any. Returns the page's path. Raises UserError for a directory without an
+    """Write a report of the first run, compared with the others if there are any; it replaces an
+    earlier report. Returns the page's path. Raises UserError for a directory without an
     evaluation."""
     first, *others = (_evaluated(_absolute(path, "WORKDIRS")) for path in workdirs)
     config = dataclasses.replace(first, others=tuple(other.evaluate for other in others))
@@ -93,7 +93,7 @@ def _within(workdir: Path, path: str) -> str:
 
 def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | None:
     assert config.report
-    with mistakes.gather():  # before a pipeline's first stage rather than after its last
+    with mistakes.gather():  # fail before a pipeline's first stage rather than after its last
         environment.require("report", "config.stage='report'")
     named = {"config.report.evaluate": config.report.evaluate} | {
         f"config.report.others[{i}]": path for i, path in enumerate(config.report.others)
@@ -117,7 +117,7 @@ def write(config: Config, workdir: Path) -> None:
         name: to_path(directory, f"config.report.runs.{name}")
         for name, directory in config.report.runs.items()
     }
-    plan = evaluated.parent / PLAN  # of the pipeline that the evaluation is a stage of
+    plan = evaluated.parent / PLAN  # the plan of the pipeline to which the evaluation belongs
     # A pipeline's report has the name of the pipeline's directory.
     of = workdir.parent if has_begun(workdir.parent) else workdir
     summary = _write_page(
@@ -184,7 +184,8 @@ def _write_page(
 
 
 def side_by_side(workdirs: Sequence[str], out: str) -> Path:
-    """A report of different runs evaluated on the same text, with each model under its run's name.
+    """Write a report of different runs evaluated on the same text, with each model under its run's
+    name.
     Domains whose held-out text differs are left out, with a warning. Returns the page's path.
     Raises UserError for a directory without an evaluation, and when no domain is left."""
     target = _absolute(out, "--out")

@@ -101,7 +101,7 @@ log = logging.getLogger(__name__)
 # params -> {domain: {nats_per_token, bits_per_byte}}. `check` is called before every batch;
 # whatever it raises ends the evaluation.
 Evaluate = Callable[[Any, Callable[[], None]], dict[str, Any]]
-ENDS = 10  # steps whose mean training loss is reported, at the start and at the end
+ENDS = 10  # steps, at either end of the run, whose mean training loss is reported
 
 
 class Preempted(SystemExit):
@@ -262,8 +262,8 @@ def chosen_tasks(config: Config) -> dict[str, TaskConfig]:
 
 
 def require_embeddings(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Raise ConfigError when a new model has fewer embeddings than the tokenizer has pieces. A
-    pretrained model may: the missing pieces may never occur."""
+    """Raise ConfigError when a new model has fewer embeddings than the tokenizer has pieces. For a
+    pretrained model that is permitted: the missing pieces may never occur."""
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"config.model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size}"
@@ -296,10 +296,10 @@ def start_state(
     batches: Any,
     text: Mapping[str, str],
 ) -> tuple[TrainState, Base | None]:
-    """The initial state: the run's own latest checkpoint (with its position in the data), else the
-    init checkpoint's parameters, else random ones; and the base to which checkpoints leave the
-    rest. text: name -> identity of the text. Raises UserError when the checkpoint's run read other
-    text."""
+    """The initial state, and the base that holds the parameters which checkpoints omit (None if
+    they omit none). The state is the run's own latest checkpoint (with its position in the data),
+    else the init checkpoint's parameters, else random ones. text: name -> identity of the text.
+    Raises UserError when the text has changed since the run's checkpoint was saved."""
     assert config.train
     abstract, _ = state_shardings(model, config.train, mesh)
     latest, key = checkpoints.latest_step(), jax.random.key(config.rng_seed)
@@ -387,8 +387,8 @@ def make_tests(
     tokenizer: Tokenizer,
     at_once: int,
 ) -> Callable[[Any], dict[str, Any]] | None:
-    """params -> {test set: metrics}; None if the config has no test sets. metadata: of the model
-    that trains. at_once: sequences of a batch."""
+    """A function params -> {test set: metrics}; None if the config has no test sets. metadata: of
+    the model being trained. at_once: sequences per batch."""
     compute = config.compute
     assert config.train and compute
     chosen = [
@@ -405,8 +405,8 @@ def make_tests(
 
 
 class Loop:
-    """The training loop: steps, metrics with a delay of one step, checkpoints, and a clean end on
-    Ctrl-C, SIGTERM or a non-finite loss."""
+    """The training loop: steps, metrics one step late, checkpoints, and a clean end on Ctrl-C,
+    SIGTERM or a non-finite loss."""
 
     def __init__(
         self,
@@ -443,7 +443,7 @@ class Loop:
             lambda: jax.random.key(config.rng_seed), out_shardings=replicated(mesh)
         )()
         self.last_saved = checkpoints.latest_step() or 0
-        # Leave out what a resumed run may change.
+        # The identity excludes the settings that a resumed run may change.
         fixed = {
             key: value for key, value in flatten(to_dict(config)).items() if not is_resumable(key)
         }
@@ -559,14 +559,14 @@ class Loop:
 
     @contextlib.contextmanager
     def aside(self, activity: str) -> Iterator[None]:
-        """Exclude an activity from the time of steps."""
+        """Exclude an activity from the measured step times."""
         with self.goodput.doing(activity):
             yield
         self.clock = time.perf_counter()
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
-        """Read the next batch. Counts as waiting for data if the previous step has ended by then;
-        otherwise the device was busy all along."""
+        """Read the next batch. The time counts as waiting for data only if the previous step has
+        ended by then; otherwise the device was busy throughout."""
         start = time.perf_counter()
         batch = next(batches)
         if self.pending is None or self.pending[1].loss.is_ready():  # type: ignore[attr-defined]
@@ -585,7 +585,8 @@ class Loop:
         return step in (0, self.train.steps) or bool(every and step % every == 0)
 
     def end_early(self, whole: int, state: TrainState, position: Any, number: int) -> NoReturn:
-        """Save and end after a signal. whole: the last complete step, which `state` follows."""
+        """Save and end after a signal. whole: the last complete step; `state` is the state after
+        it."""
         if whole > self.last_saved:
             self.save(whole, state, position)
         self.checkpoints.wait()
@@ -595,7 +596,7 @@ class Loop:
         raise Preempted(number)
 
     def save(self, step: int, state: TrainState, position: Any) -> None:
-        """Save a step. position: of the batches after this step."""
+        """Save a step. position: state of the batch iterator after this step."""
         self.writer.sync()
         with self.aside("save"):
             self.start_save(step, state, position)
@@ -685,7 +686,7 @@ class Loop:
         elif losses := list(self.losses.values()):
             first, last = (mean(part) for part in (losses[:ENDS], losses[-ENDS:]))
             lines = [f"training loss, first -> last steps: {first:.3f} -> {last:.3f}"]
-        else:  # resumed at its end, with its metrics deleted
+        else:  # resumed after its last step, with its metrics deleted
             lines = []
         if steps in self.barriers:
             lines.append(f"mixing barrier at the end: {self.barriers[steps]:.3f} nats per token")
