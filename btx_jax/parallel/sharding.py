@@ -61,9 +61,10 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "rank": None,
 }
 
-# device kind -> length of the longest line of chips. Sparse cores can gather while matmuls run only
-# along such a line.
-LINE = {"TPU v6 lite": 8}
+# device kind -> most chips in one stage of a gather, on slices of more than twice as many. Sparse
+# cores of a v6e can gather while matmuls run only along a line of chips; of a gather over 64 chips
+# of v5p the compiler makes an all-reduce, with twice the traffic.
+IN_ONE_STAGE = {"TPU v5": 16, "TPU v6 lite": 8}
 
 Stage = tuple[str | tuple[str, ...], list[list[int]] | None]  # mesh axes, groups of their devices
 Names = Sequence[str | None]  # logical axes of an array; None for an unsharded dimension
@@ -173,15 +174,15 @@ def axis_index(name: str) -> jax.Array | int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
-    """Gather in one stage, which uses all links; or in stages, each along a line of chips, where a
-    larger gather could not run while matmuls do. On a slice of 16 chips one stage suffices, because
-    JAX lays them out as a ring."""
+    """Gather in one stage, which uses all links, or in several where the compiler handles large
+    gathers badly (IN_ONE_STAGE). On a slice of 16 v6e chips one stage suffices, because JAX lays
+    them out as a ring."""
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
-    line = LINE.get(device.device_kind, mesh.size) if device else mesh.size
+    most = IN_ONE_STAGE.get(device.device_kind, mesh.size) if device else mesh.size
     chips = math.prod(mesh.shape[name] for name in axes)
     stages: list[Stage] = [(axes, None)]
-    if chips > line and mesh.size > 2 * line:
+    if chips > most and mesh.size > 2 * most:
         stages = _stages(axes)[::-1]
     for name, groups in stages:
         x = jax.lax.all_gather(x, name, axis=axis, axis_index_groups=groups, tiled=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import NamedSharding
 
 from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.config.model_config import MoEConfig
@@ -14,6 +15,7 @@ from btx_jax.costs.program import read_program
 from btx_jax.errors import UserError
 from btx_jax.models.llama import abstract_params
 from btx_jax.parallel import sharding
+from btx_jax.parallel.compiler_options import compiler_options
 from btx_jax.parallel.sharding import (
     MESH_AXES,
     all_gather,
@@ -106,7 +108,7 @@ def test_a_mesh_fits_a_slice_though_its_axes_share_those_of_the_torus(topology, 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2, 1), (1, 8, 1, 1)])
 def test_a_gather_in_stages_is_the_gather(shape, monkeypatch):
-    """Lines of two chips, as if eight CPUs were a large v6e."""
+    """Two chips in a stage, as if eight CPUs were a large slice."""
     mesh = make_mesh(shape)
     x = jnp.arange(16.0 * 3).reshape(16, 3)
 
@@ -124,10 +126,47 @@ def test_a_gather_in_stages_is_the_gather(shape, monkeypatch):
 
     text, whole = program()
     assert text.count(" all-gather(") == 1
-    monkeypatch.setattr(sharding, "LINE", {jax.devices()[0].device_kind: 2})
+    monkeypatch.setattr(sharding, "IN_ONE_STAGE", {jax.devices()[0].device_kind: 2})
     text, staged = program()
     assert text.count(" all-gather(") == 2, "one for each axis, or two for one of all devices"
     jax.tree.map(np.testing.assert_array_equal, staged, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "shape"),
+    [
+        ("v5p:4x4x4", (1, 64, 1, 1, 1)),
+        ("v5p:4x4x4", (1, 16, 1, 1, 4)),
+        ("v5p:8x8x4", (1, 256, 1, 1, 1)),
+        ("v5e:16x16", (1, 256, 1, 1, 1)),
+        ("v6e:8x8", (1, 64, 1, 1, 1)),
+    ],
+)
+def test_gathers_on_a_large_slice_are_gathers(topology, shape):
+    """The TPU compiler may make all-reduces of them, with twice the traffic."""
+    devices = topology_devices(topology, 1)
+    mesh = make_mesh(shape, devices)
+    rows = ("batch", "sequence", None)
+
+    def body(x, w):
+        def local(x, w):
+            return jnp.tanh(x @ all_gather(w, "embed", 0))
+
+        return shard_map(local, (rows, ("embed", None)), rows)(x, w), None
+
+    def abstract(size, *names):
+        there = NamedSharding(mesh, resolve(names))
+        return jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=there)
+
+    x = abstract((mesh.size, 8 * mesh.size, 4096), *rows)
+    kernels = abstract((4, 4096, 4096), None, "embed", None)
+    options = compiler_options(devices[0])
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda x, ws: jax.lax.scan(body, x, ws), compiler_options=options)
+        text = step.lower(x, kernels).compile().as_text()
+    assert re.search(r" all-gather(-start)?\(", text)
+    assert not re.search(r" all-reduce(-start)?\(", text)
 
 
 def test_shard_outside_any_mesh_is_the_identity():
