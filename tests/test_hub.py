@@ -67,7 +67,7 @@ def test_statistics_of_routers_are_fetched_where_they_are_used(server, tmp_path)
     find_checkpoint("org/mixed/inside")
     assert not server.asked(router_statistics.FILE)
     told = experts.drop("org/mixed/inside", 0, str(tmp_path / "less"))
-    assert told.endswith("2 experts; all router rows were solved again")
+    assert told.endswith("2 experts; all router rows were recomputed")
     assert (tmp_path / "less" / router_statistics.FILE).exists()
 
 

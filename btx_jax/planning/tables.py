@@ -31,7 +31,7 @@ def warnings(plan: Plan) -> Iterator[str]:
             if (read.epochs or 0) > MANY_EPOCHS:
                 yield (
                     f"{stage.name}: reads {read.where} {read.epochs:.1f} times; beyond"
-                    f" {MANY_EPOCHS}, what is read again teaches ever less"
+                    f" {MANY_EPOCHS}, further repetition helps less and less"
                 )
     yield from plan.shared
     reads = (read for stage in plan.stages for read in stage.reads)

@@ -110,7 +110,7 @@ def test_presets_are_listed_with_a_line_each(capsys, words):
         (["run", "demo", "--workdri=x"], "No such option '--workdri'. Did you mean '--workdir'?"),
         (["compile", "mix", "v5p:2x2x2"], "config.stage='mix': only the step of a training config"),
         (["submit", "--backend=local", "--pipeline=seed"], "its stage is 'train', not a pipeline"),
-        (["report", "a", "b"], "--out=DIR: name it, where several runs are compared"),
+        (["report", "a", "b"], "--out: missing; name a directory for the report on several runs"),
         (["report", "a"], "WORKDIRS: "),
     ],
     ids=lambda x: x[:20] if isinstance(x, str) else " ".join(x),

@@ -449,8 +449,8 @@ def test_rows_of_a_vocabulary_are_averaged_over_the_models_that_have_them(tmp_pa
     )
     assert made.model.vocab_size == 259
     printed = " ".join(capsys.readouterr().out.split())
-    assert "2 more tokens than base_model, left out" in printed
-    assert "2 tokens fewer than base_model, their rows without it" in printed
+    assert "2 more tokens than base_model; they are left out" in printed
+    assert "2 fewer tokens than base_model; it does not contribute to those rows" in printed
     if merge == "mean":
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
             a, b, c = (
@@ -547,5 +547,5 @@ def test_a_base_of_two_dtypes_must_say_which(tmp_path):
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype("bfloat16")
     save_file(tensors, tmp_path / "a" / "model.safetensors")
-    with pytest.raises(UserError, match="holds bfloat16, float32; say with `dtype`"):
+    with pytest.raises(UserError, match="holds bfloat16, float32; choose one for the mixture with `dtype`"):
         mix(tmp_path, base_model=str(tmp_path / "a"), dtype=None)

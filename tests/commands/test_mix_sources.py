@@ -140,7 +140,7 @@ def test_a_lora_of_ours_goes_on_the_weights_that_it_was_trained_on_wherever_they
     shutil.copytree(LLAMA / "base", tmp_path / "copied")
     mix(tmp_path, LLAMA / "base", f"{tmp_path / 'copied'}+{own}", name="same")
     told = refused(tmp_path, LLAMA / "a", f"{LLAMA / 'a'}+{own}")
-    assert f"{LLAMA / 'a'} has other weights than the model that {own} was trained on" in told
+    assert f"{LLAMA / 'a'} has different weights from the model that {own} was trained on" in told
 
 
 def test_a_plus_in_the_name_of_a_directory_is_no_lora(tmp_path):

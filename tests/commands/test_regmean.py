@@ -232,7 +232,7 @@ def test_what_is_not_finite_in_a_source_is_told_as_that(tmp_path, text):
         ({"method": "blend"}, "merge='regmean': experts of method 'blend' belong to no source"),
         ({"shared_experts": [{"source_model": "c"}]}, "shared_experts.0.: no text, and merge="),
         ({"alpha": 1.5}, "alpha=1.5: must lie in"),
-        ({"merge": "mean"}, "alpha=0.7: of merge regmean; leave it out"),
+        ({"merge": "mean"}, "alpha=0.7: only used with merge regmean; remove it or set merge"),
         (
             {"merge": "mean", "alpha": 0.99},
             "tokens=800: of gate_mode='ridge' or 'logistic' and merge='regmean'",

@@ -219,11 +219,13 @@ def test_prompts_are_text_where_there_is_none(tmp_path, text):
 def test_a_statistics_file_is_told_from_that_of_other_experts(tmp_path, text):
     whole = mix(tmp_path, text)
     experts.drop(str(whole), 1, str(tmp_path / "less"))
-    with pytest.raises(UserError, match="has none of base: no expert there has its feed-forwards"):
+    with pytest.raises(
+        UserError, match="does not cover base: none of its experts has the same feed-forwards"
+    ):
         experts.add(
             str(tmp_path / "less"), "base", str(tmp_path / "x"), statistics=str(whole / FILE)
         )
-    with pytest.raises(UserError, match="give either --text of the new expert's domain or"):
+    with pytest.raises(UserError, match="give either --text or --statistics of the new expert's domain, or"):
         experts.add(str(tmp_path / "less"), "b", str(tmp_path / "x"))
     mix(tmp_path, text, "plain", gate_mode="normal", experts=UNTAUGHT)
     with pytest.raises(UserError, match=r"--text: .* has no router_statistics\.safetensors"):
@@ -337,7 +339,7 @@ def test_statistics_of_other_weights_are_refused(tmp_path, text):
     partly = mix(tmp_path, text, "partly", layers=[0, 2], output_format="btx_jax")
     for place, told in (
         (other, "other weights beside the experts"),
-        (less, "of 2 experts, and .* has 3"),
+        (less, "is for 2 experts, but .* has 3"),
         (partly, "mixtures in other layers"),
     ):
         shutil.copytree(out, tmp_path / "mixed")

@@ -172,7 +172,7 @@ def test_rows_carry_what_is_learnt_and_its_bytes(tokenizer, tmp_path):
 
     with pytest.raises(UserError, match="no format 'qb' for"):
         prepare(f"{tmp_path / 'items.jsonl'}#@qb", config, tokenizer, "config.data.train")
-    with pytest.raises(ConfigError, match="not both"):
+    with pytest.raises(ConfigError, match="answer: give either prompt and answer, or messages"):
         FormatConfig("{q}", "{a}", messages="m")
 
 

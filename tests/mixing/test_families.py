@@ -163,9 +163,9 @@ def test_a_family_without_a_home_mixes_into_our_own_format_alone(name, tmp_path)
 def test_biases_in_the_feed_forwards_are_refused_in_one_line(name, tmp_path):
     with pytest.raises(UserError) as caught:
         write_mixture([str(goldens.FOLDER / name)] * 2, tmp_path / "refused")
-    assert f"{name}: biases: gate, up, down of a mixture's experts cannot have any" in str(
-        caught.value
-    )
+    assert (
+        f"{name}: biases: gate, up, down in a mixture's experts cannot have biases; leave them out"
+    ) in str(caught.value)
     assert "\n" not in str(caught.value) and not (tmp_path / "refused").exists()
 
 

@@ -146,7 +146,7 @@ def test_many_epochs_and_what_does_not_fit_are_warned_of():
     told = list(warnings(Plan((Stage("a", "train", (), fits=False, reads=(read,)),), 1)))
     assert told == [
         "a: does not fit; `btx compile` names the cheapest change that helps",
-        "a: reads law.txt 4.5 times; beyond 4, what is read again teaches ever less",
+        "a: reads law.txt 4.5 times; beyond 4, further repetition helps less and less",
     ]
 
 

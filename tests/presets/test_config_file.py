@@ -31,13 +31,13 @@ FILES = [
     ),
     (
         SEED + "    c.init = config_dict.required_placeholder(str)\n    return c\n",
-        "config.init: a required_placeholder without a value; give it one in the file",
+        "config.init: a required_placeholder without a value; set it in the file",
     ),
-    (SEED + "    c.within = c\n    return c\n", "nested too deeply, or within itself"),
-    (SEED + "    c.x = [c]\n    return c\n", "nested too deeply, or within itself"),
+    (SEED + "    c.within = c\n    return c\n", "nested too deeply or contains itself"),
+    (SEED + "    c.x = [c]\n    return c\n", "nested too deeply or contains itself"),
     (
         SEED + "    for _ in range(300):\n        c = ConfigDict({'a': c})\n    return c\n",
-        "nested too deeply, or within itself",
+        "nested too deeply or contains itself",
     ),
     ("raise KeyError\n", "line 1: KeyError"),
     ("x = 1\n", "has no function get_config"),

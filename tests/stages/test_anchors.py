@@ -290,7 +290,7 @@ def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
         (lambda: convert.run(mix, out), "an anchor, beside which the router adds a bias"),
         (recipe, "is a mixture already"),
         (lambda: experts.add(mix, seed, out), "is not a branch with an anchor, as the experts of"),
-        (lambda: experts.add(str(home / "mixture"), a, out), "is a mixture itself"),
+        (lambda: experts.add(str(home / "mixture"), a, out), "is already a mixture"),
         (lambda: experts.drop(mix, 3, out), "no expert 3 in layer 0, which has experts 0 to 2"),
         (lambda: experts.drop(a, 0, out), "cannot drop the only expert"),
         (mixing("a", "seed"), "a different model from experts"),

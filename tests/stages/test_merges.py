@@ -153,17 +153,17 @@ def test_biased_attention_and_a_tied_head(home, tokenizer_file):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"merge": "regmean"}, "text: 0 texts of 2 experts"),
-        ({"merge": "ties"}, "base: missing, and merge='ties' reads it"),
-        ({"merge": "copy"}, "base: missing, and merge='copy' reads it"),
-        ({"base": "seed"}, "base='seed': merge='mean' reads none"),
-        ({"alpha": 0.5}, "alpha=0.5: of merge regmean; leave it out"),
-        ({"tokens": 100}, "tokens: router='ridge' or 'logistic' and merge='regmean' read it"),
+        ({"merge": "regmean"}, "text: 0 texts for 2 experts"),
+        ({"merge": "ties"}, "base: missing, but merge='ties' needs it"),
+        ({"merge": "copy"}, "base: missing, but merge='copy' needs it"),
+        ({"base": "seed"}, "base='seed': not used by merge='mean'"),
+        ({"alpha": 0.5}, "alpha=0.5: only used with merge regmean; remove it or set merge"),
+        ({"tokens": 100}, "tokens: only used with router='ridge' or 'logistic' and merge='regmean'"),
         (
             {"merge": "regmean", "text": ("a", "b"), "copies": 2},
             "merge='regmean': with method='btx'",
         ),
-        ({"merge": "slerp", "experts": ("a", "b", "c")}, "merge='slerp': of 2 models"),
+        ({"merge": "slerp", "experts": ("a", "b", "c")}, "merge='slerp': merges exactly 2 models"),
         (
             {"merge": "ties", "base": "s", "method": "average"},
             "method='average' makes a dense model",
