@@ -408,5 +408,5 @@ def test_an_evaluation_of_models_and_test_sets_of_the_hub(server, tmp_path, monk
     stages.run(config, tmp_path / "run")  # uses the commit with which it began
     monkeypatch.setattr(hub, "_pins", {})
     (tmp_path / "run" / "hub.json").unlink()
-    with pytest.raises(UserError, match=r"models\.m: not what was measured there before"):
+    with pytest.raises(UserError, match=r"models\.m: differs from what was measured there before"):
         stages.run(config, tmp_path / "run")

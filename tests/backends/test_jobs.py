@@ -162,5 +162,5 @@ def test_jobs_of_a_pipeline(monkeypatch, tmp_path):
         " report=ReportConfig('x', {'a': 'b'})), needs)\n    return"
         " to_config_dict(Config('pipeline', pipeline={'a': stage('b'), 'b': stage('a')}))\n"
     )
-    with pytest.raises(ConfigError, match="need each other in a circle"):
+    with pytest.raises(ConfigError, match="depend on each other in a cycle"):
         jobs_of(str(circle), "/w")

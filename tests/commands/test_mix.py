@@ -547,5 +547,7 @@ def test_a_base_of_two_dtypes_must_say_which(tmp_path):
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype("bfloat16")
     save_file(tensors, tmp_path / "a" / "model.safetensors")
-    with pytest.raises(UserError, match="holds bfloat16, float32; choose one for the mixture with `dtype`"):
+    with pytest.raises(
+        UserError, match="holds bfloat16, float32; choose one for the mixture with `dtype`"
+    ):
         mix(tmp_path, base_model=str(tmp_path / "a"), dtype=None)

@@ -225,7 +225,9 @@ def test_a_statistics_file_is_told_from_that_of_other_experts(tmp_path, text):
         experts.add(
             str(tmp_path / "less"), "base", str(tmp_path / "x"), statistics=str(whole / FILE)
         )
-    with pytest.raises(UserError, match="give either --text or --statistics of the new expert's domain, or"):
+    with pytest.raises(
+        UserError, match="give either --text or --statistics of the new expert's domain, or"
+    ):
         experts.add(str(tmp_path / "less"), "b", str(tmp_path / "x"))
     mix(tmp_path, text, "plain", gate_mode="normal", experts=UNTAUGHT)
     with pytest.raises(UserError, match=r"--text: .* has no router_statistics\.safetensors"):

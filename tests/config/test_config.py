@@ -172,7 +172,7 @@ def test_impossible_shapes_fail_before_any_compile():
     with pytest.raises(
         ConfigError,
         match=(
-            r"batch_size=12: its micro-batches of 12 do not divide over the 8 devices.*multiple"
+            r"batch_size=12: its micro-batches of 12 are not divisible by the 8 devices.*multiple"
             r" of 8"
         ),
     ):
@@ -240,14 +240,14 @@ def test_pipeline_order_references_and_circles(tmp_path):
     lonely = dataclasses.replace(config.pipeline["mix"], needs=("seed",))
     with pytest.raises(
         ConfigError,
-        match=r"config\.pipeline\.mix: uses @expert_math, which is not among its needs: seed",
+        match=r"config\.pipeline\.mix: uses @expert_math, which is not listed in its needs \(seed\); add it",
     ):
         resolve("mix", lonely, config, tmp_path)
     circle = {
         "a": dataclasses.replace(lonely, needs=("b",)),
         "b": dataclasses.replace(lonely, needs=("a",)),
     }
-    with pytest.raises(ConfigError, match="a, b need each other in a circle"):
+    with pytest.raises(ConfigError, match="a, b depend on each other in a cycle"):
         in_order(circle)
 
 

@@ -325,7 +325,9 @@ def test_models_as_large_as_the_largest_real_ones_are_possible_and_no_larger():
         ModelConfig(16, 10_000, 8, 1, 1, 1, 2, moe=many)
     with pytest.raises(ConfigError, match="200 runs of equal layers"):
         ModelConfig(320, 200, 32, 64, 2, 2, 16, moe=MoEConfig((4, 0) * 100))
-    with pytest.raises(ConfigError, match=r"lora\.allocation=.*experts in layer 0, but at most 4096"):
+    with pytest.raises(
+        ConfigError, match=r"lora\.allocation=.*experts in layer 0, but at most 4096"
+    ):
         dataclasses.replace(llama, lora=LoRAConfig("triangle:99999999"))
 
 
@@ -351,8 +353,14 @@ def test_a_section_made_directly_checks_itself_too():
                 " as 10:13 for steps 10, 11 and 12",
             ],
         ),
-        ([(("profile", "steps"), "3:5"), (("stage",), "mix")], ["config.profile.steps='3:5': only used by"]),
-        ([(("profile", "steps"), "99:102")], ["config.profile.steps='99:102': the last step is train.steps="]),
+        (
+            [(("profile", "steps"), "3:5"), (("stage",), "mix")],
+            ["config.profile.steps='3:5': only used by"],
+        ),
+        (
+            [(("profile", "steps"), "99:102")],
+            ["config.profile.steps='99:102': the last step is train.steps="],
+        ),
         (
             [(("checkpoint", "best"), "tasks/arc/accuracy")],
             ["config.checkpoint.best: no 'arc' in train.eval_tasks; none"],

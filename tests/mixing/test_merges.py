@@ -122,8 +122,14 @@ def test_every_merge_is_made_with_the_options_that_it_names(name):
         ({"models": "aa"}, "merge='slerp': of 2 models, and the experts' are 1; name that many"),
         ({"t": 1.5}, "t=1.5: must lie in"),
         ({"merge": "mean", "t": 0.2}, "t=0.2: only used with merge slerp; remove it or set merge"),
-        ({"merge": "ties", "scale": 2.0}, "scale=2.0: only used with merge task_arithmetic; remove it or set merge"),
-        ({"density": 0.5}, "density=0.5: only used with merge ties and dare; remove it or set merge"),
+        (
+            {"merge": "ties", "scale": 2.0},
+            "scale=2.0: only used with merge task_arithmetic; remove it or set merge",
+        ),
+        (
+            {"density": 0.5},
+            "density=0.5: only used with merge ties and dare; remove it or set merge",
+        ),
         ({"merge": "slurp"}, "did you mean 'slerp'?"),
     ],
 )

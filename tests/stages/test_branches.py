@@ -264,5 +264,5 @@ def test_what_cannot_be_such_a_branch_is_told(home, tmp_path):
     with pytest.raises(ConfigError, match="branches cannot share random weights"):
         stages.run(scratch, tmp_path / "out")
     checkpoint(home / "mixture", MIXTURE, 2, load_tokenizer(home / "seed" / "tokenizer"))
-    with pytest.raises(ConfigError, match="the model is a mixture already"):
+    with pytest.raises(ConfigError, match="the model is already a mixture"):
         stages.run(training(home, "a", "mixture"), tmp_path / "out")

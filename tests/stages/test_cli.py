@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     line = cli.fails(*cli.seed("nan", "--config.train.learning_rate=1e30", every=1))
     step = int(re.search(r"step (\d+): loss", line)[1])
     assert (
-        f"not finite; the checkpoint of step {step - 1} is good; lower config.train.learning_rate"
+        f"not finite; the checkpoint of step {step - 1} is intact; lower config.train.learning_rate"
         in line
     )
     assert cli.steps_logged("nan") == list(range(1, step + 1)), (
@@ -163,7 +163,7 @@ def test_wrong_commands_are_one_line(cli):
     assert "--config is missing" in cli.fails()
     assert "Unable to open flagfile" in cli.fails("--flagfile=/missing")
     line = cli.fails("--config=configs/math_expert.py:tiny", f"--workdir={cli.home / 'x'}")
-    assert "config.init: not set; name the checkpoint to start from" in line
+    assert "config.init: missing; name the checkpoint to start from" in line
     line = cli.fails(
         "--config=configs/math_expert.py:tiny",
         f"--workdir={cli.home / 'y'}",
@@ -199,7 +199,7 @@ def test_a_failing_branch_leaves_the_others_results(cli):
     assert (
         f"2 of 4 stages did not finish (bad: config.data: {cli.home / 'empty.txt'} gives no" in line
     )
-    assert "; waiting for these: mix)" in line
+    assert "; not started because of these: mix)" in line
     assert (cli.home / "P" / "good" / "done.json").exists()
     before = (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns
     cli.fails(*arguments)

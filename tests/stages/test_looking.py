@@ -475,7 +475,7 @@ def test_the_best_step_is_kept_beside_the_newest_through_kills_and_can_be_named(
     step = iter((8, 10))
     told = run(config, tmp_path / "seed")
     assert steps_in(tmp_path / "seed") == [4, 10]
-    assert f"seed: step 4, the best by heldout, is kept in {tmp_path}/seed/checkpoints/4" in told
+    assert f"seed: step 4, the best by heldout, is saved in {tmp_path}/seed/checkpoints/4" in told
     done = json.loads((tmp_path / "seed" / "done.json").read_text())
     assert done["best"] == {"step": 4, "score": 1.0}
     named = find_checkpoint(tmp_path / "seed" / "checkpoints" / "best")

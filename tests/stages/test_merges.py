@@ -158,7 +158,10 @@ def test_biased_attention_and_a_tied_head(home, tokenizer_file):
         ({"merge": "copy"}, "base: missing, but merge='copy' needs it"),
         ({"base": "seed"}, "base='seed': not used by merge='mean'"),
         ({"alpha": 0.5}, "alpha=0.5: only used with merge regmean; remove it or set merge"),
-        ({"tokens": 100}, "tokens: only used with router='ridge' or 'logistic' and merge='regmean'"),
+        (
+            {"tokens": 100},
+            "tokens: only used with router='ridge' or 'logistic' and merge='regmean'",
+        ),
         (
             {"merge": "regmean", "text": ("a", "b"), "copies": 2},
             "merge='regmean': with method='btx'",
