@@ -141,8 +141,8 @@ MISTAKES = {
     "a path that is not there": ([SEED, LAW, "--domain=x=nowhere/*.txt"], "no file matches"),
     "a weight that is no number": (
         [SEED, LAW, "--domain=x=tales.jsonl:abc"],
-        "--domain x: no file matches 'tales.jsonl:abc'; a weight is one number above 0, as in"
-        " tales.jsonl:2, and 'abc' is none",
+        "--domain x: no file matches 'tales.jsonl:abc'; 'abc' is not a weight; give a number"
+        " above 0, as in tales.jsonl:2",
     ),
     "files with a space between them": (
         [SEED, LAW, "--domain=x=tales.jsonl web.*"],
@@ -154,8 +154,11 @@ MISTAKES = {
         " the shell does not expand them, and separate files by commas; see btx new --help",
     ),
     "a folder": ([SEED, LAW, "--domain=x=folder"], "is a directory; name its files"),
-    "an empty file": ([SEED, LAW, "--domain=x=empty.jsonl"], "gives no document to train on"),
-    "one document": ([SEED, LAW, "--domain=x=one.jsonl"], "'x' has no held-out document: its text"),
+    "an empty file": ([SEED, LAW, "--domain=x=empty.jsonl"], "yields no document to train on"),
+    "one document": (
+        [SEED, LAW, "--domain=x=one.jsonl"],
+        "'x' has no held-out document: its text is a single document",
+    ),
     "a field that is not there": ([SEED, LAW, "--domain=x=tales.jsonl#body"], "body"),
     "one domain alone": ([SEED, LAW], "--domain: fewer than two and no general text"),
     "a name that is taken": (
@@ -214,19 +217,19 @@ def test_uneven_and_short_branches_are_warned_of(here, capsys):
 
 def test_text_that_two_domains_have_in_common_is_warned_of(here, capsys):
     new(SEED, LAW, TALES, "--general=web.jsonl,law.jsonl")
-    told = "law and general have text in common (law.jsonl), which makes their experts alike"
-    [line] = [line for line in capsys.readouterr().err.splitlines() if "in common" in line]
-    assert told in line and line.endswith("leave it to one of them")
+    told = "law and general share text (law.jsonl), so their experts will be similar"
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "share text" in line]
+    assert told in line and line.endswith("keep it in one domain only")
     (here / "my_btx.py").unlink()
     (here / "copy.jsonl").write_bytes((here / "law.jsonl").read_bytes())
     (here / "copied.jsonl").write_bytes((here / "tales.jsonl").read_bytes())
     new(SEED, "--domain=old=law.jsonl,tales.jsonl", "--domain=new=cop*.jsonl", WEB)
-    assert "old and new have text in common (tales.jsonl is copied.jsonl and 1 more)," in (
+    assert "old and new share text (tales.jsonl is copied.jsonl and 1 more)," in (
         capsys.readouterr().err
     )
     (here / "my_btx.py").unlink()
     new(SEED, LAW, TALES, WEB)
-    assert "in common" not in capsys.readouterr().err
+    assert "share text" not in capsys.readouterr().err
 
 
 def test_a_seed_too_large_for_its_text_is_warned_of(here, capsys):

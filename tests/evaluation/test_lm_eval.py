@@ -442,7 +442,9 @@ def test_a_token_without_an_embedding_is_an_error_only_where_a_text_has_it(check
         ("loglikelihood_rolling", ["x [PAD]"]),
         ("generate_until", ["x [PAD]", {"max_gen_toks": 2}]),
     ):
-        with pytest.raises(UserError, match=r"'\[PAD\]' has id 300, and the model only 300 emb"):
+        with pytest.raises(
+            UserError, match=r"'\[PAD\]' has id 300, but the model has only 300 emb"
+        ):
             ask(model, method, [request])
 
 

@@ -87,9 +87,9 @@ def test_epochs_are_told_once_text_is_tokenised(home):
 
 def test_text_in_common_is_warned_of_before_it_is_tokenised(home):
     told = warnings(plan(made(general="*.jsonl"), home / "run", fixed, 1))
-    pairs = [warning.split(" have")[0] for warning in told if "text in common" in warning]
+    pairs = [warning.split(" share")[0] for warning in told if "share text" in warning]
     assert pairs == ["a and general", "b and general"]
-    assert not any("in common" in each for each in warnings(plan(made(), home / "run", fixed, 1)))
+    assert not any("share text" in each for each in warnings(plan(made(), home / "run", fixed, 1)))
 
 
 def test_every_program_is_asked_for_once(home):

@@ -238,7 +238,7 @@ def test_another_anchor_is_refused(home, tmp_path):
     for name in ("stranger", "far"):
         told = (
             rf"experts\[2\]: .*{name}.* was trained with a different anchor from .*;"
-            " branches of one"
+            " only branches of one"
         )
         with pytest.raises(ConfigError, match=told):
             mixed(home, ["a", "b", name], tmp_path / "out")

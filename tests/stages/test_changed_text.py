@@ -61,7 +61,7 @@ def remove(text):
     [
         (edit, "text/a.jsonl has changed"),
         (add, "text/c.jsonl is new"),
-        (remove, "text/b.jsonl is gone"),
+        (remove, "text/b.jsonl is missing"),
     ],
 )
 @pytest.mark.parametrize("only", ["", "later"])

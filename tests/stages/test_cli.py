@@ -125,7 +125,7 @@ def test_own_text_from_a_checkpoint(cli):
 
     good = ",".join(str(folder / name) for name in names[:3])
     _, told = cli.run(*expert("W", good))
-    assert "document longer than 64 tokens: cut into several rows, none lost" in told
+    assert "document longer than 64 tokens: split into several rows, nothing is lost" in told
     assert "parameters, on 1 x cpu\n" in told
     assert cli.digest("W") != cli.digest("seed")
     assert "bits_per_byte" in (cli.home / "W" / "metrics.jsonl").read_text(), (
@@ -136,7 +136,7 @@ def test_own_text_from_a_checkpoint(cli):
     )
     assert text.startswith("the river")
 
-    assert "gives no document to train on: 1 x file without documents" in cli.fails(
+    assert "yields no document to train on: 1 x file without documents" in cli.fails(
         *expert("E1", folder / "empty.txt")
     )
     assert "invalid UTF-8 (first: " in cli.fails(*expert("E2", folder / "latin.txt"))
