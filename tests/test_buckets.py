@@ -393,7 +393,7 @@ def test_metrics_wait_for_a_bucket_that_refuses_them(bucket, bucket_server, capl
     writer.write(1, {"loss": 1.0})
     bucket_server.fault = lambda line: 403
     writer.sync()
-    assert "metrics wait to be uploaded" in caplog.text
+    assert "metrics are waiting to be uploaded" in caplog.text
     bucket_server.fault = lambda line: 0
     writer.close()
     assert read_metrics(bucket) == [{"step": 1, "loss": 1.0}]

@@ -105,7 +105,9 @@ def test_what_lies_here_wins_and_its_neighbours_are_not_looked_for(server, tmp_p
     server.add("org/other", LLAMA)
     shutil.copytree(MIXED / "a", "org/llama")
     assert find_checkpoint("org/llama").path == Path.cwd() / "org/llama"
-    assert "does not exist; if the Hub has it: hf://org/other" in refused("org/other")
+    assert "does not exist; for a repository of the Hub write hf://org/other" in refused(
+        "org/other"
+    )
     assert not server.log
     assert hub_names.origin(find_checkpoint("hf://org/other").path).repo == "org/other"
 

@@ -342,7 +342,7 @@ def _misfits(
         )
     if compute.quantize != "none":
         if find_spec("qwix") is None:
-            yield "config.compute.quantize: needs another package: pip install 'btx_jax[int8]'"
+            yield "config.compute.quantize: needs a package: pip install 'btx_jax[int8]'"
         if model.moe and platform_dispatch(compute.dispatch, platform, expert_axis) == "ragged":
             yield (
                 f"config.compute.quantize={compute.quantize!r}: ragged dispatch does not"

@@ -326,7 +326,7 @@ def test_what_earlier_versions_wrote_without_checksums_is_read(stored, tmp_path)
     for name in new.slots:
         np.testing.assert_array_equal(old.read(name), new.read(name))
     told = {finding.name: finding.told for finding in verify(str(tmp_path))}
-    assert told["step 4, about"] == "no checksum was written"
+    assert told["step 4, about"] == "no checksum"
     assert told["step 4, params"].startswith("no checksums; structure, finite values")
 
 

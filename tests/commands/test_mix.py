@@ -300,7 +300,7 @@ def test_states_are_what_the_model_computes_layer_by_layer():
 def test_router_input_rows_have_the_asked_length_and_choose_their_own_prompts(tmp_path, capsys):
     mixed = mix(tmp_path, gate_mode="router_input", gate_scale=3.0)
     np.testing.assert_allclose(np.linalg.norm(gates(mixed), axis=-1), 3.0, rtol=1e-5)
-    assert "first choice of the prompts' tokens" in capsys.readouterr().out
+    assert "top-1 expert of the prompts' tokens" in capsys.readouterr().out
 
 
 def test_similar_prompts_are_warned_of(tmp_path, capsys):
@@ -376,7 +376,7 @@ def test_a_mixture_has_the_histories_of_all_its_sources(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "frankenMoE: 3 experts of 3 models" in card
     assert "Trained here on 1,300 tokens in all, seed included." in card
-    assert "What was trained elsewhere is unknown: base (" in card and ", c (" in card
+    assert "Training elsewhere is unknown: base (" in card and ", c (" in card
 
     convert.run(str(tmp_path / "out"), str(tmp_path / "ours"))
     convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))

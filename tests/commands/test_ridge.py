@@ -159,7 +159,7 @@ def test_rows_are_those_of_a_twin_in_float64(tmp_path, text, capsys):
     out = mix(tmp_path, text)
     np.testing.assert_allclose(gates(out), twin_rows(tmp_path), atol=2e-4)
     told = capsys.readouterr().out
-    assert "held-out tokens that choose their own expert first" in " ".join(told.split())
+    assert "share of held-out tokens whose top-1 expert is their own" in " ".join(told.split())
     shares = [float(word.rstrip("%")) for word in told.split() if word.endswith("%")]
     assert len(shares) == 9 and np.mean(shares[3:]) > 60, "of 3 layers and 3 experts; chance is 33"
     assert (out / FILE).stat().st_size < 20_000
@@ -340,9 +340,9 @@ def test_statistics_of_other_weights_are_refused(tmp_path, text):
     less = mix(tmp_path, text, "less", names="ac")
     partly = mix(tmp_path, text, "partly", layers=[0, 2], output_format="btx_jax")
     for place, told in (
-        (other, "other weights beside the experts"),
+        (other, "different weights outside the experts"),
         (less, "is for 2 experts, but .* has 3"),
-        (partly, "mixtures in other layers"),
+        (partly, "mixtures in different layers"),
     ):
         shutil.copytree(out, tmp_path / "mixed")
         shutil.copy(place / FILE, tmp_path / "mixed" / FILE)
@@ -356,7 +356,7 @@ def test_statistics_of_other_weights_are_refused(tmp_path, text):
                 make()
         shutil.rmtree(tmp_path / "mixed")
     rewritten(out / FILE, tokenizer="f" * 64)
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="a different tokenizer"):
         experts.drop(str(out), 0, str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 

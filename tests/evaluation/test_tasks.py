@@ -215,7 +215,7 @@ def test_test_sets_with_faults_are_refused(tmp_path):
         tasks.check_items([items[0] | {"gold": "A"}], CHOICE, "k")
     with pytest.raises(UserError, match="has no field 'gold'; it has choices, q"):
         tasks.check_items([{"q": "x", "choices": []}], CHOICE, "k")
-    with pytest.raises(UserError, match="holds no item"):
+    with pytest.raises(UserError, match="contains no items"):
         tasks.check_items([], CHOICE, "k")
     file.write_text('{"q": 1}\n{"q":')
     with pytest.raises(UserError, match=r"k.file: .*line 2"):

@@ -244,10 +244,12 @@ def test_the_base_is_found_where_it_was_moved_to_and_another_is_refused(home, ma
         assert same(params(home / "a"), params(home / "a"))
         assert all(finding.good for finding in verify(str(home / "a")))
         shutil.rmtree(home / "seed")
-        with pytest.raises(UserError, match=r"its base .*seed/checkpoints/0 is gone; put it back"):
+        with pytest.raises(
+            UserError, match=r"its base .*seed/checkpoints/0 is missing; restore it"
+        ):
             load_params(find_checkpoint(home / "a"))
         checkpoint(home / "seed", DENSE, 2, load_tokenizer(made / "away" / "tokenizer"))
-        told = "was trained on a base with digest .* other weights; put the right base there"
+        told = "was trained on a base with digest .* the weights differ; restore the original base"
         with pytest.raises(UserError, match=told):
             load_params(find_checkpoint(home / "a"))
         with pytest.raises(UserError, match=told):

@@ -192,7 +192,7 @@ def test_a_full_disk_in_training_is_one_line_that_says_what_is_good(cli):
     assert limited.returncode == 2
     told = [line for line in limited.stderr.splitlines() if "File too large" in line]
     assert len(told) == 1, limited.stderr[-3000:]
-    assert told[0].endswith("File too large; no step was saved there yet")
+    assert told[0].endswith("File too large; no step has been saved there yet")
     assert "Traceback" not in limited.stderr
     assert not list((cli.home / "run").glob("checkpoints/*"))
 

@@ -151,7 +151,9 @@ def test_a_resumed_run_refuses_moments_of_other_leaves_and_another_base(base, tm
     whole = init_params(metadata.model, jax.random.key(0))
     checkpoints = Checkpoints(tmp_path / "run", CheckpointConfig())
     abstract = jax.eval_shape(make_optimizer(config.train).init, whole)
-    with pytest.raises(UserError, match=r"this run trains, unstored, .*embedding"):
+    with pytest.raises(
+        UserError, match=r"this run trains parameters without stored optimizer state: .*embedding"
+    ):
         checkpoints.restore(2, stored(whole, metadata), abstract)
     checkpoints.close()
     (tmp_path / "run" / "done.json").unlink()

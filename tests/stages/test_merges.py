@@ -122,7 +122,7 @@ def test_routers_and_what_experts_share_are_solved_together(home):
 def test_fitted_routers_find_their_domains(home, caplog, merge):
     caplog.set_level("INFO")
     stages.run(config(home, ("a", "b"), tokens=1600, router="logistic", merge=merge), home / "mix")
-    told = [line for line in caplog.messages if "held-out tokens that choose" in line]
+    told = [line for line in caplog.messages if "share of held-out tokens routed to" in line]
     assert len(told) == MODEL.layers
     shares = [float(part.rstrip("%")) for part in told[-1].split(": ")[-1].split(", ")]
     assert min(shares) > 80, "words of the two texts are others"

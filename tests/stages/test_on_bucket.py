@@ -170,7 +170,7 @@ def test_rights_that_are_taken_away_in_the_middle_are_one_line_and_lose_nothing(
     )
     told = bucket.cli.fails(*bucket.seed("run", "--config.checkpoint.every=3"))
     assert "cannot save to" in told or "refuses" in told
-    assert "step 3 there is good" in told
+    assert "step 3 there is intact" in told
     bucket_server.fault = lambda line: 0
     bucket.cli.run(*bucket.seed("run", "--config.checkpoint.every=3"))
     disk.cli.run(*disk.seed("run", "--config.checkpoint.every=3"))

@@ -62,7 +62,7 @@ def test_a_report_is_made_from_what_stages_left_behind(tmp_path, capsys):
     assert "<td>seed</td><td>20.0</td><td>75.0</td>" in page
     assert "0.000 (0), 0.800 (8)" in page and "step 5 of seed (1.250)" in page
     said = capsys.readouterr().out
-    assert "expert_math" in said and "where the time went" in said
+    assert "expert_math" in said and "use of time" in said
     assert (tmp_path / "out" / "done.json").exists()
 
 

@@ -68,7 +68,7 @@ def test_routers_follow_from_the_statistics_beside_the_run(home, caplog):
     for layer, rows in enumerate(routers(home / "mix")):
         np.testing.assert_allclose(rows, solve(Moments(*found.read(layer)), RIDGE), atol=1e-6)
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 2, rtol=1e-6)
-    told = [line for line in caplog.messages if "held-out tokens that choose" in line]
+    told = [line for line in caplog.messages if "share of held-out tokens routed to" in line]
     assert len(told) == MODEL.layers and "nan" not in told[0]
 
 
@@ -136,7 +136,7 @@ def test_statistics_of_a_mixture_that_was_changed_are_refused(home):
     convert.run(str(home / "mix"), str(home / "export"), "bfloat16")
     text = home / "seed.jsonl"
     shutil.copy(home / "mix" / FILE, home / "export" / FILE)
-    with pytest.raises(UserError, match="other weights beside the experts"):
+    with pytest.raises(UserError, match="different weights outside the experts"):
         experts.add(str(home / "export"), str(home / "seed"), str(home / "x"), text=str(text))
     assert not (home / "x").exists()
 
