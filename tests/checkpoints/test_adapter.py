@@ -490,7 +490,9 @@ def test_mixed_branches_keep_their_experts_and_gates_their_experts():
     fresh = mix_lora([branch(True), branch(False)], 0.02, rng)["layers.0.q.router"]
     assert fresh.shape == (2, 4)
     assert np.abs(fresh).max() < 0.2
-    with pytest.raises(ValueError, match=r"branch 1 adapts other maps than branch 0: layers\.1\.q"):
+    with pytest.raises(
+        ValueError, match=r"branch 1 adapts different maps from branch 0: layers\.1\.q"
+    ):
         mix_lora(
             [branch(False), branch(False) | {"layers.1.q.a": rng.normal(size=(1, 2, 4))}], 0.02, rng
         )

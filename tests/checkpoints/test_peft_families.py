@@ -208,7 +208,11 @@ def test_settings_go_by_the_familys_own_names(tmp_path, name, change):
             "exclude modules that the file has .*qkv",
         ),
         ("phi3", {"exclude_modules": ["qkv_proj"]}, r"leave out .*layers.0.self_attn.qkv_proj"),
-        ("phi3", {"layers_to_transform": [1], "target_modules": ["o_proj"]}, "leave out what"),
+        (
+            "phi3",
+            {"layers_to_transform": [1], "target_modules": ["o_proj"]},
+            "exclude modules that",
+        ),
         ("phi3", {"target_modules": None}, "names no target_modules.*no default for phi3: name"),
         ("phi3", {"rank_pattern": {"qkv_proj": 3}}, "qkv_proj has rank 4, but r and rank_pattern"),
         ("qwen2", {"target_modules": "all-linear"}, "file lacks: model.layers.0.self_attn.k_proj"),

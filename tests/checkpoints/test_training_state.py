@@ -151,7 +151,8 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
     ):
         find_checkpoint("$NOT_SET/seed", "config.init")
     with pytest.raises(
-        UserError, match=r"config\.init='ftp://b/seed': neither a path nor gs:// or s3://"
+        UserError,
+        match=r"config\.init='ftp://b/seed': not a path, gs:// or s3://; check the spelling",
     ):
         find_checkpoint("ftp://b/seed", "config.init")
     with pytest.raises(

@@ -104,7 +104,7 @@ def test_presets_are_listed_with_a_line_each(capsys, words):
         ),
         (["run", "math"], "did you mean 'math_expert'?"),
         (["run", "seed:huge"], "CONFIG: seed: huge: no such size; known: llama2_7b, "),
-        (["run", "demo:x"], "CONFIG: demo: argument of get_config: takes none"),
+        (["run", "demo:x"], "CONFIG: demo: argument of get_config: takes no argument"),
         (["run", "my.py"], "CONFIG: no file my.py"),
         (["run", "demo", "--only"], "Option '--only' requires an argument; see btx run --help"),
         (["run", "demo", "--workdri=x"], "No such option '--workdri'. Did you mean '--workdir'?"),

@@ -367,8 +367,8 @@ def test_text_that_is_none_is_told_before_anything_is_done(tmp_path, text, monke
     (tmp_path / "short.jsonl").write_text('{"body": "two"}\n')
     for name, told in (
         ("nowhere", "experts.1..text: no file matches"),
-        ("empty", "experts.1..text: .* gives no text: 1 x file without documents"),
-        ("short", "experts.1..text: . tokens in all; give at least 16"),
+        ("empty", "experts.1..text: .* yields no text: 1 x file without documents"),
+        ("short", "experts.1..text: . tokens in total; give at least 16"),
     ):
         named = [{"source_model": n, "text": text(name if n == "b" else n)} for n in "abc"]
         with pytest.raises(UserError, match=told):
@@ -387,18 +387,18 @@ def test_text_that_is_none_is_told_before_anything_is_done(tmp_path, text, monke
         ),
         (
             {"gate_mode": "normal", "experts": UNTAUGHT, "ridge": {"penalty": 1}},
-            "ridge: of gate_mode ridge",
+            "ridge: only used with gate_mode ridge",
         ),
-        ({"method": "blend"}, "experts of method 'blend' belong to no source"),
+        ({"method": "blend"}, "experts of method 'blend' come from no single source"),
         ({"ridge": {"penalty": -1}}, "ridge.penalty=-1"),
         ({"ridge": {"penalties": 1}}, "penalties"),
         (
             {"shared_experts": [{"source_model": "c", "text": "x"}]},
-            "shared_experts.0..text: merge='regmean' alone reads it",
+            "shared_experts.0..text: only used with merge='regmean'",
         ),
         (
             {"experts": [{"source_model": "a", "text": "x", "negative_prompts": ["y"]}]},
-            "negative_prompts: gate_mode='ridge' reads none",
+            "negative_prompts: not used by gate_mode='ridge'",
         ),
     ],
 )
@@ -418,7 +418,9 @@ def test_a_singular_layer_is_named(tmp_path, text):
         {"source_model": name, "positive_prompts": [letter * 40]}
         for name, letter in (("a", "e"), ("b", "f"))
     ]
-    with pytest.raises(UserError, match=r"the router of layer 0: what it sees of .* raise that"):
+    with pytest.raises(
+        UserError, match=r"the router of layer 0: .* tokens do not determine its rows .* raise it"
+    ):
         mix(tmp_path, text, ridge={"penalty": 0}, experts=named)
     assert not (tmp_path / "out").exists()
 

@@ -183,7 +183,7 @@ def test_layer_norms_are_folded_when_a_mixture_becomes_hugging_faces(
     convert.run(str(ours), str(tmp_path / "exported"))
     assert "LayerNorms" not in caplog.text
     made = write_mixture(sources, tmp_path / "made", **settings)
-    assert "has no LayerNorms: they are folded into the weights" in caplog.text
+    assert "has no LayerNorms, so they are folded into the weights" in caplog.text
     tokens = goldens.expected(name)["tokens"]
     model, params = load(ours)
     assert model.norm == "layer"
@@ -318,7 +318,7 @@ def test_equal_windows_are_kept_and_unequal_ones_cut_the_context(tmp_path, caplo
         made = write_mixture(list(sources), tmp_path / name)
         model = find_checkpoint(made).metadata.model
         assert (model.context, model.window) == wanted, name
-        assert f"the context is {wanted[0]}, that of" in caplog.text
+        assert f"the context is {wanted[0]}, from" in caplog.text
         mistakes = Mistakes()
         config = Config("mix", mix=MixConfig(sources), mesh=MeshConfig())
         planned = mix_stage.check(config, {}, mistakes)

@@ -117,7 +117,10 @@ def test_every_merge_is_made_with_the_options_that_it_names(name):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"base": "copy"}, "merge='slerp': says how to average, so it needs base: average"),
+        (
+            {"base": "copy"},
+            "merge='slerp': only used with base: average; set that, or leave merge out",
+        ),
         ({"models": "abc"}, "merge='slerp': of 2 models, and the experts' are 3; name that many"),
         ({"models": "aa"}, "merge='slerp': of 2 models, and the experts' are 1; name that many"),
         ({"t": 1.5}, "t=1.5: must lie in"),

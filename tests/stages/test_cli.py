@@ -56,7 +56,7 @@ def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
     assert saved == [cli.steps_logged("run")[-1]], "the checkpoint is not that of the last step"
     assert f"saved step {saved[0]}" in error
     line = cli.fails(*cli.seed("run", "--config.train.learning_rate=0.5", steps=2000, every=1900))
-    assert "another config: train.learning_rate: 0.003 -> 0.5" in line
+    assert "a different config: train.learning_rate: 0.003 -> 0.5" in line
     assert "choose another --workdir" in line
     with cli.text.open("a") as file:
         file.write("One more line.\n")
@@ -197,7 +197,8 @@ def test_a_failing_branch_leaves_the_others_results(cli):
     arguments = (f"--config={small}", f"--workdir={cli.home / 'P'}")
     line = cli.fails(*arguments)
     assert (
-        f"2 of 4 stages did not finish (bad: config.data: {cli.home / 'empty.txt'} gives no" in line
+        f"2 of 4 stages did not finish (bad: config.data: {cli.home / 'empty.txt'} yields no"
+        in line
     )
     assert "; not started because of these: mix)" in line
     assert (cli.home / "P" / "good" / "done.json").exists()

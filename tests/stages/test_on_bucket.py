@@ -96,7 +96,7 @@ def test_two_runs_do_not_share_a_directory_of_a_bucket(homes):
     first = bucket.cli.start(*run)
     try:
         wait(lambda: (bucket.home / "run" / "config.json").exists(), first)
-        assert "another process is running there" in bucket.cli.fails(*run)
+        assert "another process is using it" in bucket.cli.fails(*run)
         assert first.poll() is None
     finally:
         first.send_signal(signal.SIGKILL)

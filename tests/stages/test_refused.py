@@ -116,7 +116,7 @@ def test_a_directory_that_was_there_is_as_it_was(home):
     (workdir / "config.json").write_text(json.dumps(to_dict(training(home))))
     assert "fsdp=3" in refused(home, training(home, mesh__fsdp=3), "mine")
     told = refused(home, training(home, train__learning_rate=0.5, mesh__fsdp=3), "mine")
-    assert "another config: train.learning_rate" in told
+    assert "a different config: train.learning_rate" in told
 
 
 def test_all_that_is_wrong_with_a_run_is_told_at_once(home):
