@@ -204,8 +204,10 @@ def test_why_nothing_is_held_out_names_the_cure_that_helps(tmp_path, tokenizer):
         c = config(tmp_path, many, heldout_fraction=fraction)
         (domain,) = prepare(c.train, c, tokenizer, "k")
         told = none_heldout(domain)
-        assert f"heldout_fraction={fraction:g} holds out none of its 12; from " in told
-        cure = float(told.partition("from ")[2].split()[0])
+        assert (
+            f"heldout_fraction={fraction:g} holds out none of its 12; set it to at least " in told
+        )
+        cure = float(told.partition("at least ")[2].split(",")[0])
         c = config(tmp_path, many, heldout_fraction=cure)
         (domain,) = prepare(c.train, c, tokenizer, "k")
         assert domain.sources[0].manifest["splits"]["heldout"]["documents"] == 1
