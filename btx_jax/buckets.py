@@ -61,7 +61,7 @@ def at(url: str, key: str) -> Path:
     bucket or is not normalised, and when its library is not installed."""
     match = _URL.match(url)
     if match is None or match["scheme"] not in LIBRARIES:
-        raise UserError(f"{key}={url!r}: neither a path nor gs:// or s3://")
+        raise UserError(f"{key}={url!r}: not a path, gs:// or s3://; check the spelling")
     names = [match["bucket"], *match["path"].rstrip("/").split("/")]
     if not names[0] or any(name in (".", "..") for name in names) or "" in names[1:-1]:
         raise UserError(f"{key}={url!r}: write {match['scheme']}://BUCKET/PATH, without . or ..")
@@ -100,7 +100,7 @@ def require(path: Path, key: str) -> None:
     try:
         _files(path).ls(where["bucket"], detail=False, **few)
     except FileNotFoundError as error:
-        raise UserError(f"{key}: no bucket {bucket}, or none that you may see") from error
+        raise UserError(f"{key}: bucket {bucket} does not exist or is not accessible") from error
     except Exception as error:
         raise UserError(f"{key}: {told(error) or error}") from error
     _required.add(bucket)
@@ -129,7 +129,7 @@ def told(error: BaseException) -> str:
         return f"the bucket cannot be reached: {status or ''} {text}".replace("  ", " ")
     refusals = ("Forbidden", "Invalid Credentials")
     if isinstance(error, OSError) and (text.startswith(refusals) or "/storage/v1/b/" in text):
-        return f"the bucket refuses: {text}"
+        return f"the bucket refused: {text}"
     return ""
 
 
@@ -200,8 +200,8 @@ def require_whole(directory: Path, key: str) -> None:
 
 def _not_whole(directory: Path, key: str) -> UserError:
     return UserError(
-        f"{key}: {directory} is incomplete: a command is filling it, or was killed; run that"
-        " command again, or delete the directory"
+        f"{key}: {directory} is incomplete: another command is still writing it, or was killed;"
+        " run that command again, or delete the directory"
     )
 
 
@@ -251,7 +251,7 @@ def local_copy(directory: Path, is_wanted: Callable[[str], bool] = lambda name: 
         raise _not_whole(directory, "cannot read it")
     wanted = [stamp for stamp in found if is_wanted(stamp[0])]
     if not wanted:
-        raise FileNotFoundError(f"{directory} holds nothing")
+        raise FileNotFoundError(f"{directory} is empty")
     identity = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
     place = cache() / str(directory).replace("://", "/") / f"@{identity}"
     if place.exists():

@@ -89,7 +89,7 @@ def _is_dead(directory: Path, claim: _Claim) -> bool:
     if (ended := _has_ended(claim.process)) is not None:
         return ended
     log.warning(
-        "%s is claimed by a process of %s; whether it is alive will be known within %.0f s",
+        "%s is claimed by a process on %s; checking for up to %.0f s whether it is alive",
         directory,
         claim.process.get("host"),
         LAPSED,
@@ -111,7 +111,7 @@ def claimed(directory: Path) -> Iterator[None]:
     process holds it."""
     before = _highest(directory)
     if before is not None and not _is_dead(directory, before):
-        raise BlockingIOError(f"{directory} is held by a process of {before.process.get('host')}")
+        raise BlockingIOError(f"{directory} is held by a process on {before.process.get('host')}")
     number = before.number + 1 if before else 1
     claim = _Claim(number, _this_process(), secrets.token_hex(8), 0)
     if not buckets.create(_file(directory, number), _told(claim)):
@@ -143,8 +143,8 @@ def _renew(directory: Path, claim: _Claim, ended: threading.Event) -> None:
             continue
         if not ended.is_set():
             log.error(
-                "%s: another process has taken this directory, as nothing was heard of this one for"
-                " %.0f s; this one ends, and what it has saved is kept",
+                "%s: another process has taken this directory, as this one did not renew its"
+                " claim for %.0f s; exiting, saved checkpoints are kept",
                 directory,
                 LAPSED,
             )

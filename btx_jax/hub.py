@@ -55,7 +55,7 @@ def resolve(name: str, key: str, kind: str = MODEL) -> Path:
     if found is None:
         return to_path(name, key)
     if found.type != "model":
-        raise UserError(f"{key}: {name} is a data set; name a model, as org/name")
+        raise UserError(f"{key}: {name} is a data set; name a model instead, org/name")
     if kind == TOKENIZER:
         return _download(found, key, TOKENIZER_FILES)
     folder = _download(found, key, _MODEL_FILES)
@@ -170,9 +170,9 @@ def _weights(name: Name, key: str, folder: Path) -> list[str]:
         raise UserError(f"{key}: {name} holds no safetensors; name a repository that does")
     raise UserError(
         f"{key}: {name} holds no safetensors, only {', '.join(others[:3])}, and nothing else is"
-        " read: pickles can run any code; take a revision with safetensors, such as refs/pr/NUMBER,"
-        " ask for one at https://huggingface.co/spaces/safetensors/convert, or save it where you"
-        " trust it (transformers: model.save_pretrained(DIR)) and name DIR"
+        " loaded, as pickles can run arbitrary code; take a revision with safetensors, such as"
+        " refs/pr/NUMBER, ask for one at https://huggingface.co/spaces/safetensors/convert, or"
+        " save it where you trust it (transformers: model.save_pretrained(DIR)) and name DIR"
     )
 
 
@@ -203,7 +203,7 @@ def _folders(files: set[str]) -> str:
     }
     if not parents:
         return "name a repository of safetensors that transformers loads"
-    return f"name one of its folders after it: {', '.join(sorted(parents)[:8])}"
+    return f"append one of its folders: {', '.join(sorted(parents)[:8])}"
 
 
 @functools.cache

@@ -54,11 +54,13 @@ def _why(error: BaseException, name: Name) -> str:
         return f"{repo} has no revision {name.revision or 'main'!r}{_revisions(name)}"
     if find(errors.OfflineModeIsEnabled):
         return (
-            f"{repo} does not exist here and is not, or not all of it, in {cache};"
-            " HF_HUB_OFFLINE is set: unset it, or run once where there is a network"
+            f"{repo} does not exist here and is not (completely) in {cache}, but HF_HUB_OFFLINE"
+            " is set; unset it, or run once with network access"
         )
     if (found := find(OSError)) and found.errno in _FULL:
-        return f"no space left in {cache} for {repo}: free some, or set HF_HOME to a larger disk"
+        return (
+            f"no space left in {cache} for {repo}: free some space, or set HF_HOME to a larger disk"
+        )
     if found := find(errors.HfHubHTTPError):
         return _answer(found, repo)
     if found := find(errors.HTTPError):
@@ -70,7 +72,7 @@ def _why(error: BaseException, name: Name) -> str:
     return f"{repo} cannot be loaded: {one_line(error)}"
 
 
-_AGAIN = "run the same command again, complete files are kept"
+_AGAIN = "run the same command again; complete files are kept"
 
 
 def _transport(error: BaseException, repo: str) -> str:
@@ -82,7 +84,7 @@ def _transport(error: BaseException, repo: str) -> str:
             f"{repo} does not exist here, and there is no connection to {constants.ENDPOINT}"
             f" ({said}): check the network, its proxies and HF_ENDPOINT, or name a directory"
         )
-    return f"the download of {repo} was cut, and again when it was tried again ({said}): {_AGAIN}"
+    return f"the download of {repo} was interrupted repeatedly ({said}): {_AGAIN}"
 
 
 def _answer(error: Any, repo: str) -> str:
@@ -92,14 +94,14 @@ def _answer(error: Any, repo: str) -> str:
     said = one_line(error.server_message or re.sub(r"\(Request ID.*?\)", "", str(error)))
     if status == 401:
         return (
-            f"{constants.ENDPOINT} rejects your token ({said}): make another one at"
+            f"{constants.ENDPOINT} rejected your token ({said}): create a new one at"
             f" {constants.ENDPOINT}/settings/tokens, then: {_LOGIN}"
         )
     if status == 403:
-        return f"your token may not do that with {repo} ({said}); use one with the right to"
+        return f"your token lacks permission for {repo} ({said}); use one that has it"
     if status == 429 or status >= 500:
-        return f"{constants.ENDPOINT} answers {status} for {repo} ({said}); try again later"
-    return f"{constants.ENDPOINT} answers {status} for {repo}: {said}"
+        return f"{constants.ENDPOINT} returned {status} for {repo} ({said}); try again later"
+    return f"{constants.ENDPOINT} returned {status} for {repo}: {said}"
 
 
 def _not_found(name: Name) -> str:
@@ -129,7 +131,7 @@ def _revisions(name: Name) -> str:
     try:
         refs = HfApi().list_repo_refs(name.repo, repo_type=name.type)
     except Exception:  # only a suggestion
-        return "; look for those it has on its page"
+        return "; its page lists them"
     known = [ref.name for ref in (*refs.branches, *refs.tags)]
     near = difflib.get_close_matches(name.revision, known, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else ";"

@@ -44,7 +44,7 @@ def named(text: str, key: str) -> Name | None:
             return None
         if os.path.isdir(text.partition("/")[0]):
             return None
-    environment.require("hub", f"{key}: {text} (no path here, so a name of the Hub)")
+    environment.require("hub", f"{key}: {text} (not a local path, so taken as a name on the Hub)")
     from huggingface_hub.utils import parse_hf_uri
 
     body = text.removeprefix(PROTOCOL)

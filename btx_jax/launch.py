@@ -41,31 +41,32 @@ try:
 except flags.Error as error:  # from a --flagfile, which is read here
     fail(error)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run keeps everything it writes. Default: runs/NAME-OF-CONFIG."
+    "workdir", None, "Directory for everything the run writes. Default: runs/NAME-OF-CONFIG."
 )
 _TOPOLOGY = flags.DEFINE_string(
     "compile_topology",
     None,
-    "Compile the step for TPUs such as v5p:2x2x4, print what it takes, and stop.",
+    "Compile the step for TPUs such as v5p:2x2x4, print its memory and time, and exit.",
 )
 _SLICES = flags.DEFINE_integer(
-    "num_slices", 1, "With --compile_topology: this many slices of it.", lower_bound=1
+    "num_slices", 1, "With --compile_topology: number of slices.", lower_bound=1
 )
 _ONLY = flags.DEFINE_string(
     "only",
     "",
-    "Of a pipeline: run this stage alone, in WORKDIR/ONLY. What it needs must have finished.",
+    "Run only this stage of a pipeline, in WORKDIR/ONLY. The stages that it needs must have"
+    " finished.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     "",
-    "HOST:PORT of process 0. Default: JAX_COORDINATOR_ADDRESS, else what JAX detects.",
+    "HOST:PORT of process 0. Default: JAX_COORDINATOR_ADDRESS, else as JAX detects.",
 )
 _PROCESSES = flags.DEFINE_integer(
-    "num_processes", 0, "With --coordinator: how many processes. Default: JAX_NUM_PROCESSES."
+    "num_processes", 0, "With --coordinator: number of processes. Default: JAX_NUM_PROCESSES."
 )
 _PROCESS = flags.DEFINE_integer(
-    "process_id", -1, "With --coordinator: which one this is, from 0. Default: JAX_PROCESS_ID."
+    "process_id", -1, "With --coordinator: index of this process, from 0. Default: JAX_PROCESS_ID."
 )
 
 

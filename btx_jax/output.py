@@ -166,8 +166,8 @@ def require_renames(directory: Path, key: str) -> None:
             before.rename(after)
         except OSError as error:
             raise UserError(
-                f"{key}: {directory} does not let directories be renamed ({error.strerror}); mount"
-                " a bucket with a hierarchical namespace, or name it gs://BUCKET/PATH"
+                f"{key}: {directory} does not support renaming directories ({error.strerror});"
+                " mount a bucket with a hierarchical namespace, or name it as gs://BUCKET/PATH"
             ) from error
 
 

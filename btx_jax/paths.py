@@ -18,8 +18,8 @@ def to_path(path: str, key: str) -> Path:
         return Path(expanded)
     if misread := re.search(r"[][*?#%]", expanded):
         raise UserError(
-            f"{key}={path!r}: libraries for buckets read {misread[0]!r} as more than a character;"
-            " choose a name without it"
+            f"{key}={path!r}: {misread[0]!r} has a special meaning in bucket libraries; choose"
+            " a name without it"
         )
     return buckets.at(expanded, key)
 
@@ -56,5 +56,5 @@ def refuse_links_out(directory: Path) -> None:
             )
             if not target.is_relative_to(root) and not blob:
                 raise UserError(
-                    f"{path}: a link to {target}, outside the directory; put a copy in its place"
+                    f"{path}: a link to {target}, outside the directory; replace it with a copy"
                 )

@@ -70,8 +70,8 @@ def held(workdir: Path) -> Iterator[None]:
     there. A block that fails leaves no new empty directory."""
     if str(workdir).startswith("s3://"):
         raise UserError(
-            f"--workdir={str(workdir)!r}: Orbax finishes a checkpoint by a rename there, which S3"
-            " lacks; keep runs on a disk or on gs://"
+            f"--workdir={str(workdir)!r}: not supported on S3, as Orbax completes a checkpoint"
+            " by renaming, which S3 lacks; use a disk or gs://"
         )
     buckets.require(workdir, "--workdir")
     buckets.require_whole(workdir, "--workdir")
@@ -88,8 +88,7 @@ def held(workdir: Path) -> Iterator[None]:
             taken.enter_context(locked(workdir))
         except BlockingIOError:
             raise UserError(
-                f"{workdir}: another process is running there; wait for it or choose another"
-                " directory"
+                f"{workdir}: another process is using it; wait for it or choose another directory"
             ) from None
         except Exception as error:
             if refused := buckets.told(error):
@@ -195,8 +194,8 @@ def done_of(workdir: Path, config: Config) -> dict[str, Any] | None:
             if changed and _holds_results(workdir):
                 told = "; ".join(map(str, _changed_fields(old, new) or changed))
                 raise UserError(
-                    f"{workdir} belongs to a run with another config: {told}; choose another"
-                    " --workdir or undo the change"
+                    f"{workdir} belongs to a run with a different config: {told}; choose"
+                    " another --workdir or undo the change"
                 )
         return recorded_results(workdir)
     except OSError as error:

@@ -62,5 +62,7 @@ def test_other_links_out_are_refused(tmp_path, target, name):
     (source / "deeper").mkdir(parents=True)
     (tmp_path / "models--x" / "blobs").mkdir(parents=True)
     (source / name).symlink_to(target if target[0] == "/" else f"{source}/{target}")
-    with pytest.raises(UserError, match=f"{name}: a link to .*, outside the directory; put a copy"):
+    with pytest.raises(
+        UserError, match=f"{name}: a link to .*, outside the directory; replace it with a copy"
+    ):
         refuse_links_out(source)

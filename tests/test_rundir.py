@@ -39,7 +39,7 @@ def test_a_directory_is_a_configs_own_once_it_holds_more_than_that(tmp_path, res
     claim(tmp_path, other)
     with pytest.raises(
         UserError,
-        match="another config: rng_seed: 1 -> 0; choose another --workdir or undo the change",
+        match="a different config: rng_seed: 1 -> 0; choose another --workdir or undo the change",
     ):
         claim(tmp_path, config)
     less = dataclasses.replace(other, compute=dataclasses.replace(other.compute, remat="attention"))
@@ -67,7 +67,7 @@ def test_what_a_config_leaves_open_is_no_other_config_once_it_is_decided(tmp_pat
         {"compute": dataclasses.replace(config.compute, dispatch="einsum")},
         {"train": dataclasses.replace(config.train, learning_rate=1.0)},
     ):
-        with pytest.raises(UserError, match="another config"):
+        with pytest.raises(UserError, match="a different config"):
             done_of(tmp_path, dataclasses.replace(open_, **change))
 
 
@@ -84,13 +84,13 @@ def test_a_pipeline_s_runs_may_go_on_on_another_mesh(tmp_path):
 
 
 def test_a_directory_is_one_process_s_at_a_time(tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match="another process is running there"):
+    with locked(tmp_path), pytest.raises(UserError, match="another process is using it"):
         stages.run(expert("math", "tiny"), tmp_path)
 
 
 def test_a_directory_is_held_by_a_block_that_leaves_nothing_behind_when_it_fails(tmp_path):
     place = tmp_path / "runs" / "mine"
-    with pytest.raises(UserError, match="another process is running"), held(place), held(place):
+    with pytest.raises(UserError, match="another process is using it"), held(place), held(place):
         pass
     assert not (tmp_path / "runs").exists()
 
@@ -102,7 +102,7 @@ def test_where_directories_cannot_be_renamed_no_run_begins(tmp_path, monkeypatch
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(Path, "rename", rename)
-    told = r"--workdir: .* does not let directories be renamed \(Operation not supported\); mount"
+    told = r"--workdir: .* does not support renaming directories \(Operation not supported\); mount"
     with pytest.raises(UserError, match=told):
         claim(tmp_path, expert("math", "tiny"))
     assert not list(tmp_path.iterdir())
@@ -123,5 +123,5 @@ def test_a_run_on_s3_is_refused():
         def __str__(self):
             return "s3://bucket/run"
 
-    with pytest.raises(UserError, match="keep runs on a disk or on gs://"), held(OnS3()):
+    with pytest.raises(UserError, match="use a disk or gs://"), held(OnS3()):
         pass

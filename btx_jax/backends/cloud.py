@@ -30,8 +30,8 @@ class Place:
     def __post_init__(self):
         if not self.bucket.startswith("gs://"):
             raise UserError(
-                f"--bucket={self.bucket!r}: must be gs://NAME, where checkpoints and"
-                " finished-markers live"
+                f"--bucket={self.bucket!r}: must be gs://NAME; checkpoints and completion"
+                " markers are stored there"
             )
 
     def path(self, *names: str) -> str:
@@ -52,8 +52,8 @@ def ask(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess:
         return subprocess.run(command, input=text, text=True, capture_output=True)
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]}: not installed; docs/on-tpus.md says how to get it, --dry-run needs"
-            " nothing"
+            f"{command[0]}: not installed; install it as in docs/on-tpus.md, or use --dry-run,"
+            " which needs nothing"
         ) from None
 
 

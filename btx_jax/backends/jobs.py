@@ -58,7 +58,7 @@ def load_pipeline(file: str, overrides: Sequence[str] = ()) -> Config:
     config = read_config(file, overrides, "--pipeline")
     if config.pipeline is None:
         raise ConfigError(
-            f"--pipeline={file}: its stage is {config.stage!r}, not a pipeline; run it with btx run"
+            f"--pipeline={file}: its stage is {config.stage!r}, not 'pipeline'; run it with btx run"
         )
     return config
 
@@ -95,7 +95,7 @@ def jobs_of(
         )
     except graphlib.CycleError as error:
         raise ConfigError(
-            f"--pipeline={file}: stages need each other in a circle: {', '.join(error.args[1])}"
+            f"--pipeline={file}: stages depend on each other in a cycle: {', '.join(error.args[1])}"
         ) from None
     return [
         Job(
@@ -156,7 +156,9 @@ def parse_topology(topology: str) -> Slice:
     offer."""
     kind, sides = parse_grid(topology)
     if kind not in KINDS:
-        raise UserError(f"--slice: {topology!r}: no backend starts {kind}, only {', '.join(KINDS)}")
+        raise UserError(
+            f"--slice: {topology!r}: no backend supports {kind}; use {', '.join(KINDS)}"
+        )
     chips = math.prod(sides)
     grid = topology.partition(":")[2]
     return Slice(kind, grid, chips, -(-chips // CHIPS_PER_HOST))

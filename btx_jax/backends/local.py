@@ -66,8 +66,8 @@ class Local:
         if failed:
             told = "; ".join(f"{name}: {why}" for name, why in failed.items())
             raise UserError(
-                f"{len(failed)} of {len(jobs)} jobs did not finish ({told}); run the same command"
-                " again to resume"
+                f"{len(failed)} of {len(jobs)} jobs did not finish ({told}); fix this and run"
+                " the same command to resume"
             )
 
     def _run(self, job: Job) -> int:

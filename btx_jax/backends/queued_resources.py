@@ -76,7 +76,7 @@ class QueuedResources:
         if not state:
             self.submit(job)
         elif state in LOST:
-            log.info("%s: %s, asking again", job.name, state)
+            log.info("%s: %s; requesting it again", job.name, state)
             delete = [
                 "gcloud",
                 "compute",
@@ -113,8 +113,8 @@ class QueuedResources:
     def _create(self, job: Job, script: str) -> list[str]:
         if not job.topology:
             raise UserError(
-                f"--backend=queued-resources: stage {job.name} has no TPU topology; name one with"
-                " --slice or --topology"
+                f"--backend=queued-resources: stage {job.name} has no TPU topology; set one"
+                " with --slice or --topology"
             )
         topology, name = parse_topology(job.topology), self.place.job_name(job.name)
         return [

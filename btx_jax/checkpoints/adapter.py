@@ -162,7 +162,7 @@ def read_metadata(directory: Path) -> CheckpointMetadata:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
     if metadata.base is None or metadata.model.lora is None:
-        raise UserError(f"{file}: names no base or no LoRA experts")
+        raise UserError(f"{file}: has no base or no LoRA experts; export the adapter again")
     return metadata
 
 

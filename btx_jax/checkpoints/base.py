@@ -29,5 +29,5 @@ def require_digest(held: Base, digest: str, whose: Path | str) -> None:
     if held.digest != digest:
         raise UserError(
             f"{whose}: was trained on a base with digest {digest[:16]}..., but {held.path} has"
-            f" {held.digest[:16]}...: other weights; put the right base there"
+            f" {held.digest[:16]}...: the weights differ; restore the original base"
         )

@@ -136,7 +136,11 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         path = _best(_again(hub.resolve(named, key).resolve(), key), key)
         buckets.require(path, key)
         if not path.exists():
-            cure = f"; if the Hub has it: {PROTOCOL}{named}" if may_be_named(named) else ""
+            cure = (
+                f"; for a repository of the Hub write {PROTOCOL}{named}"
+                if may_be_named(named)
+                else ""
+            )
             raise UserError(f"{key}: {path} does not exist{cure}")
         for directory in (path, path.parent.parent):  # a run or one of its steps
             buckets.require_whole(directory, key)
@@ -162,7 +166,7 @@ def _find(path: str | Path, key: str) -> Checkpoint:
     if (path / DIRECTORY).is_dir():
         steps = steps_of(path / DIRECTORY)
         if not steps:
-            raise UserError(f"{key}: {path} holds no finished checkpoint yet")
+            raise UserError(f"{key}: {path} has no complete checkpoint yet")
         if has_begun(path) and not has_finished(path):
             log.warning("%s: %s has not finished; using step %d", key, path, max(steps))
         path = path / DIRECTORY / str(max(steps))
@@ -170,9 +174,11 @@ def _find(path: str | Path, key: str) -> Checkpoint:
         if within := _checkpoints_in(path):
             listed = ", ".join(f"{named.rstrip('/')}/{name}" for name in within[:SHOWN])
             more = ", ..." if within[SHOWN:] else ""
-            raise UserError(f"{key}: {path} is not a checkpoint, but holds some: {listed}{more}")
+            raise UserError(
+                f"{key}: {path} is not a checkpoint but contains some; name one: {listed}{more}"
+            )
         if has_begun(path):
-            raise UserError(f"{key}: {path} is a run that has saved no checkpoint yet")
+            raise UserError(f"{key}: {path} is a run that has not saved a checkpoint yet")
         raise UserError(
             f"{key}: {path} is not a checkpoint; name a run's --workdir, its {DIRECTORY}/STEP, a"
             f" Hugging Face directory (config.json) or an adapter ({adapter.ABOUT})"
@@ -203,11 +209,12 @@ def _best(path: Path, key: str) -> Path:
     results = recorded_results(run)
     if results is None:
         raise UserError(
-            f"{key}: {path}: known once {run} has finished; until then name a step of {path.parent}"
+            f"{key}: {path}: only known once {run} has finished; until then name a step of"
+            f" {path.parent}"
         )
     if BEST not in results:
         raise UserError(
-            f"{key}: {path}: nothing was measured at a step that {run} kept; name one of"
+            f"{key}: {path}: none of the steps that {run} kept was evaluated; name one of"
             f" {path.parent}"
         )
     return path.parent / str(results[BEST]["step"])
@@ -369,18 +376,18 @@ def _find_base(base: Base, model: ModelConfig, whose: Path | str) -> Checkpoint:
     if not to_path(path, "base").exists() and not origin(path):
         path = _moved(path, to_path(str(whose), "base"))
     if not path:
-        cure = "put it back there, or at its former place relative to this run"
+        cure = "restore it there, or at its former location relative to this run"
         if model.lora:
             cure = (
-                "put it back, or export the adapter and write the new place into base.path"
-                f" of its {adapter.ABOUT}"
+                "restore it, or export the adapter and set base.path to the new location in"
+                f" its {adapter.ABOUT}"
             )
-        raise UserError(f"{whose}: its base {base.path} is gone; {cure} (the digest is checked)")
+        raise UserError(f"{whose}: its base {base.path} is missing; {cure} (the digest is checked)")
     found = find_checkpoint(path, f"{whose}: its base")
     under = model.dense() if model.has_anchor and not model.lora else model.base()
     if changed := differences(to_dict(under), to_dict(found.metadata.model)):
         raise UserError(
-            f"{whose}: its base {base.path} is another model: {'; '.join(map(str, changed))}"
+            f"{whose}: its base {base.path} is a different model: {'; '.join(map(str, changed))}"
         )
     return found
 
@@ -446,7 +453,7 @@ def find_own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     try:
         file = find_tokenizer(checkpoint.tokenizer)
     except UserError:
-        log.warning("%s: no tokenizer found; only the weights are kept", checkpoint.path)
+        log.warning("%s: no tokenizer found; only the weights are written", checkpoint.path)
         return None
     return load_tokenizer(file)
 
@@ -523,8 +530,8 @@ def write_checkpoint(
         check()
         if bad_values:
             raise UserError(
-                f"NaN or infinity would be written to {', '.join(bad_values[:5])}, though the"
-                " sources hold none"
+                f"NaN or infinity would be written to {', '.join(bad_values[:5])}, although the"
+                " sources contain none"
             )
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial if as_huggingface else partial / "tokenizer")

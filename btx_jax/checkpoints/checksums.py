@@ -61,7 +61,9 @@ def read_sums(directory: Path) -> dict[str, str]:
             raise ValueError("empty")
         return sums
     except ValueError as error:
-        raise UserError(f"{path} is damaged; delete it to do without its checksums") from error
+        raise UserError(
+            f"{path} is damaged; delete it to continue without its checksums"
+        ) from error
 
 
 def check_sums(directory: Path, names: Iterable[str] | None = None) -> None:
@@ -73,8 +75,8 @@ def check_sums(directory: Path, names: Iterable[str] | None = None) -> None:
             continue
         if not (directory / name).is_file():
             raise UserError(
-                f"{directory / name} is gone, though {SUMS} names it: download or export it again,"
-                " or delete its line there"
+                f"{directory / name} is missing but listed in {SUMS}: download or export it"
+                " again, or delete its line there"
             )
         if file_sha256(directory / name) != sums[name]:
             raise UserError(

@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 
 _HEADLESS = (
-    " (a base model was saved, without its head: save what AutoModelForCausalLM loads; or, if the"
-    " head is the embedding, let config.json say tie_word_embeddings)"
+    " (the base model was saved without its head: save what AutoModelForCausalLM loads; or, if"
+    " the head is the embedding, set tie_word_embeddings in config.json)"
 )
 _BUFFER = re.compile(r"rotary_emb\.inv_freq")  # saved by early releases; can be computed
 
@@ -78,8 +78,8 @@ def read_config(directory: Path) -> ModelConfig:
         ) from error
     if model.tied_head and _has_own_head(directory, model):
         log.warning(
-            "%s: says tie_word_embeddings, but lm_head.weight holds other values than the"
-            " embedding; both are kept, as transformers does",
+            "%s: tie_word_embeddings is set, but lm_head.weight differs from the embedding;"
+            " both are kept, as in transformers",
             path,
         )
         return dataclasses.replace(model, tied_head=False)
@@ -197,7 +197,7 @@ class HuggingFaceReader:
                 end = start + self.slots[tensor].shape[0]
                 if tensor in self._where:
                     other = self._where[tensor].name
-                    problems.append(f"{tensor} twice, in {other} and in {found.name}")
+                    problems.append(f"{tensor} given twice, by {other} and {found.name}")
                 self._where[tensor] = _Stored(
                     found.file,
                     found.name,
@@ -218,7 +218,7 @@ class HuggingFaceReader:
         named = class_names(self._config)
         classes = {family.model_class for family in known_families().values()}
         if problems and not set(named) <= classes:
-            problems.insert(0, f"config.json says {', '.join(named)}: is that right?")
+            problems.insert(0, f"config.json says {', '.join(named)}; check that")
 
     def read(self, tensor: TensorId) -> np.ndarray:
         array = self._seen(tensor, self._where[tensor].read())
@@ -327,8 +327,8 @@ def _locate(directory: Path, problems: list[str]) -> dict[str, SafetensorsFile]:
                 _Stored(located[tensor], tensor), _Stored(file, tensor)
             ):
                 problems.append(
-                    f"{tensor} in two shards with other values, {located[tensor].path.name} and"
-                    f" {name}"
+                    f"{tensor} in two shards with different values, {located[tensor].path.name}"
+                    f" and {name}"
                 )
             located[tensor] = file
     return located
@@ -349,8 +349,8 @@ def _weights(directory: Path) -> Path:
     if single.is_file():
         if index.is_file() and SINGLE not in index.read_text("utf-8", "replace"):
             log.warning(
-                "%s holds both %s and %s, which does not name it; the former is read, as"
-                " transformers does: delete the one that is out of date",
+                "%s holds both %s and %s, which does not list it; the former is read, as in"
+                " transformers: delete the outdated one",
                 directory,
                 SINGLE,
                 INDEX,
@@ -363,11 +363,11 @@ def _weights(directory: Path) -> Path:
     )
     if pickles:
         raise UserError(
-            f"{directory}: {pickles[0]} is a pickle, which can run any code when it is read; save"
-            " the model as safetensors (transformers: model.save_pretrained(DIR))"
+            f"{directory}: {pickles[0]} is a pickle, which can run arbitrary code when loaded;"
+            " save the model as safetensors (transformers: model.save_pretrained(DIR))"
         )
     others = sorted(path.name for path in directory.glob("*.safetensors"))
-    found = f"; found {', '.join(others[:3])}: rename it, or write its index" if others else ""
+    found = f"; found {', '.join(others[:3])}; rename it, or write its index" if others else ""
     raise UserError(f"{directory}: no {SINGLE} and no {INDEX}{found}")
 
 
@@ -417,8 +417,8 @@ class HuggingFaceWriter:
         self._shards = ShardWriter(directory, files, shard_bytes, metadata)
         if family.scaling_since and needed_transformers(model, family) == family.scaling_since:
             log.warning(
-                "a %s with RoPE scaling needs transformers %s or newer; older ones refuse it,"
-                " because some would leave the scaling out without a word",
+                "a %s with RoPE scaling needs transformers %s or newer; older versions are"
+                " refused, as some would silently ignore the scaling",
                 family.model_class,
                 family.scaling_since,
             )

@@ -98,7 +98,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     if not isinstance(kind, str) or kind not in families:
         classes = f" ({', '.join(named)})" if named else ""
         raise UserError(
-            f"{where}: model_type {kind}{classes} is not supported; readable are"
+            f"{where}: model_type {kind}{classes} is not supported; supported:"
             f" {', '.join(families)}"
         )
     return families[kind]
@@ -130,7 +130,7 @@ def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any], family: F
         if (quantization := config.get(key)) is not None:
             method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
             problems.append(
-                f"{key} ({method or 'of no named method'}): quantised weights are not supported;"
+                f"{key} ({method or 'unnamed method'}): quantised weights are not supported;"
                 " save the model dequantised"
             )
     if config.get("per_layer_config"):
@@ -175,7 +175,7 @@ def _bad_numbers(values: Mapping[str, Any], family: Family) -> list[str]:
         elif value is not None and (type(value) is not int or value < least):
             problems.append(f"{key}={shown(value)}: must be a whole number of at least {least}")
         elif value is not None and value > largest:
-            problems.append(f"{key}={shown(value)}: more than any model has")
+            problems.append(f"{key}={shown(value)}: larger than in any model")
     for key in filter(None, (*family.numbers.values(), family.query_scalar)):
         if values[key] is not None and not _is_positive(values[key]):
             problems.append(f"{key}={shown(values[key])}: {_POSITIVE}")
@@ -296,7 +296,7 @@ def _nope_layers(
         return tuple(range(every - 1, layers, every))
     if not isinstance(rotates, list) or len(rotates) < layers:
         raise ConfigError(
-            f"{family.nope}={shown(rotates)}: must say of each of {layers} layers whether it"
+            f"{family.nope}={shown(rotates)}: must say for each of {layers} layers whether it"
             " rotates"
         )
     return tuple(layer for layer in range(layers) if not rotates[layer])
@@ -317,7 +317,7 @@ def _moe(values: Mapping[str, Any], keys: MoEKeys) -> MoEConfig:
     )
     if not any(counts):
         named = " and ".join(filter(None, (keys.dense_list, keys.dense_first, keys.step)))
-        raise ConfigError(f"{named}: leave no layer with experts; such a model is not supported")
+        raise ConfigError(f"{named}: no layer has experts; such a model is not supported")
     if keys.last and values[keys.last] not in (-1, layers - 1):
         raise ConfigError(f"{keys.last}={shown(values[keys.last])}: must be the last layer, or -1")
     d_ff = values[keys.d_ff] if keys.d_ff else values["intermediate_size"]
@@ -521,8 +521,8 @@ def _warn_of_contradictions(config: Mapping[str, Any], rope: Mapping[str, Any], 
             others -= {"su", "yarn"}
         if others:
             log.warning(
-                "%s: says %s %s and %s; %s is used, as transformers 5 does, and older ones may"
-                " not: delete what is wrong",
+                "%s: says %s %s and %s; %s is used, as in transformers 5, but older versions"
+                " may differ: delete the wrong one",
                 where,
                 key,
                 taken,

@@ -80,7 +80,7 @@ def _exists(path: str, key: str) -> bool:
 def _with_lora(model: str, lora: str, key: str) -> Source:
     found = find_checkpoint(model, key)
     if found.metadata.model.lora:
-        raise UserError(f"{key}: {model} holds LoRA experts; name the model under them")
+        raise UserError(f"{key}: {model} holds LoRA experts; name the model that they adapt")
     directory = hub.resolve(lora, key).resolve()
     if (directory / peft_config.CONFIG).is_file():
         origin = found.metadata.huggingface.get("model_type", "")
@@ -98,7 +98,7 @@ def _with_lora(model: str, lora: str, key: str) -> Source:
             raise UserError(f"{key}: {lora} was trained on a different model from {model}")
         if base_of(found).digest != trained.metadata.base.digest:
             raise UserError(
-                f"{key}: {model} has other weights than the model that {lora} was trained on"
+                f"{key}: {model} has different weights from the model that {lora} was trained on"
             )
         notes = []
         made = LoRA(trained.path, trained.metadata.model, adapter_tensors(trained))
@@ -106,8 +106,8 @@ def _with_lora(model: str, lora: str, key: str) -> Source:
     for spec in made.model.layer_specs():
         if spec.lora and spec.lora.has_router:
             raise UserError(
-                f"{key}: what the routers of {lora} choose cannot be merged into weights; fix it"
-                f" first: btx adapter merge {lora} MERGED --gates=mean, and name"
+                f"{key}: the choices of the routers of {lora} cannot be merged into weights;"
+                f" fix them first: btx adapter merge {lora} MERGED --gates=mean, and name"
                 " MERGED"
             )
     for note in notes:
@@ -126,16 +126,18 @@ def left_out(tensors: Sequence[tuple[Row, np.ndarray]], base: Reader, directory:
         if array.shape != own.shape:
             problems.append(f"{row.name} is {array.shape}, the base's {own.shape}")
         elif not np.array_equal(array.astype(np.float32), own.astype(np.float32)):
-            problems.append(f"{row.name} has other values than the base's")
+            problems.append(f"{row.name} differs from the base's")
     if problems:
         raise UserError(
             f"{directory}: holds tensors of the base itself (modules_to_save, bias, or resized"
-            f" embeddings), and LoRA here leaves the base as it is: {'; '.join(problems)}; if BASE"
-            f" is the model it was trained on, {peft.MERGE}"
+            f" embeddings), but LoRA here leaves the base unchanged: {'; '.join(problems)}; if"
+            f" BASE is the model it was trained on, {peft.MERGE}"
         )
     if not tensors:
         return []
-    return [f"left out, as they equal the base's: {listed([row.name for row, _ in tensors])}"]
+    return [
+        f"left out, as they equal those of the base: {listed([row.name for row, _ in tensors])}"
+    ]
 
 
 def open_source(source: Source) -> Reader:
@@ -186,5 +188,7 @@ class MergedReader:
     def check(self) -> None:
         """Raise UserError when a tensor that was read contained NaN or infinity."""
         self._reader.check()
-        bad = [f"{tensor} with it is beyond its dtype's range" for tensor in self._bad_values]
+        bad = [
+            f"{tensor} merged with it exceeds the range of its dtype" for tensor in self._bad_values
+        ]
         raise_problems(self._lora.path, list(dict.fromkeys(bad)))

@@ -93,7 +93,7 @@ def read(directory: Path, base: ModelConfig, origin: str) -> PeftLoRA:
         lora, name = _LORA.fullmatch(key), _WRAPPED.sub("", key).removeprefix(_PREFIX)
         if lora and lora[1] in places and lora[3] in (None, "default"):
             if lora[2] in factors.setdefault(lora[1], {}):
-                problems.append(f"{key} twice, with and without the adapter's name")
+                problems.append(f"{key} given twice, with and without the adapter's name")
             factors[lora[1]][lora[2]] = array
         elif key.startswith(_PREFIX) and name in known:
             carried.append((known[name], array))
@@ -107,12 +107,12 @@ def read(directory: Path, base: ModelConfig, origin: str) -> PeftLoRA:
     ]
     if extra := [module for module in factors if module not in wanted]:
         problems.append(
-            "target_modules, exclude_modules and layers_to_transform leave out what the file holds"
-            f" LoRA for: {listed(extra)}"
+            "target_modules, exclude_modules and layers_to_transform exclude modules that the"
+            f" file has LoRA for: {listed(extra)}"
         )
     lacking = [module for module in wanted if module not in factors]
     if lacking and not problems:
-        problems.append(f"target_modules names what the file lacks: {listed(lacking)}")
+        problems.append(f"target_modules names modules that the file lacks: {listed(lacking)}")
     for module, found in factors.items():
         shape = _shape(places[module], base)
         problems += _compare(module, found, wanted.get(module, (None, 0))[0], shape)
@@ -129,7 +129,7 @@ def read(directory: Path, base: ModelConfig, origin: str) -> PeftLoRA:
     if says := config.get("base_model_name_or_path"):
         notes.append(f"its config names the base {short(says)}")
     if more := others(directory):
-        notes.append(f"left alone: the adapters in {listed(more)}")
+        notes.append(f"ignored: the adapters in {listed(more)}")
     return PeftLoRA(model, tensors, carried, notes)
 
 
@@ -169,8 +169,8 @@ def _tensors_file(directory: Path) -> Path:
     file = directory / TENSORS
     if not file.is_file() and (directory / PICKLE).is_file():
         raise UserError(
-            f"{directory}: {PICKLE} is a pickle, which can run any code when it is read; save the"
-            " adapter as safetensors (peft: model.save_pretrained(DIR))"
+            f"{directory}: {PICKLE} is a pickle, which can run arbitrary code when loaded; save"
+            " the adapter as safetensors (peft: model.save_pretrained(DIR))"
         )
     return file
 
@@ -193,7 +193,7 @@ def _compare(
         elif array.ndim != 2:
             problems.append(f"{module}.lora_{factor} is {array.shape}, not a matrix")
         elif not is_finite(_float32(array)):
-            problems.append(f"{module}.lora_{factor} holds NaN, infinity or what float32 does not")
+            problems.append(f"{module}.lora_{factor} holds NaN, infinity or values outside float32")
     if not problems and rank not in (None, len(found["A"])):
         problems.append(f"{module} has rank {len(found['A'])}, but r and rank_pattern say {rank}")
     if not problems and found["A"].shape[0] != found["B"].shape[1]:
@@ -216,11 +216,11 @@ def _why(key: str, base: ModelConfig) -> str:
     """Why a tensor cannot be read, naming the setting that produces it."""
     lora, layer = _LORA.fullmatch(key), re.search(r"\blayers\.(\d+)\.", key)
     if not key.startswith("base_model.model."):
-        return "names without base_model.model., which peft leaves out; save it with peft"
+        return "names without base_model.model., which peft ignores; save it with peft"
     if key.startswith("base_model.model.layers."):
-        return "of a model without a head (task_type), which peft leaves out on one with a head"
+        return "from a model without a head (task_type), which peft ignores on one with a head"
     if layer and int(layer[1]) >= base.layers:
-        return f"of another model: the base has {base.layers} layers"
+        return f"from a different model: the base has {base.layers} layers"
     if ".lora_embedding_" in key:
         return f"target_modules: LoRA on an embedding; {MERGE}"
     if "lora_magnitude_vector" in key:
@@ -232,11 +232,9 @@ def _why(key: str, base: ModelConfig) -> str:
     if key.endswith(".bias"):
         return "bias: the base has none there"
     if lora and lora[3] not in (None, "default"):
-        return (
-            f"saved under the adapter's name {lora[3]!r}, which peft leaves out; save it with peft"
-        )
+        return f"saved under the adapter's name {lora[3]!r}, which peft ignores; save it with peft"
     if lora:
-        return f"target_modules: LoRA on what has none here; {MERGE}"
+        return f"target_modules: LoRA on a module that cannot have it here; {MERGE}"
     return "unknown"
 
 
@@ -273,7 +271,7 @@ def _fit(
     wanted = {place: its.alpha_at(largest[place[0]]) for place, its in found.items()}
     sizes = Counter(abs(alpha) for alpha in wanted.values() if alpha)
     if not sizes:
-        raise UserError(f"{where}: lora_alpha=0: computes what the base does")
+        raise UserError(f"{where}: lora_alpha=0: has no effect")
     alpha = sizes.most_common(1)[0][0]
     targets = tuple(t for t in LORA_TARGETS if t in {target for _, target in found})
     ranks = tuple(largest.get(layer, max(largest.values())) for layer in range(base.layers))
@@ -328,7 +326,7 @@ def _notes(
     if absent := len(largest) * targets - len(found):
         notes.append(f"{_maps(absent)} without LoRA in adapted layers: zeros")
     if padded := sum(len(one.a) < largest[layer] for (layer, _), one in found.items()):
-        notes.append(f"{_maps(padded)} of lower rank than others of the layer: padded with zeros")
+        notes.append(f"{_maps(padded)} of lower rank than others in the layer: padded with zeros")
     folded = [x / alpha for x in wanted.values() if x != alpha]
     if folded:
         rounded = sum(abs(math.frexp(factor)[0]) not in (0, 0.5) for factor in folded)

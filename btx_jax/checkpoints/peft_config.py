@@ -30,7 +30,7 @@ REFUSED = dict.fromkeys(
     ),
     MERGE,
 ) | {
-    "alora_invocation_tokens": "it acts behind certain tokens only; train one without",
+    "alora_invocation_tokens": "it only acts after certain tokens; train one without it",
     "arrow_config": "it routes between other LoRAs; import those one by one",
     "lora_bias": "B has no bias here; where the base's maps have one, "
     f"{MERGE}, else train one with lora_bias=False",
@@ -84,7 +84,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if kind != "LORA":
         raise UserError(f"{file}: peft_type {kind!r}; only LORA can be imported; {MERGE}")
     problems = [
-        f"{key}={short(config[key])}: LoRA here has nothing like it; {cure}"
+        f"{key}={short(config[key])}: not supported by LoRA here; {cure}"
         for key, cure in REFUSED.items()
         if config.get(key) not in (None, False, {}, [])
     ]
@@ -147,7 +147,7 @@ def _wrong_number(key: str, value: Any) -> list[str]:
         right = type(value) is int and 1 <= value < 1 << 31
         return [] if right else [f"r={short(value)}: must be a whole number of at least 1"]
     right = type(value) in (int, float) and abs(value) <= _FLOAT32_MAX
-    return [] if right else [f"lora_alpha={short(value)}: must be a number that float32 holds"]
+    return [] if right else [f"lora_alpha={short(value)}: must be a number within float32"]
 
 
 def short(value: Any) -> str:
@@ -165,8 +165,8 @@ def targeted(
     names = family.peft_default if names is None else names
     if not names and config.get("target_modules") is None:
         raise UserError(
-            f"{where}: names no target_modules, and peft has no default for {family.model_type}:"
-            " name there what it was trained on"
+            f"{where}: names no target_modules, and peft has no default for"
+            f" {family.model_type}: list the trained modules there"
         )
     found: dict[str, tuple[int, float]] = {}
     try:

@@ -32,8 +32,8 @@ def write(
     specs = model.lora.specs(model.layers)
     if any(spec and spec.has_router for spec in specs):
         raise UserError(
-            "peft knows LoRA of one expert without a gate; merge this adapter, or export it in our"
-            " own format"
+            "peft only supports LoRA with one expert and no gate; merge this adapter, or"
+            " export it in btx_jax's format"
         )
     bare = model.base()
     tensors: dict[str, np.ndarray] = {}
@@ -56,7 +56,9 @@ def write(
         name = f"base_model.model.{module}.lora_"
         tensors[f"{name}A.weight"], tensors[f"{name}B.weight"] = a, b
     if not tensors:
-        raise UserError("every map of this adapter is zero: there is no LoRA to write")
+        raise UserError(
+            "all maps of this adapter are zero, so there is no LoRA to write; train it first"
+        )
     (directory / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     on_hub = hub_names.origin(base)
     usual_rank = Counter(ranks.values()).most_common(1)[0][0]

@@ -59,10 +59,10 @@ class About:
     def differences(self, other: "About") -> list[str]:
         """Reasons why the sums of two files cannot be combined."""
         told = {
-            "width": "another width",
-            "layers": "mixtures in other layers",
-            "tokenizer": "another tokenizer",
-            "base": "other weights beside the experts",
+            "width": "a different width",
+            "layers": "mixtures in different layers",
+            "tokenizer": "a different tokenizer",
+            "base": "different weights outside the experts",
         }
         return [what for key, what in told.items() if getattr(self, key) != getattr(other, key)]
 
@@ -113,7 +113,9 @@ class RouterStatistics:
         self._file = SafetensorsFile(path)
         told = self._file.metadata
         if told.get("format") != FORMAT:
-            raise UserError(f"{path}: no router statistics that this version reads")
+            raise UserError(
+                f"{path}: not router statistics that this version can read; make them again"
+            )
         try:
             self.about = _about(json.loads(told["about"]))
         except (ValueError, LookupError, TypeError, RecursionError, UserError) as error:

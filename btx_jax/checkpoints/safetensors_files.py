@@ -207,7 +207,10 @@ class SafetensorsFile:
 
     def _fill(self, array: np.ndarray, start: int) -> None:
         if not self._stored.fill(_bytes(array), start):
-            raise UserError(f"{self.path}: shorter than when it was opened")
+            raise UserError(
+                f"{self.path}: became shorter after it was opened; do not change it"
+                " while it is read"
+            )
 
     def _columns(
         self, start: int, shape: tuple[int, ...], dtype: np.dtype, columns: tuple[int, int]
@@ -364,7 +367,7 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Write the last shard, the checksums and, when there are several shards, the index."""
-        assert not self._pending, f"{len(self._pending)} tensors were announced and not written"
+        assert not self._pending, f"{len(self._pending)} tensors were announced but not written"
         self._close()
         (self._directory / CHECKSUMS).write_text(
             json.dumps(self._checksums, indent=0) + "\n", encoding="utf-8"

@@ -93,7 +93,7 @@ def trained_on(history: History) -> str:
     tokens = sum(run.tokens for run in history.values() if run)
     unknown = [name for name, run in history.items() if run is None]
     told = f" Trained here on {tokens:,.0f} tokens in all, seed included." if tokens else ""
-    return told + (f" What was trained elsewhere is unknown: {', '.join(unknown)}." * bool(unknown))
+    return told + (f" Training elsewhere is unknown: {', '.join(unknown)}." * bool(unknown))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,9 +378,9 @@ class Checkpoints:
         held = _opt_state_leaves(path)
         if wrong := sorted(held ^ set(named_leaves(opt_state))):
             whose = (
-                "the stored optimizer holds, and this run does not train,"
+                "the stored optimizer has state for parameters that this run does not train:"
                 if wrong[0] in held
-                else "this run trains, unstored,"
+                else "this run trains parameters without stored optimizer state:"
             )
             raise UserError(f"{path}: {whose} {', '.join(wrong[:4])}; start in another --workdir")
         restored = _restore_item(path, "params", params)
@@ -399,7 +399,9 @@ class Checkpoints:
             if is_first():
                 _sweep(self._directory, keep=set)
             good = [str(step) for step in steps_of(self._directory)]
-            rest = f"step {good[-1]} there is good" if good else "no step was saved there yet"
+            rest = (
+                f"step {good[-1]} there is intact" if good else "no step has been saved there yet"
+            )
             raise UserError(f"cannot save to {self._directory}: {_short(error)}; {rest}") from error
 
     def close(self) -> None:
@@ -453,7 +455,7 @@ def damaged(path: Path, what: str) -> UserError:
     cure = (
         f"delete it to resume from step {earlier[-1]}"
         if earlier
-        else "there is no earlier step: delete it, and make it again"
+        else "there is no earlier step; delete it and run the stage again"
     )
     return UserError(f"{path} is damaged ({what}): {cure}")
 
@@ -515,7 +517,7 @@ def _item_metadata(path: Path, item: str) -> Any:
         json.loads((place / "_METADATA").read_text(encoding="utf-8"))
         store = tensorstore.KvStore.open({"driver": "ocdbt", "base": _url(place)}).result()
         if not store.list().result():
-            raise FileNotFoundError("its manifest is gone, or names no array")
+            raise FileNotFoundError("its manifest is missing or lists no array")
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.metadata(str(place)).item_metadata
     except Exception as error:  # Orbax passes on whatever its storage raises
@@ -722,7 +724,7 @@ def verify_item(path: Path, item: str) -> str:
     damaged."""
     if item in ("about", "data"):
         _read_json(path, item)
-        return "checksum" if SEAL in _json(path, item) else "no checksum was written"
+        return "checksum" if SEAL in _json(path, item) else "no checksum"
     names, nbytes, problems = list(named_leaves(_item_metadata(path, item))), 0, []
     for name in bar(names, desc=f"{path.name}/{item}", unit="array", leave=False):
         store = _open(path, item, name)
@@ -737,7 +739,7 @@ def verify_item(path: Path, item: str) -> str:
     else:
         _opt_state_leaves(path)
     zarr3 = _array_spec(path / item, "")["driver"] == "zarr3"
-    how = "checksums" if zarr3 else "no checksums were written; structure"
+    how = "checksums" if zarr3 else "no checksums; structure"
     return f"{how}, finite values: {len(names)} arrays, {nbytes / 2**20:,.1f} MiB"
 
 

@@ -34,13 +34,12 @@ btx submit --pipeline=btx --backend=gke --bucket=gs://NAME --image=IMAGE \\
     "--workdir",
     type=WHERE,
     metavar="DIR",
-    help="directory of the runs; by default runs/RUN, on cloud machines /mnt/btx/runs/RUN",
+    help="directory for everything the run writes; by default runs/RUN, in the cloud"
+    " gs://BUCKET/runs/RUN",
 )
-@click.option("--run", metavar="NAME", default="btx", help="a name for this pipeline's jobs")
-@click.option(
-    "--dry-run", is_flag=True, help="write the exact requests to the backend, and send none"
-)
-@text("--out", type=WHERE, metavar="DIR", help="with --dry-run: the directory to write to")
+@click.option("--run", metavar="NAME", default="btx", help="name for this pipeline's jobs")
+@click.option("--dry-run", is_flag=True, help="write the backend requests without sending them")
+@text("--out", type=WHERE, metavar="DIR", help="with --dry-run: directory to write the requests to")
 @click.option(
     "--parallel",
     type=click.IntRange(min=1),
@@ -52,7 +51,7 @@ btx submit --pipeline=btx --backend=gke --bucket=gs://NAME --image=IMAGE \\
     "--topology",
     panel=MACHINES,
     metavar="KIND:GRID",
-    help="TPU slice of every job, such as v5p:2x2x2; by default, machines without TPUs",
+    help="TPU slice for every job, such as v5p:2x2x2; by default machines without TPUs",
 )
 @click.option(
     "--slice",
@@ -60,10 +59,12 @@ btx submit --pipeline=btx --backend=gke --bucket=gs://NAME --image=IMAGE \\
     panel=MACHINES,
     multiple=True,
     metavar="STAGE=TOPOLOGY",
-    help="another slice for one stage; may be repeated",
+    help="different slice for one stage; may be repeated",
 )
-@text("--bucket", panel=MACHINES, metavar="gs://NAME", help="bucket of the text and the runs")
-@text("--source", panel=MACHINES, metavar="URL", help="where TPU VMs install btx_jax from")
+@text(
+    "--bucket", panel=MACHINES, metavar="gs://NAME", help="bucket that holds the text and the runs"
+)
+@text("--source", panel=MACHINES, metavar="URL", help="git URL from which machines install btx_jax")
 @click.option(
     "--image",
     panel=MACHINES,
@@ -78,7 +79,7 @@ btx submit --pipeline=btx --backend=gke --bucket=gs://NAME --image=IMAGE \\
     "--spot",
     panel=MACHINES,
     is_flag=True,
-    help="preemptible machines, at a fraction of the price",
+    help="use preemptible machines, at a fraction of the price",
 )
 def submit(
     pipeline: str,
@@ -119,11 +120,13 @@ def submit(
     "directory",
     metavar="DIR",
     type=WHERE,
-    help="an export, a mixture, a merged model, or a peft adapter",
+    help="directory of an export, mixture, merged model or peft adapter",
 )
 @click.argument("repository", metavar="ORG/NAME", help="created if missing")
-@click.option("--private", is_flag=True, help="visible only to you and your organisation")
-@text("--revision", metavar="BRANCH", help="a branch, created if missing; by default main")
+@click.option(
+    "--private", is_flag=True, help="make the repository visible only to you and your organisation"
+)
+@text("--revision", metavar="BRANCH", help="branch, created if missing; by default main")
 @text("--message", metavar="TEXT", help="commit message")
 def push(directory: str, repository: str, private: bool, revision: str, message: str) -> None:
     """Upload a Hugging Face directory to a repository on the Hub."""

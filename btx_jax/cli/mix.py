@@ -19,7 +19,7 @@ btx mix recipe.yml mixture --dry-run
 btx mix recipe.yml mixture --verify
 """,
 )
-@click.argument("recipe", type=WHERE, help="a YAML recipe; mergekit-moe's are accepted")
+@click.argument("recipe", type=WHERE, help="a YAML recipe; those of mergekit-moe work too")
 @click.argument("out", type=WHERE, help=NEW)
 @click.option("--dry-run", is_flag=True, help="check everything, print the plan, write nothing")
 @click.option(
@@ -31,7 +31,7 @@ btx mix recipe.yml mixture --verify
     "--format",
     type=click.Choice(["huggingface", "btx_jax"]),
     default=None,
-    help="format of OUT; by default that of base_model",
+    help="format of OUT; by default the format of base_model",
 )
 def mix(recipe: str, out: str, dry_run: bool, verify: bool, format: str | None) -> None:
     """Mix dense models into one Mixture-of-Experts model, following a recipe."""
@@ -40,7 +40,7 @@ def mix(recipe: str, out: str, dry_run: bool, verify: bool, format: str | None) 
     file = to_path(recipe, "RECIPE.yml")
     buckets.require(file, "RECIPE")
     if not file.is_file():  # excludes devices and pipes, which may never end
-        raise UserError(f"RECIPE: no file {recipe}")
+        raise UserError(f"RECIPE: {recipe} does not exist; check the path")
     run(recipe, out, dry_run=dry_run, verify=verify, output_format=format or "")
 
 
@@ -57,7 +57,7 @@ btx convert runs/demo/finetune mixture --dtype=bfloat16
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default=None,
-    help="dtype of the result; by default each tensor keeps its own",
+    help="dtype of the result; by default each tensor keeps its dtype",
 )
 def convert(src: str, dst: str, dtype: str | None) -> None:
     """Convert a Hugging Face directory to a btx_jax checkpoint, or back."""
@@ -98,13 +98,14 @@ btx expert add mixture models/law larger --text='law/*.jsonl#body'
 @text(
     "--text",
     metavar="FILES",
-    help="text of its domain; required if the routers were solved, to solve all of them again",
+    help="text of the new expert's domain; required if the routers were solved in closed form,"
+    " as all are solved again",
 )
 @text(
     "--statistics",
     type=WHERE,
     metavar="FILE",
-    help="statistics of its domain's text, made elsewhere, instead of the text",
+    help="instead of --text: router statistics of that text, made elsewhere",
 )
 def expert_add(
     mixture: str,
@@ -199,7 +200,7 @@ btx adapter merge runs/mola merged --expert=0
     "--base",
     type=WHERE,
     metavar="CHECKPOINT",
-    help="where the base is now, if it has moved since training",
+    help="new location of the base, if it has moved since training",
 )
 @click.option(
     "--expert",
@@ -210,7 +211,8 @@ btx adapter merge runs/mola merged --expert=0
 @text(
     "--gates",
     metavar="mean|W,W...",
-    help="with several experts: their mean, or one weight per expert, comma-separated",
+    help="with several experts: merge their mean, or their sum with one weight per expert,"
+    " comma-separated",
 )
 def adapter_merge(adapter: str, dst: str, base: str, expert: int | None, gates: str) -> None:
     """Merge LoRA experts into the weights of their base, and write a Hugging Face directory."""

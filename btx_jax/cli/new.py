@@ -27,7 +27,8 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
     "--seed",
     type=WHERE,
     metavar="CHECKPOINT|SIZE",
-    help=f"the start of all branches: {CHECKPOINT}; or a size, to train a seed from scratch",
+    help=f"checkpoint from which all branches start: {CHECKPOINT}; or a size, to train a seed"
+    " from scratch",
 )
 @click.option(
     "--domain",
@@ -35,14 +36,15 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
     metavar="NAME=FILES",
     multiple=True,
     help=(
-        "a domain and its text: files or globs, comma-separated, each with #FIELD and :WEIGHT if"
-        " applicable; may be repeated"
+        "a domain and its text: files or globs, comma-separated, each optionally with #FIELD"
+        " and :WEIGHT; may be repeated"
     ),
 )
 @text(
     "--general",
     metavar="FILES",
-    help="text like the seed's own: makes the seed an expert too, so that less is forgotten",
+    help="text like the seed's training text: the seed becomes an expert too, so that less is"
+    " forgotten",
 )
 @click.option(
     "--branch",
@@ -56,41 +58,44 @@ btx new my_btx.py --seed=models/base --domain law='law/*.jsonl#body' --branch la
     "--method",
     type=click.Choice(["ffn_only", "btx", "flexolmo"]),
     help=(
-        "branches train only their feed-forwards, everything, or feed-forwards with an anchor;"
-        " by default ffn_only, but btx if a --branch is given or the seed has had little training"
+        "what branches train: only their feed-forwards, everything, or feed-forwards with an"
+        " anchor; by default ffn_only, but btx if a --branch is given or the seed has had"
+        " little training"
     ),
 )
 @click.option(
     "--compare",
     type=click.Choice(["dense", "upcycling"]),
     multiple=True,
-    help="also train this baseline on as many tokens; may be repeated",
+    help="also train this baseline on equally many tokens; may be repeated",
 )
 @click.option(
     "--epochs",
     type=Number(min=0, min_open=True),
     metavar="N",
     default=1.0,
-    help="epochs of each branch",
+    help="training epochs of each branch",
 )
-@click.option("--tokens", type=COUNT, metavar="N", help="tokens of each branch, instead of epochs")
+@click.option(
+    "--tokens", type=COUNT, metavar="N", help="training tokens of each branch, instead of epochs"
+)
 @click.option(
     "--finetune-tokens",
     type=COUNT,
     metavar="N",
-    help="tokens of the mixture; by default a short branch's",
+    help="finetuning tokens of the mixture; by default as many as the shortest branch has",
 )
 @click.option(
     "--seed-tokens",
     type=COUNT,
     metavar="N",
-    help="tokens of a seed from scratch; by default all text",
+    help="training tokens of a seed from scratch; by default all text",
 )
 @click.option(
     "--sequence-length",
     type=click.IntRange(min=2),
     metavar="N",
-    help="tokens of a row; by default 512 to 4096, by the amount of text",
+    help="tokens per row; by default 512 to 4096, depending on the amount of text",
 )
 def new(
     file: str,
@@ -122,7 +127,7 @@ def new(
     with mistakes.gather():
         experts = _pairs(branches, "--branch", "NAME=CHECKPOINT")
     if not domains:
-        mistakes.add("--domain: none; name one for each of your domains, --domain NAME=FILES")
+        mistakes.add("--domain: missing; give one per domain, --domain NAME=FILES")
     mistakes.tell()
     wanted = Wanted(
         seed,
@@ -149,7 +154,7 @@ def _pairs(words: Sequence[str], option: str, form: str) -> dict[str, str]:
         if not (name and equals and value):
             mistakes.add(f"{option}={word}: must be {form}")
         elif name in pairs:
-            mistakes.add(f"{option}={word}: {name} is named twice")
+            mistakes.add(f"{option}={word}: {name} is given twice; leave one out")
         pairs[name] = value
     mistakes.tell()
     return pairs

@@ -79,7 +79,10 @@ def _expanded(told: str) -> str:
     """The cure if unexpected arguments are files, as when a shell expands a glob; else ""."""
     extra = re.fullmatch(r"Got unexpected extra arguments? \((.+)\)", told)
     if extra and os.path.isfile(extra[1].split(" ")[0]):
-        return ": quote globs ('*.txt'), which the shell expands, and separate files by commas"
+        return (
+            ": quote globs ('*.txt') so that the shell does not expand them, and separate"
+            " files by commas"
+        )
     return ""
 
 

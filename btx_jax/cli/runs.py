@@ -99,7 +99,5 @@ def plan(
     where.mkdir(parents=True, exist_ok=True)
     write_json(where / PLAN, {"on": topology or "this machine", **tables.as_json(made, price)})
     print(
-        terminal.plain(
-            f"{where / PLAN}: written; the run's report shows it beside what was measured"
-        )
+        terminal.plain(f"wrote {where / PLAN}; the run's report compares it with the measurements")
     )

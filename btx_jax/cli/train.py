@@ -35,7 +35,8 @@ btx run btx:tiny --only=expert_math
 @text(
     "--only",
     metavar="STAGE",
-    help="run only this stage of a pipeline, in DIR/STAGE; the stages it needs must be finished",
+    help="run only this stage of a pipeline, in DIR/STAGE; the stages that it needs must have"
+    " finished",
 )
 @text(
     "--coordinator",
@@ -103,7 +104,7 @@ btx plan demo
     "--slice",
     "topology",
     metavar="KIND:GRID",
-    help="TPU slice of every stage, such as v5p:2x2x2; by default this machine",
+    help="TPU slice for every stage, such as v5p:2x2x2; by default this machine",
 )
 @click.option(
     "--num-slices", type=click.IntRange(min=1), metavar="N", default=1, help="number of slices"

@@ -38,7 +38,7 @@ btx generate org/name --chat --prompt "Who wrote Faust?" --temperature=0.8
 """,
 )
 @click.argument("checkpoint", type=WHERE, help=CHECKPOINT)
-@click.option("--prompt", required=True, metavar="TEXT", help="beginning of the text")
+@click.option("--prompt", required=True, metavar="TEXT", help="text to continue")
 @click.option(
     "--chat",
     is_flag=True,
@@ -52,7 +52,7 @@ btx generate org/name --chat --prompt "Who wrote Faust?" --temperature=0.8
     help="maximum number of new tokens",
 )
 @click.option(
-    "--stop", multiple=True, metavar="TEXT", help="a string that ends the text; may be repeated"
+    "--stop", multiple=True, metavar="TEXT", help="string that ends the text; may be repeated"
 )
 @click.option(
     "--temperature", panel=SAMPLING, type=NOT_NEGATIVE, metavar="T", default=0.0, help="0 is greedy"
@@ -122,10 +122,10 @@ btx evaluate a=runs/mine b=org/name --tasks=gsm8k --limit=100 --out=results
     type=click.IntRange(min=0),
     metavar="N",
     default=0,
-    help="number of items of each task, from the first; 0 for all",
+    help="number of items per task, starting at the first; 0 for all",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), metavar="N", default=8, help="prompts in a batch"
+    "--batch-size", type=click.IntRange(min=1), metavar="N", default=8, help="prompts per batch"
 )
 @DTYPE
 @click.option(
@@ -133,7 +133,7 @@ btx evaluate a=runs/mine b=org/name --tasks=gsm8k --limit=100 --out=results
     type=WHERE,
     required=True,
     metavar="DIR",
-    help="directory of results.json and every answer; run again to resume",
+    help="directory for results.json and all answers; run the same command to resume",
 )
 def evaluate(
     models: tuple[str, ...], tasks: str, limit: int, batch_size: int, dtype: str, out: str
@@ -148,7 +148,7 @@ def evaluate(
         for pair in models
     )
     if len(named) < len(models):
-        raise UserError("two checkpoints have the same name; name them: NAME=CHECKPOINT")
+        raise UserError("two checkpoints have the same name; give each its own: NAME=CHECKPOINT")
     config = recipes.tasks(named, tuple(tasks.split(",")), limit, dtype, batch_size)
     stages.run(config, to_path(out, "--out"))
 
@@ -190,18 +190,19 @@ btx report runs/my_btx runs/my_ffn --side-by-side --out=runs/both
     type=WHERE,
     nargs=-1,
     required=True,
-    help="a pipeline's directory, or that of its evaluation",
+    help="directory of a pipeline, or of its evaluate stage",
 )
 @text(
     "--out",
     type=WHERE,
     metavar="DIR",
-    help="directory of the report; for a single run, by default its own",
+    help="directory for the report; for a single run, by default the run's directory",
 )
 @click.option(
     "--side-by-side",
     is_flag=True,
-    help="the runs differ and share held-out text, rather than being one run with several seeds",
+    help="the runs are different runs on the same held-out text, rather than one run with"
+    " several seeds",
 )
 def report(workdirs: tuple[str, ...], out: str, side_by_side: bool) -> None:
     """Write a report of a finished run, of one run with several seeds, or of different runs.
@@ -213,9 +214,9 @@ def report(workdirs: tuple[str, ...], out: str, side_by_side: bool) -> None:
     from btx_jax.stages import report
 
     if not out and len(workdirs) > 1:
-        raise UserError("--out=DIR: name it, where several runs are compared")
+        raise UserError("--out: missing; name a directory for the report on several runs")
     if side_by_side and len(workdirs) < 2:
-        raise UserError("--side-by-side: name two runs or more")
+        raise UserError("--side-by-side: needs two or more runs; name them")
     write = report.side_by_side if side_by_side else report.report
     terminal.say(f"wrote {write(workdirs, out or workdirs[0])}")
 
@@ -228,13 +229,18 @@ btx watch runs/demo
 btx watch gs://bucket/runs/my_btx --every=30
 """,
 )
-@click.argument("run", metavar="RUN", type=WHERE, help="a pipeline's directory, or that of a run")
-@click.option("--port", type=click.IntRange(0, 65535), default=8600, help="0 for any free port")
+@click.argument("run", metavar="RUN", type=WHERE, help="directory of a pipeline or a run")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8600,
+    help="port of the page; 0 for any free port",
+)
 @click.option(
     "--host",
     default="127.0.0.1",
     metavar="ADDRESS",
-    help="0.0.0.0 serves every machine that can reach this one",
+    help="address to listen at; 0.0.0.0 serves every machine that can reach this one",
 )
 @click.option(
     "--every",

@@ -35,7 +35,7 @@ def find_adapter(path: str, key: str) -> Checkpoint:
     """The checkpoint at a path. Raises UserError when it has no LoRA experts."""
     found = find_checkpoint(path, key)
     if not found.metadata.model.lora:
-        raise UserError(f"{key}: {found.path} holds a whole model and no LoRA experts")
+        raise UserError(f"{key}: {found.path} is a whole model, not LoRA experts")
     return found
 
 
@@ -63,7 +63,7 @@ def import_peft(source: str, base: str, target: str) -> str:
     check_free(to_path(target, "DST"))
     under = find_checkpoint(base, "BASE")
     if under.metadata.model.lora:
-        raise UserError(f"BASE: {under.path} holds LoRA experts; name the model under them")
+        raise UserError(f"BASE: {under.path} holds LoRA experts; name the model that they adapt")
     directory = resolve(source, "PEFT_DIR")
     origin = under.metadata.huggingface.get("model_type", "")
     lora = peft.read(directory, under.metadata.model, origin)
@@ -124,7 +124,7 @@ def merge(
         reader.check()
         if base_digest(hashes) != metadata.base.digest:  # type: ignore[union-attr]
             raise UserError(
-                f"BASE: {under.path} has other weights than the model that {found.path} was"
+                f"BASE: {under.path} has different weights from the model that {found.path} was"
                 " trained on"
             )
 
@@ -153,14 +153,14 @@ def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int,
     some layer."""
     counts = sorted({spec.lora.experts for spec in model.layer_specs() if spec.lora})
     if expert is not None and gates:
-        raise UserError("--expert and --gates: give one of the two")
+        raise UserError("--expert and --gates: give only one of them")
     result = {}
     for experts in counts:
         if expert is not None:
             if not 0 <= expert < experts:
                 raise UserError(
-                    f"--expert={expert}: some layers have"
-                    f" {counted(experts, 'expert')}, numbered from 0"
+                    f"--expert={expert}: some layers have only {counted(experts, 'expert')},"
+                    " numbered from 0"
                 )
             result[experts] = np.eye(experts)[expert]
         elif gates == "mean":
@@ -170,7 +170,7 @@ def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int,
                 result[experts] = np.array([float(gate) for gate in gates.split(",")])
             except ValueError as error:
                 raise UserError(
-                    f"--gates={gates}: must be `mean` or numbers, comma-separated"
+                    f"--gates={gates}: must be `mean` or comma-separated numbers"
                 ) from error
             if not (abs(result[experts]) <= np.finfo(np.float32).max).all():
                 raise UserError(f"--gates={gates}: must be finite")
@@ -181,8 +181,8 @@ def fixed_gates(model: ModelConfig, expert: int | None, gates: str) -> dict[int,
                 )
         elif experts > 1 or (model.lora and model.lora.gating == "sigmoid"):
             raise UserError(
-                "a router's choices cannot be merged into weights: fix them with --expert=NUMBER or"
-                " --gates=mean"
+                "the choices of a router cannot be merged into weights; fix them with"
+                " --expert=NUMBER or --gates=mean"
             )
         else:
             result[experts] = np.ones(1)

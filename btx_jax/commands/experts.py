@@ -93,7 +93,7 @@ def add(
     if model.has_anchor:
         _require_branch(found, extra, source)
     elif extra.metadata.model.moe:
-        raise UserError(f"SOURCE: {source} is a mixture itself; name a dense model")
+        raise UserError(f"SOURCE: {source} is already a mixture; name a dense model")
     other = within(extra.metadata.model.dense(), model.context, model.window)
     # Attention biases are the mixture's: a Qwen2-MoE made from Llamas has zero biases.
     other = dataclasses.replace(other, biases=model.biases)
@@ -129,11 +129,14 @@ def add(
     with contextlib.ExitStack() as held:
         rows, file = np.zeros((0, 0, 0), np.float32), None
         if model.has_anchor:
-            told = "the new one's router rows and biases are those that it was trained with"
+            told = "the new expert keeps the router rows and biases that it was trained with"
         elif stored is None:
             fresh = random_gates("normal", model.layers, 1, model.d_model, seed)
             rows = fresh * np.float32(router_std / 0.02)
-            told = f"the new one's router rows are normal({router_std:g}) and want training"
+            told = (
+                "the new expert's router rows are random (standard deviation"
+                f" {router_std:g}) and need training"
+            )
         else:
             check_free(to_path(target, "OUT"))
             file = held.enter_context(tempfile.TemporaryFile())
@@ -143,7 +146,7 @@ def add(
                 rows = solver.with_text(source, text, file)
             else:
                 rows = solver.with_statistics(source, statistics, file)
-            told = "all router rows were solved again"
+            told = "all router rows were recomputed"
         if off_base([extra, found]):
             told += "; it was trained on a different base from the mixture's"
 
@@ -199,8 +202,7 @@ def drop(mixture: str, expert: int, target: str) -> str:
             )
         if spec.experts == 1:
             raise UserError(
-                f"cannot drop the only expert of layer {layer}: nothing would be left of its"
-                " feed-forward"
+                f"cannot drop the only expert of layer {layer}: it would have no feed-forward"
             )
     reader = open_reader(found)
     smaller = _with_experts(model, -1)
@@ -221,7 +223,7 @@ def drop(mixture: str, expert: int, target: str) -> str:
             file = held.enter_context(tempfile.TemporaryFile())
             solver = _Solver(stored, model, reader.read, [reader], tokenizer, mixture)
             rows = solver.without(expert, file)
-            told = "; all router rows were solved again"
+            told = "; all router rows were recomputed"
 
         def make_tensor(tensor: TensorId) -> np.ndarray:
             if not tensor.is_router:
@@ -304,7 +306,8 @@ class _Solver:
         digests = [expert.digest for expert in given.about.experts]
         if digest not in digests:
             raise UserError(
-                f"--statistics: {path} has none of {source}: no expert there has its feed-forwards"
+                f"--statistics: {path} does not cover {source}: none of its experts has the"
+                " same feed-forwards; make it with that model"
             )
         at = digests.index(digest)
 
@@ -365,8 +368,8 @@ class _Solver:
         )
         if differing := own.differences(statistics.about):
             raise UserError(
-                f"{statistics.path}: not of {self._mixture}: {', '.join(differing)}; put its own"
-                " there, or delete it"
+                f"{statistics.path} does not belong to {self._mixture}: {', '.join(differing)};"
+                " restore the right file, or delete it"
             )
 
 
@@ -381,8 +384,9 @@ def _statistics(path: Path, model: ModelConfig, mixture: str) -> RouterStatistic
     counts = {spec.experts for spec in model.layer_specs() if spec.experts}
     if stored is not None and counts != {len(stored.about.experts)}:
         raise UserError(
-            f"{stored.path}: of {counted(len(stored.about.experts), 'expert')}, and {mixture} has"
-            f" {' and '.join(map(str, sorted(counts)))}; put its own there, or delete it"
+            f"{stored.path} is for {counted(len(stored.about.experts), 'expert')}, but"
+            f" {mixture} has {' and '.join(map(str, sorted(counts)))}; restore the right file,"
+            " or delete it"
         )
     return stored
 
@@ -397,13 +401,13 @@ def _check_told(mixture: str, stored: RouterStatistics | None, text: str, statis
     if stored is None and (text or statistics):
         option = "--text" if text else "--statistics"
         raise UserError(
-            f"{option}: {mixture} has no {FILE} beside it to solve its routers from; leave it out"
+            f"{option}: not used, as {mixture} has no {FILE} to recompute its routers from;"
+            " leave it out"
         )
     if stored is not None and bool(text) == bool(statistics):
         raise UserError(
-            f"the routers of {mixture} were solved from text: give either --text of the new"
-            f" expert's domain or --statistics of it; or delete {stored.path} for rows of random"
-            " numbers"
+            f"the routers of {mixture} were solved from text: give either --text or"
+            f" --statistics of the new expert's domain, or delete {stored.path} for random rows"
         )
 
 

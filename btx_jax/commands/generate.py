@@ -14,8 +14,8 @@ from btx_jax.parallel.sharding import inference_mesh
 from btx_jax.progress import clock
 
 NOT_CHATTY = (
-    "a model that was not trained on chats has none: leave --chat out, or name its chat version, or"
-    " put the template there"
+    "a model not trained on chats has none: leave --chat out, name its chat version, or add"
+    " the template"
 )
 
 
@@ -48,7 +48,9 @@ def generate(
     except NotUnicode as error:  # terminal input that is not UTF-8
         raise UserError(f"--prompt: {error}") from error
     if not ids:
-        raise UserError("--prompt: empty, and the tokenizer puts nothing in front to start from")
+        raise UserError(
+            "--prompt: empty, and the tokenizer has no BOS token to start from; give some text"
+        )
     check_ids(ids, found.metadata.model.vocab_size, "--prompt", tokenizer)
     if "" in stop:
         raise UserError("--stop: an empty string would end every text at once; leave it out")

@@ -106,7 +106,10 @@ def run(
     console.print(plan(recipe, model, dtype, family if as_huggingface else None))
     _warn_of_vocabularies(sources, console)
     for other in off_base(sources.checkpoints):
-        told = f"{other.path} is on a different base from the branches: they do not mix exactly"
+        told = (
+            f"{other.path} was trained on a different base from the branches, so they do"
+            " not mix exactly"
+        )
         console.print(Text("warning:", "yellow"), told)
     prompts = read_prompts(recipe, sources.tokenizer, model)
     texts = counts = []
@@ -189,8 +192,7 @@ def _dtype(recipe: Recipe, base: Reader) -> np.dtype:
     if not recipe.dtype and len(stored) > 1:
         names = ", ".join(sorted(dtype.name for dtype in stored))
         raise UserError(
-            f"{recipe.base_model} holds {names}; say with `dtype` which of them the mixture shall"
-            " have"
+            f"{recipe.base_model} holds {names}; choose one for the mixture with `dtype`"
         )
     return DTYPES[recipe.dtype] if recipe.dtype else stored.pop()
 
@@ -204,7 +206,7 @@ def _gates(mixture: Mixture, prompts: Sequence[Prompt], console: Console) -> np.
     mixture.check()
     if not np.isfinite(rows.astype(mixture.dtype)).all():
         raise UserError(
-            f"gate_mode {recipe.gate_mode!r} gives rows that are not finite in"
+            f"gate_mode {recipe.gate_mode!r} gives non-finite router rows in"
             f" {mixture.dtype.name}; lower gate_scale"
         )
     of_experts = [i for i, prompt in enumerate(prompts) if prompt.source < len(recipe.experts)]
@@ -355,7 +357,7 @@ def _require_alike(
         kinds = (f" ({others})", f" ({own})") if own != others else ("", "")
         raise UserError(
             f"{path}{kinds[0]} is a different kind of model from {recipe.base_model}{kinds[1]}:"
-            f" {'; '.join(differing)} (list under `allow` what should not matter)"
+            f" {'; '.join(differing)} (list harmless differences under `allow`)"
         )
 
 
@@ -365,9 +367,11 @@ def _warn_of_vocabularies(sources: Sources, console: Console) -> None:
     for checkpoint in sources.checkpoints[1:]:
         other = checkpoint.metadata.model.vocab_size
         if other > size:
-            what = f"{other - size} more tokens than base_model, left out"
+            what = f"{other - size} more tokens than base_model; they are left out"
         elif other < size:
-            what = f"{size - other} tokens fewer than base_model, their rows without it"
+            what = (
+                f"{size - other} fewer tokens than base_model; it does not contribute to those rows"
+            )
         else:
             continue
         console.print(Text("warning:", "yellow"), f"{checkpoint.path} has {what}")
@@ -380,7 +384,7 @@ def _warn_of_similar_rows(gates: np.ndarray, console: Console) -> None:
         where = "all layers" if len(poor) == len(gates) else f"layers {', '.join(map(str, poor))}"
         console.print(
             Text("warning:", "yellow"),
-            f"the gate's rows are nearly equal in {where} (condition number up"
-            f" to {max(numbers):.3g}, over {CONDITION_LIMIT:g}): some experts will hardly be used;"
-            " choose prompts that differ more",
+            f"the gate's rows are nearly equal in {where} (condition number up to"
+            f" {max(numbers):.3g}, over {CONDITION_LIMIT:g}): some experts will hardly be used;"
+            " choose more distinct prompts",
         )

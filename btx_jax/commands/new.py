@@ -117,13 +117,15 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
     """(the seed's context length, its tokenizer). Raises ConfigError."""
     mistakes = Mistakes()
     if target.exists():
-        mistakes.add(f"FILE: {target} exists already; choose another name, or delete it")
+        mistakes.add(f"FILE: {target} exists already; choose another name or delete it")
     elif not target.parent.is_dir():
         mistakes.add(f"FILE: {target.parent} is not a directory; create it first")
     elif not os.access(target.parent, os.W_OK):
         mistakes.add(f"FILE: cannot write to {target.parent}; choose another directory")
     if target.suffix != ".py":
-        mistakes.add(f"FILE: {target} is a config, which is Python; call it {target.stem}.py")
+        mistakes.add(
+            f"FILE: {target} is a config, which must be a Python file; name it {target.stem}.py"
+        )
     if len(wanted.texts) < 2:
         mistakes.add(f"--domain: {TOO_FEW}")
     for name in wanted.domains:
@@ -134,7 +136,7 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
             find_checkpoint(branch, f"--branch {name}")
         if name not in wanted.domains:
             mistakes.add(
-                f"--branch={name}=...: no such domain; give its text, --domain {name}=FILES"
+                f"--branch={name}=...: no such domain; give its text with --domain {name}=FILES"
             )
     for name, text in wanted.texts.items():
         option = "--general" if name == GENERAL else f"--domain {name}"
@@ -153,21 +155,22 @@ def _start(target: Path, wanted: Wanted) -> tuple[int, Tokenizer]:
             context = MODELS[wanted.seed].context
             if not wanted.tokenizer:
                 raise ConfigError(
-                    f"--tokenizer: missing, and --seed={wanted.seed} is trained from scratch; name"
-                    " a .model or tokenizer.json (`btx tokenizer FILES --out=my.model` trains one)"
+                    f"--tokenizer: missing, but --seed={wanted.seed} is trained from scratch;"
+                    " name a .model or tokenizer.json (`btx tokenizer FILES --out=my.model`"
+                    " trains one)"
                 )
         else:
             if "/" not in wanted.seed and not Path(wanted.seed).exists():
                 raise ConfigError(
-                    f"--seed={wanted.seed}: no such directory here, and no size to train from"
-                    f" scratch; {suggest(wanted.seed, MODELS)}"
+                    f"--seed={wanted.seed}: neither an existing directory nor a size to train"
+                    f" from scratch; {suggest(wanted.seed, MODELS)}"
                 )
             for option, value in (
                 ("--tokenizer", wanted.tokenizer),
                 ("--seed-tokens", wanted.seed_tokens),
             ):
                 if value:
-                    mistakes.add(f"{option}={value}: the seed is there already; leave it out")
+                    mistakes.add(f"{option}={value}: the seed is already trained; leave it out")
             seed = find_checkpoint(wanted.seed, "--seed")
             context, own = seed.metadata.model.context, find_tokenizer(seed.tokenizer)
         if wanted.sequence_length > context:
@@ -261,8 +264,8 @@ def _scratch_warnings(wanted: Wanted, numbers: _Numbers, tokenizer: Tokenizer) -
     cure = f"use --seed={better} ({sizes[better]:,}) or" if better else "use"
     yield (
         f"--seed={wanted.seed}: {own:,} parameters learn little from {numbers.seed:,} tokens,"
-        f" {numbers.seed / own:.2g} for each ({COMPUTE_OPTIMAL} make a well-trained seed); {cure} a"
-        " checkpoint, or give more text"
+        f" {numbers.seed / own:.2g} per parameter ({COMPUTE_OPTIMAL} are compute-optimal);"
+        f" {cure} a checkpoint, or give more text"
     )
 
 
@@ -278,8 +281,8 @@ def _warnings(
             )
         if (epochs := tokens / counted[name]) > MANY_EPOCHS:
             yield (
-                f"{name}: its branch reads its text {epochs:.1f} times; beyond {MANY_EPOCHS}, what"
-                " is read again teaches ever less"
+                f"{name}: its branch reads its text {epochs:.1f} times; beyond {MANY_EPOCHS},"
+                " further repetition helps less and less"
             )
     longest, shortest = (
         pick(numbers.branches.items(), key=lambda item: item[1], default=("", 1))
@@ -287,8 +290,9 @@ def _warnings(
     )
     if longest[1] >= UNEVEN * shortest[1]:
         yield (
-            f"{longest[0]}: its branch is {longest[1] / shortest[1]:.0f} times as long as that of"
-            f" {shortest[0]}, and all wait for it; set their tokens in the file, or --tokens"
+            f"{longest[0]}: its branch is {longest[1] / shortest[1]:.0f} times as long as that"
+            f" of {shortest[0]}, and the mix waits for it; set their tokens in the file, or"
+            " --tokens"
         )
 
 

@@ -60,7 +60,8 @@ def _upload(name: Name, source: Path, files: list[str], is_private: bool, messag
     api.create_repo(name.repo, private=is_private or None, exist_ok=True)
     if is_private and not api.model_info(name.repo).private:
         raise UserError(
-            f"ORG/NAME: {name.repo} exists and is public; name another, or make it private first"
+            f"ORG/NAME: {name.repo} exists and is public; choose another name, or make it"
+            " private first"
         )
     branch = name.revision or None
     if branch:
@@ -78,8 +79,8 @@ def _checked(directory: Path) -> list[str]:
         raise UserError(f"DIR: {directory} is not a directory")
     if (directory / adapter.ABOUT).is_file():
         raise UserError(
-            f"DIR: {directory} is an adapter of btx_jax's own; write it for peft first: btx"
-            f" adapter export {directory} PEFT_DIR --format=peft"
+            f"DIR: {directory} is an adapter in btx_jax's own format; export it for peft first:"
+            f" btx adapter export {directory} PEFT_DIR --format=peft"
         )
     is_run = (directory / DIRECTORY).is_dir() or (directory / "params").is_dir()
     if is_run or not is_huggingface(directory):
@@ -89,10 +90,14 @@ def _checked(directory: Path) -> list[str]:
     check_sums(directory)
     if (directory / peft_config.CONFIG).is_file():
         if not (directory / peft_config.TENSORS).is_file():
-            raise UserError(f"DIR: {directory} has no {peft_config.TENSORS}; save it with peft")
+            raise UserError(
+                f"DIR: {directory} has no {peft_config.TENSORS}; save it again with peft"
+            )
         SafetensorsFile(directory / peft_config.TENSORS)
         if os.path.isabs(base := _base(directory)):
-            log.warning("%s is the base for this machine only; write its name on the Hub", base)
+            log.warning(
+                "base %s is a path on this machine; write the base's name on the Hub instead", base
+            )
     else:
         open_reader(find_checkpoint(directory, "DIR"))
     found = (path for path in sorted(directory.rglob("*")) if path.is_file())

@@ -55,7 +55,7 @@ def verify(path: str) -> Iterator[Finding]:
         yield finding
     if not found:
         raise UserError(
-            f"PATH: {directory} holds nothing to verify; name a run, a step, a Hugging Face"
+            f"PATH: {directory} contains nothing to verify; name a run, a step, a Hugging Face"
             " directory or an adapter"
         )
 
@@ -93,8 +93,8 @@ def _run(directory: Path) -> Iterator[Finding]:
     for step in steps_of(directory / DIRECTORY):
         yield from _step(directory / DIRECTORY / str(step), f"step {step}")
     if not (directory / "tokenizer").is_dir() and _is_training(directory):
-        cure = "put there that of what the run started from, or of an export of the run"
-        yield Finding("tokenizer", f"{directory / 'tokenizer'} is gone: {cure}", False)
+        cure = "copy it from the run's initial checkpoint, or from an export of the run"
+        yield Finding("tokenizer", f"{directory / 'tokenizer'} is missing: {cure}", False)
     for finding in _sums(directory / "tokenizer"):
         yield finding._replace(name=f"tokenizer/{finding.name}")
     if parts(directory):
@@ -130,10 +130,10 @@ def _base(path: Path, base: Base) -> str:
 def _metrics(directory: Path) -> str:
     if bad := bad_lines(directory):
         raise UserError(
-            f"{directory / METRICS} is damaged (line {bad[0]}): the run sets the line aside when it"
-            " resumes"
+            f"{directory / METRICS} is damaged (line {bad[0]}); resuming the run sets the line"
+            " aside"
         )
-    return "every line is one"
+    return "all lines are valid"
 
 
 def _sums(directory: Path) -> Iterator[Finding]:
@@ -156,9 +156,9 @@ def _blobs(directory: Path) -> Iterator[Finding]:
     def check(path: Path) -> str:
         if file_sha256(path) != os.path.basename(os.readlink(path)):
             raise UserError(
-                f"{path} is damaged (sha256): delete {path.resolve()} and load it again"
+                f"{path} is damaged (sha256): delete {path.resolve()} and download it again"
             )
-        return "sha256 of the Hub"
+        return "sha256 given by the Hub"
 
     links = [path for path in directory.iterdir() if path.is_symlink()]
     large = [path for path in links if len(os.path.basename(os.readlink(path))) == 64]
@@ -171,14 +171,14 @@ def _model(directory: Path) -> str:
     for tensor in bar(reader.slots, desc="reading", unit="tensor", leave=False):
         reader.read(tensor)
     reader.check()
-    how = "checksums" if read_checksums(directory) else "no checksums are there; structure"
+    how = "checksums" if read_checksums(directory) else "no checksums; structure"
     return f"{how}, finite values: {counted(len(reader.slots), 'tensor')}"
 
 
 def _adapter(directory: Path) -> str:
     adapter.read_directory(directory, adapter.read_metadata(directory).model)
     values = json.loads((directory / adapter.ABOUT).read_text(encoding="utf-8"))
-    how = "checksums" if "tensors_sha256" in values else "no checksums were written; structure"
+    how = "checksums" if "tensors_sha256" in values else "no checksums; structure"
     return f"{how}, finite values"
 
 

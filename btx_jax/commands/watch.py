@@ -27,7 +27,9 @@ def serving(
     from btx_jax.reporting.live import Page  # matplotlib comes with an extra
 
     if not workdir.is_dir():
-        raise UserError(f"RUN: {workdir} is not a directory; name that of a run or a pipeline")
+        raise UserError(
+            f"RUN: {workdir} is not a directory; name the directory of a run or a pipeline"
+        )
     page = Page(workdir)
     # Otherwise a foreign page could read this one under its own host name (DNS rebinding).
     names = {host, *LOCAL} if host in LOCAL else None
@@ -75,7 +77,8 @@ def serving(
         server = http.server.ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
         raise UserError(
-            f"--port={port}: cannot listen at {host} ({error.strerror}); choose another, 0 for any"
+            f"--port={port}: cannot listen at {host} ({error.strerror}); choose another port,"
+            " or 0 for any free one"
         ) from error
     with server:
         yield server
@@ -84,6 +87,6 @@ def serving(
 def run(workdir: Path, host: str, port: int, seconds: float) -> None:
     """Serve the page until interrupted."""
     with serving(workdir, host, port, seconds) as server:
-        say(f"http://{host}:{server.server_port}/ shows {workdir}; Ctrl-C ends it")
-        interrupts.end_at_once("the page is no longer served")
+        say(f"serving {workdir} at http://{host}:{server.server_port}/; press Ctrl-C to stop")
+        interrupts.end_at_once("stopped serving the page")
         server.serve_forever()

@@ -46,8 +46,8 @@ def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
         )
     if len(allocation) > layers:
         raise UserError(
-            f"allocation={allocation[:80]!r}: {len(allocation)} digits for {layers} layers; at most"
-            " one per layer"
+            f"allocation={allocation[:80]!r}: {len(allocation)} digits for {layers} layers;"
+            " give at most one per layer"
         )
     return _some(
         [int(allocation[len(allocation) * layer // layers]) for layer in range(layers)], allocation
@@ -57,12 +57,13 @@ def experts_per_layer(allocation: str, layers: int) -> tuple[int, ...]:
 def _shaped(allocation: str, shape: Sequence[int], total: str, layers: int) -> tuple[int, ...]:
     if not total.isdecimal() or len(total) > MAX_DIGITS or not int(total):
         raise UserError(
-            f"allocation={allocation[:80]!r}: a shape needs the number of experts in all, such as"
-            f" {allocation.partition(':')[0]}:160"
+            f"allocation={allocation[:80]!r}: a shape needs the total number of experts, such"
+            f" as {allocation.partition(':')[0]}:160"
         )
     if layers < len(shape):
         raise UserError(
-            f"allocation={allocation[:80]!r}: {layers} layers; a shape needs {len(shape)} at least"
+            f"allocation={allocation[:80]!r}: {layers} layers, but this shape needs at least"
+            f" {len(shape)}"
         )
     weights = [shape[len(shape) * layer // layers] for layer in range(layers)]
     # Each layer's exact share is count + remainder / sum(weights), kept in integers.
@@ -74,18 +75,20 @@ def _shaped(allocation: str, shape: Sequence[int], total: str, layers: int) -> t
     result = [count + (layer in first) for layer, count in enumerate(counts)]
     if 0 in result:
         raise UserError(
-            f"allocation={allocation[:80]!r}: too few for {layers} layers, layer {result.index(0)}"
-            " would get none; raise the total"
+            f"allocation={allocation[:80]!r}: too few for {layers} layers: layer"
+            f" {result.index(0)} would get none; raise the total"
         )
     return _some(result, allocation)
 
 
 def _some(counts: Sequence[int], allocation: str) -> tuple[int, ...]:
     if not any(counts):
-        raise UserError(f"allocation={allocation[:80]!r}: no layer gets any expert")
+        raise UserError(
+            f"allocation={allocation[:80]!r}: every layer gets 0 experts; give at least one"
+        )
     if max(counts) > MAX_EXPERTS:
         raise UserError(
             f"allocation={allocation[:80]!r}: {max(counts)} experts in layer"
-            f" {counts.index(max(counts))}; at most {MAX_EXPERTS}"
+            f" {counts.index(max(counts))}, but at most {MAX_EXPERTS} are supported"
         )
     return tuple(counts)

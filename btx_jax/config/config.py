@@ -73,8 +73,8 @@ def _no_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
         usable = name.isprintable() and "/" not in name and name not in ("", ".", "..")
         if not usable or len(name.encode("utf-8", "surrogatepass")) > 100:
             yield (
-                f"{key}: {name[:100]!r} becomes the name of a file: at most 100 bytes, no `/`,"
-                " nothing unprintable; choose another"
+                f"{key}: {name[:100]!r} is used as a file name: it must have at most 100 bytes,"
+                " all printable, and no `/`; choose another"
             )
 
 
@@ -188,14 +188,18 @@ class TrainConfig(Section):
     def _leaves_the_anchor(self) -> Iterator[str]:
         if self.anchor and self.frozen not in BESIDE_ANCHOR:
             yield (
-                f"anchor: with frozen={self.frozen!r} branches would not share it, or not train"
-                f" beside it; set frozen to {', '.join(map(repr, BESIDE_ANCHOR))}"
+                f"anchor: with frozen={self.frozen!r} branches would not share the anchor, or"
+                " could not train next to it; set frozen to"
+                f" {', '.join(map(repr, BESIDE_ANCHOR))}"
             )
 
     @rule
     def _accumulates(self) -> Iterator[str]:
         if self.accumulate and self.batch_size % self.accumulate:
-            yield f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}"
+            yield (
+                f"accumulate={self.accumulate}: does not divide"
+                f" batch_size={self.batch_size}; use a divisor"
+            )
 
     @rule
     def _warms_up(self) -> Iterator[str]:
@@ -222,7 +226,7 @@ class FormatConfig(Section):
     @rule
     def _one_kind(self) -> Iterator[str]:
         if bool(self.messages) == bool(self.answer):
-            yield "answer: give prompt and answer, or messages, and not both"
+            yield "answer: give either prompt and answer, or messages"
 
 
 @dataclass(frozen=True)
@@ -264,12 +268,15 @@ class TaskConfig(Section):
     @rule
     def _holds_out_choices(self) -> Iterator[str]:
         if self.heldout_fraction and self.kind != "multiple_choice":
-            yield f"heldout_fraction={self.heldout_fraction}: for kind='multiple_choice' only"
+            yield (
+                f"heldout_fraction={self.heldout_fraction}: only used with"
+                " kind='multiple_choice'; set it to 0"
+            )
 
     @rule
     def _shots_from_a_file(self) -> Iterator[str]:
         if self.shots and not self.shots_file:
-            yield "shots_file: missing, and shots are asked for"
+            yield f"shots_file: missing, but shots={self.shots} needs it"
 
     @rule
     def _stops_at_text(self) -> Iterator[str]:
@@ -349,7 +356,7 @@ class MeshConfig(Section):
         names = ("data", "fsdp", "expert", "tensor", "context")
         axes = {axis: getattr(self, axis) for axis in names}
         if len(several := [axis for axis, size in axes.items() if size == -1]) > 1:
-            yield f"{', '.join(several)}: more than one is -1; name the size of all but one"
+            yield f"{', '.join(several)}: at most one may be -1; give the size of the others"
 
     def shape(self, devices: int) -> tuple[int, int, int, int, int]:
         """(data, fsdp, expert, tensor, context) for this number of devices. Raises ConfigError when
@@ -363,8 +370,8 @@ class MeshConfig(Section):
             raise ConfigError(
                 f"config.mesh: data={self.data} fsdp={self.fsdp} expert={self.expert}"
                 f" tensor={self.tensor} context={self.context} does not fit"
-                f" {counted(devices, 'device')}; the product must be {devices} (-1 takes what"
-                " remains)"
+                f" {counted(devices, 'device')}; the product must be {devices} (-1 stands for"
+                " the rest)"
             )
         return data, fsdp, expert, tensor, context
 
@@ -421,7 +428,7 @@ class ProfileConfig(Section):
         if self.steps and not _steps(self.steps):
             yield (
                 f"steps={self.steps[:100]!r}: must be FIRST:END with 1 <= FIRST < END, such as"
-                " 10:13 for the steps 10, 11 and 12"
+                " 10:13 for steps 10, 11 and 12"
             )
 
     @property
@@ -501,68 +508,89 @@ class MixConfig(Section):
     @rule
     def _beside_experts(self) -> Iterator[str]:
         if self.shared_expert and self.method == "average":
-            yield f"shared_expert={self.shared_expert!r}: method='average' makes no experts"
+            yield (
+                f"shared_expert={self.shared_expert!r}: not used by method='average', which"
+                " makes no experts; leave it out"
+            )
 
     @rule
     def _chunks_of_split(self) -> Iterator[str]:
         if (self.chunks > 1) != (self.method == "split"):
-            yield f"chunks={self.chunks}: with method='split' at least 2, with the others 1"
+            yield (
+                f"chunks={self.chunks}: must be at least 2 with method='split' and 1 with"
+                " other methods"
+            )
 
     @rule
     def _reinit_of_copies(self) -> Iterator[str]:
         if self.reinit and (self.method != "btx" or self.copies == 1):
             yield (
-                f"reinit={self.reinit:g}: reinitialises parts of copies, and there are none with"
-                f" method={self.method!r} and copies={self.copies}; needs method='btx' and"
-                " copies=2 or more"
+                f"reinit={self.reinit:g}: reinitialises parts of copies, but"
+                f" method={self.method!r} with copies={self.copies} makes none; set"
+                " method='btx' and copies=2 or more"
             )
 
     @rule
     def _merge_of_a_mixture(self) -> Iterator[str]:
         yield from unread(self, MixConfig)
         if self.merge != "mean" and self.method == AVERAGE:
-            yield f"merge={self.merge!r}: for mixtures only; method='average' makes a dense model"
+            yield (
+                f"merge={self.merge!r}: only used for mixtures, but method='average' makes"
+                " a dense model; leave it out"
+            )
         if self.base and self.merge not in (COPY, *READ_BASE):
-            yield f"base={self.base!r}: merge={self.merge!r} reads none; leave it out"
+            yield f"base={self.base!r}: not used by merge={self.merge!r}; leave it out"
         if not self.base and self.merge in (COPY, *READ_BASE):
-            yield f"base: missing, and merge={self.merge!r} reads it; name a checkpoint, the seed"
+            yield (
+                f"base: missing, but merge={self.merge!r} needs it; name a checkpoint, such"
+                " as the seed"
+            )
         if self.merge == "slerp" and len(set(self.experts)) != 2:
-            yield f"merge='slerp': of 2 models, and experts names {len(set(self.experts))}"
+            yield (
+                "merge='slerp': merges exactly 2 models, but experts names"
+                f" {len(set(self.experts))}; use another merge"
+            )
 
     @rule
     def _text_is_read(self) -> Iterator[str]:
         readers = [f"router={self.router!r}"] * (self.router in SOLVED)
         readers += [f"merge={REGMEAN!r}"] * (self.merge == REGMEAN)
         if self.ridge != RidgeConfig() and self.router != RIDGE:
-            yield f"ridge: router={self.router!r} reads none; say {RIDGE!r}, or leave it out"
+            yield (
+                f"ridge: not used by router={self.router!r}; set router={RIDGE!r}, or leave it out"
+            )
         if not readers:
             for key, default in (("text", ()), ("tokens", MixConfig.tokens)):
                 if getattr(self, key) != default:
-                    yield f"{key}: {_TEXT_READERS} read it; leave it out"
+                    yield f"{key}: only used with {_TEXT_READERS}; leave it out"
             return
         if len(self.text) != len(self.experts):
             yield (
-                f"text: {len(self.text)} texts of {len(self.experts)} experts; list one for each,"
-                " in their order"
+                f"text: {len(self.text)} texts for {len(self.experts)} experts; list one per"
+                " expert, in the same order"
             )
         elif self.router in SOLVED and len(self.experts) > 1 and len(set(self.text)) == 1:
-            yield "text: all experts have the same; their router rows would be equal"
+            yield (
+                "text: all experts have the same text, so their router rows would be"
+                " equal; give each its own"
+            )
         if self.method != "btx" or self.copies > 1:
             yield (
                 f"{' and '.join(readers)}: with method={self.method!r} and copies={self.copies}"
-                " experts have no domains of their own; needs method='btx' and copies=1"
+                " experts have no domains of their own; set method='btx' and copies=1"
             )
 
     @rule
     def _makes_a_mixture(self) -> Iterator[str]:
         if not self.experts:
-            yield "experts: none named; list the checkpoints to mix"
+            yield "experts: empty; list the checkpoints to mix"
             return
         total = len(self.experts) * self.copies * self.chunks
         if total > MAX_EXPERTS:
             yield (
                 f"experts: {len(self.experts)} checkpoints, copies={self.copies} and"
-                f" chunks={self.chunks} make {total} experts a layer; at most {MAX_EXPERTS}"
+                f" chunks={self.chunks} make {total} experts per layer; use at most"
+                f" {MAX_EXPERTS}"
             )
             return
         try:
@@ -588,9 +616,9 @@ class EnsembleConfig(Section):
     @rule
     def _several(self) -> Iterator[str]:
         if len(self.experts) < 2:
-            yield "experts: an ensemble needs two or more"
+            yield "experts: an ensemble needs two or more; name another"
         elif self.top > len(self.experts):
-            yield f"top={self.top}: there are {len(self.experts)} experts"
+            yield f"top={self.top}: more than the {len(self.experts)} experts; lower it"
 
 
 @dataclass(frozen=True)
@@ -645,7 +673,7 @@ class EvaluateConfig(Section):
             yield from _no_file_names(key, getattr(self, key))
         for name in ("result", "samples"):  # files stored with those of the test sets
             if name in self.tasks:
-                yield f"tasks.{name}: the name is taken; choose another"
+                yield f"tasks.{name}: the name is reserved; choose another"
 
     @rule
     def _roles(self) -> Iterator[str]:
@@ -659,18 +687,18 @@ class EvaluateConfig(Section):
     def _has_words_to_continue(self) -> Iterator[str]:
         for i, prompt in enumerate(self.prompts):
             if not prompt:
-                yield f"prompts[{i}]: empty"
+                yield f"prompts[{i}]: empty; give some text or leave it out"
 
     @rule
     def _some_models(self) -> Iterator[str]:
         if not self.models:
-            yield "models: none named; map a name to a checkpoint"
+            yield "models: empty; map at least one name to a checkpoint"
 
     @rule
     def _ensembles_of_models(self) -> Iterator[str]:
         for name, ensemble in self.ensembles.items():
             if name in self.models:
-                yield f"ensembles.{name}: a model has that name already"
+                yield f"ensembles.{name}: a model already has that name; choose another"
             for expert in ensemble.experts:
                 if expert not in self.models:
                     yield (
@@ -682,7 +710,9 @@ class EvaluateConfig(Section):
     def _oracles_of_models(self) -> Iterator[str]:
         for name, oracle in self.oracles.items():
             if name in self.models or name in self.ensembles:
-                yield f"oracles.{name}: a model or an ensemble has that name already"
+                yield (
+                    f"oracles.{name}: a model or an ensemble already has that name; choose another"
+                )
             if oracle.mixture not in self.models:
                 yield (
                     f"oracles.{name}.mixture: no model {oracle.mixture!r};"
@@ -726,7 +756,7 @@ class ReportConfig(Section):
             if not all(pair.partition(":")):
                 yield f"continual[{i}]={pair!r}: must be MODEL:TASK"
         if len(self.continual) == 1:
-            yield "continual: one task alone; name two or more, in the order of training"
+            yield "continual: only one task; list two or more, in the order of training"
 
 
 @dataclass(frozen=True)
@@ -787,17 +817,17 @@ class Config(Section):
     def _has_its_sections(self) -> Iterator[str]:
         for section in _SECTIONS[self.stage]:
             if is_missing(self, section):
-                yield f"{section}: missing, and stage {self.stage!r} needs it"
+                yield f"{section}: missing, but stage {self.stage!r} needs it"
 
     @rule
     def _profiles_its_steps(self) -> Iterator[str]:
         chosen = self.profile.chosen
         if chosen and self.stage != "train":
-            yield f"profile.steps={self.profile.steps!r}: for stage 'train' only"
+            yield f"profile.steps={self.profile.steps!r}: only used by stage 'train'; leave it out"
         elif chosen and self.train and chosen[-1] > self.train.steps:
             yield (
-                f"profile.steps={self.profile.steps!r}: train.steps={self.train.steps} is the last"
-                " one; END may be one more"
+                f"profile.steps={self.profile.steps!r}: the last step is"
+                f" train.steps={self.train.steps}; END may be at most one more"
             )
 
     @rule
@@ -815,40 +845,49 @@ class Config(Section):
             return
         told = f"mesh.context={self.mesh.context}"
         if self.stage != "train":
-            yield f"{told}: for stage 'train' only; leave it out"
+            yield f"{told}: only used by stage 'train'; leave it out"
         if self.train and self.train.eval_tasks:
-            yield f"{told}: test sets are not cut; leave it out, or train.eval_tasks"
+            yield (
+                f"{told}: test sets are not split over devices; leave out mesh.context or"
+                " train.eval_tasks"
+            )
 
     @rule
     def _has_text_of_routers(self) -> Iterator[str]:
         if self.mix and self.mix.text and is_missing(self, "data"):
-            yield "data: missing, and mix.text is read with its domains, cache and lengths"
+            yield "data: missing, but mix.text needs its domains, cache and lengths"
 
     @rule
     def _has_something_to_evaluate(self) -> Iterator[str]:
         if self.evaluate is None or not is_missing(self, "data"):
             return
         if self.evaluate.ensembles:
-            yield "data: missing, and evaluate.ensembles need held-out text"
+            yield "data: missing, but evaluate.ensembles need held-out text"
         if self.evaluate.oracles:
-            yield "data: missing, and evaluate.oracles need held-out text"
+            yield "data: missing, but evaluate.oracles need held-out text"
         if not self.evaluate.tasks and not self.evaluate.prompts:
-            yield "data: missing, and evaluate.tasks is empty: nothing to evaluate on"
+            yield (
+                "data: missing, but evaluate.tasks is empty, so there is nothing to"
+                " evaluate on; give one of them"
+            )
 
     @rule
     def _stages_fit(self) -> Iterator[str]:
         if self.stage != "pipeline" or self.pipeline is None:
             return
         if not self.pipeline:
-            yield "pipeline: no stages"
+            yield "pipeline: empty; list its stages"
         for name, stage in self.pipeline.items():
             if not re.fullmatch(r"\w[\w.-]{0,99}", name):
                 yield (
-                    f"pipeline.{name[:100]}: no name for a stage, whose directory has it; letters,"
-                    " digits, _, - and . only"
+                    f"pipeline.{name[:100]}: not a valid stage name, as it names a directory;"
+                    " use only letters, digits, _, - and ."
                 )
             if stage.config.stage == "pipeline":
-                yield f"pipeline.{name}.config.stage: a pipeline within a pipeline; list its stages"
+                yield (
+                    f"pipeline.{name}.config.stage: pipelines cannot be nested; list its"
+                    " stages here"
+                )
             for need in stage.needs:
                 if need not in self.pipeline:
                     yield (

@@ -76,7 +76,7 @@ def require_tree(config: Any) -> None:
     while todo:
         key, value, depth = todo.pop()
         if depth > MAX_DEPTH:
-            raise ConfigError(f"{key[:100]}...: nested too deeply, or within itself; make it flat")
+            raise ConfigError(f"{key[:100]}...: nested too deeply or contains itself; flatten it")
         if isinstance(value, tuple | list):
             todo += [(f"{key}[{i}]", part, depth + 1) for i, part in enumerate(value)]
         elif isinstance(value, Mapping | ml_collections.ConfigDict):
@@ -85,8 +85,7 @@ def require_tree(config: Any) -> None:
                     todo.append((f"{key}.{name}", value[name], depth + 1))
                 except ml_collections.config_dict.RequiredValueError:
                     raise ConfigError(
-                        f"{key}.{name}: a required_placeholder without a value; give it one in the"
-                        " file"
+                        f"{key}.{name}: a required_placeholder without a value; set it in the file"
                     ) from None
 
 

@@ -32,4 +32,7 @@ def unread(section: Any, kind: type) -> Iterator[str]:
         readers = [name for name, keys in MERGE_SETTINGS.items() if key in keys]
         value = getattr(section, key)
         if value != getattr(kind, key) and section.merge not in readers:
-            yield f"{key}={value}: of merge {' and '.join(readers)}; leave it out or name one"
+            yield (
+                f"{key}={value}: only used with merge {' and '.join(readers)}; remove it or"
+                " set merge"
+            )

@@ -82,7 +82,10 @@ class RopeScaling(Section):
     def _factors_of_longrope(self) -> Iterator[str]:
         for key in ("short_factors", "long_factors"):
             if (self.kind == "longrope") != bool(getattr(self, key)):
-                yield f"{key}: for longrope only, which needs both"
+                yield (
+                    f"{key}: required for longrope, together with the other factors, and"
+                    " not used by other kinds"
+                )
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class MoEConfig(Section):
     @rule
     def _some_experts(self) -> Iterator[str]:
         if not any(self.experts):
-            yield "experts: no layer has any; leave config.model.moe out for a dense model"
+            yield "experts: every layer has 0; leave config.model.moe out for a dense model"
 
     @rule
     def _k_of_them(self) -> Iterator[str]:
@@ -166,12 +169,12 @@ class LoRAConfig(Section):
     @rule
     def _known_targets(self) -> Iterator[str]:
         if not self.targets:
-            yield "targets: none named; known: " + ", ".join(LORA_TARGETS)
+            yield "targets: empty; known: " + ", ".join(LORA_TARGETS)
         for i, target in enumerate(self.targets):
             if target not in LORA_TARGETS:
                 yield f"targets[{i}]={target!r}: {suggest(target, LORA_TARGETS)}"
             elif target in self.targets[:i]:
-                yield f"targets[{i}]={target!r}: named twice"
+                yield f"targets[{i}]={target!r}: listed twice; leave one out"
 
     def specs(self, layers: int) -> tuple["LoRASpec | None", ...]:
         """The LoRA experts of each layer; None for a layer without any. Raises ConfigError when
@@ -187,7 +190,7 @@ class LoRAConfig(Section):
             if 0 < experts < k[layer]:
                 mistakes.add(f"k={k[layer]}: more than {many}; lower k or give one k per layer")
             if self.gating == "sigmoid" and experts > 1:
-                mistakes.add(f"gating='sigmoid': a gate for one expert, not for {many}")
+                mistakes.add(f"gating='sigmoid': gates a single expert, not {many}")
             if mistakes.found:
                 break
         mistakes.tell()
@@ -214,8 +217,8 @@ class LoRAConfig(Section):
             return values
         if len(values) != 1:
             mistakes.add(
-                f"{key}: {len(values)} numbers for {layers} layers; give one for all or one per"
-                " layer"
+                f"{key}: {len(values)} numbers for {layers} layers; give one number for all"
+                " layers, or one per layer"
             )
         return (values or (1,))[:1] * layers
 
@@ -351,16 +354,19 @@ class ModelConfig(Section):
     def _heads_divide(self) -> Iterator[str]:
         if self.heads % self.kv_heads:
             yield (
-                f"heads={self.heads}: not divisible by kv_heads={self.kv_heads}; each key head"
-                " serves heads / kv_heads query heads"
+                f"heads={self.heads}: not divisible by kv_heads={self.kv_heads}, as each key"
+                " head serves heads / kv_heads query heads"
             )
 
     @rule
     def _head_is_even(self) -> Iterator[str]:
         if self.head_dim % 2:
-            yield f"head_dim={self.head_dim}: must be even, RoPE rotates pairs"
+            yield f"head_dim={self.head_dim}: must be even, as RoPE rotates pairs"
         elif (size := int(self.head_dim * self.rotary)) % 2 or not size:
-            yield f"rotary={self.rotary}: {size} of head_dim={self.head_dim}; RoPE rotates pairs"
+            yield (
+                f"rotary={self.rotary}: rotates {size} of head_dim={self.head_dim}; RoPE"
+                " rotates pairs, so that must be even and above 0"
+            )
 
     @rule
     def _factors_fit(self) -> Iterator[str]:
@@ -369,7 +375,8 @@ class ModelConfig(Section):
             count = len(getattr(self.rope_scaling, key))
             if count not in (0, pairs):
                 yield (
-                    f"rope_scaling.{key}: {count}, one for each of {pairs} rotated pairs is needed"
+                    f"rope_scaling.{key}: {count} numbers, but one for each of {pairs} rotated"
+                    " pairs is needed"
                 )
 
     @rule
@@ -377,20 +384,26 @@ class ModelConfig(Section):
         for key in ("nope_layers", "window_layers"):
             numbers = getattr(self, key)
             if list(numbers) != sorted(set(numbers)) or (numbers and numbers[-1] >= self.layers):
-                yield f"{key}={numbers}: must be layers below {self.layers}, in order"
+                yield (
+                    f"{key}={numbers}: must be layer numbers below {self.layers}, in"
+                    " ascending order"
+                )
 
     @rule
     def _kind_of_something(self) -> Iterator[str]:
         if not self.qk_norm and self.qk_norm_kind != "head":
-            yield f"qk_norm_kind={self.qk_norm_kind!r}: needs qk_norm, norms on queries and keys"
+            yield f"qk_norm_kind={self.qk_norm_kind!r}: needs qk_norm (norms on queries and keys)"
 
     @rule
     def _biases_fit(self) -> Iterator[str]:
         if len(set(self.biases)) < len(self.biases):
-            yield f"biases={self.biases}: one is named twice"
+            yield f"biases={self.biases}: one is listed twice; leave it out"
         inside = [name for name in self.biases if name in ("gate", "up", "down")]
         if self.moe and inside:
-            yield f"biases: {', '.join(inside)} of a mixture's experts cannot have any"
+            yield (
+                f"biases: {', '.join(inside)} in a mixture's experts cannot have biases;"
+                " leave them out"
+            )
 
     @rule
     def _counts_fit(self) -> Iterator[str]:
@@ -411,8 +424,8 @@ class ModelConfig(Section):
         inside = [target for target in self.lora.targets if target in ("gate", "up", "down")]
         if self.moe and inside:
             yield (
-                f"lora.targets: {', '.join(inside)} of a mixture's experts cannot be adapted, its"
-                " attention can (q, k, v, o)"
+                f"lora.targets: {', '.join(inside)} of a mixture's experts cannot be adapted;"
+                " use its attention (q, k, v, o)"
             )
 
     @rule
@@ -451,13 +464,13 @@ class ModelConfig(Section):
         if total > MAX_PARAMETERS:
             yield (
                 f"layers={self.layers}: with d_model={self.d_model}, d_ff={self.d_ff} and"
-                f" {max(counts)} experts a layer at most, {total:.2g} parameters; lower one, at"
-                f" most {MAX_PARAMETERS:.0e} can be meant"
+                f" {max(counts)} experts per layer, that is {total:.2g} parameters; lower one"
+                f" of them, at most {MAX_PARAMETERS:.0e} parameters are supported"
             )
         if self.moe is not None and sum(counts) > MAX_EXPERTS:
             yield (
-                f"moe.experts: {sum(counts)} in layers={self.layers} together; lower one, at most"
-                f" {MAX_EXPERTS} can be meant"
+                f"moe.experts: {sum(counts)} experts over layers={self.layers}; lower it, at"
+                f" most {MAX_EXPERTS} are supported"
             )
         window, nope = set(self.window_layers), set(self.nope_layers)
         sees = [(layer in window, layer in nope) for layer in range(self.layers)]
@@ -465,8 +478,9 @@ class ModelConfig(Section):
         runs = sum(pairs[i] != pairs[i - 1] for i in range(1, len(pairs))) + 1
         if runs > MAX_RUNS:
             yield (
-                f"layers={self.layers}: {runs} runs of equal layers, each compiled by itself; at"
-                f" most {MAX_RUNS}, give neighbours the same experts"
+                f"layers={self.layers}: {runs} runs of equal layers, each compiled separately,"
+                f" but at most {MAX_RUNS} are supported; give neighbouring layers the same"
+                " experts"
             )
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:

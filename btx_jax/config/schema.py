@@ -147,7 +147,7 @@ _SHORT = _Short()
 def _section(cls: type[T], values: Any, key: str, mistakes: Mistakes) -> T | None:
     """The section made from `values`; None when there are mistakes."""
     if not isinstance(values, Mapping):
-        mistakes.add(f"{key}={shown(values)}: must be a section with keys")
+        mistakes.add(f"{key}={shown(values)}: must be a section (a mapping of keys to values)")
         return None
     before = len(mistakes.found)
     known = _known(cls, values, f"{key}.", mistakes)
@@ -232,7 +232,7 @@ def _problem(kind: type, value: Any, bounds: Any) -> str:
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         return f"must be {kind.__name__}, not {type(value).__name__}"
     if isinstance(value, str) and len(value) > MAX_TEXT:
-        return f"{len(value)} characters; at most {MAX_TEXT}"
+        return f"has {len(value)} characters, but at most {MAX_TEXT} are allowed"
     if kind is float and not bounds and abs(value) >= 2**1023:
         return "must be finite"
     return next((p for b in bounds if isinstance(b, Range) and (p := b.problem(value))), "")
@@ -244,7 +244,7 @@ def _convert_tuple(kind: Any, value: Any, key: str, mistakes: Mistakes) -> Any:
     elif not isinstance(value, tuple | list):
         mistakes.add(f"{key}={shown(value)}: must be a list")
     elif len(value) > MAX_NAMES:
-        mistakes.add(f"{key}: {len(value)} entries; at most {MAX_NAMES}")
+        mistakes.add(f"{key}: {len(value)} entries, but at most {MAX_NAMES} are allowed")
     else:
         return tuple(
             _convert(kind, item, f"{key}[{i}]" if len(value) > 1 else key, mistakes)
@@ -257,9 +257,9 @@ def _convert_mapping(kind: Any, value: Any, key: str, mistakes: Mistakes) -> Any
     if not isinstance(value, Mapping):
         mistakes.add(f"{key}={shown(value)}: must map names to values")
     elif len(value) > MAX_NAMES:
-        mistakes.add(f"{key}: {len(value)} names; at most {MAX_NAMES}")
+        mistakes.add(f"{key}: {len(value)} names, but at most {MAX_NAMES} are allowed")
     elif wrong := [name for name in value if not isinstance(name, str) or not name]:
-        mistakes.add(f"{key}: {shown(wrong[0])} is not a name; names are text")
+        mistakes.add(f"{key}: {shown(wrong[0])} is not a name; names are non-empty strings")
     else:
         return {
             name: _convert(kind, item, f"{key}.{name[:200]}", mistakes)

@@ -107,7 +107,7 @@ def read_clock(
     compiler's cycles, and for a loop whose trip count cannot be read.
     """
     if "is_scheduled=true" not in text or "estimated_cycles" not in text:
-        raise ValueError("the program holds no cycles: it was not compiled for a TPU")
+        raise ValueError("the program has no cycle counts: it was not compiled for a TPU")
     computations, entry = parse(text)
     reader = _Reader(computations, chip, where, kernel_seconds, clock or Clock())
     reader.walk(computations[entry], times)

@@ -96,7 +96,7 @@ def groups_of(collective: Instruction) -> tuple[tuple[int, ...], ...]:
         return _mesh_groups(mesh[1], mesh[2], mesh[3])
     if "replica_groups={}" in text:
         return ()
-    raise ValueError(f"{collective.name}: its groups cannot be read: {text[:200]}")
+    raise ValueError(f"{collective.name}: its groups cannot be parsed: {text[:200]}")
 
 
 def _iota(text: str) -> np.ndarray:

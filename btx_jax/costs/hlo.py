@@ -172,14 +172,16 @@ def trip_count(computations: Computations, caller: Computation, loop: Instructio
         or len(indices) != 1
         or (compare.opcode == "compare" and "direction=LT" not in compare.text)
     ):
-        raise ValueError(f"loop {loop.name}: its trip count cannot be read from {condition.root}")
+        raise ValueError(
+            f"loop {loop.name}: its trip count cannot be derived from {condition.root}"
+        )
     index, body = int(indices[0]), computations[loop.attribute(r"body=%?([\w.\-]+)")]
     counter = _behind_copies(body, body.instructions[body.root].operands[index])
     steps = [
         i for i in (_behind_copies(body, o) for o in counter.operands) if i.opcode == "constant"
     ]
     if counter.opcode != "add" or len(steps) != 1:
-        raise ValueError(f"loop {loop.name}: its step cannot be read from {counter.name}")
+        raise ValueError(f"loop {loop.name}: its step cannot be derived from {counter.name}")
     first = 0  # if no constant is found: all loops that XLA itself makes start at 0
     inputs = _behind_copies(caller, loop.operands[0])
     if inputs.opcode == "tuple":

@@ -57,7 +57,7 @@ def find_files(where: str, key: str) -> list[BucketFile]:
         pattern = buckets.key_of(path)
         if not glob.has_magic(pattern) and files.isdir(pattern):
             raise UserError(
-                f"{key}: {where!r} is a directory; name its files, for example '{where}/*.jsonl'"
+                f"{key}: {where!r} is a directory; name its files, such as '{where}/*.jsonl'"
             )
         found = files.glob(pattern, detail=True)
     scheme = where.partition("://")[0]

@@ -81,7 +81,7 @@ def chat_template(tokenizer: Tokenizer, cure: str, name: str = "default") -> Cha
     UserError when there is none."""
     if name not in tokenizer.templates:
         if tokenizer.templates:
-            told = f"has chat templates {', '.join(sorted(tokenizer.templates))}, none is {name!r}"
+            told = f"has chat templates {', '.join(sorted(tokenizer.templates))}, but not {name!r}"
         else:
             told = f"the tokenizer has no chat template (chat_template.jinja); {cure}"
         raise UserError(f"{tokenizer.path.parent}: {told}")

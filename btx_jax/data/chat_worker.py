@@ -130,7 +130,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         return {"error": "takes too much memory", "ends": True}
     except RecursionError:
-        return {"error": "recurses without end", "ends": True}
+        return {"error": "recurses endlessly", "ends": True}
     except Exception as error:  # templates may raise anything; always answer
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 

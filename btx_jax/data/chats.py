@@ -118,4 +118,4 @@ def check_calls(message: Message, rendered: str) -> None:
         if not isinstance(name, str):
             raise Unusable("a tool call without the function's name")
         if name not in rendered:
-            raise Unusable("the chat template has no place for tool calls")
+            raise Unusable("the chat template does not render tool calls")

@@ -76,7 +76,9 @@ def texts(domain: str) -> Iterator[str]:
         for name in MORE.get(domain, ()):
             path = Path(folder) / "text" / f"{name}.jsonl.gz"
             if not path.exists():
-                raise UserError(f"BTX_DATA_DIR: no {path}; unset it to do without")
+                raise UserError(
+                    f"BTX_DATA_DIR: {path} does not exist; unset BTX_DATA_DIR to do without it"
+                )
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 yield from (json.loads(line)["text"] for line in file)
 

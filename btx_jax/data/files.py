@@ -75,12 +75,12 @@ def read_rows(file: File, field: str | None = None) -> Iterator[Row]:
     """
     kind, compression = _kind(file)
     if kind in UNPACK or f".{kind}" in COMPRESSIONS:
-        yield Row(str(file), Problem(f"file skipped: .{kind} is not read; unpack it"))
+        yield Row(str(file), Problem(f"file skipped: .{kind} is not supported; unpack it"))
     elif kind in EXPORT:
-        told = f"file skipped: .{kind} is not read; export it as JSON lines, CSV or Parquet"
+        told = f"file skipped: .{kind} is not supported; export it as JSON lines, CSV or Parquet"
         yield Row(str(file), Problem(told))
     elif kind == "parquet" and compression:
-        told = f"file skipped: Parquet inside {compression} is not read; unpack it"
+        told = f"file skipped: Parquet inside {compression} is not supported; unpack it"
         yield Row(str(file), Problem(told))
     elif size_of(file):
         try:
@@ -89,7 +89,8 @@ def read_rows(file: File, field: str | None = None) -> Iterator[Row]:
             if isinstance(error, OSError) and error.errno:
                 raise UserError(f"{file}: cannot be read: {error.strerror}") from error
             raise UserError(
-                f"{file}: cannot be read to its end ({error}); is it truncated or damaged?"
+                f"{file}: cannot be read to the end ({error}); it may be truncated or damaged,"
+                " copy or download it again"
             ) from error
 
 
@@ -160,7 +161,9 @@ def _no_utf8(head: bytes, file: File) -> Problem | None:
     for magic, ending in MAGIC.items():
         if head.startswith(magic):
             told = "unpack it" if ending[1:] in UNPACK else f"name it *{ending}"
-            return Problem(f"file skipped: it holds {ending[1:]}, which its name hides; {told}")
+            return Problem(
+                f"file skipped: it contains {ending[1:]}, which its name does not say; {told}"
+            )
     nulls = [byte == 0 for byte in head[:4]]
     encoding = None
     if head.startswith(UTF_32) or nulls in ([False, True, True, True], [True, True, True, False]):
@@ -227,7 +230,7 @@ def _json_lines(file: File, stream: BinaryIO) -> Iterator[Row]:
 
 def _lines(block: bytes, file: File) -> list[bytes]:
     if len(block) > MAX_LINE:
-        raise UserError(f"{file}: a line of more than {MAX_LINE >> 20} MiB is not a document")
+        raise UserError(f"{file}: a line is longer than {MAX_LINE >> 20} MiB; split it")
     return block.splitlines()
 
 
@@ -250,10 +253,12 @@ def _json_values(file: File, stream: BinaryIO) -> Iterator[Row]:
     number = 0
     while (mark := text.next()) != ("]" if array else ""):
         if not mark:
-            raise UserError(f"{file}: ends within its array; is it truncated?")
+            raise UserError(f"{file}: ends within its array; it may be truncated")
         if array and number:
             if mark != ",":
-                raise UserError(f"{file}: {mark!r}, not a comma, behind item {number} of its array")
+                raise UserError(
+                    f"{file}: {mark!r} instead of a comma after item {number} of its array"
+                )
             text.at += 1
             text.next()
         number += 1
@@ -261,7 +266,7 @@ def _json_values(file: File, stream: BinaryIO) -> Iterator[Row]:
         try:
             yield Row(place, _object(text.value(), "item"))
         except (ValueError, RecursionError) as error:
-            told = f"{getattr(error, 'msg', error)}{'; is it truncated?' if text.ended else ''}"
+            told = f"{getattr(error, 'msg', error)}{'; it may be truncated' if text.ended else ''}"
             raise UserError(f"{place}: not JSON: {told}") from error
     text.at += array
     if text.next():
@@ -325,7 +330,9 @@ def _table_rows(file: File, stream: BinaryIO, delimiter: str, field: str | None)
     try:
         header = next((row for row in reader if row), [])
         if len(set(filter(None, header))) < len(list(filter(None, header))):
-            raise UserError(f"{file}: two columns have the same name: {shown_fields(header)}")
+            raise UserError(
+                f"{file}: two columns have the same name: {shown_fields(header)}; rename one"
+            )
         if field is not None and header and field not in header:
             raise _without(field, file, header)
         for row in reader:
@@ -337,8 +344,8 @@ def _table_rows(file: File, stream: BinaryIO, delimiter: str, field: str | None)
                 yield Row(place, Problem("row skipped: more or fewer fields than columns", told))
     except csv.Error as error:
         raise UserError(
-            f"{file}, line {reader.line_num}: {error}; a field with quotes must be quoted,"
-            " each quote in it written twice"
+            f"{file}, line {reader.line_num}: {error}; a field that contains quotes must be"
+            " quoted, with each quote inside doubled"
         ) from error
 
 
@@ -370,7 +377,7 @@ def _batch_rows(batch: Any) -> list[Mapping[str, Any] | Problem]:
             return [Problem("row skipped: invalid UTF-8")]
     except (KeyError, OverflowError, ValueError) as error:  # dates and time zones that Python lacks
         if len(batch) == 1:
-            return [Problem("row skipped: a value that Python has no place for", str(error))]
+            return [Problem("row skipped: a value that Python cannot represent", str(error))]
     return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1))]
 
 
@@ -406,9 +413,9 @@ def _documents(file: File, stream: BinaryIO) -> Iterator[Row]:
         yield Row(str(file), _text(start))
         return
     told = (
-        f"text longer than {LONG_TEXT >> 20} MiB: cut into documents of {PIECE >> 10} KiB or more"
+        f"text longer than {LONG_TEXT >> 20} MiB: split into documents of {PIECE >> 10} KiB or more"
     )
-    yield Row(str(file), Problem(f"{told}, at blank lines where it has them", "none of it lost"))
+    yield Row(str(file), Problem(f"{told}, at blank lines where possible", "nothing is lost"))
     first = 0
     for piece in _pieces(stream, start):
         yield Row(f"{file}, byte {first}", _text(piece))

@@ -89,7 +89,7 @@ def find_files(where: str, key: str) -> list[HubFile]:
         return [HubFile(at._replace(path=path), *files[path]) for path in chosen]
     shown = [path for path in sorted(files) if not os.path.basename(path).startswith(".")]
     raise UserError(
-        f"{key}: no file of {found.repository} matches {found.path!r}; it has"
+        f"{key}: no file in {found.repository} matches {found.path!r}; it has"
         f" {', '.join(shown[:8])}{', ...' if shown[8:] else ''}"
     )
 
@@ -121,7 +121,7 @@ class _Stream(io.RawIOBase):
         with told(self._file.at, str(self._file)):
             data = self._remote.read(count)
         if not data:
-            raise UserError(f"{self._file}: ends before its end; run the same command again")
+            raise UserError(f"{self._file}: the download ended early; run the same command again")
         buffer[: len(data)] = data
         return len(data)
 

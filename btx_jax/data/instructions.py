@@ -17,7 +17,7 @@ from btx_jax.data.tokenizers import Tokenizer
 GIVEN = ("tools", "documents")  # fields of an item that are passed to the chat template
 
 
-NO_TEMPLATE = "give the format a prompt and an answer instead"
+NO_TEMPLATE = "set prompt and answer in the format instead"
 
 
 class Piece(NamedTuple):
@@ -117,7 +117,7 @@ class Formatter:
             pieces += [Piece(text[done:start], False), Piece(text[start:stop], True)]
             done = stop
         if not any(piece.text.strip() for piece in pieces if piece.learnt):
-            raise Unusable("no assistant's turn")
+            raise Unusable("no assistant turn")
         return [piece for piece in [*pieces, Piece(text[done:], False)] if piece.text]
 
     def _turns(self, messages: list[Any], given: Mapping[str, Any]) -> list[Piece]:
@@ -130,7 +130,7 @@ class Formatter:
             asked = self._template.render(messages[:number], True, **given).text
             answered = self._template.render(messages[: number + 1], **given).text
             if not asked.startswith(done):
-                raise Unusable("the chat template changes earlier turns when later ones come")
+                raise Unusable("the chat template changes earlier turns when later ones are added")
             if not answered.startswith(asked):
                 told = "the chat template renders an answer that does not begin with its prompt"
                 raise Unusable(told)
@@ -139,7 +139,7 @@ class Formatter:
             pieces += [Piece(asked[len(done) :], False), answer]
             done = answered
         if not any(piece.learnt for piece in pieces):
-            raise Unusable("no assistant's turn")
+            raise Unusable("no assistant turn")
         return pieces
 
 
@@ -156,7 +156,7 @@ class _Fill(string.Formatter):
                 raise Unusable("a field of the answer is null")
             return self._null
         if self._null is None and isinstance(value, Mapping | list):
-            told = "a field of the answer is not text; name a part of it, as {field[0]}"
+            told = "a field of the answer is not text; name a part of it, such as {field[0]}"
             raise Unusable(told, type(value).__name__)
         if isinstance(value, bytes):  # text in Parquet and tensorflow_datasets may be bytes
             value = value.decode("utf-8")

@@ -38,7 +38,8 @@ def training_batches(
     """
     if batch_size % shares:
         raise UserError(
-            f"config.train.batch_size={batch_size}: not divisible by the {shares} processes"
+            f"config.train.batch_size={batch_size}: not divisible by the {shares} processes;"
+            " use a multiple"
         )
     weighted = [
         (source, domain.weight * source.weight / sum(s.weight for s in domain.sources))

@@ -130,7 +130,7 @@ def prepare_source(
                 raise
         manifest = read_manifest(target)
         if manifest is None:
-            raise UserError(f"{target}: was damaged as soon as it was written; check the disk")
+            raise UserError(f"{target}: was damaged right after it was written; check the disk")
     together = zip(task.files, task.stamps, manifest["files"], strict=True)
     read = {
         str(file): (size, version, told["sha256"])
@@ -190,7 +190,7 @@ def changed_text(config: DataConfig, read: Mapping[str, Sequence[Any]]) -> list[
             return False
         return new_size != size or _sha256(_at_hand(now[name])) != sha256
 
-    told = {name: "is gone" for name in read if name not in now}
+    told = {name: "is missing" for name in read if name not in now}
     told |= {name: "is new" for name in now if name not in read}
     told |= {name: "has changed" for name in now if name in read and differs(name)}
     return [f"{name} {what}" for name, what in told.items()]
@@ -233,7 +233,7 @@ def _write(task: _Task, hosts: int) -> None:
         }
         if [*map(_stamp, files)] != stamps:
             raise UserError(
-                f"{source.where}: changed while it was read; run the same command again"
+                f"{source.where}: changed while it was being read; run the same command again"
             )
         return told
 
@@ -260,7 +260,7 @@ def _write(task: _Task, hosts: int) -> None:
                 if "heldout" in started:
                     causes = [all_heldout(merged.orders, config.heldout_fraction)]
                 raise UserError(
-                    f"config.data: {source.where} gives no document to train on:"
+                    f"config.data: {source.where} yields no document to train on:"
                     f" {'; '.join(causes)}"
                 )
             write_set(target, started, config.sequence_length, manifest)
@@ -342,8 +342,8 @@ def resolve_tokenizer(config: DataConfig, checkpoint_tokenizer: Path | None) -> 
         found = named_tokenizer(config.tokenizer, "config.data.tokenizer")
     elif checkpoint_tokenizer is None:
         raise UserError(
-            "config.data.tokenizer: not set, and no init checkpoint to take it from; name a .model"
-            " or tokenizer.json"
+            "config.data.tokenizer: missing, and there is no initial checkpoint to take it"
+            " from; name a .model or tokenizer.json"
         )
     else:
         found = load_tokenizer(checkpoint_tokenizer)
@@ -429,8 +429,8 @@ def shared_text(
     for (first, second), files_told in shared.items():
         more = f" and {len(files_told) - 1} more" if files_told[1:] else ""
         yield (
-            f"{first} and {second} have text in common ({files_told[0]}{more}), which makes their"
-            " experts alike and counts twice in the finetune; leave it to one of them"
+            f"{first} and {second} share text ({files_told[0]}{more}), so their experts will be"
+            " similar and the text counts twice in the finetune; keep it in one domain only"
         )
 
 

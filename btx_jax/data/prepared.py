@@ -68,7 +68,7 @@ class _Rows:
         except (RuntimeError, OSError) as error:  # ArrayRecord checks a hash of whatever it reads
             raise UserError(
                 f"{self._directory}: row {index} cannot be read ({str(error).splitlines()[0]});"
-                " delete that directory and run the same command again: its text is prepared again"
+                " delete that directory and run the same command to prepare its text again"
             ) from error
 
 
@@ -100,13 +100,16 @@ def none_heldout(domain: PreparedDomain) -> str:
     told = f"domain {domain.name!r} has no held-out document"
     fraction = manifests[0]["heldout_fraction"]
     if any(m["splits"]["heldout"]["documents"] for m in manifests):
-        return f"{told} with a token to predict: those that it has are empty or of one token"
+        return (
+            f"{told} with a token to predict: its held-out documents are empty or have one"
+            " token; give longer ones"
+        )
     count = sum(m["splits"]["train"]["documents"] for m in manifests)
     if not (share := heldout_share(domain)):
         return f"{told}: {ONE_DOCUMENT}"
     return (
-        f"{told}: config.data.heldout_fraction={fraction:g} holds out none of its {count}; from"
-        f" {share:g} on, in every run that reads this text, it holds one out"
+        f"{told}: config.data.heldout_fraction={fraction:g} holds out none of its {count}; set"
+        f" it to at least {share:g}, in every run that reads this text"
     )
 
 
@@ -119,8 +122,8 @@ def heldout_share(domain: PreparedDomain) -> float:
 
 
 ONE_DOCUMENT = (
-    "its text is one document, which is held out whole or not at all; give it as several, for"
-    " example one on each line of a .jsonl file"
+    "its text is a single document, which is held out whole or not at all; split it, for"
+    " example into one document per line of a .jsonl file"
 )
 
 
@@ -133,7 +136,7 @@ def _above(share: float) -> float:
 
 def all_heldout(orders: list[int], fraction: float) -> str:
     if orders[0] == orders[1]:
-        return f"all is held out: {ONE_DOCUMENT}"
+        return f"everything is held out: {ONE_DOCUMENT}"
     below = math.floor(orders[1] / 2**64 * 1e4) / 1e4
     return (
         f"config.data.heldout_fraction={fraction:g} holds out every document; lower it to less than"
@@ -270,15 +273,15 @@ def read_manifest(target: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
         if manifest.pop("sha256", None) != sha256_of(manifest):
-            raise ValueError(f"{MANIFEST} is not as it was written")
+            raise ValueError(f"{MANIFEST} has changed since it was written")
         for name, written in manifest["rows"].items():
             file = target / "rows" / name
             if file.stat().st_size != written["bytes"] or (
                 file.suffix == ".json" and sha256_of_file(file) != written["sha256"]
             ):
-                raise ValueError(f"rows/{name} is not as it was written")
+                raise ValueError(f"rows/{name} has changed since it was written")
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s is damaged (%s); its text is prepared again", target, error)
+        log.warning("%s is damaged (%s); preparing its text again", target, error)
         remove(target)
         return None
     return manifest

@@ -30,8 +30,8 @@ def read_model(path: Path) -> Any:
         sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     except (DecodeError, RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} is not a sentencepiece model: {str(error).splitlines()[0]}; a tiktoken file of"
-            " that name needs the tokenizer.json that comes with it"
+            f"{path} is not a sentencepiece model: {str(error).splitlines()[0]}; a tiktoken"
+            " file of that name needs the accompanying tokenizer.json"
         ) from error
     if proto.trainer_spec.model_type not in (UNIGRAM, BPE):
         raise UserError(
@@ -147,9 +147,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> 
 def _cause(told: str) -> str:
     """What sentencepiece's messages mean, in the words of btx_jax."""
     if "sentences_.empty()" in told:
-        return "it has no documents, or they are empty"
+        return "it has no documents, or all are empty; give more text"
     if least := re.search(r"required_chars\. \d+ vs (\d+)", told):
-        return f"its characters alone, and all bytes, take {least[1]}"
+        return f"its characters and all bytes need {least[1]} pieces; raise --vocab-size"
     return told.splitlines()[-1]
 
 

@@ -58,11 +58,11 @@ def parse_sources(notation: str, key: str) -> tuple[Source, ...]:
 
 def _split_weight(entry: str, key: str) -> tuple[str, float]:
     if not entry:
-        raise UserError(f"{key}: names no text; give a domain, files, tfds:NAME or demo:NAME")
+        raise UserError(f"{key}: no text given; name a domain, files, tfds:NAME or demo:NAME")
     match = re.fullmatch(r"(.+?):([0-9]+(?:\.[0-9]+)?)", entry)
     where, weight = (match[1], float(match[2])) if match else (entry, 1.0)
     if weight == 0:
-        raise UserError(f"{key}: the weight of {where} is 0; leave it out")
+        raise UserError(f"{key}: {where} has weight 0; leave it out")
     return where, weight
 
 
@@ -119,8 +119,7 @@ def expand_files(source: Source, key: str = "config.data") -> list[File]:
     if not files and any(os.path.isdir(p) for p in found):
         folder = source.where.rstrip("/")
         raise UserError(
-            f"{key}: {source.where!r} is a directory; name its files, for example"
-            f" '{folder}/*.jsonl'"
+            f"{key}: {source.where!r} is a directory; name its files, such as '{folder}/*.jsonl'"
         )
     if not files:
         raise UserError(f"{key}: no file matches {source.where!r}; {_cure(source.where)}")
@@ -133,11 +132,11 @@ def _cure(where: str) -> str:
         return "`python -m btx_jax.data.corpora` writes it"
     file, _, weight = where.rpartition(":")
     if file and glob.glob(file, recursive=True):
-        return f"a weight is one number above 0, as in {file}:2, and {weight!r} is none"
+        return f"{weight!r} is not a weight; give a number above 0, as in {file}:2"
     words = re.split("[ ;]+", where.strip())
     if words[1:] and all(glob.glob(word, recursive=True) for word in words):
         return f"separate files by commas: '{','.join(words)}'"
-    return "check the path (globs are allowed, quote them in a shell)"
+    return "check the path (globs are allowed; quote them in a shell)"
 
 
 def source_rows(source: Source, files: Iterable[File]) -> Iterator[Row]:
@@ -151,9 +150,7 @@ def source_rows(source: Source, files: Iterable[File]) -> Iterator[Row]:
         row = None
         for row in read_rows(file, field):
             if isinstance(row.value, str) and source.field != TEXT:
-                raise UserError(
-                    f"{file} is plain text, which has no fields; leave #{source.field} out"
-                )
+                raise UserError(f"{file} is plain text without fields; leave #{source.field} out")
             yield row
         if row is None:
             yield Row(str(file), Problem("file without documents"))
@@ -185,7 +182,7 @@ def _text(value: Any, field: str) -> str | Problem:
         except UnicodeDecodeError as error:
             return Problem("document skipped: invalid UTF-8", f"byte {error.start}")
     if not isinstance(value, str):
-        return Problem(f"document skipped: field {field!r} holds no text", type(value).__name__)
+        return Problem(f"document skipped: field {field!r} is not text", type(value).__name__)
     if not is_unicode(value):
         return Problem("document skipped: not valid Unicode")
     return value if value.strip() else Problem("document skipped: empty")
@@ -229,7 +226,7 @@ def read_json_lines(
             raise UserError(f"{key}: {place}: not valid Unicode")
         size += len(told)
         if max_bytes and size > max_bytes:
-            raise UserError(f"{key}: {file} holds more than {max_bytes >> 20} MiB; split it")
+            raise UserError(f"{key}: {file} is larger than {max_bytes >> 20} MiB; split it")
         items.append(dict(value))
     return items
 

@@ -186,7 +186,7 @@ class Shards:
                 self._end = end
                 self._changed.notify_all()
         if end is not None and self._host == 0 and (missing := self._still_missing(end)):
-            log.warning("other processes are silent; their text is tokenised here")
+            log.warning("other hosts are not responding; tokenising their share here")
             with ThreadPoolExecutor(cores()) as pool:
                 self._submit(pool, shards_of(self._read()), missing.__contains__)
 
@@ -237,8 +237,8 @@ class Shards:
             except (EOFError, OSError):
                 worker.kill()
                 answer = WorkerEnded(
-                    f"a process that tokenises ended with status {worker.wait()}; if memory ran"
-                    " out, run the same command again with fewer cores (taskset)"
+                    f"a tokenising process ended with status {worker.wait()}; if memory ran"
+                    " out, run the same command with fewer cores (taskset)"
                 )
             if isinstance(answer, OSError):
                 answer = UserError(f"cannot write {self._folder}: {answer.strerror or answer}")

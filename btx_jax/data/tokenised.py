@@ -103,8 +103,8 @@ class Tokeniser:
                 counts[split]["largest_id"] = max(counts[split]["largest_id"], max(ids, default=-1))
                 if len(ids) + self._frame > self._config.sequence_length + 1:
                     kind = (
-                        f"document longer than {self._config.sequence_length} tokens: cut into"
-                        " several rows, none lost"
+                        f"document longer than {self._config.sequence_length} tokens: split"
+                        " into several rows, nothing is lost"
                     )
                     tell(split, kind, item, place)
                 for key, value in (("documents", 1), ("tokens", len(ids)), ("bytes", size)):
@@ -186,8 +186,8 @@ def load_columns(file: Path, split: str) -> Columns:
         return Columns(*(_load(file, f"{split}/{name}") for name in Columns._fields))
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{file}: gone or damaged ({error}); delete {file.parent} and run the same command"
-            " again"
+            f"{file}: missing or damaged ({error}); delete {file.parent} and run the same"
+            " command again"
         ) from error
 
 

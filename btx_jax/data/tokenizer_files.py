@@ -170,7 +170,7 @@ class _Reading:
         )
         if self.name not in CLASSES and self.name not in AS_IT_IS:
             log.warning(
-                "%s: tokenizer_class %s is not known here; %s is used as it is",
+                "%s: unknown tokenizer_class %s; %s is used unchanged",
                 file.parent, self.name, file.name,
             )  # fmt: skip
         self.recipe = CLASSES.get(self.name)

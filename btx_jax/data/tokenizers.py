@@ -90,7 +90,10 @@ class Tokenizer:
                 if whole[start : start + len(bare)] == bare:
                     return whole[:start], whole[start + len(bare) :]
             if bare:
-                raise UserError(f"{self.path}: its post-processor changes a text's own tokens")
+                raise UserError(
+                    f"{self.path}: its post-processor changes the tokens of the"
+                    " text itself, which is not supported"
+                )
         return whole, []
 
     @property
@@ -123,7 +126,7 @@ class Tokenizer:
             if type(error).__name__ != "PanicException":
                 raise
             raise UserError(
-                f"{self.path}: panics on a text: {str(error).splitlines()[0]}"
+                f"{self.path}: crashed on a text: {str(error).splitlines()[0]}"
             ) from error
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -170,7 +173,7 @@ class Tokenizer:
         """This tokenizer with or without BOS in front of every text. Raises UserError when it has
         no BOS."""
         if added and self.bos is None:
-            raise UserError(f"config.data.bos: {self.path} has no BOS to put in front")
+            raise UserError(f"config.data.bos: {self.path} has no BOS token; set it to 'auto'")
         if added == (self.prefix[:1] == [self.bos]) and len(self.prefix) == int(added):
             return self
         backend = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
@@ -336,16 +339,16 @@ def difference(a: Tokenizer, b: Tokenizer, rows: int) -> str:
     )
     changed = [token for token, i in ours.items() if theirs.get(token) != i]
     if changed:
-        return f"{len(changed)} tokens have other ids, {_few(changed)}"
+        return f"{len(changed)} tokens have different ids, {_few(changed)}"
     if (a.prefix, a.suffix) != (b.prefix, b.suffix):
-        return f"it puts {b.prefix} in front of a text, not {a.prefix}"
+        return f"it prepends {b.prefix} to a text, not {a.prefix}"
     if a.eos != b.eos:
-        return f"its end of text is {b.eos}, not {a.eos}"
+        return f"its end-of-text token is {b.eos}, not {a.eos}"
     more = sorted(set(theirs) - set(ours), key=theirs.__getitem__)
     unread = {t for x in (a, b) for t in x._tokenizer.get_vocab() if t not in ours}
     for text in _probes(a, 2000 if _rules(a) == _rules(b) else len(ours)):
         if a.encode(text) != b.encode(text) and not any(token in text for token in unread):
-            return f"{text[:40]!r} has other ids"
+            return f"{text[:40]!r} has different ids"
     return f"adds {_few(more)}" if more else ""
 
 
@@ -397,6 +400,6 @@ def check_ids(
     if (largest := max(ids, default=-1)) >= rows:
         token = f"{tokenizer.token_of(largest)!r} has id" if tokenizer else "holds token"
         raise UserError(
-            f"{where}: {token} {largest}, and the model only {rows} embeddings; take that token out"
-            " of the text, or resize the model's embeddings"
+            f"{where}: {token} {largest}, but the model has only {rows} embeddings; remove that"
+            " token from the text, or resize the model's embeddings"
         )

@@ -20,7 +20,8 @@ def measures(scores: Sequence[Sequence[float]]) -> dict[str, float]:
     r = np.array(scores, np.float64)
     if r.ndim != 2 or r.shape[0] != r.shape[1] or len(r) < 2:
         raise UserError(
-            f"scores of tasks learnt in turn must be a square of two or more, not {r.shape}"
+            "scores of tasks learnt in turn must be a square matrix with two or more rows, not"
+            f" {r.shape}"
         )
     t = len(r)
     drops = [r[k, i] - r[k - 1, i] for k in range(1, t) for i in range(k)]

@@ -76,8 +76,8 @@ class Scorer:
             check_ids(ids, self._model.vocab_size, name)
             if not front or len(behind) > context:
                 raise ValueError(
-                    f"a continuation of {counted(len(behind), 'token')} needs a token in front of"
-                    f" it, and {context} have room"
+                    f"a continuation of {counted(len(behind), 'token')} needs a token in front"
+                    f" of it, but only {context} fit"
                 )
             rows.append((ids, len(behind)))
         order = sorted(

@@ -23,7 +23,7 @@ _SPREAD = Elsewhere((), "weights are spread over all devices that JAX finds; lea
 _QUANTISED = Elsewhere((False,), "weights are not quantised here; leave it out")
 _ARGUMENTS = {
     "backend": Elsewhere(("default", "causal"), "only decoders are read; leave it out"),
-    "revision": Elsewhere(("main",), "name it behind the model: checkpoint=org/name@REVISION"),
+    "revision": Elsewhere(("main",), "append it to the model: checkpoint=org/name@REVISION"),
     "subfolder": Elsewhere(("",), "name the folder itself: checkpoint=DIR/SUBFOLDER"),
     "peft": Elsewhere((), "make a checkpoint of it: btx adapter import, then adapter merge"),
     "delta": Elsewhere((), "add the weights first and name the result as checkpoint"),
@@ -32,11 +32,15 @@ _ARGUMENTS = {
     "gptqmodel": _QUANTISED,
     "load_in_4bit": _QUANTISED,
     "load_in_8bit": _QUANTISED,
-    "softmax_dtype": Elsewhere(("float32",), "softmaxes are float32 always; leave it out"),
+    "softmax_dtype": Elsewhere(("float32",), "softmaxes are always float32; leave it out"),
     "mixed_precision_dtype": Elsewhere((), "use dtype=bfloat16"),
-    "truncation": Elsewhere((False,), "prompts are cut at the front only; use max_length"),
-    "trust_remote_code": Elsewhere((True, False), "no code of a checkpoint is run"),
-    "use_fast_tokenizer": Elsewhere((True, False), "there is one reader of tokenizers"),
+    "truncation": Elsewhere((False,), "prompts are truncated at the front only; use max_length"),
+    "trust_remote_code": Elsewhere(
+        (True, False), "code from checkpoints is never run; leave it out"
+    ),
+    "use_fast_tokenizer": Elsewhere(
+        (True, False), "there is only one tokenizer implementation; leave it out"
+    ),
     "logits_cache": Elsewhere((True, False), "leave it out"),
     "parallelize": Elsewhere((True, False), _SPREAD.instead),
     "device_map": Elsewhere(("auto",), _SPREAD.instead),
@@ -86,8 +90,8 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {  # values without effect
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _OURS = ("until", "do_sample", "temperature", "top_p", *_LENGTHS)
 _HINTS = {
-    "stop": "name them as until",
-    "stop_strings": "name them as until",
+    "stop": "give them as until",
+    "stop_strings": "give them as until",
     "max_length": "use max_gen_toks",
     "seed": "lm_eval's --seed decides what is drawn",
 }

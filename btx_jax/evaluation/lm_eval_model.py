@@ -107,7 +107,7 @@ class BtxJaxLM(TemplateLM):
         refuse_others(others, list(inspect.signature(type(self)).parameters)[:-1])
         if (checkpoint is None) == (pretrained is None):
             raise UserError(
-                "--model_args: name the model once, checkpoint=DIR (pretrained means the same)"
+                "--model_args: give the model exactly once, as checkpoint=DIR (or pretrained=DIR)"
             )
         named = str(pretrained if checkpoint is None else checkpoint)
         found = find_checkpoint(named, "--model_args checkpoint")
@@ -195,8 +195,8 @@ class BtxJaxLM(TemplateLM):
             if found is not None:
                 return found
         raise UserError(
-            f"{self._tokenizer.path} has neither BOS nor EOS to precede a text; give"
-            " --model_args prefix_token_id=ID"
+            f"{self._tokenizer.path} has neither a BOS nor an EOS token to prepend to a text;"
+            " give --model_args prefix_token_id=ID"
         )
 
     @property
@@ -239,8 +239,8 @@ class BtxJaxLM(TemplateLM):
         mine = json.dumps([self._checkpoint.identity(), *settings])
         if len(answers) and answers.get(OWNER) != mine:
             raise UserError(
-                f"--use_cache: {answers.filename} holds answers of another model, or with other"
-                " --model_args; name another file"
+                f"--use_cache: {answers.filename} holds answers of another model or other"
+                " --model_args; choose another file"
             )
         answers[OWNER] = mine
 
@@ -264,8 +264,8 @@ class BtxJaxLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         if self._thinks:
             raise UserError(
-                "--model_args enable_thinking=True: a task that scores given answers leaves no room"
-                " for thoughts; choose tasks that generate"
+                "--model_args enable_thinking=True: tasks that score given answers leave no"
+                " room for thinking; choose generative tasks"
             )
         for request in requests:
             if not request.args[1]:
@@ -285,7 +285,7 @@ class BtxJaxLM(TemplateLM):
             if not front or not behind or len(behind) > self._max_length:
                 raise UserError(
                     f"{texts}: {len(front)} tokens and {len(behind)} to be scored after them;"
-                    f" needs one of each at least, and at most {self._max_length} to be scored"
+                    f" needs at least one of each, and at most {self._max_length} to be scored"
                 )
             whole = [*front, *behind][-(self._max_length + 1) :]
             pairs.append((whole[: -len(behind)], behind))
@@ -343,8 +343,8 @@ class BtxJaxLM(TemplateLM):
         room = self._max_length - settings.new_tokens
         if room < 1:
             raise UserError(
-                f"generation_kwargs max_gen_toks={settings.new_tokens}: leaves no room for a prompt"
-                f" in {self._max_length} tokens; lower it"
+                f"generation_kwargs max_gen_toks={settings.new_tokens}: leaves no room for a"
+                f" prompt within {self._max_length} tokens; lower it"
             )
         ids = [self.tok_encode(prompt) for prompt in prompts]
         if not all(ids):
@@ -397,7 +397,10 @@ class BtxJaxLM(TemplateLM):
             return None
         name = chat_template if isinstance(chat_template, str) else DEFAULT
         if list(self._tokenizer.templates) == [DEFAULT] and name != DEFAULT:
-            self._tell(f"--apply_chat_template {name}: there is only one template, which is taken")
+            self._tell(
+                f"--apply_chat_template {name}: there is only one template, which is"
+                " used; leave the name out"
+            )
             name = DEFAULT
         self._template = find_chat_template(self._tokenizer, NO_TEMPLATE, name)
         return self._template.source
@@ -427,8 +430,8 @@ class BtxJaxLM(TemplateLM):
         text = template.render(marked, False, **self._template_args).text
         if CONTINUE.strip() not in text or last["content"].strip() not in text:
             raise UserError(
-                "--apply_chat_template: the template changes the beginning of an answer, which the"
-                f" task gives: {last['content']!r}"
+                "--apply_chat_template: the template changes the beginning of an answer that"
+                f" the task prescribes: {last['content']!r}"
             )
         place = text.rindex(CONTINUE.strip())
         if text[place:].startswith(CONTINUE):
@@ -449,7 +452,7 @@ class BtxJaxLM(TemplateLM):
     def _tell_cut(self, cut: int, count: int, room: int) -> None:
         if cut:
             log.warning(
-                "%d of %d texts are longer than %d tokens: their fronts are cut off",
+                "%d of %d texts are longer than %d tokens and were truncated at the front",
                 cut,
                 count,
                 room,
@@ -466,7 +469,9 @@ def _stored_dtype(found: Checkpoint) -> str:
 
 def _with_bos(tokenizer: Tokenizer, added: bool) -> Tokenizer:
     if added and tokenizer.bos is None:
-        raise UserError(f"--model_args add_bos_token=True: {tokenizer.path} has no BOS")
+        raise UserError(
+            f"--model_args add_bos_token=True: {tokenizer.path} has no BOS token; leave it out"
+        )
     return tokenizer.with_bos(added)
 
 
@@ -475,6 +480,6 @@ def _check_device(device: Any) -> None:
     here = jax.default_backend()
     if device not in (None, "cuda", "cuda:0", here, f"{here}:0"):
         raise UserError(
-            f"--device {device}: JAX runs on all devices of the platform {here}; choose them by"
-            " JAX_PLATFORMS and CUDA_VISIBLE_DEVICES"
+            f"--device {device}: JAX runs on all devices of the platform {here}; choose them"
+            " with JAX_PLATFORMS and CUDA_VISIBLE_DEVICES"
         )

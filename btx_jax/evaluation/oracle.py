@@ -23,15 +23,15 @@ def check(model: ModelConfig, expert: int, key: str) -> None:
     or its gates do not sum to one."""
     specs = [spec for spec in model.layer_specs() if spec.experts]
     if not specs:
-        raise ConfigError(f"{key}: is not a mixture; name one")
+        raise ConfigError(f"{key}: not a mixture; name one")
     if expert >= (fewest := min(spec.routed for spec in specs)):
         raise ConfigError(
-            f"{key}: has no expert {expert} in every layer; there are {fewest}, counted from 0"
+            f"{key}: not every layer has an expert {expert}; use a number below {fewest}"
         )
     if any(spec.routing not in ("top_k", "soft") or not spec.renormalise for spec in specs):
         raise ConfigError(
-            f"{key}: its gates do not sum to one, and one expert alone would be scaled by them;"
-            " name a mixture with top_k or soft routing"
+            f"{key}: its gates do not sum to one, so a single expert would be scaled; name a"
+            " mixture with top_k or soft routing"
         )
 
 

@@ -101,7 +101,8 @@ def _walls() -> tuple[str, ...]:
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         here = f"{platform.system()} {platform.machine()}"
         raise UserError(
-            f"code tasks need Linux on x86-64 or AArch64 to contain what they run; this is {here}"
+            "code tasks need Linux on x86-64 or AArch64 to contain the code that they run;"
+            f" this is {here}"
         )
     _remove_left_overs()
     is_root = os.geteuid() == 0
@@ -118,8 +119,8 @@ def _walls() -> tuple[str, ...]:
         if found.get("passed"):
             if walls in ((OTHER_USER,), ()):
                 log.warning(
-                    "code tasks: no name spaces can be had here; files and threads of what runs are"
-                    " watched, not limited"
+                    "code tasks: namespaces are not available here; files and threads of the"
+                    " programs are monitored, not limited"
                 )
             return walls
     raise UserError(

@@ -57,7 +57,7 @@ def read_test_set(task: TaskConfig, key: str) -> TestSet:
         if not kept:
             raise ConfigError(
                 f"{key}.heldout_fraction={task.heldout_fraction}: holds out none of"
-                f" {counted(len(items), 'item')} of {task.file}"
+                f" {counted(len(items), 'item')} of {task.file}; raise it"
             )
         items = kept[: task.limit or None]
     examples = (
@@ -119,7 +119,7 @@ def check_items(items: Sequence[Item], task: TaskConfig, key: str) -> None:
     """Raise UserError, naming the item, when a field is missing or has the wrong type, or a gold
     choice does not exist."""
     if not items:
-        raise UserError(f"{key}.file: {task.file} holds no item")
+        raise UserError(f"{key}.file: {task.file} contains no items; name another file")
     for number, item in enumerate(items):
         where = f"{key}.file: item {number} of {task.file}"
         for name in FIELDS[task.kind]:

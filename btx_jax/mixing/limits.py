@@ -25,7 +25,7 @@ def limits(models: Mapping[str, ModelConfig], warn: bool = True) -> tuple[int, i
     least = min(reach, key=lambda name: reach[name])
     if warn and any(model.context > reach[least] for model in models.values()):
         what = "" if models[least].context == reach[least] else " by its window"
-        log.warning("the context is %d, that of %s, the shortest%s", reach[least], least, what)
+        log.warning("the context is %d, from %s, the shortest%s", reach[least], least, what)
     return reach[least], window
 
 

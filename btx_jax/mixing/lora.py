@@ -23,7 +23,7 @@ def mix_lora(
     for number, names in enumerate(maps[1:], start=1):
         if difference := set(names) ^ set(maps[0]):
             raise ValueError(
-                f"branch {number} adapts other maps than branch 0:"
+                f"branch {number} adapts different maps from branch 0:"
                 f" {', '.join(sorted(difference)[:4])}"
             )
     mixed: dict[str, np.ndarray] = {}

@@ -86,10 +86,7 @@ def mix_params(
     names = _paths(first)
     for i, other in enumerate(others, start=1):
         if difference := set(names) ^ set(_paths(other)):
-            raise ValueError(
-                f"model {i} is a different model from model 0: they differ in"
-                f" {', '.join(sorted(difference))}"
-            )
+            raise ValueError(f"model {i} differs from model 0 in {', '.join(sorted(difference))}")
     for run in routers:
         if run not in first:
             raise ValueError(
@@ -100,7 +97,7 @@ def mix_params(
     def mix(path, *leaves):
         keys = [str(key.key) for key in path]
         if keys[-1] == "router":
-            raise ValueError(f"{'/'.join(keys)}: the model is a mixture already; mix dense models")
+            raise ValueError(f"{'/'.join(keys)}: the model is already a mixture; mix dense models")
         return mix_leaf(keys, leaves, keys[0] in routers)
 
     mixed = jax.tree_util.tree_map_with_path(mix, *models)

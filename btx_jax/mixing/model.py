@@ -47,7 +47,7 @@ def choose(
         if not problems:
             if seen != dense:
                 log.warning(
-                    "the context is %d, the window of some layers: %s has none",
+                    "the context is limited to %d, the window of some layers, as %s has no windows",
                     seen.context,
                     family.model_class,
                 )
@@ -56,8 +56,8 @@ def choose(
             filled = family.filled(model) if as_huggingface else model
             if filled.norm != model.norm:
                 log.warning(
-                    "%s has no LayerNorms: they are folded into the weights; dtype: float32 keeps"
-                    " what bfloat16 would round",
+                    "%s has no LayerNorms, so they are folded into the weights; dtype: float32"
+                    " avoids the rounding of bfloat16",
                     family.model_class,
                 )
             return Chosen(family, filled)

@@ -60,15 +60,15 @@ def _ids(
     recipe: Recipe, tokenizer: Tokenizer | None, model: ModelConfig, where: str, text: str
 ) -> list[int]:
     if tokenizer is None:
-        raise UserError(f"{recipe.base_model}: no tokenizer, and {where} has prompts to be read")
+        raise UserError(f"{recipe.base_model}: no tokenizer, but {where} has prompts to tokenise")
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
     if not ids:
         raise UserError(f"{where}: prompt {text!r} has no tokens")
     check_ids(ids, model.vocab_size, f"{where}: prompt {text[:40]!r}", tokenizer)
     if len(ids) > model.context:
         raise UserError(
-            f"{where}: prompt {text[:40]!r}... has {len(ids)} tokens, the context {model.context};"
-            " shorten it"
+            f"{where}: prompt {text[:40]!r}... has {len(ids)} tokens, but the context is"
+            f" {model.context}; shorten it"
         )
     return ids
 

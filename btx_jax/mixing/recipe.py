@@ -139,7 +139,7 @@ class Recipe(Section):
     @rule
     def _some_experts(self) -> Iterator[str]:
         if not self.experts:
-            yield "experts: none named"
+            yield "experts: empty; list at least one"
         elif expert_count(self) > MAX_EXPERTS:
             yield f"experts: {expert_count(self)}; at most {MAX_EXPERTS}"
         elif self.experts_per_token > expert_count(self):
@@ -151,7 +151,10 @@ class Recipe(Section):
     @rule
     def _one_shared_expert(self) -> Iterator[str]:
         if len(self.shared_experts) > 1:
-            yield f"shared_experts: {len(self.shared_experts)}; a mixture has at most one"
+            yield (
+                f"shared_experts: {len(self.shared_experts)}; a mixture has at most one;"
+                " leave the others out"
+            )
 
     @rule
     def _known_architecture(self) -> Iterator[str]:
@@ -161,30 +164,36 @@ class Recipe(Section):
     @rule
     def _what_is_read(self) -> Iterator[str]:
         if self.gate_scale != Recipe.gate_scale and self.gate_mode != "router_input":
-            yield f"gate_scale={self.gate_scale}: of gate_mode router_input; leave it out"
+            yield (
+                f"gate_scale={self.gate_scale}: only used with gate_mode router_input; leave it out"
+            )
         if self.ridge != RidgeConfig() and self.gate_mode != RIDGE:
-            yield f"ridge: of gate_mode {RIDGE}; leave it out"
+            yield f"ridge: only used with gate_mode {RIDGE}; leave it out"
         if self.tokens != Recipe.tokens and not reads_text(self):
-            yield f"tokens={self.tokens}: of {_READ_TEXT}, which read text; leave it out"
+            yield (
+                f"tokens={self.tokens}: only used with {_READ_TEXT}, which read text; leave it out"
+            )
         yield from unread(self, Recipe)
 
     @rule
     def _merge_of_average(self) -> Iterator[str]:
         if self.merge != "mean" and self.base != "average":
-            yield f"merge={self.merge!r}: says how to average, so it needs base: average"
+            yield (
+                f"merge={self.merge!r}: only used with base: average; set that, or leave merge out"
+            )
         wanted, named = MERGES[self.merge].models, len(_models(self))
         if wanted and named != wanted:
             yield (
-                f"merge={self.merge!r}: of {wanted} models, and the experts' are {named}; name"
-                " that many, or another merge"
+                f"merge={self.merge!r}: merges exactly {wanted} models, but the experts come"
+                f" from {named}; name {wanted}, or use another merge"
             )
 
     @rule
     def _split_of_all_layers(self) -> Iterator[str]:
         if self.method == "split" and self.layers:
             yield (
-                "method: split makes narrower feed-forwards, which all layers must share; leave"
-                " layers out"
+                "method: split makes all feed-forwards narrower, so it must apply to all"
+                " layers; leave layers out"
             )
 
     @rule
@@ -194,8 +203,8 @@ class Recipe(Section):
             return
         if self.method != "btx":
             yield (
-                f"gate_mode={mode!r}: experts of method {self.method!r} belong to no source; use"
-                " normal"
+                f"gate_mode={mode!r}: experts of method {self.method!r} come from no single"
+                " source; use normal"
             )
         missing = [
             str(i)
@@ -215,7 +224,7 @@ class Recipe(Section):
             )
         elif len(self.experts) > 1 and len({_prompts_of(expert) for expert in self.experts}) == 1:
             yield (
-                f"experts: all have the same {'text' if mode in SOLVED else 'prompts'}, so that all"
+                f"experts: all have the same {'text' if mode in SOLVED else 'prompts'}, so all"
                 " router rows would be equal; use gate_mode: normal"
             )
 
@@ -223,14 +232,17 @@ class Recipe(Section):
     def _texts_are_read(self) -> Iterator[str]:
         for i, expert in enumerate(self.experts):
             if expert.text and not reads_text(self):
-                yield f"experts[{i}].text: {_READ_TEXT} read it; say one, or leave it out"
+                yield f"experts[{i}].text: only used with {_READ_TEXT}; set one, or leave it out"
             if self.gate_mode in SOLVED and (
                 expert.negative_prompts or expert.negative_prompts_file
             ):
-                yield f"experts[{i}].negative_prompts: gate_mode={self.gate_mode!r} reads none"
+                yield (
+                    f"experts[{i}].negative_prompts: not used by"
+                    f" gate_mode={self.gate_mode!r}; leave them out"
+                )
         for i, expert in enumerate(self.shared_experts):
             if expert.text and self.merge != REGMEAN:
-                yield f"shared_experts[{i}].text: merge={REGMEAN!r} alone reads it; leave it out"
+                yield f"shared_experts[{i}].text: only used with merge={REGMEAN!r}; leave it out"
 
     @rule
     def _texts_of_regmean(self) -> Iterator[str]:
@@ -238,8 +250,8 @@ class Recipe(Section):
             return
         if self.method != "btx":
             yield (
-                f"merge={REGMEAN!r}: experts of method {self.method!r} belong to no source; use"
-                " method btx, or another merge"
+                f"merge={REGMEAN!r}: experts of method {self.method!r} come from no single"
+                " source; use method btx, or another merge"
             )
         for key in ("experts", "shared_experts"):
             for i, expert in enumerate(getattr(self, key)):

@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None and self._size(node, {}) > MAX_NODES:
-            raise ValueError(f"its aliases stand for more than {MAX_NODES} values; write them out")
+            raise ValueError(f"its aliases expand to more than {MAX_NODES} values; write them out")
         return node
 
     def _size(self, node: Any, known: dict[int, int]) -> int:
@@ -89,7 +89,7 @@ def _prompts(file: str, key: str) -> list[str]:
         raise ConfigError(f"{key}: {error}") from error
     prompts = [line.rstrip("\r") for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"{key}: holds no prompt; write one per line")
+        raise ConfigError(f"{key}: contains no prompt; write one per line")
     if len(prompts) > MAX_NAMES:
         raise ConfigError(f"{key}: {len(prompts)} prompts, at most {MAX_NAMES}; choose some")
     return prompts
@@ -181,8 +181,8 @@ def _as_ours(values: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
     source = values.pop("tokenizer_source", "base")
     if source not in ("base", values.get("base_model")):
         mistakes.add(
-            f"recipe.tokenizer_source={shown(source)}: the mixture gets base_model's tokenizer; say"
-            " base or leave it out"
+            f"recipe.tokenizer_source={shown(source)}: the mixture always gets base_model's"
+            " tokenizer; set it to base or leave it out"
         )
     return values
 

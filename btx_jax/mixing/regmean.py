@@ -36,8 +36,8 @@ def regmean(weights: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: f
     added = solve_positive(left, right / size[:, None])
     if added is None:
         raise UserError(
-            f"inputs of {len(mean)} numbers do not determine with alpha={alpha:g} how the layer is"
-            " merged; lower alpha, or give more text"
+            f"the text does not determine how inputs of {len(mean)} numbers are merged with"
+            f" alpha={alpha:g}; lower alpha, or give more text"
         )
     return mean + added / size[:, None]
 

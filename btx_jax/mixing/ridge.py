@@ -58,16 +58,15 @@ def solve(layer: Moments, ridge: RidgeConfig) -> np.ndarray:
     rows_DE = solve_positive(a_DD, (weight_E[:, None] * layer.total_ED).T)
     if rows_DE is None:
         raise UserError(
-            f"what it sees of {layer.count_E.sum():.0f} tokens does not determine its rows of"
-            f" {len(a_DD)} numbers with ridge.penalty={ridge.penalty:g}; raise that, or give more"
-            " text"
+            f"{layer.count_E.sum():.0f} tokens do not determine its rows of {len(a_DD)} numbers"
+            f" with ridge.penalty={ridge.penalty:g}; raise it, or give more text"
         )
     rows_ED = rows_DE.T
     length_E = np.linalg.norm(rows_ED, axis=1)
     if not length_E.all():
         raise UserError(
-            f"what it sees of the text of expert {int(length_E.argmin())} adds up to zero; give"
-            " that expert other text"
+            f"the inputs from the text of expert {int(length_E.argmin())} sum to zero; give"
+            " that expert different text"
         )
     return rows_ED / (length_E * ridge.temperature)[:, None]
 

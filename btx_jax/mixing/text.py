@@ -134,7 +134,8 @@ def read_text(
     rows = pack(found, min(LENGTH, model.context), limit)
     if (count := int((rows.segments_RT > 0).sum())) < LEAST:
         raise UserError(
-            f"{key}: {counted(count, 'token')} in all; give at least {LEAST}, better thousands"
+            f"{key}: {counted(count, 'token')} in total; give at least {LEAST}, preferably"
+            " thousands"
         )
     check_ids([int(rows.tokens_RT.max())], model.vocab_size, key, tokenizer)
     return rows
@@ -159,11 +160,13 @@ def _of_sources(notation: str, key: str, tokenizer: Tokenizer, limit: int) -> It
 
 def _documents(source: Source, key: str, problems: Problems) -> Iterator[str]:
     if source.field.startswith("@"):
-        raise UserError(f"{key}: {source.where}#{source.field}: no chats here; name a field")
+        raise UserError(
+            f"{key}: {source.where}#{source.field}: chats are not supported here; name a field"
+        )
     if source.where.startswith("demo:"):
-        raise UserError(f"{key}: {source.where}: is for configs; name files")
+        raise UserError(f"{key}: {source.where}: only supported in configs; name files")
     files = [] if source.where.startswith("tfds:") else expand_files(source, key)
     found = (text for _, text in documents(source_rows(source, files), source.field, problems))
     if (first := next(found, None)) is None:
-        raise UserError(f"{key}: {source.where} gives no text: {'; '.join(problems.lines())}")
+        raise UserError(f"{key}: {source.where} yields no text: {'; '.join(problems.lines())}")
     return itertools.chain([first], found)

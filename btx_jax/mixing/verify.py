@@ -28,8 +28,8 @@ def verify(mixture: Mixture, written: Reader) -> str:
             wrong.append(tensor)
     if wrong:
         raise UserError(
-            f"the output was not kept: {counted(len(wrong), 'tensor')} not equal to what the recipe"
-            f" makes: {', '.join(map(str, wrong[:5]))}"
+            f"the output was deleted: {counted(len(wrong), 'tensor')} that differ from what the"
+            f" recipe makes: {', '.join(map(str, wrong[:5]))}"
         )
     count = len(written.slots)
     rest = f"{count - means} equal what the recipe makes of their sources, bit for bit"

@@ -86,7 +86,7 @@ def first_then_others(function: Callable[P, R], *args: P.args, **kwargs: P.kwarg
     if not is_first():
         if not _agreed(False):
             raise UserError(
-                f"process {jax.process_index()} stops because the first process failed; see its log"
+                f"process {jax.process_index()} stops because process 0 failed; see its log"
             )
         return function(*args, **kwargs)
     try:
@@ -162,8 +162,8 @@ def require_shared(directory: Path, key: str) -> None:
     if not sees.all():
         blind = ", ".join(str(i) for i in np.flatnonzero(~sees))
         raise UserError(
-            f"{key}: {directory} is not shared: process {blind} does not see what process 0 writes;"
-            " name a path all share"
+            f"{key}: {directory} is not shared: process {blind} does not see what process 0"
+            " writes; name a path that all processes share"
         )
 
 

@@ -256,8 +256,8 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     data, *rest = shape
     if data % slices:
         raise UserError(
-            f"config.mesh.data={data}: must be a multiple of the {slices} slices, between which"
-            " only gradients should travel"
+            f"config.mesh.data={data}: must be a multiple of the {slices} slices, as only"
+            " gradients should be sent between slices"
         )
     grid = mesh_utils.create_hybrid_device_mesh(
         (data // slices, *rest),

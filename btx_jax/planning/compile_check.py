@@ -62,9 +62,9 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
 VECTOR_CURE = (
-    "one operation needs more vector memory (VMEM) than there is; more chips and smaller batches do"
-    " not help: use --config.compute.kernels=xla, or another xla_tpu_scoped_vmem_limit_kib in"
-    " config.compute.compiler_options"
+    "one operation needs more vector memory (VMEM) than the chip has; more chips or smaller"
+    " batches do not help: use --config.compute.kernels=xla, or another"
+    " xla_tpu_scoped_vmem_limit_kib in config.compute.compiler_options"
 )
 DEAREST = 10  # most expensive operations to list
 DISPATCH = ("gsd,gsec->egcd", "egcd,gsec->gsd")  # einsums that only move tokens
@@ -103,8 +103,8 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
     Raises ConfigError for a config that trains nothing, UserError for an unknown topology."""
     if config.stage != "train":
         raise ConfigError(
-            f"config.stage={config.stage!r}: only the step of a training config, such as"
-            " math_expert's, is compiled"
+            f"config.stage={config.stage!r}: only training configs, such as math_expert, can be"
+            " compiled"
         )
     devices = topology_devices(topology, num_slices)
     model = (
@@ -112,8 +112,8 @@ def run(config: Config, workdir: Path, topology: str, num_slices: int) -> bool:
     )
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     console.print(
-        f"compiling the step of {workdir.name} for {counted(len(devices), 'chip')} of {topology}; a"
-        " model of 7B takes some minutes ..."
+        f"compiling the step of {workdir.name} for {counted(len(devices), 'chip')} of"
+        f" {topology}; this takes some minutes for a 7B model ..."
     )
     result = check(config, model, devices, topology)
     print_check(result, console)
@@ -154,8 +154,8 @@ def topology_devices(topology: str, num_slices: int) -> Sequence[jax.Device]:
     except Exception as error:  # jaxlib raises several types; all mean an unknown topology
         first = str(error).splitlines()[0]
         raise UserError(
-            f"topology {topology}: libtpu does not know it ({first}); for example"
-            " v5p:2x2x4 or v5e:4x4"
+            f"topology {topology}: unknown to libtpu ({first}); name one such as v5p:2x2x4 or"
+            " v5e:4x4"
         ) from None
     return description.devices
 
@@ -168,7 +168,9 @@ def check(
     kind = devices[0].device_kind
     limits = chip(kind)
     if limits is None:
-        raise UserError(f"topology {topology}: no data sheet for {kind!r} in costs/chips.py")
+        raise UserError(
+            f"topology {topology}: {kind!r} is not in costs/chips.py; add its data sheet"
+        )
     result = Check(
         topology,
         len(devices),
@@ -394,7 +396,7 @@ def cures(
         while bytes_of_state * slices / chips > 0.8 * limits.memory:
             chips *= 2
         change = more_chips(config, chips, slices, topology)
-        console.print(f"parameters and moments alone take {state / GIB:.1f} GiB a chip: {change}")
+        console.print(f"parameters and moments alone take {state / GIB:.1f} GiB per chip: {change}")
         yield {"change": change, "compiled": False}
         return
     for change, changed in _candidates(config, slices):
@@ -422,7 +424,7 @@ def more_chips(config: Config, chips: int, slices: int, topology: str) -> str:
     assert config.train and config.mesh
     kind = parse_grid(topology)[0]
     if DIMENSIONS[kind] == 2 and chips > slices * LARGEST_PLANE:
-        return f"no slice of {kind} holds it, use chips with more memory"
+        return f"it fits no slice of {kind}, use chips with more memory"
     accumulate = dividing_accumulate(
         config.train, chips // max(config.mesh.tensor, 1) // max(config.mesh.context, 1)
     )
@@ -487,12 +489,12 @@ def print_check(result: Check, console: Console) -> None:
     )
     parts = {name: step[name] for name in ("cycles", "kernels", "moves", "copies")}
     table.add_row(
-        "  of it",
+        "  breakdown",
         ", ".join(f"{name} {_time(seconds)}" for name, seconds in parts.items())
         + f", exposed collectives {_time(step['exposed'])} ({_time(step['hidden'])} hidden)",
     )
     table.add_row(
-        "at least, by each alone",
+        "floors, each resource alone",
         ", ".join(f"{name} {_time(seconds)}" for name, seconds in result.floors.items()),
     )
     table.add_row(
@@ -517,7 +519,7 @@ def print_check(result: Check, console: Console) -> None:
     )
     table.add_row(
         "FLOPs of the model",
-        f"{flops['model']:.3e} (6 N D, less what frozen parts need not), attention"
+        f"{flops['model']:.3e} (6 N D, minus what frozen parameters save), attention"
         f" {flops['model_attention']:.3e}: compiled / model {flops['ratio']:.2f}",
     )
     table.add_row("micro-batches, remat", f"{result.accumulate}, {result.remat}")

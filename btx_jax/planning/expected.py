@@ -116,7 +116,9 @@ class Curves:
     def _beyond(self, spent: Spent, parameters: int, seed_tokens: int | None) -> tuple[str, ...]:
         own, found = self.measured.parameters, []
         if not 1 / SIMILAR <= parameters / own <= SIMILAR:
-            found.append(f"your model has {short(parameters)} parameters, the study's {short(own)}")
+            found.append(
+                f"your model has {short(parameters)} parameters, the study's has {short(own)}"
+            )
         seed, own_seed = seed_tokens, self.measured.seed_tokens / own
         if seed is not None and not 1 / SIMILAR <= seed / parameters / own_seed <= SIMILAR:
             found.append(

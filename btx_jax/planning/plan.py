@@ -152,7 +152,10 @@ def _resolved(config: Config, workdir: Path) -> dict[str, Config]:
     nothing."""
     if config.pipeline is None:
         if config.train is None:
-            raise ConfigError(f"config.stage={config.stage!r}: trains nothing; plan a pipeline")
+            raise ConfigError(
+                f"config.stage={config.stage!r}: trains nothing, so there is"
+                " nothing to plan; name a pipeline"
+            )
         return {ONE_STAGE: config}
     return resolved_stages(config, workdir)
 

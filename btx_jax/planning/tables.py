@@ -11,7 +11,7 @@ from btx_jax.planning.expected import Expected
 from btx_jax.planning.plan import Plan, Stage
 from btx_jax.terminal import duration, plain, size
 
-COMMON = "All start from the seed, whose own training is not counted here."
+COMMON = "All start from the seed, whose training is not counted here."
 MANY_EPOCHS = 4  # up to here, repeated text is nearly as good as new (Muennighoff et al., 2023)
 
 
@@ -31,14 +31,14 @@ def warnings(plan: Plan) -> Iterator[str]:
             if (read.epochs or 0) > MANY_EPOCHS:
                 yield (
                     f"{stage.name}: reads {read.where} {read.epochs:.1f} times; beyond"
-                    f" {MANY_EPOCHS}, what is read again teaches ever less"
+                    f" {MANY_EPOCHS}, further repetition helps less and less"
                 )
     yield from plan.shared
     reads = (read for stage in plan.stages for read in stage.reads)
     if unknown := sorted({read.where for read in reads if read.epochs is None}):
         yield (
-            f"not tokenised yet, so that the epochs are not known: {', '.join(unknown)}; the"
-            " prepare stage does it, or `btx run`"
+            f"not tokenised yet, so the number of epochs is unknown: {', '.join(unknown)}; the"
+            " prepare stage, or `btx run`, tokenises it"
         )
 
 
@@ -58,7 +58,7 @@ def _stages(plan: Plan, price: float) -> Table:
     columns = ["stage", "tokens", "steps", "FLOPs", "memory", "time", "chip-hours", "storage"]
     if price:
         columns.append("cost")
-    made = Table(title="what each stage takes", show_footer=True)
+    made = Table(title="cost of each stage", show_footer=True)
     critical = sum(stage.seconds for stage in plan.critical)
     totals = {
         "stage": f"in all; side by side {duration(critical)}",
@@ -100,8 +100,8 @@ def _cells(stage: Stage, chips: int) -> list[str]:
 
 
 def _text(plan: Plan) -> Table:
-    made = Table(title="what is read of each text")
-    for i, column in enumerate(("stage", "domain", "text", "tokens there", "read", "epochs")):
+    made = Table(title="how much of each text is read")
+    for i, column in enumerate(("stage", "domain", "text", "tokens available", "read", "epochs")):
         made.add_column(column, justify="right" if i > 2 else "left", overflow="fold")
     for stage in plan.stages:
         for i, read in enumerate(stage.reads):
@@ -123,7 +123,7 @@ def _otherwise(plan: Plan) -> Table:
     if is_expected := any(other.expected for other in plan.otherwise):
         columns.append("held-out loss")
     made = Table(
-        title="three ways to spend the same tokens",
+        title="three ways to use the same tokens",
         caption=" ".join([COMMON, *([expectation(sorted(beyond))] if is_expected else [])]),
         caption_justify="left",
     )
@@ -155,14 +155,15 @@ def change(expected: Expected | None) -> str:
 def expectation(beyond: Sequence[str]) -> str:
     """Explain where the expected losses come from. beyond: clauses as in `Expected.beyond`."""
     told = (
-        "Held-out loss is how far it should move from the seed's, in the mean over domains, and in"
-        " brackets the range that should hold in 95 % of runs, by the study in docs/results.md."
+        "Held-out loss: the expected change from the seed's, averaged over domains, and in"
+        " brackets the range expected to hold in 95 % of runs, from the study in"
+        " docs/results.md."
     )
     if not beyond:
         return told
     return (
-        f"{told} This run is unlike that study: {'; '.join(beyond)}. So the ranges are too narrow,"
-        " and the numbers at best say which way is better."
+        f"{told} This run differs from that study: {'; '.join(beyond)}. The ranges are"
+        " therefore too narrow, and the numbers say at best which way is better."
     )
 
 

@@ -112,8 +112,8 @@ def load(file: str, flag: str = "--config") -> ml_collections.ConfigDict:
         raise ConfigError(f"{told}{_place(path, error)}: {_cause(error)}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
-            f"{told}: get_config returns {type(config).__name__}, neither a Config nor a"
-            " ConfigDict; return Config(...)"
+            f"{told}: get_config returns {type(config).__name__}, not a Config or ConfigDict;"
+            " return Config(...)"
         )
     return config
 
@@ -135,7 +135,9 @@ def _require_file(path: str, file: str, flag: str) -> None:
             hint = f", and no preset; {suggest(path, PRESETS)}" if is_word else ""
             raise ConfigError(f"{flag}: no file {path[:200]}{hint}")
         if (size := Path(path).stat().st_size) > MAX_BYTES:
-            raise ConfigError(f"{flag}: {path[:200]}: {size} bytes; no config file is so large")
+            raise ConfigError(
+                f"{flag}: {path[:200]}: {size} bytes; too large for a config file; name another"
+            )
     except (OSError, ValueError) as error:  # such as a name that is too long or contains a NUL
         raise ConfigError(f"{flag}: {path[:200]!r}: {one_line(error)[:100]}") from None
 
@@ -153,9 +155,9 @@ def _require_arguments(make: object, arguments: list[str], told: str) -> None:
     try:
         inspect.signature(make).bind(*arguments)  # type: ignore[arg-type]
     except TypeError:
-        cure = "takes none, leave out what follows the colon"
+        cure = "takes no argument; leave out the colon and what follows"
         if not arguments:
-            cure = "needs one: FILE:ARGUMENT"
+            cure = "needs an argument; write FILE:ARGUMENT"
         raise ConfigError(f"{told}: argument of get_config: {cure}") from None
 
 
@@ -173,7 +175,7 @@ def _cause(error: BaseException) -> str:
     except Exception:  # raised by an exception class defined in the file
         words = ""
     if isinstance(error, dataclasses.FrozenInstanceError):
-        words += " of a Config; change to_config_dict(...) of it, and return that"
+        words += " of a Config; change its to_config_dict(...) and return that"
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
@@ -205,7 +207,7 @@ def _told(word: str, error: Exception, config: ml_collections.ConfigDict) -> str
     within: object = config
     for name in key.split(".")[1:]:
         if not isinstance(within, ml_collections.ConfigDict):
-            return f"{key}: unknown key; there is nothing below {key.rpartition('.')[0]}"
+            return f"{key}: unknown key; there are no keys below {key.rpartition('.')[0]}"
         if name not in within:
             return f"{key}: unknown key; {suggest(name, within)}"
         within = within[name]

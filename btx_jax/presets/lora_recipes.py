@@ -81,7 +81,7 @@ def continual(names: str = "arc_easy,openbook_qa,commonsense_qa") -> Config:
     choices = [name for name in FORMATS if TASKS[name].kind == "multiple_choice"]
     for task in order:
         if task not in choices:
-            raise ConfigError(f"{names}: no such task as {task!r}; {suggest(task, choices)}")
+            raise ConfigError(f"{names}: no task {task!r}; {suggest(task, choices)}")
     stages: dict[str, PipelineStage] = {}
     before = "$BTX_DATA_DIR/seed"
     for task in order:

@@ -105,9 +105,12 @@ class Domain(Section):
     @rule
     def _is_trained_or_there(self) -> Iterator[str]:
         if self.tokens and self.branch:
-            yield f"tokens={self.tokens}: the domain has a branch already; leave one of them out"
+            yield f"tokens={self.tokens}: the domain already has a branch; leave one of them out"
         if not self.tokens and not self.branch:
-            yield "tokens: missing; how many the branch trains on, or name a trained one as branch"
+            yield (
+                "tokens: missing; give the number that the branch trains on, or name a"
+                " trained branch"
+            )
 
 
 @dataclass(frozen=True)
@@ -170,29 +173,29 @@ class Project(Section):
         elif self.seed not in MODELS:
             if "/" not in self.seed and not Path(self.seed).exists():
                 yield (
-                    f"seed={self.seed!r}: no such directory here, and no size to train from"
-                    f" scratch; {suggest(self.seed, MODELS)}"
+                    f"seed={self.seed!r}: neither an existing directory nor a size to train"
+                    f" from scratch; {suggest(self.seed, MODELS)}"
                 )
                 return
             for key in ("tokenizer", "seed_tokens"):
                 if value := getattr(self, key):
-                    yield f"{key}={value!r}: the seed is there already; leave it out"
+                    yield f"{key}={value!r}: the seed is already trained; leave it out"
             return
         if self.seed and not self.tokenizer:
             yield (
-                f"tokenizer: missing, and seed={self.seed!r} is trained from scratch; name a .model"
-                " or tokenizer.json (`btx tokenizer FILES --out=my.model` trains one)"
+                f"tokenizer: missing, but seed={self.seed!r} is trained from scratch; name a"
+                " .model or tokenizer.json (`btx tokenizer FILES --out=my.model` trains one)"
             )
         if self.seed and not self.seed_tokens:
             yield (
-                f"seed_tokens: missing, and seed={self.seed!r} is trained from scratch; 20 per"
-                " parameter make a well-trained one"
+                f"seed_tokens: missing, but seed={self.seed!r} is trained from scratch; 20 per"
+                " parameter are compute-optimal"
             )
 
     @rule
     def _can_be_measured(self) -> Iterator[str]:
         if not self.heldout_fraction:
-            yield "heldout_fraction=0: no text would be left to measure on; 0.01 is a good share"
+            yield "heldout_fraction=0: no text would be left to evaluate on; 0.01 is a good value"
 
     @rule
     def _has_experts(self) -> Iterator[str]:
@@ -207,12 +210,13 @@ class Project(Section):
         for name, domain in self.domains.items():
             if domain.branch and METHODS[self.method].is_exact:
                 yield (
-                    f"domains.{name}.branch: with method={self.method!r} branches leave alone what"
-                    " the mixture shares, and this one was trained elsewhere; use method='btx'"
+                    f"domains.{name}.branch: with method={self.method!r} branches must not"
+                    " change shared parameters, but this one was trained elsewhere; use"
+                    " method='btx'"
                 )
 
 
-TOO_FEW = "fewer than two and no general text: there is nothing to mix"
+TOO_FEW = "fewer than two and no general text, so there is nothing to mix; add a domain"
 NO_NAME = (
     f"not a valid name for a domain; use letters, digits, _ and -, and neither {GENERAL!r} nor"
     f" {SEED!r}"

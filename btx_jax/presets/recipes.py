@@ -456,7 +456,7 @@ def comparison(what: str = LLAMA2) -> Config:
 def compared(what: str, group: str) -> Config:
     """The arms of `group`, one of experiments.GROUPS, with a seed of this size."""
     if group not in GROUPS:
-        raise ConfigError(f"{group}: no such group of arms; known: {', '.join(GROUPS)}")
+        raise ConfigError(f"{group}: no such group; known: {', '.join(GROUPS)}")
     size, init = _split(what)
     tiny, small = size == TINY, size in SMALL
     is_lora = group == "lora"

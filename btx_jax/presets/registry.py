@@ -36,7 +36,7 @@ PRESETS = {
     "demo": Preset(
         "Branch-Train-MiX from scratch to a report, on a laptop CPU", "recipes.demo", argument=""
     ),
-    "btx": Preset("the whole pipeline from a seed, its stages as jobs", "recipes.btx"),
+    "btx": Preset("the whole pipeline from a seed, with its stages as jobs", "recipes.btx"),
     "seed": Preset("a Llama from scratch", "recipes.seed"),
     "math_expert": Preset("a branch for mathematics", "recipes.expert", ("math",)),
     "code_expert": Preset("a branch for source code", "recipes.expert", ("code",)),
@@ -44,14 +44,14 @@ PRESETS = {
     "mix": Preset("mix N dense checkpoints into one MoE", "recipes.mix"),
     "moe_finetune": Preset("the mixture trained on all domains", "recipes.moe_finetune"),
     "dense": Preset(
-        "baseline: the seed trained on all that BTX saw, without branches", "recipes.dense"
+        "baseline: the seed trained on all text that BTX saw, without branches", "recipes.dense"
     ),
     "sparse_upcycling": Preset(
         "baseline: four copies of the seed's feed-forwards", "recipes.sparse_upcycling"
     ),
     "evaluate": Preset("held-out loss of every model on every domain", "recipes.evaluate"),
     "comparison": Preset(
-        "BTX beside its baselines and ablations, from one seed",
+        "BTX with its baselines and ablations, from one seed",
         "recipes.comparison",
         argument="SIZE[,ARMS]",
     ),

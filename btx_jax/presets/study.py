@@ -295,7 +295,7 @@ def paper_small(group: str = "main") -> Config:
     if group == "report":
         return reported("paper_small", paper_small(GROUPS[-1]))
     if group not in GROUPS:
-        raise ConfigError(f"{group}: no such group of arms; known: {', '.join(GROUPS)}, report")
+        raise ConfigError(f"{group}: no such group; known: {', '.join(GROUPS)}, report")
     arms = Arms(_setting())
     wanted = GROUPS[: GROUPS.index(group) + 1]
     experts = _branches(arms)

@@ -157,7 +157,7 @@ class _OnBucket:
         try:
             self._send()
         except Exception as error:  # any error of a bucket; the next upload includes this one
-            log.warning("%s: metrics wait to be uploaded: %s", self._workdir, error)
+            log.warning("%s: metrics are waiting to be uploaded: %s", self._workdir, error)
 
     def close(self) -> None:
         with self._held:
@@ -243,9 +243,7 @@ def _set_aside(path: Path, bad: Mapping[int, bytes]) -> None:
     with new_file(path) as partial:
         partial.write_bytes(before + b"".join(text + b"\n" for text in bad.values()))
     numbers = ", ".join(map(str, list(bad)[:5]))
-    log.warning(
-        "%s: damaged lines (%s) are set aside in %s; the others are kept", FILE, numbers, path
-    )
+    log.warning("%s: moved damaged lines (%s) to %s; the others are kept", FILE, numbers, path)
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:

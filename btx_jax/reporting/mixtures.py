@@ -28,7 +28,7 @@ def routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.ndar
     bands = [
         band for band in np.array_split(np.array(layers), min(BANDS, len(layers))) if len(band)
     ]
-    table = Table(title="first choice of the prompts' tokens, share per expert, by layers")
+    table = Table(title="top-1 expert of the prompts' tokens: share per expert, by layer")
     table.add_column("prompt of")
     table.add_column("text", max_width=24, no_wrap=True)
     for band in bands:
@@ -53,7 +53,7 @@ def routing_table(model: ModelConfig, prompts: Sequence[Prompt], shares: np.ndar
 def own_table(names: Sequence[str], own: np.ndarray) -> Table:
     """Table of how solved routers route held-out text. names: of the texts' experts. own: [layers,
     texts], NaN for dense layers."""
-    table = Table(title="held-out tokens that choose their own expert first")
+    table = Table(title="share of held-out tokens whose top-1 expert is their own")
     table.add_column("layer", justify="right")
     for name in names:
         table.add_column(name.rstrip("/").rpartition("/")[2] or name, justify="right")
@@ -75,7 +75,7 @@ def plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, family: Family | N
     cut = {
         "btx": "",
         "split": f", each source cut into {recipe.chunks}",
-        "blend": ", each of chunks of all sources",
+        "blend": ", each made of chunks of all sources",
     }[recipe.method]
     layers = sum(bool(spec.experts) for spec in model.layer_specs())
     for key, value in (
@@ -90,7 +90,7 @@ def plan(recipe: Recipe, model: ModelConfig, dtype: np.dtype, family: Family | N
         *(("shared expert", expert.source_model) for expert in recipe.shared_experts),
         ("other tensors", shared),
         ("routers", recipe.gate_mode),
-        ("parameters", f"{total:,} in all, {active:,} active for a token"),
+        ("parameters", f"{total:,} total, {active:,} active per token"),
         (
             "output",
             (
@@ -118,7 +118,7 @@ def card(mixture: Mixture, history: History) -> str:
         trained = "Its routers are solved from text of each expert's domain, untrained."
     return (
         f"# {kind}: {experts} expert{'s' * (experts > 1)} of {models} model{'s' * (models > 1)}\n\n"
-        f"Mixed by btx_jax {__version__}: {total:,} parameters, {active:,} active for a token."
+        f"Mixed by btx_jax {__version__}: {total:,} parameters, {active:,} active per token."
         f" {trained}{trained_on(history)}\n\n"
         + "\n".join(lines)
         + f"\n\nRecipe:\n\n```json\n{json.dumps(describe(recipe), indent=2)}\n```\n"

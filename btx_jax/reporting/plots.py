@@ -223,7 +223,7 @@ def loss_against_compute(models: Mapping[str, Any], seed: str) -> str:
             textcoords="offset points",
             fontsize=7,
         )
-    behind = " behind the seed" if seed else ""
+    behind = " after the seed" if seed else ""
     axes.set(xlabel=f"training FLOPs{behind}", ylabel="held-out loss, mean over domains")
     axes.grid(alpha=0.3)
     axes.margins(x=0.15)

@@ -53,7 +53,9 @@ class Profile:
         self._is_on, self._steps = False, range(0)
         with self._runs:
             jax.profiler.stop_trace()
-        log.info("profiled; to view it: pip install xprof; xprof --logdir=%s", self._directory)
+        log.info(
+            "wrote a profile; to view it: pip install xprof; xprof --logdir=%s", self._directory
+        )
 
 
 def annotated(step: int) -> jax.profiler.StepTraceAnnotation:

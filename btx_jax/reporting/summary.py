@@ -148,7 +148,7 @@ def learnt_in_turn(models: Mapping[str, Any], continual: Sequence[str]) -> dict[
         found = models[name].get("tasks", {})
         if missing := [task for task in tasks if task not in found]:
             raise UserError(
-                f"config.report.continual: {name} was not tried on {missing[0]!r};"
+                f"config.report.continual: {name} was not evaluated on {missing[0]!r};"
                 f" {suggest(missing[0], found)}"
             )
         scores.append([100 * next(iter(found[task].values())) for task in tasks])
@@ -262,8 +262,8 @@ def loss_table(models: Mapping[str, Any], domains: Sequence[str]) -> Table:
     """Held-out nats per token, model by domain, with the best of each column in bold."""
     made = _table("held-out loss, nats per token (lower is better)", ("model", *domains, "mean"))
     made.caption = (
-        "On evaluate.rows rows of each domain; the losses in a run's log are on train.eval_rows,"
-        " and differ for that reason."
+        "On evaluate.rows rows of each domain; the losses in a run's log differ, as they are"
+        " on train.eval_rows."
     )
     rows = {name: [m["nats_per_token"][d] for d in domains] for name, m in models.items()}
     rows = {name: [*row, mean(row)] for name, row in rows.items()}
@@ -276,9 +276,9 @@ def loss_table(models: Mapping[str, Any], domains: Sequence[str]) -> Table:
 
 def cost_table(summary: Mapping[str, Any]) -> Table:
     """Cost of each model, without the seed's."""
-    left_out = ", the seed's own training left out" if summary["seed"] else ""
+    left_out = ", excluding the seed's" if summary["seed"] else ""
     columns = ("model", "tokens", "FLOPs", "chip-s", "critical s", "peak MiB", "active")
-    made = _table(f"what it took{left_out}", columns)
+    made = _table(f"training cost{left_out}", columns)
     for name, model in summary["models"].items():
         made.add_row(
             _shown(name),
@@ -298,7 +298,7 @@ def scaled(value: float | None, unit: float) -> float | None:
 
 def goodput_table(summary: Mapping[str, Any]) -> Table:
     """Shares of every run's wall time over all its starts, in percent."""
-    made = _table("where the time went, % of wall time", ("run", "wall s", *ACTIVITIES))
+    made = _table("use of time, % of wall time", ("run", "wall s", *ACTIVITIES))
     for name, told in summary["goodput"].items():
         shares = (f"{100 * told['goodput'][activity]:.1f}" for activity in ACTIVITIES)
         made.add_row(_shown(name), f"{told['wall_seconds']:.0f}", *shares)

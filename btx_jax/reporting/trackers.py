@@ -262,8 +262,8 @@ class Trackers:
 def _failed(name: str, error: Exception) -> None:
     told = one_line(error)[:300] or type(error).__name__
     log.warning(
-        "config.log.%s: %s; it gets nothing more until this run is resumed; metrics.jsonl and"
-        " TensorBoard continue",
+        "config.log.%s: %s; disabled until the run is resumed; metrics.jsonl and TensorBoard"
+        " continue",
         name,
         told,
     )

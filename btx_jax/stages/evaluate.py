@@ -249,7 +249,10 @@ def _no_oracle(
     """Yield messages that say why the tokens of a mixture cannot be routed as the oracle asks."""
     key = f"config.evaluate.oracles.{name}"
     if domains and (others := set(domains) ^ set(sent.experts)):
-        yield f"{key}.experts: {', '.join(sorted(others))}: must be the domains of held-out text"
+        yield (
+            f"{key}.experts: {', '.join(sorted(others))}: the domains must be exactly those"
+            " of the held-out text"
+        )
     if model := models.get(sent.mixture):
         for domain, expert in sent.experts.items():
             try:
@@ -263,9 +266,9 @@ def require_same(file: Path, inputs: Mapping[str, str]) -> None:
     new results would be mixed with them."""
     before = read_json(file) if file.exists() else {}
     if changed := [name for name, value in inputs.items() if before.get(name, value) != value]:
-        told = f"{', '.join(changed)}: not what was measured there before"
+        told = f"{', '.join(changed)}: differs from what was measured there before"
         raise UserError(
-            f"{file.parent}: {told}; name another directory, or delete this one to measure again"
+            f"{file.parent}: {told}; choose another directory, or delete this one to measure again"
         )
 
 
@@ -290,7 +293,7 @@ def read_heldout(
                     f"config.evaluate.models.{name}: its tokenizer is not {tokenizer.path}: {told};"
                     " evaluate it in a separate run"
                 )
-            log.warning("%s: its tokenizer %s; text is read without them", name, told)
+            log.warning("%s: its tokenizer %s; text is tokenised without them", name, told)
     key = "heldout" if config.data.heldout else "train"
     domains = prepare_by_all(
         getattr(config.data, key), config.data, tokenizer, f"config.data.{key}"

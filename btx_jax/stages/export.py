@@ -51,7 +51,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             return model
         found = find_checkpoint(source, _KEY)
         if found.is_huggingface:
-            raise ConfigError(f"{source} is a Hugging Face directory already")
+            raise ConfigError(f"{source} is already a Hugging Face directory; use it as it is")
         written_as(found.metadata.model, found.metadata.huggingface)
         return found.metadata.model
     return None

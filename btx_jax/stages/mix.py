@@ -107,7 +107,10 @@ def run(config: Config, workdir: Path) -> None:
         )
         return
     for other in off_base(sources):
-        told = f"{other.path} is on a different base from the branches: they do not mix exactly"
+        told = (
+            f"{other.path} was trained on a different base from the branches, so they do"
+            " not mix exactly"
+        )
         log.warning("%s", told)
     read = named | ({_BASE: base} if base else {})
     tokenizers = [load_tokenizer(source.tokenizer) for source in read.values()]
@@ -289,7 +292,8 @@ class _Solving:
         solved = solve_routers(self._model, read, texts, fit, self._merging)
         for layer in mixture_layers(self._model):
             log.info(
-                "router of layer %d: held-out tokens that choose their expert: %s",
+                "router of layer %d: share of held-out tokens routed to their own domain's"
+                " expert: %s",
                 layer,
                 ", ".join(f"{share:.1%}" for share in solved.own[layer]),
             )
@@ -365,7 +369,8 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
             if found in others:
                 mistakes.add(
                     f"{key}: {found.path} was trained with a different anchor from"
-                    f" {next(iter(beside_anchors.values())).path}; branches of one base mix"
+                    f" {next(iter(beside_anchors.values())).path}; only branches of one base"
+                    " can be mixed"
                 )
     with mistakes.gather():
         config.mesh.shape(jax.device_count())
@@ -388,7 +393,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
                 )
         if first.moe and not first.is_branch:
             mistakes.add(
-                f"{name}: {_named(config.mix)[name]} is a mixture already; mix dense checkpoints"
+                f"{name}: {_named(config.mix)[name]} is already a mixture; mix dense checkpoints"
             )
         else:
             with mistakes.gather():
@@ -397,7 +402,10 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
     if mixed and config.mix.text and config.data:
         length = config.data.sequence_length
         if length > mixed.context:
-            mistakes.add(f"config.data.sequence_length={length}: the context is {mixed.context}")
+            mistakes.add(
+                f"config.data.sequence_length={length}: longer than the context of"
+                f" {mixed.context}; lower it"
+            )
     return mixed
 
 
@@ -414,8 +422,8 @@ def _asked_of_branches(mix: MixConfig) -> Iterator[str]:
     for key, value in only.items():
         if (given := getattr(mix, key)) != value:
             yield (
-                f"config.mix.{key}={given!r}: branches that were trained with an anchor are put"
-                " together as they are, with their own router rows; leave it out"
+                f"config.mix.{key}={given!r}: branches trained with an anchor are combined"
+                " unchanged, with their own router rows; leave it out"
             )
 
 
@@ -450,8 +458,8 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
             or first.model.lora is None
         ):
             raise ConfigError(
-                f"config.mix.experts[{i}]: adapters and whole models cannot be mixed; merge the"
-                " adapters first"
+                f"config.mix.experts[{i}]: adapters and whole models cannot be mixed with each"
+                " other; merge the adapters into their base first"
             )
         if metadata.base.digest != first.base.digest:
             raise ConfigError(
@@ -461,7 +469,7 @@ def mix_adapters(config: Config, sources: list[Checkpoint], workdir: Path) -> No
         differ = {key: getattr(metadata.model.lora, key) for key in ("rank", "alpha", "targets")}
         if changed := differences({key: getattr(first.model.lora, key) for key in differ}, differ):
             raise ConfigError(
-                f"config.mix.experts[{i}]: other LoRA experts than those of experts[0]:"
+                f"config.mix.experts[{i}]: LoRA experts differ from those of experts[0]:"
                 f" {'; '.join(map(str, changed))}"
             )
         counts += [

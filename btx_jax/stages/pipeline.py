@@ -47,7 +47,10 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
         if missing := [
             need for need in config.pipeline[only].needs if not has_finished(workdir / need)
         ]:
-            raise UserError(f"--only={only}: needs {', '.join(missing)}, not finished in {workdir}")
+            raise UserError(
+                f"--only={only}: needs {', '.join(missing)}, which has not finished"
+                f" in {workdir}; run it first"
+            )
         first_then_others(require_same_text, resolved, workdir)
         stages.run(resolved[only], workdir / only)
         return
@@ -71,7 +74,7 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
             for need in config.pipeline[name].needs:
                 if was_made_before(workdir / name, workdir / need):
                     log.warning(
-                        "%s was made from an earlier %s: delete %s to make it again",
+                        "%s was made from an earlier %s; delete %s to make it again",
                         name,
                         need,
                         workdir / name,
@@ -88,10 +91,12 @@ def run(config: Config, workdir: Path, only: str = "") -> None:
             log.error("%s failed: %s", name, failed[name])
     if failed:
         causes = [f"{name}: {why}" for name, why in failed.items() if name not in waiting]
-        told = "; ".join(causes + [f"waiting for these: {', '.join(waiting)}"] * bool(waiting))
+        told = "; ".join(
+            causes + [f"not started because of these: {', '.join(waiting)}"] * bool(waiting)
+        )
         raise UserError(
-            f"{len(failed)} of {len(order)} stages did not finish ({told}); once that is mended,"
-            " the same command resumes the run"
+            f"{len(failed)} of {len(order)} stages did not finish ({told}); fix this and run"
+            " the same command to resume"
         )
     for name in (name for name in order if resolved[name].stage == "report" and is_first()):
         for file in (workdir / name).glob("*.*"):
@@ -139,8 +144,9 @@ def require_same_text(resolved: Mapping[str, Config], workdir: Path) -> None:
         if changed:
             more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
             raise UserError(
-                f"{workdir}: {', '.join(changed[:SHOWN])}{more}, and a run keeps the text it began"
-                f" with; put it back, choose another --workdir, or delete {workdir} to begin anew"
+                f"{workdir}: {', '.join(changed[:SHOWN])}{more}, but a run must keep the text"
+                f" it started with; restore it, choose another --workdir, or delete {workdir}"
+                " to start over"
             )
 
 
@@ -159,7 +165,7 @@ def find_mistakes(
     for told, names in stages_of.items():
         within = f"config.pipeline.{names[0]}.config."
         whole = within + told.removeprefix("config.") if told[:7] == "config." else told
-        mistakes.add(f"{whole} (so also in {', '.join(names[1:])})" if names[1:] else whole)
+        mistakes.add(f"{whole} (also in {', '.join(names[1:])})" if names[1:] else whole)
     return {name: model for name in resolved if (model := coming[str(workdir / name)])}
 
 
@@ -175,8 +181,8 @@ def in_order(pipeline: Any) -> list[str]:
         ]
         if not ready:
             raise ConfigError(
-                f"config.pipeline: {', '.join(sorted(set(pipeline) - set(order)))} need each other"
-                " in a circle"
+                f"config.pipeline: {', '.join(sorted(set(pipeline) - set(order)))} depend on"
+                " each other in a cycle"
             )
         order.append(ready[0])
     return order
@@ -195,8 +201,8 @@ def resolve(name: str, stage: PipelineStage, config: Config, workdir: Path) -> C
         if isinstance(value, str) and value.startswith("@"):
             if value[1:] not in stage.needs:
                 raise ConfigError(
-                    f"config.pipeline.{name}: uses {value}, which is not among its needs:"
-                    f" {', '.join(stage.needs) or 'none'}"
+                    f"config.pipeline.{name}: uses {value}, which is not listed in its needs"
+                    f" ({', '.join(stage.needs) or 'none'}); add it"
                 )
             return str(workdir / value[1:])
         return value

@@ -176,7 +176,7 @@ def _write_page(
         for run, text in configs.items()
     }
     experts = expert_names(evaluated, summary["shown"]) if evaluated else []
-    title = f"{name}: {'what was gained' if summary['gains'] else 'held-out losses'}"
+    title = f"{name}: {'gains' if summary['gains'] else 'held-out losses'}"
     write_text(workdir / "report.html", render(title, summary, curves, experts, provenance))
     write_json(workdir / "summary.json", summary)
     print_tables(tables(summary))
@@ -224,7 +224,7 @@ def _labels(homes: Sequence[Path]) -> list[str]:
         labels = ["/".join(home.parts[-length:]) for home in homes]
         if len(set(labels)) == len(labels):
             return labels
-    raise UserError("WORKDIRS: one directory is named twice")
+    raise UserError("WORKDIRS: one directory is given twice; leave it out")
 
 
 def _common_domains(evaluated: Mapping[str, Path]) -> list[str]:
@@ -237,7 +237,9 @@ def _common_domains(evaluated: Mapping[str, Path]) -> list[str]:
     ]
     for name in dict.fromkeys(named):
         if name not in common:
-            log.warning("%s: other held-out text in other runs; it is left out", name)
+            log.warning(
+                "%s: its held-out text differs between the runs; the domain is left out", name
+            )
     return common
 
 

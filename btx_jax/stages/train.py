@@ -238,7 +238,7 @@ def check(config: Config, coming: Coming, mistakes: Mistakes) -> ModelConfig | N
                 read_test_set(task, key)
             if model is not None and too_long(task, model.context):
                 mistakes.add(
-                    f"{key}.max_tokens={task.max_tokens}: the model has a context of"
+                    f"{key}.max_tokens={task.max_tokens}: longer than the model's context of"
                     f" {model.context}; leave the test set out"
                 )
     trackers.check(config.log, mistakes)
@@ -280,9 +280,9 @@ def described(model: ModelConfig, compute: ComputeConfig) -> str:
         if model.has_anchor:
             kind += " and their anchor"
         if model.is_branch:
-            kind = "a branch beside its anchor"
+            kind = "a branch with its anchor"
     lora = " with LoRA experts" if model.lora else ""
-    used = f" ({active:.3g} for a token)" if active < total else ""
+    used = f" ({active:.3g} active per token)" if active < total else ""
     dispatch = f", {compute.dispatch} dispatch" if model.moe else ""
     return f"{kind}{lora}, {counted(model.layers, 'layer')}, {total:.3g} parameters{used}{dispatch}"
 
@@ -320,10 +320,10 @@ def start_state(
             if text.get(name) != data["text"].get(name)
         ]:
             told = (
-                f"{', '.join(changed)} changed since step {latest} was saved, and with it what the"
-                " run learns"
+                f"{', '.join(changed)} changed since step {latest} was saved, which would"
+                " change what the run learns"
             )
-            raise UserError(f"{path}: {told}; put it back or choose another --workdir")
+            raise UserError(f"{path}: {told}; restore it or choose another --workdir")
         batches.set_state(data["batches"])
         log.info("resuming at step %d", latest)
         step = put(np.int32(latest), abstract.step.sharding)
@@ -358,7 +358,7 @@ def make_evaluation(
     rows = {domain.name: heldout_rows(domain, train.eval_rows) for domain in domains}
     for domain in domains:
         if not len(rows[domain.name]["tokens"]):
-            log.warning("%s; its held-out loss is left out", none_heldout(domain))
+            log.warning("%s; its held-out loss is not measured", none_heldout(domain))
             del rows[domain.name]
     step = make_heldout_step(model, config.compute, mesh)
 
@@ -457,8 +457,8 @@ class Loop:
             read_metadata(checkpoints.path(self.last_saved)).history if self.last_saved else {}
         )
         if resumed and self.run_id not in resumed:
-            told = f"config.init={config.init!r} is not the checkpoint that this run began with"
-            raise UserError(f"{workdir}: {told}; choose another --workdir")
+            told = f"config.init={config.init!r} is not the checkpoint that this run started from"
+            raise UserError(f"{workdir}: {told}; restore it or choose another --workdir")
         before = resumed.get(self.run_id)
         self.seconds = before.seconds if before else 0.0
 
@@ -488,7 +488,7 @@ class Loop:
         # Before the first step, or when the run was killed after saving this one.
         if self.is_evaluated(first) and first not in self.heldout:
             if not first:
-                log.info("measuring the held-out losses before the first step")
+                log.info("measuring held-out losses before the first step")
             self.measure(first, state)
         if self.is_tried(first) and first not in self.tried:
             self.measure_tasks(first, state)
@@ -591,7 +591,7 @@ class Loop:
             self.save(whole, state, position)
         self.checkpoints.wait()
         self.writer.close()
-        told = f"saved step {whole}" if whole else "no step was finished yet"
+        told = f"saved step {whole}" if whole else "no step has finished yet"
         log.warning("%s: %s; run the same command to resume", signal.Signals(number).name, told)
         raise Preempted(number)
 
@@ -690,9 +690,9 @@ class Loop:
             lines = []
         if steps in self.barriers:
             lines.append(f"mixing barrier at the end: {self.barriers[steps]:.3f} nats per token")
-        kept = [f"step {steps} is kept in {self.checkpoints.path(steps)}"]
+        kept = [f"step {steps} is saved in {self.checkpoints.path(steps)}"]
         if (best := self.best(self.checkpoints.steps())) is not None and best != steps:
-            told = f"step {best}, the best by {self.best.metric}, is kept in"
+            told = f"step {best}, the best by {self.best.metric}, is saved in"
             kept.append(f"{told} {self.checkpoints.path(best)}")
         return [*lines, *kept, str(self.goodput), *self.warnings]
 
@@ -750,9 +750,9 @@ class Loop:
         self.writer.write(step, line | self.goodput.told())
         if not all(math.isfinite(line[name]) for name in ("loss", "grad_norm")):
             saved = (
-                f"the checkpoint of step {self.last_saved} is good"
+                f"the checkpoint of step {self.last_saved} is intact"
                 if self.last_saved
-                else "no checkpoint was saved yet"
+                else "no checkpoint has been saved yet"
             )
             raise UserError(
                 f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite;"

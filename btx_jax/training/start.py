@@ -54,8 +54,8 @@ def starting_point(config: Config) -> tuple[Checkpoint | None, ModelConfig]:
     if the checkpoint does not exist."""
     if not config.init:
         raise ConfigError(
-            f"config.init: not set; name the checkpoint to start from, or {SCRATCH!r} for random"
-            " parameters"
+            f"config.init: missing; name the checkpoint to start from, or {SCRATCH!r} for"
+            " random parameters"
         )
     init = None if config.init == SCRATCH else find_checkpoint(config.init, "config.init")
     return init, starting_model(config, init.metadata.model if init else None)
@@ -70,7 +70,7 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
     """
     if held is None:
         if config.model is None:
-            raise ConfigError("config.model: missing, and config.init='scratch' needs it")
+            raise ConfigError("config.model: missing, but config.init='scratch' needs it")
         if config.lora or config.model.lora:
             raise ConfigError(
                 "config.init='scratch': LoRA experts need a base; name its checkpoint"
@@ -83,10 +83,10 @@ def starting_model(config: Config, held: ModelConfig | None) -> ModelConfig:
             )
         return config.model
     if config.model is not None and (changed := differences(to_dict(held), to_dict(config.model))):
-        cure = "choose the config for that model, or the same config's :from_init"
+        cure = "choose the config for that model, or this config's :from_init"
         raise ConfigError(
-            f"config.model: is not the model of {config.init}: {'; '.join(map(str, changed))};"
-            f" {cure}"
+            f"config.model: differs from the model of {config.init}:"
+            f" {'; '.join(map(str, changed))}; {cure}"
         )
     return trained_model(config, held)
 
@@ -105,7 +105,7 @@ def anchored_model(model: ModelConfig) -> ModelConfig:
     if model.has_anchor:
         return model
     if model.moe or model.lora:
-        what = "the model is a mixture already" if model.moe else "the model has LoRA experts"
+        what = "the model is already a mixture" if model.moe else "the model has LoRA experts"
         raise ConfigError(f"config.train.anchor: {what}; branches start from a dense checkpoint")
     try:
         return dataclasses.replace(model, moe=MoEConfig((1,) * model.layers, k=2, anchor=True))
@@ -159,7 +159,7 @@ def settled(config: Config, recorded: Mapping[str, Any]) -> Config:
             init, model = starting_point(config)
             rate = default_learning_rate(init.metadata if init else None, model, train)
         train = dataclasses.replace(train, learning_rate=rate)
-        log.info("learning rate %g, chosen by what the run starts from", rate)
+        log.info("learning rate %g, chosen for the model that the run starts from", rate)
     return dataclasses.replace(config, compute=compute, train=train)
 
 
@@ -175,7 +175,7 @@ def adapted_model(model: ModelConfig, lora: LoRAConfig | None) -> ModelConfig:
         held = {key: value for key, value in to_dict(model.lora).items() if key not in used}
         if changed := differences(held, shape):
             raise ConfigError(
-                "config.lora: are other LoRA experts than the checkpoint's:"
+                "config.lora: differs from the LoRA experts of the checkpoint:"
                 f" {'; '.join(map(str, changed))}; leave the section out"
             )
     try:
@@ -301,7 +301,7 @@ def _misfits(
     train, data, compute = config.train, config.data, config.compute
     if not train.accumulate and train.batch_size % shards:
         yield (
-            f"config.train.batch_size={train.batch_size}: does not divide over the {shards} devices"
+            f"config.train.batch_size={train.batch_size}: not divisible by the {shards} devices"
             f" of data x fsdp x expert; use a multiple of {shards}"
         )
     if train.accumulate and (train.batch_size // train.accumulate) % shards:
@@ -314,18 +314,18 @@ def _misfits(
         )
         yield (
             f"config.train.batch_size={train.batch_size}: its micro-batches of"
-            f" {train.batch_size // train.accumulate} do not divide over the {shards} devices of"
-            f" data x fsdp x expert; {cure}"
+            f" {train.batch_size // train.accumulate} are not divisible by the {shards} devices"
+            f" of data x fsdp x expert; {cure}"
         )
     if data.sequence_length > model.context:
         yield (
             f"config.data.sequence_length={data.sequence_length}: longer than"
-            f" config.model.context={model.context}"
+            f" config.model.context={model.context}; lower it"
         )
     pieces = 2 * context_axis if context_axis > 1 else 1  # per row (parallel/sequence.py)
     if data.sequence_length % pieces:
         yield (
-            f"config.data.sequence_length={data.sequence_length}: does not divide into two pieces"
+            f"config.data.sequence_length={data.sequence_length}: not divisible into two pieces"
             f" for each of the {context_axis} devices of config.mesh.context; use a multiple of"
             f" {pieces}"
         )
@@ -335,23 +335,23 @@ def _misfits(
         and (compute.group_size < data.sequence_length or pieces > 1)
         and data.sequence_length // pieces % compute.group_size
     ):
-        cut = f" / {pieces} (two pieces a device of config.mesh.context)" if pieces > 1 else ""
+        cut = f" / {pieces} (two pieces per device of config.mesh.context)" if pieces > 1 else ""
         yield (
             f"config.compute.group_size={compute.group_size}: does not divide"
-            f" config.data.sequence_length={data.sequence_length}{cut}"
+            f" config.data.sequence_length={data.sequence_length}{cut}; use a divisor"
         )
     if compute.quantize != "none":
         if find_spec("qwix") is None:
             yield "config.compute.quantize: needs a package: pip install 'btx_jax[int8]'"
         if model.moe and platform_dispatch(compute.dispatch, platform, expert_axis) == "ragged":
             yield (
-                f"config.compute.quantize={compute.quantize!r}: experts reached by ragged dispatch"
-                " are not quantized; set config.compute.dispatch to 'einsum'"
+                f"config.compute.quantize={compute.quantize!r}: ragged dispatch does not"
+                " support quantized experts; set config.compute.dispatch to 'einsum'"
             )
     if model.lora and train.frozen not in ("base", "all_but_routers"):
         yield (
-            f"config.train.frozen={train.frozen!r}: the optimizer would hold leaves of the base,"
-            " which LoRA experts leave as it is; set it to 'base' (or to 'all_but_routers')"
+            f"config.train.frozen={train.frozen!r}: the optimizer would hold parameters of the"
+            " base, which LoRA leaves unchanged; set it to 'base' (or to 'all_but_routers')"
         )
     if train.frozen == "base" and not model.lora:
         yield (
@@ -360,15 +360,17 @@ def _misfits(
         )
     if train.frozen in ("shared", "shared_layers") and model.moe and not model.has_anchor:
         yield (
-            f"config.train.frozen={train.frozen!r}: the model is a mixture already; branches are"
-            " dense (or set it to 'experts' or 'all_but_routers')"
+            f"config.train.frozen={train.frozen!r}: the model is already a mixture, but"
+            " branches are dense; leave it out (or set it to 'experts' or 'all_but_routers')"
         )
     if train.frozen == "anchor" and not model.has_anchor:
-        yield "config.train.frozen='anchor': the model has none; set config.train.anchor to True"
+        yield (
+            "config.train.frozen='anchor': the model has no anchor; set config.train.anchor to True"
+        )
     if train.balance_weight and model.is_branch:
         yield (
-            f"config.train.balance_weight={train.balance_weight:g}: a branch and its anchor need"
-            " not share the work evenly; set it to 0"
+            f"config.train.balance_weight={train.balance_weight:g}: the load of a branch and"
+            " its anchor need not be balanced; set it to 0"
         )
     if train.mixing_probe and config.init == SCRATCH:
         yield (
@@ -377,7 +379,7 @@ def _misfits(
         )
     if train.mixing_probe and model.moe and not model.is_branch:
         yield (
-            "config.train.mixing_probe: the model is a mixture already, and no branch that will"
+            "config.train.mixing_probe: the model is already a mixture, not a branch that will"
             " be mixed; set it to False"
         )
     if (
@@ -385,6 +387,9 @@ def _misfits(
         and model.lora
         and not any(spec.lora and spec.lora.has_router for spec in model.layer_specs())
     ):
-        yield ("config.train.frozen='all_but_routers': plain LoRA has no router")
+        yield (
+            "config.train.frozen='all_but_routers': plain LoRA has no router to train; set"
+            " it to 'base'"
+        )
     if train.frozen in ("experts", "all_but_routers") and not (model.moe or model.lora):
-        yield (f"config.train.frozen={train.frozen!r}: the model has no experts")
+        yield (f"config.train.frozen={train.frozen!r}: the model has no experts; leave it out")

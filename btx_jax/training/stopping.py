@@ -46,7 +46,9 @@ def stop_signal() -> Iterator[Stop]:
         reached = multihost_utils.reached_preemption_sync_point
         yield Stop(lambda: signal.SIGTERM * reached(next(places)))
         return
-    with interrupts.noted("saving the last complete step; again to end at once") as came:
+    with interrupts.noted(
+        "saving the last complete step; press Ctrl-C again to quit immediately"
+    ) as came:
         yield Stop(came)
 
 

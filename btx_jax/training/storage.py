@@ -48,8 +48,8 @@ def shortage(needed: Mapping[Path, float], workdir: Path) -> str:
     if left <= free:
         return ""
     return (
-        f"{workdir}: checkpoints may take up to {size(left)} more, and its disk has {size(free)}"
-        " free; make room, or choose a --workdir on a larger disk"
+        f"{workdir}: checkpoints may need up to {size(left)} more, but its disk has only"
+        f" {size(free)} free; free some space, or choose a --workdir on a larger disk"
     )
 
 

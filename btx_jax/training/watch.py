@@ -16,9 +16,9 @@ BARRIER = 0.1  # nats per token (training.probe.barrier)
 
 def dropped_warning(share: float) -> str:
     return (
-        f"{share:.0%} of the routed claims find no slot and are not learnt from;"
-        " config.compute.dispatch='ragged' drops none, a higher config.compute.capacity_factor"
-        " fewer"
+        f"{share:.0%} of the routed tokens exceed their expert's capacity and are dropped; set"
+        " config.compute.dispatch='ragged' to drop none, or raise"
+        " config.compute.capacity_factor to drop fewer"
     )
 
 
@@ -89,10 +89,10 @@ class FirstSteps:
     def _warning(self, step: int, kind: str, before: float, now: float) -> str:
         self._said = True
         return (
-            f"step {step}: the {kind} loss has risen from {before:.2f} to {now:.2f} nats per token:"
-            f" a learning rate of {self._rate:g} undoes what these weights had learnt; stop, lower"
-            " config.train.learning_rate (0 chooses by what the run starts from) and start again in"
-            " another --workdir"
+            f"step {step}: the {kind} loss has risen from {before:.2f} to {now:.2f} nats per"
+            f" token: the learning rate of {self._rate:g} is destroying what these weights have"
+            " learnt; stop, lower config.train.learning_rate (0 chooses one for the initial"
+            " model) and start again in another --workdir"
         )
 
 
@@ -117,11 +117,11 @@ class Basin:
         )
         if self._is_pretrained:
             return (
-                f"{told}; lower config.train.learning_rate or freeze what is shared"
+                f"{told}; lower config.train.learning_rate or freeze the shared parameters"
                 " (config.train.frozen='shared')"
             )
         return (
-            f"{told}, as is usual behind a seed that has had little training; merge what is shared"
-            " by config.mix.merge='regmean' (`btx new` sets it), which loses less than the mean,"
-            " and finetune; a seed trained longer keeps its branches closer"
+            f"{told}, as is usual after little training of the seed; merge shared parameters"
+            " with config.mix.merge='regmean' (`btx new` sets it), which loses less than the"
+            " mean, and finetune; a seed that was trained longer keeps its branches closer"
         )

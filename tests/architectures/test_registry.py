@@ -192,14 +192,18 @@ def test_a_model_that_nothing_holds_is_refused_with_what_is_lacking(origin, chan
         ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window='yes': must be true or false"),
         ("qwen2_window", {"layer_types": ["full_attention"]}, "must name the kind of each of 2"),
         ("qwen3_moe", {"mlp_only_layers": "1"}, "mlp_only_layers='1': must be a list of layers"),
-        ("qwen3_moe", {"num_local_experts": 10**6}, "num_experts=1000000: more than any model has"),
+        (
+            "qwen3_moe",
+            {"num_local_experts": 10**6},
+            "num_experts=1000000: larger than in any model",
+        ),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob=1: must be true or false"),
         ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be a whole number"),
         ("qwen2_moe", {"num_experts_per_tok": 9}, "k=9: more than the 5 experts"),
         (
             "qwen2_moe",
             {"decoder_sparse_step": 9},
-            "decoder_sparse_step: leave no layer with experts",
+            "decoder_sparse_step: no layer has experts",
         ),
         (
             "qwen2_moe",

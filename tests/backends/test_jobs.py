@@ -137,7 +137,7 @@ def test_topologies():
     for wrong in ("v5p-8", "v7:2x2", "v5e:4", ""):
         with pytest.raises(UserError, match="is not a TPU topology"):
             parse_topology(wrong)
-    with pytest.raises(UserError, match="no backend starts tpu7x"):
+    with pytest.raises(UserError, match="no backend supports tpu7x"):
         parse_topology("tpu7x:2x2x1")
 
 
@@ -162,5 +162,5 @@ def test_jobs_of_a_pipeline(monkeypatch, tmp_path):
         " report=ReportConfig('x', {'a': 'b'})), needs)\n    return"
         " to_config_dict(Config('pipeline', pipeline={'a': stage('b'), 'b': stage('a')}))\n"
     )
-    with pytest.raises(ConfigError, match="need each other in a circle"):
+    with pytest.raises(ConfigError, match="depend on each other in a cycle"):
         jobs_of(str(circle), "/w")

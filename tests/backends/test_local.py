@@ -107,7 +107,9 @@ def test_one_stage_alone_needs_what_it_needs(cli):
         )
     )
     where = (f"--config={config}", f"--workdir={cli.home / 'P'}")
-    assert "--only=mix: needs a, b, c, seed, not finished" in cli.fails(*where, "--only=mix")
+    assert "--only=mix: needs a, b, c, seed, which has not finished" in cli.fails(
+        *where, "--only=mix"
+    )
     assert "--only=d: no such stage; known: seed, a, b, c, mix, finetune" in cli.fails(
         *where, "--only=d"
     )

@@ -72,7 +72,10 @@ def test_pefts_lora_computes_the_same_here_merged_and_back_again(tmp_path, golde
         ("patterns", "18 maps of lower rank .* 8 maps of another scale: taken into B, every bit"),
         ("rslora_patterns", "18 maps of lower rank .*, 6 rounded to float32 by it"),
         ("some_layers", r"rank 4\); its config names the base .llama."),
-        ("carried", "left out, as they equal the base.s: model.embed_tokens.weight, model.l"),
+        (
+            "carried",
+            "left out, as they equal those of the base: model.embed_tokens.weight, model.l",
+        ),
     ],
 )
 def test_what_differs_between_maps_computes_what_peft_computes(tmp_path, name, told):
@@ -136,7 +139,11 @@ def test_names_that_peft_loads_are_loaded_and_others_named(tmp_path, golden):
             (str, {f"{q_proj}.lora_magnitude_vector": one[0]}, "use_dora"),
             (str, {f"{q_proj}.lora_B.bias": one[:, 0]}, "lora_bias"),
             (str, {f"{q_proj}.base_layer.bias": one[:, 0]}, "bias: the base has none there"),
-            (str, {"base_model.model.lm_head.lora_A.weight": one}, "target_modules: LoRA on what"),
+            (
+                str,
+                {"base_model.model.lm_head.lora_A.weight": one},
+                "target_modules: LoRA on a module",
+            ),
             (str, {"base_model.model.model.embed_tokens.lora_embedding_A": one}, "on an embedding"),
             (str, {"base_model.model.model.embed_tokens.token_adapter.x": one}, "trainable_token"),
             (str, {"base_model.model.score.weight": one}, r"unknown: base_model.model.score"),
@@ -158,7 +165,9 @@ def test_a_base_tensor_that_was_trained_is_told_with_the_way_out(tmp_path):
         str,
         {"base_model.model.model.embed_tokens.weight": embedding},
     )
-    with pytest.raises(UserError, match=r"embed_tokens.weight has other values.*merge_and_unload"):
+    with pytest.raises(
+        UserError, match=r"embed_tokens.weight differs from the base.*merge_and_unload"
+    ):
         adapter.import_peft(folder, str(BASE), str(tmp_path / "out"))
 
 
@@ -169,7 +178,7 @@ def test_pickles_and_folders_of_adapters_are_told_as_such(tmp_path):
     shutil.copytree(GOLDEN / "peft", tmp_path / "two")
     shutil.copytree(GOLDEN / "peft", tmp_path / "two" / "second")
     line = adapter.import_peft(str(tmp_path / "two"), str(BASE), str(tmp_path / "out"))
-    assert "left alone: the adapters in second" in line
+    assert "ignored: the adapters in second" in line
     (tmp_path / "two" / PEFT_TENSORS).rename(tmp_path / "two" / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model.bin is a pickle.*save_pretrained"):
         adapter.import_peft(str(tmp_path / "two"), str(BASE), str(tmp_path / "other"))
@@ -182,7 +191,7 @@ def test_what_peft_trained_is_an_unknown_cost_of_the_adapter(tmp_path):
     adapter.merge(str(tmp_path / "lora"), str(tmp_path / "merged"))
     assert find_checkpoint(tmp_path / "merged").metadata.history == history
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert "What was trained elsewhere is unknown: llama (" in card
+    assert "Training elsewhere is unknown: llama (" in card
 
 
 def test_ranks_that_differ_by_layer_go_to_peft_and_back(tmp_path):
@@ -257,7 +266,7 @@ def test_the_base_may_move_but_not_change(tmp_path, golden):
     adapter.import_peft(str(GOLDEN / "peft"), str(tmp_path / "base"), str(tmp_path / "lora"))
     convert.run(str(tmp_path / "base"), str(tmp_path / "moved"))
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(UserError, match=r"its base .* is gone"):
+    with pytest.raises(UserError, match=r"its base .* is missing"):
         logits_of(tmp_path / "lora", tokens)
     adapter.merge(
         str(tmp_path / "lora"), str(tmp_path / "merged"), base=str(tmp_path / "moved")
@@ -270,9 +279,9 @@ def test_the_base_may_move_but_not_change(tmp_path, golden):
     weights[name] = weights[name].copy()
     weights[name][0, 0] += 1e-3
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="other weights"):
+    with pytest.raises(UserError, match="the weights differ"):
         logits_of(tmp_path / "lora", tokens)
-    with pytest.raises(UserError, match="other weights"):
+    with pytest.raises(UserError, match="the weights differ"):
         adapter.merge(str(tmp_path / "lora"), str(tmp_path / "wrong"))
     assert not (tmp_path / "wrong").exists()
 
@@ -330,10 +339,10 @@ def test_files_that_are_cut_off_are_refused(tmp_path):
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj: r=0: must be"),
         ({"rank_pattern": [1]}, "rank_pattern=.* must map names to numbers"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern: q_proj: lora_alpha=nan"),
-        ({"lora_alpha": 0}, "lora_alpha=0: computes what the base does"),
+        ({"lora_alpha": 0}, "lora_alpha=0: has no effect"),
         ({"lora_alpha": float("inf")}, "lora_alpha=inf: must be a number"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: lm_head is missing"),
-        ({"lora_alpha": 10**400}, "lora_alpha=1000.*: must be a number that float32 holds"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000.*: must be a number within float32"),
         ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern: q_proj: lora_alpha=1000"),
         ({"alpha_pattern": {"q_proj": 1e300}}, "alpha_pattern: q_proj: lora_alpha=1e.300: must be"),
         (
@@ -352,10 +361,16 @@ def test_files_that_are_cut_off_are_refused(tmp_path):
         ({"exclude_modules": "(" * 5000}, "exclude_modules: .* is not a regular expression"),
         ({"exclude_modules": "a{99999999999}"}, "exclude_modules: .* is not a regular expression"),
         ({"exclude_modules": "(("}, "is not a regular expression"),
-        ({"exclude_modules": ["down_proj"]}, "leave out what the file holds LoRA for: .*down_proj"),
-        ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers_to_transform leave out"),
+        (
+            {"exclude_modules": ["down_proj"]},
+            "exclude modules that the file has LoRA for: .*down_proj",
+        ),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers_to_transform exclude"),
         ({"layers_to_transform": "0"}, "layers_to_transform='0': must be layers' numbers"),
-        ({"target_modules": "all-linear"}, "target_modules names what the file lacks: .*k_proj"),
+        (
+            {"target_modules": "all-linear"},
+            "target_modules names modules that the file lacks: .*k_proj",
+        ),
         ({"init_lora_weights": "pissa"}, "changed the base itself"),
         ({"init_lora_weights": "lora_ga"}, "changed the base itself"),
         ({"lora_dropout": 2}, "lora_dropout=2: must lie"),
@@ -400,7 +415,9 @@ def test_what_float32_does_not_hold_is_told_by_pefts_name(tmp_path):
     held = load_file(tmp_path / "peft" / PEFT_TENSORS)
     large = {name: array.astype(np.float64) * 1e300 for name, array in held.items()}
     save_file(large, tmp_path / "peft" / PEFT_TENSORS)
-    with pytest.raises(UserError, match=r"self_attn.q_proj.lora_A holds NaN, infinity or what fl"):
+    with pytest.raises(
+        UserError, match=r"self_attn.q_proj.lora_A holds NaN, infinity or values outside fl"
+    ):
         adapter.import_peft(str(tmp_path / "peft"), str(BASE), str(tmp_path / "out"))
 
 
@@ -431,7 +448,7 @@ def test_what_cannot_be_exported_or_merged_is_refused(tmp_path):
     folder = str(mola_directory(tmp_path / "mola"))
     out = str(tmp_path / "out")
     for call, told in (
-        (lambda: adapter.export(folder, out, "peft"), "one expert without a gate"),
+        (lambda: adapter.export(folder, out, "peft"), "one expert and no gate"),
         (lambda: adapter.merge(folder, out), "fix them with --expert"),
         (
             lambda: adapter.merge(folder, out, expert=2),
@@ -445,7 +462,7 @@ def test_what_cannot_be_exported_or_merged_is_refused(tmp_path):
         (lambda: adapter.merge(folder, out, gates="nan"), "--gates=nan: must be finite"),
         (lambda: adapter.merge(folder, out, gates="1,inf"), "--gates=1,inf: must be finite"),
         (lambda: adapter.merge(folder, out, gates="0,1e39"), "--gates=0,1e39: must be finite"),
-        (lambda: adapter.merge(folder, out, expert=0, gates="mean"), "one of the two"),
+        (lambda: adapter.merge(folder, out, expert=0, gates="mean"), "give only one of them"),
         (lambda: adapter.merge(str(BASE), out), "no LoRA experts"),
         (
             lambda: adapter.merge(folder, out, base=str(GOLDEN / "mistral"), expert=0),
@@ -473,7 +490,9 @@ def test_mixed_branches_keep_their_experts_and_gates_their_experts():
     fresh = mix_lora([branch(True), branch(False)], 0.02, rng)["layers.0.q.router"]
     assert fresh.shape == (2, 4)
     assert np.abs(fresh).max() < 0.2
-    with pytest.raises(ValueError, match=r"branch 1 adapts other maps than branch 0: layers\.1\.q"):
+    with pytest.raises(
+        ValueError, match=r"branch 1 adapts different maps from branch 0: layers\.1\.q"
+    ):
         mix_lora(
             [branch(False), branch(False) | {"layers.1.q.a": rng.normal(size=(1, 2, 4))}], 0.02, rng
         )

@@ -205,7 +205,7 @@ def test_config_json_of_either_age_is_read_and_what_we_lack_is_named():
         (
             base | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
             r"model_type gpt2 \(GPT2LMHeadModel\) is not supported;"
-            " readable are .*deepseek, ernie4_5, .*llama",
+            " supported: .*deepseek, ernie4_5, .*llama",
         ),
         (
             {"architectures": ["GPT2LMHeadModel"]},
@@ -265,8 +265,8 @@ def test_what_a_directory_contradicts_itself_in_is_told(tmp_path, caplog):
         ("a theta that scaling hides", "says rope_theta 10000.0 and 500000.0; 10000.0 is used"),
         ("two scalings", "says factor 2.0 and 4.0; 2.0 is used"),
         ("llama3 with two contexts", "says original_max_position_embeddings 64 and 128; 64 is"),
-        ("tied and different", "lm_head.weight holds other values than the embedding"),
-        ("a single file and a stale index", "delete the one that is out of date"),
+        ("tied and different", "lm_head.weight differs from the embedding"),
+        ("a single file and a stale index", "delete the outdated one"),
         ("float64", "float64 is rounded to float32, 30 tensors"),
     ):
         caplog.clear()
@@ -572,7 +572,7 @@ def test_a_model_without_its_head_is_told_as_such(tmp_path):
     stored = {name.removeprefix("model."): x for name, x in tensors(tmp_path / "base").items()}
     del stored["lm_head.weight"]
     save_file(stored, tmp_path / "base" / "model.safetensors")
-    told = r"missing lm_head.weight \(a base model was saved, .*AutoModelForCausalLM.*tie_word_emb"
+    told = r"missing lm_head.weight \(the base model was saved without its head.*AutoModelForCausalLM.*tie_word_emb"
     with pytest.raises(UserError, match=told):
         open_reader(find_checkpoint(tmp_path / "base"))
 

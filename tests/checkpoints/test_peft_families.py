@@ -68,8 +68,14 @@ def same_tensors(one, other):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("llama_bias", r"left out, as they equal the base's: model.layers.0.mlp.down_proj.bias, "),
-        ("qwen2", r"left out, as they equal the base's: model.layers.0.self_attn.q_proj.bias, "),
+        (
+            "llama_bias",
+            r"left out, as they equal those of the base: model.layers.0.mlp.down_proj.bias, ",
+        ),
+        (
+            "qwen2",
+            r"left out, as they equal those of the base: model.layers.0.self_attn.q_proj.bias, ",
+        ),
         ("qwen3", "12 maps of lower rank .*; 2 maps of another scale: taken into B, 2 rounded"),
         ("phi3", "; 3 maps of lower rank than .*; 7 maps of another scale: taken into B, every"),
     ],
@@ -196,9 +202,17 @@ def test_settings_go_by_the_familys_own_names(tmp_path, name, change):
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
-        ("phi3", {"target_modules": ["q_proj", "v_proj"]}, "leave out what the file holds .*qkv"),
+        (
+            "phi3",
+            {"target_modules": ["q_proj", "v_proj"]},
+            "exclude modules that the file has .*qkv",
+        ),
         ("phi3", {"exclude_modules": ["qkv_proj"]}, r"leave out .*layers.0.self_attn.qkv_proj"),
-        ("phi3", {"layers_to_transform": [1], "target_modules": ["o_proj"]}, "leave out what"),
+        (
+            "phi3",
+            {"layers_to_transform": [1], "target_modules": ["o_proj"]},
+            "exclude modules that",
+        ),
         ("phi3", {"target_modules": None}, "names no target_modules.*no default for phi3: name"),
         ("phi3", {"rank_pattern": {"qkv_proj": 3}}, "qkv_proj has rank 4, but r and rank_pattern"),
         ("qwen2", {"target_modules": "all-linear"}, "file lacks: model.layers.0.self_attn.k_proj"),
@@ -231,7 +245,7 @@ def moved_bias(held):
         (
             "qwen2",
             moved_bias,
-            r"\(modules_to_save, bias, .*layers.1.self_attn.v_proj.bias has other values than the",
+            r"\(modules_to_save, bias, .*layers.1.self_attn.v_proj.bias differs from the",
         ),
         (
             "qwen2",
@@ -241,7 +255,7 @@ def moved_bias(held):
         (
             "phi3",
             added(f"{QKV}.base_layer.weight", np.ones((48, 24), "f4")),
-            r"layers.0.self_attn.qkv_proj.weight (is|has other values)",
+            r"layers.0.self_attn.qkv_proj.weight (is|differs from)",
         ),
         (
             "phi3",
@@ -289,7 +303,11 @@ def test_a_lora_of_another_family_is_one_line(tmp_path):
         ),
         ("phi3", "qwen3", "on mlp.gate_up_proj, self_attn.qkv_proj, as phi3 has .*a Qwen3ForCausa"),
         ("qwen3", "mixtral_plain", "on mlp.down_proj, .*a MixtralForCausalLM with self_attn.q_pr"),
-        ("qwen3", "qwen3_moe", "target_modules: LoRA on what has none here; merge it with peft"),
+        (
+            "qwen3",
+            "qwen3_moe",
+            "target_modules: LoRA on a module that cannot have it here; merge it with peft",
+        ),
         ("qwen3", "qwen2", r"self_attn.q_proj: A is .*, and the base has a map of 24 inputs"),
     ):
         with pytest.raises(UserError, match=told) as caught:

@@ -126,7 +126,10 @@ def test_a_directory_of_checkpoints_names_those_that_will_do(tmp_path, monkeypat
         with pytest.raises(UserError) as error:
             find_checkpoint(named, "--model")
         path = tmp_path / named
-        assert str(error.value) == f"--model: {path} is not a checkpoint, but holds some: {listed}"
+        assert (
+            str(error.value)
+            == f"--model: {path} is not a checkpoint but contains some; name one: {listed}"
+        )
     assert find_checkpoint("runs/mine/finetune")
 
 
@@ -136,11 +139,11 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(UserError, match="is not a checkpoint; name a run's --workdir"):
         find_checkpoint(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="holds no finished checkpoint yet"):
+    with pytest.raises(UserError, match="has no complete checkpoint yet"):
         find_checkpoint(tmp_path)
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "config.json").write_text('{"stage": "pipeline", "pipeline": {}}')
-    with pytest.raises(UserError, match="pipeline is a run that has saved no checkpoint yet"):
+    with pytest.raises(UserError, match="pipeline is a run that has not saved a checkpoint yet"):
         find_checkpoint(tmp_path / "pipeline")
     with pytest.raises(
         UserError,
@@ -148,7 +151,8 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path):
     ):
         find_checkpoint("$NOT_SET/seed", "config.init")
     with pytest.raises(
-        UserError, match=r"config\.init='ftp://b/seed': neither a path nor gs:// or s3://"
+        UserError,
+        match=r"config\.init='ftp://b/seed': not a path, gs:// or s3://; check the spelling",
     ):
         find_checkpoint("ftp://b/seed", "config.init")
     with pytest.raises(

@@ -13,6 +13,6 @@ def test_a_model_without_a_chat_template_is_told_with_the_cure(tmp_path, tokeniz
         btx(["generate", seed, "--chat", "--prompt=hello"])
     assert capsys.readouterr().err.strip() == (
         f"btx_jax: error: {tmp_path}/seed/tokenizer: the tokenizer has no chat template"
-        " (chat_template.jinja); a model that was not trained on chats has none: leave --chat out,"
-        " or name its chat version, or put the template there"
+        " (chat_template.jinja); a model not trained on chats has none: leave --chat out, name"
+        " its chat version, or add the template"
     )

@@ -300,7 +300,7 @@ def test_states_are_what_the_model_computes_layer_by_layer():
 def test_router_input_rows_have_the_asked_length_and_choose_their_own_prompts(tmp_path, capsys):
     mixed = mix(tmp_path, gate_mode="router_input", gate_scale=3.0)
     np.testing.assert_allclose(np.linalg.norm(gates(mixed), axis=-1), 3.0, rtol=1e-5)
-    assert "first choice of the prompts' tokens" in capsys.readouterr().out
+    assert "top-1 expert of the prompts' tokens" in capsys.readouterr().out
 
 
 def test_similar_prompts_are_warned_of(tmp_path, capsys):
@@ -342,7 +342,7 @@ def test_verify_notices_a_single_changed_bit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mix_recipe, "verified", damaged)
     with pytest.raises(
-        UserError, match=r"1 tensor not equal to what the recipe makes: lm_head.weight"
+        UserError, match=r"1 tensor that differ from what the recipe makes: lm_head.weight"
     ):
         mix(tmp_path)
     assert not (tmp_path / "out").exists(), (
@@ -376,7 +376,7 @@ def test_a_mixture_has_the_histories_of_all_its_sources(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "frankenMoE: 3 experts of 3 models" in card
     assert "Trained here on 1,300 tokens in all, seed included." in card
-    assert "What was trained elsewhere is unknown: base (" in card and ", c (" in card
+    assert "Training elsewhere is unknown: base (" in card and ", c (" in card
 
     convert.run(str(tmp_path / "out"), str(tmp_path / "ours"))
     convert.run(str(tmp_path / "ours"), str(tmp_path / "back"))
@@ -413,7 +413,7 @@ def test_sources_as_mergekit_names_them_are_told_what_to_do_all_at_once(tmp_path
         mix(tmp_path, experts=[{"source_model": name} for name in named], gate_mode="random")
     for told in (
         "3 mistakes", "experts[0].source_model", "/lora does not exist",
-        "experts[1].source_model: org/model does not exist here and is not, or not all of it, in",
+        "experts[1].source_model: org/model does not exist here and is not (completely) in",
         "experts[2].source_model: org/other does not exist here", "HF_HUB_OFFLINE is set",
     ):  # fmt: skip
         assert told in str(caught.value)
@@ -449,8 +449,8 @@ def test_rows_of_a_vocabulary_are_averaged_over_the_models_that_have_them(tmp_pa
     )
     assert made.model.vocab_size == 259
     printed = " ".join(capsys.readouterr().out.split())
-    assert "2 more tokens than base_model, left out" in printed
-    assert "2 tokens fewer than base_model, their rows without it" in printed
+    assert "2 more tokens than base_model; they are left out" in printed
+    assert "2 fewer tokens than base_model; it does not contribute to those rows" in printed
     if merge == "mean":
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
             a, b, c = (
@@ -547,5 +547,7 @@ def test_a_base_of_two_dtypes_must_say_which(tmp_path):
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype("bfloat16")
     save_file(tensors, tmp_path / "a" / "model.safetensors")
-    with pytest.raises(UserError, match="holds bfloat16, float32; say with `dtype`"):
+    with pytest.raises(
+        UserError, match="holds bfloat16, float32; choose one for the mixture with `dtype`"
+    ):
         mix(tmp_path, base_model=str(tmp_path / "a"), dtype=None)

@@ -117,11 +117,11 @@ def test_the_method_suits_the_seed(here, words, method):
 
 MISTAKES = {
     "no seed": ([LAW, TALES], "--seed: missing; name a checkpoint"),
-    "no tokenizer": (["--seed=tiny", LAW, TALES], "--tokenizer: missing, and --seed=tiny is"),
+    "no tokenizer": (["--seed=tiny", LAW, TALES], "--tokenizer: missing, but --seed=tiny is"),
     "a seed that is not there": (
         ["--seed=tny", LAW, TALES],
-        "--seed=tny: no such directory here, and no size to train from scratch; did you mean"
-        " 'tiny'?",
+        "--seed=tny: neither an existing directory nor a size to train from scratch; did you"
+        " mean 'tiny'?",
     ),
     "a tokenizer that is not there": (
         ["--seed=tiny", "--tokenizer=other.model", LAW, TALES],
@@ -133,16 +133,16 @@ MISTAKES = {
     ),
     "a tokenizer beside a seed that has one": (
         [SEED, "--tokenizer=my.model", LAW, TALES],
-        "--tokenizer=my.model: the seed is there already; leave it out",
+        "--tokenizer=my.model: the seed is already trained; leave it out",
     ),
-    "no domain": ([SEED], "--domain: none; name one for each"),
+    "no domain": ([SEED], "--domain: missing; give one per domain"),
     "a domain without a name": ([SEED, "--domain=law.jsonl"], "must be NAME=FILES"),
-    "a domain twice": ([SEED, LAW, LAW], "law is named twice"),
+    "a domain twice": ([SEED, LAW, LAW], "law is given twice"),
     "a path that is not there": ([SEED, LAW, "--domain=x=nowhere/*.txt"], "no file matches"),
     "a weight that is no number": (
         [SEED, LAW, "--domain=x=tales.jsonl:abc"],
-        "--domain x: no file matches 'tales.jsonl:abc'; a weight is one number above 0, as in"
-        " tales.jsonl:2, and 'abc' is none",
+        "--domain x: no file matches 'tales.jsonl:abc'; 'abc' is not a weight; give a number"
+        " above 0, as in tales.jsonl:2",
     ),
     "files with a space between them": (
         [SEED, LAW, "--domain=x=tales.jsonl web.*"],
@@ -150,12 +150,15 @@ MISTAKES = {
     ),
     "a glob that the shell expanded": (
         [SEED, LAW, "--domain", "x=tales.jsonl", "web.jsonl", "one.jsonl"],
-        "Got unexpected extra arguments (web.jsonl one.jsonl): quote globs ('*.txt'), which the"
-        " shell expands, and separate files by commas; see btx new --help",
+        "Got unexpected extra arguments (web.jsonl one.jsonl): quote globs ('*.txt') so that"
+        " the shell does not expand them, and separate files by commas; see btx new --help",
     ),
     "a folder": ([SEED, LAW, "--domain=x=folder"], "is a directory; name its files"),
-    "an empty file": ([SEED, LAW, "--domain=x=empty.jsonl"], "gives no document to train on"),
-    "one document": ([SEED, LAW, "--domain=x=one.jsonl"], "'x' has no held-out document: its text"),
+    "an empty file": ([SEED, LAW, "--domain=x=empty.jsonl"], "yields no document to train on"),
+    "one document": (
+        [SEED, LAW, "--domain=x=one.jsonl"],
+        "'x' has no held-out document: its text is a single document",
+    ),
     "a field that is not there": ([SEED, LAW, "--domain=x=tales.jsonl#body"], "body"),
     "one domain alone": ([SEED, LAW], "--domain: fewer than two and no general text"),
     "a name that is taken": (
@@ -185,7 +188,7 @@ def test_what_newcomers_get_wrong_is_one_line(here, capsys, words, told):
     ("file", "told"),
     [
         ("nowhere/my.py", "FILE: nowhere is not a directory; create it first"),
-        ("my.txt", "FILE: my.txt is a config, which is Python; call it my.py"),
+        ("my.txt", "FILE: my.txt is a config, which must be a Python file; name it my.py"),
     ],
 )
 def test_where_it_cannot_be_written_is_told_before_text_is_read(here, capsys, file, told):
@@ -214,19 +217,19 @@ def test_uneven_and_short_branches_are_warned_of(here, capsys):
 
 def test_text_that_two_domains_have_in_common_is_warned_of(here, capsys):
     new(SEED, LAW, TALES, "--general=web.jsonl,law.jsonl")
-    told = "law and general have text in common (law.jsonl), which makes their experts alike"
-    [line] = [line for line in capsys.readouterr().err.splitlines() if "in common" in line]
-    assert told in line and line.endswith("leave it to one of them")
+    told = "law and general share text (law.jsonl), so their experts will be similar"
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "share text" in line]
+    assert told in line and line.endswith("keep it in one domain only")
     (here / "my_btx.py").unlink()
     (here / "copy.jsonl").write_bytes((here / "law.jsonl").read_bytes())
     (here / "copied.jsonl").write_bytes((here / "tales.jsonl").read_bytes())
     new(SEED, "--domain=old=law.jsonl,tales.jsonl", "--domain=new=cop*.jsonl", WEB)
-    assert "old and new have text in common (tales.jsonl is copied.jsonl and 1 more)," in (
+    assert "old and new share text (tales.jsonl is copied.jsonl and 1 more)," in (
         capsys.readouterr().err
     )
     (here / "my_btx.py").unlink()
     new(SEED, LAW, TALES, WEB)
-    assert "in common" not in capsys.readouterr().err
+    assert "share text" not in capsys.readouterr().err
 
 
 def test_a_seed_too_large_for_its_text_is_warned_of(here, capsys):
@@ -239,7 +242,7 @@ def test_a_seed_too_large_for_its_text_is_warned_of(here, capsys):
     )
     assert told == (
         f"btx_jax: warning: --seed=llama3_8b: {large:,} parameters learn little from 2,000,000"
-        f" tokens, {2e6 / large:.2g} for each (20 make a well-trained seed); use --seed=tiny"
+        f" tokens, {2e6 / large:.2g} per parameter (20 are compute-optimal); use --seed=tiny"
         f" ({small:,}) or a checkpoint, or give more text"
     )
     (here / "my_btx.py").unlink()
@@ -247,7 +250,7 @@ def test_a_seed_too_large_for_its_text_is_warned_of(here, capsys):
     assert "learn little from" not in capsys.readouterr().err
     (here / "my_btx.py").unlink()
     new("--seed=tiny", *words, "--seed-tokens=20000")
-    assert "well-trained seed); use a checkpoint, or give more text" in capsys.readouterr().err
+    assert "compute-optimal); use a checkpoint, or give more text" in capsys.readouterr().err
 
 
 def test_rows_are_as_long_as_asked(here, capsys):

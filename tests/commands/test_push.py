@@ -58,9 +58,9 @@ def test_what_cannot_be_pushed_is_told(server, export, monkeypatch):
     assert "write org/name" in told("export", "me/model@v2")
     assert "hf auth login" in told("export", "me/model")
     monkeypatch.setenv("HF_TOKEN", READ)
-    assert "your token may not do that with me/model" in told("export", "me/model")
+    assert "your token lacks permission for me/model" in told("export", "me/model")
     monkeypatch.setenv("HF_TOKEN", GOOD)
-    assert "your token may not do that with org/model" in told("export", "org/model")
+    assert "your token lacks permission for org/model" in told("export", "org/model")
     server.add("me/public", {})
     assert "me/public exists and is public" in told("export", "me/public", is_private=True)
     assert not [r for r in server.log if "/commit/" in r.path or "/preupload/" in r.path]

@@ -228,14 +228,17 @@ def test_what_is_not_finite_in_a_source_is_told_as_that(tmp_path, text):
     ("changes", "told"),
     [
         ({"experts": UNTAUGHT}, "experts.0.: no text, and merge='regmean' reads it"),
-        ({"base": "copy"}, "merge='regmean': says how to average"),
-        ({"method": "blend"}, "merge='regmean': experts of method 'blend' belong to no source"),
+        ({"base": "copy"}, "merge='regmean': only used with base: average"),
+        (
+            {"method": "blend"},
+            "merge='regmean': experts of method 'blend' come from no single source",
+        ),
         ({"shared_experts": [{"source_model": "c"}]}, "shared_experts.0.: no text, and merge="),
         ({"alpha": 1.5}, "alpha=1.5: must lie in"),
-        ({"merge": "mean"}, "alpha=0.7: of merge regmean; leave it out"),
+        ({"merge": "mean"}, "alpha=0.7: only used with merge regmean; remove it or set merge"),
         (
             {"merge": "mean", "alpha": 0.99},
-            "tokens=800: of gate_mode='ridge' or 'logistic' and merge='regmean'",
+            "tokens=800: only used with gate_mode='ridge' or 'logistic' and merge='regmean'",
         ),
     ],
 )

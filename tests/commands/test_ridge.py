@@ -159,7 +159,7 @@ def test_rows_are_those_of_a_twin_in_float64(tmp_path, text, capsys):
     out = mix(tmp_path, text)
     np.testing.assert_allclose(gates(out), twin_rows(tmp_path), atol=2e-4)
     told = capsys.readouterr().out
-    assert "held-out tokens that choose their own expert first" in " ".join(told.split())
+    assert "share of held-out tokens whose top-1 expert is their own" in " ".join(told.split())
     shares = [float(word.rstrip("%")) for word in told.split() if word.endswith("%")]
     assert len(shares) == 9 and np.mean(shares[3:]) > 60, "of 3 layers and 3 experts; chance is 33"
     assert (out / FILE).stat().st_size < 20_000
@@ -219,11 +219,15 @@ def test_prompts_are_text_where_there_is_none(tmp_path, text):
 def test_a_statistics_file_is_told_from_that_of_other_experts(tmp_path, text):
     whole = mix(tmp_path, text)
     experts.drop(str(whole), 1, str(tmp_path / "less"))
-    with pytest.raises(UserError, match="has none of base: no expert there has its feed-forwards"):
+    with pytest.raises(
+        UserError, match="does not cover base: none of its experts has the same feed-forwards"
+    ):
         experts.add(
             str(tmp_path / "less"), "base", str(tmp_path / "x"), statistics=str(whole / FILE)
         )
-    with pytest.raises(UserError, match="give either --text of the new expert's domain or"):
+    with pytest.raises(
+        UserError, match="give either --text or --statistics of the new expert's domain, or"
+    ):
         experts.add(str(tmp_path / "less"), "b", str(tmp_path / "x"))
     mix(tmp_path, text, "plain", gate_mode="normal", experts=UNTAUGHT)
     with pytest.raises(UserError, match=r"--text: .* has no router_statistics\.safetensors"):
@@ -336,9 +340,9 @@ def test_statistics_of_other_weights_are_refused(tmp_path, text):
     less = mix(tmp_path, text, "less", names="ac")
     partly = mix(tmp_path, text, "partly", layers=[0, 2], output_format="btx_jax")
     for place, told in (
-        (other, "other weights beside the experts"),
-        (less, "of 2 experts, and .* has 3"),
-        (partly, "mixtures in other layers"),
+        (other, "different weights outside the experts"),
+        (less, "is for 2 experts, but .* has 3"),
+        (partly, "mixtures in different layers"),
     ):
         shutil.copytree(out, tmp_path / "mixed")
         shutil.copy(place / FILE, tmp_path / "mixed" / FILE)
@@ -352,7 +356,7 @@ def test_statistics_of_other_weights_are_refused(tmp_path, text):
                 make()
         shutil.rmtree(tmp_path / "mixed")
     rewritten(out / FILE, tokenizer="f" * 64)
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="a different tokenizer"):
         experts.drop(str(out), 0, str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
@@ -363,8 +367,8 @@ def test_text_that_is_none_is_told_before_anything_is_done(tmp_path, text, monke
     (tmp_path / "short.jsonl").write_text('{"body": "two"}\n')
     for name, told in (
         ("nowhere", "experts.1..text: no file matches"),
-        ("empty", "experts.1..text: .* gives no text: 1 x file without documents"),
-        ("short", "experts.1..text: . tokens in all; give at least 16"),
+        ("empty", "experts.1..text: .* yields no text: 1 x file without documents"),
+        ("short", "experts.1..text: . tokens in total; give at least 16"),
     ):
         named = [{"source_model": n, "text": text(name if n == "b" else n)} for n in "abc"]
         with pytest.raises(UserError, match=told):
@@ -383,18 +387,18 @@ def test_text_that_is_none_is_told_before_anything_is_done(tmp_path, text, monke
         ),
         (
             {"gate_mode": "normal", "experts": UNTAUGHT, "ridge": {"penalty": 1}},
-            "ridge: of gate_mode ridge",
+            "ridge: only used with gate_mode ridge",
         ),
-        ({"method": "blend"}, "experts of method 'blend' belong to no source"),
+        ({"method": "blend"}, "experts of method 'blend' come from no single source"),
         ({"ridge": {"penalty": -1}}, "ridge.penalty=-1"),
         ({"ridge": {"penalties": 1}}, "penalties"),
         (
             {"shared_experts": [{"source_model": "c", "text": "x"}]},
-            "shared_experts.0..text: merge='regmean' alone reads it",
+            "shared_experts.0..text: only used with merge='regmean'",
         ),
         (
             {"experts": [{"source_model": "a", "text": "x", "negative_prompts": ["y"]}]},
-            "negative_prompts: gate_mode='ridge' reads none",
+            "negative_prompts: not used by gate_mode='ridge'",
         ),
     ],
 )
@@ -414,7 +418,9 @@ def test_a_singular_layer_is_named(tmp_path, text):
         {"source_model": name, "positive_prompts": [letter * 40]}
         for name, letter in (("a", "e"), ("b", "f"))
     ]
-    with pytest.raises(UserError, match=r"the router of layer 0: what it sees of .* raise that"):
+    with pytest.raises(
+        UserError, match=r"the router of layer 0: .* tokens do not determine its rows .* raise it"
+    ):
         mix(tmp_path, text, ridge={"penalty": 0}, experts=named)
     assert not (tmp_path / "out").exists()
 

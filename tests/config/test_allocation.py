@@ -40,9 +40,9 @@ def test_shapes_hold_exactly_their_total_in_the_papers_proportions(shape):
         ("trianlge:160", 32, "must be digits such as 2468"),
         ("triangle", 32, "such as triangle:160"),
         ("triangle:6", 8, "layer 0|layer 1|layer 6|too few"),
-        ("triangle:20", 3, "needs 4 at least"),
+        ("triangle:20", 3, "needs at least 4"),
         ("2,-4", 2, "whole numbers"),
-        ("0", 4, "no layer gets any expert"),
+        ("0", 4, "every layer gets 0 experts; give at least one"),
         ("", 4, "must be digits"),
     ],
 )

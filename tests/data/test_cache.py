@@ -122,7 +122,7 @@ def test_text_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, monk
 
     monkeypatch.setattr(module, "PackedText", changing)
     c = config(tmp_path, file)
-    with pytest.raises(UserError, match="changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         prepare(c.train, c, tokenizer, "k")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
@@ -187,7 +187,7 @@ def test_names_are_checked_before_any_text_is_read(tmp_path, tokenizer):
         ("math,gone", "no file matches .*gone.txt"),
         ("math,demo:mth", "no demo corpus 'mth'; did you mean 'math'"),
         (f"math,{good}#@qb", "no format 'qb' .*; known: qa"),
-        (f"math,{tmp_path}/folder", r"is a directory; name its files, for example '.*folder/\*"),
+        (f"math,{tmp_path}/folder", r"is a directory; name its files, such as '.*folder/\*"),
     ):
         c = config(tmp_path, train, domains=domains, formats=formats)
         with pytest.raises(UserError, match=message):
@@ -204,16 +204,18 @@ def test_why_nothing_is_held_out_names_the_cure_that_helps(tmp_path, tokenizer):
         c = config(tmp_path, many, heldout_fraction=fraction)
         (domain,) = prepare(c.train, c, tokenizer, "k")
         told = none_heldout(domain)
-        assert f"heldout_fraction={fraction:g} holds out none of its 12; from " in told
-        cure = float(told.partition("from ")[2].split()[0])
+        assert (
+            f"heldout_fraction={fraction:g} holds out none of its 12; set it to at least " in told
+        )
+        cure = float(told.partition("at least ")[2].split(",")[0])
         c = config(tmp_path, many, heldout_fraction=cure)
         (domain,) = prepare(c.train, c, tokenizer, "k")
         assert domain.sources[0].manifest["splits"]["heldout"]["documents"] == 1
     (tmp_path / "one.txt").write_text("One document of several words. " * 9)
     c = config(tmp_path, tmp_path / "one.txt", heldout_fraction=0.0)
-    assert "its text is one document" in none_heldout(prepare(c.train, c, tokenizer, "k")[0])
+    assert "its text is a single document" in none_heldout(prepare(c.train, c, tokenizer, "k")[0])
     for train, fraction, message in (
-        (tmp_path / "one.txt", 0.999999, "all is held out: its text is one document"),
+        (tmp_path / "one.txt", 0.999999, "everything is held out: its text is a single document"),
         (many, 0.999999, "holds out every document; lower it to less than 0.9"),
     ):
         c = config(tmp_path, train, heldout_fraction=fraction)

@@ -73,7 +73,7 @@ def test_null_is_the_empty_text_where_a_template_does_not_know_it(template, read
     assert whole == "<user>hello<end><assistant><end><assistant>four<end>"
     assert learnt == ["four<end>"]
     for empty in (None, "", []):
-        with pytest.raises(Unusable, match="no assistant's turn"):
+        with pytest.raises(Unusable, match="no assistant turn"):
             read(template, chat("hello", empty))
 
 
@@ -82,7 +82,7 @@ def test_a_tool_call_is_learnt_where_the_template_has_a_place_for_it(read):
     assert whole == "<user>hello<end><assistant>CALL weather<end>"
     assert learnt == ["CALL weather<end>"]
     no_content = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": CALL}]
-    with pytest.raises(Unusable, match="no place for tool calls"):
+    with pytest.raises(Unusable, match="does not render tool calls"):
         read(PLAIN, no_content)
 
 

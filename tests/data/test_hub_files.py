@@ -90,7 +90,9 @@ def test_text_whose_connection_breaks_is_told(server, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     server.add("org/set", {"test.jsonl": b'{"a": 1}\n' * 9}, "dataset")
     server.cuts["/resolve/"] = [1] * 100
-    with pytest.raises(UserError, match=r"org/set was cut, .* run the same command again"):
+    with pytest.raises(
+        UserError, match=r"org/set was interrupted repeatedly .* run the same command again"
+    ):
         read_json_lines("hf://datasets/org/set/test.jsonl", "key")
 
 

@@ -132,7 +132,9 @@ def test_what_an_item_gives_its_template_reaches_it(chat_tokenizer):
 
 
 def test_a_tokenizer_without_a_template_or_with_a_broken_one_is_refused(tokenizer, chat_tokenizer):
-    with pytest.raises(UserError, match=r"no chat template .*; give the format a prompt"):
+    with pytest.raises(
+        UserError, match=r"no chat template .*; set prompt and answer in the format"
+    ):
         Formatter(FormatConfig(messages="m"), tokenizer, 64)
     (chat_tokenizer.path.parent / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="chat template"):
@@ -172,7 +174,7 @@ def test_rows_carry_what_is_learnt_and_its_bytes(tokenizer, tmp_path):
 
     with pytest.raises(UserError, match="no format 'qb' for"):
         prepare(f"{tmp_path / 'items.jsonl'}#@qb", config, tokenizer, "config.data.train")
-    with pytest.raises(ConfigError, match="not both"):
+    with pytest.raises(ConfigError, match="answer: give either prompt and answer, or messages"):
         FormatConfig("{q}", "{a}", messages="m")
 
 

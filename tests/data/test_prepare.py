@@ -171,9 +171,9 @@ def test_notation():
         ("text", 3.0, 2),
     ]
     for wrong, message in (
-        ("", "names no text"),
-        ("a.txt,,b.txt", "names no text"),
-        ("a.txt:0", "the weight of a.txt is 0"),
+        ("", "no text given"),
+        ("a.txt,,b.txt", "no text given"),
+        ("a.txt:0", "a.txt has weight 0"),
     ):
         with pytest.raises(UserError, match=message):
             parse_sources(wrong, "config.data.train")
@@ -341,7 +341,7 @@ def test_truncated_and_misnamed_files_are_errors(tmp_path):
 def test_a_file_that_breaks_midway_leaves_nothing_behind(tmp_path, tokenizer):
     whole = gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in sentences(4000)).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"cut\.jsonl\.gz: cannot be read to its end"):
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz: cannot be read to the end"):
         prepare(str(tmp_path / "cut.jsonl.gz"), config(tmp_path, "x"), tokenizer, "k")
     left = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     assert not left, left
@@ -372,10 +372,10 @@ def test_tokenizer_files(tmp_path, tokenizer, tokenizer_file):
 @pytest.mark.parametrize(
     ("texts", "told"),
     [
-        ([], "of 100 pieces on this text: it has no documents, or they are empty"),
+        ([], "of 100 pieces on this text: it has no documents, or all are empty; give more text"),
         (
             ["hello world"],
-            r"of 100 pieces on this text: its characters alone, and all bytes, take 2",
+            r"of 100 pieces on this text: its characters and all bytes need 2",
         ),
     ],
 )

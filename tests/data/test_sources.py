@@ -15,7 +15,7 @@ def test_a_word_is_a_domain_or_a_file(tmp_path, monkeypatch):
 
 
 def test_a_directory_is_told_from_what_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"k: '.*' is a directory; name its files, for example"):
+    with pytest.raises(UserError, match=r"k: '.*' is a directory; name its files, such as"):
         expand_files(Source(str(tmp_path) + "/"), "k")
     with pytest.raises(UserError, match="k: no file matches"):
         expand_files(Source(str(tmp_path / "*")), "k")

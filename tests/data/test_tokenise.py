@@ -184,7 +184,7 @@ def test_what_a_silent_host_leaves_is_made_by_the_first(
     made = config(tmp_path, "hosts", text)
     prepare(made.train, made, tokenizer, "k", hosts=2)
     assert files(tmp_path / "hosts") == want
-    assert "other processes are silent" in caplog.text
+    assert "other hosts are not responding" in caplog.text
 
 
 def test_errors_of_workers_and_of_the_reader_are_one_line_and_leave_nothing(
@@ -203,12 +203,12 @@ def test_errors_of_workers_and_of_the_reader_are_one_line_and_leave_nothing(
         expect("breaks off")
         assert not list((tmp_path / "cache").glob("*/*"))
     with monkeypatch.context() as patch:
-        patch.setattr(tokenise, "receive", lambda stream: UserError("panics on a text"))
-        expect("panics on a text")
+        patch.setattr(tokenise, "receive", lambda stream: UserError("crashed on a text"))
+        expect("crashed on a text")
         assert not list((tmp_path / "cache").glob("*/*"))
     with monkeypatch.context() as patch:
         patch.setattr(tokenise, "send", kill_after(5))
-        expect("a process that tokenises ended with status")
+        expect("a tokenising process ended with status")
     assert list((tmp_path / "cache" / "tokenised").glob("*/*.npz")), "and all so far is kept"
     prepare(made.train, made, tokenizer, "k")
 

@@ -297,9 +297,9 @@ def test_arguments_that_ask_for_nothing_are_taken(checkpoints):
         ({"top_p": 1.5}, "top_p=1.5: must be a number from 0 to 1"),
         ({"top_p": 0, "temperature": 1}, "top_p=0: must be above 0"),
         ({"max_gen_toks": 0}, "max_gen_toks=0: must be a whole number from 1"),
-        ({"max_gen_toks": 128}, "max_gen_toks=128: leaves no room for a prompt in 128 tokens"),
+        ({"max_gen_toks": 128}, "max_gen_toks=128: leaves no room for a prompt within 128 tokens"),
         ({"max_length": 9}, "unknown 'max_length': use max_gen_toks"),
-        ({"stop": "x"}, "unknown 'stop': name them as until"),
+        ({"stop": "x"}, "unknown 'stop': give them as until"),
         ({"temprature": 1}, "unknown 'temprature': did you mean 'temperature'?"),
         ({"until": [3]}, "until=[3]: must be a text or a list of texts"),
     ],
@@ -420,7 +420,7 @@ def test_settings_of_a_checkpoint_that_are_not_applied_are_told(checkpoints, tmp
     ask(model, "generate_until", [["z" * 200, {"max_gen_toks": 2}]])
     (told, cut) = [record.getMessage() for record in caplog.records]
     assert told.endswith("generation_config's repetition_penalty=1.1: not applied here"), "once"
-    assert cut == "1 of 1 texts are longer than 126 tokens: their fronts are cut off"
+    assert cut == "1 of 1 texts are longer than 126 tokens and were truncated at the front"
 
 
 def test_a_token_without_an_embedding_is_an_error_only_where_a_text_has_it(checkpoints, tmp_path):
@@ -442,7 +442,9 @@ def test_a_token_without_an_embedding_is_an_error_only_where_a_text_has_it(check
         ("loglikelihood_rolling", ["x [PAD]"]),
         ("generate_until", ["x [PAD]", {"max_gen_toks": 2}]),
     ):
-        with pytest.raises(UserError, match=r"'\[PAD\]' has id 300, and the model only 300 emb"):
+        with pytest.raises(
+            UserError, match=r"'\[PAD\]' has id 300, but the model has only 300 emb"
+        ):
             ask(model, method, [request])
 
 

@@ -124,7 +124,7 @@ def test_the_best_walls_that_can_be_had_are_chosen(
         assert sandbox._walls() == chosen
     finally:
         sandbox._walls.cache_clear()
-    assert ("no name spaces can be had" in caplog.text) == warns
+    assert ("namespaces are not available" in caplog.text) == warns
 
 
 def test_bubblewrap_shows_the_interpreter_and_nothing_of_the_user_s(monkeypatch, tmp_path):

@@ -215,7 +215,7 @@ def test_test_sets_with_faults_are_refused(tmp_path):
         tasks.check_items([items[0] | {"gold": "A"}], CHOICE, "k")
     with pytest.raises(UserError, match="has no field 'gold'; it has choices, q"):
         tasks.check_items([{"q": "x", "choices": []}], CHOICE, "k")
-    with pytest.raises(UserError, match="holds no item"):
+    with pytest.raises(UserError, match="contains no items"):
         tasks.check_items([], CHOICE, "k")
     file.write_text('{"q": 1}\n{"q":')
     with pytest.raises(UserError, match=r"k.file: .*line 2"):
@@ -265,10 +265,10 @@ def test_test_sets_without_end_are_refused(tmp_path, monkeypatch):
     with gzip.open(bomb, "wb") as packed:
         packed.write(b" " * 3000 + b"\n" + b'{"q": 1}\n' * 1000)
     assert len(read_json_lines(str(bomb), "k.file")) == 1000
-    with pytest.raises(UserError, match=r"k\.file: .*bomb\.jsonl\.gz holds more than 0 MiB"):
+    with pytest.raises(UserError, match=r"k\.file: .*bomb\.jsonl\.gz is larger than 0 MiB"):
         read_json_lines(str(bomb), "k.file", max_bytes=5000)
     monkeypatch.setattr(files, "MAX_LINE", 2000)
-    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: a line of more than .* is not a doc"):
+    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: a line is longer than .* MiB; split it"):
         read_json_lines(str(bomb), "k.file")
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     monkeypatch.setattr(files, "MAX_LINE", 2**20)

@@ -104,9 +104,12 @@ def test_uniform_routers_have_the_named_deviation():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"copies": 1}, "method='btx' and copies=1; needs method='btx' and copies=2 or more"),
-        ({"method": "average"}, "there are none with method='average'"),
-        ({"method": "split", "chunks": 2}, "there are none with method='split'"),
+        (
+            {"copies": 1},
+            "method='btx' with copies=1 makes none; set method='btx' and copies=2 or more",
+        ),
+        ({"method": "average"}, "method='average' with copies=2 makes none"),
+        ({"method": "split", "chunks": 2}, "method='split' with copies=2 makes none"),
         ({"reinit": 1.5}, "reinit=1.5: must lie in"),
     ],
 )

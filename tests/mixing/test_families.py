@@ -163,9 +163,9 @@ def test_a_family_without_a_home_mixes_into_our_own_format_alone(name, tmp_path)
 def test_biases_in_the_feed_forwards_are_refused_in_one_line(name, tmp_path):
     with pytest.raises(UserError) as caught:
         write_mixture([str(goldens.FOLDER / name)] * 2, tmp_path / "refused")
-    assert f"{name}: biases: gate, up, down of a mixture's experts cannot have any" in str(
-        caught.value
-    )
+    assert (
+        f"{name}: biases: gate, up, down in a mixture's experts cannot have biases; leave them out"
+    ) in str(caught.value)
     assert "\n" not in str(caught.value) and not (tmp_path / "refused").exists()
 
 
@@ -183,7 +183,7 @@ def test_layer_norms_are_folded_when_a_mixture_becomes_hugging_faces(
     convert.run(str(ours), str(tmp_path / "exported"))
     assert "LayerNorms" not in caplog.text
     made = write_mixture(sources, tmp_path / "made", **settings)
-    assert "has no LayerNorms: they are folded into the weights" in caplog.text
+    assert "has no LayerNorms, so they are folded into the weights" in caplog.text
     tokens = goldens.expected(name)["tokens"]
     model, params = load(ours)
     assert model.norm == "layer"
@@ -318,7 +318,7 @@ def test_equal_windows_are_kept_and_unequal_ones_cut_the_context(tmp_path, caplo
         made = write_mixture(list(sources), tmp_path / name)
         model = find_checkpoint(made).metadata.model
         assert (model.context, model.window) == wanted, name
-        assert f"the context is {wanted[0]}, that of" in caplog.text
+        assert f"the context is {wanted[0]}, from" in caplog.text
         mistakes = Mistakes()
         config = Config("mix", mix=MixConfig(sources), mesh=MeshConfig())
         planned = mix_stage.check(config, {}, mistakes)

@@ -117,13 +117,22 @@ def test_every_merge_is_made_with_the_options_that_it_names(name):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"base": "copy"}, "merge='slerp': says how to average, so it needs base: average"),
+        (
+            {"base": "copy"},
+            "merge='slerp': only used with base: average; set that, or leave merge out",
+        ),
         ({"models": "abc"}, "merge='slerp': of 2 models, and the experts' are 3; name that many"),
         ({"models": "aa"}, "merge='slerp': of 2 models, and the experts' are 1; name that many"),
         ({"t": 1.5}, "t=1.5: must lie in"),
-        ({"merge": "mean", "t": 0.2}, "t=0.2: of merge slerp; leave it out or name one"),
-        ({"merge": "ties", "scale": 2.0}, "scale=2.0: of merge task_arithmetic; leave it out"),
-        ({"density": 0.5}, "density=0.5: of merge ties and dare; leave it out"),
+        ({"merge": "mean", "t": 0.2}, "t=0.2: only used with merge slerp; remove it or set merge"),
+        (
+            {"merge": "ties", "scale": 2.0},
+            "scale=2.0: only used with merge task_arithmetic; remove it or set merge",
+        ),
+        (
+            {"density": 0.5},
+            "density=0.5: only used with merge ties and dare; remove it or set merge",
+        ),
         ({"merge": "slurp"}, "did you mean 'slerp'?"),
     ],
 )

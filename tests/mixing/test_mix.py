@@ -131,7 +131,7 @@ def test_mistakes_name_the_leaf(models):
     with pytest.raises(ValueError, match="final_norm/scale differs"):
         mix_params([models[0], cast], routers(2))
     missing = {**models[1], "final_norm": {}}
-    with pytest.raises(ValueError, match="they differ in final_norm/scale"):
+    with pytest.raises(ValueError, match="differs from model 0 in final_norm/scale"):
         mix_params([models[0], missing], routers(2))
     with pytest.raises(ValueError, match="mixture already"):
         mix_params([init_params(MOE, jax.random.key(0))], {})

@@ -110,14 +110,14 @@ def test_sums_of_parts_are_those_of_the_whole():
 @pytest.mark.parametrize("penalty", [0.0, 1e-14])
 def test_too_few_tokens_without_a_penalty_are_told(penalty):
     sums = joined([moments([domain[:4]]) for domain in clouds()[:2]])
-    with pytest.raises(UserError, match=r"8 tokens does not determine.*raise that, or give more"):
+    with pytest.raises(UserError, match=r"8 tokens do not determine.*raise it, or give more"):
         solve(sums, RidgeConfig(penalty=penalty))
     assert np.isfinite(solve(sums, RidgeConfig())).all()
 
 
 def test_a_domain_without_any_state_is_told():
     states = clouds((50, 50))
-    with pytest.raises(UserError, match="text of expert 1 adds up to zero"):
+    with pytest.raises(UserError, match="text of expert 1 sum to zero"):
         solve(joined([moments([states[0]]), moments([states[1] * 0])]), RidgeConfig())
 
 

@@ -87,7 +87,7 @@ def test_a_feed_forward_that_cannot_be_cut_is_refused():
         ConfigError, match=r"config\.mix\.method='blend': d_ff=48 is not divisible into 5"
     ):
         mixed_model(TINY, MixConfig(tuple("abcde"), method="blend"))
-    with pytest.raises(ConfigError, match="chunks=1: with method='split' at least 2"):
+    with pytest.raises(ConfigError, match="chunks=1: must be at least 2 with method='split'"):
         MixConfig(("a", "b"), method="split")
     with pytest.raises(ConfigError, match="did you mean 'blend'"):
         MixConfig(("a", "b"), method="blen")

@@ -146,7 +146,7 @@ def test_what_does_not_fit_says_what_would(cli):
         (32, "v5e:4x4", "use 32 chips with --config.train.accumulate=32"),
         (64, "v5p:2x4x4", "use 64 chips with --config.train.accumulate=16"),
         (512, "v5p:4x8x8", "use 512 chips with --config.train.accumulate=2"),
-        (512, "v6e:16x16", "no slice of v6e holds it, use chips with more memory"),
+        (512, "v6e:16x16", "it fits no slice of v6e, use chips with more memory"),
     ],
 )
 def test_more_chips_come_with_the_micro_batches_that_divide_over_them(chips, topology, told):
@@ -165,7 +165,7 @@ def test_more_chips_come_with_the_micro_batches_that_divide_over_them(chips, top
         ((*MOE, "--compile_topology=h100:8"), "'h100:8' is not a TPU topology"),
         (
             (*MOE, "--config.train.accumulate=4", "--compile_topology=v5p:2x2x4"),
-            "do not divide over the 16 devices of data x fsdp x expert; use"
+            "are not divisible by the 16 devices of data x fsdp x expert; use"
             " config.train.accumulate=1",
         ),
         (
@@ -174,7 +174,7 @@ def test_more_chips_come_with_the_micro_batches_that_divide_over_them(chips, top
         ),
         (
             ("--config=configs/mix.py", "--compile_topology=v5e:4x4"),
-            "only the step of a training config",
+            "only training configs, such as",
         ),
         (
             (*MOE, "--config.train.batch_size=12", "--compile_topology=v5p:2x2x4"),

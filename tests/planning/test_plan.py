@@ -87,9 +87,9 @@ def test_epochs_are_told_once_text_is_tokenised(home):
 
 def test_text_in_common_is_warned_of_before_it_is_tokenised(home):
     told = warnings(plan(made(general="*.jsonl"), home / "run", fixed, 1))
-    pairs = [warning.split(" have")[0] for warning in told if "text in common" in warning]
+    pairs = [warning.split(" share")[0] for warning in told if "share text" in warning]
     assert pairs == ["a and general", "b and general"]
-    assert not any("in common" in each for each in warnings(plan(made(), home / "run", fixed, 1)))
+    assert not any("share text" in each for each in warnings(plan(made(), home / "run", fixed, 1)))
 
 
 def test_every_program_is_asked_for_once(home):
@@ -146,7 +146,7 @@ def test_many_epochs_and_what_does_not_fit_are_warned_of():
     told = list(warnings(Plan((Stage("a", "train", (), fits=False, reads=(read,)),), 1)))
     assert told == [
         "a: does not fit; `btx compile` names the cheapest change that helps",
-        "a: reads law.txt 4.5 times; beyond 4, what is read again teaches ever less",
+        "a: reads law.txt 4.5 times; beyond 4, further repetition helps less and less",
     ]
 
 
@@ -162,7 +162,10 @@ def test_dense_training_and_upcycling_of_the_same_tokens(home):
     longest = max(of["expert_a"], of["expert_b"])
     assert ours.seconds == pytest.approx(longest + mix.seconds + of["finetune"])
     caption = str(tables(told, price=0.0)[-1].caption)
-    assert "whose own training is not counted here" in caption and "unlike that study" in caption
+    assert (
+        "whose training is not counted here" in caption
+        and "This run differs from that study" in caption
+    )
     for way in told.otherwise:
         assert way.expected and way.expected.low < way.expected.change < way.expected.high < 0
         assert any("tokens per parameter" in beyond for beyond in way.expected.beyond)
@@ -214,8 +217,8 @@ def test_a_full_disk_is_foreseen(home, capsys, monkeypatch):
             pipeline.run(made(), run)
 
     warned = (
-        f"{run}: checkpoints may take up to {size(needed)} more, and its disk has"
-        f" {size(needed - 1)} free; make room, or choose a --workdir on a larger disk"
+        f"{run}: checkpoints may need up to {size(needed)} more, but its disk has only"
+        f" {size(needed - 1)} free; free some space, or choose a --workdir on a larger disk"
     )
     assert told(needed, lambda: btx(["plan", "my.py"])) == []
     assert told(needed - 1, lambda: btx(["plan", "my.py"])) == [f"btx_jax: warning: {warned}"]
@@ -228,7 +231,7 @@ def test_what_is_written_already_needs_no_more_room(home, monkeypatch):
     (home / "run/a").mkdir(parents=True)
     (home / "run/a/written").write_bytes(bytes(50))
     needed = {home / "run/a": 100.0, home / "run/b": 51.0}
-    assert shortage(needed, home / "run").startswith(f"{home}/run: checkpoints may take up to")
+    assert shortage(needed, home / "run").startswith(f"{home}/run: checkpoints may need up to")
     assert not shortage(needed | {home / "run/b": 50.0}, home / "run")
 
 
@@ -242,7 +245,7 @@ def test_the_command_finds_mistakes_before_it_times_anything(home, capsys, monke
         btx(["plan", "my.py"])
     err = capsys.readouterr().err.strip()
     assert err.count("no file matches 'a.jsonl'") == 1 and "\n" not in err
-    assert "config.pipeline.prepare.config.data" in err and "(so also in expert_a, " in err
+    assert "config.pipeline.prepare.config.data" in err and "(also in expert_a, " in err
     assert not (home / "runs").exists()
 
 

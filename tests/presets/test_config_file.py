@@ -31,28 +31,31 @@ FILES = [
     ),
     (
         SEED + "    c.init = config_dict.required_placeholder(str)\n    return c\n",
-        "config.init: a required_placeholder without a value; give it one in the file",
+        "config.init: a required_placeholder without a value; set it in the file",
     ),
-    (SEED + "    c.within = c\n    return c\n", "nested too deeply, or within itself"),
-    (SEED + "    c.x = [c]\n    return c\n", "nested too deeply, or within itself"),
+    (SEED + "    c.within = c\n    return c\n", "nested too deeply or contains itself"),
+    (SEED + "    c.x = [c]\n    return c\n", "nested too deeply or contains itself"),
     (
         SEED + "    for _ in range(300):\n        c = ConfigDict({'a': c})\n    return c\n",
-        "nested too deeply, or within itself",
+        "nested too deeply or contains itself",
     ),
     ("raise KeyError\n", "line 1: KeyError"),
     ("x = 1\n", "has no function get_config"),
     ("get_config = 3\n", "has no function get_config"),
-    ("def get_config():\n    pass\n", "get_config returns NoneType, neither a Config nor"),
+    ("def get_config():\n    pass\n", "get_config returns NoneType, not a Config or"),
     (
         "def get_config():\n    return {'stage': 'mix'}\n",
-        "get_config returns dict, neither a Config nor a",
+        "get_config returns dict, not a Config or",
     ),
-    ("def get_config(a):\n    return a\n", "argument of get_config: needs one: FILE:ARGUMENT"),
+    (
+        "def get_config(a):\n    return a\n",
+        "argument of get_config: needs an argument; write FILE:ARGUMENT",
+    ),
     (
         "from btx_jax.presets import recipes\ndef get_config():\n    c = recipes.seed('tiny')\n"
         "    c.train.steps = 5\n    return c\n",
-        "line 4: FrozenInstanceError: cannot assign to field 'steps' of a Config; change"
-        " to_config_dict(...) of it, and return that",
+        "line 4: FrozenInstanceError: cannot assign to field 'steps' of a Config; change its"
+        " to_config_dict(...) and return that",
     ),
     (
         MADE + "def get_config():\n    return MixConfig('a')\n",
@@ -64,7 +67,7 @@ FILES = [
     ),
     (b"\0\1\2", "SyntaxError: source code string cannot contain null bytes"),
     (b"x = '\xe9'\n", "SyntaxError: "),
-    ("#" * 2_000_000, "2000000 bytes; no config file is so large"),
+    ("#" * 2_000_000, "2000000 bytes; too large for a config file; name another"),
 ]
 
 
@@ -114,7 +117,7 @@ def test_the_command_tells_it_in_one_line(tmp_path, text):
         ("", "--config='': names no file"),
         (":tiny", "--config=':tiny': names no file"),
         ("a" * 5000, "File name too long"),
-        ("configs/demo.py:x", "argument of get_config: takes none"),
+        ("configs/demo.py:x", "argument of get_config: takes no argument"),
         ("configs/seed.py:huge", "--config: configs/seed.py: huge: no such size"),
     ],
     ids=lambda x: x[:30],
@@ -143,7 +146,7 @@ def test_all_wrong_overrides_are_told_at_once_with_what_they_would_make():
     assert found[1].startswith("config.mix.k: unknown key; known: stage, init")
     assert found[2].startswith("config.train.steps=many: ")
     assert (
-        found[3] == "config.train.steps.x: unknown key; there is nothing below config.train.steps"
+        found[3] == "config.train.steps.x: unknown key; there are no keys below config.train.steps"
     )
     assert found[4].startswith("config.compute.dtype='float16': did you mean 'bfloat16'?")
     assert found[5] == "config.train.batch_size=0: must be at least 1"

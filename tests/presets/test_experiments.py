@@ -84,5 +84,5 @@ def test_random_branches_differ_in_nothing_but_their_seed():
 
 
 def test_an_unknown_group_is_refused():
-    with pytest.raises(ConfigError, match="no such group of arms; known: main, ablations, all"):
+    with pytest.raises(ConfigError, match="no such group; known: main, ablations, all"):
         recipes.compared("tiny", "most")

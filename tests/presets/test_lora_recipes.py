@@ -21,7 +21,7 @@ def test_each_task_starts_from_the_one_before_and_all_are_tried():
     ("recipe", "task", "told"),
     [
         (lora_recipes.mola, "arc_eazy", "did you mean 'arc_easy'"),
-        (lora_recipes.continual, "piqa,gsm8k", "no such task as 'gsm8k'"),
+        (lora_recipes.continual, "piqa,gsm8k", "no task 'gsm8k'"),
     ],
 )
 def test_an_unknown_task_is_told(recipe, task, told):

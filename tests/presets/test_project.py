@@ -95,7 +95,7 @@ def test_a_change_after_a_run_began_is_named_as_the_file_names_it(fields, home, 
     with pytest.raises(UserError) as error:
         look_up(tmp_path, project(**fields))
     assert str(error.value) == (
-        f"{tmp_path} belongs to a run with another config: project.domains.a.tokens: 4000 -> 5000;"
+        f"{tmp_path} belongs to a run with a different config: project.domains.a.tokens: 4000 -> 5000;"
         " project.sequence_length: 32 -> 16; choose another --workdir or undo the change"
     )
     overridden = begun.pipeline["finetune"].config
@@ -145,8 +145,8 @@ def test_a_seed_from_scratch_has_the_table_of_its_tokenizer(fields, tokenizer_fi
     ("changes", "told"),
     [
         ({"seed": ""}, "project.seed: missing; name a checkpoint"),
-        ({"seed": "tiny"}, "project.tokenizer: missing, and seed='tiny' is trained from scratch"),
-        ({"tokenizer": "x.model"}, "project.tokenizer='x.model': the seed is there already"),
+        ({"seed": "tiny"}, "project.tokenizer: missing, but seed='tiny' is trained from scratch"),
+        ({"tokenizer": "x.model"}, "project.tokenizer='x.model': the seed is already trained"),
         (
             {"seed": "tiny", "seed_tokens": 9_000, "tokenizer": "no.model"},
             "project.tokenizer: no.model does not exist",
@@ -173,7 +173,7 @@ def test_all_that_is_wrong_is_told_at_once(fields, home):
         project(**fields | {"seed": "", "method": "flexolmo"})
     told = str(error.value)
     assert "project.seed: missing" in told
-    assert "project.domains.general.tokens=3: the domain has a branch already" in told
+    assert "project.domains.general.tokens=3: the domain already has a branch" in told
 
 
 def test_what_is_trained_on_all_domains_has_a_lower_rate(fields, tokenizer_file):
@@ -200,7 +200,10 @@ def test_a_foreign_branch_does_not_mix_exactly(fields, home):
     [
         ({"heldout_fraction": 0.0}, "project.heldout_fraction=0: no text would be left"),
         ({"sequence_length": 10**6}, r"sequence_length=1000000: longer than .*; use at most \d+"),
-        ({"seed": "tny"}, "project.seed='tny': no such directory here, .*did you mean 'tiny'"),
+        (
+            {"seed": "tny"},
+            "project.seed='tny': neither an existing directory nor a size .*did you mean 'tiny'",
+        ),
     ],
 )
 def test_what_would_be_found_late_is_told_by_the_name_of_its_field(fields, changes, told):

@@ -112,7 +112,7 @@ def test_seed_values_are_all_that_the_report_reads():
 
 
 def test_an_unknown_group_is_refused():
-    with pytest.raises(ConfigError, match="no such group of arms; known: branches, main, all"):
+    with pytest.raises(ConfigError, match="no such group; known: branches, main, all"):
         study.paper_small("most")
 
 

@@ -98,7 +98,7 @@ def test_compute_is_drawn_where_it_is_known_and_differs():
     }
     shown = texts(loss_against_compute(models, "x"))
     assert "x" in shown and "y" in shown and "z" not in shown
-    assert "training FLOPs behind the seed" in shown
+    assert "training FLOPs after the seed" in shown
     assert loss_against_compute({name: models[name] for name in "xz"}, "") == ""
 
 

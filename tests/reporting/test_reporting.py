@@ -136,7 +136,7 @@ def test_a_damaged_line_of_metrics_is_set_aside_and_all_others_are_kept(tmp_path
     MetricsWriter(tmp_path, 4).close()
     assert [line["step"] for line in read_metrics(file.parent)] == [1, 3, 4]
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"
-    assert "damaged lines (2) are set aside" in caplog.text
+    assert "moved damaged lines (2) to" in caplog.text
     MetricsWriter(tmp_path, 4).close()
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n", "once"
 
@@ -295,7 +295,7 @@ def test_arms_are_compared_in_pairs_over_seeds():
     one = compare(seeds[:1])
     assert {c["verdict"] for c in one["claims"]} == {"undecided"}
     text = markdown(one, summarise(RESULTS, {}, {})["models"])
-    assert "| btx | 1.900 one seed | 1 | 3k |" in text, "behind the seed"
+    assert "| btx | 1.900 one seed | 1 | 3k |" in text, "after the seed"
     models = {"a|b": seeds[0]["btx"], "c": seeds[0]["seed"]}
     piped = markdown(compare([models]), models)
     assert r"| a\|b | 1.900" in piped

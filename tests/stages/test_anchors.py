@@ -238,7 +238,7 @@ def test_another_anchor_is_refused(home, tmp_path):
     for name in ("stranger", "far"):
         told = (
             rf"experts\[2\]: .*{name}.* was trained with a different anchor from .*;"
-            " branches of one"
+            " only branches of one"
         )
         with pytest.raises(ConfigError, match=told):
             mixed(home, ["a", "b", name], tmp_path / "out")
@@ -255,7 +255,9 @@ def test_a_base_with_other_weights_is_refused(home, made):
         assert same(params(home / "a"), params(home / "a"))
         shutil.rmtree(home / "seed")
         checkpoint(home / "seed", DENSE, 2, load_tokenizer(made / "away" / "tokenizer"))
-        with pytest.raises(UserError, match=r"was trained on a base with digest .* other weights"):
+        with pytest.raises(
+            UserError, match=r"was trained on a base with digest .* the weights differ"
+        ):
             load_params(find_checkpoint(home / "a"))
         bad = {finding.name for finding in verify(str(home / "a")) if not finding.good}
         assert bad == {"step 2, base", "step 4, base"}
@@ -290,18 +292,18 @@ def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
         (lambda: convert.run(mix, out), "an anchor, beside which the router adds a bias"),
         (recipe, "is a mixture already"),
         (lambda: experts.add(mix, seed, out), "is not a branch with an anchor, as the experts of"),
-        (lambda: experts.add(str(home / "mixture"), a, out), "is a mixture itself"),
+        (lambda: experts.add(str(home / "mixture"), a, out), "is already a mixture"),
         (lambda: experts.drop(mix, 3, out), "no expert 3 in layer 0, which has experts 0 to 2"),
         (lambda: experts.drop(a, 0, out), "cannot drop the only expert"),
         (mixing("a", "seed"), "a different model from experts"),
         (mixing("a", "mix"), "a different model from experts"),
         (mixing("mix", "mix"), "is a mixture already"),
         (mixing("a", "b", copies=2, router="uniform"), "2 mistakes: .*copies=2: .*router='uniform'"),
-        (mixing("a", "b", method="average"), r"config.mix.method='average': branches that were"),
+        (mixing("a", "b", method="average"), r"config.mix.method='average': branches trained with an anchor"),
         (mixing("a", "b", shared_expert=seed), "config.mix.shared_expert="),
-        (mixing("a", "b", merge="copy", base=seed), "config.mix.merge='copy': branches that were"),
+        (mixing("a", "b", merge="copy", base=seed), "config.mix.merge='copy': branches trained with an anchor"),
         (train(init="scratch", model=DENSE), "config.train.anchor: branches cannot share"),
-        (train(init=str(home / "mixture")), "config.train.anchor: the model is a mixture already"),
+        (train(init=str(home / "mixture")), "config.train.anchor: the model is already a mixture"),
         (train(train=two, data=long, mesh=MeshConfig(2)), "3 mistakes: .*mesh.*500.*balance_weight"),
         (train(train=bare), "config.train.frozen='anchor': the model has none"),
     ):  # fmt: skip

@@ -244,10 +244,12 @@ def test_the_base_is_found_where_it_was_moved_to_and_another_is_refused(home, ma
         assert same(params(home / "a"), params(home / "a"))
         assert all(finding.good for finding in verify(str(home / "a")))
         shutil.rmtree(home / "seed")
-        with pytest.raises(UserError, match=r"its base .*seed/checkpoints/0 is gone; put it back"):
+        with pytest.raises(
+            UserError, match=r"its base .*seed/checkpoints/0 is missing; restore it"
+        ):
             load_params(find_checkpoint(home / "a"))
         checkpoint(home / "seed", DENSE, 2, load_tokenizer(made / "away" / "tokenizer"))
-        told = "was trained on a base with digest .* other weights; put the right base there"
+        told = "was trained on a base with digest .* the weights differ; restore the original base"
         with pytest.raises(UserError, match=told):
             load_params(find_checkpoint(home / "a"))
         with pytest.raises(UserError, match=told):
@@ -264,5 +266,5 @@ def test_what_cannot_be_such_a_branch_is_told(home, tmp_path):
     with pytest.raises(ConfigError, match="branches cannot share random weights"):
         stages.run(scratch, tmp_path / "out")
     checkpoint(home / "mixture", MIXTURE, 2, load_tokenizer(home / "seed" / "tokenizer"))
-    with pytest.raises(ConfigError, match="the model is a mixture already"):
+    with pytest.raises(ConfigError, match="the model is already a mixture"):
         stages.run(training(home, "a", "mixture"), tmp_path / "out")

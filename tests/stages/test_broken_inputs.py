@@ -110,7 +110,7 @@ TABLE = [
     ("NaN", lambda home: edit(home / "b", set_value(np.nan)), f"NaN or infinity in {GATE}"),
     ("infinity", lambda home: edit(home / "b", set_value(-np.inf)), f"NaN or infinity in {GATE}"),
     ("extra tensor", lambda home: edit(home / "b", lambda t: t.update(extra=t[GATE].copy())), "unknown extra"),
-    ("duplicate", lambda home: shards(home, twice=True), "in two shards with other values"),
+    ("duplicate", lambda home: shards(home, twice=True), "in two shards with different values"),
     ("wrong dtype", lambda home: edit(home / "b", lambda t: t.update({GATE: t[GATE].astype(np.int8)})), f"{GATE} is I8, not one of F32"),
     ("other heads", lambda home: edit_config(home / "b", num_key_value_heads=4), "kv_heads: 2 against 4"),
     ("other rope", lambda home: edit_config(home / "b", rope_parameters={"rope_theta": 5e5}), "rope_theta: 10000.0 against 500000.0"),
@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(home, to):
 
 CONFIGS = [
     ({"num_attention_heads": 0}, "num_attention_heads=0: must be a whole number"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: more than any model has"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: larger than in any model"),
     ({"num_key_value_heads": "2"}, "num_key_value_heads='2': must be a whole number"),
     ({"max_position_embeddings": 128.0}, "max_position_embeddings=128.0: must be a whole number"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be a positive number"),
@@ -325,4 +325,4 @@ def test_an_index_beside_a_single_file_that_it_does_not_name(home, capsys):
     shutil.move(home / "kept", home / "b" / "model.safetensors")
     run(["convert", "b", "out"])
     assert (home / "out").exists()
-    assert "delete the one that is out of date" in capsys.readouterr().err
+    assert "delete the outdated one" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def remove(text):
     [
         (edit, "text/a.jsonl has changed"),
         (add, "text/c.jsonl is new"),
-        (remove, "text/b.jsonl is gone"),
+        (remove, "text/b.jsonl is missing"),
     ],
 )
 @pytest.mark.parametrize("only", ["", "later"])
@@ -70,8 +70,8 @@ def test_a_run_is_not_resumed_on_other_text(text, run, change, told, only):
     with pytest.raises(UserError) as error:
         stages.run(config(), run, **({"only": only} if only else {}))
     assert str(error.value) == (
-        f"{run}: {told}, and a run keeps the text it began with; put it back, choose another"
-        f" --workdir, or delete {run} to begin anew"
+        f"{run}: {told}, but a run must keep the text it started with; restore it, choose another"
+        f" --workdir, or delete {run} to start over"
     )
     assert not (run / "later").exists()
 
@@ -84,7 +84,7 @@ def test_text_that_is_edited_while_a_run_works_ends_it(text, tmp_path, monkeypat
         edit(text)
 
     monkeypatch.setattr(pipeline.stages, "run", edited)
-    with pytest.raises(UserError, match=r"text/a\.jsonl has changed, and a run keeps"):
+    with pytest.raises(UserError, match=r"text/a\.jsonl has changed, but a run must keep"):
         pipeline.run(config(), tmp_path / "run")
     assert not (tmp_path / "run/later").exists()
 

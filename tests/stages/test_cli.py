@@ -56,7 +56,7 @@ def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
     assert saved == [cli.steps_logged("run")[-1]], "the checkpoint is not that of the last step"
     assert f"saved step {saved[0]}" in error
     line = cli.fails(*cli.seed("run", "--config.train.learning_rate=0.5", steps=2000, every=1900))
-    assert "another config: train.learning_rate: 0.003 -> 0.5" in line
+    assert "a different config: train.learning_rate: 0.003 -> 0.5" in line
     assert "choose another --workdir" in line
     with cli.text.open("a") as file:
         file.write("One more line.\n")
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     line = cli.fails(*cli.seed("nan", "--config.train.learning_rate=1e30", every=1))
     step = int(re.search(r"step (\d+): loss", line)[1])
     assert (
-        f"not finite; the checkpoint of step {step - 1} is good; lower config.train.learning_rate"
+        f"not finite; the checkpoint of step {step - 1} is intact; lower config.train.learning_rate"
         in line
     )
     assert cli.steps_logged("nan") == list(range(1, step + 1)), (
@@ -125,7 +125,7 @@ def test_own_text_from_a_checkpoint(cli):
 
     good = ",".join(str(folder / name) for name in names[:3])
     _, told = cli.run(*expert("W", good))
-    assert "document longer than 64 tokens: cut into several rows, none lost" in told
+    assert "document longer than 64 tokens: split into several rows, nothing is lost" in told
     assert "parameters, on 1 x cpu\n" in told
     assert cli.digest("W") != cli.digest("seed")
     assert "bits_per_byte" in (cli.home / "W" / "metrics.jsonl").read_text(), (
@@ -136,7 +136,7 @@ def test_own_text_from_a_checkpoint(cli):
     )
     assert text.startswith("the river")
 
-    assert "gives no document to train on: 1 x file without documents" in cli.fails(
+    assert "yields no document to train on: 1 x file without documents" in cli.fails(
         *expert("E1", folder / "empty.txt")
     )
     assert "invalid UTF-8 (first: " in cli.fails(*expert("E2", folder / "latin.txt"))
@@ -163,7 +163,7 @@ def test_wrong_commands_are_one_line(cli):
     assert "--config is missing" in cli.fails()
     assert "Unable to open flagfile" in cli.fails("--flagfile=/missing")
     line = cli.fails("--config=configs/math_expert.py:tiny", f"--workdir={cli.home / 'x'}")
-    assert "config.init: not set; name the checkpoint to start from" in line
+    assert "config.init: missing; name the checkpoint to start from" in line
     line = cli.fails(
         "--config=configs/math_expert.py:tiny",
         f"--workdir={cli.home / 'y'}",
@@ -197,9 +197,10 @@ def test_a_failing_branch_leaves_the_others_results(cli):
     arguments = (f"--config={small}", f"--workdir={cli.home / 'P'}")
     line = cli.fails(*arguments)
     assert (
-        f"2 of 4 stages did not finish (bad: config.data: {cli.home / 'empty.txt'} gives no" in line
+        f"2 of 4 stages did not finish (bad: config.data: {cli.home / 'empty.txt'} yields no"
+        in line
     )
-    assert "; waiting for these: mix)" in line
+    assert "; not started because of these: mix)" in line
     assert (cli.home / "P" / "good" / "done.json").exists()
     before = (cli.home / "P" / "seed" / "done.json").stat().st_mtime_ns
     cli.fails(*arguments)

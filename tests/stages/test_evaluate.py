@@ -148,7 +148,8 @@ def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(
     # Other weights, other items: earlier results do not apply.
     (tmp_path / "seed" / "checkpoints" / "0" / "_CHECKPOINT_METADATA").touch()
     with pytest.raises(
-        UserError, match=r"models\.seed: not what was measured there before; name another directory"
+        UserError,
+        match=r"models\.seed: differs from what was measured there before; choose another directory",
     ):
         evaluate.run(config, workdir)
 
@@ -181,8 +182,14 @@ def test_wrong_settings_are_refused_before_any_model_is_read(config, tmp_path):
         TaskConfig("code", "f", "p", samples=2, temperature=1.0, pass_at=(1, 5))
     for oracle, said in (
         (OracleConfig("bt", {}), r"oracles\.x\.mixture: no model 'bt'; did you mean 'btx'"),
-        (OracleConfig("btx", {"a": 0}), r"oracles\.x\.experts: b: must be the domains of held-out"),
-        (OracleConfig("btx", {"a": 0, "b": 4}), r"oracles\.x\.experts\.b: btx: has no expert 4"),
+        (
+            OracleConfig("btx", {"a": 0}),
+            r"oracles\.x\.experts: b: the domains must be exactly those of the held-out",
+        ),
+        (
+            OracleConfig("btx", {"a": 0, "b": 4}),
+            r"oracles\.x\.experts\.b: btx: not every layer has an expert 4",
+        ),
         (OracleConfig("seed", {"a": 0, "b": 0}), r"seed: is not a mixture"),
     ):
         with pytest.raises(ConfigError, match=said):

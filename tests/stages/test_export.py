@@ -43,7 +43,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(mixture, 
     stages.run(Config("export", export=ExportConfig(str(mixture))), tmp_path / "export")
     for source, told in (
         (tmp_path / "nowhere", "config.export.model: .*nowhere does not exist"),
-        (tmp_path / "export/model", "is a Hugging Face directory already"),
+        (tmp_path / "export/model", "is already a Hugging Face directory"),
     ):
         with pytest.raises(ConfigError, match=told):
             stages.run(Config("export", export=ExportConfig(str(source))), tmp_path / "again")

@@ -92,7 +92,7 @@ def test_the_shortest_window_or_context_limits_a_mixture_however_it_is_made(tmp_
     }
     caplog.clear()
     experts.add(str(tmp_path / "unlimited"), windowed, str(tmp_path / "added"))
-    assert f"the context is 32, that of {windowed}, the shortest" in caplog.text
+    assert f"the context is 32, from {windowed}, the shortest" in caplog.text
     made[tmp_path / "added"] = 32
     for path, context in made.items():
         assert find_checkpoint(path).metadata.model.context == context, path

@@ -192,7 +192,7 @@ def test_a_full_disk_in_training_is_one_line_that_says_what_is_good(cli):
     assert limited.returncode == 2
     told = [line for line in limited.stderr.splitlines() if "File too large" in line]
     assert len(told) == 1, limited.stderr[-3000:]
-    assert told[0].endswith("File too large; no step was saved there yet")
+    assert told[0].endswith("File too large; no step has been saved there yet")
     assert "Traceback" not in limited.stderr
     assert not list((cli.home / "run").glob("checkpoints/*"))
 
@@ -205,7 +205,7 @@ def test_ctrl_c_in_training_saves_the_step_and_ends(cli):
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error[-2000:]
     assert "Traceback" not in error
-    assert "saving the last complete step; again to end at once" in error
+    assert "saving the last complete step; press Ctrl-C again to quit immediately" in error
     last = cli.steps_logged("run")[-1]
     assert f"SIGINT: saved step {last}; run the same command to resume" in error
     assert (cli.home / "run" / "checkpoints" / str(last) / "params").is_dir()

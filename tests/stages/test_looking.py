@@ -281,7 +281,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
     monkeypatch.setattr(trackers.MLflow, "write", write)
     told = run(fresh(5, log=LOG), tmp_path / "seed")
     assert [line for line in told if "config.log.mlflow" in line] == [
-        "config.log.mlflow: the server is down; it gets nothing more until this run is resumed;"
+        "config.log.mlflow: the server is down; disabled until the run is resumed;"
         " metrics.jsonl and TensorBoard continue"
     ]
     assert set(of_steps(tmp_path / "seed")) == set(range(6))
@@ -334,7 +334,8 @@ def test_the_profile_holds_the_chosen_steps_and_no_others(fresh, run, tmp_path):
     told = run(fresh(9, profile="4:7"), tmp_path / "seed")
     assert profiled(tmp_path / "seed") == {"steps_4_to_6": [4, 5, 6]}
     assert (
-        f"profiled; to view it: pip install xprof; xprof --logdir={tmp_path}/seed/profile" in told
+        "wrote a profile; to view it: pip install xprof; xprof"
+        f" --logdir={tmp_path}/seed/profile" in told
     )
 
 
@@ -469,13 +470,13 @@ def test_the_best_step_is_kept_beside_the_newest_through_kills_and_can_be_named(
         run(config, tmp_path / "seed")
     assert steps_in(tmp_path / "seed") == [4, 6]
     best = digest(load_params(find_checkpoint(tmp_path / "seed" / "checkpoints" / "4")))
-    with pytest.raises(UserError, match=r"checkpoints/best: known once .*seed has finished"):
+    with pytest.raises(UserError, match=r"checkpoints/best: only known once .*seed has finished"):
         find_checkpoint(tmp_path / "seed" / "checkpoints" / "best")
     restore()
     step = iter((8, 10))
     told = run(config, tmp_path / "seed")
     assert steps_in(tmp_path / "seed") == [4, 10]
-    assert f"seed: step 4, the best by heldout, is kept in {tmp_path}/seed/checkpoints/4" in told
+    assert f"seed: step 4, the best by heldout, is saved in {tmp_path}/seed/checkpoints/4" in told
     done = json.loads((tmp_path / "seed" / "done.json").read_text())
     assert done["best"] == {"step": 4, "score": 1.0}
     named = find_checkpoint(tmp_path / "seed" / "checkpoints" / "best")

@@ -122,7 +122,7 @@ def test_routers_and_what_experts_share_are_solved_together(home):
 def test_fitted_routers_find_their_domains(home, caplog, merge):
     caplog.set_level("INFO")
     stages.run(config(home, ("a", "b"), tokens=1600, router="logistic", merge=merge), home / "mix")
-    told = [line for line in caplog.messages if "held-out tokens that choose" in line]
+    told = [line for line in caplog.messages if "share of held-out tokens routed to" in line]
     assert len(told) == MODEL.layers
     shares = [float(part.rstrip("%")) for part in told[-1].split(": ")[-1].split(", ")]
     assert min(shares) > 80, "words of the two texts are others"
@@ -153,17 +153,20 @@ def test_biased_attention_and_a_tied_head(home, tokenizer_file):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"merge": "regmean"}, "text: 0 texts of 2 experts"),
-        ({"merge": "ties"}, "base: missing, and merge='ties' reads it"),
-        ({"merge": "copy"}, "base: missing, and merge='copy' reads it"),
-        ({"base": "seed"}, "base='seed': merge='mean' reads none"),
-        ({"alpha": 0.5}, "alpha=0.5: of merge regmean; leave it out"),
-        ({"tokens": 100}, "tokens: router='ridge' or 'logistic' and merge='regmean' read it"),
+        ({"merge": "regmean"}, "text: 0 texts for 2 experts"),
+        ({"merge": "ties"}, "base: missing, but merge='ties' needs it"),
+        ({"merge": "copy"}, "base: missing, but merge='copy' needs it"),
+        ({"base": "seed"}, "base='seed': not used by merge='mean'"),
+        ({"alpha": 0.5}, "alpha=0.5: only used with merge regmean; remove it or set merge"),
+        (
+            {"tokens": 100},
+            "tokens: only used with router='ridge' or 'logistic' and merge='regmean'",
+        ),
         (
             {"merge": "regmean", "text": ("a", "b"), "copies": 2},
             "merge='regmean': with method='btx'",
         ),
-        ({"merge": "slerp", "experts": ("a", "b", "c")}, "merge='slerp': of 2 models"),
+        ({"merge": "slerp", "experts": ("a", "b", "c")}, "merge='slerp': merges exactly 2 models"),
         (
             {"merge": "ties", "base": "s", "method": "average"},
             "method='average' makes a dense model",

@@ -96,7 +96,7 @@ def test_two_runs_do_not_share_a_directory_of_a_bucket(homes):
     first = bucket.cli.start(*run)
     try:
         wait(lambda: (bucket.home / "run" / "config.json").exists(), first)
-        assert "another process is running there" in bucket.cli.fails(*run)
+        assert "another process is using it" in bucket.cli.fails(*run)
         assert first.poll() is None
     finally:
         first.send_signal(signal.SIGKILL)
@@ -170,7 +170,7 @@ def test_rights_that_are_taken_away_in_the_middle_are_one_line_and_lose_nothing(
     )
     told = bucket.cli.fails(*bucket.seed("run", "--config.checkpoint.every=3"))
     assert "cannot save to" in told or "refuses" in told
-    assert "step 3 there is good" in told
+    assert "step 3 there is intact" in told
     bucket_server.fault = lambda line: 0
     bucket.cli.run(*bucket.seed("run", "--config.checkpoint.every=3"))
     disk.cli.run(*disk.seed("run", "--config.checkpoint.every=3"))

@@ -79,7 +79,7 @@ def refused(home, config, workdir="deep/er/run"):
 
 REFUSALS = [
     ({"init": "/nowhere"}, "config.init: /nowhere does not exist"),
-    ({"init": ""}, "config.init: not set"),
+    ({"init": ""}, "config.init: missing"),
     ({"data__train": "/nowhere/*.txt"}, "config.data.train: no file matches '/nowhere/*.txt'"),
     ({"data__heldout": "/nowhere"}, "config.data.heldout: no file matches '/nowhere'"),
     ({"data__train": "demo:maths"}, "no demo corpus 'maths'; did you mean 'math'?"),
@@ -88,7 +88,10 @@ REFUSALS = [
     ({"train__batch_size": 12}, "config.train.batch_size=12: its micro-batches of 12"),
     ({"data__sequence_length": 128}, "config.data.sequence_length=128: longer than"),
     ({"model__vocab_size": 300}, "config.model.vocab_size=300: the tokenizer has 320 pieces"),
-    ({"train__frozen": "experts"}, "config.train.frozen='experts': the model has no experts"),
+    (
+        {"train__frozen": "experts"},
+        "config.train.frozen='experts': the model has no experts; leave it out",
+    ),
 ]
 
 
@@ -113,7 +116,7 @@ def test_a_directory_that_was_there_is_as_it_was(home):
     (workdir / "config.json").write_text(json.dumps(to_dict(training(home))))
     assert "fsdp=3" in refused(home, training(home, mesh__fsdp=3), "mine")
     told = refused(home, training(home, train__learning_rate=0.5, mesh__fsdp=3), "mine")
-    assert "another config: train.learning_rate" in told
+    assert "a different config: train.learning_rate" in told
 
 
 def test_all_that_is_wrong_with_a_run_is_told_at_once(home):
@@ -204,7 +207,9 @@ def test_names_that_a_stage_may_not_use_are_all_told(home):
     with pytest.raises(UserError) as error:
         pipeline.run(broken, home / "P")
     assert len(error.value.args) == 2
-    assert "config.pipeline.a: uses @seed, which is not among its needs: none" in str(error.value)
+    assert "config.pipeline.a: uses @seed, which is not listed in its needs (none)" in str(
+        error.value
+    )
     assert not (home / "P").exists()
 
 

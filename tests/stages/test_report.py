@@ -58,11 +58,11 @@ def test_a_report_is_made_from_what_stages_left_behind(tmp_path, capsys):
     assert re.search(r"<th>domain</th><th>layer</th><th>math</th><th>seed</th>", page), (
         "the experts have the names of their runs"
     )
-    assert "<h1>out: what was gained</h1>" in page
+    assert "<h1>out: gains</h1>" in page
     assert "<td>seed</td><td>20.0</td><td>75.0</td>" in page
     assert "0.000 (0), 0.800 (8)" in page and "step 5 of seed (1.250)" in page
     said = capsys.readouterr().out
-    assert "expert_math" in said and "where the time went" in said
+    assert "expert_math" in said and "use of time" in said
     assert (tmp_path / "out" / "done.json").exists()
 
 
@@ -79,7 +79,7 @@ def test_what_was_planned_stands_beside_what_was_measured(tmp_path):
     assert "".join(f"<td>{cell}</td>" for cell in row) in page
     assert (
         "<td>-10.0 % (-12.0 to -8.0)</td>" in page
-        and "unlike that study: so. So the ranges are too narrow" in page
+        and "differs from that study: so. The ranges are therefore too narrow" in page
     )
     assert "a run measures while it trains" in page and "<code>train.eval_rows</code> rows" in page
 
@@ -128,7 +128,7 @@ def test_a_finished_pipeline_is_reported_again_and_several_are_compared(tmp_path
     runs = [pipeline(tmp_path / f"demo_{number}", number) for number in range(3)]
     page = report.report(runs[:1], runs[0])
     assert page == tmp_path / "demo_0" / "report.html"
-    assert "<h1>demo_0: what was gained</h1>" in page.read_text()
+    assert "<h1>demo_0: gains</h1>" in page.read_text()
     summary = json.loads((tmp_path / "demo_0" / "summary.json").read_text())
     assert summary["wall_seconds"] == {"seed": 12.5}
     assert not summary["comparison"]
@@ -199,7 +199,7 @@ def test_different_runs_stand_side_by_side(tmp_path, capsys, caplog):
     page = report.side_by_side([one, other], str(tmp_path / "both"))
     summary = json.loads((tmp_path / "both" / "summary.json").read_text())
     assert summary["domains"] == domains[1:]
-    assert f"{domains[0]}: other held-out text in other runs" in caplog.text
+    assert f"{domains[0]}: its held-out text differs between the runs" in caplog.text
     assert not summary["comparison"] and not summary["gains"]
     for run, number in (("a", 0), ("b", 1)):
         told = results(number / 10)["models"]
@@ -217,6 +217,6 @@ def test_runs_on_other_text_are_not_compared(tmp_path):
     other = measured(tmp_path / "other", 1, **dict.fromkeys(domains, "y"))
     with pytest.raises(UserError, match="no domain with the same held-out text"):
         report.side_by_side([one, other], str(tmp_path / "both"))
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="given twice"):
         report.side_by_side([one, one], str(tmp_path / "both"))
     assert not (tmp_path / "both").exists()

@@ -68,7 +68,7 @@ def test_routers_follow_from_the_statistics_beside_the_run(home, caplog):
     for layer, rows in enumerate(routers(home / "mix")):
         np.testing.assert_allclose(rows, solve(Moments(*found.read(layer)), RIDGE), atol=1e-6)
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 2, rtol=1e-6)
-    told = [line for line in caplog.messages if "held-out tokens that choose" in line]
+    told = [line for line in caplog.messages if "share of held-out tokens routed to" in line]
     assert len(told) == MODEL.layers and "nan" not in told[0]
 
 
@@ -106,7 +106,7 @@ def test_experts_come_and_go_beside_a_run(home):
     told = experts.add(
         str(home / "mix"), str(home / "seed"), str(home / "three"), text=str(home / "seed.jsonl")
     )
-    assert "3 experts; all router rows were solved again" in told
+    assert "3 experts; all router rows were recomputed" in told
     assert RouterStatistics(home / "three" / FILE).about.ridge == RIDGE
     experts.drop(str(home / "three"), 2, str(home / "two"))
     np.testing.assert_allclose(routers(home / "two"), routers(home / "mix"), atol=1e-6)
@@ -136,7 +136,7 @@ def test_statistics_of_a_mixture_that_was_changed_are_refused(home):
     convert.run(str(home / "mix"), str(home / "export"), "bfloat16")
     text = home / "seed.jsonl"
     shutil.copy(home / "mix" / FILE, home / "export" / FILE)
-    with pytest.raises(UserError, match="other weights beside the experts"):
+    with pytest.raises(UserError, match="different weights outside the experts"):
         experts.add(str(home / "export"), str(home / "seed"), str(home / "x"), text=str(text))
     assert not (home / "x").exists()
 
@@ -144,11 +144,11 @@ def test_statistics_of_a_mixture_that_was_changed_are_refused(home):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"text": ("a",)}, "text: 1 texts of 2 experts"),
+        ({"text": ("a",)}, "text: 1 texts for 2 experts"),
         ({"text": ("a", "a")}, "text: all experts have the same"),
         (
             {"router": "normal"},
-            "text: router='ridge' or 'logistic' and merge='regmean' read it; leave it out",
+            "text: only used with router='ridge' or 'logistic' and merge='regmean'; leave it out",
         ),
         ({"copies": 2}, "with method='btx' and copies=2 experts have no domains"),
         ({"method": "blend"}, "with method='blend' and copies=1"),
@@ -168,5 +168,5 @@ def test_text_is_looked_for_before_anything_is_done(home):
             stages.run(config(home, text), home / "mix")
         assert not (home / "mix").exists()
     made = config(home)
-    with pytest.raises(UserError, match=r"data: missing, and mix\.text is read with its"):
+    with pytest.raises(UserError, match=r"data: missing, but mix\.text needs its"):
         Config("mix", mix=made.mix, mesh=made.mesh)

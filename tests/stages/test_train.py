@@ -52,7 +52,7 @@ def test_a_run_tells_where_it_began_and_what_it_reached(seed, training, run, tmp
         f"expert: held-out nats per token (train.eval_rows={rows}), start -> end:"
         f" words {start} -> {end}"
     ) in told
-    assert f"expert: step 10 is kept in {tmp_path}/expert/checkpoints/10" in told
+    assert f"expert: step 10 is saved in {tmp_path}/expert/checkpoints/10" in told
     assert json.loads((tmp_path / "expert" / "config.json").read_text())["train"][
         "learning_rate"
     ] == pytest.approx(2e-3)
@@ -82,19 +82,23 @@ def test_a_released_model_is_trained_gently_and_everything_after_it(seed, traini
     file = tmp_path / "released" / "model.safetensors"
     save_file(load_file(file), file)  # without our history in its header
     told = run(training(tmp_path / "released", 5), tmp_path / "expert")
-    assert f"learning rate {PRETRAINED_RATE:g}, chosen by what the run starts from" in told
+    assert (
+        f"learning rate {PRETRAINED_RATE:g}, chosen for the model that the run starts from" in told
+    )
     history = find_checkpoint(tmp_path / "expert").metadata.history
     assert None in history.values() and len(history) == 2
     mix = MixConfig((str(tmp_path / "expert"), str(tmp_path / "released")))
     stages.run(Config("mix", mix=mix, mesh=MeshConfig()), tmp_path / "mix")
     told = run(training(tmp_path / "mix", 2), tmp_path / "finetune")
-    assert f"learning rate {PRETRAINED_RATE:g}, chosen by what the run starts from" in told
+    assert (
+        f"learning rate {PRETRAINED_RATE:g}, chosen for the model that the run starts from" in told
+    )
 
 
 def test_a_start_that_ruins_a_model_is_told_at_once_and_at_the_end(seed, training, run, tmp_path):
     gentle = run(training(seed, 10), tmp_path / "gentle")
     brutal = run(training(seed, 10, learning_rate=1.0), tmp_path / "brutal")
-    spoken = [line for line in brutal if "undoes what these weights had learnt" in line]
+    spoken = [line for line in brutal if "is destroying what these weights have learnt" in line]
     assert not any("undoes" in line for line in gentle)
     assert len(spoken) == 2 and spoken[0] == spoken[1] == brutal[-1]
     assert "brutal: step 4: the held-out loss has risen from" in spoken[0]
@@ -120,7 +124,9 @@ def test_dropped_claims_are_told_with_the_cure(
     config = training(tmp_path / "mix", 4, dispatch=dispatch)
     compute = dataclasses.replace(config.compute, capacity_factor=factor)
     told = run(dataclasses.replace(config, compute=compute), tmp_path / "finetune")
-    spoken = [line for line in told if "of the routed claims find no slot" in line]
+    spoken = [
+        line for line in told if "of the routed tokens exceed their expert's capacity" in line
+    ]
     assert len(spoken) == (2 if warns else 0), "where it happens, and at the end"
     shares = [
         line["routing"]["dropped"] for line in metrics(tmp_path / "finetune") if "routing" in line

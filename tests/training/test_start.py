@@ -112,7 +112,7 @@ def test_a_config_for_another_model_names_the_one_that_takes_any(tmp_path, token
 
     init = checkpoint(tmp_path / "init", DENSE, 1, tokenizer)
     config = dataclasses.replace(recipes.seed("tiny"), init=init)
-    with pytest.raises(ConfigError, match="or the same config's :from_init"):
+    with pytest.raises(ConfigError, match="or this config's :from_init"):
         start.starting_point(config)
 
 

@@ -72,7 +72,7 @@ def test_dropped_claims_are_told_once_over_a_few_per_cent():
     watch = Dropped(100)
     said = [watch.add(0.2) for _ in range(30)]
     assert [i for i, told in enumerate(said, 1) if told] == [DROPPED_STEPS]
-    assert "20% of the routed claims" in said[DROPPED_STEPS - 1]
+    assert "20% of the routed tokens" in said[DROPPED_STEPS - 1]
     assert "config.compute.dispatch='ragged'" in said[DROPPED_STEPS - 1]
     assert "capacity_factor" in said[DROPPED_STEPS - 1]
     few = Dropped(100)
@@ -84,8 +84,8 @@ def test_dropped_claims_are_told_once_over_a_few_per_cent():
 @pytest.mark.parametrize(
     ("is_pretrained", "cure"),
     [
-        (True, "lower config.train.learning_rate or freeze what is shared"),
-        (False, "usual behind a seed that has had little training; merge what is shared by"),
+        (True, "lower config.train.learning_rate or freeze the shared parameters"),
+        (False, "usual after little training of the seed; merge shared parameters with"),
     ],
 )
 def test_the_cure_of_a_high_barrier_suits_the_seed(is_pretrained, cure):
