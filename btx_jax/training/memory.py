@@ -14,7 +14,9 @@ POLICIES = ("ffn", "attention", "full")  # fastest first
 # On a v6e, reading the gate and up products takes as long as recomputing them (docs/tpu.md).
 SLOWER = {"TPU v6 lite": ("ffn",)}  # device kind -> policies that do not pay off
 FREE = 0.2  # share of a chip's memory reserved for held-out losses and whatever is not estimated
-WORKING = 12  # copies of one layer's input and hidden activations that are live at once
+# Copies of one layer's input and hidden activations that are live at once, by dispatch. Dense layers
+# have as many as einsum.
+WORKING = {"einsum": 12, "ragged": 8.5}
 
 
 def chosen(
@@ -52,6 +54,8 @@ def chosen(
     head = 2 * model.vocab_size * model.d_model * (size + 4) / tensor  # gathered, with its gradient
     room = (1 - FREE) * known.memory - state_bytes - gradients - copies - head
 
+    dispatch = compute.dispatch if any(spec.experts for *_, spec in model.runs()) else "einsum"
+
     def fits(policy: str, count: int) -> bool:
         tokens = train.batch_size // count * sequence_length * tensor / mesh.size
         widths = [
@@ -59,7 +63,7 @@ def chosen(
             for _, length, spec in model.runs()
         ]
         kept = sum(length * kept for length, kept, _ in widths)
-        working = WORKING * (model.d_model + max(hidden for *_, hidden in widths))
+        working = WORKING[dispatch] * (model.d_model + max(hidden for *_, hidden in widths))
         return tokens * size * (kept + working) <= room
 
     remat = compute.remat

@@ -14,6 +14,8 @@ from btx_jax.training.step import decided
 def choices(preset, devices, *overrides):
     """(remat, sequences of a device in a micro-batch)."""
     name, _, size = preset.partition(":")
+    if size == "ragged":
+        size, overrides = "", ("--config.compute.dispatch=ragged", *overrides)
     config = read_config(f"configs/{name}.py:{size or 'llama2_7b'}", overrides)
     model = trained_model(config, config.model)
     mesh = checked_mesh(config, model, devices)
@@ -31,6 +33,8 @@ def choices(preset, devices, *overrides):
         ("moe_finetune", "v5p:2x2x4", "ffn", 2),
         ("moe_finetune", "v5e:8x8", "full", 1),
         ("moe_finetune", "v6e:8x8", "full", 4),  # 22.4 GiB
+        ("moe_finetune:ragged", "v6e:8x8", "full", 4),  # 24.6 GiB of 31.3
+        ("moe_finetune:ragged", "v5p:2x2x4", "attention", 4),  # 66.4 GiB of 95.7
         ("moe_finetune:granite3_8b", "v6e:8x8", "full", 2),
         ("moe_finetune:olmo2_7b", "v6e:8x8", "full", 2),
         ("moe_finetune:gemma3_4b", "v6e:8x8", "attention", 2),  # ffn: 41.3 GiB, one row 18.8
@@ -64,5 +68,5 @@ def test_what_is_chosen_by_hand_stays():
 
 
 def test_a_batch_that_no_device_count_divides_is_refused():
-    with pytest.raises(ConfigError, match=r"batch_size=1000: does not divide .*multiple of 16"):
+    with pytest.raises(ConfigError, match=r"batch_size=1000: not divisible .*multiple of 16"):
         choices("math_expert", topology_devices("v5e:4x4", 1), "--config.train.batch_size=1000")
