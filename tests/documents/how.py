@@ -97,12 +97,24 @@ ELSEWHERE = {
     "python -m tests.*": "the same, or writes what is read there",
     "*python -m pytest *": "is how this is run",
 }
+# What is run in place of one of those, since later commands read what it writes.
+INSTEAD = {
+    "btx new my_btx.py --seed=HuggingFaceTB/*": "btx new my_btx.py --seed=models/seed"
+    " --domain math='text/math.jsonl.gz' --domain code='text/code.jsonl.gz'"
+    " --general='text/general.jsonl.gz'",
+}
 
 
 def how(command: str) -> list[str]:
     """The patterns that a command matches: exactly one, unless the table is wrong."""
     patterns = (*QUICK, *SLOW, *ELSEWHERE)
     return [pattern for pattern in patterns if fnmatch.fnmatchcase(command, pattern)]
+
+
+def stand_in(command: str) -> str:
+    """The command that is run in its place, or itself."""
+    found = [made for pattern, made in INSTEAD.items() if fnmatch.fnmatchcase(command, pattern)]
+    return found[0] if found else command
 
 
 def is_run(command: str, patterns: tuple[str, ...]) -> bool:
