@@ -14,8 +14,8 @@ POLICIES = ("ffn", "attention", "full")  # fastest first
 # On a v6e, reading the gate and up products takes as long as recomputing them (docs/tpu.md).
 SLOWER = {"TPU v6 lite": ("ffn",)}  # device kind -> policies that do not pay off
 FREE = 0.2  # share of a chip's memory reserved for held-out losses and whatever is not estimated
-# Copies of one layer's input and hidden activations that are live at once, by dispatch. Dense layers
-# have as many as einsum.
+# Copies of one layer's input and hidden activations that are live at once, by dispatch. Dense
+# layers have as many as einsum.
 WORKING = {"einsum": 12, "ragged": 8.5}
 
 
