@@ -261,7 +261,7 @@ def no_tokens(gram, total, count):
         (lambda file: file.write_bytes(file.read_bytes()[:-8]), "truncated"),
         (lambda file: file.write_bytes(b"not safetensors"), "not a safetensors file"),
         (lambda file: flip(file, -3), "is damaged .checksum."),
-        (lambda file: shutil.copy(GOLDEN / "a" / "model.safetensors", file), "no router statis"),
+        (lambda file: shutil.copy(GOLDEN / "a" / "model.safetensors", file), "not router statis"),
         (lambda file: rewritten(file, nan), "NaN, infinity or no token in layer 0"),
         (lambda file: rewritten(file, no_tokens), "NaN, infinity or no token in layer 0"),
         (lambda file: tell(file, '"layers": [0, 1, 2]', '"layers": [0, 1, 9]'), "is damaged"),
@@ -383,7 +383,7 @@ def test_text_that_is_none_is_told_before_anything_is_done(tmp_path, text, monke
         ({"experts": [{"source_model": n, "text": "x"} for n in "ab"]}, "all have the same text"),
         (
             {"gate_mode": "normal"},
-            "experts.0..text: gate_mode='ridge' or 'logistic' and merge='regmean' read it",
+            "experts.0..text: only used with gate_mode='ridge' or 'logistic' and merge='regmean'",
         ),
         (
             {"gate_mode": "normal", "experts": UNTAUGHT, "ridge": {"penalty": 1}},
