@@ -121,8 +121,8 @@ def test_every_merge_is_made_with_the_options_that_it_names(name):
             {"base": "copy"},
             "merge='slerp': only used with base: average; set that, or leave merge out",
         ),
-        ({"models": "abc"}, "merge='slerp': of 2 models, and the experts' are 3; name that many"),
-        ({"models": "aa"}, "merge='slerp': of 2 models, and the experts' are 1; name that many"),
+        ({"models": "abc"}, "merge='slerp': merges exactly 2 models, but the experts come from 3"),
+        ({"models": "aa"}, "merge='slerp': merges exactly 2 models, but the experts come from 1"),
         ({"t": 1.5}, "t=1.5: must lie in"),
         ({"merge": "mean", "t": 0.2}, "t=0.2: only used with merge slerp; remove it or set merge"),
         (
