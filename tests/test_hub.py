@@ -356,7 +356,7 @@ def test_no_network(tmp_path, monkeypatch):
 
 def test_a_hub_that_is_down(server):
     server.status = 503
-    assert "answers 503" in refused("org/m")
+    assert "returned 503" in refused("org/m")
 
 
 def test_a_cut_download_goes_on_where_it_was(server, monkeypatch):

@@ -199,7 +199,7 @@ def test_commands_inside_manifests_pass_shellcheck(tmp_path):
         ),
         (
             ("--backend=local", "--pipeline=configs/seed.py:tiny"),
-            "its stage is 'train', not a pipeline",
+            "its stage is 'train', not 'pipeline'",
         ),
         (("--backend=local", "--pipeline=configs/none.py"), "no file configs/none.py"),
         (

@@ -281,7 +281,7 @@ def test_the_base_may_move_but_not_change(tmp_path, golden):
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="the weights differ"):
         logits_of(tmp_path / "lora", tokens)
-    with pytest.raises(UserError, match="the weights differ"):
+    with pytest.raises(UserError, match="has different weights from"):
         adapter.merge(str(tmp_path / "lora"), str(tmp_path / "wrong"))
     assert not (tmp_path / "wrong").exists()
 
@@ -452,7 +452,7 @@ def test_what_cannot_be_exported_or_merged_is_refused(tmp_path):
         (lambda: adapter.merge(folder, out), "fix them with --expert"),
         (
             lambda: adapter.merge(folder, out, expert=2),
-            "some layers have 2 experts, numbered from 0",
+            "some layers have only 2 experts, numbered from 0",
         ),
         (
             lambda: adapter.merge(folder, out, gates="1,0"),

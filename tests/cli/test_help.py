@@ -109,7 +109,7 @@ def test_presets_are_listed_with_a_line_each(capsys, words):
         (["run", "demo", "--only"], "Option '--only' requires an argument; see btx run --help"),
         (["run", "demo", "--workdri=x"], "No such option '--workdri'. Did you mean '--workdir'?"),
         (["compile", "mix", "v5p:2x2x2"], "config.stage='mix': only training configs, such as"),
-        (["submit", "--backend=local", "--pipeline=seed"], "its stage is 'train', not a pipeline"),
+        (["submit", "--backend=local", "--pipeline=seed"], "its stage is 'train', not 'pipeline'"),
         (["report", "a", "b"], "--out: missing; name a directory for the report on several runs"),
         (["report", "a"], "WORKDIRS: "),
     ],

@@ -91,7 +91,7 @@ def test_a_compressed_file_that_is_cut_anywhere_or_goes_on_behind_its_end_is_ref
 def test_an_array_that_is_cut_anywhere_or_goes_on_behind_its_end_is_refused(put):
     whole = json.dumps(DOCS, indent=1).encode()
     for end in range(1, len(whole)):
-        with pytest.raises(UserError, match=r"x\.json.*truncated\?"):
+        with pytest.raises(UserError, match=r"x\.json.*it may be truncated"):
             values(put("x.json", whole[:end]))
     for broken, message in (
         (whole + b"x", "has data after the end"),

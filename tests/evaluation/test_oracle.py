@@ -77,7 +77,7 @@ def test_a_mixture_beside_an_anchor_that_is_told_is_the_branch_or_the_anchor(one
 @pytest.mark.parametrize(
     ("moe", "said"),
     [
-        (None, "is not a mixture"),
+        (None, "not a mixture; name one"),
         (MoEConfig((4, 2)), "not every layer has an expert 2; use a number below 2"),
         (MoEConfig((4, 4), routing="switch", k=1), "gates do not sum to one"),
         (MoEConfig((4, 4), renormalise=False), "gates do not sum to one"),

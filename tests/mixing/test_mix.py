@@ -133,7 +133,7 @@ def test_mistakes_name_the_leaf(models):
     missing = {**models[1], "final_norm": {}}
     with pytest.raises(ValueError, match="differs from model 0 in final_norm/scale"):
         mix_params([models[0], missing], routers(2))
-    with pytest.raises(ValueError, match="mixture already"):
+    with pytest.raises(ValueError, match="already a mixture"):
         mix_params([init_params(MOE, jax.random.key(0))], {})
     with pytest.raises(ValueError, match=r"router \(3, 32, 3\), expected \(3, 32, 2\)"):
         mix_params(models[:2], routers(3))

@@ -53,7 +53,7 @@ def test_nine_in_ten_new_measurements_lie_in_their_interval():
 def test_what_lies_outside_is_said():
     fitted = Curves(made())
     assert fitted.expected(Spent(3000 * 7), 7000, 10_000).beyond == (
-        "your model has 7k parameters, the study's 1k",
+        "your model has 7k parameters, the study's has 1k",
         "your seed is trained on 1.4 tokens per parameter, the study's 20",
     )
     assert fitted.expected(Spent(500), 1000).beyond == (

@@ -190,7 +190,7 @@ def test_wrong_settings_are_refused_before_any_model_is_read(config, tmp_path):
             OracleConfig("btx", {"a": 0, "b": 4}),
             r"oracles\.x\.experts\.b: btx: not every layer has an expert 4",
         ),
-        (OracleConfig("seed", {"a": 0, "b": 0}), r"seed: is not a mixture"),
+        (OracleConfig("seed", {"a": 0, "b": 0}), r"seed: not a mixture; name one"),
     ):
         with pytest.raises(ConfigError, match=said):
             evaluate.run(

@@ -146,7 +146,7 @@ def test_what_has_no_seed_or_is_no_branch_is_refused_with_all_else(
     mixture = dataclasses.replace(branch(), init=str(tmp_path / "mix"))
     for config, told in (
         (fresh, "branches cannot share random weights"),
-        (mixture, "is a mixture already"),
+        (mixture, "the model is already a mixture"),
     ):
         wrong = dataclasses.replace(config.data, sequence_length=4096)
         with pytest.raises(ConfigError) as refused:
