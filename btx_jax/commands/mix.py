@@ -343,7 +343,7 @@ def _require_alike(
     path, model = checkpoint.path, base.metadata.model
     if checkpoint.metadata.model.moe:
         raise UserError(
-            f"{path} is a mixture already; mix dense models, or see `btx expert --help`"
+            f"{path} is already a mixture; mix dense models, or see `btx expert --help`"
         )
     other = within(checkpoint.metadata.model, model.context, model.window)
     differing = [

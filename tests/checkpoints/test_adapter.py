@@ -463,7 +463,7 @@ def test_what_cannot_be_exported_or_merged_is_refused(tmp_path):
         (lambda: adapter.merge(folder, out, gates="1,inf"), "--gates=1,inf: must be finite"),
         (lambda: adapter.merge(folder, out, gates="0,1e39"), "--gates=0,1e39: must be finite"),
         (lambda: adapter.merge(folder, out, expert=0, gates="mean"), "give only one of them"),
-        (lambda: adapter.merge(str(BASE), out), "no LoRA experts"),
+        (lambda: adapter.merge(str(BASE), out), "not LoRA experts"),
         (
             lambda: adapter.merge(folder, out, base=str(GOLDEN / "mistral"), expert=0),
             "a different model from",

@@ -207,7 +207,11 @@ def test_settings_go_by_the_familys_own_names(tmp_path, name, change):
             {"target_modules": ["q_proj", "v_proj"]},
             "exclude modules that the file has .*qkv",
         ),
-        ("phi3", {"exclude_modules": ["qkv_proj"]}, r"exclude modules that the file has LoRA for: .*layers.0.self_attn.qkv_proj"),
+        (
+            "phi3",
+            {"exclude_modules": ["qkv_proj"]},
+            r"exclude modules that the file has LoRA for: .*layers.0.self_attn.qkv_proj",
+        ),
         (
             "phi3",
             {"layers_to_transform": [1], "target_modules": ["o_proj"]},

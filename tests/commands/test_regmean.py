@@ -202,7 +202,9 @@ def test_inputs_that_determine_nothing_are_told_and_leave_nothing(tmp_path, text
     (tmp_path / "few").write_text("sum number plus minus")
     named = [{"source_model": name, "text": str(tmp_path / "few")} for name in "abc"]
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj.*does not determine.*alpha=1"):
+    with pytest.raises(
+        UserError, match=r"layers\.0\.self_attn\.q_proj.*does not determine.*alpha=1"
+    ):
         regmean(tmp_path, text, experts=named, alpha=1)
     (tmp_path / "out.yml").unlink()
     assert sorted(tmp_path.iterdir()) == before

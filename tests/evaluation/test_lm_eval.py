@@ -404,7 +404,9 @@ def test_answers_in_a_cache_are_of_one_model(checkpoints, tmp_path):
     again = CachingLM(BtxJaxLM(checkpoints / "chat", batch_size=2), str(tmp_path / "a.db"))
     again.lm.generate_until = None  # answers come from the cache
     assert ask(again, "generate_until", asked) == first
-    with pytest.raises(UserError, match=r"a\.db holds answers of another model.*choose another file"):
+    with pytest.raises(
+        UserError, match=r"a\.db holds answers of another model.*choose another file"
+    ):
         CachingLM(BtxJaxLM(checkpoints / "chat", max_length=64), str(tmp_path / "a.db"))
 
 

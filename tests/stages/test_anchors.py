@@ -305,7 +305,7 @@ def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
         (train(init="scratch", model=DENSE), "config.train.anchor: branches cannot share"),
         (train(init=str(home / "mixture")), "config.train.anchor: the model is already a mixture"),
         (train(train=two, data=long, mesh=MeshConfig(2)), "3 mistakes: .*mesh.*500.*balance_weight"),
-        (train(train=bare), "config.train.frozen='anchor': the model has none"),
+        (train(train=bare), "config.train.frozen='anchor': the model has no anchor"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=told):
             function()
