@@ -35,7 +35,8 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 # Modules are compiled when they are first imported: most never are.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c requirements.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+  -c requirements.txt
 
 $(VENV)/.installed: pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

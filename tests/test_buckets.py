@@ -39,8 +39,9 @@ from tests.models.test_llama import TINY
     ("url", "told"),
     [
         ("gs://", "BUCKET"), ("gs:///x", "BUCKET"), ("gs://b/../x", "without"), ("gs://b//x", "without"),
-        ("gs://b/./x", "without"), ("http://b/x", "not a path, gs://"), ("file:///x", "not a path, gs:"),
-        ("gcs://b/x", "not a path, gs:"), ("gs:/b/x", "begins with gs://"), ("s3:b", "begins with s3://"),
+        ("gs://b/./x", "without"), ("http://b/x", "not a path, gs://"),
+        ("file:///x", "not a path, gs:"), ("gcs://b/x", "not a path, gs:"),
+        ("gs:/b/x", "begins with gs://"), ("s3:b", "begins with s3://"),
     ],
 )  # fmt: skip
 def test_what_is_no_plain_url_is_refused(url, told):

@@ -572,7 +572,10 @@ def test_a_model_without_its_head_is_told_as_such(tmp_path):
     stored = {name.removeprefix("model."): x for name, x in tensors(tmp_path / "base").items()}
     del stored["lm_head.weight"]
     save_file(stored, tmp_path / "base" / "model.safetensors")
-    told = r"missing lm_head.weight \(the base model was saved without its head.*AutoModelForCausalLM.*tie_word_emb"
+    told = (
+        r"missing lm_head.weight \(the base model was saved without its head"
+        r".*AutoModelForCausalLM.*tie_word_emb"
+    )
     with pytest.raises(UserError, match=told):
         open_reader(find_checkpoint(tmp_path / "base"))
 

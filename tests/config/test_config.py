@@ -240,7 +240,8 @@ def test_pipeline_order_references_and_circles(tmp_path):
     lonely = dataclasses.replace(config.pipeline["mix"], needs=("seed",))
     with pytest.raises(
         ConfigError,
-        match=r"config\.pipeline\.mix: uses @expert_math, which is not listed in its needs \(seed\); add it",
+        match=r"config\.pipeline\.mix: uses @expert_math, which is not listed in its needs"
+        r" \(seed\); add it",
     ):
         resolve("mix", lonely, config, tmp_path)
     circle = {

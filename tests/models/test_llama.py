@@ -311,7 +311,10 @@ def test_remat_and_unroll_change_no_gradient(remat, unroll):
 def test_offload_keeps_keys_and_values_on_the_device_and_the_rest_on_the_host():
     params = init_params(TINY, jax.random.key(0))
     tokens, compute = tokens_of(), dataclasses.replace(FP32, remat="offload")
-    loss = lambda params: jnp.sin(forward(TINY, params, tokens, compute=compute)[0]).sum()  # noqa: E731
+
+    def loss(params):
+        return jnp.sin(forward(TINY, params, tokens, compute=compute)[0]).sum()
+
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     batch, length = tokens.shape
     residual = f"[{TINY.layers},{batch},{length},{TINY.d_model}]"

@@ -95,7 +95,8 @@ def test_a_change_after_a_run_began_is_named_as_the_file_names_it(fields, home, 
     with pytest.raises(UserError) as error:
         look_up(tmp_path, project(**fields))
     assert str(error.value) == (
-        f"{tmp_path} belongs to a run with a different config: project.domains.a.tokens: 4000 -> 5000;"
+        f"{tmp_path} belongs to a run with a different config:"
+        " project.domains.a.tokens: 4000 -> 5000;"
         " project.sequence_length: 32 -> 16; choose another --workdir or undo the change"
     )
     overridden = begun.pipeline["finetune"].config

@@ -299,9 +299,15 @@ def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
         (mixing("a", "mix"), "a different model from experts"),
         (mixing("mix", "mix"), "is already a mixture"),
         (mixing("a", "b", copies=2, router="uniform"), "2 mistakes: .*copies=2: .*router='uniform'"),
-        (mixing("a", "b", method="average"), r"config.mix.method='average': branches trained with an anchor"),
+        (
+            mixing("a", "b", method="average"),
+            "config.mix.method='average': branches trained with an anchor",
+        ),
         (mixing("a", "b", shared_expert=seed), "config.mix.shared_expert="),
-        (mixing("a", "b", merge="copy", base=seed), "config.mix.merge='copy': branches trained with an anchor"),
+        (
+            mixing("a", "b", merge="copy", base=seed),
+            "config.mix.merge='copy': branches trained with an anchor",
+        ),
         (train(init="scratch", model=DENSE), "config.train.anchor: branches cannot share"),
         (train(init=str(home / "mixture")), "config.train.anchor: the model is already a mixture"),
         (train(train=two, data=long, mesh=MeshConfig(2)), "3 mistakes: .*mesh.*500.*balance_weight"),

@@ -149,7 +149,8 @@ def test_everything_is_evaluated_over_a_mesh_and_goes_on_where_it_was(
     (tmp_path / "seed" / "checkpoints" / "0" / "_CHECKPOINT_METADATA").touch()
     with pytest.raises(
         UserError,
-        match=r"models\.seed: differs from what was measured there before; choose another directory",
+        match=r"models\.seed: differs from what was measured there before;"
+        " choose another directory",
     ):
         evaluate.run(config, workdir)
 
