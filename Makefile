@@ -16,7 +16,7 @@ test: install-dev
 # What another jax could change: numbers, compiled programs, files; and the wheel.
 FAST := $(addprefix tests/,checkpoints/test_training_state.py models/test_llama.py models/test_moe.py \
   data/test_prepare.py data/test_tokenise.py parallel training/test_step.py training/test_losses.py) \
-  tests/test_environment.py tests/test_wheel.py
+  tests/test_wheel.py
 test-fast: install-dev
 	$(BIN)/python -m pytest -n 2 --dist=worksteal $(FAST)
 

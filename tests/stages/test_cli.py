@@ -65,6 +65,7 @@ def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_is_the_same_run(cli):
     process = cli.start(*cli.seed("moved", steps=200, every=5))
     cli.wait_for_step("moved", 12, process)
@@ -233,6 +234,7 @@ def test_a_tokenizer_trained_from_the_command_line_gives_back_any_text_and_repla
     ) and not list(cli.home.glob("*b.model*"))
 
 
+@pytest.mark.slow
 def test_a_hugging_face_directory_stands_wherever_a_checkpoint_does(cli):
     """seed -> Hugging Face -> branch from that -> mix both kinds -> generate from the mixture."""
     cli.run(*cli.seed("S", steps=2))

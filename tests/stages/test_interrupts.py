@@ -167,6 +167,7 @@ def test_held_out_losses_lost_to_a_kill_behind_the_save_are_made_up(cli):
     assert file.read_text().splitlines() == lines, "made up once"
 
 
+@pytest.mark.slow
 @pytest.mark.cli
 def test_a_full_disk_in_training_is_one_line_that_says_what_is_good(cli):
     """No file may exceed 40 KB, which simulates a full disk."""

@@ -90,6 +90,7 @@ def test_all_that_runs_on_a_disk_runs_on_a_bucket_and_gives_the_same(homes):
     assert kept(on_bucket) == kept(on_disk)
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_directory_of_a_bucket(homes):
     _, bucket = homes
     run = bucket.seed("run", steps=4000)
