@@ -5,7 +5,9 @@ To accept a change, `python tests/backends/test_dry_run.py` rewrites the golden 
 difference, as it is what users will run.
 """
 
+import contextlib
 import gzip
+import io
 import os
 import re
 import subprocess
@@ -15,6 +17,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+
+from btx_jax.cli.program import run as btx
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,19 +56,25 @@ BACKENDS = {
 }
 
 
-def dry_run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "btx_jax", "submit", *arguments, "--dry-run"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+def submit(*arguments):
+    """Run `btx submit` with a dry run in this process; return its status, stdout and stderr."""
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            btx(["submit", *arguments, "--dry-run"])
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
 
 
 def written(backend):
-    result = dry_run(*BACKENDS[backend])
-    assert result.returncode == 0, result.stderr
-    return result.stdout.replace(sys.executable, "python")
+    status, out, err = submit(*BACKENDS[backend])
+    assert status == 0, err
+    return out.replace(sys.executable, "python")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,7 +95,7 @@ def test_no_shell_stands_between_a_signal_and_the_run(backend):
 
 
 def files_of(backend, folder):
-    assert dry_run(*BACKENDS[backend], f"--out={folder}").returncode == 0
+    assert submit(*BACKENDS[backend], f"--out={folder}")[0] == 0
     return sorted(folder.iterdir())
 
 
@@ -95,7 +105,9 @@ def test_jobsets_pass_their_schema(tmp_path):
         pytest.skip("BTX_DATA_DIR is unset: JobSet's definition lies in its schemas/")
     with gzip.open(Path(data) / "schemas" / "jobset.x-k8s.io_jobsets.yaml.gz", "rt") as file:
         definition = next(
-            d for d in yaml.safe_load_all(file) if d and d.get("kind") == "CustomResourceDefinition"
+            d
+            for d in yaml.load_all(file, yaml.CSafeLoader)
+            if d and d.get("kind") == "CustomResourceDefinition"
         )
     schema = next(v for v in definition["spec"]["versions"] if v["name"] == "v1alpha2")["schema"][
         "openAPIV3Schema"
@@ -213,10 +225,10 @@ def test_commands_inside_manifests_pass_shellcheck(tmp_path):
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, told):
-    result = dry_run(*arguments)
-    assert result.returncode == 2
-    assert told in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    status, _, err = submit(*arguments)
+    assert status == 2
+    assert told in err
+    assert len(err.splitlines()) == 1
 
 
 def test_the_script_of_a_checkout_is_the_same_program():
@@ -227,12 +239,12 @@ def test_the_script_of_a_checkout_is_the_same_program():
         capture_output=True,
         text=True,
     )
-    assert done.stdout == dry_run(*BACKENDS["local"]).stdout != ""
+    assert done.stdout == submit(*BACKENDS["local"])[1] != ""
 
 
 def test_a_preset_is_submitted_by_its_name_and_found_by_it_elsewhere():
-    result = dry_run("--backend=local", "--pipeline=btx:tiny", "--workdir=/data/x")
-    assert "-m btx_jax.launch --config=btx:tiny --workdir=/data/x --only=seed" in result.stdout
+    out = submit("--backend=local", "--pipeline=btx:tiny", "--workdir=/data/x")[1]
+    assert "-m btx_jax.launch --config=btx:tiny --workdir=/data/x --only=seed" in out
 
 
 if __name__ == "__main__":

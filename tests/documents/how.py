@@ -88,6 +88,7 @@ ELSEWHERE = {
     "btx compile *": "minutes each; tests/planning/test_compile_check.py has small ones",
     "btx plan * --slice=*": "the same",
     "python -m btx_jax.launch * --compile_topology=*": "the same",
+    "btx plan paper_small:*": "needs the text that takes a minute to make; plans of demo are run",
     "btx run paper_small:*": "an hour; tests/presets/test_study_run.py runs it with few steps",
     "btx report runs/my_btx runs/my_ffn *": "of two projects, as in tests/stages/test_report.py",
     "btx run mola_small*": "half an hour; tests/presets/test_registry.py makes its config",

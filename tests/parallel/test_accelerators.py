@@ -82,12 +82,24 @@ def bare_environment() -> dict[str, str]:
     ("module", "arguments", "lines"),
     [
         ("btx_jax", ["digest", GOLDEN], 0),
-        ("btx_jax", ["run", "seed:tiny", "--config.train.stepz=1"], 1),
+        pytest.param(
+            "btx_jax", ["run", "seed:tiny", "--config.train.stepz=1"], 1, marks=pytest.mark.slow
+        ),
         ("btx_jax", ["run", "seed:tiny", "--config.mesh.data=64"], 1),
-        ("btx_jax", ["run", "math_expert:tiny", "--config.init=/nowhere"], 1),
-        ("btx_jax", ["run", "mix:tiny"], 1),
+        pytest.param(
+            "btx_jax",
+            ["run", "math_expert:tiny", "--config.init=/nowhere"],
+            1,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("btx_jax", ["run", "mix:tiny"], 1, marks=pytest.mark.slow),
         ("btx_jax.launch", ["--config=evaluate:tiny", "--config.evaluate.rows=0"], 1),
-        ("btx_jax.launch", ["--config=demo", "--config.pipeline.mix.config.mix.k=9"], 1),
+        pytest.param(
+            "btx_jax.launch",
+            ["--config=demo", "--config.pipeline.mix.config.mix.k=9"],
+            1,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else str(x),
 )

@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from btx_jax.checkpoints.training_state import read_metadata
+from btx_jax.cli.program import run as btx
 from btx_jax.data.tokenizers import load_tokenizer
-from tests.conftest import sentences
+from tests.conftest import ROOT, sentences
 
 pytestmark = pytest.mark.cli
 
@@ -159,21 +160,32 @@ def test_own_text_from_a_checkpoint(cli):
 def test_wrong_commands_are_one_line(cli):
     line = cli.fails("--config=configs/seed.py:tiny", "--config.train.stepz=5")
     assert 'config.train.stepz: unknown key; Did you mean "steps"' in line
-    assert "no such size; known: llama2_7b" in cli.fails("--config=configs/seed.py:huge")
-    assert "configs/nothing.py" in cli.fails("--config=configs/nothing.py")
     assert "--config is missing" in cli.fails()
     assert "Unable to open flagfile" in cli.fails("--flagfile=/missing")
-    line = cli.fails("--config=configs/math_expert.py:tiny", f"--workdir={cli.home / 'x'}")
-    assert "config.init: missing; name the checkpoint to start from" in line
-    line = cli.fails(
-        "--config=configs/math_expert.py:tiny",
-        f"--workdir={cli.home / 'y'}",
-        "--config.init=/nowhere",
-    )
-    assert "config.init: /nowhere does not exist" in line
-    assert "does not exist" in cli.fails("digest", "/nowhere", module="btx_jax")
-    out, _ = cli.run("--help", module="btx_jax")
-    assert "digest" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["run", "configs/seed.py:huge"], "no such size; known: llama2_7b"),
+        (["run", "configs/nothing.py"], "configs/nothing.py"),
+        (["run", "math_expert:tiny"], "config.init: missing; name the checkpoint to start from"),
+        (
+            ["run", "math_expert:tiny", "--config.init=/nowhere"],
+            "config.init: /nowhere does not exist",
+        ),
+        (["digest", "/nowhere"], "/nowhere does not exist"),
+    ],
+)
+def test_the_program_s_errors_are_one_line(capsys, monkeypatch, command, told):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        btx(command)
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("btx_jax: error: ")
+    assert told in line
+    assert line.count("\n") == 1
 
 
 def test_a_failing_branch_leaves_the_others_results(cli):
