@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.config.model_config import LayerSpec, ModelConfig, RopeScaling
+from btx_jax.models import cudnn
 from btx_jax.models.int8 import gathered, trained_product
 from btx_jax.models.layers import (
     Scale,
@@ -370,7 +371,10 @@ class Attention(nn.Module):
         q_BNGTK, k_BNTK, v_BNTK = map(checkpoint_name, heads, names)
         k_BNSK, v_BNSK = whole(k_BNTK, axis=2), whole(v_BNTK, axis=2)
         scale, cap = self.config.attention_scale, self.config.attention_cap
-        if kernels == "xla" or not shard_block_size(length, shards()):
+        if kernels == "cuda" and cudnn.is_possible(q_BNGTK, cap):
+            y_BNGTK = cudnn.cudnn_attend(q_BNGTK, k_BNSK, v_BNSK, segments_BS, window, scale)
+            return checkpoint_name(y_BNGTK, "attention")
+        if kernels in ("xla", "cuda") or not shard_block_size(length, shards()):
             y_BNGTK = attend(q_BNGTK, k_BNSK, v_BNSK, segments_BS, window, scale, cap)
             return checkpoint_name(y_BNGTK, "attention")
         is_interpreted = kernels == "pallas_interpret"

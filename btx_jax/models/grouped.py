@@ -1,4 +1,4 @@
-"""SwiGLU of rows sorted by expert, each row with its own expert's weights: three implementations.
+"""SwiGLU of rows sorted by expert, each row with its own expert's weights: four implementations.
 Shape legend: layers.py.
 
 R rows, of which the first sum(sizes) belong to experts 0, 1, ... in turn. The outputs of the
@@ -6,10 +6,12 @@ remaining rows are undefined, and no gradient flows from them into the weights.
 """
 
 import functools
+import logging
 import math
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.models.layers import (
@@ -43,13 +45,15 @@ def grouped_swiglu(
     down [F, D] of each expert. most: maximum rows of one expert. kernels: as in ComputeConfig, with
     `auto` resolved.
     """
-    if kernels != "xla":
+    if kernels in ("pallas", "pallas_interpret"):
         rows = x_RD.shape[0]
         tile = min(TILES[0], math.ceil(rows / 8) * 8)
         padded_RD = jnp.pad(x_RD, ((0, -rows % tile), (0, 0)))
         matmul = _megablox(sizes_E, tile, interpret=kernels == "pallas_interpret")
         return _swiglu(matmul, activation, padded_RD, *weights)[:rows]
-    # ragged_dot on the CPU multiplies every row by every expert.
+    if kernels == "cuda" and x_RD.dtype == jnp.bfloat16:
+        return _swiglu(_tokamax(sizes_E), activation, x_RD, *weights)
+    # ragged_dot on a CPU or GPU multiplies every row by every expert.
     blocked = functools.partial(
         _in_turn if isinstance(weights[0], tuple) else _blocked,
         block=min(BLOCK, most),
@@ -80,6 +84,29 @@ def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
     def matmul(rows, kernel):
         tiles = _tiles(tile, rows.dtype.itemsize)
         return megablox.gmm(rows, kernel, sizes_E, rows.dtype, tiles, interpret=interpret)
+
+    return matmul
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    """Whether a line of tokamax's log is of use to whoever runs a command."""
+    return "Autotuning cache miss" not in record.getMessage()
+
+
+def _tokamax(sizes_E: jax.Array):
+    import tokamax  # optional, and slow to import
+
+    logging.getLogger("absl").addFilter(_is_told)
+    if not flags.FLAGS.is_parsed():  # or tokamax reads the process's arguments as its own
+        flags.FLAGS.mark_as_parsed()
+
+    def matmul(rows, kernel):
+        is_tiled = not any(size % 64 for size in (*rows.shape, *kernel.shape[1:]))
+        # The first that the GPU has; Mosaic's has whole tiles only.
+        kinds = ("mosaic_gpu", "triton") if is_tiled else ("triton",)
+        y = tokamax.ragged_dot(rows, kernel, sizes_E, implementation=kinds)
+        # What a kernel leaves in rows of no expert may be no number, and shares tiles with others.
+        return jnp.where((jnp.arange(len(y)) < sizes_E.sum())[:, None], y, 0)
 
     return matmul
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -19,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from btx_jax.config.model_config import LoRASpec, ModelConfig
+from btx_jax.errors import ConfigError
 from btx_jax.models import int8
 from btx_jax.models.lora import Adapted, adapter_params, cut
 from btx_jax.parallel.sequence import TOKENS
@@ -28,10 +30,29 @@ INIT_STD = 0.02
 
 
 def platform_kernels(kernels: str, platform: str | None = None) -> str:
-    """Resolve `auto` in ComputeConfig.kernels: for `platform`, or for this process's devices."""
+    """Resolve `auto` in ComputeConfig.kernels: for `platform`, or for this process's devices.
+    Raises ConfigError for kernels that `platform` does not have."""
+    if platform and (mistake := foreign_kernels(kernels, platform)):
+        raise ConfigError(mistake)
     if kernels != "auto":
         return kernels
-    return "pallas" if (platform or jax.default_backend()) == "tpu" else "xla"
+    platform = platform or jax.default_backend()
+    if platform == "gpu":
+        return "cuda" if find_spec("tokamax") else "xla"
+    return "pallas" if platform == "tpu" else "xla"
+
+
+def foreign_kernels(kernels: str, platform: str) -> str:
+    """What is wrong with these kernels on this platform; "" if nothing."""
+    home = {"pallas": "tpu", "cuda": "gpu"}.get(kernels, platform)
+    if home != platform:
+        return (
+            f"config.compute.kernels={kernels!r}: made for a {home.upper()}, and this runs on a"
+            f" {platform.upper()}; set it to 'auto'"
+        )
+    if kernels == "cuda" and find_spec("tokamax") is None:
+        return "config.compute.kernels='cuda': needs a package: pip install 'btx_jax[cuda]'"
+    return ""
 
 
 def platform_dispatch(dispatch: str, platform: str, expert_axis: int) -> str:

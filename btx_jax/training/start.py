@@ -25,7 +25,7 @@ from btx_jax.config.config import Config, TrainConfig
 from btx_jax.config.config_dict import differences, to_dict
 from btx_jax.config.model_config import LoRAConfig, ModelConfig, MoEConfig
 from btx_jax.errors import ConfigError, Mistakes
-from btx_jax.models.layers import platform_dispatch
+from btx_jax.models.layers import foreign_kernels, platform_dispatch
 from btx_jax.models.leaves import is_anchor, is_feed_forward, is_router
 from btx_jax.models.llama import Params, init_params, parameter_counts
 from btx_jax.models.lora import is_adapter, join, partition
@@ -340,6 +340,8 @@ def _misfits(
             f"config.compute.group_size={compute.group_size}: does not divide"
             f" config.data.sequence_length={data.sequence_length}{cut}; use a divisor"
         )
+    if mistake := foreign_kernels(compute.kernels, platform):
+        yield mistake
     if compute.quantize != "none":
         if find_spec("qwix") is None:
             yield "config.compute.quantize: needs a package: pip install 'btx_jax[int8]'"
