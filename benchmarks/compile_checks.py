@@ -123,6 +123,7 @@ PUBLISHED = {
             *MIXTRAL,
             RAGGED,
             FULL,
+            "--config.mesh.expert=1",
             "--config.train.batch_size=2304",
             "--config.train.accumulate=0",
             *TRAINING_ALONE,

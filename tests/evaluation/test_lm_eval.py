@@ -450,6 +450,7 @@ def test_a_token_without_an_embedding_is_an_error_only_where_a_text_has_it(check
             ask(model, method, [request])
 
 
+@pytest.mark.slow
 def test_the_command_line_asks_as_a_chat(checkpoints, tmp_path):
     pytest.importorskip("lm_eval")
     tasks = tmp_path / "tasks"

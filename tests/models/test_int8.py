@@ -112,7 +112,7 @@ def test_experts_reached_by_einsum_are_rounded_like_dense_ones():
     np.testing.assert_allclose(y_GSD[0], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("experts", [(), (4, 4, 4)])
+@pytest.mark.parametrize("experts", [pytest.param((), marks=pytest.mark.slow), (4, 4, 4)])
 def test_training_learns_as_without_and_eight_devices_as_one(experts):
     model = dataclasses.replace(TINY, moe=MoEConfig(experts) if experts else None)
     train = TrainConfig(steps=10, batch_size=8, warmup_steps=0, learning_rate=1e-2)

@@ -237,7 +237,7 @@ def test_killed_midway_leaves_nothing_that_looks_finished_and_the_next_try_succe
 
 
 @pytest.mark.cli
-@pytest.mark.parametrize("to", ["huggingface", "btx_jax"])
+@pytest.mark.parametrize("to", [pytest.param("huggingface", marks=pytest.mark.slow), "btx_jax"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(home, to):
     """No file may exceed 1 MB, which simulates a full disk."""
     big(home)
