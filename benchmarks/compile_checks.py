@@ -266,8 +266,8 @@ def peer_table(results: dict[str, dict]) -> str:
 
 def published_table(results: dict[str, dict]) -> str:
     lines = [
-        "| work | published: chips, MFU | s | ours by the clock: mesh, `remat`, micro-batches | s, MFU |"
-        " ratio | exposed / hidden | memory, GiB |",
+        "| work | published: chips, MFU | s | ours by the clock: mesh, `remat`, micro-batches |"
+        " s, MFU | ratio | exposed / hidden | memory, GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, check in results.items():
@@ -275,7 +275,8 @@ def published_table(results: dict[str, dict]) -> str:
         step, memory = check["clock"], check["memory"]
         mesh = " ".join(f"{axis}={size}" for axis, size in check["mesh"].items() if size > 1)
         lines.append(
-            f"| {work} | {where} | {seconds:.2f} | {mesh}, {check['remat']}, {check['accumulate']} |"
+            f"| {work} | {where} | {seconds:.2f} |"
+            f" {mesh}, {check['remat']}, {check['accumulate']} |"
             f" {step['seconds']:.2f}, {step['mfu']:.0%} | {step['seconds'] / seconds:.2f} |"
             f" {step['exposed']:.1f} / {step['hidden']:.1f} |"
             f" {memory['total'] / GIB:.1f} of {memory['limit'] / GIB:.1f} |"

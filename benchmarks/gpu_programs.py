@@ -80,7 +80,8 @@ def main() -> None:
                 calls = ", ".join(f"{number} {call}" for call, number in Counter(found).items())
                 held, beside = memory.argument_size_in_bytes, memory.temp_size_in_bytes
                 print(
-                    f"{name:30} {count:4} {kernels:8} {held / GIB:6.1f} {beside / GIB:7.1f}  {calls}",
+                    f"{name:30} {count:4} {kernels:8} {held / GIB:6.1f} {beside / GIB:7.1f}"
+                    f"  {calls}",
                     flush=True,
                 )
 

@@ -36,10 +36,7 @@ def platform_kernels(kernels: str, platform: str | None = None) -> str:
         raise ConfigError(mistake)
     if kernels != "auto":
         return kernels
-    platform = platform or jax.default_backend()
-    if platform == "gpu":
-        return "cuda" if find_spec("tokamax") else "xla"
-    return "pallas" if platform == "tpu" else "xla"
+    return "pallas" if (platform or jax.default_backend()) == "tpu" else "xla"
 
 
 def foreign_kernels(kernels: str, platform: str) -> str:

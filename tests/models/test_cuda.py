@@ -152,8 +152,8 @@ def test_rows_of_no_expert_leave_no_trace(monkeypatch):
 
 
 def test_kernels_of_another_platform_are_refused():
-    assert platform_kernels("auto", "cpu") == "xla"
-    assert platform_kernels("auto", "gpu") == platform_kernels("cuda", "gpu") == "cuda"
+    assert platform_kernels("auto", "cpu") == platform_kernels("auto", "gpu") == "xla"
+    assert platform_kernels("cuda", "gpu") == "cuda"
     for kernels, platform, home in (("cuda", "cpu", "GPU"), ("pallas", "gpu", "TPU")):
         with pytest.raises(ConfigError, match=f"made for a {home}, and this runs on a"):
             platform_kernels(kernels, platform)
