@@ -125,17 +125,26 @@ def test_rows_of_no_expert_leave_no_trace(monkeypatch):
     """Kernels leave something in them, forward and backward, and it may be no number."""
     import tokamax
 
-    @jax.custom_vjp
-    def stained(x, sizes):
-        return x
-
     def stain(x, sizes):
         return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], x, jnp.nan)
 
-    stained.defvjp(lambda x, sizes: (x, sizes), lambda sizes, d: (stain(d, sizes), None))
+    def spread(x):
+        """One entry that is no number spoils all: rows of different experts share tiles."""
+        return x * jnp.where(jnp.isfinite(x).all(), 1, jnp.nan)
+
+    @jax.custom_vjp
+    def kernel_in(x, sizes):
+        return spread(x)
+
+    @jax.custom_vjp
+    def kernel_out(y, sizes):
+        return stain(y, sizes)
+
+    kernel_in.defvjp(lambda x, sizes: (spread(x), sizes), lambda sizes, d: (stain(d, sizes), None))
+    kernel_out.defvjp(lambda y, sizes: (stain(y, sizes), sizes), lambda _, d: (spread(d), None))
 
     def ragged_dot(rows, kernel, sizes, implementation):
-        return stain(jax.lax.ragged_dot(stained(rows, sizes), kernel, sizes), sizes)
+        return kernel_out(jax.lax.ragged_dot(kernel_in(rows, sizes), kernel, sizes), sizes)
 
     monkeypatch.setattr(tokamax, "ragged_dot", ragged_dot)
     x = jax.random.normal(jax.random.key(0), (300, 256), "bfloat16")
