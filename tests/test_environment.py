@@ -153,6 +153,7 @@ def test_all_of_the_package_but_what_stands_on_an_extra_is_imported_without_any(
 
 
 @pytest.mark.cli
+@pytest.mark.slow
 def test_a_run_needs_no_extra(cli, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HIDING)
     cli.environment["PYTHONPATH"] = str(tmp_path)

@@ -236,6 +236,7 @@ def test_a_run_that_goes_on_takes_the_commit_that_it_began_with(server, tmp_path
     assert find_checkpoint("org/m").path.name == repo.refs["main"]
 
 
+@pytest.mark.slow
 def test_a_second_process_fetches_nothing_again_and_needs_no_network(server, tmp_path):
     server.add("org/m", MODEL)
     first = run_cli(server, tmp_path, "digest", "org/m")

@@ -42,6 +42,7 @@ SEED = "--seed=seed"
 LAW, TALES, WEB = "--domain=law=law.jsonl", "--domain=tales=tales.jsonl", "--general=web.jsonl"
 
 
+@pytest.mark.slow
 def test_what_it_writes_runs_to_a_report(here, capsys):
     new(SEED, LAW, TALES, WEB, "--compare=dense")
     assert "btx run my_btx.py" in capsys.readouterr().out

@@ -90,6 +90,7 @@ def write_task(folder, name, rows, **settings):
     )
 
 
+@pytest.mark.slow
 def test_a_uniform_byte_model_has_eight_bits_per_byte(uniform, tmp_path):
     pytest.importorskip("lm_eval")
     tasks = tmp_path / "tasks"

@@ -93,7 +93,12 @@ def bare_environment() -> dict[str, str]:
             marks=pytest.mark.slow,
         ),
         pytest.param("btx_jax", ["run", "mix:tiny"], 1, marks=pytest.mark.slow),
-        ("btx_jax.launch", ["--config=evaluate:tiny", "--config.evaluate.rows=0"], 1),
+        pytest.param(
+            "btx_jax.launch",
+            ["--config=evaluate:tiny", "--config.evaluate.rows=0"],
+            1,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "btx_jax.launch",
             ["--config=demo", "--config.pipeline.mix.config.mix.k=9"],
