@@ -1,11 +1,12 @@
 """Training steps compiled for H100s, on a machine without a GPU: memory, and the kernels called.
 
-    pip install -e . 'jax[cuda12]' tokamax
+    pip install -e '.[cuda]' nvidia-cuda-nvcc
     python benchmarks/gpu_programs.py
 
 A dense Llama of 1.2B parameters and a mixture of four of them, in bfloat16, on one H100 and on
-eight, with and without kernels for GPUs. Nothing is timed: XLA estimates no times for GPUs, and
-without one chooses the tiles of matmuls by rules instead of by trials.
+eight, with and without kernels for GPUs. Nothing is timed here (train_step.py does, on a GPU): XLA
+estimates no times for GPUs, and without one chooses the tiles of matmuls by rules instead of by
+trials.
 """
 
 import dataclasses
@@ -19,8 +20,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
-from tokamax._src import gpu_utils
-from tokamax._src.ops import op
 
 from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.config.model_config import ModelConfig, MoEConfig
@@ -55,11 +54,10 @@ ROWS, LENGTH = 4, 4096  # of each GPU
 GIB = 2**30
 
 
-def as_if_on(device) -> None:
-    """Let jax and tokamax choose kernels for this device."""
+def as_if_on(devices) -> None:
+    """Let jax choose kernels for these devices."""
     fused_attention_stablehlo.check_cudnn_version = lambda: 91000
-    for module in (gpu_utils.backend, op.backend):
-        module.get_default_device = lambda: device
+    jax.devices = lambda *_: devices
 
 
 def main() -> None:
@@ -68,7 +66,7 @@ def main() -> None:
         for count in (1, 8):
             grid = f"1x1x{count}"
             topology = topologies.get_topology_desc(grid, "cuda", topology=grid, target_config=H100)
-            as_if_on(topology.devices[0])
+            as_if_on(topology.devices)
             for kernels in ("xla", "cuda"):
                 compute = ComputeConfig(remat="full", kernels=kernels, dispatch="ragged")
                 train = TrainConfig(steps=100, batch_size=ROWS * count)

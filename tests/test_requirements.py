@@ -16,8 +16,8 @@ from tests.conftest import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Extras whose packages are imported only where needed, and reported when missing.
-IMPORTED = ("cuda", "demo", "gcs", "hub", "int8", "lm-eval", "mlflow", "report", "wandb")
-PINNED = ("dev", "tpu", *IMPORTED)
+IMPORTED = ("demo", "gcs", "hub", "int8", "lm-eval", "mlflow", "report", "wandb")
+PINNED = ("cuda", "dev", "tpu", *IMPORTED)
 PYTHONS = ("3.11", "3.12", "3.13")
 
 

@@ -372,8 +372,7 @@ class Attention(nn.Module):
         k_BNSK, v_BNSK = whole(k_BNTK, axis=2), whole(v_BNTK, axis=2)
         scale, cap = self.config.attention_scale, self.config.attention_cap
         if kernels == "cuda" and cudnn.is_possible(q_BNGTK, cap):
-            y_BNGTK = cudnn.cudnn_attend(q_BNGTK, k_BNSK, v_BNSK, segments_BS, window, scale)
-            return checkpoint_name(y_BNGTK, "attention")
+            return cudnn.cudnn_attend(q_BNGTK, k_BNSK, v_BNSK, segments_BS, window, scale)
         if kernels in ("xla", "cuda") or not shard_block_size(length, shards()):
             y_BNGTK = attend(q_BNGTK, k_BNSK, v_BNSK, segments_BS, window, scale, cap)
             return checkpoint_name(y_BNGTK, "attention")

@@ -1,7 +1,7 @@
 """Causal attention on NVIDIA GPUs without a [T, T] array of scores per head: cuDNN's flash
 attention, through jax.nn. Shape legend: layers.py."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,12 @@ from btx_jax.models.splash import assert_heads
 from btx_jax.parallel.sequence import shards
 
 WIDEST = 128  # elements of a head; cuDNN takes multiples of 8 up to here on every GPU since Ampere
+
+
+def is_result(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A jax.checkpoint policy that keeps what cuDNN computes forward: the output and the
+    log-sum-exp, which have no names, and which the backward pass would compute again."""
+    return "dot_product_attention_fwd" in str(primitive)
 
 
 def is_possible(q_BNGTK: jax.Array, cap: float) -> bool:

@@ -6,14 +6,13 @@ remaining rows are undefined, and no gradient flows from them into the weights.
 """
 
 import functools
-import logging
 import math
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.ad_checkpoint import checkpoint_name
 
+from btx_jax.models.hopper import grouped_matmul, is_possible
 from btx_jax.models.layers import (
     Transposed,
     activate,
@@ -51,8 +50,8 @@ def grouped_swiglu(
         padded_RD = jnp.pad(x_RD, ((0, -rows % tile), (0, 0)))
         matmul = _megablox(sizes_E, tile, interpret=kernels == "pallas_interpret")
         return _swiglu(matmul, activation, padded_RD, *weights)[:rows]
-    if kernels == "cuda" and x_RD.dtype == jnp.bfloat16:
-        return _swiglu(_tokamax(sizes_E), activation, x_RD, *weights)
+    if kernels == "cuda" and not isinstance(weights[0], tuple) and is_possible(x_RD, weights[0]):
+        return _swiglu(_hopper(sizes_E), activation, x_RD, *weights)
     # ragged_dot on a CPU or GPU multiplies every row by every expert.
     blocked = functools.partial(
         _in_turn if isinstance(weights[0], tuple) else _blocked,
@@ -88,24 +87,11 @@ def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
     return matmul
 
 
-def _is_told(record: logging.LogRecord) -> bool:
-    """Whether a line of tokamax's log is of use to whoever runs a command."""
-    return "Autotuning cache miss" not in record.getMessage()
-
-
-def _tokamax(sizes_E: jax.Array):
-    import tokamax  # optional, and slow to import
-
-    logging.getLogger("absl").addFilter(_is_told)
-    if not flags.FLAGS.is_parsed():  # or tokamax reads the process's arguments as its own
-        flags.FLAGS.mark_as_parsed()
-
+def _hopper(sizes_E: jax.Array):
     def matmul(rows, kernel):
-        is_tiled = not any(size % 64 for size in (*rows.shape, *kernel.shape[1:]))
-        # The first that the GPU has; Mosaic's has whole tiles only.
-        kinds = ("mosaic_gpu", "triton") if is_tiled else ("triton",)
-        y = tokamax.ragged_dot(rows, kernel, sizes_E, implementation=kinds)
-        # What a kernel leaves in rows of no expert may be no number, and shares tiles with others.
+        y = grouped_matmul(rows, kernel, sizes_E)
+        # What the kernel leaves in rows of no expert may be no number, and other rows share its
+        # tiles.
         return jnp.where((jnp.arange(len(y)) < sizes_E.sum())[:, None], y, 0)
 
     return matmul

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -36,7 +35,7 @@ def platform_kernels(kernels: str, platform: str | None = None) -> str:
         raise ConfigError(mistake)
     if kernels != "auto":
         return kernels
-    return "pallas" if (platform or jax.default_backend()) == "tpu" else "xla"
+    return {"tpu": "pallas", "gpu": "cuda"}.get(platform or jax.default_backend(), "xla")
 
 
 def foreign_kernels(kernels: str, platform: str) -> str:
@@ -47,8 +46,6 @@ def foreign_kernels(kernels: str, platform: str) -> str:
             f"config.compute.kernels={kernels!r}: made for a {home.upper()}, and this runs on a"
             f" {platform.upper()}; set it to 'auto'"
         )
-    if kernels == "cuda" and find_spec("tokamax") is None:
-        return "config.compute.kernels='cuda': needs a package: pip install 'btx_jax[cuda]'"
     return ""
 
 

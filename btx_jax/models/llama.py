@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from btx_jax.config.config import ComputeConfig
 from btx_jax.config.model_config import LayerSpec, ModelConfig
+from btx_jax.models import cudnn
 from btx_jax.models.attention import Attention
 from btx_jax.models.layers import (
     After,
@@ -55,7 +56,9 @@ def remat_policy(remat: str) -> Any:
     """The jax.checkpoint policy of a layer. remat: as in ComputeConfig."""
     policies = jax.checkpoint_policies
     if remat != "offload":
-        return policies.save_only_these_names(*SAVED[remat])
+        names = policies.save_only_these_names(*SAVED[remat])
+        is_kept = "attention" in SAVED[remat]
+        return policies.save_from_both_policies(names, cudnn.is_result) if is_kept else names
     return policies.save_and_offload_only_these_names(
         names_which_can_be_saved=SAVED[remat],
         names_which_can_be_offloaded=OFFLOADED,

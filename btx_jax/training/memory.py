@@ -3,12 +3,13 @@
 to a quarter of a step; doubling the rows of a micro-batch halves how often weights are gathered and
 gradients scattered."""
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.config.model_config import LayerSpec, ModelConfig
-from btx_jax.costs.chips import chip
+from btx_jax.costs.chips import GIB, chip
 
 POLICIES = ("ffn", "attention", "full")  # fastest first
 # On a v6e, reading the gate and up products takes as long as recomputing them (docs/tpu.md).
@@ -45,14 +46,14 @@ def chosen(
         rows = train.batch_size // shards  # per device and step
         counts = [count for count in range(rows, 0, -1) if rows % count == 0]
     device_kind = mesh.devices.flat[0].device_kind
-    known = chip(device_kind)
-    if known is None or not known.memory:
+    memory = _memory(device_kind)
+    if not memory:
         return "full" if compute.remat == "auto" else compute.remat, counts[0]
     size = jnp.dtype(compute.dtype).itemsize
     gradients = 2 * trained_bytes  # those of one micro-batch, and the running sums
     copies = trained_bytes * size / 4
     head = 2 * model.vocab_size * model.d_model * (size + 4) / tensor  # gathered, with its gradient
-    room = (1 - FREE) * known.memory - state_bytes - gradients - copies - head
+    room = (1 - FREE) * memory - state_bytes - gradients - copies - head
 
     dispatch = compute.dispatch if any(spec.experts for *_, spec in model.runs()) else "einsum"
 
@@ -73,6 +74,17 @@ def chosen(
         remat = next((policy for policy, count in pairs if fits(policy, count)), "full")
     fewer = (count for count in reversed(counts) if remat in POLICIES and fits(remat, count))
     return remat, next(fewer, counts[0])
+
+
+def _memory(device_kind: str) -> float:
+    """Bytes that a program may use on a device of this kind; 0 if that is unknown. A GPU's are what
+    XLA has reserved there (XLA_PYTHON_CLIENT_MEM_FRACTION), which only a GPU itself can tell."""
+    known, local = chip(device_kind), jax.local_devices()[0]
+    if known and known.memory:
+        return known.memory
+    told = local.memory_stats() if local.device_kind == device_kind else None
+    # In whole GiB, so that all machines of a run choose the same program.
+    return GIB * (told["bytes_limit"] // GIB) if told else 0.0
 
 
 def _hidden(spec: LayerSpec, compute: ComputeConfig) -> float:

@@ -1,19 +1,20 @@
-"""Kernels for GPUs: cuDNN's attention and tokamax's grouped matmuls. None runs here; programs are
+"""Kernels for GPUs: cuDNN's attention, and grouped matmuls on Hopper. Without a GPU, programs are
 lowered for an H100, and other implementations of the same arguments give the same values."""
 
-import logging
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 
 from btx_jax.errors import ConfigError
 from btx_jax.models.attention import attend
 from btx_jax.models.cudnn import cudnn_attend, is_possible
 from btx_jax.models.grouped import grouped_swiglu
 from btx_jax.models.layers import platform_kernels
+from btx_jax.models.llama import remat_policy
 from btx_jax.models.ragged import ragged_experts
 
 
@@ -21,16 +22,13 @@ from btx_jax.models.ragged import ragged_experts
 def h100(monkeypatch):
     """An H100, as far as lowering programs for one asks."""
     from jax._src.cudnn import fused_attention_stablehlo
-    from tokamax._src import gpu_utils
-    from tokamax._src.ops import op
 
     class Device:
-        platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
-        compute_capability, core_count, id = "9.0", 132, 0
+        platform, device_kind, core_count = "gpu", "NVIDIA H100 80GB HBM3", 132
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    for module in (gpu_utils.backend, op.backend):
-        monkeypatch.setattr(module, "get_default_device", Device)
+    monkeypatch.setattr(jax, "devices", lambda *_: [Device])
+    return Device
 
 
 def inputs(kv_heads, width=32, dtype="float32"):
@@ -77,6 +75,16 @@ def test_a_gpu_s_program_calls_cudnn_forward_and_backward(h100, window):
     assert "4x384x384" not in text, "scores of every head"
 
 
+@pytest.mark.parametrize(("remat", "times"), [("full", 2), ("attention", 1), ("ffn", 1)])
+def test_cudnn_s_forward_pass_runs_again_only_if_its_results_were_not_kept(h100, remat, times):
+    heads, segments, probe = inputs(2, dtype="bfloat16")
+    layer = jax.checkpoint(lambda *a: 2 * cudnn_attend(*a, segments, 0), policy=remat_policy(remat))
+    step = gradients(layer, probe)
+    text = step.trace(*heads).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"__cudnn\$fmhaScaleBiasSoftmax\(", text)) == times
+    assert text.count("__cudnn$fmhaScaleBiasSoftmaxBackward") == 1
+
+
 def test_what_cudnn_cannot_compute_is_left_to_xla():
     (q, *_), _, _ = inputs(2, dtype="bfloat16")
     assert is_possible(q, 0.0)
@@ -95,58 +103,60 @@ def expert_weights(width=256, hidden=384, experts=3):
     )
 
 
-@pytest.mark.parametrize(
-    ("rows", "hidden", "kernel"),
-    [
-        (640, 384, "mosaic_gpu_v2"),
-        (600, 384, "__gpu$xla.gpu.triton"),
-        (640, 200, "__gpu$xla.gpu.triton"),
-    ],
-)
-def test_a_gpu_s_program_multiplies_no_row_by_every_expert(h100, caplog, rows, hidden, kernel):
+def lowered_swiglu(rows, hidden):
+    """The program of a SwiGLU of grouped rows with its gradients, for a GPU."""
     shaped = jax.ShapeDtypeStruct
 
     def loss(x, sizes, *weights):
         return grouped_swiglu(x, sizes, weights, 256, "cuda").astype("float32").sum()
 
-    caplog.set_level(logging.WARNING)
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4)))
     traced = step.trace(
         shaped((rows, 256), "bfloat16"), shaped((3,), "int32"), *expert_weights(hidden=hidden)
     )
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("rows", [640, 600])
+def test_a_hopper_s_program_multiplies_no_row_by_every_expert(h100, rows):
+    text = lowered_swiglu(rows, 384)
     called = re.findall(r"custom_call @([^(]+)", text)
-    assert called == 9 * [kernel]  # three matmuls, each in three roles
+    assert called == 9 * ["mosaic_gpu_v2"]  # three matmuls, each in three roles
     assert "stablehlo.dot_general" not in text
-    assert not caplog.records, "tokamax's advice on tuning"
 
 
-def test_rows_of_no_expert_leave_no_trace(monkeypatch):
-    """Kernels leave something in them, forward and backward, and it may be no number."""
-    import tokamax
+def test_other_gpus_and_widths_are_left_to_xla(h100, monkeypatch):
+    assert "mosaic" not in lowered_swiglu(640, 200)
+    monkeypatch.setattr(h100, "device_kind", "NVIDIA A100-SXM4-80GB")
+    assert "mosaic" not in lowered_swiglu(640, 384)
 
-    def stain(x, sizes):
-        return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], x, jnp.nan)
+
+@pytest.fixture
+def stained(monkeypatch):
+    """Kernels of the same arguments as Hopper's that run anywhere. What they leave in rows of no
+    expert is no number, and one such number among what they read spoils all that they write: rows
+    of different experts share tiles."""
 
     def spread(x):
-        """One entry that is no number spoils all: rows of different experts share tiles."""
         return x * jnp.where(jnp.isfinite(x).all(), 1, jnp.nan)
 
-    @jax.custom_vjp
-    def kernel_in(x, sizes):
-        return spread(x)
+    def multiply(rows, kernel, group_sizes, transpose_rhs=False, **_):
+        kernel = kernel.mT if transpose_rhs else kernel
+        y = jax.lax.ragged_dot(rows if transpose_rhs else spread(rows), kernel, group_sizes)
+        return jnp.where((jnp.arange(len(y)) < group_sizes.sum())[:, None], y, jnp.nan)
 
-    @jax.custom_vjp
-    def kernel_out(y, sizes):
-        return stain(y, sizes)
+    def weights(rows, dy, group_sizes, **_):
+        ends = jnp.cumsum(group_sizes)
+        expert = jnp.searchsorted(ends, jnp.arange(len(rows)), side="right")
+        own = expert[:, None] == jnp.arange(len(group_sizes))
+        products = jnp.einsum("re,rd,rf->edf", own.astype(rows.dtype), spread(rows), spread(dy))
+        return products.astype(rows.dtype)
 
-    kernel_in.defvjp(lambda x, sizes: (spread(x), sizes), lambda sizes, d: (stain(d, sizes), None))
-    kernel_out.defvjp(lambda y, sizes: (stain(y, sizes), sizes), lambda _, d: (spread(d), None))
+    monkeypatch.setattr(ragged_dot_mgpu, "ragged_dot", multiply)
+    monkeypatch.setattr(transposed_ragged_dot_mgpu, "transposed_ragged_dot", weights)
 
-    def ragged_dot(rows, kernel, sizes, implementation):
-        return kernel_out(jax.lax.ragged_dot(kernel_in(rows, sizes), kernel, sizes), sizes)
 
-    monkeypatch.setattr(tokamax, "ragged_dot", ragged_dot)
+def test_rows_of_no_expert_leave_no_trace(h100, stained):
     x = jax.random.normal(jax.random.key(0), (300, 256), "bfloat16")
     index = jax.random.randint(jax.random.key(1), (300, 2), 0, 3).at[250:].set(3)  # padding
     gate = jnp.where(index < 3, 0.5, 0)
@@ -160,9 +170,39 @@ def test_rows_of_no_expert_leave_no_trace(monkeypatch):
         np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("sizes", [(300, 200, 400), (0, 10, 690), (0, 900, 0), (1000, 0, 0)])
+def test_each_row_is_multiplied_by_its_own_expert(h100, stained, sizes):
+    """Of 1000 rows, those behind the last expert's belong to none."""
+    weights, is_own = expert_weights(), jnp.arange(1000) < sum(sizes)
+    x, probe = jax.random.normal(jax.random.key(0), (2, 1000, 256), "bfloat16")
+
+    def all_of(swiglu, dtype):
+        def loss(x, *w):
+            y = jnp.where(is_own[:, None], swiglu(x, jnp.array(sizes, "int32"), w), 0)
+            return (y * probe).astype("float32").sum()
+
+        cast = (a.astype(dtype) for a in (x, *weights))
+        dx, *dw = jax.jit(jax.grad(loss, argnums=range(4)))(*cast)
+        return jnp.where(is_own[:, None], dx, 0), *dw
+
+    def every(x, sizes, weights):
+        gate, up, down = weights
+        a, b = (jnp.einsum("rd,edf->ref", x, w) for w in (gate, up))
+        y_RED = jnp.einsum("ref,efd->red", jax.nn.silu(a) * b, down)
+        expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
+        return jnp.take_along_axis(y_RED, jnp.minimum(expert, 2)[:, None, None], axis=1)[:, 0]
+
+    ours = all_of(lambda *a: grouped_swiglu(*a, 1000, "cuda"), "bfloat16")
+    with jax.default_matmul_precision("highest"):
+        exact = all_of(every, "float32")
+    for a, b in zip(ours, exact, strict=True):
+        a, b = (np.asarray(each, np.float32) for each in (a, b))
+        assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+
+
 def test_kernels_of_another_platform_are_refused():
-    assert platform_kernels("auto", "cpu") == platform_kernels("auto", "gpu") == "xla"
-    assert platform_kernels("cuda", "gpu") == "cuda"
+    assert platform_kernels("auto", "cpu") == platform_kernels("xla", "gpu") == "xla"
+    assert platform_kernels("auto", "gpu") == platform_kernels("cuda", "gpu") == "cuda"
     for kernels, platform, home in (("cuda", "cpu", "GPU"), ("pallas", "gpu", "TPU")):
         with pytest.raises(ConfigError, match=f"made for a {home}, and this runs on a"):
             platform_kernels(kernels, platform)

@@ -4,7 +4,10 @@
 import jax
 import pytest
 
+from btx_jax.config.config import ComputeConfig, TrainConfig
+from btx_jax.config.model_config import ModelConfig
 from btx_jax.errors import ConfigError
+from btx_jax.parallel.sharding import make_mesh
 from btx_jax.planning.compile_check import topology_devices
 from btx_jax.presets.config_file import read_config
 from btx_jax.training.start import checked_mesh, trained_model
@@ -70,3 +73,24 @@ def test_what_is_chosen_by_hand_stays():
 def test_a_batch_that_no_device_count_divides_is_refused():
     with pytest.raises(ConfigError, match=r"batch_size=1000: not divisible .*multiple of 16"):
         choices("math_expert", topology_devices("v5e:4x4", 1), "--config.train.batch_size=1000")
+
+
+def test_a_gpu_tells_how_much_of_its_memory_xla_has_reserved(monkeypatch):
+    """Llama 3.2 1B, two rows of 4,096 tokens. An H200's ffn takes 25.6 GiB there."""
+    device = jax.devices("cpu")[0]
+    mesh = make_mesh((1, 1, 1, 1), [device])
+    model = ModelConfig(
+        vocab_size=128_256, layers=16, d_model=2048, d_ff=8192, heads=32, kv_heads=8, head_dim=64,
+        context=4096, tied_head=True,
+    )  # fmt: skip
+    train = TrainConfig(steps=1000, batch_size=2)
+
+    def remat(gibibytes):
+        class Device:
+            device_kind = device.device_kind
+            memory_stats = staticmethod(lambda: {"bytes_limit": int(gibibytes * 2**30)})
+
+        monkeypatch.setattr(jax, "local_devices", lambda: [Device])
+        return decided(model, ComputeConfig(kernels="xla"), train, mesh, 4096)[0].remat
+
+    assert [remat(size) for size in (30, 43.7, 59.7)] == ["full", "attention", "ffn"]
