@@ -15,7 +15,7 @@ FORWARD: dict[str, Any] = {
 WEIGHTS: dict[str, Any] = {
     "block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 1
 }  # fmt: skip
-SIDE = 128  # both widths of an expert's matrices must be multiples of it
+SIDE = 128  # rows at least, and widths of an expert's matrices in multiples of it
 
 
 def is_possible(rows_RD: jax.Array, kernel_EDF: jax.Array) -> bool:
@@ -23,7 +23,7 @@ def is_possible(rows_RD: jax.Array, kernel_EDF: jax.Array) -> bool:
     for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device else jax.devices()[0].device_kind
-    is_tiled = not any(width % SIDE for width in kernel_EDF.shape[1:])
+    is_tiled = not any(width % SIDE for width in kernel_EDF.shape[1:]) and len(rows_RD) >= SIDE
     return kind.startswith(KINDS) and is_tiled and rows_RD.dtype == jnp.bfloat16
 
 

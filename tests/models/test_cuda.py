@@ -125,8 +125,9 @@ def test_a_hopper_s_program_multiplies_no_row_by_every_expert(h100, rows):
     assert "stablehlo.dot_general" not in text
 
 
-def test_other_gpus_and_widths_are_left_to_xla(h100, monkeypatch):
-    assert "mosaic" not in lowered_swiglu(640, 200)
+def test_other_gpus_widths_and_few_rows_are_left_to_xla(h100, monkeypatch):
+    for rows, hidden in ((640, 200), (100, 384)):
+        assert "mosaic" not in lowered_swiglu(rows, hidden)
     monkeypatch.setattr(h100, "device_kind", "NVIDIA A100-SXM4-80GB")
     assert "mosaic" not in lowered_swiglu(640, 384)
 
