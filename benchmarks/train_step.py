@@ -4,12 +4,12 @@ machine, one run.
     pip install -e '.[bench]' && python benchmarks/train_step.py [--rounds=5]
     pip install -e '.[bench,cuda]' && python benchmarks/train_step.py --device=gpu
 
-Five programs: a dense Llama here and in transformers; a Mixtral (4 experts, top-2) in transformers
+Six programs: a dense Llama here and in transformers; a Mixtral (4 experts, top-2) in transformers
 and here with einsum and with ragged dispatch; and a dense model here with twice the feed-forward
 width, which has the mixture's active parameters. A step is forward, backward, gradient clipping and
 AdamW. Every program runs in a separate process, and medians over rounds are compared.
 
-On a CPU everything is float32, and rounds go A B C D E, A B C D E, ..., so that changes in the
+On a CPU everything is float32, and rounds go A B C D E F, A B C D E F, ..., so that changes in the
 machine's speed affect all programs. On a GPU the models have the shape of Llama 3.2 1B, and the
 programs have the card to themselves, one after another. There ours computes in bfloat16 and holds
 parameters and moments in float32; the peer holds and computes everything in bfloat16 under
@@ -96,7 +96,7 @@ ENVIRONMENTS = {
         "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=",
         "JAX_PLATFORMS": "cpu",
     },
-    "gpu": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"},
+    "gpu": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "JAX_PLATFORMS": "cuda"},
 }
 PROGRAMS = ("torch_dense", "jax_dense", "torch_moe", "jax_einsum", "jax_ragged", "jax_dense_active")
 

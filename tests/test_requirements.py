@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Extras whose packages are imported only where needed, and reported when missing.
 IMPORTED = ("demo", "gcs", "hub", "int8", "lm-eval", "mlflow", "report", "wandb")
-PINNED = ("cuda", "dev", "tpu", *IMPORTED)
+PINNED = ("dev", "tpu", *IMPORTED)
 PYTHONS = ("3.11", "3.12", "3.13")
 
 

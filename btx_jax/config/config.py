@@ -87,17 +87,19 @@ class ComputeConfig(Section):
     """Dtype of activations and matmuls. Parameters, norms, softmaxes, routers and losses are always
     float32."""
     remat: Annotated[str, Choice(REMAT_POLICIES)] = "auto"
-    """What is kept in memory for the backward pass rather than recomputed. auto: on TPUs and
-    GPUs ffn, attention or full, by an estimate of their memory; full elsewhere. full: only each
-    layer's input. attention: also queries, keys, values, the attention's output and the sum after
-    it. ffn: also the gate and up products. offload: the same as attention, with everything but keys
-    and values in host memory. none: everything (no rematerialisation)."""
+    """What is kept in memory for the backward pass rather than recomputed. auto: on TPUs and GPUs
+    ffn, attention or full, by an estimate of their memory; full elsewhere. full: only each layer's
+    input. attention: also queries, keys, values, the attention's output and the sum after it. ffn:
+    also the gate and up products. offload: the same as attention, with everything but keys and
+    values in host memory (on GPUs the attention's output is computed again). none: everything (no
+    rematerialisation)."""
     kernels: Annotated[str, Choice(KERNELS)] = "auto"
-    """auto: pallas on a TPU, cuda on a GPU, xla elsewhere. pallas: splash attention (for sequence
-    lengths that are multiples of 128) and megablox for ragged dispatch. pallas_interpret: the same
-    on any device, slowly. cuda: in bfloat16, cuDNN's flash attention (without a cap on scores, for
-    heads of at most 128 elements, a multiple of 8), and on Hopper GPUs Mosaic's grouped matmuls for
-    ragged dispatch (widths that are multiples of 128); xla for the rest."""
+    """auto: pallas on a TPU, cuda on an NVIDIA GPU since Ampere, xla elsewhere. pallas: splash
+    attention (for sequence lengths that are multiples of 128) and megablox for ragged dispatch.
+    pallas_interpret: the same on any device, slowly. cuda: in bfloat16, cuDNN's flash attention
+    (without a cap on scores, for heads of at most 128 elements, a multiple of 8), and on Hopper
+    GPUs Mosaic's grouped matmuls for ragged dispatch (from 128 rows, widths that are multiples of
+    128); xla for the rest."""
     quantize: Annotated[str, Choice(QUANTIZATIONS)] = "none"
     """int8: round the operands of the large matmuls in training to int8, except for weight
     gradients (SwitchBack, models/int8.py). TPUs multiply int8 up to twice as fast. Not with ragged
@@ -132,7 +134,8 @@ class TrainConfig(Section):
     """Sequences per step, over all devices."""
     accumulate: RowsOrZero = 1
     """Number of micro-batches into which a step's batch is split; they are computed one after
-    another. 0: as few as are estimated to fit a TPU's memory; elsewhere one row per device."""
+    another. 0: as few as are estimated to fit a TPU's or GPU's memory; on CPUs one row per
+    device."""
     learning_rate: Annotated[float, Range(0, HUGE)] = 1e-4
     """Peak learning rate. 0 chooses one that suits the model from which the run starts
     (`training.start.default_learning_rate`)."""

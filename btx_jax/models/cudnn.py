@@ -18,12 +18,11 @@ def is_result(primitive: Any, *_: Any, **__: Any) -> bool:
     return "dot_product_attention_fwd" in str(primitive)
 
 
-def is_possible(q_BNGTK: jax.Array, cap: float) -> bool:
+def is_possible(length: int, width: int, cap: float, dtype: Any) -> bool:
     """Whether cuDNN computes this attention: whole rows of an even length, in bfloat16, without a
-    cap on scores."""
-    length, width = q_BNGTK.shape[-2:]
+    cap on scores. width: elements of a head."""
     is_shape = width <= WIDEST and width % 8 == 0 and length % 2 == 0
-    return is_shape and shards() == 1 and not cap and q_BNGTK.dtype == jnp.bfloat16
+    return is_shape and shards() == 1 and not cap and dtype == jnp.bfloat16
 
 
 def cudnn_attend(

@@ -50,7 +50,7 @@ def grouped_swiglu(
         padded_RD = jnp.pad(x_RD, ((0, -rows % tile), (0, 0)))
         matmul = _megablox(sizes_E, tile, interpret=kernels == "pallas_interpret")
         return _swiglu(matmul, activation, padded_RD, *weights)[:rows]
-    if kernels == "cuda" and not isinstance(weights[0], tuple) and is_possible(x_RD, weights[0]):
+    if kernels == "cuda":
         return _swiglu(_hopper(sizes_E), activation, x_RD, *weights)
     # ragged_dot on a CPU or GPU multiplies every row by every expert.
     blocked = functools.partial(
@@ -89,6 +89,8 @@ def _megablox(sizes_E: jax.Array, tile: int, interpret: bool):
 
 def _hopper(sizes_E: jax.Array):
     def matmul(rows, kernel):
+        if not is_possible(rows, kernel):
+            return jax.lax.ragged_dot(rows, kernel, sizes_E)
         y = grouped_matmul(rows, kernel, sizes_E)
         # What the kernel leaves in rows of no expert may be no number, and other rows share its
         # tiles.

@@ -6,25 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-KINDS = ("NVIDIA H", "NVIDIA GH")  # jax's device_kind begins so: H100, H200, H800, GH200
-# Tiles (rows or contracted rows, columns, contracted columns or columns), steps in flight, and
-# tiles of columns that are visited together; the fastest of a few on an H200.
+from btx_jax.models.layers import compute_capability
+
+# The fastest of a few tiles on an H200, with the steps in flight and the tiles of columns that are
+# visited together. FORWARD: rows, columns, contracted columns. WEIGHTS: columns of the rows and of
+# the gradients, contracted rows.
 FORWARD: dict[str, Any] = {
     "block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 8
 }  # fmt: skip
 WEIGHTS: dict[str, Any] = {
     "block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 1
 }  # fmt: skip
-SIDE = 128  # rows at least, and widths of an expert's matrices in multiples of it
+SIDE = 128  # fewest rows, and what the widths of an expert's matrices must be multiples of
 
 
 def is_possible(rows_RD: jax.Array, kernel_EDF: jax.Array) -> bool:
-    """Whether these kernels multiply such rows by such matrices, on the device that is compiled
-    for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device else jax.devices()[0].device_kind
-    is_tiled = not any(width % SIDE for width in kernel_EDF.shape[1:]) and len(rows_RD) >= SIDE
-    return kind.startswith(KINDS) and is_tiled and rows_RD.dtype == jnp.bfloat16
+    """Whether these kernels multiply such rows by such matrices on this process's devices."""
+    is_tiled = len(rows_RD) >= SIDE and not any(width % SIDE for width in kernel_EDF.shape[1:])
+    is_bfloat16 = rows_RD.dtype == kernel_EDF.dtype == jnp.bfloat16
+    return is_tiled and is_bfloat16 and 9.0 <= compute_capability() < 10.0
 
 
 def _together(columns: int, settings: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from btx_jax.parallel.sequence import TOKENS
 from btx_jax.parallel.sharding import psum, shard_map
 
 INIT_STD = 0.02
+OLDEST_GPU = 8.0  # compute capability from which on cuDNN has fused attention (Ampere)
 
 
 def platform_kernels(kernels: str, platform: str | None = None) -> str:
@@ -35,12 +36,27 @@ def platform_kernels(kernels: str, platform: str | None = None) -> str:
         raise ConfigError(mistake)
     if kernels != "auto":
         return kernels
-    return {"tpu": "pallas", "gpu": "cuda"}.get(platform or jax.default_backend(), "xla")
+    platform = platform or jax.default_backend()
+    if platform == "gpu":
+        return "cuda" if compute_capability() >= OLDEST_GPU else "xla"
+    return "pallas" if platform == "tpu" else "xla"
+
+
+def compute_capability() -> float:
+    """That of this process's NVIDIA GPUs, such as 9.0; 0 on other devices."""
+    device = jax.devices()[0]
+    is_nvidia = device.platform == "gpu" and device.device_kind.startswith(("NVIDIA", "Tesla"))
+    return float(device.compute_capability) if is_nvidia else 0.0
 
 
 def foreign_kernels(kernels: str, platform: str) -> str:
     """What is wrong with these kernels on this platform; "" if nothing."""
     home = {"pallas": "tpu", "cuda": "gpu"}.get(kernels, platform)
+    if kernels == "cuda" and platform == home and compute_capability() < OLDEST_GPU:
+        return (
+            f"config.compute.kernels='cuda': needs an NVIDIA GPU of compute capability {OLDEST_GPU}"
+            f" or more, not {jax.devices()[0].device_kind}; set it to 'auto'"
+        )
     if home != platform:
         return (
             f"config.compute.kernels={kernels!r}: made for a {home.upper()}, and this runs on a"

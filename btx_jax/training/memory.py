@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from btx_jax.config.config import ComputeConfig, TrainConfig
 from btx_jax.config.model_config import LayerSpec, ModelConfig
 from btx_jax.costs.chips import GIB, chip
+from btx_jax.models import cudnn
 
 POLICIES = ("ffn", "attention", "full")  # fastest first
 # On a v6e, reading the gate and up products takes as long as recomputing them (docs/tpu.md).
@@ -18,6 +19,7 @@ FREE = 0.2  # share of a chip's memory reserved for held-out losses and whatever
 # Copies of one layer's input and hidden activations that are live at once, by dispatch. Dense
 # layers have as many as einsum.
 WORKING = {"einsum": 12, "ragged": 8.5}
+SCORES = 1.75  # copies of XLA's causal scores that are live at once (docs/on-gpus.md)
 
 
 def chosen(
@@ -65,6 +67,7 @@ def chosen(
         ]
         kept = sum(length * kept for length, kept, _ in widths)
         working = WORKING[dispatch] * (model.d_model + max(hidden for *_, hidden in widths))
+        working += _scores(model, compute, sequence_length) / tensor
         return tokens * size * (kept + working) <= room
 
     remat = compute.remat
@@ -76,15 +79,27 @@ def chosen(
     return remat, next(fewer, counts[0])
 
 
+def _scores(model: ModelConfig, compute: ComputeConfig, length: int) -> float:
+    """Values per token that the attention of one layer holds in pairs of tokens: nothing in splash
+    attention, its mask in cuDNN's, and scores and weights of each head in XLA's."""
+    if compute.kernels == "pallas":
+        return 0.0
+    is_masked = compute.kernels == "cuda" and cudnn.is_possible(
+        length, model.head_dim, model.attention_cap, jnp.dtype(compute.dtype)
+    )
+    return length if is_masked else SCORES * model.heads * length
+
+
 def _memory(device_kind: str) -> float:
     """Bytes that a program may use on a device of this kind; 0 if that is unknown. A GPU's are what
     XLA has reserved there (XLA_PYTHON_CLIENT_MEM_FRACTION), which only a GPU itself can tell."""
-    known, local = chip(device_kind), jax.local_devices()[0]
+    known = chip(device_kind)
     if known and known.memory:
         return known.memory
-    told = local.memory_stats() if local.device_kind == device_kind else None
-    # In whole GiB, so that all machines of a run choose the same program.
-    return GIB * (told["bytes_limit"] // GIB) if told else 0.0
+    local = jax.local_devices()[0]
+    told = (local.device_kind == device_kind and local.memory_stats()) or {}
+    # In whole GiB: on equal machines, which must run the same program, it differs by a few bytes.
+    return GIB * (told.get("bytes_limit", 0) // GIB)
 
 
 def _hidden(spec: LayerSpec, compute: ComputeConfig) -> float:

@@ -25,6 +25,7 @@ def h100(monkeypatch):
 
     class Device:
         platform, device_kind, core_count = "gpu", "NVIDIA H100 80GB HBM3", 132
+        compute_capability = "9.0"
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(jax, "devices", lambda *_: [Device])
@@ -86,12 +87,12 @@ def test_cudnn_s_forward_pass_runs_again_only_if_its_results_were_not_kept(h100,
 
 
 def test_what_cudnn_cannot_compute_is_left_to_xla():
-    (q, *_), _, _ = inputs(2, dtype="bfloat16")
-    assert is_possible(q, 0.0)
-    assert not is_possible(q, 30.0)
-    assert not is_possible(q.astype(jnp.float32), 0.0)
-    assert not is_possible(q[..., :12], 0.0)
-    assert not is_possible(jnp.tile(q, 8), 0.0)  # a head of 256
+    assert is_possible(384, 64, 0.0, jnp.bfloat16)
+    assert not is_possible(384, 64, 30.0, jnp.bfloat16)
+    assert not is_possible(384, 64, 0.0, jnp.float32)
+    assert not is_possible(384, 12, 0.0, jnp.bfloat16)
+    assert not is_possible(384, 256, 0.0, jnp.bfloat16)
+    assert not is_possible(383, 64, 0.0, jnp.bfloat16)
 
 
 def expert_weights(width=256, hidden=384, experts=3):
@@ -128,7 +129,7 @@ def test_a_hopper_s_program_multiplies_no_row_by_every_expert(h100, rows):
 def test_other_gpus_widths_and_few_rows_are_left_to_xla(h100, monkeypatch):
     for rows, hidden in ((640, 200), (100, 384)):
         assert "mosaic" not in lowered_swiglu(rows, hidden)
-    monkeypatch.setattr(h100, "device_kind", "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(h100, "compute_capability", "8.0")
     assert "mosaic" not in lowered_swiglu(640, 384)
 
 
@@ -201,9 +202,20 @@ def test_each_row_is_multiplied_by_its_own_expert(h100, stained, sizes):
         assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
 
 
-def test_kernels_of_another_platform_are_refused():
+def test_kernels_of_another_platform_are_refused(h100):
     assert platform_kernels("auto", "cpu") == platform_kernels("xla", "gpu") == "xla"
     assert platform_kernels("auto", "gpu") == platform_kernels("cuda", "gpu") == "cuda"
     for kernels, platform, home in (("cuda", "cpu", "GPU"), ("pallas", "gpu", "TPU")):
         with pytest.raises(ConfigError, match=f"made for a {home}, and this runs on a"):
             platform_kernels(kernels, platform)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability"), [("Tesla T4", "7.5"), ("AMD Instinct MI300X", "gfx942")]
+)
+def test_gpus_without_these_kernels_are_left_to_xla(h100, monkeypatch, kind, capability):
+    monkeypatch.setattr(h100, "device_kind", kind)
+    monkeypatch.setattr(h100, "compute_capability", capability)
+    assert platform_kernels("auto", "gpu") == "xla"
+    with pytest.raises(ConfigError, match=f"capability 8.0 or more, not {kind}; set it to 'auto'"):
+        platform_kernels("cuda", "gpu")

@@ -10,8 +10,9 @@ from btx_jax.errors import ConfigError
 from btx_jax.parallel.sharding import make_mesh
 from btx_jax.planning.compile_check import topology_devices
 from btx_jax.presets.config_file import read_config
+from btx_jax.training.memory import chosen
 from btx_jax.training.start import checked_mesh, trained_model
-from btx_jax.training.step import decided
+from btx_jax.training.step import decided, shard_bytes, state_shardings
 
 
 def choices(preset, devices, *overrides):
@@ -76,7 +77,8 @@ def test_a_batch_that_no_device_count_divides_is_refused():
 
 
 def test_a_gpu_tells_how_much_of_its_memory_xla_has_reserved(monkeypatch):
-    """Llama 3.2 1B, two rows of 4,096 tokens. An H200's ffn takes 25.6 GiB there."""
+    """Llama 3.2 1B, two rows of 4,096 tokens. On an H200 they took 25.6 GiB with ffn. The scores of
+    XLA's attention take 1.7 GiB per row."""
     device = jax.devices("cpu")[0]
     mesh = make_mesh((1, 1, 1, 1), [device])
     model = ModelConfig(
@@ -84,13 +86,18 @@ def test_a_gpu_tells_how_much_of_its_memory_xla_has_reserved(monkeypatch):
         context=4096, tied_head=True,
     )  # fmt: skip
     train = TrainConfig(steps=1000, batch_size=2)
+    state, _ = state_shardings(model, train, mesh)
+    sizes = shard_bytes(state), shard_bytes(state.params)
 
-    def remat(gibibytes):
+    def remat(gibibytes, kernels, dtype="bfloat16"):
         class Device:
             device_kind = device.device_kind
             memory_stats = staticmethod(lambda: {"bytes_limit": int(gibibytes * 2**30)})
 
         monkeypatch.setattr(jax, "local_devices", lambda: [Device])
-        return decided(model, ComputeConfig(kernels="xla"), train, mesh, 4096)[0].remat
+        compute = ComputeConfig(kernels=kernels, dtype=dtype)
+        return chosen(model, compute, train, mesh, 4096, *sizes)[0]
 
-    assert [remat(size) for size in (30, 43.7, 59.7)] == ["full", "attention", "ffn"]
+    assert [remat(size, "cuda") for size in (30, 43.7, 48)] == ["full", "attention", "ffn"]
+    assert [remat(size, "xla") for size in (43.7, 48, 53)] == ["full", "attention", "ffn"]
+    assert remat(60, "cuda", "float32") == remat(60, "xla", "float32") == "attention"
