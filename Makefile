@@ -13,10 +13,9 @@ demo: install
 test: install-dev
 	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
-# What another jax could change: numbers, compiled programs, files; and the wheel.
+# What another jax could change: numbers, compiled programs, files.
 FAST := $(addprefix tests/,checkpoints/test_training_state.py models/test_llama.py models/test_moe.py \
-  data/test_prepare.py data/test_tokenise.py parallel training/test_step.py training/test_losses.py) \
-  tests/test_wheel.py
+  data/test_prepare.py parallel training/test_step.py training/test_losses.py)
 test-fast: install-dev
 	$(BIN)/python -m pytest -n 2 --dist=worksteal $(FAST)
 

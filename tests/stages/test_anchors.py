@@ -321,6 +321,7 @@ def test_what_cannot_be_done_with_them_is_one_line(home, tmp_path):
             TrainConfig(4, 2, anchor=True, frozen=frozen, warmup_steps=1)
 
 
+@pytest.mark.slow
 def test_they_are_evaluated_and_reported_as_any_model(home, tmp_path):
     mixed(home, "ab", home / "mix")
     text = {name: str(home / f"{name}.jsonl") for name in "ab"}

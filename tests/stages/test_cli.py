@@ -188,6 +188,7 @@ def test_the_program_s_errors_are_one_line(capsys, monkeypatch, command, told):
     assert line.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_failing_branch_leaves_the_others_results(cli):
     (cli.home / "empty.txt").write_text("")
     small = cli.home / "pipeline.py"
@@ -222,6 +223,7 @@ def test_a_failing_branch_leaves_the_others_results(cli):
     )
 
 
+@pytest.mark.slow
 def test_a_tokenizer_trained_from_the_command_line_gives_back_any_text_and_replaces_nothing(cli):
     target = cli.home / "own.model"
     cli.run("tokenizer", cli.text, "--vocab-size=300", f"--out={target}", module="btx_jax")

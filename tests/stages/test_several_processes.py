@@ -161,6 +161,7 @@ def test_two_processes_probe_mixing_as_one_and_after_both_are_killed(cli):
     assert probed("killed") == probed("two")
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_not_shared_is_refused(cli, mixture):
     own = [(f"--workdir={cli.home / name}",) for name in ("own0", "own1")]
     both = cli.start_several(2, 4, *finetune(cli, mixture, "shared"), each=own)
@@ -198,6 +199,7 @@ def interrupt(cli, workdir, processes, which):
     return saved, time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_drops_the_step_of_both_which_then_train_as_one_does(cli):
     finish(long_steps(cli, "one", 0, count=1), (0,))
     saved, _ = interrupt(cli, "two", long_steps(cli, "two", 2.5), 1)

@@ -131,7 +131,7 @@ def test_what_each_step_of_a_schedule_trains(frozen):
     ("model", "frozen", "dispatch"),
     [
         pytest.param(BRANCH, "shared", "ragged", marks=pytest.mark.slow),
-        (MIXTURE, "all_but_routers", "einsum"),
+        pytest.param(MIXTURE, "all_but_routers", "einsum", marks=pytest.mark.slow),
         pytest.param(BRANCH, "anchor", "einsum", marks=pytest.mark.slow),
         pytest.param(MIXTURE, "", "ragged", marks=pytest.mark.slow),
     ],
