@@ -199,7 +199,6 @@ def interrupt(cli, workdir, processes, which):
     return saved, time.monotonic() - start
 
 
-@pytest.mark.slow
 def test_sigterm_to_one_process_drops_the_step_of_both_which_then_train_as_one_does(cli):
     finish(long_steps(cli, "one", 0, count=1), (0,))
     saved, _ = interrupt(cli, "two", long_steps(cli, "two", 2.5), 1)
