@@ -94,12 +94,12 @@ class ComputeConfig(Section):
     values in host memory (on GPUs the attention's output is computed again). none: everything (no
     rematerialisation)."""
     kernels: Annotated[str, Choice(KERNELS)] = "auto"
-    """auto: pallas on a TPU, cuda on an NVIDIA GPU since Ampere, xla elsewhere. pallas: splash
-    attention (for sequence lengths that are multiples of 128) and megablox for ragged dispatch.
-    pallas_interpret: the same on any device, slowly. cuda: in bfloat16, cuDNN's flash attention
-    (without a cap on scores, for heads of at most 128 elements, a multiple of 8), and on Hopper
-    GPUs Mosaic's grouped matmuls for ragged dispatch (from 128 rows, widths that are multiples of
-    128); xla for the rest."""
+    """auto: pallas on a TPU, cuda on an NVIDIA GPU since Ampere (from jax 0.11.2 on), xla
+    elsewhere. pallas: splash attention (for sequence lengths that are multiples of 128) and
+    megablox for ragged dispatch. pallas_interpret: the same on any device, slowly. cuda: in
+    bfloat16, cuDNN's flash attention (without a cap on scores, for heads of at most 128 elements, a
+    multiple of 8), and on Hopper GPUs Mosaic's grouped matmuls for ragged dispatch (from 128 rows,
+    widths that are multiples of 128); xla for the rest."""
     quantize: Annotated[str, Choice(QUANTIZATIONS)] = "none"
     """int8: round the operands of the large matmuls in training to int8, except for weight
     gradients (SwitchBack, models/int8.py). TPUs multiply int8 up to twice as fast. Not with ragged

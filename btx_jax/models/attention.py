@@ -371,8 +371,8 @@ class Attention(nn.Module):
         q_BNGTK, k_BNTK, v_BNTK = map(checkpoint_name, heads, names)
         k_BNSK, v_BNSK = whole(k_BNTK, axis=2), whole(v_BNTK, axis=2)
         scale, cap = self.config.attention_scale, self.config.attention_cap
-        *_, rows, width = q_BNGTK.shape
-        if kernels == "cuda" and cudnn.is_possible(rows, width, cap, q_BNGTK.dtype):
+        width, dtype = q_BNGTK.shape[-1], q_BNGTK.dtype
+        if kernels == "cuda" and cudnn.is_possible(length, width, cap, dtype):
             return cudnn.cudnn_attend(q_BNGTK, k_BNSK, v_BNSK, segments_BS, window, scale)
         if kernels in ("xla", "cuda") or not shard_block_size(length, shards()):
             y_BNGTK = attend(q_BNGTK, k_BNSK, v_BNSK, segments_BS, window, scale, cap)

@@ -27,6 +27,7 @@ from btx_jax.parallel.sharding import psum, shard_map
 
 INIT_STD = 0.02
 OLDEST_GPU = 8.0  # compute capability from which on cuDNN has fused attention (Ampere)
+OLDEST_JAX = (0, 11, 2)  # before, cuDNN's backward pass also computes a gradient of its mask
 
 
 def platform_kernels(kernels: str, platform: str | None = None) -> str:
@@ -38,7 +39,8 @@ def platform_kernels(kernels: str, platform: str | None = None) -> str:
         return kernels
     platform = platform or jax.default_backend()
     if platform == "gpu":
-        return "cuda" if compute_capability() >= OLDEST_GPU else "xla"
+        is_new = compute_capability() >= OLDEST_GPU and jax.__version_info__ >= OLDEST_JAX
+        return "cuda" if is_new else "xla"
     return "pallas" if platform == "tpu" else "xla"
 
 

@@ -29,6 +29,7 @@ def h100(monkeypatch):
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(jax, "devices", lambda *_: [Device])
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     return Device
 
 
@@ -200,6 +201,12 @@ def test_each_row_is_multiplied_by_its_own_expert(h100, stained, sizes):
     for a, b in zip(ours, exact, strict=True):
         a, b = (np.asarray(each, np.float32) for each in (a, b))
         assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+
+
+def test_with_an_older_jax_these_kernels_must_be_asked_for(h100, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert platform_kernels("auto", "gpu") == "xla"
+    assert platform_kernels("cuda", "gpu") == "cuda"
 
 
 def test_kernels_of_another_platform_are_refused(h100):
