@@ -15,7 +15,8 @@ test: install-dev
 
 # What another jax could change: numbers, compiled programs, files.
 FAST := $(addprefix tests/,checkpoints/test_training_state.py models/test_llama.py models/test_moe.py \
-  data/test_prepare.py parallel training/test_step.py training/test_losses.py)
+  data/test_prepare.py parallel/test_hosts.py parallel/test_sharding.py training/test_step.py \
+  training/test_losses.py)
 test-fast: install-dev
 	$(BIN)/python -m pytest -n 2 --dist=worksteal $(FAST)
 

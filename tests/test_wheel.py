@@ -92,6 +92,7 @@ def test_both_distributions_hold_every_file_of_the_package_and_say_what_they_are
     assert next(built.glob("*.tar.gz")).stat().st_size > 100_000
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_from_the_wheel(run):
     run("python", "-c", EVERY_MODULE)
 

@@ -266,6 +266,7 @@ def in_two(*cases):
     return [json.loads(text.splitlines()[-1]) for text, _ in out]
 
 
+@pytest.mark.slow
 def test_two_processes_read_half_each_and_hash_a_base_together(stored, tmp_path):
     cases = [
         (str(stored / name), shape, "model")

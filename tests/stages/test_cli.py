@@ -47,6 +47,7 @@ def test_three_sigkills_change_nothing(cli):
     assert "already finished" in told, "the same program under its two names"
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_it_was_in_and_another_config_is_refused(cli):
     process = cli.start(*cli.seed("run", steps=2000, every=1900))
     cli.wait_for_step("run", 5, process)
