@@ -67,7 +67,7 @@ def chosen(
         ]
         kept = sum(length * kept for length, kept, _ in widths)
         working = WORKING[dispatch] * (model.d_model + max(hidden for *_, hidden in widths))
-        working += _scores(model, compute, sequence_length) / tensor
+        working += _scores(model, compute, mesh, sequence_length) / tensor
         return tokens * size * (kept + working) <= room
 
     remat = compute.remat
@@ -79,15 +79,16 @@ def chosen(
     return remat, next(fewer, counts[0])
 
 
-def _scores(model: ModelConfig, compute: ComputeConfig, length: int) -> float:
+def _scores(model: ModelConfig, compute: ComputeConfig, mesh: Mesh, length: int) -> float:
     """Values per token that the attention of one layer holds in pairs of tokens: nothing in splash
     attention, its mask in cuDNN's, and scores and weights of each head in XLA's."""
     if compute.kernels == "pallas":
         return 0.0
-    is_masked = compute.kernels == "cuda" and cudnn.is_possible(
-        length, model.head_dim, model.attention_cap, jnp.dtype(compute.dtype)
-    )
-    return length if is_masked else SCORES * model.heads * length
+    is_whole, dtype = mesh.shape["context"] == 1, jnp.dtype(compute.dtype)
+    is_cudnn = cudnn.is_possible(length, model.head_dim, model.attention_cap, dtype)
+    if compute.kernels == "cuda" and is_whole and is_cudnn:
+        return length
+    return SCORES * model.heads * length
 
 
 def _memory(device_kind: str) -> float:
