@@ -89,7 +89,7 @@ def test_a_gpu_tells_how_much_of_its_memory_xla_has_reserved(monkeypatch):
     state, _ = state_shardings(model, train, mesh)
     sizes = shard_bytes(state), shard_bytes(state.params)
 
-    def remat(gibibytes, kernels, dtype="bfloat16"):
+    def remat(gibibytes, kernels, dtype="bfloat16", mesh=mesh):
         class Device:
             device_kind = device.device_kind
             memory_stats = staticmethod(lambda: {"bytes_limit": int(gibibytes * 2**30)})
@@ -101,3 +101,6 @@ def test_a_gpu_tells_how_much_of_its_memory_xla_has_reserved(monkeypatch):
     assert [remat(size, "cuda") for size in (30, 43.7, 48)] == ["full", "attention", "ffn"]
     assert [remat(size, "xla") for size in (43.7, 48, 53)] == ["full", "attention", "ffn"]
     assert remat(60, "cuda", "float32") == remat(60, "xla", "float32") == "attention"
+    shared = make_mesh((1, 1, 1, 1, 2), jax.devices("cpu")[:2])  # each row over two devices
+    for size in range(30, 60):
+        assert remat(size, "cuda", mesh=shared) == remat(size, "xla", mesh=shared)
